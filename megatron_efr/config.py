@@ -1,0 +1,419 @@
+"""The run's configuration: one typed section per room, read from YAML and checked before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+
+class ConfigError(Exception):
+    """A configuration that cannot run. The message names the key's path, the value and what would be right."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, types are not coerced."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The starting model, a Hugging Face folder, and the width it trains in."""
+
+    path: str = Field(description="folder with config.json, tokenizer and, unless init is random, safetensors")
+    init: Literal["load", "random"] = Field("load", description="load the safetensors, or draw fresh weights from seed")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    layers: Literal["auto", "local", "transformer_engine"] = Field(
+        "auto", description="auto takes Transformer Engine's layers where they import and CUDA is present"
+    )
+    megatron: dict[str, Any] = Field(default_factory=dict, description="any field of Megatron's TransformerConfig")
+
+
+class ParallelConfig(Section):
+    """How the model is split; data parallelism is what remains of the world size."""
+
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    virtual_pipeline: PositiveInt | None = None
+    context: PositiveInt = 1
+    expert: PositiveInt = 1
+    sequence: bool = False
+    ddp: dict[str, Any] = Field(default_factory=dict, description="any field of Megatron's DDP configuration")
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one replica of the model."""
+        return self.tensor * self.pipeline * self.context
+
+
+class DatasetConfig(Section):
+    """Where questions come from and how a row is read."""
+
+    path: str = Field(description="a .jsonl / .json / .parquet file, a folder saved by datasets, or a hub name")
+    format: Literal["auto", "gsm8k", "math", "columns"] = Field(
+        "auto", description="auto: gsm8k where the answer holds '####', else question/answer columns found by name"
+    )
+    split: str = Field("train", description="split of a hub data set")
+    question: str | None = Field(None, description="column of the question; found by name when left out")
+    answer: str | None = Field(None, description="column of the gold answer; found by name when left out")
+    difficulty: str | None = Field(None, description="column to report tokens and accuracy by")
+    name: str | None = Field(None, description="name in reports; the file's stem when left out")
+    limit: PositiveInt | None = Field(None, description="first rows only")
+
+
+class PromptConfig(Section):
+    """How a question becomes token ids."""
+
+    template: str = Field(
+        "Please reason step by step, and put your final answer within \\boxed{{}}. Question: {question}",
+        description="the user turn; a str.format template with {question}",
+    )
+    system: str | None = None
+    prefill: str = Field(
+        "template",
+        description="what stands after the assistant tag: 'template' (as the chat template has it), 'none' (refuse a "
+        "template that adds more), or a text to append",
+    )
+    max_tokens: PositiveInt = 512
+    overlong: Literal["skip", "error"] = "skip"
+
+
+class DataConfig(Section):
+    """The stream of training prompts."""
+
+    datasets: list[DatasetConfig] = Field(min_length=1)
+    prompt: PromptConfig = Field(default_factory=PromptConfig)
+    shuffle: bool = True
+
+
+class RolloutConfig(Section):
+    """How responses are drawn, and by which engine."""
+
+    engine: Literal["local"] = "local"
+    prompts: PositiveInt = Field(32, description="prompts per iteration")
+    samples: PositiveInt = Field(8, description="responses per prompt")
+    temperature: float = Field(1.0, gt=0)
+    top_p: Literal[1.0] = Field(1.0, description="training needs the sampler's own distribution, so nothing else")
+    max_new_tokens: PositiveInt = 32000
+    slots: PositiveInt = Field(256, description="responses the embedded engine decodes at once")
+
+
+class GradingConfig(Section):
+    """math-verify in processes that can be killed."""
+
+    workers: PositiveInt = 1
+    timeout_s: float = Field(5.0, gt=0, description="CPU seconds for one response")
+
+
+class MethodConfig(BaseModel):
+    """Which rule turns groups into rewards and advantages; the other keys are the method's own, checked by it."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    name: str = "efr"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class LossConfig(Section):
+    """The policy-gradient loss (PPO clip) and the KL to the initial model."""
+
+    clip: float = Field(0.2, gt=0, lt=1)
+    beta: float = Field(1e-3, ge=0, description="weight of the KL to the initial model, inside the reward (k1)")
+    normalize: Literal["none", "batch"] = Field(
+        "none", description="advantages as they are (the paper's text) or whitened over the batch (its released code)"
+    )
+    aggregate: Literal["sequence", "token"] = Field(
+        "sequence", description="mean over each sequence's tokens, then over sequences; or over all tokens"
+    )
+
+
+class OptimizerConfig(Section):
+    """Adam and its learning-rate schedule."""
+
+    lr: float = Field(gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_updates: int = Field(0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_grad: float = Field(1.0, ge=0, description="0 turns clipping off")
+    megatron: dict[str, Any] = Field(default_factory=dict, description="any field of Megatron's OptimizerConfig")
+
+
+class TrainingConfig(Section):
+    """The loop: how many iterations, how many updates in each, how work is packed."""
+
+    iterations: PositiveInt = 100
+    updates: PositiveInt = Field(2, description="optimizer updates per iteration; the responses split evenly over them")
+    micro_batch_tokens: PositiveInt = Field(16384, description="token budget of one packed micro-batch")
+    max_logprob_diff: float = Field(
+        0.5, gt=0, description="stop when |engine - policy| log-prob, averaged over an iteration, exceeds this"
+    )
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt = Field(10, description="iterations between checkpoints (SFT: updates); the last always saves")
+    keep: PositiveInt = Field(2, description="how many of the newest to keep")
+
+
+class EvaluationConfig(Section):
+    """Held-out problems, graded during training (`every`) or by `efr evaluate`."""
+
+    datasets: list[DatasetConfig] = Field(default_factory=list)
+    every: PositiveInt | None = Field(None, description="iterations between evaluations inside a training run")
+    preset: Literal["paper", "r1", "custom"] = Field(
+        "paper", description="paper: temperature 0.6, top-p 1; r1: temperature 0.6, top-p 0.95; custom: as given here"
+    )
+    temperature: float | None = Field(None, ge=0, description="custom preset only; 0 is greedy")
+    top_p: float | None = Field(None, gt=0, le=1)
+    samples: PositiveInt = Field(1, description="responses per problem")
+    samples_by_dataset: dict[str, PositiveInt] = Field(default_factory=dict)
+    max_new_tokens: PositiveInt = 32768
+
+    @model_validator(mode="after")
+    def _sampling_belongs_to_custom(self) -> EvaluationConfig:
+        if self.preset == "custom" and self.temperature is None:
+            raise ValueError("preset custom needs a temperature")
+        if self.preset != "custom" and (self.temperature is not None or self.top_p is not None):
+            raise ValueError(f"preset {self.preset} fixes temperature and top_p; set preset: custom to choose them")
+        return self
+
+    @property
+    def sampling(self) -> tuple[float, float]:
+        """(temperature, top_p)."""
+        if self.preset == "custom":
+            assert self.temperature is not None
+            return self.temperature, 1.0 if self.top_p is None else self.top_p
+        return 0.6, 1.0 if self.preset == "paper" else 0.95
+
+
+class ObserveConfig(Section):
+    tensorboard: bool = True
+    wandb: str | None = Field(None, description="project name; needs the wandb extra")
+    rollouts: bool = Field(True, description="keep every iteration's rollouts in the run folder, replayable")
+
+
+class RunConfig(Section):
+    """What every program's configuration begins with."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")
+    runs: str = Field("runs", description="the folder of all runs; this one is runs/name")
+    seed: int = Field(42, ge=0)
+    model: ModelConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+
+class TrainConfig(RunConfig):
+    """`efr train`."""
+
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    data: DataConfig
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    grading: GradingConfig = Field(default_factory=GradingConfig)
+    method: MethodConfig = Field(default_factory=MethodConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    optimizer: OptimizerConfig
+    train: TrainingConfig = Field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    observe: ObserveConfig = Field(default_factory=ObserveConfig)
+
+    @model_validator(mode="after")
+    def _responses_split_over_updates(self) -> TrainConfig:
+        responses = self.rollout.prompts * self.rollout.samples
+        if responses % self.train.updates:
+            raise ValueError(
+                f"rollout.prompts x rollout.samples = {self.rollout.prompts} x {self.rollout.samples} = {responses} "
+                f"responses do not split over train.updates = {self.train.updates}"
+            )
+        return self
+
+    def check_world(self, world_size: int) -> None:
+        """Refuse sizes that do not divide over `world_size` ranks; call once the number of ranks is known."""
+        check_parallel(self.parallel, world_size)
+        replicas = world_size // self.parallel.model_ranks
+        per_update = self.rollout.prompts * self.rollout.samples // self.train.updates
+        if per_update % replicas:
+            raise ConfigError(
+                f"train.updates: {per_update} responses per update (rollout.prompts {self.rollout.prompts} x "
+                f"rollout.samples {self.rollout.samples} / train.updates {self.train.updates}) do not divide over "
+                f"{replicas} data-parallel ranks; make them a multiple of {replicas}"
+            )
+
+
+class SftDataConfig(Section):
+    """Rows of question and response text: `{"question", "response"}` by default."""
+
+    path: str
+    question: str = "question"
+    response: str = "response"
+    limit: PositiveInt | None = None
+
+
+class SftTrainingConfig(Section):
+    updates: PositiveInt
+    batch: PositiveInt = Field(64, description="sequences per optimizer update")
+    micro_batch_tokens: PositiveInt = 16384
+    bucket: PositiveInt = Field(
+        1, description="updates drawn together and sorted by length before they are split, so that batches waste little"
+    )
+    log_every: PositiveInt = 10
+
+
+class SftConfig(RunConfig):
+    """`efr sft`."""
+
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    data: SftDataConfig
+    prompt: PromptConfig = Field(default_factory=PromptConfig)
+    optimizer: OptimizerConfig
+    train: SftTrainingConfig
+    loss_aggregate: Literal["sequence", "token"] = "token"
+    checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(every=500, keep=1))
+    observe: ObserveConfig = Field(default_factory=ObserveConfig)
+
+    def check_world(self, world_size: int) -> None:
+        """Refuse sizes that do not divide over `world_size` ranks."""
+        check_parallel(self.parallel, world_size)
+        replicas = world_size // self.parallel.model_ranks
+        if self.train.batch % replicas:
+            raise ConfigError(
+                f"train.batch: {self.train.batch} sequences do not divide over {replicas} data-parallel ranks; "
+                f"make it a multiple of {replicas}"
+            )
+
+
+class EvaluateConfig(RunConfig):
+    """`efr evaluate`."""
+
+    prompt: PromptConfig = Field(default_factory=PromptConfig)
+    evaluation: EvaluationConfig
+    grading: GradingConfig = Field(default_factory=GradingConfig)
+    slots: PositiveInt = Field(256, description="responses the embedded engine decodes at once")
+
+
+def check_parallel(parallel: ParallelConfig, world_size: int) -> None:
+    """Refuse a split that the number of ranks cannot hold."""
+    if world_size % parallel.model_ranks:
+        raise ConfigError(
+            f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = "
+            f"{parallel.model_ranks} ranks hold one model, and {world_size} launched ranks are not a multiple of that"
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        raise ConfigError("parallel.sequence: sequence parallelism splits over tensor ranks; set parallel.tensor >= 2")
+    if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
+        raise ConfigError("parallel.virtual_pipeline: needs parallel.pipeline >= 2")
+
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+def load(kind: type[ConfigT], path: str | Path, overrides: Iterable[str] = ()) -> ConfigT:
+    """Read `path` as a `kind`, with `section.key=value` overrides applied; ConfigError says what is wrong and where."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return validate(kind, tree, str(path))
+
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def validate(kind: type[SectionT], tree: dict[str, Any], source: str, prefix: str = "") -> SectionT:
+    """Check `tree` against `kind`; `prefix` is the path of `tree` within the whole configuration."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentence(kind, problem, source, prefix) for problem in error.errors())) from error
+
+
+def dump(config: BaseModel) -> str:
+    """The resolved configuration as YAML: it runs again from there."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-3` as a string; people who set a learning rate mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$|^[-+]?(?:\d+\.\d*|\.\d+)$|^[-+]?\.inf$|^\.nan$", re.IGNORECASE),
+    list("-+0123456789."),
+)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r}: an override reads section.key=value")
+    *path, last = key.split(".")
+    node = tree
+    for name in path:
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{override!r}: {name} is a value, not a section")
+        node = child
+    node[last] = yaml.load(text, Loader=_Loader)
+
+
+def _sentence(kind: type[BaseModel], problem: Any, source: str, prefix: str) -> str:
+    location = [part for part in problem["loc"] if not str(part).startswith("function-")]
+    where = ".".join(str(part) for part in ([prefix] if prefix else []) + location)
+    value = problem.get("input")
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(kind, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(sorted(known))}"
+        return f"{source}: {where}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{source}: {where}: required, and not set"
+    message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(value, dict):
+        return f"{source}: {where + ': ' if where else ''}{message}"
+    return f"{source}: {where}: {message} (got {value!r})"
+
+
+def _keys_at(kind: type[BaseModel], location: list[Any]) -> list[str]:
+    """The field names of the section that `location` leads to."""
+    section: Any = kind
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part)
+        if field is None:
+            return []
+        section = _section_of(field.annotation)
+        if section is None:
+            return []
+    return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _section_of(inner)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,142 @@
+"""What the rooms hand to each other: prompts, requests, responses, groups, grades and packed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+Finish = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One rendered question.
+
+    `id` is stable across epochs and resumes (it names the row, not the visit); `tokens` is what the model reads, the
+    chat template's own ids; `gold` is the reference answer as text; `meta` may carry dataset, difficulty, budget.
+    """
+
+    id: str
+    tokens: tuple[int, ...]
+    text: str
+    gold: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How responses are drawn. A response ends with (and includes) the first of `stop_ids`, or at `max_new_tokens`."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Ask for `samples` responses to `prompt`; sample j's random numbers are a function of (seed, j, position) only."""
+
+    prompt: Prompt
+    samples: int
+    seed: int
+
+
+class VersionSpan(NamedTuple):
+    """Tokens [start, end) of a response were drawn from weights `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(slots=True)
+class Response:
+    """One generated answer: token ids with the stop token, and one log-prob per token at the sampling temperature.
+
+    `logprobs` are the engine's, before top-p. The policy's own, which ratio and KL use, are computed later and never
+    stored here. `text` is the decoded response without special tokens.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish: Finish
+    versions: list[VersionSpan] = field(default_factory=list)
+    text: str = ""
+
+    @property
+    def length(self) -> int:
+        """Generated tokens, the stop token included."""
+        return len(self.tokens)
+
+    @property
+    def truncated(self) -> bool:
+        """True when the response did not end by itself: it is wrong, and enters no length statistic."""
+        return self.finish != "stop"
+
+
+@dataclass(slots=True)
+class Group:
+    """One prompt and its n responses; a method sees whole groups only. Arrays are [n], filled in loop order."""
+
+    prompt: Prompt
+    responses: list[Response]
+    correct: np.ndarray | None = None  # bool
+    statuses: list[str] = field(default_factory=list)  # the grader's word for each response
+    rewards: np.ndarray | None = None  # float64
+    advantages: np.ndarray | None = None  # float64
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Generated tokens per response, int64 [n]."""
+        return np.array([r.length for r in self.responses], dtype=np.int64)
+
+    @property
+    def truncated(self) -> np.ndarray:
+        """Responses that hit the token limit, bool [n]."""
+        return np.array([r.truncated for r in self.responses], dtype=bool)
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """Prompt and response as one trainable row; `advantage` is the response's, `engine_logprobs` as sampled."""
+
+    tokens: list[int]
+    prompt_length: int
+    advantage: float = 0.0
+    engine_logprobs: list[float] | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def response_length(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+
+@dataclass(slots=True)
+class PackedBatch:
+    """Several sequences laid end to end (THD): one micro-batch.
+
+    `tokens`, `positions`, `targets` are int64 [T]; `targets[t]` is the token after t and `loss_mask[t]` says whether
+    that token belongs to a response. `cu_seqlens` is int32 [sequences + 1]. `logprob_rows` [R] are the positions with
+    loss, in order; everything per-token that the loss reads is [R], sequence by sequence, `row_lengths` [sequences].
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    logprob_rows: torch.Tensor
+    row_lengths: torch.Tensor
+    indices: list[int]  # which sequences of the iteration these are
+
+    @property
+    def rows(self) -> int:
+        return int(self.logprob_rows.numel())
