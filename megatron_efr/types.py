@@ -123,20 +123,23 @@ class Sequence:
 class PackedBatch:
     """Several sequences laid end to end (THD): one micro-batch.
 
-    `tokens`, `positions`, `targets` are int64 [T]; `targets[t]` is the token after t and `loss_mask[t]` says whether
-    that token belongs to a response. `cu_seqlens` is int32 [sequences + 1]. `logprob_rows` [R] are the positions with
-    loss, in order; everything per-token that the loss reads is [R], sequence by sequence, `row_lengths` [sequences].
+    `tokens`, `positions` are int64 [T]; sequence s stands at `cu_seqlens[s]:cu_seqlens[s + 1]` (int32) and is
+    `lengths[s]` long; a last sequence may be padding. Row r of `rows` [R] predicts response token `targets[r]`:
+    everything per-token that the loss reads is [R], sequence by sequence, `row_lengths` each. `indices` says which
+    sequences these are, padding left out. The loss is the sum of its terms times `weights` [R], which carry the mean
+    over the whole update. What the loop fills in as it learns it: log-probs under the policy before its first update
+    and under the initial model, advantages, all fp32 [R].
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
-    targets: torch.Tensor
+    lengths: list[int]
     cu_seqlens: torch.Tensor
-    max_seqlen: int
-    logprob_rows: torch.Tensor
-    row_lengths: torch.Tensor
-    indices: list[int]  # which sequences of the iteration these are
-
-    @property
-    def rows(self) -> int:
-        return int(self.logprob_rows.numel())
+    rows: torch.Tensor
+    targets: torch.Tensor
+    row_lengths: list[int]
+    indices: list[int]
+    weights: torch.Tensor
+    old_logprobs: torch.Tensor | None = None
+    reference_logprobs: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None

@@ -1,0 +1,202 @@
+"""Renders problems into token ids with the tokenizer's own chat template, and reads what a model folder says of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_efr.config import PromptConfig
+from megatron_efr.data.datasets import Problem
+from megatron_efr.types import Prompt
+
+_SENTINEL = "ANSWERBEGINSHERE"
+_BATCH = 1024
+
+
+class PromptError(ValueError):
+    """A tokenizer, template or prompt that cannot be used; the message says what would be right."""
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder; never looks on the hub. PromptError when the folder or files are missing.
+
+    Checks that no token id reaches config.json's `vocab_size`, which is the model's true vocabulary.
+    """
+    place = _folder(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(place), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PromptError(
+            f"{place}: no usable tokenizer (expected tokenizer.json and tokenizer_config.json): {error}"
+        ) from error
+    # transformers 5 makes up an empty tokenizer where a folder has only config.json.
+    if not any((place / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise PromptError(f"{place}: no tokenizer here (expected tokenizer.json and tokenizer_config.json)")
+    check_vocabulary(tokenizer, vocabulary_size(place), str(place))
+    return tokenizer
+
+
+def vocabulary_size(folder: str | Path) -> int:
+    """config.json's `vocab_size`: rows of the embedding, which may exceed the tokenizer's length."""
+    path = _folder(folder) / "config.json"
+    if not path.is_file():
+        raise PromptError(f"{path}: no such file; a model folder has a config.json")
+    size = json.loads(path.read_text(encoding="utf-8")).get("vocab_size")
+    if not isinstance(size, int) or size < 1:
+        raise PromptError(f"{path}: vocab_size is {size!r}, expected a positive integer")
+    return size
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> None:
+    """PromptError when the tokenizer can produce an id that the model has no embedding for."""
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= vocab_size:
+        raise PromptError(
+            f"{where}: vocabulary mismatch: the tokenizer's token {token!r} has id {largest}, but config.json's "
+            f"vocab_size is {vocab_size}; tokenizer and model do not belong together"
+        )
+
+
+def stop_ids(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids that end a response: the tokenizer's EOS and generation_config.json's `eos_token_id`, sorted."""
+    place = _folder(folder)
+    ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    path = place / "generation_config.json"
+    if path.is_file():
+        more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        ids.update(more if isinstance(more, list) else [] if more is None else [more])
+    if not ids:
+        raise PromptError(f"{place}: neither the tokenizer nor generation_config.json names an eos token")
+    size = vocabulary_size(place)
+    if outside := sorted(token for token in ids if not 0 <= token < size):
+        raise PromptError(f"{place}: vocabulary mismatch: eos token ids {outside} are outside vocab_size {size}")
+    return tuple(sorted(ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """Prompts that fit, in the order of their problems, and how many were longer than `prompt.max_tokens`."""
+
+    prompts: list[Prompt]
+    overlong: int
+
+
+class Renderer:
+    """One tokenizer and one PromptConfig, checked against each other when built."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        if not tokenizer.chat_template:
+            raise PromptError(
+                f"{tokenizer.name_or_path}: the tokenizer has no chat template; put a chat_template.jinja beside "
+                "tokenizer_config.json (a base model's can be as short as the user's text alone)"
+            )
+        if self._user_turn("\0") == self._user_turn("\1"):
+            raise PromptError(f"prompt.template: {config.template!r} leaves the question out; it needs {{question}}")
+        if config.prefill == "none":
+            self._refuse_prefill()
+        self._suffix = "" if config.prefill in ("template", "none") else config.prefill
+        self._suffix_ids: list[int] = tokenizer.encode(self._suffix, add_special_tokens=False) if self._suffix else []
+
+    def render(self, questions: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
+        """(text, token ids) of each question's prompt, ready for the model to go on from.
+
+        The ids are the chat template's own: its text holds the BOS where the model wants one, so none is added.
+        """
+        results = []
+        for start in range(0, len(questions), _BATCH):
+            conversations = [self._messages(question) for question in questions[start : start + _BATCH]]
+            texts = self._template(conversations)
+            batch: Any = self.tokenizer(texts, add_special_tokens=False)
+            for text, ids in zip(texts, batch["input_ids"], strict=True):
+                results.append((text + self._suffix, (*ids, *self._suffix_ids)))
+        return results
+
+    def _messages(self, question: str) -> list[dict[str, str]]:
+        system = [] if self.config.system is None else [{"role": "system", "content": self.config.system}]
+        return [*system, {"role": "user", "content": self._user_turn(question)}]
+
+    def _user_turn(self, question: str) -> str:
+        try:
+            return self.config.template.format(question=question)
+        except (KeyError, IndexError, ValueError) as error:
+            raise PromptError(
+                f"prompt.template: {self.config.template!r} is no str.format template with {{question}} alone "
+                f"({type(error).__name__}: {error}); literal braces are doubled"
+            ) from error
+
+    def _template(self, conversation: Any, generation: bool = True) -> Any:
+        return self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generation)
+
+    def _refuse_prefill(self) -> None:
+        """PromptError when the template writes more than the assistant tag before the model's own first token.
+
+        The tag is what stands before an assistant turn's text in a finished conversation, found with a marker in that
+        text's place. R1-Distill ends its generation prompt with `<think>\\n`, and a finished turn has no such thing. A
+        template that opens `<think>` in both is caught by that word.
+        """
+        messages = self._messages("Q")
+        prompt = self._template(messages)
+        finished = self._template([*messages, {"role": "assistant", "content": _SENTINEL}], generation=False)
+        head = finished.partition(_SENTINEL)[0]
+        extra = prompt[len(os.path.commonprefix([head, prompt])) :]
+        added = prompt.removeprefix(self._template(messages, generation=False))
+        if not extra and "<think" in added:
+            extra = added[added.index("<think") :]
+        if extra:
+            raise PromptError(
+                f"prompt.prefill: none, but the chat template of {self.tokenizer.name_or_path} writes {extra!r} after "
+                "the assistant tag; set prefill: template to keep it, or take it out of the folder's chat template"
+            )
+
+
+def render(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> Prompt:
+    """One problem as a prompt, whatever its length; for many, `render_all`."""
+    [(text, tokens)] = Renderer(tokenizer, config).render([problem.question])
+    return _prompt(problem, text, tokens)
+
+
+def render_all(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> Rendered:
+    """Every problem as a prompt; those over `config.max_tokens` are counted and left out, or an error, as configured.
+
+    PromptError also when no prompt is left.
+    """
+    rendered = Renderer(tokenizer, config).render([problem.question for problem in problems])
+    prompts = []
+    for problem, (text, tokens) in zip(problems, rendered, strict=True):
+        if fits(len(tokens), config, problem.where):
+            prompts.append(_prompt(problem, text, tokens))
+    if not prompts:
+        raise PromptError(f"all {len(problems)} prompts are longer than prompt.max_tokens = {config.max_tokens}")
+    return Rendered(prompts, len(problems) - len(prompts))
+
+
+def fits(length: int, config: PromptConfig, where: str) -> bool:
+    """Whether a prompt of `length` tokens may be used; PromptError where `prompt.overlong` is error."""
+    if length <= config.max_tokens:
+        return True
+    if config.overlong == "error":
+        raise PromptError(
+            f"{where}: the prompt has {length} tokens, more than prompt.max_tokens = {config.max_tokens}; raise that, "
+            "or set prompt.overlong: skip"
+        )
+    return False
+
+
+def _prompt(problem: Problem, text: str, tokens: tuple[int, ...]) -> Prompt:
+    meta = {"dataset": problem.dataset, "difficulty": problem.difficulty, "where": problem.where}
+    return Prompt(id=problem.id, tokens=tokens, text=text, gold=problem.gold, meta=meta)
+
+
+def _folder(folder: str | Path) -> Path:
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        raise PromptError(f"{place}: no such model folder (expected one with config.json and a tokenizer)")
+    return place

@@ -1,0 +1,53 @@
+"""Reads question and response rows for supervised fine-tuning; the prompt is rendered as in RL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_efr.config import PromptConfig, SftDataConfig
+from megatron_efr.data.prompts import PromptError, Renderer, fits
+from megatron_efr.data.rows import DatasetError, Row, read_rows
+from megatron_efr.types import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class SftRows:
+    """Trainable rows in the file's order, and how many were left out because their prompt is over the limit."""
+
+    sequences: list[Sequence]
+    overlong: int
+
+
+def load_sft(config: SftDataConfig, tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig) -> SftRows:
+    """Rows as prompt + response + EOS; `Sequence.prompt_length` marks where the loss begins.
+
+    DatasetError names file and line of a row without question or response.
+    """
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
+        raise PromptError(f"{tokenizer.name_or_path}: the tokenizer names no eos token, which ends every response")
+    rows = read_rows(config.path, limit=config.limit)
+    questions = [_column(row, config.question) for row in rows]
+    responses = [_column(row, config.response) for row in rows]
+    rendered = Renderer(tokenizer, prompt).render(questions)
+    batch: Any = tokenizer(responses, add_special_tokens=False)
+    sequences = []
+    for row, (_, ids), response in zip(rows, rendered, batch["input_ids"], strict=True):
+        if fits(len(ids), prompt, row.where):
+            end = [] if response and response[-1] == eos else [eos]
+            sequences.append(Sequence(tokens=[*ids, *response, *end], prompt_length=len(ids)))
+    if not sequences:
+        raise PromptError(f"{config.path}: all {len(rows)} prompts are longer than prompt.max_tokens")
+    return SftRows(sequences, len(rows) - len(sequences))
+
+
+def _column(row: Row, name: str) -> str:
+    value = row.columns.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise DatasetError(
+            f"{row.where}: no text in column {name!r}; the row has columns {', '.join(map(str, row.columns))}"
+        )
+    return value

@@ -1,0 +1,59 @@
+"""The paper's method: a correct answer earns 1 - alpha * sigmoid(standardised length), a wrong one 0."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from megatron_efr.config import Section
+from megatron_efr.methods.base import Method
+from megatron_efr.types import Group
+
+ArrayT = TypeVar("ArrayT", np.ndarray, torch.Tensor)
+
+_EPSILON = 1e-7  # the released code's guard against groups whose correct lengths are all equal
+
+
+def efr_rewards(correct: ArrayT, lengths: ArrayT, alpha: float) -> ArrayT:
+    """Rewards of Arora & Zanette 2025 (arXiv 2502.04463), equations 4 and 5.
+
+        r_i = c_i * (1 - alpha * sigmoid((len_i - mean_C) / (std_C + 1e-7)))
+
+    mean and (population) standard deviation run over the prompt's *correct* responses. A response that was cut off must
+    come in as not correct: it then earns 0 and enters neither statistic. `correct` and `lengths` are `[samples]` or
+    `[prompts, samples]`, arrays or tensors; float64 of the same kind and shape comes back. ValueError unless
+    0 <= alpha < 1 and the shapes agree.
+    """
+    if not 0.0 <= alpha < 1.0:
+        raise ValueError(f"alpha must lie in [0, 1), got {alpha}")
+    if tuple(correct.shape) != tuple(lengths.shape):
+        raise ValueError(f"correct {tuple(correct.shape)} and lengths {tuple(lengths.shape)} differ in shape")
+    if isinstance(correct, torch.Tensor):
+        rewards = _rewards(correct.detach().cpu().numpy(), cast(torch.Tensor, lengths).detach().cpu().numpy(), alpha)
+        return cast(Any, torch.from_numpy(rewards).to(correct.device))
+    return cast(Any, _rewards(np.asarray(correct), np.asarray(lengths), alpha))
+
+
+def _rewards(correct: np.ndarray, lengths: np.ndarray, alpha: float) -> np.ndarray:
+    c = correct.astype(bool).astype(np.float64)
+    length = lengths.astype(np.float64)
+    count = np.maximum(c.sum(-1, keepdims=True), 1.0)  # no correct response: every reward is 0 whatever the mean
+    mean = (c * length).sum(-1, keepdims=True) / count
+    std = np.sqrt((c * (length - mean) ** 2).sum(-1, keepdims=True) / count)
+    z = c * (length - mean) / (std + _EPSILON)
+    return c * (1.0 - alpha / (1.0 + np.exp(-z)))
+
+
+class EFR(Method):
+    """Training Language Models to Reason Efficiently (Arora & Zanette 2025)."""
+
+    class Options(Section):
+        alpha: float = Field(ge=0, lt=1, description="0 is plain accuracy RL; larger is briefer; the paper: 0 to 0.4")
+
+    def rewards(self, group: Group) -> np.ndarray:
+        if group.correct is None:
+            raise ValueError(f"prompt {group.prompt.id}: rewards asked for before grading")
+        return efr_rewards(group.correct & ~group.truncated, group.lengths, self.options.alpha)

@@ -1,0 +1,93 @@
+"""Megatron-Core on a machine without a GPU: the one module that patches it, and refuses where CUDA is present.
+
+Megatron-Core 0.16.1 names the device "cuda" in places that no option reaches. Each patch below answers one of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core import utils as megatron_utils
+from megatron.core.optimizer import clip_grads, optimizer
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.tensor_parallel import random as megatron_random
+
+_WITH_LITERAL_DEVICE = (schedules, optimizer, clip_grads, megatron_utils)
+
+
+def prepare() -> None:
+    """Patch Megatron for this process, once. RuntimeError where there is a GPU to use instead."""
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            "CPU support was asked for on a machine with CUDA; hide the devices with CUDA_VISIBLE_DEVICES="
+        )
+    if isinstance(schedules.torch, _TorchOnCpu):
+        return
+    _patch("torch.cuda.current_device", torch.cuda, "current_device", lambda: torch.device("cpu"))
+    _patch("torch.cuda.synchronize", torch.cuda, "synchronize", lambda *args, **kwargs: None)
+    _patch("Tensor.cuda", torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    # only dropout and recomputation fork the "device" generator: here it is the CPU's
+    _patch("random state", megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+    _patch("random state", megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: _set_state(state))
+    for module in _WITH_LITERAL_DEVICE:
+        _patch("literal device", module, "torch", _TorchOnCpu())
+
+
+@contextmanager
+def cuda_type_names() -> Iterator[None]:
+    """Within it fp32 CPU tensors call themselves 'torch.cuda.FloatTensor', as Megatron's optimizer asserts.
+
+    Does nothing where CUDA is present.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    original = torch.Tensor.type
+
+    @functools.wraps(original)
+    def named(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    _patch("type names", torch.Tensor, "type", named)
+    try:
+        yield
+    finally:
+        _patch("type names", torch.Tensor, "type", original)
+
+
+class _TorchOnCpu(types.ModuleType):
+    """The torch module, except that functions called with device="cuda" make their tensor on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(torch, name)
+        return _on_cpu(value) if name in ("zeros", "ones", "tensor", "empty", "full") else value
+
+
+@functools.cache
+def _on_cpu(function: Any) -> Any:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _set_state(state: torch.Tensor) -> None:
+    torch.set_rng_state(state)
+
+
+def _patch(reason: str, owner: Any, name: str, value: Any) -> None:
+    if not hasattr(owner, name):
+        raise RuntimeError(f"CPU support ({reason}): {owner!r} has no {name}; it was written for megatron-core 0.16.1")
+    setattr(owner, name, value)

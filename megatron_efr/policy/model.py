@@ -1,0 +1,177 @@
+"""The Megatron model: its configuration from config.json's facts, its layers, its chunks on this rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from megatron_efr.config import ConfigError, ModelConfig, ParallelConfig
+from megatron_efr.policy.layers import local_layers
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.mapping import padded_vocab
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class PolicyModel(GPTModel):
+    """Megatron's GPTModel whose last stage gives hidden states [tokens, 1, hidden]: the head lives in the loss.
+
+    Megatron-Core 0.16.1 has no hook for a head of one's own, and its own head would hold every logit.
+    """
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """This rank's rows of the output layer [V / TP, hidden]; the embedding where they are tied. Last stage only."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def transformer_config(model: ModelConfig, architecture: Architecture, parallel: ParallelConfig) -> TransformerConfig:
+    """Megatron's configuration of this model and split; `model.megatron` overrides any field by its own name."""
+    bf16 = model.dtype == "bfloat16"
+    on_cpu = not torch.cuda.is_available()
+    fields: dict[str, Any] = {
+        "num_layers": architecture.layers,
+        "hidden_size": architecture.hidden,
+        "ffn_hidden_size": architecture.ffn,
+        "num_attention_heads": architecture.heads,
+        "num_query_groups": architecture.kv_heads,
+        "kv_channels": architecture.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": architecture.norm_eps,
+        "add_bias_linear": False,
+        "add_qkv_bias": architecture.qkv_bias,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "sequence_parallel": parallel.sequence,
+        "variable_seq_lengths": True,  # packs differ in length
+        "moe_token_dispatcher_type": "alltoall",  # required by variable_seq_lengths, for dense models too
+        "pipeline_dtype": DTYPES[model.dtype],
+        "params_dtype": DTYPES[model.dtype],
+        "bf16": bf16,
+        "calculate_per_token_loss": True,  # our losses arrive normalised over the whole update: divide by nothing
+        "perform_initialization": False,  # every weight is loaded, or drawn by name from the seed
+        "use_cpu_initialization": on_cpu,
+        "persist_layer_norm": not on_cpu,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+    }
+    if parallel.virtual_pipeline is not None:
+        # with Megatron's defaults the interleaved schedule is silently wrong
+        fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    check_fields("model.megatron", model.megatron, TransformerConfig)
+    return TransformerConfig(**fields | model.megatron)
+
+
+def build_chunks(
+    config: TransformerConfig,
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    layers: Literal["auto", "local", "transformer_engine"],
+    device: torch.device,
+) -> list[DistributedDataParallel]:
+    """This rank's model chunks (one, or one per virtual stage), in DDP, with weights still to be loaded."""
+    chunks = []
+    for stage in range(parallel.virtual_pipeline or 1):
+        vp_stage = stage if parallel.virtual_pipeline is not None else None
+        first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        model = PolicyModel(
+            config=config,
+            transformer_layer_spec=_layers(config, layers, vp_stage),
+            vocab_size=padded_vocab(architecture.vocab, parallel.tensor),
+            max_sequence_length=architecture.max_positions,
+            pre_process=first,
+            post_process=last,
+            parallel_output=True,
+            share_embeddings_and_output_weights=architecture.tied,
+            position_embedding_type="rope",
+            rotary_base=int(architecture.rope_theta),
+            vp_stage=vp_stage,
+        )
+        _mark_split_weights(model)
+        if device.type == "cuda":
+            model.cuda()
+        chunks.append(model)
+    ddp = ddp_config(parallel)
+    wrapped = []
+    for number, model in enumerate(chunks):
+        module = Float16Module(config, model) if config.bf16 else model
+        wrapped.append(DistributedDataParallel(config, ddp, module, disable_bucketing=number > 0))
+    config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    config.finalize_model_grads_func = finalize_model_grads
+    return wrapped
+
+
+def _mark_split_weights(model: PolicyModel) -> None:
+    """Say which weights are tensor-parallel shards.
+
+    Megatron does so while initialising them, which is off; without the mark the gradient norm leaves out every shard
+    but rank 0's, silently.
+    """
+    dims = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if type(module) in dims and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, dims[type(module)], 1)
+
+
+def ddp_config(parallel: ParallelConfig) -> DistributedDataParallelConfig:
+    """Megatron's DDP settings; `parallel.ddp` overrides any field by its own name."""
+    check_fields("parallel.ddp", parallel.ddp, DistributedDataParallelConfig)
+    return DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True} | parallel.ddp)
+
+
+def check_fields(where: str, given: dict[str, Any], kind: type[Any]) -> None:
+    """ConfigError for a pass-through key that `kind` does not have."""
+    unknown = sorted(given.keys() - {field.name for field in dataclasses.fields(kind)})
+    if unknown:
+        raise ConfigError(f"{where}.{unknown[0]}: {kind.__name__} of megatron-core has no such field")
+
+
+def _layers(
+    config: TransformerConfig, layers: Literal["auto", "local", "transformer_engine"], vp_stage: int | None
+) -> TransformerBlockSubmodules | ModuleSpec:
+    has_engine = importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
+    if layers == "transformer_engine" and not has_engine:
+        raise ConfigError(
+            "model.layers: transformer_engine is asked for, and it (or CUDA) is not here; use auto or local"
+        )
+    if has_engine and layers != "local":
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+        )
+    return local_layers(config, get_num_layers_to_build(config, vp_stage=vp_stage))

@@ -1,0 +1,84 @@
+"""Megatron's optimizer and learning-rate schedule, from the run's own configuration."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_efr.config import OptimizerConfig
+from megatron_efr.policy import cpu
+from megatron_efr.policy.model import DTYPES, check_fields
+
+
+class Optimizer:
+    """Steps Megatron's Adam along the schedule; a step whose gradient is not finite is skipped and says so."""
+
+    def __init__(
+        self, config: OptimizerConfig, dtype: str, updates: int, chunks: list[DistributedDataParallel]
+    ) -> None:
+        check_fields("optimizer.megatron", config.megatron, MegatronOptimizerConfig)
+        fields: dict[str, Any] = {
+            "optimizer": "adam",
+            "lr": config.lr,
+            "min_lr": config.min_lr,
+            "weight_decay": config.weight_decay,
+            "adam_beta1": config.beta1,
+            "adam_beta2": config.beta2,
+            "adam_eps": config.eps,
+            "clip_grad": config.clip_grad,
+            "bf16": dtype == "bfloat16",
+            "params_dtype": DTYPES[dtype],
+            "use_distributed_optimizer": chunks[0].ddp_config.use_distributed_optimizer,
+        }
+        self._chunks = chunks
+        with cpu.cuda_type_names():
+            self.megatron: ChainedOptimizer = get_megatron_optimizer(
+                MegatronOptimizerConfig(**fields | config.megatron), chunks
+            )
+        self.schedule = OptimizerParamScheduler(
+            self.megatron,
+            init_lr=0.0,
+            max_lr=config.lr,
+            min_lr=config.min_lr,
+            lr_warmup_steps=config.warmup_updates,
+            lr_decay_steps=max(updates, config.warmup_updates + 1),
+            lr_decay_style=config.schedule,
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=max(updates, 1),
+            wd_incr_style="constant",
+        )
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last update."""
+        return float(self.megatron.param_groups[0]["lr"])
+
+    def zero_grad(self) -> None:
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self.megatron.zero_grad()
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, float]:
+        """One update with the gradients at hand: whether it was made, and the gradient's norm before clipping.
+
+        The schedule moves first, so the first of k warm-up updates has lr / k, not 0.
+        """
+        with cpu.cuda_type_names():
+            self.megatron.prepare_grads()
+            norm = float(self.megatron.get_grad_norm())
+            if not math.isfinite(norm):
+                return False, norm
+            self.schedule.step(1)
+            for part in self.megatron.chained_optimizers:
+                if part.config.clip_grad > 0 and part.get_parameters():
+                    clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
+            return bool(self.megatron.step_with_ready_grads()), norm

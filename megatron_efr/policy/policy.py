@@ -1,0 +1,217 @@
+"""The policy as the programs see it: log-probs, updates, the initial model for reference, and weights to publish."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.utils import unwrap_model
+
+from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.kernels import linear_logprob
+from megatron_efr.policy.layers import packed_sequences
+from megatron_efr.policy.loss import Loss
+from megatron_efr.policy.model import PolicyModel, build_chunks, transformer_config
+from megatron_efr.policy.optimizer import Optimizer
+from megatron_efr.policy.packing import balance, pack, row_weights
+from megatron_efr.policy.parameters import Parameters
+from megatron_efr.policy.ranks import Ranks
+from megatron_efr.types import PackedBatch, Sequence
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.folder import FolderWeights, RandomWeights, save_folder
+from megatron_efr.weights.mapping import WeightMapping
+
+
+class Policy:
+    """A Megatron model under the configured parallelism, with its optimizer. Every rank holds one and calls it alike.
+
+    `temperature` is the sampler's: log-probs are those of the distribution that the responses were drawn from.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        ranks: Ranks,
+        *,
+        updates: int,
+        seed: int,
+        temperature: float = 1.0,
+        keep_reference: bool = False,
+    ) -> None:
+        self.ranks = ranks
+        self.model_config = model
+        self.architecture = Architecture.from_folder(model.path)
+        self.config = transformer_config(model, self.architecture, parallel)
+        self.temperature = temperature
+        self.chunks = build_chunks(self.config, self.architecture, parallel, model.layers, ranks.device)
+        self._pack_multiple = parallel.tensor if parallel.sequence else 1
+        self.parameters = Parameters(self.chunks, WeightMapping(self.architecture, parallel.tensor), ranks)
+        self.parameters.load(
+            RandomWeights(self.architecture, seed)
+            if model.init == "random"
+            else FolderWeights(model.path, self.architecture)
+        )
+        self._reference = self.parameters.copies() if keep_reference else None
+        self.optimizer = Optimizer(optimizer, model.dtype, updates, self.chunks)
+        self.config.grad_scale_func = self.optimizer.megatron.scale_loss
+
+    # -- batches ------------------------------------------------------------------------------------------------------
+
+    def pack_update(
+        self,
+        sequences: SequenceOf[Sequence],
+        update: list[int],
+        micro_batch_tokens: int,
+        aggregate: Literal["sequence", "token"],
+    ) -> list[PackedBatch]:
+        """This replica's micro-batches of one optimizer update over `sequences[i] for i in update` (all replicas')."""
+        lengths = [sequence.length for sequence in sequences]
+        shares = balance(update, lengths, self.ranks.replicas, micro_batch_tokens)
+        weights = row_weights(sequences, update, aggregate)
+        return [
+            pack(sequences, indices, weights, self.ranks.device, self._pack_multiple)
+            for indices in shares[self.ranks.replica]
+        ]
+
+    # -- forward, backward, step --------------------------------------------------------------------------------------
+
+    def fill_logprobs(self, batches: list[PackedBatch]) -> None:
+        """Set every micro-batch's `old_logprobs` and, where a reference is kept, `reference_logprobs`.
+
+        Computed in the micro-batches that will be trained on, so the first update sees a ratio of exactly 1.
+        """
+        for batch, logprobs in zip(batches, self.logprobs(batches), strict=True):
+            batch.old_logprobs = logprobs
+        if self._reference is not None:
+            with self._as_reference():
+                reference = self.logprobs(batches)
+            for batch, logprobs in zip(batches, reference, strict=True):
+                batch.reference_logprobs = logprobs
+
+    def logprobs(self, batches: list[PackedBatch]) -> list[torch.Tensor]:
+        """Log-probs [R] of each micro-batch's response tokens under the current weights, on every pipeline stage."""
+        outputs = self._run(batches, lambda logprobs, batch: (logprobs.detach(), {}), forward_only=True)
+        if self.ranks.pipeline_ranks == 1:
+            return [output["logprobs"] for output in outputs]
+        flat = torch.zeros(sum(batch.rows.numel() for batch in batches))
+        if self.ranks.is_last_stage:
+            flat.copy_(torch.cat([output["logprobs"] for output in outputs]))
+        flat = self.ranks.from_last_stage(flat).to(self.ranks.device)
+        return list(flat.split([batch.rows.numel() for batch in batches]))
+
+    def update(self, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:
+        """One optimizer update from this replica's micro-batches; the loss's figures over all replicas, and the step's.
+
+        `skipped` is 1 where the gradient was not finite and no step was made.
+        """
+        self.optimizer.zero_grad()
+        outputs = self._run(batches, loss, forward_only=False)
+        made, norm = self.optimizer.step()
+        metrics = self._over_replicas(_combine([output["metrics"] for output in outputs]))
+        return metrics | {"grad_norm": norm, "lr": self.optimizer.lr, "skipped": 0.0 if made else 1.0}
+
+    def _run(self, batches: list[PackedBatch], loss: Loss, *, forward_only: bool) -> list[dict[str, Any]]:
+        """Drive Megatron's schedule; per micro-batch, on the last stage, what the loss measured."""
+        for chunk in self.chunks:
+            chunk.train(not forward_only)
+        schedule = get_forward_backward_func()
+        with torch.set_grad_enabled(not forward_only):
+            outputs = schedule(
+                forward_step_func=self._forward_step(loss),
+                data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
+                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=len(batches),
+                seq_length=max(batch.tokens.numel() for batch in batches),
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+        return cast(list[dict[str, Any]], outputs)
+
+    def _forward_step(self, loss: Loss) -> Callable[..., tuple[torch.Tensor, Any]]:
+        def step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            batch = next(batches)
+            hidden = chunk(
+                input_ids=batch.tokens[None],
+                position_ids=batch.positions[None],
+                attention_mask=None,
+                packed_seq_params=packed_sequences(batch.lengths, batch.cu_seqlens),
+            )
+            model = cast(PolicyModel, unwrap_model(chunk))
+            if not model.post_process:
+                return hidden, None
+            logprobs = self._head(model, hidden, batch)
+
+            def measure(logprobs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+                value, metrics = loss(logprobs, batch)
+                no_tokens = torch.zeros(
+                    (), dtype=torch.int, device=value.device
+                )  # normalised already: divide by nothing
+                return value, no_tokens, {"metrics": metrics, "logprobs": logprobs.detach()}
+
+            return logprobs, measure
+
+        return step
+
+    def _head(self, model: PolicyModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """Log-probs [R] of the response tokens from the last stage's hidden states [tokens, 1, hidden]."""
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        logprobs, _ = linear_logprob(
+            hidden[:, 0].index_select(0, batch.rows),
+            model.head_weight,
+            batch.targets,
+            temperature=self.temperature,
+            true_vocab=self.architecture.vocab,
+            tp_group=self.ranks.tensor_group if self.ranks.tensor_ranks > 1 else None,
+        )
+        return logprobs
+
+    def _over_replicas(self, metrics: dict[str, float]) -> dict[str, float]:
+        """This replica's figures combined with all others', on every rank; they stand on the last stage only."""
+        if self.ranks.world_size == 1:
+            return metrics
+        everyone: list[Any] = [None] * self.ranks.world_size
+        mine = metrics if self.ranks.is_last_stage and self.ranks.tensor_rank == 0 else None
+        dist.all_gather_object(everyone, mine, group=self.ranks.cpu_world)
+        return _combine([figures for figures in everyone if figures is not None])
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, whole tensor) pairs, one at a time: see `Parameters.whole`."""
+        return self.parameters.whole()
+
+    def save_folder(self, destination: str | Path) -> None:
+        """Write the weights as a Hugging Face folder, with the starting model's tokenizer and configuration."""
+        if self.ranks.is_main:
+            save_folder(destination, self.named_weights(), self.model_config.path)
+        else:
+            for _ in self.named_weights():
+                pass
+        self.ranks.barrier()
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        """Within it the modules hold the initial weights; the current ones wait in host memory."""
+        assert self._reference is not None
+        self._reference = self.parameters.exchange(self._reference)
+        try:
+            yield
+        finally:
+            self._reference = self.parameters.exchange(self._reference)
+
+
+def _combine(figures: SequenceOf[Mapping[str, Any]]) -> dict[str, float]:
+    """Sums, or maxima for names that end in `_max`, in a fixed order."""
+    names = sorted(figures[0]) if figures else []
+    return {name: (max if name.endswith("_max") else math.fsum)([float(f[name]) for f in figures]) for name in names}

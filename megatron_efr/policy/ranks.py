@@ -1,0 +1,172 @@
+"""Process groups: the only place that makes them. Everything else is handed what it needs."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_efr.config import ParallelConfig
+from megatron_efr.policy import cpu
+
+T = TypeVar("T")
+
+WAIT_LIMIT = timedelta(hours=6)  # how long ranks wait over gloo for rank 0 to come back with rollouts
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands. `cpu_world` and `cpu_pipeline` are gloo groups, for waits that outlast NCCL's."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    cpu_world: dist.ProcessGroup
+    cpu_pipeline: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 owns prompts, engines, journal and terminal."""
+        return self.rank == 0
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def tensor_ranks(self) -> int:
+        return parallel_state.get_tensor_model_parallel_world_size()
+
+    @property
+    def tensor_rank(self) -> int:
+        return parallel_state.get_tensor_model_parallel_rank()
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_data_parallel_group()
+
+    @property
+    def replica(self) -> int:
+        """Which data-parallel replica of the model this rank belongs to."""
+        return parallel_state.get_data_parallel_rank()
+
+    @property
+    def replicas(self) -> int:
+        return parallel_state.get_data_parallel_world_size()
+
+    @property
+    def pipeline_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_pipeline_model_parallel_group()
+
+    @property
+    def pipeline_ranks(self) -> int:
+        return parallel_state.get_pipeline_model_parallel_world_size()
+
+    @property
+    def is_last_stage(self) -> bool:
+        return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+    def share(self, make: Callable[[], T]) -> T:
+        """Run `make` on rank 0 and hand its result to every rank; an exception there is raised on all."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = make()
+            except Exception as error:  # the others must not wait for what will never come
+                outcome[1] = error
+        if self.world_size > 1:
+            if self.is_main and outcome[1] is not None:
+                dist.broadcast_object_list([None, _portable(outcome[1])], src=0, group=self.cpu_world)
+            else:
+                dist.broadcast_object_list(outcome, src=0, group=self.cpu_world)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def sum_over_replicas(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` summed over data-parallel replicas, in place."""
+        if self.replicas > 1:
+            dist.all_reduce(tensor, group=self.data_group)
+        return tensor
+
+    def from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The last pipeline stage's `tensor`, on every stage (CPU tensors of one shape), over gloo."""
+        if self.pipeline_ranks > 1:
+            source = dist.get_process_group_ranks(self.cpu_pipeline)[-1]
+            dist.broadcast(tensor, src=source, group=self.cpu_pipeline)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for every rank, on the CPU."""
+        if self.world_size > 1:
+            dist.barrier(group=self.cpu_world)
+
+
+@contextmanager
+def launched(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
+    """Join the ranks that torchrun started (or be the only one), split them as configured, and leave at the end."""
+    device = _device()
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:  # without torchrun the program is a world of one
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if device.type == "cpu":
+        cpu.prepare()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+    )
+    model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
+    torch.manual_seed(seed)
+    try:
+        yield Ranks(
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            device=device,
+            cpu_world=dist.new_group(backend="gloo", timeout=WAIT_LIMIT),
+            cpu_pipeline=_pipeline_over_gloo(),
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _pipeline_over_gloo() -> dist.ProcessGroup:
+    """This rank's pipeline peers as a gloo group; every rank takes part in making all of them."""
+    mine = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    distinct = sorted({tuple(ranks) for ranks in everyone})
+    groups = {ranks: dist.new_group(list(ranks), backend="gloo", timeout=WAIT_LIMIT) for ranks in distinct}
+    return groups[tuple(mine)]
+
+
+def _portable(error: Exception) -> Exception:
+    """The error if it can cross to other processes, else its text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"rank 0: {type(error).__name__}: {error}")
+    return error

@@ -1,0 +1,169 @@
+"""What the report says in words: every sentence is computed from the figures, whichever way they fall."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_efr.report import statistics
+from megatron_efr.report.records import Record, label
+
+
+def base_of(models: Sequence[Record]) -> Record | None:
+    """The starting model (alpha None) of a family, or None where there is none to compare with."""
+    first = models[0] if models else None
+    return first if first is not None and first["alpha"] is None and len(models) > 1 else None
+
+
+def headline(models: Sequence[Record], metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The result in a sentence: the briefest model that is no less accurate than the base, else the briefest at all."""
+    base = base_of(models)
+    if base is not None:
+        return _against_base(base, [model for model in models if model["alpha"] is not None])
+    if models:
+        model = min(models, key=lambda one: one["tokens"])
+        return (
+            f"{label(model)} is right {model['accuracy']:.1%} of the time with {model['tokens']:.1f} tokens on average."
+        )
+    told = [sentence for name, lines in metrics.items() if (sentence := _training(name, lines))]
+    return " ".join(told) or "Nothing has been measured yet."
+
+
+def _against_base(base: Record, trained: Sequence[Record]) -> str:
+    if not trained:
+        return "Only starting models have been evaluated: there is no trained one to compare."
+    as_right = [model for model in trained if model["accuracy"] >= base["accuracy"]]
+    best = min(as_right or trained, key=lambda model: model["tokens"])
+    share = best["tokens"] / base["tokens"] - 1
+    saved = f"{abs(share):.0%} {'fewer' if share <= 0 else 'more'} tokens than the {label(base)}"
+    verb = "is right" if as_right else "is less often right:"
+    return (
+        f"With {label(best)}, the model uses {saved} ({best['tokens']:.1f} against {base['tokens']:.1f} on average) "
+        f"and {verb} {best['accuracy']:.1%} of the time, against {base['accuracy']:.1%}."
+    )
+
+
+def _training(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
+    known = [line for line in lines if line.get("accuracy") is not None and line.get("tokens_mean") is not None]
+    if not known:
+        return ""
+    tenth = max(1, len(known) // 10)
+    (right, tokens), (right_now, tokens_now) = (
+        (np.mean([line["accuracy"] for line in part]), np.mean([line["tokens_mean"] for line in part]))
+        for part in (known[:tenth], known[-tenth:])
+    )
+    return (
+        f"{name}: over {known[-1]['step']} iterations, training accuracy went from {right:.1%} to {right_now:.1%} and "
+        f"mean tokens from {tokens:.1f} to {tokens_now:.1f} (first and last tenth)."
+    )
+
+
+class Halves(NamedTuple):
+    """The difficulties that count as easy and as hard; with an odd number of them the middle one is neither."""
+
+    easy: list[str]
+    hard: list[str]
+    ordered_by: str
+
+
+def halves(base: Record) -> Halves | None:
+    """Split the base's difficulties in two; None where there are fewer than two."""
+    tokens = base["tokens_by_difficulty"]
+    levels = statistics.in_order(tokens)
+    if len(levels) < 2:
+        return None
+    numbered = all(any(character.isdigit() for character in level) for level in levels)
+    if not numbered:  # words have no order of their own
+        levels = sorted(levels, key=lambda level: tokens[level])
+    half = len(levels) // 2
+    return Halves(levels[:half], levels[-half:], "" if numbered else " (ordered by the base's tokens)")
+
+
+def difficulty_sentences(models: Sequence[Record], evaluations: Mapping[str, Record]) -> list[str]:
+    """How the shrinking depends on difficulty: a summing-up, then one sentence a model; [] where it cannot be said.
+
+    A difference is called one only where its 95% interval (bootstrap over problems, both models' tokens together)
+    leaves out zero.
+    """
+    base = base_of(models)
+    split = halves(base) if base is not None else None
+    if base is None or split is None or base["name"] not in evaluations:
+        return []
+    sides: list[int] = []
+    sentences: list[str] = []
+    for model in models[1:]:
+        pairs = [_pairs(evaluations.get(model["name"]), evaluations[base["name"]], part) for part in split[:2]]
+        if min(len(pair) for pair in pairs) == 0:
+            continue
+        easy, hard, (low, high) = statistics.ratio_of_tokens(*pairs)
+        side = -1 if high < 0 else 1 if low > 0 else 0
+        sides.append(side)
+        verdict = {
+            -1: "easy problems shrink relatively more",
+            1: "hard problems shrink relatively more",
+            0: "no difference beyond chance",
+        }[side]
+        sentences.append(
+            f"{label(model)} uses {easy:.0%} of the {label(base)}'s tokens on easy problems and {hard:.0%} on hard ones: "
+            f"{verdict} (difference {_points(easy - hard)}, 95% interval {_points(low)} to {_points(high)})."
+        )
+    where = f"Easy means difficulty {', '.join(split.easy)}; hard, {', '.join(split.hard)}{split.ordered_by}."
+    return [f"{_overall(sides)} {where}", *sentences] if sentences else []
+
+
+def _pairs(record: Record | None, base: Record, levels: Sequence[str]) -> np.ndarray:
+    """Mean tokens (model, base) of every problem of these difficulties that both answered, [problems, 2]."""
+    rows = {} if record is None else {row["id"]: row for row in record["rows"]}
+    both = [(rows[row["id"]], row) for row in base["rows"] if row["difficulty"] in levels and row["id"] in rows]
+    return np.array([[np.mean(row["tokens"]) for row in pair] for pair in both], dtype=float).reshape(-1, 2)
+
+
+def _overall(sides: Sequence[int]) -> str:
+    if all(side == -1 for side in sides):
+        return "Compute follows difficulty: easy problems shrink relatively more than hard ones."
+    if all(side == 1 for side in sides):
+        return "Here hard problems shrink relatively more than easy ones, against what the paper saw on its benchmarks."
+    if all(side == 0 for side in sides):
+        return "Easy and hard problems shrink alike, as far as these problems can tell."
+    return "How the shrinking depends on difficulty differs between the models."
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f} points".replace("-", "−")
+
+
+class Chosen(NamedTuple):
+    """One problem and the rule that chose it; `rows` holds each model's row of it, in the models' order."""
+
+    rule: str
+    rows: dict[str, Record]
+
+
+def chosen_problem(names: Sequence[str], evaluations: Mapping[str, Record]) -> Chosen | None:
+    """A problem to show answered by every model: chosen by rule from the first model's evaluation, never by hand.
+
+    The first problem of median difficulty that the first model gets right in its first sample; failing that, of any
+    difficulty; failing that, the first problem. None where no problem was answered by all.
+    """
+    tables = {name: {row["id"]: row for row in evaluations[name]["rows"]} for name in names if name in evaluations}
+    if not tables:
+        return None
+    first, *others = tables.values()
+    shared = [row for id, row in first.items() if all(id in table for table in others)]
+    if not shared:
+        return None
+    levels = statistics.in_order({row["difficulty"] for row in shared if row["difficulty"] is not None})
+    by_level = [row["difficulty"] for level in levels for row in shared if row["difficulty"] == level]
+    median = by_level[(len(by_level) - 1) // 2] if by_level else None
+    right = [row for row in shared if row["correct"][0]]
+    typical = [row for row in right if median is not None and row["difficulty"] == median]
+    who = next(iter(tables))
+    if typical:
+        row, rule = typical[0], f"the first problem of median difficulty ({median}) that {who} gets right at first try"
+    elif right:
+        row, rule = right[0], f"the first problem that {who} gets right at first try"
+    else:
+        row, rule = shared[0], f"the first problem ({who} gets none right at first try)"
+    return Chosen(rule, {name: table[row["id"]] for name, table in tables.items()})

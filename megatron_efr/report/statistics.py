@@ -1,0 +1,214 @@
+"""The measures of an evaluation: pure functions of graded groups, seeded where they draw.
+
+A figure of a set of problems is the mean over problems of the problem's own mean, so that a problem counts once however
+many samples it was given; with equally many samples each it is the mean over all samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from megatron_efr.types import Group
+
+RESAMPLES = 2000
+LEVEL = 0.95
+_CHUNK = 4_000_000  # draws held at once: 32 MB
+
+
+def pass_rates(groups: Sequence[Group]) -> np.ndarray:
+    """Fraction of each problem's responses that are right, float64 [problems]. ValueError where one is not graded."""
+    return np.array([float(np.mean(graded(group))) for group in groups])
+
+
+def mean_lengths(groups: Sequence[Group]) -> np.ndarray:
+    """Mean generated tokens of each problem's responses, right or wrong, float64 [problems]."""
+    return np.array([float(np.mean(group.lengths)) for group in groups])
+
+
+def graded(group: Group) -> np.ndarray:
+    """The group's correctness, bool [n]. ValueError where the grader has not seen it."""
+    if group.correct is None:
+        raise ValueError(f"problem {group.prompt.id}: not graded; statistics need Group.correct")
+    return group.correct
+
+
+def bootstrap_means(values: np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
+    """Means of `values` [problems] over `resamples` draws of the problems with replacement, float64 [resamples].
+
+    Resampling problems, not responses, is what makes the interval clustered: the responses to one problem are not
+    independent, and enter only through their mean.
+    """
+    problems = len(values)
+    if problems == 0:
+        raise ValueError("a bootstrap needs at least one problem")
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK // problems)
+    starts = range(0, resamples, chunk)
+    sizes = [min(chunk, resamples - start) for start in starts]
+    return np.concatenate([values[rng.integers(0, problems, (size, problems))].mean(axis=1) for size in sizes])
+
+
+def interval(
+    values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean over problems; `values` [problems] holds each problem's mean.
+
+    One problem alone gives an interval of no width: there is nothing to resample.
+    """
+    tail = (1 - level) / 2
+    low, high = np.quantile(bootstrap_means(values, seed, resamples), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Chance that at least one of k draws without replacement is right: 1 - C(n-c, k)/C(n, k), unbiased.
+
+    Chen et al. 2021 (2107.03374), eq. 1. ValueError unless 0 <= correct <= samples and 1 <= k <= samples.
+    """
+    if not (0 <= correct <= samples and 1 <= k <= samples):
+        raise ValueError(
+            f"pass@{k} of {correct} right among {samples}: needs 0 <= right <= samples and 1 <= k <= samples"
+        )
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def majority(answers: Sequence[Hashable | None], correct: Sequence[bool] | np.ndarray) -> float:
+    """Chance that a vote over the samples of one problem is right; a tie is drawn fairly, None (no answer) has no vote.
+
+    `answers` are keys under which equal answers are equal. Nobody voting is wrong.
+    """
+    if len(answers) != len(correct):
+        raise ValueError(f"{len(answers)} answers to {len(correct)} graded responses")
+    votes = Counter(answer for answer in answers if answer is not None)
+    if not votes:
+        return 0.0
+    most = max(votes.values())
+    winners = [answer for answer, count in votes.items() if count == most]
+    of_winner = [[right for answer, right in zip(answers, correct, strict=True) if answer == w] for w in winners]
+    return float(np.mean([np.mean(rights) for rights in of_winner]))
+
+
+def tokens_by_correctness(groups: Sequence[Group]) -> tuple[float | None, float | None]:
+    """Mean tokens over all right responses, and over all wrong ones; None where there are none."""
+    lengths = np.concatenate([group.lengths for group in groups])
+    right = np.concatenate([graded(group) for group in groups]).astype(bool)
+    return _mean_or_none(lengths[right]), _mean_or_none(lengths[~right])
+
+
+def by_difficulty(groups: Sequence[Group], measure: Callable[[Sequence[Group]], np.ndarray]) -> dict[str, float]:
+    """Mean of `measure` (groups -> [problems]) at each `prompt.meta["difficulty"]`, in order of difficulty.
+
+    Problems without one are left out; {} where none has one.
+    """
+    levels: dict[str, list[Group]] = {}
+    for group in groups:
+        level = group.prompt.meta.get("difficulty")
+        if level is not None:
+            levels.setdefault(str(level), []).append(group)
+    return {level: float(np.mean(measure(levels[level]))) for level in in_order(levels)}
+
+
+def in_order(levels: Iterable[str]) -> list[str]:
+    """Difficulties sorted by the number in them (`2`, `10`, `Level 3`), by text where one has no number."""
+    levels = list(levels)
+    numbers = {level: _number(level) for level in levels}
+    if any(number is None for number in numbers.values()):
+        return sorted(levels)
+    return sorted(levels, key=lambda level: (numbers[level], level))
+
+
+def _number(text: str) -> float | None:
+    for word in text.split():
+        try:
+            return float(word)
+        except ValueError:
+            continue
+    return None
+
+
+def truncation_rate(groups: Sequence[Group]) -> float:
+    """Fraction of all responses that hit the token limit."""
+    return float(np.mean(np.concatenate([group.truncated for group in groups])))
+
+
+def normalised(
+    figures: Mapping[str, Mapping[str, float]], start: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
+    """Mean over datasets of the ratio to the starting model (Arora & Zanette 2025, section 5; 1.0 = as the start).
+
+    Both map dataset -> {"accuracy", "tokens"}. ValueError where the datasets differ or the start scores 0 on one.
+    """
+    if set(figures) != set(start) or not start:
+        raise ValueError(f"normalised figures need the same datasets: {sorted(figures)} against {sorted(start)}")
+    for name, figure in start.items():
+        for key in ("accuracy", "tokens"):
+            if not figure[key] > 0:
+                raise ValueError(f"dataset {name}: the starting model's {key} is {figure[key]}, no ratio to it exists")
+    return {
+        key: float(np.mean([figures[name][key] / start[name][key] for name in start])) for key in ("accuracy", "tokens")
+    }
+
+
+def accuracy_efficiency_score(
+    accuracy: float,
+    tokens: float,
+    start_accuracy: float,
+    start_tokens: float,
+    weights: tuple[float, float, float] = (1.0, 3.0, 5.0),
+) -> float:
+    """AES of O1-Pruner (2501.12570): w dL + b |dA| where accuracy rose, w dL - g |dA| where it fell.
+
+    dL = (start_tokens - tokens) / start_tokens and dA = (accuracy - start_accuracy) / start_accuracy; `weights` are
+    (w, b, g). 0 is the starting model; higher is better. ValueError where the start is 0 in either.
+    """
+    if not (start_accuracy > 0 and start_tokens > 0):
+        raise ValueError(
+            f"AES is relative to a start with accuracy {start_accuracy} and {start_tokens} tokens: both > 0"
+        )
+    w, b, g = weights
+    shorter = (start_tokens - tokens) / start_tokens
+    better = (accuracy - start_accuracy) / start_accuracy
+    return w * shorter + (b if better >= 0 else g) * better
+
+
+def cost_of_pass(cost_per_attempt: float, pass_rate: float) -> float:
+    """Expected cost of one right answer, v = cost / pass rate, infinite at rate 0 (2504.13359, eq. 1).
+
+    The cost is n_in c_in + n_out c_out in any currency; with prices 0 and 1 it is generated tokens.
+    """
+    return math.inf if pass_rate == 0 else cost_per_attempt / pass_rate
+
+
+def frontier_cost_of_pass(costs: np.ndarray) -> np.ndarray:
+    """The cheapest model's cost of pass for each problem: `costs` [models, problems] -> [problems] (2504.13359)."""
+    return np.min(costs, axis=0)
+
+
+def ratio_of_tokens(
+    easy: np.ndarray, hard: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+) -> tuple[float, float, tuple[float, float]]:
+    """How much of the base's tokens a model uses on easy and on hard problems, and an interval of the difference.
+
+    `easy`, `hard` are float64 [problems, 2]: mean tokens of (model, base) on each problem. Returns
+    (ratio on easy, ratio on hard, interval of easy - hard): below 0, easy problems shrink relatively more. Problems are
+    resampled with both models' tokens together, each part within itself.
+    """
+
+    def ratio(pairs: np.ndarray) -> float:
+        return float(pairs[:, 0].sum() / pairs[:, 1].sum())
+
+    def drawn(pairs: np.ndarray, stream: int) -> np.ndarray:
+        model, base = (bootstrap_means(pairs[:, column], stream, resamples) for column in (0, 1))  # the same draws
+        return model / base
+
+    tail = (1 - level) / 2
+    low, high = np.quantile(drawn(easy, 2 * seed) - drawn(hard, 2 * seed + 1), [tail, 1 - tail])
+    return ratio(easy), ratio(hard), (float(low), float(high))
+
+
+def _mean_or_none(values: np.ndarray) -> float | None:
+    return float(np.mean(values)) if len(values) else None

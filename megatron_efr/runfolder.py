@@ -1,0 +1,326 @@
+"""The run folder: what a run writes, where it lies, and how it survives a fault.
+
+runs/<name>/ config.yaml · metrics.jsonl · checkpoints/ · journal/ · rollouts/step_000010.jsonl.zst · eval/<name>.json
+             report/ · summary.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+import zstandard
+
+from megatron_efr.types import Group, Prompt, Response, VersionSpan
+
+MAY_CHANGE = ("runs", "observe", "checkpoint", "train.iterations")
+"""Keys, or sections, that a resumed run may set anew: none of them touches the numbers of an iteration."""
+
+_ABSENT = "(not set)"
+
+
+class RunFolderError(Exception):
+    """A run folder that cannot be used as asked. The message says what lies there and what would be right."""
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Replace `path` by `content` (text as UTF-8): after a crash it holds the old content or the new, never a part.
+
+    The temporary file lies in the same folder (a rename is atomic only within a file system); the file is synced
+    before the rename and the folder after it. Parent folders are made. Raises OSError as the file system does.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def encode_group(group: Group) -> str:
+    """One line of JSON. Floats are written by repr and read back exactly; `prompt.meta` must be JSON-ready."""
+    prompt = group.prompt
+    tree = {
+        "prompt": {
+            "id": prompt.id,
+            "tokens": list(prompt.tokens),
+            "text": prompt.text,
+            "gold": prompt.gold,
+            "meta": dict(prompt.meta),
+        },
+        "responses": [
+            {
+                "tokens": [int(token) for token in response.tokens],
+                "logprobs": [float(value) for value in response.logprobs],
+                "finish": response.finish,
+                "versions": [list(span) for span in response.versions],
+                "text": response.text,
+            }
+            for response in group.responses
+        ],
+        "correct": None if group.correct is None else group.correct.tolist(),
+        "statuses": group.statuses,
+        "rewards": None if group.rewards is None else group.rewards.tolist(),
+        "advantages": None if group.advantages is None else group.advantages.tolist(),
+    }
+    return json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
+
+
+def decode_group(line: str | bytes) -> Group:
+    """The group that `encode_group` wrote. Raises ValueError or KeyError where the line is no such group."""
+    tree = json.loads(line)
+    prompt = Prompt(**{**tree["prompt"], "tokens": tuple(tree["prompt"]["tokens"])})
+    responses = [
+        Response(**{**response, "versions": [VersionSpan(*span) for span in response["versions"]]})
+        for response in tree["responses"]
+    ]
+    return Group(
+        prompt=prompt,
+        responses=responses,
+        correct=_array(tree["correct"], np.dtype(bool)),
+        statuses=tree["statuses"],
+        rewards=_array(tree["rewards"], np.dtype(np.float64)),
+        advantages=_array(tree["advantages"], np.dtype(np.float64)),
+    )
+
+
+def _array(values: list[Any] | None, dtype: np.dtype[Any]) -> np.ndarray | None:
+    return None if values is None else np.array(values, dtype=dtype)
+
+
+class JournalContents(NamedTuple):
+    """What a journal holds: the finished groups, in the order they finished, and how many torn last lines (0, 1)."""
+
+    groups: list[Group]
+    torn: int
+
+
+class Journal:
+    """Finished groups of the running iteration, one JSON line each, so that an interrupted one is not generated again.
+
+    Every line is flushed to the operating system: it outlives a killed process. With `fsync` it outlives the machine
+    too, at the price of one disk sync per group. One writer at a time.
+    """
+
+    def __init__(self, path: str | Path, fsync: bool = False) -> None:
+        self.path = Path(path)
+        self.fsync = fsync
+        self._file: io.BufferedWriter | None = None
+
+    def append(self, group: Group) -> None:
+        """Add one finished group. A torn line left by a crash is cut off first."""
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._cut_torn_line()
+            self._file = open(self.path, "ab")  # noqa: SIM115 (held open over appends)
+        self._file.write(encode_group(group).encode("utf-8") + b"\n")
+        self._file.flush()
+        if self.fsync:
+            os.fsync(self._file.fileno())
+
+    def read(self) -> JournalContents:
+        """The finished groups. RunFolderError where a line other than the last is damaged: that is no torn write."""
+        if not self.path.exists():
+            return JournalContents([], 0)
+        *whole, rest = self.path.read_bytes().split(b"\n")
+        groups: list[Group] = []
+        for number, line in enumerate(whole, start=1):
+            try:
+                groups.append(decode_group(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunFolderError(
+                    f"{self.path}:{number}: not a finished group ({error}); the file is damaged beyond a torn last "
+                    f"line. Delete it to generate this iteration's responses again"
+                ) from error
+        return JournalContents(groups, int(bool(rest)))
+
+    def clear(self) -> None:
+        """Forget everything: the iteration is over."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Stop writing; a later `append` opens the file again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _cut_torn_line(self) -> None:
+        """A line is whole when its newline is there; what follows the last newline was torn."""
+        if self.path.exists():
+            data = self.path.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data):
+                os.truncate(self.path, whole)
+
+
+class RunFolder:
+    """runs/<name>: paths of everything a run writes, and the reading and writing of it. Making one writes nothing."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.rollouts = self.path / "rollouts"
+        self.evaluations = self.path / "eval"
+        self.report = self.path / "report"
+        self.summary = self.path / "summary.json"
+
+    @property
+    def has_work(self) -> bool:
+        """True when a run has left something that starting over would lose or mix up."""
+        written = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return written or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
+
+    def claim(self, resolved_yaml: str, resume: bool = False) -> None:
+        """Make the folder this run's own and save its configuration there. Rank 0 calls it before any work starts.
+
+        `resolved_yaml` is `config.dump(config)`. Raises RunFolderError when the folder holds another configuration
+        (naming every differing key), or the same one with work in it and `resume` is false. A resumed run may change
+        the keys of MAY_CHANGE; train.iterations only under a constant learning rate, whose schedule it does not bend.
+        """
+        if self.config.exists():
+            held, ours = self._flat(self.config.read_text(encoding="utf-8")), self._flat(resolved_yaml)
+            differing = [key for key in dict.fromkeys([*held, *ours]) if held.get(key) != ours.get(key)]
+            refused = [key for key in differing if not (resume and _may_change(key, held))]
+            if refused:
+                raise RunFolderError(self._other_configuration(refused, held, ours, resume))
+        elif self.has_work:
+            raise RunFolderError(
+                f"{self.path}: holds a run's work but no config.yaml, so nobody can tell what it is; "
+                f"choose another name, or delete the folder"
+            )
+        if self.has_work and not resume:
+            raise RunFolderError(
+                f"{self.path}: this very run has been started before and has work here; "
+                f"pass --resume to go on from its last checkpoint, or choose another name"
+            )
+        write_atomic(self.config, resolved_yaml)
+
+    @staticmethod
+    def _flat(text: str) -> dict[str, Any]:
+        return dict(_leaves(yaml.safe_load(text) or {}))
+
+    def _other_configuration(self, keys: list[str], held: Any, ours: Any, resume: bool) -> str:
+        lines = [f"  {key}: there {held.get(key, _ABSENT)!r}, here {ours.get(key, _ABSENT)!r}" for key in keys]
+        bent = resume and "train.iterations" in keys
+        hint = "\ntrain.iterations may change on resuming only with optimizer.schedule: constant" if bent else ""
+        return (
+            f"{self.path}: already holds another configuration; it differs in\n" + "\n".join(lines) + hint + "\n"
+            "give this run another name (name=...), set these keys as they are there, or delete the folder"
+        )
+
+    def append_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Add one line `{"step": step, ...}` and flush it. Values that are not finite are written as null."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        tree = {"step": int(step)} | {key: _plain(value) for key, value in metrics.items() if key != "step"}
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(tree, allow_nan=False) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl in order, [] when there are none; a torn last line is left out."""
+        if not self.metrics.exists():
+            return []
+        *whole, _torn = self.metrics.read_text(encoding="utf-8", errors="replace").split("\n")
+        return [json.loads(line) for line in whole]
+
+    def truncate_metrics(self, step: int) -> int:
+        """Drop the lines after `step`, the step resumed from, and any torn line; returns how many whole ones went.
+
+        The file then goes on as an uninterrupted run's would.
+        """
+        lines = self.read_metrics()
+        kept = [line for line in lines if line["step"] <= step]
+        if self.metrics.exists():
+            write_atomic(self.metrics, "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept))
+        return len(lines) - len(kept)
+
+    def journal(self, step: int) -> Journal:
+        """The journal of iteration `step`: a file per iteration, so that a resume never takes another one's groups."""
+        return Journal(self.path / "journal" / f"step_{step:06d}.jsonl")
+
+    def rollouts_path(self, step: int) -> Path:
+        return self.rollouts / f"step_{step:06d}.jsonl.zst"
+
+    def write_rollouts(self, step: int, groups: Iterable[Group]) -> None:
+        """Keep iteration `step`'s groups, losslessly, as zstd-compressed JSON lines."""
+        text = "".join(encode_group(group) + "\n" for group in groups)
+        write_atomic(self.rollouts_path(step), zstandard.ZstdCompressor(level=3).compress(text.encode("utf-8")))
+
+    def read_rollouts(self, step: int) -> list[Group]:
+        """Iteration `step`'s groups as they were written. RunFolderError where they were not kept or are damaged."""
+        path = self.rollouts_path(step)
+        if not path.exists():
+            raise RunFolderError(
+                f"{path}: the rollouts of step {step} were not kept (observe.rollouts: true keeps them)"
+            )
+        try:
+            text = zstandard.ZstdDecompressor().decompress(path.read_bytes())
+            return [decode_group(line) for line in text.split(b"\n") if line]
+        except (zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(f"{path}: damaged rollouts: {error}") from error
+
+    def write_evaluation(self, name: str, record: Mapping[str, Any]) -> Path:
+        """Save an evaluation record as eval/<name>.json and return its path."""
+        if not name or "/" in name or name.startswith("."):
+            raise RunFolderError(f"evaluation name {name!r}: a file name without '/' and not beginning with '.'")
+        path = self.evaluations / f"{name}.json"
+        write_atomic(path, json.dumps(record, allow_nan=False, ensure_ascii=False, indent=1) + "\n")
+        return path
+
+    def read_evaluations(self) -> dict[str, dict[str, Any]]:
+        """name -> record of every eval/<name>.json, sorted by name."""
+        paths = sorted(self.evaluations.glob("*.json"))
+        return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Save summary.json."""
+        write_atomic(self.summary, json.dumps(summary, allow_nan=False, ensure_ascii=False, indent=2) + "\n")
+
+
+def _may_change(key: str, held: Mapping[str, Any]) -> bool:
+    if key == "train.iterations" and held.get("optimizer.schedule", "constant") != "constant":
+        return False  # its learning rates follow the number of iterations
+    return any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE)
+
+
+def _leaves(tree: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+    """(dotted path, value) of every leaf; lists of sections are walked by index, an empty section is a leaf."""
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
+        for index, value in enumerate(tree):
+            yield from _leaves(value, f"{path}.{index}")
+    else:
+        yield path, tree
+
+
+def _plain(value: Any) -> Any:
+    """A metric as JSON holds it: numpy and torch scalars become Python's, NaN and infinities null."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

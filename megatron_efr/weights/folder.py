@@ -1,0 +1,169 @@
+"""Hugging Face model folders: read tensor by tensor, drawn from a seed, fingerprinted, written back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megatron_efr.config import ConfigError
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.mapping import WeightMapping
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4 * 2**30
+
+
+class TensorSource:
+    """Whole Hugging Face tensors by name, one at a time: `source[name]`."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        raise KeyError(name)
+
+
+class FolderWeights(TensorSource):
+    """The safetensors of a model folder. Every expected tensor must be there with its shape, before any is read."""
+
+    def __init__(self, folder: str | Path, architecture: Architecture) -> None:
+        self.folder = Path(folder)
+        self._files = _locate(self.folder)
+        self._check(WeightMapping(architecture).shapes())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def _check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        missing = sorted(expected.keys() - self._files.keys())
+        # a tied model may carry its head a second time; rotary buffers come from old exports
+        extra = sorted(
+            name
+            for name in self._files.keys() - expected.keys()
+            if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")
+        )
+        if missing or extra:
+            raise ConfigError(
+                f"model.path: {self.folder}: the tensors are not those of its config.json; "
+                f"missing {_some(missing)}, unexpected {_some(extra)}"
+            )
+        for name, shape in expected.items():
+            with safe_open(self._files[name], framework="pt") as file:
+                found = tuple(file.get_slice(name).get_shape())
+            if found != shape:
+                raise ConfigError(f"model.path: {self._files[name]}: {name} is {found}, config.json makes it {shape}")
+
+
+class RandomWeights(TensorSource):
+    """Fresh weights as transformers initialises them: a function of (seed, tensor name), so the same in any layout."""
+
+    def __init__(self, architecture: Architecture, seed: int) -> None:
+        self.seed, self.std = seed, architecture.initializer_range
+        self._shapes = WeightMapping(architecture).shapes()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        shape = self._shapes[name]
+        if name.endswith("norm.weight"):
+            return torch.ones(shape)
+        if name.endswith(".bias"):
+            return torch.zeros(shape)
+        key = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        return torch.empty(shape).normal_(0.0, self.std, generator=generator)
+
+
+def fingerprint(folder: str | Path, seed: int | None = None) -> str:
+    """SHA-256 over config.json and the weights: the safetensors' bytes, or the seed that random weights come from."""
+    digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+    if seed is not None:
+        digest.update(f"random weights, seed {seed}".encode())
+    else:
+        for path in sorted(set(_locate(Path(folder)).values())):
+            with path.open("rb") as file:
+                while block := file.read(2**24):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def save_folder(
+    destination: str | Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    template: str | Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write `tensors` (Hugging Face names, whole) as a model folder, with everything but the weights from `template`.
+
+    Complete or absent: the folder is built beside its place and moved there. At most one shard is held in memory.
+    """
+    destination = Path(destination)
+    partial = destination.with_name(destination.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for path in Path(template).iterdir():
+        if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".pt")):
+            shutil.copy(path, partial / path.name)
+    _write_shards(partial, tensors, shard_bytes)
+    if destination.exists():
+        shutil.rmtree(destination)
+    os.replace(partial, destination)
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int) -> None:
+    shards: list[list[str]] = []
+    total = 0
+    for shard in _batches(tensors, shard_bytes):
+        save_file(shard, folder / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
+        total += sum(tensor.nbytes for tensor in shard.values())
+        shards.append(list(shard))
+    if len(shards) == 1:
+        os.rename(folder / "shard-0.safetensors", folder / _SINGLE)
+        return
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.rename(folder / f"shard-{number}.safetensors", folder / file)
+        index |= dict.fromkeys(names, file)
+    (folder / _INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1))
+
+
+def _batches(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
+    batch: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if batch and size + tensor.nbytes > limit:
+            yield batch
+            batch, size = {}, 0
+        batch[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        size += tensor.nbytes
+    yield batch
+
+
+def _locate(folder: Path) -> dict[str, Path]:
+    """Which file holds each tensor."""
+    index = folder / _INDEX
+    if index.is_file():
+        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        absent = sorted({str(path) for path in files.values() if not path.is_file()})
+        if absent:
+            raise ConfigError(f"model.path: {index} names files that are not there: {_some(absent)}")
+        return files
+    single = folder / _SINGLE
+    if not single.is_file():
+        raise ConfigError(
+            f"model.path: {folder}: neither {_SINGLE} nor {_INDEX} found; "
+            f"set model.init: random to start from fresh weights"
+        )
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _some(names: list[str]) -> str:
+    return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"
