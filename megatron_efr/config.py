@@ -11,8 +11,10 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from megatron_efr.types import UserError
 
-class ConfigError(Exception):
+
+class ConfigError(UserError):
     """A configuration that cannot run. The message names the key's path, the value and what would be right."""
 
 
@@ -26,7 +28,7 @@ class ModelConfig(Section):
     """The starting model, a Hugging Face folder, and the width it trains in."""
 
     path: str = Field(description="folder with config.json, tokenizer and, unless init is random, safetensors")
-    init: Literal["load", "random"] = Field("load", description="load the safetensors, or draw fresh weights from seed")
+    init: Literal["load", "random"] = Field(default="load", description="load the safetensors, or draw fresh weights from seed")
     dtype: Literal["float32", "bfloat16"] = "float32"
     layers: Literal["auto", "local", "transformer_engine"] = Field(
         "auto", description="auto takes Transformer Engine's layers where they import and CUDA is present"
@@ -58,12 +60,12 @@ class DatasetConfig(Section):
     format: Literal["auto", "gsm8k", "math", "columns"] = Field(
         "auto", description="auto: gsm8k where the answer holds '####', else question/answer columns found by name"
     )
-    split: str = Field("train", description="split of a hub data set")
-    question: str | None = Field(None, description="column of the question; found by name when left out")
-    answer: str | None = Field(None, description="column of the gold answer; found by name when left out")
-    difficulty: str | None = Field(None, description="column to report tokens and accuracy by")
-    name: str | None = Field(None, description="name in reports; the file's stem when left out")
-    limit: PositiveInt | None = Field(None, description="first rows only")
+    split: str = Field(default="train", description="split of a hub data set")
+    question: str | None = Field(default=None, description="column of the question; found by name when left out")
+    answer: str | None = Field(default=None, description="column of the gold answer; found by name when left out")
+    difficulty: str | None = Field(default=None, description="column to report tokens and accuracy by")
+    name: str | None = Field(default=None, description="name in reports; the file's stem when left out")
+    limit: PositiveInt | None = Field(default=None, description="first rows only")
 
 
 class PromptConfig(Section):
@@ -95,19 +97,19 @@ class RolloutConfig(Section):
     """How responses are drawn, and by which engine."""
 
     engine: Literal["local"] = "local"
-    prompts: PositiveInt = Field(32, description="prompts per iteration")
-    samples: PositiveInt = Field(8, description="responses per prompt")
-    temperature: float = Field(1.0, gt=0)
-    top_p: Literal[1.0] = Field(1.0, description="training needs the sampler's own distribution, so nothing else")
+    prompts: PositiveInt = Field(default=32, description="prompts per iteration")
+    samples: PositiveInt = Field(default=8, description="responses per prompt")
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: Literal[1.0] = Field(default=1.0, description="training needs the sampler's own distribution, so nothing else")
     max_new_tokens: PositiveInt = 32000
-    slots: PositiveInt = Field(256, description="responses the embedded engine decodes at once")
+    slots: PositiveInt = Field(default=256, description="responses the embedded engine decodes at once")
 
 
 class GradingConfig(Section):
     """math-verify in processes that can be killed."""
 
     workers: PositiveInt = 1
-    timeout_s: float = Field(5.0, gt=0, description="CPU seconds for one response")
+    timeout_s: float = Field(default=5.0, gt=0, description="CPU seconds for one response")
 
 
 class MethodConfig(BaseModel):
@@ -124,8 +126,8 @@ class MethodConfig(BaseModel):
 class LossConfig(Section):
     """The policy-gradient loss (PPO clip) and the KL to the initial model."""
 
-    clip: float = Field(0.2, gt=0, lt=1)
-    beta: float = Field(1e-3, ge=0, description="weight of the KL to the initial model, inside the reward (k1)")
+    clip: float = Field(default=0.2, gt=0, lt=1)
+    beta: float = Field(default=1e-3, ge=0, description="weight of the KL to the initial model, inside the reward (k1)")
     normalize: Literal["none", "batch"] = Field(
         "none", description="advantages as they are (the paper's text) or whitened over the batch (its released code)"
     )
@@ -138,14 +140,14 @@ class OptimizerConfig(Section):
     """Adam and its learning-rate schedule."""
 
     lr: float = Field(gt=0)
-    min_lr: float = Field(0.0, ge=0)
+    min_lr: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_updates: int = Field(0, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    clip_grad: float = Field(1.0, ge=0, description="0 turns clipping off")
+    warmup_updates: int = Field(default=0, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_grad: float = Field(default=1.0, ge=0, description="0 turns clipping off")
     megatron: dict[str, Any] = Field(default_factory=dict, description="any field of Megatron's OptimizerConfig")
 
 
@@ -153,29 +155,29 @@ class TrainingConfig(Section):
     """The loop: how many iterations, how many updates in each, how work is packed."""
 
     iterations: PositiveInt = 100
-    updates: PositiveInt = Field(2, description="optimizer updates per iteration; the responses split evenly over them")
-    micro_batch_tokens: PositiveInt = Field(16384, description="token budget of one packed micro-batch")
+    updates: PositiveInt = Field(default=2, description="optimizer updates per iteration; the responses split evenly over them")
+    micro_batch_tokens: PositiveInt = Field(default=16384, description="token budget of one packed micro-batch")
     max_logprob_diff: float = Field(
         0.5, gt=0, description="stop when |engine - policy| log-prob, averaged over an iteration, exceeds this"
     )
 
 
 class CheckpointConfig(Section):
-    every: PositiveInt = Field(10, description="iterations between checkpoints (SFT: updates); the last always saves")
-    keep: PositiveInt = Field(2, description="how many of the newest to keep")
+    every: PositiveInt = Field(default=10, description="iterations between checkpoints (SFT: updates); the last always saves")
+    keep: PositiveInt = Field(default=2, description="how many of the newest to keep")
 
 
 class EvaluationConfig(Section):
     """Held-out problems, graded during training (`every`) or by `efr evaluate`."""
 
     datasets: list[DatasetConfig] = Field(default_factory=list)
-    every: PositiveInt | None = Field(None, description="iterations between evaluations inside a training run")
+    every: PositiveInt | None = Field(default=None, description="iterations between evaluations inside a training run")
     preset: Literal["paper", "r1", "custom"] = Field(
         "paper", description="paper: temperature 0.6, top-p 1; r1: temperature 0.6, top-p 0.95; custom: as given here"
     )
-    temperature: float | None = Field(None, ge=0, description="custom preset only; 0 is greedy")
-    top_p: float | None = Field(None, gt=0, le=1)
-    samples: PositiveInt = Field(1, description="responses per problem")
+    temperature: float | None = Field(default=None, ge=0, description="custom preset only; 0 is greedy")
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    samples: PositiveInt = Field(default=1, description="responses per problem")
     samples_by_dataset: dict[str, PositiveInt] = Field(default_factory=dict)
     max_new_tokens: PositiveInt = 32768
 
@@ -198,16 +200,16 @@ class EvaluationConfig(Section):
 
 class ObserveConfig(Section):
     tensorboard: bool = True
-    wandb: str | None = Field(None, description="project name; needs the wandb extra")
-    rollouts: bool = Field(True, description="keep every iteration's rollouts in the run folder, replayable")
+    wandb: str | None = Field(default=None, description="project name; needs the wandb extra")
+    rollouts: bool = Field(default=True, description="keep every iteration's rollouts in the run folder, replayable")
 
 
 class RunConfig(Section):
     """What every program's configuration begins with."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")
-    runs: str = Field("runs", description="the folder of all runs; this one is runs/name")
-    seed: int = Field(42, ge=0)
+    runs: str = Field(default="runs", description="the folder of all runs; this one is runs/name")
+    seed: int = Field(default=42, ge=0)
     model: ModelConfig
 
     @property
@@ -264,7 +266,7 @@ class SftDataConfig(Section):
 
 class SftTrainingConfig(Section):
     updates: PositiveInt
-    batch: PositiveInt = Field(64, description="sequences per optimizer update")
+    batch: PositiveInt = Field(default=64, description="sequences per optimizer update")
     micro_batch_tokens: PositiveInt = 16384
     bucket: PositiveInt = Field(
         1, description="updates drawn together and sorted by length before they are split, so that batches waste little"
@@ -301,7 +303,7 @@ class EvaluateConfig(RunConfig):
     prompt: PromptConfig = Field(default_factory=PromptConfig)
     evaluation: EvaluationConfig
     grading: GradingConfig = Field(default_factory=GradingConfig)
-    slots: PositiveInt = Field(256, description="responses the embedded engine decodes at once")
+    slots: PositiveInt = Field(default=256, description="responses the embedded engine decodes at once")
 
 
 def check_parallel(parallel: ParallelConfig, world_size: int) -> None:

@@ -181,6 +181,10 @@ class Observer:
         for output in self._outputs:
             output.phase(phase)
 
+    def seconds(self, phase: str) -> float:
+        """Seconds spent in `phase` since the last `log`; 0.0 where it has not been entered."""
+        return self._seconds.get(phase, 0.0)
+
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Write `metrics` of `step` with the phases' seconds since the last call, and return what was written.
 

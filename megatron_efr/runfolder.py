@@ -78,6 +78,7 @@ def encode_group(group: Group) -> str:
             }
             for response in group.responses
         ],
+        "seed": group.seed,
         "correct": None if group.correct is None else group.correct.tolist(),
         "statuses": group.statuses,
         "rewards": None if group.rewards is None else group.rewards.tolist(),
@@ -97,6 +98,7 @@ def decode_group(line: str | bytes) -> Group:
     return Group(
         prompt=prompt,
         responses=responses,
+        seed=tree["seed"],
         correct=_array(tree["correct"], np.dtype(bool)),
         statuses=tree["statuses"],
         rewards=_array(tree["rewards"], np.dtype(np.float64)),
@@ -186,12 +188,14 @@ class RunFolder:
         self.evaluations = self.path / "eval"
         self.report = self.path / "report"
         self.summary = self.path / "summary.json"
+        self.model = self.path / "model"
 
     @property
     def has_work(self) -> bool:
         """True when a run has left something that starting over would lose or mix up."""
         written = self.metrics.exists() and self.metrics.stat().st_size > 0
-        return written or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
+        kept = (self.checkpoints, self.rollouts, self.path / "journal")
+        return written or any(folder.is_dir() and any(folder.iterdir()) for folder in kept)
 
     def claim(self, resolved_yaml: str, resume: bool = False) -> None:
         """Make the folder this run's own and save its configuration there. Rank 0 calls it before any work starts.
@@ -259,6 +263,12 @@ class RunFolder:
     def journal(self, step: int) -> Journal:
         """The journal of iteration `step`: a file per iteration, so that a resume never takes another one's groups."""
         return Journal(self.path / "journal" / f"step_{step:06d}.jsonl")
+
+    def clear_journals(self, step: int) -> None:
+        """Remove the journals of iterations up to `step`: a checkpoint covers them."""
+        for path in sorted((self.path / "journal").glob("step_*.jsonl")):
+            if int(path.stem.removeprefix("step_")) <= step:
+                path.unlink()
 
     def rollouts_path(self, step: int) -> Path:
         return self.rollouts / f"step_{step:06d}.jsonl.zst"

@@ -9,6 +9,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+
+class UserError(Exception):
+    """Something a person can put right. The message says what is wrong, where, and what would be right."""
+
+
 Finish = Literal["stop", "length", "abort"]
 
 
@@ -85,6 +90,7 @@ class Group:
 
     prompt: Prompt
     responses: list[Response]
+    seed: int = 0  # the request's: it names this visit of the prompt
     correct: np.ndarray | None = None  # bool
     statuses: list[str] = field(default_factory=list)  # the grader's word for each response
     rewards: np.ndarray | None = None  # float64

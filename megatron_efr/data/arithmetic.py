@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_efr.data.model_folder import (
     ASSISTANT,
@@ -48,7 +48,7 @@ class ArithmeticTask:
     corruption: float = 0.05  # chance that a step's sum is off
     train_rows: int = 8_192
     test_rows: int = 1_024
-    sft_rows: int = 96_000  # 1,500 updates of 64, each seen once
+    sft_rows: int = 64_000  # 1,500 updates of 64 see each one and a half times
     held_out: float = 0.2  # at most this share of a difficulty's problems is kept for the test
     model: ModelSize = field(default_factory=ModelSize)
 
@@ -132,14 +132,17 @@ def _draw(terms: int, rng: random.Random) -> Terms:
 
 
 def arithmetic_tokenizer() -> Tokenizer:
-    """One token per digit, sign and word, the words with their spaces, so that text round-trips exactly."""
-    words = [*"0123456789+=;", WAIT, BOX, CLOSE]
-    specials = [PAD, BOS, EOS, SYSTEM, USER, ASSISTANT, UNKNOWN]
-    vocab = {token: index for index, token in enumerate([*specials, *words])}
-    backend = Tokenizer(models.WordLevel(vocab=vocab, unk_token=UNKNOWN))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" wait | \\boxed\{|."), behavior="isolated")
-    backend.decoder = decoders.Fuse()
-    backend.add_special_tokens(special_tokens(specials))
+    """One token per digit, sign and word, the words with their spaces, so that text round-trips exactly.
+
+    Single characters are a byte-level BPE without merges and the words are added tokens, found before any splitting:
+    transformers' AutoTokenizer puts its own splitting into every Qwen2 folder, and this survives that.
+    """
+    vocab = {char: index for index, char in enumerate([UNKNOWN, *"0123456789+=;", CLOSE])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(special_tokens([UNKNOWN, PAD, BOS, EOS, SYSTEM, USER, ASSISTANT]))
+    backend.add_tokens([AddedToken(word, normalized=False) for word in (WAIT, BOX)])
     return backend
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
@@ -57,7 +58,7 @@ def write_model_folder(folder: Path, backend: Tokenizer, size: ModelSize) -> Non
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(str(folder))
-    ids = {
+    ids: dict[str, Any] = {
         "bos_token_id": backend.token_to_id(BOS),
         "eos_token_id": backend.token_to_id(EOS),
         "pad_token_id": backend.token_to_id(PAD),

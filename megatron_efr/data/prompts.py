@@ -1,15 +1,14 @@
-"""Renders problems into token ids with the tokenizer's own chat template, and reads what a model folder says of them."""
+"""Renders problems into token ids with the tokenizer's own chat template, and reads a model folder's vocabulary."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_efr.config import PromptConfig
 from megatron_efr.data.datasets import Problem
@@ -29,15 +28,15 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     Checks that no token id reaches config.json's `vocab_size`, which is the model's true vocabulary.
     """
     place = _folder(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(place), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PromptError(
-            f"{place}: no usable tokenizer (expected tokenizer.json and tokenizer_config.json): {error}"
-        ) from error
-    # transformers 5 makes up an empty tokenizer where a folder has only config.json.
+    # tokenizer.json says all. AutoTokenizer would replace parts of it with what transformers' class for the model type
+    # hard-codes (splitting and normalisation, for every Qwen2 folder), whatever tokenizer was trained.
+    kind = PreTrainedTokenizerFast if (place / "tokenizer.json").is_file() else AutoTokenizer
     if not any((place / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise PromptError(f"{place}: no tokenizer here (expected tokenizer.json and tokenizer_config.json)")
+    try:
+        tokenizer = kind.from_pretrained(str(place), local_files_only=True)
+    except Exception as error:  # tokenizers raises a bare Exception for a file it cannot read
+        raise PromptError(f"{place}: the tokenizer's files cannot be loaded: {error}") from error
     check_vocabulary(tokenizer, vocabulary_size(place), str(place))
     return tokenizer
 
@@ -66,7 +65,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where:
 def stop_ids(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Token ids that end a response: the tokenizer's EOS and generation_config.json's `eos_token_id`, sorted."""
     place = _folder(folder)
-    ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    ids: set[int] = set()
+    if isinstance(tokenizer.eos_token_id, int):
+        ids.add(tokenizer.eos_token_id)
     path = place / "generation_config.json"
     if path.is_file():
         more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
@@ -114,7 +115,7 @@ class Renderer:
         for start in range(0, len(questions), _BATCH):
             conversations = [self._messages(question) for question in questions[start : start + _BATCH]]
             texts = self._template(conversations)
-            batch: Any = self.tokenizer(texts, add_special_tokens=False)
+            batch: Any = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
             for text, ids in zip(texts, batch["input_ids"], strict=True):
                 results.append((text + self._suffix, (*ids, *self._suffix_ids)))
         return results
@@ -146,7 +147,8 @@ class Renderer:
         prompt = self._template(messages)
         finished = self._template([*messages, {"role": "assistant", "content": _SENTINEL}], generation=False)
         head = finished.partition(_SENTINEL)[0]
-        extra = prompt[len(os.path.commonprefix([head, prompt])) :]
+        same = next((i for i, (a, b) in enumerate(zip(head, prompt, strict=False)) if a != b), len(head))
+        extra = prompt[same:]
         added = prompt.removeprefix(self._template(messages, generation=False))
         if not extra and "<think" in added:
             extra = added[added.index("<think") :]

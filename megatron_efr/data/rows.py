@@ -26,8 +26,8 @@ class Row(NamedTuple):
 def read_rows(path: str, split: str = "train", limit: int | None = None) -> list[Row]:
     """The first `limit` rows of `path` (all when None); DatasetError when there are none or one cannot be read.
 
-    A path that ends in .jsonl, .json or .parquet, or that starts like a path (`/`, `./`, `../`, `~`), is never looked
-    up on the hub.
+    A path that ends in .jsonl, .json or .parquet, starts like a path (`/`, `./`, `../`, `~`) or lies in a folder that
+    exists is never looked up on the hub.
     """
     rows = list(islice(_rows(path, split), limit))
     if not rows:
@@ -47,7 +47,8 @@ def _rows(path: str, split: str) -> Iterator[Row]:
         if place.suffix == ".parquet":
             return _parquet_rows(path, place)
         raise DatasetError(f"{path}: cannot tell its kind by its name; expected one of {', '.join(SUFFIXES)}")
-    if place.suffix in SUFFIXES or path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
+    local = path.startswith(("/", "./", "../", "~")) or ("/" in path and place.parent.is_dir()) or path.count("/") > 1
+    if local or place.suffix in SUFFIXES:
         raise DatasetError(f"{path}: no such file or folder")
     return _hub_rows(path, split)
 

@@ -33,7 +33,7 @@ def load_sft(config: SftDataConfig, tokenizer: PreTrainedTokenizerBase, prompt: 
     questions = [_column(row, config.question) for row in rows]
     responses = [_column(row, config.response) for row in rows]
     rendered = Renderer(tokenizer, prompt).render(questions)
-    batch: Any = tokenizer(responses, add_special_tokens=False)
+    batch: Any = tokenizer(responses, add_special_tokens=False, return_attention_mask=False)
     sequences = []
     for row, (_, ids), response in zip(rows, rendered, batch["input_ids"], strict=True):
         if fits(len(ids), prompt, row.where):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,8 @@ class StreamError(ValueError):
     """A stream that cannot be built or resumed."""
 
 
-class Visit(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Visit:
     """One drawing of a prompt; `index` counts all drawings of the run from 0, so request seeds can follow from it."""
 
     index: int

@@ -209,6 +209,7 @@ class _Worker:
     usage: psutil.Process = field(init=False)
     jobs: deque[int] = field(default_factory=deque)
     ready: bool = False
+    answered: int = 0
     cpu_before: float = 0.0  # CPU seconds it had used when it finished its last response
     cpu_seen: float = 0.0
     moved: float = field(default_factory=time.monotonic)  # wall clock when its CPU time last advanced
@@ -240,6 +241,7 @@ class _Worker:
             # The parent looks every few hundredths of a second; the worker's own clock settles what ended in between.
             over = cpu - self.cpu_before > limits.timeout_s
             statuses[self.jobs.popleft()] = TIMEOUT if over else status
+            self.answered += 1
         self.ready = True
         self.cpu_before = self.cpu_seen = cpu
         self.moved = time.monotonic()
@@ -264,6 +266,8 @@ class _Worker:
 
     def bloated(self, limits: _Limits) -> bool:
         """Whether what earlier responses left in sympy's caches would count against the next one."""
+        if not self.answered:
+            return False  # a fresh process holds no leftovers, however small the limit
         try:
             return self.usage.memory_info().rss > limits.memory_bytes // 2
         except psutil.Error:

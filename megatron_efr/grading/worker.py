@@ -69,7 +69,7 @@ def _expressions(readings: list[Any]) -> list[Any]:
 
 
 def serve(connection: Connection, timeout_s: float) -> None:
-    """Answer chunks of (gold, answer) with one (status, CPU seconds of this process so far) each, until the pipe ends."""
+    """Answer every (gold, answer) of each chunk with (status, CPU seconds of this process), until the pipe ends."""
     connection.send(("ready", time.process_time()))
     while True:
         try:

@@ -16,6 +16,9 @@ from megatron_efr.config import OptimizerConfig
 from megatron_efr.policy import cpu
 from megatron_efr.policy.model import DTYPES, check_fields
 
+# the form that any other layout can read
+_CHECKPOINT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
 
 class Optimizer:
     """Steps Megatron's Adam along the schedule; a step whose gradient is not finite is skipped and says so."""
@@ -82,3 +85,17 @@ class Optimizer:
                 if part.config.clip_grad > 0 and part.get_parameters():
                     clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
             return bool(self.megatron.step_with_ready_grads()), norm
+
+    def sharded_state(self, models: dict[str, Any], loading: bool) -> dict[str, Any]:
+        """The optimizer's part of a sharded checkpoint, given the models'."""
+        merged = {key: value for model in models.values() for key, value in model.items()}
+        with cpu.cuda_type_names():
+            return {
+                "state": self.megatron.sharded_state_dict(merged, is_loading=loading, metadata=_CHECKPOINT),
+                "schedule": self.schedule.state_dict(),
+            }
+
+    def load_sharded_state(self, state: dict[str, Any]) -> None:
+        with cpu.cuda_type_names():
+            self.megatron.load_state_dict(state["state"])
+        self.schedule.load_state_dict(state["schedule"])

@@ -9,9 +9,19 @@ from typing import Literal
 import numpy as np
 import torch
 
-from megatron_efr.types import PackedBatch, Sequence
+from megatron_efr.types import Group, PackedBatch, Sequence
 
 MicroBatches = list[list[int]]  # indices of sequences, micro-batch by micro-batch
+
+
+def trainable(group: Group) -> list[Sequence]:
+    """A scored group's responses as sequences to train on."""
+    assert group.advantages is not None
+    prompt = group.prompt.tokens
+    return [
+        Sequence([*prompt, *response.tokens], len(prompt), float(advantage), response.logprobs)
+        for response, advantage in zip(group.responses, group.advantages, strict=True)
+    ]
 
 
 def split_into_updates(sequences: int, updates: int, seed: SequenceOf[int]) -> list[list[int]]:
@@ -23,15 +33,16 @@ def split_into_updates(sequences: int, updates: int, seed: SequenceOf[int]) -> l
     return [part.tolist() for part in np.split(order, updates)]
 
 
-def balance(indices: list[int], lengths: SequenceOf[int], replicas: int, budget: int) -> list[MicroBatches]:
+def balance(lengths: Mapping[int, int], replicas: int, budget: int) -> list[MicroBatches]:
     """Micro-batches of one update for every replica: similar work, equally many, at most `budget` tokens each.
 
+    `lengths` are the tokens of each of the update's sequences, by index.
     Longest first to the replica with the least tokens so far; within a replica first-fit into micro-batches. A sequence
     longer than the budget gets a micro-batch of its own.
     """
     shares: list[list[int]] = [[] for _ in range(replicas)]
     loads = [0] * replicas
-    for i in sorted(indices, key=lambda i: (-lengths[i], i)):
+    for i in sorted(lengths, key=lambda i: (-lengths[i], i)):
         replica = loads.index(min(loads))
         shares[replica].append(i)
         loads[replica] += lengths[i]
@@ -40,7 +51,7 @@ def balance(indices: list[int], lengths: SequenceOf[int], replicas: int, budget:
     return [_pad_to(batches, count) for batches in packed]
 
 
-def _first_fit(share: list[int], lengths: SequenceOf[int], budget: int) -> MicroBatches:
+def _first_fit(share: list[int], lengths: Mapping[int, int], budget: int) -> MicroBatches:
     batches: MicroBatches = []
     room: list[int] = []
     for i in share:

@@ -24,9 +24,9 @@ from megatron_efr.policy.optimizer import Optimizer
 from megatron_efr.policy.packing import balance, pack, row_weights
 from megatron_efr.policy.parameters import Parameters
 from megatron_efr.policy.ranks import Ranks
-from megatron_efr.types import PackedBatch, Sequence
+from megatron_efr.types import PackedBatch, Sequence, UserError
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.folder import FolderWeights, RandomWeights, save_folder
+from megatron_efr.weights.folder import fingerprint, initial_weights, save_folder
 from megatron_efr.weights.mapping import WeightMapping
 
 
@@ -56,11 +56,12 @@ class Policy:
         self.chunks = build_chunks(self.config, self.architecture, parallel, model.layers, ranks.device)
         self._pack_multiple = parallel.tensor if parallel.sequence else 1
         self.parameters = Parameters(self.chunks, WeightMapping(self.architecture, parallel.tensor), ranks)
-        self.parameters.load(
-            RandomWeights(self.architecture, seed)
-            if model.init == "random"
-            else FolderWeights(model.path, self.architecture)
-        )
+        self.parameters.load(initial_weights(model, self.architecture, seed))
+        seed_of_weights = seed if model.init == "random" else None
+        self.initial_model = {
+            "path": model.path,
+            "sha256": ranks.share(lambda: fingerprint(model.path, seed_of_weights)),
+        }
         self._reference = self.parameters.copies() if keep_reference else None
         self.optimizer = Optimizer(optimizer, model.dtype, updates, self.chunks)
         self.config.grad_scale_func = self.optimizer.megatron.scale_loss
@@ -75,8 +76,7 @@ class Policy:
         aggregate: Literal["sequence", "token"],
     ) -> list[PackedBatch]:
         """This replica's micro-batches of one optimizer update over `sequences[i] for i in update` (all replicas')."""
-        lengths = [sequence.length for sequence in sequences]
-        shares = balance(update, lengths, self.ranks.replicas, micro_batch_tokens)
+        shares = balance({i: sequences[i].length for i in update}, self.ranks.replicas, micro_batch_tokens)
         weights = row_weights(sequences, update, aggregate)
         return [
             pack(sequences, indices, weights, self.ranks.device, self._pack_multiple)
@@ -108,6 +108,26 @@ class Policy:
             flat.copy_(torch.cat([output["logprobs"] for output in outputs]))
         flat = self.ranks.from_last_stage(flat).to(self.ranks.device)
         return list(flat.split([batch.rows.numel() for batch in batches]))
+
+    def compare_logprobs(self, batches: list[PackedBatch], sequences: SequenceOf[Sequence]) -> dict[str, float]:
+        """How far apart the log-probs of the same tokens are, over all replicas.
+
+        `logprob_diff_mean`, `logprob_diff_max`: |engine at sampling - policy before the update|. `kl`: the mean over
+        tokens of policy - initial model (k1), where a reference is kept.
+        """
+        figures = []
+        for batch in batches:
+            assert batch.old_logprobs is not None
+            engine = torch.cat([torch.tensor(sequences[i].engine_logprobs) for i in batch.indices])
+            difference = (engine.to(batch.old_logprobs.device) - batch.old_logprobs).abs().double()
+            figure = {"tokens": float(difference.numel()), "logprob_diff_mean": float(difference.sum())}
+            figure["logprob_diff_max"] = float(difference.max())
+            if batch.reference_logprobs is not None:
+                figure["kl"] = float((batch.old_logprobs - batch.reference_logprobs).double().sum())
+            figures.append(figure)
+        sums = self._over_replicas(_combine(figures))
+        tokens = sums.pop("tokens")
+        return {name: value if name.endswith("_max") else value / tokens for name, value in sums.items()}
 
     def update(self, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:
         """One optimizer update from this replica's micro-batches; the loss's figures over all replicas, and the step's.
@@ -199,6 +219,30 @@ class Policy:
             for _ in self.named_weights():
                 pass
         self.ranks.barrier()
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def sharded_state(self, *, loading: bool = False) -> dict[str, Any]:
+        """Model and optimizer as Megatron's sharded state dict: what a checkpoint saves, or the shape it loads into."""
+        models = {f"model{i}": unwrap_model(chunk).sharded_state_dict() for i, chunk in enumerate(self.chunks)}
+        return models | {"optimizer": self.optimizer.sharded_state(models, loading)}
+
+    def load_sharded_state(self, state: dict[str, Any]) -> None:
+        """Take up a loaded checkpoint's model and optimizer. The reference stays the initial model."""
+        for i, chunk in enumerate(self.chunks):
+            unwrap_model(chunk).load_state_dict(state[f"model{i}"])
+        self.optimizer.load_sharded_state(state["optimizer"])
+
+    # -- the initial model --------------------------------------------------------------------------------------------
+
+    def check_initial_model(self, saved: Mapping[str, str], source: str) -> None:
+        """Refuse a checkpoint that was trained from another initial model: the KL would refer to the wrong one."""
+        if saved["sha256"] != self.initial_model["sha256"]:
+            raise UserError(
+                f"{source}: was trained from {saved['path']} (SHA-256 {saved['sha256'][:12]}...), and model.path = "
+                f"{self.initial_model['path']} now holds other weights ({self.initial_model['sha256'][:12]}...); put "
+                "the initial model back, since the KL term refers to it"
+            )
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:

@@ -92,6 +92,16 @@ class Ranks:
             raise outcome[1]
         return outcome[0]
 
+    def on_main(self, make: Callable[[], T]) -> T | None:
+        """Run `make` on rank 0 alone, which keeps the result; an exception there is raised on all."""
+        kept: list[T] = []
+
+        def keep() -> None:
+            kept.append(make())
+
+        self.share(keep)
+        return kept[0] if kept else None
+
     def sum_over_replicas(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` summed over data-parallel replicas, in place."""
         if self.replicas > 1:

@@ -18,7 +18,7 @@ from megatron_efr.report.records import Record, figure, label, relative, spread_
 Metrics = Mapping[str, Sequence[Mapping[str, Any]]]
 
 _PANEL = (4.4, 3.1)  # inches: small enough that its letters stay readable on a phone
-_FAMILY = (6.0, 4.1)
+_FAMILY = (5.2, 3.7)
 
 
 def write_report(
@@ -87,7 +87,8 @@ def _environment() -> Environment:
 
 def _lighter(hue: str) -> str:
     """The same hue for a dark page: two fifths of the way to white."""
-    return to_hex([channel + 0.4 * (1 - channel) for channel in to_rgb(hue)])
+    red, green, blue = (channel + 0.4 * (1 - channel) for channel in to_rgb(hue))
+    return to_hex((red, green, blue))
 
 
 def _family(models: Sequence[Record], hues: Mapping[str, str], out: Path) -> Markup | None:
@@ -116,13 +117,19 @@ def _table(summary: Record, evaluations: Mapping[str, Record]) -> list[dict[str,
             {
                 "name": model["name"],
                 "label": label(model),
-                "accuracy": figure(model, "accuracy", lambda v: f"{100 * v:.1f}", "%"),
-                "tokens": figure(model, "tokens", lambda v: f"{v:.1f}"),
+                "accuracy": _split(figure(model, "accuracy", lambda v: f"{100 * v:.1f}", "%")),
+                "tokens": _split(figure(model, "tokens", lambda v: f"{v:.1f}")),
                 "against": relative(model["tokens"], base["tokens"]) if trained and base is not None else "",
                 "more": more,
             }
         )
     return rows
+
+
+def _split(text: str) -> tuple[str, str]:
+    """The figure and its spread, which takes a line of its own on a phone."""
+    value, _, spread = text.partition(" ")
+    return value, spread
 
 
 def _more(record: Record | None) -> dict[str, str]:
@@ -195,7 +202,8 @@ def _difficulty(
 
 def _curves(models: Sequence[Record], metrics: Metrics, hues: Mapping[str, str], out: Path) -> dict[str, Any] | None:
     labels = {model["name"]: label(model) for model in models}
-    order = [name for name in hues if name in metrics and metrics[name]]
+    shown = [key for key, _ in plots.CURVES]
+    order = [n for n in hues if any(line.get(key) is not None for line in metrics.get(n, []) for key in shown)]
     runs = {name: metrics[name] for name in order}
     draws = [
         (title, partial(plots.draw_curve, runs=runs, key=key, hues=hues))

@@ -49,6 +49,8 @@ _STYLE: Any = {
     "ytick.major.size": 0,
     "lines.linewidth": 1.8,
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.constrained_layout.h_pad": 0.08,
 }
 
 Draw = Callable[[Axes], None]
@@ -63,8 +65,8 @@ CURVES = (
 def colours(models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Model name -> hex colour: grey for a model without alpha, the others along the ramp in their order."""
     trained = [model["name"] for model in models if model["alpha"] is not None]
-    places = np.linspace(0, 1, len(trained)) if len(trained) > 1 else [0.35]
-    ramp = {name: to_hex(_RAMP(float(place))) for name, place in zip(trained, places, strict=True)}
+    last = len(trained) - 1
+    ramp = {name: to_hex(_RAMP(index / last if last else 0.35)) for index, name in enumerate(trained)}
     return {model["name"]: ramp.get(model["name"], BASE) for model in models}
 
 
@@ -81,7 +83,8 @@ def draw_family(axis: Axes, models: Sequence[Mapping[str, Any]]) -> None:
     axis.set_xlabel("mean tokens per response")
     axis.set_ylabel("accuracy (%)")
     axis.margins(x=0.14, y=0.16)
-    _place_labels(axis, x, y, [label(model) for model in models])
+    reach = [_bars(model, "accuracy", 100.0) for model in models]
+    _place_labels(axis, x, y, reach, [label(model) for model in models])
 
 
 def _bars(model: Mapping[str, Any], key: str, scale: float) -> np.ndarray | None:
@@ -93,14 +96,18 @@ def _bars(model: Mapping[str, Any], key: str, scale: float) -> np.ndarray | None
     return None if spread is None else scale * np.array([[spread], [spread]])
 
 
-def _place_labels(axis: Axes, x: Sequence[float], y: Sequence[float], texts: Sequence[str]) -> None:
-    """Put each text beside its point, at the first of a few places where it covers neither another text nor a point."""
+def _place_labels(
+    axis: Axes, x: Sequence[float], y: Sequence[float], reach: Sequence[np.ndarray | None], texts: Sequence[str]
+) -> None:
+    """Put each text beside its point, at the first place on the axis that no other text, point or bar has."""
     figure = axis.get_figure(root=True)
     assert figure is not None
     canvas = FigureCanvasAgg(figure)
     figure.draw_without_rendering()  # settles the layout, so that pixels mean something
-    points = axis.transData.transform(np.column_stack([x, y]))
-    taken = [Bbox.from_bounds(px - 9, py - 9, 18, 18) for px, py in points]
+    ends = [(0.0, 0.0) if bars is None else (bars[0, 0], bars[1, 0]) for bars in reach]
+    low = axis.transData.transform([(px, py - below) for px, py, (below, _) in zip(x, y, ends, strict=True)]) - 9
+    high = axis.transData.transform([(px, py + above) for px, py, (_, above) in zip(x, y, ends, strict=True)]) + 9
+    taken = [Bbox(corners) for corners in np.stack([low, high], axis=1)]
     places = [(9, 7, "left", "bottom"), (-9, 7, "right", "bottom"), (9, -7, "left", "top"), (-9, -7, "right", "top")]
     places += [(0, 22, "center", "bottom"), (0, -22, "center", "top")]
     for own, (px, py, text) in enumerate(zip(x, y, texts, strict=True)):
@@ -108,7 +115,8 @@ def _place_labels(axis: Axes, x: Sequence[float], y: Sequence[float], texts: Seq
         for last, (dx, dy, ha, va) in enumerate(places, start=1):
             note = axis.annotate(text, (px, py), (dx, dy), textcoords="offset points", ha=ha, va=va, fontweight="bold")
             box = note.get_window_extent(canvas.get_renderer())
-            if last == len(places) or not any(box.overlaps(other) for other in others):
+            inside = axis.bbox.containsx(box.x0) and axis.bbox.containsx(box.x1)
+            if last == len(places) or (inside and not any(box.overlaps(other) for other in others)):
                 taken.append(box)
                 break
             note.remove()

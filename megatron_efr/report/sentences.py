@@ -94,20 +94,21 @@ def difficulty_sentences(models: Sequence[Record], evaluations: Mapping[str, Rec
     sides: list[int] = []
     sentences: list[str] = []
     for model in models[1:]:
-        pairs = [_pairs(evaluations.get(model["name"]), evaluations[base["name"]], part) for part in split[:2]]
-        if min(len(pair) for pair in pairs) == 0:
+        records = evaluations.get(model["name"]), evaluations[base["name"]]
+        on_easy, on_hard = _pairs(*records, split.easy), _pairs(*records, split.hard)
+        if not len(on_easy) or not len(on_hard):
             continue
-        easy, hard, (low, high) = statistics.ratio_of_tokens(*pairs)
+        easy, hard, (low, high) = statistics.ratio_of_tokens(on_easy, on_hard)
         side = -1 if high < 0 else 1 if low > 0 else 0
         sides.append(side)
         verdict = {
-            -1: "easy problems shrink relatively more",
-            1: "hard problems shrink relatively more",
+            -1: "relatively fewer on easy problems",
+            1: "relatively fewer on hard problems",
             0: "no difference beyond chance",
         }[side]
         sentences.append(
-            f"{label(model)} uses {easy:.0%} of the {label(base)}'s tokens on easy problems and {hard:.0%} on hard ones: "
-            f"{verdict} (difference {_points(easy - hard)}, 95% interval {_points(low)} to {_points(high)})."
+            f"{label(model)} uses {easy:.0%} of the {label(base)}'s tokens on easy problems and {hard:.0%} on hard "
+            f"ones: {verdict} (difference {_points(easy - hard)}, 95% interval {_points(low)} to {_points(high)})."
         )
     where = f"Easy means difficulty {', '.join(split.easy)}; hard, {', '.join(split.hard)}{split.ordered_by}."
     return [f"{_overall(sides)} {where}", *sentences] if sentences else []
@@ -122,12 +123,12 @@ def _pairs(record: Record | None, base: Record, levels: Sequence[str]) -> np.nda
 
 def _overall(sides: Sequence[int]) -> str:
     if all(side == -1 for side in sides):
-        return "Compute follows difficulty: easy problems shrink relatively more than hard ones."
+        return "Compute follows difficulty: relative to the base, easy problems take fewer tokens than hard ones."
     if all(side == 1 for side in sides):
-        return "Here hard problems shrink relatively more than easy ones, against what the paper saw on its benchmarks."
+        return "Relative to the base, hard problems take fewer tokens than easy ones: not what the paper saw."
     if all(side == 0 for side in sides):
-        return "Easy and hard problems shrink alike, as far as these problems can tell."
-    return "How the shrinking depends on difficulty differs between the models."
+        return "Relative to the base, easy and hard problems take alike many tokens, as far as can be told."
+    return "How tokens relative to the base depend on difficulty differs between the models."
 
 
 def _points(value: float) -> str:

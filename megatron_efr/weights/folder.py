@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_efr.config import ConfigError
+from megatron_efr.config import ConfigError, ModelConfig
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import WeightMapping
 
@@ -22,20 +23,35 @@ _INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
 
 
-class TensorSource:
-    """Whole Hugging Face tensors by name, one at a time: `source[name]`."""
+class TensorSource(ABC):
+    """A model's whole Hugging Face tensors by name, made or read one at a time: `source[name]`."""
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        raise KeyError(name)
+    def __init__(self, architecture: Architecture) -> None:
+        self.shapes = WeightMapping(architecture).shapes()
+
+    @abstractmethod
+    def __getitem__(self, name: str) -> torch.Tensor: ...
+
+    def items(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every (name, tensor), in the order in which weights are sent."""
+        return ((name, self[name]) for name in self.shapes)
+
+
+def initial_weights(model: ModelConfig, architecture: Architecture, seed: int) -> TensorSource:
+    """The weights that `model` starts from: its folder's, or random ones drawn from `seed`."""
+    if model.init == "random":
+        return RandomWeights(architecture, seed)
+    return FolderWeights(model.path, architecture)
 
 
 class FolderWeights(TensorSource):
     """The safetensors of a model folder. Every expected tensor must be there with its shape, before any is read."""
 
     def __init__(self, folder: str | Path, architecture: Architecture) -> None:
+        super().__init__(architecture)
         self.folder = Path(folder)
         self._files = _locate(self.folder)
-        self._check(WeightMapping(architecture).shapes())
+        self._check(self.shapes)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with safe_open(self._files[name], framework="pt") as file:
@@ -65,11 +81,11 @@ class RandomWeights(TensorSource):
     """Fresh weights as transformers initialises them: a function of (seed, tensor name), so the same in any layout."""
 
     def __init__(self, architecture: Architecture, seed: int) -> None:
+        super().__init__(architecture)
         self.seed, self.std = seed, architecture.initializer_range
-        self._shapes = WeightMapping(architecture).shapes()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        shape = self._shapes[name]
+        shape = self.shapes[name]
         if name.endswith("norm.weight"):
             return torch.ones(shape)
         if name.endswith(".bias"):

@@ -1,0 +1,39 @@
+"""The command line that every program shares: a configuration file, overrides, and errors that a person can read."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from megatron_efr.config import RunConfig, load
+from megatron_efr.types import UserError
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+EXIT_USER_ERROR = 2
+
+
+def parser(program: str, description: str) -> argparse.ArgumentParser:
+    """A program's parser, with the configuration file and the overrides."""
+    made = argparse.ArgumentParser(prog=f"efr {program}", description=description)
+    made.add_argument("config", help="YAML file; see examples/")
+    made.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
+    return made
+
+
+def read(kind: type[ConfigT], arguments: argparse.Namespace) -> ConfigT:
+    """The configuration that the arguments name, checked."""
+    return load(kind, arguments.config, arguments.overrides)
+
+
+def run(program: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
+    """Run a program; a UserError is printed by rank 0 without a traceback, and the exit code is 2."""
+    try:
+        program(argv)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)

@@ -1,0 +1,139 @@
+"""Checkpoints: Megatron's sharded state and the run's own, complete or absent, verified before `latest` moves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron.core import dist_checkpointing
+
+from megatron_efr.types import UserError
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+LATEST = "latest"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written or read; the message names it and what is wrong."""
+
+
+class World(Protocol):
+    """What saving needs of the ranks."""
+
+    @property
+    def is_main(self) -> bool: ...
+
+    def barrier(self) -> None: ...
+
+    def share(self, make: Callable[[], Any]) -> Any: ...
+
+
+class Checkpoints:
+    """The checkpoints of one run folder: `step_000010/` each, and `latest`, which names the newest that verified.
+
+    A checkpoint is Megatron's distributed format beside `state.json` (the run's own state) and `manifest.json` (size
+    and SHA-256 of every file). Written beside its place and renamed: a kill at any moment leaves the older ones.
+    """
+
+    def __init__(self, folder: Path, keep: int, world: World) -> None:
+        self.folder, self.keep, self._world = folder, keep, world
+
+    def save(self, step: int, sharded: dict[str, Any], state: dict[str, Any]) -> Path:
+        """Save on all ranks together, verify, move `latest`, drop what is older than the `keep` newest."""
+        final = self.folder / name(step)
+        partial = final.with_name(final.name + ".partial")
+        if self._world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self._world.barrier()
+        dist_checkpointing.save(sharded, str(partial))
+        self._world.barrier()
+        self._world.share(lambda: self._finish(partial, final, state))
+        return final
+
+    def _finish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
+        (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        _write_manifest(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(partial, final)
+        verify(final)
+        _write_synced(self.folder / LATEST, final.name)
+        for old in _complete(self.folder)[: -self.keep]:
+            shutil.rmtree(old)
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that verifies; a damaged one is named on stderr and the one before it is taken."""
+        return self._world.share(self._newest)
+
+    def _newest(self) -> Path | None:
+        for path in reversed(_complete(self.folder)):
+            try:
+                verify(path)
+            except CheckpointError as error:
+                print(f"checkpoint set aside: {error}", flush=True)
+            else:
+                return path
+        return None
+
+    def load(self, path: Path, sharded: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(sharded state filled in, the run's own state) of a checkpoint, on all ranks together."""
+        loaded = dist_checkpointing.load(sharded, str(path))
+        return loaded, json.loads((path / STATE).read_text(encoding="utf-8"))
+
+
+def name(step: int) -> str:
+    """The folder of a step's checkpoint."""
+    return f"step_{step:06d}"
+
+
+def verify(path: Path) -> None:
+    """Compare every file's size and checksum with the manifest; CheckpointError names the first that differs."""
+    manifest = path / MANIFEST
+    if not manifest.is_file():
+        raise CheckpointError(f"{path}: no {MANIFEST}: the save was interrupted")
+    try:
+        entries = json.loads(manifest.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{manifest}: not readable: {error}") from error
+    for file, entry in entries.items():
+        member = path / file
+        if not member.is_file():
+            raise CheckpointError(f"{member}: missing")
+        if member.stat().st_size != entry["bytes"]:
+            raise CheckpointError(f"{member}: {member.stat().st_size} bytes, {entry['bytes']} were written")
+        if _sha256(member) != entry["sha256"]:
+            raise CheckpointError(f"{member}: its content is not what was written (SHA-256 differs)")
+
+
+def _write_manifest(folder: Path) -> None:
+    entries = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        entries[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    _write_synced(folder / MANIFEST, json.dumps(entries, indent=1))
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Checkpoints that were renamed into place, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.is_dir() and path.suffix != ".partial")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_synced(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,39 @@
+"""`efr`: one command for all programs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from megatron_efr import __version__
+from megatron_efr.arguments import run
+
+PROGRAMS = {
+    "train": "reinforcement learning, the main job",
+    "sft": "supervised fine-tuning on responses",
+    "evaluate": "accuracy and tokens of a model folder",
+    "sweep": "a family: train, evaluate and report one run per value of a key",
+    "report": "the HTML page of a run folder",
+}
+
+
+def main() -> None:
+    """Hand the arguments to the program that is named first."""
+    name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if name in ("-h", "--help"):
+        print("usage: efr PROGRAM ...\n\n" + "\n".join(f"  {key:10}{text}" for key, text in PROGRAMS.items()))
+        print("\n`efr PROGRAM --help` says more; under several processes: torchrun -m megatron_efr.PROGRAM ...")
+    elif name == "--version":
+        print(__version__)
+    elif name in PROGRAMS:
+        # a report of a finished run needs no torch: programs are imported when they are asked for
+        run(importlib.import_module(f"megatron_efr.{_MODULES.get(name, name)}").main, rest)
+    else:
+        sys.exit(f"efr: no program {name!r}; there are: {', '.join(PROGRAMS)}")
+
+
+_MODULES = {"report": "report.__main__"}
+
+
+if __name__ == "__main__":
+    main()

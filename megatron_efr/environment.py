@@ -1,0 +1,127 @@
+"""What rank 0 alone owns in a run: tokenizer, prompts, engine, ledger, graders, held-out problems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from rich.progress import track
+from transformers import PreTrainedTokenizerBase
+
+from megatron_efr.config import DatasetConfig, EvaluationConfig, PromptConfig, TrainConfig
+from megatron_efr.data.datasets import load_problems
+from megatron_efr.data.prompts import Rendered, load_tokenizer, render_all, stop_ids
+from megatron_efr.data.stream import PromptStream
+from megatron_efr.grading import Grader, check_golds
+from megatron_efr.grading.boxed import last_boxed
+from megatron_efr.grading.groups import grade_groups
+from megatron_efr.report.records import Record, summarise
+from megatron_efr.rollout.engine import Engine
+from megatron_efr.rollout.ledger import Ledger, request_seed
+from megatron_efr.rollout.local import LocalEngine
+from megatron_efr.runfolder import RunFolder
+from megatron_efr.types import Group, Prompt, Request, Sampling
+
+SHOWN_PROMPTS = 3
+
+
+class Environment:
+    """The prompts that the policy is asked, the engine that answers for it, and the graders of its answers."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        tokenizer = load_tokenizer(config.model.path)
+        rendered = load_prompts(config.data.datasets, tokenizer, config.data.prompt)
+        show(rendered)
+        stops = stop_ids(config.model.path, tokenizer)
+        self.stream = PromptStream(rendered.prompts, config.seed, config.data.shuffle)
+        self.engine: Engine = local_engine(config.model.path, config.rollout.slots, config.model.dtype)
+        self.grader = Grader(config.grading.workers, config.grading.timeout_s)
+        sampling = Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_new_tokens, stops)
+        self.ledger = Ledger(self.engine, sampling, config.rollout.samples, config.seed, decoder(tokenizer))
+        self.evaluator = (
+            Evaluator(config.evaluation, config.data.prompt, tokenizer, stops, config.seed)
+            if config.evaluation.every
+            else None
+        )
+
+    def evaluate(self, step: int, folder: RunFolder) -> dict[str, float]:
+        """Ask and grade the held-out problems with the weights being served; the record goes to `folder`."""
+        assert self.evaluator is not None
+        record = self.evaluator.run(self.engine, self.grader, f"step_{step:06d}")
+        folder.write_evaluation(record["name"], record)
+        return {"eval/accuracy": record["accuracy"], "eval/tokens": record["tokens"]}
+
+    def close(self) -> None:
+        """End the grading processes."""
+        self.grader.close()
+
+
+class Evaluator:
+    """Held-out problems and how they are sampled; gives an engine's evaluation record."""
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        prompt: PromptConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: tuple[int, ...],
+        seed: int,
+    ) -> None:
+        temperature, top_p = config.sampling
+        self.sampling = Sampling(temperature, top_p, config.max_new_tokens, stops)
+        self.prompts = load_prompts(config.datasets, tokenizer, prompt).prompts
+        self._decode = decoder(tokenizer)
+        self._requests = [
+            Request(p, config.samples_by_dataset.get(p.meta["dataset"], config.samples), request_seed(seed, -1 - i))
+            for i, p in enumerate(self.prompts)
+        ]
+
+    def run(self, engine: Engine, grader: Grader, name: str, progress: bool = False) -> Record:
+        """Answer and grade every problem."""
+        finished: dict[int, Group] = {}
+        stream = engine.generate(self._requests, self.sampling)
+        for group in track(stream, name, total=len(self._requests), disable=not progress, transient=True):
+            for response in group.responses:
+                response.text = self._decode(response.tokens)
+            finished[group.seed] = group
+        groups = [finished[request.seed] for request in self._requests]
+        grade_groups(grader, groups)
+        answers = [[None if r.truncated else last_boxed(r.text) for r in group.responses] for group in groups]
+        return summarise(groups, name, answers=answers)
+
+
+def load_prompts(
+    datasets: Sequence[DatasetConfig], tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig
+) -> Rendered:
+    """Every problem of the data sets as a prompt; gold answers that do not parse stop here, with file and line."""
+    problems = [problem for dataset in datasets for problem in load_problems(dataset, check_golds)]
+    return render_all(problems, tokenizer, prompt)
+
+
+def local_engine(model: str, slots: int, dtype: str) -> LocalEngine:
+    """The embedded engine for a model folder, on the GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return LocalEngine(model, slots, device, getattr(torch, dtype))
+
+
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+    """Token ids to text without special tokens, spaces left alone."""
+
+    def decode(tokens: list[int]) -> str:
+        text: Any = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    return decode
+
+
+def show(rendered: Rendered) -> None:
+    """Print the first prompts as the model will read them, and how many were too long."""
+    for prompt in rendered.prompts[:SHOWN_PROMPTS]:
+        print(_framed(prompt), flush=True)
+    if rendered.overlong:
+        print(f"{rendered.overlong} prompts are longer than prompt.max_tokens and were left out", flush=True)
+
+
+def _framed(prompt: Prompt) -> str:
+    return f"prompt {prompt.id} ({len(prompt.tokens)} tokens, answer {prompt.gold}): {prompt.text!r}"

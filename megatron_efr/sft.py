@@ -1,0 +1,101 @@
+"""`efr sft`: supervised fine-tuning on (question, response) rows, masked to responses, with the policy's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+
+from megatron_efr import arguments
+from megatron_efr.checkpoint import Checkpoints
+from megatron_efr.config import ConfigError, SftConfig, dump
+from megatron_efr.data.prompts import load_tokenizer
+from megatron_efr.data.sft import load_sft
+from megatron_efr.observe import Observer
+from megatron_efr.policy import Policy, launched, supervised_loss
+from megatron_efr.runfolder import RunFolder
+from megatron_efr.types import Sequence
+
+
+def sft(config: SftConfig, resume: bool = False) -> None:
+    """Train to the end, from the start or from the newest checkpoint, and write the model folder."""
+    with launched(config.parallel, config.seed) as ranks:
+        config.check_world(ranks.world_size)
+        folder = RunFolder(config.folder)
+        ranks.on_main(lambda: folder.claim(dump(config), resume))
+        sequences = ranks.share(lambda: load_rows(config))
+        policy = Policy(
+            config.model, config.parallel, config.optimizer, ranks, updates=config.train.updates, seed=config.seed
+        )
+        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, ranks)
+        done = restore(policy, checkpoints) if resume else 0
+        ranks.on_main(lambda: folder.truncate_metrics(done))
+        with Observer(folder, config.observe, config.train.updates, ranks.rank, done) as observer:
+            for step, update in enumerate(schedule(sequences, config), start=1):
+                if step <= done:
+                    continue
+                with observer.phase("train"):
+                    batches = policy.pack_update(
+                        sequences, update, config.train.micro_batch_tokens, config.loss_aggregate
+                    )
+                    metrics = policy.update(batches, supervised_loss)
+                if step % config.train.log_every == 0 or step == config.train.updates:
+                    observer.log(step, metrics)
+                if step % config.checkpoint.every == 0 or step == config.train.updates:
+                    with observer.phase("checkpoint"):
+                        state = {"step": step, "initial_model": policy.initial_model}
+                        checkpoints.save(step, policy.sharded_state(), state)
+        policy.save_folder(folder.model)
+
+
+def load_rows(config: SftConfig) -> list[Sequence]:
+    """The rows as trainable sequences; ConfigError where they are fewer than one update takes."""
+    rows = load_sft(config.data, load_tokenizer(config.model.path), config.prompt)
+    if len(rows.sequences) < config.train.batch:
+        raise ConfigError(f"{config.data.path}: {len(rows.sequences)} rows, and train.batch takes {config.train.batch}")
+    print(f"{len(rows.sequences)} rows to train on, {rows.overlong} left out: prompt too long", flush=True)
+    return rows.sequences
+
+
+def schedule(sequences: SequenceOf[Sequence], config: SftConfig) -> Iterator[list[int]]:
+    """The indices of each update, a function of the seed: epochs of shuffled rows, `bucket` updates sorted by length.
+
+    The updates of a bucket are shuffled again, so that long and short ones alternate.
+    """
+    batch, bucket = config.train.batch, min(config.train.bucket, len(sequences) // config.train.batch)
+    rng = np.random.default_rng(config.seed)
+    made = 0
+    while True:
+        order = rng.permutation(len(sequences))
+        for start in range(0, len(order) - batch * bucket + 1, batch * bucket):
+            drawn = sorted(order[start : start + batch * bucket].tolist(), key=lambda i: sequences[i].length)
+            parts = [drawn[k : k + batch] for k in range(0, len(drawn), batch)]
+            for k in rng.permutation(bucket):
+                yield parts[k]
+                made += 1
+                if made == config.train.updates:
+                    return
+
+
+def restore(policy: Policy, checkpoints: Checkpoints) -> int:
+    """Take up the newest checkpoint: the update it was made after, 0 where there is none."""
+    path = checkpoints.newest()
+    if path is None:
+        return 0
+    sharded, state = checkpoints.load(path, policy.sharded_state(loading=True))
+    policy.load_sharded_state(sharded)
+    policy.check_initial_model(state["initial_model"], str(path))
+    return state["step"]
+
+
+def main(argv: SequenceOf[str] | None = None) -> None:
+    """Command line of `efr sft`."""
+    parser = arguments.parser("sft", "Supervised fine-tuning on question and response rows.")
+    parser.add_argument("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
+    given = parser.parse_args(argv)
+    sft(arguments.read(SftConfig, given), given.resume)
+
+
+if __name__ == "__main__":
+    arguments.run(main)

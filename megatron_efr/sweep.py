@@ -1,0 +1,130 @@
+"""`efr sweep`: one model per alpha of the same configuration, trained side by side, evaluated, reported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_efr import arguments
+from megatron_efr.config import ConfigError, EvaluateConfig, TrainConfig, dump
+from megatron_efr.report.records import build_summary
+from megatron_efr.report.run_page import write_run_page
+from megatron_efr.runfolder import RunFolder, write_atomic
+from megatron_efr.types import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One model of the family; the base, which all start from, has no alpha."""
+
+    name: str
+    alpha: float | None
+    model: str  # folder of its weights
+
+
+class Family:
+    """The runs of one sweep: `runs/<name>/alpha-<value>` each, every evaluation in `runs/<name>/eval`."""
+
+    def __init__(self, config: TrainConfig, alphas: Sequence[float], ranks: int) -> None:
+        if not config.evaluation.datasets:
+            raise ConfigError("evaluation.datasets: a sweep evaluates every model, and needs held-out problems")
+        self.config, self.ranks = config, ranks
+        self.folder = RunFolder(config.folder)
+        self.base = Member("base", None, config.model.path)
+        self.trained = [Member(f"alpha-{a:g}", a, str(config.folder / f"alpha-{a:g}" / "model")) for a in alphas]
+
+    def run(self, jobs: int, seconds: dict[str, float], note: str) -> None:
+        """Train, evaluate and report, at most `jobs` processes at once; `seconds` is what was spent before."""
+        began = time.monotonic()
+        _side_by_side([(member.name, self._training(member)) for member in self.trained], self.folder, jobs)
+        seconds["rl"] = time.monotonic() - began
+        began = time.monotonic()
+        members = [self.base, *self.trained]
+        _side_by_side([(f"eval {member.name}", self._evaluation(member)) for member in members], self.folder, jobs)
+        seconds["evaluate"] = time.monotonic() - began
+        seconds["total"] = sum(seconds.values())
+        alphas = {member.name: member.alpha for member in members}
+        summary = build_summary(self.folder.read_evaluations(), alphas, seconds)
+        self.folder.write_summary(summary | {"note": note})
+        print(write_run_page(self.folder), flush=True)
+
+    def _training(self, member: Member) -> list[str]:
+        config = self.config.model_copy(deep=True)
+        config.name = f"{self.config.name}/{member.name}"
+        config.method = config.method.model_copy(update={"alpha": member.alpha})
+        path = self._write(f"{member.name}.yaml", dump(config))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
+        return [*torchrun, "-m", "megatron_efr.train", str(path)]
+
+    def _evaluation(self, member: Member) -> list[str]:
+        config = EvaluateConfig(
+            name=self.config.name,
+            runs=self.config.runs,
+            seed=self.config.seed,
+            model=self.config.model.model_copy(update={"path": member.model, "init": "load"}),
+            prompt=self.config.data.prompt,
+            evaluation=self.config.evaluation,
+            grading=self.config.grading,
+            slots=self.config.rollout.slots,
+        )
+        path = self._write(f"eval-{member.name}.yaml", dump(config))
+        return [sys.executable, "-m", "megatron_efr.evaluate", str(path), f"--record={member.name}"]
+
+    def _write(self, name: str, text: str) -> Path:
+        path = self.folder.path / "configs" / name
+        write_atomic(path, text)
+        return path
+
+
+def _side_by_side(commands: list[tuple[str, list[str]]], folder: RunFolder, jobs: int) -> None:
+    """Run named commands, `jobs` at a time; the first that fails is named with its log, and the run ends."""
+    with ThreadPoolExecutor(jobs) as pool:
+        codes = list(pool.map(lambda named: _run(*named, folder.path / "logs"), commands))
+    failed = [name for (name, _), code in zip(commands, codes, strict=True) if code]
+    if failed:
+        raise UserError(f"{', '.join(failed)} failed; see {folder.path / 'logs'}")
+
+
+def _run(name: str, command: list[str], logs: Path) -> int:
+    """One command, its output to a log and, with its name before each line, to the terminal."""
+    logs.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    with (
+        open(logs / f"{name.replace(' ', '-')}.txt", "w", encoding="utf-8") as log,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            log.write(line)
+            log.flush()
+            print(f"{name:>14} | {line}", end="", flush=True)
+    return process.returncode
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of `efr sweep`."""
+    parser = arguments.parser("sweep", "Train, evaluate and report one model per alpha.")
+    parser.add_argument("--alphas", required=True, help="comma-separated, such as 0,0.1,0.4")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of each run (torchrun --nproc-per-node)")
+    parser.add_argument("--seconds", action="append", default=[], metavar="PART=S", help="time spent before, to report")
+    parser.add_argument("--note", default="", help="what the report's reader must know about these figures")
+    given = parser.parse_args(argv)
+    try:
+        alphas = [float(text) for text in given.alphas.split(",")]
+        seconds = {part: float(value) for part, value in (text.split("=") for text in given.seconds)}
+    except ValueError as error:
+        raise ConfigError(f"--alphas {given.alphas!r}, --seconds {given.seconds!r}: {error}") from error
+    Family(arguments.read(TrainConfig, given), alphas, given.ranks).run(given.jobs, seconds, given.note)
+
+
+if __name__ == "__main__":
+    arguments.run(main)

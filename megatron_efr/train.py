@@ -1,0 +1,163 @@
+"""`efr train`: reinforcement learning for efficient reasoning. This file is the algorithm, in its order.
+
+Every rank runs it. Rank 0 alone owns prompts, engine and graders (`environment`); the policy is everybody's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+from megatron_efr import arguments, methods
+from megatron_efr.checkpoint import Checkpoints
+from megatron_efr.config import TrainConfig, dump
+from megatron_efr.environment import Environment
+from megatron_efr.grading.groups import grade_groups
+from megatron_efr.methods.token_advantages import fill_token_advantages
+from megatron_efr.observe import Observer
+from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, launched, split_into_updates, trainable
+from megatron_efr.report.iteration import check_logprobs, iteration_metrics
+from megatron_efr.runfolder import RunFolder
+from megatron_efr.types import Group
+from megatron_efr.weights.publish import publish
+
+
+def train(config: TrainConfig, resume: bool = False) -> None:
+    """Run the loop to its end, from the start or from the newest checkpoint that verifies."""
+    method = methods.build(config.method, config.rollout.samples)
+    with launched(config.parallel, config.seed) as ranks:
+        config.check_world(ranks.world_size)
+        folder = RunFolder(config.folder)
+        ranks.on_main(lambda: folder.claim(dump(config), resume))
+        environment = ranks.on_main(lambda: Environment(config))
+        try:
+            run = Run(config, ranks, folder, environment, method)
+            run.loop(run.restore() if resume else 0)
+        finally:
+            if environment is not None:
+                environment.close()
+
+
+class Run:
+    """One training run, as one rank sees it."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        ranks: Ranks,
+        folder: RunFolder,
+        environment: Environment | None,
+        method: methods.Method,
+    ) -> None:
+        self.config, self.ranks, self.folder = config, ranks, folder
+        self.environment, self.method = environment, method
+        self.policy = Policy(
+            config.model,
+            config.parallel,
+            config.optimizer,
+            ranks,
+            updates=config.train.iterations * config.train.updates,
+            seed=config.seed,
+            temperature=config.rollout.temperature,
+            keep_reference=config.loss.beta > 0,
+        )
+        self.loss = clipped_policy_loss(config.loss.clip)
+        self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, ranks)
+
+    def loop(self, done: int) -> None:
+        """Iterations `done` + 1 to the last."""
+        total = self.config.train.iterations
+        with Observer(self.folder, self.config.observe, total, self.ranks.rank, done) as observer:
+            self.publish(done)
+            for step in range(done + 1, total + 1):
+                metrics = self.iterate(step, observer)
+                with observer.phase("publish"):
+                    self.publish(step)
+                with observer.phase("evaluate"):
+                    metrics |= self.evaluate(step)
+                observer.log(step, metrics)
+                if step % self.config.checkpoint.every == 0 or step == total:
+                    with observer.phase("checkpoint"):
+                        self.save(step)
+        self.policy.save_folder(self.folder.model)
+
+    def iterate(self, step: int, observer: Observer) -> dict[str, Any]:
+        """prompts -> rollouts -> grades -> rewards -> advantages -> packed micro-batches -> log-probs -> updates."""
+        config, policy = self.config, self.policy
+        with observer.phase("rollout"):
+            groups = self.ranks.share(lambda: self.rollouts(step))
+        sequences = [sequence for group in groups for sequence in trainable(group)]
+        updates = [
+            policy.pack_update(sequences, update, config.train.micro_batch_tokens, config.loss.aggregate)
+            for update in split_into_updates(len(sequences), config.train.updates, (config.seed, step))
+        ]
+        batches = [batch for update in updates for batch in update]
+        with observer.phase("logprobs"):
+            policy.fill_logprobs(batches)
+            drift = policy.compare_logprobs(batches, sequences)
+            check_logprobs(drift, config.train.max_logprob_diff)
+        fill_token_advantages(batches, [s.advantage for s in sequences], config.loss, self.ranks.sum_over_replicas)
+        with observer.phase("train"):
+            made = [policy.update(update, self.loss) for update in updates]
+        return iteration_metrics(groups, made, drift)
+
+    def rollouts(self, step: int) -> list[Group]:
+        """The iteration's groups with grades, rewards and advantages; rank 0 makes them."""
+        env = self.environment
+        assert env is not None
+        visits = env.stream.take(self.config.rollout.prompts)
+        groups = env.ledger.collect(visits, self.folder.journal(step))
+        grade_groups(env.grader, groups)
+        methods.score(self.method, groups)
+        if self.config.observe.rollouts:
+            self.folder.write_rollouts(step, groups)
+        return groups
+
+    def publish(self, version: int) -> None:
+        """Hand the weights to the engine, which serves nothing older afterwards."""
+        publish(self.policy.named_weights(), version, self.environment.engine if self.environment else None)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """The held-out problems, every so many iterations; rank 0 asks and grades them."""
+        every = self.config.evaluation.every
+        if every is None or step % every:
+            return {}
+        return self.ranks.share(lambda: self.environment.evaluate(step, self.folder) if self.environment else {})
+
+    def save(self, step: int) -> None:
+        """Keep all that a resumed run needs. Random numbers need nothing: each is a function of seed and place."""
+        state = {
+            "step": step,
+            "initial_model": self.policy.initial_model,
+            "method": self.method.state_dict(),
+            "stream": self.environment.stream.state_dict() if self.environment else None,
+        }
+        self.checkpoints.save(step, self.policy.sharded_state(), state)
+        self.ranks.on_main(lambda: self.folder.clear_journals(step))
+
+    def restore(self) -> int:
+        """Take up the newest checkpoint that verifies: the step it was made after, 0 where there is none."""
+        path = self.checkpoints.newest()
+        if path is None:
+            self.ranks.on_main(lambda: self.folder.truncate_metrics(0))
+            return 0
+        sharded, state = self.checkpoints.load(path, self.policy.sharded_state(loading=True))
+        self.policy.load_sharded_state(sharded)
+        self.policy.check_initial_model(state["initial_model"], str(path))
+        self.method.load_state_dict(state["method"])
+        if self.environment is not None:
+            self.environment.stream.load_state_dict(state["stream"])
+        self.ranks.on_main(lambda: self.folder.truncate_metrics(state["step"]))
+        return state["step"]
+
+
+def main(argv: SequenceOf[str] | None = None) -> None:
+    """Command line of `efr train`."""
+    parser = arguments.parser("train", "Reinforcement learning for efficient reasoning.")
+    parser.add_argument("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
+    given = parser.parse_args(argv)
+    train(arguments.read(TrainConfig, given), given.resume)
+
+
+if __name__ == "__main__":
+    arguments.run(main)

@@ -1,0 +1,138 @@
+"""What any rollout engine must do, as tests over an engine: `pytest`'s subclasses give the fixtures and inherit the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from megatron_efr.rollout.engine import Engine
+from megatron_efr.types import Group, Prompt, Request, Sampling
+
+MakeEngine = Callable[[], Engine]
+Weights = list[tuple[str, torch.Tensor]]
+
+
+def requests(count: int, samples: int = 2, first_token: int = 3) -> list[Request]:
+    """Prompts of different lengths, each with its own seed."""
+    return [
+        Request(Prompt(f"p{i}", tuple(first_token + j % 5 for j in range(1 + i % 7)), "", ""), samples, seed=1000 + i)
+        for i in range(count)
+    ]
+
+
+class EngineContract:
+    """Subclasses provide `make_engine` (a fresh engine) and `weights` (two different sets that it can serve).
+
+    `stop_id` must be a token that the first set of weights draws within a few tens of tokens, and not at once.
+    """
+
+    stop_id: int
+
+    @pytest.fixture()
+    def engine(self, make_engine: MakeEngine, weights: tuple[Weights, Weights]) -> Engine:
+        engine = make_engine()
+        engine.publish(iter(weights[0]), version=3)
+        return engine
+
+    def sampling(self, max_new_tokens: int = 24) -> Sampling:
+        return Sampling(1.0, 1.0, max_new_tokens, (self.stop_id,))
+
+    def test_serves_nothing_before_the_first_publication(self, make_engine: MakeEngine) -> None:
+        engine = make_engine()
+        assert engine.version == -1
+        with pytest.raises(RuntimeError, match="publish"):
+            next(engine.generate(requests(1), self.sampling()))
+
+    def test_every_request_comes_back_once_as_a_whole_group(self, engine: Engine) -> None:
+        asked = requests(11, samples=3)
+        groups = list(engine.generate(iter(asked), self.sampling()))
+        assert sorted(group.prompt.id for group in groups) == sorted(request.prompt.id for request in asked)
+        assert {group.prompt.id: group.seed for group in groups} == {r.prompt.id: r.seed for r in asked}
+        assert all(len(group.responses) == 3 for group in groups)
+
+    def test_responses_say_how_they_ended_and_have_a_log_prob_a_token(self, engine: Engine) -> None:
+        finishes = set()
+        for group in engine.generate(requests(40), self.sampling()):
+            for response in group.responses:
+                finishes.add(response.finish)
+                assert len(response.logprobs) == len(response.tokens) >= 1
+                assert all(logprob <= 0 for logprob in response.logprobs)
+                assert self.stop_id not in response.tokens[:-1]
+                assert (response.tokens[-1] == self.stop_id) == (response.finish == "stop")
+                assert response.finish == "stop" or response.length == 24
+                assert response.versions == [(3, 0, response.length)]
+        assert finishes == {"stop", "length"}
+
+    def test_samples_of_one_prompt_differ(self, engine: Engine) -> None:
+        (group,) = engine.generate(requests(1, samples=8), self.sampling())
+        assert len({tuple(response.tokens) for response in group.responses}) > 1
+
+    def test_greedy_samples_are_equal(self, engine: Engine) -> None:
+        (group,) = engine.generate(requests(1, samples=4), Sampling(0.0, 1.0, 8, ()))
+        assert len({tuple(response.tokens) for response in group.responses}) == 1
+
+    def test_a_publication_between_groups_marks_where_the_version_changed(
+        self, engine: Engine, weights: tuple[Weights, Weights]
+    ) -> None:
+        stream = engine.generate(requests(40), self.sampling())
+        groups: list[Group] = [next(stream)]
+        engine.pause()
+        engine.publish(iter(weights[1]), version=4)
+        engine.resume()
+        assert engine.version == 4
+        groups += stream
+        assert len(groups) == 40
+        kinds = set()
+        for response in (response for group in groups for response in group.responses):
+            spans = response.versions
+            kinds.add(tuple(span.version for span in spans))
+            assert spans[0].start == 0
+            assert spans[-1].end == response.length
+            assert all(a.end == b.start and a.version < b.version for a, b in zip(spans, spans[1:], strict=False))
+            assert all(span.start < span.end for span in spans)
+        assert kinds == {(3,), (3, 4), (4,)}
+
+    def test_sleep_needs_wake_and_a_publication(self, engine: Engine, weights: tuple[Weights, Weights]) -> None:
+        engine.sleep()
+        assert engine.version == -1
+        with pytest.raises(RuntimeError):
+            next(engine.generate(requests(1), self.sampling()))
+        engine.wake()
+        with pytest.raises(RuntimeError):
+            next(engine.generate(requests(1), self.sampling()))
+        engine.publish(iter(weights[0]), version=9)
+        (group,) = engine.generate(requests(1), self.sampling())
+        assert group.responses[0].versions[0].version == 9
+
+    def test_publication_refuses_unknown_and_missing_names(
+        self, engine: Engine, weights: tuple[Weights, Weights]
+    ) -> None:
+        name, tensor = weights[0][-1]
+        with pytest.raises(ValueError, match=r"no\.such\.weight"):
+            engine.publish(iter([*weights[0], ("no.such.weight", tensor)]), version=4)
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            engine.publish(iter(weights[0][:-1]), version=4)
+
+    def test_requests_are_pulled_as_needed(self, engine: Engine) -> None:
+        pulled = 0
+
+        def source() -> Iterator[Request]:
+            nonlocal pulled
+            for request in requests(500):
+                pulled += 1
+                yield request
+
+        stream = engine.generate(source(), self.sampling())
+        assert pulled == 0
+        next(stream)
+        assert 0 < pulled < 500
+
+    def test_health_counts_tokens_since_the_last_call(self, engine: Engine) -> None:
+        engine.health()
+        groups = list(engine.generate(requests(5), self.sampling()))
+        health = engine.health()
+        assert health["tokens"] == sum(int(group.lengths.sum()) for group in groups)
+        assert health["seconds"] > 0
+        assert engine.health()["tokens"] == 0

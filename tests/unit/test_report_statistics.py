@@ -1,0 +1,168 @@
+"""The measures, each against a reference that computes it another way."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_efr.report import statistics as measure
+from megatron_efr.types import Group, Prompt, Response
+
+
+def group(correct, lengths, finish=None, **meta):
+    finish = finish or ["stop"] * len(lengths)
+    responses = [Response([1] * n, [0.0] * n, end) for n, end in zip(lengths, finish, strict=True)]
+    return Group(Prompt("p", (1,), "q", "1", meta), responses, correct=np.array(correct, dtype=bool))
+
+
+def test_means_count_every_problem_once_however_many_samples_it_has():
+    groups = [group([1, 1, 0, 0], [10, 20, 30, 40]), group([1], [100])]
+    assert measure.pass_rates(groups).tolist() == [0.5, 1.0]
+    assert measure.mean_lengths(groups).tolist() == [25.0, 100.0]
+
+
+def test_what_was_not_graded_is_an_error():
+    ungraded = group([1], [1])
+    ungraded.correct = None
+    with pytest.raises(ValueError, match="not graded"):
+        measure.pass_rates([ungraded])
+
+
+@given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_answer(case):
+    n, c, k = case
+    subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+    assert measure.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+
+
+@pytest.mark.parametrize("case", [(4, 5, 1), (4, 1, 5), (4, 1, 0), (4, -1, 1)])
+def test_pass_at_k_refuses_what_cannot_be(case):
+    with pytest.raises(ValueError, match="needs 0 <= right"):
+        measure.pass_at_k(*case)
+
+
+def test_the_interval_agrees_with_scipys_bootstrap():
+    values = np.random.default_rng(0).beta(2, 1, size=300)
+    low, high = measure.interval(values, seed=1, resamples=20_000)
+    result = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(2)
+    )
+    assert (low, high) == pytest.approx(tuple(result.confidence_interval), abs=1e-3)
+
+
+def test_the_interval_is_seeded_and_does_not_depend_on_how_the_draws_are_chunked(monkeypatch):
+    values = np.random.default_rng(0).normal(size=50)
+    whole = measure.bootstrap_means(values, seed=3)
+    monkeypatch.setattr(measure, "_CHUNK", 1000)
+    assert measure.bootstrap_means(values, seed=3).tolist() == whole.tolist()
+    assert len(whole) == 2000
+    assert measure.bootstrap_means(values, seed=4).tolist() != whole.tolist()
+    assert measure.interval(np.array([0.25])) == (0.25, 0.25)
+    with pytest.raises(ValueError, match="at least one problem"):
+        measure.interval(np.array([]))
+
+
+def test_clustering_widens_the_interval_as_samples_of_one_problem_agree():
+    rng = np.random.default_rng(0)
+    easy = rng.random(100) < 0.5
+    groups = [group([right] * 16, [10] * 16) for right in easy]  # every problem all right or all wrong
+    low, high = measure.interval(measure.pass_rates(groups))
+    rate = easy.mean()
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(rate * (1 - rate) / 100), rel=0.1)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(5)
+    covered = 0
+    for trial in range(200):
+        rates = rng.binomial(4, rng.beta(2, 2, size=150)) / 4
+        low, high = measure.interval(rates, seed=trial, resamples=500)
+        covered += low <= 0.5 <= high
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_the_majority_wins_and_ties_are_drawn():
+    assert measure.majority(["5", "5", "7"], [True, True, False]) == 1.0
+    assert measure.majority(["7", "5", "7"], [False, True, False]) == 0.0
+    assert measure.majority(["5", "7"], [True, False]) == 0.5
+    assert measure.majority([None, None, "5"], [False, False, True]) == 1.0  # no answer has no vote
+    assert measure.majority([None], [False]) == 0.0
+    with pytest.raises(ValueError, match="2 answers to 1"):
+        measure.majority(["1", "2"], [True])
+
+
+def test_tokens_are_split_by_right_and_wrong_over_all_responses():
+    groups = [group([1, 0], [10, 50]), group([1, 1], [20, 60])]
+    assert measure.tokens_by_correctness(groups) == (30.0, 50.0)
+    assert measure.tokens_by_correctness([group([1], [4])]) == (4.0, None)
+
+
+def test_difficulties_are_grouped_and_in_their_own_order():
+    groups = [group([1], [30], difficulty=10), group([0], [10], difficulty=2), group([1], [20], difficulty=2)]
+    groups.append(group([1], [99]))  # has none
+    tokens = measure.by_difficulty(groups, measure.mean_lengths)
+    assert list(tokens.items()) == [("2", 15.0), ("10", 30.0)]
+    assert measure.by_difficulty(groups, measure.pass_rates) == {"2": 0.5, "10": 1.0}
+    assert measure.in_order(["Level 10", "Level 2"]) == ["Level 2", "Level 10"]
+    assert measure.in_order(["hard", "easy"]) == ["easy", "hard"]
+
+
+def test_truncation_counts_responses():
+    groups = [group([0, 1, 1], [9, 9, 9], ["length", "stop", "stop"]), group([0], [9], ["abort"])]
+    assert measure.truncation_rate(groups) == 0.5
+
+
+def test_normalised_figures_are_the_papers():
+    # Arora & Zanette 2025, 7B, alpha 0.1 (reference/paper.md): 67.5% of the tokens, 96.6% of the accuracy
+    start = {
+        "GSM8K": {"accuracy": 92.6, "tokens": 1626},
+        "MATH500": {"accuracy": 93.3, "tokens": 4046},
+        "AIME24": {"accuracy": 55.7, "tokens": 13174},
+    }
+    brief = {
+        "GSM8K": {"accuracy": 91.7, "tokens": 813},
+        "MATH500": {"accuracy": 92.1, "tokens": 2826},
+        "AIME24": {"accuracy": 51.3, "tokens": 10898},
+    }
+    got = measure.normalised(brief, start)
+    assert got["tokens"] == pytest.approx(0.675, abs=0.005)
+    assert got["accuracy"] == pytest.approx(0.966, abs=0.005)
+    assert measure.normalised(start, start) == {"accuracy": 1.0, "tokens": 1.0}
+    with pytest.raises(ValueError, match="same datasets"):
+        measure.normalised({}, start)
+    with pytest.raises(ValueError, match="GSM8K: the starting model's accuracy is 0"):
+        measure.normalised(brief, start | {"GSM8K": {"accuracy": 0.0, "tokens": 1}})
+
+
+def test_aes_rewards_brevity_and_punishes_lost_accuracy_more_than_it_rewards_gained():
+    aes = measure.accuracy_efficiency_score
+    assert aes(0.5, 100, 0.5, 100) == 0
+    assert aes(0.55, 60, 0.5, 100) == pytest.approx(0.4 + 3 * 0.1)
+    assert aes(0.45, 60, 0.5, 100) == pytest.approx(0.4 - 5 * 0.1)
+    with pytest.raises(ValueError, match="relative to a start"):
+        aes(0.5, 10, 0.0, 10)
+
+
+def test_cost_of_pass():
+    assert measure.cost_of_pass(30.0, 0.6) == pytest.approx(50.0)
+    assert measure.cost_of_pass(30.0, 0.0) == math.inf
+    assert measure.frontier_cost_of_pass(np.array([[1.0, math.inf], [2.0, 5.0]])).tolist() == [1.0, 5.0]
+
+
+def test_the_ratio_of_tokens_and_its_interval_against_a_loop():
+    rng = np.random.default_rng(7)
+    base = rng.uniform(50, 100, size=(2, 80))
+    easy = np.column_stack([base[0] * rng.uniform(0.3, 0.5, 80), base[0]])
+    hard = np.column_stack([base[1] * rng.uniform(0.6, 0.8, 80), base[1]])
+    on_easy, on_hard, (low, high) = measure.ratio_of_tokens(easy, hard)
+    assert on_easy == pytest.approx(sum(m for m, _ in easy) / sum(b for _, b in easy))
+    assert on_hard == pytest.approx(sum(m for m, _ in hard) / sum(b for _, b in hard))
+    differences = []
+    for _ in range(4000):
+        a, b = (part[[int(i) for i in rng.integers(0, 80, 80)]].sum(axis=0) for part in (easy, hard))
+        differences.append(a[0] / a[1] - b[0] / b[1])
+    assert (low, high) == pytest.approx(tuple(np.quantile(differences, [0.025, 0.975])), abs=2e-3)

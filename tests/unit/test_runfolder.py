@@ -1,0 +1,223 @@
+"""The run folder: lossless, claimed by one configuration, whole after a crash at any point."""
+
+import dataclasses
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import zstandard
+
+from megatron_efr.runfolder import Journal, RunFolder, RunFolderError, decode_group, encode_group, write_atomic
+from megatron_efr.types import Group, Prompt, Response, VersionSpan
+
+CONFIG = """
+name: a
+runs: runs
+seed: 42
+method: {alpha: 0.1}
+optimizer: {lr: 1.0e-4, schedule: constant}
+train: {iterations: 10}
+observe: {tensorboard: true}
+data: {mix: [{path: x}, {path: y}]}
+"""
+
+
+def group(index=0, n=3):
+    rng = np.random.default_rng(index)
+    meta = {"difficulty": 3, "dataset": "sums", "note": "ünï\u2028code\nline"}
+    responses = [
+        Response(
+            tokens=rng.integers(0, 10**6, 5).tolist(),
+            logprobs=[*rng.normal(size=4).tolist(), -math.inf],
+            finish="length" if i else "stop",
+            versions=[VersionSpan(1, 0, 2), VersionSpan(2, 2, 5)],
+            text='a "quoted"\ntext',
+        )
+        for i in range(n)
+    ]
+    return Group(
+        prompt=Prompt(f"p{index}", (1, 2, 3), "q", "42", meta),
+        responses=responses,
+        seed=2**62 + index,
+        correct=rng.random(n) < 0.5,
+        statuses=["ok"] * n,
+        rewards=rng.random(n),
+        advantages=np.array([0.1 + 0.2, math.pi, -1e-300])[:n],
+    )
+
+
+def assert_same(one, two):
+    for field in dataclasses.fields(Group):
+        a, b = getattr(one, field.name), getattr(two, field.name)
+        if isinstance(a, np.ndarray):
+            assert a.dtype == b.dtype
+            assert a.tobytes() == b.tobytes()
+        else:
+            assert a == b, field.name
+
+
+def test_a_group_comes_back_exactly():
+    assert_same(decode_group(encode_group(group())), group())
+    bare = Group(Prompt("p", (1,), "q", "1"), [Response([1], [-0.1], "stop")])
+    assert_same(decode_group(encode_group(bare)), bare)
+    assert "\n" not in encode_group(group())
+
+
+def test_every_field_of_a_group_is_kept():
+    tree = json.loads(encode_group(group()))
+    assert set(tree) == {field.name for field in dataclasses.fields(Group)}
+    assert set(tree["prompt"]) == {field.name for field in dataclasses.fields(Prompt)}
+    assert set(tree["responses"][0]) == {field.name for field in dataclasses.fields(Response)}
+
+
+def test_rollouts_come_back_exactly_and_are_named_by_step(tmp_path):
+    folder = RunFolder(tmp_path)
+    groups = [group(i) for i in range(4)]
+    folder.write_rollouts(10, groups)
+    path = tmp_path / "rollouts" / "step_000010.jsonl.zst"
+    assert len(zstandard.ZstdDecompressor().decompress(path.read_bytes()).splitlines()) >= 4
+    for one, two in zip(folder.read_rollouts(10), groups, strict=True):
+        assert_same(one, two)
+    with pytest.raises(RunFolderError, match="step 11 were not kept"):
+        folder.read_rollouts(11)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(RunFolderError, match="damaged rollouts"):
+        folder.read_rollouts(10)
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "file.txt"
+    write_atomic(path, "old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_claiming_a_new_folder_saves_the_configuration(tmp_path):
+    folder = RunFolder(tmp_path / "a")
+    folder.claim(CONFIG)
+    assert folder.config.read_text() == CONFIG
+    folder.claim(CONFIG)  # nothing has been done there yet
+
+
+def test_another_configuration_is_refused_with_its_differing_keys(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.claim(CONFIG)
+    ours = CONFIG.replace("alpha: 0.1", "alpha: 0.4").replace("path: y", "path: z").replace("seed: 42", "dtype: bf16")
+    for resume in (False, True):
+        with pytest.raises(RunFolderError) as caught:
+            folder.claim(ours, resume)
+        message = str(caught.value)
+        assert "method.alpha: there 0.1, here 0.4" in message
+        assert "data.mix.1.path: there 'y', here 'z'" in message
+        assert "seed: there 42, here '(not set)'" in message
+        assert "dtype: there '(not set)', here 'bf16'" in message
+        assert "train.iterations" not in message
+    assert folder.config.read_text() == CONFIG
+
+
+def test_the_same_configuration_needs_resume_once_there_is_work(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.claim(CONFIG)
+    folder.append_metrics(1, {"accuracy": 0.5})
+    with pytest.raises(RunFolderError, match="pass --resume"):
+        folder.claim(CONFIG)
+    folder.claim(CONFIG, resume=True)
+    folder.config.unlink()
+    with pytest.raises(RunFolderError, match=r"no config\.yaml"):
+        folder.claim(CONFIG, resume=True)
+
+
+def test_groups_of_a_first_iteration_that_was_killed_are_work_too(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.claim(CONFIG)
+    folder.journal(1).append(group())
+    with pytest.raises(RunFolderError, match="pass --resume"):
+        folder.claim(CONFIG)
+
+
+def test_a_resumed_run_may_train_longer_only_where_that_bends_no_schedule(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.claim(CONFIG)
+    longer = CONFIG.replace("iterations: 10", "iterations: 20").replace("tensorboard: true", "tensorboard: false")
+    with pytest.raises(RunFolderError, match=r"train\.iterations: there 10, here 20"):
+        folder.claim(longer)
+    folder.claim(longer, resume=True)
+    assert folder.config.read_text() == longer
+    cosine = RunFolder(tmp_path / "cosine")
+    cosine.claim(CONFIG.replace("constant", "cosine"))
+    with pytest.raises(RunFolderError, match=r"only with optimizer\.schedule: constant"):
+        cosine.claim(longer.replace("constant", "cosine"), resume=True)
+
+
+def test_metrics_cut_at_the_resumed_step_go_on_as_an_uninterrupted_runs(tmp_path):
+    whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
+    lines = {step: {"loss": 1 / 3 * step, "kl": np.float32(0.1)} for step in range(1, 6)}
+    for step, metrics in lines.items():
+        whole.append_metrics(step, metrics)
+    for step in (1, 2, 3, 4):
+        killed.append_metrics(step, lines[step])
+    with open(killed.metrics, "a") as file:
+        file.write('{"step": 5, "lo')
+    assert [line["step"] for line in killed.read_metrics()] == [1, 2, 3, 4]
+    assert killed.truncate_metrics(2) == 2
+    for step in (3, 4, 5):
+        killed.append_metrics(step, lines[step])
+    assert killed.metrics.read_bytes() == whole.metrics.read_bytes()
+
+
+def test_metrics_are_strict_json(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.append_metrics(1, {"a": math.nan, "b": np.float64(math.inf), "c": np.int64(3), "d": None, "e": "x"})
+    assert folder.read_metrics() == [{"step": 1, "a": None, "b": None, "c": 3, "d": None, "e": "x"}]
+
+
+def test_a_journal_torn_at_any_byte_gives_back_the_whole_groups_and_can_go_on(tmp_path):
+    journal = Journal(tmp_path / "j" / "x.jsonl")
+    assert journal.read() == ([], 0)
+    for i in range(2):
+        journal.append(group(i))
+    journal.close()
+    data = journal.path.read_bytes()
+    first = data.index(b"\n") + 1
+    for cut in (0, 1, first - 1, first, first + 1, len(data) - 1, len(data)):
+        journal.path.write_bytes(data[:cut])
+        groups, torn = journal.read()
+        assert len(groups) == data[:cut].count(b"\n")
+        assert torn == int(cut not in (0, first, len(data)))
+        resumed = Journal(journal.path, fsync=True)
+        resumed.append(group(9))
+        resumed.close()
+        after = resumed.read()
+        assert [g.prompt.id for g in after.groups] == [f"p{i}" for i in range(len(groups))] + ["p9"]
+        assert after.torn == 0
+    journal.clear()
+    assert not journal.path.exists()
+
+
+def test_a_journal_damaged_in_the_middle_is_an_error(tmp_path):
+    journal = Journal(tmp_path / "x.jsonl")
+    journal.path.write_text('{"prompt": 1}\n' + encode_group(group()) + "\n")
+    with pytest.raises(RunFolderError, match=r"x\.jsonl:1: not a finished group"):
+        journal.read()
+
+
+def test_journals_are_kept_per_iteration_until_a_checkpoint_covers_them(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in (1, 2, 3):
+        folder.journal(step).append(group(step))
+    folder.clear_journals(2)
+    assert [len(folder.journal(step).read().groups) for step in (1, 2, 3)] == [0, 0, 1]
+
+
+def test_evaluations_come_back_by_name(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.read_evaluations() == {}
+    folder.write_evaluation("base", {"accuracy": 0.5})
+    assert folder.read_evaluations() == {"base": {"accuracy": 0.5}}
+    with pytest.raises(RunFolderError, match="without '/'"):
+        folder.write_evaluation("../x", {})
