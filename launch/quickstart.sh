@@ -28,7 +28,6 @@ the method at work, and says nothing about the size of the effect on a real reas
 
 one_seed() { # folder under runs/, seed
     local name=$1 seed=$2 task="runs/$1/task" began=$SECONDS
-    rm -rf "runs/$name"
     .venv/bin/python -m megatron_efr.data.arithmetic --out "$task" --seed "$seed"
     echo "== supervised warm start (seed $seed)"
     torchrun -m megatron_efr.sft examples/quickstart/sft.yaml name="$name/sft" seed="$seed" \
@@ -41,13 +40,11 @@ one_seed() { # folder under runs/, seed
         --alphas 0,0.1,0.4 --jobs "$jobs" --seconds "sft=$sft_seconds" --note "$note"
 }
 
+rm -rf runs/quickstart
 if [ "$seeds" -eq 1 ]; then
     one_seed quickstart 1
+    "$efr" report runs/quickstart
 else
     for seed in $(seq "$seeds"); do one_seed "quickstart/seed-$seed" "$seed"; done
     "$efr" report --seeds runs/quickstart
 fi
-echo
-.venv/bin/python -m megatron_efr.report.table runs/quickstart/summary.json
-echo
-echo "report: $(pwd)/runs/quickstart/report/index.html"

@@ -28,10 +28,12 @@ class ModelConfig(Section):
     """The starting model, a Hugging Face folder, and the width it trains in."""
 
     path: str = Field(description="folder with config.json, tokenizer and, unless init is random, safetensors")
-    init: Literal["load", "random"] = Field(default="load", description="load the safetensors, or draw fresh weights from seed")
+    init: Literal["load", "random"] = Field(
+        default="load", description="load the safetensors, or draw fresh weights from seed"
+    )
     dtype: Literal["float32", "bfloat16"] = "float32"
     layers: Literal["auto", "local", "transformer_engine"] = Field(
-        "auto", description="auto takes Transformer Engine's layers where they import and CUDA is present"
+        default="auto", description="auto takes Transformer Engine's layers where they import and CUDA is present"
     )
     megatron: dict[str, Any] = Field(default_factory=dict, description="any field of Megatron's TransformerConfig")
 
@@ -58,7 +60,8 @@ class DatasetConfig(Section):
 
     path: str = Field(description="a .jsonl / .json / .parquet file, a folder saved by datasets, or a hub name")
     format: Literal["auto", "gsm8k", "math", "columns"] = Field(
-        "auto", description="auto: gsm8k where the answer holds '####', else question/answer columns found by name"
+        default="auto",
+        description="auto: gsm8k where the answer holds '####', else question/answer columns found by name",
     )
     split: str = Field(default="train", description="split of a hub data set")
     question: str | None = Field(default=None, description="column of the question; found by name when left out")
@@ -72,12 +75,12 @@ class PromptConfig(Section):
     """How a question becomes token ids."""
 
     template: str = Field(
-        "Please reason step by step, and put your final answer within \\boxed{{}}. Question: {question}",
+        default="Please reason step by step, and put your final answer within \\boxed{{}}. Question: {question}",
         description="the user turn; a str.format template with {question}",
     )
     system: str | None = None
     prefill: str = Field(
-        "template",
+        default="template",
         description="what stands after the assistant tag: 'template' (as the chat template has it), 'none' (refuse a "
         "template that adds more), or a text to append",
     )
@@ -100,7 +103,9 @@ class RolloutConfig(Section):
     prompts: PositiveInt = Field(default=32, description="prompts per iteration")
     samples: PositiveInt = Field(default=8, description="responses per prompt")
     temperature: float = Field(default=1.0, gt=0)
-    top_p: Literal[1.0] = Field(default=1.0, description="training needs the sampler's own distribution, so nothing else")
+    top_p: Literal[1.0] = Field(
+        default=1.0, description="training needs the sampler's own distribution, so nothing else"
+    )
     max_new_tokens: PositiveInt = 32000
     slots: PositiveInt = Field(default=256, description="responses the embedded engine decodes at once")
 
@@ -129,10 +134,11 @@ class LossConfig(Section):
     clip: float = Field(default=0.2, gt=0, lt=1)
     beta: float = Field(default=1e-3, ge=0, description="weight of the KL to the initial model, inside the reward (k1)")
     normalize: Literal["none", "batch"] = Field(
-        "none", description="advantages as they are (the paper's text) or whitened over the batch (its released code)"
+        default="none",
+        description="advantages as they are (the paper's text) or whitened over the batch (its released code)",
     )
     aggregate: Literal["sequence", "token"] = Field(
-        "sequence", description="mean over each sequence's tokens, then over sequences; or over all tokens"
+        default="sequence", description="mean over each sequence's tokens, then over sequences; or over all tokens"
     )
 
 
@@ -155,15 +161,19 @@ class TrainingConfig(Section):
     """The loop: how many iterations, how many updates in each, how work is packed."""
 
     iterations: PositiveInt = 100
-    updates: PositiveInt = Field(default=2, description="optimizer updates per iteration; the responses split evenly over them")
+    updates: PositiveInt = Field(
+        default=2, description="optimizer updates per iteration; the responses split evenly over them"
+    )
     micro_batch_tokens: PositiveInt = Field(default=16384, description="token budget of one packed micro-batch")
     max_logprob_diff: float = Field(
-        0.5, gt=0, description="stop when |engine - policy| log-prob, averaged over an iteration, exceeds this"
+        default=0.5, gt=0, description="stop when |engine - policy| log-prob, averaged over an iteration, exceeds this"
     )
 
 
 class CheckpointConfig(Section):
-    every: PositiveInt = Field(default=10, description="iterations between checkpoints (SFT: updates); the last always saves")
+    every: PositiveInt = Field(
+        default=10, description="iterations between checkpoints (SFT: updates); the last always saves"
+    )
     keep: PositiveInt = Field(default=2, description="how many of the newest to keep")
 
 
@@ -173,7 +183,8 @@ class EvaluationConfig(Section):
     datasets: list[DatasetConfig] = Field(default_factory=list)
     every: PositiveInt | None = Field(default=None, description="iterations between evaluations inside a training run")
     preset: Literal["paper", "r1", "custom"] = Field(
-        "paper", description="paper: temperature 0.6, top-p 1; r1: temperature 0.6, top-p 0.95; custom: as given here"
+        default="paper",
+        description="paper: temperature 0.6, top-p 1; r1: temperature 0.6, top-p 0.95; custom: as given here",
     )
     temperature: float | None = Field(default=None, ge=0, description="custom preset only; 0 is greedy")
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -269,7 +280,8 @@ class SftTrainingConfig(Section):
     batch: PositiveInt = Field(default=64, description="sequences per optimizer update")
     micro_batch_tokens: PositiveInt = 16384
     bucket: PositiveInt = Field(
-        1, description="updates drawn together and sorted by length before they are split, so that batches waste little"
+        default=1,
+        description="updates drawn together and sorted by length before they are split, so that batches waste little",
     )
     log_every: PositiveInt = 10
 

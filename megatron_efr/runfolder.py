@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 import zstandard
 
-from megatron_efr.types import Group, Prompt, Response, VersionSpan
+from megatron_efr.types import Group, Prompt, Response, UserError, VersionSpan
 
 MAY_CHANGE = ("runs", "observe", "checkpoint", "train.iterations")
 """Keys, or sections, that a resumed run may set anew: none of them touches the numbers of an iteration."""
@@ -27,7 +27,7 @@ MAY_CHANGE = ("runs", "observe", "checkpoint", "train.iterations")
 _ABSENT = "(not set)"
 
 
-class RunFolderError(Exception):
+class RunFolderError(UserError):
     """A run folder that cannot be used as asked. The message says what lies there and what would be right."""
 
 

@@ -52,7 +52,7 @@ class Family:
         alphas = {member.name: member.alpha for member in members}
         summary = build_summary(self.folder.read_evaluations(), alphas, seconds)
         self.folder.write_summary(summary | {"note": note})
-        print(write_run_page(self.folder), flush=True)
+        write_run_page(self.folder, [RunFolder(self.folder.path / member.name) for member in self.trained])
 
     def _training(self, member: Member) -> list[str]:
         config = self.config.model_copy(deep=True)

@@ -99,7 +99,7 @@ class Run:
         fill_token_advantages(batches, [s.advantage for s in sequences], config.loss, self.ranks.sum_over_replicas)
         with observer.phase("train"):
             made = [policy.update(update, self.loss) for update in updates]
-        return iteration_metrics(groups, made, drift)
+        return iteration_metrics(groups, made, drift, observer.seconds("rollout"))
 
     def rollouts(self, step: int) -> list[Group]:
         """The iteration's groups with grades, rewards and advantages; rank 0 makes them."""

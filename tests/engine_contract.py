@@ -1,8 +1,9 @@
-"""What any rollout engine must do, as tests over an engine: `pytest`'s subclasses give the fixtures and inherit the rest."""
+"""What any rollout engine must do, as a class of tests: subclass it, give the fixtures, inherit the tests."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ class EngineContract:
 
     stop_id: int
 
-    @pytest.fixture()
+    @pytest.fixture
     def engine(self, make_engine: MakeEngine, weights: tuple[Weights, Weights]) -> Engine:
         engine = make_engine()
         engine.publish(iter(weights[0]), version=3)
@@ -90,7 +91,7 @@ class EngineContract:
             kinds.add(tuple(span.version for span in spans))
             assert spans[0].start == 0
             assert spans[-1].end == response.length
-            assert all(a.end == b.start and a.version < b.version for a, b in zip(spans, spans[1:], strict=False))
+            assert all(a.end == b.start and a.version < b.version for a, b in pairwise(spans))
             assert all(span.start < span.end for span in spans)
         assert kinds == {(3,), (3, 4), (4,)}
 

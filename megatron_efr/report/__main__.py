@@ -1,25 +1,59 @@
-"""`efr report`: write the HTML page of a run folder (again)."""
+"""`efr report`: the table and the HTML page of a run folder, of a family, or of a family over several seeds."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_efr import arguments
+from megatron_efr.report.records import over_seeds, summary_markdown
 from megatron_efr.report.run_page import write_run_page
 from megatron_efr.runfolder import RunFolder
 from megatron_efr.types import UserError
 
 
+def report(path: Path, seeds: bool) -> str:
+    """Write the page and return what to print: the family's table, and where the page lies."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run folder")
+    folder = RunFolder(path)
+    if seeds:
+        _gather_seeds(folder)
+    summary: dict[str, Any] = json.loads(folder.summary.read_text()) if folder.summary.exists() else {"models": []}
+    page = write_run_page(folder, _members(folder, summary))
+    return "\n".join([summary_markdown(summary), ""] if summary["models"] else []) + f"\nreport: {page}"
+
+
+def _members(folder: RunFolder, summary: dict[str, Any]) -> list[RunFolder]:
+    """The runs behind a family's models, in the first seed's folder where there are several."""
+    first = folder.path / "seed-1" if summary.get("seeds") else folder.path
+    runs = [RunFolder(first / model["name"]) for model in summary["models"]]
+    return [run for run in runs if run.config.exists()]
+
+
+def _gather_seeds(folder: RunFolder) -> None:
+    """Put the summaries of `seed-*/` together; the first seed's evaluations stand for the examples."""
+    paths = sorted(folder.path.glob("seed-*/summary.json"))
+    if not paths:
+        raise UserError(f"{folder.path}: no seed-*/summary.json; run `efr sweep` with name=.../seed-1 and so on first")
+    summaries = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    folder.write_summary(over_seeds(summaries) | {"note": summaries[0].get("note", "")})
+    for name, record in RunFolder(paths[0].parent).read_evaluations().items():
+        folder.write_evaluation(name, record)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr report`."""
-    parser = argparse.ArgumentParser(prog="efr report", description="Write the HTML page of a run folder.")
-    parser.add_argument("folder", type=Path, help="runs/NAME: a run or a sweep")
+    parser = argparse.ArgumentParser(prog="efr report", description="The table and the HTML page of a run folder.")
+    parser.add_argument("folder", type=Path, help="runs/NAME: a run or a family")
+    parser.add_argument(
+        "--seeds", action="store_true", help="the folder holds one family per seed, in seed-1, seed-2 ..."
+    )
     given = parser.parse_args(argv)
-    if not given.folder.is_dir():
-        raise UserError(f"{given.folder}: no such run folder")
-    print(write_run_page(RunFolder(given.folder)))
+    print(report(given.folder, given.seeds))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,10 @@ class LogprobMismatchError(UserError):
 
 
 def iteration_metrics(
-    groups: Sequence[Group], updates: Sequence[Mapping[str, float]], drift: Mapping[str, float]
+    groups: Sequence[Group],
+    updates: Sequence[Mapping[str, float]],
+    drift: Mapping[str, float],
+    rollout_seconds: float,
 ) -> dict[str, float]:
     """Accuracy, lengths and rewards of the rollouts; the updates' figures; how far the log-probs are apart.
 
@@ -42,7 +45,7 @@ def iteration_metrics(
     metrics |= {f"graded/{status}": float(count) for status, count in sorted(statuses.items())}
     metrics |= _averaged(updates)
     metrics |= {"first_ratio_max": updates[0]["ratio_max"], "first_kl_to_old": updates[0]["kl_to_old"]}
-    return metrics | dict(drift)
+    return metrics | dict(drift) | {"time/tokens_per_s": metrics["tokens_total"] / rollout_seconds}
 
 
 def check_logprobs(drift: Mapping[str, float], limit: float) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_efr.report.page import write_report
+from megatron_efr.report.records import build_summary
 
 _PACKAGES = ("megatron-efr", "megatron-core", "torch", "transformers", "math-verify", "numpy")
 
@@ -20,6 +21,9 @@ class Folder(Protocol):
     def path(self) -> Path: ...
 
     @property
+    def config(self) -> Path: ...
+
+    @property
     def report(self) -> Path: ...
 
     @property
@@ -27,34 +31,34 @@ class Folder(Protocol):
 
     def read_evaluations(self) -> dict[str, dict[str, Any]]: ...
 
+    def read_metrics(self) -> list[dict[str, Any]]: ...
 
-def write_run_page(folder: Folder) -> Path:
-    """Write report/index.html and its pictures; returns the page's path."""
-    summary: dict[str, Any] = {"models": [], "seconds": {}}
-    if folder.summary.exists():
-        summary = json.loads(folder.summary.read_text(encoding="utf-8"))
-    runs = dict(_runs(folder.path))
+
+def write_run_page(folder: Folder, members: Sequence[Folder] = ()) -> Path:
+    """Write report/index.html and its pictures; returns the page's path. `members` are a family's runs."""
+    evaluations = folder.read_evaluations()
+    summary = _summary(folder, evaluations)
+    runs = {run.path.name: run for run in (members or [folder]) if run.config.exists()}
     return write_report(
         summary,
-        folder.read_evaluations(),
-        {name: _lines(path / "metrics.jsonl") for name, path in runs.items()},
+        evaluations,
+        {name: run.read_metrics() for name, run in runs.items()},
         folder.report,
         title=folder.path.name,
         note=summary.get("note", ""),
-        configs={name: (path / "config.yaml").read_text(encoding="utf-8") for name, path in runs.items()},
+        configs={name: run.config.read_text(encoding="utf-8") for name, run in runs.items()},
         versions=dict(_versions()),
     )
 
 
-def _runs(path: Path) -> Iterator[tuple[str, Path]]:
-    """The run itself, or the members of a family, by name."""
-    for candidate in [path, *sorted(path.iterdir())]:
-        if (candidate / "metrics.jsonl").exists() and (candidate / "config.yaml").exists():
-            yield candidate.name, candidate
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _summary(folder: Folder, evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The family's summary.json; for a single run, its newest evaluation."""
+    if folder.summary.exists():
+        return json.loads(folder.summary.read_text(encoding="utf-8"))
+    if not evaluations:
+        return {"models": [], "seconds": {}}
+    newest = max(evaluations)
+    return build_summary({newest: evaluations[newest]}, {newest: None}, {})
 
 
 def _versions() -> Iterator[tuple[str, str]]:

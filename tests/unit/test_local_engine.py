@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_efr.rollout.local import LocalEngine
@@ -17,9 +19,9 @@ from tests.engine_contract import EngineContract, MakeEngine, Weights, requests
 STOP = 1
 
 
-def model(seed: int = 0, **changes: object) -> Qwen2ForCausalLM:
+def model(seed: int = 0, **changes: Any) -> Qwen2ForCausalLM:
     """A random Qwen2 of the quickstart's shape unless changed; wide enough weights that tokens are not near uniform."""
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": 32,
         "hidden_size": 64,
         "num_hidden_layers": 3,
@@ -63,11 +65,11 @@ def mixed_requests(count: int, samples: int = 1, seed: int = 0, vocab: int = 32)
 class TestContract(EngineContract):
     stop_id = STOP
 
-    @pytest.fixture()
+    @pytest.fixture
     def make_engine(self) -> MakeEngine:
         return lambda: LocalEngine(model().config.to_dict(), slots=24)
 
-    @pytest.fixture()
+    @pytest.fixture
     def weights(self) -> tuple[Weights, Weights]:
         return weights_of(model(0)), weights_of(model(1))
 
@@ -79,8 +81,10 @@ def exact_logprobs(built: Qwen2ForCausalLM, prompt: Prompt, response: Response, 
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 2}, {"rope_theta": 5e5}])
-def test_log_probs_equal_a_full_forward_of_transformers(changes: dict[str, object], temperature: float) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 2}, {"rope_theta": 5e5}]
+)
+def test_log_probs_equal_a_full_forward_of_transformers(changes: dict[str, Any], temperature: float) -> None:
     built = model(**changes)
     worst = 0.0
     for group in serving(built, slots=16).generate(mixed_requests(20, 2), Sampling(temperature, 1.0, 90, (STOP,))):
@@ -94,15 +98,13 @@ def test_greedy_equals_transformers_greedy() -> None:
     built = model()
     for id, responses in answers(serving(built), asked := mixed_requests(12), Sampling(0.0, 1.0, 40, (STOP,))).items():
         prompt = next(request.prompt for request in asked if request.prompt.id == id)
-        theirs = built.generate(
+        theirs = built.generate(  # pyright: ignore[reportAttributeAccessIssue]
             torch.tensor([prompt.tokens]), do_sample=False, max_new_tokens=40, eos_token_id=STOP, pad_token_id=0
         )
         assert responses[0].tokens == theirs[0, len(prompt.tokens) :].tolist()
 
 
 def test_first_tokens_follow_the_models_distribution() -> None:
-    from scipy import stats
-
     built = model()
     prompt = Prompt("p", (5, 9, 3), "", "")
     with torch.no_grad():
@@ -118,7 +120,7 @@ def test_first_tokens_follow_the_models_distribution() -> None:
 
 # What shares the batch ---------------------------------------------------------------------------------------------
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "quickstart": {},
     "128": {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 8, "num_key_value_heads": 2},
     "256": {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 1},
@@ -129,7 +131,12 @@ SHAPES = {
 def differing(a: dict[str, list[Response]], b: dict[str, list[Response]]) -> tuple[int, int]:
     """How many responses have other tokens, and how many log-probs other bits, among the prompts of `b`."""
     tokens = sum(x.tokens != y.tokens for id in b for x, y in zip(a[id], b[id], strict=True))
-    bits = sum(p != q for id in b for x, y in zip(a[id], b[id], strict=True) for p, q in zip(x.logprobs, y.logprobs, strict=False))
+    bits = sum(
+        p != q
+        for id in b
+        for x, y in zip(a[id], b[id], strict=True)
+        for p, q in zip(x.logprobs, y.logprobs, strict=False)
+    )
     return tokens, bits
 
 
@@ -223,7 +230,9 @@ def test_sleep_keeps_unfinished_responses_and_the_same_weights_go_on_with_the_sa
     engine.publish(iter(weights_of(built)), version=1)
     groups += stream
     # Reading again rounds otherwise than decoding did, so only tokens are promised to agree, short of a near tie.
-    assert {group.prompt.id: group.responses[0].tokens for group in groups} == {k: v[0].tokens for k, v in whole.items()}
+    assert {group.prompt.id: group.responses[0].tokens for group in groups} == {
+        k: v[0].tokens for k, v in whole.items()
+    }
 
 
 def test_weights_are_a_snapshot_and_do_not_enter_autograd() -> None:
@@ -245,10 +254,15 @@ def test_weights_are_a_snapshot_and_do_not_enter_autograd() -> None:
         (lambda w: [*w, ("lm_head.weight", w[0][1])], r"lm_head\.weight: no such tensor"),
         (lambda w: [*w, w[3]], r"published twice"),
         (lambda w: w[:4] + w[5:], r"missing.*layers\.0\.self_attn"),
-        (lambda w: [(w[0][0], w[0][1][:, :5]), *w[1:]], r"embed_tokens\.weight: shape \[32, 5\]; this model has \[32, 64\]"),
+        (
+            lambda w: [(w[0][0], w[0][1][:, :5]), *w[1:]],
+            r"embed_tokens\.weight: shape \[32, 5\]; this model has \[32, 64\]",
+        ),
     ],
 )
-def test_bad_weights_are_refused_by_name_and_nothing_is_served(change, message: str) -> None:  # noqa: ANN001
+def test_bad_weights_are_refused_by_name_and_nothing_is_served(
+    change: Callable[[Weights], Weights], message: str
+) -> None:
     engine = serving(model())
     with pytest.raises(ValueError, match=message):
         engine.publish(iter(change(weights_of(model()))), version=1)
@@ -270,8 +284,7 @@ def test_pausing_keeps_the_stream_and_asking_the_paused_engine_is_an_error_here(
     engine.pause()
     for _ in range(2):
         with pytest.raises(RuntimeError, match="paused"):
-            while True:
-                groups.append(next(stream))
+            groups.extend(stream)
     engine.resume()
     groups += stream
     assert differing(whole, {group.prompt.id: group.responses for group in groups}) == (0, 0)
@@ -304,7 +317,9 @@ def test_a_bad_request_is_named_and_the_others_are_still_answered() -> None:
     for message, request in bad.items():
         good = mixed_requests(6)
         stream = engine.generate([*good[:3], request, *good[3:]], Sampling(1.0, 1.0, 20, ()))
-        with pytest.raises(ValueError, match=f"prompt bad: .*{message}" if message[0] == "v" else f"prompt bad: {message}"):
+        with pytest.raises(
+            ValueError, match=f"prompt bad: .*{message}" if message[0] == "v" else f"prompt bad: {message}"
+        ):
             next(stream)
         assert {group.prompt.id for group in stream} == {request.prompt.id for request in good}
 
