@@ -29,6 +29,11 @@ def read(kind: type[ConfigT], arguments: argparse.Namespace) -> ConfigT:
     return load(kind, arguments.config, arguments.overrides)
 
 
+def world_size() -> int:
+    """How many ranks torchrun started; 1 without it. Known before they join."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def run(program: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
     """Run a program; a UserError is printed by rank 0 without a traceback, and the exit code is 2."""
     try:

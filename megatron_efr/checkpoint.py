@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from megatron.core import dist_checkpointing
 
@@ -48,24 +49,36 @@ class Checkpoints:
         """Save on all ranks together, verify, move `latest`, drop what is older than the `keep` newest."""
         final = self.folder / name(step)
         partial = final.with_name(final.name + ".partial")
-        if self._world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self._world.barrier()
-        dist_checkpointing.save(sharded, str(partial))
-        self._world.barrier()
-        self._world.share(lambda: self._finish(partial, final, state))
+        try:
+            self._world.share(lambda: self._begin(partial))
+            dist_checkpointing.save(sharded, str(partial))
+            self._world.barrier()
+            self._world.share(lambda: self._finish(partial, final, state))
+        except OSError as error:
+            raise CheckpointError(
+                f"{final}: cannot be written: {error}; the checkpoints before it are untouched, and --resume goes on "
+                f"from the newest"
+            ) from error
         return final
+
+    def _begin(self, partial: Path) -> None:
+        for left in self.folder.glob("step_*.partial"):  # by a save that was interrupted
+            shutil.rmtree(left)
+        partial.mkdir(parents=True)
 
     def _finish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
         (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         _write_manifest(partial)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
+        _sync_folder(self.folder)
         verify(final)
         _write_synced(self.folder / LATEST, final.name)
-        for old in _complete(self.folder)[: -self.keep]:
-            shutil.rmtree(old)
+        complete = _complete(self.folder)
+        count = complete.index(final) + 1
+        # a later one did not verify when this run resumed, and must neither count nor come back
+        for path in complete[: max(count - self.keep, 0)] + complete[count:]:
+            shutil.rmtree(path)
 
     def newest(self) -> Path | None:
         """The newest checkpoint that verifies; a damaged one is named on stderr and the one before it is taken."""
@@ -76,14 +89,14 @@ class Checkpoints:
             try:
                 verify(path)
             except CheckpointError as error:
-                print(f"checkpoint set aside: {error}", flush=True)
+                print(f"checkpoint set aside: {error}", file=sys.stderr, flush=True)
             else:
                 return path
         return None
 
     def load(self, path: Path, sharded: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """(sharded state filled in, the run's own state) of a checkpoint, on all ranks together."""
-        loaded = dist_checkpointing.load(sharded, str(path))
+        loaded = cast(dict[str, Any], dist_checkpointing.load(sharded, str(path)))
         return loaded, json.loads((path / STATE).read_text(encoding="utf-8"))
 
 
@@ -98,17 +111,24 @@ def verify(path: Path) -> None:
     if not manifest.is_file():
         raise CheckpointError(f"{path}: no {MANIFEST}: the save was interrupted")
     try:
-        entries = json.loads(manifest.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        listed = json.loads(manifest.read_text(encoding="utf-8"))
+        entries = {file: (entry["bytes"], entry["sha256"]) for file, entry in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{manifest}: not readable: {error}") from error
-    for file, entry in entries.items():
-        member = path / file
-        if not member.is_file():
-            raise CheckpointError(f"{member}: missing")
-        if member.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{member}: {member.stat().st_size} bytes, {entry['bytes']} were written")
-        if _sha256(member) != entry["sha256"]:
-            raise CheckpointError(f"{member}: its content is not what was written (SHA-256 differs)")
+    for file, (size, checksum) in entries.items():
+        try:
+            _verify_file(path / file, size, checksum)
+        except OSError as error:
+            raise CheckpointError(f"{path / file}: not readable: {error}") from error
+
+
+def _verify_file(member: Path, size: int, checksum: str) -> None:
+    if not member.is_file():
+        raise CheckpointError(f"{member}: missing")
+    if member.stat().st_size != size:
+        raise CheckpointError(f"{member}: {member.stat().st_size} bytes, {size} were written")
+    if _sha256(member) != checksum:
+        raise CheckpointError(f"{member}: its content is not what was written (SHA-256 differs)")
 
 
 def _write_manifest(folder: Path) -> None:
@@ -122,12 +142,22 @@ def _write_manifest(folder: Path) -> None:
 
 def _complete(folder: Path) -> list[Path]:
     """Checkpoints that were renamed into place, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.is_dir() and path.suffix != ".partial")
+    numbered = [path for path in folder.glob("step_*") if path.is_dir() and path.name.removeprefix("step_").isdigit()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let a rename within `folder` outlive the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_synced(path: Path, text: str) -> None:

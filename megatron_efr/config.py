@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from megatron_efr.types import UserError
+from megatron_efr.errors import UserError
 
 
 class ConfigError(UserError):
@@ -103,9 +103,7 @@ class RolloutConfig(Section):
     prompts: PositiveInt = Field(default=32, description="prompts per iteration")
     samples: PositiveInt = Field(default=8, description="responses per prompt")
     temperature: float = Field(default=1.0, gt=0)
-    top_p: Literal[1.0] = Field(
-        default=1.0, description="training needs the sampler's own distribution, so nothing else"
-    )
+    top_p: float = Field(default=1.0, ge=1, le=1, description="training needs the sampler's own distribution")
     max_new_tokens: PositiveInt = 32000
     slots: PositiveInt = Field(default=256, description="responses the embedded engine decodes at once")
 
@@ -381,14 +379,25 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r}: an override reads section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from error
     *path, last = key.split(".")
-    node = tree
+    node: Any = tree
     for name in path:
-        child = node.setdefault(name, {})
-        if not isinstance(child, dict):
+        node = node.setdefault(name, {}) if isinstance(node, dict) else node[_index(node, name, override)]
+        if not isinstance(node, dict | list):
             raise ConfigError(f"{override!r}: {name} is a value, not a section")
-        node = child
-    node[last] = yaml.load(text, Loader=_Loader)
+    node[last if isinstance(node, dict) else _index(node, last, override)] = value
+
+
+def _index(items: list[Any], name: str, override: str) -> int:
+    """The place in a list that part `name` of an override's key means."""
+    if name.isdigit() and int(name) < len(items):
+        return int(name)
+    places = f"its places are 0 to {len(items) - 1}" if items else "it is empty"
+    raise ConfigError(f"{override!r}: {name} is not a place in that list; {places}")
 
 
 def _sentence(kind: type[BaseModel], problem: Any, source: str, prefix: str) -> str:

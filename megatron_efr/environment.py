@@ -9,8 +9,8 @@ import torch
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
-from megatron_efr.config import DatasetConfig, EvaluationConfig, PromptConfig, TrainConfig
-from megatron_efr.data.datasets import load_problems
+from megatron_efr.config import ConfigError, DatasetConfig, EvaluationConfig, PromptConfig, TrainConfig
+from megatron_efr.data.datasets import dataset_name, load_problems
 from megatron_efr.data.prompts import Rendered, load_tokenizer, render_all, stop_ids
 from megatron_efr.data.stream import PromptStream
 from megatron_efr.grading import Grader, check_golds
@@ -68,6 +68,13 @@ class Evaluator:
         stops: tuple[int, ...],
         seed: int,
     ) -> None:
+        if not config.datasets:
+            raise ConfigError("evaluation.datasets: empty, and an evaluation needs at least one data set of problems")
+        names = {dataset_name(dataset) for dataset in config.datasets}
+        if unknown := sorted(config.samples_by_dataset.keys() - names):
+            raise ConfigError(
+                f"evaluation.samples_by_dataset.{unknown[0]}: no such data set; there are {', '.join(sorted(names))}"
+            )
         temperature, top_p = config.sampling
         self.sampling = Sampling(temperature, top_p, config.max_new_tokens, stops)
         self.prompts = load_prompts(config.datasets, tokenizer, prompt).prompts

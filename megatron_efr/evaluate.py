@@ -17,15 +17,18 @@ from megatron_efr.weights.folder import initial_weights
 
 def evaluate(config: EvaluateConfig, record_name: str) -> Record:
     """Answer and grade every problem; the record is kept as eval/<record_name>.json of the run folder."""
+    folder = RunFolder(config.folder)
+    folder.evaluation_path(record_name)  # a name that cannot be a file's is refused before any work
     tokenizer = load_tokenizer(config.model.path)
     architecture = Architecture.from_folder(config.model.path)
+    weights = initial_weights(config.model, architecture, config.seed)
     stops = stop_ids(config.model.path, tokenizer)
     evaluator = Evaluator(config.evaluation, config.prompt, tokenizer, stops, config.seed)
     engine = local_engine(config.model.path, config.slots, config.model.dtype)
-    engine.publish(initial_weights(config.model, architecture, config.seed).items(), version=0)
+    engine.publish(weights.items(), version=0)
     with Grader(config.grading.workers, config.grading.timeout_s) as grader:
         record = evaluator.run(engine, grader, record_name, progress=True)
-    RunFolder(config.folder).write_evaluation(record_name, record)
+    folder.write_evaluation(record_name, record)
     return record
 
 

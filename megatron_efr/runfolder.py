@@ -201,10 +201,11 @@ class RunFolder:
         """Make the folder this run's own and save its configuration there. Rank 0 calls it before any work starts.
 
         `resolved_yaml` is `config.dump(config)`. Raises RunFolderError when the folder holds another configuration
-        (naming every differing key), or the same one with work in it and `resume` is false. A resumed run may change
+        (naming every differing key), or the same one with work in it and `resume` is false. A folder whose run stopped
+        before any work, such as at a data set that is not there, is taken over. A resumed run may change
         the keys of MAY_CHANGE; train.iterations only under a constant learning rate, whose schedule it does not bend.
         """
-        if self.config.exists():
+        if self.config.exists() and (self.has_work or resume):
             held, ours = self._flat(self.config.read_text(encoding="utf-8")), self._flat(resolved_yaml)
             differing = [key for key in dict.fromkeys([*held, *ours]) if held.get(key) != ours.get(key)]
             refused = [key for key in differing if not (resume and _may_change(key, held))]
@@ -291,11 +292,15 @@ class RunFolder:
         except (zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
             raise RunFolderError(f"{path}: damaged rollouts: {error}") from error
 
-    def write_evaluation(self, name: str, record: Mapping[str, Any]) -> Path:
-        """Save an evaluation record as eval/<name>.json and return its path."""
+    def evaluation_path(self, name: str) -> Path:
+        """eval/<name>.json; RunFolderError for a name that is no file name."""
         if not name or "/" in name or name.startswith("."):
             raise RunFolderError(f"evaluation name {name!r}: a file name without '/' and not beginning with '.'")
-        path = self.evaluations / f"{name}.json"
+        return self.evaluations / f"{name}.json"
+
+    def write_evaluation(self, name: str, record: Mapping[str, Any]) -> Path:
+        """Save an evaluation record as eval/<name>.json and return its path."""
+        path = self.evaluation_path(name)
         write_atomic(path, json.dumps(record, allow_nan=False, ensure_ascii=False, indent=1) + "\n")
         return path
 

@@ -20,8 +20,8 @@ from megatron_efr.types import Sequence
 
 def sft(config: SftConfig, resume: bool = False) -> None:
     """Train to the end, from the start or from the newest checkpoint, and write the model folder."""
+    config.check_world(arguments.world_size())
     with launched(config.parallel, config.seed) as ranks:
-        config.check_world(ranks.world_size)
         folder = RunFolder(config.folder)
         ranks.on_main(lambda: folder.claim(dump(config), resume))
         sequences = ranks.share(lambda: load_rows(config))

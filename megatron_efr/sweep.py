@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_efr import arguments
+from megatron_efr import arguments, methods
 from megatron_efr.config import ConfigError, EvaluateConfig, TrainConfig, dump
 from megatron_efr.report.records import build_summary
 from megatron_efr.report.run_page import write_run_page
@@ -34,6 +34,11 @@ class Family:
     def __init__(self, config: TrainConfig, alphas: Sequence[float], ranks: int) -> None:
         if not config.evaluation.datasets:
             raise ConfigError("evaluation.datasets: a sweep evaluates every model, and needs held-out problems")
+        config.check_world(ranks)
+        if len({f"{alpha:g}" for alpha in alphas}) < len(alphas):
+            raise ConfigError(f"--alphas: {', '.join(f'{a:g}' for a in alphas)}: each value once; it names the run")
+        for alpha in alphas:
+            methods.build(config.method.model_copy(update={"alpha": alpha}), config.rollout.samples)
         self.config, self.ranks = config, ranks
         self.folder = RunFolder(config.folder)
         self.base = Member("base", None, config.model.path)
@@ -85,7 +90,7 @@ class Family:
 def _side_by_side(commands: list[tuple[str, list[str]]], folder: RunFolder, jobs: int) -> None:
     """Run named commands, `jobs` at a time; the first that fails is named with its log, and the run ends."""
     with ThreadPoolExecutor(jobs) as pool:
-        codes = list(pool.map(lambda named: _run(*named, folder.path / "logs"), commands))
+        codes = list(pool.map(lambda named: _run(named[0], named[1], folder.path / "logs"), commands))
     failed = [name for (name, _), code in zip(commands, codes, strict=True) if code]
     if failed:
         raise UserError(f"{', '.join(failed)} failed; see {folder.path / 'logs'}")
@@ -123,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds = {part: float(value) for part, value in (text.split("=") for text in given.seconds)}
     except ValueError as error:
         raise ConfigError(f"--alphas {given.alphas!r}, --seconds {given.seconds!r}: {error}") from error
+    if min(given.jobs, given.ranks) < 1:
+        raise ConfigError(f"--jobs {given.jobs}, --ranks {given.ranks}: at least 1 of each")
     Family(arguments.read(TrainConfig, given), alphas, given.ranks).run(given.jobs, seconds, given.note)
 
 

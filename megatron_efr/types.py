@@ -9,10 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-
-class UserError(Exception):
-    """Something a person can put right. The message says what is wrong, where, and what would be right."""
-
+from megatron_efr.errors import UserError as UserError
 
 Finish = Literal["stop", "length", "abort"]
 

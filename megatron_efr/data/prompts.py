@@ -12,13 +12,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from megatron_efr.config import PromptConfig
 from megatron_efr.data.datasets import Problem
-from megatron_efr.types import Prompt
+from megatron_efr.types import Prompt, UserError
 
 _SENTINEL = "ANSWERBEGINSHERE"
 _BATCH = 1024
 
 
-class PromptError(ValueError):
+class PromptError(UserError, ValueError):
     """A tokenizer, template or prompt that cannot be used; the message says what would be right."""
 
 
@@ -46,7 +46,7 @@ def vocabulary_size(folder: str | Path) -> int:
     path = _folder(folder) / "config.json"
     if not path.is_file():
         raise PromptError(f"{path}: no such file; a model folder has a config.json")
-    size = json.loads(path.read_text(encoding="utf-8")).get("vocab_size")
+    size = _object(path).get("vocab_size")
     if not isinstance(size, int) or size < 1:
         raise PromptError(f"{path}: vocab_size is {size!r}, expected a positive integer")
     return size
@@ -70,7 +70,7 @@ def stop_ids(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[in
         ids.add(tokenizer.eos_token_id)
     path = place / "generation_config.json"
     if path.is_file():
-        more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        more = _object(path).get("eos_token_id")
         ids.update(more if isinstance(more, list) else [] if more is None else [more])
     if not ids:
         raise PromptError(f"{place}: neither the tokenizer nor generation_config.json names an eos token")
@@ -195,6 +195,16 @@ def fits(length: int, config: PromptConfig, where: str) -> bool:
 def _prompt(problem: Problem, text: str, tokens: tuple[int, ...]) -> Prompt:
     meta = {"dataset": problem.dataset, "difficulty": problem.difficulty, "where": problem.where}
     return Prompt(id=problem.id, tokens=tokens, text=text, gold=problem.gold, meta=meta)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PromptError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise PromptError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
 
 
 def _folder(folder: str | Path) -> Path:

@@ -8,10 +8,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_efr.errors import UserError
+
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError, ValueError):
     """A data set that cannot be used. The message names the file and line, what is wrong, and what would be right."""
 
 
@@ -29,7 +31,12 @@ def read_rows(path: str, split: str = "train", limit: int | None = None) -> list
     A path that ends in .jsonl, .json or .parquet, starts like a path (`/`, `./`, `../`, `~`) or lies in a folder that
     exists is never looked up on the hub.
     """
-    rows = list(islice(_rows(path, split), limit))
+    try:
+        rows = list(islice(_rows(path, split), limit))
+    except DatasetError:
+        raise
+    except ValueError as error:  # bytes that are no UTF-8, a parquet file that is none
+        raise DatasetError(f"{path}: cannot be read: {error}") from error
     if not rows:
         raise DatasetError(f"{path}: holds no rows")
     return rows

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_efr.types import Prompt
+from megatron_efr.types import Prompt, UserError
 
 
-class StreamError(ValueError):
+class StreamError(UserError, ValueError):
     """A stream that cannot be built or resumed."""
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from megatron_efr.errors import UserError
 from megatron_efr.grading.pool import Grader
 
 _SHOWN = 20
 
 
-class GoldError(ValueError):
+class GoldError(UserError, ValueError):
     """Gold answers that do not parse, or do not equal themselves; the message lists them with file and line."""
 
 

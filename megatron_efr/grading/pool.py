@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from megatron_efr.errors import UserError
 from megatron_efr.grading.boxed import last_boxed
 from megatron_efr.grading.worker import BAD_GOLD, CORRECT, CRASH, MEMORY, UNPARSED, WRONG
 
@@ -64,7 +65,7 @@ def grade(responses: Sequence[str], golds: Sequence[str], timeout_s: float = 5.0
         return grader.grade(responses, golds)
 
 
-class GraderError(RuntimeError):
+class GraderError(UserError, RuntimeError):
     """Grading processes cannot be started."""
 
 

@@ -22,9 +22,7 @@ class Method:
     `state_dict` returns, and is checkpointed.
     """
 
-    class Options(Section):
-        """The method's own keys of the `method` section."""
-
+    Options: ClassVar[type[Section]] = Section  # the method's own keys of the `method` section
     min_samples: ClassVar[int] = 2  # RLOO's baseline is the mean of the *other* samples
 
     def __init__(self, options: Any) -> None:

@@ -47,11 +47,16 @@ def _rewards(correct: np.ndarray, lengths: np.ndarray, alpha: float) -> np.ndarr
     return c * (1.0 - alpha / (1.0 + np.exp(-z)))
 
 
+class EFROptions(Section):
+    """The one knob."""
+
+    alpha: float = Field(ge=0, lt=1, description="0 is plain accuracy RL; larger is briefer; the paper: 0 to 0.4")
+
+
 class EFR(Method):
     """Training Language Models to Reason Efficiently (Arora & Zanette 2025)."""
 
-    class Options(Section):
-        alpha: float = Field(ge=0, lt=1, description="0 is plain accuracy RL; larger is briefer; the paper: 0 to 0.4")
+    Options = EFROptions
 
     def rewards(self, group: Group) -> np.ndarray:
         if group.correct is None:

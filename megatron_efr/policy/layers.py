@@ -13,7 +13,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.utils import divide
 from torch.nn.functional import scaled_dot_product_attention
@@ -152,14 +151,13 @@ def local_layers(config: TransformerConfig, stage_layers: int) -> TransformerBlo
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
     layer = copy(layer)
-    layer.submodules = copy(layer.submodules)
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention: ModuleSpec = copy(layer.submodules.self_attention)
-    attention.submodules = copy(attention.submodules)
-    attention.submodules.core_attention = PackedAttention
+    parts: Any = copy(layer.submodules)
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.self_attention = copy(parts.self_attention)
+    attention = parts.self_attention.submodules = copy(parts.self_attention.submodules)
+    attention.core_attention = PackedAttention
     if config.qk_layernorm:
-        attention.submodules.q_layernorm = RMSNorm
-        attention.submodules.k_layernorm = RMSNorm
-    layer.submodules.self_attention = attention
-    return TransformerBlockSubmodules(layer_specs=[layer] * stage_layers, layer_norm=RMSNorm)
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layer.submodules = parts
+    final_norm: Any = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * stage_layers, layer_norm=final_norm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_efr.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_efr.policy.layers import local_layers
@@ -44,7 +43,7 @@ class PolicyModel(GPTModel):
         """This rank's rows of the output layer [V / TP, hidden]; the embedding where they are tied. Last stage only."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        return cast(torch.Tensor, self.output_layer.weight)
 
 
 def transformer_config(model: ModelConfig, architecture: Architecture, parallel: ParallelConfig) -> TransformerConfig:
@@ -129,7 +128,8 @@ def build_chunks(
     for number, model in enumerate(chunks):
         module = Float16Module(config, model) if config.bf16 else model
         wrapped.append(DistributedDataParallel(config, ddp, module, disable_bucketing=number > 0))
-    config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    no_sync: Any = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    config.no_sync_func = no_sync
     config.finalize_model_grads_func = finalize_model_grads
     return wrapped
 
@@ -150,7 +150,8 @@ def _mark_split_weights(model: PolicyModel) -> None:
 def ddp_config(parallel: ParallelConfig) -> DistributedDataParallelConfig:
     """Megatron's DDP settings; `parallel.ddp` overrides any field by its own name."""
     check_fields("parallel.ddp", parallel.ddp, DistributedDataParallelConfig)
-    return DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True} | parallel.ddp)
+    fields: dict[str, Any] = {"grad_reduce_in_fp32": True}
+    return DistributedDataParallelConfig(**fields | parallel.ddp)
 
 
 def check_fields(where: str, given: dict[str, Any], kind: type[Any]) -> None:
@@ -162,7 +163,7 @@ def check_fields(where: str, given: dict[str, Any], kind: type[Any]) -> None:
 
 def _layers(
     config: TransformerConfig, layers: Literal["auto", "local", "transformer_engine"], vp_stage: int | None
-) -> TransformerBlockSubmodules | ModuleSpec:
+) -> Any:  # a ModuleSpec, or TransformerBlockSubmodules: GPTModel takes both, its annotation names one
     has_engine = importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
     if layers == "transformer_engine" and not has_engine:
         raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -42,9 +42,8 @@ class Optimizer:
         }
         self._chunks = chunks
         with cpu.cuda_type_names():
-            self.megatron: ChainedOptimizer = get_megatron_optimizer(
-                MegatronOptimizerConfig(**fields | config.megatron), chunks
-            )
+            made = get_megatron_optimizer(MegatronOptimizerConfig(**fields | config.megatron), list(chunks))
+        self.megatron = cast(ChainedOptimizer, made)
         self.schedule = OptimizerParamScheduler(
             self.megatron,
             init_lr=0.0,
@@ -82,8 +81,9 @@ class Optimizer:
                 return False, norm
             self.schedule.step(1)
             for part in self.megatron.chained_optimizers:
-                if part.config.clip_grad > 0 and part.get_parameters():
-                    clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
+                parameters = cast(list[torch.Tensor], part.get_parameters())
+                if part.config.clip_grad > 0 and parameters:
+                    clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
             return bool(self.megatron.step_with_ready_grads()), norm
 
     def sharded_state(self, models: dict[str, Any], loading: bool) -> dict[str, Any]:

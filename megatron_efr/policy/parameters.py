@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -35,7 +35,8 @@ class Parameters:
         for name, parameter in model.named_parameters():
             parts = name.split(".")
             if parts[:2] == ["decoder", "layers"]:
-                parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+                layer: Any = model.decoder.layers[int(parts[2])]
+                parts[2] = str(layer.layer_number - 1)
             yield self._mapping.canonical(".".join(parts)), parameter
 
     def _agree_on_places(self) -> dict[str, _Place]:
@@ -66,13 +67,15 @@ class Parameters:
             parameter.copy_(value)
         return before
 
-    def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def whole(
+        self, of: Callable[[torch.nn.Parameter], torch.Tensor] = torch.Tensor.detach
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, whole tensor) pairs in the mapping's order, one Megatron parameter in memory at a time.
 
         All ranks iterate together. Rank 0 gets the tensors (views of the live parameters where nothing is split), the
-        others empty ones under the same names.
+        others empty ones under the same names. `of` may name something else than a parameter's value, of its shape.
         """
-        local = {name: parameter.detach() for name, parameter in self._local}
+        local = {name: of(parameter) for name, parameter in self._local}
         for name in self._mapping.parameters():
             shards = self._shards_on_main(name, local.get(name)) if self._ranks.replica == 0 else None
             if shards is None:

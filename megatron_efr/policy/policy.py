@@ -149,7 +149,7 @@ class Policy:
             outputs = schedule(
                 forward_step_func=self._forward_step(loss),
                 data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
-                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                model=list(self.chunks) if len(self.chunks) > 1 else self.chunks[0],
                 num_microbatches=len(batches),
                 seq_length=max(batch.tokens.numel() for batch in batches),
                 micro_batch_size=1,
@@ -166,7 +166,7 @@ class Policy:
                 attention_mask=None,
                 packed_seq_params=packed_sequences(batch.lengths, batch.cu_seqlens),
             )
-            model = cast(PolicyModel, unwrap_model(chunk))
+            model = _unwrapped(chunk)
             if not model.post_process:
                 return hidden, None
             logprobs = self._head(model, hidden, batch)
@@ -211,6 +211,10 @@ class Policy:
         """(Hugging Face name, whole tensor) pairs, one at a time: see `Parameters.whole`."""
         return self.parameters.whole()
 
+    def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Like `named_weights`, of what the last update's backward pass left (after clipping, where that is on)."""
+        return self.parameters.whole(lambda parameter: cast(Any, parameter).main_grad)
+
     def save_folder(self, destination: str | Path) -> None:
         """Write the weights as a Hugging Face folder, with the starting model's tokenizer and configuration."""
         if self.ranks.is_main:
@@ -224,13 +228,13 @@ class Policy:
 
     def sharded_state(self, *, loading: bool = False) -> dict[str, Any]:
         """Model and optimizer as Megatron's sharded state dict: what a checkpoint saves, or the shape it loads into."""
-        models = {f"model{i}": unwrap_model(chunk).sharded_state_dict() for i, chunk in enumerate(self.chunks)}
+        models = {f"model{i}": _unwrapped(chunk).sharded_state_dict() for i, chunk in enumerate(self.chunks)}
         return models | {"optimizer": self.optimizer.sharded_state(models, loading)}
 
     def load_sharded_state(self, state: dict[str, Any]) -> None:
         """Take up a loaded checkpoint's model and optimizer. The reference stays the initial model."""
         for i, chunk in enumerate(self.chunks):
-            unwrap_model(chunk).load_state_dict(state[f"model{i}"])
+            _unwrapped(chunk).load_state_dict(state[f"model{i}"])
         self.optimizer.load_sharded_state(state["optimizer"])
 
     # -- the initial model --------------------------------------------------------------------------------------------
@@ -253,6 +257,11 @@ class Policy:
             yield
         finally:
             self._reference = self.parameters.exchange(self._reference)
+
+
+def _unwrapped(chunk: torch.nn.Module) -> PolicyModel:
+    """The model inside Megatron's DDP and precision wrappers."""
+    return cast(PolicyModel, unwrap_model(chunk))
 
 
 def _combine(figures: SequenceOf[Mapping[str, Any]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ class Ranks:
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
-        return parallel_state.get_tensor_model_parallel_group()
+        return _group(parallel_state.get_tensor_model_parallel_group())
 
     @property
     def tensor_ranks(self) -> int:
@@ -52,7 +52,7 @@ class Ranks:
 
     @property
     def data_group(self) -> dist.ProcessGroup:
-        return parallel_state.get_data_parallel_group()
+        return _group(parallel_state.get_data_parallel_group())
 
     @property
     def replica(self) -> int:
@@ -65,7 +65,7 @@ class Ranks:
 
     @property
     def pipeline_group(self) -> dist.ProcessGroup:
-        return parallel_state.get_pipeline_model_parallel_group()
+        return _group(parallel_state.get_pipeline_model_parallel_group())
 
     @property
     def pipeline_ranks(self) -> int:
@@ -147,7 +147,7 @@ def launched(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
             device=device,
-            cpu_world=dist.new_group(backend="gloo", timeout=WAIT_LIMIT),
+            cpu_world=_group(dist.new_group(backend="gloo", timeout=WAIT_LIMIT)),
             cpu_pipeline=_pipeline_over_gloo(),
         )
     finally:
@@ -165,12 +165,17 @@ def _device() -> torch.device:
 
 def _pipeline_over_gloo() -> dist.ProcessGroup:
     """This rank's pipeline peers as a gloo group; every rank takes part in making all of them."""
-    mine = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+    mine = dist.get_process_group_ranks(_group(parallel_state.get_pipeline_model_parallel_group()))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     distinct = sorted({tuple(ranks) for ranks in everyone})
     groups = {ranks: dist.new_group(list(ranks), backend="gloo", timeout=WAIT_LIMIT) for ranks in distinct}
-    return groups[tuple(mine)]
+    return _group(groups[tuple(mine)])
+
+
+def _group(group: Any) -> dist.ProcessGroup:
+    """torch and Megatron annotate their groups with what this rank cannot be: a non-member, or a list."""
+    return cast(dist.ProcessGroup, group)
 
 
 def _portable(error: Exception) -> Exception:

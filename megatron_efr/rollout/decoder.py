@@ -7,6 +7,7 @@ lengths in multiples of `KEYS` whose masked tail contributes exact zeros, and al
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from megatron_efr.weights.mapping import WeightMapping
 ROWS = 32  # two AVX-512 vectors: also keeps element-wise kernels out of their scalar tails
 KEYS = 32
 CHUNK = 64  # rows whose attention runs over as many keys as the longest of them has
-PREFILL_TOKENS = 16384  # padded tokens of one prefill: bounds its activations
+PREFILL_TOKENS = 4096  # padded tokens of one prefill: bounds its activations
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -54,6 +55,16 @@ class Cache:
             grown = self.data.new_zeros(*self.data.shape[:4], capacity, self.data.shape[5])
             grown[:, :, :, :, : self.capacity] = self.data
             self.data = grown
+
+    def entries(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Where keys and values of `positions` [n] in `rows` [n] lie in one layer seen as vectors [.., head dim].
+
+        In the order [n, keys then values, kv heads], flat.
+        """
+        _, two, all_rows, heads, capacity, _ = self.data.shape
+        parts = torch.arange(two, device=rows.device)[:, None] * all_rows
+        head = torch.arange(heads, device=rows.device)
+        return (((parts + rows[:, None, None]) * heads + head) * capacity + positions[:, None, None]).flatten()
 
     @torch.inference_mode()
     def write(self, row: int, tokens: int, kv: torch.Tensor) -> None:
@@ -192,19 +203,15 @@ class Decoder:
         a = self.architecture
         n = tokens.shape[0]
         rows = torch.arange(n, device=self.device)
-        chunks = [slice(first, min(first + CHUNK, n)) for first in range(0, n, CHUNK)]
-        used = [min(round_up(k, KEYS), cache.capacity) for k in keys]
-        masks = [self._mask(positions[chunk], k) for chunk, k in zip(chunks, used, strict=True)]
+        entries = cache.entries(rows, positions)
+        blocks = [(block, k, self._mask(positions[block], k)) for block, k in _blocks(n, keys)]
         cos, sin = self._rotation(positions)
         x = F.embedding(tokens, self._embedding)
         for layer, cached in zip(self._layers, cache.data, strict=True):
             qkv = self._qkv(layer, x, cos, sin)
-            cached[:, rows, :, positions] = qkv[:, a.heads :].unflatten(1, (2, a.kv_heads))
+            cached.view(-1, a.head_dim).index_copy_(0, entries, qkv[:, a.heads :].reshape(-1, a.head_dim))
             q = qkv[:, : a.heads] * a.head_dim**-0.5
-            attended = [
-                _attend(q[chunk], cached[:, chunk, :, :k], mask)
-                for chunk, k, mask in zip(chunks, used, masks, strict=True)
-            ]
+            attended = [_attend(q[block], cached[:, block, :, :k], mask) for block, k, mask in blocks]
             x = self._rest(layer, x, torch.cat(attended))
         return self._logits(x)
 
@@ -241,6 +248,15 @@ class Decoder:
         angles = positions[:, None, None] * self._inverse_frequencies
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), -1).to(self.dtype), torch.cat((-sin, sin), -1).to(self.dtype)
+
+
+def _blocks(rows: int, keys: Sequence[int]) -> Iterator[tuple[slice, int]]:
+    """Runs of chunks that need equally many keys, rounded up, as (rows, keys): one product serves them all."""
+    first = 0
+    for length, chunks in itertools.groupby(round_up(k, KEYS) for k in keys):
+        last = min(first + CHUNK * len(list(chunks)), rows)
+        yield slice(first, last), length
+        first = last
 
 
 def _attend(q: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

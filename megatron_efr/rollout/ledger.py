@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from megatron_efr.rollout.engine import Engine
-from megatron_efr.types import Group, Prompt, Request, Sampling
+from megatron_efr.types import Group, Prompt, Request, Sampling, UserError
 
 
 class Visit(Protocol):
@@ -43,6 +43,16 @@ def request_seed(seed: int, visit: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+def _check_same(held: Group, request: Request) -> None:
+    """Refuse a journalled group that answers another prompt than the stream now gives at its place."""
+    then, now = held.prompt, request.prompt
+    if (then.tokens, then.gold, len(held.responses)) != (now.tokens, now.gold, request.samples):
+        raise UserError(
+            f"prompt {now.id}: the journal of this iteration holds {len(held.responses)} responses to another prompt "
+            f"({then.id}) at its place; put the data and the tokenizer back as they were, or start a new run"
+        )
+
+
 class Ledger:
     """Turns prompts into whole groups and loses none: what is finished is journalled at once."""
 
@@ -56,6 +66,9 @@ class Ledger:
         """Every visit's group, in order; what the journal already holds is taken from it and not generated again."""
         requests = [Request(v.prompt, self.samples, request_seed(self.seed, v.index)) for v in visits]
         finished = {group.seed: group for group in journal.read().groups}
+        for request in requests:
+            if request.seed in finished:
+                _check_same(finished[request.seed], request)
         missing = [request for request in requests if request.seed not in finished]
         try:
             for group in self._generate(missing):

@@ -107,6 +107,7 @@ def test_claiming_a_new_folder_saves_the_configuration(tmp_path):
 def test_another_configuration_is_refused_with_its_differing_keys(tmp_path):
     folder = RunFolder(tmp_path)
     folder.claim(CONFIG)
+    folder.append_metrics(1, {"accuracy": 0.5})
     ours = CONFIG.replace("alpha: 0.1", "alpha: 0.4").replace("path: y", "path: z").replace("seed: 42", "dtype: bf16")
     for resume in (False, True):
         with pytest.raises(RunFolderError) as caught:
@@ -118,6 +119,16 @@ def test_another_configuration_is_refused_with_its_differing_keys(tmp_path):
         assert "dtype: there '(not set)', here 'bf16'" in message
         assert "train.iterations" not in message
     assert folder.config.read_text() == CONFIG
+
+
+def test_a_folder_whose_run_stopped_before_any_work_takes_the_corrected_configuration(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.claim(CONFIG)
+    corrected = CONFIG.replace("path: y", "path: z")
+    with pytest.raises(RunFolderError, match=r"data\.mix\.1\.path"):
+        folder.claim(corrected, resume=True)
+    folder.claim(corrected)
+    assert folder.config.read_text() == corrected
 
 
 def test_the_same_configuration_needs_resume_once_there_is_work(tmp_path):
@@ -144,6 +155,7 @@ def test_a_resumed_run_may_train_longer_only_where_that_bends_no_schedule(tmp_pa
     folder = RunFolder(tmp_path)
     folder.claim(CONFIG)
     longer = CONFIG.replace("iterations: 10", "iterations: 20").replace("tensorboard: true", "tensorboard: false")
+    folder.append_metrics(1, {"accuracy": 0.5})
     with pytest.raises(RunFolderError, match=r"train\.iterations: there 10, here 20"):
         folder.claim(longer)
     folder.claim(longer, resume=True)

@@ -1,0 +1,279 @@
+"""The Megatron policy against transformers and an independent fp64 implementation of the whole loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen2ForCausalLM
+
+from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, split_into_updates, supervised_loss
+from megatron_efr.types import PackedBatch, Sequence
+from tests.conftest import make_model_folder, ragged_sequences
+
+SGD: dict[str, Any] = {"optimizer": "sgd", "sgd_momentum": 0.0}
+
+
+def build(path: Path, ranks: Ranks, **changes: Any) -> Policy:
+    optimizer = OptimizerConfig(lr=changes.pop("lr", 1e-3), clip_grad=0.0, megatron=changes.pop("megatron", {}))
+    model = ModelConfig(path=str(path), dtype=changes.pop("dtype", "float32"))
+    return Policy(model, ParallelConfig(), optimizer, ranks, updates=10, seed=0, **changes)
+
+
+def exact_logprobs(model: Qwen2ForCausalLM, sequence: Sequence, temperature: float = 1.0) -> torch.Tensor:
+    """Response log-probs from a full forward pass of transformers, at the model's own precision."""
+    logits = model(torch.tensor([sequence.tokens])).logits[0, sequence.prompt_length - 1 : -1]
+    targets = torch.tensor(sequence.tokens[sequence.prompt_length :])
+    return torch.log_softmax(logits / temperature, -1).gather(1, targets[:, None])[:, 0]
+
+
+def by_sequence(batches: list[PackedBatch], values: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+    return {
+        i: part
+        for batch, value in zip(batches, values, strict=True)
+        for i, part in zip(batch.indices, value.split(batch.row_lengths), strict=True)
+    }
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_transformers(
+    tied: bool, temperature: float, tied_model: Path, untied_model: Path, ranks: Ranks
+) -> None:
+    path = tied_model if tied else untied_model
+    sequences = ragged_sequences(24)
+    policy = build(path, ranks, temperature=temperature)
+    batches = policy.pack_update(sequences, list(range(24)), 300, "sequence")
+    assert len(batches) > 3, "several micro-batches, or this shows little"
+    got = by_sequence(batches, policy.logprobs(batches))
+    model = Qwen2ForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        worst = max(
+            float((got[i] - exact_logprobs(model, s, temperature)).abs().max()) for i, s in enumerate(sequences)
+        )
+    assert worst <= 1e-5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_folder_written_back_is_the_folder_read(
+    tied: bool, tied_model: Path, untied_model: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    path = tied_model if tied else untied_model
+    build(path, ranks).save_folder(tmp_path / "out")
+    before, after = load_file(path / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() - {"lm_head.weight"} == after.keys() - {"lm_head.weight"}
+    assert all(torch.equal(before[name], after[name]) for name in after)
+    tokens = torch.arange(40)[None] % 61
+    with torch.no_grad():
+        logits = [Qwen2ForCausalLM.from_pretrained(p)(tokens).logits for p in (path, tmp_path / "out")]
+    assert torch.equal(logits[0], logits[1])
+
+
+def fp64_loss(
+    model: Qwen2ForCausalLM, sequences: list[Sequence], old: dict[int, torch.Tensor], advantages: dict[int, torch.Tensor],
+    clip: float, aggregate: str,
+) -> torch.Tensor:  # fmt: skip
+    """PPO's clipped loss over whole sequences, written out, one sequence at a time."""
+    total_tokens = sum(s.response_length for s in sequences)
+    losses = []
+    for i, sequence in enumerate(sequences):
+        ratio = (exact_logprobs(model, sequence) - old[i].double()).exp()
+        a = advantages[i].double()
+        terms = -torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
+        losses.append(terms.mean() / len(sequences) if aggregate == "sequence" else terms.sum() / total_tokens)
+    return torch.stack(losses).sum()
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_loss_and_gradient_equal_fp64(aggregate: Any, seed: int, tied_model: Path, ranks: Ranks) -> None:
+    sequences = ragged_sequences(17, seed)
+    policy = build(tied_model, ranks)
+    batches = policy.pack_update(sequences, list(range(17)), 250, aggregate)
+    policy.fill_logprobs(batches)
+    generator = torch.Generator().manual_seed(seed)
+    for batch in batches:  # old log-probs off by up to several clip widths, so that clipping bites on both sides
+        assert batch.old_logprobs is not None
+        batch.old_logprobs = batch.old_logprobs + 0.3 * torch.randn(len(batch.targets), generator=generator)
+        batch.advantages = torch.randn(len(batch.targets), generator=generator)
+    old = by_sequence(batches, [b.old_logprobs for b in batches if b.old_logprobs is not None])
+    advantages = by_sequence(batches, [b.advantages for b in batches if b.advantages is not None])
+
+    metrics = policy.update(batches, clipped_policy_loss(0.2))
+    assert 0.1 < metrics["clip_fraction"] < 0.9
+    model = Qwen2ForCausalLM.from_pretrained(tied_model, dtype=torch.float64)
+    exact = fp64_loss(model, sequences, old, advantages, 0.2, aggregate)
+    exact.backward()
+    assert metrics["loss"] == pytest.approx(float(exact.detach()), rel=1e-5)
+    wanted = {name: p.grad for name, p in model.named_parameters()}
+    for name, gradient in policy.named_gradients():
+        want = wanted[name]
+        assert want is not None
+        assert float((gradient.double() - want).norm() / want.norm()) <= 1e-5, name
+    norm = float(torch.stack([g.norm() ** 2 for g in wanted.values() if g is not None]).sum().sqrt())
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+def test_supervised_loss_is_the_mean_negative_log_likelihood(untied_model: Path, ranks: Ranks) -> None:
+    sequences = ragged_sequences(9)
+    policy = build(untied_model, ranks)
+    batches = policy.pack_update(sequences, list(range(9)), 200, "token")
+    metrics = policy.update(batches, supervised_loss)
+    model = Qwen2ForCausalLM.from_pretrained(untied_model, dtype=torch.float64)
+    with torch.no_grad():
+        exact = -torch.cat([exact_logprobs(model, s) for s in sequences]).mean()
+    assert metrics["loss"] == pytest.approx(float(exact), rel=1e-6)
+
+
+def test_packing_changes_nothing(tied_model: Path, ranks: Ranks) -> None:
+    sequences = ragged_sequences(32)
+    results = []
+    for budget in (90, 300, 100_000):
+        policy = build(tied_model, ranks, megatron=SGD)
+        batches = policy.pack_update(sequences, list(range(32)), budget, "sequence")
+        policy.fill_logprobs(batches)
+        for batch in batches:
+            lengths = torch.tensor(batch.row_lengths)
+            batch.advantages = torch.tensor([sequences[i].advantage for i in batch.indices]).repeat_interleave(lengths)
+        logprobs = by_sequence(batches, [b.old_logprobs for b in batches if b.old_logprobs is not None])
+        metrics = policy.update(batches, clipped_policy_loss(0.2))
+        results.append((len(batches), logprobs, metrics, dict(policy.named_gradients())))
+    assert [count for count, *_ in results][0] > [count for count, *_ in results][1] > 1 == results[2][0]
+    _, logprobs, metrics, gradients = results[0]
+    for _, other_logprobs, other_metrics, other_gradients in results[1:]:
+        assert max(float((logprobs[i] - other_logprobs[i]).abs().max()) for i in logprobs) <= 2e-6
+        assert metrics["loss"] == pytest.approx(other_metrics["loss"], abs=1e-6)
+        for name, gradient in gradients.items():
+            assert float((gradient - other_gradients[name]).norm() / gradient.norm()) <= 2e-6, name
+
+
+def test_identities_of_the_first_update(tied_model: Path, ranks: Ranks) -> None:
+    sequences = ragged_sequences(32)
+    policy = build(tied_model, ranks, keep_reference=True)
+    updates = [policy.pack_update(sequences, u, 300, "sequence") for u in split_into_updates(32, 2, (0, 1))]
+    batches = [batch for update in updates for batch in update]
+    policy.fill_logprobs(batches)
+    for batch in batches:
+        assert batch.old_logprobs is not None
+        assert batch.reference_logprobs is not None
+        assert torch.equal(batch.old_logprobs, batch.reference_logprobs), "a fresh reference: KL exactly 0"
+        batch.advantages = torch.linspace(-1, 1, len(batch.targets))
+    first = policy.update(updates[0], clipped_policy_loss(0.2))
+    assert first["ratio_max"] == 1.0
+    assert first["kl_to_old"] == 0.0
+    assert first["clip_fraction"] == 0.0
+    second = policy.update(updates[1], clipped_policy_loss(0.2))
+    assert second["ratio_max"] != 1.0, "the weights moved, so the second update must see it"
+
+
+def test_reference_stays_the_initial_model_and_leaves_no_trace(tied_model: Path, ranks: Ranks) -> None:
+    sequences = ragged_sequences(12)
+    policy = build(tied_model, ranks, keep_reference=True, lr=1e-2)
+    batches = policy.pack_update(sequences, list(range(12)), 400, "sequence")
+    policy.fill_logprobs(batches)
+    initial = [batch.reference_logprobs for batch in batches]
+    for _ in range(3):
+        policy.update(batches, supervised_loss)
+    weights = {name: tensor.clone() for name, tensor in policy.named_weights()}
+    policy.fill_logprobs(batches)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in policy.named_weights())
+    for batch, first in zip(batches, initial, strict=True):
+        assert batch.reference_logprobs is not None
+        assert batch.old_logprobs is not None
+        assert first is not None
+        assert torch.equal(batch.reference_logprobs, first)
+        assert (batch.old_logprobs - first).abs().max() > 1e-2, "three updates at 1e-2 are far from the start"
+
+
+def test_sgd_step_is_minus_lr_times_gradient(tied_model: Path, ranks: Ranks) -> None:
+    sequences = ragged_sequences(6)
+    policy = build(tied_model, ranks, megatron=SGD, lr=0.1)
+    before = {name: tensor.clone() for name, tensor in policy.named_weights()}
+    policy.update(policy.pack_update(sequences, list(range(6)), 400, "token"), supervised_loss)
+    gradients = dict(policy.named_gradients())
+    for name, after in policy.named_weights():
+        assert (after - (before[name] - 0.1 * gradients[name])).abs().max() <= 1e-6, name
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_said(tied_model: Path, ranks: Ranks) -> None:
+    sequences = ragged_sequences(6)
+    policy = build(tied_model, ranks)
+    batches = policy.pack_update(sequences, list(range(6)), 400, "sequence")
+    policy.fill_logprobs(batches)
+    for batch in batches:
+        batch.advantages = torch.full((len(batch.targets),), float("nan"))
+    before = {name: tensor.clone() for name, tensor in policy.named_weights()}
+    metrics = policy.update(batches, clipped_policy_loss(0.2))
+    assert metrics["skipped"] == 1.0
+    assert np.isnan(metrics["grad_norm"])
+    assert all(torch.equal(before[name], tensor) for name, tensor in policy.named_weights())
+
+
+def test_compare_logprobs_measures_engine_and_reference(tied_model: Path, ranks: Ranks) -> None:
+    policy = build(tied_model, ranks, keep_reference=True)
+    plain = ragged_sequences(8)
+    batches = policy.pack_update(plain, list(range(8)), 400, "sequence")
+    policy.fill_logprobs(batches)
+    exact = by_sequence(batches, [b.old_logprobs for b in batches if b.old_logprobs is not None])
+    shifted = [Sequence(s.tokens, s.prompt_length, 0.0, (exact[i] + 0.25).tolist()) for i, s in enumerate(plain)]
+    drift = policy.compare_logprobs(batches, shifted)
+    assert drift["logprob_diff_mean"] == pytest.approx(0.25, abs=1e-6)
+    assert drift["logprob_diff_max"] == pytest.approx(0.25, abs=1e-5)
+    assert drift["kl"] == 0.0
+
+
+def test_warm_up_and_schedule(tied_model: Path, ranks: Ranks) -> None:
+    optimizer = OptimizerConfig(lr=1.0e-3, warmup_updates=4, schedule="cosine")
+    policy = Policy(
+        ModelConfig(path=str(tied_model)), ParallelConfig(), optimizer, ranks, updates=8, seed=0, keep_reference=False
+    )
+    batches = policy.pack_update(ragged_sequences(4), list(range(4)), 400, "token")
+    rates = [policy.update(batches, supervised_loss)["lr"] for _ in range(8)]
+    cosine = [1e-3 * 0.5 * (1 + np.cos(np.pi * k / 4)) for k in range(1, 5)]
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, *cosine], abs=1e-9)
+
+
+def test_bf16_stays_close_to_fp32(ranks: Ranks, tmp_path: Path) -> None:
+    path = make_model_folder(tmp_path / "bf16", tied=True, dtype=torch.bfloat16)
+    sequences = ragged_sequences(8)
+    policies = {dtype: build(path, ranks, dtype=dtype) for dtype in ("float32", "bfloat16")}
+    logprobs = {}
+    for dtype, policy in policies.items():
+        batches = policy.pack_update(sequences, list(range(8)), 400, "token")
+        logprobs[dtype] = torch.cat(policy.logprobs(batches))
+        policy.update(batches, supervised_loss)
+    difference = (logprobs["float32"] - logprobs["bfloat16"]).abs()
+    assert difference.mean() < 3e-2
+    assert difference.max() > 1e-4, "bf16 that equals fp32 would be fp32"
+
+
+def test_pass_through_fields_reach_megatron_or_are_refused(tied_model: Path, ranks: Ranks) -> None:
+    model = ModelConfig(path=str(tied_model), megatron={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1})  # fmt: skip
+    policy = Policy(model, ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0)
+    assert policy.config.recompute_granularity == "full"
+    for section, build_it in {
+        "model.megatron": lambda bad: Policy(ModelConfig(path=str(tied_model), megatron=bad), ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0),
+        "parallel.ddp": lambda bad: Policy(ModelConfig(path=str(tied_model)), ParallelConfig(ddp=bad), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0),
+        "optimizer.megatron": lambda bad: Policy(ModelConfig(path=str(tied_model)), ParallelConfig(), OptimizerConfig(lr=1e-3, megatron=bad), ranks, updates=1, seed=0),
+    }.items():  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"{section}\.no_such_field"):
+            build_it({"no_such_field": 1})
+
+
+def test_recompute_gives_the_same_gradient(tied_model: Path, ranks: Ranks) -> None:
+    sequences = ragged_sequences(10)
+    gradients = []
+    for megatron in ({}, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}):
+        policy = Policy(
+            ModelConfig(path=str(tied_model), megatron=megatron), ParallelConfig(),
+            OptimizerConfig(lr=1e-3, clip_grad=0.0), ranks, updates=1, seed=0,
+        )  # fmt: skip
+        policy.update(policy.pack_update(sequences, list(range(10)), 300, "token"), supervised_loss)
+        gradients.append(dict(policy.named_gradients()))
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
