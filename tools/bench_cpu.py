@@ -75,7 +75,7 @@ class Row:
     note: str = ""
 
 
-# -- sides: programs that do one piece of work each time they are told to ------------------------------------------------
+# -- sides: programs that do one piece of work each time they are told to ----------------------------------------------
 
 
 class Side:
@@ -116,6 +116,577 @@ def serve(work: Callable[[], dict[str, Any]]) -> None:
 
 
 def peak_mib() -> float:
-    """The process's largest resident memory so far."""
+    """The process's largest resident memory so far.
+
+    Linux's own count where there is one: getrusage's starts, in a child, with what its parent held.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return next(int(line.split()[1]) / 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+# -- our sides ---------------------------------------------------------------------------------------------------------
+
+
+def configuration(settings: Settings, folder: Path, turns: int) -> Any:
+    """The quickstart's own configuration, alpha 0 as TRL's reward is, with the sizes of `settings`."""
+    from megatron_efr.config import TrainConfig, load
+
+    overrides = {
+        "runs": folder,
+        "model.path": settings.model,
+        "rollout.prompts": settings.prompts,
+        "rollout.samples": settings.samples,
+        "rollout.max_new_tokens": settings.max_new_tokens,
+        "train.iterations": turns,
+        "method.alpha": 0.0,
+        "data.datasets": f"[{{path: {json.dumps(settings.train)}, difficulty: difficulty}}]",
+    }
+    example = ROOT / "examples" / "quickstart" / "rl.yaml"
+    return load(TrainConfig, example, [f"{key}={value}" for key, value in overrides.items()])
+
+
+def serve_iteration(settings: Settings, folder: Path) -> None:
+    """`efr train`'s own loop, one iteration and its publication a turn."""
+    from megatron_efr import methods
+    from megatron_efr.environment import Environment
+    from megatron_efr.observe import Observer
+    from megatron_efr.policy import launched
+    from megatron_efr.runfolder import RunFolder
+    from megatron_efr.train import Run
+
+    config = configuration(settings, folder, settings.iteration_turns + 1)
+    with launched(config.parallel, config.seed) as ranks:
+        environment, place = Environment(config), RunFolder(config.folder)
+        run = Run(config, ranks, place, environment, methods.build(config.method, config.rollout.samples))
+        with Observer(place, config.observe, config.train.iterations, 0, 0) as observer:
+            run.publish(0)
+            steps = iter(range(1, config.train.iterations + 1))
+
+            def work() -> dict[str, Any]:
+                step, began = next(steps), time.perf_counter()
+                metrics = run.iterate(step, observer)
+                run.publish(step)
+                phases = {name: observer.seconds(name) for name in ("rollout", "logprobs", "train")}
+                seconds = time.perf_counter() - began
+                observer.log(step, metrics)
+                return {
+                    "seconds": seconds,
+                    "phases": phases,
+                    "lengths": [metrics["tokens_mean"]],
+                    "accuracy": metrics["accuracy"],
+                }
+
+            serve(work)
+        environment.close()
+
+
+def serve_policy(settings: Settings, folder: Path) -> None:
+    """`Policy.update` on the batch that `folder` describes; leaves weights, batch and first gradients there."""
+    import torch
+
+    from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
+    from megatron_efr.policy import Policy, clipped_policy_loss, launched
+    from megatron_efr.types import Sequence
+
+    given = json.loads((folder / "sequences.json").read_text())
+    with launched(ParallelConfig(), seed=1) as ranks:
+        model = ModelConfig(path=given["model"], init=given["init"])
+        policy = Policy(model, ParallelConfig(), OptimizerConfig(lr=1e-4), ranks, updates=10_000, seed=1)
+        sequences = [Sequence(*row) for row in given["sequences"]]
+        batches = policy.pack_update(sequences, list(range(len(sequences))), 2 * settings.step_tokens, "sequence")
+        policy.fill_logprobs(batches)
+        generator = torch.Generator().manual_seed(0)
+        for batch in batches:  # ratios off 1: at 1 the loss would not depend on the model
+            assert batch.old_logprobs is not None
+            batch.old_logprobs += 0.1 * torch.randn(batch.old_logprobs.shape, generator=generator)
+            advantages = torch.tensor([sequences[i].advantage for i in batch.indices])
+            batch.advantages = advantages.repeat_interleave(torch.tensor(batch.row_lengths))
+        torch.save({name: tensor.clone() for name, tensor in policy.named_weights()}, folder / "weights.pt")
+        torch.save([asdict(batch) for batch in batches], folder / "batches.pt")
+        loss = clipped_policy_loss(0.2)
+
+        def keep_gradients() -> None:
+            parameters = [p for chunk in policy.chunks for p in chunk.parameters()]
+            values = [p.data.clone() for p in parameters]
+            for parameter in parameters:
+                parameter.data.copy_(parameter.main_grad)  # pyright: ignore[reportAttributeAccessIssue]
+            torch.save({name: tensor.clone() for name, tensor in policy.named_weights()}, folder / "ours.pt")
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.data.copy_(value)
+
+        serve(timed_steps(settings, lambda: policy.update(batches, loss)["loss"], keep_gradients))
+
+
+def timed_steps(
+    settings: Settings, step: Callable[[], float], keep: Callable[[], None]
+) -> Callable[[], dict[str, Any]]:
+    """A turn of so many steps; the first turn is one step, whose gradients are kept."""
+    turns = 0
+
+    def work() -> dict[str, Any]:
+        nonlocal turns
+        turns += 1
+        if turns == 1:
+            loss = step()
+            keep()
+            return {"loss": loss}
+        began = time.perf_counter()
+        for _ in range(settings.steps_per_turn):
+            step()
+        return {"seconds": (time.perf_counter() - began) / settings.steps_per_turn}
+
+    return work
+
+
+# -- the same model in plain torch -------------------------------------------------------------------------------------
+
+
+def serve_plain(settings: Settings, folder: Path) -> None:
+    """The step of `serve_policy` in plain torch, on its weights and batch."""
+    import torch
+
+    given = json.loads((folder / "sequences.json").read_text())
+    config = json.loads((Path(given["model"]) / "config.json").read_text())
+    model = plain_qwen2(config, torch.load(folder / "weights.pt"))
+    batches = [plain_batch(batch, config) for batch in torch.load(folder / "batches.pt")]
+    optimizer = torch.optim.AdamW(model.weights.values(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        total = 0.0
+        for batch in batches:
+            logprobs = model.logprobs(batch)
+            ratio = (logprobs - batch["old_logprobs"]).exp()
+            clipped = ratio.clamp(0.8, 1.2) * batch["advantages"]
+            loss = -(batch["weights"] * torch.minimum(ratio * batch["advantages"], clipped)).sum()
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.weights.values(), 1.0)
+        optimizer.step()
+        return total
+
+    def keep_gradients() -> None:
+        torch.save({name: weight.grad for name, weight in model.weights.items()}, folder / "theirs.pt")
+
+    serve(timed_steps(settings, step, keep_gradients))
+
+
+def plain_batch(batch: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """A packed micro-batch with its rotary cosines and sines, and rectangles of similar lengths for attention.
+
+    Packing beats padding here, and 0.8 beats 0.7 and 0.9 as the least share of a rectangle's rows that is real.
+    """
+    import torch
+
+    dim = config["hidden_size"] // config["num_attention_heads"]
+    base = config["rope_parameters"]["rope_theta"]
+    angles = batch["positions"][:, None] * base ** (-torch.arange(0, dim, 2) / dim)
+    batch["cos"], batch["sin"] = angles.cos().repeat(1, 2)[:, None], angles.sin().repeat(1, 2)[:, None]
+    lengths, starts = batch["lengths"], batch["cu_seqlens"].tolist()
+    buckets: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not buckets or lengths[i] < 0.8 * lengths[buckets[-1][0]]:
+            buckets.append([])
+        buckets[-1].append(i)
+    batch["rectangles"], order = [], []
+    for bucket in buckets:
+        columns = torch.arange(lengths[bucket[0]])[None]
+        length = torch.tensor([lengths[i] for i in bucket])[:, None]
+        rows = torch.tensor([starts[i] for i in bucket])[:, None] + torch.minimum(columns, length - 1)
+        real = (columns < length).flatten().nonzero()[:, 0]
+        batch["rectangles"].append((rows, real))
+        order.append(rows.flatten()[real])
+    batch["restore"] = torch.cat(order).argsort()
+    return batch
+
+
+def plain_qwen2(config: dict[str, Any], tensors: dict[str, Any]) -> Any:
+    """Qwen2 without a framework, from its Hugging Face tensors; tied or not; log-probs of a packed batch."""
+    import torch
+    import torch.nn.functional as F
+
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    dim, eps = config["hidden_size"] // heads, config["rms_norm_eps"]
+
+    class PlainQwen2:
+        def __init__(self) -> None:
+            self.weights = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in tensors.items()}
+
+        def logprobs(self, batch: dict[str, Any]) -> torch.Tensor:
+            """[R], of the response tokens."""
+            w = self.weights
+            x = F.embedding(batch["tokens"], w["model.embed_tokens.weight"])
+            for layer in range(config["num_hidden_layers"]):
+                at = f"model.layers.{layer}."
+                x = x + self.attention(self.norm(x, at + "input_layernorm.weight"), at + "self_attn.", batch)
+                h = self.norm(x, at + "post_attention_layernorm.weight")
+                gate, up = (F.linear(h, w[f"{at}mlp.{name}_proj.weight"]) for name in ("gate", "up"))
+                x = x + F.linear(F.silu(gate) * up, w[at + "mlp.down_proj.weight"])
+            head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
+            logits = F.linear(self.norm(x, "model.norm.weight").index_select(0, batch["rows"]), head)
+            return -F.cross_entropy(logits, batch["targets"], reduction="none")
+
+        def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+            return F.rms_norm(x, (x.shape[-1],), self.weights[name], eps)
+
+        def attention(self, h: torch.Tensor, at: str, batch: dict[str, Any]) -> torch.Tensor:
+            w = self.weights
+            q, k, v = (
+                F.linear(h, w[f"{at}{n}_proj.weight"], w[f"{at}{n}_proj.bias"]).unflatten(1, (-1, dim)) for n in "qkv"
+            )
+            q, k = (x * batch["cos"] + self.turned(x) * batch["sin"] for x in (q, k))
+            done = []
+            for rows, real in batch["rectangles"]:
+                n, longest = rows.shape
+                a, b, c = (
+                    x.index_select(0, rows.flatten()).view(n, longest, -1, dim).transpose(1, 2) for x in (q, k, v)
+                )
+                y = F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=groups != heads)
+                done.append(y.transpose(1, 2).flatten(0, 1).index_select(0, real))
+            return F.linear(torch.cat(done).index_select(0, batch["restore"]).flatten(1), w[at + "o_proj.weight"])
+
+        def turned(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat((-x[..., dim // 2 :], x[..., : dim // 2]), -1)
+
+    return PlainQwen2()
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def side(name: str, settings: Settings, folder: Path) -> Side:
+    """One of this file's own sides as a process."""
+    (folder / "settings.json").write_text(json.dumps(asdict(settings)))
+    return Side([sys.executable, str(Path(__file__).resolve()), "--side", name, "--folder", str(folder)])
+
+
+def take_turns(ours: Side, theirs: Side, turns: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Both sides' answers, turn by turn, who goes first changing."""
+    taken = []
+    for turn in range(turns):
+        if turn % 2:
+            other = theirs.turn()
+            taken.append((ours.turn(), other))
+        else:
+            taken.append((ours.turn(), theirs.turn()))
+    return taken
+
+
+def median(values: Iterable[float]) -> float:
+    return statistics.median(values)
+
+
+def engine_rows(settings: Settings, rows: list[dict[str, Any]], folder: Path) -> list[Row]:
+    """bench_engine's comparisons on the task's own prompts."""
+    import bench_engine
+
+    prompts = folder / "prompts.jsonl"
+    repeated = [rows[i % len(rows)] for i in range(settings.engine_prompts)]
+    prompts.write_text("".join(json.dumps({"tokens": row["tokens"]}) + "\n" for row in repeated))
+    comparisons = bench_engine.measure(
+        settings.model,
+        prompts,
+        settings.engine_prompts,
+        max_new_tokens=settings.max_new_tokens,
+        turns=settings.engine_turns,
+    )
+    made = []
+    for comparison, goal in zip(comparisons, (">= 2.5x", ">= 1.0x"), strict=True):
+        engine, theirs = comparison.engine, comparison.transformers
+        name = f"engine against transformers.generate, {comparison.name}, {comparison.prompts:,} prompts"
+        lengths = (
+            f"{engine.lengths['mean']:.1f} / {theirs.lengths['mean']:.1f} (longest {engine.lengths['longest']:.0f})"
+        )
+        made.append(
+            Row(name, "tokens/s", engine.tokens_per_second, theirs.tokens_per_second, comparison.ratio, goal, lengths)
+        )
+    return made
+
+
+def sampled_sequences(settings: Settings, rows: list[dict[str, Any]]) -> list[list[Any]]:
+    """Responses of the model itself, shuffled, until they make up `step_tokens`: [tokens, prompt length, advantage]."""
+    import numpy as np
+
+    from megatron_efr.rollout.local import LocalEngine
+    from megatron_efr.types import Prompt, Request, Sampling
+    from megatron_efr.weights.architecture import Architecture
+    from megatron_efr.weights.folder import FolderWeights
+
+    architecture = Architecture.from_folder(settings.model)
+    engine = LocalEngine(settings.model, 256)
+    engine.publish(FolderWeights(settings.model, architecture).items(), 0)
+    stops = tuple(rows[0]["stops"])
+    requests = [Request(Prompt(str(i), tuple(row["tokens"]), "", ""), 8, i) for i, row in enumerate(rows[:64])]
+    groups = engine.generate(requests, Sampling(1.0, 1.0, settings.max_new_tokens, stops))
+    drawn = [(list(g.prompt.tokens), r.tokens) for g in sorted(groups, key=lambda g: g.seed) for r in g.responses]
+    rng, chosen, total = np.random.default_rng(0), [], 0
+    for i in rng.permutation(len(drawn)).tolist():
+        if total >= settings.step_tokens:
+            break
+        prompt, response = drawn[i]
+        chosen.append([prompt + response, len(prompt), float(rng.normal())])
+        total += len(prompt) + len(response)
+    return chosen
+
+
+def step_row(settings: Settings, sequences: list[list[Any]], size: tuple[int, int], folder: Path) -> Row:
+    """A policy step at one size; the model's own weights where it has that size, random ones elsewhere."""
+    import torch
+
+    hidden, layers = size
+    config = json.loads((Path(settings.model) / "config.json").read_text())
+    given: dict[str, Any] = {"sequences": sequences, "model": settings.model, "init": "load"}
+    if (config["hidden_size"], config["num_hidden_layers"]) != size:
+        config |= {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 3 * hidden}
+        config["layer_types"] = ["full_attention"] * layers
+        (folder / "config.json").write_text(json.dumps(config))
+        given |= {"model": str(folder), "init": "random"}
+    (folder / "sequences.json").write_text(json.dumps(given))
+    ours = side("policy", settings, folder)
+    first = ours.turn()
+    theirs = side("plain", settings, folder)
+    try:
+        check_agreement(
+            first["loss"], theirs.turn()["loss"], torch.load(folder / "ours.pt"), torch.load(folder / "theirs.pt")
+        )
+        taken = take_turns(ours, theirs, settings.step_turns + 1)[1:]  # the first warms both up
+    finally:
+        ours.close()
+        theirs.close()
+    tokens = sum(len(row[0]) for row in sequences)
+    mean = sum(len(row[0]) - row[1] for row in sequences) / len(sequences)
+    return Row(
+        f"policy step against plain torch, {hidden} x {layers} layers, {tokens:,} tokens, {len(sequences)} sequences",
+        "ms",
+        1e3 * median(a["seconds"] for a, _ in taken),
+        1e3 * median(b["seconds"] for _, b in taken),
+        median(a["seconds"] / b["seconds"] for a, b in taken),
+        "<= 1.10x",
+        f"{mean:.1f}",
+        taken[-1][0]["memory_mib"],
+        taken[-1][1]["memory_mib"],
+    )
+
+
+def check_agreement(loss: float, other_loss: float, gradients: dict[str, Any], others: dict[str, Any]) -> None:
+    """RuntimeError unless both sides computed the same loss and gradients (after clipping)."""
+    if abs(loss - other_loss) > LOSS_TOLERANCE:
+        raise RuntimeError(f"the policy's loss is {loss}, plain torch's is {other_loss}: nothing to compare")
+    if gradients.keys() != others.keys():
+        raise RuntimeError(f"gradients of other parameters: {sorted(gradients.keys() ^ others.keys())}")
+    whole = sum(float(other.norm()) ** 2 for other in others.values()) ** 0.5
+    for name, other in others.items():
+        # a tensor whose gradient is next to nothing (a key's bias has none in theory) is held against the whole one
+        limit = GRADIENT_TOLERANCE * max(float(other.norm()), 1e-2 * whole)
+        if float((gradients[name] - other).norm()) > limit:
+            raise RuntimeError(f"the gradient of {name} differs from plain torch's by more than {limit:.1e}")
+
+
+def iteration_row(settings: Settings, rows: list[dict[str, Any]], folder: Path) -> Row:
+    """One iteration against TRL's; without an interpreter that has trl, ours alone."""
+    turns, ours = settings.iteration_turns, side("iteration", settings, folder)
+    rollouts = settings.prompts * settings.samples
+    name = (
+        f"iteration against TRL's GRPOTrainer, {rollouts} rollouts ({settings.prompts} x {settings.samples}), 2 updates"
+    )
+    try:
+        ours.turn()  # the first iteration starts things up
+        if settings.trl_python is None:
+            alone = [ours.turn() for _ in range(turns)]
+            note = "TRL not measured: give --trl-python an interpreter that has trl (--help says how to make one)"
+            return _ours_alone(name, alone, note)
+        theirs = trl_side(settings, rows, folder)
+        try:
+            theirs.turn()
+            taken = take_turns(ours, theirs, turns)
+        finally:
+            theirs.close()
+    finally:
+        ours.close()
+    lengths = [
+        statistics.fmean(length for answer in answers for length in answer["lengths"])
+        for answers in zip(*taken, strict=True)
+    ]
+    return Row(
+        name,
+        "s",
+        median(a["seconds"] for a, _ in taken),
+        median(b["seconds"] for _, b in taken),
+        median(b["seconds"] / a["seconds"] for a, b in taken),
+        "TRL >= 2.5x slower",
+        f"{lengths[0]:.1f} / {lengths[1]:.1f}",
+        taken[-1][0]["memory_mib"],
+        taken[-1][1]["memory_mib"],
+        phases(a for a, _ in taken),
+    )
+
+
+def _ours_alone(name: str, answers: list[dict[str, Any]], note: str) -> Row:
+    lengths = statistics.fmean(length for answer in answers for length in answer["lengths"])
+    return Row(
+        name,
+        "s",
+        median(answer["seconds"] for answer in answers),
+        None,
+        None,
+        "TRL >= 2.5x slower",
+        f"{lengths:.1f}",
+        answers[-1]["memory_mib"],
+        None,
+        f"{phases(answers)}; {note}",
+    )
+
+
+def phases(answers: Iterable[dict[str, Any]]) -> str:
+    """Where our iteration's seconds go, as medians."""
+    kept = [answer["phases"] for answer in answers]
+    return "ours: " + ", ".join(f"{name} {median(p[name] for p in kept):.2f} s" for name in kept[0])
+
+
+def trl_side(settings: Settings, rows: list[dict[str, Any]], folder: Path) -> Side:
+    """bench_trl.py, with the prompts in the order in which ours takes them."""
+    assert settings.trl_python is not None
+    prompts, turns = folder / "trl.jsonl", settings.iteration_turns + 1
+    needed = (rows[i % len(rows)] for i in range(turns * settings.prompts))
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in needed))
+    options = {
+        "model": settings.model,
+        "prompts": prompts,
+        "scratch": folder / "trl",
+        "rollouts": settings.prompts * settings.samples,
+        "samples": settings.samples,
+        "updates": 2,
+        "iterations": turns,
+        "max-new-tokens": settings.max_new_tokens,
+    }
+    script = str(Path(__file__).resolve().with_name("bench_trl.py"))
+    given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    return Side([settings.trl_python, script, *given])
+
+
+def task_rows(settings: Settings, folder: Path) -> list[dict[str, Any]]:
+    """The training prompts in the order of the run's stream: their text, tokens, answer, and what ends a response."""
+    from megatron_efr.data.prompts import load_tokenizer, stop_ids
+    from megatron_efr.data.stream import PromptStream
+    from megatron_efr.environment import load_prompts
+
+    config = configuration(settings, folder, 1)
+    tokenizer = load_tokenizer(settings.model)
+    stream = PromptStream(load_prompts(config.data.datasets, tokenizer, config.data.prompt).prompts, config.seed)
+    stops = stop_ids(settings.model, tokenizer)
+    count = max(settings.engine_prompts, settings.prompts * (settings.iteration_turns + 1))
+    prompts = [visit.prompt for visit in stream.take(min(count, len(stream)))]
+    return [{"text": p.text, "tokens": list(p.tokens), "answer": p.gold, "stops": stops} for p in prompts]
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Every row, one after the other; says on stderr which one is under way."""
+    made: list[Row] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        rows = task_rows(settings, folder)
+        say("engine")
+        made += engine_rows(settings, rows, folder)
+        sequences = sampled_sequences(settings, rows)
+        for size in settings.step_sizes:
+            say(f"policy step, hidden {size[0]} x {size[1]} layers")
+            place = folder / f"step-{size[0]}"
+            place.mkdir()
+            made.append(step_row(settings, sequences, size, place))
+        say("iteration")
+        made.append(iteration_row(settings, rows, folder))
+    return made
+
+
+def say(text: str) -> None:
+    print(f"measuring: {text}", file=sys.stderr, flush=True)
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown."""
+    lines = [
+        "| one thread | mean response tokens (ours / theirs) | ours | theirs | ratio | goal | peak memory, MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        theirs = "not measured" if row.theirs is None else figure(row.theirs, row.unit)
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
+        both = [f"{m:,.0f}" for m in (row.our_memory_mib, row.their_memory_mib) if m is not None]
+        cells = (row.name, row.lengths, figure(row.ours, row.unit), theirs, ratio, row.goal, " / ".join(both))
+        lines.append(f"| {' | '.join(cells)} |")
+    notes = [f"{row.name}: {row.note}" for row in rows if row.note]
+    return "\n".join([*lines, "", *notes]).rstrip()
+
+
+def figure(value: float, unit: str) -> str:
+    return f"{value:,.2f} {unit}" if unit == "s" else f"{value:,.0f} {unit}"
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+
+def settings_from(given: argparse.Namespace) -> Settings:
+    """Settings, or a SystemExit that says what is missing."""
+    if not (Path(given.model) / "config.json").is_file():
+        raise SystemExit(f"--model {given.model}: no model folder there (config.json is missing); {HINT}")
+    if not Path(given.train).is_file():
+        raise SystemExit(f"--train {given.train}: no such file of problems; {HINT}")
+    if given.trl_python is not None and not Path(given.trl_python).is_file():
+        raise SystemExit(f"--trl-python {given.trl_python}: no such interpreter; --help says how to make one")
+    model, train = str(Path(given.model).resolve()), str(Path(given.train).resolve())
+    # not resolved: an environment's interpreter is a link, and the link is what makes it that environment's
+    trl_python = None if given.trl_python is None else os.path.abspath(given.trl_python)
+    if not given.quick:
+        return Settings(model, train, trl_python)
+    return Settings(
+        model,
+        train,
+        trl_python,
+        engine_prompts=32,
+        engine_turns=1,
+        step_tokens=512,
+        step_sizes=((64, 3),),
+        step_turns=2,
+        steps_per_turn=1,
+        prompts=4,
+        samples=2,
+        max_new_tokens=60,
+        iteration_turns=2,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="runs/quickstart/sft/model", help="a Hugging Face folder with weights")
+    parser.add_argument("--train", default="runs/quickstart/task/train.jsonl", help="its problems")
+    parser.add_argument("--trl-python", help="an interpreter that has trl; without it that row says so")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--quick", action="store_true", help="a smoke run")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.side is None and os.environ.get("OMP_NUM_THREADS") != "1":
+        # read when numpy and torch are loaded, so it must stand before: start over with it
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+    import torch
+
+    torch.set_num_threads(1)
+    if given.side is not None:
+        tree = json.loads((given.folder / "settings.json").read_text())
+        SIDES[given.side](Settings(**tree), given.folder)
+        return
+    rows = measure(settings_from(given))
+    print(table(rows))
+    if given.json is not None:
+        given.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+
+
+SIDES = {"iteration": serve_iteration, "policy": serve_policy, "plain": serve_plain}
+
+
+if __name__ == "__main__":
+    main()

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_cpu import ANSWER, peak_mib
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
-
-ANSWER = "answer "
 
 
 class Turns(TrainerCallback):
@@ -39,12 +37,11 @@ class Turns(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self.steps == 0:
             seconds = time.perf_counter() - self.began
-            kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             report = {
                 "seconds": seconds,
                 "lengths": self.lengths,
                 "accuracy": sum(self.right) / len(self.right),
-                "memory_mib": kilobytes / (1 << 20 if sys.platform == "darwin" else 1 << 10),
+                "memory_mib": peak_mib(),
             }
             print(ANSWER + json.dumps(report), flush=True)
 

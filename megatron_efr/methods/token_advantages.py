@@ -24,8 +24,9 @@ def fill_token_advantages(
     `normalize: batch` whitens over every token of the iteration, on all replicas together.
     """
     for batch in batches:
-        values = torch.tensor([advantages[i] for i in batch.indices], device=batch.weights.device)
-        per_token = values.float().repeat_interleave(torch.tensor(batch.row_lengths, device=values.device))
+        device = batch.weights.device
+        values = torch.tensor([advantages[i] for i in batch.indices], dtype=torch.float32, device=device)
+        per_token = values.repeat_interleave(torch.tensor(batch.row_lengths, dtype=torch.int64, device=device))
         if config.beta > 0:
             assert batch.old_logprobs is not None
             assert batch.reference_logprobs is not None
@@ -40,7 +41,10 @@ def kl_to_go(log_ratio: torch.Tensor, row_lengths: list[int]) -> torch.Tensor:
 
     Arora & Zanette 2025 put the KL into the reward; A_{i,t} = A_i - beta * this.
     """
-    return torch.cat([part.double().flip(0).cumsum(0).flip(0).float() for part in log_ratio.split(row_lengths)])
+    sums = torch.empty_like(log_ratio)
+    for part, out in zip(log_ratio.split(row_lengths), sums.split(row_lengths), strict=True):
+        out.copy_(part.double().flip(0).cumsum(0).flip(0))
+    return sums
 
 
 def _whiten(parts: list[torch.Tensor], sum_over_replicas: Callable[[torch.Tensor], torch.Tensor]) -> None:

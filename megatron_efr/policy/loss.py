@@ -33,7 +33,7 @@ def clipped_policy_loss(clip: float) -> Loss:
                 "loss": value.detach().clone(),
                 "clip_fraction": (batch.weights * (clipped < plain)).sum(),
                 "kl_to_old": (batch.weights * -log_ratio).sum(),
-                "ratio_max": ratio.max(),
+                "ratio_max": torch.cat([ratio, ratio.new_zeros(1)]).max(),  # an empty micro-batch has none
             }
         return value, metrics
 

@@ -67,15 +67,13 @@ def _first_fit(share: list[int], lengths: Mapping[int, int], budget: int) -> Mic
 
 
 def _pad_to(batches: MicroBatches, count: int) -> MicroBatches:
-    """Split the fullest micro-batches until there are `count`: every replica runs the same number."""
+    """Split the fullest micro-batches until there are `count`, then add empty ones: every replica runs as many."""
     batches = [list(batch) for batch in batches]
     while len(batches) < count:
         fullest = max(range(len(batches)), key=lambda b: len(batches[b]))
         whole = batches[fullest]
-        if len(whole) < 2:
-            raise ValueError(f"{sum(map(len, batches))} sequences cannot fill {count} micro-batches of one replica")
-        batches[fullest], extra = whole[0::2], whole[1::2]
-        batches.append(extra)
+        batches[fullest] = whole[0::2]
+        batches.append(whole[1::2])
     return batches
 
 
@@ -99,17 +97,24 @@ def pack(
     device: torch.device,
     multiple: int = 1,
 ) -> PackedBatch:
-    """Lay `sequences[i] for i in indices` end to end; a padding sequence fills up to a multiple of `multiple`."""
+    """Lay `sequences[i] for i in indices` end to end; a padding sequence fills up to a multiple of `multiple`.
+
+    Without indices the pack is padding alone: a replica with less work than the others still takes part.
+    """
     chosen = [sequences[i] for i in indices]
     lengths = [sequence.length for sequence in chosen]
-    padding = -sum(lengths) % multiple
+    padding = -sum(lengths) % multiple if chosen else multiple
     tokens = np.concatenate([np.asarray(s.tokens, dtype=np.int64) for s in chosen] + [np.zeros(padding, np.int64)])
     if padding:
         lengths = [*lengths, padding]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     # the row before each response token predicts it
     rows = np.concatenate(
-        [np.arange(start + s.prompt_length - 1, start + s.length - 1) for s, start in zip(chosen, starts, strict=False)]
+        [np.zeros(0, np.int64)]
+        + [
+            np.arange(start + s.prompt_length - 1, start + s.length - 1)
+            for s, start in zip(chosen, starts, strict=False)
+        ]
     )
     row_lengths = [s.response_length for s in chosen]
     positions = np.arange(len(tokens)) - np.repeat(starts[:-1], lengths)

@@ -118,6 +118,8 @@ class Policy:
         figures = []
         for batch in batches:
             assert batch.old_logprobs is not None
+            if not batch.indices:
+                continue
             engine = torch.cat([torch.tensor(sequences[i].engine_logprobs) for i in batch.indices])
             difference = (engine.to(batch.old_logprobs.device) - batch.old_logprobs).abs().double()
             figure = {"tokens": float(difference.numel()), "logprob_diff_mean": float(difference.sum())}

@@ -1,8 +1,9 @@
 """A lean Qwen2 decoder over one batched KV cache: prefill and single-token steps, nothing for training.
 
-Rows never influence one another, bit for bit, where the libraries below allow it: matrix products get their rows in
-multiples of `ROWS` (MKL takes other, differently rounding paths for few rows), attention runs over key
-lengths in multiples of `KEYS` whose masked tail contributes exact zeros, and all else is row-wise.
+Rows never influence one another, bit for bit, where the libraries below allow it. Matrix products get their rows in
+multiples of `ROWS`, since MKL rounds differently for few rows. A step's attention runs over keys in multiples of `KEYS`
+whose masked tail contributes exact zeros, summed in blocks of `SUMMED`. A prompt is prefilled at its own length, rounded
+up, only beside others of that length. All else is row-wise.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from megatron_efr.weights.mapping import WeightMapping
 ROWS = 32  # two AVX-512 vectors: also keeps element-wise kernels out of their scalar tails
 KEYS = 32
 CHUNK = 64  # rows whose attention runs over as many keys as the longest of them has
+SUMMED = 256  # keys summed in one product: beyond 384 MKL splits the sum where it likes
 PREFILL_TOKENS = 4096  # padded tokens of one prefill: bounds its activations
 
 
@@ -149,38 +151,36 @@ class Decoder:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(f"missing from the published weights: {', '.join(names[:3])}{more}")
 
-    def read(self, sequences: list[NDArray[np.int64]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Prefill sequences in batches of at most PREFILL_TOKENS padded tokens (or one sequence).
+    def read(self, sequences: list[NDArray[np.int64]]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Prefill sequences together with those of the same padded length, PREFILL_TOKENS tokens (or one) at a time.
 
-        Yields, in order, each one's keys and values [layers, 2, kv heads, >= its length, head dim] and the logits
-        after its last token, float32 [vocab].
+        Yields (index, keys and values [layers, 2, kv heads, >= its length, head dim], logits after the last token,
+        float32 [vocab]), batch by batch.
         """
-        first = 0
-        while first < len(sequences):
-            last, width = first + 1, round_up(len(sequences[first]), ROWS)
-            while last < len(sequences):
-                width = max(width, round_up(len(sequences[last]), ROWS))
-                if (last + 1 - first) * width > PREFILL_TOKENS:
-                    break
-                last += 1
-            batch = [torch.from_numpy(sequence) for sequence in sequences[first:last]]
-            tokens = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(self.device)
-            lengths = torch.tensor([len(sequence) for sequence in batch], device=self.device)
-            kv, logits = self.prefill(tokens, lengths)
-            yield from zip(kv.unbind(2), logits, strict=True)
-            first = last
+        # Padding to the longest in the batch would be fewer batches, but blocks of attention, and with them the
+        # rounding, depend on the padded length from about 200 tokens on.
+        by_width: dict[int, list[int]] = {}
+        for index, sequence in enumerate(sequences):
+            by_width.setdefault(round_up(len(sequence), ROWS), []).append(index)
+        for width, members in by_width.items():
+            at_once = max(1, PREFILL_TOKENS // width)
+            for batch in (members[first : first + at_once] for first in range(0, len(members), at_once)):
+                tokens = np.zeros((len(batch), width), dtype=np.int64)
+                for row, index in zip(tokens, batch, strict=True):
+                    row[: len(sequences[index])] = sequences[index]
+                lengths = torch.tensor([len(sequences[index]) for index in batch], device=self.device)
+                kv, logits = self.prefill(torch.from_numpy(tokens).to(self.device), lengths)
+                yield from zip(batch, kv.unbind(2), logits, strict=True)
 
     @torch.inference_mode()
     def prefill(self, tokens: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read whole sequences: tokens [n, s], padded on the right, and their lengths [n].
+        """Read whole sequences: tokens [n, s], s a multiple of ROWS, padded on the right, and their lengths [n].
 
-        Returns keys and values [layers, 2, n, kv heads, S, head dim], S = s rounded up (what lies beyond a row's
-        length is finite and meaningless), and the logits after each row's last token, float32 [n, vocab].
+        Returns keys and values [layers, 2, n, kv heads, s, head dim] (what lies beyond a row's length is finite and
+        meaningless), and the logits after each row's last token, float32 [n, vocab].
         """
         a = self.architecture
         n, s = tokens.shape
-        tokens = F.pad(tokens, (0, round_up(s, ROWS) - s))
-        s = tokens.shape[1]
         cos, sin = self._rotation(torch.arange(s, device=self.device))
         kv = torch.empty(a.layers, 2, n, a.kv_heads, s, a.head_dim, device=self.device, dtype=self.dtype)
         x = F.embedding(tokens, self._embedding)
@@ -269,4 +269,8 @@ def _attend(q: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor) -> torch.Tens
     # The queries that share a key head stand as its query rows: no repeated keys.
     scores = torch.bmm(q.reshape(len(key), -1, width), key.transpose(1, 2))
     scores.view(n, heads, -1).add_(mask)
-    return torch.bmm(torch.softmax(scores, -1), value).view(n, heads * width)
+    probabilities = torch.softmax(scores, -1)
+    attended = torch.bmm(probabilities[..., :SUMMED], value[:, :SUMMED])
+    for first in range(SUMMED, value.shape[1], SUMMED):
+        attended += torch.bmm(probabilities[..., first : first + SUMMED], value[:, first : first + SUMMED])
+    return attended.view(n, heads * width)

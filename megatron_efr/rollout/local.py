@@ -336,8 +336,8 @@ class _Stream(Iterator[Group]):
 
     def _prefill(self, owners: list[_Open]) -> None:
         prompts = [np.array(owner.request.prompt.tokens, dtype=np.int64) for owner in owners]
-        for owner, (kv, logits) in zip(owners, self._decoder.read(prompts), strict=True):
-            owner.kv, owner.logits = kv, logits
+        for i, kv, logits in self._decoder.read(prompts):
+            owners[i].kv, owners[i].logits = kv, logits
 
     def _read_again(self) -> None:
         """After a publication: rebuild what the old weights computed."""
@@ -345,8 +345,9 @@ class _Stream(Iterator[Group]):
         live = [i for i in range(self._active) if i not in self._ended]
         cache = self._reserve(int(self._length[live].max(initial=1)))
         known = [self._tokens[i, : self._length[i] - 1] for i in live]
-        for i, sequence, (kv, _) in zip(live, known, self._decoder.read(known), strict=True):
-            cache.write(i, len(sequence), kv)
+        for which, kv, _ in self._decoder.read(known):
+            cache.write(live[which], len(known[which]), kv)
+        for i in live:
             row, drawn = self._row(i), int(self._length[i] - self._prompt[i])
             row.spans = [span for span in row.spans if span[1] < drawn] + [(self._engine.version, drawn)]
         self._publication = self._engine._publications

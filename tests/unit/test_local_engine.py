@@ -157,6 +157,17 @@ def test_tokens_and_log_prob_bits_do_not_depend_on_the_batch(shape: str) -> None
     assert counts == dict.fromkeys(counts, (0, 0))
 
 
+def test_nor_do_long_responses_to_long_prompts() -> None:
+    built = model(max_position_embeddings=1024, num_hidden_layers=1, num_key_value_heads=2)
+    rng = np.random.default_rng(0)
+    lengths = (5, 190, 300, 310, 420)
+    prompts = [Prompt(f"p{n}", tuple(rng.integers(2, 32, n).tolist()), "", "") for n in lengths]
+    asked, sampling = [Request(prompt, 2, 7) for prompt in prompts], Sampling(1.0, 1.0, 400, ())
+    everything = answers(serving(built, slots=16), asked, sampling)
+    for request in asked[1:4]:
+        assert differing(everything, answers(serving(built, slots=1), [request], sampling)) == (0, 0)
+
+
 def test_a_used_engine_answers_as_a_fresh_one() -> None:
     built = model()
     engine, sampling = serving(built), Sampling(1.0, 0.9, 60, (STOP,))

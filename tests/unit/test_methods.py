@@ -175,5 +175,12 @@ def test_without_beta_the_reference_is_not_read() -> None:
     assert b.advantages.tolist() == [1.5, 1.5, -2.0, -2.0, -2.0]
 
 
+def test_an_empty_micro_batch_takes_part() -> None:
+    batches = [batch([3, 2], [0, 1], 0), batch([], [], 1)]
+    fill_token_advantages(batches, [1.0, 2.0], LossConfig(beta=0.1, normalize="batch"), lambda t: t)
+    assert batches[1].advantages is not None
+    assert batches[1].advantages.shape == (0,)
+
+
 def test_kl_to_go_restarts_in_each_response() -> None:
     assert kl_to_go(torch.tensor([1.0, 2.0, 3.0, 10.0]), [3, 1]).tolist() == [6.0, 5.0, 3.0, 10.0]

@@ -13,6 +13,7 @@ from transformers import Qwen2ForCausalLM
 
 from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, split_into_updates, supervised_loss
+from megatron_efr.policy.packing import pack
 from megatron_efr.types import PackedBatch, Sequence
 from tests.conftest import make_model_folder, ragged_sequences
 
@@ -225,6 +226,23 @@ def test_compare_logprobs_measures_engine_and_reference(tied_model: Path, ranks:
     assert drift["logprob_diff_mean"] == pytest.approx(0.25, abs=1e-6)
     assert drift["logprob_diff_max"] == pytest.approx(0.25, abs=1e-5)
     assert drift["kl"] == 0.0
+
+
+def test_an_empty_micro_batch_adds_nothing(tied_model: Path, ranks: Ranks) -> None:
+    sequences = ragged_sequences(6)
+    results = []
+    for empty in (False, True):
+        policy = build(tied_model, ranks)
+        batches = policy.pack_update(sequences, list(range(6)), 1000, "sequence")
+        if empty:
+            batches.append(pack(sequences, [], {}, torch.device("cpu")))
+        policy.fill_logprobs(batches)
+        for batch in batches:
+            batch.advantages = torch.ones(len(batch.targets))
+        drift = policy.compare_logprobs(batches, sequences)
+        results.append((policy.update(batches, clipped_policy_loss(0.2)) | drift, dict(policy.named_gradients())))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
 
 
 def test_warm_up_and_schedule(tied_model: Path, ranks: Ranks) -> None:

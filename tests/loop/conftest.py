@@ -1,0 +1,106 @@
+"""What the loop's tests share: programs as real processes, a small arithmetic task, a method that always rewards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_efr.data.arithmetic import ArithmeticTask, write
+from megatron_efr.observe import deterministic
+
+KILLED = Path(__file__).with_name("killed.py")
+
+# A model that has learnt nothing earns nothing from the paper's method: its weights would stand still, and a resume
+# that forgot them would go unnoticed. This one, installed as a third party's, rewards some length over others, and by
+# what it saw before: its state must survive too.
+METHOD = '''
+import numpy as np
+from megatron_efr.config import Section
+from megatron_efr.methods.base import Method
+
+class Typical(Method):
+    class Options(Section):
+        pass
+
+    def __init__(self, options):
+        super().__init__(options)
+        self.seen, self.mean = 0, 8.0
+
+    def rewards(self, group):
+        return -np.abs(group.lengths - self.mean) / 24
+
+    def advantages(self, groups):
+        made = super().advantages(groups)
+        for group in groups:
+            self.seen += 1
+            self.mean += (float(group.lengths.mean()) - self.mean) / self.seen
+        return made
+
+    def state_dict(self):
+        return {"seen": self.seen, "mean": self.mean}
+
+    def load_state_dict(self, state):
+        self.seen, self.mean = state["seen"], state["mean"]
+'''
+
+Program = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """Runs `python -m megatron_efr.NAME ARGUMENTS...` and checks its exit code; `killed_at` as killed.py has it."""
+    plugin = tmp_path_factory.mktemp("plugin")
+    (plugin / "typical.py").write_text(METHOD)
+    registration = plugin / "typical-1.0.dist-info"
+    registration.mkdir()
+    (registration / "METADATA").write_text("Metadata-Version: 2.1\nName: typical\nVersion: 1.0\n")
+    (registration / "entry_points.txt").write_text("[megatron_efr.methods]\ntypical = typical:Typical\n")
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    environment |= {"PYTHONPATH": str(plugin), "OMP_NUM_THREADS": "1"}
+
+    def run(
+        name: str, *arguments: str, killed_at: str | None = None, expect: int | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        start = ["-m", f"megatron_efr.{name}"] if killed_at is None else [str(KILLED), killed_at, name]
+        done = subprocess.run(
+            [sys.executable, *start, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
+        )
+        wanted = expect if expect is not None else 0 if killed_at is None else -signal.SIGKILL
+        assert done.returncode == wanted, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train.jsonl, test.jsonl, sft.jsonl and model/ of a small arithmetic task."""
+    folder = tmp_path_factory.mktemp("task")
+    write(folder, 0, ArithmeticTask(max_terms=3, train_rows=24, test_rows=16, sft_rows=64))
+    return folder
+
+
+def metrics(folder: Path) -> list[str]:
+    """The deterministic part of every metrics line, as text: equal only bit for bit."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.dumps(deterministic(json.loads(line))) for line in lines]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file under `folder`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def state(folder: Path, step: int) -> dict[str, Any]:
+    """What a checkpoint keeps beside the weights."""
+    return json.loads((folder / "checkpoints" / f"step_{step:06d}" / "state.json").read_text())

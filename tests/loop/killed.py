@@ -1,0 +1,122 @@
+"""Runs a program and kills it from within (SIGKILL) at a stated moment: `python killed.py MOMENT PROGRAM ARGUMENTS...`.
+
+rollout:STEP:GROUPS  while group GROUPS + 1 of iteration STEP is being written to the journal: half of its line is there
+update:N             before this process's N-th optimizer update
+logged:STEP          after the metrics line of STEP, while the next line is being written
+save:STEP            while Megatron's files of STEP's checkpoint are being written
+renamed:STEP         when STEP's checkpoint is in place, before it has been verified and `latest` has moved
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_half(path: Path, line: str) -> None:
+    with path.open("ab") as file:
+        file.write(line.encode()[: len(line) // 2])
+
+
+def at_rollout(step: str, groups: str) -> None:
+    from megatron_efr import runfolder
+
+    append = runfolder.Journal.append
+
+    def hooked(self: runfolder.Journal, group: Any) -> None:
+        is_step = self.path.stem == f"step_{int(step):06d}"
+        if is_step and self.path.exists() and self.path.read_bytes().count(b"\n") == int(groups):
+            write_half(self.path, runfolder.encode_group(group))
+            die()
+        append(self, group)
+
+    runfolder.Journal.append = hooked
+
+
+def at_update(number: str) -> None:
+    from megatron_efr.policy import Policy
+
+    update, calls = Policy.update, iter(range(1, 10**9))
+
+    def hooked(self: Policy, *arguments: Any) -> Any:
+        if next(calls) == int(number):
+            die()
+        return update(self, *arguments)
+
+    Policy.update = hooked
+
+
+def at_logged(step: str) -> None:
+    from megatron_efr.runfolder import RunFolder
+
+    append = RunFolder.append_metrics
+
+    def hooked(self: RunFolder, at: int, metrics: Any) -> None:
+        append(self, at, metrics)
+        if at == int(step):
+            write_half(self.metrics, '{"step": 99, "accuracy": 0.5}')
+            die()
+
+    RunFolder.append_metrics = hooked
+
+
+def at_save(step: str) -> None:
+    from megatron_efr import checkpoint
+
+    save = checkpoint.Checkpoints.save
+
+    def watch(partial: Path) -> None:
+        while not any(file.stat().st_size for file in partial.glob("*.distcp")):
+            time.sleep(0.001)
+        die()
+
+    def hooked(self: checkpoint.Checkpoints, at: int, *arguments: Any) -> Path:
+        if at == int(step):
+            partial = self.folder / f"{checkpoint.name(at)}.partial"
+            threading.Thread(target=watch, args=(partial,), daemon=True).start()
+        return save(self, at, *arguments)
+
+    checkpoint.Checkpoints.save = hooked
+
+
+def at_renamed(step: str) -> None:
+    from megatron_efr import checkpoint
+
+    verify = checkpoint.verify
+
+    def hooked(path: Path) -> None:
+        if (path.parent / checkpoint.LATEST).exists() and path.name == checkpoint.name(int(step)):
+            die()
+        verify(path)
+
+    checkpoint.verify = hooked
+
+
+MOMENTS: dict[str, Callable[..., None]] = {
+    "rollout": at_rollout,
+    "update": at_update,
+    "logged": at_logged,
+    "save": at_save,
+    "renamed": at_renamed,
+}
+
+
+def main() -> None:
+    kind, *details = sys.argv[1].split(":")
+    MOMENTS[kind](*details)
+    importlib.import_module(f"megatron_efr.{sys.argv[2]}").main(sys.argv[3:])
+
+
+if __name__ == "__main__":  # the process that writes a checkpoint imports this file again
+    main()

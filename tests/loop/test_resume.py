@@ -1,0 +1,186 @@
+"""A run that is killed and resumed equals one that was not, bit for bit: metrics, rollouts, weights, prompts."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_efr.runfolder import RunFolder
+from tests.loop.conftest import Program, digests, metrics, state
+
+CONFIG = """
+name: run
+seed: 3
+model: {{path: {task}/model, init: random}}
+data:
+  datasets: [{{path: {task}/train.jsonl, difficulty: difficulty}}]
+  prompt: {{template: "{{question}}"}}
+rollout: {{prompts: 4, samples: 4, max_new_tokens: 24, slots: 5}}
+method: {{name: typical}}
+loss: {{beta: 0.01}}
+optimizer: {{lr: 1e-3}}
+train: {{iterations: 4}}
+checkpoint: {{every: 2}}
+observe: {{tensorboard: false}}
+"""
+
+SFT = """
+name: run
+seed: 3
+model: {{path: {task}/model, init: random}}
+data: {{path: {task}/sft.jsonl}}
+prompt: {{template: "{{question}}"}}
+optimizer: {{lr: 1e-3, schedule: cosine, warmup_updates: 3}}
+train: {{updates: 8, batch: 8, bucket: 3, log_every: 2}}
+checkpoint: {{every: 4, keep: 2}}
+observe: {{tensorboard: false}}
+"""
+
+
+@pytest.fixture(scope="module")
+def config(task: Path) -> Path:
+    path = task / "train.yaml"
+    path.write_text(CONFIG.format(task=task))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path, program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody disturbed."""
+    runs = tmp_path_factory.mktemp("whole")
+    program("train", config, f"runs={runs}")
+    return runs / "run"
+
+
+def assert_equal(run: Path, whole: Path) -> None:
+    assert metrics(run) == metrics(whole)
+    assert digests(run / "rollouts") == digests(whole / "rollouts")
+    assert digests(run / "model") == digests(whole / "model")
+    assert state(run, 4) == state(whole, 4)
+    assert (run / "checkpoints/latest").read_text() == "step_000004"
+    assert not list((run / "journal").glob("*"))
+
+
+def test_the_uninterrupted_run_learns_and_uses_every_prompt_once(whole: Path) -> None:
+    """Were its weights standing still, or its prompts all alike, the other tests would show nothing."""
+    lines = RunFolder(whole).read_metrics()
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(line["grad_norm"] > 0.01 for line in lines)
+    assert lines[0]["kl"] == 0
+    assert all(abs(line["kl"]) > 1e-6 for line in lines[1:])
+    assert all(line["first_ratio_max"] == 1 and line["first_kl_to_old"] == 0 for line in lines)
+    groups = [group for step in range(1, 5) for group in RunFolder(whole).read_rollouts(step)]
+    assert len({group.prompt.id for group in groups}) == 16
+    assert len({group.seed for group in groups}) == 16
+    assert {r.versions[0].version for group in groups[12:] for r in group.responses} == {3}
+    kept = state(whole, 4)
+    assert kept["stream"]["next_index"] == 16
+    assert kept["method"]["seen"] == 16
+
+
+def test_killed_again_and_again_a_run_equals_one_that_was_not(
+    config: Path, whole: Path, program: Program, tmp_path: Path
+) -> None:
+    run, override = tmp_path / "run", f"runs={tmp_path}"
+    folder = RunFolder(run)
+    journal = run / "journal/step_000003.jsonl"
+
+    program("train", config, override, killed_at="rollout:3:2")
+    assert metrics(run) == metrics(whole)[:2]
+    *finished, torn = journal.read_bytes().split(b"\n")
+    assert len(finished) == 2
+    assert torn
+
+    program("train", "--resume", config, override, killed_at="update:2")
+    assert journal.read_bytes().split(b"\n")[:2] == finished, "a finished group was generated again"
+    assert len(folder.journal(3).read().groups) == 4
+    assert folder.rollouts_path(3).read_bytes() == RunFolder(whole).rollouts_path(3).read_bytes()
+    assert metrics(run) == metrics(whole)[:2]
+
+    program("train", "--resume", config, override, killed_at="logged:3")
+    *lines, torn = (run / "metrics.jsonl").read_text().split("\n")
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    assert torn
+
+    program("train", "--resume", config, override, killed_at="save:4")
+    assert metrics(run) == metrics(whole)
+    assert (run / "checkpoints/step_000004.partial").is_dir()
+    assert (run / "checkpoints/latest").read_text() == "step_000002"
+
+    program("train", "--resume", config, override, killed_at="renamed:4")
+    assert not list((run / "checkpoints").glob("*.partial"))
+    assert (run / "checkpoints/latest").read_text() == "step_000002"
+    assert not (run / "model").exists()
+
+    done = program("train", "--resume", config, override)
+    assert "4/4" not in done.stdout, "the checkpoint was whole, and an iteration was made again"
+    (run / "checkpoints/latest").write_text("step_000004")  # it moves with a save, and none was left to make
+    folder.clear_journals(4)
+    assert_equal(run, whole)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_gives_the_same_run(
+    config: Path, whole: Path, program: Program, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    [victim, *_] = sorted((run / "checkpoints/step_000004").glob("*.distcp"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    done = program("train", "--resume", config, f"runs={tmp_path}")
+    assert str(victim) in done.stderr
+    assert [line.split("/4")[0] for line in done.stdout.splitlines() if "/4" in line] == ["3", "4"]
+    assert_equal(run, whole)
+
+
+def test_resuming_a_finished_run_changes_nothing_and_another_configuration_is_refused(
+    config: Path, whole: Path, program: Program, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    before = {name: digest for name, digest in digests(run).items() if name != "config.yaml"}  # it holds `runs`
+    refused = program("train", "--resume", config, f"runs={tmp_path}", "optimizer.lr=2e-3", expect=2)
+    assert "optimizer.lr: there 0.001, here 0.002" in refused.stderr
+    refused = program("train", config, f"runs={tmp_path}", expect=2)
+    assert "pass --resume" in refused.stderr
+    program("train", "--resume", config, f"runs={tmp_path}")
+    assert {name: digest for name, digest in digests(run).items() if name != "config.yaml"} == before
+
+
+def test_a_killed_warm_start_equals_one_that_was_not(task: Path, program: Program, tmp_path: Path) -> None:
+    config = task / "sft.yaml"
+    config.write_text(SFT.format(task=task))
+    whole, run = tmp_path / "whole/run", tmp_path / "killed/run"
+    program("sft", config, f"runs={whole.parent}")
+    lines = RunFolder(whole).read_metrics()
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
+    program("sft", config, f"runs={run.parent}", killed_at="update:8")
+    assert metrics(run) == metrics(whole)[:3]
+    program("sft", "--resume", config, f"runs={run.parent}")
+    assert metrics(run) == metrics(whole)
+    assert digests(run / "model") == digests(whole / "model")
+
+
+@pytest.mark.slow
+def test_killed_from_outside_at_random_moments_a_run_ends_equal(
+    config: Path, whole: Path, program: Program, tmp_path: Path
+) -> None:
+    """The kill comes at any time after the first group was journalled, on this machine's clock."""
+    rng = random.Random(0)
+    program("train", config, f"runs={tmp_path}", killed_at="rollout:1:1")
+    for _ in range(6):
+        command = program.command("train", "--resume", config, f"runs={tmp_path}")  # type: ignore[attr-defined]
+        with subprocess.Popen(**command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            time.sleep(rng.uniform(3, 14))
+            process.send_signal(signal.SIGKILL)
+    program("train", "--resume", config, f"runs={tmp_path}")
+    assert_equal(tmp_path / "run", whole)

@@ -1,0 +1,95 @@
+"""Splitting work: every sequence once, the same updates in every layout, packs that say where everything is."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_efr.policy.layers import PackedAttention, packed_sequences
+from megatron_efr.policy.packing import balance, pack, row_weights, split_into_updates
+from tests.conftest import ragged_sequences
+
+
+def test_updates_are_a_partition_drawn_from_the_seed() -> None:
+    parts = split_into_updates(256, 4, (42, 7))
+    assert [len(part) for part in parts] == [64] * 4
+    assert sorted(i for part in parts for i in part) == list(range(256))
+    assert parts == split_into_updates(256, 4, (42, 7)) != split_into_updates(256, 4, (42, 8))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 500), min_size=8, max_size=80),
+    replicas=st.integers(1, 8),
+    budget=st.integers(100, 1000),
+)
+@settings(max_examples=150, deadline=None)
+def test_balance_loses_nothing_and_keeps_its_budget(lengths: list[int], replicas: int, budget: int) -> None:
+    table = dict(enumerate(lengths, start=10))
+    shares = balance(table, replicas, budget)
+    assert sorted(i for share in shares for batch in share for i in batch) == sorted(table)
+    assert len({len(share) for share in shares}) == 1, "every replica runs as many micro-batches"
+    for share in shares:
+        for batch in share:
+            assert batch or all(len(other) <= 1 for other in share), "split what can be split before adding empty ones"
+            assert sum(table[i] for i in batch) <= budget or len(batch) == 1
+    loads = [sum(table[i] for batch in share for i in batch) for share in shares]
+    # longest-first greedy: no replica exceeds the mean by more than one sequence
+    assert max(loads) <= np.mean(loads) + max(lengths)
+
+
+def test_weights_are_the_two_means() -> None:
+    sequences = ragged_sequences(10)
+    update = [1, 4, 7]
+    n = {i: sequences[i].response_length for i in update}
+    assert row_weights(sequences, update, "sequence") == {i: pytest.approx(1 / (3 * n[i])) for i in update}
+    assert row_weights(sequences, update, "token") == {i: pytest.approx(1 / sum(n.values())) for i in update}
+
+
+def test_pack_says_where_everything_is() -> None:
+    sequences = ragged_sequences(5)
+    batch = pack(sequences, [3, 0], {3: 0.5, 0: 0.25}, torch.device("cpu"), multiple=64)
+    total = sequences[3].length + sequences[0].length
+    assert batch.tokens.numel() % 64 == 0
+    assert sum(batch.lengths) == batch.tokens.numel()
+    assert batch.cu_seqlens.tolist()[:3] == [0, sequences[3].length, total]
+    for place, i in enumerate(batch.indices):
+        s, start = sequences[i], int(batch.cu_seqlens[place])
+        assert batch.tokens[start : start + s.length].tolist() == s.tokens
+        assert batch.positions[start : start + s.length].tolist() == list(range(s.length))
+    responses = [t for i in (3, 0) for t in sequences[i].tokens[sequences[i].prompt_length :]]
+    assert batch.targets.tolist() == responses
+    assert (batch.tokens[batch.rows + 1]).tolist() == responses
+    assert batch.weights.tolist() == [0.5] * batch.row_lengths[0] + [0.25] * batch.row_lengths[1]
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), groups=st.sampled_from([1, 2, 4]))
+@settings(max_examples=40, deadline=None)
+def test_packed_attention_is_attention_within_each_sequence(lengths: list[int], groups: int) -> None:
+    torch.manual_seed(sum(lengths))
+    heads, dim, tokens = 4, 8, sum(lengths)
+    q = torch.randn(tokens, heads, dim, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(tokens, groups, dim, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(tokens, groups, dim, dtype=torch.float64, requires_grad=True)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    attention = PackedAttention.__new__(PackedAttention)
+    torch.nn.Module.__init__(attention)
+    attention.scale, attention.repeat = None, heads // groups
+    packed = packed_sequences(lengths, torch.from_numpy(starts))
+    out = attention.forward(q, k, v, None, packed_seq_params=packed)
+    parts = []
+    for a, b in itertools.pairwise(starts):
+        kk, vv = (x[a:b].repeat_interleave(heads // groups, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], kk) / dim**0.5
+        scores = scores.masked_fill(torch.ones(b - a, b - a).triu(1).bool(), -torch.inf)
+        parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vv).flatten(1))
+    exact = torch.cat(parts)
+    assert (out - exact).abs().max() < 1e-12
+    upstream = torch.randn_like(exact)
+    got = torch.autograd.grad(out, [q, k, v], upstream)
+    want = torch.autograd.grad(exact, [q, k, v], upstream)
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(got, want, strict=True))
