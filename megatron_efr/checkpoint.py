@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import torch as torch_format
 
 from megatron_efr.types import UserError
 
@@ -35,6 +37,26 @@ class World(Protocol):
     def share(self, make: Callable[[], Any]) -> Any: ...
 
 
+class _InThisProcess(torch_format.TorchDistSaveShardedStrategy):
+    """Megatron's format, written by this process itself.
+
+    Megatron-Core 0.16.1 writes through a server process, which takes seconds to start and, when the run is killed, lives
+    on with the run's memory and output pipe, so that whoever reads that pipe waits for ever.
+    """
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        sharded, _, _ = torch_format._replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
+        torch_checkpoint.save(
+            torch_format.mcore_to_pyt_state_dict(sharded, False),
+            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
+            planner=torch_format.MCoreSavePlanner(
+                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
+            ),
+        )
+
+
 class Checkpoints:
     """The checkpoints of one run folder: `step_000010/` each, and `latest`, which names the newest that verified.
 
@@ -51,10 +73,10 @@ class Checkpoints:
         partial = final.with_name(final.name + ".partial")
         try:
             self._world.share(lambda: self._begin(partial))
-            dist_checkpointing.save(sharded, str(partial))
+            dist_checkpointing.save(sharded, str(partial), _InThisProcess("torch_dist", 1))
             self._world.barrier()
             self._world.share(lambda: self._finish(partial, final, state))
-        except OSError as error:
+        except (OSError, torch_checkpoint.CheckpointException) as error:
             raise CheckpointError(
                 f"{final}: cannot be written: {error}; the checkpoints before it are untouched, and --resume goes on "
                 f"from the newest"

@@ -210,6 +210,9 @@ class EvaluationConfig(Section):
 class ObserveConfig(Section):
     tensorboard: bool = True
     wandb: str | None = Field(default=None, description="project name; needs the wandb extra")
+    watchdog_s: float | None = Field(
+        default=None, gt=0, description="end the run when one phase lasts longer than this many seconds"
+    )
     rollouts: bool = Field(default=True, description="keep every iteration's rollouts in the run folder, replayable")
 
 

@@ -144,10 +144,11 @@ class Observer:
         total_steps: int,
         rank: int = 0,
         start_step: int = 0,
-        watchdog: Watchdog | None = None,
         name: str = "",
     ) -> None:
-        self.folder, self.total_steps, self.rank, self.watchdog = folder, total_steps, rank, watchdog
+        self.folder, self.total_steps, self.rank = folder, total_steps, rank
+        limit = config.watchdog_s
+        self.watchdog = None if limit is None else Watchdog(limit, rank, folder.path)
         self._seconds: dict[str, float] = {}
         self._phases: list[str] = []
         self._step, self._since = start_step, time.perf_counter()

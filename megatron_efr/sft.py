@@ -31,7 +31,7 @@ def sft(config: SftConfig, resume: bool = False) -> None:
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, ranks)
         done = restore(policy, checkpoints) if resume else 0
         ranks.on_main(lambda: folder.truncate_metrics(done))
-        with Observer(folder, config.observe, config.train.updates, ranks.rank, done) as observer:
+        with Observer(folder, config.observe, config.train.updates, ranks.rank, done, config.name) as observer:
             for step, update in enumerate(schedule(sequences, config), start=1):
                 if step <= done:
                     continue

@@ -6,6 +6,7 @@ Every rank runs it. Rank 0 alone owns prompts, engine and graders (`environment`
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_efr import arguments, methods
@@ -31,43 +32,31 @@ def train(config: TrainConfig, resume: bool = False) -> None:
         ranks.on_main(lambda: folder.claim(dump(config), resume))
         environment = ranks.on_main(lambda: Environment(config))
         try:
-            run = Run(config, ranks, folder, environment, method)
+            policy = Policy.to_train(config, ranks)
+            checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, ranks)
+            run = Run(config, ranks, folder, checkpoints, environment, policy, method)
             run.loop(run.restore() if resume else 0)
         finally:
             if environment is not None:
                 environment.close()
 
 
+@dataclass(frozen=True)
 class Run:
     """One training run, as one rank sees it."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        ranks: Ranks,
-        folder: RunFolder,
-        environment: Environment | None,
-        method: methods.Method,
-    ) -> None:
-        self.config, self.ranks, self.folder = config, ranks, folder
-        self.environment, self.method = environment, method
-        self.policy = Policy(
-            config.model,
-            config.parallel,
-            config.optimizer,
-            ranks,
-            updates=config.train.iterations * config.train.updates,
-            seed=config.seed,
-            temperature=config.rollout.temperature,
-            keep_reference=config.loss.beta > 0,
-        )
-        self.loss = clipped_policy_loss(config.loss.clip)
-        self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, ranks)
+    config: TrainConfig
+    ranks: Ranks
+    folder: RunFolder
+    checkpoints: Checkpoints
+    environment: Environment | None  # rank 0's
+    policy: Policy
+    method: methods.Method
 
     def loop(self, done: int) -> None:
         """Iterations `done` + 1 to the last."""
         total = self.config.train.iterations
-        with Observer(self.folder, self.config.observe, total, self.ranks.rank, done) as observer:
+        with Observer(self.folder, self.config.observe, total, self.ranks.rank, done, self.config.name) as observer:
             self.publish(done)
             for step in range(done + 1, total + 1):
                 metrics = self.iterate(step, observer)
@@ -98,7 +87,8 @@ class Run:
             check_logprobs(drift, config.train.max_logprob_diff)
         fill_token_advantages(batches, [s.advantage for s in sequences], config.loss, self.ranks.sum_over_replicas)
         with observer.phase("train"):
-            made = [policy.update(update, self.loss) for update in updates]
+            loss = clipped_policy_loss(config.loss.clip)
+            made = [policy.update(update, loss) for update in updates]
         return iteration_metrics(groups, made, drift, observer.seconds("rollout"))
 
     def rollouts(self, step: int) -> list[Group]:

@@ -193,7 +193,12 @@ def fits(length: int, config: PromptConfig, where: str) -> bool:
 
 
 def _prompt(problem: Problem, text: str, tokens: tuple[int, ...]) -> Prompt:
-    meta = {"dataset": problem.dataset, "difficulty": problem.difficulty, "where": problem.where}
+    meta = {
+        "dataset": problem.dataset,
+        "difficulty": problem.difficulty,
+        "where": problem.where,
+        "question": problem.question,
+    }
     return Prompt(id=problem.id, tokens=tokens, text=text, gold=problem.gold, meta=meta)
 
 

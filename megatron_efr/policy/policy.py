@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 
-from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_efr.kernels import linear_logprob
 from megatron_efr.policy.layers import packed_sequences
 from megatron_efr.policy.loss import Loss
@@ -65,6 +65,20 @@ class Policy:
         self._reference = self.parameters.copies() if keep_reference else None
         self.optimizer = Optimizer(optimizer, model.dtype, updates, self.chunks)
         self.config.grad_scale_func = self.optimizer.megatron.scale_loss
+
+    @classmethod
+    def to_train(cls, config: TrainConfig, ranks: Ranks) -> Policy:
+        """The policy of a reinforcement-learning run."""
+        return cls(
+            config.model,
+            config.parallel,
+            config.optimizer,
+            ranks,
+            updates=config.train.iterations * config.train.updates,
+            seed=config.seed,
+            temperature=config.rollout.temperature,
+            keep_reference=config.loss.beta > 0,
+        )
 
     # -- batches ------------------------------------------------------------------------------------------------------
 

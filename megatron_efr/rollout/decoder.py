@@ -1,9 +1,9 @@
 """A lean Qwen2 decoder over one batched KV cache: prefill and single-token steps, nothing for training.
 
 Rows never influence one another, bit for bit, where the libraries below allow it. Matrix products get their rows in
-multiples of `ROWS`, since MKL rounds differently for few rows. A step's attention runs over keys in multiples of `KEYS`
-whose masked tail contributes exact zeros, summed in blocks of `SUMMED`. A prompt is prefilled at its own length, rounded
-up, only beside others of that length. All else is row-wise.
+multiples of `ROWS`, since MKL rounds differently for few rows. A step's attention runs over keys in multiples of
+`KEYS`, whose masked tail contributes exact zeros, summed in blocks of `SUMMED`. A prompt is prefilled at its own
+length, rounded up, only beside others of that length. All else is row-wise.
 """
 
 from __future__ import annotations

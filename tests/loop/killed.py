@@ -13,8 +13,6 @@ import importlib
 import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,22 +70,19 @@ def at_logged(step: str) -> None:
 
 
 def at_save(step: str) -> None:
-    from megatron_efr import checkpoint
+    from torch.distributed.checkpoint import FileSystemWriter
 
-    save = checkpoint.Checkpoints.save
+    finish = FileSystemWriter.finish
 
-    def watch(partial: Path) -> None:
-        while not any(file.stat().st_size for file in partial.glob("*.distcp")):
-            time.sleep(0.001)
-        die()
+    def hooked(self: FileSystemWriter, *arguments: Any) -> None:
+        partial = Path(self.path)
+        if partial.name == f"step_{int(step):06d}.partial":
+            [data] = partial.glob("*.distcp")
+            os.truncate(data, data.stat().st_size // 2)
+            die()
+        finish(self, *arguments)
 
-    def hooked(self: checkpoint.Checkpoints, at: int, *arguments: Any) -> Path:
-        if at == int(step):
-            partial = self.folder / f"{checkpoint.name(at)}.partial"
-            threading.Thread(target=watch, args=(partial,), daemon=True).start()
-        return save(self, at, *arguments)
-
-    checkpoint.Checkpoints.save = hooked
+    FileSystemWriter.finish = hooked
 
 
 def at_renamed(step: str) -> None:
@@ -118,5 +113,5 @@ def main() -> None:
     importlib.import_module(f"megatron_efr.{sys.argv[2]}").main(sys.argv[3:])
 
 
-if __name__ == "__main__":  # the process that writes a checkpoint imports this file again
+if __name__ == "__main__":
     main()

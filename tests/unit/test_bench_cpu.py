@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = [sys.executable, str(ROOT / "tools" / "bench_cpu.py")]
@@ -25,7 +25,7 @@ def test_smoke_run_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     subprocess.run(make, check=True, env=ENVIRONMENT, cwd=ROOT, capture_output=True)
     model = tmp_path / "model"
     torch.manual_seed(0)
-    Qwen2ForCausalLM(AutoConfig.from_pretrained(model)).save_pretrained(model)  # as good as any: nothing is learnt
+    Qwen2ForCausalLM(Qwen2Config.from_pretrained(model)).save_pretrained(model)  # as good as any: nothing is learnt
     figures = tmp_path / "figures.json"
     done = run("--quick", "--model", str(model), "--train", str(tmp_path / "train.jsonl"), "--json", str(figures))
     assert done.returncode == 0, done.stderr

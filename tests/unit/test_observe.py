@@ -115,11 +115,10 @@ HANGS = """
 import sys, time
 from pathlib import Path
 from megatron_efr.config import ObserveConfig
-from megatron_efr.observe import Observer, Watchdog
+from megatron_efr.observe import Observer
 from megatron_efr.runfolder import RunFolder
 path = Path(sys.argv[1])
-dog = Watchdog(0.5, rank=3, folder=path)
-observer = Observer(RunFolder(path), ObserveConfig(tensorboard=False), 1, rank=3, watchdog=dog)
+observer = Observer(RunFolder(path), ObserveConfig(tensorboard=False, watchdog_s=0.5), 1, rank=3)
 for _ in range(4):
     with observer.phase("rollout"):
         time.sleep(0.2)  # together longer than the limit, each shorter

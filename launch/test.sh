@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# The tests, after making .venv where it is missing.
+#
+#   bash launch/test.sh            lint, types, unit, loop, parallel and browser tests, and the quickstart with its figures
+#   bash launch/test.sh --quick    lint, types and the fast unit tests: under two minutes once .venv is there
+#   bash launch/test.sh --full     also the tests marked slow
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+mode=${1:-default}
+case "$mode" in default | --quick | --full) ;; *) sed -n '2,6p' "$0"; exit 2 ;; esac
+
+bash launch/setup.sh
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+python=.venv/bin/python
+[ -z "${EFR_DATA:-}" ] && [ -d ../shared/data ] && EFR_DATA=$(cd ../shared/data && pwd)
+export EFR_DATA=${EFR_DATA:-}
+
+stage() { echo; echo "== $*"; began=$SECONDS; }
+took() { echo "   ($((SECONDS - began)) s)"; }
+
+stage "style and types"
+.venv/bin/ruff check .
+.venv/bin/ruff format --check --quiet .
+.venv/bin/pyright --pythonpath "$python"
+took
+
+if [ "$mode" = --quick ]; then
+    stage "unit tests, the fast ones"
+    $python -m pytest tests/unit -m "not slow and not hostile" -n 2 --dist loadfile
+    took
+    exit 0
+fi
+
+slow=$([ "$mode" = --full ] && echo "not gpu" || echo "not slow and not gpu")
+stage "unit tests"
+$python -m pytest tests/unit tests/gpu -m "$slow or gpu" -n 2 --dist loadfile
+took
+stage "whole runs: killed, resumed, real input"
+$python -m pytest tests/loop -m "$slow" -n 2 --dist loadfile
+took
+stage "several processes over gloo"
+$python -m pytest tests/parallel -m "$slow"
+took
+stage "the report in a browser"
+$python -m pytest tests/browser -m "$slow" -rs
+took
+stage "quickstart"
+bash launch/quickstart.sh
+took
+$python -m pytest tests/quickstart -rs

@@ -1,0 +1,39 @@
+"""Every configuration in examples/ is valid, and the paper's say what the paper says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_efr.config import EvaluateConfig, SftConfig, TrainConfig, dump, load
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FILES = sorted(EXAMPLES.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(EXAMPLES)))
+def test_example_is_valid_and_runs_again_from_its_dump(path: Path, tmp_path: Path) -> None:
+    tree = yaml.safe_load(path.read_text())
+    kind = TrainConfig if "rollout" in tree or "method" in tree else SftConfig if "prompt" in tree else EvaluateConfig
+    config = load(kind, path)
+    again = tmp_path / "config.yaml"
+    again.write_text(dump(config))
+    assert load(kind, again) == config
+
+
+@pytest.mark.parametrize(("file", "lr"), [("paper_1.5b.yaml", 5e-6), ("paper_7b.yaml", 2e-6)])
+def test_paper_hyperparameters(file: str, lr: float) -> None:
+    config = load(TrainConfig, EXAMPLES / file)
+    assert (config.rollout.prompts, config.rollout.samples, config.train.updates) == (32, 8, 2)
+    assert config.train.iterations * config.rollout.prompts == 3200
+    assert (config.optimizer.lr, config.optimizer.beta1, config.optimizer.beta2) == (lr, 0.9, 0.95)
+    assert (config.optimizer.warmup_updates, config.optimizer.schedule) == (6, "constant")
+    assert (config.loss.clip, config.loss.beta, config.loss.normalize, config.loss.aggregate) == (0.2, 1e-3, "none", "sequence")  # fmt: skip
+    assert config.data.prompt.prefill == "none"
+    assert (config.rollout.temperature, config.rollout.max_new_tokens, config.data.prompt.max_tokens) == (1.0, 32000, 512)  # fmt: skip
+    assert config.evaluation.sampling == (0.6, 1.0)
+    assert config.evaluation.samples_by_dataset == {"gsm8k_test": 1, "math500": 3, "aime24": 10}
+    assert config.seed == 42
+    assert config.train.micro_batch_tokens >= config.rollout.max_new_tokens + config.data.prompt.max_tokens
