@@ -16,11 +16,13 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 EXIT_USER_ERROR = 2
 
 
-def parser(program: str, description: str) -> argparse.ArgumentParser:
-    """A program's parser, with the configuration file and the overrides."""
+def parser(program: str, description: str, *, resumes: bool = False) -> argparse.ArgumentParser:
+    """A program's parser, with the configuration file, the overrides and, where it `resumes`, that flag."""
     made = argparse.ArgumentParser(prog=f"efr {program}", description=description)
     made.add_argument("config", help="YAML file; see examples/")
     made.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
+    if resumes:
+        made.add_argument("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
     return made
 
 

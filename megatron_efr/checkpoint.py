@@ -38,7 +38,7 @@ class World(Protocol):
 
 
 class _InThisProcess(torch_format.TorchDistSaveShardedStrategy):
-    """Megatron's format, written by this process itself.
+    """Megatron's format, written by this process itself; OSError on every rank where one cannot write.
 
     Megatron-Core 0.16.1 writes through a server process, which takes seconds to start and, when the run is killed, lives
     on with the run's memory and output pipe, so that whoever reads that pipe waits for ever.
@@ -48,13 +48,19 @@ class _InThisProcess(torch_format.TorchDistSaveShardedStrategy):
         sharded, _, _ = torch_format._replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )
-        torch_checkpoint.save(
-            torch_format.mcore_to_pyt_state_dict(sharded, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
-            planner=torch_format.MCoreSavePlanner(
-                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
-            ),
-        )
+        try:
+            torch_checkpoint.save(
+                torch_format.mcore_to_pyt_state_dict(sharded, False),
+                storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
+                planner=torch_format.MCoreSavePlanner(
+                    dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
+                ),
+            )
+        except torch_checkpoint.CheckpointException as error:  # every rank gets every rank's
+            for cause, _ in error.failures.values():
+                if isinstance(cause, OSError):
+                    raise cause from error
+            raise
 
 
 class Checkpoints:
@@ -76,7 +82,7 @@ class Checkpoints:
             dist_checkpointing.save(sharded, str(partial), _InThisProcess("torch_dist", 1))
             self._world.barrier()
             self._world.share(lambda: self._finish(partial, final, state))
-        except (OSError, torch_checkpoint.CheckpointException) as error:
+        except OSError as error:
             raise CheckpointError(
                 f"{final}: cannot be written: {error}; the checkpoints before it are untouched, and --resume goes on "
                 f"from the newest"

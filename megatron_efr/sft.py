@@ -91,9 +91,9 @@ def restore(policy: Policy, checkpoints: Checkpoints) -> int:
 
 def main(argv: SequenceOf[str] | None = None) -> None:
     """Command line of `efr sft`."""
-    parser = arguments.parser("sft", "Supervised fine-tuning on question and response rows.")
-    parser.add_argument("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
-    given = parser.parse_args(argv)
+    given = arguments.parser("sft", "Supervised fine-tuning on question and response rows.", resumes=True).parse_args(
+        argv
+    )
     sft(arguments.read(SftConfig, given), given.resume)
 
 

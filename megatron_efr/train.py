@@ -93,8 +93,7 @@ class Run:
 
     def rollouts(self, step: int) -> list[Group]:
         """The iteration's groups with grades, rewards and advantages; rank 0 makes them."""
-        env = self.environment
-        assert env is not None
+        assert (env := self.environment) is not None
         visits = env.stream.take(self.config.rollout.prompts)
         groups = env.ledger.collect(visits, self.folder.journal(step))
         grade_groups(env.grader, groups)
@@ -143,9 +142,7 @@ class Run:
 
 def main(argv: SequenceOf[str] | None = None) -> None:
     """Command line of `efr train`."""
-    parser = arguments.parser("train", "Reinforcement learning for efficient reasoning.")
-    parser.add_argument("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
-    given = parser.parse_args(argv)
+    given = arguments.parser("train", "Reinforcement learning for efficient reasoning.", resumes=True).parse_args(argv)
     train(arguments.read(TrainConfig, given), given.resume)
 
 

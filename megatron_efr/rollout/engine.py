@@ -13,8 +13,9 @@ from megatron_efr.types import Group, Request, Sampling
 class Engine(Protocol):
     """Answers requests with the weights of one version. One thread calls it at a time.
 
-    An engine serves nothing before its first `publish`. `pause` stops decoding after the current token and keeps what
-    is unfinished; `resume` goes on. `sleep` gives up weights and caches, so `wake` must be followed by `publish`.
+    An engine serves nothing before its first `publish`, and nothing after one that failed (version -1). `pause` stops
+    decoding after the current token and keeps what is unfinished; `resume` goes on. `sleep` gives up weights and
+    caches, so `wake` must be followed by `publish`. Misuse raises RuntimeError, bad input ValueError.
     """
 
     @property
@@ -23,11 +24,17 @@ class Engine(Protocol):
         ...
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Group]:
-        """Yield each request's whole group as soon as its last response ends, in order of completion."""
+        """Yield each request's whole group as soon as its last response ends, in order of completion.
+
+        A later `generate` ends an earlier one.
+        """
         ...
 
     def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Replace all weights by (Hugging Face name, whole tensor) pairs; an unknown or missing name is an error."""
+        """Replace all weights by a snapshot of (Hugging Face name, whole tensor) pairs.
+
+        A name that is unknown, missing or given twice, or a shape that is not the model's, is an error.
+        """
         ...
 
     def pause(self) -> None: ...
@@ -39,5 +46,5 @@ class Engine(Protocol):
     def wake(self) -> None: ...
 
     def health(self) -> dict[str, float]:
-        """Figures for the metrics: tokens generated and seconds spent since the last call, and what else is known."""
+        """Figures since the last call: `tokens` generated, `seconds` spent on them, and what else is known."""
         ...

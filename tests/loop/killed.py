@@ -74,13 +74,13 @@ def at_save(step: str) -> None:
 
     finish = FileSystemWriter.finish
 
-    def hooked(self: FileSystemWriter, *arguments: Any) -> None:
+    def hooked(self: FileSystemWriter, **arguments: Any) -> None:
         partial = Path(self.path)
         if partial.name == f"step_{int(step):06d}.partial":
             [data] = partial.glob("*.distcp")
             os.truncate(data, data.stat().st_size // 2)
             die()
-        finish(self, *arguments)
+        finish(self, **arguments)
 
     FileSystemWriter.finish = hooked
 

@@ -67,7 +67,8 @@ def test_ids_are_the_templates_own_with_one_bos(tokenizer: PreTrainedTokenizerBa
     assert prompt.text == "<bos><system>Be brief.<user>Q: 1+1? é \\boxed{}<assistant>"
     assert tokenizer.decode(prompt.tokens) == prompt.text
     assert (prompt.id, prompt.gold) == ("d/1", "2")
-    assert prompt.meta == {"dataset": "d", "difficulty": 3, "where": "d.jsonl:1"}
+    assert prompt.meta == {"dataset": "d", "difficulty": 3, "where": "d.jsonl:1", "question": prompt.meta["question"]}
+    assert prompt.meta["question"] in prompt.text
 
 
 def test_bos_adding_tokenizer_still_gives_one_bos(tokenizer: PreTrainedTokenizerBase) -> None:
