@@ -392,7 +392,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node = node.setdefault(name, {}) if isinstance(node, dict) else node[_index(node, name, override)]
         if not isinstance(node, dict | list):
             raise ConfigError(f"{override!r}: {name} is a value, not a section")
-    node[last if isinstance(node, dict) else _index(node, last, override)] = value
+    if isinstance(node, dict):
+        node[last] = value
+    else:
+        node[_index(node, last, override)] = value
 
 
 def _index(items: list[Any], name: str, override: str) -> int:
