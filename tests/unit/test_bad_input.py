@@ -331,6 +331,7 @@ def launched(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.heavy
 def test_the_command_line_ends_with_2_and_no_traceback(task: Path, tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump(configuration("train", task)))
@@ -346,6 +347,7 @@ def test_the_command_line_ends_with_2_and_no_traceback(task: Path, tmp_path: Pat
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("override", "message"),
     [

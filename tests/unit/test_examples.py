@@ -16,7 +16,7 @@ FILES = sorted(EXAMPLES.rglob("*.yaml"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(EXAMPLES)))
 def test_example_is_valid_and_runs_again_from_its_dump(path: Path, tmp_path: Path) -> None:
     tree = yaml.safe_load(path.read_text())
-    kind = TrainConfig if "rollout" in tree or "method" in tree else SftConfig if "prompt" in tree else EvaluateConfig
+    kind = TrainConfig if "method" in tree else EvaluateConfig if "evaluation" in tree else SftConfig
     config = load(kind, path)
     again = tmp_path / "config.yaml"
     again.write_text(dump(config))
