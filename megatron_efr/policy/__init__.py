@@ -1,10 +1,5 @@
 """The policy: a Megatron-Core model that gives log-probs, takes updates, and lends its weights."""
 
-import warnings
-
-# Megatron says so in every module that would use them; they are optional, and the local layers stand in
-warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).* not installed", category=UserWarning)
-
 from megatron_efr.policy.loss import clipped_policy_loss, supervised_loss
 from megatron_efr.policy.packing import split_into_updates, trainable
 from megatron_efr.policy.policy import Policy
