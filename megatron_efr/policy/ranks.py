@@ -51,6 +51,28 @@ class Ranks:
         return parallel_state.get_tensor_model_parallel_rank()
 
     @property
+    def context_group(self) -> dist.ProcessGroup:
+        """The ranks that hold slices of the same sequences."""
+        return _group(parallel_state.get_context_parallel_group())
+
+    @property
+    def context_ranks(self) -> int:
+        return parallel_state.get_context_parallel_world_size()
+
+    @property
+    def context_rank(self) -> int:
+        return parallel_state.get_context_parallel_rank()
+
+    @property
+    def expert_rank(self) -> int:
+        """Which share of every layer's experts this rank holds."""
+        return parallel_state.get_expert_model_parallel_rank()
+
+    @property
+    def expert_ranks(self) -> int:
+        return parallel_state.get_expert_model_parallel_world_size()
+
+    @property
     def data_group(self) -> dist.ProcessGroup:
         return _group(parallel_state.get_data_parallel_group())
 
@@ -123,9 +145,13 @@ class Ranks:
 
 @contextmanager
 def launched(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
-    """Join the ranks that torchrun started (or be the only one), split them as configured, and leave at the end."""
+    """Join the ranks that torchrun started (or be the only one), split them as configured, and leave at the end.
+
+    A process that has joined its world already stays in it: it may be split anew, one layout after the other.
+    """
     device = _device()
-    if not dist.is_initialized():
+    joined = dist.is_initialized()
+    if not joined:
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             dist.init_process_group(backend)
@@ -152,7 +178,8 @@ def launched(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
         )
     finally:
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        if not joined:
+            dist.destroy_process_group()
 
 
 def _device() -> torch.device:
