@@ -1,4 +1,4 @@
-"""Context parallelism: every sequence's tokens in zigzag over the ranks, and heads exchanged for tokens in attention."""
+"""Context parallelism: each sequence's tokens in zigzag over the ranks, heads exchanged for tokens in attention."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from megatron_efr.types import PackedBatch
 def zigzag(lengths: Sequence[int], rank: int, ranks: int) -> torch.Tensor:
     """Places in the pack of the tokens that context rank `rank` holds, in its own order: int64 [tokens / ranks].
 
-    Every sequence is cut into 2 * ranks chunks, and rank r holds chunks r and 2 * ranks - 1 - r: all ranks have the same
-    causal work. Megatron's packed rotary embedding and Transformer Engine's attention assume this layout; a contiguous
-    cut would be mis-rotated without a word. ValueError where a length is no multiple of 2 * ranks.
+    Every sequence is cut into 2 * ranks chunks, and rank r holds chunks r and 2 * ranks - 1 - r: all ranks have the
+    same causal work. Megatron's packed rotary embedding and Transformer Engine's attention assume this layout; a
+    contiguous cut would be mis-rotated without a word. ValueError where a length is no multiple of 2 * ranks.
     """
     if any(length % (2 * ranks) for length in lengths):
         raise ValueError(f"sequences of {list(lengths)} tokens do not divide into {2 * ranks} chunks; pack pads them")
@@ -56,7 +56,8 @@ def part(batch: PackedBatch, rank: int, ranks: int) -> PackedBatch:
     held = zigzag(batch.lengths, rank, ranks).to(device)
     rows = own_rows(batch, rank, ranks)
     place = rank_order(batch.lengths, ranks).to(device)
-    sequence = torch.arange(len(batch.row_lengths)).repeat_interleave(torch.tensor(batch.row_lengths, dtype=torch.int64))
+    row_lengths = torch.tensor(batch.row_lengths, dtype=torch.int64)
+    sequence = torch.arange(len(row_lengths)).repeat_interleave(row_lengths)
     optional = {
         name: None if (values := getattr(batch, name)) is None else values[rows]
         for name in ("old_logprobs", "reference_logprobs", "advantages")
@@ -67,7 +68,7 @@ def part(batch: PackedBatch, rank: int, ranks: int) -> PackedBatch:
         positions=batch.positions[held],
         rows=place[batch.rows[rows]] - rank * len(held),
         targets=batch.targets[rows],
-        row_lengths=sequence[rows.cpu()].bincount(minlength=len(batch.row_lengths)).tolist(),
+        row_lengths=sequence[rows.cpu()].bincount(minlength=len(row_lengths)).tolist(),
         weights=batch.weights[rows],
         **optional,
     )
@@ -76,10 +77,10 @@ def part(batch: PackedBatch, rank: int, ranks: int) -> PackedBatch:
 def tokens_for_heads(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[tokens / ranks, heads, dim] of all heads to [tokens, heads / ranks, dim] of some, rank after rank; likewise key, value.
+    """[tokens / ranks, heads, dim] of all heads to [tokens, heads / ranks, dim] of some, the ranks' slices in order.
 
-    One all-to-all for the three. KV groups that the ranks do not divide are repeated until they do: consecutive query
-    heads go to a rank together, so it receives exactly the groups they read.
+    One all-to-all for query, key and value. KV groups that the ranks do not divide are repeated until they do:
+    consecutive query heads go to a rank together, so it receives exactly the groups they read.
     """
     ranks = group.size()
     repeat = math.lcm(key.shape[1], ranks) // key.shape[1]

@@ -59,8 +59,8 @@ class PackedSequences(PackedSeqParams):
 def packed_sequences(lengths: list[int], cu_seqlens: torch.Tensor, context_ranks: int = 1) -> PackedSequences:
     """Describe a pack of whole sequences of these `lengths`; `cu_seqlens` int32 [sequences + 1] are their bounds.
 
-    Under context parallelism the lengths are multiples of 2 * `context_ranks`, the padding at a sequence's end included:
-    causal attention never sees it, so Megatron and Transformer Engine may take it for tokens.
+    Under context parallelism the lengths are multiples of 2 * `context_ranks`, padding at a sequence's end included:
+    the tokens before it never see it, so Megatron and Transformer Engine may take it for tokens.
     """
     buckets = _bucket_by_length(lengths, cu_seqlens.device)
     if context_ranks > 1:  # the rectangles read from, and write to, the ranks' slices: reordering costs nothing more

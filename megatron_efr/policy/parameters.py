@@ -17,7 +17,7 @@ from megatron_efr.weights.mapping import WeightMapping
 
 
 class _Place(NamedTuple):
-    """Where a parameter lives: the first rank of the tensor-parallel group that holds it, and its shard's shape and type."""
+    """Where a parameter lives: the first rank of its tensor-parallel group, and its shard's shape and type."""
 
     holder: int
     shape: torch.Size
@@ -36,7 +36,7 @@ def global_name(name: str, first_layer: int, first_expert: int) -> str:
 
 
 class Parameters:
-    """This rank's parameters by canonical name (`WeightMapping.parameters`), layers and experts counted over all ranks."""
+    """This rank's parameters by canonical name (`WeightMapping.parameters`), layers and experts counted globally."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], mapping: WeightMapping, ranks: Ranks) -> None:
         self._mapping, self._ranks = mapping, ranks

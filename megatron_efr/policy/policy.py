@@ -18,6 +18,7 @@ from megatron.core.utils import unwrap_model
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_efr.kernels import linear_logprob
 from megatron_efr.policy import context
+from megatron_efr.policy.fit import check_fit
 from megatron_efr.policy.layers import packed_sequences
 from megatron_efr.policy.loss import Loss
 from megatron_efr.policy.model import PolicyModel, build_chunks, transformer_config
@@ -52,10 +53,11 @@ class Policy:
         self.ranks = ranks
         self.model_config = model
         self.architecture = Architecture.from_folder(model.path)
+        check_fit(model, parallel, self.architecture)
         self.config = transformer_config(model, self.architecture, parallel)
         self.temperature = temperature
         self.chunks = build_chunks(self.config, self.architecture, parallel, model.layers, ranks.device)
-        # each sequence divides into 2 chunks per context rank, and a context rank's slice over the sequence-parallel ones
+        # each sequence divides into 2 chunks per context rank, a context rank's slice over the sequence-parallel ones
         self._sequence_multiple = 2 * parallel.context if parallel.context > 1 else 1
         self._pack_multiple = math.lcm(
             self._sequence_multiple, parallel.context * (parallel.tensor if parallel.sequence else 1)
@@ -120,7 +122,7 @@ class Policy:
                 batch.reference_logprobs = logprobs
 
     def logprobs(self, batches: list[PackedBatch]) -> list[torch.Tensor]:
-        """Log-probs [R] of each micro-batch's response tokens under the current weights, on every rank of the replica."""
+        """Log-probs [R] of each micro-batch's response tokens under the current weights, on every rank alike."""
         outputs = self._run(batches, lambda logprobs, batch: (logprobs.detach(), {}), forward_only=True)
         if self.ranks.pipeline_ranks == self.ranks.context_ranks == 1:
             return [output["logprobs"] for output in outputs]
@@ -136,8 +138,9 @@ class Policy:
 
     def _own_rows(self, batch: PackedBatch) -> torch.Tensor | slice:
         """The rows of a micro-batch that this context rank computes."""
-        ranks = self.ranks
-        return context.own_rows(batch, ranks.context_rank, ranks.context_ranks) if ranks.context_ranks > 1 else slice(None)
+        if self.ranks.context_ranks == 1:
+            return slice(None)
+        return context.own_rows(batch, self.ranks.context_rank, self.ranks.context_ranks)
 
     def compare_logprobs(self, batches: list[PackedBatch], sequences: SequenceOf[Sequence]) -> dict[str, float]:
         """How far apart the log-probs of the same tokens are, over all replicas.

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_efr.config import ParallelConfig
+from megatron_efr.config import ModelConfig, ParallelConfig
 from megatron_efr.policy import cpu
+from megatron_efr.policy.fit import check_fit
 
 T = TypeVar("T")
 
@@ -144,11 +145,14 @@ class Ranks:
 
 
 @contextmanager
-def launched(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
+def launched(parallel: ParallelConfig, seed: int, model: ModelConfig | None = None) -> Iterator[Ranks]:
     """Join the ranks that torchrun started (or be the only one), split them as configured, and leave at the end.
 
+    ConfigError, before anything starts, where the `model` to be trained does not divide over the split.
     A process that has joined its world already stays in it: it may be split anew, one layout after the other.
     """
+    if model is not None:
+        check_fit(model, parallel)
     device = _device()
     joined = dist.is_initialized()
     if not joined:
