@@ -16,6 +16,7 @@ from megatron.core import utils as megatron_utils
 from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 _WITH_LITERAL_DEVICE = (schedules, optimizer, clip_grads, megatron_utils)
@@ -38,6 +39,8 @@ def prepare() -> None:
     # the dispatcher makes a stream unless there is one, and waits on it for counts that here are on the host already
     _patch("expert dispatch", MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", "none on a CPU")
     _patch("expert dispatch", MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", _counts_on_host)
+    if not hasattr(moe_utils, "te_general_gemm"):  # imported from Transformer Engine, and asked for without it
+        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
     for module in _WITH_LITERAL_DEVICE:
         _patch("literal device", module, "torch", _TorchOnCpu())
 

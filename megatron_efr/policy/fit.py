@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def check_fit(model: ModelConfig, parallel: ParallelConfig, architecture: Archit
     _check_width(architecture, parallel)
     if not model.megatron.keys() & set(_UNEVEN_STAGES):
         _check_layers(architecture.layers, parallel)
-    _check_experts(getattr(architecture, "experts", None), parallel)
+    _check_experts(architecture.experts.count if architecture.experts else None, parallel)
 
 
 def engine_layers(layers: str) -> bool:
@@ -87,11 +88,15 @@ def _check_heads(architecture: Architecture, parallel: ParallelConfig, needs_exc
 
 
 def _check_width(architecture: Architecture, parallel: ParallelConfig) -> None:
-    if architecture.ffn % parallel.tensor:
-        raise ConfigError(
-            f"parallel.tensor: the feed-forward width {architecture.ffn} does not divide over {parallel.tensor} ranks; "
-            f"{_fitting(architecture.ffn, architecture.heads)} would fit"
-        )
+    # the vocabulary is padded until it divides
+    ffn = architecture.experts.ffn if architecture.experts else architecture.ffn
+    qkv = (architecture.heads + 2 * architecture.kv_heads) * architecture.head_dim
+    for rows, what in ((ffn, "the feed-forward width"), (qkv, "the rows of queries, keys and values together,")):
+        if rows % parallel.tensor:
+            raise ConfigError(
+                f"parallel.tensor: {what} {rows} does not divide over {parallel.tensor} ranks; "
+                f"{_fitting(math.gcd(rows, architecture.heads))} would fit"
+            )
 
 
 def _check_layers(layers: int, parallel: ParallelConfig) -> None:
@@ -127,9 +132,9 @@ def _check_experts(experts: int | None, parallel: ParallelConfig) -> None:
         )
 
 
-def _fitting(number: int, limit: int | None = None) -> str:
-    """The divisors of `number` in words, the first few and no larger than `limit`."""
-    return _either([d for d in range(1, (limit or number) + 1) if number % d == 0])
+def _fitting(number: int) -> str:
+    """The divisors of `number` in words."""
+    return _either([d for d in range(1, number + 1) if number % d == 0])
 
 
 def _either(choices: list[int]) -> str:

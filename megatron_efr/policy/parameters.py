@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -24,17 +23,6 @@ class _Place(NamedTuple):
     dtype: torch.dtype
 
 
-def global_name(name: str, first_layer: int, first_expert: int) -> str:
-    """A parameter's name in the whole model, from its name in a chunk whose layers and experts start there.
-
-    Experts stand in lists of modules (SequentialMLP: `local_experts.3.linear_fc1.weight`) or in lists of weights
-    (TEGroupedMLP: `linear_fc1.weight3`).
-    """
-    name = re.sub(r"(?<=^decoder\.layers\.)\d+", lambda n: str(int(n[0]) + first_layer), name)
-    experts = r"(?<=\.local_experts\.)\d+|(?<=\.experts\.linear_fc[12]\.weight)\d+$"
-    return re.sub(experts, lambda n: str(int(n[0]) + first_expert), name)
-
-
 class Parameters:
     """This rank's parameters by canonical name (`WeightMapping.parameters`), layers and experts counted globally."""
 
@@ -45,11 +33,12 @@ class Parameters:
         self._places = self._agree_on_places()
 
     def _named(self, model: PolicyModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        layers: Any = model.decoder.layers
-        first_layer = layers[0].layer_number - 1 if len(layers) else 0
-        first_expert = self._ranks.expert_rank * (model.config.num_moe_experts or 0) // self._ranks.expert_ranks
         for name, parameter in model.named_parameters():
-            yield self._mapping.canonical(global_name(name, first_layer, first_expert)), parameter
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                layer: Any = model.decoder.layers[int(parts[2])]
+                parts[2] = str(layer.layer_number - 1)
+            yield self._mapping.canonical(".".join(parts)), parameter
 
     def _agree_on_places(self) -> dict[str, _Place]:
         """Every parameter's place; where several ranks hold one (replicas, tied embeddings), the first."""

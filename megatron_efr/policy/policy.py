@@ -63,7 +63,10 @@ class Policy:
             self._sequence_multiple, parallel.context * (parallel.tensor if parallel.sequence else 1)
         )
         self._batch_multiple = parallel.pipeline if parallel.virtual_pipeline is not None else 1
-        self.parameters = Parameters(self.chunks, WeightMapping(self.architecture, parallel.tensor), ranks)
+        mapping = WeightMapping(
+            self.architecture, parallel.tensor, expert_ranks=parallel.expert, expert_rank=ranks.expert_rank
+        )
+        self.parameters = Parameters(self.chunks, mapping, ranks)
         self.parameters.load(initial_weights(model, self.architecture, seed))
         seed_of_weights = seed if model.init == "random" else None
         self.initial_model = {
