@@ -23,7 +23,7 @@ from megatron_efr.weights.folder import initial_weights
 def sft(config: SftConfig, resume: bool = False) -> None:
     """Train to the end, from the start or from the newest checkpoint, and write the model folder."""
     config.check_world(arguments.world_size())
-    with launched(config.parallel, config.seed) as ranks:
+    with launched(config.parallel, config.seed, config.model) as ranks:
         folder = RunFolder(config.folder)
         ranks.on_main(lambda: folder.claim(dump(config), resume))
         sequences = ranks.share(lambda: load_rows(config))

@@ -26,8 +26,8 @@ from megatron_efr.weights.publish import publish
 def train(config: TrainConfig, resume: bool = False) -> None:
     """Run the loop to its end, from the start or from the newest checkpoint that verifies."""
     method = methods.build(config.method, config.rollout.samples)
-    with launched(config.parallel, config.seed) as ranks:
-        config.check_world(ranks.world_size)
+    config.check_world(arguments.world_size())
+    with launched(config.parallel, config.seed, config.model) as ranks:
         folder = RunFolder(config.folder)
         ranks.on_main(lambda: folder.claim(dump(config), resume))
         environment = ranks.on_main(lambda: Environment(config))

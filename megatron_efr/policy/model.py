@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from typing import Any, Literal, cast
 
 import torch
@@ -22,6 +21,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_efr.config import ConfigError, ModelConfig, ParallelConfig
+from megatron_efr.policy.fit import engine_layers
 from megatron_efr.policy.layers import local_layers
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import padded_vocab
@@ -51,16 +51,9 @@ def transformer_config(model: ModelConfig, architecture: Architecture, parallel:
     bf16 = model.dtype == "bfloat16"
     on_cpu = not torch.cuda.is_available()
     fields: dict[str, Any] = {
-        "num_layers": architecture.layers,
-        "hidden_size": architecture.hidden,
-        "ffn_hidden_size": architecture.ffn,
-        "num_attention_heads": architecture.heads,
-        "num_query_groups": architecture.kv_heads,
-        "kv_channels": architecture.head_dim,
+        **architecture_fields(architecture),
         "normalization": "RMSNorm",
-        "layernorm_epsilon": architecture.norm_eps,
         "add_bias_linear": False,
-        "add_qkv_bias": architecture.qkv_bias,
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "hidden_dropout": 0.0,
@@ -93,6 +86,32 @@ def transformer_config(model: ModelConfig, architecture: Architecture, parallel:
     return TransformerConfig(**fields | model.megatron)
 
 
+def architecture_fields(architecture: Architecture) -> dict[str, Any]:
+    """What Megatron's TransformerConfig says of this model alone, however it is split."""
+    fields: dict[str, Any] = {
+        "num_layers": architecture.layers,
+        "hidden_size": architecture.hidden,
+        "ffn_hidden_size": architecture.ffn,
+        "num_attention_heads": architecture.heads,
+        "num_query_groups": architecture.kv_heads,
+        "kv_channels": architecture.head_dim,
+        "layernorm_epsilon": architecture.norm_eps,
+        "add_qkv_bias": architecture.qkv_bias,
+        "qk_layernorm": architecture.qk_norm,
+    }
+    if (experts := architecture.experts) is not None:
+        fields |= {
+            "num_moe_experts": experts.count,
+            "moe_router_topk": experts.per_token,
+            "moe_ffn_hidden_size": experts.ffn,
+            # softmax over the chosen experts is softmax over all, scaled to sum to 1 over the chosen
+            "moe_router_pre_softmax": not experts.normalized,
+            "moe_router_dtype": "fp32",
+            "moe_router_load_balancing_type": "none",  # rewards alone train the policy
+        }
+    return fields
+
+
 def build_chunks(
     config: TransformerConfig,
     architecture: Architecture,
@@ -117,6 +136,8 @@ def build_chunks(
             share_embeddings_and_output_weights=architecture.tied,
             position_embedding_type="rope",
             rotary_base=int(architecture.rope_theta),
+            rope_scaling=architecture.rope_factor is not None,
+            rope_scaling_factor=architecture.rope_factor or 1.0,
             vp_stage=vp_stage,
         )
         _mark_split_weights(model)
@@ -164,12 +185,7 @@ def check_fields(where: str, given: dict[str, Any], kind: type[Any]) -> None:
 def _layers(
     config: TransformerConfig, layers: Literal["auto", "local", "transformer_engine"], vp_stage: int | None
 ) -> Any:  # a ModuleSpec, or TransformerBlockSubmodules: GPTModel takes both, its annotation names one
-    has_engine = importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
-    if layers == "transformer_engine" and not has_engine:
-        raise ConfigError(
-            "model.layers: transformer_engine is asked for, and it (or CUDA) is not here; use auto or local"
-        )
-    if has_engine and layers != "local":
+    if engine_layers(layers):
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         return get_gpt_layer_with_transformer_engine_spec(

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from megatron_efr.errors import UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import WeightMapping
 
@@ -97,6 +98,8 @@ class Decoder:
 
     def __init__(self, architecture: Architecture, device: torch.device, dtype: torch.dtype) -> None:
         a = self.architecture = architecture
+        if a.model_type != "qwen2":
+            raise UserError(f"rollout.engine: local decodes qwen2 models only; model.path is a {a.model_type}")
         self.device, self.dtype = device, dtype
         self._targets: dict[str, torch.Tensor] = {}  # Hugging Face name -> where its values live in our tensors
         self._shapes = WeightMapping(a).shapes()

@@ -156,7 +156,8 @@ def _batches(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterato
     for name, tensor in tensors:
         if batch and size + tensor.nbytes > limit:
             yield batch
-            batch, size = {}, 0
+            batch.clear()  # whoever took it may still name it: it must be gone before the next fills up
+            size = 0
         batch[name] = tensor.detach().to("cpu", copy=True).contiguous()
         size += tensor.nbytes
     yield batch

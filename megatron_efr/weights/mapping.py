@@ -1,34 +1,50 @@
 """The one mapping between Hugging Face tensors and Megatron parameters, as a table, in both directions.
 
-A Megatron parameter is named as in the whole model (`decoder.layers.<global index>....`), whatever stage holds it. A
-row of the table says which Hugging Face tensors make it up and how it is split over tensor-parallel ranks:
+A Megatron parameter is named as in the whole model (`decoder.layers.<layer>....`, experts by their number in it),
+whatever rank holds it. A row of the table says which Hugging Face tensors make it up and how it is split over
+tensor-parallel ranks:
 
     whole   the same on every rank                  column  split by rows (dim 0)
     row     split by columns (dim 1)                vocab   rows, padded to divide over the ranks
     qkv     per KV group [q.., k, v], then dim 0    gate_up [gate; up], each half split by rows
+    grouped_gate_up, grouped_row                    the same, of several experts, transposed and in one tensor
+
+With fewer KV groups than ranks Megatron-Core 0.16.1 splits `qkv` like any other and gathers it in the forward pass
+(`SelfAttention.get_query_key_value_tensors`), so the mapping has no case for it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
+from megatron_efr.config import ConfigError
 from megatron_efr.weights.architecture import Architecture
 
-Split = Literal["whole", "column", "row", "vocab", "qkv", "gate_up"]
+Split = Literal["whole", "column", "row", "vocab", "qkv", "gate_up", "grouped_gate_up", "grouped_row"]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table: `{n}` stands for the layer."""
+    """One line of the table: `{n}` stands for the layer, `{e}` for the expert."""
 
     megatron: str
     hugging_face: tuple[str, ...]
     split: Split
     alias: str | None = None  # another name of the same parameter: Transformer Engine's, where it differs
+
+    def at(self, n: int, e: int = 0) -> Row:
+        """The row of layer `n` (and expert `e`)."""
+        return Row(
+            self.megatron.format(n=n, e=e),
+            tuple(name.format(n=n, e=e) for name in self.hugging_face),
+            self.split,
+            None if self.alias is None else self.alias.format(n=n, e=e),
+        )
 
 
 _L = "decoder.layers.{n}."
@@ -37,53 +53,123 @@ _EMBEDDING = Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight
 _HEAD = Row("output_layer.weight", ("lm_head.weight",), "vocab")
 _FINAL_NORM = Row("decoder.final_layernorm.weight", ("model.norm.weight",), "whole")
 _QKV = tuple(_H + f"self_attn.{x}_proj" for x in "qkv")
-_LAYER = (
-    Row(
-        _L + "input_layernorm.weight",
-        (_H + "input_layernorm.weight",),
-        "whole",
-        alias=_L + "self_attention.linear_qkv.layer_norm_weight",
-    ),
-    Row(_L + "self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in _QKV), "qkv"),
-    Row(_L + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), "row"),
-    Row(
-        _L + "pre_mlp_layernorm.weight",
-        (_H + "post_attention_layernorm.weight",),
-        "whole",
-        alias=_L + "mlp.linear_fc1.layer_norm_weight",
-    ),
+_INPUT_NORM = Row(
+    _L + "input_layernorm.weight",
+    (_H + "input_layernorm.weight",),
+    "whole",
+    alias=_L + "self_attention.linear_qkv.layer_norm_weight",
+)
+_QKV_WEIGHT = Row(_L + "self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in _QKV), "qkv")
+_QKV_BIAS = Row(_L + "self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in _QKV), "qkv")
+_QK_NORMS = tuple(
+    Row(_L + f"self_attention.{x}_layernorm.weight", (_H + f"self_attn.{x}_norm.weight",), "whole") for x in "qk"
+)
+_PROJECTION = Row(_L + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), "row")
+_MLP_NORM = Row(
+    _L + "pre_mlp_layernorm.weight",
+    (_H + "post_attention_layernorm.weight",),
+    "whole",
+    alias=_L + "mlp.linear_fc1.layer_norm_weight",
+)
+_MLP = (
     Row(_L + "mlp.linear_fc1.weight", (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"), "gate_up"),
     Row(_L + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), "row"),
 )
-_QKV_BIAS = Row(_L + "self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in _QKV), "qkv")
+_ROUTER = Row(_L + "mlp.router.weight", (_H + "mlp.gate.weight",), "whole")
+_EXPERT = _L + "mlp.experts.local_experts.{e}."
+_HF_EXPERT = _H + "mlp.experts.{e}."
+_EXPERTS = (
+    Row(
+        _EXPERT + "linear_fc1.weight",
+        (_HF_EXPERT + "gate_proj.weight", _HF_EXPERT + "up_proj.weight"),
+        "gate_up",
+    ),
+    Row(_EXPERT + "linear_fc2.weight", (_HF_EXPERT + "down_proj.weight",), "row"),
+)
+# A rank's experts by their modules' names: SequentialMLP's, TEGroupedMLP's, GroupedMLP's.
+_SEQUENTIAL = re.compile(r"(.*\.mlp\.experts\.)local_experts\.(\d+)\.(linear_fc[12])\.weight")
+_TE_GROUPED = re.compile(r"(.*\.mlp\.experts\.)(linear_fc[12])\.weight(\d+)")
+_GROUPED = re.compile(r"(.*\.mlp\.experts\.)(weight[12])")
 
 
 class WeightMapping:
     """Translates tensors of one architecture, given how many tensor-parallel ranks split it."""
 
-    def __init__(self, architecture: Architecture, tensor_ranks: int = 1) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        tensor_ranks: int = 1,
+        *,
+        expert_ranks: int = 1,
+        expert_rank: int = 0,
+        grouped: bool = False,
+    ) -> None:
+        """`expert_rank` of `expert_ranks` is whose module names `canonical` takes; `grouped`: experts are a GroupedMLP.
+
+        ConfigError where the model does not divide over the ranks.
+        """
         self.architecture = architecture
         self.tensor_ranks = tensor_ranks
+        self.expert_ranks = expert_ranks
+        self._expert_rank, self._grouped = expert_rank, grouped
+        self._check_split()
         self._rows: dict[str, Row] = {}  # by Megatron name and by alias, layer filled in
         for row in self._table():
             self._rows[row.megatron] = row
             if row.alias is not None:
                 self._rows[row.alias] = row
 
+    def _check_split(self) -> None:
+        a, ranks = self.architecture, self.tensor_ranks
+        if a.heads % ranks:
+            raise ConfigError(f"parallel.tensor: {ranks} ranks do not divide the model's {a.heads} attention heads")
+        if a.kv_heads % ranks and ranks % a.kv_heads:
+            raise ConfigError(
+                f"parallel.tensor: {ranks} must divide the model's {a.kv_heads} key-value heads or be a multiple of them"
+            )
+        if (a.heads + 2 * a.kv_heads) * a.head_dim % ranks:
+            rows = (a.heads + 2 * a.kv_heads) * a.head_dim
+            raise ConfigError(
+                f"parallel.tensor: {ranks} ranks do not divide the {rows} rows of queries, keys and values"
+            )
+        if (ffn := a.experts.ffn if a.experts else a.ffn) % ranks:
+            raise ConfigError(f"parallel.tensor: {ranks} ranks do not divide the model's MLP width {ffn}")
+        if (experts := a.experts.count if a.experts else 0) % self.expert_ranks:
+            raise ConfigError(f"parallel.expert: {self.expert_ranks} ranks do not divide the model's {experts} experts")
+
     def _table(self) -> Iterator[Row]:
+        a = self.architecture
+        layer = [_INPUT_NORM, _QKV_WEIGHT]
+        layer += [_QKV_BIAS] if a.qkv_bias else []
+        layer += [*_QK_NORMS] if a.qk_norm else []
+        layer += [_PROJECTION, _MLP_NORM]
+        layer += [_ROUTER] if a.experts else [*_MLP]
         # tied models hold the embedding a second time, as the head of the last pipeline stage
-        yield replace(_EMBEDDING, alias=_HEAD.megatron) if self.architecture.tied else _EMBEDDING
-        for n in range(self.architecture.layers):
-            for row in _LAYER + ((_QKV_BIAS,) if self.architecture.qkv_bias else ()):
-                yield Row(
-                    row.megatron.format(n=n),
-                    tuple(name.format(n=n) for name in row.hugging_face),
-                    row.split,
-                    None if row.alias is None else row.alias.format(n=n),
-                )
+        yield replace(_EMBEDDING, alias=_HEAD.megatron) if a.tied else _EMBEDDING
+        for n in range(a.layers):
+            yield from (row.at(n) for row in layer)
+            yield from self._grouped_experts(n) if self._grouped else self._single_experts(n)
         yield _FINAL_NORM
-        if not self.architecture.tied:
+        if not a.tied:
             yield _HEAD
+
+    def _single_experts(self, n: int) -> Iterator[Row]:
+        for e in range(self.architecture.experts.count if self.architecture.experts else 0):
+            yield from (row.at(n, e) for row in _EXPERTS)
+
+    def _grouped_experts(self, n: int) -> Iterator[Row]:
+        """GroupedMLP's two tensors of every expert-parallel rank, named by the first and last of its experts."""
+        splits: tuple[Split, Split] = ("grouped_gate_up", "grouped_row")
+        for first in range(0, self._per_rank * self.expert_ranks, self._per_rank):
+            experts = range(first, first + self._per_rank)
+            for row, tensor, split in zip(_EXPERTS, ("weight1", "weight2"), splits, strict=True):
+                sources = tuple(source for e in experts for source in row.at(n, e).hugging_face)
+                yield Row(f"{_L.format(n=n)}mlp.experts.{first}-{experts[-1]}.{tensor}", sources, split)
+
+    @property
+    def _per_rank(self) -> int:
+        """Experts on each expert-parallel rank."""
+        return (self.architecture.experts.count if self.architecture.experts else 0) // self.expert_ranks
 
     @property
     def padded_vocab(self) -> int:
@@ -95,8 +181,24 @@ class WeightMapping:
         return [row.megatron for row in self._table()]
 
     def canonical(self, name: str) -> str:
-        """The table's name of a parameter that may carry Transformer Engine's; KeyError if it is unknown."""
+        """The table's name of a parameter of this rank's modules: experts by their number in the whole model, and
+        Transformer Engine's names turned into the local ones. KeyError if it is unknown.
+        """
+        first = self._expert_rank * self._per_rank
+        if match := _SEQUENTIAL.fullmatch(name):
+            path, expert, linear = match.groups()
+            name = f"{path}local_experts.{first + int(expert)}.{linear}.weight"
+        elif match := _TE_GROUPED.fullmatch(name):
+            path, linear, expert = match.groups()
+            name = f"{path}local_experts.{first + int(expert)}.{linear}.weight"
+        elif match := _GROUPED.fullmatch(name):
+            name = f"{match[1]}{first}-{first + self._per_rank - 1}.{match[2]}"
         return self._row(name).megatron
+
+    def expert_rank(self, name: str) -> int | None:
+        """The expert-parallel rank that holds parameter `name`; None where it is not an expert's."""
+        match = re.search(r"\.mlp\.experts\.(?:local_experts\.)?(\d+)", name)
+        return None if match is None else int(match[1]) // self._per_rank
 
     def sources(self, name: str) -> tuple[str, ...]:
         """The Hugging Face tensors that make up Megatron parameter `name`."""
@@ -106,11 +208,14 @@ class WeightMapping:
         """Every Hugging Face tensor of the model and its shape."""
         a = self.architecture
         q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+        ffn = a.experts.ffn if a.experts else a.ffn
         by_suffix: dict[str, tuple[int, ...]] = {
             "embed_tokens.weight": (a.vocab, a.hidden),
             "lm_head.weight": (a.vocab, a.hidden),
+            "q_norm.weight": (a.head_dim,),
+            "k_norm.weight": (a.head_dim,),
             "norm.weight": (a.hidden,),
-            "layernorm.weight": (a.hidden,),
+            "mlp.gate.weight": (a.experts.count if a.experts else 0, a.hidden),
             "q_proj.weight": (q, a.hidden),
             "k_proj.weight": (kv, a.hidden),
             "v_proj.weight": (kv, a.hidden),
@@ -118,9 +223,9 @@ class WeightMapping:
             "k_proj.bias": (kv,),
             "v_proj.bias": (kv,),
             "o_proj.weight": (a.hidden, q),
-            "gate_proj.weight": (a.ffn, a.hidden),
-            "up_proj.weight": (a.ffn, a.hidden),
-            "down_proj.weight": (a.hidden, a.ffn),
+            "gate_proj.weight": (ffn, a.hidden),
+            "up_proj.weight": (ffn, a.hidden),
+            "down_proj.weight": (a.hidden, ffn),
         }
         names = [name for row in self._table() for name in row.hugging_face]
         return {name: next(s for suffix, s in by_suffix.items() if name.endswith(suffix)) for name in names}
@@ -192,6 +297,27 @@ def _gate_up_to_hugging_face(mapping: WeightMapping, shards: list[torch.Tensor])
     return [torch.cat([half[i] for half in halves]) for i in range(2)]
 
 
+def _grouped_gate_up_to_megatron(mapping: WeightMapping, parts: list[torch.Tensor], rank: int) -> torch.Tensor:
+    # gate and up of each expert in turn; GroupedMLP multiplies from the right, and its [hidden, ...] is but a shape
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    experts = [_gate_up_to_megatron(mapping, list(pair), rank).T for pair in pairs]
+    return torch.stack(experts).reshape(mapping.architecture.hidden, -1)
+
+
+def _grouped_gate_up_to_hugging_face(mapping: WeightMapping, shards: list[torch.Tensor]) -> list[torch.Tensor]:
+    each = [shard.reshape(mapping._per_rank, mapping.architecture.hidden, -1).transpose(1, 2) for shard in shards]
+    return [part for e in range(mapping._per_rank) for part in _gate_up_to_hugging_face(mapping, [x[e] for x in each])]
+
+
+def _grouped_row_to_megatron(mapping: WeightMapping, parts: list[torch.Tensor], rank: int) -> torch.Tensor:
+    return torch.cat([_slice(part, 1, rank, mapping.tensor_ranks).T for part in parts])
+
+
+def _grouped_row_to_hugging_face(mapping: WeightMapping, shards: list[torch.Tensor]) -> list[torch.Tensor]:
+    each = [shard.reshape(mapping._per_rank, -1, mapping.architecture.hidden).transpose(1, 2) for shard in shards]
+    return [_cat(1)(mapping, [x[e] for x in each])[0] for e in range(mapping._per_rank)]
+
+
 def _cat(dim: int) -> Callable[[WeightMapping, list[torch.Tensor]], list[torch.Tensor]]:
     return lambda mapping, shards: [shards[0] if len(shards) == 1 else torch.cat(shards, dim=dim)]
 
@@ -203,6 +329,8 @@ _TO_MEGATRON: dict[Split, Callable[[WeightMapping, list[torch.Tensor], int], tor
     "vocab": _vocab_to_megatron,
     "qkv": _qkv_to_megatron,
     "gate_up": _gate_up_to_megatron,
+    "grouped_gate_up": _grouped_gate_up_to_megatron,
+    "grouped_row": _grouped_row_to_megatron,
 }
 
 _TO_HUGGING_FACE: dict[Split, Callable[[WeightMapping, list[torch.Tensor]], list[torch.Tensor]]] = {
@@ -212,4 +340,6 @@ _TO_HUGGING_FACE: dict[Split, Callable[[WeightMapping, list[torch.Tensor]], list
     "vocab": lambda mapping, shards: [_cat(0)(mapping, shards)[0][: mapping.architecture.vocab]],
     "qkv": _qkv_to_hugging_face,
     "gate_up": _gate_up_to_hugging_face,
+    "grouped_gate_up": _grouped_gate_up_to_hugging_face,
+    "grouped_row": _grouped_row_to_hugging_face,
 }
