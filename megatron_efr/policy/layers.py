@@ -33,27 +33,19 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
-class LengthBucket:
-    """Sequences of similar length, padded to one rectangle: `rows` [n, longest] into the pack, `real` into its cells.
-
-    Padding repeats a sequence's last row: it stands after every real token, so causal attention never sees it.
-    """
-
-    rows: torch.Tensor
-    real: torch.Tensor
-
-
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of a pack, with the rectangles that attention without varlen kernels works on.
+    """Megatron's description of a pack, with the padded rectangles that attention without varlen kernels works on.
 
-    The rectangles' real rows, one after the other, stand in the order of the attention's input once indexed with
-    `restore` [tokens]: the pack's own order, or under context parallelism the ranks' slices one after the other.
+    `rectangles` are (sequences, longest) each, their cells one after the other: cell c holds token `cells[c]` of the
+    attention's input, and token t of it stands in cell `places[t]`. Padding repeats a sequence's last token behind it,
+    so causal attention lets no real token see it. `rotary` are the tokens' cosines and sines [tokens, 1, head_dim].
     """
 
-    buckets: list[LengthBucket] = field(default_factory=list)
-    restore: torch.Tensor | None = None
+    rectangles: list[tuple[int, int]] = field(default_factory=list)
+    cells: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def packed_sequences(lengths: list[int], cu_seqlens: torch.Tensor, context_ranks: int = 1) -> PackedSequences:
@@ -62,11 +54,10 @@ def packed_sequences(lengths: list[int], cu_seqlens: torch.Tensor, context_ranks
     Under context parallelism the lengths are multiples of 2 * `context_ranks`, padding at a sequence's end included:
     the tokens before it never see it, so Megatron and Transformer Engine may take it for tokens.
     """
-    buckets = _bucket_by_length(lengths, cu_seqlens.device)
+    rectangles, cells, real = _rectangles(lengths)
     if context_ranks > 1:  # the rectangles read from, and write to, the ranks' slices: reordering costs nothing more
-        place = rank_order(lengths, context_ranks).to(cu_seqlens.device)
-        buckets = [LengthBucket(rows=place[bucket.rows], real=bucket.real) for bucket in buckets]
-    source = torch.cat([bucket.rows.flatten()[bucket.real] for bucket in buckets])
+        cells = rank_order(lengths, context_ranks)[cells]
+    places = torch.empty(sum(lengths), dtype=torch.int64).scatter_(0, cells[real], real)
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -75,32 +66,51 @@ def packed_sequences(lengths: list[int], cu_seqlens: torch.Tensor, context_ranks
         cu_seqlens_kv_padded=cu_seqlens,
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
-        buckets=buckets,
-        restore=torch.empty_like(source).scatter_(0, source, torch.arange(len(source), device=source.device)),
+        rectangles=rectangles,
+        cells=cells.to(cu_seqlens.device),
+        places=places.to(cu_seqlens.device),
     )
 
 
-def _bucket_by_length(lengths: list[int], device: torch.device) -> list[LengthBucket]:
-    """Group a pack's sequences into rectangles that waste little."""
+def _rectangles(lengths: list[int]) -> tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor]:
+    """Group a pack's sequences into rectangles that waste little: their shapes, cells, and which cells are real."""
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    buckets: list[list[int]] = []
-    for i in order:
-        if buckets and lengths[i] >= _WASTE * lengths[buckets[-1][0]]:
-            buckets[-1].append(i)
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if groups and lengths[i] >= _WASTE * lengths[groups[-1][0]]:
+            groups[-1].append(i)
         else:
-            buckets.append([i])
-    return [_rectangle([starts[i] for i in bucket], [lengths[i] for i in bucket], device) for bucket in buckets]
+            groups.append([i])
+    cells, real = [], []
+    for group in groups:
+        length = torch.tensor([lengths[i] for i in group])[:, None]
+        column = torch.arange(lengths[group[0]])[None]
+        cells.append((torch.tensor([starts[i] for i in group])[:, None] + torch.minimum(column, length - 1)).flatten())
+        real.append((column < length).flatten())
+    shapes = [(len(group), lengths[group[0]]) for group in groups]
+    return shapes, torch.cat(cells), torch.cat(real).nonzero()[:, 0]
 
 
-def _rectangle(starts: list[int], lengths: list[int], device: torch.device) -> LengthBucket:
-    start = torch.tensor(starts, device=device)[:, None]
-    length = torch.tensor(lengths, device=device)[:, None]
-    column = torch.arange(max(lengths), device=device)[None]
-    rows = start + torch.minimum(column, length - 1)
-    return LengthBucket(rows=rows, real=(column < length).flatten().nonzero()[:, 0])
+class _Pad(torch.autograd.Function):
+    """[tokens, ...] to [cells, ...]. No gradient reaches a padding cell, so backward only collects the real ones."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cells: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        return x.index_select(0, cells)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        return grads[0].index_select(0, places), None, None
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of [tokens, heads, dim]; Megatron's own slices the pack by sequence, in every layer."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((-second, first), dim=-1), sin)
 
 
 class PackedAttention(MegatronModule):
@@ -143,26 +153,25 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         if packed_seq_params is None:
             raise ValueError("PackedAttention works on packed sequences; packed_seq_params is missing")
+        pack = packed_seq_params
+        assert pack.cells is not None
+        assert pack.places is not None
+        if pack.rotary is not None:
+            query, key = (_rotate(x, *(angles.to(x.dtype) for angles in pack.rotary)) for x in (query, key))
         if self.context is not None:
             query, key, value = tokens_for_heads(query, key, value, self.context)
         repeat = query.shape[1] // key.shape[1]
+        padded = [_Pad.apply(x, pack.cells, pack.places) for x in (query, key, value)]
+        sizes = [n * longest for n, longest in pack.rectangles]
         outputs = []
-        for bucket in packed_seq_params.buckets:
-            q, k, v = (self._rectangle(x, bucket) for x in (query, key, value))
+        for shape, *parts in zip(pack.rectangles, *(x.split(sizes) for x in padded), strict=True):
+            q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in parts)  # [n, heads, longest, head_dim]
             if repeat > 1:
                 k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
             attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-            attended = attended.transpose(1, 2).flatten(0, 1)  # [n * longest, heads, head_dim]
-            outputs.append(attended.index_select(0, bucket.real))
-        assert packed_seq_params.restore is not None
-        attended = torch.cat(outputs).index_select(0, packed_seq_params.restore)
+            outputs.append(attended.transpose(1, 2).flatten(0, 1))
+        attended = torch.cat(outputs).index_select(0, pack.places)
         return (attended if self.context is None else heads_for_tokens(attended, self.context)).flatten(1)
-
-    @staticmethod
-    def _rectangle(x: torch.Tensor, bucket: LengthBucket) -> torch.Tensor:
-        """[tokens, heads, dim] -> [n, heads, longest, dim]."""
-        n, longest = bucket.rows.shape
-        return x.index_select(0, bucket.rows.flatten()).view(n, longest, *x.shape[1:]).transpose(1, 2)
 
 
 def local_layers(config: TransformerConfig, stage_layers: int) -> TransformerBlockSubmodules:

@@ -35,6 +35,18 @@ class PolicyModel(GPTModel):
     Megatron-Core 0.16.1 has no hook for a head of one's own, and its own head would hold every logit.
     """
 
+    local_attention = False  # PackedAttention turns queries and keys itself, with angles made once for all layers
+
+    def _preprocess(self, *args: Any, **inputs: Any) -> Any:
+        prepared = super()._preprocess(*args, **inputs)
+        if not self.local_attention:
+            return prepared
+        hidden, by_position, *rest = prepared  # [longest, 1, 1, head_dim]
+        assert by_position is not None
+        angles = by_position.index_select(0, inputs["position_ids"][0])[:, 0]
+        inputs["packed_seq_params"].rotary = (angles.cos(), angles.sin())
+        return hidden, None, *rest
+
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
 
@@ -140,6 +152,7 @@ def build_chunks(
             rope_scaling_factor=architecture.rope_factor or 1.0,
             vp_stage=vp_stage,
         )
+        model.local_attention = not engine_layers(layers)
         _mark_split_weights(model)
         if device.type == "cuda":
             model.cuda()

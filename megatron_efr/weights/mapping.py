@@ -125,7 +125,7 @@ class WeightMapping:
             raise ConfigError(f"parallel.tensor: {ranks} ranks do not divide the model's {a.heads} attention heads")
         if a.kv_heads % ranks and ranks % a.kv_heads:
             raise ConfigError(
-                f"parallel.tensor: {ranks} must divide the model's {a.kv_heads} key-value heads or be a multiple of them"
+                f"parallel.tensor: {ranks} must divide the model's {a.kv_heads} key-value heads, or be a multiple"
             )
         if (a.heads + 2 * a.kv_heads) * a.head_dim % ranks:
             rows = (a.heads + 2 * a.kv_heads) * a.head_dim

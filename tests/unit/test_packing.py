@@ -78,7 +78,7 @@ def test_packed_attention_is_attention_within_each_sequence(lengths: list[int], 
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     attention = PackedAttention.__new__(PackedAttention)
     torch.nn.Module.__init__(attention)
-    attention.scale, attention.repeat = None, heads // groups
+    attention.scale = None
     packed = packed_sequences(lengths, torch.from_numpy(starts))
     out = attention.forward(q, k, v, None, packed_seq_params=packed)
     parts = []
