@@ -50,8 +50,8 @@ def check_fit(model: ModelConfig, parallel: ParallelConfig, architecture: Archit
     _check_experts(architecture.experts.count if architecture.experts else None, parallel)
     if architecture.experts and torch.cuda.is_available() and not _engine_imports():
         raise ConfigError(
-            "model.path: a mixture of experts needs Transformer Engine on a GPU (megatron-core 0.16.1's router calls it, "
-            "whatever the layers); install the gpu extra"
+            "model.path: a mixture of experts needs Transformer Engine on a GPU (megatron-core 0.16.1's router calls "
+            "it, whatever the layers); install the gpu extra"
         )
 
 
