@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import utils as megatron_utils
 from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
@@ -41,6 +43,10 @@ def prepare() -> None:
     _patch("expert dispatch", MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", _counts_on_host)
     if not hasattr(moe_utils, "te_general_gemm"):  # imported from Transformer Engine, and asked for without it
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+    # experts under tensor parallelism: each rank routes as many tokens as it likes, and gloo wants as many from all
+    _patch("uneven gather", mappings, "_gather_along_first_dim", _uneven_gather(mappings._gather_along_first_dim))
+    scatter = _uneven_reduce_scatter(mappings._reduce_scatter_along_first_dim)
+    _patch("uneven scatter", mappings, "_reduce_scatter_along_first_dim", scatter)
     for module in _WITH_LITERAL_DEVICE:
         _patch("literal device", module, "torch", _TorchOnCpu())
 
@@ -75,6 +81,38 @@ def _counts_on_host(dispatcher: Any, point: str, tokens_per_expert: torch.Tensor
             if isinstance(counts := getattr(dispatcher, name), torch.Tensor):
                 setattr(dispatcher, name, counts.numpy())
     return tokens_per_expert
+
+
+def _uneven_gather(even: Any) -> Any:
+    """Megatron's gather over dim 0, with a broadcast from every rank where the parts differ in size."""
+
+    def gather(
+        tensor: torch.Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return even(tensor, group, None, *args, **kwargs)
+        parts = [tensor.new_empty(size, *tensor.shape[1:]) for size in sizes]
+        parts[group.rank()].copy_(tensor)
+        for rank, part in enumerate(parts):
+            dist.broadcast(part, group=group, group_src=rank)
+        return torch.cat(parts)
+
+    return gather
+
+
+def _uneven_reduce_scatter(even: Any) -> Any:
+    """Megatron's reduce-scatter over dim 0, with a sum over everything where the parts differ in size."""
+
+    def scatter(
+        tensor: torch.Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return even(tensor, group, None, *args, **kwargs)
+        whole = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(whole, group=group)
+        return whole.split(sizes)[group.rank()].clone()
+
+    return scatter
 
 
 class _TorchOnCpu(types.ModuleType):

@@ -48,16 +48,25 @@ def check_fit(model: ModelConfig, parallel: ParallelConfig, architecture: Archit
     if not model.megatron.keys() & set(_UNEVEN_STAGES):
         _check_layers(architecture.layers, parallel)
     _check_experts(architecture.experts.count if architecture.experts else None, parallel)
+    if architecture.experts and torch.cuda.is_available() and not _engine_imports():
+        raise ConfigError(
+            "model.path: a mixture of experts needs Transformer Engine on a GPU (megatron-core 0.16.1's router calls "
+            "it, whatever the layers); install the gpu extra"
+        )
 
 
 def engine_layers(layers: str) -> bool:
     """Whether Transformer Engine's layers are used; ConfigError where they are asked for and cannot be."""
-    present = importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
+    present = _engine_imports() and torch.cuda.is_available()
     if layers == "transformer_engine" and not present:
         raise ConfigError(
             "model.layers: transformer_engine is asked for, and it (or CUDA) is not here; use auto or local"
         )
     return present and layers != "local"
+
+
+def _engine_imports() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def _check_owned_fields(megatron: dict[str, Any]) -> None:

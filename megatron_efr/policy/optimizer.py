@@ -88,10 +88,9 @@ class Optimizer:
 
     def sharded_state(self, models: dict[str, Any], loading: bool) -> dict[str, Any]:
         """The optimizer's part of a sharded checkpoint, given the models'."""
-        merged = {key: value for model in models.values() for key, value in model.items()}
         with cpu.cuda_type_names():
             return {
-                "state": self.megatron.sharded_state_dict(merged, is_loading=loading, metadata=_CHECKPOINT),
+                "state": self.megatron.sharded_state_dict(models, is_loading=loading, metadata=_CHECKPOINT),
                 "schedule": self.schedule.state_dict(),
             }
 

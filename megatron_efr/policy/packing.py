@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Literal
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from megatron_efr.types import Group, PackedBatch, Sequence
+from megatron_efr.weights.architecture import Architecture
 
 MicroBatches = list[list[int]]  # indices of sequences, micro-batch by micro-batch
 
@@ -33,48 +34,63 @@ def split_into_updates(sequences: int, updates: int, seed: SequenceOf[int]) -> l
     return [part.tolist() for part in np.split(order, updates)]
 
 
-def balance(lengths: Mapping[int, int], replicas: int, budget: int, multiple: int = 1) -> list[MicroBatches]:
+def sequence_flops(architecture: Architecture) -> Callable[[int], float]:
+    """FLOPs of a sequence's forward pass as a function of its tokens: every matrix for each, attention for each pair.
+
+    Two per multiply-add. Causal attention multiplies queries with keys and weights with values, over half the square.
+    """
+    a = architecture
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    mlp = 3 * a.hidden * (a.experts.ffn * a.experts.per_token if a.experts else a.ffn)
+    per_token = 2.0 * (a.layers * (a.hidden * (2 * q + 2 * kv) + mlp) + a.hidden * a.vocab)
+    per_pair = 2.0 * a.layers * q
+    return lambda tokens: per_token * tokens + per_pair * tokens**2
+
+
+def balance(
+    lengths: Mapping[int, int],
+    replicas: int,
+    budget: int,
+    multiple: int = 1,
+    cost: Callable[[int], float] = float,
+) -> list[MicroBatches]:
     """Micro-batches of one update for every replica: similar work, equally many, at most `budget` tokens each.
 
-    `lengths` are the tokens of each of the update's sequences, by index. The number of micro-batches is a multiple of
-    `multiple`: the interleaved pipeline schedule takes groups of as many as there are stages.
-    Longest first to the replica with the least tokens so far; within a replica first-fit into micro-batches. A sequence
-    longer than the budget gets a micro-batch of its own.
+    `lengths` are the tokens of each of the update's sequences, by index; `cost` is a sequence's work, from its tokens.
+    Costliest first to the replica with the least work so far, and within a replica to the micro-batch with the least.
+    Their number is a multiple of `multiple`: the interleaved pipeline schedule takes groups of as many as there are
+    stages. A sequence longer than the budget gets a micro-batch of its own; with few sequences some are empty.
     """
     shares: list[list[int]] = [[] for _ in range(replicas)]
-    loads = [0] * replicas
+    loads = [0.0] * replicas
     for i in sorted(lengths, key=lambda i: (-lengths[i], i)):
         replica = loads.index(min(loads))
         shares[replica].append(i)
-        loads[replica] += lengths[i]
-    packed = [_first_fit(share, lengths, budget) for share in shares]
-    count = round_up(max(len(batches) for batches in packed), multiple)
-    return [_pad_to(batches, count) for batches in packed]
+        loads[replica] += cost(lengths[i])
+    fullest = max(sum(lengths[i] for i in share) for share in shares)
+    count = round_up(max(-(-fullest // budget), 1), multiple)
+    while True:
+        spread = [_spread(share, lengths, count, budget, cost) for share in shares]
+        found = [batches for batches in spread if batches is not None]
+        if len(found) == replicas:
+            return found
+        count += multiple
 
 
-def _first_fit(share: list[int], lengths: Mapping[int, int], budget: int) -> MicroBatches:
-    batches: MicroBatches = []
-    room: list[int] = []
+def _spread(
+    share: list[int], lengths: Mapping[int, int], count: int, budget: int, cost: Callable[[int], float]
+) -> MicroBatches | None:
+    """A replica's sequences, costliest first, over `count` similar micro-batches; None where one does not fit."""
+    batches: MicroBatches = [[] for _ in range(count)]
+    tokens, work = [0] * count, [0.0] * count
     for i in share:
-        for b, left in enumerate(room):
-            if lengths[i] <= left:
-                batches[b].append(i)
-                room[b] -= lengths[i]
-                break
-        else:
-            batches.append([i])
-            room.append(budget - lengths[i])
-    return batches
-
-
-def _pad_to(batches: MicroBatches, count: int) -> MicroBatches:
-    """Split the fullest micro-batches until there are `count`, then add empty ones: every replica runs as many."""
-    batches = [list(batch) for batch in batches]
-    while len(batches) < count:
-        fullest = max(range(len(batches)), key=lambda b: len(batches[b]))
-        whole = batches[fullest]
-        batches[fullest] = whole[0::2]
-        batches.append(whole[1::2])
+        fitting = [b for b in range(count) if not batches[b] or tokens[b] + lengths[i] <= budget]
+        if not fitting:
+            return None
+        b = min(fitting, key=lambda b: work[b])
+        batches[b].append(i)
+        tokens[b] += lengths[i]
+        work[b] += cost(lengths[i])
     return batches
 
 

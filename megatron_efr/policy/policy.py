@@ -23,7 +23,7 @@ from megatron_efr.policy.layers import packed_sequences
 from megatron_efr.policy.loss import Loss
 from megatron_efr.policy.model import PolicyModel, build_chunks, transformer_config
 from megatron_efr.policy.optimizer import Optimizer
-from megatron_efr.policy.packing import balance, pack, round_up, row_weights
+from megatron_efr.policy.packing import balance, pack, round_up, row_weights, sequence_flops
 from megatron_efr.policy.parameters import Parameters
 from megatron_efr.policy.ranks import Ranks
 from megatron_efr.types import PackedBatch, Sequence, UserError
@@ -56,6 +56,7 @@ class Policy:
         check_fit(model, parallel, self.architecture)
         self.config = transformer_config(model, self.architecture, parallel)
         self.temperature = temperature
+        self._flops = sequence_flops(self.architecture)
         self.chunks = build_chunks(self.config, self.architecture, parallel, model.layers, ranks.device)
         # each sequence divides into 2 chunks per context rank, a context rank's slice over the sequence-parallel ones
         self._sequence_multiple = 2 * parallel.context if parallel.context > 1 else 1
@@ -102,7 +103,7 @@ class Policy:
     ) -> list[PackedBatch]:
         """This replica's micro-batches of one optimizer update over `sequences[i] for i in update` (all replicas')."""
         lengths = {i: round_up(sequences[i].length, self._sequence_multiple) for i in update}
-        shares = balance(lengths, self.ranks.replicas, micro_batch_tokens, self._batch_multiple)
+        shares = balance(lengths, self.ranks.replicas, micro_batch_tokens, self._batch_multiple, self._flops)
         weights = row_weights(sequences, update, aggregate)
         return [
             pack(sequences, indices, weights, self.ranks.device, self._pack_multiple, self._sequence_multiple)
@@ -170,13 +171,22 @@ class Policy:
     def update(self, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:
         """One optimizer update from this replica's micro-batches; the loss's figures over all replicas, and the step's.
 
-        `skipped` is 1 where the gradient was not finite and no step was made.
+        `skipped` is 1 where the gradient was not finite and no step was made. `imbalance` is by how much the busiest
+        replica's FLOPs exceed the least that any split of the sequences could give it: max(mean, longest sequence).
         """
         self.optimizer.zero_grad()
         outputs = self._run(batches, loss, forward_only=False)
         made, norm = self.optimizer.step()
-        metrics = self._over_replicas(_combine([output["metrics"] for output in outputs]))
+        metrics = self._over_replicas(_combine([output["metrics"] for output in outputs]) | self._work(batches))
+        total, busiest, longest = (metrics.pop(name) for name in ("flops", "flops_max", "longest_max"))
+        metrics["imbalance"] = busiest / max(total / self.ranks.replicas, longest) - 1.0
         return metrics | {"grad_norm": norm, "lr": self.optimizer.lr, "skipped": 0.0 if made else 1.0}
+
+    def _work(self, batches: list[PackedBatch]) -> dict[str, float]:
+        """This replica's FLOPs, stated by its first context rank."""
+        first = batches if self.ranks.context_rank == 0 else []
+        costs = [self._flops(length) for batch in first for length in batch.lengths[: len(batch.indices)]]
+        return {"flops": sum(costs), "flops_max": sum(costs), "longest_max": max(costs, default=0.0)}
 
     def _run(self, batches: list[PackedBatch], loss: Loss, *, forward_only: bool) -> list[dict[str, Any]]:
         """Drive Megatron's schedule; per micro-batch, on the last stage, what the loss measured."""

@@ -1,47 +1,119 @@
-"""One rank of a parity run (started by torchrun): two updates under a layout; rank 0 writes what came of them."""
+"""One rank of a parity run (started by torchrun): layouts one after the other, each with every case, results in files.
+
+python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.layout MODELS OUT "tensor=2" "pipeline=2" ...
+"""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 
-from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.policy import Policy, clipped_policy_loss, launched, split_into_updates
+from megatron_efr.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.methods.token_advantages import fill_token_advantages
+from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, launched
 from tests.conftest import ragged_sequences
 
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+# the last update has a single sequence: replicas, context ranks and stages go without
+UPDATES = [list(range(20)), list(range(20, 31)), [31]]
+STEPS = 3
 
-def main(model: str, out: str, layout: str) -> None:
+
+class Case(NamedTuple):
+    """What is trained in a layout; the cases together cover every pair of values."""
+
+    model: str
+    aggregate: Literal["sequence", "token"]
+    recompute: bool
+    budget: int  # tokens of a micro-batch, where there are several ranks
+
+
+CASES = {
+    "dense": [
+        Case("tied", "sequence", False, 300),
+        Case("tied", "token", True, 150),
+        Case("untied", "sequence", True, 150),
+        Case("untied", "token", False, 300),
+    ],
+    "experts": [Case("moe", "sequence", False, 300), Case("moe", "token", True, 150)],
+}
+
+
+def split(layout: str) -> ParallelConfig:
+    """`tensor=2,sequence=true` as a configuration."""
     fields = dict(item.split("=") for item in layout.split(",") if item)
-    parallel = ParallelConfig(**{k: v == "true" if k == "sequence" else int(v) for k, v in fields.items()})  # type: ignore[arg-type]
+    return ParallelConfig(**{k: v == "true" if k == "sequence" else int(v) for k, v in fields.items()})  # type: ignore[arg-type]
+
+
+def kind(layout: str) -> str:
+    """Which cases a layout runs: `expert=` (1 too) asks for the mixture of experts."""
+    return "experts" if "expert" in layout else "dense"
+
+
+def train(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks, optimizer: str) -> dict[str, Any]:
+    """Three updates: log-probs before them, each gradient after the first, the change of weights, all metrics.
+
+    Deliberately unlike a good run, so that all of the loss works: ratios that clip, a reference far away, whitening.
+    """
     sequences = ragged_sequences(32)
-    with launched(parallel, seed=0) as ranks:
-        policy = Policy(
-            ModelConfig(path=model), parallel, OptimizerConfig(lr=1e-3, clip_grad=0.0, megatron={"optimizer": "sgd"}),
-            ranks, updates=4, seed=0, keep_reference=True,
-        )  # fmt: skip
-        result: dict[str, object] = {"metrics": []}
-        logprobs: dict[int, torch.Tensor] = {}
-        for update in split_into_updates(32, 2, (0, 1)):
-            batches = policy.pack_update(sequences, update, 300, "sequence")
-            policy.fill_logprobs(batches)
-            for batch in batches:
-                assert batch.old_logprobs is not None
-                assert batch.reference_logprobs is not None
-                for i, part in zip(batch.indices, batch.old_logprobs.split(batch.row_lengths), strict=True):
-                    logprobs[i] = part.cpu()
-                advantage = torch.tensor([sequences[i].advantage for i in batch.indices])
-                batch.advantages = advantage.repeat_interleave(torch.tensor(batch.row_lengths))
-            metrics = policy.update(batches, clipped_policy_loss(0.2))
-            result["metrics"].append(metrics | policy.compare_logprobs(batches, sequences))  # type: ignore[attr-defined]
-            if "gradients" not in result:
-                result["gradients"] = {name: tensor.clone() for name, tensor in policy.named_gradients()}
-        result["weights"] = {name: tensor.clone() for name, tensor in policy.named_weights()}
-        everyone: list[dict[int, torch.Tensor] | None] = [None] * ranks.world_size
-        torch.distributed.all_gather_object(everyone, logprobs, group=ranks.cpu_world)
-        result["logprobs"] = {i: part for table in everyone if table for i, part in table.items()}
-        if ranks.is_main:
-            torch.save(result, out)
+    megatron = {"optimizer": "sgd", "sgd_momentum": 0.0} if optimizer == "sgd" else {}
+    model = ModelConfig(path=f"{models}/{case.model}", megatron=RECOMPUTE if case.recompute else {})
+    # large steps: the change of a weight is known to half a last bit of the weight itself
+    policy = Policy(
+        model, parallel, OptimizerConfig(lr=4.0 if optimizer == "sgd" else 1e-3, clip_grad=0.0, megatron=megatron),
+        ranks, updates=STEPS, seed=0, keep_reference=True,
+    )  # fmt: skip
+    before = {name: tensor.clone() for name, tensor in policy.named_weights()}
+    budget = case.budget if ranks.world_size > 1 else 100_000  # one process takes each update as one pack
+    updates = [policy.pack_update(sequences, update, budget, case.aggregate) for update in UPDATES]
+    batches = [batch for update in updates for batch in update]
+    policy.fill_logprobs(batches)
+    result: dict[str, Any] = {"logprobs": gathered(batches, ranks), "metrics": []}
+    result["metrics"].append(policy.compare_logprobs(batches, sequences))
+    for batch in batches:  # a reference that differs, or the KL would add nothing
+        assert batch.reference_logprobs is not None
+        batch.reference_logprobs = batch.reference_logprobs + 0.1 * batch.reference_logprobs.sin()
+    loss = LossConfig(beta=0.1, normalize="batch", aggregate=case.aggregate)
+    fill_token_advantages(batches, [s.advantage for s in sequences], loss, ranks.sum_over_replicas)
+    for update in updates:
+        result["metrics"].append(policy.update(update, clipped_policy_loss(0.2)))
+        del result["metrics"][-1]["imbalance"]  # the split's own
+        if "gradients" not in result:
+            result["gradients"] = {name: tensor.clone() for name, tensor in policy.named_gradients()}
+    result["change"] = {name: tensor - before[name] for name, tensor in policy.named_weights()}
+    return result
+
+
+def gathered(batches: list[Any], ranks: Ranks) -> dict[int, torch.Tensor]:
+    """Each sequence's log-probs, from whichever replica has them."""
+    mine = {
+        i: part.cpu()
+        for batch in batches
+        for i, part in zip(batch.indices, batch.old_logprobs.split(batch.row_lengths), strict=True)
+    }
+    everyone: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(everyone, mine, group=ranks.cpu_world)
+    return {i: part for table in everyone for i, part in table.items()}
+
+
+def main(models: str, out: str, *layouts: str) -> None:
+    dist.init_process_group("gloo")
+    for number, layout in enumerate(layouts):
+        parallel = split(layout)
+        with launched(parallel, seed=0) as ranks:
+            results = {
+                (tuple(case), optimizer): train(case, models, parallel, ranks, optimizer)
+                for case in CASES[kind(layout)]
+                for optimizer in ("sgd", "adam")
+            }
+            if ranks.is_main:
+                torch.save(results, Path(out) / f"{number}.pt")
+            ranks.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

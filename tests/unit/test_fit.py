@@ -52,7 +52,7 @@ def test_models_that_do_not_divide(
 def test_experts_that_do_not_divide() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.expert: 6 experts do not .* 4 ranks; 1, 2, 3 or 6 would"):
         _check_experts(6, ParallelConfig(expert=4))
-    with pytest.raises(ConfigError, match=r"parallel\.sequence: a mixture of experts .* set it to true"):
+    with pytest.raises(ConfigError, match=r"parallel\.sequence: experts under tensor parallelism .* set it to true"):
         _check_experts(6, ParallelConfig(expert=2, tensor=2))
     _check_experts(6, ParallelConfig(expert=3, tensor=2, sequence=True))
 

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Qwen2ForCausalLM
 
+from megatron_efr.policy import context
 from megatron_efr.policy.layers import PackedAttention, packed_sequences
-from megatron_efr.policy.packing import balance, pack, row_weights, split_into_updates
+from megatron_efr.policy.packing import balance, pack, row_weights, sequence_flops, split_into_updates
+from megatron_efr.weights.architecture import Architecture
 from tests.conftest import ragged_sequences
+
+QWEN_1_5B = Architecture.from_config({
+    "model_type": "qwen2", "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12,
+    "num_key_value_heads": 2, "intermediate_size": 8960, "vocab_size": 151936, "max_position_embeddings": 131072,
+})  # fmt: skip
 
 
 def test_updates_are_a_partition_drawn_from_the_seed() -> None:
@@ -93,3 +102,73 @@ def test_packed_attention_is_attention_within_each_sequence(lengths: list[int], 
     got = torch.autograd.grad(out, [q, k, v], upstream)
     want = torch.autograd.grad(exact, [q, k, v], upstream)
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("replicas", [2, 4, 8, 16, 32])
+@pytest.mark.parametrize("spread", [0.5, 1.0, 1.5])
+def test_replicas_have_similar_work(replicas: int, spread: float) -> None:
+    """256 log-normal responses up to 32k tokens: at most 5% above max(mean, longest), attention counted."""
+    flops = sequence_flops(QWEN_1_5B)
+    for seed in range(5):
+        drawn = np.random.default_rng(seed).lognormal(np.log(4000), spread, 256)
+        lengths = dict(enumerate(np.clip(drawn, 100, 32768).astype(int).tolist()))
+        shares = balance(lengths, replicas, 33_280, multiple=4, cost=flops)
+        assert len({len(share) for share in shares}) == 1
+        assert len(shares[0]) % 4 == 0
+        loads = [sum(flops(lengths[i]) for batch in share for i in batch) for share in shares]
+        bound = max(sum(loads) / replicas, max(flops(length) for length in lengths.values()))
+        assert max(loads) <= 1.05 * bound
+
+
+def test_flops_count_what_torch_multiplies(tied_model: Path) -> None:
+    """Against the products that torch's own counter sees in transformers' model."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = Qwen2ForCausalLM.from_pretrained(tied_model, attn_implementation="eager")
+    architecture = Architecture.from_folder(tied_model)
+    flops = sequence_flops(architecture)
+    for tokens in (16, 64):
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, tokens, dtype=torch.int64))
+        pairs = 2.0 * architecture.layers * architecture.heads * architecture.head_dim * tokens**2
+        assert counter.get_total_flops() == flops(tokens) + pairs, "eager attention computes both triangles"
+
+
+def test_interleaved_counts_and_replicas_without_a_sequence() -> None:
+    assert balance({0: 5}, 2, 100, multiple=2) == [[[0], []], [[], []]]
+    assert [len(share) for share in balance(dict.fromkeys(range(5), 60), 2, 100, multiple=4)] == [4, 4]
+
+
+def test_pack_pads_every_sequence_for_context_ranks() -> None:
+    sequences = ragged_sequences(5)
+    batch = pack(sequences, [3, 0], {3: 0.5, 0: 0.25}, torch.device("cpu"), multiple=16, each=8)
+    assert all(length % 8 == 0 for length in batch.lengths)
+    assert batch.tokens.numel() % 16 == 0
+    assert (batch.tokens[batch.rows + 1]).tolist() == batch.targets.tolist()
+    empty = pack(sequences, [], {}, torch.device("cpu"), multiple=16, each=8)
+    assert (empty.lengths, empty.rows.numel()) == ([16], 0)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_context_parts_are_the_batch(ranks: int) -> None:
+    """Every token and every row on exactly one rank, in the chunks r and 2 * ranks - 1 - r of its sequence."""
+    sequences = ragged_sequences(6)
+    batch = pack(sequences, [4, 1, 2], {4: 0.5, 1: 0.25, 2: 1.0}, torch.device("cpu"), 2 * ranks, 2 * ranks)
+    batch.advantages = torch.randn(len(batch.targets))
+    parts = [context.part(batch, rank, ranks) for rank in range(ranks)]
+    for name in ("targets", "weights", "advantages"):
+        whole = torch.zeros_like(getattr(batch, name))
+        for rank, part in enumerate(parts):
+            whole[context.own_rows(batch, rank, ranks)] += getattr(part, name)
+        assert torch.equal(whole, getattr(batch, name))
+    place = context.rank_order(batch.lengths, ranks)
+    assert torch.equal(torch.cat([part.tokens for part in parts])[place], batch.tokens)
+    for rank, part in enumerate(parts):
+        mine = context.own_rows(batch, rank, ranks)
+        assert torch.equal(context.zigzag(batch.lengths, rank, ranks)[part.rows], batch.rows[mine])
+        assert sum(part.row_lengths) == len(mine)
+    first = batch.lengths[0] // (2 * ranks)
+    held = context.zigzag(batch.lengths, 1, ranks)[: 2 * first].tolist()
+    assert held == [*range(first, 2 * first), *range((2 * ranks - 2) * first, (2 * ranks - 1) * first)]
+    with pytest.raises(ValueError, match=rf"do not divide into {2 * ranks} chunks"):
+        context.zigzag([2 * ranks + 1], 0, ranks)
