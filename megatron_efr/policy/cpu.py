@@ -16,6 +16,8 @@ from megatron.core import utils as megatron_utils
 from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 _WITH_LITERAL_DEVICE = (schedules, optimizer, clip_grads, megatron_utils)
 
@@ -34,6 +36,11 @@ def prepare() -> None:
     # only dropout and recomputation fork the "device" generator: here it is the CPU's
     _patch("random state", megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _patch("random state", megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: _set_state(state))
+    # the dispatcher makes a stream unless there is one, and waits on it for counts that here are on the host already
+    _patch("expert dispatch", MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", "none on a CPU")
+    _patch("expert dispatch", MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", _counts_on_host)
+    if not hasattr(moe_utils, "te_general_gemm"):  # imported from Transformer Engine, and asked for without it
+        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
     for module in _WITH_LITERAL_DEVICE:
         _patch("literal device", module, "torch", _TorchOnCpu())
 
@@ -59,6 +66,15 @@ def cuda_type_names() -> Iterator[None]:
         yield
     finally:
         _patch("type names", torch.Tensor, "type", original)
+
+
+def _counts_on_host(dispatcher: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+    """What the dispatcher's copy to the host leaves behind: how many tokens go where, as collectives take it."""
+    if point == dispatcher.cuda_dtoh_point:
+        for name in ("input_splits", "output_splits", "output_splits_tp"):
+            if isinstance(counts := getattr(dispatcher, name), torch.Tensor):
+                setattr(dispatcher, name, counts.numpy())
+    return tokens_per_expert
 
 
 class _TorchOnCpu(types.ModuleType):
