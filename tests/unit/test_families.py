@@ -168,6 +168,12 @@ def test_config_facts_of_published_models() -> None:
     assert moe.experts == Experts(count=8, per_token=2, ffn=32, normalized=True)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_configurations_are_known(family: str) -> None:
+    kind, fields = FAMILIES[family]
+    assert Architecture.from_config(kind(**fields).to_dict()).layers == kind(**fields).num_hidden_layers
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
