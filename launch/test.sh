@@ -27,14 +27,14 @@ took
 
 if [ "$mode" = --quick ]; then
     stage "unit tests, the fast ones"
-    $python -m pytest tests/unit -m "not slow and not hostile" -n 2 --dist loadfile
+    $python -m pytest tests/unit -m "not slow and not gpu and not heavy" -n 2 --dist loadfile
     took
     exit 0
 fi
 
 slow=$([ "$mode" = --full ] && echo "not gpu" || echo "not slow and not gpu")
 stage "unit tests"
-$python -m pytest tests/unit tests/gpu -m "$slow or gpu" -n 2 --dist loadfile
+$python -m pytest tests/unit tests/gpu -m "$slow" -n 2 --dist loadfile
 took
 stage "whole runs: killed, resumed, real input"
 $python -m pytest tests/loop -m "$slow" -n 2 --dist loadfile

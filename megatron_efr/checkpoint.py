@@ -33,8 +33,8 @@ class World(Protocol):
 class _InThisProcess(torch_format.TorchDistSaveShardedStrategy):
     """Megatron's format, written by this process itself; OSError on every rank where one cannot write.
 
-    Megatron-Core 0.16.1 writes through a server process, which takes seconds to start and, when the run is killed, lives
-    on with the run's memory and output pipe, so that whoever reads that pipe waits for ever.
+    Megatron-Core 0.16.1 writes through a server process, which takes seconds to start and, when the run is killed,
+    lives on with the run's memory and output pipe, so that whoever reads that pipe waits for ever.
     """
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
@@ -51,8 +51,8 @@ class _InThisProcess(torch_format.TorchDistSaveShardedStrategy):
             )
         except torch_checkpoint.CheckpointException as error:  # every rank gets every rank's
             for cause, _ in error.failures.values():
-                if isinstance(cause, OSError):
-                    raise cause from error
+                if isinstance(cause, OSError | RuntimeError):  # torch reports a short write as RuntimeError
+                    raise OSError(str(cause)) from error
             raise
 
 
@@ -102,7 +102,10 @@ class Checkpoints:
             shutil.rmtree(path)
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that verifies; a damaged one is named on stderr and the one before it is taken."""
+        """The newest checkpoint that verifies; a damaged one is named on stderr and the one before it is taken.
+
+        `latest` then names it too.
+        """
         return self._world.share(self._newest)
 
     def _newest(self) -> Path | None:
@@ -112,6 +115,8 @@ class Checkpoints:
             except CheckpointError as error:
                 print(f"checkpoint set aside: {error}", file=sys.stderr, flush=True)
             else:
+                if not (latest := self.folder / LATEST).exists() or latest.read_text(encoding="utf-8") != path.name:
+                    _write_synced(latest, path.name)
                 return path
         return None
 

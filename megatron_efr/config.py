@@ -324,12 +324,22 @@ def check_parallel(parallel: ParallelConfig, world_size: int) -> None:
     if world_size % parallel.model_ranks:
         raise ConfigError(
             f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = "
-            f"{parallel.model_ranks} ranks hold one model, and {world_size} launched ranks are not a multiple of that"
+            f"{parallel.model_ranks} ranks hold one model, and {world_size} launched ranks are not a multiple of that; "
+            f"launch {-(-world_size // parallel.model_ranks) * parallel.model_ranks}, or split the model less"
         )
     if parallel.sequence and parallel.tensor == 1:
         raise ConfigError("parallel.sequence: sequence parallelism splits over tensor ranks; set parallel.tensor >= 2")
     if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
         raise ConfigError("parallel.virtual_pipeline: needs parallel.pipeline >= 2")
+    if parallel.virtual_pipeline == 1:
+        raise ConfigError("parallel.virtual_pipeline: 1 chunk per stage is the plain pipeline; leave it out, or set 2")
+    sharing = world_size // (parallel.tensor * parallel.pipeline)  # experts go over data and context ranks
+    if sharing % parallel.expert:
+        raise ConfigError(
+            f"parallel.expert: experts are shared over data x context = {sharing} ranks (of {world_size}, tensor "
+            f"{parallel.tensor}, pipeline {parallel.pipeline}), which {parallel.expert} does not divide; "
+            f"{' or '.join(str(d) for d in range(1, sharing + 1) if sharing % d == 0)} would fit"
+        )
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -392,7 +402,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node = node.setdefault(name, {}) if isinstance(node, dict) else node[_index(node, name, override)]
         if not isinstance(node, dict | list):
             raise ConfigError(f"{override!r}: {name} is a value, not a section")
-    node[last if isinstance(node, dict) else _index(node, last, override)] = value
+    if isinstance(node, dict):
+        node[last] = value
+    else:
+        node[_index(node, last, override)] = value
 
 
 def _index(items: list[Any], name: str, override: str) -> int:

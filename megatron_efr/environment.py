@@ -22,6 +22,8 @@ from megatron_efr.rollout.ledger import Ledger, request_seed
 from megatron_efr.rollout.local import LocalEngine
 from megatron_efr.runfolder import RunFolder
 from megatron_efr.types import Group, Prompt, Request, Sampling
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.folder import initial_weights
 
 SHOWN_PROMPTS = 3
 
@@ -31,6 +33,8 @@ class Environment:
 
     def __init__(self, config: TrainConfig) -> None:
         tokenizer = load_tokenizer(config.model.path)
+        # refuses a folder whose weights are missing or are others than config.json's, before anything is built
+        initial_weights(config.model, Architecture.from_folder(config.model.path), config.seed)
         rendered = load_prompts(config.data.datasets, tokenizer, config.data.prompt)
         show(rendered)
         stops = stop_ids(config.model.path, tokenizer)
@@ -77,7 +81,9 @@ class Evaluator:
             )
         temperature, top_p = config.sampling
         self.sampling = Sampling(temperature, top_p, config.max_new_tokens, stops)
-        self.prompts = load_prompts(config.datasets, tokenizer, prompt).prompts
+        rendered = load_prompts(config.datasets, tokenizer, prompt)
+        say_overlong(rendered)
+        self.prompts = rendered.prompts
         self._decode = decoder(tokenizer)
         self._requests = [
             Request(p, config.samples_by_dataset.get(p.meta["dataset"], config.samples), request_seed(seed, -1 - i))
@@ -126,6 +132,11 @@ def show(rendered: Rendered) -> None:
     """Print the first prompts as the model will read them, and how many were too long."""
     for prompt in rendered.prompts[:SHOWN_PROMPTS]:
         print(_framed(prompt), flush=True)
+    say_overlong(rendered)
+
+
+def say_overlong(rendered: Rendered) -> None:
+    """Print how many prompts were left out, where any were."""
     if rendered.overlong:
         print(f"{rendered.overlong} prompts are longer than prompt.max_tokens and were left out", flush=True)
 

@@ -261,6 +261,11 @@ class RunFolder:
             write_atomic(self.metrics, "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept))
         return len(lines) - len(kept)
 
+    def go_on_from(self, step: int) -> None:
+        """Make the folder what it was after iteration `step`: later metrics go, journals that it covers too."""
+        self.truncate_metrics(step)
+        self.clear_journals(step)
+
     def journal(self, step: int) -> Journal:
         """The journal of iteration `step`: a file per iteration, so that a resume never takes another one's groups."""
         return Journal(self.path / "journal" / f"step_{step:06d}.jsonl")

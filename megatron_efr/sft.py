@@ -16,12 +16,14 @@ from megatron_efr.observe import Observer
 from megatron_efr.policy import Policy, launched, supervised_loss
 from megatron_efr.runfolder import RunFolder
 from megatron_efr.types import Sequence
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.folder import initial_weights
 
 
 def sft(config: SftConfig, resume: bool = False) -> None:
     """Train to the end, from the start or from the newest checkpoint, and write the model folder."""
     config.check_world(arguments.world_size())
-    with launched(config.parallel, config.seed) as ranks:
+    with launched(config.parallel, config.seed, config.model) as ranks:
         folder = RunFolder(config.folder)
         ranks.on_main(lambda: folder.claim(dump(config), resume))
         sequences = ranks.share(lambda: load_rows(config))
@@ -51,6 +53,7 @@ def sft(config: SftConfig, resume: bool = False) -> None:
 
 def load_rows(config: SftConfig) -> list[Sequence]:
     """The rows as trainable sequences; ConfigError where they are fewer than one update takes."""
+    initial_weights(config.model, Architecture.from_folder(config.model.path), config.seed)  # refused here if missing
     rows = load_sft(config.data, load_tokenizer(config.model.path), config.prompt)
     if len(rows.sequences) < config.train.batch:
         raise ConfigError(f"{config.data.path}: {len(rows.sequences)} rows, and train.batch takes {config.train.batch}")

@@ -26,8 +26,8 @@ from megatron_efr.weights.publish import publish
 def train(config: TrainConfig, resume: bool = False) -> None:
     """Run the loop to its end, from the start or from the newest checkpoint that verifies."""
     method = methods.build(config.method, config.rollout.samples)
-    with launched(config.parallel, config.seed) as ranks:
-        config.check_world(ranks.world_size)
+    config.check_world(arguments.world_size())
+    with launched(config.parallel, config.seed, config.model) as ranks:
         folder = RunFolder(config.folder)
         ranks.on_main(lambda: folder.claim(dump(config), resume))
         environment = ranks.on_main(lambda: Environment(config))
@@ -93,7 +93,8 @@ class Run:
 
     def rollouts(self, step: int) -> list[Group]:
         """The iteration's groups with grades, rewards and advantages; rank 0 makes them."""
-        assert (env := self.environment) is not None
+        env = self.environment
+        assert env is not None
         visits = env.stream.take(self.config.rollout.prompts)
         groups = env.ledger.collect(visits, self.folder.journal(step))
         grade_groups(env.grader, groups)
@@ -126,18 +127,17 @@ class Run:
 
     def restore(self) -> int:
         """Take up the newest checkpoint that verifies: the step it was made after, 0 where there is none."""
-        path = self.checkpoints.newest()
-        if path is None:
-            self.ranks.on_main(lambda: self.folder.truncate_metrics(0))
-            return 0
-        sharded, state = self.checkpoints.load(path, self.policy.sharded_state(loading=True))
-        self.policy.load_sharded_state(sharded)
-        self.policy.check_initial_model(state["initial_model"], str(path))
-        self.method.load_state_dict(state["method"])
-        if self.environment is not None:
-            self.environment.stream.load_state_dict(state["stream"])
-        self.ranks.on_main(lambda: self.folder.truncate_metrics(state["step"]))
-        return state["step"]
+        step, path = 0, self.checkpoints.newest()
+        if path is not None:
+            sharded, state = self.checkpoints.load(path, self.policy.sharded_state(loading=True))
+            self.policy.load_sharded_state(sharded)
+            self.policy.check_initial_model(state["initial_model"], str(path))
+            self.method.load_state_dict(state["method"])
+            if self.environment is not None:
+                self.environment.stream.load_state_dict(state["stream"])
+            step = state["step"]
+        self.ranks.on_main(lambda: self.folder.go_on_from(step))
+        return step
 
 
 def main(argv: SequenceOf[str] | None = None) -> None:

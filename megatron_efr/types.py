@@ -127,11 +127,11 @@ class PackedBatch:
     """Several sequences laid end to end (THD): one micro-batch.
 
     `tokens`, `positions` are int64 [T]; sequence s stands at `cu_seqlens[s]:cu_seqlens[s + 1]` (int32) and is
-    `lengths[s]` long; a last sequence may be padding. Row r of `rows` [R] predicts response token `targets[r]`:
-    everything per-token that the loss reads is [R], sequence by sequence, `row_lengths` each. `indices` says which
-    sequences these are, padding left out. The loss is the sum of its terms times `weights` [R], which carry the mean
-    over the whole update. What the loop fills in as it learns it: log-probs under the policy before its first update
-    and under the initial model, advantages, all fp32 [R].
+    `lengths[s]` long, padding at its end included; a last sequence may be padding. Row r of `rows` [R] predicts
+    response token `targets[r]`: everything per-token that the loss reads is [R], sequence by sequence, `row_lengths`
+    each. `indices` says which sequences these are, padding left out. The loss is the sum of its terms times `weights`
+    [R], which carry the mean over the whole update. What the loop fills in as it learns it: log-probs under the policy
+    before its first update and under the initial model, advantages, all fp32 [R].
     """
 
     tokens: torch.Tensor

@@ -1,8 +1,18 @@
 """The policy: a Megatron-Core model that gives log-probs, takes updates, and lends its weights."""
 
+from megatron_efr.policy.fit import check_fit
 from megatron_efr.policy.loss import clipped_policy_loss, supervised_loss
 from megatron_efr.policy.packing import split_into_updates, trainable
 from megatron_efr.policy.policy import Policy
 from megatron_efr.policy.ranks import Ranks, launched
 
-__all__ = ["Policy", "Ranks", "clipped_policy_loss", "launched", "split_into_updates", "supervised_loss", "trainable"]
+__all__ = [
+    "Policy",
+    "Ranks",
+    "check_fit",
+    "clipped_policy_loss",
+    "launched",
+    "split_into_updates",
+    "supervised_loss",
+    "trainable",
+]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -14,8 +15,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.utils import divide
 from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_efr.policy.context import heads_for_tokens, rank_order, tokens_for_heads
 
 _WASTE = 0.8  # sequences share a padded batch when the shortest is at least this fraction of the longest
 
@@ -46,21 +48,31 @@ class LengthBucket:
 class PackedSequences(PackedSeqParams):
     """Megatron's description of a pack, with the rectangles that attention without varlen kernels works on.
 
-    The rectangles' real rows, one after the other, stand in pack order once indexed with `restore` [tokens].
+    The rectangles' real rows, one after the other, stand in the order of the attention's input once indexed with
+    `restore` [tokens]: the pack's own order, or under context parallelism the ranks' slices one after the other.
     """
 
     buckets: list[LengthBucket] = field(default_factory=list)
     restore: torch.Tensor | None = None
 
 
-def packed_sequences(lengths: list[int], cu_seqlens: torch.Tensor) -> PackedSequences:
-    """Describe a pack of sequences of these `lengths`; `cu_seqlens` int32 [sequences + 1] are their bounds."""
+def packed_sequences(lengths: list[int], cu_seqlens: torch.Tensor, context_ranks: int = 1) -> PackedSequences:
+    """Describe a pack of whole sequences of these `lengths`; `cu_seqlens` int32 [sequences + 1] are their bounds.
+
+    Under context parallelism the lengths are multiples of 2 * `context_ranks`, padding at a sequence's end included:
+    the tokens before it never see it, so Megatron and Transformer Engine may take it for tokens.
+    """
     buckets = _bucket_by_length(lengths, cu_seqlens.device)
+    if context_ranks > 1:  # the rectangles read from, and write to, the ranks' slices: reordering costs nothing more
+        place = rank_order(lengths, context_ranks).to(cu_seqlens.device)
+        buckets = [LengthBucket(rows=place[bucket.rows], real=bucket.real) for bucket in buckets]
     source = torch.cat([bucket.rows.flatten()[bucket.real] for bucket in buckets])
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
         buckets=buckets,
@@ -96,7 +108,11 @@ class PackedAttention(MegatronModule):
 
     Takes query `[tokens, heads, head_dim]`, key and value `[tokens, kv groups, head_dim]` of this rank, returns
     `[tokens, heads * head_dim]`. Stands where Megatron's DotProductAttention stands, which knows no packing.
+    Under context parallelism each rank brings its slice of the tokens, trades it for whole sequences of some of the
+    heads (Jacobs et al. 2023, DeepSpeed-Ulysses), and trades the result back.
     """
+
+    context: dist.ProcessGroup | None = None
 
     def __init__(
         self,
@@ -110,10 +126,10 @@ class PackedAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ValueError("parallel.context: attention without Transformer Engine does not split sequences yet")
         self.scale = softmax_scale
-        self.repeat = divide(config.num_attention_heads, config.num_query_groups)
+        if config.context_parallel_size > 1:
+            assert pg_collection is not None
+            self.context = pg_collection.cp
 
     def forward(
         self,
@@ -127,16 +143,20 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         if packed_seq_params is None:
             raise ValueError("PackedAttention works on packed sequences; packed_seq_params is missing")
+        if self.context is not None:
+            query, key, value = tokens_for_heads(query, key, value, self.context)
+        repeat = query.shape[1] // key.shape[1]
         outputs = []
         for bucket in packed_seq_params.buckets:
             q, k, v = (self._rectangle(x, bucket) for x in (query, key, value))
-            if self.repeat > 1:
-                k, v = (x.repeat_interleave(self.repeat, dim=1) for x in (k, v))
+            if repeat > 1:
+                k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
             attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
             attended = attended.transpose(1, 2).flatten(0, 1)  # [n * longest, heads, head_dim]
             outputs.append(attended.index_select(0, bucket.real))
         assert packed_seq_params.restore is not None
-        return torch.cat(outputs).index_select(0, packed_seq_params.restore).flatten(1)
+        attended = torch.cat(outputs).index_select(0, packed_seq_params.restore)
+        return (attended if self.context is None else heads_for_tokens(attended, self.context)).flatten(1)
 
     @staticmethod
     def _rectangle(x: torch.Tensor, bucket: LengthBucket) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from typing import Any, Literal, cast
 
 import torch
@@ -22,6 +21,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_efr.config import ConfigError, ModelConfig, ParallelConfig
+from megatron_efr.policy.fit import engine_layers
 from megatron_efr.policy.layers import local_layers
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import padded_vocab
@@ -185,12 +185,7 @@ def check_fields(where: str, given: dict[str, Any], kind: type[Any]) -> None:
 def _layers(
     config: TransformerConfig, layers: Literal["auto", "local", "transformer_engine"], vp_stage: int | None
 ) -> Any:  # a ModuleSpec, or TransformerBlockSubmodules: GPTModel takes both, its annotation names one
-    has_engine = importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
-    if layers == "transformer_engine" and not has_engine:
-        raise ConfigError(
-            "model.layers: transformer_engine is asked for, and it (or CUDA) is not here; use auto or local"
-        )
-    if has_engine and layers != "local":
+    if engine_layers(layers):
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         return get_gpt_layer_with_transformer_engine_spec(

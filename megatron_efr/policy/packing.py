@@ -33,10 +33,11 @@ def split_into_updates(sequences: int, updates: int, seed: SequenceOf[int]) -> l
     return [part.tolist() for part in np.split(order, updates)]
 
 
-def balance(lengths: Mapping[int, int], replicas: int, budget: int) -> list[MicroBatches]:
+def balance(lengths: Mapping[int, int], replicas: int, budget: int, multiple: int = 1) -> list[MicroBatches]:
     """Micro-batches of one update for every replica: similar work, equally many, at most `budget` tokens each.
 
-    `lengths` are the tokens of each of the update's sequences, by index.
+    `lengths` are the tokens of each of the update's sequences, by index. The number of micro-batches is a multiple of
+    `multiple`: the interleaved pipeline schedule takes groups of as many as there are stages.
     Longest first to the replica with the least tokens so far; within a replica first-fit into micro-batches. A sequence
     longer than the budget gets a micro-batch of its own.
     """
@@ -47,7 +48,7 @@ def balance(lengths: Mapping[int, int], replicas: int, budget: int) -> list[Micr
         shares[replica].append(i)
         loads[replica] += lengths[i]
     packed = [_first_fit(share, lengths, budget) for share in shares]
-    count = max(len(batches) for batches in packed)
+    count = round_up(max(len(batches) for batches in packed), multiple)
     return [_pad_to(batches, count) for batches in packed]
 
 
@@ -77,6 +78,11 @@ def _pad_to(batches: MicroBatches, count: int) -> MicroBatches:
     return batches
 
 
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below `number`."""
+    return -(-number // multiple) * multiple
+
+
 def row_weights(
     sequences: SequenceOf[Sequence], update: list[int], aggregate: Literal["sequence", "token"]
 ) -> dict[int, float]:
@@ -96,18 +102,22 @@ def pack(
     weights: Mapping[int, float],
     device: torch.device,
     multiple: int = 1,
+    each: int = 1,
 ) -> PackedBatch:
-    """Lay `sequences[i] for i in indices` end to end; a padding sequence fills up to a multiple of `multiple`.
+    """Lay `sequences[i] for i in indices` end to end, each padded at its end to a multiple of `each`.
 
-    Without indices the pack is padding alone: a replica with less work than the others still takes part.
+    A padding sequence fills the pack up to a multiple of `multiple`, itself one of `each`. Without indices the pack is
+    padding alone: a replica with less work than the others still takes part.
     """
     chosen = [sequences[i] for i in indices]
-    lengths = [sequence.length for sequence in chosen]
+    lengths = [round_up(sequence.length, each) for sequence in chosen]
     padding = -sum(lengths) % multiple if chosen else multiple
-    tokens = np.concatenate([np.asarray(s.tokens, dtype=np.int64) for s in chosen] + [np.zeros(padding, np.int64)])
     if padding:
         lengths = [*lengths, padding]
     starts = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.zeros(starts[-1], np.int64)
+    for sequence, start in zip(chosen, starts, strict=False):
+        tokens[start : start + sequence.length] = sequence.tokens
     # the row before each response token predicts it
     rows = np.concatenate(
         [np.zeros(0, np.int64)]

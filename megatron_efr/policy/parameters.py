@@ -16,18 +16,19 @@ from megatron_efr.weights.mapping import WeightMapping
 
 
 class _Place(NamedTuple):
-    """Where a parameter lives: its pipeline stage, and its shard's shape and type."""
+    """Where a parameter lives: the first rank of its tensor-parallel group, and its shard's shape and type."""
 
-    stage: int
+    holder: int
     shape: torch.Size
     dtype: torch.dtype
 
 
 class Parameters:
-    """This rank's parameters by canonical name (`WeightMapping.parameters`), layers counted over all stages."""
+    """This rank's parameters by canonical name (`WeightMapping.parameters`), layers and experts counted globally."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], mapping: WeightMapping, ranks: Ranks) -> None:
         self._mapping, self._ranks = mapping, ranks
+        self._tensor_members = dist.get_process_group_ranks(ranks.tensor_group)
         self._local = [pair for chunk in chunks for pair in self._named(cast(PolicyModel, unwrap_model(chunk)))]
         self._places = self._agree_on_places()
 
@@ -40,12 +41,11 @@ class Parameters:
             yield self._mapping.canonical(".".join(parts)), parameter
 
     def _agree_on_places(self) -> dict[str, _Place]:
-        """Every parameter's place; where two stages hold one (tied embeddings), the first."""
-        stage = dist.get_rank(self._ranks.cpu_pipeline)
-        mine = {name: _Place(stage, p.shape, p.dtype) for name, p in self._local}
-        stages: list[Any] = [None] * self._ranks.pipeline_ranks
-        dist.all_gather_object(stages, mine, group=self._ranks.cpu_pipeline)
-        return {name: place for places in reversed(stages) for name, place in places.items()}
+        """Every parameter's place; where several ranks hold one (replicas, tied embeddings), the first."""
+        mine = {name: _Place(self._ranks.rank, p.shape, p.dtype) for name, p in self._local}
+        everyone: list[Any] = [None] * self._ranks.world_size
+        dist.all_gather_object(everyone, mine if self._ranks.tensor_rank == 0 else {}, group=self._ranks.cpu_world)
+        return {name: place for places in reversed(everyone) for name, place in places.items()}
 
     @torch.no_grad()
     def load(self, source: TensorSource) -> None:
@@ -77,7 +77,7 @@ class Parameters:
         """
         local = {name: of(parameter) for name, parameter in self._local}
         for name in self._mapping.parameters():
-            shards = self._shards_on_main(name, local.get(name)) if self._ranks.replica == 0 else None
+            shards = self._shards_on_main(name, local.get(name))
             if shards is None:
                 yield from ((source, torch.empty(0)) for source in self._mapping.sources(name))
             else:
@@ -87,25 +87,18 @@ class Parameters:
         """Every tensor-parallel shard of a parameter, brought to rank 0; None elsewhere."""
         ranks, place = self._ranks, self._places[name]
         count = ranks.tensor_ranks if self._mapping.is_sharded(name) else 1
-        mine = parameter is not None and dist.get_rank(ranks.cpu_pipeline) == place.stage
-        if mine:
+        shards = []
+        if place.holder == self._tensor_members[0]:
             assert parameter is not None
             shards = [parameter]
             if count > 1:
                 shards = [torch.empty_like(parameter) for _ in range(count)]
                 dist.all_gather(shards, parameter.contiguous(), group=ranks.tensor_group)
-        else:
+            if ranks.rank == place.holder != 0:
+                for shard in shards:
+                    dist.send(shard.contiguous(), dst=0)
+        elif ranks.is_main:
             shards = [torch.empty(place.shape, dtype=place.dtype, device=ranks.device) for _ in range(count)]
-        if place.stage != 0 and ranks.tensor_rank == 0:
-            self._first_stage_receives(shards, place.stage)
+            for shard in shards:
+                dist.recv(shard, src=place.holder)
         return shards if ranks.is_main else None
-
-    def _first_stage_receives(self, shards: list[torch.Tensor], stage: int) -> None:
-        group = self._ranks.pipeline_group
-        members = dist.get_process_group_ranks(group)
-        if self._ranks.rank == members[stage]:
-            for shard in shards:
-                dist.send(shard.contiguous(), dst=members[0], group=group)
-        elif self._ranks.rank == members[0]:
-            for shard in shards:
-                dist.recv(shard, src=members[stage], group=group)

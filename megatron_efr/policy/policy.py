@@ -17,11 +17,13 @@ from megatron.core.utils import unwrap_model
 
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_efr.kernels import linear_logprob
+from megatron_efr.policy import context
+from megatron_efr.policy.fit import check_fit
 from megatron_efr.policy.layers import packed_sequences
 from megatron_efr.policy.loss import Loss
 from megatron_efr.policy.model import PolicyModel, build_chunks, transformer_config
 from megatron_efr.policy.optimizer import Optimizer
-from megatron_efr.policy.packing import balance, pack, row_weights
+from megatron_efr.policy.packing import balance, pack, round_up, row_weights
 from megatron_efr.policy.parameters import Parameters
 from megatron_efr.policy.ranks import Ranks
 from megatron_efr.types import PackedBatch, Sequence, UserError
@@ -51,11 +53,20 @@ class Policy:
         self.ranks = ranks
         self.model_config = model
         self.architecture = Architecture.from_folder(model.path)
+        check_fit(model, parallel, self.architecture)
         self.config = transformer_config(model, self.architecture, parallel)
         self.temperature = temperature
         self.chunks = build_chunks(self.config, self.architecture, parallel, model.layers, ranks.device)
-        self._pack_multiple = parallel.tensor if parallel.sequence else 1
-        self.parameters = Parameters(self.chunks, WeightMapping(self.architecture, parallel.tensor), ranks)
+        # each sequence divides into 2 chunks per context rank, a context rank's slice over the sequence-parallel ones
+        self._sequence_multiple = 2 * parallel.context if parallel.context > 1 else 1
+        self._pack_multiple = math.lcm(
+            self._sequence_multiple, parallel.context * (parallel.tensor if parallel.sequence else 1)
+        )
+        self._batch_multiple = parallel.pipeline if parallel.virtual_pipeline is not None else 1
+        mapping = WeightMapping(
+            self.architecture, parallel.tensor, expert_ranks=parallel.expert, expert_rank=ranks.expert_rank
+        )
+        self.parameters = Parameters(self.chunks, mapping, ranks)
         self.parameters.load(initial_weights(model, self.architecture, seed))
         seed_of_weights = seed if model.init == "random" else None
         self.initial_model = {
@@ -90,10 +101,11 @@ class Policy:
         aggregate: Literal["sequence", "token"],
     ) -> list[PackedBatch]:
         """This replica's micro-batches of one optimizer update over `sequences[i] for i in update` (all replicas')."""
-        shares = balance({i: sequences[i].length for i in update}, self.ranks.replicas, micro_batch_tokens)
+        lengths = {i: round_up(sequences[i].length, self._sequence_multiple) for i in update}
+        shares = balance(lengths, self.ranks.replicas, micro_batch_tokens, self._batch_multiple)
         weights = row_weights(sequences, update, aggregate)
         return [
-            pack(sequences, indices, weights, self.ranks.device, self._pack_multiple)
+            pack(sequences, indices, weights, self.ranks.device, self._pack_multiple, self._sequence_multiple)
             for indices in shares[self.ranks.replica]
         ]
 
@@ -113,15 +125,25 @@ class Policy:
                 batch.reference_logprobs = logprobs
 
     def logprobs(self, batches: list[PackedBatch]) -> list[torch.Tensor]:
-        """Log-probs [R] of each micro-batch's response tokens under the current weights, on every pipeline stage."""
+        """Log-probs [R] of each micro-batch's response tokens under the current weights, on every rank alike."""
         outputs = self._run(batches, lambda logprobs, batch: (logprobs.detach(), {}), forward_only=True)
-        if self.ranks.pipeline_ranks == 1:
+        if self.ranks.pipeline_ranks == self.ranks.context_ranks == 1:
             return [output["logprobs"] for output in outputs]
-        flat = torch.zeros(sum(batch.rows.numel() for batch in batches))
+        sizes = [batch.rows.numel() for batch in batches]
+        flat = torch.zeros(sum(sizes), device=self.ranks.device)
         if self.ranks.is_last_stage:
-            flat.copy_(torch.cat([output["logprobs"] for output in outputs]))
-        flat = self.ranks.from_last_stage(flat).to(self.ranks.device)
-        return list(flat.split([batch.rows.numel() for batch in batches]))
+            for whole, batch, output in zip(flat.split(sizes), batches, outputs, strict=True):
+                whole[self._own_rows(batch)] = output["logprobs"]
+            if self.ranks.context_ranks > 1:  # every row has one owner; the others add exactly 0
+                dist.all_reduce(flat, group=self.ranks.context_group)
+        flat = self.ranks.from_last_stage(flat.cpu()).to(self.ranks.device)
+        return list(flat.split(sizes))
+
+    def _own_rows(self, batch: PackedBatch) -> torch.Tensor | slice:
+        """The rows of a micro-batch that this context rank computes."""
+        if self.ranks.context_ranks == 1:
+            return slice(None)
+        return context.own_rows(batch, self.ranks.context_rank, self.ranks.context_ranks)
 
     def compare_logprobs(self, batches: list[PackedBatch], sequences: SequenceOf[Sequence]) -> dict[str, float]:
         """How far apart the log-probs of the same tokens are, over all replicas.
@@ -130,7 +152,7 @@ class Policy:
         tokens of policy - initial model (k1), where a reference is kept.
         """
         figures = []
-        for batch in batches:
+        for batch in batches if self.ranks.context_rank == 0 else []:  # the others know the same
             assert batch.old_logprobs is not None
             if not batch.indices:
                 continue
@@ -175,12 +197,12 @@ class Policy:
 
     def _forward_step(self, loss: Loss) -> Callable[..., tuple[torch.Tensor, Any]]:
         def step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-            batch = next(batches)
+            batch = context.part(next(batches), self.ranks.context_rank, self.ranks.context_ranks)
             hidden = chunk(
                 input_ids=batch.tokens[None],
                 position_ids=batch.positions[None],
                 attention_mask=None,
-                packed_seq_params=packed_sequences(batch.lengths, batch.cu_seqlens),
+                packed_seq_params=packed_sequences(batch.lengths, batch.cu_seqlens, self.ranks.context_ranks),
             )
             model = _unwrapped(chunk)
             if not model.post_process:
@@ -219,7 +241,7 @@ class Policy:
         everyone: list[Any] = [None] * self.ranks.world_size
         mine = metrics if self.ranks.is_last_stage and self.ranks.tensor_rank == 0 else None
         dist.all_gather_object(everyone, mine, group=self.ranks.cpu_world)
-        return _combine([figures for figures in everyone if figures is not None])
+        return _combine([figures for figures in everyone if figures])  # a replica of empty micro-batches has none
 
     # -- weights ------------------------------------------------------------------------------------------------------
 

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_efr.config import ParallelConfig
+from megatron_efr.config import ModelConfig, ParallelConfig
 from megatron_efr.policy import cpu
+from megatron_efr.policy.fit import check_fit
 
 T = TypeVar("T")
 
@@ -49,6 +50,28 @@ class Ranks:
     @property
     def tensor_rank(self) -> int:
         return parallel_state.get_tensor_model_parallel_rank()
+
+    @property
+    def context_group(self) -> dist.ProcessGroup:
+        """The ranks that hold slices of the same sequences."""
+        return _group(parallel_state.get_context_parallel_group())
+
+    @property
+    def context_ranks(self) -> int:
+        return parallel_state.get_context_parallel_world_size()
+
+    @property
+    def context_rank(self) -> int:
+        return parallel_state.get_context_parallel_rank()
+
+    @property
+    def expert_rank(self) -> int:
+        """Which share of every layer's experts this rank holds."""
+        return parallel_state.get_expert_model_parallel_rank()
+
+    @property
+    def expert_ranks(self) -> int:
+        return parallel_state.get_expert_model_parallel_world_size()
 
     @property
     def data_group(self) -> dist.ProcessGroup:
@@ -122,10 +145,17 @@ class Ranks:
 
 
 @contextmanager
-def launched(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
-    """Join the ranks that torchrun started (or be the only one), split them as configured, and leave at the end."""
+def launched(parallel: ParallelConfig, seed: int, model: ModelConfig | None = None) -> Iterator[Ranks]:
+    """Join the ranks that torchrun started (or be the only one), split them as configured, and leave at the end.
+
+    ConfigError, before anything starts, where the `model` to be trained does not divide over the split.
+    A process that has joined its world already stays in it: it may be split anew, one layout after the other.
+    """
+    if model is not None:
+        check_fit(model, parallel)
     device = _device()
-    if not dist.is_initialized():
+    joined = dist.is_initialized()
+    if not joined:
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             dist.init_process_group(backend)
@@ -152,7 +182,8 @@ def launched(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
         )
     finally:
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        if not joined:
+            dist.destroy_process_group()
 
 
 def _device() -> torch.device:

@@ -22,7 +22,7 @@ KILLED = Path(__file__).with_name("killed.py")
 # A model that has learnt nothing earns nothing from the paper's method: its weights would stand still, and a resume
 # that forgot them would go unnoticed. This one, installed as a third party's, rewards some length over others, and by
 # what it saw before: its state must survive too.
-METHOD = '''
+METHOD = """
 import numpy as np
 from megatron_efr.config import Section
 from megatron_efr.methods.base import Method
@@ -50,7 +50,7 @@ class Typical(Method):
 
     def load_state_dict(self, state):
         self.seen, self.mean = state["seen"], state["mean"]
-'''
+"""
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 

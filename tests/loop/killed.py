@@ -4,6 +4,7 @@ rollout:STEP:GROUPS  while group GROUPS + 1 of iteration STEP is being written t
 update:N             before this process's N-th optimizer update
 logged:STEP          after the metrics line of STEP, while the next line is being written
 save:STEP            while Megatron's files of STEP's checkpoint are being written
+seconds:S            S seconds after the policy began to be built, wherever the program is then
 renamed:STEP         when STEP's checkpoint is in place, before it has been verified and `latest` has moved
 """
 
@@ -13,6 +14,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,12 +100,25 @@ def at_renamed(step: str) -> None:
     checkpoint.verify = hooked
 
 
+def at_seconds(seconds: str) -> None:
+    from megatron_efr.policy import Policy
+
+    build = Policy.__init__
+
+    def hooked(self: Policy, *arguments: Any, **named: Any) -> None:
+        threading.Timer(float(seconds), die).start()
+        build(self, *arguments, **named)
+
+    Policy.__init__ = hooked
+
+
 MOMENTS: dict[str, Callable[..., None]] = {
     "rollout": at_rollout,
     "update": at_update,
     "logged": at_logged,
     "save": at_save,
     "renamed": at_renamed,
+    "seconds": at_seconds,
 }
 
 
@@ -111,6 +126,7 @@ def main() -> None:
     kind, *details = sys.argv[1].split(":")
     MOMENTS[kind](*details)
     importlib.import_module(f"megatron_efr.{sys.argv[2]}").main(sys.argv[3:])
+    threading.Event().wait(30)  # for a kill that the program was too fast for
 
 
 if __name__ == "__main__":

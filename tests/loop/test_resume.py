@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -121,8 +118,7 @@ def test_killed_again_and_again_a_run_equals_one_that_was_not(
 
     done = program("train", "--resume", config, override)
     assert "4/4" not in done.stdout, "the checkpoint was whole, and an iteration was made again"
-    (run / "checkpoints/latest").write_text("step_000004")  # it moves with a save, and none was left to make
-    folder.clear_journals(4)
+    folder.clear_journals(4)  # the killed save had no time to
     assert_equal(run, whole)
 
 
@@ -146,13 +142,14 @@ def test_resuming_a_finished_run_changes_nothing_and_another_configuration_is_re
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    before = {name: digest for name, digest in digests(run).items() if name != "config.yaml"}  # it holds `runs`
+    program("train", "--resume", config, f"runs={tmp_path}")
+    changed = {name for name, digest in digests(run).items() if digests(whole).get(name) != digest}
+    assert changed == {"config.yaml"}  # it names the folder of all runs
+    assert len(digests(run)) == len(digests(whole))
     refused = program("train", "--resume", config, f"runs={tmp_path}", "optimizer.lr=2e-3", expect=2)
     assert "optimizer.lr: there 0.001, here 0.002" in refused.stderr
     refused = program("train", config, f"runs={tmp_path}", expect=2)
     assert "pass --resume" in refused.stderr
-    program("train", "--resume", config, f"runs={tmp_path}")
-    assert {name: digest for name, digest in digests(run).items() if name != "config.yaml"} == before
 
 
 def test_a_killed_warm_start_equals_one_that_was_not(task: Path, program: Program, tmp_path: Path) -> None:
@@ -171,16 +168,11 @@ def test_a_killed_warm_start_equals_one_that_was_not(task: Path, program: Progra
 
 
 @pytest.mark.slow
-def test_killed_from_outside_at_random_moments_a_run_ends_equal(
-    config: Path, whole: Path, program: Program, tmp_path: Path
-) -> None:
-    """The kill comes at any time after the first group was journalled, on this machine's clock."""
+def test_killed_at_random_moments_a_run_ends_equal(config: Path, whole: Path, program: Program, tmp_path: Path) -> None:
+    """The kill comes when this machine's clock says so, within the time that four iterations take."""
     rng = random.Random(0)
     program("train", config, f"runs={tmp_path}", killed_at="rollout:1:1")
     for _ in range(6):
-        command = program.command("train", "--resume", config, f"runs={tmp_path}")  # type: ignore[attr-defined]
-        with subprocess.Popen(**command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            time.sleep(rng.uniform(3, 14))
-            process.send_signal(signal.SIGKILL)
+        program("train", "--resume", config, f"runs={tmp_path}", killed_at=f"seconds:{rng.uniform(0, 3)}")
     program("train", "--resume", config, f"runs={tmp_path}")
     assert_equal(tmp_path / "run", whole)

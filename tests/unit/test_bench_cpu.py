@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -20,6 +21,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*BENCH, *arguments], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=300)
 
 
+@pytest.mark.heavy
 def test_smoke_run_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     make = [sys.executable, "-m", "megatron_efr.data.arithmetic", "--out", str(tmp_path)]
     subprocess.run(make, check=True, env=ENVIRONMENT, cwd=ROOT, capture_output=True)

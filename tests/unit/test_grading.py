@@ -91,6 +91,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_expression_costs_only_itself(grader: Grader, name: str) -> None:
     responses = [r"\boxed{x+1}", r"\boxed{x+2}", HOSTILE[name], r"\boxed{\frac{34}{2}}", "none"]
@@ -110,6 +111,7 @@ def test_hang_is_named_timeout_and_ended_by_cpu_time(grader: Grader) -> None:
     assert not psutil.pid_exists(before)
 
 
+@pytest.mark.heavy
 def test_memory_limit_is_named() -> None:
     with Grader(timeout_s=60.0, memory_bytes=200 << 20) as pool:
         statuses = [
@@ -124,6 +126,7 @@ def test_limit_below_the_processs_own_size_is_named_too() -> None:
         pool.grade([r"\boxed{2x}"], ["x+x"])
 
 
+@pytest.mark.heavy
 def test_processes_end_with_a_parent_that_was_killed() -> None:
     """Idle or hanging: the first sees its pipe end, the second meets the kernel's CPU limit."""
     code = (
@@ -176,6 +179,7 @@ def test_worker_killed_while_idle_costs_nothing(grader: Grader) -> None:
     assert [v.status for v in grader.grade([r"\boxed{x+1}"], ["1+x"])] == ["correct"]
 
 
+@pytest.mark.heavy
 def test_stopped_worker_is_a_crash() -> None:
     """A process that uses no CPU at all is not left to wait for."""
     with Grader(timeout_s=60.0, stall_s=0.5) as pool:
@@ -187,6 +191,7 @@ def test_stopped_worker_is_a_crash() -> None:
     assert statuses == ["crash", "correct"]
 
 
+@pytest.mark.heavy
 def test_order_is_kept_over_workers() -> None:
     golds = [f"x+{i}" for i in range(40)]
     responses = [rf"\boxed{{{i}+x}}" if i % 3 else rf"\boxed{{{i}-x}}" for i in range(40)]

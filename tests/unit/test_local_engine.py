@@ -140,6 +140,7 @@ def differing(a: dict[str, list[Response]], b: dict[str, list[Response]]) -> tup
     return tokens, bits
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tokens_and_log_prob_bits_do_not_depend_on_the_batch(shape: str) -> None:
     built = model(**SHAPES[shape])

@@ -117,7 +117,7 @@ def test_rloo_needs_company() -> None:
 
 
 def test_unknown_method_and_option_are_named() -> None:
-    with pytest.raises(ConfigError, match="no method 'grpo'; registered: .*efr"):
+    with pytest.raises(ConfigError, match=r"no method 'grpo'; registered: .*efr"):
         methods.build(MethodConfig(name="grpo"), samples=8)
     with pytest.raises(ConfigError, match=r"method\.alhpa: unknown key; did you mean alpha"):
         methods.build(MethodConfig(name="efr", alpha=0.1, alhpa=0.1), samples=8)  # type: ignore[call-arg]

@@ -76,9 +76,13 @@ def test_folder_written_back_is_the_folder_read(
 
 
 def fp64_loss(
-    model: Qwen2ForCausalLM, sequences: list[Sequence], old: dict[int, torch.Tensor], advantages: dict[int, torch.Tensor],
-    clip: float, aggregate: str,
-) -> torch.Tensor:  # fmt: skip
+    model: Qwen2ForCausalLM,
+    sequences: list[Sequence],
+    old: dict[int, torch.Tensor],
+    advantages: dict[int, torch.Tensor],
+    clip: float,
+    aggregate: str,
+) -> torch.Tensor:
     """PPO's clipped loss over whole sequences, written out, one sequence at a time."""
     total_tokens = sum(s.response_length for s in sequences)
     losses = []
@@ -144,7 +148,8 @@ def test_packing_changes_nothing(tied_model: Path, ranks: Ranks) -> None:
         logprobs = by_sequence(batches, [b.old_logprobs for b in batches if b.old_logprobs is not None])
         metrics = policy.update(batches, clipped_policy_loss(0.2))
         results.append((len(batches), logprobs, metrics, dict(policy.named_gradients())))
-    assert [count for count, *_ in results][0] > [count for count, *_ in results][1] > 1 == results[2][0]
+    counts = [count for count, *_ in results]
+    assert counts[0] > counts[1] > counts[2] == 1
     _, logprobs, metrics, gradients = results[0]
     for _, other_logprobs, other_metrics, other_gradients in results[1:]:
         assert max(float((logprobs[i] - other_logprobs[i]).abs().max()) for i in logprobs) <= 2e-6
@@ -270,23 +275,28 @@ def test_bf16_stays_close_to_fp32(ranks: Ranks, tmp_path: Path) -> None:
     assert difference.max() > 1e-4, "bf16 that equals fp32 would be fp32"
 
 
-def test_pass_through_fields_reach_megatron_or_are_refused(tied_model: Path, ranks: Ranks) -> None:
-    model = ModelConfig(path=str(tied_model), megatron={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1})  # fmt: skip
-    policy = Policy(model, ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0)
-    assert policy.config.recompute_granularity == "full"
-    for section, build_it in {
-        "model.megatron": lambda bad: Policy(ModelConfig(path=str(tied_model), megatron=bad), ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0),
-        "parallel.ddp": lambda bad: Policy(ModelConfig(path=str(tied_model)), ParallelConfig(ddp=bad), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0),
-        "optimizer.megatron": lambda bad: Policy(ModelConfig(path=str(tied_model)), ParallelConfig(), OptimizerConfig(lr=1e-3, megatron=bad), ranks, updates=1, seed=0),
-    }.items():  # fmt: skip
-        with pytest.raises(ConfigError, match=rf"{section}\.no_such_field"):
-            build_it({"no_such_field": 1})
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+@pytest.mark.parametrize("section", ["model.megatron", "parallel.ddp", "optimizer.megatron"])
+def test_pass_through_fields_reach_megatron_or_are_refused(section: str, tied_model: Path, ranks: Ranks) -> None:
+    bad = {"no_such_field": 1}
+    model = ModelConfig(path=str(tied_model), megatron=bad if section == "model.megatron" else RECOMPUTE)
+    parallel = ParallelConfig(ddp=bad if section == "parallel.ddp" else {})
+    optimizer = OptimizerConfig(lr=1e-3, megatron=bad if section == "optimizer.megatron" else SGD)
+    with pytest.raises(ConfigError, match=rf"{section}\.no_such_field"):
+        Policy(model, parallel, optimizer, ranks, updates=1, seed=0)
+    good = Policy(
+        ModelConfig(path=str(tied_model), megatron=RECOMPUTE), ParallelConfig(), OptimizerConfig(lr=1e-3), ranks,
+        updates=1, seed=0,
+    )  # fmt: skip
+    assert good.config.recompute_granularity == "full"
 
 
 def test_recompute_gives_the_same_gradient(tied_model: Path, ranks: Ranks) -> None:
     sequences = ragged_sequences(10)
     gradients = []
-    for megatron in ({}, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}):
+    for megatron in ({}, RECOMPUTE):
         policy = Policy(
             ModelConfig(path=str(tied_model), megatron=megatron), ParallelConfig(),
             OptimizerConfig(lr=1e-3, clip_grad=0.0), ranks, updates=1, seed=0,

@@ -1,0 +1,368 @@
+"""Bad input: each stops its program with exit code 2 and one message that a person can act on, before work starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_efr import arguments, evaluate, sft, sweep, train
+from megatron_efr.data.arithmetic import ArithmeticTask, write
+from megatron_efr.data.stream import Visit
+from megatron_efr.policy import Ranks, policy
+from megatron_efr.rollout.ledger import Ledger
+from megatron_efr.rollout.local import LocalEngine
+from megatron_efr.runfolder import RunFolder
+from megatron_efr.types import Group, Prompt, Request, Response, Sampling, UserError
+
+PROGRAMS = {"train": train, "sft": sft, "evaluate": evaluate, "sweep": sweep}
+Refused = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    write(folder, 0, ArithmeticTask(max_terms=3, train_rows=16, test_rows=8, sft_rows=16))
+    return folder
+
+
+def configuration(program: str, task: Path) -> dict[str, Any]:
+    """A configuration of `program` that nothing is wrong with."""
+    prompt = {"template": "{question}"}
+    common: dict[str, Any] = {"name": "run", "model": {"path": str(task / "model"), "init": "random"}}
+    rows = {"path": str(task / "test.jsonl")}
+    if program == "sft":
+        data = {"path": str(task / "sft.jsonl")}
+        return common | {
+            "data": data,
+            "prompt": prompt,
+            "optimizer": {"lr": 1e-3},
+            "train": {"updates": 1, "batch": 8},
+        }
+    if program == "evaluate":
+        return common | {"prompt": prompt, "evaluation": {"datasets": [rows]}}
+    return common | {
+        "data": {"datasets": [{"path": str(task / "train.jsonl")}], "prompt": prompt},
+        "rollout": {"prompts": 4, "samples": 4, "max_new_tokens": 8},
+        "method": {"name": "efr", "alpha": 0.1},
+        "optimizer": {"lr": 1e-3},
+        "evaluation": {"datasets": [rows]},
+        "observe": {"tensorboard": False},
+    }
+
+
+class WorkError(AssertionError):
+    """The program went to work on input that it should have refused."""
+
+
+@pytest.fixture
+def refused(
+    task: Path, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refused:
+    """Runs `program` with overrides, in this process and its world of one; returns what it printed as its error.
+
+    No model may be built (with `before="update"`: no update made) and no token generated; with `joining=False`, not
+    even the ranks may be joined.
+    """
+
+    def work(*_arguments: object, **_named: object) -> None:
+        raise WorkError
+
+    def run(program: str, *overrides: str, joining: bool = True, before: str = "model") -> str:
+        @contextmanager
+        def join(*_: object) -> Iterator[Ranks]:
+            assert joining, "the ranks were joined"
+            yield ranks
+
+        for module in (train, sft):
+            monkeypatch.setattr(module, "launched", join)
+        monkeypatch.setattr(LocalEngine, "publish", work)
+        monkeypatch.setattr(sweep, "_run", work)
+        monkeypatch.setattr(*((policy, "build_chunks") if before == "model" else (policy.Policy, "update")), work)
+        path = tmp_path / f"{program}.yaml"
+        path.write_text(yaml.safe_dump(configuration(program, task)))
+        options = [text for text in overrides if text.startswith("--")]
+        values = [f"runs={tmp_path / 'runs'}", *(text for text in overrides if not text.startswith("--"))]
+        with pytest.raises(SystemExit) as ended:
+            arguments.run(PROGRAMS[program].main, [str(path), *values, *options])
+        assert ended.value.code == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        return message
+
+    return run
+
+
+@pytest.mark.parametrize("program", ["train", "sft", "evaluate"])
+def test_nothing_is_wrong_with_the_configurations_that_are_spoilt_below(program: str, refused: Refused) -> None:
+    with pytest.raises(WorkError):
+        refused(program)
+
+
+@pytest.mark.parametrize(
+    ("program", "overrides", "parts"),
+    [
+        ("train", ["rollout.sampels=4"], ["train.yaml: rollout.sampels: unknown key; did you mean samples"]),
+        ("train", ["method.alhpa=0.1"], ["method.alhpa: unknown key; did you mean alpha"]),
+        ("train", ["rollout.samples=four"], ["rollout.samples", "valid integer", "'four'"]),
+        ("train", ["method.alpha=1.0"], ["method.alpha", "less than 1", "1.0"]),
+        ("train", ["method.alpha=-0.1"], ["method.alpha", "greater than or equal to 0", "-0.1"]),
+        ("train", ["method.alpha=.nan"], ["method.alpha", "finite number", "nan"]),
+        ("train", ["method.alpha=high"], ["method.alpha", "valid number", "'high'"]),
+        ("train", ["method.name=grpo"], ["method.name: no method 'grpo'; registered: ", "efr"]),
+        ("train", ["rollout.samples=1"], ["rollout.samples: 1 response(s) per prompt", "at least 2"]),
+        ("train", ["train.updates=3"], ["4 x 4 = 16 responses do not split over train.updates = 3"]),
+        ("train", ["rollout.samples"], ["'rollout.samples': an override reads section.key=value"]),
+        ("train", ["data.datasets.3.path=x"], ["3 is not a place in that list"]),
+        ("train", ["evaluation.temperature=0.7"], ["evaluation: preset paper fixes temperature"]),
+        ("sft", ["train.batch=0"], ["train.batch", "greater than 0", "0"]),
+        ("sft", ["parallel.tensor=2"], ["parallel: tensor 2", "1 launched ranks"]),
+        ("evaluate", ["--record=a/b"], ["evaluation name 'a/b': a file name without '/'"]),
+        ("sweep", ["--alphas=0,1.5"], ["method.alpha", "1.5"]),
+        ("sweep", ["--alphas=0,x"], ["--alphas '0,x'"]),
+        ("sweep", ["--alphas=0.1,0.10"], ["--alphas: 0.1, 0.1: each value once"]),
+        ("sweep", ["--alphas=0", "--jobs=0"], ["--jobs 0"]),
+        ("sweep", ["--alphas=0", "--ranks=3"], ["8 responses per update", "a multiple of 3"]),
+        ("sweep", ["--alphas=0", "evaluation.datasets=[]"], ["evaluation.datasets: a sweep evaluates every model"]),
+    ],
+)
+def test_what_the_configuration_alone_shows_is_refused_before_the_ranks_join(
+    program: str, overrides: list[str], parts: list[str], refused: Refused
+) -> None:
+    message = refused(program, *overrides, joining=False)
+    assert [part for part in parts if part not in message] == [], message
+
+
+def spoilt_folder(task: Path, tmp_path: Path, change: Callable[[Path], None]) -> str:
+    """model.path=... of a copy of the model folder that `change` was done to."""
+    folder = tmp_path / "spoilt"
+    shutil.copytree(task / "model", folder)
+    change(folder)
+    return f"model.path={folder}"
+
+
+def edit(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+@pytest.mark.parametrize("program", ["train", "sft", "evaluate"])
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (shutil.rmtree, ["spoilt: no such", "folder"]),
+        (lambda folder: (folder / "config.json").unlink(), ["spoilt/config.json: no", "model folder"]),
+        (lambda folder: (folder / "config.json").write_text("{"), ["spoilt/config.json: not valid JSON"]),
+        (lambda folder: (folder / "tokenizer.json").unlink(), ["spoilt: no tokenizer here (expected tokenizer.json"]),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), ["the tokenizer's files cannot be loaded"]),
+        (edit(vocab_size=20), ["vocabulary mismatch", "vocab_size is 20"]),
+        (edit(model_type="llama"), ["spoilt/config.json: model_type 'llama' is not supported; supported: qwen2"]),
+        (edit(use_sliding_window=True), ["use_sliding_window: sliding-window attention is not supported"]),
+        (edit(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), ["rope_type 'yarn' is not supported"]),
+        (edit(hidden_size=None), ["hidden_size: an integer is required, found None"]),
+    ],
+)
+def test_a_model_folder_that_cannot_be_used(
+    program: str, change: Callable[[Path], None], parts: list[str], task: Path, tmp_path: Path, refused: Refused
+) -> None:
+    message = refused(program, spoilt_folder(task, tmp_path, change))
+    assert [part for part in parts if part not in message] == [], message
+
+
+@pytest.mark.parametrize("program", ["train", "sft", "evaluate"])
+def test_weights_that_are_not_there(program: str, task: Path, refused: Refused) -> None:
+    message = refused(program, "model.init=load")
+    assert f"{task / 'model'}: neither model.safetensors nor model.safetensors.index.json found" in message
+    assert "set model.init: random" in message
+
+
+GOOD = '{"question": "1+1", "answer": "2"}\n'
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate"])
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        (None, ["rows.jsonl: ", "no such"]),
+        ("", ["rows.jsonl: holds no rows"]),
+        (GOOD + '{"question": "1+2"}\n', ["rows.jsonl:2: no answer", "the row has columns question"]),
+        (GOOD + GOOD + '{"question": "1+2", "answer": ""}\n', ["rows.jsonl:3: the answer in column 'answer' is empty"]),
+        (GOOD + '{"question": "1+2", "answer": "???"}\n', ["rows.jsonl:2: '???': does not parse as mathematics"]),
+        (GOOD + '{"question": "1+2", "answer"\n', ["rows.jsonl:2: not valid JSON"]),
+        ("\xff".encode("latin-1"), ["rows.jsonl: cannot be read", "utf-8"]),
+    ],
+)
+def test_a_data_set_that_cannot_be_used(
+    program: str, rows: str | bytes | None, parts: list[str], tmp_path: Path, refused: Refused
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    if rows is not None:
+        path.write_bytes(rows if isinstance(rows, bytes) else rows.encode())
+    section = "data" if program == "train" else "evaluation"
+    message = refused(program, f"{section}.datasets.0.path={path}")
+    assert [part for part in parts if part not in message] == [], message
+
+
+def test_a_row_without_a_response_cannot_be_learnt_from(tmp_path: Path, refused: Refused) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "1+1", "response": "2"}\n{"question": "1+2", "answer": "3"}\n')
+    message = refused("sft", f"data.path={path}")
+    assert f"{path}:2: no text in column 'response'; the row has columns question, answer" in message
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate", "sft"])
+def test_prompts_over_the_limit_are_counted_or_refused(
+    program: str, tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, prompt = tmp_path / "rows.jsonl", "data.prompt" if program == "train" else "prompt"
+    short = '{"question": "1+1", "answer": "2", "response": "2"}\n'
+    path.write_text(short * 8 + '{"question": "1+1+1+1+1", "answer": "5", "response": "5"}\n')
+    where = {"train": "data.datasets.0.path", "evaluate": "evaluation.datasets.0.path", "sft": "data.path"}[program]
+    given = [f"{where}={path}", f"{prompt}.max_tokens=7"]
+    message = refused(program, *given, f"{prompt}.overlong=error")
+    assert f"{path}:9: the prompt has 12 tokens, more than prompt.max_tokens = 7" in message
+    with pytest.raises(WorkError):  # skipped: the program goes on, and has said so
+        refused(program, *given)
+    said = {"sft": "8 rows to train on, 1 left out: prompt too long"}
+    assert said.get(program, "1 prompts are longer than prompt.max_tokens and were left out") in capsys.readouterr().out
+    assert "prompts are longer than" in refused(program, given[0], f"{prompt}.max_tokens=2")
+
+
+@pytest.mark.parametrize(
+    ("program", "overrides", "parts"),
+    [
+        ("train", ["data.prompt.template=nothing"], ["prompt.template: 'nothing' leaves the question out"]),
+        ("train", ["data.prompt.template='{question} {answer}'"], ["prompt.template", "'answer'"]),
+        ("train", ["evaluation.every=1", "evaluation.datasets=[]"], ["evaluation.datasets: empty"]),
+        ("evaluate", ["evaluation.datasets=[]"], ["evaluation.datasets: empty"]),
+        (
+            "evaluate",
+            ["evaluation.samples_by_dataset={tset: 2}"],
+            ["evaluation.samples_by_dataset.tset: no such data set; there are test"],
+        ),
+        ("sft", ["train.batch=64"], ["sft.jsonl: 16 rows, and train.batch takes 64"]),
+        (
+            "train",
+            ["model.megatron={num_layerz: 2}"],
+            ["model.megatron.num_layerz: TransformerConfig of megatron"],
+        ),
+        ("sft", ["model.megatron={num_layerz: 2}"], ["model.megatron.num_layerz: TransformerConfig of megatron"]),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_a_model_is_built(
+    program: str, overrides: list[str], parts: list[str], refused: Refused
+) -> None:
+    message = refused(program, *overrides)
+    assert [part for part in parts if part not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.ddp={overlap: true}", "parallel.ddp.overlap: DistributedDataParallelConfig of megatron-core has no"),
+        ("optimizer.megatron={adam: 1}", "optimizer.megatron.adam: OptimizerConfig of megatron-core has no such field"),
+    ],
+)
+def test_fields_that_megatron_lacks_are_refused_before_any_update(
+    override: str, message: str, refused: Refused
+) -> None:
+    assert message in refused("train", override, before="update")
+
+
+def test_a_run_folder_that_holds_another_configuration(task: Path, tmp_path: Path, refused: Refused) -> None:
+    with pytest.raises(WorkError):
+        refused("train")
+    folder = RunFolder(tmp_path / "runs/run")
+    folder.append_metrics(1, {"accuracy": 0.5})
+    for more in ([], ["--resume"]):
+        message = refused("train", "method.alpha=0.4", *more)
+        assert f"{folder.path}: already holds another configuration" in message
+        assert "method.alpha: there 0.1, here 0.4" in message
+    assert "pass --resume" in refused("train")
+
+
+def test_a_mistake_put_right_does_not_leave_the_folder_to_the_mistaken_configuration(
+    tmp_path: Path, refused: Refused
+) -> None:
+    refused("train", f"data.datasets.0.path={tmp_path / 'absent.jsonl'}")
+    with pytest.raises(WorkError):
+        refused("train")
+
+
+def test_a_journal_of_other_prompts_is_not_taken_for_these(tmp_path: Path) -> None:
+    """Data changed between a killed first iteration and its resume: no checkpoint knows, the journal does."""
+
+    def prompt(tokens: tuple[int, ...]) -> Prompt:
+        return Prompt("rows/1", tokens, "1+1", "2")
+
+    class Engine(LocalEngine):
+        def __init__(self) -> None: ...
+
+        def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Group]:
+            return (Group(r.prompt, [Response([7], [-0.1], "stop")], seed=r.seed) for r in requests)
+
+    ledger = Ledger(Engine(), Sampling(1.0, 1.0, 8, (7,)), samples=1, seed=0, decode=str)
+    journal = RunFolder(tmp_path).journal(1)
+    [first] = ledger.collect([Visit(0, prompt((1, 2)))], journal)
+    assert ledger.collect([Visit(0, prompt((1, 2)))], journal) == [first]
+    with pytest.raises(UserError, match=r"prompt rows/1: the journal of this iteration holds 1 responses to another"):
+        ledger.collect([Visit(0, prompt((1, 3)))], journal)
+
+
+# -- through real processes --------------------------------------------------------------------------------------------
+
+
+def launched(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.heavy
+def test_the_command_line_ends_with_2_and_no_traceback(task: Path, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(configuration("train", task)))
+    done = launched("megatron_efr.cli", "train", str(config), "method.alpha=2")
+    assert done.returncode == 2
+    assert "error: configuration: method.alpha: Input should be less than 1 (got 2" in done.stderr
+    assert "Traceback" not in done.stderr
+    config.write_text("name: [\n")
+    done = launched("megatron_efr.sft", str(config))
+    assert done.returncode == 2
+    assert f"error: {config}: not valid YAML" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.samples=3", "train.updates: 3 responses per update"),
+        ("data.datasets.0.path=absent.jsonl", "absent.jsonl: "),
+    ],
+)
+def test_two_ranks_end_together_and_the_first_says_why(override: str, message: str, task: Path, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(configuration("train", task) | {"runs": str(tmp_path / "runs")}))
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    done = launched(*torchrun, "megatron_efr.train", str(config), "rollout.prompts=2", override)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert f"error: {message}" in done.stderr
+    assert done.stderr.count("exitcode  : 2 ") >= 1
+    assert "exitcode  : 1 " not in done.stderr
+    assert "[rank" not in done.stderr, "a rank ended with a traceback"

@@ -1,0 +1,266 @@
+"""Who may import whom (design.md's table), and the house's limits on files and functions, checked on the source."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "megatron_efr"
+
+# A unit is a room (folder) or a module of the package. What is listed it may import, and itself; "weights.mapping" is
+# that module of the room alone.
+BASE = {"errors", "types", "config"}
+WEIGHTS = {"weights"}
+ENVIRONMENT = BASE | WEIGHTS | {"data", "grading", "rollout", "runfolder", "report.records"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "__init__": set(),
+    "errors": set(),
+    "types": {"errors"},
+    "config": {"errors"},
+    "kernels": BASE,
+    "grading": BASE,
+    "methods": BASE,
+    "data": BASE,
+    "weights": BASE,
+    "policy": BASE | WEIGHTS | {"kernels"},
+    "rollout": BASE | {"weights.architecture", "weights.mapping", "weights.publish"},
+    "report": BASE,
+    "observe": BASE,
+    "checkpoint": BASE,
+    "runfolder": BASE,
+    "arguments": BASE,
+    "environment": ENVIRONMENT,
+    "cli": {"arguments", "__init__"},  # it finds the programs by name, when they are asked for
+}
+PROGRAMS = {"train", "sft", "evaluate", "sweep", "report.__main__"}
+
+LINES, FUNCTION_LINES, PROGRAM_LINES = 400, 60, 150
+LONGER = {"config": 450}  # a typed section per room with every key described, and the reading of them
+PATCHES = {"policy.cpu"}  # the one module that may reach into megatron and torch
+
+
+class Module:
+    """One source file: its dotted name within the package, and its syntax tree."""
+
+    def __init__(self, path: Path, package: Path) -> None:
+        parts = path.relative_to(package).with_suffix("").parts
+        self.name = ".".join(parts)
+        self.source = path.read_text(encoding="utf-8")
+        self.tree = ast.parse(self.source)
+        self._package, self._base = package, [package.name, *parts[:-1]]
+
+    @property
+    def unit(self) -> str:
+        """The room or module that the table speaks of."""
+        return self.name if self.name in PROGRAMS else self.name.split(".")[0]
+
+    def imports(self) -> set[str]:
+        """The package's modules that are imported anywhere in the file, in functions too, relatively too."""
+        return {found for dotted in self._dotted() if (found := self._module(dotted)) is not None}
+
+    def _dotted(self) -> Iterator[list[str]]:
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                yield from (alias.name.split(".") for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                start = self._base[: len(self._base) - node.level + 1] if node.level else []
+                module = node.module.split(".") if node.module else []
+                yield from ([*start, *module, alias.name] for alias in node.names)
+
+    def _module(self, dotted: list[str]) -> str | None:
+        """The module a dotted import leads to: the longest part of it that is a file of the package."""
+        if dotted[0] != self._package.name:
+            return None
+        for length in range(len(dotted), 0, -1):
+            place = self._package.joinpath(*dotted[1:length])
+            if length > 1 and place.with_suffix(".py").is_file():
+                return ".".join(dotted[1:length])
+            if (place / "__init__.py").is_file():
+                return ".".join([*dotted[1:length], "__init__"])
+        return None
+
+
+def modules(package: Path) -> list[Module]:
+    return [Module(path, package) for path in sorted(package.rglob("*.py"))]
+
+
+def forbidden_imports(package: Path) -> list[str]:
+    """Every import that the table does not allow, as `module imports module`."""
+    found = []
+    for module in modules(package):
+        assert module.unit in MAY_IMPORT or module.unit in PROGRAMS, f"{module.name}: not in design.md's table"
+        if module.unit in PROGRAMS:
+            continue
+        for target in sorted(module.imports()):
+            room = target.split(".")[0]
+            allowed = {module.unit, *MAY_IMPORT[module.unit]}
+            if target in PROGRAMS or not {target, room} & allowed:
+                found.append(f"{module.name} imports {target}")
+    return found
+
+
+def cycles(package: Path) -> list[str]:
+    """Circles of imports, each as `a -> b -> a`. A package's __init__ and its modules are nodes of their own."""
+    graph = {module.name: module.imports() for module in modules(package)}
+    found, done = [], set()
+
+    def visit(name: str, trail: list[str]) -> None:
+        if name in trail:
+            found.append(" -> ".join([*trail[trail.index(name) :], name]))
+        elif name not in done:
+            for target in sorted(graph.get(name, ())):
+                visit(target, [*trail, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
+    return found
+
+
+def patches(module: Module) -> list[str]:
+    """Assignments to attributes of what was imported from megatron or torch: `x.y = ...`, setattr(x, ...)."""
+    imported = set()
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                source = node.module or "" if isinstance(node, ast.ImportFrom) else alias.name
+                if source.split(".")[0] in ("megatron", "torch"):
+                    imported.add((alias.asname or alias.name).split(".")[0])
+    found = []
+    for node in ast.walk(module.tree):
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.Assign | ast.Delete):
+            targets = node.targets
+        elif isinstance(node, ast.AnnAssign | ast.AugAssign):
+            targets = [node.target]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr"):
+            targets = [ast.Attribute(node.args[0], "...", ast.Store())]
+        for target in targets:
+            if isinstance(target, ast.Attribute) and _root(target) in imported:
+                found.append(f"{module.name}:{node.lineno}")
+    return found
+
+
+def _root(node: ast.expr) -> str | None:
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def long_functions(module: Module) -> list[str]:
+    functions = [node for node in ast.walk(module.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = [(node.name, (node.end_lineno or 0) - node.lineno + 1) for node in functions]
+    return [f"{module.name}.{name}: {lines} lines" for name, lines in lengths if lines > FUNCTION_LINES]
+
+
+def test_nobody_imports_whom_it_may_not() -> None:
+    assert forbidden_imports(PACKAGE) == []
+
+
+def test_imports_go_round_in_no_circle() -> None:
+    assert cycles(PACKAGE) == []
+
+
+def test_only_cpu_support_reaches_into_megatron_and_torch() -> None:
+    assert [place for module in modules(PACKAGE) if module.name not in PATCHES for place in patches(module)] == []
+
+
+def test_files_and_functions_stay_short() -> None:
+    for module in modules(PACKAGE):
+        limit = PROGRAM_LINES if module.name in PROGRAMS else LONGER.get(module.name, LINES)
+        assert len(module.source.splitlines()) <= limit, f"{module.name}: more than {limit} lines"
+        assert long_functions(module) == []
+
+
+def test_every_module_says_what_it_is_and_none_is_a_drawer() -> None:
+    found = modules(PACKAGE)
+    assert [module.name for module in found if not ast.get_docstring(module.tree)] == []
+    assert [module.name for module in found if module.name.split(".")[-1] in ("utils", "util", "helpers", "misc")] == []
+
+
+# -- the checker, on a tree that breaks the rules ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A package that keeps the rules, for tests to break."""
+    package = tmp_path / "megatron_efr"
+    for room in ("policy", "rollout", "weights", "grading"):
+        (package / room).mkdir(parents=True)
+        (package / room / "__init__.py").write_text('"""A room."""\n')
+    (package / "__init__.py").write_text('"""The package."""\n')
+    files = {
+        "errors": "",
+        "types": "from megatron_efr.errors import UserError",
+        "train": "from megatron_efr.policy.model import Model\nfrom megatron_efr.rollout import engine",
+        "policy/model": "import torch\nfrom megatron_efr.weights.folder import read\nfrom megatron_efr.types import A",
+        "weights/folder": "from megatron_efr import errors",
+        "weights/mapping": "",
+        "rollout/engine": "import megatron_efr.weights.mapping",
+        "grading/pool": "from .boxed import last_boxed",
+        "grading/boxed": "",
+    }
+    for name, text in files.items():
+        (package / f"{name}.py").write_text(f'"""A module."""\n{text}\n')
+    return package
+
+
+def test_the_checker_finds_nothing_in_a_tree_that_keeps_the_rules(tree: Path) -> None:
+    assert forbidden_imports(tree) == []
+    assert cycles(tree) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "found"),
+    [
+        ("rollout/engine", "from megatron_efr.policy.model import Model", "rollout.engine imports policy.model"),
+        ("rollout/engine", "from megatron_efr.policy import model", "rollout.engine imports policy.model"),
+        ("rollout/engine", "import megatron_efr.policy.model as m", "rollout.engine imports policy.model"),
+        ("rollout/engine", "from ..policy import model", "rollout.engine imports policy.model"),
+        ("rollout/engine", "def f():\n    from megatron_efr import policy", "rollout.engine imports policy.__init__"),
+        ("rollout/engine", "from megatron_efr.weights.folder import read", "rollout.engine imports weights.folder"),
+        ("types", "from megatron_efr.grading.boxed import last_boxed", "types imports grading.boxed"),
+        ("weights/mapping", "from megatron_efr.policy import Model", "weights.mapping imports policy.__init__"),
+        ("policy/model", "from megatron_efr.train import main", "policy.model imports train"),
+        ("grading/__init__", "from megatron_efr.rollout import engine", "grading.__init__ imports rollout.engine"),
+    ],
+)
+def test_the_checker_finds_a_forbidden_import(tree: Path, file: str, line: str, found: str) -> None:
+    path = tree / f"{file}.py"
+    path.write_text(path.read_text() + line + "\n")
+    assert forbidden_imports(tree) == [found]
+
+
+def test_the_checker_finds_a_circle_even_through_a_function(tree: Path) -> None:
+    (tree / "grading/boxed.py").write_text('"""A module."""\ndef f():\n    from megatron_efr.grading import pool\n')
+    assert cycles(tree) == ["grading.boxed -> grading.pool -> grading.boxed"]
+
+
+def test_the_checker_refuses_a_module_that_the_table_does_not_know(tree: Path) -> None:
+    (tree / "novelty.py").write_text('"""New."""\n')
+    with pytest.raises(AssertionError, match="novelty: not in design"):
+        forbidden_imports(tree)
+
+
+@pytest.mark.parametrize(
+    ("code", "count"),
+    [
+        ("import torch\ntorch.cuda.synchronize = None", 1),
+        ("from megatron.core import parallel_state as state\nstate.x = 1", 1),
+        ("from torch import Tensor\nsetattr(Tensor, 'cuda', None)", 1),
+        ("import megatron.core.optimizer\ndel megatron.core.optimizer.torch", 1),
+        ("import torch.nn.functional as F\nF.silu: object = None\nF.silu += 1", 2),
+        ("import torch\nx = torch.zeros(1)\nx.y = 1\nself = object()\nself.torch = torch\nnumpy.z = 1", 0),
+    ],
+)
+def test_the_checker_finds_patches(tree: Path, code: str, count: int) -> None:
+    (tree / "policy/model.py").write_text(code)
+    assert len(patches(Module(tree / "policy/model.py", tree))) == count
+
+
+def test_the_checker_finds_a_long_function(tree: Path) -> None:
+    (tree / "types.py").write_text("def short():\n    pass\n\ndef long():\n" + "    pass\n" * FUNCTION_LINES)
+    assert long_functions(Module(tree / "types.py", tree)) == [f"types.long: {FUNCTION_LINES + 1} lines"]
