@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,15 +14,9 @@ import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import torch as torch_format
 
-from megatron_efr.types import UserError
+from megatron_efr.manifest import STATE, CheckpointError, sync_folder, verify, write_manifest, write_synced
 
-MANIFEST = "manifest.json"
-STATE = "state.json"
 LATEST = "latest"
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be written or read; the message names it and what is wrong."""
 
 
 class World(Protocol):
@@ -96,12 +89,12 @@ class Checkpoints:
 
     def _finish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
         (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        _write_manifest(partial)
+        write_manifest(partial)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         verify(final)
-        _write_synced(self.folder / LATEST, final.name)
+        write_synced(self.folder / LATEST, final.name)
         complete = _complete(self.folder)
         count = complete.index(final) + 1
         # a later one did not verify when this run resumed, and must neither count nor come back
@@ -138,65 +131,7 @@ def name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def verify(path: Path) -> None:
-    """Compare every file's size and checksum with the manifest; CheckpointError names the first that differs."""
-    manifest = path / MANIFEST
-    if not manifest.is_file():
-        raise CheckpointError(f"{path}: no {MANIFEST}: the save was interrupted")
-    try:
-        listed = json.loads(manifest.read_text(encoding="utf-8"))
-        entries = {file: (entry["bytes"], entry["sha256"]) for file, entry in listed.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{manifest}: not readable: {error}") from error
-    for file, (size, checksum) in entries.items():
-        try:
-            _verify_file(path / file, size, checksum)
-        except OSError as error:
-            raise CheckpointError(f"{path / file}: not readable: {error}") from error
-
-
-def _verify_file(member: Path, size: int, checksum: str) -> None:
-    if not member.is_file():
-        raise CheckpointError(f"{member}: missing")
-    if member.stat().st_size != size:
-        raise CheckpointError(f"{member}: {member.stat().st_size} bytes, {size} were written")
-    if _sha256(member) != checksum:
-        raise CheckpointError(f"{member}: its content is not what was written (SHA-256 differs)")
-
-
-def _write_manifest(folder: Path) -> None:
-    entries = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        entries[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    _write_synced(folder / MANIFEST, json.dumps(entries, indent=1))
-
-
 def _complete(folder: Path) -> list[Path]:
     """Checkpoints that were renamed into place, oldest first."""
     numbered = [path for path in folder.glob("step_*") if path.is_dir() and path.name.removeprefix("step_").isdigit()]
     return sorted(numbered, key=lambda path: int(path.name.removeprefix("step_")))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let a rename within `folder` outlive the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

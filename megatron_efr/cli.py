@@ -14,6 +14,8 @@ PROGRAMS = {
     "evaluate": "accuracy and tokens of a model folder",
     "sweep": "a family: train, evaluate and report one run per value of a key",
     "report": "the HTML page of a run folder",
+    "convert": "Hugging Face folder to Megatron checkpoint, and back",
+    "inspect": "what is in a checkpoint, and whether it verifies",
 }
 
 
@@ -32,7 +34,7 @@ def main() -> None:
         sys.exit(f"efr: no program {name!r}; there are: {', '.join(PROGRAMS)}")
 
 
-_MODULES = {"report": "report.__main__"}
+_MODULES = {"report": "report.__main__", "inspect": "inspect_checkpoint"}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
 def make_family_folder(
     folder: Path, family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> Path:
-    """A model of 2 layers and 61 tokens, hidden 64, 4 heads, 2 KV heads unless the family or `changes` say otherwise."""
+    """2 layers, 61 tokens, hidden 64, 4 heads, 2 KV heads, unless the family or `changes` say otherwise."""
     kind, fields = FAMILIES[family]
     sizes = {
         "vocab_size": 61, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -109,6 +109,7 @@ _READ = {
 _NEUTRAL = {
     "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype", "transformers_version",
     "use_cache", "_name_or_path", "return_dict", "max_window_layers", "router_aux_loss_coef", "output_router_logits",
+    "chunk_size_feed_forward", "id2label", "label2id",  # in every configuration that transformers turns into a dict
 }  # fmt: skip
 # Fields with one value under which the model is the one that is built here.
 _FIXED: dict[str, Any] = {

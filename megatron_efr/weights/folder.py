@@ -21,6 +21,7 @@ from megatron_efr.weights.mapping import WeightMapping
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class TensorSource(ABC):
@@ -56,6 +57,14 @@ class FolderWeights(TensorSource):
     def __getitem__(self, name: str) -> torch.Tensor:
         with safe_open(self._files[name], framework="pt") as file:
             return file.get_tensor(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored type of a tensor, from the file's header; ConfigError for one that weights do not have."""
+        with safe_open(self._files[name], framework="pt") as file:
+            stored = file.get_slice(name).get_dtype()
+        if stored not in _DTYPES:
+            raise ConfigError(f"{self._files[name]}: {name} is stored as {stored}; supported: {', '.join(_DTYPES)}")
+        return _DTYPES[stored]
 
     def _check(self, expected: dict[str, tuple[int, ...]]) -> None:
         missing = sorted(expected.keys() - self._files.keys())
@@ -117,37 +126,55 @@ def save_folder(
 ) -> None:
     """Write `tensors` (Hugging Face names, whole) as a model folder, with everything but the weights from `template`.
 
+    config.json names the tensors' type where the template's was another: transformers loads in the type it finds there.
     Complete or absent: the folder is built beside its place and moved there. At most one shard is held in memory.
     """
     destination = Path(destination)
     partial = destination.with_name(destination.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for path in Path(template).iterdir():
-        if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".pt")):
-            shutil.copy(path, partial / path.name)
-    _write_shards(partial, tensors, shard_bytes)
+    copy_all_but_weights(Path(template), partial)
+    _name_dtype(partial / "config.json", _write_shards(partial, tensors, shard_bytes))
     if destination.exists():
         shutil.rmtree(destination)
     os.replace(partial, destination)
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int) -> None:
+def copy_all_but_weights(source: Path, destination: Path) -> None:
+    """Copy a model folder's configuration, tokenizer and other files beside its weights."""
+    for path in source.iterdir():
+        if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".pt")):
+            shutil.copy(path, destination / path.name)
+
+
+def _name_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
+    raw = json.loads(config.read_text(encoding="utf-8"))
+    key = "torch_dtype" if "torch_dtype" in raw else "dtype"
+    names = {str(dtype).removeprefix("torch.") for dtype in dtypes}
+    if len(names) == 1 and raw.get(key) not in names:
+        config.write_text(json.dumps(raw | {key: names.pop()}, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int) -> set[torch.dtype]:
+    """Write the safetensors, and their index where there are several; returns the types that occur."""
     shards: list[list[str]] = []
+    dtypes: set[torch.dtype] = set()
     total = 0
     for shard in _batches(tensors, shard_bytes):
         save_file(shard, folder / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
         total += sum(tensor.nbytes for tensor in shard.values())
+        dtypes |= {tensor.dtype for tensor in shard.values()}
         shards.append(list(shard))
     if len(shards) == 1:
         os.rename(folder / "shard-0.safetensors", folder / _SINGLE)
-        return
+        return dtypes
     index: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         os.rename(folder / f"shard-{number}.safetensors", folder / file)
         index |= dict.fromkeys(names, file)
     (folder / _INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1))
+    return dtypes
 
 
 def _batches(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -125,7 +126,7 @@ class WeightMapping:
             raise ConfigError(f"parallel.tensor: {ranks} ranks do not divide the model's {a.heads} attention heads")
         if a.kv_heads % ranks and ranks % a.kv_heads:
             raise ConfigError(
-                f"parallel.tensor: {ranks} must divide the model's {a.kv_heads} key-value heads, or be a multiple"
+                f"parallel.tensor: {ranks} must divide the {a.kv_heads} key-value heads of the model, or be a multiple"
             )
         if (a.heads + 2 * a.kv_heads) * a.head_dim % ranks:
             rows = (a.heads + 2 * a.kv_heads) * a.head_dim
@@ -206,6 +207,10 @@ class WeightMapping:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every Hugging Face tensor of the model and its shape."""
+        return dict(self._shapes)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
         a = self.architecture
         q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
         ffn = a.experts.ffn if a.experts else a.ffn
@@ -229,6 +234,16 @@ class WeightMapping:
         }
         names = [name for row in self._table() for name in row.hugging_face]
         return {name: next(s for suffix, s in by_suffix.items() if name.endswith(suffix)) for name in names}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole shape of Megatron parameter `name`, over all tensor-parallel ranks; not of grouped experts."""
+        row, shapes = self._row(name), self._shapes
+        rows = self.padded_vocab if row.split == "vocab" else sum(shapes[source][0] for source in row.hugging_face)
+        return (rows, *shapes[row.hugging_face[0]][1:])
+
+    def split(self, name: str) -> Split:
+        """How parameter `name` is made up and split."""
+        return self._row(name).split
 
     def to_megatron(self, name: str, tensors: Mapping[str, torch.Tensor], rank: int) -> torch.Tensor:
         """Tensor-parallel rank `rank`'s shard of parameter `name`, from whole Hugging Face tensors."""

@@ -40,8 +40,10 @@ def test_shards_put_together_are_the_folder(family: str, dtype: torch.dtype, ran
             assert len({shard.shape for shard in shards}) == 1, name
             seen |= dict(mapping.to_hugging_face(name, shards))
         on_disk = load_file(path / "model.safetensors")
-        assert seen.keys() == mapping.shapes().keys() == on_disk.keys() - (
-            {"lm_head.weight"} if architecture.tied else set()
+        assert (
+            seen.keys()
+            == mapping.shapes().keys()
+            == on_disk.keys() - ({"lm_head.weight"} if architecture.tied else set())
         )
         assert all(seen[name].dtype == dtype and torch.equal(seen[name], on_disk[name]) for name in seen)
 
@@ -166,10 +168,19 @@ def test_config_facts_of_published_models() -> None:
     assert moe.experts == Experts(count=8, per_token=2, ffn=32, normalized=True)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_configurations_are_known(family: str) -> None:
+    kind, fields = FAMILIES[family]
+    assert Architecture.from_config(kind(**fields).to_dict()).layers == kind(**fields).num_hidden_layers
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (config("mistral", sliding_window=4096), "sliding_window 4096 is not supported; supported: null: sliding-window"),
+        (
+            config("mistral", sliding_window=4096),
+            "sliding_window 4096 is not supported; supported: null: sliding-window",
+        ),
         ({k: v for k, v in config("mistral").items() if k != "sliding_window"}, "sliding_window is missing"),
         (config("qwen3", layer_types=["sliding_attention", "full_attention"]), "layer_types"),
         (config("llama", rope_scaling={"type": "yarn", "factor": 4.0}), "rope_type 'yarn' is not supported"),
@@ -205,8 +216,8 @@ def test_what_would_be_computed_wrong_is_refused(raw: dict[str, Any], message: s
     [
         ({}, {"tensor_ranks": 8}, "parallel.tensor: 8 ranks do not divide the model's 4 attention heads"),
         ({"num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 16}, {"tensor_ranks": 4},
-         "parallel.tensor: 4 must divide the model's 6 key-value heads or be a multiple of them"),
-        ({"intermediate_size": 97}, {"tensor_ranks": 2}, "parallel.tensor: 2 ranks do not divide the model's MLP width"),
+         "parallel.tensor: 4 must divide the 6 key-value heads of the model, or be a multiple"),
+        ({"intermediate_size": 97}, {"tensor_ranks": 2}, "parallel.tensor: 2 ranks do not divide the model's MLP"),
         ({}, {"expert_ranks": 3}, None),
     ],
 )  # fmt: skip

@@ -1,0 +1,191 @@
+"""`efr convert`: between Hugging Face model folders and Megatron checkpoints, one tensor in memory at a time.
+
+A Megatron checkpoint loads under any layout, so there is no flag for one. Converting takes one process, no GPU, and
+neither Megatron nor Triton; comparing logits (`--verify`) builds both models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_efr import arguments
+from megatron_efr.errors import UserError
+from megatron_efr.manifest import STATE, sync_folder, verify, write_manifest, write_synced
+from megatron_efr.weights import torch_dist
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.folder import FolderWeights, copy_all_but_weights, fingerprint, save_folder
+
+SHARD_BYTES = 2**29  # of the safetensors that are written: one is held in memory
+TOLERANCE = 1e-4  # of the log-probs of both models in float32
+HUGGING_FACE = "hugging_face"  # within a converted checkpoint: the folder it came from, without its weights
+
+
+def hf_to_megatron(source: Path, destination: Path) -> None:
+    """Write a Hugging Face folder as the Megatron checkpoint of step 0, complete or absent.
+
+    Beside the weights it holds what a run's checkpoint holds, manifest included, and the folder's other files.
+    """
+    _refuse_existing(destination)
+    architecture = Architecture.from_folder(source)
+    weights = FolderWeights(source, architecture)
+    partial = destination.with_name(destination.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / HUGGING_FACE).mkdir(parents=True)
+    torch_dist.write(partial, weights, architecture)
+    copy_all_but_weights(source, partial / HUGGING_FACE)
+    state = {"step": 0, "initial_model": {"path": str(source), "sha256": fingerprint(source)}}
+    write_synced(partial / STATE, json.dumps(state, indent=1))
+    write_manifest(partial)
+    os.rename(partial, destination)
+    sync_folder(destination.parent)
+
+
+def megatron_to_hf(source: Path, destination: Path, template: Path | None = None) -> None:
+    """Write a Megatron checkpoint, a run's or a converted one, as a Hugging Face folder, complete or absent.
+
+    Configuration and tokenizer come from `template`, by default the model that the checkpoint was made from.
+    """
+    _refuse_existing(destination)
+    verify(source)
+    template = template or find_template(source)
+    weights = torch_dist.CheckpointWeights(source, Architecture.from_folder(template))
+    save_folder(destination, weights.items(), template, shard_bytes=SHARD_BYTES)
+
+
+def find_template(checkpoint: Path) -> Path:
+    """The Hugging Face folder that a checkpoint was made from; UserError where it is not to be found."""
+    if (checkpoint / HUGGING_FACE).is_dir():
+        return checkpoint / HUGGING_FACE
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    path = Path(state["initial_model"]["path"])
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{checkpoint}: was trained from {path}, which is not there; name a folder with its config.json and "
+            "tokenizer: --template HF_FOLDER"
+        )
+    return path
+
+
+def compare_bytes(folder: Path, checkpoint: Path) -> int:
+    """Convert every tensor both ways and compare the bytes; UserError names the first that differs.
+
+    Returns how many Hugging Face tensors there are. Memory: one tensor at a time.
+    """
+    architecture = Architecture.from_folder(folder)
+    there, here = FolderWeights(folder, architecture), torch_dist.CheckpointWeights(checkpoint, architecture)
+    mapping = here.mapping
+    for name in mapping.parameters():
+        parameter = here.parameter(name)
+        sources = {source: there[source] for source in mapping.sources(name)}
+        forth = mapping.to_megatron(name, sources, 0)[: len(parameter)]  # the checkpoint's without the padding
+        if not _same_bytes(forth, parameter):
+            raise UserError(f"{checkpoint}: {name} is not what {folder} holds in {', '.join(sources)}")
+        for source, tensor in mapping.to_hugging_face(name, [parameter]):
+            if not _same_bytes(tensor, sources[source]):
+                raise UserError(f"{folder}: {source} is not what {checkpoint} holds in {name}")
+    return len(there.shapes)
+
+
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def compare_logits(folder: Path, checkpoint: Path, tokens: int = 48) -> float:
+    """The largest difference between log-probs of random tokens, both models in float32.
+
+    transformers reads the folder; Megatron reads the checkpoint, through its own loader. Both whole models are built.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.utils import unwrap_model
+    from transformers import AutoModelForCausalLM
+
+    from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
+    from megatron_efr.policy import Policy, launched
+    from megatron_efr.types import Sequence
+
+    vocab = Architecture.from_folder(folder).vocab
+    ids = torch.randint(vocab, (4, tokens), generator=torch.Generator().manual_seed(0)).tolist()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = torch.log_softmax(model(torch.tensor(ids)).logits[:, :-1], -1)
+    wanted = logits.gather(2, torch.tensor(ids)[:, 1:, None])[..., 0]
+    del model
+    with launched(ParallelConfig(), seed=0) as ranks:
+        start = ModelConfig(path=str(folder), init="random")  # not the folder's weights: the checkpoint's are loaded
+        policy = Policy(start, ParallelConfig(), OptimizerConfig(lr=1e-6), ranks, updates=1, seed=0)
+        parts: Any = unwrap_model(policy.chunks[0])
+        loaded: Any = dist_checkpointing.load({"model0": parts.sharded_state_dict()}, str(checkpoint))
+        parts.load_state_dict(loaded["model0"])
+        sequences = [Sequence(row, 1, 0.0, [0.0] * (tokens - 1)) for row in ids]
+        batches = policy.pack_update(sequences, list(range(len(ids))), 4 * tokens, "sequence")
+        found = torch.empty_like(wanted)
+        for batch, logprobs in zip(batches, policy.logprobs(batches), strict=True):
+            for i, part in zip(batch.indices, logprobs.cpu().split(batch.row_lengths), strict=True):
+                found[i] = part
+    return float((found - wanted).abs().max())
+
+
+def _refuse_existing(destination: Path) -> None:
+    if destination.exists():
+        raise UserError(f"{destination}: exists already; name another, or remove it")
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="efr convert", description=str(__doc__).partition(": ")[2])
+    directions = made.add_subparsers(dest="direction", required=True)
+    for name, text in {
+        "hf-to-megatron": "a Hugging Face folder to a Megatron checkpoint",
+        "megatron-to-hf": "a Megatron checkpoint (a run's, or a converted one) to a Hugging Face folder",
+    }.items():
+        direction = directions.add_parser(name, help=text, description=text)
+        direction.add_argument("source", type=Path, metavar="SRC")
+        direction.add_argument("destination", type=Path, metavar="DST")
+        direction.add_argument("--verify-bytes", action="store_true", help="convert back and compare every byte")
+        direction.add_argument(
+            "--verify", action="store_true", help="also compare log-probs with transformers; builds both models"
+        )
+        if name == "megatron-to-hf":
+            direction.add_argument(
+                "--template", type=Path, metavar="HF_FOLDER", help="configuration and tokenizer, if not the start's"
+            )
+    return made
+
+
+def main(argv: SequenceOf[str] | None = None) -> None:
+    """Command line of `efr convert`."""
+    given = _parser().parse_args(argv)
+    began = time.perf_counter()
+    forth = given.direction == "hf-to-megatron"
+    folder, checkpoint = (given.source, given.destination) if forth else (given.destination, given.source)
+    try:
+        if forth:
+            hf_to_megatron(folder, checkpoint)
+        else:
+            megatron_to_hf(checkpoint, folder, given.template)
+    except OSError as error:
+        raise UserError(f"{given.source} to {given.destination}: cannot be read or written: {error}") from error
+    print(f"{given.destination}: written in {time.perf_counter() - began:.1f} s")
+    if given.verify or given.verify_bytes:
+        print(f"{compare_bytes(folder, checkpoint)} tensors converted both ways: every byte is the same")
+    if given.verify:
+        worst = compare_logits(folder, checkpoint)
+        if not worst <= TOLERANCE:
+            raise UserError(f"{folder} and {checkpoint}: log-probs differ by up to {worst:.1e}, above {TOLERANCE:.0e}")
+        print(f"log-probs of random tokens differ by at most {worst:.1e} between transformers and Megatron, in float32")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    arguments.run(main)
