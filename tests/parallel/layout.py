@@ -84,6 +84,8 @@ def train(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks, optim
         del result["metrics"][-1]["imbalance"]  # the split's own
         if "gradients" not in result:
             result["gradients"] = {name: tensor.clone() for name, tensor in policy.named_gradients()}
+    # what storing a weight in fp32 once may take from its change
+    result["rounding"] = {name: float(tensor.norm()) * 2.0**-24 for name, tensor in before.items()}
     result["change"] = {name: tensor - before[name] for name, tensor in policy.named_weights()}
     return result
 
