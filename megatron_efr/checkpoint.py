@@ -116,7 +116,7 @@ class Checkpoints:
                 print(f"checkpoint set aside: {error}", file=sys.stderr, flush=True)
             else:
                 if not (latest := self.folder / LATEST).exists() or latest.read_text(encoding="utf-8") != path.name:
-                    _write_synced(latest, path.name)
+                    write_synced(latest, path.name)
                 return path
         return None
 

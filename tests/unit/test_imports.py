@@ -29,7 +29,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout": BASE | {"weights.architecture", "weights.mapping", "weights.publish"},
     "report": BASE,
     "observe": BASE,
-    "checkpoint": BASE,
+    "manifest": BASE,
+    "checkpoint": BASE | {"manifest"},
+    "convert": BASE | WEIGHTS | {"arguments", "manifest", "policy"},  # policy to compare logits, when that is asked for
+    "inspect_checkpoint": BASE | {"arguments", "manifest", "weights.torch_dist"},
     "runfolder": BASE,
     "arguments": BASE,
     "environment": ENVIRONMENT,
