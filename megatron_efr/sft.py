@@ -9,7 +9,8 @@ import numpy as np
 
 from megatron_efr import arguments
 from megatron_efr.checkpoint import Checkpoints
-from megatron_efr.config import ConfigError, SftConfig, dump
+from megatron_efr.config import ConfigError, SftConfig
+from megatron_efr.configfile import dump
 from megatron_efr.data.prompts import load_tokenizer
 from megatron_efr.data.sft import load_sft
 from megatron_efr.observe import Observer

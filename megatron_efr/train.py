@@ -11,7 +11,8 @@ from typing import Any
 
 from megatron_efr import arguments, methods
 from megatron_efr.checkpoint import Checkpoints
-from megatron_efr.config import TrainConfig, dump
+from megatron_efr.config import TrainConfig
+from megatron_efr.configfile import dump
 from megatron_efr.environment import Environment
 from megatron_efr.grading.groups import grade_groups
 from megatron_efr.methods.token_advantages import fill_token_advantages

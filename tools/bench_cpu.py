@@ -132,7 +132,8 @@ def peak_mib() -> float:
 
 def configuration(settings: Settings, folder: Path, turns: int) -> Any:
     """The quickstart's own configuration, alpha 0 as TRL's reward is, with the sizes of `settings`."""
-    from megatron_efr.config import TrainConfig, load
+    from megatron_efr.config import TrainConfig
+    from megatron_efr.configfile import load
 
     overrides = {
         "runs": folder,

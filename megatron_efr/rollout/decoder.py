@@ -9,8 +9,10 @@ length, rounded up, only beside others of that length. All else is row-wise.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +33,17 @@ PREFILL_TOKENS = 4096  # padded tokens of one prefill: bounds its activations
 def round_up(number: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `number`."""
     return -(-number // multiple) * multiple
+
+
+def decodable(model: str | Path | Mapping[str, Any] | Architecture) -> Architecture:
+    """What `model` says of itself; UserError where the decoder knows no such model, before any weight is made."""
+    if isinstance(model, Mapping):
+        found = Architecture.from_config(dict(model))
+    else:
+        found = model if isinstance(model, Architecture) else Architecture.from_folder(model)
+    if found.model_type != "qwen2":
+        raise UserError(f"rollout.engine: local decodes qwen2 models only; model.path is a {found.model_type}")
+    return found
 
 
 class Cache:
@@ -98,8 +111,6 @@ class Decoder:
 
     def __init__(self, architecture: Architecture, device: torch.device, dtype: torch.dtype) -> None:
         a = self.architecture = architecture
-        if a.model_type != "qwen2":
-            raise UserError(f"rollout.engine: local decodes qwen2 models only; model.path is a {a.model_type}")
         self.device, self.dtype = device, dtype
         self._targets: dict[str, torch.Tensor] = {}  # Hugging Face name -> where its values live in our tensors
         self._shapes = WeightMapping(a).shapes()

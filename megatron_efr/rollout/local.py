@@ -23,7 +23,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from megatron_efr.rollout.decoder import CHUNK, ROWS, Cache, Decoder, round_up
+from megatron_efr.rollout.decoder import CHUNK, ROWS, Cache, Decoder, decodable, round_up
 from megatron_efr.rollout.requests import check_request, check_sampling
 from megatron_efr.rollout.sampling import draw, uniforms
 from megatron_efr.types import Finish, Group, Request, Response, Sampling, VersionSpan
@@ -48,7 +48,7 @@ class LocalEngine:
     ) -> None:
         if slots < 1:
             raise ValueError(f"slots: {slots} responses at once; at least 1 is needed")
-        self.architecture = _architecture(model)
+        self.architecture = decodable(model)
         self.slots = slots
         self.device, self.dtype = torch.device(device), dtype
         self._decoder: Decoder | None = None
@@ -389,9 +389,3 @@ class _Stream(Iterator[Group]):
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._engine.device)
-
-
-def _architecture(model: str | Path | Mapping[str, Any] | Architecture) -> Architecture:
-    if isinstance(model, Architecture):
-        return model
-    return Architecture.from_config(dict(model)) if isinstance(model, Mapping) else Architecture.from_folder(model)

@@ -16,7 +16,8 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_efr import checkpoint
-from megatron_efr.checkpoint import LATEST, MANIFEST, STATE, CheckpointError, Checkpoints, name, verify
+from megatron_efr.checkpoint import LATEST, Checkpoints, name
+from megatron_efr.manifest import MANIFEST, STATE, CheckpointError, verify
 from megatron_efr.policy.ranks import Ranks
 
 STEP = {"step": 1, "method": {"mean": 0.1 + 0.2}, "stream": None}
@@ -189,13 +190,13 @@ def test_latest_moves_only_after_the_checkpoint_verified(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     older = checkpoints.save(2, weights(2.0), STEP)
-    write = checkpoint._write_manifest
+    write = checkpoint.write_manifest
 
     def rots(folder: Path) -> None:
         write(folder)
         damage_flipped(folder / STATE)
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", rots)
+    monkeypatch.setattr(checkpoint, "write_manifest", rots)
     with pytest.raises(CheckpointError, match=rf"{STATE}: its content is not what was written"):
         checkpoints.save(4, weights(4.0), STEP)
     assert latest(checkpoints) == older.name

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_efr.config import ConfigError, EvaluateConfig, SftConfig, TrainConfig, dump, load
+from megatron_efr.config import ConfigError, EvaluateConfig, SftConfig, TrainConfig
+from megatron_efr.configfile import dump, load
 
 MINIMAL: dict[str, Any] = {
     "name": "a",

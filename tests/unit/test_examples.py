@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_efr.config import EvaluateConfig, SftConfig, TrainConfig, dump, load
+from megatron_efr.config import EvaluateConfig, SftConfig, TrainConfig
+from megatron_efr.configfile import dump, load
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(EXAMPLES.rglob("*.yaml"))

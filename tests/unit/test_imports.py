@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_efr"
 
 # A unit is a room (folder) or a module of the package. What is listed it may import, and itself; "weights.mapping" is
 # that module of the room alone.
-BASE = {"errors", "types", "config"}
+BASE = {"errors", "types", "config", "configfile"}
 WEIGHTS = {"weights"}
 ENVIRONMENT = BASE | WEIGHTS | {"data", "grading", "rollout", "runfolder", "report.records"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "types": {"errors"},
     "config": {"errors"},
+    "configfile": {"errors", "config"},
     "kernels": BASE,
     "grading": BASE,
     "methods": BASE,
@@ -41,7 +42,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 PROGRAMS = {"train", "sft", "evaluate", "sweep", "report.__main__"}
 
 LINES, FUNCTION_LINES, PROGRAM_LINES = 400, 60, 150
-LONGER = {"config": 450}  # a typed section per room with every key described, and the reading of them
 PATCHES = {"policy.cpu"}  # the one module that may reach into megatron and torch
 
 
@@ -173,7 +173,7 @@ def test_only_cpu_support_reaches_into_megatron_and_torch() -> None:
 
 def test_files_and_functions_stay_short() -> None:
     for module in modules(PACKAGE):
-        limit = PROGRAM_LINES if module.name in PROGRAMS else LONGER.get(module.name, LINES)
+        limit = PROGRAM_LINES if module.name in PROGRAMS else LINES
         assert len(module.source.splitlines()) <= limit, f"{module.name}: more than {limit} lines"
         assert long_functions(module) == []
 
