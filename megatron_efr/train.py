@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_efr import arguments, methods
 from megatron_efr.checkpoint import Checkpoints
@@ -71,7 +70,7 @@ class Run:
                         self.save(step)
         self.policy.save_folder(self.folder.model)
 
-    def iterate(self, step: int, observer: Observer) -> dict[str, Any]:
+    def iterate(self, step: int, observer: Observer) -> dict[str, float]:
         """prompts -> rollouts -> grades -> rewards -> advantages -> packed micro-batches -> log-probs -> updates."""
         config, policy = self.config, self.policy
         with observer.phase("rollout"):

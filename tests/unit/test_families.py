@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.errors import UserError
 from megatron_efr.policy import Policy, Ranks
-from megatron_efr.rollout.decoder import Decoder
+from megatron_efr.rollout.local import LocalEngine
 from megatron_efr.weights.architecture import Architecture, Experts
 from megatron_efr.weights.folder import FolderWeights
 from megatron_efr.weights.mapping import WeightMapping
@@ -232,4 +232,4 @@ def test_splits_that_do_not_divide_are_refused(changes: dict[str, Any], split: d
 
 def test_the_embedded_engine_names_what_it_cannot_decode() -> None:
     with pytest.raises(UserError, match=r"rollout\.engine: local decodes qwen2 models only; model.path is a qwen3"):
-        Decoder(Architecture.from_config(config("qwen3")), torch.device("cpu"), torch.float32)
+        LocalEngine(config("qwen3"), slots=1)
