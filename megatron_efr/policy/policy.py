@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from megatron_efr.kernels import linear_logprob
+from megatron_efr.kernels import Backend, choose_backend, linear_logprob
 from megatron_efr.policy.layers import packed_sequences
 from megatron_efr.policy.loss import Loss
 from megatron_efr.policy.model import PolicyModel, build_chunks, transformer_config
@@ -53,6 +53,10 @@ class Policy:
         self.architecture = Architecture.from_folder(model.path)
         self.config = transformer_config(model, self.architecture, parallel)
         self.temperature = temperature
+        self._kernels: Backend
+        self._kernels, reason = choose_backend(model.kernels)
+        if ranks.is_main:
+            print(f"kernels: {self._kernels} ({reason})", flush=True)
         self.chunks = build_chunks(self.config, self.architecture, parallel, model.layers, ranks.device)
         self._pack_multiple = parallel.tensor if parallel.sequence else 1
         self.parameters = Parameters(self.chunks, WeightMapping(self.architecture, parallel.tensor), ranks)
@@ -209,6 +213,7 @@ class Policy:
             temperature=self.temperature,
             true_vocab=self.architecture.vocab,
             tp_group=self.ranks.tensor_group if self.ranks.tensor_ranks > 1 else None,
+            backend=self._kernels,
         )
         return logprobs
 
