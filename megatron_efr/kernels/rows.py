@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -69,9 +69,20 @@ class PolicyRows:
     engine: torch.Tensor | None = None
 
     def __getitem__(self, rows: slice) -> PolicyRows:
-        reference = None if self.reference is None else self.reference[rows]
-        engine = None if self.engine is None else self.engine[rows]
-        return PolicyRows(self.old[rows], self.advantages[rows], self.weights[rows], reference, engine)
+        return self._each(lambda part: part[rows])
+
+    def plain(self) -> PolicyRows:
+        """Contiguous fp32, without history: what a kernel reads."""
+        return self._each(lambda part: part.detach().float().contiguous())
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PolicyRows:
+        return PolicyRows(
+            change(self.old),
+            change(self.advantages),
+            change(self.weights),
+            None if self.reference is None else change(self.reference),
+            None if self.engine is None else change(self.engine),
+        )
 
 
 class RowKernels(Protocol):
