@@ -133,7 +133,9 @@ def test_offsets(offset: float) -> None:
 def test_rows_of_any_dtype_and_stride(dtype: torch.dtype) -> None:
     wide = torch.randn(5, 90, device=DEVICE).to(dtype)
     logits, local = wide[:, :70], torch.tensor([0, 3, -1, 59, 20], device=DEVICE)
-    mine = merge(triton_rows.statistics(logits, local, 60, 0.7, True), local, True, None)
+    statistics = triton_rows.statistics(logits, local, 60, 0.7, True)
+    assert statistics.target[2] == 0.0, "nothing is read for a target of another rank"
+    mine = merge(statistics, local, True, None)
     log_probs = torch.log_softmax(logits[:, :60].double() * 0.7, -1)
     owned = local >= 0
     assert largest(mine.logprob[owned], log_probs.gather(1, local.clamp(min=0)[:, None])[:, 0][owned]) <= 1e-5
