@@ -31,6 +31,9 @@ class ModelConfig(Section):
     layers: Literal["auto", "local", "transformer_engine"] = Field(
         default="auto", description="auto takes Transformer Engine's layers where they import and CUDA is present"
     )
+    kernels: Literal["auto", "triton", "torch"] = Field(
+        default="auto", description="the log-prob head's: auto takes Triton's where it imports and CUDA is present"
+    )
     megatron: dict[str, Any] = Field(default_factory=dict, description="any field of Megatron's TransformerConfig")
 
 

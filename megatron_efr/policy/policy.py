@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from megatron_efr.kernels import linear_logprob
+from megatron_efr.kernels import Backend, choose_backend, linear_logprob
 from megatron_efr.policy import context
 from megatron_efr.policy.fit import check_fit
 from megatron_efr.policy.layers import packed_sequences
@@ -57,6 +57,10 @@ class Policy:
         self.config = transformer_config(model, self.architecture, parallel)
         self.temperature = temperature
         self._flops = sequence_flops(self.architecture)
+        self._kernels: Backend
+        self._kernels, reason = choose_backend(model.kernels)
+        if ranks.is_main:
+            print(f"kernels: {self._kernels} ({reason})", flush=True)
         self.chunks = build_chunks(self.config, self.architecture, parallel, model.layers, ranks.device)
         # each sequence divides into 2 chunks per context rank, a context rank's slice over the sequence-parallel ones
         self._sequence_multiple = 2 * parallel.context if parallel.context > 1 else 1
@@ -241,6 +245,7 @@ class Policy:
             temperature=self.temperature,
             true_vocab=self.architecture.vocab,
             tp_group=self.ranks.tensor_group if self.ranks.tensor_ranks > 1 else None,
+            backend=self._kernels,
         )
         return logprobs
 

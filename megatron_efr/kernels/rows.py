@@ -1,0 +1,165 @@
+"""What the row kernels exchange: statistics of rows of logits, their merge over ranks, the terms of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+
+FIGURES = ("loss", "clip_fraction", "kl_to_old", "kl_to_reference", "entropy", "importance", "ratio_max")
+"""Rows of what `policy_rows` measures; each a term per token, weighted, but for the last, which is the plain ratio."""
+
+
+class Statistics(NamedTuple):
+    """Of z = logits / temperature over this rank's columns of the true vocabulary; each fp32 [rows].
+
+    `moment` is meaningless where entropy was not asked for. Sums are taken relative to `peak`, and so exact for logits
+    of any offset. A rank without a column of the true vocabulary has peak -inf and total 0.
+    """
+
+    peak: torch.Tensor  # max z
+    total: torch.Tensor  # sum exp(z - peak)
+    moment: torch.Tensor  # sum (z - peak) exp(z - peak)
+    target: torch.Tensor  # z of the target, where this rank has it
+
+
+class Softmax(NamedTuple):
+    """Of rows over the whole vocabulary; each fp32 [rows]."""
+
+    peak: torch.Tensor
+    log_total: torch.Tensor  # log sum exp(z - peak): log p = (z - peak) - log_total
+    logprob: torch.Tensor  # of the target
+    entropy: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyTerms:
+    """The policy loss of one token, times its weight:
+
+        - c min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) + beta KL - bonus entropy
+
+    ratio = pi / pi_old (Schulman et al. 2017, eq. 7); c = min(pi_old / pi_engine, cap), 1 without a cap (truncated
+    importance sampling, Yao et al. 2025). KL estimates that to the reference with d = log pi_ref - log pi (Schulman
+    2020, "Approximating KL Divergence"): k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d.
+    """
+
+    clip: float
+    kl: Literal["none", "k1", "k2", "k3"] = "none"
+    beta: float = 0.0
+    bonus: float = 0.0
+    cap: float | None = None
+
+    @property
+    def always(self) -> bool:
+        """Whether a token of advantage 0 has a gradient too."""
+        return self.kl != "none" or self.bonus != 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRows:
+    """What the loss reads beside log-probs: fp32 [rows] each. `reference` for a KL, `engine` for a cap."""
+
+    old: torch.Tensor
+    advantages: torch.Tensor
+    weights: torch.Tensor
+    reference: torch.Tensor | None = None
+    engine: torch.Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> PolicyRows:
+        return self._each(lambda part: part[rows])
+
+    def plain(self) -> PolicyRows:
+        """Contiguous fp32, without history: what a kernel reads."""
+        return self._each(lambda part: part.detach().float().contiguous())
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PolicyRows:
+        return PolicyRows(
+            change(self.old),
+            change(self.advantages),
+            change(self.weights),
+            None if self.reference is None else change(self.reference),
+            None if self.engine is None else change(self.engine),
+        )
+
+
+class RowKernels(Protocol):
+    """One implementation of the row kernels.
+
+    `logits` [rows, columns + padding] are undivided (`scale` is 1 / temperature), fp32 or 16-bit, with any row stride;
+    `local` int64 [rows] is the target's column on this rank, -1 on ranks that do not have it.
+    """
+
+    def statistics(
+        self, logits: torch.Tensor, local: torch.Tensor, columns: int, scale: float, entropy: bool
+    ) -> Statistics: ...
+
+    def write_gradient(
+        self,
+        logits: torch.Tensor,
+        local: torch.Tensor,
+        columns: int,
+        scale: float,
+        softmax: Softmax,
+        grad_logprob: torch.Tensor,
+        grad_entropy: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """The gradient of the logits [rows, columns + padding] in `dtype`, written over them.
+
+        Exactly zero in padding columns and in rows whose incoming gradients are zero.
+        """
+        ...
+
+    def policy_rows(
+        self,
+        logits: torch.Tensor,
+        local: torch.Tensor,
+        columns: int,
+        scale: float,
+        softmax: Softmax,
+        rows: PolicyRows,
+        terms: PolicyTerms,
+        factor: float,
+        dtype: torch.dtype | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """FIGURES fp32 [7, rows] and, where `dtype` is given, factor * d loss / d logits as `write_gradient` has it."""
+        ...
+
+
+def merge(statistics: Statistics, local: torch.Tensor, entropy: bool, group: dist.ProcessGroup | None) -> Softmax:
+    """The whole vocabulary's softmax from each tensor-parallel rank's statistics: one MAX and one SUM [3, rows]."""
+    peak, total, moment = statistics.peak, statistics.total, statistics.moment
+    if group is not None:
+        peak = peak.clone()
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+    target = torch.where(local >= 0, statistics.target - peak, 0.0)
+    if group is not None:
+        shift = torch.where(total > 0, statistics.peak - peak, 0.0)  # not -inf on a rank that holds only padding
+        shrink = shift.exp()
+        sums = torch.stack([total * shrink, (moment + shift * total) * shrink, target])
+        dist.all_reduce(sums, group=group)
+        total, moment, target = sums.unbind()
+    log_total = total.log()
+    return Softmax(peak, log_total, target - log_total, log_total - moment / total if entropy else None)
+
+
+def chunks(tokens: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` that cover `tokens` in order."""
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+
+
+def live_spans(live: torch.Tensor, size: int) -> list[slice]:
+    """For each of `chunks`, the slice from its first live row to its last, empty where it has none. `live` bool [T].
+
+    Rows of a sequence lie together, so whole sequences without a gradient fall out and nothing is copied.
+    """
+    flags = live.cpu()
+    spans = []
+    for rows in chunks(len(flags), size):
+        places = flags[rows].nonzero()[:, 0]
+        first, end = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
+        spans.append(slice(rows.start + first, rows.start + end))
+    return spans

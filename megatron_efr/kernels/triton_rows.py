@@ -1,0 +1,233 @@
+"""The row kernels in Triton: one program per row of logits, no atomics. The contract is `RowKernels` in rows.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from megatron_efr.kernels.rows import FIGURES, PolicyRows, PolicyTerms, Softmax, Statistics
+
+BLOCK = 4096  # columns in flight per program
+WARPS = 8
+KL_CODES = {"none": 0, "k1": 1, "k2": 2, "k3": 3}
+
+# per-row vectors begin at any row and row counts vary with the data: specialising on either would compile for minutes
+_ROW_VECTORS = [
+    "targets", "peaks", "totals", "moments", "target_logits", "log_totals", "logprobs", "entropies",
+    "grad_logprob", "grad_entropy", "olds", "advantages", "weights", "references", "engines", "figures",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize_on_alignment=_ROW_VECTORS)
+def statistics_kernel(
+    logits, stride, targets, peaks, totals, moments, target_logits, columns, scale,
+    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One pass over a row: running peak, sums relative to it (kept lane by lane), and the target's logit."""
+    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31
+    base = logits + row * stride
+    lanes = tl.arange(0, BLOCK)
+    peak = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    moment = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        column = start + lanes
+        z = tl.load(base + column, mask=column < columns, other=float("-inf")).to(tl.float32) * scale
+        higher = tl.maximum(peak, tl.max(z, 0))
+        drop = tl.where(peak == float("-inf"), 0.0, peak - higher)  # the first block has nothing to shrink
+        shrink = tl.exp(drop)
+        exp = tl.exp(z - higher)
+        if ENTROPY:
+            # sum (z - higher) e^(z - higher), from the sum relative to the old peak; lanes past the end are -inf * 0
+            moment = (moment + drop * total) * shrink + tl.where(exp > 0, (z - higher) * exp, 0.0)
+        total = total * shrink + exp
+        peak = higher
+    tl.store(peaks + row, peak)
+    tl.store(totals + row, tl.sum(total, 0))
+    if ENTROPY:
+        tl.store(moments + row, tl.sum(moment, 0))
+    target = tl.load(targets + row)
+    here = tl.load(base + target, mask=target >= 0, other=0.0).to(tl.float32)
+    tl.store(target_logits + row, here * scale)
+
+
+@triton.jit
+def _write_row(
+    base, out, columns, width, scale, target, peak, log_total, entropy, g, h,
+    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """g * d logprob + h * d entropy by the row's logits, over the logits themselves, in out's (narrower) type.
+
+    A block's store lands on logits of this block or an earlier one, which other threads of the program may still be
+    reading: hence the barrier. Later blocks lie beyond it.
+    """
+    lanes = tl.arange(0, BLOCK)
+    size = tl.abs(g) + tl.abs(h)  # 0: the row stays exactly 0, whatever its logits; nan stays nan
+    for start in range(0, width, BLOCK):
+        column = start + lanes
+        inside = column < columns
+        z = tl.load(base + column, mask=inside, other=0.0).to(tl.float32) * scale
+        log_p = (z - peak) - log_total
+        p = tl.exp(log_p)
+        gradient = tl.where(column == target, g, 0.0) - g * p
+        if ENTROPY:
+            gradient -= h * tl.where(p > 0, p * (log_p + entropy), 0.0)
+        gradient = tl.where(inside, tl.where(size > 0.0, gradient * scale, size), 0.0)
+        tl.debug_barrier()
+        tl.store(out + column, gradient.to(out.dtype.element_ty), mask=column < width)
+
+
+@triton.jit(do_not_specialize_on_alignment=_ROW_VECTORS)
+def gradient_kernel(
+    logits, stride, out, out_stride, targets, peaks, log_totals, entropies, grad_logprob, grad_entropy,
+    columns, width, scale, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """d logits of given gradients by log-prob and entropy."""
+    row = tl.program_id(0).to(tl.int64)
+    entropy = tl.zeros((), tl.float32)
+    h = tl.zeros((), tl.float32)
+    if ENTROPY:
+        entropy = tl.load(entropies + row)
+        h = tl.load(grad_entropy + row)
+    _write_row(
+        logits + row * stride, out + row * out_stride, columns, width, scale, tl.load(targets + row),
+        tl.load(peaks + row), tl.load(log_totals + row), entropy, tl.load(grad_logprob + row), h, ENTROPY, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=_ROW_VECTORS)
+def policy_kernel(
+    logits, stride, out, out_stride, targets, peaks, log_totals, logprobs, entropies,
+    olds, advantages, weights, references, engines, figures, rows, columns, width, scale,
+    low, high, beta, bonus, cap, factor,
+    KL: tl.constexpr, ENTROPY: tl.constexpr, BONUS: tl.constexpr, CAP: tl.constexpr, GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The loss of one token (`PolicyTerms`), what is measured of it, and its gradient by the logits."""
+    row = tl.program_id(0).to(tl.int64)
+    logprob = tl.load(logprobs + row)
+    old = tl.load(olds + row)
+    advantage = tl.load(advantages + row)
+    weight = tl.load(weights + row)
+    log_ratio = logprob - old
+    ratio = tl.exp(log_ratio)
+    importance = 1.0
+    if CAP:
+        importance = tl.minimum(tl.exp(old - tl.load(engines + row)), cap)
+    plain = ratio * advantage
+    clipped = tl.minimum(tl.maximum(ratio, low), high) * advantage
+    loss = -importance * tl.minimum(plain, clipped)
+    slope = tl.where(plain <= clipped, -importance * plain, 0.0)  # by the log-prob
+    kl = 0.0
+    if KL > 0:
+        d = tl.load(references + row) - logprob
+        # exp(d) - 1 would cancel for small d, where the series' next term is below 3e-9
+        series = d * (1.0 + d * (0.5 + d * (1.0 / 6.0 + d * (1.0 / 24.0 + d * (1.0 / 120.0)))))
+        growth = tl.where(tl.abs(d) < 0.05, series, tl.exp(d) - 1.0)
+        if KL == 1:
+            kl = -d
+            slope += beta
+        elif KL == 2:
+            kl = 0.5 * d * d
+            slope -= beta * d
+        else:
+            kl = growth - d
+            slope -= beta * growth
+        loss += beta * kl
+    entropy = 0.0
+    if ENTROPY:
+        entropy = tl.load(entropies + row)
+        loss -= bonus * entropy
+    tl.store(figures + row, weight * loss)
+    tl.store(figures + rows + row, tl.where(clipped < plain, weight, 0.0))
+    tl.store(figures + 2 * rows + row, -weight * log_ratio)
+    tl.store(figures + 3 * rows + row, weight * kl)
+    tl.store(figures + 4 * rows + row, weight * entropy)
+    tl.store(figures + 5 * rows + row, weight * importance)
+    tl.store(figures + 6 * rows + row, ratio)
+    if GRADIENT:
+        _write_row(
+            logits + row * stride, out + row * out_stride, columns, width, scale, tl.load(targets + row),
+            tl.load(peaks + row), tl.load(log_totals + row), entropy, factor * weight * slope,
+            -factor * bonus * weight, BONUS, BLOCK,
+        )  # fmt: skip
+
+
+def statistics(logits: torch.Tensor, local: torch.Tensor, columns: int, scale: float, entropy: bool) -> Statistics:
+    """Peak, sums and target of each row."""
+    peak, total, moment, target = torch.zeros(4, len(logits), dtype=torch.float32, device=logits.device).unbind()
+    _launch(statistics_kernel, logits, local, peak, total, moment, target, columns, scale, ENTROPY=entropy)
+    return Statistics(peak, total, moment, target)
+
+
+def write_gradient(
+    logits: torch.Tensor,
+    local: torch.Tensor,
+    columns: int,
+    scale: float,
+    softmax: Softmax,
+    grad_logprob: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The gradient of the logits in `dtype`, in their memory."""
+    out = _narrowed(logits, dtype)
+    unused = grad_logprob
+    _launch(
+        gradient_kernel, logits, out, out.stride(0), local, softmax.peak, softmax.log_total,
+        unused if grad_entropy is None else softmax.entropy, grad_logprob,
+        unused if grad_entropy is None else grad_entropy, columns, logits.shape[1], scale,
+        ENTROPY=grad_entropy is not None,
+    )  # fmt: skip
+    return out
+
+
+def policy_rows(
+    logits: torch.Tensor,
+    local: torch.Tensor,
+    columns: int,
+    scale: float,
+    softmax: Softmax,
+    rows: PolicyRows,
+    terms: PolicyTerms,
+    factor: float,
+    dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """FIGURES [7, rows], and the gradient of the logits in their memory where `dtype` is given."""
+    figures = torch.empty(len(FIGURES), len(logits), dtype=torch.float32, device=logits.device)
+    out = None if dtype is None else _narrowed(logits, dtype)
+    written = logits if out is None else out
+    unused = rows.old
+    _launch(
+        policy_kernel, logits, written, written.stride(0), local, softmax.peak, softmax.log_total, softmax.logprob,
+        unused if softmax.entropy is None else softmax.entropy, rows.old, rows.advantages, rows.weights,
+        unused if terms.kl == "none" else rows.reference, unused if terms.cap is None else rows.engine,
+        figures, len(logits), columns, logits.shape[1], scale,
+        1.0 - terms.clip, 1.0 + terms.clip, terms.beta, terms.bonus, terms.cap or 0.0, factor,
+        KL=KL_CODES[terms.kl], ENTROPY=softmax.entropy is not None, BONUS=terms.bonus != 0.0,
+        CAP=terms.cap is not None, GRADIENT=out is not None,
+    )  # fmt: skip
+    return figures, out
+
+
+def _narrowed(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The memory of each row of logits seen as `dtype`, [rows, V] with the rows' distance unchanged in bytes."""
+    if dtype.itemsize > logits.element_size():
+        raise ValueError(f"a {dtype} gradient does not fit over {logits.dtype} logits")
+    return logits.view(dtype)[:, : logits.shape[1]]
+
+
+def _launch(kernel: Any, logits: torch.Tensor, *arguments: Any, **constants: Any) -> None:
+    """Run `kernel` on every row. Rows narrower than one block get a block of their own width."""
+    if len(logits):
+        block, warps = shape_for(logits.shape[1])
+        kernel[(len(logits),)](logits, logits.stride(0), *arguments, **constants, BLOCK=block, num_warps=warps)
+
+
+def shape_for(width: int) -> tuple[int, int]:
+    """Columns per block, and warps, for rows of this width."""
+    block = max(16, min(BLOCK, triton.next_power_of_2(width)))
+    return block, max(1, min(WARPS, WARPS * block // BLOCK))

@@ -1,0 +1,319 @@
+"""Every Triton kernel against fp64, on a card or under Triton's interpreter.
+
+Collected by tests/unit/test_kernels_interpreted.py, in a process of its own with TRITON_INTERPRET=1, and by
+tests/gpu/test_kernels.py. The interpreter computes bf16 wrongly, so 16-bit here is fp16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_efr.kernels import (
+    PolicyRows,
+    PolicyTerms,
+    fused_policy_loss,
+    group_advantages,
+    linear_logprob,
+    torch_rows,
+    triton_group,
+    triton_rows,
+)
+from megatron_efr.kernels.rows import merge
+from megatron_efr.methods.efr import efr_rewards
+from megatron_efr.methods.rloo import rloo
+from megatron_efr.methods.token_advantages import kl_to_go
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FP16 = [torch.float32, torch.float16]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # gradients, relative to their norm
+KINDS = ["none", "k1", "k2", "k3"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks() -> Iterator[None]:
+    """Blocks of 16, so that short rows take several; the shipped sizes have tests of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_rows, "BLOCK", 16)
+        patch.setattr(triton_group, "BLOCK", 16)
+        yield
+
+
+def case(tokens: int, hidden: int, rows: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(tokens * 1000 + rows)
+    x = torch.randn(tokens, hidden, generator=generator).to(DEVICE, dtype).requires_grad_()
+    w = torch.randn(rows, hidden, generator=generator).mul_(0.5).to(DEVICE, dtype).requires_grad_()
+    return x, w
+
+
+def exact(
+    x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor, temperature: float, vocab: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies in fp64 from materialised logits."""
+    log_probs = torch.log_softmax((x.double() @ w.double()[:vocab].t()) / temperature, dim=-1)
+    return log_probs.gather(1, targets[:, None])[:, 0], -(log_probs.exp() * log_probs).sum(-1)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+
+
+def largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.detach().double() - b.detach().double()).abs().max())
+
+
+# -- log-prob head -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FP16)
+@given(
+    tokens=st.integers(1, 7), hidden=st.integers(1, 12), vocab=st.integers(2, 50), padding=st.integers(0, 20),
+    chunk=st.integers(1, 8), temperature=st.sampled_from([0.6, 1.0, 1.7]),
+    wanted=st.sampled_from(["logprob", "entropy", "both"]),
+)  # fmt: skip
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_head(
+    dtype: torch.dtype, tokens: int, hidden: int, vocab: int, padding: int, chunk: int, temperature: float, wanted: str
+) -> None:
+    x, w = case(tokens, hidden, vocab + padding, dtype)
+    targets = (torch.arange(tokens, device=DEVICE) * (vocab - 1)) % vocab  # the first and the last column among them
+    logprob, entropy = linear_logprob(
+        x, w, targets, temperature=temperature, true_vocab=vocab, entropy=wanted != "logprob", chunk=chunk,
+        backend="triton",
+    )  # fmt: skip
+    want, want_entropy = exact(x, w, targets, temperature, vocab)
+    assert largest(logprob, want) <= 1e-5
+    g = torch.linspace(-1, 2, tokens, device=DEVICE) * (wanted != "entropy")
+    h = torch.linspace(0.5, -1, tokens, device=DEVICE)
+    value, exact_value = (logprob * g).sum(), (want * g.double()).sum()
+    if entropy is not None:
+        assert largest(entropy, want_entropy) <= 1e-5
+        value, exact_value = value + (entropy * h).sum(), exact_value + (want_entropy * h.double()).sum()
+    got, wanted_gradients = torch.autograd.grad(value, [x, w]), torch.autograd.grad(exact_value, [x, w])
+    for mine, theirs in zip(got, wanted_gradients, strict=True):
+        assert (mine.double() - theirs.double()).norm() <= TOLERANCE[dtype] * theirs.double().norm() + 1e-6
+    assert torch.all(got[1][vocab:] == 0), "padding rows of the head get exactly no gradient"
+
+
+@pytest.mark.parametrize("vocab", [4096 - 3, 4096, 4096 + 5])
+def test_shipped_block(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_rows, "BLOCK", 4096)
+    x, w = case(3, 4, vocab + 2)
+    targets = torch.tensor([0, vocab - 1, vocab // 2], device=DEVICE)
+    logprob, entropy = linear_logprob(x, w, targets, true_vocab=vocab, entropy=True, backend="triton")
+    want, want_entropy = exact(x, w, targets, 1.0, vocab)
+    assert entropy is not None
+    assert max(largest(logprob, want), largest(entropy, want_entropy)) <= 1e-5
+    got = torch.autograd.grad((logprob + entropy).sum(), [x, w])
+    for mine, theirs in zip(got, torch.autograd.grad((want + want_entropy).sum(), [x, w]), strict=True):
+        assert relative(mine, theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("offset", [1e4, -300.0])
+def test_offsets(offset: float) -> None:
+    base = torch.linspace(-8, 4, 37, device=DEVICE)
+    base = base.mul(1024).round().div(1024)  # exact in fp32 beside 1e4
+    logits = (base + offset)[None].repeat(3, 1)
+    local = torch.tensor([0, 36, 17], device=DEVICE)
+    softmax = merge(triton_rows.statistics(logits, local, 37, 1.0, True), local, True, None)
+    log_probs = torch.log_softmax(logits.double(), -1)
+    assert largest(softmax.logprob, log_probs[torch.arange(3), local]) <= 1e-5
+    assert softmax.entropy is not None
+    assert largest(softmax.entropy, -(log_probs.exp() * log_probs).sum(-1)) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", FP16)
+def test_rows_of_any_dtype_and_stride(dtype: torch.dtype) -> None:
+    wide = torch.randn(5, 90, device=DEVICE).to(dtype)
+    logits, local = wide[:, :70], torch.tensor([0, 3, -1, 59, 20], device=DEVICE)
+    statistics = triton_rows.statistics(logits, local, 60, 0.7, True)
+    assert statistics.target[2] == 0.0, "nothing is read for a target of another rank"
+    mine = merge(statistics, local, True, None)
+    log_probs = torch.log_softmax(logits[:, :60].double() * 0.7, -1)
+    owned = local >= 0
+    assert largest(mine.logprob[owned], log_probs.gather(1, local.clamp(min=0)[:, None])[:, 0][owned]) <= 1e-5
+    assert mine.entropy is not None
+    assert largest(mine.entropy, -(log_probs.exp() * log_probs).sum(-1)) <= 1e-5
+
+
+def test_rows_without_a_gradient_are_exactly_zero() -> None:
+    logits = torch.randn(4, 40, device=DEVICE)
+    logits[1] = float("nan")
+    local = torch.tensor([1, 2, 3, 4], device=DEVICE)
+    for kernels in (triton_rows, torch_rows):
+        softmax = merge(kernels.statistics(logits, local, 33, 1.0, True), local, True, None)
+        g = torch.tensor([1.0, 0.0, 0.0, -2.0], device=DEVICE)
+        d = kernels.write_gradient(logits.clone(), local, 33, 1.0, softmax, g, g * 0.5, torch.float16)
+        assert d.dtype == torch.float16
+        assert torch.all(d[1:3] == 0)
+        assert torch.all(d[:, 33:] == 0)
+        assert torch.all(d[[0, 3], :33] != 0)
+
+
+def test_expanded_gradient_chunks_and_repeats() -> None:
+    x, w = case(11, 8, 40)
+    targets = torch.arange(11, device=DEVICE)
+
+    def run(chunk: int, expand: bool) -> list[torch.Tensor]:
+        logprob, _ = linear_logprob(x, w, targets, chunk=chunk, backend="triton")
+        loss = logprob.sum() if expand else (logprob * torch.ones_like(logprob)).sum()
+        return [logprob, *torch.autograd.grad(loss, [x, w])]
+
+    first = run(4, True)
+    assert all(torch.equal(a, b) for a, b in zip(first, run(4, True), strict=True)), "bit for bit"
+    assert all(torch.equal(a, b) for a, b in zip(first, run(4, False), strict=True)), "expanded or dense"
+    assert all(relative(a, b) <= 1e-6 for a, b in zip(run(11, True), first, strict=True)), "any chunk"
+
+
+def test_tied_embedding() -> None:
+    x, w = case(6, 8, 40)
+    tokens, targets = torch.arange(6, device=DEVICE) * 3, torch.arange(6, device=DEVICE)
+    mine = linear_logprob(w[tokens] * x, w, targets, backend="triton")[0].sum()
+    theirs = exact(w.double()[tokens] * x, w, targets, 1.0, 40)[0].sum()
+    assert relative(torch.autograd.grad(mine, w)[0], torch.autograd.grad(theirs, w)[0]) <= 1e-5
+
+
+def test_targets_outside_the_vocabulary() -> None:
+    x, w = case(2, 4, 8)
+    for bad in (-1, 7):
+        with pytest.raises(IndexError, match="the vocabulary is 7"):
+            linear_logprob(x, w, torch.tensor([0, bad], device=DEVICE), true_vocab=7, backend="triton")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a card holds the real thing: test_more_logits_than_an_int32_counts")
+def test_offsets_beyond_int32(tmp_path: Path) -> None:
+    stride = 2**30 + 16  # row 3 begins beyond 2^31 elements; the file has holes, so little of it exists
+    logits = torch.from_file(str(tmp_path / "rows"), shared=True, size=3 * stride + 40).as_strided((4, 40), (stride, 1))
+    values = torch.randn(4, 40)
+    logits.copy_(values)
+    local = torch.tensor([0, 1, 2, 39])
+    far = triton_rows.statistics(logits, local, 40, 1.0, True)
+    near = triton_rows.statistics(values, local, 40, 1.0, True)
+    assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
+    softmax = merge(near, local, True, None)
+    g = torch.ones(4)
+    gradient = triton_rows.write_gradient(logits, local, 40, 1.0, softmax, g, g, torch.float16)
+    assert torch.equal(gradient, triton_rows.write_gradient(values, local, 40, 1.0, softmax, g, g, torch.float16))
+
+
+# -- policy loss -------------------------------------------------------------------------------------------------------
+
+
+def policy_case(tokens: int, vocab: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Ratios several clip widths apart, two sequences of advantage 0, and a row of weight 0."""
+    x, w = case(tokens, 8, vocab + 3, dtype)
+    targets = (torch.arange(tokens, device=DEVICE) * 7) % vocab
+    noise = torch.randn(5, tokens, generator=torch.Generator().manual_seed(tokens)).to(DEVICE)
+    logprob = exact(x, w, targets, 0.8, vocab)[0].detach().float()
+    advantages = noise[1].clone()
+    advantages[: tokens // 4] = 0.0
+    advantages[-tokens // 4 :] = 0.0
+    weights = noise[2].abs() / tokens
+    weights[tokens // 2] = 0.0
+    rows = PolicyRows(logprob + 0.3 * noise[0], advantages, weights, logprob + 0.3 * noise[3], logprob + 0.5 * noise[4])
+    return x, w, targets, rows
+
+
+def exact_policy(
+    x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor, rows: PolicyRows, terms: PolicyTerms, vocab: int
+) -> torch.Tensor:
+    """The loss in fp64 from materialised logits, for autograd."""
+    logprob, entropy = exact(x, w, targets, 0.8, vocab)
+    assert rows.reference is not None
+    assert rows.engine is not None
+    ratio = (logprob - rows.old.double()).exp()
+    a = rows.advantages.double()
+    value = -torch.minimum(ratio * a, ratio.clamp(1 - terms.clip, 1 + terms.clip) * a)
+    if terms.cap is not None:
+        value = value * (rows.old.double() - rows.engine.double()).exp().clamp(max=terms.cap)
+    d = rows.reference.double() - logprob
+    value = value + terms.beta * {"none": 0 * d, "k1": -d, "k2": d**2 / 2, "k3": d.exp() - 1 - d}[terms.kl]
+    return (rows.weights.double() * (value - terms.bonus * entropy)).sum()
+
+
+@pytest.mark.parametrize("dtype", FP16)
+@pytest.mark.parametrize("kl", KINDS)
+@pytest.mark.parametrize("everything", [False, True])
+def test_policy_loss(dtype: torch.dtype, kl: Any, everything: bool) -> None:
+    terms = PolicyTerms(0.2, kl, 0.3, 0.05, 1.1) if everything else PolicyTerms(0.2, kl, 0.3)
+    x, w, targets, rows = policy_case(13, 45, dtype)
+    factor, results = 3.0, {}
+    for backend in ("triton", "torch"):
+        main_grad = torch.full(w.shape, 0.25, device=DEVICE)
+        out = fused_policy_loss(
+            x, w, targets, rows, terms, main_grad=main_grad, factor=factor, temperature=0.8, true_vocab=45, chunk=4,
+            backend=backend,
+        )  # fmt: skip
+        plain, _ = linear_logprob(x, w, targets, temperature=0.8, true_vocab=45, chunk=4, backend=backend)
+        assert torch.equal(out.logprobs, plain)
+        (gradient,) = torch.autograd.grad(out.loss * factor, [x])
+        results[backend] = (out.loss.detach(), out.figures, gradient, main_grad - 0.25)
+    want = exact_policy(x, w, targets, rows, terms, 45)
+    d_hidden, d_weight = torch.autograd.grad(want * factor, [x, w])
+    mine, twin = results["triton"], results["torch"]
+    assert largest(mine[0], want) <= 1e-5
+    assert relative(mine[2], d_hidden) <= TOLERANCE[dtype]
+    assert relative(mine[3], d_weight) <= TOLERANCE[dtype]
+    assert torch.all(mine[3][45:] == 0)
+    assert mine[1].keys() == twin[1].keys()
+    assert all(largest(mine[1][name], twin[1][name]) <= 1e-6 for name in mine[1])
+    assert largest(mine[0], twin[0]) <= 1e-6
+    if dtype == torch.float32:
+        assert relative(mine[2], twin[2]) <= 1e-6
+        assert relative(mine[3], twin[3]) <= 1e-6
+
+
+def test_first_update_has_a_ratio_of_one_exactly() -> None:
+    x, w, targets, rows = policy_case(13, 45, torch.float32)
+    old = linear_logprob(x, w, targets, chunk=4, backend="triton")[0].detach()
+    rows = PolicyRows(old, rows.advantages, rows.weights, old)
+    main_grad = torch.zeros_like(w, requires_grad=False)
+    out = fused_policy_loss(
+        x, w, targets, rows, PolicyTerms(0.2, "k3", 1.0), main_grad=main_grad, factor=1.0, chunk=4, backend="triton"
+    )
+    assert out.figures["ratio_max"] == 1.0
+    assert out.figures["kl_to_old"] == out.figures["kl_to_reference"] == out.figures["clip_fraction"] == 0.0
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@given(prompts=st.integers(1, 3), samples=st.integers(2, 9), longest=st.integers(1, 40), seed=st.integers(0, 99))
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_groups_equal_methods(backend: Any, prompts: int, samples: int, longest: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    correct = rng.random((prompts, samples)) < 0.6
+    correct[0] = seed % 2  # nobody right, or everybody
+    lengths = rng.integers(1, longest + 1, (prompts, samples))
+    ratios = torch.from_numpy(rng.normal(size=int(lengths.sum())).astype(np.float32))
+    got = group_advantages(
+        torch.from_numpy(correct).to(DEVICE), torch.from_numpy(lengths).to(DEVICE), ratios.to(DEVICE),
+        alpha=0.3, beta=0.01, backend=backend,
+    )  # fmt: skip
+    rewards = efr_rewards(correct, lengths, 0.3)
+    advantages = rloo(rewards)
+    spread = torch.from_numpy(advantages.flatten()).float().repeat_interleave(torch.from_numpy(lengths.flatten()))
+    per_token = spread - 0.01 * kl_to_go(ratios, lengths.flatten().tolist())
+    assert np.abs(got.rewards.cpu().numpy() - rewards).max() <= 1e-7  # a launcher's alpha is fp32
+    assert np.abs(got.advantages.cpu().numpy() - advantages).max() <= 1e-7
+    assert largest(got.per_token.cpu(), per_token) <= 1e-6
+    graded = (torch.from_numpy(correct).to(DEVICE), torch.from_numpy(lengths).to(DEVICE))
+    plain = group_advantages(*graded, None, alpha=0.3, beta=0.0, backend=backend)
+    assert largest(plain.per_token.cpu(), spread) <= 1e-7
+
+
+def test_shipped_group_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_group, "BLOCK", 1024)
+    lengths = torch.tensor([[1500, 1], [1024, 2049]])
+    ratios = torch.randn(int(lengths.sum()), generator=torch.Generator().manual_seed(0))
+    given_ = (torch.ones(2, 2, dtype=torch.bool, device=DEVICE), lengths.to(DEVICE), ratios.to(DEVICE))
+    mine, twin = (group_advantages(*given_, alpha=0.2, beta=0.1, backend=b) for b in ("triton", "torch"))
+    assert largest(mine.per_token, twin.per_token) <= 1e-6

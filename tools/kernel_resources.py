@@ -1,0 +1,192 @@
+"""Registers, spills and shared memory of every shipped Triton kernel, compiled for a GPU that need not be here.
+
+    python tools/kernel_resources.py               # a table; exit status 1 where a kernel spills or does not fit
+    python tools/kernel_resources.py --arch 100 --json resources.json
+
+Each configuration is compiled as the launcher would (pointers to logits aligned, row lengths divisible by 16 or not)
+and read from the very machine code that Triton would load. Figures differ between Triton versions: what counts is the
+version that runs. TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_efr.kernels import triton_group, triton_rows
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+REGISTERS, THREADS, BLOCKS = 65536, 2048, 32  # per multiprocessor, compute capability 8.0 to 10.0
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per thread block
+GROUP_SAMPLES = (8, 64)
+NARROW = 1500  # columns: a shard of a small vocabulary, below one block
+
+# types of the row kernels' arguments, by name; every other pointer is to a per-row fp32 vector
+ROW_INTEGERS = ("stride", "out_stride", "rows", "columns", "width")
+ROW_FLOATS = ("scale", "low", "high", "beta", "bonus", "cap", "factor")
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """One kernel as it is launched: argument types by name, compile-time constants, what is divisible by 16."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    aligned: frozenset[str]
+    warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one compiled kernel takes: per thread, per thread block, and how many warps a multiprocessor holds."""
+
+    name: str
+    warps: int
+    registers: int
+    stack_bytes: int
+    local_loads: int
+    local_stores: int
+    shared_bytes: int
+    resident_warps: int
+
+    @property
+    def spills(self) -> bool:
+        return self.stack_bytes + self.local_loads + self.local_stores > 0
+
+
+def configurations() -> Iterator[Configuration]:
+    """Everything that the launchers can launch, up to numbers that change no code."""
+    for even in (True, False):
+        yield from _row_configurations(*triton_rows.shape_for(triton_rows.BLOCK * 8), even)
+    yield from _row_configurations(*triton_rows.shape_for(NARROW), False)
+    types = {"correct": "*i1", "lengths": "*i64", "starts": "*i64", "log_ratios": "*fp32", "per_token": "*fp32"}
+    types |= {"rewards": "*fp64", "advantages": "*fp64", "samples": "i32", "alpha": "fp32", "beta": "fp32"}
+    aligned = frozenset({"correct", "lengths", "starts", "rewards"})
+    for samples in GROUP_SAMPLES:
+        for kl in (False, True):
+            constants = {"KL": kl, "SAMPLES": samples, "BLOCK": triton_group.BLOCK}
+            name = f"group samples={samples}" + " kl" * kl
+            yield Configuration(name, triton_group.group_kernel, types, constants, aligned, triton_group.WARPS)
+
+
+def _row_configurations(block: int, warps: int, even: bool) -> Iterator[Configuration]:
+    """The head's logits are fp32; gradients are of the weight's dtype."""
+    tail = f" block={block} {'even' if even else 'odd'}"
+    plain = [{"ENTROPY": entropy, "BLOCK": block} for entropy in (False, True)]
+    for constants in plain:
+        name = f"statistics{' entropy' * constants['ENTROPY']}{tail}"
+        yield _row(name, triton_rows.statistics_kernel, None, constants, even, warps)
+    for dtype in ("fp32", "bf16"):
+        for constants in plain:
+            name = f"gradient {dtype}{' entropy' * constants['ENTROPY']}{tail}"
+            yield _row(name, triton_rows.gradient_kernel, dtype, constants, even, warps)
+        for label, terms in POLICY_TERMS.items():
+            name = f"policy {dtype} {label}{tail}"
+            yield _row(name, triton_rows.policy_kernel, dtype, terms | {"BLOCK": block}, even, warps)
+
+
+POLICY_TERMS: dict[str, dict[str, Any]] = {
+    "figures": {"KL": 3, "ENTROPY": True, "BONUS": True, "CAP": True, "GRADIENT": False},
+    "clip": {"KL": 0, "ENTROPY": False, "BONUS": False, "CAP": False, "GRADIENT": True},
+    "clip+k1": {"KL": 1, "ENTROPY": False, "BONUS": False, "CAP": False, "GRADIENT": True},
+    "clip+k2": {"KL": 2, "ENTROPY": False, "BONUS": False, "CAP": False, "GRADIENT": True},
+    "all": {"KL": 3, "ENTROPY": True, "BONUS": True, "CAP": True, "GRADIENT": True},
+}
+
+
+def _row(name: str, kernel: Any, dtype: str | None, constants: dict[str, Any], even: bool, warps: int) -> Configuration:
+    """A row kernel on fp32 logits with gradients in `dtype`; `even`: row lengths divisible by 16."""
+    types = {}
+    for argument in kernel.arg_names:
+        if argument in ROW_INTEGERS:
+            types[argument] = "i32"
+        elif argument in ROW_FLOATS:
+            types[argument] = "fp32"
+        elif argument not in constants:
+            types[argument] = {"out": f"*{dtype}", "targets": "*i64"}.get(argument, "*fp32")
+    aligned = {"logits", "out"} | ({"stride", "out_stride", "columns", "width"} if even else set())
+    return Configuration(name, kernel, types, constants, frozenset(aligned & types.keys()), warps)
+
+
+def measure(configuration: Configuration, arch: int = 90) -> Resources:
+    """Compile for sm_`arch` and read the machine code. RuntimeError with the tool's words where a tool fails."""
+    names = configuration.kernel.arg_names
+    source = ASTSource(
+        fn=configuration.kernel,
+        signature={name: configuration.types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in configuration.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in configuration.aligned},
+    )
+    options = {"num_warps": configuration.warps}
+    compiled: Any = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        code = _tool("cuobjdump", "-sass", file.name)
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    threads = configuration.warps * 32
+    per_thread = -(-found["REG"] // 8) * 8  # registers are handed out in eights
+    resident = min(REGISTERS // (per_thread * threads), THREADS // threads, BLOCKS) * configuration.warps
+    return Resources(
+        configuration.name,
+        configuration.warps,
+        found["REG"],
+        found["STACK"],
+        len(re.findall(r"\bLDL\b", code)),
+        len(re.findall(r"\bSTL\b", code)),
+        compiled.metadata.shared,
+        resident,
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    done = subprocess.run([str(BIN / name), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name}: {(done.stderr or done.stdout).strip()[-800:]}")
+    return done.stdout
+
+
+def table(rows: list[Resources]) -> str:
+    """Markdown."""
+    lines = [
+        "| kernel | warps | registers | stack, bytes | local loads / stores | shared, bytes | resident warps |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        local = f"{row.local_loads} / {row.local_stores}"
+        cells = (row.name, row.warps, row.registers, row.stack_bytes, local, row.shared_bytes, row.resident_warps)
+        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, default=90, choices=sorted(SHARED_LIMIT), help="compute capability x 10")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    given = parser.parse_args()
+    rows = [measure(configuration, given.arch) for configuration in configurations()]
+    print(f"triton {triton.__version__}, sm_{given.arch}\n\n{table(rows)}")
+    if given.json is not None:
+        given.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+    bad = [row.name for row in rows if row.spills or row.shared_bytes > SHARED_LIMIT[given.arch]]
+    if bad:
+        sys.exit(f"spills or does not fit: {', '.join(bad)}")
+
+
+if __name__ == "__main__":
+    main()
