@@ -18,8 +18,8 @@ while [ $# -gt 0 ]; do
 done
 
 bash launch/setup.sh
+cores=$(env -u OMP_NUM_THREADS nproc) # nproc would answer with OMP_NUM_THREADS where that is set
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-cores=$(nproc)
 jobs=$((cores < 2 ? 1 : 2))
 efr=.venv/bin/efr
 torchrun() { .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node="$jobs" "$@"; }

@@ -25,6 +25,7 @@ echo "setup: installing into .venv (about two minutes; later runs skip this)"
 "$python" -c 'import venv' 2>/dev/null || { echo "setup: $python has no venv module; on Debian: apt install python3-venv" >&2; exit 1; }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 rm -f .venv/.complete
+export PYTHONWARNINGS=ignore # setuptools explains editable installs at length
 .venv/bin/python -m pip install --quiet --upgrade pip
 .venv/bin/python -m pip install --quiet --constraint launch/constraints.txt --editable '.[dev]'
 echo "$wanted" > .venv/.complete

@@ -12,7 +12,7 @@ PROGRAMS = {
     "train": "reinforcement learning, the main job",
     "sft": "supervised fine-tuning on responses",
     "evaluate": "accuracy and tokens of a model folder",
-    "sweep": "a family: train, evaluate and report one run per value of a key",
+    "sweep": "a family: train, evaluate and report one model per alpha",
     "report": "the HTML page of a run folder",
     "convert": "Hugging Face folder to Megatron checkpoint, and back",
     "inspect": "what is in a checkpoint, and whether it verifies",
