@@ -158,6 +158,7 @@ def efr(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.heavy
 def test_commands(tmp_path: Path) -> None:
     path = make_family_folder(tmp_path / "model", "llama3", dtype=torch.bfloat16)
     done = efr("convert", "hf-to-megatron", path, tmp_path / "megatron", "--verify")
