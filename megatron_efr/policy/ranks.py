@@ -87,10 +87,6 @@ class Ranks:
         return parallel_state.get_data_parallel_world_size()
 
     @property
-    def pipeline_group(self) -> dist.ProcessGroup:
-        return _group(parallel_state.get_pipeline_model_parallel_group())
-
-    @property
     def pipeline_ranks(self) -> int:
         return parallel_state.get_pipeline_model_parallel_world_size()
 
