@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
@@ -94,6 +95,49 @@ class EngineContract:
             assert all(a.end == b.start and a.version < b.version for a, b in pairwise(spans))
             assert all(span.start < span.end for span in spans)
         assert kinds == {(3,), (3, 4), (4,)}
+
+    def test_a_stream_waits_while_another_is_answered_and_loses_nothing(self, engine: Engine) -> None:
+        stream = engine.generate(requests(20), self.sampling())
+        groups = [next(stream)]
+        others = list(engine.generate(requests(5, first_token=4), self.sampling()))
+        assert len(others) == 5
+        groups += stream
+        assert sorted(group.prompt.id for group in groups) == sorted(request.prompt.id for request in requests(20))
+
+    def test_a_stream_goes_on_when_more_is_asked_of_it(self, engine: Engine) -> None:
+        class Feed(list[Request]):
+            def __iter__(self) -> Iterator[Request]:
+                return self  # type: ignore[return-value]
+
+            def __next__(self) -> Request:
+                if not self:
+                    raise StopIteration
+                return self.pop(0)
+
+        asked = requests(12)
+        feed = Feed(asked[:4])
+        stream = engine.generate(feed, self.sampling())
+        groups = [next(stream)]
+        feed.extend(asked[4:8])
+        groups += stream
+        assert len(groups) == 8
+        feed.extend(asked[8:])
+        groups += stream
+        assert sorted(group.prompt.id for group in groups) == sorted(request.prompt.id for request in asked)
+
+    def test_a_closed_stream_ends_for_the_thread_that_waits_in_it(self, engine: Engine) -> None:
+        stream = engine.generate(requests(20), self.sampling())
+        next(stream)
+        engine.pause()
+        groups: list[Group] = []
+        thread = threading.Thread(target=lambda: groups.extend(stream))
+        thread.start()
+        stream.close()
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+        assert len(groups) < 19
+        engine.resume()
+        assert len(list(engine.generate(requests(3), self.sampling()))) == 3
 
     def test_sleep_needs_wake_and_a_publication(self, engine: Engine, weights: tuple[Weights, Weights]) -> None:
         engine.sleep()

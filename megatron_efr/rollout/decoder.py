@@ -118,6 +118,7 @@ class Decoder:
         self._layers = [self._layer(f"model.layers.{n}.") for n in range(a.layers)]
         self._norm = self._tensor("model.norm.weight")
         self._head = self._embedding if a.tied else self._tensor("lm_head.weight")
+        self._head_fp32 = self._head  # logits are fp32, as the policy's are: bf16 ones move log-probs by several 1e-2
         assert self._targets.keys() == self._shapes.keys(), "the mapping and the decoder disagree about the model"
         exponents = torch.arange(0, a.head_dim, 2, dtype=torch.float32, device=device) / a.head_dim
         self._inverse_frequencies = 1.0 / a.rope_theta**exponents
@@ -164,6 +165,7 @@ class Decoder:
             names = list(missing)
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(f"missing from the published weights: {', '.join(names[:3])}{more}")
+        self._head_fp32 = self._head.float()  # itself where it is fp32
 
     def read(self, sequences: list[NDArray[np.int64]]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Prefill sequences together with those of the same padded length, PREFILL_TOKENS tokens (or one) at a time.
@@ -255,7 +257,7 @@ class Decoder:
         return F.rms_norm(x, weight.shape, weight, self.architecture.norm_eps)
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(self._rms(x, self._norm), self._head).float()
+        return F.linear(self._rms(x, self._norm).float(), self._head_fp32)
 
     def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [n, 1, head dim] for `positions` [n]; sin carries the signs of the rotated halves."""

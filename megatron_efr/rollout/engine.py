@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Protocol, Self
 
 import torch
 
 from megatron_efr.types import Group, Request, Sampling
 
 
+class GroupStream(Protocol):
+    """Finished groups of one `generate`, in order of completion. One thread at a time asks it.
+
+    Requests that are an iterator may grow: one that has run dry is asked again at every `next`, so a stream that has
+    ended goes on once there is more.
+    """
+
+    def __iter__(self) -> Self: ...
+
+    def __next__(self) -> Group: ...
+
+    def close(self) -> None:
+        """Drop what is unfinished; a thread that waits in `next` gets StopIteration."""
+        ...
+
+
 class Engine(Protocol):
-    """Answers requests with the weights of one version. One thread calls it at a time.
+    """Answers requests with the weights of one version.
+
+    One thread at a time asks for groups; another may call everything else while it does. Several streams may be alive:
+    what an earlier one has not finished waits, and goes on when that stream is asked again.
 
     An engine serves nothing before its first `publish`, and nothing after one that failed (version -1). `pause` stops
     decoding after the current token and keeps what is unfinished; `resume` goes on. `sleep` gives up weights and
@@ -23,17 +42,14 @@ class Engine(Protocol):
         """Version of the weights being served; -1 before the first publication."""
         ...
 
-    def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Group]:
-        """Yield each request's whole group as soon as its last response ends, in order of completion.
-
-        A later `generate` ends an earlier one.
-        """
+    def generate(self, requests: Iterable[Request], sampling: Sampling) -> GroupStream:
+        """Yield each request's whole group as soon as its last response ends, in order of completion."""
         ...
 
     def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replace all weights by a snapshot of (Hugging Face name, whole tensor) pairs.
 
-        A name that is unknown, missing or given twice, or a shape that is not the model's, is an error.
+        Unfinished responses go on with the new weights, and their version spans say from which token on. A name that is unknown, missing or given twice, or a shape that is not the model's, is an error.
         """
         ...
 

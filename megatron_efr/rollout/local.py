@@ -11,7 +11,6 @@ make what follows depend on when they came.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ import torch
 from megatron_efr.rollout.decoder import CHUNK, ROWS, Cache, Decoder, decodable, round_up
 from megatron_efr.rollout.requests import check_request, check_sampling
 from megatron_efr.rollout.sampling import draw, uniforms
+from megatron_efr.rollout.turn import Turn
 from megatron_efr.types import Finish, Group, Request, Response, Sampling, VersionSpan
 from megatron_efr.weights.architecture import Architecture
 
@@ -34,9 +34,9 @@ class LocalEngine:
     """An `Engine` in this process, for small models; `slots` responses are decoded at once.
 
     `model` is a Hugging Face folder (only config.json is read), the dictionary of a config.json, or an Architecture.
-    One stream of groups is alive at a time: a later `generate` ends the earlier one. A thread that decodes while
-    another has paused waits for `resume`; decoding in the very thread that paused is an error, since it would wait for
-    ever. Misuse raises RuntimeError, a bad request, sampling or tensor ValueError.
+    One cache serves all streams: one that goes on after another was asked reads again what it holds. A thread that
+    decodes while another has paused waits for `resume`; decoding in the very thread that paused is an error, since it
+    would wait for ever. Misuse raises RuntimeError, a bad request, sampling or tensor ValueError.
     """
 
     def __init__(
@@ -55,9 +55,8 @@ class LocalEngine:
         self._cache: Cache | None = None
         self._version = -1
         self._publications = 0
-        self._stream: _Stream | None = None
-        self._turn = threading.Condition()  # held while a token is decoded and while weights change
-        self._paused_by: int | None = None
+        self._held_by: _Stream | None = None  # whose rows the cache holds
+        self._turn = Turn()
         self._asleep = False
         self._tally = _Tally()
 
@@ -66,16 +65,15 @@ class LocalEngine:
         """Version of the weights being served; -1 before the first publication."""
         return self._version
 
-    def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Group]:
+    def generate(self, requests: Iterable[Request], sampling: Sampling) -> _Stream:
         """Yield each request's whole group as its last response ends, in order of completion.
 
         Requests are pulled when rows become free for them, at most slots/16 samples ahead, and prefilled together.
         """
         check_sampling(sampling, self.architecture.vocab)
-        with self._turn:
+        with self._turn.changing():
             self._check_serving()
-            self._stream = _Stream(self, requests, sampling)
-            return self._stream
+            return _Stream(self, requests, sampling)
 
     def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replace all weights by copies of (Hugging Face name, whole tensor) pairs.
@@ -84,7 +82,7 @@ class LocalEngine:
         nothing until a publication succeeds. Unfinished responses go on with the new weights: what they hold is read
         again, and their version spans say where the weights changed.
         """
-        with self._turn:
+        with self._turn.changing():
             if self._asleep:
                 raise RuntimeError("the engine is asleep: wake() it before publish()")
             self._version = -1
@@ -95,30 +93,27 @@ class LocalEngine:
 
     def pause(self) -> None:
         """Stop after the token being decoded; unfinished responses are kept."""
-        with self._turn:
-            self._paused_by = threading.get_ident()
+        self._turn.pause()
 
     def resume(self) -> None:
         """Go on after `pause`."""
-        with self._turn:
-            self._paused_by = None
-            self._turn.notify_all()
+        self._turn.resume()
 
     def sleep(self) -> None:
         """Free weights and cache. Unfinished responses are kept as tokens, and read again after wake and publish."""
-        with self._turn:
+        with self._turn.changing():
             self._decoder = self._cache = None
             self._version = -1
             self._asleep = True
 
     def wake(self) -> None:
         """End `sleep`; a publication must follow."""
-        with self._turn:
+        with self._turn.changing():
             self._asleep = False
 
     def health(self) -> dict[str, float]:
         """Since the last call: tokens, seconds spent decoding, tokens per second, mean rows decoded in a step."""
-        with self._turn:
+        with self._turn.changing():
             tally, self._tally = self._tally, _Tally()
         return {
             "tokens": float(tally.tokens),
@@ -136,14 +131,9 @@ class LocalEngine:
     @contextmanager
     def _decoding(self, stream: _Stream) -> Iterator[_Tally]:
         """The right to decode one token for `stream`: waits or raises while paused."""
-        with self._turn:
-            while self._paused_by is not None:
-                if self._paused_by == threading.get_ident():
-                    raise RuntimeError("the engine is paused: resume() before asking for more groups")
-                self._turn.wait()
-            if self._stream is not stream:
-                raise RuntimeError("this stream of groups has ended: a later generate() or an error took its place")
-            self._check_serving()
+        with self._turn.decoding(stream):
+            if not stream.closed:
+                self._check_serving()
             began = time.perf_counter()
             try:
                 yield self._tally
@@ -194,6 +184,7 @@ class _Stream(Iterator[Group]):
         self._sampling = sampling
         self._waiting: deque[_Open] = deque()  # prefilled, with samples to start
         self._done: deque[Group] = deque()
+        self.closed = False
         self._publication = engine._publications
         rows = round_up(engine.slots, ROWS)
         self._active = 0
@@ -214,14 +205,20 @@ class _Stream(Iterator[Group]):
     def __next__(self) -> Group:
         while not self._done:
             with self._engine._decoding(self) as tally:
-                if self._publication != self._engine._publications:
-                    self._read_again()
+                if self.closed:
+                    raise StopIteration
+                self._take_up()
                 self._fill()
                 if self._active:
                     self._step(tally)
                 elif not self._done:
                     raise StopIteration
         return self._done.popleft()
+
+    def close(self) -> None:
+        """Drop what is unfinished; a thread that waits in `next` gets StopIteration."""
+        with self._engine._turn.changing():
+            self.closed = True
 
     def _step(self, tally: _Tally) -> None:
         """One token for every active row."""
@@ -246,7 +243,7 @@ class _Stream(Iterator[Group]):
         device_tokens, device_logprobs = draw(logits[:n], uniform, sampling.temperature, sampling.top_p)
         tokens, logprobs = device_tokens.cpu().numpy(), device_logprobs.cpu().numpy()
         if not np.isfinite(logprobs).all():
-            self._engine._cache = self._engine._stream = None  # what is not finite is not hidden by a mask
+            self._engine._cache, self.closed = None, True  # what is not finite is not hidden by a mask
             bad = self._row(int(rows[np.flatnonzero(~np.isfinite(logprobs))[0]]))
             raise RuntimeError(f"prompt {bad.owner.request.prompt.id}: the weights give logits that are not finite")
         self._tokens[rows, at] = tokens
@@ -339,9 +336,12 @@ class _Stream(Iterator[Group]):
         for i, kv, logits in self._decoder.read(prompts):
             owners[i].kv, owners[i].logits = kv, logits
 
-    def _read_again(self) -> None:
-        """After a publication: rebuild what the old weights computed."""
-        self._prefill(list(self._waiting))
+    def _take_up(self) -> None:
+        """Rebuild what is not there any more: after a publication, or another stream's turn."""
+        if self._publication != self._engine._publications:
+            self._prefill(list(self._waiting))
+        elif self._engine._held_by is self:
+            return
         live = [i for i in range(self._active) if i not in self._ended]
         cache = self._reserve(int(self._length[live].max(initial=1)))
         known = [self._tokens[i, : self._length[i] - 1] for i in live]
@@ -349,8 +349,9 @@ class _Stream(Iterator[Group]):
             cache.write(live[which], len(known[which]), kv)
         for i in live:
             row, drawn = self._row(i), int(self._length[i] - self._prompt[i])
-            row.spans = [span for span in row.spans if span[1] < drawn] + [(self._engine.version, drawn)]
-        self._publication = self._engine._publications
+            if row.spans[-1][0] != self._engine.version:
+                row.spans = [span for span in row.spans if span[1] < drawn] + [(self._engine.version, drawn)]
+        self._publication, self._engine._held_by = self._engine._publications, self
 
     def _move(self, source: int, target: int) -> None:
         """Move an active row; its last token is not in the cache yet, so that all but it is copied."""
