@@ -46,6 +46,9 @@ class ParallelConfig(Section):
     context: PositiveInt = 1
     expert: PositiveInt = 1
     sequence: bool = False
+    wait_limit_s: float = Field(
+        default=21600, gt=0, description="how long ranks wait on the CPU for rank 0: for rollouts, above all"
+    )
     ddp: dict[str, Any] = Field(default_factory=dict, description="any field of Megatron's DDP configuration")
 
     @property
@@ -105,6 +108,45 @@ class RolloutConfig(Section):
     top_p: float = Field(default=1.0, ge=1, le=1, description="training needs the sampler's own distribution")
     max_new_tokens: PositiveInt = 32000
     slots: PositiveInt = Field(default=256, description="responses the embedded engine decodes at once")
+    partial: bool = Field(
+        default=False,
+        description="an iteration ends when enough groups are complete; unfinished responses go on in the next one",
+    )
+    ahead: PositiveInt | None = Field(
+        default=None, description="partial: prompts in flight beyond `prompts`; half as many when left out"
+    )
+    overlap: bool = Field(
+        default=False, alias="async", description="the next rollouts are generated while the policy trains"
+    )
+    max_staleness: PositiveInt = Field(
+        default=1, description="how many publications a trained token may be behind; what would be older is waited for"
+    )
+
+    @model_validator(mode="after")
+    def _what_is_in_flight_can_be_waited_for(self) -> RolloutConfig:
+        if self.ahead is not None and not self.partial:
+            raise ValueError("rollout.ahead: only partial rollouts have prompts in flight; set rollout.partial: true")
+        if self.in_flight_beyond > self.prompts:
+            raise ValueError(
+                f"rollout.ahead: {self.ahead} prompts that may have to be waited for together are more than an "
+                f"iteration takes; at most rollout.prompts = {self.prompts}"
+            )
+        if self.partial and self.overlap and self.max_staleness < 2:
+            raise ValueError(
+                "rollout.max_staleness: 1 leaves no response to go on in a next iteration where async rollouts are one "
+                "publication behind already; set 2 or more with partial, or leave partial out"
+            )
+        return self
+
+    @property
+    def in_flight_beyond(self) -> int:
+        """Prompts in flight beyond those that an iteration takes."""
+        return (self.ahead or -(-self.prompts // 2)) if self.partial else 0
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether tokens may be older than the weights of the iteration that trains on them."""
+        return self.partial or self.overlap
 
 
 class GradingConfig(Section):
@@ -137,6 +179,14 @@ class LossConfig(Section):
     aggregate: Literal["sequence", "token"] = Field(
         default="sequence", description="mean over each sequence's tokens, then over sequences; or over all tokens"
     )
+    importance: Literal["auto", "none", "truncate", "mask"] = Field(
+        default="auto",
+        description="weight of a token by exp(policy before the update - engine), cut at importance_cap, or 0 outside "
+        "importance_low to importance_high; auto: truncate where rollouts are partial or async, else none",
+    )
+    importance_cap: float = Field(default=2.0, gt=0)
+    importance_low: float = Field(default=0.5, ge=0, le=1)
+    importance_high: float = Field(default=5.0, ge=1)
 
 
 class OptimizerConfig(Section):
@@ -163,8 +213,27 @@ class TrainingConfig(Section):
     )
     micro_batch_tokens: PositiveInt = Field(default=16384, description="token budget of one packed micro-batch")
     max_logprob_diff: float = Field(
-        default=0.5, gt=0, description="stop when |engine - policy| log-prob, averaged over an iteration, exceeds this"
+        default=0.5,
+        gt=0,
+        description="stop when |engine - policy| log-prob, averaged over an iteration's tokens of the policy's own "
+        "version, exceeds this",
     )
+    warn_logprob_diff: float | None = Field(
+        default=None, gt=0, description="say so when it exceeds this; a fifth of max_logprob_diff when left out"
+    )
+
+    @property
+    def warns_above(self) -> float:
+        return self.warn_logprob_diff or self.max_logprob_diff / 5
+
+    @model_validator(mode="after")
+    def _warns_before_it_stops(self) -> TrainingConfig:
+        if self.warns_above > self.max_logprob_diff:
+            raise ValueError(
+                f"train.warn_logprob_diff: {self.warn_logprob_diff} would warn after train.max_logprob_diff = "
+                f"{self.max_logprob_diff} has stopped the run; set it lower"
+            )
+        return self
 
 
 class CheckpointConfig(Section):
@@ -252,6 +321,13 @@ class TrainConfig(RunConfig):
                 f"responses do not split over train.updates = {self.train.updates}"
             )
         return self
+
+    @property
+    def importance(self) -> Literal["none", "truncate", "mask"]:
+        """What `loss.importance` comes to."""
+        if self.loss.importance != "auto":
+            return self.loss.importance
+        return "truncate" if self.rollout.off_policy else "none"
 
     def check_world(self, world_size: int) -> None:
         """Refuse sizes that do not divide over `world_size` ranks; call once the number of ranks is known."""

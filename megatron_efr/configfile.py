@@ -45,7 +45,7 @@ def validate(kind: type[SectionT], tree: dict[str, Any], source: str, prefix: st
 
 def dump(config: BaseModel) -> str:
     """The resolved configuration as YAML: it runs again from there."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
@@ -116,7 +116,7 @@ def _keys_at(kind: type[BaseModel], location: list[Any]) -> list[str]:
         section = _section_of(field.annotation)
         if section is None:
             return []
-    return list(section.model_fields)
+    return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

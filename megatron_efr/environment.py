@@ -20,6 +20,7 @@ from megatron_efr.report.records import Record, summarise
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.ledger import Ledger, request_seed
 from megatron_efr.rollout.local import LocalEngine
+from megatron_efr.rollout.production import Production
 from megatron_efr.runfolder import RunFolder
 from megatron_efr.types import Group, Prompt, Request, Sampling
 from megatron_efr.weights.architecture import Architecture
@@ -42,7 +43,9 @@ class Environment:
         self.engine: Engine = local_engine(config.model.path, config.rollout.slots, config.model.dtype)
         self.grader = Grader(config.grading.workers, config.grading.timeout_s)
         sampling = Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_new_tokens, stops)
-        self.ledger = Ledger(self.engine, sampling, config.rollout.samples, config.seed, decoder(tokenizer))
+        production = Production(self.engine, sampling, decoder(tokenizer))
+        self.ledger = Ledger(production, config.rollout, self.stream, config.seed, config.train.iterations)
+        self._held = production.held
         self.evaluator = (
             Evaluator(config.evaluation, config.data.prompt, tokenizer, stops, config.seed)
             if config.evaluation.every
@@ -52,12 +55,14 @@ class Environment:
     def evaluate(self, step: int, folder: RunFolder) -> dict[str, float]:
         """Ask and grade the held-out problems with the weights being served; the record goes to `folder`."""
         assert self.evaluator is not None
-        record = self.evaluator.run(self.engine, self.grader, f"step_{step:06d}")
+        with self._held():
+            record = self.evaluator.run(self.engine, self.grader, f"step_{step:06d}")
         folder.write_evaluation(record["name"], record)
         return {"eval/accuracy": record["accuracy"], "eval/tokens": record["tokens"]}
 
     def close(self) -> None:
-        """End the grading processes."""
+        """End the thread of rollouts and the grading processes."""
+        self.ledger.close()
         self.grader.close()
 
 

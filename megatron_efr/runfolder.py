@@ -21,7 +21,7 @@ import zstandard
 
 from megatron_efr.types import Group, Prompt, Response, UserError, VersionSpan
 
-MAY_CHANGE = ("runs", "observe", "checkpoint", "train.iterations")
+MAY_CHANGE = ("runs", "observe", "checkpoint", "train.iterations", "parallel.wait_limit_s")
 """Keys, or sections, that a resumed run may set anew: none of them touches the numbers of an iteration."""
 
 _ABSENT = "(not set)"
@@ -118,7 +118,7 @@ class JournalContents(NamedTuple):
 
 
 class Journal:
-    """Finished groups of the running iteration, one JSON line each, so that an interrupted one is not generated again.
+    """Finished groups that an iteration may take, one JSON line each, so that they are not generated again.
 
     Every line is flushed to the operating system: it outlives a killed process. With `fsync` it outlives the machine
     too, at the price of one disk sync per group. One writer at a time.

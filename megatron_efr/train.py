@@ -16,7 +16,9 @@ from megatron_efr.environment import Environment
 from megatron_efr.grading.groups import grade_groups
 from megatron_efr.methods.token_advantages import fill_token_advantages
 from megatron_efr.observe import Observer
-from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, launched, split_into_updates, trainable
+from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, launched, split_into_updates
+from megatron_efr.policy.drift import fill_importance
+from megatron_efr.policy.handover import hand_over
 from megatron_efr.report.iteration import check_logprobs, iteration_metrics
 from megatron_efr.runfolder import RunFolder
 from megatron_efr.types import Group
@@ -72,10 +74,9 @@ class Run:
 
     def iterate(self, step: int, observer: Observer) -> dict[str, float]:
         """prompts -> rollouts -> grades -> rewards -> advantages -> packed micro-batches -> log-probs -> updates."""
-        config, policy = self.config, self.policy
+        config, policy, env = self.config, self.policy, self.environment
         with observer.phase("rollout"):
-            groups = self.ranks.share(lambda: self.rollouts(step))
-        sequences = [sequence for group in groups for sequence in trainable(group)]
+            groups, sequences = hand_over(lambda: self.rollouts(step), self.ranks)
         updates = [
             policy.pack_update(sequences, update, config.train.micro_batch_tokens, config.loss.aggregate)
             for update in split_into_updates(len(sequences), config.train.updates, (config.seed, step))
@@ -83,20 +84,19 @@ class Run:
         batches = [batch for update in updates for batch in update]
         with observer.phase("logprobs"):
             policy.fill_logprobs(batches)
-            drift = policy.compare_logprobs(batches, sequences)
-            check_logprobs(drift, config.train.max_logprob_diff)
+            fill_importance(batches, sequences, config.loss, config.importance)
+            drift = policy.compare_logprobs(batches, sequences, version=step - 1)
+            check_logprobs(drift, config.train, self.ranks.is_main)
         fill_token_advantages(batches, [s.advantage for s in sequences], config.loss, self.ranks.sum_over_replicas)
         with observer.phase("train"):
-            loss = clipped_policy_loss(config.loss.clip)
-            made = [policy.update(update, loss) for update in updates]
-        return iteration_metrics(groups, made, drift, observer.seconds("rollout"))
+            made = [policy.update(update, clipped_policy_loss(config.loss.clip)) for update in updates]
+        return iteration_metrics(groups, made, drift, step - 1, env.ledger.seconds if env else 0.0)
 
     def rollouts(self, step: int) -> list[Group]:
         """The iteration's groups with grades, rewards and advantages; rank 0 makes them."""
         env = self.environment
         assert env is not None
-        visits = env.stream.take(self.config.rollout.prompts)
-        groups = env.ledger.collect(visits, self.folder.journal(step))
+        groups = env.ledger.collect(step, self.folder.journal)
         grade_groups(env.grader, groups)
         methods.score(self.method, groups)
         if self.config.observe.rollouts:
@@ -109,10 +109,10 @@ class Run:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """The held-out problems, every so many iterations; rank 0 asks and grades them."""
-        every = self.config.evaluation.every
+        every, env = self.config.evaluation.every, self.environment
         if every is None or step % every:
             return {}
-        return self.ranks.share(lambda: self.environment.evaluate(step, self.folder) if self.environment else {})
+        return self.ranks.share(lambda: env.evaluate(step, self.folder) if env else {}, "an evaluation")
 
     def save(self, step: int) -> None:
         """Keep all that a resumed run needs. Random numbers need nothing: each is a function of seed and place."""
@@ -120,7 +120,7 @@ class Run:
             "step": step,
             "initial_model": self.policy.initial_model,
             "method": self.method.state_dict(),
-            "stream": self.environment.stream.state_dict() if self.environment else None,
+            "stream": self.environment.ledger.state_dict() if self.environment else None,
         }
         self.checkpoints.save(step, self.policy.sharded_state(), state)
         self.ranks.on_main(lambda: self.folder.clear_journals(step))
@@ -134,7 +134,7 @@ class Run:
             self.policy.check_initial_model(state["initial_model"], str(path))
             self.method.load_state_dict(state["method"])
             if self.environment is not None:
-                self.environment.stream.load_state_dict(state["stream"])
+                self.environment.ledger.load_state_dict(state["stream"])
             step = state["step"]
         self.ranks.on_main(lambda: self.folder.go_on_from(step))
         return step

@@ -106,12 +106,16 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """Prompt and response as one trainable row; `advantage` is the response's, `engine_logprobs` as sampled."""
+    """Prompt and response as one trainable row; `advantage` is the response's, `engine_logprobs` as sampled.
+
+    `versions` are the response's: which weights drew its tokens, counted from its first.
+    """
 
     tokens: list[int]
     prompt_length: int
     advantage: float = 0.0
     engine_logprobs: list[float] | None = None
+    versions: tuple[VersionSpan, ...] = ()
 
     @property
     def length(self) -> int:
@@ -131,7 +135,7 @@ class PackedBatch:
     response token `targets[r]`: everything per-token that the loss reads is [R], sequence by sequence, `row_lengths`
     each. `indices` says which sequences these are, padding left out. The loss is the sum of its terms times `weights`
     [R], which carry the mean over the whole update. What the loop fills in as it learns it: log-probs under the policy
-    before its first update and under the initial model, advantages, all fp32 [R].
+    before its first update and under the initial model, advantages, importance weights, all fp32 [R].
     """
 
     tokens: torch.Tensor
@@ -146,3 +150,4 @@ class PackedBatch:
     old_logprobs: torch.Tensor | None = None
     reference_logprobs: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
+    importance: torch.Tensor | None = None  # None: 1 for all

@@ -56,9 +56,13 @@ class PromptStream:
 
     def take(self, count: int) -> list[Visit]:
         """The next `count` visits, going on into the following epochs where one runs out."""
-        visits = [Visit(index, self.at(index)) for index in range(self._next, self._next + count)]
+        visits = [self.visit(index) for index in range(self._next, self._next + count)]
         self._next += count
         return visits
+
+    def visit(self, index: int) -> Visit:
+        """Visit `index`, past or future; the stream does not move."""
+        return Visit(index, self.at(index))
 
     def at(self, index: int) -> Prompt:
         """The prompt of visit `index`, past or future; the stream does not move."""

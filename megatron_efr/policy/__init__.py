@@ -2,7 +2,7 @@
 
 from megatron_efr.policy.fit import check_fit
 from megatron_efr.policy.loss import clipped_policy_loss, supervised_loss
-from megatron_efr.policy.packing import split_into_updates, trainable
+from megatron_efr.policy.packing import split_into_updates
 from megatron_efr.policy.policy import Policy
 from megatron_efr.policy.ranks import Ranks, launched
 
@@ -14,5 +14,4 @@ __all__ = [
     "launched",
     "split_into_updates",
     "supervised_loss",
-    "trainable",
 ]

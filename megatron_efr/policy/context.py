@@ -60,7 +60,7 @@ def part(batch: PackedBatch, rank: int, ranks: int) -> PackedBatch:
     sequence = torch.arange(len(row_lengths)).repeat_interleave(row_lengths)
     optional = {
         name: None if (values := getattr(batch, name)) is None else values[rows]
-        for name in ("old_logprobs", "reference_logprobs", "advantages")
+        for name in ("old_logprobs", "reference_logprobs", "advantages", "importance")
     }
     return replace(
         batch,

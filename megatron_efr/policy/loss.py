@@ -15,9 +15,10 @@ Loss = Callable[[torch.Tensor, PackedBatch], tuple[torch.Tensor, Metrics]]
 
 
 def clipped_policy_loss(clip: float) -> Loss:
-    """PPO's clipped surrogate: -sum of w_t * min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t).
+    """PPO's clipped surrogate: -sum of w_t * rho_t * min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t).
 
     Schulman et al. 2017, eq. 7; ratio against the policy's own log-probs before its first update of the iteration.
+    rho_t is `batch.importance` where there is one: a constant, for tokens that another policy drew.
     """
 
     def loss(logprobs: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, Metrics]:
@@ -27,7 +28,8 @@ def clipped_policy_loss(clip: float) -> Loss:
         ratio = log_ratio.exp()
         plain = ratio * batch.advantages
         clipped = ratio.clamp(1.0 - clip, 1.0 + clip) * batch.advantages
-        value = -(batch.weights * torch.minimum(plain, clipped)).sum()
+        weights = batch.weights if batch.importance is None else batch.weights * batch.importance
+        value = -(weights * torch.minimum(plain, clipped)).sum()
         with torch.no_grad():
             metrics = {
                 "loss": value.detach().clone(),

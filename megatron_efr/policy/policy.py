@@ -18,6 +18,7 @@ from megatron.core.utils import unwrap_model
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_efr.kernels import Backend, choose_backend, linear_logprob
 from megatron_efr.policy import context
+from megatron_efr.policy.drift import drift_figures, drift_sums
 from megatron_efr.policy.fit import check_fit
 from megatron_efr.policy.layers import packed_sequences
 from megatron_efr.policy.loss import Loss
@@ -150,27 +151,16 @@ class Policy:
             return slice(None)
         return context.own_rows(batch, self.ranks.context_rank, self.ranks.context_ranks)
 
-    def compare_logprobs(self, batches: list[PackedBatch], sequences: SequenceOf[Sequence]) -> dict[str, float]:
-        """How far apart the log-probs of the same tokens are, over all replicas.
+    def compare_logprobs(
+        self, batches: list[PackedBatch], sequences: SequenceOf[Sequence], version: int = 0
+    ) -> dict[str, float]:
+        """How far apart the log-probs of the same tokens are, over all replicas: `drift_figures`.
 
-        `logprob_diff_mean`, `logprob_diff_max`: |engine at sampling - policy before the update|. `kl`: the mean over
-        tokens of policy - initial model (k1), where a reference is kept.
+        `version` is the policy's: tokens that older weights drew are told apart.
         """
-        figures = []
-        for batch in batches if self.ranks.context_rank == 0 else []:  # the others know the same
-            assert batch.old_logprobs is not None
-            if not batch.indices:
-                continue
-            engine = torch.cat([torch.tensor(sequences[i].engine_logprobs) for i in batch.indices])
-            difference = (engine.to(batch.old_logprobs.device) - batch.old_logprobs).abs().double()
-            figure = {"tokens": float(difference.numel()), "logprob_diff_mean": float(difference.sum())}
-            figure["logprob_diff_max"] = float(difference.max())
-            if batch.reference_logprobs is not None:
-                figure["kl"] = float((batch.old_logprobs - batch.reference_logprobs).double().sum())
-            figures.append(figure)
-        sums = self._over_replicas(_combine(figures))
-        tokens = sums.pop("tokens")
-        return {name: value if name.endswith("_max") else value / tokens for name, value in sums.items()}
+        own = batches if self.ranks.context_rank == 0 else []  # the others know the same
+        sums = [drift_sums(batch, sequences, version) for batch in own if batch.indices]
+        return drift_figures(self._over_replicas(_combine(sums)))
 
     def update(self, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:
         """One optimizer update from this replica's micro-batches; the loss's figures over all replicas, and the step's.
@@ -319,5 +309,8 @@ def _unwrapped(chunk: torch.nn.Module) -> PolicyModel:
 
 def _combine(figures: SequenceOf[Mapping[str, Any]]) -> dict[str, float]:
     """Sums, or maxima for names that end in `_max`, in a fixed order."""
-    names = sorted(figures[0]) if figures else []
-    return {name: (max if name.endswith("_max") else math.fsum)([float(f[name]) for f in figures]) for name in names}
+    names = sorted({name for figure in figures for name in figure})
+    return {
+        name: (max if name.endswith("_max") else math.fsum)([float(f[name]) for f in figures if name in f])
+        for name in names
+    }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,10 +20,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_efr.config import ModelConfig, ParallelConfig
 from megatron_efr.policy import cpu
 from megatron_efr.policy.fit import check_fit
+from megatron_efr.types import UserError
 
 T = TypeVar("T")
-
-WAIT_LIMIT = timedelta(hours=6)  # how long ranks wait over gloo for rank 0 to come back with rollouts
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Ranks:
     device: torch.device
     cpu_world: dist.ProcessGroup
     cpu_pipeline: dist.ProcessGroup
+    wait_limit: timedelta = timedelta(hours=6)  # of those two groups
 
     @property
     def is_main(self) -> bool:
@@ -94,8 +96,11 @@ class Ranks:
     def is_last_stage(self) -> bool:
         return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
-    def share(self, make: Callable[[], T]) -> T:
-        """Run `make` on rank 0 and hand its result to every rank; an exception there is raised on all."""
+    def share(self, make: Callable[[], T], what: str = "the next result") -> T:
+        """Run `make` on rank 0 and hand its result to every rank; an exception there is raised on all.
+
+        UserError names `what` on ranks that have waited for it longer than `wait_limit`, or in vain.
+        """
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -106,20 +111,46 @@ class Ranks:
             if self.is_main and outcome[1] is not None:
                 dist.broadcast_object_list([None, _portable(outcome[1])], src=0, group=self.cpu_world)
             else:
-                dist.broadcast_object_list(outcome, src=0, group=self.cpu_world)
+                with self._waiting_for(what):
+                    dist.broadcast_object_list(outcome, src=0, group=self.cpu_world)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
 
-    def on_main(self, make: Callable[[], T]) -> T | None:
-        """Run `make` on rank 0 alone, which keeps the result; an exception there is raised on all."""
+    def on_main(self, make: Callable[[], T], what: str = "the next result") -> T | None:
+        """Run `make` on rank 0 alone, which keeps the result; an exception there is raised on all, as in `share`."""
         kept: list[T] = []
 
         def keep() -> None:
             kept.append(make())
 
-        self.share(keep)
+        self.share(keep, what)
         return kept[0] if kept else None
+
+    def broadcast(self, tensors: SequenceOf[torch.Tensor]) -> list[torch.Tensor]:
+        """Rank 0's CPU tensors, on every rank, over gloo; the others' (as many, of the same types) say nothing."""
+        shapes = self.share(lambda: [tensor.shape for tensor in tensors])
+        received = [
+            tensor if self.is_main else torch.empty(shape, dtype=tensor.dtype)
+            for tensor, shape in zip(tensors, shapes, strict=True)
+        ]
+        for tensor in received:
+            if tensor.numel():
+                dist.broadcast(tensor, src=0, group=self.cpu_world)
+        return received
+
+    @contextmanager
+    def _waiting_for(self, what: str) -> Iterator[None]:
+        """Says what was waited for, where gloo only says that it waited or that its peer has gone."""
+        began = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            if self.is_main:  # it waited for nothing: another rank has gone
+                raise
+            waited, limit = time.monotonic() - began, self.wait_limit.total_seconds()
+            why = "the limit is parallel.wait_limit_s" if waited >= 0.99 * limit else "rank 0 has gone"
+            raise UserError(f"rank {self.rank} waited {waited:.0f} s for {what} of rank 0: {why} ({error})") from error
 
     def sum_over_replicas(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` summed over data-parallel replicas, in place."""
@@ -168,13 +199,15 @@ def launched(parallel: ParallelConfig, seed: int, model: ModelConfig | None = No
     )
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
     torch.manual_seed(seed)
+    wait_limit = timedelta(seconds=parallel.wait_limit_s)
     try:
         yield Ranks(
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
             device=device,
-            cpu_world=_group(dist.new_group(backend="gloo", timeout=WAIT_LIMIT)),
-            cpu_pipeline=_pipeline_over_gloo(),
+            cpu_world=_group(dist.new_group(backend="gloo", timeout=wait_limit)),
+            cpu_pipeline=_pipeline_over_gloo(wait_limit),
+            wait_limit=wait_limit,
         )
     finally:
         parallel_state.destroy_model_parallel()
@@ -190,13 +223,13 @@ def _device() -> torch.device:
     return device
 
 
-def _pipeline_over_gloo() -> dist.ProcessGroup:
+def _pipeline_over_gloo(wait_limit: timedelta) -> dist.ProcessGroup:
     """This rank's pipeline peers as a gloo group; every rank takes part in making all of them."""
     mine = dist.get_process_group_ranks(_group(parallel_state.get_pipeline_model_parallel_group()))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     distinct = sorted({tuple(ranks) for ranks in everyone})
-    groups = {ranks: dist.new_group(list(ranks), backend="gloo", timeout=WAIT_LIMIT) for ranks in distinct}
+    groups = {ranks: dist.new_group(list(ranks), backend="gloo", timeout=wait_limit) for ranks in distinct}
     return _group(groups[tuple(mine)])
 
 

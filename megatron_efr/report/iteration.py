@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from megatron_efr.config import TrainingConfig
 from megatron_efr.types import Group, UserError
 
 
@@ -18,14 +20,21 @@ def iteration_metrics(
     groups: Sequence[Group],
     updates: Sequence[Mapping[str, float]],
     drift: Mapping[str, float],
-    rollout_seconds: float,
+    version: int,
+    generation_seconds: float,
 ) -> dict[str, float]:
     """Accuracy, lengths and rewards of the rollouts; the updates' figures; how far the log-probs are apart.
+
+    `staleness` is by how many publications a token is behind `version`, the policy's: mean over tokens, and maximum.
+    A rank that does not know the groups has no figures: {}.
 
     Per-update figures are averaged over the iteration's updates (maxima kept), but `first_*`, which the first one of an
     iteration must show: ratio 1 and KL 0 to the policy that is being updated.
     """
+    if not groups:
+        return {}
     responses = [response for group in groups for response in group.responses]
+    spans = [span for response in responses for span in response.versions]
     correct = np.concatenate([_filled(group.correct) for group in groups])
     lengths = np.concatenate([group.lengths for group in groups])
     rewards = np.concatenate([_filled(group.rewards) for group in groups])
@@ -37,6 +46,8 @@ def iteration_metrics(
         "tokens_wrong": _mean(lengths[~correct]),
         "tokens_max": float(lengths.max()),
         "tokens_total": float(lengths.sum()),
+        "staleness_mean": sum((version - s.version) * (s.end - s.start) for s in spans) / float(lengths.sum()),
+        "staleness_max": float(max(version - s.version for s in spans)),
         "truncated": float(np.mean([response.truncated for response in responses])),
         "reward_mean": float(rewards.mean()),
         "groups_without_signal": float(np.mean([not np.any(a) for a in advantages])),
@@ -45,16 +56,29 @@ def iteration_metrics(
     metrics |= {f"graded/{status}": float(count) for status, count in sorted(statuses.items())}
     metrics |= _averaged(updates)
     metrics |= {"first_ratio_max": updates[0]["ratio_max"], "first_kl_to_old": updates[0]["kl_to_old"]}
-    return metrics | dict(drift) | {"time/tokens_per_s": metrics["tokens_total"] / rollout_seconds}
+    machine = {"time/generate": generation_seconds, "time/tokens_per_s": metrics["tokens_total"] / generation_seconds}
+    return metrics | dict(drift) | machine
 
 
-def check_logprobs(drift: Mapping[str, float], limit: float) -> None:
-    """Stop a run whose engine and policy disagree: its advantages would be of another distribution's samples."""
-    if drift["logprob_diff_mean"] > limit:
+def check_logprobs(drift: Mapping[str, float], config: TrainingConfig, loud: bool) -> None:
+    """Stop a run whose engine and policy disagree: its advantages would be of another distribution's samples.
+
+    Only tokens that the policy's own version drew are judged; the maximum is not, since single tokens may be far off
+    in bf16. Where it does not come to a stop, but is worth a look, rank 0 (`loud`) says so.
+    """
+    found = drift["logprob_diff_mean"]
+    disagree = f"engine and policy disagree on the log-probs of the sampled tokens by {found:.4f} on average"
+    if found > config.max_logprob_diff:
         raise LogprobMismatchError(
-            f"engine and policy disagree on the log-probs of the sampled tokens by {drift['logprob_diff_mean']:.4f} on "
-            f"average, more than train.max_logprob_diff = {limit}: the engine serves other weights, another "
-            "temperature or another precision than the policy"
+            f"{disagree}, more than train.max_logprob_diff = {config.max_logprob_diff}: the engine serves other "
+            "weights, another temperature or another precision than the policy"
+        )
+    if found > config.warns_above and loud:
+        print(
+            f"warning: {disagree}, more than train.warn_logprob_diff = {config.warns_above:g}; the run stops at "
+            f"{config.max_logprob_diff}",
+            file=sys.stderr,
+            flush=True,
         )
 
 

@@ -49,7 +49,8 @@ class Engine(Protocol):
     def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replace all weights by a snapshot of (Hugging Face name, whole tensor) pairs.
 
-        Unfinished responses go on with the new weights, and their version spans say from which token on. A name that is unknown, missing or given twice, or a shape that is not the model's, is an error.
+        Unfinished responses go on with the new weights, and their version spans say from which token on. A name that is
+        unknown, missing or given twice, or a shape that is not the model's, is an error.
         """
         ...
 

@@ -65,7 +65,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     (registration / "METADATA").write_text("Metadata-Version: 2.1\nName: typical\nVersion: 1.0\n")
     (registration / "entry_points.txt").write_text("[megatron_efr.methods]\ntypical = typical:Typical\n")
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    environment |= {"PYTHONPATH": str(plugin), "OMP_NUM_THREADS": "1"}
+    given = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+    environment |= {"PYTHONPATH": os.pathsep.join([str(plugin), *given]), "OMP_NUM_THREADS": "1"}
 
     def run(
         name: str, *arguments: str, killed_at: str | None = None, expect: int | None = None

@@ -1,0 +1,75 @@
+"""From rank 0 to all: what the ranks train on, as a few flat tensors over gloo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from megatron_efr.policy.packing import trainable
+from megatron_efr.policy.ranks import Ranks
+from megatron_efr.types import Group, Sequence, VersionSpan
+
+
+class FlatSequences(NamedTuple):
+    """Sequences end to end. `sizes` int64 [n, 4]: tokens, prompt tokens, engine log-probs (-1: there are none), spans.
+
+    `tokens` int32 [all tokens], `logprobs` fp32 [all engine log-probs], `spans` int64 [all spans, 3] (version, start,
+    end), `advantages` fp64 [n].
+    """
+
+    sizes: torch.Tensor
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+    spans: torch.Tensor
+    advantages: torch.Tensor
+
+
+def flatten(sequences: SequenceOf[Sequence]) -> FlatSequences:
+    """The sequences as tensors. Exact, log-probs being fp32 numbers as engines give them."""
+    sizes = [
+        (len(s.tokens), s.prompt_length, -1 if s.engine_logprobs is None else len(s.engine_logprobs), len(s.versions))
+        for s in sequences
+    ]
+    logprobs = [np.asarray(s.engine_logprobs or [], dtype=np.float32) for s in sequences]
+    return FlatSequences(
+        sizes=torch.tensor(sizes, dtype=torch.int64).reshape(-1, 4),
+        tokens=_joined([np.asarray(s.tokens, dtype=np.int32) for s in sequences], np.int32),
+        logprobs=_joined(logprobs, np.float32),
+        spans=torch.tensor([span for s in sequences for span in s.versions], dtype=torch.int64).reshape(-1, 3),
+        advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float64),
+    )
+
+
+def unflatten(flat: FlatSequences) -> list[Sequence]:
+    """The sequences that `flatten` was given."""
+    sizes = flat.sizes.tolist()
+    tokens = flat.tokens.split([size[0] for size in sizes])
+    logprobs = flat.logprobs.split([max(size[2], 0) for size in sizes])
+    spans = flat.spans.split([size[3] for size in sizes])
+    return [
+        Sequence(
+            tokens=tokens[i].tolist(),
+            prompt_length=prompt,
+            advantage=advantage,
+            engine_logprobs=None if drawn < 0 else logprobs[i].tolist(),
+            versions=tuple(VersionSpan(*span) for span in spans[i].tolist()),
+        )
+        for i, ((_, prompt, drawn, _), advantage) in enumerate(zip(sizes, flat.advantages.tolist(), strict=True))
+    ]
+
+
+def hand_over(make: Callable[[], list[Group]], ranks: Ranks) -> tuple[list[Group], list[Sequence]]:
+    """The scored groups that rank 0 makes (the others get none), and on every rank the sequences to train on."""
+    groups = ranks.on_main(make, "rollouts") or []
+    sequences = [sequence for group in groups for sequence in trainable(group)]
+    if ranks.world_size > 1:
+        sequences = unflatten(FlatSequences(*ranks.broadcast(flatten(sequences))))
+    return groups, sequences
+
+
+def _joined(parts: list[np.ndarray], dtype: type[np.generic]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype), *parts]))

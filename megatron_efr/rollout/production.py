@@ -1,0 +1,77 @@
+"""The training prompts' stream of groups: fed while it runs, asked from whichever thread produces, held on request."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from megatron_efr.rollout.engine import Engine, GroupStream
+from megatron_efr.rollout.turn import Turn
+from megatron_efr.types import Group, Request, Sampling
+
+
+class Feed(Iterator[Request]):
+    """Requests in the order they were added; dry, and asked again, until there are more."""
+
+    def __init__(self) -> None:
+        self._requests: deque[Request] = deque()
+
+    def add(self, requests: Iterable[Request]) -> None:
+        self._requests.extend(requests)
+
+    def __next__(self) -> Request:
+        if not self._requests:
+            raise StopIteration
+        return self._requests.popleft()
+
+
+class Production:
+    """Requests in, finished groups with their text out. What is in flight stays in flight between calls of `next`.
+
+    `ask` and `next` belong to one thread at a time, which touches neither CUDA nor collectives as long as the engine
+    does not; `held` and `close` are another's.
+    """
+
+    def __init__(self, engine: Engine, sampling: Sampling, decode: Callable[[list[int]], str]) -> None:
+        self.engine = engine
+        self.closed = False
+        self._sampling, self._decode = sampling, decode
+        self._turn = Turn()
+        self._feed, self._stream = Feed(), None
+        self._in_flight: set[int] = set()
+
+    _stream: GroupStream | None
+
+    def ask(self, requests: Iterable[Request]) -> None:
+        """Ask for the groups of those requests (by their seeds) that are not in flight already."""
+        fresh = [request for request in requests if request.seed not in self._in_flight]
+        if not self._in_flight and fresh:
+            self._feed = Feed()
+            self._stream = self.engine.generate(self._feed, self._sampling)
+        self._feed.add(fresh)
+        self._in_flight |= {request.seed for request in fresh}
+
+    def next(self) -> Group:
+        """The next group to be finished. RuntimeError where the stream ends before all that was asked is answered."""
+        with self._turn.decoding(self):
+            if self.closed or self._stream is None:
+                raise RuntimeError("rollouts were asked of a production that is closed, or has nothing to do")
+            group = next(self._stream, None)
+        if group is None:
+            raise RuntimeError(f"the engine's stream of groups ended with {len(self._in_flight)} prompts unanswered")
+        self._in_flight.remove(group.seed)
+        for response in group.responses:
+            response.text = self._decode(response.tokens)
+        return group
+
+    def held(self) -> AbstractContextManager[Any]:
+        """The engine between two groups, for another thread to ask it something else meanwhile."""
+        return self._turn.changing()
+
+    def close(self) -> None:
+        """Drop what is in flight; a thread that waits in `next` gets an error."""
+        self.closed = True
+        if self._stream is not None:
+            self._stream.close()
