@@ -7,17 +7,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from megatron_efr.errors import UserError
-
-
-class ConfigError(UserError):
-    """A configuration that cannot run. The message names the key's path, the value and what would be right."""
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, types are not coerced."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+from megatron_efr.rolloutconfig import RolloutConfig as RolloutConfig
+from megatron_efr.rolloutconfig import TimeoutsConfig as TimeoutsConfig
+from megatron_efr.section import ConfigError as ConfigError
+from megatron_efr.section import Section as Section
 
 
 class ModelConfig(Section):
@@ -96,57 +89,6 @@ class DataConfig(Section):
     datasets: list[DatasetConfig] = Field(min_length=1)
     prompt: PromptConfig = Field(default_factory=PromptConfig)
     shuffle: bool = True
-
-
-class RolloutConfig(Section):
-    """How responses are drawn, and by which engine."""
-
-    engine: Literal["local"] = "local"
-    prompts: PositiveInt = Field(default=32, description="prompts per iteration")
-    samples: PositiveInt = Field(default=8, description="responses per prompt")
-    temperature: float = Field(default=1.0, gt=0)
-    top_p: float = Field(default=1.0, ge=1, le=1, description="training needs the sampler's own distribution")
-    max_new_tokens: PositiveInt = 32000
-    slots: PositiveInt = Field(default=256, description="responses the embedded engine decodes at once")
-    partial: bool = Field(
-        default=False,
-        description="an iteration ends when enough groups are complete; unfinished responses go on in the next one",
-    )
-    ahead: PositiveInt | None = Field(
-        default=None, description="partial: prompts in flight beyond `prompts`; half as many when left out"
-    )
-    overlap: bool = Field(
-        default=False, alias="async", description="the next rollouts are generated while the policy trains"
-    )
-    max_staleness: PositiveInt = Field(
-        default=1, description="how many publications a trained token may be behind; what would be older is waited for"
-    )
-
-    @model_validator(mode="after")
-    def _what_is_in_flight_can_be_waited_for(self) -> RolloutConfig:
-        if self.ahead is not None and not self.partial:
-            raise ValueError("rollout.ahead: only partial rollouts have prompts in flight; set rollout.partial: true")
-        if self.in_flight_beyond > self.prompts:
-            raise ValueError(
-                f"rollout.ahead: {self.ahead} prompts that may have to be waited for together are more than an "
-                f"iteration takes; at most rollout.prompts = {self.prompts}"
-            )
-        if self.partial and self.overlap and self.max_staleness < 2:
-            raise ValueError(
-                "rollout.max_staleness: 1 leaves no response to go on in a next iteration where async rollouts are one "
-                "publication behind already; set 2 or more with partial, or leave partial out"
-            )
-        return self
-
-    @property
-    def in_flight_beyond(self) -> int:
-        """Prompts in flight beyond those that an iteration takes."""
-        return (self.ahead or -(-self.prompts // 2)) if self.partial else 0
-
-    @property
-    def off_policy(self) -> bool:
-        """Whether tokens may be older than the weights of the iteration that trains on them."""
-        return self.partial or self.overlap
 
 
 class GradingConfig(Section):
@@ -311,6 +253,15 @@ class TrainConfig(RunConfig):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     observe: ObserveConfig = Field(default_factory=ObserveConfig)
+
+    @model_validator(mode="after")
+    def _both_heads_are_fp32(self) -> TrainConfig:
+        if self.model.dtype != "float32" and self.rollout.server.get("enable_fp32_lm_head", True) is False:
+            raise ValueError(
+                "rollout.server.enable_fp32_lm_head: false, and the policy computes logits in fp32 whatever model.dtype "
+                "is; log-probs would differ by several 1e-2. Leave it out, or set it true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _responses_split_over_updates(self) -> TrainConfig:

@@ -12,14 +12,16 @@ PACKAGE = Path(__file__).parents[2] / "megatron_efr"
 
 # A unit is a room (folder) or a module of the package. What is listed it may import, and itself; "weights.mapping" is
 # that module of the room alone.
-BASE = {"errors", "types", "config", "configfile"}
+BASE = {"errors", "types", "section", "config", "configfile"}
 WEIGHTS = {"weights"}
 ENVIRONMENT = BASE | WEIGHTS | {"data", "grading", "rollout", "runfolder", "report.records"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "types": {"errors"},
-    "config": {"errors"},
+    "section": {"errors"},
+    "rolloutconfig": {"section"},
+    "config": {"section", "rolloutconfig"},
     "configfile": {"errors", "config"},
     "kernels": BASE,
     "grading": BASE,
@@ -27,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": BASE,
     "weights": BASE,
     "policy": BASE | WEIGHTS | {"kernels"},
-    "rollout": BASE | {"weights.architecture", "weights.mapping", "weights.publish"},
+    "rollout": BASE | {"weights.architecture", "weights.mapping", "weights.checked", "weights.publish"},
     "report": BASE,
     "observe": BASE,
     "manifest": BASE,
