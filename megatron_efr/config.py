@@ -258,8 +258,8 @@ class TrainConfig(RunConfig):
     def _both_heads_are_fp32(self) -> TrainConfig:
         if self.model.dtype != "float32" and self.rollout.server.get("enable_fp32_lm_head", True) is False:
             raise ValueError(
-                "rollout.server.enable_fp32_lm_head: false, and the policy computes logits in fp32 whatever model.dtype "
-                "is; log-probs would differ by several 1e-2. Leave it out, or set it true"
+                "rollout.server.enable_fp32_lm_head: false, and the policy computes logits in fp32 whatever its "
+                "model.dtype; log-probs would differ by several 1e-2. Leave it out, or set it true"
             )
         return self
 

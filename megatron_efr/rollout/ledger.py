@@ -149,12 +149,13 @@ class Ledger:
         _check_same(held, requests)
         finished = {index[seed]: group for seed, group in held.items() if seed in index}
         late = {flight.visit.index for flight in flights if self._is_due(flight, step)}
-        self._production.ask(request for request in requests if request.seed not in held)
         try:
             while len(finished) < self._config.prompts or not late <= finished.keys():
+                self._production.ask(request for request in requests if index[request.seed] not in finished)
                 group = self._production.next()
-                journal.append(group)
-                finished[index[group.seed]] = group
+                if index.get(group.seed, -1) not in {-1, *finished}:  # a journal may have had it meanwhile
+                    journal.append(group)
+                    finished[index[group.seed]] = group
         finally:
             journal.close()
         self.seconds = time.perf_counter() - began

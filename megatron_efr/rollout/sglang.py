@@ -35,7 +35,8 @@ class SGLangEngine:
     """An `Engine` over running servers, each of `engine_ranks` tensor-parallel ranks and `slots` places.
 
     All streams are answered at the same time. A thread that waits for a group while another has paused or publishes
-    waits until that is over; waiting in the very thread that paused is an error, since it would wait for ever. Misuse raises RuntimeError, a bad request, sampling or tensor ValueError, a server EngineError.
+    waits until that is over; waiting in the very thread that paused is an error, since it would wait for ever. Misuse
+    raises RuntimeError, a bad request, sampling or tensor ValueError, a server EngineError.
     """
 
     def __init__(
@@ -237,7 +238,8 @@ class SGLangEngine:
 
     def _withdraw(self, asked: Iterable[Future[Group]]) -> None:
         """Cancel requests of a stream that ends. Servers see their connections close; with no other stream, at once."""
-        if any([future.cancel() for future in asked]) and not any(stream.asked for stream in self._streams):
+        cancelled = sum(future.cancel() for future in asked)
+        if cancelled and not any(stream.asked for stream in self._streams):
             self._all(Server.abort_all)
 
     def _check_serving(self) -> None:

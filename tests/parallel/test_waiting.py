@@ -1,0 +1,33 @@
+"""Ranks wait for rank 0's rollouts over gloo: they arrive exactly, and the wait has a limit and a name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_efr.policy.handover import FlatSequences, flatten
+from megatron_efr.policy.packing import trainable
+from tests.parallel.waiting import LIMIT_S, groups
+
+pytestmark = pytest.mark.parallel
+
+
+def test_rollouts_reach_another_rank_exactly_and_a_wait_in_vain_says_what_for(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
+         "tests.parallel.waiting", str(tmp_path)],
+        cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300, check=False,
+    )  # fmt: skip
+    wanted = flatten([sequence for group in groups() for sequence in trainable(group)])
+    for rank, known in ((0, 3), (1, 0)):
+        found, flat = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert found == known, "groups stay with rank 0"
+        assert all(torch.equal(a, b) for a, b in zip(FlatSequences(*flat), wanted, strict=True))
+    assert not (tmp_path / "0.txt").exists()
+    said = (tmp_path / "1.txt").read_text()
+    assert said.startswith(f"rank 1 waited {LIMIT_S:.0f} s for rollouts of rank 0: the limit is parallel.wait_limit_s")

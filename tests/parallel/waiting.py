@@ -1,0 +1,51 @@
+"""One of two ranks (started by torchrun): rank 0's groups reach rank 1, and rank 1 says what it waits for in vain."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_efr.config import ParallelConfig
+from megatron_efr.errors import UserError
+from megatron_efr.policy import launched
+from megatron_efr.policy.handover import flatten, hand_over
+from megatron_efr.types import Group, Prompt, Response, VersionSpan
+
+LIMIT_S = 3.0
+
+
+def groups() -> list[Group]:
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(3):
+        responses = [
+            Response(
+                tokens=rng.integers(0, 99, n).tolist(),
+                logprobs=rng.normal(size=n).astype(np.float32).tolist(),
+                finish="stop",
+                versions=[VersionSpan(4, 0, 1), VersionSpan(5, 1, n)],
+            )
+            for n in rng.integers(2, 9, 4).tolist()
+        ]
+        made.append(Group(Prompt(f"p{i}", (1, 2, 3), "", ""), responses, seed=i, advantages=rng.normal(size=4)))
+    return made
+
+
+def main(out: str) -> None:
+    with launched(ParallelConfig(wait_limit_s=LIMIT_S), seed=0) as ranks:
+        mine, sequences = hand_over(groups, ranks)
+        torch.save((len(mine), flatten(sequences)), Path(out) / f"{ranks.rank}.pt")
+        try:
+            hand_over(lambda: time.sleep(3 * LIMIT_S) or [], ranks)
+        except UserError as error:
+            (Path(out) / f"{ranks.rank}.txt").write_text(str(error))
+        except RuntimeError:  # rank 0, whose peer has gone
+            pass
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
