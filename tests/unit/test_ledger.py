@@ -38,8 +38,8 @@ Weights = list[tuple[str, torch.Tensor]]
 def heavy_tailed_weights() -> Weights:
     """A model whose next token depends on the last alone, and whose lengths have a tail like 1 / sqrt(length).
 
-    From the prompt's token it goes to level k with probability proportional to 2^(-k/2), where it stops at each token with
-    probability 2^-(k + 1). One-hot embeddings, nothing added by attention or MLP, the head holds log-probabilities.
+    From the prompt's token it goes to level k with probability proportional to 2^(-k/2), where it stops at each token
+    with probability 2^-(k + 1). One-hot embeddings, nothing added by attention or MLP, the head holds log-probabilities.
     """
     chain = np.full((32, 32), 1e-30)  # [token, next token]
     levels = range(3, 3 + LEVELS)
