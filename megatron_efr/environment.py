@@ -20,7 +20,7 @@ from megatron_efr.report.records import Record, summarise
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.ledger import Ledger, request_seed
 from megatron_efr.rollout.local import LocalEngine
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.runfolder import Journal, RunFolder
 from megatron_efr.types import Group, Prompt, Request, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import initial_weights
@@ -43,15 +43,26 @@ class Environment:
         self.grader = Grader(config.grading.workers, config.grading.timeout_s)
         sampling = Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_new_tokens, stops)
         self.ledger = Ledger(self.engine, sampling, config.rollout.samples, config.seed, decoder(tokenizer))
+        self._evaluate_every = config.evaluation.every or 0
         self.evaluator = (
             Evaluator(config.evaluation, config.data.prompt, tokenizer, stops, config.seed)
-            if config.evaluation.every
+            if self._evaluate_every
             else None
         )
 
+    def graded_rollouts(self, prompts: int, journal: Journal) -> list[Group]:
+        """The groups of the stream's next `prompts` prompts, graded; those that the journal holds are taken from it."""
+        groups = self.ledger.collect(self.stream.take(prompts), journal)
+        grade_groups(self.grader, groups)
+        return groups
+
     def evaluate(self, step: int, folder: RunFolder) -> dict[str, float]:
-        """Ask and grade the held-out problems with the weights being served; the record goes to `folder`."""
-        assert self.evaluator is not None
+        """Ask and grade the held-out problems with the weights being served, where step `step` is one to do so.
+
+        The record goes to `folder`.
+        """
+        if self.evaluator is None or step % self._evaluate_every:
+            return {}
         record = self.evaluator.run(self.engine, self.grader, f"step_{step:06d}")
         folder.write_evaluation(record["name"], record)
         return {"eval/accuracy": record["accuracy"], "eval/tokens": record["tokens"]}

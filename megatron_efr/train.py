@@ -13,7 +13,7 @@ from megatron_efr.checkpoint import Checkpoints
 from megatron_efr.config import TrainConfig
 from megatron_efr.configfile import dump
 from megatron_efr.environment import Environment
-from megatron_efr.grading.groups import grade_groups
+from megatron_efr.interruption import EXIT_REQUEUE, Interruption
 from megatron_efr.methods.token_advantages import fill_token_advantages
 from megatron_efr.observe import Observer
 from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, launched, split_into_updates, trainable
@@ -35,7 +35,8 @@ def train(config: TrainConfig, resume: bool = False) -> None:
             policy = Policy.to_train(config, ranks)
             checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, ranks)
             run = Run(config, ranks, folder, checkpoints, environment, policy, method)
-            run.loop(run.restore() if resume else 0)
+            with Interruption() as interruption:
+                run.loop(run.restore() if resume else 0, interruption)
         finally:
             if environment is not None:
                 environment.close()
@@ -53,8 +54,8 @@ class Run:
     policy: Policy
     method: methods.Method
 
-    def loop(self, done: int) -> None:
-        """Iterations `done` + 1 to the last."""
+    def loop(self, done: int, interruption: Interruption) -> None:
+        """Iterations `done` + 1 to the last, or to the one in which the run was asked to end."""
         total = self.config.train.iterations
         with Observer(self.folder, self.config.observe, total, self.ranks.rank, done, self.config.name) as observer:
             self.publish(done)
@@ -65,9 +66,12 @@ class Run:
                 with observer.phase("evaluate"):
                     metrics |= self.evaluate(step)
                 observer.log(step, metrics)
-                if step % self.config.checkpoint.every == 0 or step == total:
+                ending = self.ranks.any(interruption.received is not None)
+                if step % self.config.checkpoint.every == 0 or step == total or ending:
                     with observer.phase("checkpoint"):
                         self.save(step)
+                if ending and step < total:
+                    raise SystemExit(EXIT_REQUEUE)
         self.policy.save_folder(self.folder.model)
 
     def iterate(self, step: int, observer: Observer) -> dict[str, float]:
@@ -93,11 +97,8 @@ class Run:
 
     def rollouts(self, step: int) -> list[Group]:
         """The iteration's groups with grades, rewards and advantages; rank 0 makes them."""
-        env = self.environment
-        assert env is not None
-        visits = env.stream.take(self.config.rollout.prompts)
-        groups = env.ledger.collect(visits, self.folder.journal(step))
-        grade_groups(env.grader, groups)
+        assert self.environment is not None
+        groups = self.environment.graded_rollouts(self.config.rollout.prompts, self.folder.journal(step))
         methods.score(self.method, groups)
         if self.config.observe.rollouts:
             self.folder.write_rollouts(step, groups)
@@ -109,9 +110,6 @@ class Run:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """The held-out problems, every so many iterations; rank 0 asks and grades them."""
-        every = self.config.evaluation.every
-        if every is None or step % every:
-            return {}
         return self.ranks.share(lambda: self.environment.evaluate(step, self.folder) if self.environment else {})
 
     def save(self, step: int) -> None:

@@ -134,6 +134,13 @@ class Ranks:
             dist.broadcast(tensor, src=source, group=self.cpu_pipeline)
         return tensor
 
+    def any(self, said: bool) -> bool:
+        """Whether any rank says so: the same answer on all."""
+        answer = torch.tensor(int(said))
+        if self.world_size > 1:
+            dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self.cpu_world)
+        return bool(answer)
+
     def barrier(self) -> None:
         """Wait for every rank, on the CPU."""
         if self.world_size > 1:

@@ -35,6 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "convert": BASE | WEIGHTS | {"arguments", "manifest", "policy"},  # policy to compare logits, when that is asked for
     "inspect_checkpoint": BASE | {"arguments", "manifest", "weights.torch_dist"},
     "runfolder": BASE,
+    "interruption": set(),
+    "launch": {"interruption"},
     "arguments": BASE,
     "environment": ENVIRONMENT,
     "cli": {"arguments", "__init__"},  # it finds the programs by name, when they are asked for
