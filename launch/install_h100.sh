@@ -56,5 +56,7 @@ if [ -n "$sglang" ]; then
     run .venv/bin/python -m venv .venv-sglang
     run .venv-sglang/bin/python -m pip install --upgrade pip
     run .venv-sglang/bin/python -m pip install "${engine[@]}" # its own pins: torch 2.14 and transformers 5.19 among them
+    # NCCL lets no two versions into one group, and the trainer's torch would bring an older one than the engine's
+    run bash -c '.venv/bin/python -m pip install --no-deps nvidia-nccl-cu13==$(.venv-sglang/bin/python -c "from importlib.metadata import version; print(version(\"nvidia-nccl-cu13\"))")'
 fi
 run .venv/bin/efr doctor

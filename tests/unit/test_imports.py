@@ -37,6 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runfolder": BASE,
     "interruption": set(),
     "launch": {"interruption"},
+    "memory": BASE | {"weights.architecture", "weights.mapping", "kernels"},
+    "doctor": BASE | {"arguments", "memory", "weights.architecture"},
     "arguments": BASE,
     "environment": ENVIRONMENT,
     "cli": {"arguments", "__init__"},  # it finds the programs by name, when they are asked for
