@@ -19,41 +19,35 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from megatron_efr.interruption import EXIT_REQUEUE, SIGNALS
 
 
-class _Forward:
-    """Hands a signal on to this process's workers; where none has been started yet, there is nothing to save."""
-
-    def __init__(self) -> None:
-        self.sent: set[int] = set()
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        workers = psutil.Process().children()
-        if not workers:
-            sys.exit(EXIT_REQUEUE)
-        print(f"launch: {signal.Signals(number).name}: the workers end after this iteration", file=sys.stderr, flush=True)
-        self.sent.add(number)
-        for worker in workers:
-            worker.send_signal(number)
+def forward(number: int, frame: FrameType | None) -> None:
+    """Hand a signal on to this process's workers; where there are none, there is nothing to save."""
+    workers = psutil.Process().children()
+    if not workers:
+        sys.exit(exit_code(-number))
+    print(f"launch: {signal.Signals(number).name}: the workers end after this iteration", file=sys.stderr, flush=True)
+    for worker in workers:
+        worker.send_signal(number)
 
 
-def exit_code(failed: ChildFailedError, sent: set[int]) -> int:
-    """What the first worker that failed answered; a worker that one of the signals `sent` met while it was still
-    importing has nothing to save, and asks for requeuing as well.
+def exit_code(code: int) -> int:
+    """What to answer for a worker's `code`, which is minus the signal where one ended it.
+
+    SIGUSR1 asks for requeuing even where it met a worker that was still importing. SIGTERM does not: it also comes to
+    all when one of them failed, and the failed run must not be queued again and again.
     """
-    code = failed.get_first_failure()[1].exitcode
-    if -code in sent:
+    if code == -signal.SIGUSR1:
         return EXIT_REQUEUE
-    return code if code > 0 else 128 - code  # as shells have it: 128 + signal
+    return code if code >= 0 else 128 - code  # as shells have it: 128 + signal
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """torchrun with its own arguments."""
-    forward = _Forward()
     for number in SIGNALS:
         signal.signal(number, forward)
     try:
         torchrun.main(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *(sys.argv[1:] if argv is None else argv)])
     except ChildFailedError as failed:
-        code = exit_code(failed, forward.sent)
+        code = exit_code(failed.get_first_failure()[1].exitcode)
         if code != EXIT_REQUEUE:
             print(failed, file=sys.stderr, flush=True)
         sys.exit(code)

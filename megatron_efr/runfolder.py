@@ -21,7 +21,7 @@ import zstandard
 
 from megatron_efr.types import Group, Prompt, Response, UserError, VersionSpan
 
-MAY_CHANGE = ("runs", "observe", "checkpoint", "train.iterations")
+MAY_CHANGE = ("runs", "observe", "checkpoint", "train.iterations", "rollout.urls", "rollout.python", "rollout.timeouts")
 """Keys, or sections, that a resumed run may set anew: none of them touches the numbers of an iteration."""
 
 _ABSENT = "(not set)"

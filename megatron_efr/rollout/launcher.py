@@ -117,6 +117,15 @@ class Launcher:
         self, python: str, arguments: Mapping[str, Any], environment: Mapping[str, str], *, count: int, seed: int
     ) -> None:
         """Start `count` servers with `arguments`, each with random numbers of its own; returns before they are ready."""
+        for index in range(count):
+            port = _free_port()
+            own = {"host": HOST, "port": port, "api_key": self.key, "random_seed": (seed + index) % 2**31}
+            self.start_one(f"engine-{index}", python, dict(arguments) | own, environment)
+
+    def start_one(
+        self, name: str, python: str, arguments: Mapping[str, Any], environment: Mapping[str, str]
+    ) -> None:
+        """Start one server with all its `arguments`, address, port and key among them."""
         if not os.access(python, os.X_OK):
             raise UserError(
                 f"rollout.python: {python}: no such interpreter; on a machine without a GPU, "
@@ -124,14 +133,6 @@ class Launcher:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o700)
-        for index in range(count):
-            port = _free_port()
-            own = {"host": HOST, "port": port, "api_key": self.key, "random_seed": (seed + index) % 2**31}
-            self._start_one(f"engine-{index}", python, dict(arguments) | own, environment)
-
-    def _start_one(
-        self, name: str, python: str, arguments: Mapping[str, Any], environment: Mapping[str, str]
-    ) -> None:
         settings, log = self.folder / f"{name}.yaml", self.folder / f"{name}.log"
         settings.write_text(yaml.safe_dump({key.replace("_", "-"): value for key, value in arguments.items()}))
         command = [python, "-m", "sglang.launch_server", "--config", str(settings)]
@@ -145,7 +146,7 @@ class Launcher:
                 env=dict(environment),
                 start_new_session=True,
             )
-        self.servers.append(Launched(name, f"http://{HOST}:{arguments['port']}", log, process))
+        self.servers.append(Launched(name, f"http://{arguments['host']}:{arguments['port']}", log, process))
 
     def wait(self, limit_s: float) -> list[str]:
         """Wait until all are ready, saying so now and then; their addresses, or a UserError with the log's end."""

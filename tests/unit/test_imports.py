@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runfolder": BASE,
     "interruption": set(),
     "launch": {"interruption"},
+    "cluster": BASE | {"arguments", "interruption", "rollout.launcher", "weights.architecture"},
     "memory": BASE | {"weights.architecture", "weights.mapping", "kernels"},
     "doctor": BASE | {"arguments", "memory", "weights.architecture"},
     "arguments": BASE,
