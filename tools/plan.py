@@ -136,7 +136,9 @@ def table(case: Case) -> Table:
     for phase in case.plan.phases:
         cells = [f"{phase.parts[part] / GIB:.1f}" if part in phase.parts else "" for part in parts]
         over = phase.total > case.gpu_bytes
-        made.add_row(phase.name, *cells, f"{phase.total / GIB:.1f}{' > GPU' if over else ''}", style="red" if over else "")
+        made.add_row(
+            phase.name, *cells, f"{phase.total / GIB:.1f}{' > GPU' if over else ''}", style="red" if over else ""
+        )
     return made
 
 
@@ -146,9 +148,10 @@ def describe(case: Case) -> Iterator[str | Table]:
     parallel, tp = config.parallel, config.rollout.tp
     replicas = case.world // parallel.model_ranks
     yield (
-        f"{Path(case.path).name}: {parameter_count(case.architecture) / 1e9:.2f} billion parameters, {config.model.dtype}; "
-        f"{case.world} GPUs of {case.gpu_bytes / GIB:.0f} GiB: tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
-        f"context {parallel.context} x {replicas} replicas, {case.world // tp} engines of {tp}"
+        f"{Path(case.path).name}: {parameter_count(case.architecture) / 1e9:.2f} billion parameters, "
+        f"{config.model.dtype}; "
+        f"{case.world} GPUs of {case.gpu_bytes / GIB:.0f} GiB: tensor {parallel.tensor} x "
+        f"pipeline {parallel.pipeline} x context {parallel.context} x {replicas} replicas, {case.world // tp} engines of {tp}"
     )
     yield table(case)
     yield f"KV cache of one engine: {made.kv_tokens:,} tokens, the longest sequence {case.longest:,}"
@@ -171,9 +174,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if case.fits:
         return
     choices = remedies(case)
-    console.print("It does not fit. Any of these lines would:" if choices else "It does not fit, nor would three changes")
+    console.print(
+        "It does not fit. Any of these lines would:" if choices else "It does not fit, nor would three changes"
+    )
     for choice in choices:
-        console.print("  " + " ".join(f"'{override}'" if " " in override else override for override in choice), markup=False)
+        console.print(
+            "  " + " ".join(f"'{override}'" if " " in override else override for override in choice), markup=False
+        )
     sys.exit(1)
 
 

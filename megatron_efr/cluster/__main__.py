@@ -1,8 +1,8 @@
 """Start this host's part of a run: `python -m megatron_efr.cluster CONFIG --hosts a,b --gpus 8 --host a`.
 
-    --dry-run          print every host's placement, commands and environment, and start nothing
-    --only engines     the engines alone, or `trainer`
-    --print engines    the hosts of engines that no rank is on (`trainer`: the trainer's), for a script
+--dry-run          print every host's placement, commands and environment, and start nothing
+--only engines     the engines alone, or `trainer`
+--print engines    the hosts of engines that no rank is on (`trainer`: the trainer's), for a script
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from megatron_efr.interruption import SIGNALS
 
 
 def start(chosen: Sequence[Command], placement: Placement, limit_s: float) -> int:
-    """Start a host's processes; the trainer once all engines are ready. The trainer's exit code, or the first engine's."""
+    """Start a host's processes, the trainer once all engines are ready; its exit code, or the first engine's."""
     environment = {name: value for name, value in os.environ.items() if name not in UNSET}
     environment.setdefault(KEY, secrets.token_urlsafe(32))
     engines = [command for command in chosen if command.what != "trainer"]
     with _children(only_engines=len(engines) == len(chosen)) as children:
         for command in engines:
-            children.append(subprocess.Popen(command.words, env=environment | command.environment))
+            children.append(subprocess.Popen(command.words, env=environment | dict(command.environment)))
         if len(engines) == len(chosen):
             return _first_end(children)
         wait_until_ready([engine.url for engine in placement.engines], limit_s, children)
         [command] = [command for command in chosen if command.what == "trainer"]
-        trainer = subprocess.Popen(command.words, env=environment | command.environment)
+        trainer = subprocess.Popen(command.words, env=environment | dict(command.environment))
         for number in SIGNALS:
             signal.signal(number, lambda number, _: trainer.send_signal(number))
         code = trainer.wait()

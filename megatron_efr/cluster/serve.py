@@ -28,7 +28,9 @@ KEY = "SGLANG_API_KEY"
 def serve(config: TrainConfig, host: str, port: int, index: int) -> int:
     """Start the server, say when it is ready, and wait; the exit code."""
     if not (key := os.environ.get(KEY)):
-        raise UserError(f"{KEY}: not set; the update endpoints unpickle what they receive, so no engine goes without a key")
+        raise UserError(
+            f"{KEY}: not set; the update endpoints unpickle what they receive, so no engine goes without a key"
+        )
     address = private_address(host)
     rollout, on_gpu = config.rollout, torch.cuda.is_available()
     arguments = server_arguments(config.model, rollout, Architecture.from_folder(config.model.path), on_gpu)
@@ -50,7 +52,9 @@ def private_address(host: str) -> str:
     """The address of `host`, refused where the internet may reach it."""
     address = socket.gethostbyname(host)
     if not ipaddress.ip_address(address).is_private:
-        raise UserError(f"--host {host}: {address} is a public address, and an engine must not be reachable from outside")
+        raise UserError(
+            f"--host {host}: {address} is a public address, and an engine must not be reachable from outside"
+        )
     return address
 
 

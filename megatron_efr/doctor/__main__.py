@@ -60,9 +60,13 @@ def check_run(config: TrainConfig) -> Iterator[Finding]:
     else:
         yield Finding("model", "ok", f"{architecture.model_type} in {config.model.path}")
         needed += (config.checkpoint.keep + 1) * checkpoint_bytes(architecture, config.model.dtype)
-    yield machine.check_disk(config.folder, needed, f"{config.checkpoint.keep} checkpoints, one being written, and records")
+    yield machine.check_disk(
+        config.folder, needed, f"{config.checkpoint.keep} checkpoints, one being written, and records"
+    )
     if config.observe.wandb is not None and importlib.util.find_spec("wandb") is None:
-        yield missing("wandb", "observe.wandb is set, and it is not installed", "pip install 'megatron-efr[wandb]'", True)
+        yield missing(
+            "wandb", "observe.wandb is set, and it is not installed", "pip install 'megatron-efr[wandb]'", True
+        )
 
 
 def table(findings: Sequence[Finding]) -> Table:

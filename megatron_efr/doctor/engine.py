@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
+from torch.cuda import nccl
 
 from megatron_efr.doctor.finding import Finding, missing
 from megatron_efr.doctor.packages import last_line
@@ -63,8 +64,8 @@ def check_engine(python: str, pin: str | None, needed: bool) -> Iterator[Finding
 
 def own_versions() -> Versions:
     """This interpreter's answer to the same questions."""
-    nccl = list(torch.cuda.nccl.version()) if torch.cuda.is_available() else None
-    return {"sglang": None, "torch": torch.__version__, "cuda": torch.version.cuda, "nccl": nccl, "saver": None}
+    version = list(nccl.version()) if torch.cuda.is_available() else None
+    return {"sglang": None, "torch": torch.__version__, "cuda": torch.version.cuda, "nccl": version, "saver": None}
 
 
 def compare(engine: Versions, trainer: Versions, needed: bool) -> Iterator[Finding]:
@@ -89,7 +90,9 @@ def compare(engine: Versions, trainer: Versions, needed: bool) -> Iterator[Findi
             yield missing("NCCL of both", seen, advice, needed)
     if theirs is not None and engine["saver"] is None:
         advice = "without it a released engine frees nothing, and colocated training runs out of memory"
-        yield missing("torch_memory_saver", f"not in the engine's interpreter: {advice}", "pip install it there", needed)
+        yield missing(
+            "torch_memory_saver", f"not in the engine's interpreter: {advice}", "pip install it there", needed
+        )
 
 
 def _dotted(version: list[int]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.cuda import nccl
 
 from megatron_efr.doctor.finding import Finding, missing
 
@@ -34,7 +35,7 @@ def check_gpus(needed: bool) -> Iterator[Finding]:
     if torch.cuda.get_device_capability(0) < (8, 0):
         yield missing("bfloat16", f"{name} computes it in software", "a GPU of compute capability 8.0 or newer", needed)
     if dist.is_nccl_available():
-        yield Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+        yield Finding("NCCL", "ok", ".".join(map(str, nccl.version())))
     else:
         yield missing("NCCL", "torch is built without it", "a CUDA build of torch: bash launch/setup.sh", count > 1)
 

@@ -122,9 +122,7 @@ class Launcher:
             own = {"host": HOST, "port": port, "api_key": self.key, "random_seed": (seed + index) % 2**31}
             self.start_one(f"engine-{index}", python, dict(arguments) | own, environment)
 
-    def start_one(
-        self, name: str, python: str, arguments: Mapping[str, Any], environment: Mapping[str, str]
-    ) -> None:
+    def start_one(self, name: str, python: str, arguments: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         """Start one server with all its `arguments`, address, port and key among them."""
         if not os.access(python, os.X_OK):
             raise UserError(
@@ -156,7 +154,9 @@ class Launcher:
             waited = time.monotonic() - began
             for server in waiting:
                 if server.process.poll() is not None:
-                    raise UserError(f"{server.name} ended before it was ready; the end of {server.log}:\n{server.tail()}")
+                    raise UserError(
+                        f"{server.name} ended before it was ready; the end of {server.log}:\n{server.tail()}"
+                    )
                 if waited > limit_s:
                     raise UserError(
                         f"{server.name} is not ready after rollout.timeouts.start_s = {limit_s:g} s; "

@@ -48,7 +48,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 300) -> None:
     """Until `path` is there; fails where the process ends before."""
     limit = time.monotonic() + seconds
     while not path.exists():
@@ -60,7 +60,7 @@ def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -
 def end(process: subprocess.Popen[str], number: int) -> str:
     """Send the signal and wait: the process asks for requeuing. Its output."""
     process.send_signal(number)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == EXIT_REQUEUE, output
     return output
 
@@ -99,7 +99,9 @@ def test_the_launcher_hands_a_signal_on_and_answers_as_the_ranks_do(config: Path
 
 
 def test_the_launcher_passes_on_what_a_program_answers_by_itself(tmp_path: Path) -> None:
-    failing = start(["megatron_efr.launch", "--standalone", "--nproc-per-node=1", "-m", "megatron_efr.train", "no.yaml"])
-    output = failing.communicate(timeout=120)[0]
+    failing = start(
+        ["megatron_efr.launch", "--standalone", "--nproc-per-node=1", "-m", "megatron_efr.train", "no.yaml"]
+    )
+    output = failing.communicate(timeout=300)[0]
     assert failing.returncode == 2, output
     assert "no.yaml: no such configuration file" in output

@@ -1,4 +1,4 @@
-"""`efr doctor` in constructed situations: foreign and half-built packages, other interpreters, ports, disks, threads."""
+"""`efr doctor` in constructed situations: foreign and half-built packages, other interpreters, ports, disks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 def distribution(folder: Path, name: str, number: str) -> None:
     """What pip leaves behind of an installed distribution."""
-    info = folder / f"{name.replace("-", "_")}-{number}.dist-info"
+    info = folder / f"{name.replace('-', '_')}-{number}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
 

@@ -75,7 +75,9 @@ def test_a_wrong_flag_is_refused_with_the_usage() -> None:
 
 def test_the_pins_are_within_the_packages_own_ranges() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = project["dependencies"] + [line for extra in ("gpu", "sglang", "dev") for line in project["optional-dependencies"][extra]]
+    asked = project["dependencies"] + [
+        line for extra in ("gpu", "sglang", "dev") for line in project["optional-dependencies"][extra]
+    ]
     pinned = {name.lower().replace("_", "-"): Version(version) for name, version in PINS.items()}
     for line in asked:
         requirement = Requirement(line)

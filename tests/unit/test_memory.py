@@ -83,9 +83,7 @@ def test_parameters_gradients_and_optimizer_are_what_the_policy_holds(
 ) -> None:
     folder = tied_model if tied else untied_model
     architecture = Architecture.from_folder(folder)
-    policy = Policy(
-        ModelConfig(path=str(folder)), ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0
-    )
+    policy = Policy(ModelConfig(path=str(folder)), ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0)
     [(count, experts)] = stage_parameters(architecture, ParallelConfig())
     assert experts == 0
     assert sum(p.numel() for chunk in policy.chunks for p in chunk.parameters()) == count
@@ -107,9 +105,7 @@ def test_activations_are_what_autograd_keeps(untied_model: Path, ranks: Ranks) -
     """All that a model of local layers keeps, measured; beside the layers are the final norm, the angles, the head."""
     folder, tokens = untied_model, 512
     architecture = Architecture.from_folder(folder)
-    policy = Policy(
-        ModelConfig(path=str(folder)), ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0
-    )
+    policy = Policy(ModelConfig(path=str(folder)), ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0)
     parameters = {p.untyped_storage().data_ptr() for chunk in policy.chunks for p in chunk.parameters()}
     kept: dict[int, int] = {}
 
