@@ -34,6 +34,9 @@ class ModelConfig(Section):
     kernels: Literal["auto", "triton", "torch"] = Field(
         default="auto", description="the log-prob head's: auto takes Triton's where it imports and CUDA is present"
     )
+    head_chunk_tokens: PositiveInt | None = Field(
+        default=None, description="tokens whose logits the head holds at a time; 2048 x parallel.tensor when left out"
+    )
     megatron: dict[str, Any] = Field(default_factory=dict, description="any field of Megatron's TransformerConfig")
 
 
