@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_efr import checkpoint
 from megatron_efr.checkpoint import LATEST, Checkpoints, name
+from megatron_efr.config import CheckpointConfig
 from megatron_efr.manifest import MANIFEST, STATE, CheckpointError, verify
 from megatron_efr.policy.ranks import Ranks
 
@@ -30,7 +31,7 @@ def weights(value: float) -> dict[str, Any]:
 
 @pytest.fixture
 def checkpoints(tmp_path: Path, ranks: Ranks) -> Checkpoints:
-    return Checkpoints(tmp_path / "checkpoints", keep=2, world=ranks)
+    return Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep=2), ranks)
 
 
 def held(checkpoints: Checkpoints) -> list[str]:
@@ -147,10 +148,10 @@ def test_without_a_whole_checkpoint_there_is_none(checkpoints: Checkpoints) -> N
 
 def test_a_checkpoint_that_did_not_verify_neither_counts_nor_comes_back(tmp_path: Path, ranks: Ranks) -> None:
     """Resumed from step 2, since 4 was damaged, and saving at other steps now: 4 must not push out 2 or 3."""
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, world=ranks)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep=2), ranks)
     checkpoints.save(2, weights(2.0), STEP)
     damage_flipped(checkpoints.save(4, weights(4.0), STEP) / STATE)
-    one = Checkpoints(checkpoints.folder, keep=1, world=ranks)
+    one = Checkpoints(checkpoints.folder, CheckpointConfig(keep=1), ranks)
     assert one.newest() == one.folder / name(2)
     one.save(3, weights(3.0), STEP)
     assert held(one) == [LATEST, name(3)]
