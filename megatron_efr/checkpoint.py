@@ -16,7 +16,7 @@ from megatron.core import dist_checkpointing
 
 from megatron_efr.config import CheckpointConfig
 from megatron_efr.manifest import STATE, CheckpointError, sync_folder, verify, write_manifest, write_synced
-from megatron_efr.shards import Shards, is_of_disk
+from megatron_efr.shards import UNWRITTEN, Shards
 
 LATEST = "latest"
 
@@ -95,9 +95,7 @@ class Checkpoints:
             yield finished
             self._world.share(finished.result)
             self._world.share(then)
-        except Exception as error:
-            if not is_of_disk(error):
-                raise
+        except UNWRITTEN as error:
             raise CheckpointError(
                 f"{final}: cannot be written: {error}; {shutil.disk_usage(self.folder).free:,} bytes are free there; "
                 f"the checkpoints before it are untouched, and --resume goes on from the newest"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as torch_format
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.utils import _DistWrapper
+
+UNWRITTEN = (OSError, RuntimeError)  # what says that a file cannot be written; torch's archive writer says the latter
 
 
 class Shards(torch_format.TorchDistSaveShardedStrategy):
@@ -34,9 +37,7 @@ class Shards(torch_format.TorchDistSaveShardedStrategy):
             sharded_state_dict, self.keep_only_main_replica
         )
         if self._copied:
-            for shard in (shard for shards in sharded.values() for shard in shards):
-                if isinstance(shard, ShardedTensor) and shard.data is not None:  # other objects are pickled right away
-                    shard.data = shard.data.detach().to("cpu", copy=True)
+            sharded = {key: [_copy(shard) for shard in shards] for key, shards in sharded.items()}
         write = _Write(torch_format.mcore_to_pyt_state_dict(sharded, False), Path(checkpoint_dir), self._group)
         return AsyncRequest(write.own_file, (), [write.seal])
 
@@ -69,7 +70,7 @@ class _Write:
         try:
             self._written = self._writer.write_data(self._plan, self._planner).value()
         except Exception as error:
-            self._failure = OSError(f"{self._file}: {error}") if is_of_disk(error) else error
+            self._failure = OSError(f"{self._file}: {error}") if isinstance(error, UNWRITTEN) else error
 
     def seal(self) -> None:
         """Write the metadata, which makes the files of all ranks one checkpoint."""
@@ -81,7 +82,7 @@ class _Write:
         return self._written
 
     def _write_metadata(self, written: list[Any]) -> None:
-        self._writer.finish(self._metadata, written)
+        self._writer.finish(metadata=self._metadata, results=written)
 
     @staticmethod
     def _meet(collective: Any, *arguments: Any) -> Any:
@@ -95,6 +96,8 @@ class _Write:
             raise
 
 
-def is_of_disk(error: Exception) -> bool:
-    """Whether it says that something cannot be written; torch's archive writer says so by a RuntimeError."""
-    return isinstance(error, OSError) or (isinstance(error, RuntimeError) and "inline_container" in str(error))
+def _copy(shard: Any) -> Any:
+    """The shard with its tensor copied to host memory; an object that is no tensor is pickled right away anyhow."""
+    if not isinstance(shard, ShardedTensor) or shard.data is None:
+        return shard
+    return replace(shard, data=shard.data.detach().to("cpu", copy=True))
