@@ -32,7 +32,7 @@ def sft(config: SftConfig, resume: bool = False) -> None:
         policy = Policy(
             config.model, config.parallel, config.optimizer, ranks, updates=config.train.updates, seed=config.seed
         )
-        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, ranks)
+        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
         done = restore(policy, checkpoints) if resume else 0
         ranks.on_main(lambda: folder.truncate_metrics(done))
         total = config.train.updates
@@ -46,13 +46,14 @@ def sft(config: SftConfig, resume: bool = False) -> None:
                         sequences, update, config.train.micro_batch_tokens, config.loss_aggregate
                     )
                     metrics = policy.update(batches, supervised_loss)
-                ending = ranks.any(interruption.received is not None)
+                ending = not ranks.everywhere(interruption.received is None)
                 if step % config.train.log_every == 0 or step == total:
                     observer.log(step, metrics)
                 if step % config.checkpoint.every == 0 or step == total or ending:
                     with observer.phase("checkpoint"):
                         state = {"step": step, "initial_model": policy.initial_model}
                         checkpoints.save(step, policy.sharded_state(), state)
+                checkpoints.settle(wait=step == total or ending)
                 if ending and step < total:
                     raise SystemExit(EXIT_REQUEUE)
         policy.save_folder(folder.model)

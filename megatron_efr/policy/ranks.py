@@ -121,6 +121,13 @@ class Ranks:
         self.share(keep)
         return kept[0] if kept else None
 
+    def everywhere(self, holds: bool) -> bool:
+        """Whether it holds on every rank."""
+        held = torch.tensor(int(holds))
+        if self.world_size > 1:
+            dist.all_reduce(held, op=dist.ReduceOp.MIN, group=self.cpu_world)
+        return bool(held)
+
     def sum_over_replicas(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` summed over data-parallel replicas, in place."""
         if self.replicas > 1:
@@ -133,13 +140,6 @@ class Ranks:
             source = dist.get_process_group_ranks(self.cpu_pipeline)[-1]
             dist.broadcast(tensor, src=source, group=self.cpu_pipeline)
         return tensor
-
-    def any(self, said: bool) -> bool:
-        """Whether any rank says so: the same answer on all."""
-        answer = torch.tensor(int(said))
-        if self.world_size > 1:
-            dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self.cpu_world)
-        return bool(answer)
 
     def barrier(self) -> None:
         """Wait for every rank, on the CPU."""
