@@ -151,7 +151,8 @@ def describe(case: Case) -> Iterator[str | Table]:
         f"{Path(case.path).name}: {parameter_count(case.architecture) / 1e9:.2f} billion parameters, "
         f"{config.model.dtype}; "
         f"{case.world} GPUs of {case.gpu_bytes / GIB:.0f} GiB: tensor {parallel.tensor} x "
-        f"pipeline {parallel.pipeline} x context {parallel.context} x {replicas} replicas, {case.world // tp} engines of {tp}"
+        f"pipeline {parallel.pipeline} x context {parallel.context} x {replicas} replicas, "
+        f"{case.world // tp} engines of {tp}"
     )
     yield table(case)
     yield f"KV cache of one engine: {made.kv_tokens:,} tokens, the longest sequence {case.longest:,}"

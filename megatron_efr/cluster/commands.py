@@ -44,7 +44,7 @@ def trainer(placement: Placement, host: str, config: str, overrides: Sequence[st
         *("--nnodes", str(len(placement.trainer_hosts)), "--nproc-per-node", str(len(placement.trainer_gpus))),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", placement.rendezvous, "--rdzv-id", run),
         *("--local-addr", host),  # by which torchrun sorts hosts, and ranks with them
-        *("-m", "megatron_efr.train", config, "--resume", *overrides, *urls),
+        *("-m", "megatron_efr.train", config, *overrides, *urls, "--resume"),
     ]
     return Command(host, "trainer", tuple(words), environment)
 

@@ -101,7 +101,7 @@ def test_the_trainer_is_told_every_engine_and_sees_its_own_gpus_alone() -> None:
     *engines, trainer = commands(placement, "run.yaml", ["seed=1"], "run")
     assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in engines] == ["4,5", "6,7"]
     assert trainer.environment["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
-    assert trainer.words[-1] == "rollout.urls=[http://a:30000,http://a:30001]"
+    assert trainer.words[-2] == "rollout.urls=[http://a:30000,http://a:30001]"
     *_, colocated = commands(place(["a"], 8, sglang(tp=2)), "run.yaml", [], "run")
     assert "CUDA_VISIBLE_DEVICES" not in colocated.environment
 
@@ -137,7 +137,7 @@ def test_the_slurm_script_prints_every_nodes_part(nodes: str, example: str) -> N
         assert option(words, "--nnodes") == nodes
         assert option(words, "--nproc-per-node") == "8"
         assert (option(words, "--rdzv-backend"), option(words, "--rdzv-endpoint")) == ("c10d", "node1:29500")
-        assert words[-1].count("http://") == len(engines)
+        assert words[-2].count("http://") == len(engines)
     assert sorted(option(words, "--local-addr") for words in trainers) == hosts(int(nodes))
     assert len({(option(words, "--host"), option(words, "--port")) for words in engines}) == len(engines)
     ranks = [re.fullmatch(r"(\S+): ranks (\d+)-(\d+) on GPUs 0,1,2,3,4,5,6,7", line) for line in lines]
