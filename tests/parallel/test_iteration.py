@@ -18,6 +18,7 @@ from megatron_efr.data.model_folder import ModelSize
 from megatron_efr.observe import deterministic
 from megatron_efr.runfolder import RunFolder
 from tests.loop.conftest import install_method
+from tests.parallel.layout import folder
 
 pytestmark = pytest.mark.parallel
 
@@ -94,7 +95,7 @@ def four(configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def measured(runs: Path, layout: str) -> list[dict[str, Any]]:
     """Every deterministic metric of each iteration, but the split's own."""
-    lines = RunFolder(runs / (layout.replace("=", "") or "data")).read_metrics()
+    lines = RunFolder(runs / folder(layout)).read_metrics()
     return [{key: value for key, value in deterministic(line).items() if key != "imbalance"} for line in lines]
 
 
