@@ -28,13 +28,18 @@ KEY = "SGLANG_API_KEY"
 def serve(config: TrainConfig, host: str, port: int, index: int) -> int:
     """Start the server, say when it is ready, and wait; the exit code."""
     if not (key := os.environ.get(KEY)):
-        raise UserError(
-            f"{KEY}: not set; the update endpoints unpickle what they receive, so no engine goes without a key"
-        )
+        raise UserError(f"{KEY}: not set; the update endpoints unpickle what they receive: no engine without a key")
     address = private_address(host)
     rollout, on_gpu = config.rollout, torch.cuda.is_available()
     arguments = server_arguments(config.model, rollout, Architecture.from_folder(config.model.path), on_gpu)
-    own = {"host": address, "port": port, "api_key": key, "random_seed": (config.seed + index) % 2**31}
+    own: dict[str, object] = {
+        "host": address,
+        "port": port,
+        "api_key": key,
+        "random_seed": (config.seed + index) % 2**31,
+    }
+    if on_gpu:
+        own["base_gpu_id"] = 0  # of those in sight
     environment = server_environment(os.environ, on_gpu, rollout.tp)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # SLURM sends it to all, and the iteration at hand needs the engine
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -29,7 +29,7 @@ def hosts(count: int) -> list[str]:
 
 
 def sglang(**fields: object) -> RolloutConfig:
-    return RolloutConfig(engine="sglang", **fields)  # type: ignore[arg-type]
+    return RolloutConfig(**{"engine": "sglang", "placement": "colocated"} | fields)  # type: ignore[arg-type]
 
 
 def check_seats(placement: Placement, count: int) -> None:
