@@ -34,6 +34,11 @@ class ModelConfig(Section):
     kernels: Literal["auto", "triton", "torch"] = Field(
         default="auto", description="the log-prob head's: auto takes Triton's where it imports and CUDA is present"
     )
+    routing: Literal["own", "replay"] = Field(
+        default="own",
+        description="a mixture of experts sends each token to the experts of its own choice, or to those that the "
+        "engine chose at sampling",
+    )
     megatron: dict[str, Any] = Field(default_factory=dict, description="any field of Megatron's TransformerConfig")
 
 
