@@ -29,6 +29,12 @@ TWO = [
     "",  # data parallel
     "expert=2",
 ]
+TWO_SLOW = [
+    "expert=1,pipeline=2,virtual_pipeline=2",
+    "expert=1,tensor=2,sequence=true",
+    "expert=1,context=2",
+    "expert=1,pipeline=2",
+]
 FOUR = ["tensor=2,sequence=true,pipeline=2", "tensor=2,sequence=true"]  # the latter with data parallelism
 FOUR_SLOW = [
     "context=2,tensor=2,sequence=true",
@@ -50,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     make_model_folder(folder / "tied", tied=True)
     make_model_folder(folder / "untied", tied=False)
-    make_family_folder(folder / "moe", "qwen3-moe")
+    make_family_folder(folder / "moe", "qwen3-moe", num_hidden_layers=4)
     return folder
 
 
