@@ -304,6 +304,14 @@ class TrainConfig(RunConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _routing_comes_from_the_engine(self) -> TrainConfig:
+        if self.model.routing == "replay" and self.rollout.engine == "local":
+            raise ValueError(
+                "model.routing: replay needs an engine that says which experts it chose: rollout.engine: sglang"
+            )
+        return self
+
     def check_world(self, world_size: int) -> None:
         """Refuse sizes that do not divide over `world_size` ranks; call once the number of ranks is known."""
         check_parallel(self.parallel, world_size)
@@ -348,6 +356,12 @@ class SftConfig(RunConfig):
     loss_aggregate: Literal["sequence", "token"] = "token"
     checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(every=500, keep=1))
     observe: ObserveConfig = Field(default_factory=ObserveConfig)
+
+    @model_validator(mode="after")
+    def _routing_comes_from_an_engine(self) -> SftConfig:
+        if self.model.routing == "replay":
+            raise ValueError("model.routing: no engine chose experts for these responses; leave replay out")
+        return self
 
     def check_world(self, world_size: int) -> None:
         """Refuse sizes that do not divide over `world_size` ranks."""

@@ -1,17 +1,36 @@
-"""Experts for tests of routing replay: drawn at random, or recorded from a policy's own routers."""
+"""For tests of routing replay: a model to flip experts in, and experts drawn at random or recorded from a policy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from megatron.core.utils import unwrap_model
+from safetensors.torch import load_file, save_file
 
 from megatron_efr.policy import Policy
 from megatron_efr.types import Sequence
+from tests.families import make_family_folder
+
+
+def make_moe_folder(folder: Path) -> Path:
+    """A Qwen3-MoE whose sixteen experts have scores so close that a little noise swaps some, and that matters."""
+    make_family_folder(folder, "qwen3-moe", num_hidden_layers=4, num_experts=16, num_experts_per_tok=4)
+    return change_weights(folder, folder, lambda name, w: w * (0.1 if name.endswith("mlp.gate.weight") else 1.0))
+
+
+def change_weights(source: Path, destination: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
+    """A copy of a model folder with every weight changed."""
+    destination.mkdir(exist_ok=True)
+    weights = load_file(source / "model.safetensors")
+    save_file({name: change(name, weight) for name, weight in weights.items()}, destination / "model.safetensors")
+    (destination / "config.json").write_bytes((source / "config.json").read_bytes())
+    return destination
 
 
 def randomly_routed(sequences: list[Sequence], layers: int, experts: int, per_token: int) -> list[Sequence]:

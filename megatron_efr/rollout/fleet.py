@@ -19,6 +19,7 @@ import aiohttp
 from megatron_efr.config import TimeoutsConfig
 from megatron_efr.rollout.server import Aborted, Answer, Lost, Server
 from megatron_efr.types import Group, Request, Sampling
+from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import EngineError
 
 T = TypeVar("T")
@@ -47,13 +48,15 @@ class Tally:
 class Fleet:
     """Servers that share one connection pool. Requests of a prompt go to one server, which then reads it once."""
 
-    def __init__(self, urls: Sequence[str], key: str | None, limits: TimeoutsConfig) -> None:
+    def __init__(
+        self, urls: Sequence[str], key: str | None, limits: TimeoutsConfig, routed: Architecture | None = None
+    ) -> None:
         headers = {"Content-Type": "application/json"}
         if key:
             headers["Authorization"] = f"Bearer {key}"
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S)
         self._session = aiohttp.ClientSession(connector=connector, headers=headers, read_bufsize=2**20)
-        self.servers = [Server(url, self._session, limits) for url in urls]
+        self.servers = [Server(url, self._session, limits, routed) for url in urls]
         self._loads = dict.fromkeys(self.servers, 0)
         self._rests_until = dict.fromkeys(self.servers, 0.0)
         self._name, self._numbers = uuid.uuid4().hex[:12], itertools.count()
@@ -100,7 +103,9 @@ class Fleet:
                     return await server.generate(rid, request.prompt.tokens, sampling)
             except (Lost, Aborted) as error:
                 if attempt == SENDS:
-                    raise EngineError(f"prompt {request.prompt.id}: given up after {SENDS} attempts: {error}") from error
+                    raise EngineError(
+                        f"prompt {request.prompt.id}: given up after {SENDS} attempts: {error}"
+                    ) from error
             self._tally.resent += 1
             self._rests_until[server] = time.monotonic() + REST_S
             with contextlib.suppress(EngineError):  # where the server is gone, so is the request

@@ -77,9 +77,9 @@ def train(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks, optim
     )
     # large steps: the change of a weight is known to half a last bit of the weight itself. With unlikely experts the
     # gradient triples after such a step, and so does what rounding does to the next one
-    step = 1.0 if case.replay else 4.0
+    lr = (4.0 if optimizer == "sgd" else 1e-3) * (0.25 if case.replay else 1.0)
     policy = Policy(
-        model, parallel, OptimizerConfig(lr=step if optimizer == "sgd" else 1e-3, clip_grad=0.0, megatron=megatron),
+        model, parallel, OptimizerConfig(lr=lr, clip_grad=0.0, megatron=megatron),
         ranks, updates=STEPS, seed=0, keep_reference=True,
     )  # fmt: skip
     before = {name: tensor.clone() for name, tensor in policy.named_weights()}

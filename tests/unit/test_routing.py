@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.errors import UserError
 from megatron_efr.policy import Policy, Ranks, check_fit, supervised_loss
+from megatron_efr.rollout.routing import decode_routing
 from megatron_efr.types import Sequence
+from megatron_efr.weights.architecture import Architecture
 from tests.conftest import ragged_sequences
-from tests.families import make_family_folder
-from tests.routing import as_sampled_by, randomly_routed
+from tests.routing import as_sampled_by, change_weights, make_moe_folder, randomly_routed
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 MOE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
@@ -30,19 +31,7 @@ MakePolicy = Callable[..., Policy]
 
 @pytest.fixture(scope="session")
 def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen experts with scores so close to each other that a little noise swaps some, and matters."""
-    folder = tmp_path_factory.mktemp("models") / "moe"
-    make_family_folder(folder, "qwen3-moe", num_hidden_layers=4, num_experts=16, num_experts_per_tok=4)
-    change_weights(folder, folder, lambda name, weight: weight * (0.1 if name.endswith("mlp.gate.weight") else 1.0))
-    return folder
-
-
-def change_weights(source: Path, destination: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
-    destination.mkdir(exist_ok=True)
-    weights = load_file(source / "model.safetensors")
-    save_file({name: change(name, weight) for name, weight in weights.items()}, destination / "model.safetensors")
-    (destination / "config.json").write_bytes((source / "config.json").read_bytes())
-    return destination
+    return make_moe_folder(tmp_path_factory.mktemp("models") / "moe")
 
 
 @pytest.fixture(scope="session")
@@ -151,6 +140,19 @@ def _after_flip(one: Sequence, other: Sequence) -> torch.Tensor:
     assert other.routed_experts is not None
     flipped = (np.sort(one.routed_experts) != np.sort(other.routed_experts)).any((1, 2))
     return torch.from_numpy(np.logical_or.accumulate(flipped))[one.prompt_length - 1 :]
+
+
+def test_a_servers_routing_is_read_as_it_was_written(moe: Path) -> None:
+    model = Architecture.from_folder(moe)
+    chosen = np.random.default_rng(0).integers(0, 16, (9, 4, 4), dtype=np.int32)
+    encoded = base64.b64encode(chosen.tobytes()).decode()
+    read = decode_routing(encoded, 9, model)
+    assert read.dtype == np.int8
+    assert np.array_equal(read, chosen)
+    with pytest.raises(ValueError, match="are not the int32 choices of 8 tokens in 4 layers of 4 experts"):
+        decode_routing(encoded, 8, model)
+    with pytest.raises(ValueError, match="-1 to 15, of experts 0 to 15"):
+        decode_routing(base64.b64encode(np.where(chosen == 0, -1, chosen).tobytes()).decode(), 9, model)
 
 
 def test_what_cannot_be_replayed_is_named(make: MakePolicy, moe: Path, tied_model: Path) -> None:
