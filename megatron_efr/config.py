@@ -357,12 +357,6 @@ class SftConfig(RunConfig):
     checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(every=500, keep=1))
     observe: ObserveConfig = Field(default_factory=ObserveConfig)
 
-    @model_validator(mode="after")
-    def _routing_comes_from_an_engine(self) -> SftConfig:
-        if self.model.routing == "replay":
-            raise ValueError("model.routing: no engine chose experts for these responses; leave replay out")
-        return self
-
     def check_world(self, world_size: int) -> None:
         """Refuse sizes that do not divide over `world_size` ranks."""
         check_parallel(self.parallel, world_size)

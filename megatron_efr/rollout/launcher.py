@@ -98,9 +98,10 @@ class Launched:
     process: subprocess.Popen[bytes]
 
     def tail(self) -> str:
-        """Where its log is, and the end of it."""
+        """Where its log is, and the end of it, without the line that holds the key."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n  ".join([f"the end of {self.log}:", *(line[:500] for line in lines[-TAIL:])])
+        shown = [line[:500] for line in lines[-TAIL:] if "server_args=" not in line]
+        return "\n  ".join([f"the end of {self.log}:", *shown])
 
 
 class Launcher:
