@@ -35,9 +35,10 @@ class ModelConfig(Section):
         default="auto", description="the log-prob head's: auto takes Triton's where it imports and CUDA is present"
     )
     routing: Literal["own", "replay"] = Field(
-        default="own",
-        description="a mixture of experts sends each token to the experts of its own choice, or to those that the "
-        "engine chose at sampling",
+        default="own", description="whose choice of experts a mixture follows: its own, or the engine's at sampling"
+    )
+    head_chunk_tokens: PositiveInt | None = Field(
+        default=None, description="tokens whose logits the head holds at a time; 2048 x parallel.tensor when left out"
     )
     megatron: dict[str, Any] = Field(default_factory=dict, description="any field of Megatron's TransformerConfig")
 
@@ -223,6 +224,18 @@ class CheckpointConfig(Section):
         default=10, description="iterations between checkpoints (SFT: updates); the last always saves"
     )
     keep: PositiveInt = Field(default=2, description="how many of the newest to keep")
+    keep_every: PositiveInt | None = Field(
+        default=None, description="those whose step is a multiple of this are never removed; a multiple of every"
+    )
+    background: bool = Field(
+        default=False, description="copy to host memory and write while training goes on (the copy takes that memory)"
+    )
+
+    @model_validator(mode="after")
+    def _kept_ones_are_saved(self) -> CheckpointConfig:
+        if self.keep_every is not None and self.keep_every % self.every:
+            raise ValueError(f"keep_every {self.keep_every} is no multiple of every {self.every}: none would be saved")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -301,14 +314,6 @@ class TrainConfig(RunConfig):
             raise ValueError(
                 f"rollout.prompts x rollout.samples = {self.rollout.prompts} x {self.rollout.samples} = {responses} "
                 f"responses do not split over train.updates = {self.train.updates}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _routing_comes_from_the_engine(self) -> TrainConfig:
-        if self.model.routing == "replay" and self.rollout.engine == "local":
-            raise ValueError(
-                "model.routing: replay needs an engine that says which experts it chose: rollout.engine: sglang"
             )
         return self
 

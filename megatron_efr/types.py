@@ -138,8 +138,9 @@ class PackedBatch:
     response token `targets[r]`: everything per-token that the loss reads is [R], sequence by sequence, `row_lengths`
     each. `indices` says which sequences these are, padding left out. The loss is the sum of its terms times `weights`
     [R], which carry the mean over the whole update. What the loop fills in as it learns it: log-probs under the policy
-    before its first update and under the initial model, advantages, all fp32 [R]. `routed_experts` [T, layers, experts
-    per token], on the host, are those that the routers are to choose; without them they choose for themselves.
+    before its first update and under the initial model, advantages, all fp32 [R]; and `live`, how many of the leading
+    sequences hold every advantage that is not 0 (None: all may). `routed_experts` [T, layers, experts per token], on
+    the host, are those that the routers are to choose; without them they choose for themselves.
     """
 
     tokens: torch.Tensor
@@ -155,3 +156,9 @@ class PackedBatch:
     reference_logprobs: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
     routed_experts: torch.Tensor | None = None
+    live: int | None = None
+
+    @property
+    def live_rows(self) -> int:
+        """The rows from here on have advantage 0."""
+        return sum(self.row_lengths[: self.live])

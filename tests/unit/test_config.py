@@ -105,7 +105,6 @@ def test_an_override_that_cannot_be_applied_is_quoted(tmp_path: Path, override: 
         ("data.datasets=[]", "data.datasets: List should have at least 1 item"),
         ("name=../elsewhere", "name: String should match pattern"),
         ("train.updates=3", "rollout.prompts x rollout.samples = 32 x 8 = 256 responses do not split"),
-        ("model.routing=replay", "model.routing: replay needs an engine that says which experts it chose"),
         ("evaluation.preset=custom", "evaluation: preset custom needs a temperature"),
         ("evaluation.temperature=1.0", "evaluation: preset paper fixes temperature and top_p; set preset: custom"),
         ("evaluation={preset: r1, top_p: 0.5}", "evaluation: preset r1 fixes temperature and top_p"),

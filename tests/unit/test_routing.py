@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from megatron_efr.errors import UserError
 from megatron_efr.policy import Policy, Ranks, check_fit, supervised_loss
+from megatron_efr.rollout.build import build_engine
 from megatron_efr.rollout.routing import decode_routing
 from megatron_efr.types import Sequence
 from megatron_efr.weights.architecture import Architecture
@@ -168,6 +170,11 @@ def test_what_cannot_be_replayed_is_named(make: MakePolicy, moe: Path, tied_mode
         policy.pack_update([replace(routed, routed_experts=routed.routed_experts + 1)], [0], 100, "token")
     with pytest.raises(ConfigError, match="replay is for a mixture of experts"):
         check_fit(ModelConfig(path=str(tied_model), routing="replay"), ParallelConfig())
+    with (
+        pytest.raises(ConfigError, match="says which experts it chose; set rollout.engine: sglang"),
+        ExitStack() as stack,
+    ):
+        build_engine(ModelConfig(path=str(moe), routing="replay"), RolloutConfig(), moe, 0, stack)
     for field, name in (("moe_router_fusion", "fused router"), ("moe_enable_routing_replay", "set model.routing")):
         with pytest.raises(ConfigError, match=name):
             check_fit(ModelConfig(path=str(moe), routing="replay", megatron={field: True}), ParallelConfig())
