@@ -34,6 +34,9 @@ class ModelConfig(Section):
     kernels: Literal["auto", "triton", "torch"] = Field(
         default="auto", description="the log-prob head's: auto takes Triton's where it imports and CUDA is present"
     )
+    routing: Literal["own", "replay"] = Field(
+        default="own", description="whose choice of experts a mixture follows: its own, or the engine's at sampling"
+    )
     head_chunk_tokens: PositiveInt | None = Field(
         default=None, description="tokens whose logits the head holds at a time; 2048 x parallel.tensor when left out"
     )

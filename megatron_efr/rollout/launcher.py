@@ -83,6 +83,7 @@ def server_arguments(
         "tp_size": rollout.tp,
         "max_running_requests": rollout.slots,
         "enable_fp32_lm_head": model.dtype != "float32",  # as the policy's head: bf16 logits move log-probs by 1e-2
+        "enable_return_routed_experts": model.routing == "replay",
         "log_level_http": "warning",
     }
     if on_gpu:
