@@ -30,6 +30,7 @@ from megatron_efr.types import PackedBatch, Sequence, UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import fingerprint, initial_weights, save_folder
 from megatron_efr.weights.mapping import WeightMapping
+from megatron_efr.weights.reshard import Parcel
 
 
 class Policy:
@@ -260,13 +261,20 @@ class Policy:
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
+    def parcels(self, *, flat: bool = False, everywhere: bool = False) -> Iterator[Parcel]:
+        """The weights as whole Hugging Face tensors, bucket by bucket: see `Parameters.parcels`."""
+        return self.parameters.parcels(flat=flat, everywhere=everywhere)
+
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, whole tensor) pairs, one at a time: see `Parameters.whole`."""
-        return self.parameters.whole()
+        """(Hugging Face name, whole tensor) pairs on rank 0, one bucket in memory at a time; elsewhere empty tensors.
+
+        All ranks iterate together. Where nothing is split the tensors are views of the live parameters.
+        """
+        return (pair for parcel in self.parcels() for pair in parcel.tensors)
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Like `named_weights`, of what the last update's backward pass left (after clipping, where that is on)."""
-        return self.parameters.whole(lambda parameter: cast(Any, parameter).main_grad)
+        return (pair for parcel in self.parameters.parcels("gradients") for pair in parcel.tensors)
 
     def save_folder(self, destination: str | Path) -> None:
         """Write the weights as a Hugging Face folder, with the starting model's tokenizer and configuration."""

@@ -299,7 +299,7 @@ def _vocab_to_megatron(mapping: WeightMapping, parts: list[torch.Tensor], rank: 
 
 def _qkv_to_hugging_face(mapping: WeightMapping, shards: list[torch.Tensor]) -> list[torch.Tensor]:
     a = mapping.architecture
-    whole = shards[0] if len(shards) == 1 else torch.cat(shards)
+    whole = _rows(shards)
     grouped = whole.reshape(a.kv_heads, -1, *whole.shape[1:])
     sizes = [a.heads // a.kv_heads * a.head_dim, a.head_dim, a.head_dim]
     return [part.flatten(0, 1) for part in grouped.split(sizes, dim=1)]
@@ -333,6 +333,21 @@ def _grouped_row_to_hugging_face(mapping: WeightMapping, shards: list[torch.Tens
     return [_cat(1)(mapping, [x[e] for x in each])[0] for e in range(mapping._per_rank)]
 
 
+def _rows(shards: list[torch.Tensor]) -> torch.Tensor:
+    """Shards one below the other: a view where they lie so in memory already."""
+    first = shards[0]
+    ends = [shard.storage_offset() + shard.numel() for shard in shards]
+    adjacent = all(
+        shard.is_contiguous()
+        and shard.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and shard.storage_offset() == end
+        for shard, end in zip(shards[1:], ends, strict=False)
+    )
+    if not adjacent:
+        return torch.cat(shards)
+    return first.as_strided((sum(shard.shape[0] for shard in shards), *first.shape[1:]), first.stride())
+
+
 def _cat(dim: int) -> Callable[[WeightMapping, list[torch.Tensor]], list[torch.Tensor]]:
     return lambda mapping, shards: [shards[0] if len(shards) == 1 else torch.cat(shards, dim=dim)]
 
@@ -350,9 +365,9 @@ _TO_MEGATRON: dict[Split, Callable[[WeightMapping, list[torch.Tensor], int], tor
 
 _TO_HUGGING_FACE: dict[Split, Callable[[WeightMapping, list[torch.Tensor]], list[torch.Tensor]]] = {
     "whole": lambda mapping, shards: [shards[0]],
-    "column": _cat(0),
+    "column": lambda mapping, shards: [_rows(shards)],
     "row": _cat(1),
-    "vocab": lambda mapping, shards: [_cat(0)(mapping, shards)[0][: mapping.architecture.vocab]],
+    "vocab": lambda mapping, shards: [_rows(shards)[: mapping.architecture.vocab]],
     "qkv": _qkv_to_hugging_face,
     "gate_up": _gate_up_to_hugging_face,
     "grouped_gate_up": _grouped_gate_up_to_hugging_face,
