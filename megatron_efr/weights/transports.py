@@ -126,7 +126,7 @@ class Broadcast:
         shapes = [list(tensor.shape) for _, tensor in prepared.tensors]
         sent = [tensor.contiguous() for _, tensor in prepared.tensors] if prepared.flat is None else [prepared.flat]
         answer = self._engines.update_from_distributed(
-            names, dtypes, shapes, name, "flattened_bucket" if flat else None
+            names, dtypes, shapes, name, None if prepared.flat is None else "flattened_bucket"
         )
         works = [dist.broadcast(tensor, group=group, group_src=0, async_op=True) for tensor in sent]
         answer.result()  # first: an engine that refused will never take part in the broadcast
