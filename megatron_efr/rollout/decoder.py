@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from megatron_efr.errors import UserError
 from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.checked import checked
 from megatron_efr.weights.mapping import WeightMapping
 
 ROWS = 32  # two AVX-512 vectors: also keeps element-wise kernels out of their scalar tails
@@ -149,21 +150,9 @@ class Decoder:
         Copies, not views: a version stays what it was while the optimizer goes on changing the policy's tensors.
         """
         # The iterator's own code runs outside inference mode: it may keep tensors that autograd sees later.
-        missing = dict.fromkeys(self._targets)
-        for name, tensor in weights:
-            if name not in self._targets:
-                raise ValueError(f"{name}: no such tensor in this {self.architecture.model_type} model")
-            if name not in missing:
-                raise ValueError(f"{name}: published twice")
-            if tuple(tensor.shape) != self._shapes[name]:
-                raise ValueError(f"{name}: shape {list(tensor.shape)}; this model has {list(self._shapes[name])}")
+        for name, tensor in checked(weights, self._shapes):
             with torch.no_grad():
                 self._targets[name].copy_(tensor)
-            del missing[name]
-        if missing:
-            names = list(missing)
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"missing from the published weights: {', '.join(names[:3])}{more}")
 
     def read(self, sequences: list[NDArray[np.int64]]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Prefill sequences together with those of the same padded length, PREFILL_TOKENS tokens (or one) at a time.

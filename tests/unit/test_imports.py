@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": BASE,
     "weights": BASE,
     "policy": BASE | WEIGHTS | {"kernels"},
-    "rollout": BASE | {"weights.architecture", "weights.mapping", "weights.publish"},
+    "rollout": BASE | {"weights.architecture", "weights.mapping", "weights.checked", "weights.publish"},
     "report": BASE,
     "observe": BASE,
     "manifest": BASE,
