@@ -73,6 +73,6 @@ class Parameters:
             ranks = self._ranks
             group = ranks.replica_group
             members = dist.get_process_group_ranks(group)
-            plan = Plan.derive(local, self._mapping, ranks.tensor_rank, members, ranks.cpu_world, self._bucket_bytes)
+            plan = Plan.agreed(local, self._mapping, ranks.tensor_rank, members, ranks.cpu_world, self._bucket_bytes)
             self._reshards[of] = Reshard(plan, self._mapping, group)
         return self._reshards[of].parcels(local, flat=flat, everywhere=everywhere)

@@ -100,7 +100,9 @@ class Fleet:
                     return await server.generate(rid, request.prompt.tokens, sampling)
             except (Lost, Aborted) as error:
                 if attempt == SENDS:
-                    raise EngineError(f"prompt {request.prompt.id}: given up after {SENDS} attempts: {error}") from error
+                    raise EngineError(
+                        f"prompt {request.prompt.id}: given up after {SENDS} attempts: {error}"
+                    ) from error
             self._tally.resent += 1
             self._rests_until[server] = time.monotonic() + REST_S
             with contextlib.suppress(EngineError):  # where the server is gone, so is the request

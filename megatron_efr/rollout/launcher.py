@@ -129,9 +129,7 @@ class Launcher:
             own = {"host": HOST, "port": port, "api_key": self.key, "random_seed": (seed + index) % 2**31}
             self._start_one(f"engine-{index}", python, dict(arguments) | own, environment)
 
-    def _start_one(
-        self, name: str, python: str, arguments: Mapping[str, Any], environment: Mapping[str, str]
-    ) -> None:
+    def _start_one(self, name: str, python: str, arguments: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         settings, log = self.folder / f"{name}.yaml", self.folder / f"{name}.log"
         settings.write_text(yaml.safe_dump({key.replace("_", "-"): value for key, value in arguments.items()}))
         command = [python, "-m", "sglang.launch_server", "--config", str(settings)]
@@ -155,7 +153,9 @@ class Launcher:
             waited = time.monotonic() - began
             for server in waiting:
                 if server.process.poll() is not None:
-                    raise UserError(f"{server.name} ended before it was ready; the end of {server.log}:\n{server.tail()}")
+                    raise UserError(
+                        f"{server.name} ended before it was ready; the end of {server.log}:\n{server.tail()}"
+                    )
                 if waited > limit_s:
                     raise UserError(
                         f"{server.name} is not ready after rollout.timeouts.start_s = {limit_s:g} s; "

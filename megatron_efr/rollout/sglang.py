@@ -151,9 +151,15 @@ class SGLangEngine:
         self._all(Server.begin_update)
 
     def update_from_tensor(self, payloads: list[str], load_format: str | None) -> None:
-        """Send one bucket: a base64 payload for each tensor-parallel rank, the same to every server."""
-        body = tensor_body(payloads, load_format)
-        self._all(lambda server: server.update_from_tensor(body))
+        """Send one bucket: a base64 payload for each tensor-parallel rank, the same to every server; or, where there
+        are as many as all servers have ranks together, each server its own.
+        """
+        ranks = self.engine_ranks
+        bodies = [tensor_body(payloads[i : i + ranks], load_format) for i in range(0, len(payloads), ranks)]
+        if len(bodies) not in (1, self.count):
+            raise ValueError(f"{len(payloads)} payloads for {self.count} servers of {ranks} ranks")
+        own = dict(zip(self._fleet.servers, bodies * (self.count if len(bodies) == 1 else 1), strict=True))
+        self._all(lambda server: server.update_from_tensor(own[server]))
 
     def join_group(self, address: str, port: int, name: str, backend: str) -> Future[None]:
         """Have every server enter a process group in which the trainer is rank 0; returns at once."""
@@ -314,9 +320,7 @@ async def _fleet(urls: Sequence[str], key: str | None, limits: TimeoutsConfig) -
     return Fleet(urls, key, limits)
 
 
-def _buckets(
-    weights: Iterable[tuple[str, torch.Tensor]], size: int
-) -> Iterator[list[tuple[str, torch.Tensor]]]:
+def _buckets(weights: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """Tensors in their order, in lists of at most `size` bytes or one tensor; a list is given when the next is begun."""
     bucket, held = [], 0
     for name, tensor in weights:

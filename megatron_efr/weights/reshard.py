@@ -64,6 +64,13 @@ class Bucket:
         return dict(sorted(found.items()))
 
 
+class Held(NamedTuple):
+    """What one rank holds: which shard of what is split, and every parameter's (shape of the shard, type)."""
+
+    tensor_rank: int
+    shards: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
 @dataclass(frozen=True)
 class Plan:
     """Every parameter of a model in the mapping's order, divided into buckets of `limit` bytes."""
@@ -72,7 +79,7 @@ class Plan:
     limit: int
 
     @classmethod
-    def derive(
+    def agreed(
         cls,
         local: Mapping[str, torch.Tensor],
         mapping: WeightMapping,
@@ -83,24 +90,28 @@ class Plan:
     ) -> Plan:
         """The plan of the ranks `members`, who hold at least one whole model; all ranks of `cpu_world` call it.
 
-        `local`: this rank's shards by the mapping's names. Where several members hold a shard, the first sends it.
+        `local`: this rank's shards by the mapping's names.
         """
-        mine = (tensor_rank, {name: (tuple(shard.shape), shard.dtype) for name, shard in local.items()})
+        mine = Held(tensor_rank, {name: (tuple(shard.shape), shard.dtype) for name, shard in local.items()})
         everyone: list[Any] = [None] * dist.get_world_size(cpu_world)
         dist.all_gather_object(everyone, mine, group=cpu_world)
+        return cls.derive({rank: everyone[rank] for rank in members}, mapping, limit)
+
+    @classmethod
+    def derive(cls, held: Mapping[int, Held], mapping: WeightMapping, limit: int = BUCKET_BYTES) -> Plan:
+        """The plan for what each rank holds. Where several hold the same shard, the first sends it."""
         holders: dict[tuple[str, int], int] = {}
         shards: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for rank in sorted(members):
-            position, held = everyone[rank]
-            for name, shard in held.items():
-                holders.setdefault((name, position), rank)
+        for rank in sorted(held):
+            for name, shard in held[rank].shards.items():
+                holders.setdefault((name, held[rank].tensor_rank), rank)
                 shards.setdefault(name, shard)
         entries = []
         for name in mapping.parameters():
             positions = range(mapping.tensor_ranks if mapping.is_sharded(name) else 1)
             missing = [p for p in positions if (name, p) not in holders]
             if missing:
-                raise RuntimeError(f"ranks {list(members)}: nobody holds tensor-parallel shard {missing[0]} of {name}")
+                raise RuntimeError(f"ranks {sorted(held)}: nobody holds tensor-parallel shard {missing[0]} of {name}")
             entries.append(Entry(name, tuple(holders[name, p] for p in positions), *shards[name]))
         return cls(tuple(_divide(entries, limit)), limit)
 

@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future
 from datetime import timedelta
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -206,14 +205,12 @@ def _pickled(content: Any) -> str:
     return base64.b64encode(buffer.getbuffer()).decode()
 
 
-class _Pickler(ForkingPickler):
+class _Pickler(pickle.Pickler):
     """CUDA tensors by handle, their GPU by UUID (its number depends on CUDA_VISIBLE_DEVICES); others by value."""
 
     def reducer_override(self, obj: Any) -> Any:
-        if not isinstance(obj, torch.Tensor):
+        if not isinstance(obj, torch.Tensor) or not obj.is_cuda:
             return NotImplemented
-        if not obj.is_cuda:
-            return obj.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
         rebuild, given = reductions.reduce_tensor(obj)
         arguments: list[Any] = list(given)
         arguments[_DEVICE] = str(torch.cuda.get_device_properties(arguments[_DEVICE]).uuid)
