@@ -11,7 +11,7 @@ from megatron_efr.weights.reshard import Bucket, Plan
 
 @dataclass(frozen=True)
 class Bandwidths:
-    """Bytes per second of one rank that receives and hands on, and seconds that each bucket costs besides."""
+    """Bytes per second of one rank that receives and hands on, and seconds that the engines' answer to a bucket costs."""
 
     arrive: float  # from the ranks that hold shards
     copy: float  # read here and written there: a message packed, a tensor put together
@@ -44,8 +44,8 @@ def seconds(plan: Plan, rates: Bandwidths, local_to: int | None = 0) -> float:
         # what is split is put together first (one copy) and then laid flat (another), unless it travels alone
         split = sum(entry.nbytes for entry in bucket.entries if len(entry.holders) > 1)
         flat = 0 if bucket.nbytes > plan.limit else bucket.nbytes
-        total += (split * (bucket.nbytes <= plan.limit) + flat) / rates.copy + rates.bucket_s
-        send = bucket.nbytes / rates.send
+        total += (split * (bucket.nbytes <= plan.limit) + flat) / rates.copy
+        send = bucket.nbytes / rates.send + rates.bucket_s
         arrival = _arrival(following, rates, local_to) if following is not None else 0.0
         overlapping = following is not None and plan.overlaps(bucket, following)
         hidden = rates.overlap * min(send, arrival) if overlapping else 0.0
