@@ -17,7 +17,7 @@ from typing import TypeVar
 import aiohttp
 
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.rollout.server import Aborted, Answer, Lost, Server
+from megatron_efr.rollout.server import AbortedError, Answer, LostError, Server
 from megatron_efr.types import Group, Request, Sampling
 from megatron_efr.weights.publish import EngineError
 
@@ -98,11 +98,9 @@ class Fleet:
             try:
                 with self._counted(server):
                     return await server.generate(rid, request.prompt.tokens, sampling)
-            except (Lost, Aborted) as error:
+            except (LostError, AbortedError) as error:
                 if attempt == SENDS:
-                    raise EngineError(
-                        f"prompt {request.prompt.id}: given up after {SENDS} attempts: {error}"
-                    ) from error
+                    raise EngineError(f"prompt {request.prompt.id}: lost {SENDS} times: {error}") from error
             self._tally.resent += 1
             self._rests_until[server] = time.monotonic() + REST_S
             with contextlib.suppress(EngineError):  # where the server is gone, so is the request

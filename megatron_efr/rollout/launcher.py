@@ -97,8 +97,9 @@ class Launched:
     process: subprocess.Popen[bytes]
 
     def tail(self) -> str:
-        """The end of its log."""
-        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:])
+        """Where its log is, and the end of it."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n  ".join([f"the end of {self.log}:", *(line[:500] for line in lines[-TAIL:])])
 
 
 class Launcher:
@@ -116,7 +117,7 @@ class Launcher:
     def start(
         self, python: str, arguments: Mapping[str, Any], environment: Mapping[str, str], *, count: int, seed: int
     ) -> None:
-        """Start `count` servers with `arguments`, each with random numbers of its own; returns before they are ready."""
+        """Start `count` servers, each with random numbers of its own; returns before they are ready."""
         if not os.access(python, os.X_OK):
             raise UserError(
                 f"rollout.python: {python}: no such interpreter; on a machine without a GPU, "
@@ -153,14 +154,10 @@ class Launcher:
             waited = time.monotonic() - began
             for server in waiting:
                 if server.process.poll() is not None:
-                    raise UserError(
-                        f"{server.name} ended before it was ready; the end of {server.log}:\n{server.tail()}"
-                    )
+                    raise UserError(f"{server.name} ended before it was ready; {server.tail()}")
                 if waited > limit_s:
-                    raise UserError(
-                        f"{server.name} is not ready after rollout.timeouts.start_s = {limit_s:g} s; "
-                        f"the end of {server.log}:\n{server.tail()}"
-                    )
+                    late = f"{server.name} is not ready after rollout.timeouts.start_s = {limit_s:g} s"
+                    raise UserError(f"{late}; {server.tail()}")
             if time.monotonic() - said > SAYS_EVERY_S:
                 said = time.monotonic()
                 print(f"waiting for {len(waiting)} SGLang servers ({waited:.0f} s); logs: {self.folder}", flush=True)

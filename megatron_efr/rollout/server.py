@@ -1,7 +1,7 @@
 """One SGLang server over HTTP: the calls that a trainer makes, typed, each with a named limit.
 
 The contract is that of SGLang 0.5.23. A call that is answered with a refusal raises EngineError with the server's
-words; one that is not answered raises Lost, and may or may not have been carried out.
+words; one that is not answered raises LostError, and may or may not have been carried out.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ READS = 3
 """Attempts of a call that only reads."""
 
 
-class Lost(EngineError):
+class LostError(EngineError):
     """No answer: the connection failed or the limit ran out."""
 
 
-class Aborted(EngineError):
+class AbortedError(EngineError):
     """The server gave a request up, though nobody here asked it to."""
 
 
@@ -151,13 +151,12 @@ class Server:
 
     async def _get(self, path: str, limit: str) -> Any:
         """A call that only reads, and so is repeated when it is lost."""
-        for attempt in range(1, READS + 1):
+        for attempt in range(1, READS):
             try:
                 return await self._request("GET", path, None, limit)
-            except Lost:
-                if attempt == READS:
-                    raise
+            except LostError:
                 await asyncio.sleep(0.2 * attempt)
+        return await self._request("GET", path, None, limit)
 
     async def _post(self, path: str, body: dict[str, Any] | bytes, limit: str) -> Any:
         return await self._request("POST", path, body, limit)
@@ -178,9 +177,9 @@ class Server:
         except TimeoutError as error:
             if isinstance(error, aiohttp.ConnectionTimeoutError):
                 limit, seconds = "connect_s", self._limits.connect_s
-            raise Lost(f"{self.url}{path}: no answer within rollout.timeouts.{limit} = {seconds:g} s") from error
+            raise LostError(f"{self.url}{path}: no answer within rollout.timeouts.{limit} = {seconds:g} s") from error
         except aiohttp.ClientError as error:
-            raise Lost(f"{self.url}{path}: {error or type(error).__name__}") from error
+            raise LostError(f"{self.url}{path}: {error or type(error).__name__}") from error
         if answer.status != 200:
             raise EngineError(f"{self.url}{path}: answered {answer.status}: {text[:500]}")
         return json.loads(text) if answer.content_type == "application/json" and text else None
@@ -217,7 +216,9 @@ def _answer(answered: dict[str, Any], sampling: Sampling, url: str) -> Answer:
     tokens, meta = answered["output_ids"], answered["meta_info"]
     finish: Finish = meta["finish_reason"]["type"]
     if finish == "abort":
-        raise Aborted(f"{url}/generate: aborted after {len(tokens)} tokens: {meta['finish_reason'].get('message')}")
+        raise AbortedError(
+            f"{url}/generate: aborted after {len(tokens)} tokens: {meta['finish_reason'].get('message')}"
+        )
     drawn = meta["output_token_logprobs"]
     if [token for _, token, _ in drawn] != tokens:
         raise EngineError(f"{url}/generate: {len(tokens)} tokens came with {len(drawn)} log-probs of others")

@@ -321,7 +321,7 @@ async def _fleet(urls: Sequence[str], key: str | None, limits: TimeoutsConfig) -
 
 
 def _buckets(weights: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Tensors in their order, in lists of at most `size` bytes or one tensor; a list is given when the next is begun."""
+    """Tensors in their order, in lists of at most `size` bytes (or one tensor), given when the next list is begun."""
     bucket, held = [], 0
     for name, tensor in weights:
         if bucket and held + tensor.nbytes > size:
@@ -333,6 +333,6 @@ def _buckets(weights: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator
 
 
 def _payload(bucket: list[tuple[str, torch.Tensor]]) -> str:
-    """The tensors themselves, pickled as SGLang's restricted unpickler takes them. A view would bring its whole storage."""
+    """The tensors themselves, pickled for SGLang's restricted unpickler; copied, as a view would bring its storage."""
     alone = [(name, tensor.detach().to("cpu", copy=True).contiguous()) for name, tensor in bucket]
     return base64.b64encode(pickle.dumps(alone)).decode()
