@@ -30,7 +30,7 @@ from megatron_efr.types import PackedBatch, Sequence, UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import fingerprint, initial_weights, save_folder
 from megatron_efr.weights.mapping import WeightMapping
-from megatron_efr.weights.reshard import Parcel
+from megatron_efr.weights.reshard import BUCKET_BYTES, Parcel
 
 
 class Policy:
@@ -50,6 +50,7 @@ class Policy:
         seed: int,
         temperature: float = 1.0,
         keep_reference: bool = False,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self.ranks = ranks
         self.model_config = model
@@ -72,7 +73,7 @@ class Policy:
         mapping = WeightMapping(
             self.architecture, parallel.tensor, expert_ranks=parallel.expert, expert_rank=ranks.expert_rank
         )
-        self.parameters = Parameters(self.chunks, mapping, ranks)
+        self.parameters = Parameters(self.chunks, mapping, ranks, bucket_bytes)
         self.parameters.load(initial_weights(model, self.architecture, seed))
         seed_of_weights = seed if model.init == "random" else None
         self.initial_model = {
@@ -95,6 +96,7 @@ class Policy:
             seed=config.seed,
             temperature=config.rollout.temperature,
             keep_reference=config.loss.beta > 0,
+            bucket_bytes=config.rollout.bucket_mib * 2**20,
         )
 
     # -- batches ------------------------------------------------------------------------------------------------------

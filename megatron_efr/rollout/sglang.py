@@ -51,7 +51,7 @@ class SGLangEngine:
         bucket_bytes: int = 2**29,
     ) -> None:
         self.architecture, self.engine_ranks, self.bucket_bytes = architecture, engine_ranks, bucket_bytes
-        self.count = len(urls)
+        self.urls, self.count = list(urls), len(urls)
         self.in_flight = max(1, int(AHEAD * slots * self.count))
         self._shapes = WeightMapping(architecture).shapes()
         self._version = -1

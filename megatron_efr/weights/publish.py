@@ -40,6 +40,11 @@ class Engines(Protocol):
         ...
 
     @property
+    def urls(self) -> Sequence[str]:
+        """Their addresses."""
+        ...
+
+    @property
     def engine_ranks(self) -> int:
         """Tensor-parallel ranks of each server."""
         ...
@@ -93,19 +98,26 @@ class Engines(Protocol):
         ...
 
 
-def publish(weights: Iterable[tuple[str, torch.Tensor]], version: int, receiver: Receiver | None) -> None:
-    """Send `weights` as `version`. Every rank calls it, since a whole tensor takes all; rank 0 has the receiver."""
-    if receiver is not None:
-        receiver.publish(weights, version)
-    else:
-        for _ in weights:
-            pass
-
-
 class Weights(Protocol):
     """A sharded policy, as far as publishing is concerned; every rank has it and calls it alike."""
 
     def parcels(self, *, flat: bool, everywhere: bool) -> Iterator[Parcel]: ...
+
+
+class Embedded:
+    """Publishes to the engine that lives in rank 0: whole tensors as they come, views where nothing is split."""
+
+    def __init__(self, receiver: Receiver | None) -> None:
+        self._receiver = receiver
+
+    def publish(self, weights: Weights, version: int) -> None:
+        """Bring `weights` to the engine as `version`; every rank calls it, since a whole tensor takes all."""
+        tensors = (pair for parcel in weights.parcels(flat=False, everywhere=False) for pair in parcel.tensors)
+        if self._receiver is not None:
+            self._receiver.publish(tensors, version)
+        else:
+            for _ in tensors:
+                pass
 
 
 class Transport(Protocol):

@@ -159,28 +159,32 @@ class Reshard:
         """
         receives = everywhere or self._rank == self._main
         buckets = self.plan.buckets if everywhere or self._member else ()
-        moving = self._start(buckets[0], local, everywhere) if buckets else None
+        device = next(iter(local.values())).device
+        # parcels that are views of what arrived must not see it overwritten, nor an engine that holds a CUDA handle
+        reusable = [bucket.nbytes for bucket in buckets if bucket.nbytes <= self.plan.limit]
+        memory = _Memory(device, max(reusable, default=0) if flat and device.type == "cpu" else 0)
+        moving = self._start(buckets[0], local, everywhere, memory) if buckets else None
         for number, bucket in enumerate(buckets):
             if moving is None:
-                moving = self._start(bucket, local, everywhere)
+                moving = self._start(bucket, local, everywhere, memory)
             moving.wait()
-            parcel = self._assemble(bucket, moving, local, flat) if receives else self._names(bucket)
+            into = memory if flat else None
+            parcel = self._assemble(bucket, moving, local, into) if receives else self._names(bucket)
             moving = None  # before the next one's buffers are made
             if number + 1 < len(buckets) and self.plan.overlaps(bucket, buckets[number + 1]):
-                moving = self._start(buckets[number + 1], local, everywhere)
+                moving = self._start(buckets[number + 1], local, everywhere, memory)
             yield parcel
             del parcel
         if not buckets:
             yield from (self._names(bucket) for bucket in self.plan.buckets)
 
-    def _start(self, bucket: Bucket, local: Mapping[str, torch.Tensor], everywhere: bool) -> _Transfer:
+    def _start(self, bucket: Bucket, local: Mapping[str, torch.Tensor], everywhere: bool, memory: _Memory) -> _Transfer:
         """Set this rank's part of a bucket's messages going."""
         messages = bucket.messages(None if everywhere else self._main)
         receives = everywhere or self._rank == self._main
-        device = next(iter(local.values())).device
         wanted = {r: m for r, m in messages.items() if receives or r == self._rank}
         sizes = {rank: sum(entry.shard_bytes for entry in entries) for rank, entries in wanted.items()}
-        buffer = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=device)
+        buffer = memory.take("arriving", sum(sizes.values()))
         slots = dict(zip(sizes, buffer.split(list(sizes.values())), strict=True))
         if self._rank in wanted:
             _pack(wanted[self._rank], local, slots[self._rank])
@@ -205,16 +209,20 @@ class Reshard:
         nothing = torch.empty(0)
         return Parcel([(hf, nothing) for entry in bucket.entries for hf in self._mapping.sources(entry.name)], None)
 
-    def _assemble(self, bucket: Bucket, arrived: _Transfer, local: Mapping[str, torch.Tensor], flat: bool) -> Parcel:
+    def _assemble(
+        self, bucket: Bucket, arrived: _Transfer, local: Mapping[str, torch.Tensor], memory: _Memory | None
+    ) -> Parcel:
+        """The whole tensors of what has arrived, flat where `memory` is given for it."""
+
         def whole(entry: Entry) -> list[tuple[str, torch.Tensor]]:
             return self._mapping.to_hugging_face(entry.name, arrived.shards(entry) or [local[entry.name]])
 
-        if not flat or bucket.nbytes > self.plan.limit:
+        if memory is None or bucket.nbytes > self.plan.limit:
             return _alone([pair for entry in bucket.entries for pair in whole(entry)])
         # wide types first: every tensor then begins at a multiple of its own width, without gaps
         order = sorted(bucket.entries, key=lambda entry: -entry.dtype.itemsize)
         sizes = [self._whole_bytes(entry) for entry in order]
-        joined = torch.empty(sum(sizes), dtype=torch.uint8, device=next(iter(local.values())).device)
+        joined = memory.take("whole", sum(sizes))
         parts = joined.split(sizes)
         return Parcel([p for entry, part in zip(order, parts, strict=True) for p in _copy(whole(entry), part)], joined)
 
@@ -222,6 +230,22 @@ class Reshard:
         """Bytes of the Hugging Face tensors of a parameter: without padding."""
         shapes = self._mapping.shapes()
         return sum(torch.Size(shapes[hf]).numel() for hf in self._mapping.sources(entry.name)) * entry.dtype.itemsize
+
+
+class _Memory:
+    """Buffers of bytes by their use. Those of at most `kept` bytes are used again: fresh memory is slow to touch."""
+
+    def __init__(self, device: torch.device, kept: int) -> None:
+        self._device, self._kept = device, kept
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, use: str, size: int) -> torch.Tensor:
+        """`size` bytes for `use`, which has no more need of those it took before."""
+        if size > self._kept:
+            return torch.empty(size, dtype=torch.uint8, device=self._device)
+        if use not in self._buffers:
+            self._buffers[use] = torch.empty(self._kept, dtype=torch.uint8, device=self._device)
+        return self._buffers[use][:size]
 
 
 class _Transfer:

@@ -11,12 +11,12 @@ from megatron_efr.weights.reshard import Bucket, Plan
 
 @dataclass(frozen=True)
 class Bandwidths:
-    """Bytes per second of one rank that receives and hands on, and seconds that the engines' answer to a bucket costs."""
+    """Bytes per second of one rank that receives and hands on, and what the engines' answers cost."""
 
     arrive: float  # from the ranks that hold shards
     copy: float  # read here and written there: a message packed, a tensor put together
     send: float  # to the engines
-    bucket_s: float = 0.0
+    bucket_s: float = 0.0  # seconds of each bucket's call and answer
     overlap: float = 1.0  # how much of arriving hides behind sending: 0 where both need the same processor
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,9 @@ def make_publisher(transport: Transport, engine: SGLangEngine | None, layout: En
 
 
 def make_policy(folder: str | Path, layout: str, ranks: Ranks) -> Policy:
-    policy = Policy(ModelConfig(path=str(folder)), split(layout), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0)
-    policy.parameters._bucket_bytes = BUCKET
-    return policy
+    optimizer = OptimizerConfig(lr=1e-3)
+    model = ModelConfig(path=str(folder))
+    return Policy(model, split(layout), optimizer, ranks, updates=1, seed=0, bucket_bytes=BUCKET)
 
 
 class Dying(InBand):
@@ -105,8 +106,6 @@ class DyingBroadcast(Broadcast):
             names = [name for name, _ in prepared.tensors]
             shapes = [list(tensor.shape) for _, tensor in prepared.tensors]
             self._engines.update_from_distributed(names, ["float32"] * len(names), shapes, self._group[0], None)
-            import time
-
             time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
         super().deliver(prepared)
