@@ -5,8 +5,9 @@ of its own. Every rank that holds a shard sends it at most one message per bucke
 wanted (one rank, or all of the group). While a bucket is in use at its destination the next is on its way, so one
 pipeline stage packs and sends while another's weights go to the engines.
 
-Memory beyond the parameters, on a rank that receives: what arrives (one bucket), what is whole (one bucket), and one
-Megatron parameter in between. A parameter of more than one bucket arrives as what it is, and the next waits for it.
+Memory beyond the parameters, on a rank that receives: what arrives (one bucket), what is whole (one bucket), and at
+most one parameter in between. A parameter of more than a bucket is not copied into one: where it is split by rows, as
+vocabularies are, it is whole as it arrives.
 """
 
 from __future__ import annotations
@@ -145,6 +146,7 @@ class Reshard:
 
     def __init__(self, plan: Plan, mapping: WeightMapping, group: dist.ProcessGroup, main: int = 0) -> None:
         self.plan, self._mapping, self._group, self._main = plan, mapping, group, main
+        self._shapes = mapping.shapes()
         self._rank = dist.get_rank()
         self._member = main in dist.get_process_group_ranks(group)
 
@@ -213,23 +215,27 @@ class Reshard:
         self, bucket: Bucket, arrived: _Transfer, local: Mapping[str, torch.Tensor], memory: _Memory | None
     ) -> Parcel:
         """The whole tensors of what has arrived, flat where `memory` is given for it."""
-
-        def whole(entry: Entry) -> list[tuple[str, torch.Tensor]]:
-            return self._mapping.to_hugging_face(entry.name, arrived.shards(entry) or [local[entry.name]])
-
+        shards = {entry.name: arrived.shards(entry) or [local[entry.name]] for entry in bucket.entries}
         if memory is None or bucket.nbytes > self.plan.limit:
-            return _alone([pair for entry in bucket.entries for pair in whole(entry)])
+            return _alone([p for name, parts in shards.items() for p in self._mapping.to_hugging_face(name, parts)])
         # wide types first: every tensor then begins at a multiple of its own width, without gaps
         order = sorted(bucket.entries, key=lambda entry: -entry.dtype.itemsize)
-        sizes = [self._whole_bytes(entry) for entry in order]
-        joined = memory.take("whole", sum(sizes))
-        parts = joined.split(sizes)
-        return Parcel([p for entry, part in zip(order, parts, strict=True) for p in _copy(whole(entry), part)], joined)
+        views = {entry.name: self._whole(entry) for entry in order}
+        joined = memory.take("whole", sum(size for pairs in views.values() for _, size in pairs))
+        tensors, start = [], 0
+        for entry in order:
+            out = []
+            for name, size in views[entry.name]:
+                out.append(_view(joined[start:], self._shapes[name], entry.dtype))
+                tensors.append((name, out[-1]))
+                start += size
+            self._mapping.fill(entry.name, shards[entry.name], out)
+        return Parcel(tensors, joined)
 
-    def _whole_bytes(self, entry: Entry) -> int:
-        """Bytes of the Hugging Face tensors of a parameter: without padding."""
-        shapes = self._mapping.shapes()
-        return sum(torch.Size(shapes[hf]).numel() for hf in self._mapping.sources(entry.name)) * entry.dtype.itemsize
+    def _whole(self, entry: Entry) -> list[tuple[str, int]]:
+        """The Hugging Face tensors of a parameter and their bytes, without padding."""
+        names = self._mapping.sources(entry.name)
+        return [(name, torch.Size(self._shapes[name]).numel() * entry.dtype.itemsize) for name in names]
 
 
 class _Memory:
@@ -294,15 +300,6 @@ def _pack(entries: Sequence[Entry], local: Mapping[str, torch.Tensor], message: 
 def _view(raw: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """The first bytes of `raw` as a tensor."""
     return raw[: torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(torch.Size(shape))
-
-
-def _copy(tensors: Sequence[tuple[str, torch.Tensor]], raw: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """Copies of `tensors`, one after another in `raw`."""
-    copies, start = [], 0
-    for name, tensor in tensors:
-        copies.append((name, _view(raw[start:], tensor.shape, tensor.dtype).copy_(tensor)))
-        start += tensor.nbytes
-    return copies
 
 
 def _alone(tensors: list[tuple[str, torch.Tensor]]) -> Parcel:

@@ -31,7 +31,7 @@ class Bandwidths:
 def seconds(plan: Plan, rates: Bandwidths, local_to: int | None = 0) -> float:
     """Seconds until the engines have everything.
 
-    A bucket b takes arrive(b) = packing its longest message, and its bytes over the link; copy(b) = putting it
+    A bucket b takes arrive(b) = packing its longest message, and its bytes over the link; copy(b) = putting its
     together and into one piece; send(b). While b is sent b + 1 arrives:
 
         arrive(1) + sum over b of copy(b) + send(b) + arrive(b + 1) - overlap min(send(b), arrive(b + 1))
@@ -41,10 +41,7 @@ def seconds(plan: Plan, rates: Bandwidths, local_to: int | None = 0) -> float:
     total = _arrival(plan.buckets[0], rates, local_to)
     for bucket, following in pairwise([*plan.buckets, None]):
         assert bucket is not None
-        # what is split is put together first (one copy) and then laid flat (another), unless it travels alone
-        split = sum(entry.nbytes for entry in bucket.entries if len(entry.holders) > 1)
-        flat = 0 if bucket.nbytes > plan.limit else bucket.nbytes
-        total += (split * (bucket.nbytes <= plan.limit) + flat) / rates.copy
+        total += bucket.nbytes * (bucket.nbytes <= plan.limit) / rates.copy  # a larger one is whole as it arrives
         send = bucket.nbytes / rates.send + rates.bucket_s
         arrival = _arrival(following, rates, local_to) if following is not None else 0.0
         overlapping = following is not None and plan.overlaps(bucket, following)
