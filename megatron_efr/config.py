@@ -121,6 +121,9 @@ class RolloutConfig(Section):
     slots: PositiveInt = Field(default=256, description="responses that one engine decodes at once")
     python: str = Field(default=".venv-sglang/bin/python", description="interpreter that has SGLang")
     engines: PositiveInt = Field(default=1, description="how many servers to start")
+    placement: Literal["apart", "colocated"] = Field(
+        default="apart", description="servers on the GPUs after the trainer's, or on the trainer's own, shared"
+    )
     tp: PositiveInt = Field(default=1, description="tensor-parallel ranks (GPUs) of one server")
     urls: list[str] = Field(
         default_factory=list, description="servers that run already, their key in SGLANG_API_KEY; none is started"

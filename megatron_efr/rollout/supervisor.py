@@ -45,8 +45,10 @@ def supervise(pid: int, seconds: float, command: list[str]) -> int:
     if told in ready and worked_for not in ready:
         child.terminate()
         select.select([ended, worked_for], [], [], seconds)
+    child.kill()
+    code = child.wait()
     _kill_descendants()
-    return child.wait()
+    return code
 
 
 def _kill_descendants() -> None:

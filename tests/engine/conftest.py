@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 from transformers import Qwen2ForCausalLM
 
-from megatron_efr.config import ModelConfig, RolloutConfig
+from megatron_efr.config import ModelConfig, RolloutConfig, TimeoutsConfig
 from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
 from megatron_efr.rollout.sglang import SGLangEngine
 from megatron_efr.weights.architecture import Architecture
@@ -18,8 +19,6 @@ from tests.conftest import make_model_folder
 PYTHON = Path(__file__).parents[2] / ".venv-sglang/bin/python"
 SLOTS = 32
 STOP = 2
-
-Weights = list[tuple[str, "object"]]
 
 
 def rollout(**changes: object) -> RolloutConfig:
@@ -51,7 +50,7 @@ def start(folder: Path, config: RolloutConfig, model: Path) -> tuple[Launcher, l
         )
         environment = server_environment(os.environ, on_gpu=False, tp=config.tp)
         launcher.start(config.python, arguments, environment, count=config.engines, seed=0)
-        return launcher, launcher.wait(120)
+        return launcher, launcher.wait(config.timeouts.start_s)
     except BaseException:
         launcher.close()
         raise
@@ -65,15 +64,24 @@ def server(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
         yield urls[0], launcher.key
 
 
+class MakeSGLang(Protocol):
+    """Makes an engine over the session's server, or over what is given."""
+
+    def __call__(
+        self, url: str | None = None, key: str | None = None, limits: TimeoutsConfig | None = None
+    ) -> SGLangEngine: ...
+
+
 @pytest.fixture
-def make_engine(server: tuple[str, str], folders: tuple[Path, Path]) -> Iterator[Callable[[], SGLangEngine]]:
-    """Makes engines over the session's server; they are closed, and the server goes on, after each test."""
-    url, key = server
+def make_engine(server: tuple[str, str], folders: tuple[Path, Path]) -> Iterator[MakeSGLang]:
+    """Engines over the session's server; they are closed, and the server goes on, after each test."""
+    architecture = Architecture.from_folder(folders[0])
     made: list[SGLangEngine] = []
 
-    def make() -> SGLangEngine:
-        config = rollout()
-        made.append(SGLangEngine([url], Architecture.from_folder(folders[0]), SLOTS, config.timeouts, key=key))
+    def make(url: str | None = None, key: str | None = None, limits: TimeoutsConfig | None = None) -> SGLangEngine:
+        made.append(
+            SGLangEngine([url or server[0]], architecture, SLOTS, limits or TimeoutsConfig(), key=key or server[1])
+        )
         return made[-1]
 
     yield make
