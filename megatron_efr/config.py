@@ -136,7 +136,7 @@ class RolloutConfig(Section):
         default="auto",
         description="how weights reach the servers. tensor: GPU memory by handle, or on a CPU within the request; "
         "direct: each rank of a server gets its own slices alone, within the request; distributed: a process group; "
-        "disk: a shared file system. auto: distributed where there is CUDA, else tensor",
+        "disk: a shared file system. auto: distributed to other GPUs, else tensor",
     )
     verify_every: PositiveInt = Field(
         default=50, description="publications between comparisons of the servers' checksums; the first is compared"

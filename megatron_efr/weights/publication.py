@@ -25,11 +25,12 @@ def build_publisher(
     on_gpu = torch.cuda.is_available()
     transport = _transport(config, cast(Engines | None, engine), cpu_world, layout, on_gpu)
     dtype = getattr(torch, config.model.dtype)
+    exact = not on_gpu and not _padded(layout)  # what engines report then is what this table says
     return Publisher(
         transport,
         cast(Engines | None, engine),
         cpu_world,
-        check=lambda: ChecksumCheck(layout, dtype, exact=not on_gpu),
+        check=lambda: ChecksumCheck(layout, dtype, exact=exact),
         verify_every=config.rollout.verify_every,
     )
 
@@ -40,7 +41,7 @@ def _transport(
     rollout = config.rollout
     kind = rollout.transport
     if kind == "auto":
-        kind = "distributed" if on_gpu else "tensor"
+        kind = "distributed" if on_gpu and rollout.placement == "apart" else "tensor"
     if kind == "disk":
         return Disk(engines, config.folder / "engines" / "weights", Path(config.model.path))
     if kind == "distributed":
@@ -49,10 +50,22 @@ def _transport(
     if kind == "direct":
         if layout.architecture.experts:
             raise ConfigError("rollout.transport: direct knows dense models alone; tensor sends a mixture of experts")
+        if not on_gpu and _padded(layout):
+            raise ConfigError(
+                f"rollout.transport: direct: on a CPU SGLang adds heads where rollout.tp = {layout.ranks} does not "
+                f"divide the {layout.architecture.kv_heads} key-value heads; tensor leaves that to SGLang"
+            )
         return Sliced(engines, layout)
-    if on_gpu and (ranks := rollout.engines * rollout.tp) != (world := dist.get_world_size(cpu_world)):
+    ranks, world = rollout.engines * rollout.tp, dist.get_world_size(cpu_world)
+    if on_gpu and (rollout.placement == "apart" or ranks != world):
         raise ConfigError(
-            "rollout.transport: tensor hands over GPU memory where it lies, so every trainer rank needs an engine's "
-            f"rank on its GPU: rollout.engines x rollout.tp = {ranks} for {world} ranks; distributed needs none"
+            "rollout.transport: tensor hands over GPU memory where it lies: it needs rollout.placement: colocated, and "
+            f"an engine's rank on every trainer's GPU, rollout.engines x rollout.tp = {ranks} for {world} ranks; "
+            "distributed needs neither"
         )
     return Handles(engines, cpu_world) if on_gpu else InBand(engines)
+
+
+def _padded(layout: EngineLayout) -> bool:
+    """Whether SGLang on a CPU holds more heads than the model has (`adjust_config_with_unaligned_cpu_tp`)."""
+    return layout.architecture.kv_heads % layout.ranks > 0 or layout.architecture.heads % layout.ranks > 0

@@ -70,7 +70,7 @@ class Sliced(InBand):
         if self._engines is None:
             return None
         fused = list(self._layout.slices(parcel.tensors))
-        return [_pickled([(n, _own(s[r])) for n, s in fused]) for r in range(self._layout.ranks)], "direct"
+        return [_pickled([(n, _own(s[r].cpu())) for n, s in fused]) for r in range(self._layout.ranks)], "direct"
 
 
 class Handles(InBand):

@@ -24,7 +24,6 @@ from megatron_efr.weights.sglang_layout import EngineLayout
 from megatron_efr.weights.transports import Broadcast, InBand
 from tests.engine.conftest import rollout, start
 from tests.engine.published import connect, distance, make_policy, make_publisher
-from tests.families import make_family_folder
 
 
 def train(
@@ -144,9 +143,10 @@ def test_a_name_that_sglang_ignored_stops_the_run(
 
 
 @pytest.mark.slow
-def test_ranks_of_a_server_take_whole_tensors_and_their_own_slices_alike(tmp_path: Path) -> None:
-    folders = tuple(make_family_folder(tmp_path / str(seed), "qwen3-tied", seed=seed) for seed in (0, 1))
-    launcher, urls = start(tmp_path / "engines", rollout(tp=2), folders[0])  # one KV head for two ranks
+def test_ranks_of_a_server_take_whole_tensors_and_their_own_slices_alike(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    launcher, urls = start(tmp_path / "engines", rollout(tp=2), folders[0])
     with launcher:
         train((urls[0], launcher.key), folders, ["tensor=1:tensor", "tensor=1:direct"], ranks=2)
         train((urls[0], launcher.key), folders, ["tensor=2:distributed", "tensor=2:direct"], processes=2, ranks=2)
