@@ -197,7 +197,8 @@ class Publisher:
                 return
             if attempt == ATTEMPTS or isinstance(failure, WeightMismatchError):
                 raise failure
-            print(f"version {version} was not published, and is sent again: {failure}", flush=True)
+            if self._engines is not None:
+                print(f"version {version} was not published, and is sent again: {failure}", flush=True)
 
     def _attempt(self, weights: Weights, version: int, check: Check | None) -> EngineError | None:
         """One publication, all of it; what went wrong, on every rank.
