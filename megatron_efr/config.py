@@ -34,6 +34,9 @@ class ModelConfig(Section):
     kernels: Literal["auto", "triton", "torch"] = Field(
         default="auto", description="the log-prob head's: auto takes Triton's where it imports and CUDA is present"
     )
+    head_chunk_tokens: PositiveInt | None = Field(
+        default=None, description="tokens whose logits the head holds at a time; 2048 x parallel.tensor when left out"
+    )
     megatron: dict[str, Any] = Field(default_factory=dict, description="any field of Megatron's TransformerConfig")
 
 
@@ -230,6 +233,18 @@ class CheckpointConfig(Section):
         default=10, description="iterations between checkpoints (SFT: updates); the last always saves"
     )
     keep: PositiveInt = Field(default=2, description="how many of the newest to keep")
+    keep_every: PositiveInt | None = Field(
+        default=None, description="those whose step is a multiple of this are never removed; a multiple of every"
+    )
+    background: bool = Field(
+        default=False, description="copy to host memory and write while training goes on (the copy takes that memory)"
+    )
+
+    @model_validator(mode="after")
+    def _kept_ones_are_saved(self) -> CheckpointConfig:
+        if self.keep_every is not None and self.keep_every % self.every:
+            raise ValueError(f"keep_every {self.keep_every} is no multiple of every {self.every}: none would be saved")
+        return self
 
 
 class EvaluationConfig(Section):

@@ -34,7 +34,7 @@ def train(config: TrainConfig, resume: bool = False) -> None:
         environment = ranks.on_main(lambda: Environment(config))
         try:
             policy = Policy.to_train(config, ranks)
-            checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, ranks)
+            checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
             publisher = build_publisher(config, environment and environment.engine, ranks.cpu_world)
             run = Run(config, ranks, folder, checkpoints, environment, policy, publisher, method)
             run.loop(run.restore() if resume else 0)
@@ -71,6 +71,7 @@ class Run:
                 if step % self.config.checkpoint.every == 0 or step == total:
                     with observer.phase("checkpoint"):
                         self.save(step)
+                self.checkpoints.settle(wait=step == total)
         self.policy.save_folder(self.folder.model)
 
     def iterate(self, step: int, observer: Observer) -> dict[str, float]:
@@ -121,8 +122,7 @@ class Run:
             "method": self.method.state_dict(),
             "stream": self.environment.stream.state_dict() if self.environment else None,
         }
-        self.checkpoints.save(step, self.policy.sharded_state(), state)
-        self.ranks.on_main(lambda: self.folder.clear_journals(step))
+        self.checkpoints.save(step, self.policy.sharded_state(), state, lambda: self.folder.clear_journals(step))
 
     def restore(self) -> int:
         """Take up the newest checkpoint that verifies: the step it was made after, 0 where there is none."""

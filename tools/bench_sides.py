@@ -53,7 +53,7 @@ def serve_iteration(settings: Settings, folder: Path) -> None:
             config=config,
             ranks=ranks,
             folder=place,
-            checkpoints=Checkpoints(place.checkpoints, config.checkpoint.keep, ranks),
+            checkpoints=Checkpoints(place.checkpoints, config.checkpoint, ranks),
             environment=environment,
             policy=Policy.to_train(config, ranks),
             method=methods.build(config.method, config.rollout.samples),

@@ -2,7 +2,7 @@
 
 A Megatron parameter is named as in the whole model (`decoder.layers.<layer>....`, experts by their number in it),
 whatever rank holds it. A row of the table says which Hugging Face tensors make it up and how it is cut over
-tensor-parallel ranks (`splits`).
+tensor-parallel ranks (`cuts`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from functools import cached_property
 
 import torch
 
-from megatron_efr.config import ConfigError
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.splits import PLACE, TO_HUGGING_FACE, TO_MEGATRON, Cut, Split, padded_vocab
+from megatron_efr.weights.cuts import PLACE, TO_HUGGING_FACE, TO_MEGATRON, Cut, Split, padded_vocab
+from megatron_efr.weights.splits import check_split
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,30 +103,12 @@ class WeightMapping:
         self.tensor_ranks = tensor_ranks
         self.expert_ranks = expert_ranks
         self._expert_rank, self._grouped = expert_rank, grouped
-        self._check_split()
+        check_split(architecture, tensor_ranks, expert_ranks)
         self._rows: dict[str, Row] = {}  # by Megatron name and by alias, layer filled in
         for row in self._table():
             self._rows[row.megatron] = row
             if row.alias is not None:
                 self._rows[row.alias] = row
-
-    def _check_split(self) -> None:
-        a, ranks = self.architecture, self.tensor_ranks
-        if a.heads % ranks:
-            raise ConfigError(f"parallel.tensor: {ranks} ranks do not divide the model's {a.heads} attention heads")
-        if a.kv_heads % ranks and ranks % a.kv_heads:
-            raise ConfigError(
-                f"parallel.tensor: {ranks} must divide the {a.kv_heads} key-value heads of the model, or be a multiple"
-            )
-        if (a.heads + 2 * a.kv_heads) * a.head_dim % ranks:
-            rows = (a.heads + 2 * a.kv_heads) * a.head_dim
-            raise ConfigError(
-                f"parallel.tensor: {ranks} ranks do not divide the {rows} rows of queries, keys and values"
-            )
-        if (ffn := a.experts.ffn if a.experts else a.ffn) % ranks:
-            raise ConfigError(f"parallel.tensor: {ranks} ranks do not divide the model's MLP width {ffn}")
-        if (experts := a.experts.count if a.experts else 0) % self.expert_ranks:
-            raise ConfigError(f"parallel.expert: {self.expert_ranks} ranks do not divide the model's {experts} experts")
 
     def _table(self) -> Iterator[Row]:
         a = self.architecture

@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": BASE,
     "observe": BASE,
     "manifest": BASE,
-    "checkpoint": BASE | {"manifest"},
+    "shards": set(),
+    "checkpoint": BASE | {"manifest", "shards"},
     "convert": BASE | WEIGHTS | {"arguments", "manifest", "policy"},  # policy to compare logits, when that is asked for
     "inspect_checkpoint": BASE | {"arguments", "manifest", "weights.torch_dist"},
     "runfolder": BASE,
