@@ -25,7 +25,7 @@ def build_publisher(
     on_gpu = torch.cuda.is_available()
     transport = _transport(config, cast(Engines | None, engine), cpu_world, layout, on_gpu)
     dtype = getattr(torch, config.model.dtype)
-    exact = not on_gpu and not _padded(layout)  # what engines report then is what this table says
+    exact = not on_gpu and not layout.padded_on_cpu  # what engines report then is what this table says
     return Publisher(
         transport,
         cast(Engines | None, engine),
@@ -50,10 +50,10 @@ def _transport(
     if kind == "direct":
         if layout.architecture.experts:
             raise ConfigError("rollout.transport: direct knows dense models alone; tensor sends a mixture of experts")
-        if not on_gpu and _padded(layout):
+        if not on_gpu and layout.padded_on_cpu:
             raise ConfigError(
-                f"rollout.transport: direct: on a CPU SGLang adds heads where rollout.tp = {layout.ranks} does not "
-                f"divide the {layout.architecture.kv_heads} key-value heads; tensor leaves that to SGLang"
+                f"rollout.transport: direct: on a CPU SGLang widens this model for rollout.tp = {layout.ranks}, which does "
+                "not divide its heads, or 32 times which its MLP; tensor leaves that to SGLang"
             )
         return Sliced(engines, layout)
     ranks, world = rollout.engines * rollout.tp, dist.get_world_size(cpu_world)
@@ -64,8 +64,3 @@ def _transport(
             "distributed needs neither"
         )
     return Handles(engines, cpu_world) if on_gpu else InBand(engines)
-
-
-def _padded(layout: EngineLayout) -> bool:
-    """Whether SGLang on a CPU holds more heads than the model has (`adjust_config_with_unaligned_cpu_tp`)."""
-    return layout.architecture.kv_heads % layout.ranks > 0 or layout.architecture.heads % layout.ranks > 0

@@ -33,6 +33,13 @@ class EngineLayout:
     def __init__(self, architecture: Architecture, ranks: int) -> None:
         self.architecture, self.ranks = architecture, ranks
 
+    @property
+    def padded_on_cpu(self) -> bool:
+        """Whether engines on a CPU hold a wider model than this table says: they add heads, and MLP columns in runs of
+        32 a rank, until all ranks have as many (`adjust_config_with_unaligned_cpu_tp`)."""
+        a = self.architecture
+        return a.kv_heads % self.ranks > 0 or a.heads % self.ranks > 0 or a.ffn % (32 * self.ranks) > 0
+
     def slices(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, list[torch.Tensor]]]:
         """(SGLang's name, the slice of every rank) of whole tensors; what is fused must be given together."""
         parts: dict[str, dict[str, torch.Tensor]] = {}

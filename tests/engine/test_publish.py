@@ -24,6 +24,7 @@ from megatron_efr.weights.sglang_layout import EngineLayout
 from megatron_efr.weights.transports import Broadcast, InBand
 from tests.engine.conftest import rollout, start
 from tests.engine.published import connect, distance, make_policy, make_publisher
+from tests.families import make_family_folder
 
 
 def train(
@@ -143,9 +144,13 @@ def test_a_name_that_sglang_ignored_stops_the_run(
 
 
 @pytest.mark.slow
-def test_ranks_of_a_server_take_whole_tensors_and_their_own_slices_alike(
-    folders: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_ranks_of_a_server_take_whole_tensors_and_their_own_slices_alike(tmp_path: Path) -> None:
+    # an MLP of 32 x 2 x 2: SGLang on a CPU would widen another
+    sizes = {"intermediate_size": 128}
+    folders = (
+        make_family_folder(tmp_path / "0", "qwen2", seed=0, **sizes),
+        make_family_folder(tmp_path / "1", "qwen2", seed=1, **sizes),
+    )
     launcher, urls = start(tmp_path / "engines", rollout(tp=2), folders[0])
     with launcher:
         train((urls[0], launcher.key), folders, ["tensor=1:tensor", "tensor=1:direct"], ranks=2)
