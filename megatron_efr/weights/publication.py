@@ -52,8 +52,8 @@ def _transport(
             raise ConfigError("rollout.transport: direct knows dense models alone; tensor sends a mixture of experts")
         if not on_gpu and layout.padded_on_cpu:
             raise ConfigError(
-                f"rollout.transport: direct: on a CPU SGLang widens this model for rollout.tp = {layout.ranks}, which does "
-                "not divide its heads, or 32 times which its MLP; tensor leaves that to SGLang"
+                f"rollout.transport: direct: on a CPU SGLang widens this model for rollout.tp = {layout.ranks}, which "
+                "does not divide its heads, or 32 times which its MLP; tensor leaves that to SGLang"
             )
         return Sliced(engines, layout)
     ranks, world = rollout.engines * rollout.tp, dist.get_world_size(cpu_world)
