@@ -138,6 +138,15 @@ class RolloutConfig(Section):
         default_factory=dict, description="any argument of SGLang's server, underscores for dashes"
     )
     bucket_mib: PositiveInt = Field(default=512, description="weights sent to the servers at once")
+    transport: Literal["auto", "tensor", "direct", "distributed", "disk"] = Field(
+        default="auto",
+        description="how weights reach the servers. tensor: GPU memory by handle, or on a CPU within the request; "
+        "direct: each rank of a server gets its own slices alone, within the request; distributed: a process group; "
+        "disk: a shared file system. auto: distributed to other GPUs, else tensor",
+    )
+    verify_every: PositiveInt = Field(
+        default=50, description="publications between comparisons of the servers' checksums; the first is compared"
+    )
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
 
     @model_validator(mode="after")

@@ -20,7 +20,8 @@ from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, launched, sp
 from megatron_efr.report.iteration import check_logprobs, iteration_metrics
 from megatron_efr.runfolder import RunFolder
 from megatron_efr.types import Group
-from megatron_efr.weights.publish import publish
+from megatron_efr.weights.publication import build_publisher
+from megatron_efr.weights.publish import Embedded, Publisher
 
 
 def train(config: TrainConfig, resume: bool = False) -> None:
@@ -34,7 +35,8 @@ def train(config: TrainConfig, resume: bool = False) -> None:
         try:
             policy = Policy.to_train(config, ranks)
             checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
-            run = Run(config, ranks, folder, checkpoints, environment, policy, method)
+            publisher = build_publisher(config, environment and environment.engine, ranks.cpu_world)
+            run = Run(config, ranks, folder, checkpoints, environment, policy, publisher, method)
             with Interruption() as interruption:
                 run.loop(run.restore() if resume else 0, interruption)
         finally:
@@ -52,17 +54,18 @@ class Run:
     checkpoints: Checkpoints
     environment: Environment | None  # rank 0's
     policy: Policy
+    publisher: Publisher | Embedded
     method: methods.Method
 
     def loop(self, done: int, interruption: Interruption) -> None:
         """Iterations `done` + 1 to the last, or to the one in which the run was asked to end."""
         total = self.config.train.iterations
         with Observer(self.folder, self.config.observe, total, self.ranks.rank, done, self.config.name) as observer:
-            self.publish(done)
+            self.publisher.publish(self.policy, done)
             for step in range(done + 1, total + 1):
                 metrics = self.iterate(step, observer)
                 with observer.phase("publish"):
-                    self.publish(step)
+                    self.publisher.publish(self.policy, step)
                 with observer.phase("evaluate"):
                     metrics |= self.evaluate(step)
                 observer.log(step, metrics)
@@ -104,10 +107,6 @@ class Run:
         if self.config.observe.rollouts:
             self.folder.write_rollouts(step, groups)
         return groups
-
-    def publish(self, version: int) -> None:
-        """Hand the weights to the engine, which serves nothing older afterwards."""
-        publish(self.policy.named_weights(), version, self.environment.engine if self.environment else None)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """The held-out problems, every so many iterations; rank 0 asks and grades them."""
