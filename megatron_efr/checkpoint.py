@@ -101,20 +101,24 @@ class Checkpoints:
         for path in complete[: max(count - self.keep, 0)] + complete[count:]:
             shutil.rmtree(path)
 
-    def newest(self) -> Path | None:
+    def newest(self, last: int | None = None) -> Path | None:
         """The newest checkpoint that verifies; a damaged one is named on stderr and the one before it is taken.
 
-        `latest` then names it too.
+        `latest` then names it too; but not where only those up to step `last` are asked for.
         """
-        return self._world.share(self._newest)
+        return self._world.share(lambda: self._newest(last))
 
-    def _newest(self) -> Path | None:
+    def _newest(self, last: int | None) -> Path | None:
         for path in reversed(_complete(self.folder)):
+            if last is not None and _step(path) > last:
+                continue
             try:
                 verify(path)
             except CheckpointError as error:
                 print(f"checkpoint set aside: {error}", file=sys.stderr, flush=True)
             else:
+                if last is not None:
+                    return path
                 if not (latest := self.folder / LATEST).exists() or latest.read_text(encoding="utf-8") != path.name:
                     write_synced(latest, path.name)
                 return path
@@ -134,4 +138,8 @@ def name(step: int) -> str:
 def _complete(folder: Path) -> list[Path]:
     """Checkpoints that were renamed into place, oldest first."""
     numbered = [path for path in folder.glob("step_*") if path.is_dir() and path.name.removeprefix("step_").isdigit()]
-    return sorted(numbered, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(numbered, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))

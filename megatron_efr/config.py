@@ -165,6 +165,9 @@ class TrainingConfig(Section):
     max_logprob_diff: float = Field(
         default=0.5, gt=0, description="stop when |engine - policy| log-prob, averaged over an iteration, exceeds this"
     )
+    max_skipped: PositiveInt = Field(
+        default=3, description="stop after so many updates in a row whose gradient is not finite; each is skipped"
+    )
 
 
 class CheckpointConfig(Section):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import unwrap_model
 
 from megatron_efr.policy.model import PolicyModel
@@ -28,6 +29,7 @@ class Parameters:
 
     def __init__(self, chunks: Sequence[torch.nn.Module], mapping: WeightMapping, ranks: Ranks) -> None:
         self._mapping, self._ranks = mapping, ranks
+        self._chunks = chunks
         self._tensor_members = dist.get_process_group_ranks(ranks.tensor_group)
         self._local = [pair for chunk in chunks for pair in self._named(cast(PolicyModel, unwrap_model(chunk)))]
         self._places = self._agree_on_places()
@@ -54,13 +56,26 @@ class Parameters:
             tensors = {hf: source[hf] for hf in self._mapping.sources(name)}
             parameter.copy_(self._mapping.to_megatron(name, tensors, self._ranks.tensor_rank))
 
+    def finish_gather(self) -> None:
+        """Wait until every weight is whole.
+
+        Under `overlap_param_gather` an updated weight comes from the other replicas when a forward pass calls the
+        module that holds it; who reads weights in another way calls this first. All replicas together.
+        """
+        for chunk in cast(Sequence[DistributedDataParallel], self._chunks):
+            if chunk.use_forward_hook:
+                for group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
+
     def copies(self) -> list[torch.Tensor]:
         """A copy of every local parameter, in host memory."""
+        self.finish_gather()
         return [parameter.detach().to("cpu", copy=True) for _, parameter in self._local]
 
     @torch.no_grad()
     def exchange(self, values: list[torch.Tensor]) -> list[torch.Tensor]:
         """Put `values` (as `copies` gave them) into the parameters; returns what stood there, in host memory."""
+        self.finish_gather()
         before = []
         for (_, parameter), value in zip(self._local, values, strict=True):
             before.append(parameter.detach().to("cpu", copy=True))
@@ -75,6 +90,7 @@ class Parameters:
         All ranks iterate together. Rank 0 gets the tensors (views of the live parameters where nothing is split), the
         others empty ones under the same names. `of` may name something else than a parameter's value, of its shape.
         """
+        self.finish_gather()
         local = {name: of(parameter) for name, parameter in self._local}
         for name in self._mapping.parameters():
             shards = self._shards_on_main(name, local.get(name))

@@ -221,6 +221,7 @@ class Policy:
             model = _unwrapped(chunk)
             if not model.post_process:
                 return hidden, None
+            self.parameters.finish_gather()  # the head reads its weight without calling the module that holds it
             logprobs = self._head(model, hidden, batch)
 
             def measure(logprobs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
@@ -266,6 +267,7 @@ class Policy:
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Like `named_weights`, of what the last update's backward pass left (after clipping, where that is on)."""
+        self.optimizer.gather_gradients()
         return self.parameters.whole(lambda parameter: cast(Any, parameter).main_grad)
 
     def save_folder(self, destination: str | Path) -> None:
@@ -281,6 +283,7 @@ class Policy:
 
     def sharded_state(self, *, loading: bool = False) -> dict[str, Any]:
         """Model and optimizer as Megatron's sharded state dict: what a checkpoint saves, or the shape it loads into."""
+        self.parameters.finish_gather()
         models = {f"model{i}": _unwrapped(chunk).sharded_state_dict() for i, chunk in enumerate(self.chunks)}
         return models | {"optimizer": self.optimizer.sharded_state(models, loading)}
 
@@ -289,6 +292,20 @@ class Policy:
         for i, chunk in enumerate(self.chunks):
             _unwrapped(chunk).load_state_dict(state[f"model{i}"])
         self.optimizer.load_sharded_state(state["optimizer"])
+
+    # -- between phases -----------------------------------------------------------------------------------------------
+
+    def offload_training_state(self) -> None:
+        """Gradients and optimizer state leave the device, for an engine that shares it; weights can still be read.
+
+        An fp32 model's weights are the optimizer's own and leave with it. RuntimeError where they have left already.
+        """
+        self.parameters.finish_gather()
+        self.optimizer.offload()
+
+    def restore_training_state(self) -> None:
+        """Take both back, before the next log-probs or update. RuntimeError where they have not left."""
+        self.optimizer.restore()
 
     # -- the initial model --------------------------------------------------------------------------------------------
 
