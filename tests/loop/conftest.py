@@ -50,6 +50,11 @@ class Typical(Method):
 
     def load_state_dict(self, state):
         self.seen, self.mean = state["seen"], state["mean"]
+
+class Failing(Typical):
+    def advantages(self, groups):
+        made = super().advantages(groups)
+        return [advantages * np.nan for advantages in made] if self.seen > 4 else made
 """
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
@@ -63,7 +68,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     registration = plugin / "typical-1.0.dist-info"
     registration.mkdir()
     (registration / "METADATA").write_text("Metadata-Version: 2.1\nName: typical\nVersion: 1.0\n")
-    (registration / "entry_points.txt").write_text("[megatron_efr.methods]\ntypical = typical:Typical\n")
+    (registration / "entry_points.txt").write_text(
+        "[megatron_efr.methods]\ntypical = typical:Typical\nfailing = typical:Failing\n"
+    )
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     environment |= {"PYTHONPATH": str(plugin), "OMP_NUM_THREADS": "1"}
 

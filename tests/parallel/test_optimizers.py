@@ -122,6 +122,8 @@ def assert_same_updates(case: Case, results: Results) -> None:
     assert min(float(c.norm()) for c in plain["change"].values()) > 0
     assert gradient <= gradients
     assert change <= changes
+    held, whole = (sum(t.numel() for t in r["end"]["optimizer"]) for r in (other, plain))
+    assert (0.4 < held / whole < 0.6) if SHARDED in case.ddp else held == whole  # two replicas, half each
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
