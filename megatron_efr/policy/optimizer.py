@@ -153,13 +153,12 @@ class Optimizer:
     def load_sharded_state(self, state: dict[str, Any]) -> None:
         parts, saved = self.megatron.chained_optimizers, state["state"]
         by_part = [saved] if len(parts) == 1 else [saved[i] for i in range(len(parts))]
-        tensors = [resumable.take_tensors(part, mine) for part, mine in zip(parts, by_part, strict=True)]
+        tensors = [resumable.set_aside(part, mine) for part, mine in zip(parts, by_part, strict=True)]
         with cpu.cuda_type_names():
             self.megatron.load_state_dict(saved)
         for part, mine in zip(parts, tensors, strict=True):
             if mine is not None:
                 resumable.put_tensors(cast(DistributedOptimizer, part), mine)
-            resumable.fill_state(part)  # a plain optimizer saved before its first step has no step count
         self.schedule.load_state_dict(state["schedule"])
         self.skipped_in_a_row = state["skipped_in_a_row"]
 

@@ -22,7 +22,7 @@ def prepare(part: MegatronOptimizer) -> None:
     """Make a new optimizer one that can be saved, even before its first step."""
     if isinstance(part, DistributedOptimizer) and not part.is_stub_optimizer:
         _count_padding(part)
-    fill_state(part)
+    _fill_state(part)
 
 
 def _count_padding(part: DistributedOptimizer) -> None:
@@ -37,15 +37,11 @@ def _count_padding(part: DistributedOptimizer) -> None:
             bucket.numel_unpadded = bucket.grad_data.numel()
 
 
-def fill_state(part: MegatronOptimizer) -> None:
-    """Give every parameter that has none the state from which torch's Adam starts, a `step` of its own included."""
+def _fill_state(part: MegatronOptimizer) -> None:
+    """Give every parameter the state from which torch's Adam starts, a `step` of its own included."""
     for parameter in _stepped_by_torch(part):
-        state = part.optimizer.state[parameter]
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if moment not in state:
-                state[moment] = torch.zeros_like(parameter, requires_grad=False)
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+        zeros = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in ("exp_avg", "exp_avg_sq")}
+        part.optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **zeros}
 
 
 def steps_to_host(part: MegatronOptimizer) -> None:
@@ -55,10 +51,14 @@ def steps_to_host(part: MegatronOptimizer) -> None:
         state["step"] = state["step"].cpu()
 
 
-def take_tensors(part: MegatronOptimizer, saved: dict[str, Any]) -> Tensors | None:
+def set_aside(part: MegatronOptimizer, saved: dict[str, Any]) -> Tensors | None:
     """Take the tensors out of a loaded checkpoint where Megatron would stumble over them: see `put_tensors`."""
-    if isinstance(part, DistributedOptimizer) and _stepped_by_torch(part):
+    if not _stepped_by_torch(part):
+        return None
+    if isinstance(part, DistributedOptimizer):
         return saved.pop("param_state")
+    # a plain optimizer saves no step count while it is 0, and torch asks for one
+    saved.get("optimizer", saved)["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))
     return None
 
 
