@@ -3,6 +3,7 @@
 #
 #   bash launch/quickstart.sh             one seed; results in runs/quickstart
 #   bash launch/quickstart.sh --seeds 3   three seeds, one after the other; figures of all in runs/quickstart
+#   bash launch/quickstart.sh --engine sglang     rollouts from real SGLang servers, one for each run; much slower
 #
 # 1. write an arithmetic task and a tiny model with random weights    2. teach it wordy chains of thought (efr sft)
 # 3. train one model per alpha (efr train, two at a time)             4. evaluate all on held-out problems, and report
@@ -10,14 +11,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 seeds=1
+engine=local
 while [ $# -gt 0 ]; do
     case "$1" in
         --seeds) seeds=${2:?--seeds takes a number}; shift 2 ;;
-        *) sed -n '2,9p' "$0"; exit 2 ;;
+        --engine) engine=${2:?--engine takes local or sglang}; shift 2 ;;
+        *) sed -n '2,10p' "$0"; exit 2 ;;
     esac
 done
 
 bash launch/setup.sh
+[ "$engine" = local ] || bash tools/setup_sglang_cpu.sh
 cores=$(env -u OMP_NUM_THREADS nproc) # nproc would answer with OMP_NUM_THREADS where that is set
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 jobs=$((cores < 2 ? 1 : 2))
@@ -35,6 +39,7 @@ one_seed() { # folder under runs/, seed
     local sft_seconds=$((SECONDS - began))
     echo "== reinforcement learning: one model per alpha (seed $seed)"
     "$efr" sweep examples/quickstart/rl.yaml name="$name" seed="$seed" model.path="runs/$name/sft/model" \
+        rollout.engine="$engine" \
         "data.datasets=[{path: $task/train.jsonl, difficulty: difficulty}]" \
         "evaluation.datasets=[{path: $task/test.jsonl, difficulty: difficulty}]" \
         --alphas 0,0.1,0.4 --jobs "$jobs" --seconds "sft=$sft_seconds" --note "$note"

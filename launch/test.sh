@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests, after making .venv where it is missing.
 #
-#   bash launch/test.sh            lint, types, unit, loop, parallel and browser tests, and the quickstart with its figures
+#   bash launch/test.sh            lint, types, unit, loop, parallel, engine and browser tests, and the quickstart's figures
 #   bash launch/test.sh --quick    lint, types and the fast unit tests: under two minutes once .venv is there
 #   bash launch/test.sh --full     also the tests marked slow
 set -euo pipefail
@@ -41,6 +41,10 @@ $python -m pytest tests/loop -m "$slow" -n 2 --dist loadfile
 took
 stage "several processes over gloo"
 $python -m pytest tests/parallel -m "$slow"
+took
+stage "real SGLang servers"
+bash tools/setup_sglang_cpu.sh
+$python -m pytest tests/engine -m "$slow" -rs
 took
 stage "the report in a browser"
 $python -m pytest tests/browser -m "$slow" -rs

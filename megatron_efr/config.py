@@ -34,6 +34,9 @@ class ModelConfig(Section):
     kernels: Literal["auto", "triton", "torch"] = Field(
         default="auto", description="the log-prob head's: auto takes Triton's where it imports and CUDA is present"
     )
+    head_chunk_tokens: PositiveInt | None = Field(
+        default=None, description="tokens whose logits the head holds at a time; 2048 x parallel.tensor when left out"
+    )
     megatron: dict[str, Any] = Field(default_factory=dict, description="any field of Megatron's TransformerConfig")
 
 
@@ -95,16 +98,62 @@ class DataConfig(Section):
     shuffle: bool = True
 
 
+class TimeoutsConfig(Section):
+    """How long to wait for SGLang servers, in seconds, each by the name that its error message gives."""
+
+    start_s: float = Field(default=900, gt=0, description="a launched server, until it is ready")
+    connect_s: float = Field(default=10, gt=0, description="a connection to a server")
+    health_s: float = Field(default=30, gt=0, description="a sign of life")
+    control_s: float = Field(default=120, gt=0, description="pausing, flushing, opening and closing an update")
+    update_s: float = Field(default=600, gt=0, description="one bucket of weights")
+    response_s: float = Field(default=14400, gt=0, description="one response, its wait for a place included")
+    stop_s: float = Field(default=10, gt=0, description="a server asked to end, before it is killed")
+
+
 class RolloutConfig(Section):
     """How responses are drawn, and by which engine."""
 
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "sglang"] = Field(
+        default="local", description="local: embedded in rank 0, for small models; sglang: servers of their own"
+    )
     prompts: PositiveInt = Field(default=32, description="prompts per iteration")
     samples: PositiveInt = Field(default=8, description="responses per prompt")
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, ge=1, le=1, description="training needs the sampler's own distribution")
     max_new_tokens: PositiveInt = 32000
-    slots: PositiveInt = Field(default=256, description="responses the embedded engine decodes at once")
+    slots: PositiveInt = Field(default=256, description="responses that one engine decodes at once")
+    python: str = Field(default=".venv-sglang/bin/python", description="interpreter that has SGLang")
+    engines: PositiveInt = Field(default=1, description="how many servers to start")
+    tp: PositiveInt = Field(default=1, description="tensor-parallel ranks (GPUs) of one server")
+    urls: list[str] = Field(
+        default_factory=list, description="servers that run already, their key in SGLANG_API_KEY; none is started"
+    )
+    server: dict[str, Any] = Field(
+        default_factory=dict, description="any argument of SGLang's server, underscores for dashes"
+    )
+    bucket_mib: PositiveInt = Field(default=512, description="weights sent to the servers at once")
+    timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
+
+    @model_validator(mode="after")
+    def _server_arguments_are_free(self) -> RolloutConfig:
+        if refused := sorted(REFUSED_SERVER_ARGUMENTS.keys() & self.server.keys()):
+            raise ValueError(f"rollout.server.{refused[0]}: {REFUSED_SERVER_ARGUMENTS[refused[0]]}")
+        if self.engine == "local" and (self.urls or self.server):
+            raise ValueError("rollout.urls and rollout.server speak of SGLang servers; set rollout.engine: sglang")
+        return self
+
+
+REFUSED_SERVER_ARGUMENTS = {
+    "model_path": "the servers take model.path's config.json",
+    "dtype": "the servers take model.dtype",
+    "tp_size": "set rollout.tp",
+    "host": "set by the launcher",
+    "port": "set by the launcher",
+    "api_key": "made for each run",
+    "enable_custom_logit_processor": "a processor changes the distribution, and log-probs would not be the sampler's",
+    "preferred_sampling_params": "they change the distribution, and log-probs would not be the sampler's",
+}
+"""Arguments of SGLang's server that a configuration may not set, and why."""
 
 
 class GradingConfig(Section):
@@ -165,9 +214,7 @@ class TrainingConfig(Section):
     max_logprob_diff: float = Field(
         default=0.5, gt=0, description="stop when |engine - policy| log-prob, averaged over an iteration, exceeds this"
     )
-    max_skipped: PositiveInt = Field(
-        default=3, description="stop after so many updates in a row whose gradient is not finite; each is skipped"
-    )
+    max_skipped: PositiveInt = Field(default=3, description="stop when so many updates in a row had to be skipped")
 
 
 class CheckpointConfig(Section):
@@ -175,6 +222,18 @@ class CheckpointConfig(Section):
         default=10, description="iterations between checkpoints (SFT: updates); the last always saves"
     )
     keep: PositiveInt = Field(default=2, description="how many of the newest to keep")
+    keep_every: PositiveInt | None = Field(
+        default=None, description="those whose step is a multiple of this are never removed; a multiple of every"
+    )
+    background: bool = Field(
+        default=False, description="copy to host memory and write while training goes on (the copy takes that memory)"
+    )
+
+    @model_validator(mode="after")
+    def _kept_ones_are_saved(self) -> CheckpointConfig:
+        if self.keep_every is not None and self.keep_every % self.every:
+            raise ValueError(f"keep_every {self.keep_every} is no multiple of every {self.every}: none would be saved")
+        return self
 
 
 class EvaluationConfig(Section):

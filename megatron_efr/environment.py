@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
@@ -17,9 +17,9 @@ from megatron_efr.grading import Grader, check_golds
 from megatron_efr.grading.boxed import last_boxed
 from megatron_efr.grading.groups import grade_groups
 from megatron_efr.report.records import Record, summarise
+from megatron_efr.rollout.build import build_engine
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.ledger import Ledger, request_seed
-from megatron_efr.rollout.local import LocalEngine
 from megatron_efr.runfolder import RunFolder
 from megatron_efr.types import Group, Prompt, Request, Sampling
 from megatron_efr.weights.architecture import Architecture
@@ -39,15 +39,17 @@ class Environment:
         show(rendered)
         stops = stop_ids(config.model.path, tokenizer)
         self.stream = PromptStream(rendered.prompts, config.seed, config.data.shuffle)
-        self.engine: Engine = local_engine(config.model.path, config.rollout.slots, config.model.dtype)
-        self.grader = Grader(config.grading.workers, config.grading.timeout_s)
-        sampling = Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_new_tokens, stops)
-        self.ledger = Ledger(self.engine, sampling, config.rollout.samples, config.seed, decoder(tokenizer))
         self.evaluator = (
             Evaluator(config.evaluation, config.data.prompt, tokenizer, stops, config.seed)
             if config.evaluation.every
             else None
         )
+        sampling = Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_new_tokens, stops)
+        with ExitStack() as resources:
+            self.grader = resources.enter_context(Grader(config.grading.workers, config.grading.timeout_s))
+            self.engine = build_engine(config.model, config.rollout, config.folder / "engines", config.seed, resources)
+            self._resources = resources.pop_all()
+        self.ledger = Ledger(self.engine, sampling, config.rollout.samples, config.seed, decoder(tokenizer))
 
     def evaluate(self, step: int, folder: RunFolder) -> dict[str, float]:
         """Ask and grade the held-out problems with the weights being served; the record goes to `folder`."""
@@ -57,8 +59,8 @@ class Environment:
         return {"eval/accuracy": record["accuracy"], "eval/tokens": record["tokens"]}
 
     def close(self) -> None:
-        """End the grading processes."""
-        self.grader.close()
+        """End the engine's servers and the grading processes."""
+        self._resources.close()
 
 
 class Evaluator:
@@ -110,12 +112,6 @@ def load_prompts(
     """Every problem of the data sets as a prompt; gold answers that do not parse stop here, with file and line."""
     problems = [problem for dataset in datasets for problem in load_problems(dataset, check_golds)]
     return render_all(problems, tokenizer, prompt)
-
-
-def local_engine(model: str, slots: int, dtype: str) -> LocalEngine:
-    """The embedded engine for a model folder, on the GPU where there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LocalEngine(model, slots, device, getattr(torch, dtype))
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:

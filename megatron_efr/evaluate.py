@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from megatron_efr import arguments
 from megatron_efr.config import EvaluateConfig
 from megatron_efr.data.prompts import load_tokenizer, stop_ids
-from megatron_efr.environment import Evaluator, local_engine
+from megatron_efr.environment import Evaluator
 from megatron_efr.grading import Grader
 from megatron_efr.report.records import Record
+from megatron_efr.rollout.build import local_engine
 from megatron_efr.runfolder import RunFolder
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import initial_weights

@@ -36,8 +36,7 @@ def save(run: Run, step: int) -> None:
         "method": run.method.state_dict(),
         "stream": run.environment.stream.state_dict() if run.environment else None,
     }
-    run.checkpoints.save(step, run.policy.sharded_state(), state)
-    run.ranks.on_main(lambda: run.folder.clear_journals(step))
+    run.checkpoints.save(step, run.policy.sharded_state(), state, lambda: run.folder.clear_journals(step))
 
 
 def restore(run: Run) -> int:

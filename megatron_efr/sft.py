@@ -31,7 +31,7 @@ def sft(config: SftConfig, resume: bool = False) -> None:
         policy = Policy(
             config.model, config.parallel, config.optimizer, ranks, updates=config.train.updates, seed=config.seed
         )
-        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, ranks)
+        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
         done = restore(policy, checkpoints) if resume else 0
         ranks.on_main(lambda: folder.truncate_metrics(done))
         with Observer(folder, config.observe, config.train.updates, ranks.rank, done, config.name) as observer:
@@ -49,6 +49,7 @@ def sft(config: SftConfig, resume: bool = False) -> None:
                     with observer.phase("checkpoint"):
                         state = {"step": step, "initial_model": policy.initial_model}
                         checkpoints.save(step, policy.sharded_state(), state)
+                checkpoints.settle(wait=step == config.train.updates)
         policy.save_folder(folder.model)
 
 

@@ -37,7 +37,7 @@ def train(config: TrainConfig, resume: bool = False, replayed: Path | None = Non
             environment = ranks.on_main(lambda: Environment(config))
         try:
             policy = Policy.to_train(config, ranks)
-            checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, ranks)
+            checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
             run = Run(config, ranks, folder, checkpoints, environment, policy, method)
             if replayed is None:
                 run.loop(restore(run) if resume else 0)
@@ -77,6 +77,7 @@ class Run:
                 if step % self.config.checkpoint.every == 0 or step == total:
                     with observer.phase("checkpoint"):
                         save(self, step)
+                self.checkpoints.settle(wait=step == total)
         self.policy.save_folder(self.folder.model)
 
     def iterate(self, step: int, observer: Observer) -> dict[str, float]:

@@ -131,7 +131,8 @@ class PackedBatch:
     response token `targets[r]`: everything per-token that the loss reads is [R], sequence by sequence, `row_lengths`
     each. `indices` says which sequences these are, padding left out. The loss is the sum of its terms times `weights`
     [R], which carry the mean over the whole update. What the loop fills in as it learns it: log-probs under the policy
-    before its first update and under the initial model, advantages, all fp32 [R].
+    before its first update and under the initial model, advantages, all fp32 [R]; and `live`, how many of the leading
+    sequences hold every advantage that is not 0 (None: all may).
     """
 
     tokens: torch.Tensor
@@ -146,3 +147,9 @@ class PackedBatch:
     old_logprobs: torch.Tensor | None = None
     reference_logprobs: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
+    live: int | None = None
+
+    @property
+    def live_rows(self) -> int:
+        """The rows from here on have advantage 0."""
+        return sum(self.row_lengths[: self.live])

@@ -23,40 +23,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench_turns import Settings, Side, take_turns
+
 HINT = "run `bash launch/quickstart.sh` first (its warm start is enough), or name a folder and prompts of your own"
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4  # of the gradient's own norm, per tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What to measure, how often."""
-
-    model: str
-    train: str
-    trl_python: str | None
-    engine_prompts: int = 1024
-    engine_turns: int = 2
-    step_tokens: int = 8192
-    step_sizes: tuple[tuple[int, int], ...] = ((64, 3), (128, 4))
-    step_turns: int = 9
-    steps_per_turn: int = 4
-    prompts: int = 32
-    samples: int = 8
-    max_new_tokens: int = 200
-    iteration_turns: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,315 +54,13 @@ class Row:
     note: str = ""
 
 
-# -- sides: programs that do one piece of work each time they are told to ----------------------------------------------
-
-
-class Side:
-    """A process that answers every line on its input with one line of JSON, after doing its work once."""
-
-    def __init__(self, command: list[str]) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True, cwd=ROOT
-        )
-
-    def turn(self) -> dict[str, Any]:
-        """One piece of work: what the side says of it. RuntimeError when it has ended instead."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write("go\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended: the reading below says so
-        for line in self._process.stdout:
-            if line.startswith(ANSWER):
-                return json.loads(line.removeprefix(ANSWER))
-        raise RuntimeError(f"a side of the benchmark ended with status {self._process.wait()}: see its messages above")
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-ANSWER = "answer "
-
-
-def serve(work: Callable[[], dict[str, Any]]) -> None:
-    """The other end of `Side`."""
-    for _ in sys.stdin:
-        print(ANSWER + json.dumps(work() | {"memory_mib": peak_mib()}), flush=True)
-
-
-def peak_mib() -> float:
-    """The process's largest resident memory so far.
-
-    Linux's own count where there is one: getrusage's starts, in a child, with what its parent held.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return next(int(line.split()[1]) / 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes / (1 << 20 if sys.platform == "darwin" else 1 << 10)
-
-
-# -- our sides ---------------------------------------------------------------------------------------------------------
-
-
-def configuration(settings: Settings, folder: Path, turns: int) -> Any:
-    """The quickstart's own configuration, alpha 0 as TRL's reward is, with the sizes of `settings`."""
-    from megatron_efr.config import TrainConfig
-    from megatron_efr.configfile import load
-
-    overrides = {
-        "runs": folder,
-        "model.path": settings.model,
-        "rollout.prompts": settings.prompts,
-        "rollout.samples": settings.samples,
-        "rollout.max_new_tokens": settings.max_new_tokens,
-        "train.iterations": turns,
-        "method.alpha": 0.0,
-        "data.datasets": f"[{{path: {json.dumps(settings.train)}, difficulty: difficulty}}]",
-    }
-    example = ROOT / "examples" / "quickstart" / "rl.yaml"
-    return load(TrainConfig, example, [f"{key}={value}" for key, value in overrides.items()])
-
-
-def serve_iteration(settings: Settings, folder: Path) -> None:
-    """`efr train`'s own loop, one iteration and its publication a turn."""
-    from megatron_efr import methods
-    from megatron_efr.checkpoint import Checkpoints
-    from megatron_efr.environment import Environment
-    from megatron_efr.observe import Observer
-    from megatron_efr.policy import Policy, launched
-    from megatron_efr.runfolder import RunFolder
-    from megatron_efr.train import Run
-
-    config = configuration(settings, folder, settings.iteration_turns + 1)
-    with launched(config.parallel, config.seed) as ranks:
-        environment, place = Environment(config), RunFolder(config.folder)
-        run = Run(
-            config=config,
-            ranks=ranks,
-            folder=place,
-            checkpoints=Checkpoints(place.checkpoints, config.checkpoint.keep, ranks),
-            environment=environment,
-            policy=Policy.to_train(config, ranks),
-            method=methods.build(config.method, config.rollout.samples),
-        )
-        with Observer(place, config.observe, config.train.iterations, 0, 0) as observer:
-            run.publish(0)
-            steps = iter(range(1, config.train.iterations + 1))
-
-            def work() -> dict[str, Any]:
-                step, began = next(steps), time.perf_counter()
-                metrics = run.iterate(step, observer)
-                run.publish(step)
-                phases = {name: observer.seconds(name) for name in ("rollout", "logprobs", "train")}
-                seconds = time.perf_counter() - began
-                observer.log(step, metrics)
-                return {
-                    "seconds": seconds,
-                    "phases": phases,
-                    "lengths": [metrics["tokens_mean"]],
-                    "accuracy": metrics["accuracy"],
-                }
-
-            serve(work)
-        environment.close()
-
-
-def serve_policy(settings: Settings, folder: Path) -> None:
-    """`Policy.update` on the batch that `folder` describes; leaves weights, batch and first gradients there."""
-    import torch
-
-    from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
-    from megatron_efr.policy import Policy, clipped_policy_loss, launched
-    from megatron_efr.types import Sequence
-
-    given = json.loads((folder / "sequences.json").read_text())
-    with launched(ParallelConfig(), seed=1) as ranks:
-        model = ModelConfig(path=given["model"], init=given["init"])
-        policy = Policy(model, ParallelConfig(), OptimizerConfig(lr=1e-4), ranks, updates=10_000, seed=1)
-        sequences = [Sequence(*row) for row in given["sequences"]]
-        batches = policy.pack_update(sequences, list(range(len(sequences))), 2 * settings.step_tokens, "sequence")
-        policy.fill_logprobs(batches)
-        generator = torch.Generator().manual_seed(0)
-        for batch in batches:  # ratios off 1: at 1 the loss would not depend on the model
-            assert batch.old_logprobs is not None
-            batch.old_logprobs += 0.1 * torch.randn(batch.old_logprobs.shape, generator=generator)
-            advantages = torch.tensor([sequences[i].advantage for i in batch.indices])
-            batch.advantages = advantages.repeat_interleave(torch.tensor(batch.row_lengths))
-        torch.save({name: tensor.clone() for name, tensor in policy.named_weights()}, folder / "weights.pt")
-        torch.save([asdict(batch) for batch in batches], folder / "batches.pt")
-        loss = clipped_policy_loss(0.2)
-
-        def keep_gradients() -> None:
-            parameters = [p for chunk in policy.chunks for p in chunk.parameters()]
-            values = [p.data.clone() for p in parameters]
-            for parameter in parameters:
-                parameter.data.copy_(parameter.main_grad)  # pyright: ignore[reportAttributeAccessIssue]
-            torch.save({name: tensor.clone() for name, tensor in policy.named_weights()}, folder / "ours.pt")
-            for parameter, value in zip(parameters, values, strict=True):
-                parameter.data.copy_(value)
-
-        serve(timed_steps(settings, lambda: policy.update(batches, loss)["loss"], keep_gradients))
-
-
-def timed_steps(
-    settings: Settings, step: Callable[[], float], keep: Callable[[], None]
-) -> Callable[[], dict[str, Any]]:
-    """A turn of so many steps; the first turn is one step, whose gradients are kept."""
-    turns = 0
-
-    def work() -> dict[str, Any]:
-        nonlocal turns
-        turns += 1
-        if turns == 1:
-            loss = step()
-            keep()
-            return {"loss": loss}
-        began = time.perf_counter()
-        for _ in range(settings.steps_per_turn):
-            step()
-        return {"seconds": (time.perf_counter() - began) / settings.steps_per_turn}
-
-    return work
-
-
-# -- the same model in plain torch -------------------------------------------------------------------------------------
-
-
-def serve_plain(settings: Settings, folder: Path) -> None:
-    """The step of `serve_policy` in plain torch, on its weights and batch."""
-    import torch
-
-    given = json.loads((folder / "sequences.json").read_text())
-    config = json.loads((Path(given["model"]) / "config.json").read_text())
-    model = plain_qwen2(config, torch.load(folder / "weights.pt"))
-    batches = [plain_batch(batch, config) for batch in torch.load(folder / "batches.pt")]
-    optimizer = torch.optim.AdamW(model.weights.values(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
-
-    def step() -> float:
-        optimizer.zero_grad()
-        total = 0.0
-        for batch in batches:
-            logprobs = model.logprobs(batch)
-            ratio = (logprobs - batch["old_logprobs"]).exp()
-            clipped = ratio.clamp(0.8, 1.2) * batch["advantages"]
-            loss = -(batch["weights"] * torch.minimum(ratio * batch["advantages"], clipped)).sum()
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.weights.values(), 1.0)
-        optimizer.step()
-        return total
-
-    def keep_gradients() -> None:
-        torch.save({name: weight.grad for name, weight in model.weights.items()}, folder / "theirs.pt")
-
-    serve(timed_steps(settings, step, keep_gradients))
-
-
-def plain_batch(batch: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """A packed micro-batch with its rotary cosines and sines, and rectangles of similar lengths for attention.
-
-    Plain means torch's own operations only. Rectangles padded for the whole model, at 0.7, 0.8 or 0.9 of the longest
-    row, were no faster than this pack, whose padding only attention sees.
-    """
-    import torch
-
-    dim = config["hidden_size"] // config["num_attention_heads"]
-    base = config["rope_parameters"]["rope_theta"]
-    angles = batch["positions"][:, None] * base ** (-torch.arange(0, dim, 2) / dim)
-    batch["cos"], batch["sin"] = angles.cos().repeat(1, 2)[:, None], angles.sin().repeat(1, 2)[:, None]
-    lengths, starts = batch["lengths"], batch["cu_seqlens"].tolist()
-    buckets: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not buckets or lengths[i] < 0.8 * lengths[buckets[-1][0]]:
-            buckets.append([])
-        buckets[-1].append(i)
-    batch["rectangles"], order = [], []
-    for bucket in buckets:
-        columns = torch.arange(lengths[bucket[0]])[None]
-        length = torch.tensor([lengths[i] for i in bucket])[:, None]
-        rows = torch.tensor([starts[i] for i in bucket])[:, None] + torch.minimum(columns, length - 1)
-        real = (columns < length).flatten().nonzero()[:, 0]
-        batch["rectangles"].append((rows, real))
-        order.append(rows.flatten()[real])
-    batch["restore"] = torch.cat(order).argsort()
-    return batch
-
-
-def plain_qwen2(config: dict[str, Any], tensors: dict[str, Any]) -> Any:
-    """Qwen2 without a framework, from its Hugging Face tensors; tied or not; log-probs of a packed batch."""
-    import torch
-    import torch.nn.functional as F
-
-    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    dim, eps = config["hidden_size"] // heads, config["rms_norm_eps"]
-
-    class PlainQwen2:
-        def __init__(self) -> None:
-            self.weights = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in tensors.items()}
-
-        def logprobs(self, batch: dict[str, Any]) -> torch.Tensor:
-            """[R], of the response tokens."""
-            w = self.weights
-            x = F.embedding(batch["tokens"], w["model.embed_tokens.weight"])
-            for layer in range(config["num_hidden_layers"]):
-                at = f"model.layers.{layer}."
-                x = x + self.attention(self.norm(x, at + "input_layernorm.weight"), at + "self_attn.", batch)
-                h = self.norm(x, at + "post_attention_layernorm.weight")
-                gate, up = (F.linear(h, w[f"{at}mlp.{name}_proj.weight"]) for name in ("gate", "up"))
-                x = x + F.linear(F.silu(gate) * up, w[at + "mlp.down_proj.weight"])
-            head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
-            logits = F.linear(self.norm(x, "model.norm.weight").index_select(0, batch["rows"]), head)
-            return -F.cross_entropy(logits, batch["targets"], reduction="none")
-
-        def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-            return F.rms_norm(x, (x.shape[-1],), self.weights[name], eps)
-
-        def attention(self, h: torch.Tensor, at: str, batch: dict[str, Any]) -> torch.Tensor:
-            w = self.weights
-            q, k, v = (
-                F.linear(h, w[f"{at}{n}_proj.weight"], w[f"{at}{n}_proj.bias"]).unflatten(1, (-1, dim)) for n in "qkv"
-            )
-            q, k = (x * batch["cos"] + self.turned(x) * batch["sin"] for x in (q, k))
-            done = []
-            for rows, real in batch["rectangles"]:
-                n, longest = rows.shape
-                a, b, c = (
-                    x.index_select(0, rows.flatten()).view(n, longest, -1, dim).transpose(1, 2) for x in (q, k, v)
-                )
-                y = F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=groups != heads)
-                done.append(y.transpose(1, 2).flatten(0, 1).index_select(0, real))
-            return F.linear(torch.cat(done).index_select(0, batch["restore"]).flatten(1), w[at + "o_proj.weight"])
-
-        def turned(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.cat((-x[..., dim // 2 :], x[..., : dim // 2]), -1)
-
-    return PlainQwen2()
-
-
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
 def side(name: str, settings: Settings, folder: Path) -> Side:
-    """One of this file's own sides as a process."""
+    """One of bench_sides.py's as a process."""
     (folder / "settings.json").write_text(json.dumps(asdict(settings)))
-    return Side([sys.executable, str(Path(__file__).resolve()), "--side", name, "--folder", str(folder)])
-
-
-def take_turns(ours: Side, theirs: Side, turns: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Both sides' answers, turn by turn, who goes first changing."""
-    taken = []
-    for turn in range(turns):
-        if turn % 2:
-            other = theirs.turn()
-            taken.append((ours.turn(), other))
-        else:
-            taken.append((ours.turn(), theirs.turn()))
-    return taken
+    return Side([sys.executable, str(Path(__file__).resolve().with_name("bench_sides.py")), name, str(folder)])
 
 
 def median(values: Iterable[float]) -> float:
@@ -580,6 +257,8 @@ def trl_side(settings: Settings, rows: list[dict[str, Any]], folder: Path) -> Si
 
 def task_rows(settings: Settings, folder: Path) -> list[dict[str, Any]]:
     """The training prompts in the order of the run's stream: their text, tokens, answer, and what ends a response."""
+    from bench_sides import configuration
+
     from megatron_efr.data.prompts import load_tokenizer, stop_ids
     from megatron_efr.data.stream import PromptStream
     from megatron_efr.environment import load_prompts
@@ -676,27 +355,18 @@ def main() -> None:
     parser.add_argument("--trl-python", help="an interpreter that has trl; without it that row says so")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.side is None and os.environ.get("OMP_NUM_THREADS") != "1":
+    if os.environ.get("OMP_NUM_THREADS") != "1":
         # read when numpy and torch are loaded, so it must stand before: start over with it
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     import torch
 
     torch.set_num_threads(1)
-    if given.side is not None:
-        tree = json.loads((given.folder / "settings.json").read_text())
-        SIDES[given.side](Settings(**tree), given.folder)
-        return
     rows = measure(settings_from(given))
     print(table(rows))
     if given.json is not None:
         given.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
-
-
-SIDES = {"iteration": serve_iteration, "policy": serve_policy, "plain": serve_plain}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ _FIXED = {
     "microbatch_group_size_per_vp_stage": "micro-batches come in groups of parallel.pipeline",
     "variable_seq_lengths": "packed micro-batches differ in length",
     "moe_token_dispatcher_type": "packed micro-batches differ in length, which only alltoall allows",
-    "calculate_per_token_loss": "losses arrive normalised over the whole update",
     "expert_tensor_parallel_size": "experts are split over parallel.tensor",
     "hierarchical_context_parallel_sizes": "sequences are split over parallel.context",
 }

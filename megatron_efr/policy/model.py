@@ -51,11 +51,11 @@ class PolicyModel(GPTModel):
         return hidden_states
 
     @property
-    def head_weight(self) -> torch.Tensor:
+    def head_weight(self) -> torch.nn.Parameter:
         """This rank's rows of the output layer [V / TP, hidden]; the embedding where they are tied. Last stage only."""
         if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return cast(torch.Tensor, self.output_layer.weight)
+            return cast(torch.nn.Parameter, self.shared_embedding_or_output_weight())
+        return cast(torch.nn.Parameter, self.output_layer.weight)
 
 
 def transformer_config(model: ModelConfig, architecture: Architecture, parallel: ParallelConfig) -> TransformerConfig:

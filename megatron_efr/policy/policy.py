@@ -12,18 +12,18 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from megatron_efr.kernels import Backend, choose_backend, linear_logprob
+from megatron_efr.kernels import CHUNK_TOKENS, choose_backend
 from megatron_efr.policy import context
 from megatron_efr.policy.fit import check_fit
+from megatron_efr.policy.head import Head, HeadRows
 from megatron_efr.policy.layers import packed_sequences
-from megatron_efr.policy.loss import Loss
+from megatron_efr.policy.loss import Loss, Metrics
 from megatron_efr.policy.model import PolicyModel, build_chunks, transformer_config
 from megatron_efr.policy.optimizer import Optimizer
-from megatron_efr.policy.packing import balance, pack, round_up, row_weights, sequence_flops
+from megatron_efr.policy.packing import balance, check_tokens, pack, round_up, row_weights, sequence_flops
 from megatron_efr.policy.parameters import Parameters
 from megatron_efr.policy.ranks import Ranks
 from megatron_efr.types import PackedBatch, Sequence, UserError
@@ -55,13 +55,9 @@ class Policy:
         self.architecture = Architecture.from_folder(model.path)
         check_fit(model, parallel, self.architecture)
         self.config = transformer_config(model, self.architecture, parallel)
-        self.temperature = temperature
         self._flops = sequence_flops(self.architecture)
-        self._kernels: Backend
-        self._kernels, reason = choose_backend(model.kernels)
-        if ranks.is_main:
-            print(f"kernels: {self._kernels} ({reason})", flush=True)
         self.chunks = build_chunks(self.config, self.architecture, parallel, model.layers, ranks.device)
+        self._head = self._build_head(temperature)
         # each sequence divides into 2 chunks per context rank, a context rank's slice over the sequence-parallel ones
         self._sequence_multiple = 2 * parallel.context if parallel.context > 1 else 1
         self._pack_multiple = math.lcm(
@@ -105,7 +101,11 @@ class Policy:
         micro_batch_tokens: int,
         aggregate: Literal["sequence", "token"],
     ) -> list[PackedBatch]:
-        """This replica's micro-batches of one optimizer update over `sequences[i] for i in update` (all replicas')."""
+        """This replica's micro-batches of one optimizer update over `sequences[i] for i in update` (all replicas').
+
+        UserError for a token outside the vocabulary.
+        """
+        check_tokens(sequences, update, self.architecture.vocab)
         lengths = {i: round_up(sequences[i].length, self._sequence_multiple) for i in update}
         shares = balance(lengths, self.ranks.replicas, micro_batch_tokens, self._batch_multiple, self._flops)
         weights = row_weights(sequences, update, aggregate)
@@ -131,7 +131,7 @@ class Policy:
 
     def logprobs(self, batches: list[PackedBatch]) -> list[torch.Tensor]:
         """Log-probs [R] of each micro-batch's response tokens under the current weights, on every rank alike."""
-        outputs = self._run(batches, lambda logprobs, batch: (logprobs.detach(), {}), forward_only=True)
+        outputs = self._run(batches, _only_logprobs, forward_only=True)
         if self.ranks.pipeline_ranks == self.ranks.context_ranks == 1:
             return [output["logprobs"] for output in outputs]
         sizes = [batch.rows.numel() for batch in batches]
@@ -181,7 +181,7 @@ class Policy:
         self.optimizer.zero_grad()
         outputs = self._run(batches, loss, forward_only=False)
         made, norm = self.optimizer.step()
-        metrics = self._over_replicas(_combine([output["metrics"] for output in outputs]) | self._work(batches))
+        metrics = self._over_replicas(_combine(outputs) | self._work(batches))
         total, busiest, longest = (metrics.pop(name) for name in ("flops", "flops_max", "longest_max"))
         metrics["imbalance"] = busiest / max(total / self.ranks.replicas, longest) - 1.0
         return metrics | {"grad_norm": norm, "lr": self.optimizer.lr, "skipped": 0.0 if made else 1.0}
@@ -192,14 +192,14 @@ class Policy:
         costs = [self._flops(length) for batch in first for length in batch.lengths[: len(batch.indices)]]
         return {"flops": sum(costs), "flops_max": sum(costs), "longest_max": max(costs, default=0.0)}
 
-    def _run(self, batches: list[PackedBatch], loss: Loss, *, forward_only: bool) -> list[dict[str, Any]]:
+    def _run(self, batches: list[PackedBatch], loss: Loss, *, forward_only: bool) -> list[Metrics]:
         """Drive Megatron's schedule; per micro-batch, on the last stage, what the loss measured."""
         for chunk in self.chunks:
             chunk.train(not forward_only)
         schedule = get_forward_backward_func()
         with torch.set_grad_enabled(not forward_only):
             outputs = schedule(
-                forward_step_func=self._forward_step(loss),
+                forward_step_func=self._forward_step(loss, len(batches)),
                 data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
                 model=list(self.chunks) if len(self.chunks) > 1 else self.chunks[0],
                 num_microbatches=len(batches),
@@ -207,9 +207,11 @@ class Policy:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
-        return cast(list[dict[str, Any]], outputs)
+        return cast(list[Metrics], outputs)
 
-    def _forward_step(self, loss: Loss) -> Callable[..., tuple[torch.Tensor, Any]]:
+    def _forward_step(self, loss: Loss, micro_batches: int) -> Callable[..., tuple[torch.Tensor, Any]]:
+        undo, factor = self._scaling(micro_batches)
+
         def step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             batch = context.part(next(batches), self.ranks.context_rank, self.ranks.context_ranks)
             hidden = chunk(
@@ -218,37 +220,48 @@ class Policy:
                 attention_mask=None,
                 packed_seq_params=packed_sequences(batch.lengths, batch.cu_seqlens, self.ranks.context_ranks),
             )
-            model = _unwrapped(chunk)
-            if not model.post_process:
-                return hidden, None
-            self.parameters.finish_gather()  # the head reads its weight without calling the module that holds it
-            logprobs = self._head(model, hidden, batch)
 
-            def measure(logprobs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-                value, metrics = loss(logprobs, batch)
-                no_tokens = torch.zeros(
-                    (), dtype=torch.int, device=value.device
-                )  # normalised already: divide by nothing
-                return value, no_tokens, {"metrics": metrics, "logprobs": logprobs.detach()}
+            def measure(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+                assert self._head is not None
+                self.parameters.finish_gather()  # the head reads its weight without calling the module that holds it
+                value, metrics = loss(self._head.rows(hidden, batch, factor))
+                # 0 tokens: the loss is normalised already, divide by nothing
+                return value * undo, torch.zeros((), dtype=torch.int, device=value.device), metrics
 
-            return logprobs, measure
+            return hidden, measure  # Megatron measures on the last stage
 
         return step
 
-    def _head(self, model: PolicyModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """Log-probs [R] of the response tokens from the last stage's hidden states [tokens, 1, hidden]."""
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        logprobs, _ = linear_logprob(
-            hidden[:, 0].index_select(0, batch.rows),
-            model.head_weight,
-            batch.targets,
-            temperature=self.temperature,
-            true_vocab=self.architecture.vocab,
-            tp_group=self.ranks.tensor_group if self.ranks.tensor_ranks > 1 else None,
-            backend=self._kernels,
+    def _scaling(self, micro_batches: int) -> tuple[float, float]:
+        """What undoes Megatron's own averaging of our losses, and the factor that they arrive at backward with.
+
+        Without `calculate_per_token_loss` the schedule divides a loss by the number of micro-batches, and DDP the
+        gradients by that of its ranks. The loss scale comes last.
+        """
+        assert self.config.grad_scale_func is not None
+        scale = float(self.config.grad_scale_func(torch.ones((), device=self.ranks.device)))
+        if self.config.calculate_per_token_loss:
+            return 1.0, scale
+        averaged = self.ranks.replicas * self.ranks.context_ranks
+        return float(micro_batches * averaged), averaged * scale
+
+    def _build_head(self, temperature: float) -> Head | None:
+        """The last stage's; rank 0 says which kernels run."""
+        model, ranks, config = self.model_config, self.ranks, self.config
+        kernels, reason = choose_backend(model.kernels)
+        if ranks.is_main:
+            print(f"kernels: {kernels} ({reason})", flush=True)
+        if not ranks.is_last_stage:
+            return None
+        return Head(
+            weight=_unwrapped(self.chunks[-1]).head_weight,
+            vocab=self.architecture.vocab,
+            temperature=temperature,
+            tensor_group=ranks.tensor_group if ranks.tensor_ranks > 1 else None,
+            sequence_parallel=config.sequence_parallel,
+            chunk=model.head_chunk_tokens or CHUNK_TOKENS * ranks.tensor_ranks,
+            backend=kernels,
         )
-        return logprobs
 
     def _over_replicas(self, metrics: dict[str, float]) -> dict[str, float]:
         """This replica's figures combined with all others', on every rank; they stand on the last stage only."""
@@ -332,6 +345,12 @@ class Policy:
 def _unwrapped(chunk: torch.nn.Module) -> PolicyModel:
     """The model inside Megatron's DDP and precision wrappers."""
     return cast(PolicyModel, unwrap_model(chunk))
+
+
+def _only_logprobs(rows: HeadRows) -> tuple[torch.Tensor, Metrics]:
+    """In a loss's place, where nothing is trained."""
+    logprobs = rows.logprobs()
+    return logprobs.new_zeros(()), {"logprobs": logprobs}
 
 
 def _combine(figures: SequenceOf[Mapping[str, Any]]) -> dict[str, float]:

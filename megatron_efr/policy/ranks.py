@@ -121,6 +121,13 @@ class Ranks:
         self.share(keep)
         return kept[0] if kept else None
 
+    def everywhere(self, holds: bool) -> bool:
+        """Whether it holds on every rank."""
+        held = torch.tensor(int(holds))
+        if self.world_size > 1:
+            dist.all_reduce(held, op=dist.ReduceOp.MIN, group=self.cpu_world)
+        return bool(held)
+
     def sum_over_replicas(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` summed over data-parallel replicas, in place."""
         if self.replicas > 1:

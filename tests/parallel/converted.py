@@ -11,7 +11,7 @@ from megatron.core.utils import unwrap_model
 from transformers import AutoModelForCausalLM
 
 from megatron_efr.checkpoint import Checkpoints
-from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.policy import Policy, launched
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights
@@ -25,7 +25,7 @@ def main(model: str, converted: str, out: str, layout: str) -> None:
         start = ModelConfig(path=model, init="random")
         policy = Policy(start, parallel, OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0)
         chunk: Any = unwrap_model(policy.chunks[0])
-        checkpoints = Checkpoints(Path(out), 1, ranks)
+        checkpoints = Checkpoints(Path(out), CheckpointConfig(keep=1), ranks)
         loaded, _ = checkpoints.load(Path(converted), {"model0": chunk.sharded_state_dict()})
         chunk.load_state_dict(loaded["model0"])
         source = FolderWeights(model, Architecture.from_folder(model))

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_efr.checkpoint import Checkpoints
-from megatron_efr.config import LossConfig, ModelConfig, OptimizerConfig
+from megatron_efr.config import CheckpointConfig, LossConfig, ModelConfig, OptimizerConfig
 from megatron_efr.methods.token_advantages import fill_token_advantages
 from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, launched
 from tests.conftest import ragged_sequences
@@ -79,7 +79,7 @@ def train(case: Case, model: str, out: Path, ranks: Ranks) -> dict[str, Any]:
     before = weights(policy)
     result: dict[str, Any] = {"metrics": [iterate(policy, step) for step in range(1, SAVED_AFTER + 1)]}
     result["saved"] = {"weights": weights(policy), "optimizer": optimizer_state(policy)}
-    Checkpoints(out / case.name, 1, ranks).save(SAVED_AFTER, policy.sharded_state(), {})
+    Checkpoints(out / case.name, CheckpointConfig(), ranks).save(SAVED_AFTER, policy.sharded_state(), {})
     result["metrics"].append(iterate(policy, STEPS))
     result["gradients"] = {name: tensor.clone() for name, tensor in policy.named_gradients()}
     result["end"] = {"weights": weights(policy), "optimizer": optimizer_state(policy)}
@@ -90,7 +90,7 @@ def train(case: Case, model: str, out: Path, ranks: Ranks) -> dict[str, Any]:
 def resume(case: Case, model: str, out: Path, ranks: Ranks) -> dict[str, Any]:
     """The checkpoint, and the third update."""
     policy = build(case, model, ranks)
-    checkpoints = Checkpoints(out / case.name, 1, ranks)
+    checkpoints = Checkpoints(out / case.name, CheckpointConfig(), ranks)
     path = checkpoints.newest()
     assert path is not None
     sharded, _ = checkpoints.load(path, policy.sharded_state(loading=True))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_efr.checkpoint import Checkpoints
-from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.config import CheckpointConfig, ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, supervised_loss
 from tests.conftest import ragged_sequences
 
@@ -124,7 +124,7 @@ def test_an_optimizer_that_has_only_skipped_steps_is_saved_and_resumed_like_any_
     for count in (1, 2):
         assert update(policy, math.nan)["skipped"] == 1.0
         assert policy.optimizer.skipped_in_a_row == count
-    checkpoints = Checkpoints(tmp_path, 1, ranks)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), ranks)
     path = checkpoints.save(1, policy.sharded_state(), {})
     sharded, _ = checkpoints.load(path, resumed.sharded_state(loading=True))
     resumed.load_sharded_state(sharded)

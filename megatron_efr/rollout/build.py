@@ -1,0 +1,54 @@
+"""Builds the engine that a configuration asks for, and starts the servers that it needs."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from megatron_efr.config import ModelConfig, RolloutConfig
+from megatron_efr.rollout.engine import Engine
+from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
+from megatron_efr.rollout.local import LocalEngine
+from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.weights.architecture import Architecture
+
+KEY = "SGLANG_API_KEY"
+"""Environment variable with the key of the servers in `rollout.urls`."""
+
+
+def build_engine(model: ModelConfig, rollout: RolloutConfig, folder: Path, seed: int, resources: ExitStack) -> Engine:
+    """The engine of a run; what must be closed at its end is given to `resources`.
+
+    Servers started here write to `folder`. They are asked for random numbers of their own: `seed` and those after it.
+    """
+    if rollout.engine == "local":
+        return local_engine(model.path, rollout.slots, model.dtype)
+    architecture = Architecture.from_folder(model.path)
+    urls, key = rollout.urls, os.environ.get(KEY)
+    if not urls:
+        launcher = resources.enter_context(Launcher(folder, rollout.timeouts.stop_s))
+        on_gpu = torch.cuda.is_available()
+        arguments = server_arguments(model, rollout, architecture, on_gpu)
+        environment = server_environment(os.environ, on_gpu, rollout.tp)
+        launcher.start(rollout.python, arguments, environment, count=rollout.engines, seed=seed)
+        urls, key = launcher.wait(rollout.timeouts.start_s), launcher.key
+    engine = SGLangEngine(
+        urls,
+        architecture,
+        rollout.slots,
+        rollout.timeouts,
+        key=key,
+        engine_ranks=rollout.tp,
+        bucket_bytes=rollout.bucket_mib * 2**20,
+    )
+    resources.callback(engine.close)
+    return engine
+
+
+def local_engine(model: str, slots: int, dtype: str) -> LocalEngine:
+    """The embedded engine for a model folder, on the GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return LocalEngine(model, slots, device, getattr(torch, dtype))

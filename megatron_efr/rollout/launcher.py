@@ -1,0 +1,202 @@
+"""Starts SGLang servers, waits until they are ready, and sees to it that none outlives the trainer.
+
+Each server runs under a supervisor (`supervisor.py`) in a session of its own: Ctrl-C does not reach it, and when the
+trainer is gone, however it went, the supervisor ends the server and all that the server started.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_efr.config import ModelConfig, RolloutConfig
+from megatron_efr.errors import UserError
+from megatron_efr.rollout import supervisor
+from megatron_efr.weights.architecture import Architecture
+
+HOST = "127.0.0.1"
+PORTS = range(20000, 30000)  # below those that the kernel gives to outgoing connections
+TAIL = 20  # lines of a log that an error shows
+SAYS_EVERY_S = 15.0
+
+CPU_ARGUMENTS: dict[str, Any] = {
+    "device": "cpu",
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "cuda_graph_backend_decode": "disabled",
+    "cuda_graph_backend_prefill": "disabled",
+}
+"""Arguments with which SGLang runs on plain torch."""
+
+CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+"""One thread: two contended ones are slower by far. Dynamo would compile for most of a minute."""
+
+CPU_CACHED_TOKENS = 65536
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+_TORCHRUN_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PYTHON", "PYTORCH_")
+
+
+def server_environment(outer: Mapping[str, str], on_gpu: bool, tp: int) -> dict[str, str]:
+    """`outer` without what torchrun and the trainer's interpreter set for themselves.
+
+    A server that finds RANK or MASTER_ADDR joins the trainer's group instead of its own; memory in expandable segments
+    (PYTORCH_CUDA_ALLOC_CONF) cannot be shared by CUDA IPC; PYTHONPATH is another interpreter's.
+    """
+    kept = {
+        name: value
+        for name, value in outer.items()
+        if name not in _TORCHRUN and not name.startswith(_TORCHRUN_PREFIXES)
+    }
+    kept["HF_HUB_OFFLINE"] = "1"  # the model is a folder
+    if not on_gpu:
+        kept |= CPU_ENVIRONMENT | {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(["0"] * tp)}
+    return kept
+
+
+def server_arguments(
+    model: ModelConfig, rollout: RolloutConfig, architecture: Architecture, on_gpu: bool
+) -> dict[str, Any]:
+    """What every server of a run is started with, by SGLang's names; `rollout.server` has the last word."""
+    arguments: dict[str, Any] = {
+        "model_path": str(Path(model.path).resolve()),
+        "load_format": "dummy",  # weights come by publication, and are never read twice
+        "skip_tokenizer_init": True,
+        "skip_server_warmup": True,
+        "dtype": model.dtype,
+        "tp_size": rollout.tp,
+        "max_running_requests": rollout.slots,
+        "enable_fp32_lm_head": model.dtype != "float32",  # as the policy's head: bf16 logits move log-probs by 1e-2
+        "log_level_http": "warning",
+    }
+    if not on_gpu:
+        arguments |= CPU_ARGUMENTS | {"max_total_tokens": max(CPU_CACHED_TOKENS, architecture.max_positions)}
+    return arguments | rollout.server
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """One server process, under its supervisor."""
+
+    name: str
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def tail(self) -> str:
+        """Where its log is, and the end of it, without the line that holds the key."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        shown = [line[:500] for line in lines[-TAIL:] if "server_args=" not in line]
+        return "\n  ".join([f"the end of {self.log}:", *shown])
+
+
+class Launcher:
+    """The servers of one run. Use it as a context manager, or call `close`.
+
+    Configuration, key and logs lie in `folder`, which only its owner may read: SGLang reads its arguments from a file,
+    so that `ps` shows no key, but writes them to its log.
+    """
+
+    def __init__(self, folder: Path, stop_s: float) -> None:
+        self.folder, self._stop_s = folder, stop_s
+        self.key = secrets.token_urlsafe(32)
+        self.servers: list[Launched] = []
+
+    def start(
+        self, python: str, arguments: Mapping[str, Any], environment: Mapping[str, str], *, count: int, seed: int
+    ) -> None:
+        """Start `count` servers, each with random numbers of its own; returns before they are ready."""
+        if not os.access(python, os.X_OK):
+            raise UserError(
+                f"rollout.python: {python}: no such interpreter; on a machine without a GPU, "
+                "`bash tools/setup_sglang_cpu.sh` makes .venv-sglang"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
+        for index in range(count):
+            port = _free_port()
+            own = {"host": HOST, "port": port, "api_key": self.key, "random_seed": (seed + index) % 2**31}
+            self._start_one(f"engine-{index}", python, dict(arguments) | own, environment)
+
+    def _start_one(self, name: str, python: str, arguments: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+        settings, log = self.folder / f"{name}.yaml", self.folder / f"{name}.log"
+        settings.write_text(yaml.safe_dump({key.replace("_", "-"): value for key, value in arguments.items()}))
+        command = [python, "-m", "sglang.launch_server", "--config", str(settings)]
+        watched = [sys.executable, "-I", supervisor.__file__, str(os.getpid()), str(self._stop_s), *command]
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                watched,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                start_new_session=True,
+            )
+        self.servers.append(Launched(name, f"http://{HOST}:{arguments['port']}", log, process))
+
+    def wait(self, limit_s: float) -> list[str]:
+        """Wait until all are ready, saying so now and then; their addresses, or a UserError with the log's end."""
+        began = said = time.monotonic()
+        waiting = list(self.servers)
+        while waiting:
+            waited = time.monotonic() - began
+            for server in waiting:
+                if server.process.poll() is not None:
+                    raise UserError(f"{server.name} ended before it was ready; {server.tail()}")
+                if waited > limit_s:
+                    late = f"{server.name} is not ready after rollout.timeouts.start_s = {limit_s:g} s"
+                    raise UserError(f"{late}; {server.tail()}")
+            if time.monotonic() - said > SAYS_EVERY_S:
+                said = time.monotonic()
+                print(f"waiting for {len(waiting)} SGLang servers ({waited:.0f} s); logs: {self.folder}", flush=True)
+            time.sleep(0.5)
+            waiting = [server for server in waiting if not _ready(server.url)]
+        return [server.url for server in self.servers]
+
+    def close(self) -> None:
+        """End every server, and wait until nothing is left of any."""
+        for server in self.servers:
+            server.process.terminate()
+        for server in self.servers:
+            server.process.wait()
+
+    def __enter__(self) -> Launcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _ready(url: str) -> bool:
+    """Whether the server takes requests. No proxy stands between this machine and itself."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{url}/ready", timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _free_port(host: str = HOST, ports: Sequence[int] = PORTS) -> int:
+    """A port that nobody listens on now."""
+    for port in random.sample(ports, 100):
+        with socket.socket() as candidate:
+            try:
+                candidate.bind((host, port))
+            except OSError:
+                continue
+            return port
+    raise UserError(f"no free port among 100 tried in {ports[0]}-{ports[-1]} on {host}")

@@ -1,0 +1,332 @@
+"""The SGLang engine: servers of their own, spoken to from one background thread, behind the protocol of `Engine`.
+
+It is also the `Engines` of `weights.publish`: the calls that a publication of sharded weights is made of. Unlike the
+embedded engine's, its random numbers are the servers', so a request's seed names it and no more.
+"""
+
+from __future__ import annotations
+
+import base64
+import pickle
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, Self
+
+import torch
+
+from megatron_efr.config import TimeoutsConfig
+from megatron_efr.rollout.fleet import Fleet
+from megatron_efr.rollout.requests import check_request, check_sampling
+from megatron_efr.rollout.server import Server, tensor_body
+from megatron_efr.rollout.thread import LoopThread
+from megatron_efr.types import Group, Request, Sampling, UserError
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.checked import checked
+from megatron_efr.weights.mapping import WeightMapping
+from megatron_efr.weights.publish import EngineError
+
+AHEAD = 1.25
+"""Responses asked for at once, over those that the servers decode at once: what starts as soon as a place is free."""
+
+
+class SGLangEngine:
+    """An `Engine` over running servers, each of `engine_ranks` tensor-parallel ranks and `slots` places.
+
+    One stream of groups is alive at a time: a later `generate` ends the earlier one. A thread that waits for a group
+    while another has paused waits for `resume`; waiting in the very thread that paused is an error, since it would
+    wait for ever. Misuse raises RuntimeError, a bad request, sampling or tensor ValueError, a server EngineError.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        architecture: Architecture,
+        slots: int,
+        limits: TimeoutsConfig,
+        *,
+        key: str | None = None,
+        engine_ranks: int = 1,
+        bucket_bytes: int = 2**29,
+    ) -> None:
+        self.architecture, self.engine_ranks, self.bucket_bytes = architecture, engine_ranks, bucket_bytes
+        self.count = len(urls)
+        self.in_flight = max(1, int(AHEAD * slots * self.count))
+        self._shapes = WeightMapping(architecture).shapes()
+        self._version = -1
+        self._asleep = False
+        self._paused_by: int | None = None
+        self._stream: _Stream | None = None
+        self._thread = LoopThread("sglang")
+        self._fleet = self._thread.run(_fleet(urls, key, limits))
+        self._check_servers()
+
+    @property
+    def version(self) -> int:
+        """Version of the weights being served; -1 before the first publication."""
+        return self._version
+
+    # -- Engine --------------------------------------------------------------------------------------------------------
+
+    def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Group]:
+        """Yield each request's whole group as its last response ends, in order of completion.
+
+        Requests are pulled while fewer than `in_flight` responses are asked for.
+        """
+        check_sampling(sampling, self.architecture.vocab)
+        self._check_serving()
+        self._end_stream()
+        self._stream = _Stream(self, requests, sampling)
+        return self._stream
+
+    def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replace all weights by (Hugging Face name, whole tensor) pairs, in buckets within the requests.
+
+        ValueError names a tensor that is unknown, given twice, mis-shaped or missing, before it, or the last bucket, is
+        sent. After an error the servers stay paused and serve nothing until a publication succeeds.
+        """
+        self.begin_update()
+        try:
+            for bucket in _buckets(checked(weights, self._shapes), self.bucket_bytes):
+                self.update_from_tensor([_payload(bucket)] * self.engine_ranks, None)
+            self.end_update(version)
+        except Exception:
+            self.abandon_update()
+            raise
+
+    def pause(self) -> None:
+        """Stop decoding; unfinished responses are kept."""
+        self._all(Server.pause)
+        self._paused_by = threading.get_ident()
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._paused_by = None
+        if self._version >= 0:
+            self._all(Server.resume)
+
+    def sleep(self) -> None:
+        """Give up weights and caches. Unfinished responses are kept as tokens, and go on after wake and publish."""
+        if not self._asleep:
+            self._version = -1
+            self._all(Server.pause)
+            self._all(Server.flush)
+            self._all(Server.release_memory)
+            self._asleep = True
+
+    def wake(self) -> None:
+        """End `sleep`; a publication must follow."""
+        if self._asleep:
+            self._all(Server.resume_memory)
+            self._asleep = False
+
+    def health(self) -> dict[str, float]:
+        """Since the last call: tokens generated, seconds in which any was, the share of prompts found in caches, and
+        responses that were asked for again because their server failed."""
+        tally = self._thread.run(self._fleet.read_tally())
+        return {
+            "tokens": float(tally.tokens),
+            "seconds": tally.seconds,
+            "tokens_per_second": tally.tokens / tally.seconds if tally.seconds else 0.0,
+            "cached_share": tally.cached_tokens / tally.prompt_tokens if tally.prompt_tokens else 0.0,
+            "resent": float(tally.resent),
+        }
+
+    def close(self) -> None:
+        """End what is in flight, and the connections; the servers go on."""
+        self._end_stream()
+        self._thread.run(self._fleet.close())
+        self._thread.close()
+
+    # -- Engines -------------------------------------------------------------------------------------------------------
+
+    def begin_update(self) -> None:
+        """Pause (unfinished responses are kept), drop what is cached, open the update session."""
+        if self._asleep:
+            raise RuntimeError("the engine is asleep: wake() it before publish()")
+        self._version = -1
+        self._all(Server.pause)
+        self._all(Server.flush)
+        self._all(Server.begin_update)
+
+    def update_from_tensor(self, payloads: list[str], load_format: str | None) -> None:
+        """Send one bucket: a base64 payload for each tensor-parallel rank, the same to every server."""
+        body = tensor_body(payloads, load_format)
+        self._all(lambda server: server.update_from_tensor(body))
+
+    def join_group(self, address: str, port: int, name: str, backend: str) -> Future[None]:
+        """Have every server enter a process group in which the trainer is rank 0; returns at once."""
+        world = 1 + self.count * self.engine_ranks
+        offsets = {server: 1 + i * self.engine_ranks for i, server in enumerate(self._fleet.servers)}
+        body = {"master_address": address, "master_port": port, "world_size": world, "group_name": name}
+        return self._start(
+            lambda server: server.join_group(body | {"backend": backend, "rank_offset": offsets[server]})
+        )
+
+    def update_from_distributed(
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        group: str,
+        load_format: str | None,
+    ) -> Future[None]:
+        """Have every server receive tensors that rank 0 of `group` broadcasts in this order; returns at once."""
+        body = {
+            "names": list(names),
+            "dtypes": list(dtypes),
+            "shapes": [list(shape) for shape in shapes],
+            "group_name": group,
+            "load_format": load_format,
+            "flush_cache": False,
+        }
+        return self._start(lambda server: server.update_from_distributed(body))
+
+    def leave_group(self, name: str) -> None:
+        """End the process group."""
+        self._all(lambda server: server.leave_group(name))
+
+    def update_from_disk(self, path: str) -> None:
+        """Have every server read a model folder."""
+        self._all(lambda server: server.update_from_disk(path))
+
+    def end_update(self, version: int) -> None:
+        """Close the session, drop what is cached, name the weights, go on unless paused, check the version."""
+        self._all(Server.end_update)
+        self._all(Server.flush)
+        self._all(lambda server: server.set_version(version))
+        if self._paused_by is None:
+            self._all(Server.resume)
+        for server, served in zip(self._fleet.servers, self._all(Server.version), strict=True):
+            if served != str(version):
+                raise EngineError(f"{server.url}: serves version {served} after the publication of {version}")
+        self._version = version
+
+    def abandon_update(self) -> None:
+        """Close the session of an update that failed, if one is open; the servers stay paused."""
+
+        async def end(server: Server) -> None:
+            try:
+                await server.end_update()
+            except EngineError as error:
+                if NO_SESSION not in str(error):
+                    raise
+
+        self._version = -1
+        self._all(end)
+
+    def checksums(self) -> list[dict[str, str]]:
+        """What each server says of its weights, by SGLang's own parameter names."""
+        return self._all(Server.checksums)
+
+    # -- within --------------------------------------------------------------------------------------------------------
+
+    def _all(self, call: Callable[[Server], Any]) -> list[Any]:
+        return self._thread.run(self._fleet.all(call))
+
+    def _start(self, call: Callable[[Server], Any]) -> Future[None]:
+        async def work() -> None:
+            await self._fleet.all(call)
+
+        return self._thread.start(work())
+
+    def _ask(self, request: Request, sampling: Sampling) -> Future[Group]:
+        return self._thread.start(self._fleet.group(request, sampling))
+
+    def _end_stream(self) -> None:
+        """Withdraw what the last stream still asks for."""
+        stream, self._stream = self._stream, None
+        if stream is not None and stream.withdraw():
+            self._all(Server.abort_all)
+
+    def _check_serving(self) -> None:
+        if self._asleep:
+            raise RuntimeError("the engine is asleep: wake() it and publish() weights first")
+        if self._version < 0:
+            raise RuntimeError("the engine has no weights: publish() before generate()")
+
+    def _check_servers(self) -> None:
+        """Refuse servers that are not what the configuration says."""
+        for server, info in zip(self._fleet.servers, self._all(Server.info), strict=True):
+            if info["tp_size"] != self.engine_ranks:
+                raise UserError(f"rollout.tp: {self.engine_ranks}, but {server.url} has --tp-size {info['tp_size']}")
+            if info["enable_custom_logit_processor"] or info["preferred_sampling_params"]:
+                raise UserError(
+                    f"rollout.urls: {server.url} runs with --enable-custom-logit-processor or "
+                    "--preferred-sampling-params; its log-probs would not be the sampler's"
+                )
+
+
+class _Stream(Iterator[Group]):
+    """One call of `generate`: groups that are asked for, and those that came back."""
+
+    def __init__(self, engine: SGLangEngine, requests: Iterable[Request], sampling: Sampling) -> None:
+        self._engine = engine
+        self._requests = iter(requests)
+        self._sampling = sampling
+        self._asked: dict[Future[Group], int] = {}  # and how many responses each is of
+        self._done: queue.SimpleQueue[Future[Group]] = queue.SimpleQueue()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Group:
+        engine = self._engine
+        if engine._stream is not self:
+            raise RuntimeError("this stream of groups has ended: a later generate() or an error took its place")
+        engine._check_serving()
+        self._ask()
+        if not self._asked:
+            raise StopIteration
+        if engine._paused_by == threading.get_ident() and self._done.empty():
+            raise RuntimeError("the engine is paused: resume() before asking for more groups")
+        future = self._done.get()
+        del self._asked[future]
+        try:
+            return future.result()
+        except BaseException:
+            engine._end_stream()
+            raise
+
+    def _ask(self) -> None:
+        """Pull and send requests while few enough responses are asked for."""
+        while sum(self._asked.values()) < self._engine.in_flight:
+            request = next(self._requests, None)
+            if request is None:
+                return
+            check_request(request, self._sampling, self._engine.architecture)
+            future = self._engine._ask(request, self._sampling)
+            self._asked[future] = request.samples
+            future.add_done_callback(self._done.put)
+
+    def withdraw(self) -> bool:
+        """Cancel what is asked for; whether there was anything."""
+        asked, self._asked = self._asked, {}
+        return sum(future.cancel() for future in asked) > 0
+
+
+NO_SESSION = "no weight-update session is open"
+
+
+async def _fleet(urls: Sequence[str], key: str | None, limits: TimeoutsConfig) -> Fleet:
+    """A Fleet, made in the loop that its connections belong to."""
+    return Fleet(urls, key, limits)
+
+
+def _buckets(weights: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Tensors in their order, in lists of at most `size` bytes (or one tensor), given when the next list is begun."""
+    bucket, held = [], 0
+    for name, tensor in weights:
+        if bucket and held + tensor.nbytes > size:
+            yield bucket
+            bucket, held = [], 0
+        bucket.append((name, tensor))
+        held += tensor.nbytes
+    yield bucket
+
+
+def _payload(bucket: list[tuple[str, torch.Tensor]]) -> str:
+    """The tensors themselves, pickled for SGLang's restricted unpickler; copied, as a view would bring its storage."""
+    alone = [(name, tensor.detach().to("cpu", copy=True).contiguous()) for name, tensor in bucket]
+    return base64.b64encode(pickle.dumps(alone)).decode()

@@ -1,0 +1,89 @@
+"""What the engine's tests share: one real SGLang server a session, in float32, with one thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+from transformers import Qwen2ForCausalLM
+
+from megatron_efr.config import ModelConfig, RolloutConfig, TimeoutsConfig
+from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
+from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.weights.architecture import Architecture
+from tests.conftest import make_model_folder
+
+PYTHON = Path(__file__).parents[2] / ".venv-sglang/bin/python"
+SLOTS = 32
+STOP = 2
+
+
+def rollout(**changes: object) -> RolloutConfig:
+    """The rollout section of the tests' servers."""
+    return RolloutConfig.model_validate({"engine": "sglang", "python": str(PYTHON), "slots": SLOTS} | changes)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two models of one shape with different weights."""
+    place = tmp_path_factory.mktemp("models")
+    return tuple(make_model_folder(place / str(seed), tied=True, seed=seed) for seed in (0, 1))
+
+
+@pytest.fixture(scope="session")
+def models(folders: tuple[Path, Path]) -> tuple[Qwen2ForCausalLM, Qwen2ForCausalLM]:
+    """The same two, as transformers has them."""
+    return tuple(Qwen2ForCausalLM.from_pretrained(folder).eval() for folder in folders)
+
+
+def start(folder: Path, config: RolloutConfig, model: Path) -> tuple[Launcher, list[str]]:
+    """Servers of their own, ready."""
+    if not os.access(PYTHON, os.X_OK):
+        pytest.skip(f"{PYTHON} is not there: bash tools/setup_sglang_cpu.sh makes it")
+    launcher = Launcher(folder, config.timeouts.stop_s)
+    try:
+        arguments = server_arguments(
+            ModelConfig(path=str(model)), config, Architecture.from_folder(model), on_gpu=False
+        )
+        environment = server_environment(os.environ, on_gpu=False, tp=config.tp)
+        launcher.start(config.python, arguments, environment, count=config.engines, seed=0)
+        return launcher, launcher.wait(config.timeouts.start_s)
+    except BaseException:
+        launcher.close()
+        raise
+
+
+@pytest.fixture(scope="session")
+def server(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """The session's server: its address and its key."""
+    launcher, urls = start(tmp_path_factory.mktemp("engines"), rollout(), folders[0])
+    with launcher:
+        yield urls[0], launcher.key
+
+
+class MakeSGLang(Protocol):
+    """Makes an engine over the session's server, or over what is given."""
+
+    def __call__(
+        self, url: str | None = None, key: str | None = None, limits: TimeoutsConfig | None = None
+    ) -> SGLangEngine: ...
+
+
+@pytest.fixture
+def make_engine(server: tuple[str, str], folders: tuple[Path, Path]) -> Iterator[MakeSGLang]:
+    """Engines over the session's server; they are closed, and the server goes on, after each test."""
+    architecture = Architecture.from_folder(folders[0])
+    made: list[SGLangEngine] = []
+
+    def make(url: str | None = None, key: str | None = None, limits: TimeoutsConfig | None = None) -> SGLangEngine:
+        made.append(
+            SGLangEngine([url or server[0]], architecture, SLOTS, limits or TimeoutsConfig(), key=key or server[1])
+        )
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()

@@ -1,0 +1,89 @@
+"""What a real SGLang server says of its tokens is what transformers says of them, also across publications."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2ForCausalLM
+
+from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.types import Prompt, Request, Sampling
+from tests.conftest import VOCAB
+from tests.engine.conftest import STOP, MakeSGLang
+from tests.engine_contract import Weights
+
+TOLERANCE = 1e-5
+Models = tuple[Qwen2ForCausalLM, Qwen2ForCausalLM]
+
+
+def weights_of(model: Qwen2ForCausalLM) -> Weights:
+    return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+
+
+def asked(count: int, samples: int) -> list[Request]:
+    """Random prompts of 1 to 40 tokens, two of them with 30 tokens in common."""
+    rng = np.random.default_rng(0)
+    prompts = [tuple(rng.integers(3, VOCAB, rng.integers(1, 41)).tolist()) for _ in range(count - 1)]
+    prompts.append((*max(prompts, key=len)[:30], 5, 6))
+    return [Request(Prompt(f"p{i}", tokens, "", ""), samples, i) for i, tokens in enumerate(prompts)]
+
+
+def exact_logprobs(model: Qwen2ForCausalLM, prompt: Prompt, tokens: list[int], temperature: float) -> torch.Tensor:
+    """[response] log-probs of `tokens` after `prompt`, from one forward pass."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt.tokens, *tokens]])).logits[0, len(prompt.tokens) - 1 : -1]
+    return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+@pytest.fixture
+def engine(make_engine: MakeSGLang) -> SGLangEngine:
+    return make_engine()
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (0.6, 0.9)])
+def test_log_probs_are_those_after_temperature_and_before_top_p(
+    engine: SGLangEngine, models: Models, temperature: float, top_p: float
+) -> None:
+    engine.publish(weights_of(models[0]), version=1)
+    worst = 0.0
+    for group in engine.generate(asked(12, 2), Sampling(temperature, top_p, 60, (STOP,))):
+        for response in group.responses:
+            exact = exact_logprobs(models[0], group.prompt, response.tokens, temperature)
+            worst = max(worst, (exact - torch.tensor(response.logprobs)).abs().max().item())
+    assert worst <= TOLERANCE
+    assert engine.health()["cached_share"] > 0.2  # samples share what was read of their prompt
+
+
+def test_every_part_of_a_response_matches_the_weights_it_was_drawn_from(engine: SGLangEngine, models: Models) -> None:
+    engine.publish(weights_of(models[0]), version=1)
+    stream = engine.generate(asked(24, 2), Sampling(1.0, 1.0, 400, (STOP,)))
+    groups = [next(stream)]
+    engine.publish(weights_of(models[1]), version=2)
+    groups += [next(stream)]
+    engine.publish(weights_of(models[0]), version=3)
+    groups += stream
+    assert len(groups) == 24
+    worst, kinds = 0.0, set()
+    for group in groups:
+        for response in group.responses:
+            kinds.add(tuple(span.version for span in response.versions))
+            assert all(a.end == b.start for a, b in pairwise(response.versions))
+            for version, start, end in response.versions:
+                exact = exact_logprobs(models[version == 2], group.prompt, response.tokens, 1.0)[start:end]
+                worst = max(worst, (exact - torch.tensor(response.logprobs[start:end])).abs().max().item())
+    assert worst <= TOLERANCE
+    assert any(len(kind) > 1 for kind in kinds)
+
+
+def test_weights_in_several_buckets_are_those_in_one(make_engine: MakeSGLang, models: Models) -> None:
+    one, several = make_engine(), make_engine()
+    one.publish(weights_of(models[0]), version=1)
+    first = one.checksums()
+    one.publish(weights_of(models[1]), version=2)
+    assert one.checksums() != first
+    several.bucket_bytes = 20_000
+    several.publish(weights_of(models[0]), version=3)
+    assert several.checksums() == first

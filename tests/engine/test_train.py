@@ -1,0 +1,69 @@
+"""`efr train` with rollouts from a real SGLang server that it starts and ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from megatron_efr.data.arithmetic import ArithmeticTask, write
+from megatron_efr.runfolder import RunFolder
+from tests.engine.conftest import PYTHON
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """Two iterations of the quickstart's configuration, from random weights, with an evaluation in the second."""
+    place = tmp_path_factory.mktemp("train")
+    write(place / "task", 0, ArithmeticTask(max_terms=3, train_rows=24, test_rows=16, sft_rows=64))
+    config = yaml.safe_load((ROOT / "examples/quickstart/rl.yaml").read_text())
+    config |= {"name": "sglang", "runs": str(place), "model": {"path": str(place / "task/model"), "init": "random"}}
+    config["data"]["datasets"][0]["path"] = str(place / "task/train.jsonl")
+    config["evaluation"]["datasets"][0]["path"] = str(place / "task/test.jsonl")
+    config["evaluation"] |= {"every": 2, "max_new_tokens": 40}
+    config["train"]["iterations"] = config["checkpoint"]["every"] = 2
+    config["rollout"] |= {"engine": "sglang", "python": str(PYTHON), "prompts": 8, "samples": 4, "max_new_tokens": 40}
+    (place / "config.yaml").write_text(yaml.safe_dump(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_efr.train", str(place / "config.yaml")],
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return RunFolder(place / "sglang")
+
+
+def test_engine_and_policy_agree_in_every_iteration(run: RunFolder) -> None:
+    lines = run.read_metrics()
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert line["first_ratio_max"] == 1
+        assert 0 < line["logprob_diff_mean"] <= 1e-4
+        assert line["logprob_diff_max"] <= 1e-4
+        assert line["skipped"] == 0
+    assert 0 <= lines[1]["eval/accuracy"] <= 1
+
+
+def test_each_iteration_was_answered_by_the_weights_before_it(run: RunFolder) -> None:
+    for step in (1, 2):
+        responses = [response for group in run.read_rollouts(step) for response in group.responses]
+        assert len(responses) == 32
+        assert {span.version for response in responses for span in response.versions} == {step - 1}
+
+
+def test_nothing_of_the_servers_is_left_and_only_the_owner_reads_their_folder(run: RunFolder) -> None:
+    folder = run.path / "engines"
+    assert {path.name for path in folder.iterdir()} == {"engine-0.yaml", "engine-0.log"}
+    assert folder.stat().st_mode & 0o077 == 0
+    assert [p.pid for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])] == []

@@ -1,0 +1,180 @@
+"""Servers' processes: what they are started with, and that none outlives the process it works for, however that ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from megatron_efr.config import ModelConfig, RolloutConfig
+from megatron_efr.errors import UserError
+from megatron_efr.rollout import supervisor
+from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
+from megatron_efr.weights.architecture import Architecture
+
+# A server that starts workers, one of them in a session of its own, and one left behind by a process that ended.
+TREE = """
+trap '' TERM
+echo $$ >> pids
+sh -c 'echo $$ >> pids; exec sleep 300' &
+setsid sh -c 'echo $$ >> pids; trap "" TERM HUP; sleep 300; :' &
+sh -c 'setsid sh -c "echo \\$\\$ >> pids; exec sleep 300" &'
+while :; do sleep 300; done
+"""
+
+# A trainer that starts that server in its main thread, or in another one that ends, and then waits.
+TRAINER = f"""
+import os, subprocess, sys, threading, time
+start = lambda: subprocess.Popen([sys.executable, "-I", {supervisor.__file__!r}, str(os.getpid()), "0.3", "sh", "tree.sh"],
+                                 start_new_session=True)
+thread = threading.Thread(target=start)
+thread.start()
+thread.join()
+time.sleep(300)
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Iterator[Callable[[int], list[int]]]:
+    """Waits until the server's `count` processes are there; whatever is left of them is killed after the test."""
+    (tmp_path / "tree.sh").write_text(TREE)
+
+    def processes(count: int = 4) -> list[int]:
+        for _ in range(600):
+            pids = tmp_path / "pids"
+            found = [int(pid) for pid in pids.read_text().split()] if pids.exists() else []
+            if len(found) == count:
+                return found
+            time.sleep(0.1)
+        raise AssertionError(f"{found} after a minute")
+
+    yield processes
+    if (tmp_path / "pids").exists():
+        for pid in map(int, (tmp_path / "pids").read_text().split()):
+            if psutil.pid_exists(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def gone(pids: list[int]) -> bool:
+    """Whether all end within half a minute."""
+    for _ in range(300):
+        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_nothing_outlives_the_trainer(tree: Callable[[], list[int]], tmp_path: Path, number: signal.Signals) -> None:
+    trainer = subprocess.Popen([sys.executable, "-c", TRAINER], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    processes = tree()
+    trainer.send_signal(number)
+    trainer.wait(30)
+    assert gone(processes)
+
+
+def test_a_server_that_is_told_to_end_takes_its_descendants_along(
+    tree: Callable[[], list[int]], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-I", supervisor.__file__, str(os.getpid()), "0.3", "sh", "tree.sh"]
+    process = subprocess.Popen(command, cwd=tmp_path)
+    processes = tree()
+    process.terminate()
+    process.wait(30)
+    assert gone(processes)
+
+
+def test_a_server_dies_with_its_supervisor(tree: Callable[[], list[int]], tmp_path: Path) -> None:
+    command = [sys.executable, "-I", supervisor.__file__, str(os.getpid()), "0.3", "sh", "tree.sh"]
+    process = subprocess.Popen(command, cwd=tmp_path)
+    server, *_ = tree()
+    process.kill()
+    process.wait(30)
+    assert gone([server])
+
+
+def test_a_supervisor_ends_as_its_command_does() -> None:
+    command = [sys.executable, "-I", supervisor.__file__, str(os.getpid()), "1", "sh", "-c", "exit 7"]
+    assert subprocess.run(command, timeout=30).returncode == 7
+
+
+# -- what servers are started with -------------------------------------------------------------------------------------
+
+
+def test_servers_see_nothing_of_torchrun_or_of_the_trainers_interpreter() -> None:
+    mine = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "1", "LOCAL_RANK": "3"}
+    mine |= {"LOCAL_WORLD_SIZE": "8", "GROUP_RANK": "0", "ROLE_RANK": "3", "TORCHELASTIC_RUN_ID": "x"}
+    mine |= {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "PYTHONPATH": "/x", "OMP_NUM_THREADS": "1"}
+    kept = {"PATH": "/bin", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "0,1", "NCCL_SOCKET_IFNAME": "eth0"}
+    assert server_environment(mine | kept, on_gpu=True, tp=1) == kept | {"HF_HUB_OFFLINE": "1"}
+    on_cpu = server_environment(mine | kept, on_gpu=False, tp=2)
+    assert on_cpu["SGLANG_CPU_OMP_THREADS_BIND"] == "0|0"
+    assert on_cpu["OMP_NUM_THREADS"] == "1"
+    assert "RANK" not in on_cpu
+
+
+@pytest.mark.parametrize(("dtype", "fp32_head"), [("float32", False), ("bfloat16", True)])
+def test_the_pass_through_has_the_last_word(tied_model: Path, dtype: str, fp32_head: bool) -> None:
+    model = ModelConfig.model_validate({"path": str(tied_model), "dtype": dtype})
+    rollout = RolloutConfig.model_validate(
+        {"engine": "sglang", "slots": 8, "tp": 2, "server": {"mem_fraction_static": 0.6, "max_running_requests": 4}}
+    )
+    arguments = server_arguments(model, rollout, Architecture.from_folder(tied_model), on_gpu=True)
+    assert arguments["mem_fraction_static"] == 0.6
+    assert arguments["max_running_requests"] == 4
+    assert (arguments["dtype"], arguments["tp_size"], arguments["enable_fp32_lm_head"]) == (dtype, 2, fp32_head)
+    assert "device" not in arguments
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Iterator[Launcher]:
+    with Launcher(tmp_path / "engines", stop_s=1) as made:
+        yield made
+
+
+def fake_python(folder: Path, script: str) -> str:
+    """An interpreter that runs `script` whatever it is asked."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_server_that_ends_early_shows_the_end_of_its_log(launcher: Launcher, tmp_path: Path) -> None:
+    python = fake_python(tmp_path, "echo server_args=api_key; echo unrecognized arguments: --no-such; exit 2")
+    launcher.start(python, {"no_such": 1}, os.environ, count=1, seed=0)
+    with pytest.raises(UserError, match=r"engine-0 ended before(.|\n)*unrecognized arguments: --no-such") as raised:
+        launcher.wait(60)
+    assert "api_key" not in str(raised.value)
+
+
+def test_a_server_that_does_not_get_ready_is_named_with_its_limit(launcher: Launcher, tmp_path: Path) -> None:
+    launcher.start(fake_python(tmp_path, "echo loading; exec sleep 300"), {}, os.environ, count=2, seed=0)
+    with pytest.raises(UserError, match=r"engine-0 is not ready after rollout.timeouts.start_s = 1 s(.|\n)*loading"):
+        launcher.wait(1)
+
+
+def test_an_interpreter_that_is_not_there_is_named_with_what_makes_it(launcher: Launcher) -> None:
+    with pytest.raises(UserError, match=r"rollout\.python: /no/python(.|\n)*setup_sglang_cpu\.sh"):
+        launcher.start("/no/python", {}, os.environ, count=1, seed=0)
+
+
+def test_the_key_is_in_a_file_of_the_owners_and_on_no_command_line(launcher: Launcher, tmp_path: Path) -> None:
+    launcher.start(fake_python(tmp_path, "exec sleep 300"), {"tp_size": 1}, os.environ, count=2, seed=7)
+    settings = [yaml.safe_load((launcher.folder / f"engine-{i}.yaml").read_text()) for i in (0, 1)]
+    assert [s["api-key"] for s in settings] == [launcher.key, launcher.key]
+    assert [s["random-seed"] for s in settings] == [7, 8]
+    assert settings[0]["port"] != settings[1]["port"]
+    assert {s["host"] for s in settings} == {"127.0.0.1"}
+    assert launcher.folder.stat().st_mode & 0o077 == 0
+    for server in launcher.servers:
+        everyone = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+        assert not [p for p in everyone if launcher.key in " ".join(p.cmdline())]

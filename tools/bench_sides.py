@@ -1,0 +1,120 @@
+"""The sides of bench_cpu.py that are not TRL's: an iteration and a policy step of ours, and plain torch's step.
+
+Started by bench_cpu.py as `bench_sides.py NAME FOLDER`, one process each.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_plain import serve_plain
+from bench_turns import ROOT, Settings, serve, timed_steps
+
+from megatron_efr import methods
+from megatron_efr.checkpoint import Checkpoints
+from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_efr.configfile import load
+from megatron_efr.environment import Environment
+from megatron_efr.observe import Observer
+from megatron_efr.policy import Policy, clipped_policy_loss, launched
+from megatron_efr.runfolder import RunFolder
+from megatron_efr.train import Run
+from megatron_efr.types import Sequence
+
+
+def configuration(settings: Settings, folder: Path, turns: int) -> TrainConfig:
+    """The quickstart's own configuration, alpha 0 as TRL's reward is, with the sizes of `settings`."""
+    overrides = {
+        "runs": folder,
+        "model.path": settings.model,
+        "rollout.prompts": settings.prompts,
+        "rollout.samples": settings.samples,
+        "rollout.max_new_tokens": settings.max_new_tokens,
+        "train.iterations": turns,
+        "method.alpha": 0.0,
+        "data.datasets": f"[{{path: {json.dumps(settings.train)}, difficulty: difficulty}}]",
+    }
+    example = ROOT / "examples" / "quickstart" / "rl.yaml"
+    return load(TrainConfig, example, [f"{key}={value}" for key, value in overrides.items()])
+
+
+def serve_iteration(settings: Settings, folder: Path) -> None:
+    """`efr train`'s own loop, one iteration and its publication a turn."""
+    config = configuration(settings, folder, settings.iteration_turns + 1)
+    with launched(config.parallel, config.seed) as ranks:
+        environment, place = Environment(config), RunFolder(config.folder)
+        run = Run(
+            config=config,
+            ranks=ranks,
+            folder=place,
+            checkpoints=Checkpoints(place.checkpoints, config.checkpoint, ranks),
+            environment=environment,
+            policy=Policy.to_train(config, ranks),
+            method=methods.build(config.method, config.rollout.samples),
+        )
+        with Observer(place, config.observe, config.train.iterations, 0, 0) as observer:
+            run.publish(0)
+            steps = iter(range(1, config.train.iterations + 1))
+
+            def work() -> dict[str, Any]:
+                step, began = next(steps), time.perf_counter()
+                metrics = run.iterate(step, observer)
+                run.publish(step)
+                phases = {name: observer.seconds(name) for name in ("rollout", "logprobs", "train")}
+                seconds = time.perf_counter() - began
+                observer.log(step, metrics)
+                return {
+                    "seconds": seconds,
+                    "phases": phases,
+                    "lengths": [metrics["tokens_mean"]],
+                    "accuracy": metrics["accuracy"],
+                }
+
+            serve(work)
+        environment.close()
+
+
+def serve_policy(settings: Settings, folder: Path) -> None:
+    """`Policy.update` on the batch that `folder` describes; leaves weights, batch and first gradients there."""
+    given = json.loads((folder / "sequences.json").read_text())
+    with launched(ParallelConfig(), seed=1) as ranks:
+        model = ModelConfig(path=given["model"], init=given["init"])
+        policy = Policy(model, ParallelConfig(), OptimizerConfig(lr=1e-4), ranks, updates=10_000, seed=1)
+        sequences = [Sequence(*row) for row in given["sequences"]]
+        batches = policy.pack_update(sequences, list(range(len(sequences))), 2 * settings.step_tokens, "sequence")
+        policy.fill_logprobs(batches)
+        generator = torch.Generator().manual_seed(0)
+        for batch in batches:  # ratios off 1: at 1 the loss would not depend on the model
+            assert batch.old_logprobs is not None
+            batch.old_logprobs += 0.1 * torch.randn(batch.old_logprobs.shape, generator=generator)
+            advantages = torch.tensor([sequences[i].advantage for i in batch.indices])
+            batch.advantages = advantages.repeat_interleave(torch.tensor(batch.row_lengths))
+        torch.save({name: tensor.clone() for name, tensor in policy.named_weights()}, folder / "weights.pt")
+        torch.save([asdict(batch) for batch in batches], folder / "batches.pt")
+        loss = clipped_policy_loss(0.2)
+
+        def keep_gradients() -> None:
+            parameters = [p for chunk in policy.chunks for p in chunk.parameters()]
+            values = [p.data.clone() for p in parameters]
+            for parameter in parameters:
+                parameter.data.copy_(parameter.main_grad)  # pyright: ignore[reportAttributeAccessIssue]
+            torch.save({name: tensor.clone() for name, tensor in policy.named_weights()}, folder / "ours.pt")
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.data.copy_(value)
+
+        serve(timed_steps(settings, lambda: policy.update(batches, loss)["loss"], keep_gradients))
+
+
+SIDES = {"iteration": serve_iteration, "policy": serve_policy, "plain": serve_plain}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    side, folder = sys.argv[1], Path(sys.argv[2])
+    SIDES[side](Settings(**json.loads((folder / "settings.json").read_text())), folder)
