@@ -96,7 +96,7 @@ def _row_configurations(block: int, warps: int, parity: str) -> Iterator[Configu
     for constants in plain:
         name = f"statistics{' entropy' * constants['ENTROPY']}{tail}"
         yield _row(name, triton_rows.statistics_kernel, None, constants, parity, warps)
-    for dtype in ("fp32", "bf16", "fp16"):
+    for dtype in ("fp32", "bf16", *(["fp16"] if parity == "mixed" else [])):
         for constants in plain:
             name = f"gradient {dtype}{' entropy' * constants['ENTROPY']}{tail}"
             yield _row(name, triton_rows.gradient_kernel, dtype, constants, parity, warps)

@@ -156,7 +156,7 @@ class _Attach(torch.autograd.Function):
         arrived, promised = float(grads[0]), ctx.factor
         if not abs(arrived - promised) <= _FACTOR_TOLERANCE * abs(promised):
             raise RuntimeError(
-                f"the loss was scaled by {arrived}, and its gradients were written for a factor of {promised}; the "
-                "weight's gradient is already in main_grad, so this step cannot be used"
+                f"the loss was scaled by {arrived}, and its gradients were written for a factor of {promised}: "
+                "they are wrong, and this step cannot be used"
             )
         return *ctx.saved_tensors, None, None, None, None

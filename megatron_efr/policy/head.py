@@ -8,9 +8,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
 
-from megatron_efr.kernels import Backend, PolicyRows, PolicyTerms, fused_policy_loss, linear_logprob
+from megatron_efr.config import ModelConfig
+from megatron_efr.kernels import (
+    CHUNK_TOKENS,
+    Backend,
+    PolicyRows,
+    PolicyTerms,
+    choose_backend,
+    fused_policy_loss,
+    linear_logprob,
+)
+from megatron_efr.policy.model import PolicyModel
+from megatron_efr.policy.ranks import Ranks
 from megatron_efr.types import PackedBatch
+from megatron_efr.weights.architecture import Architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +78,13 @@ class HeadRows:
     batch: PackedBatch
     factor: float
 
-    def logprobs(self) -> torch.Tensor:
-        """fp32 [R], for any loss: the backward pass computes the logits again."""
+    def logprobs(self, live: int | None = None) -> torch.Tensor:
+        """fp32 [R], for any loss: the backward pass computes the logits again, of the first `live` rows.
+
+        The others have no gradient, as the loss knows (`batch.live_rows`, where it is a multiple of the advantage).
+        """
         head, batch = self.head, self.batch
-        return linear_logprob(self.states, head.weight, batch.targets, **head.options)[0]
+        return linear_logprob(self.states, head.weight, batch.targets, live=live, **head.options)[0]
 
     def policy_loss(self, terms: PolicyTerms) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of `PolicyTerms` and its figures, for what each token's log-prob gives alone: logits exist once.
@@ -86,6 +102,40 @@ class HeadRows:
         if loss.requires_grad and head.main_grad is not None:
             loss = _GradientIsThere.apply(loss, head.weight)
         return loss, figures
+
+
+def build_head(
+    model: PolicyModel, config: ModelConfig, architecture: Architecture, ranks: Ranks, temperature: float
+) -> Head | None:
+    """The head of this rank's last chunk, on the last stage; rank 0 says which kernels run."""
+    kernels, reason = choose_backend(config.kernels)
+    if ranks.is_main:
+        print(f"kernels: {kernels} ({reason})", flush=True)
+    if not ranks.is_last_stage:
+        return None
+    return Head(
+        weight=model.head_weight,
+        vocab=architecture.vocab,
+        temperature=temperature,
+        tensor_group=ranks.tensor_group if ranks.tensor_ranks > 1 else None,
+        sequence_parallel=model.config.sequence_parallel,
+        chunk=config.head_chunk_tokens or CHUNK_TOKENS * ranks.tensor_ranks,
+        backend=kernels,
+    )
+
+
+def loss_scaling(config: TransformerConfig, ranks: Ranks, micro_batches: int) -> tuple[float, float]:
+    """What undoes Megatron's own averaging of our losses, and the factor that these arrive at backward with.
+
+    Without `calculate_per_token_loss` the schedule divides a loss by the number of micro-batches, and DDP the
+    gradients by that of its ranks. The loss scale comes last.
+    """
+    assert config.grad_scale_func is not None
+    scale = float(config.grad_scale_func(torch.ones((), device=ranks.device)))
+    if config.calculate_per_token_loss:
+        return 1.0, scale
+    averaged = ranks.replicas * ranks.context_ranks
+    return float(micro_batches * averaged), averaged * scale
 
 
 class _GradientIsThere(torch.autograd.Function):

@@ -151,7 +151,7 @@ class Optimizer:
             }
 
     def load_sharded_state(self, state: dict[str, Any]) -> None:
-        parts, saved = self.megatron.chained_optimizers, state["state"]
+        parts, saved = self.megatron.chained_optimizers, self._in_our_form(state["state"])
         by_part = [saved] if len(parts) == 1 else [saved[i] for i in range(len(parts))]
         tensors = [resumable.set_aside(part, mine) for part, mine in zip(parts, by_part, strict=True)]
         with cpu.cuda_type_names():
@@ -161,6 +161,26 @@ class Optimizer:
                 resumable.put_tensors(cast(DistributedOptimizer, part), mine)
         self.schedule.load_state_dict(state["schedule"])
         self.skipped_in_a_row = state["skipped_in_a_row"]
+
+    def _in_our_form(self, loaded: dict[Any, Any]) -> dict[Any, Any]:
+        """What was loaded, as our optimizers take it, whichever way the ranks that saved it were split.
+
+        Megatron gives experts that are split over ranks an optimizer of their own, so what a checkpoint says beside
+        its tensors comes in another form with `parallel.expert` > 1 than without. None of that is the checkpoint's to
+        say but the number of steps: the configuration has the rest, and the schedule sets the learning rate.
+        """
+        ours = self.megatron.chained_optimizers
+        if self._chunks[0].ddp_config.use_distributed_optimizer:
+            return loaded
+        parts = [loaded] if len(ours) == 1 else [loaded[i] for i in range(len(ours))]
+        steps = _find(loaded, "common_step")
+        for part, optimizer in zip(parts, ours, strict=True):
+            inner = part.get("optimizer", part)  # bf16 keeps its fp32 weights beside it
+            groups = zip(cast(Any, optimizer).optimizer.param_groups, inner["param_groups"], strict=True)
+            inner["param_groups"] = [{**group, "params": saved["params"]} for group, saved in groups]
+            if steps is not None:
+                inner["state"]["common_step"] = steps
+        return parts[0] if len(parts) == 1 else dict(enumerate(parts))
 
 
 def _check(fields: Mapping[str, Any], dtype: str) -> None:
@@ -183,3 +203,12 @@ def _check(fields: Mapping[str, Any], dtype: str) -> None:
     }
     if missing := [what for what, there in needed.items() if not there]:
         raise ConfigError(f"{where}.optimizer_cpu_offload: Megatron's offloading also needs {'; '.join(missing)}")
+
+
+def _find(tree: Any, key: str) -> Any:
+    """The first value of `key` in nested dictionaries, None where there is none."""
+    if not isinstance(tree, dict):
+        return None
+    if key in tree:
+        return tree[key]
+    return next((found for value in tree.values() if (found := _find(value, key)) is not None), None)

@@ -15,10 +15,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from megatron_efr.kernels import CHUNK_TOKENS, choose_backend
 from megatron_efr.policy import context
 from megatron_efr.policy.fit import check_fit
-from megatron_efr.policy.head import Head, HeadRows
+from megatron_efr.policy.head import HeadRows, build_head, loss_scaling
 from megatron_efr.policy.layers import packed_sequences
 from megatron_efr.policy.loss import Loss, Metrics
 from megatron_efr.policy.model import PolicyModel, build_chunks, transformer_config
@@ -57,7 +56,7 @@ class Policy:
         self.config = transformer_config(model, self.architecture, parallel)
         self._flops = sequence_flops(self.architecture)
         self.chunks = build_chunks(self.config, self.architecture, parallel, model.layers, ranks.device)
-        self._head = self._build_head(temperature)
+        self._head = build_head(_unwrapped(self.chunks[-1]), model, self.architecture, ranks, temperature)
         # each sequence divides into 2 chunks per context rank, a context rank's slice over the sequence-parallel ones
         self._sequence_multiple = 2 * parallel.context if parallel.context > 1 else 1
         self._pack_multiple = math.lcm(
@@ -210,7 +209,7 @@ class Policy:
         return cast(list[Metrics], outputs)
 
     def _forward_step(self, loss: Loss, micro_batches: int) -> Callable[..., tuple[torch.Tensor, Any]]:
-        undo, factor = self._scaling(micro_batches)
+        undo, factor = loss_scaling(self.config, self.ranks, micro_batches)
 
         def step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             batch = context.part(next(batches), self.ranks.context_rank, self.ranks.context_ranks)
@@ -231,37 +230,6 @@ class Policy:
             return hidden, measure  # Megatron measures on the last stage
 
         return step
-
-    def _scaling(self, micro_batches: int) -> tuple[float, float]:
-        """What undoes Megatron's own averaging of our losses, and the factor that they arrive at backward with.
-
-        Without `calculate_per_token_loss` the schedule divides a loss by the number of micro-batches, and DDP the
-        gradients by that of its ranks. The loss scale comes last.
-        """
-        assert self.config.grad_scale_func is not None
-        scale = float(self.config.grad_scale_func(torch.ones((), device=self.ranks.device)))
-        if self.config.calculate_per_token_loss:
-            return 1.0, scale
-        averaged = self.ranks.replicas * self.ranks.context_ranks
-        return float(micro_batches * averaged), averaged * scale
-
-    def _build_head(self, temperature: float) -> Head | None:
-        """The last stage's; rank 0 says which kernels run."""
-        model, ranks, config = self.model_config, self.ranks, self.config
-        kernels, reason = choose_backend(model.kernels)
-        if ranks.is_main:
-            print(f"kernels: {kernels} ({reason})", flush=True)
-        if not ranks.is_last_stage:
-            return None
-        return Head(
-            weight=_unwrapped(self.chunks[-1]).head_weight,
-            vocab=self.architecture.vocab,
-            temperature=temperature,
-            tensor_group=ranks.tensor_group if ranks.tensor_ranks > 1 else None,
-            sequence_parallel=config.sequence_parallel,
-            chunk=model.head_chunk_tokens or CHUNK_TOKENS * ranks.tensor_ranks,
-            backend=kernels,
-        )
 
     def _over_replicas(self, metrics: dict[str, float]) -> dict[str, float]:
         """This replica's figures combined with all others', on every rank; they stand on the last stage only."""

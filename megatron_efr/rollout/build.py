@@ -31,7 +31,8 @@ def build_engine(model: ModelConfig, rollout: RolloutConfig, folder: Path, seed:
     if not urls:
         launcher = resources.enter_context(Launcher(folder, rollout.timeouts.stop_s))
         on_gpu = torch.cuda.is_available()
-        arguments = server_arguments(model, rollout, architecture, on_gpu)
+        trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        arguments = server_arguments(model, rollout, architecture, on_gpu, trainers)
         environment = server_environment(os.environ, on_gpu, rollout.tp)
         launcher.start(rollout.python, arguments, environment, count=rollout.engines, seed=seed)
         urls, key = launcher.wait(rollout.timeouts.start_s), launcher.key

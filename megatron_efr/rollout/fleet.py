@@ -45,7 +45,7 @@ class Tally:
 
 
 class Fleet:
-    """Servers that share one connection pool. Requests of a prompt go to one server, which then reads it once."""
+    """Servers that share one connection pool. Responses to a prompt come from one server, and share its cache."""
 
     def __init__(self, urls: Sequence[str], key: str | None, limits: TimeoutsConfig) -> None:
         headers = {"Content-Type": "application/json"}

@@ -68,9 +68,12 @@ def server_environment(outer: Mapping[str, str], on_gpu: bool, tp: int) -> dict[
 
 
 def server_arguments(
-    model: ModelConfig, rollout: RolloutConfig, architecture: Architecture, on_gpu: bool
+    model: ModelConfig, rollout: RolloutConfig, architecture: Architecture, on_gpu: bool, trainers: int = 1
 ) -> dict[str, Any]:
-    """What every server of a run is started with, by SGLang's names; `rollout.server` has the last word."""
+    """What the servers of a run are started with, by SGLang's names; `rollout.server` has the last word.
+
+    `trainers` is the number of GPUs that train on this machine. `base_gpu_id` is the first server's.
+    """
     arguments: dict[str, Any] = {
         "model_path": str(Path(model.path).resolve()),
         "load_format": "dummy",  # weights come by publication, and are never read twice
@@ -82,7 +85,9 @@ def server_arguments(
         "enable_fp32_lm_head": model.dtype != "float32",  # as the policy's head: bf16 logits move log-probs by 1e-2
         "log_level_http": "warning",
     }
-    if not on_gpu:
+    if on_gpu:
+        arguments["base_gpu_id"] = trainers if rollout.placement == "apart" else 0
+    else:
         arguments |= CPU_ARGUMENTS | {"max_total_tokens": max(CPU_CACHED_TOKENS, architecture.max_positions)}
     return arguments | rollout.server
 
@@ -118,7 +123,7 @@ class Launcher:
     def start(
         self, python: str, arguments: Mapping[str, Any], environment: Mapping[str, str], *, count: int, seed: int
     ) -> None:
-        """Start `count` servers, each with random numbers of its own; returns before they are ready."""
+        """Start `count` servers, each with random numbers and GPUs of its own; returns before they are ready."""
         if not os.access(python, os.X_OK):
             raise UserError(
                 f"rollout.python: {python}: no such interpreter; on a machine without a GPU, "
@@ -129,6 +134,8 @@ class Launcher:
         for index in range(count):
             port = _free_port()
             own = {"host": HOST, "port": port, "api_key": self.key, "random_seed": (seed + index) % 2**31}
+            if "base_gpu_id" in arguments:
+                own["base_gpu_id"] = arguments["base_gpu_id"] + index * arguments["tp_size"]
             self._start_one(f"engine-{index}", python, dict(arguments) | own, environment)
 
     def _start_one(self, name: str, python: str, arguments: Mapping[str, Any], environment: Mapping[str, str]) -> None:

@@ -86,8 +86,8 @@ class SGLangEngine:
         ValueError names a tensor that is unknown, given twice, mis-shaped or missing, before it, or the last bucket, is
         sent. After an error the servers stay paused and serve nothing until a publication succeeds.
         """
-        self.begin_update()
         try:
+            self.begin_update()
             for bucket in _buckets(checked(weights, self._shapes), self.bucket_bytes):
                 self.update_from_tensor([_payload(bucket)] * self.engine_ranks, None)
             self.end_update(version)

@@ -23,8 +23,8 @@ from typing import Literal
 
 import torch
 
-from megatron_efr.config import ConfigError
 from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.splits import check_split
 
 Split = Literal["whole", "column", "row", "vocab", "qkv", "gate_up", "grouped_gate_up", "grouped_row"]
 
@@ -113,30 +113,12 @@ class WeightMapping:
         self.tensor_ranks = tensor_ranks
         self.expert_ranks = expert_ranks
         self._expert_rank, self._grouped = expert_rank, grouped
-        self._check_split()
+        check_split(architecture, tensor_ranks, expert_ranks)
         self._rows: dict[str, Row] = {}  # by Megatron name and by alias, layer filled in
         for row in self._table():
             self._rows[row.megatron] = row
             if row.alias is not None:
                 self._rows[row.alias] = row
-
-    def _check_split(self) -> None:
-        a, ranks = self.architecture, self.tensor_ranks
-        if a.heads % ranks:
-            raise ConfigError(f"parallel.tensor: {ranks} ranks do not divide the model's {a.heads} attention heads")
-        if a.kv_heads % ranks and ranks % a.kv_heads:
-            raise ConfigError(
-                f"parallel.tensor: {ranks} must divide the {a.kv_heads} key-value heads of the model, or be a multiple"
-            )
-        if (a.heads + 2 * a.kv_heads) * a.head_dim % ranks:
-            rows = (a.heads + 2 * a.kv_heads) * a.head_dim
-            raise ConfigError(
-                f"parallel.tensor: {ranks} ranks do not divide the {rows} rows of queries, keys and values"
-            )
-        if (ffn := a.experts.ffn if a.experts else a.ffn) % ranks:
-            raise ConfigError(f"parallel.tensor: {ranks} ranks do not divide the model's MLP width {ffn}")
-        if (experts := a.experts.count if a.experts else 0) % self.expert_ranks:
-            raise ConfigError(f"parallel.expert: {self.expert_ranks} ranks do not divide the model's {experts} experts")
 
     def _table(self) -> Iterator[Row]:
         a = self.architecture

@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 if torch.cuda.is_available():
-    from megatron_efr.kernels import PolicyRows, PolicyTerms, fused_policy_loss, linear_logprob, triton_rows
+    from megatron_efr.kernels import PolicyRows, PolicyTerms, fused_policy_loss, linear_logprob, products, triton_rows
     from tests.kernel_suite import *  # noqa: F403  the tests themselves
     from tests.kernel_suite import case, exact, relative
 
@@ -49,6 +49,21 @@ def test_bf16_at_the_shipped_block(vocab: int, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(results[0][1], results[1][1]), "bit for bit"
     assert relative(-results[0][0], d_hidden) <= 1e-2
     assert relative(-results[0][1], d_weight) <= 1e-2
+
+
+def test_fp32_products_of_bf16_operands_equal_the_upcast_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = (tensor.detach() for tensor in case(300, 256, 5000, torch.bfloat16))
+    results = []
+    for upcast in (False, True):
+        if upcast:
+            monkeypatch.setattr(products, "has_fp32_products", lambda operand: False)
+        assert products.has_fp32_products(w) is not upcast
+        logits = products.logits_into(torch.empty(300, 5000, device="cuda"), x, w)
+        total = torch.ones(w.shape, device="cuda")
+        products.accumulate_weight_gradient(total, logits.bfloat16(), x)
+        results.append((logits, total))
+    for mine, theirs in zip(*results, strict=True):
+        assert relative(mine, theirs) <= 1e-5
 
 
 def test_more_logits_than_an_int32_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,8 @@ def main(model: str, converted: str, out: str, layout: str) -> None:
         batches = policy.pack_update(sequences, list(range(6)), 10_000, "sequence")
         found = dict(zip(batches[0].indices, policy.logprobs(batches)[0].split(batches[0].row_lengths), strict=True))
         reference = AutoModelForCausalLM.from_pretrained(model)
-        for i, sequence in enumerate(sequences):
+        for i in found:  # this replica's
+            sequence = sequences[i]
             with torch.no_grad():
                 logits = reference(torch.tensor([sequence.tokens])).logits[0, sequence.prompt_length - 1 : -1]
             targets = torch.tensor(sequence.tokens[sequence.prompt_length :])

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_efr.config import TrainConfig
 from megatron_efr.configfile import load
 from megatron_efr.train import train
+from tests.parallel.layout import folder
 
 
 def main(runs: str, *asked: str) -> None:
@@ -19,7 +20,7 @@ def main(runs: str, *asked: str) -> None:
     for one in asked:
         config, _, layout = one.partition(" ")
         split = [f"parallel.{item}" for item in layout.split(",") if item]
-        train(load(TrainConfig, config, [f"runs={runs}", f"name={layout.replace('=', '') or 'data'}", *split]))
+        train(load(TrainConfig, config, [f"runs={runs}", f"name={folder(layout)}", *split]))
     dist.destroy_process_group()
 
 

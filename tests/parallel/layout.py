@@ -49,6 +49,11 @@ def split(layout: str) -> ParallelConfig:
     return ParallelConfig(**{k: v == "true" if k == "sequence" else int(v) for k, v in fields.items()})  # type: ignore[arg-type]
 
 
+def folder(layout: str) -> str:
+    """The name for what a layout writes."""
+    return layout.replace("=", "").replace(",", "-") or "data"
+
+
 def kind(layout: str) -> str:
     """Which cases a layout runs: `expert=` (1 too) asks for the mixture of experts."""
     return "experts" if "expert" in layout else "dense"

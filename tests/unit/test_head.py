@@ -12,6 +12,7 @@ import torch
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.kernels import products
 from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, supervised_loss
+from megatron_efr.policy.head import loss_scaling
 from megatron_efr.types import PackedBatch, Sequence, UserError
 from tests.conftest import make_model_folder
 from tests.parallel import head
@@ -86,7 +87,7 @@ def test_the_optimizers_own_loss_scale_is_promised(models: str, ranks: Ranks) ->
         optimizer = OptimizerConfig(lr=1e-3, clip_grad=0.0, megatron=scale)
         policy = Policy(ModelConfig(path=f"{models}/untied"), parallel, optimizer, ranks, updates=1, seed=0)
         norms.append(policy.update(head.batches(policy, head.PLAIN), PPO)["grad_norm"])
-        assert policy._scaling(3)[1] == scale.get("loss_scale", 1.0)
+        assert loss_scaling(policy.config, ranks, 3) == (1.0, scale.get("loss_scale", 1.0))
     assert norms[0] == norms[1], "a power of 2 changes no bit"
 
 
