@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_efr import arguments, methods
 from megatron_efr.checkpoint import Checkpoints
@@ -17,28 +18,33 @@ from megatron_efr.interruption import EXIT_REQUEUE, Interruption
 from megatron_efr.methods.token_advantages import fill_token_advantages
 from megatron_efr.observe import Observer
 from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, launched, split_into_updates, trainable
-from megatron_efr.report.iteration import check_logprobs, iteration_metrics
+from megatron_efr.replay import replay
+from megatron_efr.report.iteration import check_logprobs, check_skipped, iteration_metrics
+from megatron_efr.resume import restore, save
 from megatron_efr.runfolder import RunFolder
 from megatron_efr.types import Group
 from megatron_efr.weights.publication import build_publisher
 from megatron_efr.weights.publish import Embedded, Publisher
 
 
-def train(config: TrainConfig, resume: bool = False) -> None:
-    """Run the loop to its end, from the start or from the newest checkpoint that verifies."""
+def train(config: TrainConfig, resume: bool = False, replayed: Path | None = None) -> None:
+    """Run the loop to its end, from the start or from the newest checkpoint that verifies; or only replay a file."""
     method = methods.build(config.method, config.rollout.samples)
     config.check_world(arguments.world_size())
     with launched(config.parallel, config.seed, config.model) as ranks:
-        folder = RunFolder(config.folder)
-        ranks.on_main(lambda: folder.claim(dump(config), resume))
-        environment = ranks.on_main(lambda: Environment(config))
+        folder, environment = RunFolder(config.folder), None
+        if replayed is None:
+            ranks.on_main(lambda: folder.claim(dump(config), resume))
+            environment = ranks.on_main(lambda: Environment(config))
         try:
             policy = Policy.to_train(config, ranks)
             checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
             publisher = build_publisher(config, environment and environment.engine, ranks.cpu_world)
             run = Run(config, ranks, folder, checkpoints, environment, policy, publisher, method)
+            if replayed is not None:
+                return replay(run, replayed)
             with Interruption() as interruption:
-                run.loop(run.restore() if resume else 0, interruption)
+                run.loop(restore(run) if resume else 0, interruption)
         finally:
             if environment is not None:
                 environment.close()
@@ -69,20 +75,29 @@ class Run:
                 with observer.phase("evaluate"):
                     metrics |= self.evaluate(step)
                 observer.log(step, metrics)
+                kept = self.folder.rollouts_path(step)
+                check_skipped(self.policy.optimizer.skipped_in_a_row, self.config.train.max_skipped, step, kept)
                 ending = not self.ranks.everywhere(interruption.received is None)
                 if step % self.config.checkpoint.every == 0 or step == total or ending:
                     with observer.phase("checkpoint"):
-                        self.save(step)
+                        save(self, step)
                 self.checkpoints.settle(wait=step == total or ending)
                 if ending and step < total:
                     raise SystemExit(EXIT_REQUEUE)
         self.policy.save_folder(self.folder.model)
 
     def iterate(self, step: int, observer: Observer) -> dict[str, float]:
-        """prompts -> rollouts -> grades -> rewards -> advantages -> packed micro-batches -> log-probs -> updates."""
-        config, policy = self.config, self.policy
+        """Rollouts, and what is learnt from them; those of a skipped update are always kept, for a replay."""
         with observer.phase("rollout"):
             groups = self.ranks.share(lambda: self.rollouts(step))
+        metrics = self.learn(step, groups, observer)
+        if metrics["skipped"]:
+            self.ranks.on_main(lambda: self.folder.write_rollouts(step, groups))
+        return metrics
+
+    def learn(self, step: int, groups: list[Group], observer: Observer) -> dict[str, float]:
+        """Scored groups -> packed micro-batches -> log-probs -> updates; the iteration's metrics."""
+        config, policy = self.config, self.policy
         sequences = [sequence for group in groups for sequence in trainable(group)]
         updates = [
             policy.pack_update(sequences, update, config.train.micro_batch_tokens, config.loss.aggregate)
@@ -100,7 +115,7 @@ class Run:
         return iteration_metrics(groups, made, drift, observer.seconds("rollout"))
 
     def rollouts(self, step: int) -> list[Group]:
-        """The iteration's groups with grades, rewards and advantages; rank 0 makes them."""
+        """prompts -> rollouts -> grades -> rewards -> advantages, on rank 0."""
         assert self.environment is not None
         groups = self.environment.graded_rollouts(self.config.rollout.prompts, self.folder.journal(step))
         methods.score(self.method, groups)
@@ -112,35 +127,13 @@ class Run:
         """The held-out problems, every so many iterations; rank 0 asks and grades them."""
         return self.ranks.share(lambda: self.environment.evaluate(step, self.folder) if self.environment else {})
 
-    def save(self, step: int) -> None:
-        """Keep all that a resumed run needs. Random numbers need nothing: each is a function of seed and place."""
-        state = {
-            "step": step,
-            "initial_model": self.policy.initial_model,
-            "method": self.method.state_dict(),
-            "stream": self.environment.stream.state_dict() if self.environment else None,
-        }
-        self.checkpoints.save(step, self.policy.sharded_state(), state, lambda: self.folder.clear_journals(step))
-
-    def restore(self) -> int:
-        """Take up the newest checkpoint that verifies: the step it was made after, 0 where there is none."""
-        step, path = 0, self.checkpoints.newest()
-        if path is not None:
-            sharded, state = self.checkpoints.load(path, self.policy.sharded_state(loading=True))
-            self.policy.load_sharded_state(sharded)
-            self.policy.check_initial_model(state["initial_model"], str(path))
-            self.method.load_state_dict(state["method"])
-            if self.environment is not None:
-                self.environment.stream.load_state_dict(state["stream"])
-            step = state["step"]
-        self.ranks.on_main(lambda: self.folder.go_on_from(step))
-        return step
-
 
 def main(argv: SequenceOf[str] | None = None) -> None:
     """Command line of `efr train`."""
-    given = arguments.parser("train", "Reinforcement learning for efficient reasoning.", resumes=True).parse_args(argv)
-    train(arguments.read(TrainConfig, given), given.resume)
+    parser = arguments.parser("train", "Reinforcement learning for efficient reasoning.", resumes=True)
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="run the updates of these saved rollouts, no more")
+    given = parser.parse_args(argv)
+    train(arguments.read(TrainConfig, given), given.resume, given.replay)
 
 
 if __name__ == "__main__":

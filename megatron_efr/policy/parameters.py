@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import unwrap_model
 
 from megatron_efr.policy.model import PolicyModel
@@ -28,7 +29,7 @@ class Parameters:
         ranks: Ranks,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        self._mapping, self._ranks, self._bucket_bytes = mapping, ranks, bucket_bytes
+        self._chunks, self._mapping, self._ranks, self._bucket_bytes = chunks, mapping, ranks, bucket_bytes
         self._local = [pair for chunk in chunks for pair in self._named(cast(PolicyModel, unwrap_model(chunk)))]
         self._reshards: dict[Kind, Reshard] = {}
 
@@ -47,13 +48,26 @@ class Parameters:
             tensors = {hf: source[hf] for hf in self._mapping.sources(name)}
             parameter.copy_(self._mapping.to_megatron(name, tensors, self._ranks.tensor_rank))
 
+    def finish_gather(self) -> None:
+        """Wait until every weight is whole.
+
+        Under `overlap_param_gather` an updated weight comes from the other replicas when a forward pass calls the
+        module that holds it; who reads weights in another way calls this first. All replicas together.
+        """
+        for chunk in cast(Sequence[DistributedDataParallel], self._chunks):
+            if chunk.use_forward_hook:
+                for group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
+
     def copies(self) -> list[torch.Tensor]:
         """A copy of every local parameter, in host memory."""
+        self.finish_gather()
         return [parameter.detach().to("cpu", copy=True) for _, parameter in self._local]
 
     @torch.no_grad()
     def exchange(self, values: list[torch.Tensor]) -> list[torch.Tensor]:
         """Put `values` (as `copies` gave them) into the parameters; returns what stood there, in host memory."""
+        self.finish_gather()
         before = []
         for (_, parameter), value in zip(self._local, values, strict=True):
             before.append(parameter.detach().to("cpu", copy=True))
@@ -65,6 +79,7 @@ class Parameters:
 
         All ranks iterate together. Gradients are what the last backward pass left, after clipping where that is on.
         """
+        self.finish_gather()
         local = {
             name: parameter.detach() if of == "weights" else cast(torch.Tensor, cast(Any, parameter).main_grad)
             for name, parameter in self._local

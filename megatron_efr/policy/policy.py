@@ -233,6 +233,7 @@ class Policy:
 
             def measure(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
                 assert self._head is not None
+                self.parameters.finish_gather()  # the head reads its weight without calling the module that holds it
                 value, metrics = loss(self._head.rows(hidden, batch, factor))
                 # 0 tokens: the loss is normalised already, divide by nothing
                 return value * undo, torch.zeros((), dtype=torch.int, device=value.device), metrics
@@ -265,6 +266,7 @@ class Policy:
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Like `named_weights`, of what the last update's backward pass left (after clipping, where that is on)."""
+        self.optimizer.gather_gradients()
         return (pair for parcel in self.parameters.parcels("gradients") for pair in parcel.tensors)
 
     def save_folder(self, destination: str | Path) -> None:
@@ -280,6 +282,7 @@ class Policy:
 
     def sharded_state(self, *, loading: bool = False) -> dict[str, Any]:
         """Model and optimizer as Megatron's sharded state dict: what a checkpoint saves, or the shape it loads into."""
+        self.parameters.finish_gather()
         models = {f"model{i}": _unwrapped(chunk).sharded_state_dict() for i, chunk in enumerate(self.chunks)}
         return models | {"optimizer": self.optimizer.sharded_state(models, loading)}
 
@@ -288,6 +291,20 @@ class Policy:
         for i, chunk in enumerate(self.chunks):
             _unwrapped(chunk).load_state_dict(state[f"model{i}"])
         self.optimizer.load_sharded_state(state["optimizer"])
+
+    # -- between phases -----------------------------------------------------------------------------------------------
+
+    def offload_training_state(self) -> None:
+        """Gradients and optimizer state leave the device, for an engine that shares it; weights can still be read.
+
+        An fp32 model's weights are the optimizer's own and leave with it. RuntimeError where they have left already.
+        """
+        self.parameters.finish_gather()
+        self.optimizer.offload()
+
+    def restore_training_state(self) -> None:
+        """Take both back, before the next log-probs or update. RuntimeError where they have not left."""
+        self.optimizer.restore()
 
     # -- the initial model --------------------------------------------------------------------------------------------
 
