@@ -34,6 +34,9 @@ class ModelConfig(Section):
     kernels: Literal["auto", "triton", "torch"] = Field(
         default="auto", description="the log-prob head's: auto takes Triton's where it imports and CUDA is present"
     )
+    routing: Literal["own", "replay"] = Field(
+        default="own", description="whose choice of experts a mixture follows: its own, or the engine's at sampling"
+    )
     head_chunk_tokens: PositiveInt | None = Field(
         default=None, description="tokens whose logits the head holds at a time; 2048 x parallel.tensor when left out"
     )
@@ -138,25 +141,12 @@ class RolloutConfig(Section):
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
 
     @model_validator(mode="after")
-    def _server_arguments_are_free(self) -> RolloutConfig:
-        if refused := sorted(REFUSED_SERVER_ARGUMENTS.keys() & self.server.keys()):
-            raise ValueError(f"rollout.server.{refused[0]}: {REFUSED_SERVER_ARGUMENTS[refused[0]]}")
+    def _keys_belong_together(self) -> RolloutConfig:
         if self.engine == "local" and (self.urls or self.server):
             raise ValueError("rollout.urls and rollout.server speak of SGLang servers; set rollout.engine: sglang")
+        if self.urls and self.server:
+            raise ValueError("rollout.server: with rollout.urls no server is started that could take it")
         return self
-
-
-REFUSED_SERVER_ARGUMENTS = {
-    "model_path": "the servers take model.path's config.json",
-    "dtype": "the servers take model.dtype",
-    "tp_size": "set rollout.tp",
-    "host": "set by the launcher",
-    "port": "set by the launcher",
-    "api_key": "made for each run",
-    "enable_custom_logit_processor": "a processor changes the distribution, and log-probs would not be the sampler's",
-    "preferred_sampling_params": "they change the distribution, and log-probs would not be the sampler's",
-}
-"""Arguments of SGLang's server that a configuration may not set, and why."""
 
 
 class GradingConfig(Section):

@@ -6,6 +6,7 @@ runs/<name>/ config.yaml · metrics.jsonl · checkpoints/ · journal/ · rollout
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
@@ -68,16 +69,7 @@ def encode_group(group: Group) -> str:
             "gold": prompt.gold,
             "meta": dict(prompt.meta),
         },
-        "responses": [
-            {
-                "tokens": [int(token) for token in response.tokens],
-                "logprobs": [float(value) for value in response.logprobs],
-                "finish": response.finish,
-                "versions": [list(span) for span in response.versions],
-                "text": response.text,
-            }
-            for response in group.responses
-        ],
+        "responses": [_encode_response(response) for response in group.responses],
         "seed": group.seed,
         "correct": None if group.correct is None else group.correct.tolist(),
         "statuses": group.statuses,
@@ -91,19 +83,37 @@ def decode_group(line: str | bytes) -> Group:
     """The group that `encode_group` wrote. Raises ValueError or KeyError where the line is no such group."""
     tree = json.loads(line)
     prompt = Prompt(**{**tree["prompt"], "tokens": tuple(tree["prompt"]["tokens"])})
-    responses = [
-        Response(**{**response, "versions": [VersionSpan(*span) for span in response["versions"]]})
-        for response in tree["responses"]
-    ]
     return Group(
         prompt=prompt,
-        responses=responses,
+        responses=[_decode_response(response) for response in tree["responses"]],
         seed=tree["seed"],
         correct=_array(tree["correct"], np.dtype(bool)),
         statuses=tree["statuses"],
         rewards=_array(tree["rewards"], np.dtype(np.float64)),
         advantages=_array(tree["advantages"], np.dtype(np.float64)),
     )
+
+
+def _encode_response(response: Response) -> dict[str, Any]:
+    tree = {
+        "tokens": [int(token) for token in response.tokens],
+        "logprobs": [float(value) for value in response.logprobs],
+        "finish": response.finish,
+        "versions": [list(span) for span in response.versions],
+        "text": response.text,
+    }
+    if (routed := response.routed_experts) is not None:  # a byte each up to 128 experts; as JSON's lists three or four
+        data = base64.b64encode(routed.tobytes()).decode("ascii")
+        tree["routed_experts"] = {"dtype": str(routed.dtype), "shape": list(routed.shape), "base64": data}
+    return tree
+
+
+def _decode_response(tree: dict[str, Any]) -> Response:
+    changed: dict[str, Any] = {"versions": [VersionSpan(*span) for span in tree["versions"]]}
+    if (routed := tree.get("routed_experts")) is not None:
+        flat = np.frombuffer(base64.b64decode(routed["base64"], validate=True), routed["dtype"])
+        changed["routed_experts"] = flat.reshape(routed["shape"])
+    return Response(**tree | changed)
 
 
 def _array(values: list[Any] | None, dtype: np.dtype[Any]) -> np.ndarray | None:

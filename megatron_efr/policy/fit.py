@@ -12,13 +12,14 @@ from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.splits import check_split, divisors
 
 # fields of Megatron's TransformerConfig that are set elsewhere, or that the policy stands on
-_PARALLEL = {
+_ELSEWHERE = {
     "tensor_model_parallel_size": "parallel.tensor",
     "pipeline_model_parallel_size": "parallel.pipeline",
     "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline",
     "context_parallel_size": "parallel.context",
     "expert_model_parallel_size": "parallel.expert",
     "sequence_parallel": "parallel.sequence",
+    "moe_enable_routing_replay": "model.routing",
 }
 _FIXED = {
     "overlap_p2p_comm": "the interleaved pipeline schedule is silently wrong without it",
@@ -49,6 +50,8 @@ def check_fit(model: ModelConfig, parallel: ParallelConfig, architecture: Archit
         _check_layers(architecture.layers, parallel)
     if architecture.experts:
         _check_experts(model, parallel)
+    if model.routing == "replay":
+        _check_replay(architecture, model.megatron)
 
 
 def engine_layers(layers: str) -> bool:
@@ -66,8 +69,8 @@ def _engine_imports() -> bool:
 
 
 def _check_owned_fields(megatron: dict[str, Any]) -> None:
-    for name in sorted(megatron.keys() & _PARALLEL.keys()):
-        raise ConfigError(f"model.megatron.{name}: set {_PARALLEL[name]} instead")
+    for name in sorted(megatron.keys() & _ELSEWHERE.keys()):
+        raise ConfigError(f"model.megatron.{name}: set {_ELSEWHERE[name]} instead")
     for name in sorted(megatron.keys() & _FIXED.keys()):
         raise ConfigError(f"model.megatron.{name}: cannot be changed: {_FIXED[name]}; leave it out")
 
@@ -116,4 +119,14 @@ def _check_experts(model: ModelConfig, parallel: ParallelConfig) -> None:
         raise ConfigError(
             "model.path: a mixture of experts needs Transformer Engine on a GPU (megatron-core 0.16.1's router calls "
             "it, whatever the layers); install the gpu extra"
+        )
+
+
+def _check_replay(architecture: Architecture, megatron: dict[str, Any]) -> None:
+    if architecture.experts is None:
+        raise ConfigError("model.routing: replay is for a mixture of experts, and the model has none; leave it out")
+    if megatron.get("moe_router_fusion"):
+        raise ConfigError(
+            "model.megatron.moe_router_fusion: Transformer Engine's fused router replays nothing, silently; leave it "
+            "out, or set model.routing to own"
         )

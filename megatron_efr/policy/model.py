@@ -78,6 +78,7 @@ def transformer_config(model: ModelConfig, architecture: Architecture, parallel:
         "sequence_parallel": parallel.sequence,
         "variable_seq_lengths": True,  # packs differ in length
         "moe_token_dispatcher_type": "alltoall",  # required by variable_seq_lengths, for dense models too
+        "moe_enable_routing_replay": model.routing == "replay",
         "pipeline_dtype": DTYPES[model.dtype],
         "params_dtype": DTYPES[model.dtype],
         "bf16": bf16,

@@ -20,7 +20,7 @@ def trainable(group: Group) -> list[Sequence]:
     assert group.advantages is not None
     prompt = group.prompt.tokens
     return [
-        Sequence([*prompt, *response.tokens], len(prompt), float(advantage), response.logprobs)
+        Sequence([*prompt, *response.tokens], len(prompt), float(advantage), response.logprobs, response.routed_experts)
         for response, advantage in zip(group.responses, group.advantages, strict=True)
     ]
 

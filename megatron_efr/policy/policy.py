@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,6 +26,7 @@ from megatron_efr.policy.optimizer import Optimizer
 from megatron_efr.policy.packing import balance, check_tokens, pack, round_up, row_weights, sequence_flops
 from megatron_efr.policy.parameters import Parameters
 from megatron_efr.policy.ranks import Ranks
+from megatron_efr.policy.routing import RoutingReplay, lay_out_routing
 from megatron_efr.types import PackedBatch, Sequence, UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import fingerprint, initial_weights, save_folder
@@ -56,6 +58,7 @@ class Policy:
         self.config = transformer_config(model, self.architecture, parallel)
         self._flops = sequence_flops(self.architecture)
         self.chunks = build_chunks(self.config, self.architecture, parallel, model.layers, ranks.device)
+        self._routing = RoutingReplay(self.config, [_unwrapped(chunk) for chunk in self.chunks], ranks)
         self._head = build_head(_unwrapped(self.chunks[-1]), model, self.architecture, ranks, temperature)
         # each sequence divides into 2 chunks per context rank, a context rank's slice over the sequence-parallel ones
         self._sequence_multiple = 2 * parallel.context if parallel.context > 1 else 1
@@ -108,23 +111,27 @@ class Policy:
         lengths = {i: round_up(sequences[i].length, self._sequence_multiple) for i in update}
         shares = balance(lengths, self.ranks.replicas, micro_batch_tokens, self._batch_multiple, self._flops)
         weights = row_weights(sequences, update, aggregate)
-        return [
+        batches = [
             pack(sequences, indices, weights, self.ranks.device, self._pack_multiple, self._sequence_multiple)
             for indices in shares[self.ranks.replica]
         ]
+        for batch in batches if self.model_config.routing == "replay" else []:
+            batch.routed_experts = lay_out_routing(batch, sequences, self.architecture)
+        return batches
 
     # -- forward, backward, step --------------------------------------------------------------------------------------
 
     def fill_logprobs(self, batches: list[PackedBatch]) -> None:
         """Set every micro-batch's `old_logprobs` and, where a reference is kept, `reference_logprobs`.
 
-        Computed in the micro-batches that will be trained on, so the first update sees a ratio of exactly 1.
+        Computed in the micro-batches that will be trained on, so the first update sees a ratio of exactly 1. The
+        reference routes for itself: the KL refers to the initial model, and its routers are part of it.
         """
         for batch, logprobs in zip(batches, self.logprobs(batches), strict=True):
             batch.old_logprobs = logprobs
         if self._reference is not None:
             with self._as_reference():
-                reference = self.logprobs(batches)
+                reference = self.logprobs([replace(batch, routed_experts=None) for batch in batches])
             for batch, logprobs in zip(batches, reference, strict=True):
                 batch.reference_logprobs = logprobs
 
@@ -196,7 +203,7 @@ class Policy:
         for chunk in self.chunks:
             chunk.train(not forward_only)
         schedule = get_forward_backward_func()
-        with torch.set_grad_enabled(not forward_only):
+        with torch.set_grad_enabled(not forward_only), self._routing.forgotten_at_the_end():
             outputs = schedule(
                 forward_step_func=self._forward_step(loss, len(batches)),
                 data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
@@ -213,12 +220,13 @@ class Policy:
 
         def step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             batch = context.part(next(batches), self.ranks.context_rank, self.ranks.context_ranks)
-            hidden = chunk(
-                input_ids=batch.tokens[None],
-                position_ids=batch.positions[None],
-                attention_mask=None,
-                packed_seq_params=packed_sequences(batch.lengths, batch.cu_seqlens, self.ranks.context_ranks),
-            )
+            with self._routing.replayed(_unwrapped(chunk), batch):
+                hidden = chunk(
+                    input_ids=batch.tokens[None],
+                    position_ids=batch.positions[None],
+                    attention_mask=None,
+                    packed_seq_params=packed_sequences(batch.lengths, batch.cu_seqlens, self.ranks.context_ranks),
+                )
 
             def measure(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
                 assert self._head is not None

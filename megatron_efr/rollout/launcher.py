@@ -46,6 +46,18 @@ CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1", "OM
 
 CPU_CACHED_TOKENS = 65536
 
+REFUSED = {
+    "model_path": "the servers take model.path's config.json",
+    "dtype": "the servers take model.dtype",
+    "tp_size": "set rollout.tp",
+    "host": "set by the launcher",
+    "port": "set by the launcher",
+    "api_key": "made for each run",
+    "enable_custom_logit_processor": "a processor changes the distribution, and log-probs would not be the sampler's",
+    "preferred_sampling_params": "they change the distribution, and log-probs would not be the sampler's",
+}
+"""Arguments of SGLang's server that a configuration may not set, and why."""
+
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 _TORCHRUN_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PYTHON", "PYTORCH_")
 
@@ -74,6 +86,8 @@ def server_arguments(
 
     `trainers` is the number of GPUs that train on this machine. `base_gpu_id` is the first server's.
     """
+    if refused := sorted(REFUSED.keys() & rollout.server.keys()):
+        raise UserError(f"rollout.server.{refused[0]}: {REFUSED[refused[0]]}")
     arguments: dict[str, Any] = {
         "model_path": str(Path(model.path).resolve()),
         "load_format": "dummy",  # weights come by publication, and are never read twice
@@ -83,6 +97,7 @@ def server_arguments(
         "tp_size": rollout.tp,
         "max_running_requests": rollout.slots,
         "enable_fp32_lm_head": model.dtype != "float32",  # as the policy's head: bf16 logits move log-probs by 1e-2
+        "enable_return_routed_experts": model.routing == "replay",
         "log_level_http": "warning",
     }
     if on_gpu:

@@ -34,6 +34,9 @@ AHEAD = 1.25
 class SGLangEngine:
     """An `Engine` over running servers, each of `engine_ranks` tensor-parallel ranks and `slots` places.
 
+    With `routed_experts`, responses of a mixture of experts say which of them read their tokens. After a publication in
+    mid-generation these are the new weights' choice for the whole response, since its tokens are read again.
+
     One stream of groups is alive at a time: a later `generate` ends the earlier one. A thread that waits for a group
     while another has paused waits for `resume`; waiting in the very thread that paused is an error, since it would
     wait for ever. Misuse raises RuntimeError, a bad request, sampling or tensor ValueError, a server EngineError.
@@ -49,6 +52,7 @@ class SGLangEngine:
         key: str | None = None,
         engine_ranks: int = 1,
         bucket_bytes: int = 2**29,
+        routed_experts: bool = False,
     ) -> None:
         self.architecture, self.engine_ranks, self.bucket_bytes = architecture, engine_ranks, bucket_bytes
         self.count = len(urls)
@@ -59,8 +63,8 @@ class SGLangEngine:
         self._paused_by: int | None = None
         self._stream: _Stream | None = None
         self._thread = LoopThread("sglang")
-        self._fleet = self._thread.run(_fleet(urls, key, limits))
-        self._check_servers()
+        self._fleet = self._thread.run(_fleet(urls, key, limits, architecture if routed_experts else None))
+        self._check_servers(routed_experts)
 
     @property
     def version(self) -> int:
@@ -246,11 +250,16 @@ class SGLangEngine:
         if self._version < 0:
             raise RuntimeError("the engine has no weights: publish() before generate()")
 
-    def _check_servers(self) -> None:
+    def _check_servers(self, routed_experts: bool) -> None:
         """Refuse servers that are not what the configuration says."""
         for server, info in zip(self._fleet.servers, self._all(Server.info), strict=True):
             if info["tp_size"] != self.engine_ranks:
                 raise UserError(f"rollout.tp: {self.engine_ranks}, but {server.url} has --tp-size {info['tp_size']}")
+            if routed_experts and not info["enable_return_routed_experts"]:
+                raise UserError(
+                    f"model.routing: replay needs the experts that engines choose, and {server.url} was started "
+                    "without --enable-return-routed-experts"
+                )
             if info["enable_custom_logit_processor"] or info["preferred_sampling_params"]:
                 raise UserError(
                     f"rollout.urls: {server.url} runs with --enable-custom-logit-processor or "
@@ -309,9 +318,9 @@ class _Stream(Iterator[Group]):
 NO_SESSION = "no weight-update session is open"
 
 
-async def _fleet(urls: Sequence[str], key: str | None, limits: TimeoutsConfig) -> Fleet:
+async def _fleet(urls: Sequence[str], key: str | None, limits: TimeoutsConfig, routed: Architecture | None) -> Fleet:
     """A Fleet, made in the loop that its connections belong to."""
-    return Fleet(urls, key, limits)
+    return Fleet(urls, key, limits, routed)
 
 
 def _buckets(weights: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[list[tuple[str, torch.Tensor]]]:

@@ -45,7 +45,8 @@ def test_no_server_is_left(folders: tuple[Path, Path], tmp_path: Path, number: s
         cwd=ROOT,
     )
     assert trainer.stdout is not None
-    supervisor = psutil.Process(int(trainer.stdout.readline()))
+    pid = next(int(line) for line in trainer.stdout if line.strip().isdigit())  # after the launcher's own lines
+    supervisor = psutil.Process(pid)
     processes = [supervisor, *supervisor.children(recursive=True)]
     assert len(processes) >= 3  # the supervisor, the web server and its scheduler at least
     trainer.send_signal(number)

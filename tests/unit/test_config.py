@@ -106,11 +106,7 @@ def test_an_override_that_cannot_be_applied_is_quoted(tmp_path: Path, override: 
         ("name=../elsewhere", "name: String should match pattern"),
         ("rollout.logit_bias={5: 1}", "rollout.logit_bias: unknown key"),
         ("rollout.urls=[http://a:1]", "rollout.urls and rollout.server speak of SGLang servers; set rollout.engine"),
-        ("rollout={engine: sglang, server: {dtype: float16}}", "rollout.server.dtype: the servers take model.dtype"),
-        (
-            "rollout={engine: sglang, server: {enable_custom_logit_processor: true}}",
-            "rollout.server.enable_custom_logit_processor: a processor changes the distribution",
-        ),
+        ("rollout={engine: sglang, urls: [http://a:1], server: {a: 1}}", "rollout.server: with rollout.urls no server"),
         ("rollout.timeouts.start=1", "rollout.timeouts.start: unknown key; did you mean start_s"),
         ("train.updates=3", "rollout.prompts x rollout.samples = 32 x 8 = 256 responses do not split"),
         ("evaluation.preset=custom", "evaluation: preset custom needs a temperature"),

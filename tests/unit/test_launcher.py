@@ -134,6 +134,24 @@ def test_the_pass_through_has_the_last_word(tied_model: Path, dtype: str, fp32_h
     assert arguments["base_gpu_id"] == 1
 
 
+@pytest.mark.parametrize(
+    ("argument", "why"),
+    [
+        ({"dtype": "float16"}, "dtype: the servers take model.dtype"),
+        (
+            {"enable_custom_logit_processor": True},
+            "enable_custom_logit_processor: a processor changes the distribution",
+        ),
+    ],
+)
+def test_arguments_that_would_change_what_is_sampled_are_refused(
+    tied_model: Path, argument: dict[str, object], why: str
+) -> None:
+    rollout = RolloutConfig.model_validate({"engine": "sglang", "server": argument})
+    with pytest.raises(UserError, match=f"rollout.server.{why}"):
+        server_arguments(ModelConfig(path=str(tied_model)), rollout, Architecture.from_folder(tied_model), on_gpu=True)
+
+
 @pytest.mark.parametrize(("placement", "gpus"), [("apart", [4, 6]), ("colocated", [0, 2])])
 def test_each_server_has_gpus_of_its_own(
     launcher: Launcher, tied_model: Path, tmp_path: Path, placement: str, gpus: list[int]
