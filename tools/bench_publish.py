@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -115,15 +115,13 @@ class Rank:
         self.rank, world = dist.get_rank(), dist.get_world_size()
         self.engine = world - 1
         self.plan, mapping, split = plan_of(shape, tensor, pipeline, limit)
-        trainers = dist.new_group(list(range(self.engine)))
-        self.link = dist.new_group([0, self.engine])
+        self.group = cast(dist.ProcessGroup, dist.new_group(list(range(self.engine))))
+        self.link = cast(dist.ProcessGroup, dist.new_group([0, self.engine]))
         self.local = {}
         if self.rank < self.engine:
-            assert isinstance(trainers, dist.ProcessGroup)
-            self.group = trainers
             for name, (size, dtype) in split[self.rank].shards.items():
                 self.local[name] = torch.randint(-9, 9, size, dtype=torch.int16).view(dtype)
-            self.reshard = Reshard(self.plan, mapping, trainers)
+            self.reshard = Reshard(self.plan, mapping, self.group)
         shapes = mapping.shapes()
         self.sizes = [
             [torch.Size(shapes[hf]).numel() * 2 for entry in bucket.entries for hf in mapping.sources(entry.name)]
