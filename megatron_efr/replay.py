@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from megatron_efr import resume
-from megatron_efr.config import TrainConfig
 from megatron_efr.observe import Observer
+from megatron_efr.run import Run
 from megatron_efr.runfolder import metrics_line, read_rollouts
 from megatron_efr.types import Group, UserError
 
-
-class Run(resume.Run, Protocol):
-    """What a replay needs of a run: its state, and how it learns from an iteration's scored groups."""
-
-    @property
-    def config(self) -> TrainConfig: ...
-
-    def learn(self, step: int, groups: list[Group], observer: Observer) -> dict[str, float]: ...
+Learn = Callable[[Run, int, list[Group], Observer], dict[str, float]]
+"""What an iteration does with its scored groups; its metrics."""
 
 
-def replay(run: Run, file: Path) -> None:
+def replay(run: Run, file: Path, learn: Learn) -> None:
     """Bring the policy to where it stood before `file`'s iteration, run the iteration's updates, print its metrics.
 
     It starts from the newest checkpoint before that iteration, or the starting model. The iterations between are
     learnt from their own rollouts first, where all of them were kept: only then are these the run's numbers.
     """
     config, ranks, folder, step = run.config, run.ranks, run.folder, step_of(file)
-    start = resume.load(run, step - 1)
+    start = run.load(step - 1)
     between = [folder.rollouts_path(number) for number in range(start + 1, step)]
     if left_out := ranks.share(lambda: [path for path in between if not path.exists()]):
         between = []
@@ -45,7 +38,7 @@ def replay(run: Run, file: Path) -> None:
         for path in [*between, file]:
             with observer.phase("rollout"):
                 groups = ranks.share(functools.partial(read_rollouts, path))
-            metrics = run.learn(step_of(path), groups, observer)
+            metrics = learn(run, step_of(path), groups, observer)
         observer.log(step, metrics)
 
 
