@@ -16,6 +16,7 @@ PROGRAMS = {
     "report": "the HTML page of a run folder",
     "convert": "Hugging Face folder to Megatron checkpoint, and back",
     "inspect": "what is in a checkpoint, and whether it verifies",
+    "doctor": "what this machine has and lacks for a run, and what to do",
 }
 
 
@@ -34,7 +35,7 @@ def main() -> None:
         sys.exit(f"efr: no program {name!r}; there are: {', '.join(PROGRAMS)}")
 
 
-_MODULES = {"report": "report.__main__", "inspect": "inspect_checkpoint"}
+_MODULES = {"report": "report.__main__", "inspect": "inspect_checkpoint", "doctor": "doctor.__main__"}
 
 
 if __name__ == "__main__":

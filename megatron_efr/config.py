@@ -17,15 +17,19 @@ class ModelConfig(Section):
     """The starting model, a Hugging Face folder, and the width it trains in."""
 
     path: str = Field(description="folder with config.json, tokenizer and, unless init is random, safetensors")
-    init: Literal["load", "random"] = Field(
-        default="load", description="load the safetensors, or draw fresh weights from seed"
-    )
+    init: Literal["load", "random"] = Field(default="load", description="load safetensors, or draw from the seed")
     dtype: Literal["float32", "bfloat16"] = "float32"
     layers: Literal["auto", "local", "transformer_engine"] = Field(
         default="auto", description="auto takes Transformer Engine's layers where they import and CUDA is present"
     )
     kernels: Literal["auto", "triton", "torch"] = Field(
         default="auto", description="the log-prob head's: auto takes Triton's where it imports and CUDA is present"
+    )
+    routing: Literal["own", "replay"] = Field(
+        default="own", description="whose choice of experts a mixture follows: its own, or the engine's at sampling"
+    )
+    head_chunk_tokens: PositiveInt | None = Field(
+        default=None, description="tokens whose logits the head holds at a time; 2048 x parallel.tensor when left out"
     )
     megatron: dict[str, Any] = Field(default_factory=dict, description="any field of Megatron's TransformerConfig")
 
@@ -150,9 +154,7 @@ class TrainingConfig(Section):
     """The loop: how many iterations, how many updates in each, how work is packed."""
 
     iterations: PositiveInt = 100
-    updates: PositiveInt = Field(
-        default=2, description="optimizer updates per iteration; the responses split evenly over them"
-    )
+    updates: PositiveInt = Field(default=2, description="optimizer updates per iteration, over equal shares of it")
     micro_batch_tokens: PositiveInt = Field(default=16384, description="token budget of one packed micro-batch")
     max_logprob_diff: float = Field(
         default=0.5,
@@ -163,6 +165,7 @@ class TrainingConfig(Section):
     warn_logprob_diff: float | None = Field(
         default=None, gt=0, description="say so when it exceeds this; a fifth of max_logprob_diff when left out"
     )
+    max_skipped: PositiveInt = Field(default=3, description="stop when so many updates in a row had to be skipped")
 
     @property
     def warns_above(self) -> float:
@@ -179,10 +182,20 @@ class TrainingConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: PositiveInt = Field(
-        default=10, description="iterations between checkpoints (SFT: updates); the last always saves"
-    )
+    every: PositiveInt = Field(default=10, description="iterations (SFT: updates) from one to the next, and the last")
     keep: PositiveInt = Field(default=2, description="how many of the newest to keep")
+    keep_every: PositiveInt | None = Field(
+        default=None, description="those whose step is a multiple of this are never removed; a multiple of every"
+    )
+    background: bool = Field(
+        default=False, description="copy to host memory and write while training goes on (the copy takes that memory)"
+    )
+
+    @model_validator(mode="after")
+    def _kept_ones_are_saved(self) -> CheckpointConfig:
+        if self.keep_every is not None and self.keep_every % self.every:
+            raise ValueError(f"keep_every {self.keep_every} is no multiple of every {self.every}: none would be saved")
+        return self
 
 
 class EvaluationConfig(Section):

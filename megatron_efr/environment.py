@@ -19,7 +19,7 @@ from megatron_efr.grading.groups import grade_groups
 from megatron_efr.report.records import Record, summarise
 from megatron_efr.rollout.build import build_engine
 from megatron_efr.rollout.engine import Engine
-from megatron_efr.rollout.ledger import Ledger, request_seed
+from megatron_efr.rollout.ledger import Journals, Ledger, request_seed
 from megatron_efr.rollout.production import Production
 from megatron_efr.runfolder import RunFolder
 from megatron_efr.types import Group, Prompt, Request, Sampling
@@ -40,9 +40,10 @@ class Environment:
         show(rendered)
         stops = stop_ids(config.model.path, tokenizer)
         self.stream = PromptStream(rendered.prompts, config.seed, config.data.shuffle)
+        self._evaluate_every = config.evaluation.every or 0
         self.evaluator = (
             Evaluator(config.evaluation, config.data.prompt, tokenizer, stops, config.seed)
-            if config.evaluation.every
+            if self._evaluate_every
             else None
         )
         sampling = Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_new_tokens, stops)
@@ -54,9 +55,19 @@ class Environment:
             resources.callback(self.ledger.close)
             self._resources = resources.pop_all()
 
+    def graded_rollouts(self, step: int, journals: Journals) -> list[Group]:
+        """Iteration `step`'s groups, graded; those that the journals hold are taken from there."""
+        groups = self.ledger.collect(step, journals)
+        grade_groups(self.grader, groups)
+        return groups
+
     def evaluate(self, step: int, folder: RunFolder) -> dict[str, float]:
-        """Ask and grade the held-out problems with the weights being served; the record goes to `folder`."""
-        assert self.evaluator is not None
+        """Ask and grade the held-out problems with the weights being served, where step `step` is one to do so.
+
+        The record goes to `folder`.
+        """
+        if self.evaluator is None or step % self._evaluate_every:
+            return {}
         with self.production.held():
             record = self.evaluator.run(self.engine, self.grader, f"step_{step:06d}")
         folder.write_evaluation(record["name"], record)

@@ -8,18 +8,6 @@ from pydantic import Field, PositiveInt, model_validator
 
 from megatron_efr.section import Section
 
-REFUSED_SERVER_ARGUMENTS = {
-    "model_path": "the servers take model.path's config.json",
-    "dtype": "the servers take model.dtype",
-    "tp_size": "set rollout.tp",
-    "host": "set by the launcher",
-    "port": "set by the launcher",
-    "api_key": "made for each run",
-    "enable_custom_logit_processor": "a processor changes the distribution, and log-probs would not be the sampler's",
-    "preferred_sampling_params": "they change the distribution, and log-probs would not be the sampler's",
-}
-"""Arguments of SGLang's server that a configuration may not set, and why."""
-
 
 class TimeoutsConfig(Section):
     """How long to wait for SGLang servers, in seconds, each by the name that its error message gives."""
@@ -47,6 +35,9 @@ class RolloutConfig(Section):
     slots: PositiveInt = Field(default=256, description="responses that one engine decodes at once")
     python: str = Field(default=".venv-sglang/bin/python", description="interpreter that has SGLang")
     engines: PositiveInt = Field(default=1, description="how many servers to start")
+    placement: Literal["apart", "colocated"] = Field(
+        default="apart", description="servers on the GPUs after the trainer's, or on the trainer's own, shared"
+    )
     tp: PositiveInt = Field(default=1, description="tensor-parallel ranks (GPUs) of one server")
     urls: list[str] = Field(
         default_factory=list, description="servers that run already, their key in SGLANG_API_KEY; none is started"
@@ -55,6 +46,15 @@ class RolloutConfig(Section):
         default_factory=dict, description="any argument of SGLang's server, underscores for dashes"
     )
     bucket_mib: PositiveInt = Field(default=512, description="weights sent to the servers at once")
+    transport: Literal["auto", "tensor", "direct", "distributed", "disk"] = Field(
+        default="auto",
+        description="how weights reach the servers. tensor: GPU memory by handle, or on a CPU within the request; "
+        "direct: each rank of a server gets its own slices alone, within the request; distributed: a process group; "
+        "disk: a shared file system. auto: distributed to other GPUs, else tensor",
+    )
+    verify_every: PositiveInt = Field(
+        default=50, description="publications between comparisons of the servers' checksums; the first is compared"
+    )
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
     partial: bool = Field(
         default=False,
@@ -71,11 +71,11 @@ class RolloutConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _server_arguments_are_free(self) -> RolloutConfig:
-        if refused := sorted(REFUSED_SERVER_ARGUMENTS.keys() & self.server.keys()):
-            raise ValueError(f"rollout.server.{refused[0]}: {REFUSED_SERVER_ARGUMENTS[refused[0]]}")
+    def _keys_belong_together(self) -> RolloutConfig:
         if self.engine == "local" and (self.urls or self.server):
             raise ValueError("rollout.urls and rollout.server speak of SGLang servers; set rollout.engine: sglang")
+        if self.urls and self.server:
+            raise ValueError("rollout.server: with rollout.urls no server is started that could take it")
         return self
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ runs/<name>/ config.yaml · metrics.jsonl · checkpoints/ · journal/ · rollout
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
@@ -21,7 +22,10 @@ import zstandard
 
 from megatron_efr.types import Group, Prompt, Response, UserError, VersionSpan
 
-MAY_CHANGE = ("runs", "observe", "checkpoint", "train.iterations", "parallel.wait_limit_s")
+MAY_CHANGE = (
+    *("runs", "observe", "checkpoint", "train.iterations", "parallel.wait_limit_s"),
+    *("rollout.urls", "rollout.python", "rollout.timeouts"),
+)
 """Keys, or sections, that a resumed run may set anew: none of them touches the numbers of an iteration."""
 
 _ABSENT = "(not set)"
@@ -68,16 +72,7 @@ def encode_group(group: Group) -> str:
             "gold": prompt.gold,
             "meta": dict(prompt.meta),
         },
-        "responses": [
-            {
-                "tokens": [int(token) for token in response.tokens],
-                "logprobs": [float(value) for value in response.logprobs],
-                "finish": response.finish,
-                "versions": [list(span) for span in response.versions],
-                "text": response.text,
-            }
-            for response in group.responses
-        ],
+        "responses": [_encode_response(response) for response in group.responses],
         "seed": group.seed,
         "correct": None if group.correct is None else group.correct.tolist(),
         "statuses": group.statuses,
@@ -91,19 +86,37 @@ def decode_group(line: str | bytes) -> Group:
     """The group that `encode_group` wrote. Raises ValueError or KeyError where the line is no such group."""
     tree = json.loads(line)
     prompt = Prompt(**{**tree["prompt"], "tokens": tuple(tree["prompt"]["tokens"])})
-    responses = [
-        Response(**{**response, "versions": [VersionSpan(*span) for span in response["versions"]]})
-        for response in tree["responses"]
-    ]
     return Group(
         prompt=prompt,
-        responses=responses,
+        responses=[_decode_response(response) for response in tree["responses"]],
         seed=tree["seed"],
         correct=_array(tree["correct"], np.dtype(bool)),
         statuses=tree["statuses"],
         rewards=_array(tree["rewards"], np.dtype(np.float64)),
         advantages=_array(tree["advantages"], np.dtype(np.float64)),
     )
+
+
+def _encode_response(response: Response) -> dict[str, Any]:
+    tree = {
+        "tokens": [int(token) for token in response.tokens],
+        "logprobs": [float(value) for value in response.logprobs],
+        "finish": response.finish,
+        "versions": [list(span) for span in response.versions],
+        "text": response.text,
+    }
+    if (routed := response.routed_experts) is not None:  # a byte each up to 128 experts; as JSON's lists three or four
+        data = base64.b64encode(routed.tobytes()).decode("ascii")
+        tree["routed_experts"] = {"dtype": str(routed.dtype), "shape": list(routed.shape), "base64": data}
+    return tree
+
+
+def _decode_response(tree: dict[str, Any]) -> Response:
+    changed: dict[str, Any] = {"versions": [VersionSpan(*span) for span in tree["versions"]]}
+    if (routed := tree.get("routed_experts")) is not None:
+        flat = np.frombuffer(base64.b64decode(routed["base64"], validate=True), routed["dtype"])
+        changed["routed_experts"] = flat.reshape(routed["shape"])
+    return Response(**tree | changed)
 
 
 def _array(values: list[Any] | None, dtype: np.dtype[Any]) -> np.ndarray | None:
@@ -239,9 +252,8 @@ class RunFolder:
     def append_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Add one line `{"step": step, ...}` and flush it. Values that are not finite are written as null."""
         self.path.mkdir(parents=True, exist_ok=True)
-        tree = {"step": int(step)} | {key: _plain(value) for key, value in metrics.items() if key != "step"}
         with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(tree, allow_nan=False) + "\n")
+            file.write(metrics_line(step, metrics) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl in order, [] when there are none; a torn last line is left out."""
@@ -291,11 +303,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{path}: the rollouts of step {step} were not kept (observe.rollouts: true keeps them)"
             )
-        try:
-            text = zstandard.ZstdDecompressor().decompress(path.read_bytes())
-            return [decode_group(line) for line in text.split(b"\n") if line]
-        except (zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
-            raise RunFolderError(f"{path}: damaged rollouts: {error}") from error
+        return read_rollouts(path)
 
     def evaluation_path(self, name: str) -> Path:
         """eval/<name>.json; RunFolderError for a name that is no file name."""
@@ -317,6 +325,21 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Save summary.json."""
         write_atomic(self.summary, json.dumps(summary, allow_nan=False, ensure_ascii=False, indent=2) + "\n")
+
+
+def metrics_line(step: int, metrics: Mapping[str, Any]) -> str:
+    """A line of metrics.jsonl, without its end."""
+    tree = {"step": int(step)} | {key: _plain(value) for key, value in metrics.items() if key != "step"}
+    return json.dumps(tree, allow_nan=False)
+
+
+def read_rollouts(path: Path) -> list[Group]:
+    """The groups of a rollouts file. RunFolderError where it cannot be read."""
+    try:
+        text = zstandard.ZstdDecompressor().decompress(path.read_bytes())
+        return [decode_group(line) for line in text.split(b"\n") if line]
+    except (OSError, zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{path}: damaged rollouts: {error}") from error
 
 
 def _may_change(key: str, held: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from megatron_efr.config import ConfigError, SftConfig
 from megatron_efr.configfile import dump
 from megatron_efr.data.prompts import load_tokenizer
 from megatron_efr.data.sft import load_sft
+from megatron_efr.interruption import EXIT_REQUEUE, Interruption
 from megatron_efr.observe import Observer
 from megatron_efr.policy import Policy, launched, supervised_loss
 from megatron_efr.runfolder import RunFolder
@@ -31,10 +32,12 @@ def sft(config: SftConfig, resume: bool = False) -> None:
         policy = Policy(
             config.model, config.parallel, config.optimizer, ranks, updates=config.train.updates, seed=config.seed
         )
-        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, ranks)
+        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
         done = restore(policy, checkpoints) if resume else 0
         ranks.on_main(lambda: folder.truncate_metrics(done))
-        with Observer(folder, config.observe, config.train.updates, ranks.rank, done, config.name) as observer:
+        total = config.train.updates
+        observing = Observer(folder, config.observe, total, ranks.rank, done, config.name)
+        with Interruption() as interruption, observing as observer:
             for step, update in enumerate(schedule(sequences, config), start=1):
                 if step <= done:
                     continue
@@ -43,12 +46,16 @@ def sft(config: SftConfig, resume: bool = False) -> None:
                         sequences, update, config.train.micro_batch_tokens, config.loss_aggregate
                     )
                     metrics = policy.update(batches, supervised_loss)
-                if step % config.train.log_every == 0 or step == config.train.updates:
+                ending = not ranks.everywhere(interruption.received is None)
+                if step % config.train.log_every == 0 or step == total:
                     observer.log(step, metrics)
-                if step % config.checkpoint.every == 0 or step == config.train.updates:
+                if step % config.checkpoint.every == 0 or step == total or ending:
                     with observer.phase("checkpoint"):
                         state = {"step": step, "initial_model": policy.initial_model}
                         checkpoints.save(step, policy.sharded_state(), state)
+                checkpoints.settle(wait=step == total or ending)
+                if ending and step < total:
+                    raise SystemExit(EXIT_REQUEUE)
         policy.save_folder(folder.model)
 
 

@@ -61,7 +61,9 @@ class Response:
     """One generated answer: token ids with the stop token, and one log-prob per token at the sampling temperature.
 
     `logprobs` are the engine's, before top-p. The policy's own, which ratio and KL use, are computed later and never
-    stored here. `text` is the decoded response without special tokens.
+    stored here. `text` is the decoded response without special tokens. `routed_experts` are the experts that the
+    engine chose in every layer for every token that it read, the prompt's first: integers [prompt + response - 1,
+    layers, experts per token]. Nothing was read behind the last token, so it has none.
     """
 
     tokens: list[int]
@@ -69,6 +71,7 @@ class Response:
     finish: Finish
     versions: list[VersionSpan] = field(default_factory=list)
     text: str = ""
+    routed_experts: np.ndarray | None = None  # a mixture of experts, and an engine that tells
 
     @property
     def length(self) -> int:
@@ -106,15 +109,17 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """Prompt and response as one trainable row; `advantage` is the response's, `engine_logprobs` as sampled.
+    """Prompt and response as one trainable row.
 
-    `versions` are the response's: which weights drew its tokens, counted from its first.
+    `advantage` is the response's, `engine_logprobs` as sampled, `routed_experts` as in `Response`; `versions` say which
+    weights drew its tokens, counted from the response's first.
     """
 
     tokens: list[int]
     prompt_length: int
     advantage: float = 0.0
     engine_logprobs: list[float] | None = None
+    routed_experts: np.ndarray | None = None
     versions: tuple[VersionSpan, ...] = ()
 
     @property
@@ -135,7 +140,9 @@ class PackedBatch:
     response token `targets[r]`: everything per-token that the loss reads is [R], sequence by sequence, `row_lengths`
     each. `indices` says which sequences these are, padding left out. The loss is the sum of its terms times `weights`
     [R], which carry the mean over the whole update. What the loop fills in as it learns it: log-probs under the policy
-    before its first update and under the initial model, advantages, importance weights, all fp32 [R].
+    before its first update and under the initial model, advantages, importance weights, all fp32 [R]; and `live`, how
+    many of the leading sequences hold every advantage that is not 0 (None: all may). `routed_experts` [T, layers,
+    experts per token], on the host, are those that the routers are to choose; without them they choose for themselves.
     """
 
     tokens: torch.Tensor
@@ -151,3 +158,10 @@ class PackedBatch:
     reference_logprobs: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
     importance: torch.Tensor | None = None  # None: 1 for all
+    routed_experts: torch.Tensor | None = None
+    live: int | None = None
+
+    @property
+    def live_rows(self) -> int:
+        """The rows from here on have advantage 0."""
+        return sum(self.row_lengths[: self.live])

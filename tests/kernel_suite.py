@@ -26,7 +26,7 @@ from megatron_efr.kernels import (
     triton_group,
     triton_rows,
 )
-from megatron_efr.kernels.rows import merge
+from megatron_efr.kernels.rows import Logits, merge
 from megatron_efr.methods.efr import efr_rewards
 from megatron_efr.methods.rloo import rloo
 from megatron_efr.methods.token_advantages import kl_to_go
@@ -120,10 +120,10 @@ def test_shipped_block(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_offsets(offset: float) -> None:
     base = torch.linspace(-8, 4, 37, device=DEVICE)
     base = base.mul(1024).round().div(1024)  # exact in fp32 beside 1e4
-    logits = (base + offset)[None].repeat(3, 1)
     local = torch.tensor([0, 36, 17], device=DEVICE)
-    softmax = merge(triton_rows.statistics(logits, local, 37, 1.0, True), local, True, None)
-    log_probs = torch.log_softmax(logits.double(), -1)
+    logits = Logits((base + offset)[None].repeat(3, 1), local, 37, 1.0)
+    softmax = merge(triton_rows.statistics(logits, True), local, True, None)
+    log_probs = torch.log_softmax(logits.values.double(), -1)
     assert largest(softmax.logprob, log_probs[torch.arange(3), local]) <= 1e-5
     assert softmax.entropy is not None
     assert largest(softmax.entropy, -(log_probs.exp() * log_probs).sum(-1)) <= 1e-5
@@ -133,7 +133,7 @@ def test_offsets(offset: float) -> None:
 def test_rows_of_any_dtype_and_stride(dtype: torch.dtype) -> None:
     wide = torch.randn(5, 90, device=DEVICE).to(dtype)
     logits, local = wide[:, :70], torch.tensor([0, 3, -1, 59, 20], device=DEVICE)
-    statistics = triton_rows.statistics(logits, local, 60, 0.7, True)
+    statistics = triton_rows.statistics(Logits(logits, local, 60, 0.7), True)
     assert statistics.target[2] == 0.0, "nothing is read for a target of another rank"
     mine = merge(statistics, local, True, None)
     log_probs = torch.log_softmax(logits[:, :60].double() * 0.7, -1)
@@ -148,9 +148,10 @@ def test_rows_without_a_gradient_are_exactly_zero() -> None:
     logits[1] = float("nan")
     local = torch.tensor([1, 2, 3, 4], device=DEVICE)
     for kernels in (triton_rows, torch_rows):
-        softmax = merge(kernels.statistics(logits, local, 33, 1.0, True), local, True, None)
+        block = Logits(logits.clone(), local, 33, 1.0)
+        softmax = merge(kernels.statistics(block, True), local, True, None)
         g = torch.tensor([1.0, 0.0, 0.0, -2.0], device=DEVICE)
-        d = kernels.write_gradient(logits.clone(), local, 33, 1.0, softmax, g, g * 0.5, torch.float16)
+        d = kernels.write_gradient(block, softmax, g, g * 0.5, torch.float16)
         assert d.dtype == torch.float16
         assert torch.all(d[1:3] == 0)
         assert torch.all(d[:, 33:] == 0)
@@ -180,11 +181,19 @@ def test_tied_embedding() -> None:
     assert relative(torch.autograd.grad(mine, w)[0], torch.autograd.grad(theirs, w)[0]) <= 1e-5
 
 
-def test_targets_outside_the_vocabulary() -> None:
-    x, w = case(2, 4, 8)
-    for bad in (-1, 7):
-        with pytest.raises(IndexError, match="the vocabulary is 7"):
-            linear_logprob(x, w, torch.tensor([0, bad], device=DEVICE), true_vocab=7, backend="triton")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_target_outside_the_vocabulary_has_no_number(backend: Any) -> None:
+    x, w = case(4, 4, 8)
+    targets = torch.tensor([0, -1, 7, 6], device=DEVICE)
+    logprob, _ = linear_logprob(x, w, targets, true_vocab=7, backend=backend)
+    assert logprob.isnan().tolist() == [False, True, True, False]
+    main_grad, one = torch.zeros_like(w, requires_grad=False), torch.ones(4, device=DEVICE)
+    out = fused_policy_loss(
+        x, w, targets, PolicyRows(logprob.detach(), one, one), PolicyTerms(0.2), main_grad=main_grad, factor=1.0,
+        true_vocab=7, backend=backend,
+    )  # fmt: skip
+    assert out.loss.isnan(), "the step is skipped, and says so"
+    assert main_grad.isnan().any()
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a card holds the real thing: test_more_logits_than_an_int32_counts")
@@ -194,13 +203,14 @@ def test_offsets_beyond_int32(tmp_path: Path) -> None:
     values = torch.randn(4, 40)
     logits.copy_(values)
     local = torch.tensor([0, 1, 2, 39])
-    far = triton_rows.statistics(logits, local, 40, 1.0, True)
-    near = triton_rows.statistics(values, local, 40, 1.0, True)
+    far, near = (triton_rows.statistics(Logits(v, local, 40, 1.0), True) for v in (logits, values))
     assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
     softmax = merge(near, local, True, None)
     g = torch.ones(4)
-    gradient = triton_rows.write_gradient(logits, local, 40, 1.0, softmax, g, g, torch.float16)
-    assert torch.equal(gradient, triton_rows.write_gradient(values, local, 40, 1.0, softmax, g, g, torch.float16))
+    gradients = [
+        triton_rows.write_gradient(Logits(v, local, 40, 1.0), softmax, g, g, torch.float16) for v in (logits, values)
+    ]
+    assert torch.equal(*gradients)
 
 
 # -- policy loss -------------------------------------------------------------------------------------------------------
@@ -280,6 +290,19 @@ def test_first_update_has_a_ratio_of_one_exactly() -> None:
     )
     assert out.figures["ratio_max"] == 1.0
     assert out.figures["kl_to_old"] == out.figures["kl_to_reference"] == out.figures["clip_fraction"] == 0.0
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_nan_is_passed_on(backend: Any) -> None:
+    x, w, targets, rows = policy_case(13, 45, torch.float32)
+    rows = PolicyRows(rows.old, torch.full_like(rows.advantages, torch.nan), rows.weights)
+    main_grad = torch.zeros_like(w, requires_grad=False)
+    out = fused_policy_loss(
+        x, w, targets, rows, PolicyTerms(0.2), main_grad=main_grad, factor=1.0, chunk=4, backend=backend
+    )
+    assert out.loss.isnan()
+    assert torch.autograd.grad(out.loss, x)[0].isnan().any()
+    assert main_grad.isnan().any()
 
 
 # -- groups ------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
     python tools/kernel_resources.py               # a table; exit status 1 where a kernel spills or does not fit
     python tools/kernel_resources.py --arch 100 --json resources.json
 
-Each configuration is compiled as the launcher would (pointers to logits aligned, row lengths divisible by 16 or not)
+Each configuration is compiled as the launcher would: pointers to logits aligned; rows of logits and the vocabulary
+divisible by 16 (even), neither (odd), or a padded row over a vocabulary that is not (mixed: the common case)
 and read from the very machine code that Triton would load. Figures differ between Triton versions: what counts is the
 version that runs. TRITON_INTERPRET must not be set.
 """
@@ -31,6 +32,11 @@ BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32  # per multiprocessor, compute capability 8.0 to 10.0
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per thread block
 GROUP_SAMPLES = (8, 64)
+DIVISIBLE = {  # by 16, of the row kernels' integers
+    "even": {"stride", "out_stride", "columns", "width"},
+    "mixed": {"stride", "out_stride", "width"},
+    "odd": set[str](),
+}
 NARROW = 1500  # columns: a shard of a small vocabulary, below one block
 
 # types of the row kernels' arguments, by name; every other pointer is to a per-row fp32 vector
@@ -70,9 +76,9 @@ class Resources:
 
 def configurations() -> Iterator[Configuration]:
     """Everything that the launchers can launch, up to numbers that change no code."""
-    for even in (True, False):
-        yield from _row_configurations(*triton_rows.shape_for(triton_rows.BLOCK * 8), even)
-    yield from _row_configurations(*triton_rows.shape_for(NARROW), False)
+    for parity in DIVISIBLE:
+        yield from _row_configurations(*triton_rows.shape_for(triton_rows.BLOCK * 8), parity)
+    yield from _row_configurations(*triton_rows.shape_for(NARROW), "odd")
     types = {"correct": "*i1", "lengths": "*i64", "starts": "*i64", "log_ratios": "*fp32", "per_token": "*fp32"}
     types |= {"rewards": "*fp64", "advantages": "*fp64", "samples": "i32", "alpha": "fp32", "beta": "fp32"}
     aligned = frozenset({"correct", "lengths", "starts", "rewards"})
@@ -83,20 +89,20 @@ def configurations() -> Iterator[Configuration]:
             yield Configuration(name, triton_group.group_kernel, types, constants, aligned, triton_group.WARPS)
 
 
-def _row_configurations(block: int, warps: int, even: bool) -> Iterator[Configuration]:
+def _row_configurations(block: int, warps: int, parity: str) -> Iterator[Configuration]:
     """The head's logits are fp32; gradients are of the weight's dtype."""
-    tail = f" block={block} {'even' if even else 'odd'}"
+    tail = f" block={block} {parity}"
     plain = [{"ENTROPY": entropy, "BLOCK": block} for entropy in (False, True)]
     for constants in plain:
         name = f"statistics{' entropy' * constants['ENTROPY']}{tail}"
-        yield _row(name, triton_rows.statistics_kernel, None, constants, even, warps)
-    for dtype in ("fp32", "bf16"):
+        yield _row(name, triton_rows.statistics_kernel, None, constants, parity, warps)
+    for dtype in ("fp32", "bf16", *(["fp16"] if parity == "mixed" else [])):
         for constants in plain:
             name = f"gradient {dtype}{' entropy' * constants['ENTROPY']}{tail}"
-            yield _row(name, triton_rows.gradient_kernel, dtype, constants, even, warps)
+            yield _row(name, triton_rows.gradient_kernel, dtype, constants, parity, warps)
         for label, terms in POLICY_TERMS.items():
             name = f"policy {dtype} {label}{tail}"
-            yield _row(name, triton_rows.policy_kernel, dtype, terms | {"BLOCK": block}, even, warps)
+            yield _row(name, triton_rows.policy_kernel, dtype, terms | {"BLOCK": block}, parity, warps)
 
 
 POLICY_TERMS: dict[str, dict[str, Any]] = {
@@ -108,8 +114,10 @@ POLICY_TERMS: dict[str, dict[str, Any]] = {
 }
 
 
-def _row(name: str, kernel: Any, dtype: str | None, constants: dict[str, Any], even: bool, warps: int) -> Configuration:
-    """A row kernel on fp32 logits with gradients in `dtype`; `even`: row lengths divisible by 16."""
+def _row(
+    name: str, kernel: Any, dtype: str | None, constants: dict[str, Any], parity: str, warps: int
+) -> Configuration:
+    """A row kernel on fp32 logits with gradients in `dtype`."""
     types = {}
     for argument in kernel.arg_names:
         if argument in ROW_INTEGERS:
@@ -118,7 +126,7 @@ def _row(name: str, kernel: Any, dtype: str | None, constants: dict[str, Any], e
             types[argument] = "fp32"
         elif argument not in constants:
             types[argument] = {"out": f"*{dtype}", "targets": "*i64"}.get(argument, "*fp32")
-    aligned = {"logits", "out"} | ({"stride", "out_stride", "columns", "width"} if even else set())
+    aligned = {"logits", "out"} | DIVISIBLE[parity]
     return Configuration(name, kernel, types, constants, frozenset(aligned & types.keys()), warps)
 
 

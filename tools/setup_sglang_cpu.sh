@@ -4,7 +4,7 @@
 #   PYTHON=python3.12 bash tools/setup_sglang_cpu.sh        choose the interpreter (3.11 or 3.12)
 #
 # Nothing is compiled. SGLang's own requirements name CUDA packages only, so the list is complete and is installed as it
-# stands; tools/sglang_cpu/ has what remains: two files beside the packages, which let SGLang import.
+# stands; tools/sglang_cpu/ has what remains: three files beside the packages, which let SGLang import and start.
 # As for .venv, pip's default PyTorch brings CUDA libraries; PIP_EXTRA_INDEX_URL at PyTorch's CPU index does without.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -34,5 +34,5 @@ pip install --constraint launch/sglang-cpu.txt torch # with what its build needs
 pip install --no-deps --requirement launch/sglang-cpu.txt
 packages=$(.venv-sglang/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 cp tools/sglang_cpu/*.py "$packages"
-echo "import torchvision_schemas" > "$packages/sglang_cpu.pth" # run by every start of this interpreter
+echo "import torchvision_schemas, host_memory" > "$packages/sglang_cpu.pth" # run by every start of this interpreter
 echo "$wanted" > .venv-sglang/.complete

@@ -3,10 +3,11 @@
 from megatron_efr.kernels.backend import Backend, choose_backend
 from megatron_efr.kernels.fused_policy_loss import FusedLoss, fused_policy_loss
 from megatron_efr.kernels.group_advantages import GroupAdvantages, group_advantages
-from megatron_efr.kernels.linear_logprob import linear_logprob
+from megatron_efr.kernels.linear_logprob import CHUNK_TOKENS, linear_logprob
 from megatron_efr.kernels.rows import PolicyRows, PolicyTerms
 
 __all__ = [
+    "CHUNK_TOKENS",
     "Backend",
     "FusedLoss",
     "GroupAdvantages",

@@ -1,4 +1,8 @@
-"""From graded groups to one advantage per token, on the device: the paper's reward, RLOO, the KL to go."""
+"""From graded groups to one advantage per token, on the device: the paper's reward, RLOO, the KL to go.
+
+For loops that hold whole groups on one device. This project's trainer does not: its rewards are any registered
+method's, made on rank 0, and its packs deal a group's responses out over replicas, micro-batches and context ranks.
+"""
 
 from __future__ import annotations
 

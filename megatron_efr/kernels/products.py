@@ -18,10 +18,7 @@ def logits_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -
         return torch.mm(hidden, weight.t(), out=out)
     if has_fp32_products(weight):
         return torch.ops.aten.mm.dtype_out(hidden, weight.t(), torch.float32, out=out)
-    wide = hidden.float()
-    for part in _parts(len(weight)):
-        out[:, part] = wide @ weight[part].float().t()
-    return out
+    return _upcast_logits_into(out, hidden, weight)
 
 
 def accumulate_weight_gradient(total: torch.Tensor, d_logits: torch.Tensor, hidden: torch.Tensor) -> None:
@@ -31,17 +28,28 @@ def accumulate_weight_gradient(total: torch.Tensor, d_logits: torch.Tensor, hidd
     elif has_fp32_products(d_logits):
         torch.ops.aten.addmm.dtype_out(total, d_logits.t(), hidden, torch.float32, out=total)
     else:
-        wide = hidden.float()
-        for part in _parts(len(total)):
-            total[part].addmm_(d_logits[:, part].t().float(), wide)
+        _upcast_accumulate(total, d_logits, hidden)
 
 
 def has_fp32_products(operand: torch.Tensor) -> bool:
-    """Whether `mm(out_dtype=)` and `addmm(out_dtype=)` exist for it: torch has them on CUDA only.
+    """Whether `mm(out_dtype=)` and `addmm(out_dtype=)` exist for it: torch has them on CUDA only, from 2.10 or so on.
 
-    The fallback turns the operands to fp32, a block of the vocabulary at a time.
+    Elsewhere the fallback upcasts the operands to fp32, a block of the vocabulary at a time.
     """
     return operand.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads()
+
+
+def _upcast_logits_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    wide = hidden.float()
+    for part in _parts(len(weight)):
+        out[:, part] = wide @ weight[part].float().t()
+    return out
+
+
+def _upcast_accumulate(total: torch.Tensor, d_logits: torch.Tensor, hidden: torch.Tensor) -> None:
+    wide = hidden.float()
+    for part in _parts(len(total)):
+        total[part].addmm_(d_logits[:, part].t().float(), wide)
 
 
 def _parts(rows: int) -> Iterator[slice]:

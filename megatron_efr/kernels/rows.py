@@ -12,6 +12,22 @@ import torch.distributed as dist
 FIGURES = ("loss", "clip_fraction", "kl_to_old", "kl_to_reference", "entropy", "importance", "ratio_max")
 """Rows of what `policy_rows` measures; each a term per token, weighted, but for the last, which is the plain ratio."""
 
+ELSEWHERE, OUTSIDE = -1, -2  # a target's column where another rank holds it; where the vocabulary does not
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """Rows of logits on this rank, and how a kernel reads them.
+
+    `values` [rows, columns + padding] are fp32 or 16-bit, with any row stride; `scale` is 1 / temperature. `targets`
+    int64 [rows] are columns of this rank, ELSEWHERE or OUTSIDE. Columns from `columns` on are padding.
+    """
+
+    values: torch.Tensor
+    targets: torch.Tensor
+    columns: int
+    scale: float
+
 
 class Statistics(NamedTuple):
     """Of z = logits / temperature over this rank's columns of the true vocabulary; each fp32 [rows].
@@ -86,22 +102,13 @@ class PolicyRows:
 
 
 class RowKernels(Protocol):
-    """One implementation of the row kernels.
+    """One implementation of the row kernels."""
 
-    `logits` [rows, columns + padding] are undivided (`scale` is 1 / temperature), fp32 or 16-bit, with any row stride;
-    `local` int64 [rows] is the target's column on this rank, -1 on ranks that do not have it.
-    """
-
-    def statistics(
-        self, logits: torch.Tensor, local: torch.Tensor, columns: int, scale: float, entropy: bool
-    ) -> Statistics: ...
+    def statistics(self, logits: Logits, entropy: bool) -> Statistics: ...
 
     def write_gradient(
         self,
-        logits: torch.Tensor,
-        local: torch.Tensor,
-        columns: int,
-        scale: float,
+        logits: Logits,
         softmax: Softmax,
         grad_logprob: torch.Tensor,
         grad_entropy: torch.Tensor | None,
@@ -115,10 +122,7 @@ class RowKernels(Protocol):
 
     def policy_rows(
         self,
-        logits: torch.Tensor,
-        local: torch.Tensor,
-        columns: int,
-        scale: float,
+        logits: Logits,
         softmax: Softmax,
         rows: PolicyRows,
         terms: PolicyTerms,
@@ -129,13 +133,16 @@ class RowKernels(Protocol):
         ...
 
 
-def merge(statistics: Statistics, local: torch.Tensor, entropy: bool, group: dist.ProcessGroup | None) -> Softmax:
-    """The whole vocabulary's softmax from each tensor-parallel rank's statistics: one MAX and one SUM [3, rows]."""
+def merge(statistics: Statistics, targets: torch.Tensor, entropy: bool, group: dist.ProcessGroup | None) -> Softmax:
+    """The whole vocabulary's softmax from each tensor-parallel rank's statistics: one MAX and one SUM [3, rows].
+
+    `targets` as `Logits` has them; OUTSIDE makes the log-prob nan, where an error would have to wait for the card.
+    """
     peak, total, moment = statistics.peak, statistics.total, statistics.moment
     if group is not None:
         peak = peak.clone()
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-    target = torch.where(local >= 0, statistics.target - peak, 0.0)
+    target = torch.where(targets >= 0, statistics.target - peak, 0.0).masked_fill_(targets == OUTSIDE, torch.nan)
     if group is not None:
         shift = torch.where(total > 0, statistics.peak - peak, 0.0)  # not -inf on a rank that holds only padding
         shrink = shift.exp()
@@ -149,17 +156,3 @@ def merge(statistics: Statistics, local: torch.Tensor, entropy: bool, group: dis
 def chunks(tokens: int, size: int) -> Iterator[slice]:
     """Slices of at most `size` that cover `tokens` in order."""
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
-
-
-def live_spans(live: torch.Tensor, size: int) -> list[slice]:
-    """For each of `chunks`, the slice from its first live row to its last, empty where it has none. `live` bool [T].
-
-    Rows of a sequence lie together, so whole sequences without a gradient fall out and nothing is copied.
-    """
-    flags = live.cpu()
-    spans = []
-    for rows in chunks(len(flags), size):
-        places = flags[rows].nonzero()[:, 0]
-        first, end = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
-        spans.append(slice(rows.start + first, rows.start + end))
-    return spans

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from megatron_efr.kernels.rows import PolicyRows, PolicyTerms, Softmax, Statistics
+from megatron_efr.kernels.rows import Logits, PolicyRows, PolicyTerms, Softmax, Statistics
 
 
-def statistics(logits: torch.Tensor, local: torch.Tensor, columns: int, scale: float, entropy: bool) -> Statistics:
+def statistics(logits: Logits, entropy: bool) -> Statistics:
     """Peak, sums and target of each row."""
-    z = _scaled(logits[:, :columns].float(), scale)
-    if not columns:  # this rank holds nothing but padding
+    z = _scaled(logits.values[:, : logits.columns].float(), logits.scale)
+    if not logits.columns:  # this rank holds nothing but padding
         zero = z.new_zeros(len(z))
         return Statistics(torch.full_like(zero, -torch.inf), zero, zero, zero)
     peak = z.max(dim=1).values
-    target = z.gather(1, local.clamp(min=0)[:, None])[:, 0]
+    target = z.gather(1, logits.targets.clamp(min=0)[:, None])[:, 0]
     shifted = z - peak[:, None]
     exp = shifted.exp()
     # a logit of -inf adds nothing, where (-inf) * 0 would be nan
@@ -23,20 +23,17 @@ def statistics(logits: torch.Tensor, local: torch.Tensor, columns: int, scale: f
 
 
 def write_gradient(
-    logits: torch.Tensor,
-    local: torch.Tensor,
-    columns: int,
-    scale: float,
+    logits: Logits,
     softmax: Softmax,
     grad_logprob: torch.Tensor,
     grad_entropy: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """d logprob = onehot - p and d entropy = -p (log p + entropy), each times what comes in, over temperature."""
-    work = logits if logits.dtype == torch.float32 else logits.float()
-    work[:, columns:] = 0.0
-    z = work[:, :columns]
-    log_p = z.mul_(scale).sub_(softmax.peak[:, None]).sub_(softmax.log_total[:, None])
+    work = logits.values.float()  # the very memory, where it is fp32
+    work[:, logits.columns :] = 0.0
+    z = work[:, : logits.columns]
+    log_p = z.mul_(logits.scale).sub_(softmax.peak[:, None]).sub_(softmax.log_total[:, None])
     p = log_p.exp()
     live = grad_logprob != 0
     gradient = p.mul(-grad_logprob[:, None])
@@ -45,18 +42,15 @@ def write_gradient(
         live |= grad_entropy != 0
         term = torch.where(p > 0, p * (log_p + softmax.entropy[:, None]), 0.0)
         gradient -= grad_entropy[:, None] * term
-    if columns:
-        owned = torch.where(local >= 0, grad_logprob, 0.0)
-        gradient.scatter_add_(1, local.clamp(min=0)[:, None], owned[:, None])
-    z.copy_(_scaled(gradient, scale).masked_fill_(~live[:, None], 0.0))
+    if logits.columns:
+        owned = torch.where(logits.targets >= 0, grad_logprob, 0.0)
+        gradient.scatter_add_(1, logits.targets.clamp(min=0)[:, None], owned[:, None])
+    z.copy_(_scaled(gradient, logits.scale).masked_fill_(~live[:, None], 0.0))
     return work.to(dtype)
 
 
 def policy_rows(
-    logits: torch.Tensor,
-    local: torch.Tensor,
-    columns: int,
-    scale: float,
+    logits: Logits,
     softmax: Softmax,
     rows: PolicyRows,
     terms: PolicyTerms,
@@ -71,7 +65,7 @@ def policy_rows(
     plain = ratio * rows.advantages
     clipped = ratio.clamp(1.0 - terms.clip, 1.0 + terms.clip) * rows.advantages
     loss = -importance * torch.minimum(plain, clipped)
-    slope = torch.where(plain <= clipped, -importance * plain, 0.0)  # d loss / d logprob; ratio' = ratio
+    slope = torch.where(clipped < plain, 0.0, -importance * plain)  # d loss / d logprob; ratio' = ratio; nan stays
     kl, kl_slope = _kl(softmax.logprob, rows, terms)
     loss, slope = loss + terms.beta * kl, slope + terms.beta * kl_slope
     entropy = zero if softmax.entropy is None else softmax.entropy
@@ -82,7 +76,7 @@ def policy_rows(
     if dtype is None:
         return figures, None
     grad_entropy = None if terms.bonus == 0.0 else -factor * terms.bonus * w
-    return figures, write_gradient(logits, local, columns, scale, softmax, factor * w * slope, grad_entropy, dtype)
+    return figures, write_gradient(logits, softmax, factor * w * slope, grad_entropy, dtype)
 
 
 def _kl(logprob: torch.Tensor, rows: PolicyRows, terms: PolicyTerms) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_efr.kernels.rows import FIGURES, PolicyRows, PolicyTerms, Softmax, Statistics
+from megatron_efr.kernels.rows import FIGURES, Logits, PolicyRows, PolicyTerms, Softmax, Statistics
 
 BLOCK = 4096  # columns in flight per program
 WARPS = 8
@@ -119,8 +119,8 @@ def policy_kernel(
         importance = tl.minimum(tl.exp(old - tl.load(engines + row)), cap)
     plain = ratio * advantage
     clipped = tl.minimum(tl.maximum(ratio, low), high) * advantage
-    loss = -importance * tl.minimum(plain, clipped)
-    slope = tl.where(plain <= clipped, -importance * plain, 0.0)  # by the log-prob
+    loss = -importance * tl.where(clipped < plain, clipped, plain)  # nan stays, as it would not in tl.minimum
+    slope = tl.where(clipped < plain, 0.0, -importance * plain)  # by the log-prob
     kl = 0.0
     if KL > 0:
         d = tl.load(references + row) - logprob
@@ -156,40 +156,38 @@ def policy_kernel(
         )  # fmt: skip
 
 
-def statistics(logits: torch.Tensor, local: torch.Tensor, columns: int, scale: float, entropy: bool) -> Statistics:
+def statistics(logits: Logits, entropy: bool) -> Statistics:
     """Peak, sums and target of each row."""
-    peak, total, moment, target = torch.zeros(4, len(logits), dtype=torch.float32, device=logits.device).unbind()
-    _launch(statistics_kernel, logits, local, peak, total, moment, target, columns, scale, ENTROPY=entropy)
+    values = logits.values
+    peak, total, moment, target = torch.zeros(4, len(values), dtype=torch.float32, device=values.device).unbind()
+    _launch(
+        statistics_kernel, values, logits.targets, peak, total, moment, target, logits.columns, logits.scale,
+        ENTROPY=entropy,
+    )  # fmt: skip
     return Statistics(peak, total, moment, target)
 
 
 def write_gradient(
-    logits: torch.Tensor,
-    local: torch.Tensor,
-    columns: int,
-    scale: float,
+    logits: Logits,
     softmax: Softmax,
     grad_logprob: torch.Tensor,
     grad_entropy: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The gradient of the logits in `dtype`, in their memory."""
-    out = _narrowed(logits, dtype)
+    out = _narrowed(logits.values, dtype)
     unused = grad_logprob
     _launch(
-        gradient_kernel, logits, out, out.stride(0), local, softmax.peak, softmax.log_total,
+        gradient_kernel, logits.values, out, out.stride(0), logits.targets, softmax.peak, softmax.log_total,
         unused if grad_entropy is None else softmax.entropy, grad_logprob,
-        unused if grad_entropy is None else grad_entropy, columns, logits.shape[1], scale,
+        unused if grad_entropy is None else grad_entropy, logits.columns, out.shape[1], logits.scale,
         ENTROPY=grad_entropy is not None,
     )  # fmt: skip
     return out
 
 
 def policy_rows(
-    logits: torch.Tensor,
-    local: torch.Tensor,
-    columns: int,
-    scale: float,
+    logits: Logits,
     softmax: Softmax,
     rows: PolicyRows,
     terms: PolicyTerms,
@@ -197,15 +195,17 @@ def policy_rows(
     dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """FIGURES [7, rows], and the gradient of the logits in their memory where `dtype` is given."""
-    figures = torch.empty(len(FIGURES), len(logits), dtype=torch.float32, device=logits.device)
-    out = None if dtype is None else _narrowed(logits, dtype)
-    written = logits if out is None else out
+    values = logits.values
+    figures = torch.empty(len(FIGURES), len(values), dtype=torch.float32, device=values.device)
+    out = None if dtype is None else _narrowed(values, dtype)
+    written = values if out is None else out
     unused = rows.old
     _launch(
-        policy_kernel, logits, written, written.stride(0), local, softmax.peak, softmax.log_total, softmax.logprob,
+        policy_kernel, values, written, written.stride(0), logits.targets,
+        softmax.peak, softmax.log_total, softmax.logprob,
         unused if softmax.entropy is None else softmax.entropy, rows.old, rows.advantages, rows.weights,
         unused if terms.kl == "none" else rows.reference, unused if terms.cap is None else rows.engine,
-        figures, len(logits), columns, logits.shape[1], scale,
+        figures, len(values), logits.columns, values.shape[1], logits.scale,
         1.0 - terms.clip, 1.0 + terms.clip, terms.beta, terms.bonus, terms.cap or 0.0, factor,
         KL=KL_CODES[terms.kl], ENTROPY=softmax.entropy is not None, BONUS=terms.bonus != 0.0,
         CAP=terms.cap is not None, GRADIENT=out is not None,
@@ -213,18 +213,18 @@ def policy_rows(
     return figures, out
 
 
-def _narrowed(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The memory of each row of logits seen as `dtype`, [rows, V] with the rows' distance unchanged in bytes."""
-    if dtype.itemsize > logits.element_size():
-        raise ValueError(f"a {dtype} gradient does not fit over {logits.dtype} logits")
-    return logits.view(dtype)[:, : logits.shape[1]]
+def _narrowed(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The memory of each row of values seen as `dtype`, [rows, V] with the rows' distance unchanged in bytes."""
+    if dtype.itemsize > values.element_size():
+        raise ValueError(f"a {dtype} gradient does not fit over {values.dtype} logits")
+    return values.view(dtype)[:, : values.shape[1]]
 
 
-def _launch(kernel: Any, logits: torch.Tensor, *arguments: Any, **constants: Any) -> None:
+def _launch(kernel: Any, values: torch.Tensor, *arguments: Any, **constants: Any) -> None:
     """Run `kernel` on every row. Rows narrower than one block get a block of their own width."""
-    if len(logits):
-        block, warps = shape_for(logits.shape[1])
-        kernel[(len(logits),)](logits, logits.stride(0), *arguments, **constants, BLOCK=block, num_warps=warps)
+    if len(values):
+        block, warps = shape_for(values.shape[1])
+        kernel[(len(values),)](values, values.stride(0), *arguments, **constants, BLOCK=block, num_warps=warps)
 
 
 def shape_for(width: int) -> tuple[int, int]:

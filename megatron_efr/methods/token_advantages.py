@@ -32,8 +32,14 @@ def fill_token_advantages(
             assert batch.reference_logprobs is not None
             per_token -= config.beta * kl_to_go(batch.old_logprobs - batch.reference_logprobs, batch.row_lengths)
         batch.advantages = per_token
+        batch.live = _live(batch, advantages) if config.beta == 0 and config.normalize == "none" else None
     if config.normalize == "batch":
         _whiten([batch.advantages for batch in batches if batch.advantages is not None], sum_over_replicas)
+
+
+def _live(batch: PackedBatch, advantages: SequenceOf[float]) -> int:
+    """How many leading sequences hold every advantage that is not 0."""
+    return max((place for place, i in enumerate(batch.indices, start=1) if advantages[i] != 0.0), default=0)
 
 
 def kl_to_go(log_ratio: torch.Tensor, row_lengths: list[int]) -> torch.Tensor:

@@ -70,6 +70,7 @@ def part(batch: PackedBatch, rank: int, ranks: int) -> PackedBatch:
         targets=batch.targets[rows],
         row_lengths=sequence[rows.cpu()].bincount(minlength=len(row_lengths)).tolist(),
         weights=batch.weights[rows],
+        routed_experts=None if batch.routed_experts is None else batch.routed_experts[held.cpu()],
         **optional,
     )
 

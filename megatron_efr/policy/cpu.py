@@ -14,14 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import utils as megatron_utils
-from megatron.core.optimizer import clip_grads, optimizer
+from megatron.core.optimizer import clip_grads, grad_scaler, optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-_WITH_LITERAL_DEVICE = (schedules, optimizer, clip_grads, megatron_utils)
+_WITH_LITERAL_DEVICE = (schedules, optimizer, clip_grads, grad_scaler, megatron_utils)
 
 
 def prepare() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
@@ -15,10 +14,12 @@ from megatron_efr.types import Group, Sequence, VersionSpan
 
 
 class FlatSequences(NamedTuple):
-    """Sequences end to end. `sizes` int64 [n, 4]: tokens, prompt tokens, engine log-probs (-1: there are none), spans.
+    """Sequences end to end.
 
+    `sizes` int64 [n, 5]: tokens, prompt tokens, engine log-probs, spans, tokens with routed experts (-1: not known).
     `tokens` int32 [all tokens], `logprobs` fp32 [all engine log-probs], `spans` int64 [all spans, 3] (version, start,
-    end), `advantages` fp64 [n].
+    end), `advantages` fp64 [n], `routed_experts` [all tokens with them, layers, experts per token], integers of the
+    engine's type.
     """
 
     sizes: torch.Tensor
@@ -26,21 +27,24 @@ class FlatSequences(NamedTuple):
     logprobs: torch.Tensor
     spans: torch.Tensor
     advantages: torch.Tensor
+    routed_experts: torch.Tensor
 
 
 def flatten(sequences: SequenceOf[Sequence]) -> FlatSequences:
     """The sequences as tensors. Exact, log-probs being fp32 numbers as engines give them."""
     sizes = [
-        (len(s.tokens), s.prompt_length, -1 if s.engine_logprobs is None else len(s.engine_logprobs), len(s.versions))
+        (len(s.tokens), s.prompt_length, _count(s.engine_logprobs), len(s.versions), _count(s.routed_experts))
         for s in sequences
     ]
+    routed = [s.routed_experts for s in sequences if s.routed_experts is not None]
     logprobs = [np.asarray(s.engine_logprobs or [], dtype=np.float32) for s in sequences]
     return FlatSequences(
-        sizes=torch.tensor(sizes, dtype=torch.int64).reshape(-1, 4),
+        sizes=torch.tensor(sizes, dtype=torch.int64).reshape(-1, 5),
         tokens=_joined([np.asarray(s.tokens, dtype=np.int32) for s in sequences], np.int32),
         logprobs=_joined(logprobs, np.float32),
         spans=torch.tensor([span for s in sequences for span in s.versions], dtype=torch.int64).reshape(-1, 3),
         advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float64),
+        routed_experts=torch.from_numpy(np.concatenate(routed)) if routed else torch.zeros(0, 1, 1, dtype=torch.uint8),
     )
 
 
@@ -50,25 +54,30 @@ def unflatten(flat: FlatSequences) -> list[Sequence]:
     tokens = flat.tokens.split([size[0] for size in sizes])
     logprobs = flat.logprobs.split([max(size[2], 0) for size in sizes])
     spans = flat.spans.split([size[3] for size in sizes])
+    routed = flat.routed_experts.split([max(size[4], 0) for size in sizes])
     return [
         Sequence(
             tokens=tokens[i].tolist(),
             prompt_length=prompt,
             advantage=advantage,
             engine_logprobs=None if drawn < 0 else logprobs[i].tolist(),
+            routed_experts=None if told < 0 else routed[i].numpy(),
             versions=tuple(VersionSpan(*span) for span in spans[i].tolist()),
         )
-        for i, ((_, prompt, drawn, _), advantage) in enumerate(zip(sizes, flat.advantages.tolist(), strict=True))
+        for i, ((_, prompt, drawn, _, told), advantage) in enumerate(zip(sizes, flat.advantages.tolist(), strict=True))
     ]
 
 
-def hand_over(make: Callable[[], list[Group]], ranks: Ranks) -> tuple[list[Group], list[Sequence]]:
-    """The scored groups that rank 0 makes (the others get none), and on every rank the sequences to train on."""
-    groups = ranks.on_main(make, "rollouts") or []
-    sequences = [sequence for group in groups for sequence in trainable(group)]
-    if ranks.world_size > 1:
-        sequences = unflatten(FlatSequences(*ranks.broadcast(flatten(sequences))))
-    return groups, sequences
+def hand_over(groups: SequenceOf[Group], ranks: Ranks) -> list[Sequence]:
+    """On every rank, the sequences to train on of rank 0's scored groups; the others' groups do not count."""
+    if ranks.world_size == 1:
+        return [sequence for group in groups for sequence in trainable(group)]
+    mine = [sequence for group in groups for sequence in trainable(group)] if ranks.is_main else []
+    return unflatten(FlatSequences(*ranks.broadcast(flatten(mine))))
+
+
+def _count(values: list[float] | np.ndarray | None) -> int:
+    return -1 if values is None else len(values)
 
 
 def _joined(parts: list[np.ndarray], dtype: type[np.generic]) -> torch.Tensor:

@@ -24,7 +24,7 @@ from megatron_efr.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_efr.policy.fit import engine_layers
 from megatron_efr.policy.layers import local_layers
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.mapping import padded_vocab
+from megatron_efr.weights.cuts import padded_vocab
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -51,11 +51,11 @@ class PolicyModel(GPTModel):
         return hidden_states
 
     @property
-    def head_weight(self) -> torch.Tensor:
+    def head_weight(self) -> torch.nn.Parameter:
         """This rank's rows of the output layer [V / TP, hidden]; the embedding where they are tied. Last stage only."""
         if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return cast(torch.Tensor, self.output_layer.weight)
+            return cast(torch.nn.Parameter, self.shared_embedding_or_output_weight())
+        return cast(torch.nn.Parameter, self.output_layer.weight)
 
 
 def transformer_config(model: ModelConfig, architecture: Architecture, parallel: ParallelConfig) -> TransformerConfig:
@@ -78,6 +78,7 @@ def transformer_config(model: ModelConfig, architecture: Architecture, parallel:
         "sequence_parallel": parallel.sequence,
         "variable_seq_lengths": True,  # packs differ in length
         "moe_token_dispatcher_type": "alltoall",  # required by variable_seq_lengths, for dense models too
+        "moe_enable_routing_replay": model.routing == "replay",
         "pipeline_dtype": DTYPES[model.dtype],
         "params_dtype": DTYPES[model.dtype],
         "bf16": bf16,
@@ -202,6 +203,8 @@ def _layers(
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
         )
     return local_layers(config, get_num_layers_to_build(config, vp_stage=vp_stage))

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from megatron_efr.types import Group, PackedBatch, Sequence
+from megatron_efr.types import Group, PackedBatch, Sequence, UserError
 from megatron_efr.weights.architecture import Architecture
 
 MicroBatches = list[list[int]]  # indices of sequences, micro-batch by micro-batch
@@ -21,7 +21,12 @@ def trainable(group: Group) -> list[Sequence]:
     prompt = group.prompt.tokens
     return [
         Sequence(
-            [*prompt, *response.tokens], len(prompt), float(advantage), response.logprobs, tuple(response.versions)
+            [*prompt, *response.tokens],
+            len(prompt),
+            float(advantage),
+            response.logprobs,
+            response.routed_experts,
+            tuple(response.versions),
         )
         for response, advantage in zip(group.responses, group.advantages, strict=True)
     ]
@@ -114,6 +119,17 @@ def row_weights(
     return {i: 1.0 / (sequences[i].response_length * len(update)) for i in update}
 
 
+def check_tokens(sequences: SequenceOf[Sequence], update: list[int], vocab: int) -> None:
+    """UserError for a token id that the model does not know: on a card nobody would look."""
+    for i in update:
+        low, high = min(sequences[i].tokens), max(sequences[i].tokens)
+        if low < 0 or high >= vocab:
+            raise UserError(
+                f"sequence {i} holds token id {low if low < 0 else high}, and the model's vocabulary is {vocab} "
+                "(config.json's vocab_size): were prompts or responses made with another tokenizer?"
+            )
+
+
 def pack(
     sequences: SequenceOf[Sequence],
     indices: list[int],
@@ -124,9 +140,11 @@ def pack(
 ) -> PackedBatch:
     """Lay `sequences[i] for i in indices` end to end, each padded at its end to a multiple of `each`.
 
+    Those of advantage 0 come last, so that the head can leave them out of its gradients at no cost.
     A padding sequence fills the pack up to a multiple of `multiple`, itself one of `each`. Without indices the pack is
     padding alone: a replica with less work than the others still takes part.
     """
+    indices = sorted(indices, key=lambda i: sequences[i].advantage == 0.0)
     chosen = [sequences[i] for i in indices]
     lengths = [round_up(sequence.length, each) for sequence in chosen]
     padding = -sum(lengths) % multiple if chosen else multiple
@@ -155,6 +173,6 @@ def pack(
         rows=torch.from_numpy(rows).to(device),
         targets=torch.from_numpy(tokens[rows + 1]).to(device),
         row_lengths=row_lengths,
-        indices=list(indices),
+        indices=indices,
         weights=torch.from_numpy(weight).to(device),
     )

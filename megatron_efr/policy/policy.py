@@ -6,31 +6,33 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from megatron_efr.kernels import Backend, choose_backend, linear_logprob
 from megatron_efr.policy import context
 from megatron_efr.policy.drift import drift_figures, drift_sums
 from megatron_efr.policy.fit import check_fit
+from megatron_efr.policy.head import HeadRows, build_head, loss_scaling
 from megatron_efr.policy.layers import packed_sequences
-from megatron_efr.policy.loss import Loss
+from megatron_efr.policy.loss import Loss, Metrics
 from megatron_efr.policy.model import PolicyModel, build_chunks, transformer_config
 from megatron_efr.policy.optimizer import Optimizer
-from megatron_efr.policy.packing import balance, pack, round_up, row_weights, sequence_flops
+from megatron_efr.policy.packing import balance, check_tokens, pack, round_up, row_weights, sequence_flops
 from megatron_efr.policy.parameters import Parameters
 from megatron_efr.policy.ranks import Ranks
+from megatron_efr.policy.routing import RoutingReplay, lay_out_routing
 from megatron_efr.types import PackedBatch, Sequence, UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import fingerprint, initial_weights, save_folder
 from megatron_efr.weights.mapping import WeightMapping
+from megatron_efr.weights.reshard import BUCKET_BYTES, Parcel
 
 
 class Policy:
@@ -50,19 +52,17 @@ class Policy:
         seed: int,
         temperature: float = 1.0,
         keep_reference: bool = False,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self.ranks = ranks
         self.model_config = model
         self.architecture = Architecture.from_folder(model.path)
         check_fit(model, parallel, self.architecture)
         self.config = transformer_config(model, self.architecture, parallel)
-        self.temperature = temperature
         self._flops = sequence_flops(self.architecture)
-        self._kernels: Backend
-        self._kernels, reason = choose_backend(model.kernels)
-        if ranks.is_main:
-            print(f"kernels: {self._kernels} ({reason})", flush=True)
         self.chunks = build_chunks(self.config, self.architecture, parallel, model.layers, ranks.device)
+        self._routing = RoutingReplay(self.config, [_unwrapped(chunk) for chunk in self.chunks], ranks)
+        self._head = build_head(_unwrapped(self.chunks[-1]), model, self.architecture, ranks, temperature)
         # each sequence divides into 2 chunks per context rank, a context rank's slice over the sequence-parallel ones
         self._sequence_multiple = 2 * parallel.context if parallel.context > 1 else 1
         self._pack_multiple = math.lcm(
@@ -72,7 +72,7 @@ class Policy:
         mapping = WeightMapping(
             self.architecture, parallel.tensor, expert_ranks=parallel.expert, expert_rank=ranks.expert_rank
         )
-        self.parameters = Parameters(self.chunks, mapping, ranks)
+        self.parameters = Parameters(self.chunks, mapping, ranks, bucket_bytes)
         self.parameters.load(initial_weights(model, self.architecture, seed))
         seed_of_weights = seed if model.init == "random" else None
         self.initial_model = {
@@ -95,6 +95,7 @@ class Policy:
             seed=config.seed,
             temperature=config.rollout.temperature,
             keep_reference=config.loss.beta > 0,
+            bucket_bytes=config.rollout.bucket_mib * 2**20,
         )
 
     # -- batches ------------------------------------------------------------------------------------------------------
@@ -106,33 +107,41 @@ class Policy:
         micro_batch_tokens: int,
         aggregate: Literal["sequence", "token"],
     ) -> list[PackedBatch]:
-        """This replica's micro-batches of one optimizer update over `sequences[i] for i in update` (all replicas')."""
+        """This replica's micro-batches of one optimizer update over `sequences[i] for i in update` (all replicas').
+
+        UserError for a token outside the vocabulary.
+        """
+        check_tokens(sequences, update, self.architecture.vocab)
         lengths = {i: round_up(sequences[i].length, self._sequence_multiple) for i in update}
         shares = balance(lengths, self.ranks.replicas, micro_batch_tokens, self._batch_multiple, self._flops)
         weights = row_weights(sequences, update, aggregate)
-        return [
+        batches = [
             pack(sequences, indices, weights, self.ranks.device, self._pack_multiple, self._sequence_multiple)
             for indices in shares[self.ranks.replica]
         ]
+        for batch in batches if self.model_config.routing == "replay" else []:
+            batch.routed_experts = lay_out_routing(batch, sequences, self.architecture)
+        return batches
 
     # -- forward, backward, step --------------------------------------------------------------------------------------
 
     def fill_logprobs(self, batches: list[PackedBatch]) -> None:
         """Set every micro-batch's `old_logprobs` and, where a reference is kept, `reference_logprobs`.
 
-        Computed in the micro-batches that will be trained on, so the first update sees a ratio of exactly 1.
+        Computed in the micro-batches that will be trained on, so the first update sees a ratio of exactly 1. The
+        reference routes for itself: the KL refers to the initial model, and its routers are part of it.
         """
         for batch, logprobs in zip(batches, self.logprobs(batches), strict=True):
             batch.old_logprobs = logprobs
         if self._reference is not None:
             with self._as_reference():
-                reference = self.logprobs(batches)
+                reference = self.logprobs([replace(batch, routed_experts=None) for batch in batches])
             for batch, logprobs in zip(batches, reference, strict=True):
                 batch.reference_logprobs = logprobs
 
     def logprobs(self, batches: list[PackedBatch]) -> list[torch.Tensor]:
         """Log-probs [R] of each micro-batch's response tokens under the current weights, on every rank alike."""
-        outputs = self._run(batches, lambda logprobs, batch: (logprobs.detach(), {}), forward_only=True)
+        outputs = self._run(batches, _only_logprobs, forward_only=True)
         if self.ranks.pipeline_ranks == self.ranks.context_ranks == 1:
             return [output["logprobs"] for output in outputs]
         sizes = [batch.rows.numel() for batch in batches]
@@ -171,7 +180,7 @@ class Policy:
         self.optimizer.zero_grad()
         outputs = self._run(batches, loss, forward_only=False)
         made, norm = self.optimizer.step()
-        metrics = self._over_replicas(_combine([output["metrics"] for output in outputs]) | self._work(batches))
+        metrics = self._over_replicas(_combine(outputs) | self._work(batches))
         total, busiest, longest = (metrics.pop(name) for name in ("flops", "flops_max", "longest_max"))
         metrics["imbalance"] = busiest / max(total / self.ranks.replicas, longest) - 1.0
         return metrics | {"grad_norm": norm, "lr": self.optimizer.lr, "skipped": 0.0 if made else 1.0}
@@ -182,14 +191,14 @@ class Policy:
         costs = [self._flops(length) for batch in first for length in batch.lengths[: len(batch.indices)]]
         return {"flops": sum(costs), "flops_max": sum(costs), "longest_max": max(costs, default=0.0)}
 
-    def _run(self, batches: list[PackedBatch], loss: Loss, *, forward_only: bool) -> list[dict[str, Any]]:
+    def _run(self, batches: list[PackedBatch], loss: Loss, *, forward_only: bool) -> list[Metrics]:
         """Drive Megatron's schedule; per micro-batch, on the last stage, what the loss measured."""
         for chunk in self.chunks:
             chunk.train(not forward_only)
         schedule = get_forward_backward_func()
-        with torch.set_grad_enabled(not forward_only):
+        with torch.set_grad_enabled(not forward_only), self._routing.forgotten_at_the_end():
             outputs = schedule(
-                forward_step_func=self._forward_step(loss),
+                forward_step_func=self._forward_step(loss, len(batches)),
                 data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
                 model=list(self.chunks) if len(self.chunks) > 1 else self.chunks[0],
                 num_microbatches=len(batches),
@@ -197,47 +206,31 @@ class Policy:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
-        return cast(list[dict[str, Any]], outputs)
+        return cast(list[Metrics], outputs)
 
-    def _forward_step(self, loss: Loss) -> Callable[..., tuple[torch.Tensor, Any]]:
+    def _forward_step(self, loss: Loss, micro_batches: int) -> Callable[..., tuple[torch.Tensor, Any]]:
+        undo, factor = loss_scaling(self.config, self.ranks, micro_batches)
+
         def step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             batch = context.part(next(batches), self.ranks.context_rank, self.ranks.context_ranks)
-            hidden = chunk(
-                input_ids=batch.tokens[None],
-                position_ids=batch.positions[None],
-                attention_mask=None,
-                packed_seq_params=packed_sequences(batch.lengths, batch.cu_seqlens, self.ranks.context_ranks),
-            )
-            model = _unwrapped(chunk)
-            if not model.post_process:
-                return hidden, None
-            logprobs = self._head(model, hidden, batch)
+            with self._routing.replayed(_unwrapped(chunk), batch):
+                hidden = chunk(
+                    input_ids=batch.tokens[None],
+                    position_ids=batch.positions[None],
+                    attention_mask=None,
+                    packed_seq_params=packed_sequences(batch.lengths, batch.cu_seqlens, self.ranks.context_ranks),
+                )
 
-            def measure(logprobs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-                value, metrics = loss(logprobs, batch)
-                no_tokens = torch.zeros(
-                    (), dtype=torch.int, device=value.device
-                )  # normalised already: divide by nothing
-                return value, no_tokens, {"metrics": metrics, "logprobs": logprobs.detach()}
+            def measure(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+                assert self._head is not None
+                self.parameters.finish_gather()  # the head reads its weight without calling the module that holds it
+                value, metrics = loss(self._head.rows(hidden, batch, factor))
+                # 0 tokens: the loss is normalised already, divide by nothing
+                return value * undo, torch.zeros((), dtype=torch.int, device=value.device), metrics
 
-            return logprobs, measure
+            return hidden, measure  # Megatron measures on the last stage
 
         return step
-
-    def _head(self, model: PolicyModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """Log-probs [R] of the response tokens from the last stage's hidden states [tokens, 1, hidden]."""
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        logprobs, _ = linear_logprob(
-            hidden[:, 0].index_select(0, batch.rows),
-            model.head_weight,
-            batch.targets,
-            temperature=self.temperature,
-            true_vocab=self.architecture.vocab,
-            tp_group=self.ranks.tensor_group if self.ranks.tensor_ranks > 1 else None,
-            backend=self._kernels,
-        )
-        return logprobs
 
     def _over_replicas(self, metrics: dict[str, float]) -> dict[str, float]:
         """This replica's figures combined with all others', on every rank; they stand on the last stage only."""
@@ -250,13 +243,21 @@ class Policy:
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
+    def parcels(self, *, flat: bool = False, everywhere: bool = False) -> Iterator[Parcel]:
+        """The weights as whole Hugging Face tensors, bucket by bucket: see `Parameters.parcels`."""
+        return self.parameters.parcels(flat=flat, everywhere=everywhere)
+
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, whole tensor) pairs, one at a time: see `Parameters.whole`."""
-        return self.parameters.whole()
+        """(Hugging Face name, whole tensor) pairs on rank 0, one bucket in memory at a time; elsewhere empty tensors.
+
+        All ranks iterate together. Where nothing is split the tensors are views of the live parameters.
+        """
+        return (pair for parcel in self.parcels() for pair in parcel.tensors)
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Like `named_weights`, of what the last update's backward pass left (after clipping, where that is on)."""
-        return self.parameters.whole(lambda parameter: cast(Any, parameter).main_grad)
+        self.optimizer.gather_gradients()
+        return (pair for parcel in self.parameters.parcels("gradients") for pair in parcel.tensors)
 
     def save_folder(self, destination: str | Path) -> None:
         """Write the weights as a Hugging Face folder, with the starting model's tokenizer and configuration."""
@@ -271,6 +272,7 @@ class Policy:
 
     def sharded_state(self, *, loading: bool = False) -> dict[str, Any]:
         """Model and optimizer as Megatron's sharded state dict: what a checkpoint saves, or the shape it loads into."""
+        self.parameters.finish_gather()
         models = {f"model{i}": _unwrapped(chunk).sharded_state_dict() for i, chunk in enumerate(self.chunks)}
         return models | {"optimizer": self.optimizer.sharded_state(models, loading)}
 
@@ -279,6 +281,20 @@ class Policy:
         for i, chunk in enumerate(self.chunks):
             _unwrapped(chunk).load_state_dict(state[f"model{i}"])
         self.optimizer.load_sharded_state(state["optimizer"])
+
+    # -- between phases -----------------------------------------------------------------------------------------------
+
+    def offload_training_state(self) -> None:
+        """Gradients and optimizer state leave the device, for an engine that shares it; weights can still be read.
+
+        An fp32 model's weights are the optimizer's own and leave with it. RuntimeError where they have left already.
+        """
+        self.parameters.finish_gather()
+        self.optimizer.offload()
+
+    def restore_training_state(self) -> None:
+        """Take both back, before the next log-probs or update. RuntimeError where they have not left."""
+        self.optimizer.restore()
 
     # -- the initial model --------------------------------------------------------------------------------------------
 
@@ -305,6 +321,12 @@ class Policy:
 def _unwrapped(chunk: torch.nn.Module) -> PolicyModel:
     """The model inside Megatron's DDP and precision wrappers."""
     return cast(PolicyModel, unwrap_model(chunk))
+
+
+def _only_logprobs(rows: HeadRows) -> tuple[torch.Tensor, Metrics]:
+    """In a loss's place, where nothing is trained."""
+    logprobs = rows.logprobs()
+    return logprobs.new_zeros(()), {"logprobs": logprobs}
 
 
 def _combine(figures: SequenceOf[Mapping[str, Any]]) -> dict[str, float]:

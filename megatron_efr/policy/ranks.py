@@ -54,6 +54,11 @@ class Ranks:
         return parallel_state.get_tensor_model_parallel_rank()
 
     @property
+    def replica_group(self) -> dist.ProcessGroup:
+        """The ranks of all tensor and pipeline positions, and of all experts: together they hold one whole model."""
+        return _group(parallel_state.get_expert_tensor_model_pipeline_parallel_group())
+
+    @property
     def context_group(self) -> dist.ProcessGroup:
         """The ranks that hold slices of the same sequences."""
         return _group(parallel_state.get_context_parallel_group())
@@ -128,12 +133,9 @@ class Ranks:
         return kept[0] if kept else None
 
     def broadcast(self, tensors: SequenceOf[torch.Tensor]) -> list[torch.Tensor]:
-        """Rank 0's CPU tensors, on every rank, over gloo; the others' (as many, of the same types) say nothing."""
-        shapes = self.share(lambda: [tensor.shape for tensor in tensors])
-        received = [
-            tensor if self.is_main else torch.empty(shape, dtype=tensor.dtype)
-            for tensor, shape in zip(tensors, shapes, strict=True)
-        ]
+        """Rank 0's CPU tensors, on every rank, over gloo; what the others give is not looked at."""
+        kinds = self.share(lambda: [(tensor.shape, tensor.dtype) for tensor in tensors])
+        received = list(tensors) if self.is_main else [torch.empty(shape, dtype=dtype) for shape, dtype in kinds]
         for tensor in received:
             if tensor.numel():
                 dist.broadcast(tensor, src=0, group=self.cpu_world)
@@ -151,6 +153,13 @@ class Ranks:
             waited, limit = time.monotonic() - began, self.wait_limit.total_seconds()
             why = "the limit is parallel.wait_limit_s" if waited >= 0.99 * limit else "rank 0 has gone"
             raise UserError(f"rank {self.rank} waited {waited:.0f} s for {what} of rank 0: {why} ({error})") from error
+
+    def everywhere(self, holds: bool) -> bool:
+        """Whether it holds on every rank."""
+        held = torch.tensor(int(holds))
+        if self.world_size > 1:
+            dist.all_reduce(held, op=dist.ReduceOp.MIN, group=self.cpu_world)
+        return bool(held)
 
     def sum_over_replicas(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` summed over data-parallel replicas, in place."""

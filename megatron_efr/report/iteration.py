@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +17,10 @@ class LogprobMismatchError(UserError):
     """Engine and policy no longer compute the same distribution."""
 
 
+class GradientError(UserError):
+    """Updates can no longer be made."""
+
+
 def iteration_metrics(
     groups: Sequence[Group],
     updates: Sequence[Mapping[str, float]],
@@ -25,21 +30,26 @@ def iteration_metrics(
 ) -> dict[str, float]:
     """Accuracy, lengths and rewards of the rollouts; the updates' figures; how far the log-probs are apart.
 
-    `staleness` is by how many publications a token is behind `version`, the policy's: mean over tokens, and maximum.
-    A rank that does not know the groups has no figures: {}.
-
     Per-update figures are averaged over the iteration's updates (maxima kept), but `first_*`, which the first one of an
-    iteration must show: ratio 1 and KL 0 to the policy that is being updated.
+    iteration must show: ratio 1 and KL 0 to the policy that is being updated. A rank that has no groups goes without
+    the rollouts' figures. `version` is the policy's when the iteration began.
     """
-    if not groups:
-        return {}
+    metrics = rollout_figures(groups, version) if groups else {}
+    metrics |= _averaged(updates)
+    metrics |= {"first_ratio_max": updates[0]["ratio_max"], "first_kl_to_old": updates[0]["kl_to_old"]}
+    speed = metrics.get("tokens_total", 0.0) / generation_seconds if generation_seconds else 0.0
+    return metrics | dict(drift) | {"time/generate": generation_seconds, "time/tokens_per_s": speed}
+
+
+def rollout_figures(groups: Sequence[Group], version: int) -> dict[str, float]:
+    """Of scored groups. `staleness`: by how many publications a token is behind `version`, over tokens."""
     responses = [response for group in groups for response in group.responses]
     spans = [span for response in responses for span in response.versions]
     correct = np.concatenate([_filled(group.correct) for group in groups])
     lengths = np.concatenate([group.lengths for group in groups])
     rewards = np.concatenate([_filled(group.rewards) for group in groups])
     advantages = [_filled(group.advantages) for group in groups]
-    metrics = {
+    figures = {
         "accuracy": float(correct.mean()),
         "tokens_mean": float(lengths.mean()),
         "tokens_correct": _mean(lengths[correct]),
@@ -53,11 +63,8 @@ def iteration_metrics(
         "groups_without_signal": float(np.mean([not np.any(a) for a in advantages])),
     }
     statuses = Counter(status for group in groups for status in group.statuses)
-    metrics |= {f"graded/{status}": float(count) for status, count in sorted(statuses.items())}
-    metrics |= _averaged(updates)
-    metrics |= {"first_ratio_max": updates[0]["ratio_max"], "first_kl_to_old": updates[0]["kl_to_old"]}
-    machine = {"time/generate": generation_seconds, "time/tokens_per_s": metrics["tokens_total"] / generation_seconds}
-    return metrics | dict(drift) | machine
+    figures |= {f"graded/{status}": float(count) for status, count in sorted(statuses.items())}
+    return figures
 
 
 def check_logprobs(drift: Mapping[str, float], config: TrainingConfig, loud: bool) -> None:
@@ -79,6 +86,16 @@ def check_logprobs(drift: Mapping[str, float], config: TrainingConfig, loud: boo
             f"{config.max_logprob_diff}",
             file=sys.stderr,
             flush=True,
+        )
+
+
+def check_skipped(skipped_in_a_row: int, limit: int, step: int, rollouts: Path) -> None:
+    """Stop a run that only skips updates; `rollouts` is where the last iteration's are kept."""
+    if skipped_in_a_row >= limit:
+        raise GradientError(
+            f"iteration {step}: the last {skipped_in_a_row} updates had a gradient that is not finite and were skipped "
+            f"(train.max_skipped = {limit}). The iteration's rollouts are in {rollouts}; to run its updates alone: "
+            f"efr train CONFIG --replay {rollouts}"
         )
 
 

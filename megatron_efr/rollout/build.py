@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_efr.config import ModelConfig, RolloutConfig
+from megatron_efr.config import ConfigError, ModelConfig, RolloutConfig
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
 from megatron_efr.rollout.local import LocalEngine
@@ -25,13 +25,18 @@ def build_engine(model: ModelConfig, rollout: RolloutConfig, folder: Path, seed:
     Servers started here write to `folder`. They are asked for random numbers of their own: `seed` and those after it.
     """
     if rollout.engine == "local":
+        if model.routing == "replay":
+            raise ConfigError(
+                "model.routing: replay needs an engine that says which experts it chose; set rollout.engine: sglang"
+            )
         return local_engine(model.path, rollout.slots, model.dtype)
     architecture = Architecture.from_folder(model.path)
     urls, key = rollout.urls, os.environ.get(KEY)
     if not urls:
         launcher = resources.enter_context(Launcher(folder, rollout.timeouts.stop_s))
         on_gpu = torch.cuda.is_available()
-        arguments = server_arguments(model, rollout, architecture, on_gpu)
+        trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        arguments = server_arguments(model, rollout, architecture, on_gpu, trainers)
         environment = server_environment(os.environ, on_gpu, rollout.tp)
         launcher.start(rollout.python, arguments, environment, count=rollout.engines, seed=seed)
         urls, key = launcher.wait(rollout.timeouts.start_s), launcher.key
@@ -43,6 +48,7 @@ def build_engine(model: ModelConfig, rollout: RolloutConfig, folder: Path, seed:
         key=key,
         engine_ranks=rollout.tp,
         bucket_bytes=rollout.bucket_mib * 2**20,
+        routed_experts=model.routing == "replay",
     )
     resources.callback(engine.close)
     return engine

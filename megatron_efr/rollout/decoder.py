@@ -1,4 +1,4 @@
-"""A lean Qwen2 decoder over one batched KV cache: prefill and single-token steps, nothing for training.
+"""A lean decoder of Qwen2, Qwen3 and Qwen3-MoE over one batched KV cache: prefill and steps, nothing for training.
 
 Rows never influence one another, bit for bit, where the libraries below allow it. Matrix products get their rows in
 multiples of `ROWS`, since MKL rounds differently for few rows. A step's attention runs over keys in multiples of
@@ -28,6 +28,7 @@ ROWS = 32  # two AVX-512 vectors: also keeps element-wise kernels out of their s
 KEYS = 32
 CHUNK = 64  # rows whose attention runs over as many keys as the longest of them has
 SUMMED = 256  # keys summed in one product: beyond 384 MKL splits the sum where it likes
+MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe")
 PREFILL_TOKENS = 4096  # padded tokens of one prefill: bounds its activations
 
 
@@ -42,8 +43,10 @@ def decodable(model: str | Path | Mapping[str, Any] | Architecture) -> Architect
         found = Architecture.from_config(dict(model))
     else:
         found = model if isinstance(model, Architecture) else Architecture.from_folder(model)
-    if found.model_type != "qwen2":
-        raise UserError(f"rollout.engine: local decodes qwen2 models only; model.path is a {found.model_type}")
+    if found.model_type not in MODEL_TYPES:
+        raise UserError(
+            f"rollout.engine: local decodes {', '.join(MODEL_TYPES)} models only; model.path is a {found.model_type}"
+        )
     return found
 
 
@@ -103,8 +106,11 @@ class _Layer:
     qkv_bias: torch.Tensor | None
     o: torch.Tensor
     post_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: list[torch.Tensor]  # a single one, or one per expert
+    down: list[torch.Tensor]
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    router: torch.Tensor | None
 
 
 class Decoder:
@@ -125,16 +131,20 @@ class Decoder:
         self._inverse_frequencies = 1.0 / a.rope_theta**exponents
 
     def _layer(self, prefix: str) -> _Layer:
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        a, attention, mlp = self.architecture, prefix + "self_attn.", prefix + "mlp."
         bias = [f"{attention}{x}_proj.bias" for x in "qkv"]
+        feed_forward = [f"{mlp}experts.{e}." for e in range(a.experts.count)] if a.experts else [mlp]
         return _Layer(
             input_norm=self._tensor(prefix + "input_layernorm.weight"),
             qkv=self._tensor(*(f"{attention}{x}_proj.weight" for x in "qkv")),
-            qkv_bias=self._tensor(*bias) if self.architecture.qkv_bias else None,
+            qkv_bias=self._tensor(*bias) if a.qkv_bias else None,
             o=self._tensor(attention + "o_proj.weight"),
             post_norm=self._tensor(prefix + "post_attention_layernorm.weight"),
-            gate_up=self._tensor(mlp + "gate_proj.weight", mlp + "up_proj.weight"),
-            down=self._tensor(mlp + "down_proj.weight"),
+            gate_up=[self._tensor(f + "gate_proj.weight", f + "up_proj.weight") for f in feed_forward],
+            down=[self._tensor(f + "down_proj.weight") for f in feed_forward],
+            q_norm=self._tensor(attention + "q_norm.weight") if a.qk_norm else None,
+            k_norm=self._tensor(attention + "k_norm.weight") if a.qk_norm else None,
+            router=self._tensor(mlp + "gate.weight") if a.experts else None,
         )
 
     def _tensor(self, *names: str) -> torch.Tensor:
@@ -232,6 +242,9 @@ class Decoder:
         qkv = F.linear(self._rms(x, layer.input_norm), layer.qkv, layer.qkv_bias)
         qkv = qkv.unflatten(-1, (a.heads + 2 * a.kv_heads, a.head_dim))
         qk = qkv[..., : a.heads + a.kv_heads, :]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = qk.split([a.heads, a.kv_heads], -2)
+            qk.copy_(torch.cat((self._rms(q, layer.q_norm), self._rms(k, layer.k_norm)), -2))
         first, second = qk.chunk(2, -1)
         torch.addcmul(qk * cos, torch.cat((second, first), -1), sin, out=qk)
         return qkv
@@ -239,8 +252,30 @@ class Decoder:
     def _rest(self, layer: _Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """What follows attention in a layer: output projection, residual, SwiGLU, residual."""
         x = F.linear(attended, layer.o).add_(x)
-        gate, up = F.linear(self._rms(x, layer.post_norm), layer.gate_up).chunk(2, -1)
-        return F.linear(F.silu(gate).mul_(up), layer.down).add_(x)
+        normed = self._rms(x, layer.post_norm)
+        if layer.router is None:
+            return _swiglu(normed, layer.gate_up[0], layer.down[0]).add_(x)
+        return self._experts(layer, normed.flatten(0, -2), layer.router).view_as(x).add_(x)
+
+    def _experts(self, layer: _Layer, x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+        """The chosen experts' outputs for x [n, hidden], by their probabilities; an expert's rows in multiples of ROWS.
+
+        Experts are added in their order, so that a row's sum does not depend on which others chose them.
+        """
+        experts = self.architecture.experts
+        assert experts is not None
+        probabilities = torch.softmax(F.linear(x.float(), router.float()), -1)
+        weights, chosen = probabilities.topk(experts.per_token, -1)
+        if experts.normalized:
+            weights = weights / weights.sum(-1, keepdim=True)
+        scale = torch.zeros_like(probabilities).scatter_(-1, chosen, weights).to(x.dtype)
+        total = torch.zeros_like(x)
+        for expert, (gate_up, down) in enumerate(zip(layer.gate_up, layer.down, strict=True)):
+            rows = (chosen == expert).any(-1).nonzero()[:, 0]
+            if n := len(rows):
+                padded = F.pad(x[rows], (0, 0, 0, round_up(n, ROWS) - n))
+                total[rows] += _swiglu(padded, gate_up, down)[:n] * scale[rows, expert, None]
+        return total
 
     def _rms(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, weight.shape, weight, self.architecture.norm_eps)
@@ -253,6 +288,11 @@ class Decoder:
         angles = positions[:, None, None] * self._inverse_frequencies
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), -1).to(self.dtype), torch.cat((-sin, sin), -1).to(self.dtype)
+
+
+def _swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    gate, up = F.linear(x, gate_up).chunk(2, -1)
+    return F.linear(F.silu(gate).mul_(up), down)
 
 
 def _blocks(rows: int, keys: Sequence[int]) -> Iterator[tuple[slice, int]]:

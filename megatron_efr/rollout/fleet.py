@@ -19,6 +19,7 @@ import aiohttp
 from megatron_efr.config import TimeoutsConfig
 from megatron_efr.rollout.server import AbortedError, Answer, LostError, Server
 from megatron_efr.types import Group, Request, Sampling
+from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import EngineError
 
 T = TypeVar("T")
@@ -45,15 +46,17 @@ class Tally:
 
 
 class Fleet:
-    """Servers that share one connection pool. Requests of a prompt go to one server, which then reads it once."""
+    """Servers that share one connection pool. Responses to a prompt come from one server, and share its cache."""
 
-    def __init__(self, urls: Sequence[str], key: str | None, limits: TimeoutsConfig) -> None:
+    def __init__(
+        self, urls: Sequence[str], key: str | None, limits: TimeoutsConfig, routed: Architecture | None = None
+    ) -> None:
         headers = {"Content-Type": "application/json"}
         if key:
             headers["Authorization"] = f"Bearer {key}"
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S)
         self._session = aiohttp.ClientSession(connector=connector, headers=headers, read_bufsize=2**20)
-        self.servers = [Server(url, self._session, limits) for url in urls]
+        self.servers = [Server(url, self._session, limits, routed) for url in urls]
         self._loads = dict.fromkeys(self.servers, 0)
         self._rests_until = dict.fromkeys(self.servers, 0.0)
         self._name, self._numbers = uuid.uuid4().hex[:12], itertools.count()

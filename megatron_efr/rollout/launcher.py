@@ -46,6 +46,18 @@ CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1", "OM
 
 CPU_CACHED_TOKENS = 65536
 
+REFUSED = {
+    "model_path": "the servers take model.path's config.json",
+    "dtype": "the servers take model.dtype",
+    "tp_size": "set rollout.tp",
+    "host": "set by the launcher",
+    "port": "set by the launcher",
+    "api_key": "made for each run",
+    "enable_custom_logit_processor": "a processor changes the distribution, and log-probs would not be the sampler's",
+    "preferred_sampling_params": "they change the distribution, and log-probs would not be the sampler's",
+}
+"""Arguments of SGLang's server that a configuration may not set, and why."""
+
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 _TORCHRUN_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PYTHON", "PYTORCH_")
 
@@ -68,9 +80,14 @@ def server_environment(outer: Mapping[str, str], on_gpu: bool, tp: int) -> dict[
 
 
 def server_arguments(
-    model: ModelConfig, rollout: RolloutConfig, architecture: Architecture, on_gpu: bool
+    model: ModelConfig, rollout: RolloutConfig, architecture: Architecture, on_gpu: bool, trainers: int = 1
 ) -> dict[str, Any]:
-    """What every server of a run is started with, by SGLang's names; `rollout.server` has the last word."""
+    """What the servers of a run are started with, by SGLang's names; `rollout.server` has the last word.
+
+    `trainers` is the number of GPUs that train on this machine. `base_gpu_id` is the first server's.
+    """
+    if refused := sorted(REFUSED.keys() & rollout.server.keys()):
+        raise UserError(f"rollout.server.{refused[0]}: {REFUSED[refused[0]]}")
     arguments: dict[str, Any] = {
         "model_path": str(Path(model.path).resolve()),
         "load_format": "dummy",  # weights come by publication, and are never read twice
@@ -80,9 +97,12 @@ def server_arguments(
         "tp_size": rollout.tp,
         "max_running_requests": rollout.slots,
         "enable_fp32_lm_head": model.dtype != "float32",  # as the policy's head: bf16 logits move log-probs by 1e-2
+        "enable_return_routed_experts": model.routing == "replay",
         "log_level_http": "warning",
     }
-    if not on_gpu:
+    if on_gpu:
+        arguments["base_gpu_id"] = trainers if rollout.placement == "apart" else 0
+    else:
         arguments |= CPU_ARGUMENTS | {"max_total_tokens": max(CPU_CACHED_TOKENS, architecture.max_positions)}
     return arguments | rollout.server
 
@@ -118,7 +138,16 @@ class Launcher:
     def start(
         self, python: str, arguments: Mapping[str, Any], environment: Mapping[str, str], *, count: int, seed: int
     ) -> None:
-        """Start `count` servers, each with random numbers of its own; returns before they are ready."""
+        """Start `count` servers, each with random numbers and GPUs of its own; returns before they are ready."""
+        for index in range(count):
+            port = _free_port()
+            own = {"host": HOST, "port": port, "api_key": self.key, "random_seed": (seed + index) % 2**31}
+            if "base_gpu_id" in arguments:
+                own["base_gpu_id"] = arguments["base_gpu_id"] + index * arguments["tp_size"]
+            self.start_one(f"engine-{index}", python, dict(arguments) | own, environment)
+
+    def start_one(self, name: str, python: str, arguments: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+        """Start one server with all its `arguments`, address, port and key among them."""
         if not os.access(python, os.X_OK):
             raise UserError(
                 f"rollout.python: {python}: no such interpreter; on a machine without a GPU, "
@@ -126,12 +155,6 @@ class Launcher:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o700)
-        for index in range(count):
-            port = _free_port()
-            own = {"host": HOST, "port": port, "api_key": self.key, "random_seed": (seed + index) % 2**31}
-            self._start_one(f"engine-{index}", python, dict(arguments) | own, environment)
-
-    def _start_one(self, name: str, python: str, arguments: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         settings, log = self.folder / f"{name}.yaml", self.folder / f"{name}.log"
         settings.write_text(yaml.safe_dump({key.replace("_", "-"): value for key, value in arguments.items()}))
         command = [python, "-m", "sglang.launch_server", "--config", str(settings)]
@@ -145,7 +168,7 @@ class Launcher:
                 env=dict(environment),
                 start_new_session=True,
             )
-        self.servers.append(Launched(name, f"http://{HOST}:{arguments['port']}", log, process))
+        self.servers.append(Launched(name, f"http://{arguments['host']}:{arguments['port']}", log, process))
 
     def wait(self, limit_s: float) -> list[str]:
         """Wait until all are ready, saying so now and then; their addresses, or a UserError with the log's end."""

@@ -15,7 +15,9 @@ from typing import Any
 import aiohttp
 
 from megatron_efr.config import TimeoutsConfig
+from megatron_efr.rollout.routing import decode_routing
 from megatron_efr.types import Finish, Response, Sampling, VersionSpan
+from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import EngineError
 
 READS = 3
@@ -39,11 +41,16 @@ class Answer:
 
 
 class Server:
-    """The server at `url` (http://host:port). All servers share `session`, which carries the key."""
+    """The server at `url` (http://host:port). All servers share `session`, which carries the key.
 
-    def __init__(self, url: str, session: aiohttp.ClientSession, limits: TimeoutsConfig) -> None:
+    Given `routed`, a mixture of experts, responses say which of its experts read their tokens.
+    """
+
+    def __init__(
+        self, url: str, session: aiohttp.ClientSession, limits: TimeoutsConfig, routed: Architecture | None = None
+    ) -> None:
         self.url = url.rstrip("/")
-        self._session, self._limits = session, limits
+        self._session, self._limits, self._routed = session, limits, routed
 
     # -- responses -----------------------------------------------------------------------------------------------------
 
@@ -56,10 +63,18 @@ class Server:
             "rid": rid,
             "input_ids": list(tokens),
             "return_logprob": True,
+            "return_routed_experts": self._routed is not None,
             "sampling_params": _sampling_params(sampling),
         }
         answered = await self._post("/generate", body, "response_s")
-        return _answer(answered, sampling, self.url)
+        answer = _answer(answered, sampling, self.url)
+        if self._routed is not None:
+            encoded, read = answered["meta_info"]["routed_experts"], len(tokens) + answer.response.length - 1
+            try:
+                answer.response.routed_experts = decode_routing(encoded, read, self._routed)
+            except ValueError as error:
+                raise EngineError(f"{self.url}/generate: {error}") from error
+        return answer
 
     async def abort(self, rid: str) -> None:
         """End one request; an unknown one is no error."""
@@ -131,7 +146,8 @@ class Server:
 
     async def update_from_disk(self, path: str) -> None:
         """Load a model folder that the server can read."""
-        await self._update("/update_weights_from_disk", {"model_path": path, "flush_cache": False}, "update_s")
+        body = {"model_path": path, "load_format": "auto", "flush_cache": False}  # the server's own may be dummy
+        await self._update("/update_weights_from_disk", body, "update_s")
 
     async def set_version(self, version: int) -> None:
         """Name the weights; requests in flight go on."""

@@ -34,6 +34,9 @@ AHEAD = 1.25
 class SGLangEngine:
     """An `Engine` over running servers, each of `engine_ranks` tensor-parallel ranks and `slots` places.
 
+    With `routed_experts`, responses of a mixture of experts say which of them read their tokens. After a publication in
+    mid-generation these are the new weights' choice for the whole response, since its tokens are read again.
+
     All streams are answered at the same time. A thread that waits for a group while another has paused or publishes
     waits until that is over; waiting in the very thread that paused is an error, since it would wait for ever. Misuse
     raises RuntimeError, a bad request, sampling or tensor ValueError, a server EngineError.
@@ -49,9 +52,10 @@ class SGLangEngine:
         key: str | None = None,
         engine_ranks: int = 1,
         bucket_bytes: int = 2**29,
+        routed_experts: bool = False,
     ) -> None:
         self.architecture, self.engine_ranks, self.bucket_bytes = architecture, engine_ranks, bucket_bytes
-        self.count = len(urls)
+        self.urls, self.count = list(urls), len(urls)
         self.in_flight = max(1, int(AHEAD * slots * self.count))
         self._shapes = WeightMapping(architecture).shapes()
         self._version = -1
@@ -60,8 +64,8 @@ class SGLangEngine:
         self._updated_by: int | None = None  # the thread that is in the middle of an update
         self._streams: list[_Stream] = []
         self._thread = LoopThread("sglang")
-        self._fleet = self._thread.run(_fleet(urls, key, limits))
-        self._check_servers()
+        self._fleet = self._thread.run(_fleet(urls, key, limits, architecture if routed_experts else None))
+        self._check_servers(routed_experts)
 
     @property
     def version(self) -> int:
@@ -87,8 +91,8 @@ class SGLangEngine:
         ValueError names a tensor that is unknown, given twice, mis-shaped or missing, before it, or the last bucket, is
         sent. After an error the servers stay paused and serve nothing until a publication succeeds.
         """
-        self.begin_update()
         try:
+            self.begin_update()
             for bucket in _buckets(checked(weights, self._shapes), self.bucket_bytes):
                 self.update_from_tensor([_payload(bucket)] * self.engine_ranks, None)
             self.end_update(version)
@@ -153,9 +157,15 @@ class SGLangEngine:
         self._all(Server.begin_update)
 
     def update_from_tensor(self, payloads: list[str], load_format: str | None) -> None:
-        """Send one bucket: a base64 payload for each tensor-parallel rank, the same to every server."""
-        body = tensor_body(payloads, load_format)
-        self._all(lambda server: server.update_from_tensor(body))
+        """Send one bucket: a base64 payload for each tensor-parallel rank, the same to every server; or, where there
+        are as many as all servers have ranks together, each server its own.
+        """
+        ranks = self.engine_ranks
+        bodies = [tensor_body(payloads[i : i + ranks], load_format) for i in range(0, len(payloads), ranks)]
+        if len(bodies) not in (1, self.count):
+            raise ValueError(f"{len(payloads)} payloads for {self.count} servers of {ranks} ranks")
+        own = dict(zip(self._fleet.servers, bodies * (self.count if len(bodies) == 1 else 1), strict=True))
+        self._all(lambda server: server.update_from_tensor(own[server]))
 
     def join_group(self, address: str, port: int, name: str, backend: str) -> Future[None]:
         """Have every server enter a process group in which the trainer is rank 0; returns at once."""
@@ -215,7 +225,7 @@ class SGLangEngine:
                 if NO_SESSION not in str(error):
                     raise
 
-        self._version, self._updated_by = -1, None
+        self._version = -1
         self._all(end)
 
     def checksums(self) -> list[dict[str, str]]:
@@ -244,13 +254,13 @@ class SGLangEngine:
 
     def _check_serving(self) -> None:
         if self._updated_by not in (None, threading.get_ident()):
-            return  # the update of another thread will be over
+            return  # another thread's update will be over, or begin again, or the run will end
         if self._asleep:
             raise RuntimeError("the engine is asleep: wake() it and publish() weights first")
         if self._version < 0:
             raise RuntimeError("the engine has no weights: publish() before generate()")
 
-    def _check_servers(self) -> None:
+    def _check_servers(self, routed_experts: bool) -> None:
         """Refuse servers that are not what the configuration says."""
         for server, info in zip(self._fleet.servers, self._all(Server.info), strict=True):
             if info["tp_size"] != self.engine_ranks:
@@ -259,6 +269,11 @@ class SGLangEngine:
                 raise UserError(
                     f"rollout.urls: {server.url} computes logits in {info['dtype']} and the policy in fp32, so their "
                     "log-probs would differ by several 1e-2; start it with --enable-fp32-lm-head"
+                )
+            if routed_experts and not info["enable_return_routed_experts"]:
+                raise UserError(
+                    f"model.routing: replay needs the experts that engines choose, and {server.url} was started "
+                    "without --enable-return-routed-experts"
                 )
             if info["enable_custom_logit_processor"] or info["preferred_sampling_params"]:
                 raise UserError(
@@ -323,9 +338,9 @@ class _Stream(Iterator[Group]):
 NO_SESSION = "no weight-update session is open"
 
 
-async def _fleet(urls: Sequence[str], key: str | None, limits: TimeoutsConfig) -> Fleet:
+async def _fleet(urls: Sequence[str], key: str | None, limits: TimeoutsConfig, routed: Architecture | None) -> Fleet:
     """A Fleet, made in the loop that its connections belong to."""
-    return Fleet(urls, key, limits)
+    return Fleet(urls, key, limits, routed)
 
 
 def _buckets(weights: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[list[tuple[str, torch.Tensor]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 from transformers import Qwen2ForCausalLM
@@ -39,14 +39,14 @@ def models(folders: tuple[Path, Path]) -> tuple[Qwen2ForCausalLM, Qwen2ForCausal
     return tuple(Qwen2ForCausalLM.from_pretrained(folder).eval() for folder in folders)
 
 
-def start(folder: Path, config: RolloutConfig, model: Path) -> tuple[Launcher, list[str]]:
-    """Servers of their own, ready."""
+def start(folder: Path, config: RolloutConfig, model: Path, **changes: Any) -> tuple[Launcher, list[str]]:
+    """Servers of their own, ready; `changes` are of the model's section."""
     if not os.access(PYTHON, os.X_OK):
         pytest.skip(f"{PYTHON} is not there: bash tools/setup_sglang_cpu.sh makes it")
     launcher = Launcher(folder, config.timeouts.stop_s)
     try:
         arguments = server_arguments(
-            ModelConfig(path=str(model)), config, Architecture.from_folder(model), on_gpu=False
+            ModelConfig(path=str(model), **changes), config, Architecture.from_folder(model), on_gpu=False
         )
         environment = server_environment(os.environ, on_gpu=False, tp=config.tp)
         launcher.start(config.python, arguments, environment, count=config.engines, seed=0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_efr.kernels.rows import Softmax, Statistics, merge
+from megatron_efr.kernels.rows import Logits, Softmax, Statistics, merge
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 if torch.cuda.is_available():
-    from megatron_efr.kernels import PolicyRows, PolicyTerms, fused_policy_loss, linear_logprob, triton_rows
+    from megatron_efr.kernels import PolicyRows, PolicyTerms, fused_policy_loss, linear_logprob, products, triton_rows
     from tests.kernel_suite import *  # noqa: F403  the tests themselves
     from tests.kernel_suite import case, exact, relative
 
@@ -51,6 +51,21 @@ def test_bf16_at_the_shipped_block(vocab: int, monkeypatch: pytest.MonkeyPatch) 
     assert relative(-results[0][1], d_weight) <= 1e-2
 
 
+def test_fp32_products_of_bf16_operands_equal_the_upcast_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = (tensor.detach() for tensor in case(300, 256, 5000, torch.bfloat16))
+    results = []
+    for upcast in (False, True):
+        if upcast:
+            monkeypatch.setattr(products, "has_fp32_products", lambda operand: False)
+        assert products.has_fp32_products(w) is not upcast
+        logits = products.logits_into(torch.empty(300, 5000, device="cuda"), x, w)
+        total = torch.ones(w.shape, device="cuda")
+        products.accumulate_weight_gradient(total, logits.bfloat16(), x)
+        results.append((logits, total))
+    for mine, theirs in zip(*results, strict=True):
+        assert relative(mine, theirs) <= 1e-5
+
+
 def test_more_logits_than_an_int32_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_rows, "BLOCK", 4096)
     rows, width = 2**31 // 152064 + 8, 152064
@@ -60,16 +75,14 @@ def test_more_logits_than_an_int32_counts(monkeypatch: pytest.MonkeyPatch) -> No
     logits[-4:] = torch.randn(4, width, device="cuda")
     local = torch.arange(rows, device="cuda") % width
     tail = logits[-4:].clone()
-    far = triton_rows.statistics(logits, local, width, 1.0, True)
-    near = triton_rows.statistics(tail, local[-4:], width, 1.0, True)
+    whole, end = Logits(logits, local, width, 1.0), Logits(tail, local[-4:], width, 1.0)
+    far, near = triton_rows.statistics(whole, True), triton_rows.statistics(end, True)
     assert all(torch.equal(a[-4:], b) for a, b in zip(far, near, strict=True))
     softmax = softmax_of(far, local)
     one = torch.ones(rows, device="cuda")
-    gradient = triton_rows.write_gradient(logits, local, width, 1.0, softmax, one, None, torch.bfloat16)[-4:].clone()
+    gradient = triton_rows.write_gradient(whole, softmax, one, None, torch.bfloat16)[-4:].clone()
     last = softmax_of(near, local[-4:])
-    assert torch.equal(
-        gradient, triton_rows.write_gradient(tail, local[-4:], width, 1.0, last, one[-4:], None, torch.bfloat16)
-    )
+    assert torch.equal(gradient, triton_rows.write_gradient(end, last, one[-4:], None, torch.bfloat16))
 
 
 def softmax_of(statistics: Statistics, local: torch.Tensor) -> Softmax:
@@ -83,11 +96,11 @@ def test_the_kernel_that_writes_over_its_input_has_no_race() -> None:
     code = """
 import torch
 from megatron_efr.kernels import triton_rows
-from megatron_efr.kernels.rows import merge
-logits, local = torch.randn(4, 20000, device="cuda"), torch.arange(4, device="cuda")
-softmax = merge(triton_rows.statistics(logits, local, 20000, 1.0, True), local, True, None)
+from megatron_efr.kernels.rows import Logits, merge
+logits = Logits(torch.randn(4, 20000, device="cuda"), torch.arange(4, device="cuda"), 20000, 1.0)
+softmax = merge(triton_rows.statistics(logits, True), logits.targets, True, None)
 g = torch.ones(4, device="cuda")
-triton_rows.write_gradient(logits, local, 20000, 1.0, softmax, g, g, torch.bfloat16)
+triton_rows.write_gradient(logits, softmax, g, g, torch.bfloat16)
 torch.cuda.synchronize()
 """
     # racecheck watches shared memory; memcheck finds a store outside the rows
@@ -104,9 +117,13 @@ def test_aliased_gradient_equals_the_gradient_written_elsewhere(monkeypatch: pyt
     monkeypatch.setattr(triton_rows, "BLOCK", 4096)
     logits = torch.randn(2048, 50000, device="cuda")
     local = torch.arange(2048, device="cuda")
-    softmax = softmax_of(triton_rows.statistics(logits, local, 50000, 1.0, True), local)
+    softmax = softmax_of(triton_rows.statistics(Logits(logits, local, 50000, 1.0), True), local)
     g = torch.linspace(-1, 1, 2048, device="cuda")
-    elsewhere = triton_rows.write_gradient(logits.clone(), local, 50000, 1.0, softmax, g, g, torch.float32)
+
+    def written(dtype: torch.dtype) -> torch.Tensor:
+        return triton_rows.write_gradient(Logits(logits.clone(), local, 50000, 1.0), softmax, g, g, dtype)
+
+    elsewhere = written(torch.float32)
     for _ in range(20):
-        over = triton_rows.write_gradient(logits.clone(), local, 50000, 1.0, softmax, g, g, torch.bfloat16)
+        over = written(torch.bfloat16)
         assert torch.equal(over, elsewhere.to(torch.bfloat16))

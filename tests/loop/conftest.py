@@ -50,23 +50,34 @@ class Typical(Method):
 
     def load_state_dict(self, state):
         self.seen, self.mean = state["seen"], state["mean"]
+
+class Failing(Typical):
+    def advantages(self, groups):
+        made = super().advantages(groups)
+        return [advantages * np.nan for advantages in made] if self.seen > 4 else made
 """
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def install_method(folder: Path) -> None:
+    """Lay METHOD into `folder`, as a package that registered itself: on the path it is `method: {name: typical}`."""
+    (folder / "typical.py").write_text(METHOD)
+    registration = folder / "typical-1.0.dist-info"
+    registration.mkdir()
+    (registration / "METADATA").write_text("Metadata-Version: 2.1\nName: typical\nVersion: 1.0\n")
+    entries = "typical = typical:Typical\nfailing = typical:Failing\n"
+    (registration / "entry_points.txt").write_text(f"[megatron_efr.methods]\n{entries}")
 
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     """Runs `python -m megatron_efr.NAME ARGUMENTS...` and checks its exit code; `killed_at` as killed.py has it."""
     plugin = tmp_path_factory.mktemp("plugin")
-    (plugin / "typical.py").write_text(METHOD)
-    registration = plugin / "typical-1.0.dist-info"
-    registration.mkdir()
-    (registration / "METADATA").write_text("Metadata-Version: 2.1\nName: typical\nVersion: 1.0\n")
-    (registration / "entry_points.txt").write_text("[megatron_efr.methods]\ntypical = typical:Typical\n")
+    install_method(plugin)
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    given = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
-    environment |= {"PYTHONPATH": os.pathsep.join([str(plugin), *given]), "OMP_NUM_THREADS": "1"}
+    paths = [str(plugin), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
     def run(
         name: str, *arguments: str, killed_at: str | None = None, expect: int | None = None

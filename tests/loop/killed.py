@@ -4,6 +4,7 @@ rollout:STEP:GROUPS  while group GROUPS + 1 of iteration STEP is being written t
 update:N             before this process's N-th optimizer update
 logged:STEP          after the metrics line of STEP, while the next line is being written
 save:STEP            while Megatron's files of STEP's checkpoint are being written
+background:STEP      while STEP's checkpoint is being written in the background and a later iteration trains
 seconds:S            S seconds after the policy began to be built, wherever the program is then
 renamed:STEP         when STEP's checkpoint is in place, before it has been verified and `latest` has moved
 """
@@ -87,6 +88,33 @@ def at_save(step: str) -> None:
     FileSystemWriter.finish = hooked
 
 
+def at_background(step: str) -> None:
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    from megatron_efr.policy import Policy
+
+    write, update = FileSystemWriter.write_data, Policy.update
+    writing, training = threading.Event(), threading.Event()
+
+    def hooked_write(self: FileSystemWriter, *arguments: Any) -> Any:
+        written = write(self, *arguments)
+        partial = Path(self.path)
+        if partial.name == f"step_{int(step):06d}.partial":
+            [data] = partial.glob("*.distcp")
+            os.truncate(data, data.stat().st_size // 2)
+            writing.set()
+            assert training.wait(60)
+            die()
+        return written
+
+    def hooked_update(self: Policy, *arguments: Any) -> Any:
+        if writing.is_set():
+            training.set()
+        return update(self, *arguments)
+
+    FileSystemWriter.write_data, Policy.update = hooked_write, hooked_update
+
+
 def at_renamed(step: str) -> None:
     from megatron_efr import checkpoint
 
@@ -117,6 +145,7 @@ MOMENTS: dict[str, Callable[..., None]] = {
     "update": at_update,
     "logged": at_logged,
     "save": at_save,
+    "background": at_background,
     "renamed": at_renamed,
     "seconds": at_seconds,
 }

@@ -122,6 +122,22 @@ def test_killed_again_and_again_a_run_equals_one_that_was_not(
     assert_equal(run, whole)
 
 
+def test_killed_while_a_checkpoint_is_written_in_the_background_a_run_goes_on_from_the_one_before(
+    config: Path, whole: Path, program: Program, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    overrides = (f"runs={tmp_path}", "checkpoint.every=1", "checkpoint.background=true")
+    program("train", config, *overrides, killed_at="background:2")
+    assert (run / "checkpoints/latest").read_text() == "step_000001"
+    assert (run / "checkpoints/step_000002.partial").is_dir()
+    assert metrics(run)[:2] == metrics(whole)[:2]
+    journals = sorted(path.stem for path in (run / "journal").iterdir())
+    assert journals[:2] == ["step_000002", "step_000003"], "what no checkpoint covers is kept"
+    done = program("train", "--resume", config, *overrides)
+    assert [line.split("/4")[0] for line in done.stdout.splitlines() if "/4" in line] == ["2", "3", "4"]
+    assert_equal(run, whole)
+
+
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_gives_the_same_run(
     config: Path, whole: Path, program: Program, tmp_path: Path
 ) -> None:

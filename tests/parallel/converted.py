@@ -11,7 +11,7 @@ from megatron.core.utils import unwrap_model
 from transformers import AutoModelForCausalLM
 
 from megatron_efr.checkpoint import Checkpoints
-from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.policy import Policy, launched
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights
@@ -25,7 +25,7 @@ def main(model: str, converted: str, out: str, layout: str) -> None:
         start = ModelConfig(path=model, init="random")
         policy = Policy(start, parallel, OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0)
         chunk: Any = unwrap_model(policy.chunks[0])
-        checkpoints = Checkpoints(Path(out), 1, ranks)
+        checkpoints = Checkpoints(Path(out), CheckpointConfig(keep=1), ranks)
         loaded, _ = checkpoints.load(Path(converted), {"model0": chunk.sharded_state_dict()})
         chunk.load_state_dict(loaded["model0"])
         source = FolderWeights(model, Architecture.from_folder(model))
@@ -34,7 +34,8 @@ def main(model: str, converted: str, out: str, layout: str) -> None:
         batches = policy.pack_update(sequences, list(range(6)), 10_000, "sequence")
         found = dict(zip(batches[0].indices, policy.logprobs(batches)[0].split(batches[0].row_lengths), strict=True))
         reference = AutoModelForCausalLM.from_pretrained(model)
-        for i, sequence in enumerate(sequences):
+        for i in found:  # this replica's
+            sequence = sequences[i]
             with torch.no_grad():
                 logits = reference(torch.tensor([sequence.tokens])).logits[0, sequence.prompt_length - 1 : -1]
             targets = torch.tensor(sequence.tokens[sequence.prompt_length :])

@@ -16,6 +16,7 @@ from megatron_efr.config import LossConfig, ModelConfig, OptimizerConfig, Parall
 from megatron_efr.methods.token_advantages import fill_token_advantages
 from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, launched
 from tests.conftest import ragged_sequences
+from tests.routing import randomly_routed
 
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 # the last update has a single sequence: replicas, context ranks and stages go without
@@ -30,6 +31,7 @@ class Case(NamedTuple):
     aggregate: Literal["sequence", "token"]
     recompute: bool
     budget: int  # tokens of a micro-batch, where there are several ranks
+    replay: bool = False  # tokens go to experts drawn at random, as if an engine had chosen them
 
 
 CASES = {
@@ -39,7 +41,12 @@ CASES = {
         Case("untied", "sequence", True, 150),
         Case("untied", "token", False, 300),
     ],
-    "experts": [Case("moe", "sequence", False, 300), Case("moe", "token", True, 150)],
+    "experts": [
+        Case("moe", "sequence", False, 300),
+        Case("moe", "token", True, 150),
+        Case("moe", "sequence", True, 150, replay=True),
+        Case("moe", "token", False, 300, replay=True),
+    ],
 }
 
 
@@ -47,6 +54,11 @@ def split(layout: str) -> ParallelConfig:
     """`tensor=2,sequence=true` as a configuration."""
     fields = dict(item.split("=") for item in layout.split(",") if item)
     return ParallelConfig(**{k: v == "true" if k == "sequence" else int(v) for k, v in fields.items()})  # type: ignore[arg-type]
+
+
+def folder(layout: str) -> str:
+    """The name for what a layout writes."""
+    return layout.replace("=", "").replace(",", "-") or "data"
 
 
 def kind(layout: str) -> str:
@@ -60,11 +72,19 @@ def train(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks, optim
     Deliberately unlike a good run, so that all of the loss works: ratios that clip, a reference far away, whitening.
     """
     sequences = ragged_sequences(32)
+    if case.replay:
+        sequences = randomly_routed(sequences, layers=4, experts=4, per_token=2)
     megatron = {"optimizer": "sgd", "sgd_momentum": 0.0} if optimizer == "sgd" else {}
-    model = ModelConfig(path=f"{models}/{case.model}", megatron=RECOMPUTE if case.recompute else {})
-    # large steps: the change of a weight is known to half a last bit of the weight itself
+    model = ModelConfig(
+        path=f"{models}/{case.model}",
+        routing="replay" if case.replay else "own",
+        megatron=RECOMPUTE if case.recompute else {},
+    )
+    # large steps: the change of a weight is known to half a last bit of the weight itself. With unlikely experts the
+    # gradient triples after such a step, and so does what rounding does to the next one
+    lr = (4.0 if optimizer == "sgd" else 1e-3) * (0.25 if case.replay else 1.0)
     policy = Policy(
-        model, parallel, OptimizerConfig(lr=4.0 if optimizer == "sgd" else 1e-3, clip_grad=0.0, megatron=megatron),
+        model, parallel, OptimizerConfig(lr=lr, clip_grad=0.0, megatron=megatron),
         ranks, updates=STEPS, seed=0, keep_reference=True,
     )  # fmt: skip
     before = {name: tensor.clone() for name, tensor in policy.named_weights()}

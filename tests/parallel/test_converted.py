@@ -21,6 +21,7 @@ pytestmark = pytest.mark.parallel
         ("qwen3-tied", "tensor=2", 2),  # one KV group on two ranks
         ("llama", "pipeline=2", 2),
         ("qwen2", "tensor=2,pipeline=2", 4),
+        ("qwen3-moe", "expert=2", 2),  # with data parallelism
         ("llama3", "tensor=4", 4),  # two KV groups on four ranks
     ],
 )

@@ -28,6 +28,7 @@ def groups() -> list[Group]:
                 logprobs=rng.normal(size=n).astype(np.float32).tolist(),
                 finish="stop",
                 versions=[VersionSpan(4, 0, 1), VersionSpan(5, 1, n)],
+                routed_experts=rng.integers(0, 200, (3 + n - 1, 2, 2)).astype(np.uint8),
             )
             for n in rng.integers(2, 9, 4).tolist()
         ]
@@ -37,10 +38,10 @@ def groups() -> list[Group]:
 
 def main(out: str) -> None:
     with launched(ParallelConfig(wait_limit_s=LIMIT_S), seed=0) as ranks:
-        mine, sequences = hand_over(groups, ranks)
-        torch.save((len(mine), flatten(sequences)), Path(out) / f"{ranks.rank}.pt")
+        mine = ranks.on_main(groups) or []
+        torch.save((len(mine), flatten(hand_over(mine, ranks))), Path(out) / f"{ranks.rank}.pt")
         try:
-            hand_over(lambda: time.sleep(3 * LIMIT_S) or [], ranks)
+            ranks.on_main(lambda: time.sleep(3 * LIMIT_S), "rollouts")
         except UserError as error:
             (Path(out) / f"{ranks.rank}.txt").write_text(str(error))
         except RuntimeError:  # rank 0, whose peer has gone

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_efr import convert, inspect_checkpoint
 from megatron_efr.checkpoint import Checkpoints
-from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.config import CheckpointConfig, ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.errors import UserError
 from megatron_efr.manifest import CheckpointError, verify
 from megatron_efr.policy import Policy, Ranks
@@ -72,7 +72,7 @@ def test_converted_is_what_one_process_saves(family: str, ranks: Ranks, tmp_path
     path = make_family_folder(tmp_path / "model", family)
     convert.hf_to_megatron(path, tmp_path / "megatron")
     policy = build(path, ranks)
-    saved = Checkpoints(tmp_path / "run", 1, ranks).save(1, policy.sharded_state(), {"step": 1})
+    saved = Checkpoints(tmp_path / "run", CheckpointConfig(keep=1), ranks).save(1, policy.sharded_state(), {"step": 1})
     assert layout(tmp_path / "megatron") == layout(saved)
 
 
@@ -83,7 +83,9 @@ def test_policy_loads_what_was_converted(family: str, dtype: str, ranks: Ranks, 
     convert.hf_to_megatron(path, tmp_path / "megatron")
     policy = build(path, ranks, init="random", dtype=dtype)
     model: Any = unwrap_model(policy.chunks[0])
-    loaded, state = Checkpoints(tmp_path, 1, ranks).load(tmp_path / "megatron", {"model0": model.sharded_state_dict()})
+    loaded, state = Checkpoints(tmp_path, CheckpointConfig(keep=1), ranks).load(
+        tmp_path / "megatron", {"model0": model.sharded_state_dict()}
+    )
     model.load_state_dict(loaded["model0"])
     source = FolderWeights(path, Architecture.from_folder(path))
     assert all(torch.equal(tensor, source[name]) for name, tensor in policy.named_weights())
@@ -99,7 +101,7 @@ def test_a_run_s_checkpoint_becomes_a_folder(family: str, ranks: Ranks, tmp_path
         for parameter in policy.chunks[0].parameters():
             parameter.add_(torch.randn_like(parameter), alpha=1e-3)
     state = {"step": 3, "initial_model": policy.initial_model}
-    saved = Checkpoints(tmp_path / "run", 1, ranks).save(3, policy.sharded_state(), state)
+    saved = Checkpoints(tmp_path / "run", CheckpointConfig(keep=1), ranks).save(3, policy.sharded_state(), state)
     convert.megatron_to_hf(saved, tmp_path / "out")
     after = load_file(tmp_path / "out" / "model.safetensors")
     weights = dict(policy.named_weights())

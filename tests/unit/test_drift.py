@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,13 +12,14 @@ import torch
 
 from megatron_efr.config import ConfigError, LossConfig, TrainConfig, TrainingConfig
 from megatron_efr.configfile import dump, validate
-from megatron_efr.policy.drift import drift_figures, drift_sums, fill_importance, version_lags
+from megatron_efr.policy.drift import drift_figures, drift_sums, engine_logprobs, fill_importance, version_lags
 from megatron_efr.policy.handover import flatten, unflatten
+from megatron_efr.policy.head import Head, HeadRows
 from megatron_efr.policy.loss import clipped_policy_loss
 from megatron_efr.policy.packing import pack
 from megatron_efr.report.iteration import LogprobMismatchError, check_logprobs
 from megatron_efr.types import PackedBatch, Sequence, VersionSpan
-from tests.conftest import ragged_sequences
+from tests.conftest import VOCAB, ragged_sequences
 
 CPU = torch.device("cpu")
 BF16 = {"path": "m", "dtype": "bfloat16"}
@@ -35,35 +37,45 @@ def packed(sequences: list[Sequence], off: float, seed: int = 0) -> PackedBatch:
 
 @pytest.mark.parametrize("rule", ["none", "truncate", "mask"])
 def test_the_loss_and_its_gradient_under_importance_weights_equal_fp64(rule: Any) -> None:
+    torch.manual_seed(0)
     sequences = ragged_sequences(12)
     batch = packed(sequences, off=1.0)
     config = LossConfig(importance_cap=1.5, importance_low=0.4, importance_high=3.0)
-    fill_importance([batch], sequences, config, rule)
     assert batch.old_logprobs is not None
     assert batch.advantages is not None
-    current = (batch.old_logprobs + 0.3 * torch.randn(batch.old_logprobs.shape)).requires_grad_()
-    value, metrics = clipped_policy_loss(0.2)(current, batch)
+    states = torch.randn(len(batch.old_logprobs), 16, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(VOCAB, 16))
+    with torch.no_grad():  # engine and proximal log-probs around the current ones, so that nothing is all clipped
+        now = torch.log_softmax(states @ weight.T, -1).gather(1, batch.targets[:, None])[:, 0]
+        shift = now + 0.3 * torch.randn(now.shape) - batch.old_logprobs
+        batch.old_logprobs += shift
+    moved = [s + v for s, v in zip(engine_logprobs(batch, sequences).split(batch.row_lengths),
+                                   shift.split(batch.row_lengths), strict=True)]  # fmt: skip
+    sequences = [replace(s, engine_logprobs=part.tolist()) for s, part in zip(sequences, moved, strict=True)]
+    fill_importance([batch], sequences, config, rule)
+    head = Head(weight, VOCAB, 1.0, None, sequence_parallel=False, chunk=64, backend="torch")
+    value, metrics = clipped_policy_loss(0.2)(HeadRows(head, states, batch, factor=1.0))
     value.backward()
 
-    engine = torch.cat([torch.tensor(s.engine_logprobs, dtype=torch.float32) for s in sequences]).double()
     old, advantages = batch.old_logprobs.double(), batch.advantages.double()
-    rho = torch.exp(old - engine)
-    weight = {
+    rho = torch.exp(old - engine_logprobs(batch, sequences).double())
+    rho_used = {
         "none": torch.ones_like(rho),
-        "truncate": torch.minimum(rho, torch.tensor(1.5, dtype=torch.float64)),
+        "truncate": rho.clamp(max=1.5),
         "mask": rho * (rho >= 0.4) * (rho <= 3.0),
     }[rule]
-    exact = current.detach().double().requires_grad_()
-    ratio = torch.exp(exact - old)
-    wanted = -(0.01 * weight * torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)).sum()
+    exact = states.detach().double().requires_grad_()
+    logprobs = torch.log_softmax(exact @ weight.detach().double().T, -1).gather(1, batch.targets[:, None])[:, 0]
+    ratio = torch.exp(logprobs - old)
+    wanted = -(0.01 * rho_used * torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)).sum()
     wanted.backward()
-    assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
     assert exact.grad is not None
-    assert current.grad is not None
-    assert (current.grad - exact.grad).abs().max() <= 1e-6 * exact.grad.abs().max()
-    assert metrics["loss"].item() == value.item()
+    assert states.grad is not None
+    assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert (states.grad - exact.grad).abs().max() <= 1e-5 * exact.grad.abs().max()
+    assert 0 < metrics["clip_fraction"] < 0.01 * len(rho)
     if rule == "mask":
-        assert 0 < (weight == 0).double().mean() < 0.5
+        assert 0.1 < (rho_used == 0).double().mean() < 0.6
 
 
 @pytest.mark.parametrize("rule", ["truncate", "mask"])
@@ -87,7 +99,7 @@ def test_differences_are_told_apart_by_the_version_that_drew_the_token() -> None
         a, b = s.response_length // 3, 2 * s.response_length // 3
         spans = [VersionSpan(5, 0, a), VersionSpan(6, a, b), VersionSpan(7, b, s.response_length)]
         spans = [span for span in spans if span.start < span.end]
-        sequences.append(Sequence(s.tokens, s.prompt_length, s.advantage, s.engine_logprobs, tuple(spans)))
+        sequences.append(replace(s, versions=tuple(spans)))
     batch = packed(sequences, off=0.0)
     lags = version_lags(batch, sequences, version=7)
     assert batch.old_logprobs is not None
@@ -117,19 +129,25 @@ def test_the_mean_warns_then_stops_and_the_maximum_does_neither(capsys: pytest.C
 def test_sequences_come_back_exactly_from_flat_tensors() -> None:
     rng = np.random.default_rng(0)
     sequences = [
-        Sequence(
-            s.tokens,
-            s.prompt_length,
-            float(rng.normal()) * 1e-3,
-            np.asarray(s.engine_logprobs, np.float32).tolist(),
-            (VersionSpan(10**12, 0, 1), VersionSpan(10**12 + 1, 1, s.response_length)),
+        replace(
+            s,
+            advantage=float(rng.normal()) * 1e-3,
+            engine_logprobs=np.asarray(s.engine_logprobs, np.float32).tolist(),
+            versions=(VersionSpan(10**12, 0, 1), VersionSpan(10**12 + 1, 1, s.response_length)),
+            routed_experts=rng.integers(0, 60000, (s.length - 1, 3, 2)).astype(np.uint16) if s.length % 2 else None,
         )
         for s in ragged_sequences(20)
     ]
     sequences += [Sequence([1, 2, 2**31 - 1], 1), Sequence([1], 1, 0.5, [])]
-    flat = flatten(sequences)
-    assert {tensor.dtype for tensor in flat} == {torch.int32, torch.int64, torch.float32, torch.float64}
-    assert unflatten(flat) == sequences
+    back = unflatten(flatten(sequences))
+    assert [replace(s, routed_experts=None) for s in back] == [replace(s, routed_experts=None) for s in sequences]
+    for given, found in zip(sequences, back, strict=True):
+        if given.routed_experts is None:
+            assert found.routed_experts is None
+        else:
+            assert found.routed_experts is not None
+            assert found.routed_experts.dtype == np.uint16
+            assert np.array_equal(given.routed_experts, found.routed_experts)
     assert unflatten(flatten([])) == []
 
 

@@ -214,10 +214,10 @@ def test_what_would_be_computed_wrong_is_refused(raw: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("changes", "split", "message"),
     [
-        ({}, {"tensor_ranks": 8}, "parallel.tensor: 8 ranks do not divide the model's 4 attention heads"),
+        ({}, {"tensor_ranks": 8}, "parallel.tensor: 4 attention heads do not divide over 8 ranks; 1, 2 or 4 would fit"),
         ({"num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 16}, {"tensor_ranks": 4},
-         "parallel.tensor: 4 must divide the 6 key-value heads of the model, or be a multiple"),
-        ({"intermediate_size": 97}, {"tensor_ranks": 2}, "parallel.tensor: 2 ranks do not divide the model's MLP"),
+         "parallel.tensor: 6 key-value heads neither divide over 4 ranks nor divide 4; 1, 2, 3, 6 or 12 would"),
+        ({"intermediate_size": 97}, {"tensor_ranks": 2}, "parallel.tensor: the feed-forward width 97 does not"),
         ({}, {"expert_ranks": 3}, None),
     ],
 )  # fmt: skip
@@ -225,11 +225,11 @@ def test_splits_that_do_not_divide_are_refused(changes: dict[str, Any], split: d
     architecture = Architecture.from_config(config("llama", **changes))
     if message is None:
         architecture = Architecture.from_config(config("qwen3_moe"))
-        message = "parallel.expert: 3 ranks do not divide the model's 8 experts"
+        message = "parallel.expert: 8 experts do not divide over 3 ranks; 1, 2, 4 or 8 would fit"
     with pytest.raises(ConfigError, match=message):
         WeightMapping(architecture, **split)
 
 
 def test_the_embedded_engine_names_what_it_cannot_decode() -> None:
-    with pytest.raises(UserError, match=r"rollout\.engine: local decodes qwen2 models only; model.path is a qwen3"):
-        LocalEngine(config("qwen3"), slots=1)
+    with pytest.raises(UserError, match=r"rollout\.engine: local decodes qwen2, .* only; model.path is a llama"):
+        LocalEngine(config("llama"), slots=1)

@@ -10,8 +10,7 @@ import pytest
 
 from megatron_efr.config import ConfigError, ModelConfig, ParallelConfig, check_parallel
 from megatron_efr.policy import check_fit, launched
-from megatron_efr.policy.fit import _check_experts
-from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.architecture import Architecture, Experts
 
 
 @pytest.mark.parametrize(
@@ -49,12 +48,26 @@ def test_models_that_do_not_divide(
         check_fit(ModelConfig(path=str(tied_model)), ParallelConfig(**split), architecture)
 
 
-def test_experts_that_do_not_divide() -> None:
-    with pytest.raises(ConfigError, match=r"parallel\.expert: 6 experts do not .* 4 ranks; 1, 2, 3 or 6 would"):
-        _check_experts(6, ParallelConfig(expert=4))
-    with pytest.raises(ConfigError, match=r"parallel\.sequence: experts under tensor parallelism .* set it to true"):
-        _check_experts(6, ParallelConfig(expert=2, tensor=2))
-    _check_experts(6, ParallelConfig(expert=3, tensor=2, sequence=True))
+EXPERTS = Experts(count=6, per_token=2, ffn=96, normalized=True)
+
+
+@pytest.mark.parametrize(
+    ("split", "megatron", "message"),
+    [
+        ({"expert": 4}, {}, r"parallel\.expert: 6 experts do not .* 4 ranks; 1, 2, 3 or 6 would"),
+        ({"expert": 2, "tensor": 2}, {}, r"parallel\.sequence: experts under tensor parallelism .* set it to true"),
+        ({}, {"moe_grouped_gemm": True}, r"moe_grouped_gemm: grouped experts need Transformer Engine's layers"),
+        ({}, {"moe_use_legacy_grouped_gemm": True}, r"moe_use_legacy_grouped_gemm: .* needs the grouped_gemm package"),
+    ],
+)
+def test_experts_that_do_not_fit(
+    split: dict[str, Any], megatron: dict[str, Any], message: str, tied_model: Path
+) -> None:
+    architecture = replace(Architecture.from_folder(tied_model), experts=EXPERTS)
+    model = ModelConfig(path=str(tied_model), layers="local", megatron=megatron)
+    with pytest.raises(ConfigError, match=message):
+        check_fit(model, ParallelConfig(**split), architecture)
+    check_fit(ModelConfig(path=str(tied_model)), ParallelConfig(expert=3, tensor=2, sequence=True), architecture)
 
 
 @pytest.mark.parametrize("split", [{}, {"tensor": 4}, {"context": 4}, {"tensor": 2, "context": 2}, {"pipeline": 4}])
@@ -69,7 +82,6 @@ def test_what_fits_passes(split: dict[str, Any], tied_model: Path) -> None:
         ("batch_p2p_comm", "silently wrong with it"),
         ("microbatch_group_size_per_vp_stage", "groups of parallel.pipeline"),
         ("tensor_model_parallel_size", "set parallel.tensor instead"),
-        ("calculate_per_token_loss", "cannot be changed"),
     ],
 )
 def test_megatron_fields_that_would_undo_the_split(field: str, message: str, tied_model: Path) -> None:

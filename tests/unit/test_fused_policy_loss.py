@@ -1,4 +1,4 @@
-"""The one-sweep policy loss in plain torch: policy/loss.py's numbers, the promise it makes, the work it leaves out."""
+"""The one-sweep policy loss in plain torch: the numbers of autograd, the promise it makes, the work it leaves out."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import pytest
 import torch
 
 from megatron_efr.kernels import PolicyRows, PolicyTerms, fused_policy_loss, linear_logprob, products
-from megatron_efr.kernels.rows import live_spans
-from megatron_efr.policy.loss import clipped_policy_loss
-from megatron_efr.types import PackedBatch
 
 T, H, V = 23, 8, 30
 
@@ -25,23 +22,45 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
     return x, w, targets, PolicyRows(logprob + 0.3 * noise[0], noise[1], noise[2].abs() / T)
 
 
-def packed(rows: PolicyRows) -> PackedBatch:
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return PackedBatch(
-        nothing, nothing, [], nothing, nothing, nothing, [], [], rows.weights, rows.old, None, rows.advantages
-    )
+def by_autograd(logprobs: torch.Tensor, rows: PolicyRows, clip: float = 0.2) -> torch.Tensor:
+    """PPO's clipped loss, written out."""
+    ratio = (logprobs - rows.old).exp()
+    a = rows.advantages
+    return -(rows.weights * torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)).sum()
 
 
-def test_equals_the_loss_that_the_policy_uses() -> None:
+def test_equals_autograd_of_the_formula() -> None:
     x, w, targets, rows = inputs()
+    logprobs, _ = linear_logprob(x, w, targets, chunk=5)
+    value = by_autograd(logprobs, rows)
+    d_hidden, d_weight = torch.autograd.grad(value, [x, w], retain_graph=True)
     main_grad = torch.zeros(V, H)
     out = fused_policy_loss(x, w, targets, rows, PolicyTerms(0.2), main_grad=main_grad, factor=1.0, chunk=5)
-    value, metrics = clipped_policy_loss(0.2)(linear_logprob(x, w, targets, chunk=5)[0], packed(rows))
-    d_hidden, d_weight = torch.autograd.grad(value, [x, w])
-    assert out.figures.keys() == metrics.keys()
-    assert all(float((out.figures[name] - metrics[name]).abs()) <= 1e-6 for name in metrics)
+    assert torch.equal(out.logprobs, logprobs)
+    value = value.detach()
+    assert (out.loss.detach() - value).abs() <= 1e-6
     assert (torch.autograd.grad(out.loss, x)[0] - d_hidden).norm() <= 1e-6 * d_hidden.norm()
     assert (main_grad - d_weight).norm() <= 1e-6 * d_weight.norm()
+    with torch.no_grad():
+        ratio = (logprobs - rows.old).exp()
+        bites = ((ratio > 1.2) & (rows.advantages > 0)) | ((ratio < 0.8) & (rows.advantages < 0))
+        figures = {
+            "loss": value, "clip_fraction": rows.weights[bites].sum(), "ratio_max": ratio.max(),
+            "kl_to_old": (rows.weights * (rows.old - logprobs)).sum(),
+        }  # fmt: skip
+    assert out.figures.keys() == figures.keys()
+    assert all(float((out.figures[name] - figures[name]).abs()) <= 1e-6 for name in figures)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_main_grad_the_weight_gets_its_gradient_from_autograd(dtype: torch.dtype) -> None:
+    x, w, targets, rows = inputs(dtype)
+    main_grad = torch.zeros(V, H)
+    fused_policy_loss(x, w, targets, rows, PolicyTerms(0.2), main_grad=main_grad, factor=2.0, chunk=5)
+    out = fused_policy_loss(x, w, targets, rows, PolicyTerms(0.2), factor=2.0, chunk=5)
+    gradient = torch.autograd.grad(out.loss * 2.0, w)[0]
+    assert gradient.dtype == dtype
+    assert torch.equal(gradient, main_grad.to(dtype))
 
 
 def test_finite_differences() -> None:
@@ -100,11 +119,11 @@ def test_refusals() -> None:
             fused_policy_loss(x, w, targets, rows, terms, main_grad=torch.zeros(V, H), factor=1.0)
 
 
-def test_sequences_without_advantage_skip_their_products(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("live", [0, 4, 5, 6, 12])
+def test_rows_without_advantage_skip_their_products_exactly(live: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, w, targets, rows = inputs()
     advantages = rows.advantages.clone()
-    advantages[:12] = 0.0
-    advantages[18:] = 0.0
+    advantages[live:] = 0.0
     rows = PolicyRows(rows.old, advantages, rows.weights, rows.old)
     multiplied: list[int] = []
     real = products.accumulate_weight_gradient
@@ -113,21 +132,27 @@ def test_sequences_without_advantage_skip_their_products(monkeypatch: pytest.Mon
         multiplied.append(len(hidden))
         real(total, d_logits, hidden)
 
-    for name in ("linear_logprob", "fused_policy_loss"):  # modules that share their function's name
-        module = importlib.import_module(f"megatron_efr.kernels.{name}")
-        monkeypatch.setattr(module, "accumulate_weight_gradient", counted)
-    main_grad = torch.zeros(V, H)
-    out = fused_policy_loss(x, w, targets, rows, PolicyTerms(0.2), main_grad=main_grad, factor=1.0, chunk=5)
-    got = torch.autograd.grad(out.loss, x)[0]
-    assert sum(multiplied) <= 6, multiplied
-    multiplied.clear()
-    value, _ = clipped_policy_loss(0.2)(linear_logprob(x, w, targets, chunk=5)[0], packed(rows))
-    d_hidden, d_weight = torch.autograd.grad(value, [x, w])
-    assert sum(multiplied) <= 6, "the recomputing path skips them too"
-    assert (got - d_hidden).norm() <= 1e-6 * d_hidden.norm()
-    assert (main_grad - d_weight).norm() <= 1e-6 * d_weight.norm()
-    multiplied.clear()
-    fused_policy_loss(x, w, targets, rows, PolicyTerms(0.2, "k3", 0.1), main_grad=main_grad, factor=1.0, chunk=5)
+    # the module shares its function's name
+    module = importlib.import_module("megatron_efr.kernels.fused_policy_loss")
+    monkeypatch.setattr(module, "accumulate_weight_gradient", counted)
+
+    def run(terms: PolicyTerms, live: int | None) -> list[torch.Tensor]:
+        multiplied.clear()
+        main_grad = torch.zeros(V, H)
+        out = fused_policy_loss(
+            x, w, targets, rows, terms, main_grad=main_grad, factor=1.0, chunk=5, live=live
+        )  # fmt: skip
+        return [out.loss.detach(), out.logprobs, torch.autograd.grad(out.loss, x)[0], main_grad, *out.figures.values()]
+
+    plain = PolicyTerms(0.2)
+    all_rows = run(plain, None)
+    assert sum(multiplied) == T
+    skipped = run(plain, live)
+    assert sum(multiplied) == live, multiplied
+    assert all((a - b).abs().max() <= 1e-7 for a, b in zip(all_rows, skipped, strict=True))
+    assert torch.all(skipped[2][live:] == 0)
+    with_kl = PolicyTerms(0.2, "k3", 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(run(with_kl, None), run(with_kl, live), strict=True))
     assert sum(multiplied) == T, "a KL gives every row a gradient"
 
 
@@ -140,11 +165,6 @@ def test_no_rows() -> None:
     )  # fmt: skip
     out.loss.backward()
     assert float(out.loss.detach()) == float(out.figures["ratio_max"]) == 0.0
-
-
-def test_live_spans() -> None:
-    live = torch.tensor([0, 1, 0, 1, 0, 0, 0, 0, 1], dtype=torch.bool)
-    assert live_spans(live, 4) == [slice(1, 4), slice(4, 4), slice(8, 9)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

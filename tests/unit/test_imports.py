@@ -33,12 +33,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": BASE,
     "observe": BASE,
     "manifest": BASE,
-    "checkpoint": BASE | {"manifest"},
+    "shards": set(),
+    "checkpoint": BASE | {"manifest", "shards"},
     "convert": BASE | WEIGHTS | {"arguments", "manifest", "policy"},  # policy to compare logits, when that is asked for
     "inspect_checkpoint": BASE | {"arguments", "manifest", "weights.torch_dist"},
     "runfolder": BASE,
+    "interruption": set(),
+    "launch": {"interruption"},
+    "cluster": BASE | {"arguments", "interruption", "rollout.launcher", "weights.architecture"},
+    "memory": BASE | {"weights.architecture", "weights.mapping", "kernels"},
+    "doctor": BASE | {"arguments", "memory", "weights.architecture"},
     "arguments": BASE,
     "environment": ENVIRONMENT,
+    "run": ENVIRONMENT | {"arguments", "checkpoint", "environment", "methods", "policy"},
+    "replay": BASE | {"observe", "run", "runfolder"},
     "cli": {"arguments", "__init__"},  # it finds the programs by name, when they are asked for
 }
 PROGRAMS = {"train", "sft", "evaluate", "sweep", "report.__main__"}

@@ -1,4 +1,4 @@
-"""Servers' processes: what they are started with, and that none outlives the process it works for."""
+"""Servers' processes: what they are started with, and that none outlives the process that it works for."""
 
 from __future__ import annotations
 
@@ -33,9 +33,8 @@ while :; do sleep 300; done
 # A trainer that starts that server in its main thread, or in another one that ends, and then waits.
 TRAINER = f"""
 import os, subprocess, sys, threading, time
-start = lambda: subprocess.Popen([sys.executable, "-I", {supervisor.__file__!r}, str(os.getpid()), "0.3", "sh", "tree.sh"],
-                                 start_new_session=True)
-thread = threading.Thread(target=start)
+command = [sys.executable, "-I", {supervisor.__file__!r}, str(os.getpid()), "0.3", "sh", "tree.sh"]
+thread = threading.Thread(target=lambda: subprocess.Popen(command, start_new_session=True))
 thread.start()
 thread.join()
 time.sleep(300)
@@ -132,6 +131,38 @@ def test_the_pass_through_has_the_last_word(tied_model: Path, dtype: str, fp32_h
     assert arguments["max_running_requests"] == 4
     assert (arguments["dtype"], arguments["tp_size"], arguments["enable_fp32_lm_head"]) == (dtype, 2, fp32_head)
     assert "device" not in arguments
+    assert arguments["base_gpu_id"] == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "why"),
+    [
+        ({"dtype": "float16"}, "dtype: the servers take model.dtype"),
+        (
+            {"enable_custom_logit_processor": True},
+            "enable_custom_logit_processor: a processor changes the distribution",
+        ),
+    ],
+)
+def test_arguments_that_would_change_what_is_sampled_are_refused(
+    tied_model: Path, argument: dict[str, object], why: str
+) -> None:
+    rollout = RolloutConfig.model_validate({"engine": "sglang", "server": argument})
+    with pytest.raises(UserError, match=f"rollout.server.{why}"):
+        server_arguments(ModelConfig(path=str(tied_model)), rollout, Architecture.from_folder(tied_model), on_gpu=True)
+
+
+@pytest.mark.parametrize(("placement", "gpus"), [("apart", [4, 6]), ("colocated", [0, 2])])
+def test_each_server_has_gpus_of_its_own(
+    launcher: Launcher, tied_model: Path, tmp_path: Path, placement: str, gpus: list[int]
+) -> None:
+    rollout = RolloutConfig.model_validate({"engine": "sglang", "tp": 2, "engines": 2, "placement": placement})
+    architecture = Architecture.from_folder(tied_model)
+    model = ModelConfig(path=str(tied_model))
+    arguments = server_arguments(model, rollout, architecture, on_gpu=True, trainers=4)
+    launcher.start(fake_python(tmp_path, "exec sleep 300"), arguments, os.environ, count=2, seed=0)
+    settings = [yaml.safe_load((launcher.folder / f"engine-{i}.yaml").read_text()) for i in (0, 1)]
+    assert [s["base-gpu-id"] for s in settings] == gpus
 
 
 @pytest.fixture

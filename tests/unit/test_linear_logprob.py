@@ -98,11 +98,20 @@ def test_bf16_accumulates_over_chunks_in_fp32() -> None:
     assert relative(many, exact) < max(8e-3, 1.5 * relative(one, exact))
 
 
-def test_targets_outside_the_vocabulary() -> None:
-    x, w = case(2, 4, 8)
-    for bad in (-1, 7):
-        with pytest.raises(IndexError, match="the vocabulary is 7"):
-            linear_logprob(x, w, torch.tensor([0, bad]), true_vocab=7)
+def test_a_target_outside_the_vocabulary_has_no_number() -> None:
+    x, w = case(3, 4, 8)
+    logprob, _ = linear_logprob(x, w, torch.tensor([0, -1, 7]), true_vocab=7)
+    assert logprob.isnan().tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("live", [0, 5, 9, 11])
+def test_rows_that_are_not_live_get_no_gradient(live: int) -> None:
+    x, w = case(11, 8, 12)
+    targets = torch.arange(11)
+    got = torch.autograd.grad(linear_logprob(x, w, targets, chunk=4, live=live)[0].sum(), [x, w])
+    want = torch.autograd.grad(reference(x, w, targets, 1.0, 12)[0][:live].sum(), [x, w], materialize_grads=True)
+    assert all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(got, want, strict=True))
+    assert torch.all(got[0][live:] == 0)
 
 
 def test_repeats_bit_for_bit() -> None:

@@ -175,6 +175,21 @@ def test_without_beta_the_reference_is_not_read() -> None:
     assert b.advantages.tolist() == [1.5, 1.5, -2.0, -2.0, -2.0]
 
 
+def test_which_sequences_may_have_an_advantage_is_known_on_the_host() -> None:
+    fresh = [batch([3, 1, 7], [2, 0, 1], 0), batch([5], [3], 1)]
+    advantages = [0.0, -1.0, 2.0, 0.0]  # of which the first batch has 2.0, 0.0, -1.0
+    for config, live in (
+        (LossConfig(beta=0.0), [3, 0]),
+        (LossConfig(beta=0.1), [None, None]),  # the KL to go gives every token one
+        (LossConfig(beta=0.0, normalize="batch"), [None, None]),  # and the mean taken off
+    ):
+        fill_token_advantages(fresh, advantages, config, lambda t: t)
+        assert [b.live for b in fresh] == live
+    advantages[1] = 0.0
+    fill_token_advantages(fresh, advantages, LossConfig(beta=0.0), lambda t: t)
+    assert [b.live_rows for b in fresh] == [3, 0]
+
+
 def test_an_empty_micro_batch_takes_part() -> None:
     batches = [batch([3, 2], [0, 1], 0), batch([], [], 1)]
     fill_token_advantages(batches, [1.0, 2.0], LossConfig(beta=0.1, normalize="batch"), lambda t: t)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,20 @@ def test_pack_pads_every_sequence_for_context_ranks() -> None:
     assert (batch.tokens[batch.rows + 1]).tolist() == batch.targets.tolist()
     empty = pack(sequences, [], {}, torch.device("cpu"), multiple=16, each=8)
     assert (empty.lengths, empty.rows.numel()) == ([16], 0)
+
+
+def test_sequences_without_advantage_come_last_on_every_context_rank() -> None:
+    drawn = ragged_sequences(5, shortest=30)
+    sequences = [replace(s, advantage=0.0) if i in (0, 3) else s for i, s in enumerate(drawn)]
+    batch = pack(sequences, [0, 4, 3, 1], dict.fromkeys(range(5), 1.0), torch.device("cpu"), 4, 4)
+    assert batch.indices == [4, 1, 0, 3]
+    assert batch.live_rows == len(batch.targets), "nobody has said yet that they stay 0"
+    values = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    batch.advantages = values.repeat_interleave(torch.tensor(batch.row_lengths))
+    batch.live = 2
+    for part in [batch, *(context.part(batch, rank, 2) for rank in range(2))]:
+        assert part.advantages is not None
+        assert part.advantages.tolist() == [1.0] * part.live_rows + [0.0] * (len(part.targets) - part.live_rows)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])

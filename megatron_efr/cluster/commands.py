@@ -1,0 +1,80 @@
+"""What each host of a placement starts: command lines and the environment that differs from the host's own."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_efr.cluster.placement import EngineSeat, Placement
+
+TRAINER_ENVIRONMENT = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's tensor parallelism overlaps in the order of launching only so
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+UNSET = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Taken out of the trainer's environment: memory in expandable segments cannot be shared by CUDA IPC."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One process of a host; `environment` is added to the host's."""
+
+    host: str
+    what: str
+    words: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    def __str__(self) -> str:
+        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in self.environment.items())
+        return f"{settings} {shlex.join(self.words)}".strip()
+
+
+def trainer(placement: Placement, host: str, config: str, overrides: Sequence[str], run: str) -> Command:
+    """torchrun on one host: its ranks meet those of the other hosts at the rendezvous. Resumes what is there."""
+    urls = [f"rollout.urls=[{','.join(engine.url for engine in placement.engines)}]"] if placement.engines else []
+    environment = dict(TRAINER_ENVIRONMENT)
+    if any(engine.host == host and set(engine.gpus).isdisjoint(placement.trainer_gpus) for engine in placement.engines):
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, placement.trainer_gpus))
+    words = [
+        *(sys.executable, "-m", "megatron_efr.launch"),
+        *("--nnodes", str(len(placement.trainer_hosts)), "--nproc-per-node", str(len(placement.trainer_gpus))),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", placement.rendezvous, "--rdzv-id", run),
+        *("--local-addr", host),  # by which torchrun sorts hosts, and ranks with them
+        *("-m", "megatron_efr.train", config, *overrides, *urls, "--resume"),
+    ]
+    return Command(host, "trainer", tuple(words), environment)
+
+
+def engine(seat: EngineSeat, config: str, overrides: Sequence[str]) -> Command:
+    """One engine, with its GPUs alone in sight. Its key comes in SGLANG_API_KEY, and not on the command line."""
+    words = [
+        *(sys.executable, "-m", "megatron_efr.cluster.serve", config, *overrides),
+        *("--host", seat.host, "--port", str(seat.port), "--index", str(seat.index)),
+    ]
+    return Command(seat.host, f"engine {seat.index}", tuple(words), {"CUDA_VISIBLE_DEVICES": _listed(seat.gpus)})
+
+
+def commands(placement: Placement, config: str, overrides: Sequence[str], run: str) -> Iterator[Command]:
+    """Every process of every host, engines before the trainer, which waits for them."""
+    for host in placement.hosts:
+        yield from (engine(seat, config, overrides) for seat in placement.engines_on(host))
+        if host in placement.trainer_hosts:
+            yield trainer(placement, host, config, overrides, run)
+
+
+def describe(placement: Placement) -> Iterator[str]:
+    """The placement in lines: each host's ranks and engines by GPU."""
+    for host in placement.hosts:
+        ranks = [rank for rank in placement.ranks if rank.host == host]
+        if ranks:
+            yield f"{host}: ranks {ranks[0].rank}-{ranks[-1].rank} on GPUs {_listed([rank.gpu for rank in ranks])}"
+        for seat in placement.engines_on(host):
+            yield f"{host}: engine {seat.index} on GPUs {_listed(seat.gpus)} at {seat.url}"
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))

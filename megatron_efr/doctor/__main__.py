@@ -1,0 +1,99 @@
+"""`efr doctor`: what this machine has and lacks, for any run or for the one that CONFIG describes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_efr.arguments import run
+from megatron_efr.config import RolloutConfig, TrainConfig
+from megatron_efr.configfile import load
+from megatron_efr.doctor import machine
+from megatron_efr.doctor.engine import check_engine
+from megatron_efr.doctor.finding import Finding, missing
+from megatron_efr.doctor.packages import check_apex, check_packages, check_transformer_engine, requirements
+from megatron_efr.errors import UserError
+from megatron_efr.memory import checkpoint_bytes
+from megatron_efr.weights.architecture import Architecture
+
+RENDEZVOUS_PORT = 29500
+STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
+ROOM = 2 * 2**30  # bytes of disk for a run's records, where the model is not known
+
+
+def examine(config: TrainConfig | None, ports: Sequence[int]) -> Iterator[Finding]:
+    """Every finding, in the order in which they would stop a run; what `config` needs and lacks is a problem."""
+    real = config is not None and config.model.dtype == "bfloat16"  # on a CPU only tests train, and they in fp32
+    yield from check_packages()
+    yield from machine.check_gpus(needed=real)
+    yield machine.check_triton(needed=config is not None and config.model.kernels == "triton")
+    yield from check_transformer_engine(needed=config is not None and config.model.layers == "transformer_engine")
+    yield check_apex()
+    rollout = config.rollout if config is not None else RolloutConfig()
+    pins = [next(iter(r.specifier)).version for r in requirements() if r.name == "sglang"]
+    remote = rollout.engine == "sglang" and not rollout.urls
+    yield from check_engine(rollout.python, pins[0] if pins else None, needed=remote)
+    if config is not None:
+        yield from check_run(config)
+    else:
+        yield machine.check_disk(Path("runs"), ROOM, "a small run")
+    yield machine.check_shared_memory()
+    yield machine.check_threads(os.environ, len(os.sched_getaffinity(0)))
+    for port in ports:
+        yield machine.check_port(port, "torchrun's rendezvous" if port == RENDEZVOUS_PORT else "asked for")
+
+
+def check_run(config: TrainConfig) -> Iterator[Finding]:
+    """What this run reads and writes."""
+    needed = ROOM
+    try:
+        architecture = Architecture.from_folder(config.model.path)
+    except UserError as error:
+        yield Finding("model", "problem", str(error), "model.path=FOLDER, a Hugging Face folder on this machine")
+    else:
+        yield Finding("model", "ok", f"{architecture.model_type} in {config.model.path}")
+        needed += (config.checkpoint.keep + 1) * checkpoint_bytes(architecture, config.model.dtype)
+    yield machine.check_disk(
+        config.folder, needed, f"{config.checkpoint.keep} checkpoints, one being written, and records"
+    )
+    if config.observe.wandb is not None and importlib.util.find_spec("wandb") is None:
+        yield missing(
+            "wandb", "observe.wandb is set, and it is not installed", "pip install 'megatron-efr[wandb]'", True
+        )
+
+
+def table(findings: Sequence[Finding]) -> Table:
+    """The findings as they are printed."""
+    made = Table("", "found", "what to do", title="efr doctor", title_justify="left")
+    for finding in findings:
+        style = STYLES[finding.verdict]
+        subject = f"[{style}]{finding.verdict:8}[/]{finding.subject}"
+        made.add_row(subject, finding.found.replace("[", r"\["), finding.advice.replace("[", r"\["))
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of `efr doctor`."""
+    parser = argparse.ArgumentParser(prog="efr doctor", description="What this machine has and lacks for a run.")
+    parser.add_argument("config", nargs="?", help="YAML file of the run; what it needs and is missing exits with 1")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
+    parser.add_argument("--port", type=int, action="append", help=f"a port to look at (default: {RENDEZVOUS_PORT})")
+    given = parser.parse_args(argv)
+    config = None if given.config is None else load(TrainConfig, given.config, given.overrides)
+    findings = list(examine(config, given.port or [RENDEZVOUS_PORT]))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table(findings))
+    problems = sum(finding.verdict == "problem" for finding in findings)
+    console.print(f"{problems} problem{'s' * (problems != 1)}")
+    sys.exit(1 if problems else 0)
+
+
+if __name__ == "__main__":
+    run(main)

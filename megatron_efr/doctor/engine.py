@@ -1,0 +1,99 @@
+"""SGLang's interpreter beside the trainer's: what the two must have in common to exchange weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from torch.cuda import nccl
+
+from megatron_efr.doctor.finding import Finding, missing
+from megatron_efr.doctor.packages import last_line
+
+LIMIT_S = 300
+
+# Runs in the other interpreter; sglang itself is not imported, which takes a minute and on some machines a GPU.
+_PROBE = """
+import importlib.metadata as metadata, json, torch
+def version(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+nccl = torch.cuda.nccl.version() if torch.cuda.is_available() else None
+print(json.dumps({"sglang": version("sglang"), "torch": torch.__version__, "cuda": torch.version.cuda,
+                  "nccl": list(nccl) if nccl else None, "saver": version("torch_memory_saver")}))
+"""
+
+
+class Versions(TypedDict):
+    """What an interpreter answers to the probe; `nccl` is known where a GPU is."""
+
+    sglang: str | None
+    torch: str
+    cuda: str | None
+    nccl: list[int] | None
+    saver: str | None
+
+
+def check_engine(python: str, pin: str | None, needed: bool) -> Iterator[Finding]:
+    """SGLang in the interpreter `python`; `pin` is the version that it should be."""
+    install = "bash launch/install_h100.sh (on a machine without a GPU: bash tools/setup_sglang_cpu.sh)"
+    if not Path(python).exists():
+        yield missing("SGLang", f"{python}: no such interpreter", f"{install}; the embedded engine needs none", needed)
+        return
+    done = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    if done.returncode:
+        yield missing("SGLang", f"{python}: {last_line(done.stderr)}", install, needed)
+        return
+    theirs: Versions = json.loads(done.stdout.splitlines()[-1])
+    if theirs["sglang"] is None:
+        yield missing("SGLang", f"{python}: has torch {theirs['torch']}, and no sglang", install, needed)
+        return
+    if pin is not None and theirs["sglang"] != pin:
+        advice = f"its update endpoints differ between versions: {install}"
+        yield missing("SGLang", f"{theirs['sglang']}, and {pin} is what this version speaks to", advice, needed)
+    else:
+        yield Finding("SGLang", "ok", f"{theirs['sglang']} on torch {theirs['torch']} in {python}")
+    yield from compare(theirs, own_versions(), needed)
+
+
+def own_versions() -> Versions:
+    """This interpreter's answer to the same questions."""
+    version = list(nccl.version()) if torch.cuda.is_available() else None
+    return {"sglang": None, "torch": torch.__version__, "cuda": torch.version.cuda, "nccl": version, "saver": None}
+
+
+def compare(engine: Versions, trainer: Versions, needed: bool) -> Iterator[Finding]:
+    """Whether weights can pass between two interpreters: by CUDA IPC (one driver), by NCCL (one version)."""
+    theirs, ours = engine["cuda"], trainer["cuda"]
+    if (theirs is None) != (ours is None):
+        seen = f"trainer: {ours or 'a CPU build'}, engine: {theirs or 'a CPU build'}"
+        yield missing("CUDA of both", seen, "install both for the same kind of machine", needed)
+    elif theirs is not None and ours is not None:
+        same = theirs.split(".")[0] == ours.split(".")[0]
+        advice = "" if same else "one major version for both, so that one driver serves them"
+        yield Finding("CUDA of both", "ok" if same else "note", f"trainer {ours}, engine {theirs}", advice)
+    if engine["nccl"] and trainer["nccl"]:
+        seen = f"trainer {_dotted(trainer['nccl'])}, engine {_dotted(engine['nccl'])}"
+        if engine["nccl"] == trainer["nccl"]:
+            yield Finding("NCCL of both", "ok", seen)
+        else:
+            advice = (
+                "NCCL lets no two versions into one group, so the distributed transport would fail: in .venv, pip "
+                f"install --no-deps nvidia-nccl-cu13=={_dotted(engine['nccl'])}"
+            )
+            yield missing("NCCL of both", seen, advice, needed)
+    if theirs is not None and engine["saver"] is None:
+        advice = "without it a released engine frees nothing, and colocated training runs out of memory"
+        yield missing(
+            "torch_memory_saver", f"not in the engine's interpreter: {advice}", "pip install it there", needed
+        )
+
+
+def _dotted(version: list[int]) -> str:
+    return ".".join(map(str, version))

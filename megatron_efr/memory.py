@@ -1,0 +1,209 @@
+"""How many bytes a run takes on each GPU, part by part and phase by phase of a colocated step: formulas, no measuring.
+
+They say what tensors must be there at once. Fragmentation, workspaces and what a library keeps for itself are not in
+them, but for OVERHEAD, which is an assumption.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_efr.config import ParallelConfig
+from megatron_efr.kernels.linear_logprob import CHUNK_TOKENS
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.mapping import WeightMapping
+
+BYTES = {"float32": 4, "bfloat16": 2}
+OVERHEAD = int(1.5 * 2**30)  # CUDA context, NCCL buffers, workspaces, of each process: an assumption
+
+
+def parameter_count(architecture: Architecture) -> int:
+    """Parameters of the whole model, tied embeddings once; exact: the sizes of the Hugging Face tensors."""
+    return sum(math.prod(shape) for shape in WeightMapping(architecture).shapes().values())
+
+
+def stage_parameters(architecture: Architecture, parallel: ParallelConfig) -> list[tuple[int, int]]:
+    """(parameters, experts' among them) of one rank of each pipeline stage; exact for stages of equal layers.
+
+    The vocabulary is padded as Megatron pads it; tied embeddings stand on the first stage and, apart, on the last.
+    """
+    mapping = WeightMapping(architecture, parallel.tensor, expert_ranks=parallel.expert)
+    per_stage = architecture.layers // parallel.pipeline
+    stages = [[0, 0] for _ in range(parallel.pipeline)]
+    for name in mapping.parameters():
+        size = math.prod(mapping.shape(name)) // (parallel.tensor if mapping.is_sharded(name) else 1)
+        if name.startswith("decoder.layers."):
+            stage = int(name.split(".")[2]) // per_stage
+            rank = mapping.expert_rank(name)
+            if rank in (None, 0):  # every expert-parallel rank holds as many as the first
+                stages[stage][0] += size
+                stages[stage][1] += 0 if rank is None else size
+        elif name.startswith("embedding."):
+            stages[0][0] += size
+            if architecture.tied and parallel.pipeline > 1:
+                stages[-1][0] += size
+        else:
+            stages[-1][0] += size
+    return [(total, experts) for total, experts in stages]
+
+
+def optimizer_bytes(parameters: int, dtype: str, shards: int = 1) -> int:
+    """Adam's two moments in fp32, and the fp32 weights where the model's are bf16, over `shards` ranks.
+
+    12 or 8 bytes a parameter: Rajbhandari et al. 2020 (ZeRO), section 3.1; sharded as Megatron's distributed optimizer.
+    """
+    return (12 if dtype == "bfloat16" else 8) * parameters // shards
+
+
+def gradient_bytes(parameters: int) -> int:
+    """Megatron's buffer of main gradients: fp32 (`grad_reduce_in_fp32`), whole on every rank."""
+    return 4 * parameters
+
+
+def layer_activation_bytes(
+    architecture: Architecture, parallel: ParallelConfig, dtype: str, local: bool = False
+) -> float:
+    """What one token leaves behind in one layer for its backward pass, on one rank, in bytes.
+
+    Counted as Korthikanti et al. 2022 (section 4) count, for this layer: RMSNorm, grouped queries, SwiGLU, attention
+    that keeps no scores (Dao et al. 2022). Kept are: both norms' inputs and outputs (4 hidden); rotated queries and
+    keys, values, attention's result (2 q + 2 kv) with its fp32 log-sums (heads); Megatron-Core 0.16.1's unfused SwiGLU
+    (gate and up, SiLU(gate), a copy of up, the product: 5 ffn, of each chosen expert). `local` layers keep the norms'
+    results before the weight too (6 hidden), keys and values repeated for every query, and the result twice (5 q).
+    Tensor ranks divide all but the norms', which sequence parallelism divides too.
+    """
+    a, width = architecture, BYTES[dtype]
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    ffn = a.experts.ffn * a.experts.per_token if a.experts else a.ffn
+    norms = (6 if local else 4) * a.hidden * width / (parallel.tensor if parallel.sequence else 1)
+    attention = 5 * q if local else 2 * q + 2 * kv
+    return norms + ((attention + 5 * ffn) * width + 4 * a.heads) / parallel.tensor
+
+
+def activation_bytes(
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    dtype: str,
+    tokens: int,
+    *,
+    recompute: bool,
+    local: bool = False,
+) -> int:
+    """What one micro-batch of `tokens` leaves on the first stage while the pipeline is full (1F1B: as many
+    micro-batches as there are stages). With full recompute each layer keeps its input alone, and one is whole.
+    """
+    own = tokens / parallel.context
+    layers = architecture.layers / parallel.pipeline
+    in_flight = parallel.pipeline
+    layer = layer_activation_bytes(architecture, parallel, dtype, local)
+    if not recompute:
+        return int(own * layers * layer * in_flight)
+    entry = architecture.hidden * BYTES[dtype] / (parallel.tensor if parallel.sequence else 1)
+    return int(own * (layers * entry * in_flight + layer))
+
+
+def head_bytes(architecture: Architecture, parallel: ParallelConfig, dtype: str, tokens: int, training: bool) -> int:
+    """The log-prob head (`kernels.linear_logprob`) on the last stage, over a micro-batch of `tokens`.
+
+    One chunk of fp32 logits [CHUNK_TOKENS, vocabulary / tensor ranks] and the hidden states [tokens, hidden], gathered
+    from the sequence-parallel ranks; in training also the latter's gradient, and the weight's in fp32 and as it leaves.
+    """
+    a, width = architecture, BYTES[dtype]
+    vocab = WeightMapping(a, parallel.tensor).padded_vocab // parallel.tensor
+    own = tokens // parallel.context
+    forward = 4 * min(CHUNK_TOKENS, own) * vocab + own * a.hidden * width
+    return forward + (own * a.hidden * width + vocab * a.hidden * (4 + width) if training else 0)
+
+
+def kv_bytes_per_token(architecture: Architecture, engine_ranks: int, dtype: str) -> int:
+    """Keys and values of one token in all layers, on one GPU of an engine; KV heads fewer than ranks are repeated."""
+    heads = max(architecture.kv_heads // engine_ranks, 1)
+    return 2 * architecture.layers * heads * architecture.head_dim * BYTES[dtype]
+
+
+def checkpoint_bytes(architecture: Architecture, dtype: str) -> int:
+    """One checkpoint on disk: the weights, and the optimizer's state once."""
+    parameters = parameter_count(architecture)
+    return parameters * BYTES[dtype] + optimizer_bytes(parameters, dtype)
+
+
+def largest_tensor_bytes(architecture: Architecture, dtype: str) -> int:
+    """The largest whole Hugging Face tensor: what a publication holds beside its two buckets."""
+    return BYTES[dtype] * max(math.prod(shape) for shape in WeightMapping(architecture).shapes().values())
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the plan of a colocated step is a function of. Bytes are of one GPU, MiB and GiB are powers of two."""
+
+    architecture: Architecture
+    parallel: ParallelConfig
+    dtype: str
+    world: int
+    micro_batch_tokens: int
+    recompute: bool
+    local_layers: bool
+    sharded_optimizer: bool
+    engine_ranks: int
+    static_fraction: float  # of the GPU, for the engine's weights and KV cache: SGLang's mem_fraction_static
+    bucket_bytes: int
+    gpu_bytes: int
+    keeps_reference: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One phase of a step and the bytes of each part that is on the fullest GPU in it."""
+
+    name: str
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The phases of a colocated step on one GPU, and what lies outside it."""
+
+    phases: list[Phase]
+    kv_tokens: int  # that one engine's KV cache holds; negative where its weights alone pass the static fraction
+    host_bytes: int  # of one rank: the reference, the weights it changes places with, gradients and optimizer offloaded
+
+
+def plan(shape: Shape) -> Plan:
+    """The memory of every phase; the stage with the most parameters stands for all."""
+    a, parallel, dtype = shape.architecture, shape.parallel, shape.dtype
+    own, experts = max(stage_parameters(a, parallel))
+    shared = shape.world // (parallel.tensor * parallel.pipeline)  # data x context ranks
+    dense_shards, expert_shards = (shared, shared // parallel.expert) if shape.sharded_optimizer else (1, 1)
+    states = optimizer_bytes(own - experts, dtype, dense_shards) + optimizer_bytes(experts, dtype, expert_shards)
+    weights = {"parameters": own * BYTES[dtype], "overhead": 2 * OVERHEAD}
+    training = weights | {"gradients": gradient_bytes(own), "optimizer": states}
+    scored = training | {"head": head_bytes(a, parallel, dtype, shape.micro_batch_tokens, training=False)}
+    trained = training | {"head": head_bytes(a, parallel, dtype, shape.micro_batch_tokens, training=True)}
+    tokens, local = shape.micro_batch_tokens, shape.local_layers
+    one_layer = layer_activation_bytes(a, parallel, dtype, local) * tokens / parallel.context
+    kept = activation_bytes(a, parallel, dtype, tokens, recompute=shape.recompute, local=local)
+    engine = parameter_count(a) * BYTES[dtype] // shape.engine_ranks
+    served = weights | {"engine weights": engine}
+    cache = int(shape.static_fraction * shape.gpu_bytes) - engine
+    serving = served | {"KV cache": max(cache, 0)}
+    buckets = {"buckets": 2 * shape.bucket_bytes + largest_tensor_bytes(a, dtype)}
+    phases = [
+        Phase("generate", serving),
+        Phase("release KV and weights", weights),
+        Phase("restore optimizer and gradients", training),
+        Phase("old and reference log-probs", scored | {"activations": int(one_layer)}),
+        Phase("train", trained | {"activations": kept}),
+        Phase("offload", weights),
+        Phase("resume weights", served),
+        Phase("publish", served | buckets),
+        Phase("resume KV", serving),
+    ]
+    reference = 2 * weights["parameters"] if shape.keeps_reference else 0  # and what it changes places with
+    host = reference + training["gradients"] + states
+    return Plan(phases, cache // kv_bytes_per_token(a, shape.engine_ranks, dtype), host)

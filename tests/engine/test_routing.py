@@ -1,0 +1,95 @@
+"""A real server's experts, replayed by the policy: both compute the same where they would have chosen apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.policy import Policy, Ranks, trainable
+from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.types import Prompt, Request, Sampling, Sequence
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.folder import FolderWeights
+from tests.engine.conftest import SLOTS, rollout, start
+from tests.routing import as_sampled_by, make_moe_folder
+
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=60, stop_ids=(2,))
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_moe_folder(tmp_path_factory.mktemp("models") / "moe")
+
+
+@pytest.fixture(scope="module")
+def engine(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEngine]:
+    config, folder = rollout(), tmp_path_factory.mktemp("engines")
+    launcher, urls = start(folder, config, moe, routing="replay")
+    with launcher:
+        made = SGLangEngine(
+            urls, Architecture.from_folder(moe), SLOTS, config.timeouts, key=launcher.key, routed_experts=True
+        )
+        yield made
+        made.close()
+
+
+def weights(folder: Path, noise: float) -> Iterator[tuple[str, torch.Tensor]]:
+    """The folder's, each off by a normal relative error."""
+    architecture = Architecture.from_folder(folder)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in FolderWeights(folder, architecture).items():
+        yield name, tensor * (1 + noise * torch.randn(tensor.shape, generator=generator))
+
+
+def sampled(engine: SGLangEngine) -> list[Sequence]:
+    """Responses to prompts with common beginnings, which the server reads once."""
+    prompts = [Prompt(str(i), (5, 6, 7, 8, 9, 10 + i, 11, 12), "", "") for i in range(6)]
+    groups = list(engine.generate([Request(prompt, 8, seed) for seed, prompt in enumerate(prompts)], SAMPLING))
+    for group in groups:
+        group.advantages = np.zeros(8)
+    return [sequence for group in groups for sequence in trainable(group)]
+
+
+def differences(policy: Policy, sequences: list[Sequence]) -> tuple[float, float]:
+    """Mean and maximum of |engine - policy|, as training measures them."""
+    batches = policy.pack_update(sequences, list(range(len(sequences))), 2000, "token")
+    policy.fill_logprobs(batches)
+    found = policy.compare_logprobs(batches, sequences)
+    return found["logprob_diff_mean"], found["logprob_diff_max"]
+
+
+def test_replay_removes_what_flipped_experts_add(engine: SGLangEngine, moe: Path, ranks: Ranks) -> None:
+    own, replay = (
+        Policy(
+            ModelConfig(path=str(moe), routing=routing), ParallelConfig(), OptimizerConfig(lr=1e-3), ranks,
+            updates=1, seed=0,
+        )
+        for routing in ("own", "replay")
+    )  # fmt: skip
+    engine.publish(weights(moe, 0.0), 1)
+    sequences = sampled(engine)
+    assert all(s.routed_experts is not None and s.routed_experts.dtype == np.int8 for s in sequences)
+    chosen, _ = as_sampled_by(own, sequences, budget=2000)
+    flips = np.mean([_flips(a, b) for a, b in zip(sequences, chosen, strict=True)])
+    exact = differences(replay, sequences)
+    print(f"same weights: {flips:.3%} of tokens flip; replay: mean {exact[0]:.1e}, max {exact[1]:.1e}")
+    assert flips < 1e-3, "an engine in fp32 chooses as the policy does: layers, tokens and experts are in their places"
+    assert exact[1] < 1e-5
+
+    engine.publish(weights(moe, 1e-4), 2)
+    sequences = sampled(engine)
+    apart, together = differences(own, sequences), differences(replay, sequences)
+    print(f"noise of 1e-4: own mean {apart[0]:.1e}, max {apart[1]:.1e}; replay {together[0]:.1e}, {together[1]:.1e}")
+    assert together[0] < apart[0] / 1.3
+    assert together[1] < apart[1] / 5
+
+
+def _flips(one: Sequence, other: Sequence) -> float:
+    assert one.routed_experts is not None
+    assert other.routed_experts is not None
+    return float((np.sort(one.routed_experts) != np.sort(other.routed_experts)).any((1, 2)).mean())

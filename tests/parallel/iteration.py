@@ -1,0 +1,28 @@
+"""One rank of RL runs (started by torchrun): `efr train` itself, one layout after the other.
+
+python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.iteration RUNS "dense.yaml tensor=2" ...
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch.distributed as dist
+
+from megatron_efr.config import TrainConfig
+from megatron_efr.configfile import load
+from megatron_efr.train import train
+from tests.parallel.layout import folder
+
+
+def main(runs: str, *asked: str) -> None:
+    dist.init_process_group("gloo")
+    for one in asked:
+        config, _, layout = one.partition(" ")
+        split = [f"parallel.{item}" for item in layout.split(",") if item]
+        train(load(TrainConfig, config, [f"runs={runs}", f"name={folder(layout)}", *split]))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,197 @@
+"""`efr doctor` in constructed situations: foreign and half-built packages, other interpreters, ports, disks."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from megatron_efr.doctor import machine
+from megatron_efr.doctor.engine import Versions, check_engine, compare
+from megatron_efr.doctor.finding import Finding
+from megatron_efr.doctor.packages import check_apex, check_packages, check_version, requirements
+
+ROOT = Path(__file__).parents[2]
+
+
+def distribution(folder: Path, name: str, number: str) -> None:
+    """What pip leaves behind of an installed distribution."""
+    info = folder / f"{name.replace('-', '_')}-{number}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
+
+
+def package(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text("")
+
+
+def interpreter(folder: Path, *lines: str) -> str:
+    """An interpreter of this machine's Python whose site-packages are `folder` alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, line in zip(("torch.py",), lines, strict=False):
+        (folder / name).write_text(line)
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\nPYTHONPATH={folder} exec {sys.executable} -S "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+TORCH = """
+__version__ = "2.14.1+cu130"
+class version: cuda = "13.0"
+class cuda:
+    is_available = staticmethod(lambda: True)
+    class nccl: version = staticmethod(lambda: (2, 30, 7))
+"""
+
+
+# -- packages ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_apex_of_the_package_index_is_told_from_nvidias(tmp_path: Path) -> None:
+    distribution(tmp_path, "apex", "0.9.10.dev0")
+    package(tmp_path, "apex", "apex/lib")
+    found = check_apex([str(tmp_path)])
+    assert found.verdict == "problem"
+    assert "0.9.10.dev0" in found.found
+    assert str(tmp_path / "apex") in found.found
+    assert "pip uninstall apex" in found.advice
+
+
+def test_nvidias_apex_is_ok_only_with_its_extensions(tmp_path: Path) -> None:
+    assert check_apex([str(tmp_path)]).verdict == "note"
+    distribution(tmp_path, "apex", "0.1")
+    package(tmp_path, "apex", "apex/multi_tensor_apply", "apex/optimizers")
+    bare = check_apex([str(tmp_path)])
+    assert bare.verdict == "problem"
+    assert "APEX_CUDA_EXT=1" in bare.advice
+    (tmp_path / "amp_C.py").write_text("")
+    assert check_apex([str(tmp_path)]) == Finding("NVIDIA apex", "ok", "0.1, with its CUDA extensions")
+
+
+def test_versions_are_held_to_the_ranges_of_the_installed_package(tmp_path: Path) -> None:
+    found = {finding.subject: finding for finding in check_packages()}
+    assert {finding.verdict for finding in found.values()} == {"ok"}
+    assert found["megatron-core"].found == version("megatron-core") == "0.16.1"
+    [pinned] = [requirement for requirement in requirements() if requirement.name == "megatron-core"]
+    distribution(tmp_path, "megatron-core", "0.15.0")
+    old = check_version(pinned, [str(tmp_path)])
+    assert old.verdict == "problem"
+    assert "0.15.0" in old.found
+    assert "==0.16.1" in old.found
+    absent = check_version(Requirement("no-such-thing>=1"), [str(tmp_path)], needed=False)
+    assert (absent.verdict, absent.found) == ("note", "not installed")
+
+
+# -- the engine's interpreter ------------------------------------------------------------------------------------------
+
+
+def test_an_interpreter_without_sglang_is_a_problem_only_where_the_run_needs_it(tmp_path: Path) -> None:
+    python = interpreter(tmp_path, TORCH)
+    [found] = check_engine(python, "0.5.23", needed=True)
+    assert found.verdict == "problem"
+    assert "has torch 2.14.1+cu130, and no sglang" in found.found
+    [found] = check_engine(python, "0.5.23", needed=False)
+    assert found.verdict == "note"
+    [found] = check_engine(str(tmp_path / "nowhere"), "0.5.23", needed=True)
+    assert "no such interpreter" in found.found
+    [found] = check_engine(interpreter(tmp_path / "bare"), "0.5.23", needed=True)
+    assert "No module named 'torch'" in found.found
+
+
+def test_an_engine_of_another_version_cuda_or_without_the_memory_saver_is_named(tmp_path: Path) -> None:
+    python = interpreter(tmp_path, TORCH)
+    distribution(tmp_path, "sglang", "0.5.9")
+    found = {finding.subject: finding for finding in check_engine(python, "0.5.23", needed=True)}
+    assert "0.5.9, and 0.5.23" in found["SGLang"].found
+    assert found["CUDA of both"].verdict == ("problem" if torch.version.cuda is None else "ok")
+    assert found["torch_memory_saver"].verdict == "problem"
+
+
+def test_two_versions_of_nccl_are_a_problem_with_the_command_that_mends_it() -> None:
+    ours: Versions = {"sglang": None, "torch": "2.13.0", "cuda": "13.0", "nccl": [2, 29, 7], "saver": None}
+    theirs: Versions = {"sglang": "0.5.23", "torch": "2.14.1", "cuda": "13.0", "nccl": [2, 30, 7], "saver": "0.0.10"}
+    found = {finding.subject: finding for finding in compare(theirs, ours, needed=True)}
+    assert found["CUDA of both"].verdict == "ok"
+    assert found["NCCL of both"].verdict == "problem"
+    assert "pip install --no-deps nvidia-nccl-cu13==2.30.7" in found["NCCL of both"].advice
+    same: Versions = {**ours, "nccl": [2, 30, 7]}
+    assert [finding.verdict for finding in compare(theirs, same, needed=True)] == ["ok", "ok"]
+
+
+# -- the machine -------------------------------------------------------------------------------------------------------
+
+
+def test_a_port_that_somebody_listens_on_is_found() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        found = machine.check_port(port, "torchrun's rendezvous", "127.0.0.1")
+        assert found.verdict == "problem"
+        assert f"sport = :{port}" in found.advice
+    assert machine.check_port(port, "torchrun's rendezvous", "127.0.0.1").verdict == "ok"
+
+
+def test_a_disk_too_small_is_found_even_for_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    folder = tmp_path / "a/b/c"
+    assert machine.check_disk(folder, 1, "a run").verdict == "ok"
+    full = machine.check_disk(folder, 2**60, "a run")
+    assert full.verdict == "problem"
+    assert f"GiB free at {tmp_path}, {2**30}.0 GiB for a run" in full.found
+    assert not folder.exists()
+
+
+def test_threads_and_shared_memory(tmp_path: Path) -> None:
+    assert machine.check_threads({}, 8).verdict == "note"
+    assert machine.check_threads({"OMP_NUM_THREADS": "1"}, 8).verdict == "ok"
+    assert machine.check_threads({"OMP_NUM_THREADS": "64"}, 8).verdict == "note"
+    assert machine.check_threads({"OMP_NUM_THREADS": "all"}, 8).verdict == "note"
+    assert machine.check_shared_memory(tmp_path / "shm").verdict == "note"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU does")
+def test_without_a_gpu_it_says_what_runs() -> None:
+    [found] = machine.check_gpus(needed=False)
+    assert found.verdict == "note"
+    assert "runs here: efr sft" in found.advice
+    assert "NCCL" in found.advice
+    [found] = machine.check_gpus(needed=True)
+    assert found.verdict == "problem"
+
+
+# -- the program -------------------------------------------------------------------------------------------------------
+
+
+def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "COLUMNS": "160"}
+    command = [sys.executable, "-m", "megatron_efr.doctor", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+
+
+@pytest.mark.heavy
+def test_the_exit_code_says_whether_this_run_could_start(tied_model: Path, tmp_path: Path) -> None:
+    config = ["examples/quickstart/rl.yaml", f"runs={tmp_path}", f"model.path={tied_model}"]
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    done = doctor(*config, "--port", str(port))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 problems" in done.stdout
+    assert "Triton compiles" in done.stdout
+    asked = [*config, "rollout.engine=sglang", f"rollout.python={tmp_path}/python", f"model.path={tmp_path}/model"]
+    done = doctor(*asked, "observe.wandb=project", "--port", str(port))
+    problems = re.findall(r"problem (\w+)", done.stdout)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert {"SGLang", "model"} <= set(problems), done.stdout
+    assert f"{len(problems)} problems" in done.stdout

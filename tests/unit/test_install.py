@@ -1,0 +1,89 @@
+"""The installation of a CUDA machine: what it would run, and that its pins agree with the package's own ranges."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[2]
+CONSTRAINTS = (ROOT / "launch/constraints.txt").read_text().splitlines()
+PINS = {line.split("==")[0]: line.split("==")[1] for line in CONSTRAINTS if "==" in line}
+PARTS = {
+    "--no-te": "transformer-engine[core_cu13,pytorch]",
+    "--no-flash-attn": "flash-attn",
+    "--no-apex": "apex",
+    "--no-sglang": f"sglang=={PINS['sglang']}",
+}
+
+
+def dry_run(*flags: str) -> list[list[str]]:
+    """The commands that the installation would run, each as its words."""
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch/install_h100.sh"), "--dry-run", *flags], capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert all(line.startswith("+ ") for line in lines)
+    return [shlex.split(line[2:]) for line in lines]
+
+
+def installed(commands: list[list[str]]) -> set[str]:
+    """Everything that some command asks pip for."""
+    return {word for words in commands if "install" in words for word in words[words.index("install") + 1 :]}
+
+
+def test_each_part_is_installed_unless_its_flag_leaves_it_out() -> None:
+    everything = installed(dry_run())
+    assert set(PARTS.values()) <= everything
+    for flag, part in PARTS.items():
+        assert everything - installed(dry_run(flag)) >= {part}
+        assert set(PARTS.values()) - installed(dry_run(flag)) == {part}
+
+
+def test_what_is_compiled_sees_the_installed_torch_and_the_pins() -> None:
+    for words in dry_run():
+        if set(words) & {"apex", "flash-attn", "transformer-engine[core_cu13,pytorch]"}:
+            assert "--no-build-isolation" in words
+            assert words[words.index("--constraint") + 1] == "launch/constraints.txt"
+
+
+def test_apex_comes_from_nvidia_at_a_commit_and_never_from_the_package_index() -> None:
+    [apex] = [Requirement(line) for line in CONSTRAINTS if line.startswith("apex")]
+    assert apex.url is not None
+    place, commit = apex.url.rsplit("@", 1)
+    assert place == "git+https://github.com/NVIDIA/apex"
+    assert len(commit) == 40
+
+
+def test_the_engines_packages_never_reach_the_trainers_interpreter() -> None:
+    for words in dry_run():
+        if any(word.startswith("sglang") for word in words):
+            assert words[0] == ".venv-sglang/bin/python"
+            assert "--constraint" not in words  # the trainer's pins, another torch among them
+
+
+def test_a_wrong_flag_is_refused_with_the_usage() -> None:
+    done = subprocess.run(["bash", str(ROOT / "launch/install_h100.sh"), "--no-tea"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--no-te --no-flash-attn --no-apex --no-sglang" in done.stdout
+
+
+def test_the_pins_are_within_the_packages_own_ranges() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = project["dependencies"] + [
+        line for extra in ("gpu", "sglang", "dev") for line in project["optional-dependencies"][extra]
+    ]
+    pinned = {name.lower().replace("_", "-"): Version(version) for name, version in PINS.items()}
+    for line in asked:
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(pinned[requirement.name.lower()]), line
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.s*")), ids=lambda path: path.name)
+def test_every_script_parses(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)

@@ -1,0 +1,64 @@
+"""The embedded engine beyond Qwen2: log-probs against transformers, and nothing that depends on the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megatron_efr.rollout.local import LocalEngine
+from megatron_efr.types import Prompt, Request, Response, Sampling
+from tests.families import make_family_folder
+
+SAMPLING = Sampling(0.8, 1.0, 40, (2,))
+DECODED = ["qwen3", "qwen3-tied", "qwen3-moe", "qwen3-moe-raw"]
+
+
+def asked(count: int, samples: int) -> list[Request]:
+    """Random prompts of 1 to 40 tokens."""
+    rng = np.random.default_rng(0)
+    prompts = [tuple(rng.integers(3, 61, rng.integers(1, 41)).tolist()) for _ in range(count)]
+    return [Request(Prompt(f"p{i}", tokens, "", ""), samples, 77 * i) for i, tokens in enumerate(prompts)]
+
+
+def answers(folder: Path, slots: int, requests: list[Request]) -> dict[str, list[Response]]:
+    engine = LocalEngine(folder, slots)
+    engine.publish(load_file(folder / "model.safetensors").items(), version=0)
+    return {group.prompt.id: group.responses for group in engine.generate(iter(requests), SAMPLING)}
+
+
+@pytest.mark.parametrize("family", DECODED)
+def test_log_probs_equal_a_full_forward_of_transformers(family: str, tmp_path: Path) -> None:
+    folder = make_family_folder(tmp_path, family)
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    requests = asked(12, samples=2)
+    found = answers(folder, 16, requests)
+    compared = 0
+    for request in requests:
+        for response in found[request.prompt.id]:
+            tokens = [*request.prompt.tokens, *response.tokens]
+            with torch.no_grad():
+                logits = reference(torch.tensor([tokens])).logits[0, len(request.prompt.tokens) - 1 : -1]
+            wanted = torch.log_softmax(logits.double() / SAMPLING.temperature, -1)
+            wanted = wanted.gather(1, torch.tensor(response.tokens)[:, None])[:, 0]
+            assert float((torch.tensor(response.logprobs) - wanted).abs().max()) <= 2e-5
+            compared += len(response.tokens)
+    assert compared > 300
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-moe"])
+def test_tokens_and_log_prob_bits_do_not_depend_on_the_batch(family: str, tmp_path: Path) -> None:
+    folder = make_family_folder(tmp_path, family)
+    requests = asked(40, samples=3)
+    together = answers(folder, 100, requests)
+    few = answers(folder, 5, requests[::-1])
+    alone = {key: value for request in requests[:5] for key, value in answers(folder, 64, [request]).items()}
+    for other in (few, alone):
+        for key, responses in other.items():
+            for mine, theirs in zip(responses, together[key], strict=True):
+                assert mine.tokens == theirs.tokens
+                assert mine.logprobs == theirs.logprobs

@@ -1,0 +1,181 @@
+"""The plan's formulas against what is really allocated: tensors of transformers, of the policy."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.data.arithmetic import ArithmeticTask, write
+from megatron_efr.memory import (
+    BYTES,
+    activation_bytes,
+    checkpoint_bytes,
+    gradient_bytes,
+    kv_bytes_per_token,
+    largest_tensor_bytes,
+    layer_activation_bytes,
+    optimizer_bytes,
+    parameter_count,
+    stage_parameters,
+)
+from megatron_efr.policy import Policy, supervised_loss
+from megatron_efr.policy.ranks import Ranks
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.mapping import WeightMapping
+from tests.conftest import ragged_sequences
+
+QWEN_7B = {
+    "model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 131072,
+}  # fmt: skip
+MOE = {
+    "model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 16,
+    "num_key_value_heads": 2, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 8,
+    "num_experts_per_tok": 2, "vocab_size": 61, "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def test_the_count_is_transformers_own_for_the_quickstart_model(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    write(tmp_path, 0, ArithmeticTask(train_rows=1, test_rows=1, sft_rows=1))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "model"))
+    assert parameter_count(Architecture.from_folder(tmp_path / "model")) == sum(p.numel() for p in model.parameters())
+
+
+def test_the_count_of_the_7b_model_is_the_published_one() -> None:
+    assert parameter_count(Architecture.from_config(QWEN_7B)) == 7_615_616_512
+
+
+@pytest.mark.parametrize(
+    ("raw", "tensor", "pipeline", "expert"),
+    [(QWEN_7B, 2, 2, 1), (QWEN_7B | {"tie_word_embeddings": True}, 4, 2, 1), (QWEN_7B, 1, 1, 1), (MOE, 2, 2, 4)],
+)
+def test_a_stages_count_is_that_of_the_shards_that_the_mapping_cuts(
+    raw: dict[str, object], tensor: int, pipeline: int, expert: int
+) -> None:
+    """Cut for real, from tensors without storage, as loading cuts them."""
+    a = Architecture.from_config(raw)
+    mapping = WeightMapping(a, tensor, expert_ranks=expert)
+    whole = {name: torch.empty(shape, device="meta") for name, shape in mapping.shapes().items()}
+    stages = [0] * pipeline
+    for name in mapping.parameters():
+        if mapping.expert_rank(name) not in (None, 0):
+            continue
+        size = mapping.to_megatron(name, whole, 0).numel()
+        layer = int(name.split(".")[2]) if name.startswith("decoder.layers.") else None
+        at_end = name.startswith(("decoder.final", "output_layer"))
+        stages[layer * pipeline // a.layers if layer is not None else pipeline - 1 if at_end else 0] += size
+        if a.tied and pipeline > 1 and name.startswith("embedding"):
+            stages[-1] += size
+    found = stage_parameters(a, ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert))
+    assert [total for total, _ in found] == stages
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_gradients_and_optimizer_are_what_the_policy_holds(
+    tied: bool, tied_model: Path, untied_model: Path, ranks: Ranks
+) -> None:
+    folder = tied_model if tied else untied_model
+    architecture = Architecture.from_folder(folder)
+    policy = Policy(ModelConfig(path=str(folder)), ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0)
+    [(count, experts)] = stage_parameters(architecture, ParallelConfig())
+    assert experts == 0
+    assert sum(p.numel() for chunk in policy.chunks for p in chunk.parameters()) == count
+    sequences = ragged_sequences(4)
+    policy.update(policy.pack_update(sequences, [0, 1, 2, 3], 400, "token"), supervised_loss)
+    held = [t for chunk in policy.chunks for t in chunk.buffers[0].grad_data.untyped_storage()]
+    assert len(held) == gradient_bytes(count)
+    states = [
+        tensor
+        for part in policy.optimizer.megatron.chained_optimizers
+        for state in part.optimizer.state.values()
+        for tensor in state.values()
+        if torch.is_tensor(tensor) and tensor.numel() > 1
+    ]
+    assert sum(t.numel() * t.element_size() for t in states) == optimizer_bytes(count, "float32")
+
+
+def test_activations_are_what_autograd_keeps(untied_model: Path, ranks: Ranks) -> None:
+    """All that a model of local layers keeps, measured; beside the layers are the final norm, the angles, the head."""
+    folder, tokens = untied_model, 512
+    architecture = Architecture.from_folder(folder)
+    policy = Policy(ModelConfig(path=str(folder)), ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0)
+    parameters = {p.untyped_storage().data_ptr() for chunk in policy.chunks for p in chunk.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    [sequence] = ragged_sequences(1, shortest=tokens, longest=tokens + 1)
+    batches = policy.pack_update([sequence], [0], tokens, "token")
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        policy.update(batches, supervised_loss)
+    layers = activation_bytes(architecture, ParallelConfig(), "float32", tokens, recompute=False, local=True)
+    beside = 4 * tokens * (3 * architecture.hidden + 2 * architecture.head_dim)
+    assert sum(kept.values()) == pytest.approx(layers + beside, rel=0.01)
+
+
+def test_recompute_keeps_each_layers_input_and_one_whole_layer() -> None:
+    a = Architecture.from_config(QWEN_7B)
+    parallel = ParallelConfig(tensor=2, sequence=True)
+    whole = activation_bytes(a, parallel, "bfloat16", 1000, recompute=False)
+    assert activation_bytes(a, parallel, "bfloat16", 1000, recompute=True) == 28 * 1000 * 3584 + whole // 28
+
+
+def test_more_ranks_never_take_more(tmp_path: Path) -> None:
+    a = Architecture.from_config(QWEN_7B)
+    for one, two in itertools.pairwise([ParallelConfig(tensor=t, sequence=t > 1) for t in (1, 2, 4)]):
+        assert layer_activation_bytes(a, two, "bfloat16") == layer_activation_bytes(a, one, "bfloat16") / 2
+        assert max(stage_parameters(a, two)) < max(stage_parameters(a, one))
+    assert optimizer_bytes(800, "bfloat16", 8) == 1200
+
+
+def test_a_checkpoint_a_cached_token_and_the_largest_tensor_of_7b() -> None:
+    a = Architecture.from_config(QWEN_7B)
+    assert checkpoint_bytes(a, "bfloat16") == 14 * parameter_count(a)
+    assert kv_bytes_per_token(a, 1, "bfloat16") == 2 * 28 * 4 * 128 * 2
+    assert kv_bytes_per_token(a, 8, "bfloat16") == 2 * 28 * 1 * 128 * 2  # 4 KV heads on 8 ranks: each twice
+    assert largest_tensor_bytes(a, "bfloat16") == 152064 * 3584 * BYTES["bfloat16"]
+
+
+@pytest.fixture
+def model_7b(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
+    return tmp_path
+
+
+def test_the_plan_says_what_would_fit_and_it_does(model_7b: Path) -> None:
+    from tools.plan import Case, remedies
+
+    overrides = (f"model.path={model_7b}", "model.megatron={}", "parallel.ddp={}")
+    example = str(Path(__file__).parents[2] / "examples/paper_7b.yaml")
+    case = Case(example, overrides, world=8, gpu_bytes=80 * 2**30)
+    over = [phase.name for phase in case.plan.phases if phase.total > case.gpu_bytes]
+    assert over == ["train"], "33,024 tokens without recompute"
+    choices = remedies(case)
+    assert any("recompute" in override for choice in choices for override in choice)
+    for choice in choices:
+        assert case.and_also(choice).fits
+
+
+def test_phases_hold_what_their_names_say(model_7b: Path) -> None:
+    from tools.plan import Case
+
+    example = str(Path(__file__).parents[2] / "examples/paper_7b.yaml")
+    case = Case(example, (f"model.path={model_7b}",), world=8, gpu_bytes=80 * 2**30)
+    phases = {phase.name: phase for phase in case.plan.phases}
+    assert phases["generate"].parts == phases["resume KV"].parts
+    assert phases["offload"].total == phases["release KV and weights"].total < phases["resume weights"].total
+    static = phases["generate"].parts["KV cache"] + phases["generate"].parts["engine weights"]
+    assert static == int(case.static_fraction * case.gpu_bytes)
+    assert phases["publish"].total - phases["resume weights"].total == 2 * 512 * 2**20 + 2 * 152064 * 3584
+    assert "KV cache" not in phases["train"].parts

@@ -1,0 +1,193 @@
+"""What a run takes on each GPU, phase by phase of a colocated step, before any GPU is asked for.
+
+    python tools/plan.py examples/paper_7b.yaml --nodes 1 --gpus 8 --memory-gib 80 [section.key=value ...]
+
+The step is one in which engines and trainer release what a phase leaves idle; the peak without that is stated too.
+A table of phases and parts in GiB, how many tokens the engines' KV cache holds, and, where something does not fit, the
+fewest changes of the configuration that make it fit. Exit status 1 where it does not. The formulas and their sources
+are in megatron_efr/memory.py: they count tensors, and have not been compared with a card yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_efr.arguments import run
+from megatron_efr.config import ConfigError, TrainConfig
+from megatron_efr.configfile import load
+from megatron_efr.memory import Plan, Shape, parameter_count, plan
+from megatron_efr.policy.fit import check_fit
+from megatron_efr.weights.architecture import Architecture
+
+STATIC_FRACTION = 0.6  # where rollout.server.mem_fraction_static is left out; SGLang then decides for itself
+GIB = 2**30
+RECOMPUTE = "{recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration on a number of GPUs of one size."""
+
+    path: str
+    overrides: tuple[str, ...]
+    world: int
+    gpu_bytes: int
+
+    def and_also(self, overrides: Sequence[str]) -> Case:
+        """The same with more overrides."""
+        return Case(self.path, (*self.overrides, *overrides), self.world, self.gpu_bytes)
+
+    @cached_property
+    def config(self) -> TrainConfig:
+        return load(TrainConfig, self.path, self.overrides)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return Architecture.from_folder(self.config.model.path)
+
+    @cached_property
+    def static_fraction(self) -> float:
+        return float(self.config.rollout.server.get("mem_fraction_static", STATIC_FRACTION))
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The memory of every phase; ConfigError where the split does not divide."""
+        config = self.config
+        config.check_world(self.world)
+        check_fit(config.model, config.parallel, self.architecture)
+        if self.world % config.rollout.tp:
+            raise ConfigError(f"rollout.tp: {config.rollout.tp} does not divide {self.world} GPUs")
+        return plan(
+            Shape(
+                architecture=self.architecture,
+                parallel=config.parallel,
+                dtype=config.model.dtype,
+                world=self.world,
+                micro_batch_tokens=config.train.micro_batch_tokens,
+                recompute=config.model.megatron.get("recompute_granularity") == "full",
+                local_layers=config.model.layers == "local",
+                sharded_optimizer=bool(config.parallel.ddp.get("use_distributed_optimizer", False)),
+                engine_ranks=config.rollout.tp,
+                static_fraction=self.static_fraction,
+                bucket_bytes=config.rollout.bucket_mib * 2**20,
+                gpu_bytes=self.gpu_bytes,
+                keeps_reference=config.loss.beta > 0,
+            )
+        )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that an engine may have to hold."""
+        return self.config.data.prompt.max_tokens + self.config.rollout.max_new_tokens
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase is within the GPU, and the KV cache holds at least one whole sequence."""
+        return all(p.total <= self.gpu_bytes for p in self.plan.phases) and self.plan.kv_tokens >= self.longest
+
+
+def levers(case: Case) -> Iterator[list[list[str]]]:
+    """What saves memory: for each lever its settings that save more than today's, as overrides."""
+    parallel, rollout = case.config.parallel, case.config.rollout
+    if case.config.model.megatron.get("recompute_granularity") != "full":
+        yield [[f"model.megatron={RECOMPUTE}"]]
+    if not parallel.ddp.get("use_distributed_optimizer"):
+        yield [["parallel.ddp.use_distributed_optimizer=true"]]
+    sizes = (2, 4, 8)
+    yield [[f"parallel.tensor={n}", "parallel.sequence=true"] for n in sizes if n > parallel.tensor]
+    yield [[f"parallel.context={n}"] for n in sizes if n > parallel.context]
+    yield [[f"rollout.tp={n}"] for n in sizes if n > rollout.tp]
+    yield [[f"rollout.server.mem_fraction_static={f}"] for f in (0.5, 0.4, 0.3) if f < case.static_fraction]
+    yield [[f"train.micro_batch_tokens={case.longest}"]] if case.longest < case.config.train.micro_batch_tokens else []
+
+
+def remedies(case: Case, most: int = 3) -> list[list[str]]:
+    """The fewest levers that make the run fit, in every such combination; none where `most` together do not."""
+    for count in range(1, most + 1):
+        found = []
+        for chosen in itertools.combinations([lever for lever in levers(case) if lever], count):
+            for settings in itertools.product(*chosen):
+                changed = case.and_also([override for setting in settings for override in setting])
+                try:
+                    if changed.fits:
+                        found.append(list(changed.overrides[len(case.overrides) :]))
+                        break  # the gentlest setting of these levers
+                except ConfigError:  # does not divide
+                    continue
+        if found:
+            return found
+    return []
+
+
+def table(case: Case) -> Table:
+    """Phases down, parts across, in GiB."""
+    parts = list(dict.fromkeys(part for phase in case.plan.phases for part in phase.parts))
+    made = Table("phase", *parts, "total", title="GiB on the fullest GPU", title_justify="left")
+    for column in made.columns[1:]:
+        column.justify = "right"
+    for phase in case.plan.phases:
+        cells = [f"{phase.parts[part] / GIB:.1f}" if part in phase.parts else "" for part in parts]
+        over = phase.total > case.gpu_bytes
+        made.add_row(
+            phase.name, *cells, f"{phase.total / GIB:.1f}{' > GPU' if over else ''}", style="red" if over else ""
+        )
+    return made
+
+
+def describe(case: Case) -> Iterator[str | Table]:
+    """The plan as it is printed."""
+    config, made = case.config, case.plan
+    parallel, tp = config.parallel, config.rollout.tp
+    replicas = case.world // parallel.model_ranks
+    yield (
+        f"{Path(case.path).name}: {parameter_count(case.architecture) / 1e9:.2f} billion parameters, "
+        f"{config.model.dtype}; "
+        f"{case.world} GPUs of {case.gpu_bytes / GIB:.0f} GiB: tensor {parallel.tensor} x "
+        f"pipeline {parallel.pipeline} x context {parallel.context} x {replicas} replicas, "
+        f"{case.world // tp} engines of {tp}"
+    )
+    yield table(case)
+    trained = max(phase.total for phase in made.phases if "gradients" in phase.parts)
+    resident = (trained + case.static_fraction * case.gpu_bytes) / GIB
+    yield f"with engines that release nothing, which is how efr train runs them today, the peak is {resident:.1f} GiB"
+    yield f"KV cache of one engine: {made.kv_tokens:,} tokens, the longest sequence {case.longest:,}"
+    yield f"host memory of one rank: {made.host_bytes / GIB:.1f} GiB (reference, offloaded gradients and optimizer)"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the plan, and what would fit where it does not."""
+    parser = argparse.ArgumentParser(description="Memory of a run on each GPU, phase by phase.")
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs of a node")
+    parser.add_argument("--memory-gib", type=float, default=80, help="memory of a GPU")
+    given = parser.parse_args(argv)
+    case = Case(given.config, tuple(given.overrides), given.nodes * given.gpus, int(given.memory_gib * GIB))
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    for line in describe(case):
+        console.print(line)
+    if case.fits:
+        return
+    choices = remedies(case)
+    console.print(
+        "It does not fit. Any of these lines would:" if choices else "It does not fit, nor would three changes"
+    )
+    for choice in choices:
+        console.print(
+            "  " + " ".join(f"'{override}'" if " " in override else override for override in choice), markup=False
+        )
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)
