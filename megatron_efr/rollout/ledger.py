@@ -72,6 +72,13 @@ Journals = Callable[[int], Journal]
 """The journal of each iteration."""
 
 
+class Finished(NamedTuple):
+    """The groups that an iteration may take, by visit, in order of completion, and the seconds that they took."""
+
+    groups: dict[int, Group]
+    seconds: float
+
+
 class InFlight(NamedTuple):
     """A prompt that no iteration has taken yet, and the version of the weights that served when it was first asked."""
 
@@ -97,12 +104,12 @@ class Ledger:
         self.seconds = 0.0  # that it took to produce the groups handed over last
         self._production, self._config, self._prompts, self._seed, self._last = production, config, prompts, seed, last
         self._in_flight: list[InFlight] = []
-        self._begun: Callable[[], dict[int, Group]] | None = None
+        self._begun: Callable[[], Finished] | None = None
         self._thread = ThreadPoolExecutor(1, "rollouts") if config.overlap else None
 
     def collect(self, step: int, journals: Journals) -> list[Group]:
         """Iteration `step`'s groups, in the order of their visits. What they leave is due in the next iteration."""
-        finished = (self._begun or self._begin(step, journals))()
+        finished, self.seconds = (self._begun or self._begin(step, journals))()
         late = [flight.visit.index for flight in self._in_flight if self._is_due(flight, step)]
         others = [index for index in finished if index not in late]
         taken = sorted(late + others[: self._config.prompts - len(late)])
@@ -130,7 +137,7 @@ class Ledger:
         if self._thread is not None:
             self._thread.shutdown()
 
-    def _begin(self, step: int, journals: Journals) -> Callable[[], dict[int, Group]]:
+    def _begin(self, step: int, journals: Journals) -> Callable[[], Finished]:
         """Draw what iteration `step` needs, and start to produce it; what is returned waits for it."""
         missing = self._config.prompts + self._config.in_flight_beyond - len(self._in_flight)
         version = self._production.engine.version
@@ -140,8 +147,8 @@ class Ledger:
             return lambda: self._produce(step, flights, journal)
         return self._thread.submit(self._produce, step, flights, journal).result
 
-    def _produce(self, step: int, flights: list[InFlight], journal: Journal) -> dict[int, Group]:
-        """Visit -> group, in order of completion, until they are enough for iteration `step`."""
+    def _produce(self, step: int, flights: list[InFlight], journal: Journal) -> Finished:
+        """Ask until what is finished is enough for iteration `step`."""
         began = time.perf_counter()
         requests = [self._request(flight.visit) for flight in flights]
         index = {request.seed: flight.visit.index for request, flight in zip(requests, flights, strict=True)}
@@ -158,8 +165,7 @@ class Ledger:
                     finished[index[group.seed]] = group
         finally:
             journal.close()
-        self.seconds = time.perf_counter() - began
-        return finished
+        return Finished(finished, time.perf_counter() - began)
 
     def _request(self, visit: Visit) -> Request:
         return Request(visit.prompt, self._config.samples, request_seed(self._seed, visit.index))
