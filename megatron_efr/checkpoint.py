@@ -127,20 +127,24 @@ class Checkpoints:
         # a later one did not verify when this run resumed, and must neither count nor come back
         yield from complete[count:]
 
-    def newest(self) -> Path | None:
+    def newest(self, last: int | None = None) -> Path | None:
         """The newest checkpoint that verifies; a damaged one is named on stderr and the one before it is taken.
 
-        `latest` then names it too.
+        `latest` then names it too; but not where only those up to step `last` are asked for.
         """
-        return self._world.share(self._newest)
+        return self._world.share(lambda: self._newest(last))
 
-    def _newest(self) -> Path | None:
+    def _newest(self, last: int | None) -> Path | None:
         for path in reversed(_complete(self.folder)):
+            if last is not None and _step(path) > last:
+                continue
             try:
                 verify(path)
             except CheckpointError as error:
                 print(f"checkpoint set aside: {error}", file=sys.stderr, flush=True)
             else:
+                if last is not None:
+                    return path
                 if not (latest := self.folder / LATEST).exists() or latest.read_text(encoding="utf-8") != path.name:
                     write_synced(latest, path.name)
                 return path

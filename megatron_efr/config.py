@@ -24,9 +24,7 @@ class ModelConfig(Section):
     """The starting model, a Hugging Face folder, and the width it trains in."""
 
     path: str = Field(description="folder with config.json, tokenizer and, unless init is random, safetensors")
-    init: Literal["load", "random"] = Field(
-        default="load", description="load the safetensors, or draw fresh weights from seed"
-    )
+    init: Literal["load", "random"] = Field(default="load", description="load safetensors, or draw from the seed")
     dtype: Literal["float32", "bfloat16"] = "float32"
     layers: Literal["auto", "local", "transformer_engine"] = Field(
         default="auto", description="auto takes Transformer Engine's layers where they import and CUDA is present"
@@ -138,6 +136,15 @@ class RolloutConfig(Section):
         default_factory=dict, description="any argument of SGLang's server, underscores for dashes"
     )
     bucket_mib: PositiveInt = Field(default=512, description="weights sent to the servers at once")
+    transport: Literal["auto", "tensor", "direct", "distributed", "disk"] = Field(
+        default="auto",
+        description="how weights reach the servers. tensor: GPU memory by handle, or on a CPU within the request; "
+        "direct: each rank of a server gets its own slices alone, within the request; distributed: a process group; "
+        "disk: a shared file system. auto: distributed to other GPUs, else tensor",
+    )
+    verify_every: PositiveInt = Field(
+        default=50, description="publications between comparisons of the servers' checksums; the first is compared"
+    )
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
 
     @model_validator(mode="after")
@@ -200,19 +207,16 @@ class TrainingConfig(Section):
     """The loop: how many iterations, how many updates in each, how work is packed."""
 
     iterations: PositiveInt = 100
-    updates: PositiveInt = Field(
-        default=2, description="optimizer updates per iteration; the responses split evenly over them"
-    )
+    updates: PositiveInt = Field(default=2, description="optimizer updates per iteration, over equal shares of it")
     micro_batch_tokens: PositiveInt = Field(default=16384, description="token budget of one packed micro-batch")
     max_logprob_diff: float = Field(
         default=0.5, gt=0, description="stop when |engine - policy| log-prob, averaged over an iteration, exceeds this"
     )
+    max_skipped: PositiveInt = Field(default=3, description="stop when so many updates in a row had to be skipped")
 
 
 class CheckpointConfig(Section):
-    every: PositiveInt = Field(
-        default=10, description="iterations between checkpoints (SFT: updates); the last always saves"
-    )
+    every: PositiveInt = Field(default=10, description="iterations (SFT: updates) from one to the next, and the last")
     keep: PositiveInt = Field(default=2, description="how many of the newest to keep")
     keep_every: PositiveInt | None = Field(
         default=None, description="those whose step is a multiple of this are never removed; a multiple of every"

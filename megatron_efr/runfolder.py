@@ -249,9 +249,8 @@ class RunFolder:
     def append_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Add one line `{"step": step, ...}` and flush it. Values that are not finite are written as null."""
         self.path.mkdir(parents=True, exist_ok=True)
-        tree = {"step": int(step)} | {key: _plain(value) for key, value in metrics.items() if key != "step"}
         with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(tree, allow_nan=False) + "\n")
+            file.write(metrics_line(step, metrics) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl in order, [] when there are none; a torn last line is left out."""
@@ -301,11 +300,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{path}: the rollouts of step {step} were not kept (observe.rollouts: true keeps them)"
             )
-        try:
-            text = zstandard.ZstdDecompressor().decompress(path.read_bytes())
-            return [decode_group(line) for line in text.split(b"\n") if line]
-        except (zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
-            raise RunFolderError(f"{path}: damaged rollouts: {error}") from error
+        return read_rollouts(path)
 
     def evaluation_path(self, name: str) -> Path:
         """eval/<name>.json; RunFolderError for a name that is no file name."""
@@ -327,6 +322,21 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Save summary.json."""
         write_atomic(self.summary, json.dumps(summary, allow_nan=False, ensure_ascii=False, indent=2) + "\n")
+
+
+def metrics_line(step: int, metrics: Mapping[str, Any]) -> str:
+    """A line of metrics.jsonl, without its end."""
+    tree = {"step": int(step)} | {key: _plain(value) for key, value in metrics.items() if key != "step"}
+    return json.dumps(tree, allow_nan=False)
+
+
+def read_rollouts(path: Path) -> list[Group]:
+    """The groups of a rollouts file. RunFolderError where it cannot be read."""
+    try:
+        text = zstandard.ZstdDecompressor().decompress(path.read_bytes())
+        return [decode_group(line) for line in text.split(b"\n") if line]
+    except (OSError, zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{path}: damaged rollouts: {error}") from error
 
 
 def _may_change(key: str, held: Mapping[str, Any]) -> bool:

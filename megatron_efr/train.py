@@ -1,147 +1,111 @@
 """`efr train`: reinforcement learning for efficient reasoning. This file is the algorithm, in its order.
 
-Every rank runs it. Rank 0 alone owns prompts, engine and graders (`environment`); the policy is everybody's.
+Every rank runs it. Rank 0 alone owns prompts, engine and graders (`run.environment`); the policy is everybody's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_efr import arguments, methods
-from megatron_efr.checkpoint import Checkpoints
 from megatron_efr.config import TrainConfig
-from megatron_efr.configfile import dump
-from megatron_efr.environment import Environment
 from megatron_efr.interruption import EXIT_REQUEUE, Interruption
 from megatron_efr.methods.token_advantages import fill_token_advantages
 from megatron_efr.observe import Observer
-from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, launched, split_into_updates, trainable
-from megatron_efr.report.iteration import check_logprobs, iteration_metrics
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.policy import clipped_policy_loss, split_into_updates, trainable
+from megatron_efr.replay import replay
+from megatron_efr.report.iteration import check_logprobs, check_skipped, iteration_metrics
+from megatron_efr.run import Run, opened
 from megatron_efr.types import Group
-from megatron_efr.weights.publish import publish
 
 
-def train(config: TrainConfig, resume: bool = False) -> None:
-    """Run the loop to its end, from the start or from the newest checkpoint that verifies."""
-    method = methods.build(config.method, config.rollout.samples)
-    config.check_world(arguments.world_size())
-    with launched(config.parallel, config.seed, config.model) as ranks:
-        folder = RunFolder(config.folder)
-        ranks.on_main(lambda: folder.claim(dump(config), resume))
-        environment = ranks.on_main(lambda: Environment(config))
-        try:
-            policy = Policy.to_train(config, ranks)
-            checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
-            run = Run(config, ranks, folder, checkpoints, environment, policy, method)
+def train(config: TrainConfig, resume: bool = False, replayed: Path | None = None) -> None:
+    """Run the loop to its end, from the start or from the newest checkpoint that verifies; or only replay a file."""
+    with opened(config, resume=resume, asks=replayed is None) as run:
+        if replayed is not None:
+            replay(run, replayed, learn)
+        else:
             with Interruption() as interruption:
-                run.loop(run.restore() if resume else 0, interruption)
-        finally:
-            if environment is not None:
-                environment.close()
+                loop(run, run.restore() if resume else 0, interruption)
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training run, as one rank sees it."""
+def loop(run: Run, done: int, interruption: Interruption) -> None:
+    """Iterations `done` + 1 to the last, or to the one in which the run was asked to end."""
+    config, policy, total = run.config, run.policy, run.config.train.iterations
+    with Observer(run.folder, config.observe, total, run.ranks.rank, done, config.name) as observer:
+        run.publisher.publish(policy, done)
+        for step in range(done + 1, total + 1):
+            metrics = iterate(run, step, observer)
+            with observer.phase("publish"):
+                run.publisher.publish(policy, step)
+            with observer.phase("evaluate"):
+                metrics |= evaluate(run, step)
+            observer.log(step, metrics)
+            check_skipped(
+                policy.optimizer.skipped_in_a_row, config.train.max_skipped, step, run.folder.rollouts_path(step)
+            )
+            ending = not run.ranks.everywhere(interruption.received is None)
+            if step % config.checkpoint.every == 0 or step == total or ending:
+                with observer.phase("checkpoint"):
+                    run.save(step)
+            run.checkpoints.settle(wait=step == total or ending)
+            if ending and step < total:
+                raise SystemExit(EXIT_REQUEUE)
+    policy.save_folder(run.folder.model)
 
-    config: TrainConfig
-    ranks: Ranks
-    folder: RunFolder
-    checkpoints: Checkpoints
-    environment: Environment | None  # rank 0's
-    policy: Policy
-    method: methods.Method
 
-    def loop(self, done: int, interruption: Interruption) -> None:
-        """Iterations `done` + 1 to the last, or to the one in which the run was asked to end."""
-        total = self.config.train.iterations
-        with Observer(self.folder, self.config.observe, total, self.ranks.rank, done, self.config.name) as observer:
-            self.publish(done)
-            for step in range(done + 1, total + 1):
-                metrics = self.iterate(step, observer)
-                with observer.phase("publish"):
-                    self.publish(step)
-                with observer.phase("evaluate"):
-                    metrics |= self.evaluate(step)
-                observer.log(step, metrics)
-                ending = not self.ranks.everywhere(interruption.received is None)
-                if step % self.config.checkpoint.every == 0 or step == total or ending:
-                    with observer.phase("checkpoint"):
-                        self.save(step)
-                self.checkpoints.settle(wait=step == total or ending)
-                if ending and step < total:
-                    raise SystemExit(EXIT_REQUEUE)
-        self.policy.save_folder(self.folder.model)
+def iterate(run: Run, step: int, observer: Observer) -> dict[str, float]:
+    """Rollouts, and what is learnt from them; those of a skipped update are always kept, for a replay."""
+    with observer.phase("rollout"):
+        groups = run.ranks.share(lambda: rollouts(run, step))
+    metrics = learn(run, step, groups, observer)
+    if metrics["skipped"]:
+        run.ranks.on_main(lambda: run.folder.write_rollouts(step, groups))
+    return metrics
 
-    def iterate(self, step: int, observer: Observer) -> dict[str, float]:
-        """prompts -> rollouts -> grades -> rewards -> advantages -> packed micro-batches -> log-probs -> updates."""
-        config, policy = self.config, self.policy
-        with observer.phase("rollout"):
-            groups = self.ranks.share(lambda: self.rollouts(step))
-        sequences = [sequence for group in groups for sequence in trainable(group)]
-        updates = [
-            policy.pack_update(sequences, update, config.train.micro_batch_tokens, config.loss.aggregate)
-            for update in split_into_updates(len(sequences), config.train.updates, (config.seed, step))
-        ]
-        batches = [batch for update in updates for batch in update]
-        with observer.phase("logprobs"):
-            policy.fill_logprobs(batches)
-            drift = policy.compare_logprobs(batches, sequences)
-            check_logprobs(drift, config.train.max_logprob_diff)
-        fill_token_advantages(batches, [s.advantage for s in sequences], config.loss, self.ranks.sum_over_replicas)
-        with observer.phase("train"):
-            loss = clipped_policy_loss(config.loss.clip)
-            made = [policy.update(update, loss) for update in updates]
-        return iteration_metrics(groups, made, drift, observer.seconds("rollout"))
 
-    def rollouts(self, step: int) -> list[Group]:
-        """The iteration's groups with grades, rewards and advantages; rank 0 makes them."""
-        assert self.environment is not None
-        groups = self.environment.graded_rollouts(self.config.rollout.prompts, self.folder.journal(step))
-        methods.score(self.method, groups)
-        if self.config.observe.rollouts:
-            self.folder.write_rollouts(step, groups)
-        return groups
+def rollouts(run: Run, step: int) -> list[Group]:
+    """prompts -> rollouts -> grades -> rewards -> advantages, on rank 0."""
+    assert run.environment is not None
+    groups = run.environment.graded_rollouts(run.config.rollout.prompts, run.folder.journal(step))
+    methods.score(run.method, groups)
+    if run.config.observe.rollouts:
+        run.folder.write_rollouts(step, groups)
+    return groups
 
-    def publish(self, version: int) -> None:
-        """Hand the weights to the engine, which serves nothing older afterwards."""
-        publish(self.policy.named_weights(), version, self.environment.engine if self.environment else None)
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """The held-out problems, every so many iterations; rank 0 asks and grades them."""
-        return self.ranks.share(lambda: self.environment.evaluate(step, self.folder) if self.environment else {})
+def learn(run: Run, step: int, groups: list[Group], observer: Observer) -> dict[str, float]:
+    """Scored groups -> packed micro-batches -> log-probs -> updates; the iteration's metrics."""
+    config, policy = run.config, run.policy
+    sequences = [sequence for group in groups for sequence in trainable(group)]
+    updates = [
+        policy.pack_update(sequences, update, config.train.micro_batch_tokens, config.loss.aggregate)
+        for update in split_into_updates(len(sequences), config.train.updates, (config.seed, step))
+    ]
+    batches = [batch for update in updates for batch in update]
+    with observer.phase("logprobs"):
+        policy.fill_logprobs(batches)
+        drift = policy.compare_logprobs(batches, sequences)
+        check_logprobs(drift, config.train.max_logprob_diff)
+    fill_token_advantages(batches, [s.advantage for s in sequences], config.loss, run.ranks.sum_over_replicas)
+    with observer.phase("train"):
+        loss = clipped_policy_loss(config.loss.clip)
+        made = [policy.update(update, loss) for update in updates]
+    return iteration_metrics(groups, made, drift, observer.seconds("rollout"))
 
-    def save(self, step: int) -> None:
-        """Keep all that a resumed run needs. Random numbers need nothing: each is a function of seed and place."""
-        state = {
-            "step": step,
-            "initial_model": self.policy.initial_model,
-            "method": self.method.state_dict(),
-            "stream": self.environment.stream.state_dict() if self.environment else None,
-        }
-        self.checkpoints.save(step, self.policy.sharded_state(), state, lambda: self.folder.clear_journals(step))
 
-    def restore(self) -> int:
-        """Take up the newest checkpoint that verifies: the step it was made after, 0 where there is none."""
-        step, path = 0, self.checkpoints.newest()
-        if path is not None:
-            sharded, state = self.checkpoints.load(path, self.policy.sharded_state(loading=True))
-            self.policy.load_sharded_state(sharded)
-            self.policy.check_initial_model(state["initial_model"], str(path))
-            self.method.load_state_dict(state["method"])
-            if self.environment is not None:
-                self.environment.stream.load_state_dict(state["stream"])
-            step = state["step"]
-        self.ranks.on_main(lambda: self.folder.go_on_from(step))
-        return step
+def evaluate(run: Run, step: int) -> dict[str, float]:
+    """The held-out problems, every so many iterations; rank 0 asks and grades them."""
+    return run.ranks.share(lambda: run.environment.evaluate(step, run.folder) if run.environment else {})
 
 
 def main(argv: SequenceOf[str] | None = None) -> None:
     """Command line of `efr train`."""
-    given = arguments.parser("train", "Reinforcement learning for efficient reasoning.", resumes=True).parse_args(argv)
-    train(arguments.read(TrainConfig, given), given.resume)
+    parser = arguments.parser("train", "Reinforcement learning for efficient reasoning.", resumes=True)
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="run the updates of these saved rollouts, no more")
+    given = parser.parse_args(argv)
+    train(arguments.read(TrainConfig, given), given.resume, given.replay)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,12 @@ import torch
 from bench_plain import serve_plain
 from bench_turns import ROOT, Settings, serve, timed_steps
 
-from megatron_efr import methods
-from megatron_efr.checkpoint import Checkpoints
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_efr.configfile import load
-from megatron_efr.environment import Environment
 from megatron_efr.observe import Observer
 from megatron_efr.policy import Policy, clipped_policy_loss, launched
-from megatron_efr.runfolder import RunFolder
-from megatron_efr.train import Run
+from megatron_efr.run import opened
+from megatron_efr.train import iterate
 from megatron_efr.types import Sequence
 
 
@@ -47,37 +44,28 @@ def configuration(settings: Settings, folder: Path, turns: int) -> TrainConfig:
 def serve_iteration(settings: Settings, folder: Path) -> None:
     """`efr train`'s own loop, one iteration and its publication a turn."""
     config = configuration(settings, folder, settings.iteration_turns + 1)
-    with launched(config.parallel, config.seed) as ranks:
-        environment, place = Environment(config), RunFolder(config.folder)
-        run = Run(
-            config=config,
-            ranks=ranks,
-            folder=place,
-            checkpoints=Checkpoints(place.checkpoints, config.checkpoint, ranks),
-            environment=environment,
-            policy=Policy.to_train(config, ranks),
-            method=methods.build(config.method, config.rollout.samples),
-        )
-        with Observer(place, config.observe, config.train.iterations, 0, 0) as observer:
-            run.publish(0)
-            steps = iter(range(1, config.train.iterations + 1))
+    with (
+        opened(config) as run,
+        Observer(run.folder, config.observe, config.train.iterations, 0, 0) as observer,
+    ):
+        run.publisher.publish(run.policy, 0)
+        steps = iter(range(1, config.train.iterations + 1))
 
-            def work() -> dict[str, Any]:
-                step, began = next(steps), time.perf_counter()
-                metrics = run.iterate(step, observer)
-                run.publish(step)
-                phases = {name: observer.seconds(name) for name in ("rollout", "logprobs", "train")}
-                seconds = time.perf_counter() - began
-                observer.log(step, metrics)
-                return {
-                    "seconds": seconds,
-                    "phases": phases,
-                    "lengths": [metrics["tokens_mean"]],
-                    "accuracy": metrics["accuracy"],
-                }
+        def work() -> dict[str, Any]:
+            step, began = next(steps), time.perf_counter()
+            metrics = iterate(run, step, observer)
+            run.publisher.publish(run.policy, step)
+            phases = {name: observer.seconds(name) for name in ("rollout", "logprobs", "train")}
+            seconds = time.perf_counter() - began
+            observer.log(step, metrics)
+            return {
+                "seconds": seconds,
+                "phases": phases,
+                "lengths": [metrics["tokens_mean"]],
+                "accuracy": metrics["accuracy"],
+            }
 
-            serve(work)
-        environment.close()
+        serve(work)
 
 
 def serve_policy(settings: Settings, folder: Path) -> None:

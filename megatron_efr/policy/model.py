@@ -24,7 +24,7 @@ from megatron_efr.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_efr.policy.fit import engine_layers
 from megatron_efr.policy.layers import local_layers
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.mapping import padded_vocab
+from megatron_efr.weights.cuts import padded_vocab
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER, ChainedOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_efr.config import OptimizerConfig
-from megatron_efr.policy import cpu
+from megatron_efr.config import ConfigError, OptimizerConfig
+from megatron_efr.policy import cpu, resumable
 from megatron_efr.policy.model import DTYPES, check_fields
 
 # the form that any other layout can read
@@ -21,7 +24,10 @@ _CHECKPOINT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_opti
 
 
 class Optimizer:
-    """Steps Megatron's Adam along the schedule; a step whose gradient is not finite is skipped and says so."""
+    """Steps Megatron's Adam along the schedule; a step whose gradient is not finite is skipped and says so.
+
+    `skipped_in_a_row`: how many of the last steps were skipped, over resumes too.
+    """
 
     def __init__(
         self, config: OptimizerConfig, dtype: str, updates: int, chunks: list[DistributedDataParallel]
@@ -40,10 +46,16 @@ class Optimizer:
             "params_dtype": DTYPES[dtype],
             "use_distributed_optimizer": chunks[0].ddp_config.use_distributed_optimizer,
         }
+        fields |= config.megatron
+        _check(fields, dtype)
+        self.skipped_in_a_row = 0
         self._chunks = chunks
+        self._on_device = True
         with cpu.cuda_type_names():
-            made = get_megatron_optimizer(MegatronOptimizerConfig(**fields | config.megatron), list(chunks))
+            made = get_megatron_optimizer(MegatronOptimizerConfig(**fields), list(chunks))
         self.megatron = cast(ChainedOptimizer, made)
+        for part in self.megatron.chained_optimizers:
+            resumable.prepare(part)
         self.schedule = OptimizerParamScheduler(
             self.megatron,
             init_lr=0.0,
@@ -64,6 +76,7 @@ class Optimizer:
         return float(self.megatron.param_groups[0]["lr"])
 
     def zero_grad(self) -> None:
+        self._require_on_device("zero gradients")
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()
@@ -78,26 +91,76 @@ class Optimizer:
             self.megatron.prepare_grads()
             norm = float(self.megatron.get_grad_norm())
             if not math.isfinite(norm):
+                self.skipped_in_a_row += 1
                 return False, norm
+            self.skipped_in_a_row = 0
             self.schedule.step(1)
             for part in self.megatron.chained_optimizers:
                 parameters = cast(list[torch.Tensor], part.get_parameters())
                 if part.config.clip_grad > 0 and parameters:
-                    clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+                    decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                    clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm, decoupled)
             return bool(self.megatron.step_with_ready_grads()), norm
+
+    def gather_gradients(self) -> None:
+        """Make every `main_grad` whole: the distributed optimizer leaves each replica the sum of its own share only."""
+        if not self._chunks[0].ddp_config.use_distributed_optimizer:
+            return
+        for chunk in self._chunks:
+            for group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
+                peers: dist.ProcessGroup = group.intra_distributed_optimizer_instance_group
+                for bucket in group.buckets:
+                    shares = list(bucket.grad_data.chunk(peers.size()))
+                    dist.all_gather(shares, shares[peers.rank()].clone(), group=peers)
+
+    # -- leaving the GPU between phases -------------------------------------------------------------------------------
+
+    def offload(self) -> None:
+        """Free the gradients' memory on the device and move the optimizer's state to the host's, until `restore`."""
+        self._require_on_device("offload")
+        for chunk in self._chunks:
+            chunk.offload_grad_buffers()
+        self.megatron.offload_to_cpu()
+        self._on_device = False
+
+    def restore(self) -> None:
+        """Undo `offload`: the same state, and gradients that are zero."""
+        if self._on_device:
+            raise RuntimeError("restore: gradients and optimizer state have not been offloaded; they are in place")
+        for chunk in self._chunks:
+            chunk.restore_grad_buffers()
+        self.megatron.restore_from_cpu()
+        for part in self.megatron.chained_optimizers:
+            resumable.steps_to_host(part)
+        self._on_device = True
+
+    def _require_on_device(self, action: str) -> None:
+        if not self._on_device:
+            raise RuntimeError(f"{action}: gradients and optimizer state have been offloaded; restore them first")
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def sharded_state(self, models: dict[str, Any], loading: bool) -> dict[str, Any]:
         """The optimizer's part of a sharded checkpoint, given the models'."""
+        self._require_on_device("save or load the optimizer")
         with cpu.cuda_type_names():
             return {
                 "state": self.megatron.sharded_state_dict(models, is_loading=loading, metadata=_CHECKPOINT),
                 "schedule": self.schedule.state_dict(),
+                "skipped_in_a_row": self.skipped_in_a_row,
             }
 
     def load_sharded_state(self, state: dict[str, Any]) -> None:
+        parts, saved = self.megatron.chained_optimizers, self._in_our_form(state["state"])
+        by_part = [saved] if len(parts) == 1 else [saved[i] for i in range(len(parts))]
+        tensors = [resumable.set_aside(part, mine) for part, mine in zip(parts, by_part, strict=True)]
         with cpu.cuda_type_names():
-            self.megatron.load_state_dict(self._in_our_form(state["state"]))
+            self.megatron.load_state_dict(saved)
+        for part, mine in zip(parts, tensors, strict=True):
+            if mine is not None:
+                resumable.put_tensors(cast(DistributedOptimizer, part), mine)
         self.schedule.load_state_dict(state["schedule"])
+        self.skipped_in_a_row = state["skipped_in_a_row"]
 
     def _in_our_form(self, loaded: dict[Any, Any]) -> dict[Any, Any]:
         """What was loaded, as our optimizers take it, whichever way the ranks that saved it were split.
@@ -118,6 +181,28 @@ class Optimizer:
             if steps is not None:
                 inner["state"]["common_step"] = steps
         return parts[0] if len(parts) == 1 else dict(enumerate(parts))
+
+
+def _check(fields: Mapping[str, Any], dtype: str) -> None:
+    """ConfigError for what Megatron's optimizers would stop at, in the middle of a run, without a word."""
+    where = "optimizer.megatron"
+    if fields["use_distributed_optimizer"] and fields["optimizer"] != "adam":
+        raise ConfigError(
+            f"{where}.optimizer: Megatron's distributed optimizer knows adam only, not {fields['optimizer']!r}; "
+            "leave it out, or set parallel.ddp.use_distributed_optimizer: false"
+        )
+    if not fields.get("optimizer_cpu_offload"):
+        return
+    needed = {
+        "a GPU": torch.cuda.is_available(),
+        "Transformer Engine (the package's gpu extra)": not USING_PYTORCH_OPTIMIZER,
+        "parallel.ddp.use_distributed_optimizer: true": fields["use_distributed_optimizer"],
+        f"{where}.use_precision_aware_optimizer: true": fields.get("use_precision_aware_optimizer", False),
+        f"{where}.optimizer_offload_fraction above 0 (1.0 offloads all)": fields.get("optimizer_offload_fraction", 0.0),
+        "model.dtype: bfloat16": dtype == "bfloat16",
+    }
+    if missing := [what for what, there in needed.items() if not there]:
+        raise ConfigError(f"{where}.optimizer_cpu_offload: Megatron's offloading also needs {'; '.join(missing)}")
 
 
 def _find(tree: Any, key: str) -> Any:

@@ -31,6 +31,7 @@ from megatron_efr.types import PackedBatch, Sequence, UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import fingerprint, initial_weights, save_folder
 from megatron_efr.weights.mapping import WeightMapping
+from megatron_efr.weights.reshard import BUCKET_BYTES, Parcel
 
 
 class Policy:
@@ -50,6 +51,7 @@ class Policy:
         seed: int,
         temperature: float = 1.0,
         keep_reference: bool = False,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self.ranks = ranks
         self.model_config = model
@@ -69,7 +71,7 @@ class Policy:
         mapping = WeightMapping(
             self.architecture, parallel.tensor, expert_ranks=parallel.expert, expert_rank=ranks.expert_rank
         )
-        self.parameters = Parameters(self.chunks, mapping, ranks)
+        self.parameters = Parameters(self.chunks, mapping, ranks, bucket_bytes)
         self.parameters.load(initial_weights(model, self.architecture, seed))
         seed_of_weights = seed if model.init == "random" else None
         self.initial_model = {
@@ -92,6 +94,7 @@ class Policy:
             seed=config.seed,
             temperature=config.rollout.temperature,
             keep_reference=config.loss.beta > 0,
+            bucket_bytes=config.rollout.bucket_mib * 2**20,
         )
 
     # -- batches ------------------------------------------------------------------------------------------------------
@@ -230,6 +233,7 @@ class Policy:
 
             def measure(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
                 assert self._head is not None
+                self.parameters.finish_gather()  # the head reads its weight without calling the module that holds it
                 value, metrics = loss(self._head.rows(hidden, batch, factor))
                 # 0 tokens: the loss is normalised already, divide by nothing
                 return value * undo, torch.zeros((), dtype=torch.int, device=value.device), metrics
@@ -249,13 +253,21 @@ class Policy:
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
+    def parcels(self, *, flat: bool = False, everywhere: bool = False) -> Iterator[Parcel]:
+        """The weights as whole Hugging Face tensors, bucket by bucket: see `Parameters.parcels`."""
+        return self.parameters.parcels(flat=flat, everywhere=everywhere)
+
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, whole tensor) pairs, one at a time: see `Parameters.whole`."""
-        return self.parameters.whole()
+        """(Hugging Face name, whole tensor) pairs on rank 0, one bucket in memory at a time; elsewhere empty tensors.
+
+        All ranks iterate together. Where nothing is split the tensors are views of the live parameters.
+        """
+        return (pair for parcel in self.parcels() for pair in parcel.tensors)
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Like `named_weights`, of what the last update's backward pass left (after clipping, where that is on)."""
-        return self.parameters.whole(lambda parameter: cast(Any, parameter).main_grad)
+        self.optimizer.gather_gradients()
+        return (pair for parcel in self.parameters.parcels("gradients") for pair in parcel.tensors)
 
     def save_folder(self, destination: str | Path) -> None:
         """Write the weights as a Hugging Face folder, with the starting model's tokenizer and configuration."""
@@ -270,6 +282,7 @@ class Policy:
 
     def sharded_state(self, *, loading: bool = False) -> dict[str, Any]:
         """Model and optimizer as Megatron's sharded state dict: what a checkpoint saves, or the shape it loads into."""
+        self.parameters.finish_gather()
         models = {f"model{i}": _unwrapped(chunk).sharded_state_dict() for i, chunk in enumerate(self.chunks)}
         return models | {"optimizer": self.optimizer.sharded_state(models, loading)}
 
@@ -278,6 +291,20 @@ class Policy:
         for i, chunk in enumerate(self.chunks):
             _unwrapped(chunk).load_state_dict(state[f"model{i}"])
         self.optimizer.load_sharded_state(state["optimizer"])
+
+    # -- between phases -----------------------------------------------------------------------------------------------
+
+    def offload_training_state(self) -> None:
+        """Gradients and optimizer state leave the device, for an engine that shares it; weights can still be read.
+
+        An fp32 model's weights are the optimizer's own and leave with it. RuntimeError where they have left already.
+        """
+        self.parameters.finish_gather()
+        self.optimizer.offload()
+
+    def restore_training_state(self) -> None:
+        """Take both back, before the next log-probs or update. RuntimeError where they have not left."""
+        self.optimizer.restore()
 
     # -- the initial model --------------------------------------------------------------------------------------------
 

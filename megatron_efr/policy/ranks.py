@@ -52,6 +52,11 @@ class Ranks:
         return parallel_state.get_tensor_model_parallel_rank()
 
     @property
+    def replica_group(self) -> dist.ProcessGroup:
+        """The ranks of all tensor and pipeline positions, and of all experts: together they hold one whole model."""
+        return _group(parallel_state.get_expert_tensor_model_pipeline_parallel_group())
+
+    @property
     def context_group(self) -> dist.ProcessGroup:
         """The ranks that hold slices of the same sequences."""
         return _group(parallel_state.get_context_parallel_group())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -12,6 +13,10 @@ from megatron_efr.types import Group, UserError
 
 class LogprobMismatchError(UserError):
     """Engine and policy no longer compute the same distribution."""
+
+
+class GradientError(UserError):
+    """Updates can no longer be made."""
 
 
 def iteration_metrics(
@@ -55,6 +60,16 @@ def check_logprobs(drift: Mapping[str, float], limit: float) -> None:
             f"engine and policy disagree on the log-probs of the sampled tokens by {drift['logprob_diff_mean']:.4f} on "
             f"average, more than train.max_logprob_diff = {limit}: the engine serves other weights, another "
             "temperature or another precision than the policy"
+        )
+
+
+def check_skipped(skipped_in_a_row: int, limit: int, step: int, rollouts: Path) -> None:
+    """Stop a run that only skips updates; `rollouts` is where the last iteration's are kept."""
+    if skipped_in_a_row >= limit:
+        raise GradientError(
+            f"iteration {step}: the last {skipped_in_a_row} updates had a gradient that is not finite and were skipped "
+            f"(train.max_skipped = {limit}). The iteration's rollouts are in {rollouts}; to run its updates alone: "
+            f"efr train CONFIG --replay {rollouts}"
         )
 
 

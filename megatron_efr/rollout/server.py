@@ -146,7 +146,8 @@ class Server:
 
     async def update_from_disk(self, path: str) -> None:
         """Load a model folder that the server can read."""
-        await self._update("/update_weights_from_disk", {"model_path": path, "flush_cache": False}, "update_s")
+        body = {"model_path": path, "load_format": "auto", "flush_cache": False}  # the server's own may be dummy
+        await self._update("/update_weights_from_disk", body, "update_s")
 
     async def set_version(self, version: int) -> None:
         """Name the weights; requests in flight go on."""

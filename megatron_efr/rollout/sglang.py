@@ -55,7 +55,7 @@ class SGLangEngine:
         routed_experts: bool = False,
     ) -> None:
         self.architecture, self.engine_ranks, self.bucket_bytes = architecture, engine_ranks, bucket_bytes
-        self.count = len(urls)
+        self.urls, self.count = list(urls), len(urls)
         self.in_flight = max(1, int(AHEAD * slots * self.count))
         self._shapes = WeightMapping(architecture).shapes()
         self._version = -1
@@ -155,9 +155,15 @@ class SGLangEngine:
         self._all(Server.begin_update)
 
     def update_from_tensor(self, payloads: list[str], load_format: str | None) -> None:
-        """Send one bucket: a base64 payload for each tensor-parallel rank, the same to every server."""
-        body = tensor_body(payloads, load_format)
-        self._all(lambda server: server.update_from_tensor(body))
+        """Send one bucket: a base64 payload for each tensor-parallel rank, the same to every server; or, where there
+        are as many as all servers have ranks together, each server its own.
+        """
+        ranks = self.engine_ranks
+        bodies = [tensor_body(payloads[i : i + ranks], load_format) for i in range(0, len(payloads), ranks)]
+        if len(bodies) not in (1, self.count):
+            raise ValueError(f"{len(payloads)} payloads for {self.count} servers of {ranks} ranks")
+        own = dict(zip(self._fleet.servers, bodies * (self.count if len(bodies) == 1 else 1), strict=True))
+        self._all(lambda server: server.update_from_tensor(own[server]))
 
     def join_group(self, address: str, port: int, name: str, backend: str) -> Future[None]:
         """Have every server enter a process group in which the trainer is rank 0; returns at once."""

@@ -1,32 +1,22 @@
 """The one mapping between Hugging Face tensors and Megatron parameters, as a table, in both directions.
 
 A Megatron parameter is named as in the whole model (`decoder.layers.<layer>....`, experts by their number in it),
-whatever rank holds it. A row of the table says which Hugging Face tensors make it up and how it is split over
-tensor-parallel ranks:
-
-    whole   the same on every rank                  column  split by rows (dim 0)
-    row     split by columns (dim 1)                vocab   rows, padded to divide over the ranks
-    qkv     per KV group [q.., k, v], then dim 0    gate_up [gate; up], each half split by rows
-    grouped_gate_up, grouped_row                    the same, of several experts, transposed and in one tensor
-
-With fewer KV groups than ranks Megatron-Core 0.16.1 splits `qkv` like any other and gathers it in the forward pass
-(`SelfAttention.get_query_key_value_tensors`), so the mapping has no case for it.
+whatever rank holds it. A row of the table says which Hugging Face tensors make it up and how it is cut over
+tensor-parallel ranks (`cuts`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 import torch
 
 from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.cuts import PLACE, TO_HUGGING_FACE, TO_MEGATRON, Cut, Split, padded_vocab
 from megatron_efr.weights.splits import check_split
-
-Split = Literal["whole", "column", "row", "vocab", "qkv", "gate_up", "grouped_gate_up", "grouped_row"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +145,10 @@ class WeightMapping:
         return (self.architecture.experts.count if self.architecture.experts else 0) // self.expert_ranks
 
     @property
+    def _cut(self) -> Cut:
+        return Cut(self.architecture, self.tensor_ranks, self._per_rank)
+
+    @property
     def padded_vocab(self) -> int:
         """Rows of Megatron's embedding: the true vocabulary rounded up to 8 rows on every rank."""
         return padded_vocab(self.architecture.vocab, self.tensor_ranks)
@@ -231,12 +225,22 @@ class WeightMapping:
         """Tensor-parallel rank `rank`'s shard of parameter `name`, from whole Hugging Face tensors."""
         row = self._row(name)
         parts = [tensors[source] for source in row.hugging_face]
-        return _TO_MEGATRON[row.split](self, parts, rank)
+        return TO_MEGATRON[row.split](self._cut, parts, rank)
 
     def to_hugging_face(self, name: str, shards: list[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
         """Whole Hugging Face tensors of parameter `name`, from every rank's shard in order; views where possible."""
         row = self._row(name)
-        return list(zip(row.hugging_face, _TO_HUGGING_FACE[row.split](self, shards), strict=True))
+        return list(zip(row.hugging_face, TO_HUGGING_FACE[row.split](self._cut, shards), strict=True))
+
+    def fill(self, name: str, shards: list[torch.Tensor], out: list[torch.Tensor]) -> None:
+        """Like `to_hugging_face`, into contiguous tensors that are there; most splits are copied once."""
+        split = self._row(name).split
+        if split in PLACE and not (split == "qkv" and self.architecture.kv_heads % self.tensor_ranks):
+            for rank, shard in enumerate(shards):
+                PLACE[split](self._cut, shard, rank, out)
+        else:
+            for (_, tensor), whole in zip(self.to_hugging_face(name, shards), out, strict=True):
+                whole.copy_(tensor)
 
     def is_sharded(self, name: str) -> bool:
         """Whether tensor-parallel ranks hold different parts of parameter `name`."""
@@ -247,96 +251,3 @@ class WeightMapping:
             return self._rows[name]
         except KeyError:
             raise KeyError(f"{name}: no such parameter in a {self.architecture.model_type} model") from None
-
-    def _group(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """q, k, v to [kv groups, rows of one group, ...]."""
-        groups = self.architecture.kv_heads
-        return torch.cat([part.reshape(groups, -1, *part.shape[1:]) for part in parts], dim=1)
-
-
-def padded_vocab(vocab: int, tensor_ranks: int) -> int:
-    """`vocab` rounded up so that every tensor-parallel rank holds the same multiple of 8 rows."""
-    multiple = 8 * tensor_ranks
-    return -(-vocab // multiple) * multiple
-
-
-def _slice(tensor: torch.Tensor, dim: int, rank: int, ranks: int) -> torch.Tensor:
-    return tensor.chunk(ranks, dim=dim)[rank]
-
-
-def _qkv_to_megatron(mapping: WeightMapping, parts: list[torch.Tensor], rank: int) -> torch.Tensor:
-    return _slice(mapping._group(parts).flatten(0, 1), 0, rank, mapping.tensor_ranks)
-
-
-def _gate_up_to_megatron(mapping: WeightMapping, parts: list[torch.Tensor], rank: int) -> torch.Tensor:
-    return torch.cat([_slice(part, 0, rank, mapping.tensor_ranks) for part in parts])
-
-
-def _vocab_to_megatron(mapping: WeightMapping, parts: list[torch.Tensor], rank: int) -> torch.Tensor:
-    (whole,) = parts
-    missing = mapping.padded_vocab - whole.shape[0]
-    padded = torch.cat([whole, whole.new_zeros(missing, whole.shape[1])]) if missing else whole
-    return _slice(padded, 0, rank, mapping.tensor_ranks)
-
-
-def _qkv_to_hugging_face(mapping: WeightMapping, shards: list[torch.Tensor]) -> list[torch.Tensor]:
-    a = mapping.architecture
-    whole = shards[0] if len(shards) == 1 else torch.cat(shards)
-    grouped = whole.reshape(a.kv_heads, -1, *whole.shape[1:])
-    sizes = [a.heads // a.kv_heads * a.head_dim, a.head_dim, a.head_dim]
-    return [part.flatten(0, 1) for part in grouped.split(sizes, dim=1)]
-
-
-def _gate_up_to_hugging_face(mapping: WeightMapping, shards: list[torch.Tensor]) -> list[torch.Tensor]:
-    halves = [shard.chunk(2) for shard in shards]
-    if len(halves) == 1:
-        return list(halves[0])
-    return [torch.cat([half[i] for half in halves]) for i in range(2)]
-
-
-def _grouped_gate_up_to_megatron(mapping: WeightMapping, parts: list[torch.Tensor], rank: int) -> torch.Tensor:
-    # gate and up of each expert in turn; GroupedMLP multiplies from the right, and its [hidden, ...] is but a shape
-    pairs = zip(parts[::2], parts[1::2], strict=True)
-    experts = [_gate_up_to_megatron(mapping, list(pair), rank).T for pair in pairs]
-    return torch.stack(experts).reshape(mapping.architecture.hidden, -1)
-
-
-def _grouped_gate_up_to_hugging_face(mapping: WeightMapping, shards: list[torch.Tensor]) -> list[torch.Tensor]:
-    each = [shard.reshape(mapping._per_rank, mapping.architecture.hidden, -1).transpose(1, 2) for shard in shards]
-    return [part for e in range(mapping._per_rank) for part in _gate_up_to_hugging_face(mapping, [x[e] for x in each])]
-
-
-def _grouped_row_to_megatron(mapping: WeightMapping, parts: list[torch.Tensor], rank: int) -> torch.Tensor:
-    return torch.cat([_slice(part, 1, rank, mapping.tensor_ranks).T for part in parts])
-
-
-def _grouped_row_to_hugging_face(mapping: WeightMapping, shards: list[torch.Tensor]) -> list[torch.Tensor]:
-    each = [shard.reshape(mapping._per_rank, -1, mapping.architecture.hidden).transpose(1, 2) for shard in shards]
-    return [_cat(1)(mapping, [x[e] for x in each])[0] for e in range(mapping._per_rank)]
-
-
-def _cat(dim: int) -> Callable[[WeightMapping, list[torch.Tensor]], list[torch.Tensor]]:
-    return lambda mapping, shards: [shards[0] if len(shards) == 1 else torch.cat(shards, dim=dim)]
-
-
-_TO_MEGATRON: dict[Split, Callable[[WeightMapping, list[torch.Tensor], int], torch.Tensor]] = {
-    "whole": lambda mapping, parts, rank: parts[0],
-    "column": lambda mapping, parts, rank: _slice(parts[0], 0, rank, mapping.tensor_ranks),
-    "row": lambda mapping, parts, rank: _slice(parts[0], 1, rank, mapping.tensor_ranks),
-    "vocab": _vocab_to_megatron,
-    "qkv": _qkv_to_megatron,
-    "gate_up": _gate_up_to_megatron,
-    "grouped_gate_up": _grouped_gate_up_to_megatron,
-    "grouped_row": _grouped_row_to_megatron,
-}
-
-_TO_HUGGING_FACE: dict[Split, Callable[[WeightMapping, list[torch.Tensor]], list[torch.Tensor]]] = {
-    "whole": lambda mapping, shards: [shards[0]],
-    "column": _cat(0),
-    "row": _cat(1),
-    "vocab": lambda mapping, shards: [_cat(0)(mapping, shards)[0][: mapping.architecture.vocab]],
-    "qkv": _qkv_to_hugging_face,
-    "gate_up": _gate_up_to_hugging_face,
-    "grouped_gate_up": _grouped_gate_up_to_hugging_face,
-    "grouped_row": _grouped_row_to_hugging_face,
-}

@@ -50,6 +50,11 @@ class Typical(Method):
 
     def load_state_dict(self, state):
         self.seen, self.mean = state["seen"], state["mean"]
+
+class Failing(Typical):
+    def advantages(self, groups):
+        made = super().advantages(groups)
+        return [advantages * np.nan for advantages in made] if self.seen > 4 else made
 """
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
@@ -61,7 +66,8 @@ def install_method(folder: Path) -> None:
     registration = folder / "typical-1.0.dist-info"
     registration.mkdir()
     (registration / "METADATA").write_text("Metadata-Version: 2.1\nName: typical\nVersion: 1.0\n")
-    (registration / "entry_points.txt").write_text("[megatron_efr.methods]\ntypical = typical:Typical\n")
+    entries = "typical = typical:Typical\nfailing = typical:Failing\n"
+    (registration / "entry_points.txt").write_text(f"[megatron_efr.methods]\n{entries}")
 
 
 @pytest.fixture(scope="session")

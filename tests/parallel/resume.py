@@ -59,7 +59,7 @@ def run(models: str, out: Path, verb: str, layout: str, origin: str, ranks: Rank
     if verb == "load":
         model = model.model_copy(update={"init": "random"})  # nothing may be left of it
     optimizer = OptimizerConfig(lr=1e-3, schedule="cosine", warmup_updates=2, clip_grad=0.0)
-    policy = Policy(model, split(layout), optimizer, ranks, updates=len(UPDATES), seed=7)
+    policy = Policy(model, split(layout), optimizer, ranks, updates=2 * len(UPDATES), seed=7)
     checkpoints = Checkpoints(out / folder(origin), CheckpointConfig(), ranks)
     if verb == "save":
         for number in range(BEFORE):

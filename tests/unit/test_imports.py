@@ -43,6 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": BASE | {"arguments", "memory", "weights.architecture"},
     "arguments": BASE,
     "environment": ENVIRONMENT,
+    "run": ENVIRONMENT | {"arguments", "checkpoint", "environment", "methods", "policy"},
+    "replay": BASE | {"observe", "run", "runfolder"},
     "cli": {"arguments", "__init__"},  # it finds the programs by name, when they are asked for
 }
 PROGRAMS = {"train", "sft", "evaluate", "sweep", "report.__main__"}

@@ -14,8 +14,9 @@ from transformers import Qwen2ForCausalLM
 
 from megatron_efr.config import ConfigError, ModelConfig
 from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.cuts import padded_vocab
 from megatron_efr.weights.folder import FolderWeights, RandomWeights, fingerprint, initial_weights, save_folder
-from megatron_efr.weights.mapping import WeightMapping, padded_vocab
+from megatron_efr.weights.mapping import WeightMapping
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -1,0 +1,60 @@
+"""`efr train CONFIG --replay FILE`: the updates of saved rollouts alone, without engine and graders; writes nothing."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_efr.observe import Observer
+from megatron_efr.run import Run
+from megatron_efr.runfolder import metrics_line, read_rollouts
+from megatron_efr.types import Group, UserError
+
+Learn = Callable[[Run, int, list[Group], Observer], dict[str, float]]
+"""What an iteration does with its scored groups; its metrics."""
+
+
+def replay(run: Run, file: Path, learn: Learn) -> None:
+    """Bring the policy to where it stood before `file`'s iteration, run the iteration's updates, print its metrics.
+
+    It starts from the newest checkpoint before that iteration, or the starting model. The iterations between are
+    learnt from their own rollouts first, where all of them were kept: only then are these the run's numbers.
+    """
+    config, ranks, folder, step = run.config, run.ranks, run.folder, step_of(file)
+    start = run.load(step - 1)
+    between = [folder.rollouts_path(number) for number in range(start + 1, step)]
+    if left_out := ranks.share(lambda: [path for path in between if not path.exists()]):
+        between = []
+    if ranks.is_main:
+        print(f"replaying iteration {step} from {f'the checkpoint of iteration {start}' if start else 'the start'}")
+        if left_out:
+            print(f"the numbers will not be the run's: {left_out[0]} and what lies between was not kept", flush=True)
+    silent = config.observe.model_copy(update={"tensorboard": False, "wandb": None})
+    with Observer(_Printed(folder.path), silent, step, ranks.rank, start, config.name) as observer:
+        metrics: dict[str, float] = {}
+        for path in [*between, file]:
+            with observer.phase("rollout"):
+                groups = ranks.share(functools.partial(read_rollouts, path))
+            metrics = learn(run, step_of(path), groups, observer)
+        observer.log(step, metrics)
+
+
+def step_of(file: Path) -> int:
+    """The iteration whose rollouts these are, from the name that a run folder gives them; UserError otherwise."""
+    name = re.fullmatch(r"step_(\d+)\.jsonl\.zst", file.name)
+    if name is None or int(name[1]) < 1:
+        raise UserError(f"{file}: its name says no iteration; give a run folder's file, like step_000010.jsonl.zst")
+    return int(name[1])
+
+
+class _Printed:
+    """Stands where an observer writes to a run folder, and prints."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        print(metrics_line(step, metrics), flush=True)

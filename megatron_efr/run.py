@@ -1,0 +1,83 @@
+"""One training run as one rank holds it: its parts, opened and closed, kept in checkpoints and taken up again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from megatron_efr import arguments, methods
+from megatron_efr.checkpoint import Checkpoints
+from megatron_efr.config import TrainConfig
+from megatron_efr.configfile import dump
+from megatron_efr.environment import Environment
+from megatron_efr.policy import Policy, Ranks, launched
+from megatron_efr.runfolder import RunFolder
+from megatron_efr.weights.publication import build_publisher
+from megatron_efr.weights.publish import Embedded, Publisher
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of. All ranks call its methods alike."""
+
+    config: TrainConfig
+    ranks: Ranks
+    folder: RunFolder
+    checkpoints: Checkpoints
+    environment: Environment | None  # rank 0's
+    policy: Policy
+    publisher: Publisher | Embedded
+    method: methods.Method
+
+    def save(self, step: int) -> None:
+        """Keep all that a resumed run needs. Random numbers need nothing: each is a function of seed and place."""
+        state = {
+            "step": step,
+            "initial_model": self.policy.initial_model,
+            "method": self.method.state_dict(),
+            "stream": self.environment.stream.state_dict() if self.environment else None,
+        }
+        self.checkpoints.save(step, self.policy.sharded_state(), state, lambda: self.folder.clear_journals(step))
+
+    def restore(self) -> int:
+        """Take up the newest checkpoint that verifies: the step it was made after, 0 where there is none."""
+        step = self.load()
+        self.ranks.on_main(lambda: self.folder.go_on_from(step))
+        return step
+
+    def load(self, last: int | None = None) -> int:
+        """Like `restore`, of a checkpoint no later than step `last`; the run folder stays as it is."""
+        path = self.checkpoints.newest(last)
+        if path is None:
+            return 0
+        sharded, state = self.checkpoints.load(path, self.policy.sharded_state(loading=True))
+        self.policy.load_sharded_state(sharded)
+        self.policy.check_initial_model(state["initial_model"], str(path))
+        self.method.load_state_dict(state["method"])
+        if self.environment is not None:
+            self.environment.stream.load_state_dict(state["stream"])
+        return state["step"]
+
+
+@contextmanager
+def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> Iterator[Run]:
+    """Join the ranks and put the run together; what it started is ended with the block.
+
+    Where it `asks` no engine, it claims no folder and has no environment: its rollouts come from elsewhere.
+    """
+    method = methods.build(config.method, config.rollout.samples)
+    config.check_world(arguments.world_size())
+    with launched(config.parallel, config.seed, config.model) as ranks:
+        folder, environment = RunFolder(config.folder), None
+        if asks:
+            ranks.on_main(lambda: folder.claim(dump(config), resume))
+            environment = ranks.on_main(lambda: Environment(config))
+        try:
+            policy = Policy.to_train(config, ranks)
+            checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
+            publisher = build_publisher(config, environment and environment.engine, ranks.cpu_world)
+            yield Run(config, ranks, folder, checkpoints, environment, policy, publisher, method)
+        finally:
+            if environment is not None:
+                environment.close()

@@ -1,0 +1,66 @@
+"""Builds the publisher that a configuration asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.distributed as dist
+
+from megatron_efr.config import ConfigError, TrainConfig
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.publish import Embedded, Engines, Publisher, Receiver, Transport
+from megatron_efr.weights.sglang_layout import ChecksumCheck, EngineLayout
+from megatron_efr.weights.transports import Broadcast, Disk, Handles, InBand, Sliced, own_address
+
+
+def build_publisher(
+    config: TrainConfig, engine: Receiver | Engines | None, cpu_world: dist.ProcessGroup
+) -> Embedded | Publisher:
+    """For `engine`, which is rank 0's and None elsewhere; every rank of `cpu_world` calls it alike."""
+    if config.rollout.engine == "local":
+        return Embedded(cast(Receiver | None, engine))
+    layout = EngineLayout(Architecture.from_folder(config.model.path), config.rollout.tp)
+    on_gpu = torch.cuda.is_available()
+    transport = _transport(config, cast(Engines | None, engine), cpu_world, layout, on_gpu)
+    dtype = getattr(torch, config.model.dtype)
+    exact = not on_gpu and not layout.padded_on_cpu  # what engines report then is what this table says
+    return Publisher(
+        transport,
+        cast(Engines | None, engine),
+        cpu_world,
+        check=lambda: ChecksumCheck(layout, dtype, exact=exact),
+        verify_every=config.rollout.verify_every,
+    )
+
+
+def _transport(
+    config: TrainConfig, engines: Engines | None, cpu_world: dist.ProcessGroup, layout: EngineLayout, on_gpu: bool
+) -> Transport:
+    rollout = config.rollout
+    kind = rollout.transport
+    if kind == "auto":
+        kind = "distributed" if on_gpu and rollout.placement == "apart" else "tensor"
+    if kind == "disk":
+        return Disk(engines, config.folder / "engines" / "weights", Path(config.model.path))
+    if kind == "distributed":
+        address = own_address(engines.urls) if engines else ""
+        return Broadcast(engines, address, "nccl" if on_gpu else "gloo", rollout.timeouts.update_s)
+    if kind == "direct":
+        if layout.architecture.experts:
+            raise ConfigError("rollout.transport: direct knows dense models alone; tensor sends a mixture of experts")
+        if not on_gpu and layout.padded_on_cpu:
+            raise ConfigError(
+                f"rollout.transport: direct: on a CPU SGLang widens this model for rollout.tp = {layout.ranks}, which "
+                "does not divide its heads, or 32 times which its MLP; tensor leaves that to SGLang"
+            )
+        return Sliced(engines, layout)
+    ranks, world = rollout.engines * rollout.tp, dist.get_world_size(cpu_world)
+    if on_gpu and (rollout.placement == "apart" or ranks != world):
+        raise ConfigError(
+            "rollout.transport: tensor hands over GPU memory where it lies: it needs rollout.placement: colocated, and "
+            f"an engine's rank on every trainer's GPU, rollout.engines x rollout.tp = {ranks} for {world} ranks; "
+            "distributed needs neither"
+        )
+    return Handles(engines, cpu_world) if on_gpu else InBand(engines)

@@ -1,0 +1,250 @@
+"""How whole tensors reach SGLang's servers: in or beside the request (tensor), over a process group, through a disk.
+
+Nothing here imports SGLang. What is pickled passes its restricted unpickler (0.5.23, `SafeUnpickler`): tensors, plain
+containers, and `types.SimpleNamespace` for a flattened bucket's description, which is read by attribute only.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import pickle
+import shutil
+import socket
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import Future
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed import distributed_c10d
+from torch.multiprocessing import reductions
+
+from megatron_efr.weights.folder import copy_all_but_weights
+from megatron_efr.weights.publish import EngineError, Engines
+from megatron_efr.weights.reshard import Parcel
+from megatron_efr.weights.sglang_layout import EngineLayout
+
+Prepared = tuple[list[str], str | None]
+"""Payloads, one for each engine rank, and their `load_format`."""
+
+
+class InBand:
+    """`tensor` on a CPU: the tensors themselves within the request."""
+
+    everywhere = False
+
+    def __init__(self, engines: Engines | None) -> None:
+        self._engines = engines
+
+    def prepare(self, parcel: Parcel) -> Prepared | None:
+        if self._engines is None:
+            return None
+        payload, load_format = encode(parcel)
+        return [payload] * self._engines.engine_ranks, load_format
+
+    def begin(self) -> None: ...
+
+    def deliver(self, prepared: Prepared) -> None:
+        assert self._engines is not None
+        self._engines.update_from_tensor(*prepared)
+
+    def finish(self) -> None: ...
+
+    def abandon(self) -> None: ...
+
+
+class Sliced(InBand):
+    """`tensor` with `load_format="direct"`: each engine rank gets its own slices alone, under SGLang's own names."""
+
+    def __init__(self, engines: Engines | None, layout: EngineLayout) -> None:
+        super().__init__(engines)
+        self._layout = layout
+
+    def prepare(self, parcel: Parcel) -> Prepared | None:
+        if self._engines is None:
+            return None
+        fused = list(self._layout.slices(parcel.tensors))
+        return [_pickled([(n, _own(s[r].cpu())) for n, s in fused]) for r in range(self._layout.ranks)], "direct"
+
+
+class Handles(InBand):
+    """`tensor` where engines share the trainer's GPUs: every rank's bucket stays where it is, its CUDA handle is sent.
+
+    Engine rank r of server i runs on the GPU of trainer rank i * engine_ranks + r. A bucket is a fresh allocation:
+    torch keeps its memory until the engine, which may copy after it has answered, has let go of its handle.
+    """
+
+    everywhere = True
+
+    def __init__(self, engines: Engines | None, cpu_world: dist.ProcessGroup) -> None:
+        super().__init__(engines)
+        self._cpu_world = cpu_world
+
+    def prepare(self, parcel: Parcel) -> Prepared | None:
+        payload, load_format = encode(parcel)
+        everyone: list[Any] = [None] * dist.get_world_size(self._cpu_world)
+        dist.gather_object(payload, everyone if self._engines else None, dst=0, group=self._cpu_world)
+        return (everyone, load_format) if self._engines else None
+
+
+class Broadcast:
+    """`distributed`: a process group of rank 0 and every engine rank, in which each bucket is one broadcast."""
+
+    everywhere = False
+
+    def __init__(self, engines: Engines | None, address: str, backend: str, limit_s: float = 600.0) -> None:
+        self._engines, self._address, self._backend = engines, address, backend
+        self._limit = timedelta(seconds=limit_s)
+        self._group: tuple[str, dist.ProcessGroup] | None = None
+
+    def prepare(self, parcel: Parcel) -> Parcel:
+        return parcel
+
+    def begin(self) -> None:
+        """Make the group, unless one is left from the last publication."""
+        if self._group is None:
+            assert self._engines is not None
+            name = f"weights-{uuid.uuid4().hex[:12]}"  # a dead trainer's group may still bear another
+            port = _free_port(self._address)
+            joining = self._engines.join_group(self._address, port, name, self._backend)
+            world = 1 + self._engines.count * self._engines.engine_ranks
+            self._group = name, _enter(self._address, port, name, self._backend, world, self._limit, joining)
+
+    def deliver(self, prepared: Parcel) -> None:
+        assert self._engines is not None
+        assert self._group is not None
+        name, group = self._group
+        names = [name for name, _ in prepared.tensors]
+        dtypes = [str(tensor.dtype).removeprefix("torch.") for _, tensor in prepared.tensors]
+        shapes = [list(tensor.shape) for _, tensor in prepared.tensors]
+        sent = [tensor.contiguous() for _, tensor in prepared.tensors] if prepared.flat is None else [prepared.flat]
+        answer = self._engines.update_from_distributed(
+            names, dtypes, shapes, name, None if prepared.flat is None else "flattened_bucket"
+        )
+        works = [dist.broadcast(tensor, group=group, group_src=0, async_op=True) for tensor in sent]
+        answer.result()  # first: an engine that refused will never take part in the broadcast
+        for work in works:
+            assert work is not None
+            work.wait()
+
+    def finish(self) -> None: ...
+
+    def abandon(self) -> None:
+        """Leave the group: after a failure its two ends may be out of step."""
+        if self._group is not None:
+            name, group = self._group
+            self._group = None
+            try:
+                assert self._engines is not None
+                self._engines.leave_group(name)
+            except EngineError as error:  # an engine that has restarted never was in it
+                print(f"weights group {name}: {error}", flush=True)
+            group.abort()
+
+
+class Disk:
+    """`disk`: a model folder that the engines read; for engines that share only a file system with the trainer."""
+
+    everywhere = False
+
+    def __init__(self, engines: Engines | None, folder: Path, template: Path) -> None:
+        self._engines, self._folder, self._template = engines, folder, template
+        self._files = 0
+
+    def prepare(self, parcel: Parcel) -> Parcel:
+        return parcel
+
+    def begin(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        copy_all_but_weights(self._template, self._folder)
+        self._files = 0
+
+    def deliver(self, prepared: Parcel) -> None:
+        tensors = {name: tensor.to("cpu").contiguous() for name, tensor in prepared.tensors}
+        self._files += 1
+        path = self._folder / f"model-{self._files:05d}.safetensors"
+        save_file({name: _own(tensor) for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+    def finish(self) -> None:
+        assert self._engines is not None
+        self._engines.update_from_disk(str(self._folder))
+
+    def abandon(self) -> None: ...
+
+
+def encode(parcel: Parcel) -> tuple[str, str | None]:
+    """A parcel as SGLang unpickles it, base64, and its `load_format`: the tensors on a CPU, their handles on CUDA."""
+    if parcel.flat is None:
+        return _pickled([(name, _own(tensor)) for name, tensor in parcel.tensors]), None
+    described, start = [], 0
+    for name, tensor in parcel.tensors:
+        end = start + tensor.nbytes
+        fields = {"name": name, "shape": tensor.shape, "dtype": tensor.dtype, "numel": end - start}
+        described.append(SimpleNamespace(**fields, start_idx=start, end_idx=end))
+        start = end
+    return _pickled({"flattened_tensor": _own(parcel.flat), "metadata": described}), "flattened_bucket"
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in a storage of its own: pickling a view in host memory would take its whole storage along."""
+    if tensor.is_cuda or (tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes):
+        return tensor.detach()
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _pickled(content: Any) -> str:
+    buffer = io.BytesIO()
+    _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(content)
+    return base64.b64encode(buffer.getbuffer()).decode()
+
+
+class _Pickler(pickle.Pickler):
+    """CUDA tensors by handle, their GPU by UUID (its number depends on CUDA_VISIBLE_DEVICES); others by value."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, torch.Tensor) or not obj.is_cuda:
+            return NotImplemented
+        rebuild, given = reductions.reduce_tensor(obj)
+        arguments: list[Any] = list(given)
+        arguments[_DEVICE] = str(torch.cuda.get_device_properties(arguments[_DEVICE]).uuid)
+        return rebuild, tuple(arguments)
+
+
+_DEVICE = 6  # the place of the device among the arguments of torch.multiprocessing.reductions.rebuild_cuda_tensor
+
+
+def _enter(
+    address: str, port: int, name: str, backend: str, world: int, limit: timedelta, joining: Future[None]
+) -> dist.ProcessGroup:
+    """Become rank 0 of a group beside the default one, named as SGLang's `init_custom_process_group` names it.
+
+    torch has no public function for a group with processes outside its world; that one uses the same two.
+    """
+    store = dist.TCPStore(address, port, world, is_master=True, timeout=limit, wait_for_workers=False)
+    make: Any = distributed_c10d._new_process_group_helper
+    kind = distributed_c10d.Backend(backend)
+    group, _ = make(world, 0, [], kind, dist.PrefixStore(name, store), group_name=name, timeout=limit)
+    distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
+    joining.result()
+    return group
+
+
+def _free_port(address: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return probe.getsockname()[1]
+
+
+def own_address(urls: Sequence[str]) -> str:
+    """The address at which servers reach this machine: the one from which the first of them is reached."""
+    host = urls[0].split("://")[-1].split(":")[0]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        return probe.getsockname()[0]

@@ -1,0 +1,163 @@
+"""The plan by which shards become whole tensors, its model of time, and what SGLang is sent: without processes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.folder import FolderWeights
+from megatron_efr.weights.mapping import WeightMapping
+from megatron_efr.weights.publish import WeightMismatchError
+from megatron_efr.weights.reshard import Held, Parcel, Plan
+from megatron_efr.weights.sglang_layout import ChecksumCheck, EngineLayout, checksum
+from megatron_efr.weights.timing import Bandwidths, seconds
+from megatron_efr.weights.transports import encode
+
+
+def held(mapping: WeightMapping, source: FolderWeights, ranks: int) -> dict[int, Held]:
+    """What tensor-parallel ranks hold, from the folder itself."""
+    found = {}
+    for rank in range(ranks):
+        shards = {}
+        for name in mapping.parameters():
+            shard = mapping.to_megatron(name, {hf: source[hf] for hf in mapping.sources(name)}, rank)
+            shards[name] = (tuple(shard.shape), shard.dtype)
+        found[rank] = Held(rank, shards)
+    return found
+
+
+@pytest.fixture
+def plan(untied_model: Path) -> Plan:
+    architecture = Architecture.from_folder(untied_model)
+    mapping = WeightMapping(architecture, 2)
+    return Plan.derive(held(mapping, FolderWeights(untied_model, architecture), 2), mapping, limit=50_000)
+
+
+def test_a_plan_has_every_parameter_once_in_the_mappings_order(plan: Plan, untied_model: Path) -> None:
+    names = [entry.name for bucket in plan.buckets for entry in bucket.entries]
+    assert names == WeightMapping(Architecture.from_folder(untied_model), 2).parameters()
+
+
+def test_buckets_keep_their_limit_and_larger_parameters_travel_alone(plan: Plan) -> None:
+    assert plan.largest == 2 * 96 * 64 * 4  # gate and up
+    for bucket in plan.buckets:
+        assert bucket.nbytes <= plan.limit or len(bucket.entries) == 1
+    assert sum(bucket.nbytes <= plan.limit for bucket in plan.buckets) > 5
+    small = Plan(plan.buckets, limit=1000)
+    assert not small.overlaps(plan.buckets[1], plan.buckets[2])
+    assert plan.overlaps(plan.buckets[1], plan.buckets[2])
+
+
+def test_what_is_not_split_comes_from_one_rank_and_not_to_itself(plan: Plan) -> None:
+    for bucket in plan.buckets:
+        for entry in bucket.entries:
+            assert entry.holders == ((0,) if "layernorm" in entry.name else (0, 1))
+        assert all(len(entry.holders) == 2 for entries in bucket.messages(0).values() for entry in entries)
+
+
+def test_a_shard_that_nobody_holds_is_named(untied_model: Path) -> None:
+    architecture = Architecture.from_folder(untied_model)
+    mapping = WeightMapping(architecture, 2)
+    split = held(mapping, FolderWeights(untied_model, architecture), 2)
+    with pytest.raises(RuntimeError, match=r"nobody holds tensor-parallel shard 1 of embedding\.word_embeddings"):
+        Plan.derive({0: split[0]}, mapping)
+
+
+def test_the_model_of_time_is_the_sum_of_its_parts(plan: Plan) -> None:
+    whole = sum(bucket.nbytes for bucket in plan.buckets)
+    never = float("inf")
+    assert seconds(plan, Bandwidths(never, never, 1e6)) == pytest.approx(whole / 1e6)
+    assert seconds(plan, Bandwidths(never, never, never, bucket_s=0.5)) == pytest.approx(0.5 * len(plan.buckets))
+    moved = sum(sum(e.shard_bytes for e in b.messages(0).get(1, [])) for b in plan.buckets)
+    assert seconds(plan, Bandwidths(1e6, never, never)) == pytest.approx(moved / 1e6)
+    apart = seconds(plan, Bandwidths(1e6, never, 1e6, overlap=0.0))
+    assert apart == pytest.approx((whole + moved) / 1e6)
+    assert seconds(plan, Bandwidths(1e6, never, 1e6)) < apart - 0.7 * moved / 1e6
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_engine_slices_are_the_whole_tensors_cut(ranks: int, untied_model: Path) -> None:
+    architecture = Architecture.from_folder(untied_model)  # 4 heads, 2 KV heads of 16, vocabulary 61, hidden 64, MLP 96
+    source = FolderWeights(untied_model, architecture)
+    slices = dict(EngineLayout(architecture, ranks).slices(list(source.items())))
+    layer = "model.layers.1."
+    q, k, v = (source[f"{layer}self_attn.{x}_proj.weight"] for x in "qkv")
+    for rank, fused in enumerate(slices[f"{layer}self_attn.qkv_proj.weight"]):
+        head = 64 // ranks
+        keys = (
+            slice(rank * 32 // ranks, (rank + 1) * 32 // ranks)
+            if ranks <= 2
+            else slice(rank // 2 * 16, rank // 2 * 16 + 16)
+        )
+        assert torch.equal(fused, torch.cat([q[rank * head : (rank + 1) * head], k[keys], v[keys]]))
+    gate, up = (source[f"{layer}mlp.{x}_proj.weight"] for x in ("gate", "up"))
+    assert torch.equal(torch.cat([part.chunk(2)[0] for part in slices[f"{layer}mlp.gate_up_proj.weight"]]), gate)
+    assert torch.equal(torch.cat([part.chunk(2)[1] for part in slices[f"{layer}mlp.gate_up_proj.weight"]]), up)
+    assert torch.equal(torch.cat(slices[f"{layer}mlp.down_proj.weight"], 1), source[f"{layer}mlp.down_proj.weight"])
+    head = torch.cat(slices["lm_head.weight"])
+    assert len(head) == 64
+    assert torch.equal(head[:61], source["lm_head.weight"])
+    assert not head[61:].any()
+    assert all(torch.equal(part, source["model.norm.weight"]) for part in slices["model.norm.weight"])
+
+
+# what SGLang 0.5.23's unpickler takes (srt/utils/common.py, SafeUnpickler), as far as a bucket needs it
+ALLOWED = {
+    ("builtins", "dict"), ("builtins", "list"), ("collections", "OrderedDict"), ("types", "SimpleNamespace"),
+    ("torch._utils", "_rebuild_tensor_v2"), ("torch", "Size"), ("torch", "float32"), ("torch", "bfloat16"),
+    ("torch.storage", "_load_from_bytes"),
+}  # fmt: skip
+
+
+class Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        assert (module, name) in ALLOWED, f"{module}.{name}"
+        return super().find_class(module, name)
+
+
+def test_a_bucket_passes_the_restricted_unpickler() -> None:
+    tensors = [("a", torch.randn(3, 5)), ("b", torch.randn(7).bfloat16())]
+    flat = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in tensors])
+    payload, load_format = encode(Parcel(tensors, flat))
+    assert load_format == "flattened_bucket"
+    found = Unpickler(io.BytesIO(base64.b64decode(payload))).load()
+    for described, (name, tensor) in zip(found["metadata"], tensors, strict=True):
+        raw = found["flattened_tensor"][described.start_idx : described.end_idx]
+        assert described.name == name
+        assert torch.equal(raw.clone().view(described.dtype).reshape(described.shape), tensor)
+
+
+def test_a_bucket_of_tensors_apart_takes_no_more_than_they_are_along() -> None:
+    base = torch.zeros(1000, 100)
+    payload, load_format = encode(Parcel([("a", base[3:5])], None))
+    assert load_format is None
+    assert len(payload) < 4000
+    ((name, tensor),) = Unpickler(io.BytesIO(base64.b64decode(payload))).load()
+    assert (name, tensor.shape) == ("a", (2, 100))
+
+
+def test_a_difference_between_what_was_sent_and_what_is_held_is_named(untied_model: Path) -> None:
+    architecture = Architecture.from_folder(untied_model)
+    layout = EngineLayout(architecture, 1)
+    tensors = list(FolderWeights(untied_model, architecture).items())
+    check = ChecksumCheck(layout, torch.float32, exact=True)
+    check.add(Parcel(tensors, None))
+    held = {name: checksum(parts[0]) for name, parts in layout.slices(tensors)}
+    check.compare([held, held])
+    with pytest.raises(WeightMismatchError, match=r"server 1: model\.norm\.weight is not what was sent"):
+        check.compare([held, held | {"model.norm.weight": "0"}])
+    with pytest.raises(WeightMismatchError, match=r"server 0: was sent model\.norm\.weight, which it does not have"):
+        check.compare([{name: value for name, value in held.items() if name != "model.norm.weight"}])
+    with pytest.raises(WeightMismatchError, match=r"has model\.extra\.weight, which was never sent"):
+        check.compare([held | {"model.extra.weight": "0"}])
+    names = ChecksumCheck(layout, torch.float32, exact=False)
+    names.add(Parcel(tensors, None))
+    with pytest.raises(WeightMismatchError, match=r"server 1: model\.norm\.weight differs from server 0's"):
+        names.compare([held, held | {"model.norm.weight": "0"}])
