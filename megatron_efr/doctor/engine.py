@@ -36,7 +36,7 @@ class Versions(TypedDict):
     sglang: str | None
     torch: str
     cuda: str | None
-    nccl: list[int] | None
+    nccl: list[int | str] | None
     saver: str | None
 
 
@@ -95,5 +95,5 @@ def compare(engine: Versions, trainer: Versions, needed: bool) -> Iterator[Findi
         )
 
 
-def _dotted(version: list[int]) -> str:
+def _dotted(version: list[int | str]) -> str:
     return ".".join(map(str, version))

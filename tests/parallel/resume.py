@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -33,13 +33,12 @@ def update(policy: Policy, number: int) -> dict[int, torch.Tensor]:
 
 def whole_state(policy: Policy) -> dict[str, dict[str, torch.Tensor]]:
     """Weights and Adam's state as whole tensors by their Hugging Face names, on rank 0."""
-    states: dict[Any, Any] = {}
-    for part in policy.optimizer.megatron.chained_optimizers:
-        states |= part.optimizer.state  # type: ignore[attr-defined]
     made = {"weights": {name: tensor.clone() for name, tensor in policy.named_weights()}}
     for field in ("exp_avg", "exp_avg_sq"):
-        found = policy.parameters.whole(lambda parameter, field=field: states[parameter][field])
-        made[field] = {name: tensor.clone() for name, tensor in found}
+        for part in policy.optimizer.megatron.chained_optimizers:
+            for parameter, state in cast(Any, part).optimizer.state.items():
+                parameter.main_grad.copy_(state[field])  # of the same shape, and gathered by the same way
+        made[field] = {name: tensor.clone() for name, tensor in policy.named_gradients()}
     return made
 
 

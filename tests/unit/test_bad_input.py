@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_efr import arguments, evaluate, sft, sweep, train
+from megatron_efr import arguments, evaluate, run, sft, sweep, train
 from megatron_efr.data.arithmetic import ArithmeticTask, write
 from megatron_efr.data.stream import Visit
 from megatron_efr.policy import Ranks, policy
@@ -77,13 +77,13 @@ def refused(
     def work(*_arguments: object, **_named: object) -> None:
         raise WorkError
 
-    def run(program: str, *overrides: str, joining: bool = True, before: str = "model") -> str:
+    def refuse(program: str, *overrides: str, joining: bool = True, before: str = "model") -> str:
         @contextmanager
         def join(*_: object) -> Iterator[Ranks]:
             assert joining, "the ranks were joined"
             yield ranks
 
-        for module in (train, sft):
+        for module in (run, sft):
             monkeypatch.setattr(module, "launched", join)
         monkeypatch.setattr(LocalEngine, "publish", work)
         monkeypatch.setattr(sweep, "_run", work)
@@ -99,7 +99,7 @@ def refused(
         assert message.startswith("error: ")
         return message
 
-    return run
+    return refuse
 
 
 @pytest.mark.parametrize("program", ["train", "sft", "evaluate"])
