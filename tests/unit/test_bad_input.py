@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,9 @@ import yaml
 
 from megatron_efr import arguments, evaluate, run, sft, sweep, train
 from megatron_efr.data.arithmetic import ArithmeticTask, write
-from megatron_efr.data.stream import Visit
 from megatron_efr.policy import Ranks, policy
-from megatron_efr.rollout.ledger import Ledger
 from megatron_efr.rollout.local import LocalEngine
 from megatron_efr.runfolder import RunFolder
-from megatron_efr.types import Group, Prompt, Request, Response, Sampling, UserError
 
 PROGRAMS = {"train": train, "sft": sft, "evaluate": evaluate, "sweep": sweep}
 Refused = Callable[..., str]
@@ -299,26 +296,6 @@ def test_a_mistake_put_right_does_not_leave_the_folder_to_the_mistaken_configura
     refused("train", f"data.datasets.0.path={tmp_path / 'absent.jsonl'}")
     with pytest.raises(WorkError):
         refused("train")
-
-
-def test_a_journal_of_other_prompts_is_not_taken_for_these(tmp_path: Path) -> None:
-    """Data changed between a killed first iteration and its resume: no checkpoint knows, the journal does."""
-
-    def prompt(tokens: tuple[int, ...]) -> Prompt:
-        return Prompt("rows/1", tokens, "1+1", "2")
-
-    class Engine(LocalEngine):
-        def __init__(self) -> None: ...
-
-        def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Group]:
-            return (Group(r.prompt, [Response([7], [-0.1], "stop")], seed=r.seed) for r in requests)
-
-    ledger = Ledger(Engine(), Sampling(1.0, 1.0, 8, (7,)), samples=1, seed=0, decode=str)
-    journal = RunFolder(tmp_path).journal(1)
-    [first] = ledger.collect([Visit(0, prompt((1, 2)))], journal)
-    assert ledger.collect([Visit(0, prompt((1, 2)))], journal) == [first]
-    with pytest.raises(UserError, match=r"prompt rows/1: the journal of this iteration holds 1 responses to another"):
-        ledger.collect([Visit(0, prompt((1, 3)))], journal)
 
 
 # -- through real processes --------------------------------------------------------------------------------------------
