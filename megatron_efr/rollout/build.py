@@ -25,6 +25,11 @@ def build_engine(model: ModelConfig, rollout: RolloutConfig, folder: Path, seed:
     Servers started here write to `folder`. They are asked for random numbers of their own: `seed` and those after it.
     """
     if rollout.engine == "local":
+        if rollout.overlap and torch.cuda.is_available():
+            raise ConfigError(
+                "rollout.async: the embedded engine would decode on the GPU that trains, from another thread; set "
+                "rollout.engine: sglang, or leave async out"
+            )
         if model.routing == "replay":
             raise ConfigError(
                 "model.routing: replay needs an engine that says which experts it chose; set rollout.engine: sglang"

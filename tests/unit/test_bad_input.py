@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,10 @@ import pytest
 import yaml
 
 from megatron_efr import arguments, evaluate, run, sft, sweep, train
-from megatron_efr.config import RolloutConfig
 from megatron_efr.data.arithmetic import ArithmeticTask, write
-from megatron_efr.data.stream import PromptStream
 from megatron_efr.policy import Ranks, policy
-from megatron_efr.rollout.ledger import Ledger
 from megatron_efr.rollout.local import LocalEngine
-from megatron_efr.rollout.production import Production
 from megatron_efr.runfolder import RunFolder
-from megatron_efr.types import Group, Prompt, Request, Response, Sampling, UserError, VersionSpan
 
 PROGRAMS = {"train": train, "sft": sft, "evaluate": evaluate, "sweep": sweep}
 Refused = Callable[..., str]
@@ -301,32 +296,6 @@ def test_a_mistake_put_right_does_not_leave_the_folder_to_the_mistaken_configura
     refused("train", f"data.datasets.0.path={tmp_path / 'absent.jsonl'}")
     with pytest.raises(WorkError):
         refused("train")
-
-
-def test_a_journal_of_other_prompts_is_not_taken_for_these(tmp_path: Path) -> None:
-    """Data changed between a killed first iteration and its resume: no checkpoint knows, the journal does."""
-
-    def prompt(tokens: tuple[int, ...]) -> Prompt:
-        return Prompt("rows/1", tokens, "1+1", "2")
-
-    class Engine(LocalEngine):
-        def __init__(self) -> None:
-            self._version = 0
-
-        def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Group]:  # type: ignore[override]
-            spans = [VersionSpan(0, 0, 1)]
-            return (Group(r.prompt, [Response([7], [-0.1], "stop", spans)], seed=r.seed) for r in requests)
-
-    def collect(tokens: tuple[int, ...]) -> list[Group]:
-        production = Production(Engine(), Sampling(1.0, 1.0, 8, (7,)), decode=str)
-        config = RolloutConfig(prompts=1, samples=1)
-        ledger = Ledger(production, config, PromptStream([prompt(tokens)], seed=0), seed=0, last=1)
-        return ledger.collect(1, RunFolder(tmp_path).journal)
-
-    [first] = collect((1, 2))
-    assert collect((1, 2)) == [first]
-    with pytest.raises(UserError, match=r"prompt rows/1: the journal of this iteration holds 1 responses to another"):
-        collect((1, 3))
 
 
 # -- through real processes --------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from megatron_efr.rollout.ledger import Ledger, request_seed, staleness
 from megatron_efr.rollout.local import LocalEngine
 from megatron_efr.rollout.production import Production
 from megatron_efr.runfolder import RunFolder
-from megatron_efr.types import Group, Prompt, Request, Sampling
+from megatron_efr.types import Group, Prompt, Request, Sampling, UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import WeightMapping
 
@@ -60,11 +60,11 @@ def heavy_tailed_weights() -> Weights:
 class Loop:
     """What the trainer does with the ledger, without training: publish, collect, publish, ..."""
 
-    def __init__(self, folder: Path, last: int = 10**9, slots: int = 64, **rollout: Any) -> None:
+    def __init__(self, folder: Path, last: int = 10**9, slots: int = 64, gold: str = "", **rollout: Any) -> None:
         settings = {"prompts": 4, "samples": 4, "slots": slots, "max_new_tokens": 600} | rollout
         self.config = RolloutConfig.model_validate(settings)
         self.engine, self.weights = LocalEngine(CONFIG, slots), heavy_tailed_weights()
-        prompts = PromptStream([Prompt(f"p{i}", (START,), "", "") for i in range(7)], seed=0)
+        prompts = PromptStream([Prompt(f"p{i}", (START,), "", gold) for i in range(7)], seed=0)
         sampling = Sampling(1.0, 1.0, self.config.max_new_tokens, (STOP,))
         self.production = Production(self.engine, sampling, lambda tokens: str(len(tokens)))
         self.ledger = Ledger(self.production, self.config, prompts, 11, last)
@@ -237,3 +237,11 @@ def test_an_error_of_the_thread_reaches_the_iteration_that_waits_for_it(make_loo
     loop.engine.publish(iter(broken), 1)
     with pytest.raises(RuntimeError, match="not finite"):
         go_on()
+
+
+def test_a_journal_of_other_prompts_is_not_taken_for_these(make_loop: MakeLoop) -> None:
+    """Data changed between a killed first iteration and its resume: no checkpoint knows, the journal does."""
+    groups = make_loop().iterate()
+    assert [group.responses for group in make_loop().iterate()] == [group.responses for group in groups]
+    with pytest.raises(UserError, match=r"prompt p\d: the journal of this iteration holds 4 responses to another"):
+        make_loop(gold="2").iterate()
