@@ -60,7 +60,8 @@ def differences(policy: Policy, sequences: list[Sequence]) -> tuple[float, float
     """Mean and maximum of |engine - policy|, as training measures them."""
     batches = policy.pack_update(sequences, list(range(len(sequences))), 2000, "token")
     policy.fill_logprobs(batches)
-    found = policy.compare_logprobs(batches, sequences)
+    (version,) = {span.version for sequence in sequences for span in sequence.versions}
+    found = policy.compare_logprobs(batches, sequences, version)
     return found["logprob_diff_mean"], found["logprob_diff_max"]
 
 
