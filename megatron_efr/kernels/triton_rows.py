@@ -229,5 +229,5 @@ def _launch(kernel: Any, values: torch.Tensor, *arguments: Any, **constants: Any
 
 def shape_for(width: int) -> tuple[int, int]:
     """Columns per block, and warps, for rows of this width."""
-    block = max(16, min(BLOCK, triton.next_power_of_2(width)))
+    block = max(16, min(BLOCK, 1 << (width - 1).bit_length()))
     return block, max(1, min(WARPS, WARPS * block // BLOCK))
