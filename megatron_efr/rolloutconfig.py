@@ -18,6 +18,9 @@ class TimeoutsConfig(Section):
     control_s: float = Field(default=120, gt=0, description="pausing, flushing, opening and closing an update")
     update_s: float = Field(default=600, gt=0, description="one bucket of weights")
     response_s: float = Field(default=14400, gt=0, description="one response, its wait for a place included")
+    hang_s: float = Field(
+        default=120, gt=0, description="a sign of life of a server's scheduler, before the server is started again"
+    )
     stop_s: float = Field(default=10, gt=0, description="a server asked to end, before it is killed")
 
 
@@ -34,7 +37,12 @@ class RolloutConfig(Section):
     max_new_tokens: PositiveInt = 32000
     slots: PositiveInt = Field(default=256, description="responses that one engine decodes at once")
     python: str = Field(default=".venv-sglang/bin/python", description="interpreter that has SGLang")
-    engines: PositiveInt = Field(default=1, description="how many servers to start")
+    engines: PositiveInt | None = Field(
+        default=None,
+        description="apart: how many servers to start, over all hosts, 1 when left out; colocated: left out, there is "
+        "one for every `tp` ranks",
+    )
+    restarts: int = Field(default=3, ge=0, description="how often a server that ended or hangs is started again")
     placement: Literal["apart", "colocated"] = Field(
         default="apart", description="servers on the GPUs after the trainer's, or on the trainer's own, shared"
     )

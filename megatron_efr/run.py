@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from megatron_efr import arguments, methods
@@ -12,6 +12,8 @@ from megatron_efr.config import TrainConfig
 from megatron_efr.configfile import dump
 from megatron_efr.environment import Environment
 from megatron_efr.policy import Policy, Ranks, launched
+from megatron_efr.rollout.seats import Host
+from megatron_efr.rollout.servers import Servers, serving
 from megatron_efr.runfolder import RunFolder
 from megatron_efr.weights.publication import build_publisher
 from megatron_efr.weights.publish import Embedded, Publisher
@@ -26,6 +28,7 @@ class Run:
     folder: RunFolder
     checkpoints: Checkpoints
     environment: Environment | None  # rank 0's
+    servers: Servers
     policy: Policy
     publisher: Publisher | Embedded
     method: methods.Method
@@ -68,16 +71,32 @@ def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> I
     """
     method = methods.build(config.method, config.rollout.samples)
     config.check_world(arguments.world_size())
-    with launched(config.parallel, config.seed, config.model) as ranks:
-        folder, environment = RunFolder(config.folder), None
+    Host.of_this_process().seats(config.rollout)
+    with launched(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
+        folder, environment, servers = RunFolder(config.folder), None, Servers()
         if asks:
             ranks.on_main(lambda: folder.claim(dump(config), resume))
-            environment = ranks.on_main(lambda: Environment(config))
-        try:
-            policy = Policy.to_train(config, ranks)
-            checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
-            publisher = build_publisher(config, environment and environment.engine, ranks.cpu_world)
-            yield Run(config, ranks, folder, checkpoints, environment, policy, publisher, method)
-        finally:
-            if environment is not None:
-                environment.close()
+            environment, servers = _environment(config, ranks, resources)
+        policy = Policy.to_train(config, ranks)
+        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
+        publisher = build_publisher(config, environment and environment.engine, ranks.cpu_world)
+        yield Run(config, ranks, folder, checkpoints, environment, servers, policy, publisher, method)
+
+
+def _environment(config: TrainConfig, ranks: Ranks, resources: ExitStack) -> tuple[Environment | None, Servers]:
+    """Rank 0's environment, over the servers that the hosts have started; `resources` end both, in the right order.
+
+    Prompts and graders come first: what is wrong with them is said before any server starts.
+    """
+    environment = ranks.on_main(lambda: Environment(config))
+    if environment is not None:
+        resources.callback(environment.close)
+    started = serving(config.model, config.rollout, config.folder / "engines", config.seed, ranks.cpu_world)
+    servers = resources.enter_context(started)
+
+    def connect() -> None:
+        assert environment is not None
+        environment.connect(servers, resources)
+
+    ranks.on_main(connect)
+    return environment, servers

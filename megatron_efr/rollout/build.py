@@ -1,29 +1,22 @@
-"""Builds the engine that a configuration asks for, and starts the servers that it needs."""
+"""Builds the engine that a configuration asks for, over the servers that were started for it."""
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 
 from megatron_efr.config import ConfigError, ModelConfig, RolloutConfig
+from megatron_efr.rollout.addresses import wait_until_ready
 from megatron_efr.rollout.engine import Engine
-from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
 from megatron_efr.rollout.local import LocalEngine
+from megatron_efr.rollout.servers import Servers
 from megatron_efr.rollout.sglang import SGLangEngine
 from megatron_efr.weights.architecture import Architecture
 
-KEY = "SGLANG_API_KEY"
-"""Environment variable with the key of the servers in `rollout.urls`."""
 
-
-def build_engine(model: ModelConfig, rollout: RolloutConfig, folder: Path, seed: int, resources: ExitStack) -> Engine:
-    """The engine of a run; what must be closed at its end is given to `resources`.
-
-    Servers started here write to `folder`. They are asked for random numbers of their own: `seed` and those after it.
-    """
+def build_engine(model: ModelConfig, rollout: RolloutConfig, servers: Servers, resources: ExitStack) -> Engine:
+    """The engine of a run, over its `servers`; what must be closed at its end is given to `resources`."""
     if rollout.engine == "local":
         if rollout.overlap and torch.cuda.is_available():
             raise ConfigError(
@@ -35,22 +28,13 @@ def build_engine(model: ModelConfig, rollout: RolloutConfig, folder: Path, seed:
                 "model.routing: replay needs an engine that says which experts it chose; set rollout.engine: sglang"
             )
         return local_engine(model.path, rollout.slots, model.dtype)
-    architecture = Architecture.from_folder(model.path)
-    urls, key = rollout.urls, os.environ.get(KEY)
-    if not urls:
-        launcher = resources.enter_context(Launcher(folder, rollout.timeouts.stop_s))
-        on_gpu = torch.cuda.is_available()
-        trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        arguments = server_arguments(model, rollout, architecture, on_gpu, trainers)
-        environment = server_environment(os.environ, on_gpu, rollout.tp)
-        launcher.start(rollout.python, arguments, environment, count=rollout.engines, seed=seed)
-        urls, key = launcher.wait(rollout.timeouts.start_s), launcher.key
+    wait_until_ready(servers.urls, rollout.timeouts.start_s)
     engine = SGLangEngine(
-        urls,
-        architecture,
+        servers.urls,
+        Architecture.from_folder(model.path),
         rollout.slots,
         rollout.timeouts,
-        key=key,
+        key=servers.key,
         engine_ranks=rollout.tp,
         bucket_bytes=rollout.bucket_mib * 2**20,
         routed_experts=model.routing == "replay",

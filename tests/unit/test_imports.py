@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runfolder": BASE,
     "interruption": set(),
     "launch": {"interruption"},
-    "cluster": BASE | {"arguments", "interruption", "rollout.launcher", "weights.architecture"},
+    "cluster": BASE | {"arguments", "rollout.addresses", "rollout.launcher", "rollout.seats", "weights.architecture"},
     "memory": BASE | {"weights.architecture", "weights.mapping", "kernels"},
     "doctor": BASE | {"arguments", "memory", "weights.architecture"},
     "arguments": BASE,
