@@ -16,7 +16,7 @@ from megatron_efr.rollout.addresses import is_ready, status
 from megatron_efr.rollout.launcher import Launcher
 from tests.engine.conftest import rollout, start
 
-LIMITS = TimeoutsConfig(hang_s=8, health_s=4, update_s=25)
+LIMITS = TimeoutsConfig(hang_s=10, health_s=4, update_s=90)
 
 
 @pytest.fixture
@@ -44,13 +44,12 @@ def post(launcher: Launcher, path: str) -> None:
     urllib.request.urlopen(request, timeout=30).read()
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 150) -> float:
-    """How long it took."""
-    began = time.monotonic()
+def wait_until(holds: Callable[[], bool], seconds: float = 150) -> None:
+    """Look now and then until it holds."""
+    end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() - began < seconds
+        assert time.monotonic() < end
         time.sleep(0.3)
-    return time.monotonic() - began
 
 
 @pytest.fixture
@@ -83,7 +82,7 @@ def test_a_server_that_is_killed_or_hangs_is_back_at_its_address_until_its_times
 
     # killed while restarts are put off, and put off again while it starts
     watch.hold()
-    before[1].kill()
+    before[0].children()[0].kill()
     wait_until(lambda: said("ended with exit code 137; it is started again, and 0 times more at most; the end of"))
     time.sleep(3)
     assert server.process.poll() is not None, "it was started while restarts were put off"
@@ -102,7 +101,7 @@ def test_a_server_that_is_killed_or_hangs_is_back_at_its_address_until_its_times
     before = family(launcher)
     for process in before:
         process.suspend()
-    wait_until(lambda: said("hangs: no answer for rollout.timeouts.hang_s = 8 s; it stays down: rollout.restarts = 1"))
+    wait_until(lambda: said("hangs: no answer for rollout.timeouts.hang_s = 10 s; it stays down: rollout.restarts = 1"))
     watch.join()
     _, left = psutil.wait_procs(before, timeout=30)
     assert not left
