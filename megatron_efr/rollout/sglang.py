@@ -19,7 +19,7 @@ import torch
 from megatron_efr.config import TimeoutsConfig
 from megatron_efr.rollout.fleet import Fleet
 from megatron_efr.rollout.requests import check_request, check_sampling
-from megatron_efr.rollout.server import Server, tensor_body
+from megatron_efr.rollout.server import CACHES, WEIGHTS, Server, tensor_body
 from megatron_efr.rollout.thread import LoopThread
 from megatron_efr.types import Group, Request, Sampling, UserError
 from megatron_efr.weights.architecture import Architecture
@@ -59,7 +59,6 @@ class SGLangEngine:
         self.in_flight = max(1, int(AHEAD * slots * self.count))
         self._shapes = WeightMapping(architecture).shapes()
         self._version = -1
-        self._asleep = False
         self._paused_by: int | None = None
         self._updated_by: int | None = None  # the thread that is in the middle of an update
         self._streams: list[_Stream] = []
@@ -106,25 +105,23 @@ class SGLangEngine:
         self._paused_by = threading.get_ident()
 
     def resume(self) -> None:
-        """Go on after `pause`."""
+        """Go on after `pause`, or after `sleep`, `wake` and a publication: with caches again."""
+        if self._version < 0:
+            raise RuntimeError("the engine has no weights: publish() before resume()")
+        self._all(lambda server: server.resume_memory(CACHES))
         self._paused_by = None
-        if self._version >= 0:
-            self._all(Server.resume)
+        self._all(Server.resume)
 
     def sleep(self) -> None:
-        """Give up weights and caches. Unfinished responses are kept as tokens, and go on after wake and publish."""
-        if not self._asleep:
-            self._version = -1
-            self._all(Server.pause)
-            self._all(Server.flush)
-            self._all(Server.release_memory)
-            self._asleep = True
+        """Pause, and give up weights and caches; unfinished responses are kept as tokens."""
+        self._version = -1
+        self.pause()
+        self._all(Server.flush)
+        self._all(Server.release_memory)
 
     def wake(self) -> None:
-        """End `sleep`; a publication must follow."""
-        if self._asleep:
-            self._all(Server.resume_memory)
-            self._asleep = False
+        """Take the weights' memory again, still paused; a publication must follow, and then `resume`."""
+        self._all(lambda server: server.resume_memory(WEIGHTS))
 
     def health(self) -> dict[str, float]:
         """Since the last call: tokens generated, seconds in which any was, the share of prompts found in caches, and
@@ -233,6 +230,10 @@ class SGLangEngine:
         return self._all(Server.checksums)
 
     # -- within --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _asleep(self) -> bool:
+        return any(WEIGHTS in server.released for server in self._fleet.servers)
 
     def _all(self, call: Callable[[Server], Any]) -> list[Any]:
         return self._thread.run(self._fleet.all(call))
