@@ -1,7 +1,8 @@
 """What a run tells: metrics.jsonl, TensorBoard, wandb, the terminal; phase timers; a watchdog.
 
-Convention: a metric under `time/` depends on the machine (seconds, speeds, memory); every other metric is a function of
-configuration and seed alone. `deterministic` keeps the latter: they are what a killed and resumed run must reproduce.
+Convention: a metric under `time/` depends on the machine (seconds, speeds, memory), one under `engine/` on what befell
+it (servers lost); every other metric is a function of configuration and seed alone. `deterministic` keeps the latter:
+they are what a killed and resumed run must reproduce.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ from megatron_efr.peaks import Peaks
 MACHINE = "time/"
 """Prefix of the metrics that the machine decides and not the seed."""
 
+FAULTS = "engine/"
+"""Prefix of those that say what befell the engines."""
+
 EXIT_STUCK = 124
 """Exit code of a process that its watchdog ended (the one `timeout` uses)."""
 
 
 def deterministic(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """`metrics` without those that depend on the machine (`time/...`)."""
-    return {key: value for key, value in metrics.items() if not key.startswith(MACHINE)}
+    """`metrics` without those that depend on the machine (`time/...`, `engine/...`)."""
+    return {key: value for key, value in metrics.items() if not key.startswith((MACHINE, FAULTS))}
 
 
 class Folder(Protocol):
@@ -202,7 +206,8 @@ class Observer:
         machine = {f"{MACHINE}{name}": seconds for name, seconds in self._seconds.items()}
         machine[f"{MACHINE}total"] = now - self._since
         machine |= {f"{MACHINE}{name}": gib for name, gib in self._largest(self._peaks.take()).items()}
-        written = {**deterministic(metrics), **machine, **{k: v for k, v in metrics.items() if k.startswith(MACHINE)}}
+        kept = deterministic(metrics)
+        written = {**kept, **machine, **{key: value for key, value in metrics.items() if key not in kept}}
         if self.rank == 0:
             self.folder.append_metrics(step, written)
             for output in self._outputs:

@@ -12,9 +12,12 @@ from megatron_efr.section import Section
 class TimeoutsConfig(Section):
     """How long to wait for SGLang servers, in seconds, each by the name that its error message gives."""
 
-    start_s: float = Field(default=900, gt=0, description="a launched server, until it is ready")
+    start_s: float = Field(
+        default=900, gt=0, description="a launched server, until it is ready; all having been lost, until one is back"
+    )
     connect_s: float = Field(default=10, gt=0, description="a connection to a server")
     health_s: float = Field(default=30, gt=0, description="a sign of life")
+    check_s: float = Field(default=5, gt=0, description="between health checks; three that fail, and a server is lost")
     control_s: float = Field(default=120, gt=0, description="pausing, flushing, opening and closing an update")
     update_s: float = Field(default=600, gt=0, description="one bucket of weights")
     response_s: float = Field(default=14400, gt=0, description="one response, its wait for a place included")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -19,7 +20,12 @@ from megatron_efr.policy import Policy, Ranks, launched
 from megatron_efr.runfolder import RunFolder
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publication import build_publisher
-from megatron_efr.weights.publish import Embedded, Publisher
+from megatron_efr.weights.publish import Embedded, NoEngineError, Publisher
+
+T = TypeVar("T")
+
+RECOVERIES = 3
+"""How often all engines may be lost while they answer one iteration's prompts."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,21 @@ class Run:
         if self.environment is not None:
             self.environment.ledger.load_state_dict(state["stream"])
         return state["step"]
+
+    def answered(self, ask: Callable[[], T], version: int) -> T:
+        """The result of `ask`, which every rank calls, and in which rank 0 has the engines answer.
+
+        When no engine is left that serves, the weights, of `version`, are published to those that come back, and it
+        goes on: `ask` is called again, at most so many times.
+        """
+        for _ in range(RECOVERIES):
+            try:
+                return ask()
+            except NoEngineError as error:
+                if self.ranks.is_main:
+                    print(f"{error}; publishing to those that come back", flush=True)
+                self.publisher.publish(self.policy, version)
+        return ask()
 
 
 @contextmanager

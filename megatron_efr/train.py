@@ -59,9 +59,10 @@ def loop(run: Run, done: int, interruption: Interruption) -> None:
 def iterate(run: Run, step: int, observer: Observer) -> dict[str, float]:
     """Rollouts, and what is learnt from them; those of a skipped update are always kept, for a replay."""
     with observer.phase("rollout"):
-        groups = run.ranks.on_main(lambda: rollouts(run, step), "rollouts") or []
+        groups = run.answered(lambda: run.ranks.on_main(lambda: rollouts(run, step), "rollouts"), step - 1) or []
     run.phases.to_policy(run.policy, observer.phase)
     metrics = learn(run, step, groups, observer)
+    metrics |= run.environment.engine_figures() if run.environment else {}
     if metrics["skipped"]:
         run.ranks.on_main(lambda: run.folder.write_rollouts(step, groups))
     return metrics
@@ -102,7 +103,9 @@ def learn(run: Run, step: int, groups: list[Group], observer: Observer) -> dict[
 def evaluate(run: Run, step: int) -> dict[str, float]:
     """The held-out problems, every so many iterations; rank 0 asks and grades them."""
     env = run.environment
-    return run.ranks.share(lambda: env.evaluate(step, run.folder) if env else {}, "an evaluation")
+    return run.answered(
+        lambda: run.ranks.share(lambda: env.evaluate(step, run.folder) if env else {}, "an evaluation"), step
+    )
 
 
 def main(argv: SequenceOf[str] | None = None) -> None:

@@ -29,7 +29,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": BASE,
     "weights": BASE,
     "policy": BASE | WEIGHTS | {"kernels"},
-    "rollout": BASE | {"weights.architecture", "weights.mapping", "weights.checked", "weights.publish"},
+    "rollout": BASE
+    | {"weights.architecture", "weights.mapping", "weights.checked", "weights.publish"}
+    | {"weights.reshard", "weights.transports"},
     "report": BASE,
     "peaks": set(),
     "observe": BASE | {"peaks"},
