@@ -85,6 +85,11 @@ class Environment:
         folder.write_evaluation(record["name"], record)
         return {"eval/accuracy": record["accuracy"], "eval/tokens": record["tokens"]}
 
+    def engine_figures(self) -> dict[str, float]:
+        """How many servers serve, and since the last call: lost, taken in again, responses asked for again."""
+        health = self.engine.health()
+        return {f"engine/{name}": health[name] for name in ("serving", "lost", "back", "resent") if name in health}
+
     def close(self) -> None:
         """End the grading processes."""
         self.grader.close()

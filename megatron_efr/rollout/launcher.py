@@ -73,11 +73,16 @@ def server_environment(outer: Mapping[str, str], on_gpu: bool, tp: int) -> dict[
 
 
 def server_arguments(
-    model: ModelConfig, rollout: RolloutConfig, architecture: Architecture, on_gpu: bool, first_gpu: int = 0
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    architecture: Architecture,
+    on_gpu: bool,
+    first_gpu: int = 0,
+    shared: bool = False,
 ) -> dict[str, Any]:
     """What the servers of a run are started with, by SGLang's names; `rollout.server` has the last word.
 
-    `first_gpu` is the first server's.
+    `first_gpu` is the first server's, which is `shared` with a trainer where it is.
     """
     if refused := sorted(REFUSED.keys() & rollout.server.keys()):
         raise UserError(f"rollout.server.{refused[0]}: {REFUSED[refused[0]]}")
@@ -95,6 +100,7 @@ def server_arguments(
     }
     if on_gpu:
         arguments["base_gpu_id"] = first_gpu
+        arguments["enable_memory_saver"] = shared  # without it they release nothing
     else:
         arguments |= CPU_ARGUMENTS | {"max_total_tokens": max(CPU_CACHED_TOKENS, architecture.max_positions)}
     return arguments | rollout.server

@@ -94,7 +94,8 @@ def _start(
     environment = server_environment(os.environ, on_gpu, rollout.tp)
     for place, gpus in enumerate(seats):
         index = host.number * len(seats) + place
-        arguments = server_arguments(model, rollout, architecture, on_gpu, gpus[0])
+        shared = rollout.placement == "colocated"
+        arguments = server_arguments(model, rollout, architecture, on_gpu, gpus[0], shared)
         own = {"random_seed": (seed + index) % 2**31}
         launcher.start_one(f"engine-{index}", rollout.python, arguments | own, environment, host=address)
     return launcher.wait(rollout.timeouts.start_s)

@@ -12,22 +12,6 @@ import pytest
 from megatron_efr.runfolder import RunFolder
 from tests.loop.conftest import Program, digests, metrics, state
 
-CONFIG = """
-name: run
-seed: 3
-model: {{path: {task}/model, init: random}}
-data:
-  datasets: [{{path: {task}/train.jsonl, difficulty: difficulty}}]
-  prompt: {{template: "{{question}}"}}
-rollout: {{prompts: 4, samples: 4, max_new_tokens: 24, slots: 5}}
-method: {{name: typical}}
-loss: {{beta: 0.01}}
-optimizer: {{lr: 1e-3}}
-train: {{iterations: 4}}
-checkpoint: {{every: 2}}
-observe: {{tensorboard: false}}
-"""
-
 SFT = """
 name: run
 seed: 3
@@ -39,21 +23,6 @@ train: {{updates: 8, batch: 8, bucket: 3, log_every: 2}}
 checkpoint: {{every: 4, keep: 2}}
 observe: {{tensorboard: false}}
 """
-
-
-@pytest.fixture(scope="module")
-def config(task: Path) -> Path:
-    path = task / "train.yaml"
-    path.write_text(CONFIG.format(task=task))
-    return path
-
-
-@pytest.fixture(scope="module")
-def whole(config: Path, program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nobody disturbed."""
-    runs = tmp_path_factory.mktemp("whole")
-    program("train", config, f"runs={runs}")
-    return runs / "run"
 
 
 def assert_equal(run: Path, whole: Path) -> None:
@@ -120,6 +89,20 @@ def test_killed_again_and_again_a_run_equals_one_that_was_not(
     assert "4/4" not in done.stdout, "the checkpoint was whole, and an iteration was made again"
     folder.clear_journals(4)  # the killed save had no time to
     assert_equal(run, whole)
+
+
+def test_sharing_the_device_with_the_engine_changes_nothing_killed_or_not(
+    config: Path, whole: Path, program: Program, tmp_path: Path
+) -> None:
+    overrides = (f"runs={tmp_path}", "rollout.placement=colocated")
+    program("train", config, *overrides, killed_at="update:6")  # in iteration 3
+    assert metrics(tmp_path / "run") == metrics(whole)[:2]
+    program("train", "--resume", config, *overrides)
+    assert_equal(tmp_path / "run", whole)
+    for line in RunFolder(tmp_path / "run").read_metrics():
+        for phase in ("rollout", "release", "restore", "logprobs", "train", "offload", "wake", "publish", "resume"):
+            assert line[f"time/{phase}"] > 0
+            assert 0.1 < line[f"time/{phase}_memory_gib"] <= line["time/memory_gib"]
 
 
 def test_killed_while_a_checkpoint_is_written_in_the_background_a_run_goes_on_from_the_one_before(

@@ -1,0 +1,123 @@
+"""Servers of a test's own, to be killed, frozen and started again, and a wire on which one answers with failures."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import yaml
+
+from megatron_efr.config import TimeoutsConfig
+from megatron_efr.rollout.launcher import Launcher, server_environment
+from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.weights.architecture import Architecture
+from tests.engine.conftest import SLOTS, rollout, start
+
+LIMITS = TimeoutsConfig(connect_s=3, health_s=8, check_s=0.5, control_s=30, start_s=300)
+
+
+class Servers:
+    """Two servers of one model, each of which keeps its address whatever becomes of it."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.model, self.config = model, rollout(engines=2)
+        launcher, self.urls = start(folder, self.config, model)
+        self.key, self._launchers, self._launched = launcher.key, [launcher], list(launcher.servers)
+
+    def engine(self, *urls: str, limits: TimeoutsConfig = LIMITS) -> SGLangEngine:
+        """An engine over both, or over `urls`."""
+        return SGLangEngine(urls or self.urls, Architecture.from_folder(self.model), SLOTS, limits, key=self.key)
+
+    def kill(self, *indices: int) -> None:
+        """Nothing of them is left when this returns."""
+        for index in indices:
+            supervisor = psutil.Process(self._launched[index].process.pid)
+            processes = [*supervisor.children(recursive=True), supervisor]
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self._launched[index].process.wait()
+            psutil.wait_procs(processes, timeout=30)
+
+    def freeze(self, index: int) -> None:
+        self._signal(index, signal.SIGSTOP)
+
+    def thaw(self, index: int) -> None:
+        self._signal(index, signal.SIGCONT)
+
+    def restart(self, *indices: int) -> None:
+        """Start killed servers at their addresses, without weights, and wait until they are ready."""
+        launcher = Launcher(self._launched[0].log.parent, self.config.timeouts.stop_s)
+        self._launchers.append(launcher)
+        for index in indices:
+            settings = yaml.safe_load(self._launched[index].log.with_suffix(".yaml").read_text())
+            arguments = {name.replace("-", "_"): value for name, value in settings.items()}
+            environment = server_environment(os.environ, on_gpu=False, tp=1)
+            launcher.start_one(self._launched[index].name, self.config.python, arguments, environment)
+            self._launched[index] = launcher.servers[-1]
+        launcher.wait(self.config.timeouts.start_s)
+
+    def close(self) -> None:
+        for launcher in self._launchers:
+            launcher.close()
+
+    def _signal(self, index: int, number: signal.Signals) -> None:
+        for process in psutil.Process(self._launched[index].process.pid).children(recursive=True):
+            process.send_signal(number)
+
+
+class Failing:
+    """A wire to a server on which every request for tokens is answered with 500, and all others by the server."""
+
+    def __init__(self, url: str) -> None:
+        host, port = re.fullmatch(r"http://(.*):(\d+)", url).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        self._server, self.failed = (host, int(port)), 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(self._server)
+            threading.Thread(target=self._pass, args=(client, server), daemon=True).start()
+            threading.Thread(target=self._pass, args=(server, client), daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket) -> None:
+        while data := _received(source):
+            if data.startswith(b"POST /generate"):
+                self.failed += 1
+                source.sendall(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                break
+            target.sendall(data)
+        for end in (source, target):
+            end.close()
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def _received(source: socket.socket) -> bytes:
+    try:
+        return source.recv(65536)
+    except OSError:
+        return b""
+
+
+def wait_until(holds: Callable[[], bool], what: str, limit_s: float = 120) -> None:
+    """Fails, naming `what`, where it does not come to hold in time."""
+    end = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < end, f"{what}: not within {limit_s} s"
+        time.sleep(0.1)
