@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_efr.config import ConfigError, ModelConfig, RolloutConfig
+from megatron_efr.config import ConfigError, EnginesConfig, ModelConfig, RolloutConfig
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
 from megatron_efr.rollout.local import LocalEngine
@@ -35,24 +35,32 @@ def build_engine(model: ModelConfig, rollout: RolloutConfig, folder: Path, seed:
                 "model.routing: replay needs an engine that says which experts it chose; set rollout.engine: sglang"
             )
         return local_engine(model.path, rollout.slots, model.dtype)
+    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    first_gpu = trainers if rollout.placement == "apart" else 0
+    return sglang_engine(model, rollout, folder, seed, resources, first_gpu=first_gpu)
+
+
+def sglang_engine(
+    model: ModelConfig, engines: EnginesConfig, folder: Path, seed: int, resources: ExitStack, *, first_gpu: int
+) -> SGLangEngine:
+    """Servers that this process alone starts, on the GPUs from `first_gpu` on, or those in `urls`, as one engine."""
     architecture = Architecture.from_folder(model.path)
-    urls, key = rollout.urls, os.environ.get(KEY)
+    urls, key = engines.urls, os.environ.get(KEY)
     if not urls:
-        launcher = resources.enter_context(Launcher(folder, rollout.timeouts.stop_s))
+        launcher = resources.enter_context(Launcher(folder, engines.timeouts.stop_s))
         on_gpu = torch.cuda.is_available()
-        trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        arguments = server_arguments(model, rollout, architecture, on_gpu, trainers)
-        environment = server_environment(os.environ, on_gpu, rollout.tp)
-        launcher.start(rollout.python, arguments, environment, count=rollout.engines, seed=seed)
-        urls, key = launcher.wait(rollout.timeouts.start_s), launcher.key
+        arguments = server_arguments(model, engines, architecture, on_gpu, first_gpu)
+        environment = server_environment(os.environ, on_gpu, engines.tp)
+        launcher.start(engines.python, arguments, environment, count=engines.engines, seed=seed)
+        urls, key = launcher.wait(engines.timeouts.start_s), launcher.key
     engine = SGLangEngine(
         urls,
         architecture,
-        rollout.slots,
-        rollout.timeouts,
+        engines.slots,
+        engines.timeouts,
         key=key,
-        engine_ranks=rollout.tp,
-        bucket_bytes=rollout.bucket_mib * 2**20,
+        engine_ranks=engines.tp,
+        bucket_bytes=engines.bucket_mib * 2**20,
         routed_experts=model.routing == "replay",
     )
     resources.callback(engine.close)

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from megatron_efr.config import ModelConfig, RolloutConfig
+from megatron_efr.config import EnginesConfig, ModelConfig
 from megatron_efr.errors import UserError
 from megatron_efr.rollout import supervisor
 from megatron_efr.weights.architecture import Architecture
@@ -80,11 +80,11 @@ def server_environment(outer: Mapping[str, str], on_gpu: bool, tp: int) -> dict[
 
 
 def server_arguments(
-    model: ModelConfig, rollout: RolloutConfig, architecture: Architecture, on_gpu: bool, trainers: int = 1
+    model: ModelConfig, rollout: EnginesConfig, architecture: Architecture, on_gpu: bool, first_gpu: int = 0
 ) -> dict[str, Any]:
     """What the servers of a run are started with, by SGLang's names; `rollout.server` has the last word.
 
-    `trainers` is the number of GPUs that train on this machine. `base_gpu_id` is the first server's.
+    `first_gpu` is the first server's.
     """
     if refused := sorted(REFUSED.keys() & rollout.server.keys()):
         raise UserError(f"rollout.server.{refused[0]}: {REFUSED[refused[0]]}")
@@ -101,7 +101,7 @@ def server_arguments(
         "log_level_http": "warning",
     }
     if on_gpu:
-        arguments["base_gpu_id"] = trainers if rollout.placement == "apart" else 0
+        arguments["base_gpu_id"] = first_gpu
     else:
         arguments |= CPU_ARGUMENTS | {"max_total_tokens": max(CPU_CACHED_TOKENS, architecture.max_positions)}
     return arguments | rollout.server
