@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments.parser("evaluate", "Accuracy and tokens of a model on held-out problems.")
     parser.add_argument("--engine", choices=["local", "sglang"], help="the same as rollout.engine=...")
     parser.add_argument("--record", default="model", help="name of the record: eval/RECORD.json in the run folder")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)
     if given.engine:
         given.overrides.append(f"rollout.engine={given.engine}")
     print(describe(evaluate(arguments.read(EvaluateConfig, given), given.record)), flush=True)

@@ -15,6 +15,7 @@ from megatron_efr.weights.folder import TensorSource, fingerprint, initial_weigh
 from megatron_efr.weights.torch_dist import CheckpointWeights, is_checkpoint
 
 HUGGING_FACE = "hugging_face"  # within a converted checkpoint: the folder it came from, without its weights
+_GIVE_TEMPLATE = "name a folder with its config.json and tokenizer: template=FOLDER (efr convert: --template FOLDER)"
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,11 @@ def find_template(checkpoint: Path) -> Path:
         return checkpoint / HUGGING_FACE
     if not (checkpoint / STATE).is_file():
         raise UserError(
-            f"{checkpoint}: no {STATE} and no {HUGGING_FACE}/, one of which says what model it is a checkpoint of; "
-            "name a folder with its config.json and tokenizer as template"
+            f"{checkpoint}: no {STATE} and no {HUGGING_FACE}/, one of which says what model it is of; {_GIVE_TEMPLATE}"
         )
     path = Path(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["initial_model"]["path"])
     if not (path / "config.json").is_file():
-        raise UserError(
-            f"{checkpoint}: was trained from {path}, which is not there; name a folder with its config.json and "
-            "tokenizer as template"
-        )
+        raise UserError(f"{checkpoint}: was trained from {path}, which is not there; {_GIVE_TEMPLATE}")
     return path
 
 

@@ -38,6 +38,7 @@ CPU_ARGUMENTS: dict[str, Any] = {
     "sampling_backend": "pytorch",
     "cuda_graph_backend_decode": "disabled",
     "cuda_graph_backend_prefill": "disabled",
+    "sleep_on_idle": True,  # else it spins on a core that the trainer needs
 }
 """Arguments with which SGLang runs on plain torch."""
 
