@@ -1,14 +1,18 @@
-"""Builds the engine that a configuration asks for, over the servers that were started for it."""
+"""Builds the engine that a configuration asks for, over the servers of a run or over some of its own."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
-from megatron_efr.config import ConfigError, ModelConfig, RolloutConfig
-from megatron_efr.rollout.addresses import wait_until_ready
+from megatron_efr.config import ConfigError, EnginesConfig, ModelConfig, RolloutConfig
+from megatron_efr.rollout.addresses import KEY, wait_until_ready
 from megatron_efr.rollout.engine import Engine
+from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
 from megatron_efr.rollout.local import LocalEngine
 from megatron_efr.rollout.servers import Servers
 from megatron_efr.rollout.sglang import SGLangEngine
@@ -28,15 +32,40 @@ def build_engine(model: ModelConfig, rollout: RolloutConfig, servers: Servers, r
                 "model.routing: replay needs an engine that says which experts it chose; set rollout.engine: sglang"
             )
         return local_engine(model.path, rollout.slots, model.dtype)
-    wait_until_ready(servers.urls, rollout.timeouts.start_s)
+    return _connected(model, rollout, servers.urls, servers.key, resources)
+
+
+def sglang_engine(
+    model: ModelConfig, engines: EnginesConfig, folder: Path, seed: int, resources: ExitStack
+) -> SGLangEngine:
+    """Servers that this process alone starts, on the first GPUs, or those in `urls`, as one engine.
+
+    They write to `folder`, and take random numbers from `seed` and those after it. None is started again: it would be
+    without weights.
+    """
+    if engines.urls:
+        return _connected(model, engines, engines.urls, os.environ.get(KEY), resources)
+    launcher = resources.enter_context(Launcher(folder, engines.timeouts.stop_s))
+    on_gpu = torch.cuda.is_available()
+    arguments = server_arguments(model, engines, Architecture.from_folder(model.path), on_gpu)
+    environment = server_environment(os.environ, on_gpu, engines.tp)
+    launcher.start(engines.python, arguments, environment, count=engines.engines or 1, seed=seed)
+    urls = launcher.wait(engines.timeouts.start_s)
+    return _connected(model, engines, urls, launcher.key, resources)
+
+
+def _connected(
+    model: ModelConfig, engines: EnginesConfig, urls: Sequence[str], key: str | None, resources: ExitStack
+) -> SGLangEngine:
+    wait_until_ready(urls, engines.timeouts.start_s)
     engine = SGLangEngine(
-        servers.urls,
+        urls,
         Architecture.from_folder(model.path),
-        rollout.slots,
-        rollout.timeouts,
-        key=servers.key,
-        engine_ranks=rollout.tp,
-        bucket_bytes=rollout.bucket_mib * 2**20,
+        engines.slots,
+        engines.timeouts,
+        key=key,
+        engine_ranks=engines.tp,
+        bucket_bytes=engines.bucket_mib * 2**20,
         routed_experts=model.routing == "replay",
     )
     resources.callback(engine.close)

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from megatron_efr.config import ModelConfig, RolloutConfig, TimeoutsConfig
+from megatron_efr.config import EnginesConfig, ModelConfig, TimeoutsConfig
 from megatron_efr.errors import UserError
 from megatron_efr.rollout.addresses import LOOPBACK, free_port, is_ready
 from megatron_efr.rollout.process import ServerProcess
@@ -30,6 +30,7 @@ CPU_ARGUMENTS: dict[str, Any] = {
     "sampling_backend": "pytorch",
     "cuda_graph_backend_decode": "disabled",
     "cuda_graph_backend_prefill": "disabled",
+    "sleep_on_idle": True,  # else it spins on a core that the trainer needs
 }
 """Arguments with which SGLang runs on plain torch."""
 
@@ -74,7 +75,7 @@ def server_environment(outer: Mapping[str, str], on_gpu: bool, tp: int) -> dict[
 
 def server_arguments(
     model: ModelConfig,
-    rollout: RolloutConfig,
+    rollout: EnginesConfig,
     architecture: Architecture,
     on_gpu: bool,
     first_gpu: int = 0,
