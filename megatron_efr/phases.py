@@ -52,6 +52,14 @@ class Publisher(Protocol):
     def publish(self, weights: Any, version: int) -> None: ...
 
 
+class Restarts(Protocol):
+    """Servers that are started again where they end, which takes memory."""
+
+    def hold(self) -> None: ...
+
+    def allow(self) -> None: ...
+
+
 class World(Protocol):
     """What the phases need of the ranks."""
 
@@ -92,9 +100,16 @@ class Phases:
     """
 
     def __init__(
-        self, publisher: Publisher, engine: Sleeper | None, ranks: World, *, shared: bool, engine_bytes: int = 0
+        self,
+        publisher: Publisher,
+        engine: Sleeper | None,
+        restarts: Restarts,
+        ranks: World,
+        *,
+        shared: bool,
+        engine_bytes: int = 0,
     ) -> None:
-        self._publisher, self._engine, self._ranks = publisher, engine, ranks
+        self._publisher, self._engine, self._restarts, self._ranks = publisher, engine, restarts, ranks
         self._shared, self._engine_bytes = shared, engine_bytes
         self.state = State.SERVING
         if shared:
@@ -123,6 +138,7 @@ class Phases:
             policy.offload_training_state()
             self._ranks.barrier()  # an engine's GPUs belong to several ranks
         with self._step("wake", timer):
+            self._restarts.allow()
             self._on_engine(lambda engine: engine.wake(), "the engines' waking")
         with self._step("publish", timer):
             self._publisher.publish(policy, version)
@@ -145,6 +161,7 @@ class Phases:
         self._ranks.on_main(lambda: call(engine) if engine else None, what)
 
     def _release(self) -> None:
+        self._restarts.hold()
         free = free_bytes()
         self._on_engine(lambda engine: engine.sleep(), "the engines' release")
         if not self._engine_bytes:
