@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_efr.observe import EXIT_STUCK
 from megatron_efr.runfolder import RunFolder
 from tests.loop.conftest import Program, digests, metrics, state
 
@@ -119,6 +120,21 @@ def test_killed_again_and_again_a_run_equals_one_that_was_not(
     done = program("train", "--resume", config, override)
     assert "4/4" not in done.stdout, "the checkpoint was whole, and an iteration was made again"
     folder.clear_journals(4)  # the killed save had no time to
+    assert_equal(run, whole)
+
+
+def test_a_run_that_its_watchdog_ended_is_resumed_and_equals_one_that_was_not(
+    config: Path, whole: Path, program: Program, tmp_path: Path
+) -> None:
+    run, override = tmp_path / "run", f"runs={tmp_path}"
+    stuck = program("train", config, override, "observe.watchdog_s=20", killed_at="stuck:3", expect=EXIT_STUCK)
+    said = "watchdog: rank 0 has been in phase 'train' for "
+    assert said in stuck.stderr
+    stacks = (run / "stuck_rank0.txt").read_text()
+    assert stacks.startswith(said)
+    assert "killed.py" in stacks
+    assert metrics(run) == metrics(whole)[:2]
+    program("train", "--resume", config, override)
     assert_equal(run, whole)
 
 
