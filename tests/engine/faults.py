@@ -36,14 +36,17 @@ class Servers:
 
     def kill(self, *indices: int) -> None:
         """Nothing of them is left when this returns."""
+        processes = [process for index in indices for process in self._processes(index)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         for index in indices:
-            supervisor = psutil.Process(self._launched[index].process.pid)
-            processes = [*supervisor.children(recursive=True), supervisor]
-            for process in processes:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
             self._launched[index].process.wait()
-            psutil.wait_procs(processes, timeout=30)
+        psutil.wait_procs(processes, timeout=30)
+
+    def revive(self) -> None:
+        """Start those again that a test has left dead."""
+        self.restart(*(index for index in range(2) if self._launched[index].process.poll() is not None))
 
     def freeze(self, index: int) -> None:
         self._signal(index, signal.SIGSTOP)
@@ -61,8 +64,13 @@ class Servers:
         self._launcher.close()
 
     def _signal(self, index: int, number: signal.Signals) -> None:
-        for process in psutil.Process(self._launched[index].process.pid).children(recursive=True):
+        for process in self._processes(index)[:-1]:
             process.send_signal(number)
+
+    def _processes(self, index: int) -> list[psutil.Process]:
+        """All that a server runs, and at last its supervisor."""
+        supervisor = psutil.Process(self._launched[index].process.pid)
+        return [*supervisor.children(recursive=True), supervisor]
 
 
 class Failing:
@@ -89,9 +97,10 @@ class Failing:
         while data := _received(source):
             if data.startswith(b"POST /generate"):
                 self.failed += 1
-                source.sendall(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-                break
-            target.sendall(data)
+                _receive_body(source, data)
+                source.sendall(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
+            else:
+                target.sendall(data)
         for end in (source, target):
             end.close()
 
@@ -104,6 +113,14 @@ def _received(source: socket.socket) -> bytes:
         return source.recv(65536)
     except OSError:
         return b""
+
+
+def _receive_body(source: socket.socket, data: bytes) -> None:
+    """Receive the rest of a request that begins with `data`."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    left = int(re.findall(rb"(?i)content-length: *(\d+)", head)[0]) - len(body)
+    while left > 0:
+        left -= len(_received(source))
 
 
 def wait_until(holds: Callable[[], bool], what: str, limit_s: float = 120) -> None:
