@@ -53,15 +53,16 @@ def wait_until(holds: Callable[[], bool], seconds: float = 150) -> None:
 
 
 @pytest.fixture
-def said(capfd: pytest.CaptureFixture[str]) -> Callable[[str], bool]:
-    """Whether a text was written to stderr since the test began."""
+def said(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[str], bool]]:
+    """Whether a text was written to stderr since the test began; shown whole where the test fails."""
     lines: list[str] = []
 
     def holds(text: str) -> bool:
         lines.append(capfd.readouterr().err)
         return text in "".join(lines)
 
-    return holds
+    yield holds
+    print("".join(lines))
 
 
 def test_a_server_that_is_killed_or_hangs_is_back_at_its_address_until_its_times_are_up(
