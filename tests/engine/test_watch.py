@@ -44,7 +44,7 @@ def post(launcher: Launcher, path: str) -> None:
     urllib.request.urlopen(request, timeout=30).read()
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 150) -> None:
+def wait_until(holds: Callable[[], bool], seconds: float = 600) -> None:
     """Look now and then until it holds."""
     end = time.monotonic() + seconds
     while not holds():
