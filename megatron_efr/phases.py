@@ -3,7 +3,7 @@
     to_policy:   release: pause, keep unfinished responses, give up caches and weights    restore: optimizer, gradients
     to_engines:  offload: gradients, optimizer    wake: weights' memory    publish    resume: caches, then go on
 
-Engines with GPUs of their own, or embedded ones, keep what they have: for them `to_engines` publishes, and that is all.
+Where they share nothing (`rollout.placement: apart`) each keeps what it has: `to_engines` publishes, and that is all.
 """
 
 from __future__ import annotations
