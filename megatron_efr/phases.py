@@ -166,7 +166,7 @@ class Phases:
         self._restarts.hold()
         free, engine = free_bytes(), self._engine
         asleep = self._ranks.share(lambda: engine.sleep() if engine else 0, "the engines' release")
-        weights = asleep * self._engine_bytes
+        weights, freed = asleep * self._engine_bytes, 0
         for _ in range(WAITS):
             freed = self._ranks.total(free_bytes() - free)
             if is_freed(freed, weights):
