@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_efr import arguments
-from megatron_efr.config import EvaluateConfig
+from megatron_efr.config import EvaluateConfig, ModelConfig
 from megatron_efr.data.prompts import load_tokenizer, stop_ids
 from megatron_efr.environment import Evaluator
 from megatron_efr.grading import Grader
@@ -26,13 +26,13 @@ def evaluate(config: EvaluateConfig, record_name: str) -> Record:
     """
     folder = RunFolder(config.folder)
     path = folder.evaluation_path(record_name)  # a name that cannot be a file's is refused before any work
-    source = find_model(Path(config.model.path), Path(config.template) if config.template else None)
-    tokenizer = load_tokenizer(source.folder)
-    weights = source.weights(config.model, config.seed)
-    stops = stop_ids(source.folder, tokenizer)
+    source = find_model(config.model, config.seed, config.template)
+    tokenizer = load_tokenizer(source.start.path)
+    weights = source.weights()
+    stops = stop_ids(source.start.path, tokenizer)
     evaluator = Evaluator(config.evaluation, config.prompt, tokenizer, stops, config.seed)
     asked = {
-        "model": source.fingerprint(config.model, config.seed),
+        "model": source.fingerprint(),
         "model.dtype": config.model.dtype,
         "rollout.engine": config.rollout.engine,
         **evaluator.asked(),
@@ -40,7 +40,7 @@ def evaluate(config: EvaluateConfig, record_name: str) -> Record:
     unfinished = Unfinished(path, asked)
     with ExitStack() as resources:
         grader = resources.enter_context(Grader(config.grading.workers, config.grading.timeout_s))
-        engine = open_engine(config, source.folder, folder.path / "engines" / f"eval-{record_name}", resources)
+        engine = open_engine(config, source.start, folder.path / "engines" / f"eval-{record_name}", resources)
         engine.publish(weights.items(), version=0)
         record = evaluator.run(engine, grader, record_name, unfinished.journal)
     folder.write_evaluation(record_name, record)
@@ -48,12 +48,11 @@ def evaluate(config: EvaluateConfig, record_name: str) -> Record:
     return record
 
 
-def open_engine(config: EvaluateConfig, model: Path, logs: Path, resources: ExitStack) -> Engine:
-    """The embedded engine, or SGLang's servers, for the model whose config.json is in `model`; without weights yet."""
+def open_engine(config: EvaluateConfig, model: ModelConfig, logs: Path, resources: ExitStack) -> Engine:
+    """The embedded engine, or SGLang's servers, for the shape of `model`; without weights yet."""
     if config.rollout.engine == "local":
-        return local_engine(str(model), config.rollout.slots, config.model.dtype)
-    served = config.model.model_copy(update={"path": str(model)})
-    return sglang_engine(served, config.rollout, logs, config.seed, resources)
+        return local_engine(model.path, config.rollout.slots, model.dtype)
+    return sglang_engine(model, config.rollout, logs, config.seed, resources)
 
 
 def describe(record: Record) -> str:

@@ -20,41 +20,43 @@ _GIVE_TEMPLATE = "name a folder with its config.json and tokenizer: template=FOL
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A `folder` with config.json and tokenizer, and the weights: its own, or those of `checkpoint`."""
+    """A model: `start`, whose path is a Hugging Face folder, with the folder's weights or those of `checkpoint`."""
 
-    folder: Path
+    start: ModelConfig
+    seed: int
     checkpoint: Path | None
 
-    def weights(self, model: ModelConfig, seed: int) -> TensorSource:
-        """The weights, read (or drawn from `seed`, where `model` says so) tensor by tensor.
+    def weights(self) -> TensorSource:
+        """The weights, read (or drawn from the seed, where `start` says so) tensor by tensor.
 
         A checkpoint is verified first; UserError names what is missing or damaged.
         """
-        architecture = Architecture.from_folder(self.folder)
+        architecture = Architecture.from_folder(self.start.path)
         if self.checkpoint is None:
-            return initial_weights(model, architecture, seed)
+            return initial_weights(self.start, architecture, self.seed)
         verify(self.checkpoint)
         return CheckpointWeights(self.checkpoint, architecture)
 
-    def fingerprint(self, model: ModelConfig, seed: int) -> str:
+    def fingerprint(self) -> str:
         """SHA-256 over config.json and the weights; of a checkpoint, over the checksums in its manifest."""
         if self.checkpoint is None:
-            return fingerprint(self.folder, seed if model.init == "random" else None)
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+            return fingerprint(self.start.path, self.seed if self.start.init == "random" else None)
+        digest = hashlib.sha256((Path(self.start.path) / "config.json").read_bytes())
         digest.update((self.checkpoint / MANIFEST).read_bytes())
         return digest.hexdigest()
 
 
-def find_model(path: Path, template: Path | None = None) -> ModelSource:
-    """The model at `path`: a Hugging Face folder; a Megatron checkpoint, a run's or a converted one; or a run's folder
-    (or its checkpoints/), whose newest checkpoint is taken.
+def find_model(model: ModelConfig, seed: int, template: str | None = None) -> ModelSource:
+    """The model at `model.path`: a Hugging Face folder; a Megatron checkpoint, a run's or a converted one; or a run's
+    folder (or its checkpoints/), whose newest checkpoint is taken.
 
     A checkpoint's configuration and tokenizer come from `template`, by default from the model that it was made from.
     """
-    checkpoint = _checkpoint(path)
+    checkpoint = _checkpoint(Path(model.path))
     if checkpoint is None:
-        return ModelSource(path, None)
-    return ModelSource(template or find_template(checkpoint), checkpoint)
+        return ModelSource(model, seed, None)
+    folder = template or str(find_template(checkpoint))
+    return ModelSource(model.model_copy(update={"path": folder}), seed, checkpoint)
 
 
 def find_template(checkpoint: Path) -> Path:

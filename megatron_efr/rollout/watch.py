@@ -75,16 +75,18 @@ class Watch:
 
     def _watch(self, server: ServerProcess) -> str | None:
         """Look at a running server until something is wrong with it: what, or None once closed."""
-        answered = time.monotonic()
+        answered = excused = time.monotonic()
         while not self._closed.wait(EVERY_S):
             if (code := server.process.poll()) is not None:
                 return self._unless_closed(f"ended with exit code {code}")
             if self._answers(server):
-                answered = time.monotonic()
-                continue
-            name = "update_s" if self._limits.update_s > self._limits.hang_s and self._paused(server) else "hang_s"
-            if time.monotonic() - answered >= (limit := getattr(self._limits, name)):
-                return self._unless_closed(f"hangs: no answer for rollout.timeouts.{name} = {limit:g} s")
+                answered = excused = time.monotonic()
+            elif self._paused(server):
+                excused = time.monotonic()
+            for name, since in (("hang_s", excused), ("update_s", answered)):
+                limit = max(self._limits.hang_s, getattr(self._limits, name))
+                if time.monotonic() - since >= limit:
+                    return self._unless_closed(f"hangs: no answer for rollout.timeouts.{name} = {limit:g} s")
         return None
 
     def _answers(self, server: ServerProcess) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import socket
@@ -13,10 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import yaml
 
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.rollout.launcher import Launcher, server_environment
+from megatron_efr.rollout.addresses import wait_until_ready
 from megatron_efr.rollout.sglang import SGLangEngine
 from megatron_efr.weights.architecture import Architecture
 from tests.engine.conftest import SLOTS, rollout, start
@@ -30,7 +28,7 @@ class Servers:
     def __init__(self, folder: Path, model: Path) -> None:
         self.model, self.config = model, rollout(engines=2)
         launcher, self.urls = start(folder, self.config, model)
-        self.key, self._launchers, self._launched = launcher.key, [launcher], list(launcher.servers)
+        self.key, self._launcher, self._launched = launcher.key, launcher, launcher.servers
 
     def engine(self, *urls: str, limits: TimeoutsConfig = LIMITS) -> SGLangEngine:
         """An engine over both, or over `urls`."""
@@ -38,14 +36,17 @@ class Servers:
 
     def kill(self, *indices: int) -> None:
         """Nothing of them is left when this returns."""
+        processes = [process for index in indices for process in self._processes(index)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         for index in indices:
-            supervisor = psutil.Process(self._launched[index].process.pid)
-            processes = [*supervisor.children(recursive=True), supervisor]
-            for process in processes:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
             self._launched[index].process.wait()
-            psutil.wait_procs(processes, timeout=30)
+        psutil.wait_procs(processes, timeout=30)
+
+    def revive(self) -> None:
+        """Start those again that a test has left dead."""
+        self.restart(*(index for index in range(2) if self._launched[index].process.poll() is not None))
 
     def freeze(self, index: int) -> None:
         self._signal(index, signal.SIGSTOP)
@@ -55,23 +56,21 @@ class Servers:
 
     def restart(self, *indices: int) -> None:
         """Start killed servers at their addresses, without weights, and wait until they are ready."""
-        launcher = Launcher(self._launched[0].log.parent, self.config.timeouts.stop_s)
-        self._launchers.append(launcher)
         for index in indices:
-            settings = yaml.safe_load(self._launched[index].log.with_suffix(".yaml").read_text())
-            arguments = {name.replace("-", "_"): value for name, value in settings.items()}
-            environment = server_environment(os.environ, on_gpu=False, tp=1)
-            launcher.start_one(self._launched[index].name, self.config.python, arguments, environment)
-            self._launched[index] = launcher.servers[-1]
-        launcher.wait(self.config.timeouts.start_s)
+            self._launched[index].start()
+        wait_until_ready([self.urls[index] for index in indices], self.config.timeouts.start_s)
 
     def close(self) -> None:
-        for launcher in self._launchers:
-            launcher.close()
+        self._launcher.close()
 
     def _signal(self, index: int, number: signal.Signals) -> None:
-        for process in psutil.Process(self._launched[index].process.pid).children(recursive=True):
+        for process in self._processes(index)[:-1]:
             process.send_signal(number)
+
+    def _processes(self, index: int) -> list[psutil.Process]:
+        """All that a server runs, and at last its supervisor."""
+        supervisor = psutil.Process(self._launched[index].process.pid)
+        return [*supervisor.children(recursive=True), supervisor]
 
 
 class Failing:
@@ -98,9 +97,10 @@ class Failing:
         while data := _received(source):
             if data.startswith(b"POST /generate"):
                 self.failed += 1
-                source.sendall(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-                break
-            target.sendall(data)
+                _receive_body(source, data)
+                source.sendall(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
+            else:
+                target.sendall(data)
         for end in (source, target):
             end.close()
 
@@ -113,6 +113,14 @@ def _received(source: socket.socket) -> bytes:
         return source.recv(65536)
     except OSError:
         return b""
+
+
+def _receive_body(source: socket.socket, data: bytes) -> None:
+    """Receive the rest of a request that begins with `data`."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    left = int(re.findall(rb"(?i)content-length: *(\d+)", head)[0]) - len(body)
+    while left > 0:
+        left -= len(_received(source))
 
 
 def wait_until(holds: Callable[[], bool], what: str, limit_s: float = 120) -> None:

@@ -1,7 +1,4 @@
-"""Faults of real servers: killed, frozen, failing, started again without weights; every response comes back once.
-
-The tests share two servers, which each leaves as it found them: running, whatever their weights.
-"""
+"""Faults of real servers: killed, frozen, failing, started again without weights; every response comes back once."""
 
 from __future__ import annotations
 
@@ -33,11 +30,12 @@ from tests.engine_contract import requests
 from tests.loop.conftest import install_method
 
 LONG = Sampling(1.0, 1.0, 300, (STOP,))
-COUNT = 60
+COUNT = 150
 
 
 @pytest.fixture(scope="module")
 def servers(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """For all tests here: starting them is what takes time."""
     made = Servers(tmp_path_factory.mktemp("engines"), folders[0])
     yield made
     made.close()
@@ -46,6 +44,7 @@ def servers(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def engine(servers: Servers, models: Models) -> Iterator[SGLangEngine]:
     """Over both servers, which serve the first model as version 1."""
+    servers.revive()
     made = servers.engine()
     made.publish(weights_of(models[0]), version=1)
     made.health()
@@ -112,6 +111,7 @@ def test_a_frozen_server_is_found_out_and_what_waits_for_it_is_asked_of_another(
 
 
 def test_a_server_that_answers_500_is_passed_over(servers: Servers, models: Models) -> None:
+    servers.revive()
     wire = Failing(servers.urls[0])
     engine = servers.engine(wire.url, servers.urls[1])
     engine.publish(weights_of(models[0]), version=3)
@@ -201,15 +201,15 @@ def test_with_no_server_left_generation_breaks_off_and_a_publication_waits_for_o
     servers.kill(0, 1)
     with pytest.raises(NoEngineError, match="none of 2 servers is left that serves version 1"):
         groups += stream
-    hopeless = servers.engine  # no server answers a new engine at all
     with pytest.raises(LostError, match=servers.urls[0]):
-        hopeless()
+        servers.engine()
     servers.restart(0, 1)
     engine.publish(weights_of(models[0]), version=1)
     assert_each_came_once(list(engine.generate(requests(COUNT), LONG)), 1)
 
 
 def test_a_publication_to_none_gives_up_after_its_limit(servers: Servers, models: Models) -> None:
+    servers.revive()
     engine = servers.engine(limits=LIMITS.model_copy(update={"start_s": 2.0}))
     servers.freeze(0)
     servers.freeze(1)
@@ -277,6 +277,7 @@ def start_run(servers: Servers, tmp_path: Path) -> Callable[[bool], subprocess.P
 def test_a_run_whose_servers_all_die_in_mid_generation_goes_on_where_it_was(
     overlap: bool, servers: Servers, start_run: Callable[[bool], subprocess.Popen[str]], tmp_path: Path
 ) -> None:
+    servers.revive()
     run, folder = start_run(overlap), RunFolder(tmp_path / "faults")
     try:
         journal = folder.journal(2).path

@@ -16,7 +16,7 @@ from megatron_efr.rollout.addresses import is_ready, status
 from megatron_efr.rollout.launcher import Launcher
 from tests.engine.conftest import rollout, start
 
-LIMITS = TimeoutsConfig(hang_s=10, health_s=4, update_s=90)
+LIMITS = TimeoutsConfig(hang_s=15, health_s=5, update_s=200)
 
 
 @pytest.fixture
@@ -53,15 +53,16 @@ def wait_until(holds: Callable[[], bool], seconds: float = 150) -> None:
 
 
 @pytest.fixture
-def said(capfd: pytest.CaptureFixture[str]) -> Callable[[str], bool]:
-    """Whether a text was written to stderr since the test began."""
+def said(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[str], bool]]:
+    """Whether a text was written to stderr since the test began; shown whole where the test fails."""
     lines: list[str] = []
 
     def holds(text: str) -> bool:
         lines.append(capfd.readouterr().err)
         return text in "".join(lines)
 
-    return holds
+    yield holds
+    print("".join(lines))
 
 
 def test_a_server_that_is_killed_or_hangs_is_back_at_its_address_until_its_times_are_up(
@@ -101,7 +102,7 @@ def test_a_server_that_is_killed_or_hangs_is_back_at_its_address_until_its_times
     before = family(launcher)
     for process in before:
         process.suspend()
-    wait_until(lambda: said("hangs: no answer for rollout.timeouts.hang_s = 10 s; it stays down: rollout.restarts = 1"))
+    wait_until(lambda: said("hangs: no answer for rollout.timeouts.hang_s = 15 s; it stays down: rollout.restarts = 1"))
     watch.join()
     _, left = psutil.wait_procs(before, timeout=30)
     assert not left
