@@ -3,17 +3,7 @@
 #   PYTHON=python3.12 bash launch/setup.sh        choose the interpreter (3.11 or 3.12)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-
-find_python() {
-    for candidate in "${PYTHON:-}" python3.11 python3.12 python3; do
-        if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
-            echo "$candidate"
-            return
-        fi
-    done
-    echo "setup: Python 3.11 or 3.12 is needed and none was found; name one with PYTHON=/path/to/python" >&2
-    exit 1
-}
+. launch/python.sh
 
 python=$(find_python)
 wanted=$({ "$python" --version; cat pyproject.toml launch/constraints.txt; } | sha256sum | cut -d' ' -f1)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -210,6 +211,7 @@ class Policy:
 
     def _forward_step(self, loss: Loss, micro_batches: int) -> Callable[..., tuple[torch.Tensor, Any]]:
         undo, factor = loss_scaling(self.config, self.ranks, micro_batches)
+        finish_gather = cache(self.parameters.finish_gather)  # once in a pass
 
         def step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             batch = context.part(next(batches), self.ranks.context_rank, self.ranks.context_ranks)
@@ -223,7 +225,7 @@ class Policy:
 
             def measure(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
                 assert self._head is not None
-                self.parameters.finish_gather()  # the head reads its weight without calling the module that holds it
+                finish_gather()  # the head reads its weight without calling the module that holds it
                 value, metrics = loss(self._head.rows(hidden, batch, factor))
                 # 0 tokens: the loss is normalised already, divide by nothing
                 return value * undo, torch.zeros((), dtype=torch.int, device=value.device), metrics

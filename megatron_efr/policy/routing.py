@@ -88,12 +88,14 @@ class RoutingReplay:
         for layer, router in self._routers[chunk].items():
             router.set_target_indices(routed[:, layer])
             router.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
-        yield
-        for router in self._routers[chunk].values():
-            if self._recomputes and torch.is_grad_enabled():
-                router.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
-            else:
-                router.clear_indices()
+        try:
+            yield
+        finally:
+            for router in self._routers[chunk].values():
+                if self._recomputes and torch.is_grad_enabled():
+                    router.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
+                else:
+                    router.clear_indices()
 
     @contextmanager
     def forgotten_at_the_end(self) -> Iterator[None]:

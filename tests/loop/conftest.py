@@ -1,4 +1,4 @@
-"""What the loop's tests share: programs as real processes, a small arithmetic task, a method that always rewards."""
+"""What the loop's tests share: programs as real processes, a small task, a method that always rewards, a whole run."""
 
 from __future__ import annotations
 
@@ -57,6 +57,22 @@ class Failing(Typical):
         return [advantages * np.nan for advantages in made] if self.seen > 4 else made
 """
 
+CONFIG = """
+name: run
+seed: 3
+model: {{path: {task}/model, init: random}}
+data:
+  datasets: [{{path: {task}/train.jsonl, difficulty: difficulty}}]
+  prompt: {{template: "{{question}}"}}
+rollout: {{prompts: 4, samples: 4, max_new_tokens: 24, slots: 5}}
+method: {{name: typical}}
+loss: {{beta: 0.01}}
+optimizer: {{lr: 1e-3}}
+train: {{iterations: 4}}
+checkpoint: {{every: 2}}
+observe: {{tensorboard: false}}
+"""
+
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -99,6 +115,22 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     write(folder, 0, ArithmeticTask(max_terms=3, train_rows=24, test_rows=16, sft_rows=64))
     return folder
+
+
+@pytest.fixture(scope="session")
+def config(task: Path) -> Path:
+    """A run of four iterations, with a checkpoint after every other."""
+    path = task / "train.yaml"
+    path.write_text(CONFIG.format(task=task))
+    return path
+
+
+@pytest.fixture(scope="session")
+def whole(config: Path, program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That run, which nobody disturbed; to be read only."""
+    runs = tmp_path_factory.mktemp("whole")
+    program("train", config, f"runs={runs}")
+    return runs / "run"
 
 
 def metrics(folder: Path) -> list[str]:

@@ -11,21 +11,6 @@ import pytest
 from megatron_efr.observe import deterministic
 from megatron_efr.runfolder import RunFolder
 from tests.loop.conftest import Program, digests, state
-from tests.loop.test_resume import CONFIG
-
-
-@pytest.fixture(scope="module")
-def config(task: Path) -> Path:
-    path = task / "replay.yaml"
-    path.write_text(CONFIG.format(task=task))
-    return path
-
-
-@pytest.fixture(scope="module")
-def whole(config: Path, program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    runs = tmp_path_factory.mktemp("whole")
-    program("train", config, f"runs={runs}")
-    return runs / "run"
 
 
 def replayed(program: Program, config: Path, run: Path, step: int) -> tuple[str, dict[str, object]]:

@@ -12,22 +12,6 @@ import pytest
 from megatron_efr.runfolder import RunFolder
 from tests.loop.conftest import Program, digests, metrics, state
 
-CONFIG = """
-name: run
-seed: 3
-model: {{path: {task}/model, init: random}}
-data:
-  datasets: [{{path: {task}/train.jsonl, difficulty: difficulty}}]
-  prompt: {{template: "{{question}}"}}
-rollout: {{prompts: 4, samples: 4, max_new_tokens: 24, slots: 5}}
-method: {{name: typical}}
-loss: {{beta: 0.01}}
-optimizer: {{lr: 1e-3}}
-train: {{iterations: 4}}
-checkpoint: {{every: 2}}
-observe: {{tensorboard: false}}
-"""
-
 SFT = """
 name: run
 seed: 3
@@ -39,21 +23,6 @@ train: {{updates: 8, batch: 8, bucket: 3, log_every: 2}}
 checkpoint: {{every: 4, keep: 2}}
 observe: {{tensorboard: false}}
 """
-
-
-@pytest.fixture(scope="module")
-def config(task: Path) -> Path:
-    path = task / "train.yaml"
-    path.write_text(CONFIG.format(task=task))
-    return path
-
-
-@pytest.fixture(scope="module")
-def whole(config: Path, program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nobody disturbed."""
-    runs = tmp_path_factory.mktemp("whole")
-    program("train", config, f"runs={runs}")
-    return runs / "run"
 
 
 def assert_equal(run: Path, whole: Path) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_efr import convert
 from tests.families import make_family_folder
+from tests.parallel.launch import torchrun
 
 pytestmark = pytest.mark.parallel
 
@@ -28,13 +26,7 @@ pytestmark = pytest.mark.parallel
 def test_loads_and_comes_back(family: str, layout: str, processes: int, tmp_path: Path) -> None:
     path = make_family_folder(tmp_path / "model", family)
     convert.hf_to_megatron(path, tmp_path / "megatron")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*command, "-m", "tests.parallel.converted", path, tmp_path / "megatron", tmp_path / "run", layout],
-        cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    torchrun(processes, "tests.parallel.converted", path, tmp_path / "megatron", tmp_path / "run", layout)
     saved = tmp_path / "run" / "step_000001"
     assert convert.compare_bytes(path, saved) > 20
     convert.megatron_to_hf(saved, tmp_path / "back")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 
 from tests.conftest import make_model_folder
 from tests.parallel.head import CASES
+from tests.parallel.launch import torchrun
 
 pytestmark = pytest.mark.parallel
 
@@ -35,13 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(models: Path, out: Path, layouts: list[str], processes: int) -> dict[str, Apart]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*command, "-m", "tests.parallel.head", str(models), str(out), *layouts],
-        cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
+    torchrun(processes, "tests.parallel.head", models, out, *layouts)
     return {layout: torch.load(out / f"{i}.pt", weights_only=False) for i, layout in enumerate(layouts)}
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from megatron_efr.data.model_folder import ModelSize
 from megatron_efr.observe import deterministic
 from megatron_efr.runfolder import RunFolder
 from tests.loop.conftest import install_method
+from tests.parallel.launch import torchrun
 from tests.parallel.layout import folder
 
 pytestmark = pytest.mark.parallel
@@ -62,14 +60,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def run(runs: Path, asked: list[str], processes: int) -> None:
     """Start the ranks once; they train in one layout after the other."""
     install_method(runs)
-    paths = [str(runs), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*command, "-m", "tests.parallel.iteration", str(runs), *asked],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
+    torchrun(processes, "tests.parallel.iteration", runs, *asked, path=runs)
 
 
 @pytest.fixture(scope="module")

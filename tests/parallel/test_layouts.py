@@ -5,9 +5,6 @@ The one process packs each update into a single micro-batch, so this is invarian
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import torch
 
 from tests.conftest import make_model_folder
 from tests.families import make_family_folder
+from tests.parallel.launch import torchrun
 from tests.parallel.layout import CASES, Case, kind
 
 pytestmark = pytest.mark.parallel
@@ -58,13 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(models: Path, out: Path, layouts: list[str], processes: int) -> dict[str, Results]:
     """Start the ranks once, and let them take on the layouts in turn."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*command, "-m", "tests.parallel.layout", str(models), str(out), *layouts],
-        cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
+    torchrun(processes, "tests.parallel.layout", models, out, *layouts)
     return {layout: torch.load(out / f"{i}.pt", weights_only=False) for i, layout in enumerate(layouts)}
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import make_model_folder
+from tests.parallel.launch import torchrun
 from tests.parallel.optimizers import SAVED_AFTER, Case
 
 pytestmark = pytest.mark.parallel
@@ -38,15 +36,9 @@ Results = dict[tuple[Case, str, int], dict[str, Any]]
 
 def run(model: Path, out: Path, cases: list[Case], processes: int) -> Results:
     """Train every case in one set of processes, and take every one up again in another."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     texts = [json.dumps(case) for case in cases]
     for action in ("train", "resume"):
-        done = subprocess.run(
-            [*command, "-m", "tests.parallel.optimizers", action, str(model), str(out), *texts],
-            cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-            timeout=600,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-6000:]
+        torchrun(processes, "tests.parallel.optimizers", action, model, out, *texts)
     return {
         (case, action, rank): torch.load(out / f"{case.name}-{action}-{rank}.pt")
         for case in cases

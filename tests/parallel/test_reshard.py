@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import make_model_folder
 from tests.families import make_family_folder
+from tests.parallel.launch import torchrun
 
 pytestmark = pytest.mark.parallel
 
@@ -32,13 +30,7 @@ def test_parcels_are_the_folders_tensors(processes: int, cases: list[str], tmp_p
     make_model_folder(models / "untied", tied=False)
     make_family_folder(models / "moe", "qwen3-moe")
     make_family_folder(models / "one-group", "qwen3-tied")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*command, "-m", "tests.parallel.resharded", str(models), str(tmp_path), *cases],
-        cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
+    torchrun(processes, "tests.parallel.resharded", models, tmp_path, *cases)
     plans = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(len(cases))]
     assert all(plan["buckets"] > 3 for plan in plans)
     assert any(plan["largest"] > 40_000 for plan in plans)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 
 from tests.conftest import make_model_folder
 from tests.families import make_family_folder
+from tests.parallel.launch import torchrun
 
 pytestmark = pytest.mark.parallel
 
@@ -36,13 +34,7 @@ LOADED_SLOW = [
 
 def run(out: Path, asked: list[str], processes: int) -> None:
     """Start the ranks once; they do what is asked in turn."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*command, "-m", "tests.parallel.resume", str(out / "models"), str(out), *asked],
-        cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
+    torchrun(processes, "tests.parallel.resume", out / "models", out, *asked)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,17 +9,14 @@ import torch
 
 from megatron_efr.policy.handover import FlatSequences, flatten
 from megatron_efr.policy.packing import trainable
+from tests.parallel.launch import torchrun
 from tests.parallel.waiting import LIMIT_S, groups
 
 pytestmark = pytest.mark.parallel
 
 
 def test_rollouts_reach_another_rank_exactly_and_a_wait_in_vain_says_what_for(tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-         "tests.parallel.waiting", str(tmp_path)],
-        cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300, check=False,
-    )  # fmt: skip
+    torchrun(2, "tests.parallel.waiting", tmp_path, check=False)
     wanted = flatten([sequence for group in groups() for sequence in trainable(group)])
     for rank, known in ((0, 3), (1, 0)):
         found, flat = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
