@@ -24,6 +24,7 @@ from megatron_efr.rollout.build import build_engine
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.ledger import Journals, Ledger, request_seed
 from megatron_efr.rollout.production import Production
+from megatron_efr.rollout.servers import Servers
 from megatron_efr.runfolder import Journal, RunFolder
 from megatron_efr.types import Group, Prompt, Request, Sampling
 from megatron_efr.weights.architecture import Architecture
@@ -33,7 +34,14 @@ SHOWN_PROMPTS = 3
 
 
 class Environment:
-    """The prompts that the policy is asked, the engine that answers for it, and the graders of its answers."""
+    """The prompts that the policy is asked, the engine that answers for it, and the graders of its answers.
+
+    The first and the last are there when it is made, and checked; the engine when `connect` has taken it into use.
+    """
+
+    engine: Engine
+    production: Production
+    ledger: Ledger
 
     def __init__(self, config: TrainConfig) -> None:
         tokenizer = load_tokenizer(config.model.path)
@@ -49,14 +57,18 @@ class Environment:
             if self._evaluate_every
             else None
         )
-        sampling = Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_new_tokens, stops)
-        with ExitStack() as resources:
-            self.grader = resources.enter_context(Grader(config.grading.workers, config.grading.timeout_s))
-            self.engine = build_engine(config.model, config.rollout, config.folder / "engines", config.seed, resources)
-            self.production = Production(self.engine, sampling, decoder(tokenizer))
-            self.ledger = Ledger(self.production, config.rollout, self.stream, config.seed, config.train.iterations)
-            resources.callback(self.ledger.close)
-            self._resources = resources.pop_all()
+        self._config, self._decode = config, decoder(tokenizer)
+        rollout = config.rollout
+        self._sampling = Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens, stops)
+        self.grader = Grader(config.grading.workers, config.grading.timeout_s)
+
+    def connect(self, servers: Servers, resources: ExitStack) -> None:
+        """Take the engine into use, over `servers` or embedded; `resources` end it, and the thread of rollouts."""
+        config = self._config
+        self.engine = build_engine(config.model, config.rollout, servers, resources)
+        self.production = Production(self.engine, self._sampling, self._decode)
+        self.ledger = Ledger(self.production, config.rollout, self.stream, config.seed, config.train.iterations)
+        resources.callback(self.ledger.close)
 
     def graded_rollouts(self, step: int, journals: Journals) -> list[Group]:
         """Iteration `step`'s groups, graded; those that the journals hold are taken from there."""
@@ -76,9 +88,14 @@ class Environment:
         folder.write_evaluation(record["name"], record)
         return {"eval/accuracy": record["accuracy"], "eval/tokens": record["tokens"]}
 
+    def engine_figures(self) -> dict[str, float]:
+        """How many servers serve, and since the last call: lost, taken in again, responses asked for again."""
+        health = self.engine.health()
+        return {f"engine/{name}": health[name] for name in ("serving", "lost", "back", "resent") if name in health}
+
     def close(self) -> None:
-        """End the thread of rollouts, the engine's servers and the grading processes."""
-        self._resources.close()
+        """End the grading processes."""
+        self.grader.close()
 
 
 class Evaluator:

@@ -52,7 +52,7 @@ def open_engine(config: EvaluateConfig, model: ModelConfig, logs: Path, resource
     """The embedded engine, or SGLang's servers, for the shape of `model`; without weights yet."""
     if config.rollout.engine == "local":
         return local_engine(model.path, config.rollout.slots, model.dtype)
-    return sglang_engine(model, config.rollout, logs, config.seed, resources, first_gpu=0)
+    return sglang_engine(model, config.rollout, logs, config.seed, resources)
 
 
 def describe(record: Record) -> str:

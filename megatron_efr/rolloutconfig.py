@@ -12,12 +12,18 @@ from megatron_efr.section import Section
 class TimeoutsConfig(Section):
     """How long to wait for SGLang servers, in seconds, each by the name that its error message gives."""
 
-    start_s: float = Field(default=900, gt=0, description="a launched server, until it is ready")
+    start_s: float = Field(
+        default=900, gt=0, description="a launched server, until it is ready; all having been lost, until one is back"
+    )
     connect_s: float = Field(default=10, gt=0, description="a connection to a server")
     health_s: float = Field(default=30, gt=0, description="a sign of life")
+    check_s: float = Field(default=5, gt=0, description="between health checks; three that fail, and a server is lost")
     control_s: float = Field(default=120, gt=0, description="pausing, flushing, opening and closing an update")
     update_s: float = Field(default=600, gt=0, description="one bucket of weights")
     response_s: float = Field(default=14400, gt=0, description="one response, its wait for a place included")
+    hang_s: float = Field(
+        default=120, gt=0, description="a sign of life of a server's scheduler, before the server is started again"
+    )
     stop_s: float = Field(default=10, gt=0, description="a server asked to end, before it is killed")
 
 
@@ -29,7 +35,10 @@ class EnginesConfig(Section):
     )
     slots: PositiveInt = Field(default=256, description="responses that one engine decodes at once")
     python: str = Field(default=".venv-sglang/bin/python", description="interpreter that has SGLang")
-    engines: PositiveInt = Field(default=1, description="how many servers to start")
+    engines: PositiveInt | None = Field(
+        default=None,
+        description="how many servers to start, over all hosts; 1 when left out, or colocated one for every `tp` ranks",
+    )
     tp: PositiveInt = Field(default=1, description="tensor-parallel ranks (GPUs) of one server")
     urls: list[str] = Field(
         default_factory=list, description="servers that run already, their key in SGLANG_API_KEY; none is started"
@@ -58,8 +67,11 @@ class RolloutConfig(EnginesConfig):
     top_p: float = Field(default=1.0, ge=1, le=1, description="training needs the sampler's own distribution")
     max_new_tokens: PositiveInt = 32000
     placement: Literal["apart", "colocated"] = Field(
-        default="apart", description="servers on the GPUs after the trainer's, or on the trainer's own, shared"
+        default="apart",
+        description="servers on the GPUs after the trainer's, or on the trainer's own: there they release their memory "
+        "while the policy trains, and it offloads gradients and optimizer while they generate",
     )
+    restarts: int = Field(default=3, ge=0, description="how often a server that ended or hangs is started again")
     transport: Literal["auto", "tensor", "direct", "distributed", "disk"] = Field(
         default="auto",
         description="how weights reach the servers. tensor: GPU memory by handle, or on a CPU within the request; "
@@ -91,6 +103,11 @@ class RolloutConfig(EnginesConfig):
             raise ValueError(
                 f"rollout.ahead: {self.ahead} prompts that may have to be waited for together are more than an "
                 f"iteration takes; at most rollout.prompts = {self.prompts}"
+            )
+        if self.overlap and self.placement == "colocated":
+            raise ValueError(
+                "rollout.async: colocated engines sleep while the policy trains, and cannot generate meanwhile; set "
+                "rollout.placement: apart, or leave async out"
             )
         if self.partial and self.overlap and self.max_staleness < 2:
             raise ValueError(

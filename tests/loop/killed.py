@@ -7,6 +7,7 @@ logged:STEP          after the metrics line of STEP, while the next line is bein
 save:STEP            while Megatron's files of STEP's checkpoint are being written
 background:STEP      while STEP's checkpoint is being written in the background and a later iteration trains
 seconds:S            S seconds after the policy began to be built, wherever the program is then
+stuck:N              not killed: its N-th optimizer update never ends
 renamed:STEP         when STEP's checkpoint is in place, before it has been verified and `latest` has moved
 """
 
@@ -61,6 +62,19 @@ def at_update(number: str) -> None:
     def hooked(self: Policy, *arguments: Any) -> Any:
         if next(calls) == int(number):
             die()
+        return update(self, *arguments)
+
+    Policy.update = hooked
+
+
+def at_stuck(number: str) -> None:
+    from megatron_efr.policy import Policy
+
+    update, calls = Policy.update, iter(range(1, 10**9))
+
+    def hooked(self: Policy, *arguments: Any) -> Any:
+        if next(calls) == int(number):
+            threading.Event().wait()
         return update(self, *arguments)
 
     Policy.update = hooked

@@ -29,9 +29,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": BASE,
     "weights": BASE,
     "policy": BASE | WEIGHTS | {"kernels"},
-    "rollout": BASE | {"weights.architecture", "weights.mapping", "weights.checked", "weights.publish"},
+    "rollout": BASE
+    | {"weights.architecture", "weights.mapping", "weights.checked", "weights.publish"}
+    | {"weights.reshard", "weights.transports"},
     "report": BASE,
-    "observe": BASE,
+    "peaks": set(),
+    "observe": BASE | {"peaks"},
+    "phases": BASE,
     "manifest": BASE,
     "shards": set(),
     "checkpoint": BASE | {"manifest", "shards"},
@@ -45,12 +49,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "unfinished": {"runfolder"},
     "interruption": set(),
     "launch": {"interruption"},
-    "cluster": BASE | {"arguments", "interruption", "rollout.launcher", "weights.architecture"},
+    "cluster": BASE | {"arguments", "rollout.addresses", "rollout.launcher", "rollout.seats", "weights.architecture"},
     "memory": BASE | {"weights.architecture", "weights.mapping", "kernels"},
     "doctor": BASE | {"arguments", "memory", "weights.architecture"},
     "arguments": BASE,
     "environment": ENVIRONMENT,
-    "run": ENVIRONMENT | {"arguments", "checkpoint", "environment", "methods", "policy"},
+    "run": ENVIRONMENT | {"arguments", "checkpoint", "environment", "memory", "methods", "phases", "policy"},
     "replay": BASE | {"observe", "run", "runfolder"},
     "cli": {"arguments", "__init__"},  # it finds the programs by name, when they are asked for
 }
