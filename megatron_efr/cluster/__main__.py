@@ -24,7 +24,7 @@ from megatron_efr.errors import UserError
 
 
 def start(chosen: Sequence[Command]) -> int:
-    """Become this host's trainer, or keep its engines running: the exit code of the first of them to fail."""
+    """Become this host's trainer, or keep its engines running: the exit code, once all of them stay down."""
     environment = {name: value for name, value in os.environ.items() if name not in UNSET}
     if chosen[0].what == "trainer":
         os.execve(chosen[0].words[0], chosen[0].words, environment | dict(chosen[0].environment))
