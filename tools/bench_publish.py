@@ -252,7 +252,7 @@ def work(shape: str, tensor: int, pipeline: int, limit: int, turns: int, out: Pa
     dist.init_process_group("gloo")
     rank = Rank(shape, tensor, pipeline, limit)
     rank.bare()
-    extra = peak_extra(rank.publication)
+    extra, again = peak_extra(rank.publication), peak_extra(rank.publication)
     ours, bare, rates, processor = [], [], [], []
     for _ in range(turns):
         rates.append(rank.rates())
@@ -274,7 +274,8 @@ def work(shape: str, tensor: int, pipeline: int, limit: int, turns: int, out: Pa
             "processor_of_bare": float((everyone[:, 0] / everyone[:, 1]).median()),
             "of_model": statistics.median(o / seconds(rank.plan, r) for o, r in zip(ours, rates, strict=True)),
             "model_seconds": seconds(rank.plan, median), "rates": asdict(median),
-            "peak_extra_mib": extra / MIB, "limit_mib": (2 * limit + rank.plan.largest) / MIB,
+            "peak_extra_mib": extra / MIB, "again_extra_mib": again / MIB,
+            "limit_mib": (2 * limit + rank.plan.largest) / MIB,
         }  # fmt: skip
         out.write_text(json.dumps(row))
     dist.barrier()
