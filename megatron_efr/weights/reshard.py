@@ -15,6 +15,8 @@ rank need none.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +48,7 @@ class Reshard:
         self._rank = dist.get_rank()
         self._member = main in dist.get_process_group_ranks(group)
         self._kept: torch.Tensor | None = None
+        self._hand = ThreadPoolExecutor(1, "weights")  # lays shards into host memory; CUDA's copies return at once
 
     def parcels(self, local: Shards, *, flat: bool = False, everywhere: bool = False) -> Iterator[Parcel]:
         """Every bucket in turn; all ranks of the group iterate together.
@@ -123,11 +126,19 @@ class Reshard:
                     beside = beside[entry.shard_bytes :]
                 operations += [dist.P2POp(dist.irecv, target, holder, group=self._group) for target in targets]
         works = _together(operations)
-        for entry in bucket.entries:  # main's own, while the others' are on their way
+        lay = partial(self._lay_own, bucket, local, room)
+        if raw.is_cuda:
+            lay()
+        else:
+            works.append(_Laid(self._hand.submit(lay)))
+        return _Transfer(works, shards, room)
+
+    def _lay_own(self, bucket: Bucket, local: Shards, room: _Room) -> None:
+        """Main's own shards into place, while others' are on their way and the bucket before is in use."""
+        for entry in bucket.entries:
             if entry.lands and entry.name in room.out and self._main in entry.holders:
                 for part, place in self._places(entry, self._main, local[entry.name], room.out[entry.name]):
                     place.copy_(part)
-        return _Transfer(works, shards, room)
 
     def _broadcast(self, bucket: Bucket, local: Shards, memory: _Memory) -> _Transfer:
         """Everyone's shards to all, one message from each rank."""
@@ -192,6 +203,15 @@ class _Room(NamedTuple):
 
     parcel: Parcel
     out: dict[str, list[torch.Tensor]]
+
+
+class _Laid(NamedTuple):
+    """Shards that a thread lays into place, as a work that can be waited for."""
+
+    done: Future[None]
+
+    def wait(self) -> None:
+        self.done.result()
 
 
 class _Transfer(NamedTuple):
