@@ -7,16 +7,19 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_efr import arguments
-from megatron_efr.config import EvaluateConfig, ModelConfig
+from megatron_efr.config import EnginesConfig, EvaluateConfig, ModelConfig
 from megatron_efr.data.prompts import load_tokenizer, stop_ids
 from megatron_efr.environment import Evaluator
+from megatron_efr.errors import UserError
 from megatron_efr.grading import Grader
 from megatron_efr.model_source import find_model
 from megatron_efr.report.records import Record
 from megatron_efr.rollout.build import local_engine, sglang_engine
 from megatron_efr.rollout.engine import Engine
+from megatron_efr.rollout.ledger import request_seed
 from megatron_efr.runfolder import RunFolder
 from megatron_efr.unfinished import Unfinished
+from megatron_efr.weights.publish import EngineError
 
 
 def evaluate(config: EvaluateConfig, record_name: str) -> Record:
@@ -40,19 +43,25 @@ def evaluate(config: EvaluateConfig, record_name: str) -> Record:
     unfinished = Unfinished(path, asked)
     with ExitStack() as resources:
         grader = resources.enter_context(Grader(config.grading.workers, config.grading.timeout_s))
-        engine = open_engine(config, source.start, folder.path / "engines" / f"eval-{record_name}", resources)
+        # servers begin their random numbers anew: not with those that the journal's answers were drawn with
+        seed = request_seed(config.seed, len(unfinished.journal.read().groups))
+        logs = folder.path / "engines" / f"eval-{record_name}"
+        engine = open_engine(source.start, config.rollout, logs, seed, resources)
         engine.publish(weights.items(), version=0)
-        record = evaluator.run(engine, grader, record_name, unfinished.journal)
+        try:
+            record = evaluator.run(engine, grader, record_name, unfinished.journal)
+        except EngineError as error:
+            raise UserError(f"{error}; the same command goes on from {unfinished.journal.path}") from error
     folder.write_evaluation(record_name, record)
     unfinished.clear()
     return record
 
 
-def open_engine(config: EvaluateConfig, model: ModelConfig, logs: Path, resources: ExitStack) -> Engine:
+def open_engine(model: ModelConfig, engines: EnginesConfig, logs: Path, seed: int, resources: ExitStack) -> Engine:
     """The embedded engine, or SGLang's servers, for the shape of `model`; without weights yet."""
-    if config.rollout.engine == "local":
-        return local_engine(model.path, config.rollout.slots, model.dtype)
-    return sglang_engine(model, config.rollout, logs, config.seed, resources)
+    if engines.engine == "local":
+        return local_engine(model.path, engines.slots, model.dtype)
+    return sglang_engine(model, engines, logs, seed, resources)
 
 
 def describe(record: Record) -> str:

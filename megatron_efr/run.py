@@ -138,12 +138,12 @@ def build_phases(
     asks: bool,
 ) -> Phases:
     """How engine and policy share devices. Servers that share GPUs give up theirs here, before a policy is built."""
-    bytes_each = parameter_count(Architecture.from_folder(config.model.path)) * BYTES[config.model.dtype]
+    weights = parameter_count(Architecture.from_folder(config.model.path)) * BYTES[config.model.dtype]
     return Phases(
         publisher,
         environment and environment.engine,
         servers,
         ranks,
         shared=asks and config.rollout.placement == "colocated",
-        engine_bytes=len(servers.urls) * bytes_each if torch.cuda.is_available() else 0,
+        engine_bytes=weights if torch.cuda.is_available() else 0,
     )

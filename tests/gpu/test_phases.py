@@ -16,6 +16,7 @@ from megatron_efr.memory import gradient_bytes, optimizer_bytes
 from megatron_efr.phases import Phases, free_bytes
 from megatron_efr.policy import Policy, Ranks
 from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
+from megatron_efr.rollout.servers import Servers
 from megatron_efr.rollout.sglang import SGLangEngine
 from megatron_efr.types import Sampling
 from megatron_efr.weights.architecture import Architecture
@@ -76,7 +77,7 @@ def test_a_server_releases_its_share_of_the_card_and_goes_on_with_the_policys_ne
     layout, total = EngineLayout(engine.architecture, 1), torch.cuda.mem_get_info()[1]
     publisher = make_publisher(Handles(engine, ranks.cpu_world), engine, layout, ranks)
     full = free_bytes()
-    phases = Phases(publisher, engine, ranks, shared=True, engine_bytes=int(0.25 * total))
+    phases = Phases(publisher, engine, Servers(), ranks, shared=True, engine_bytes=int(0.25 * total))
     assert free_bytes() - full >= 0.25 * total
     policy = build(tied_model, ranks, SHARDED, "bfloat16")
     phases.to_engines(policy, 1, contextlib.nullcontext)

@@ -14,7 +14,7 @@ from megatron_efr.phases import FREED, STEPS, Phases, State, is_freed
 from megatron_efr.policy import Policy, Ranks, supervised_loss
 from megatron_efr.rollout.local import LocalEngine
 from megatron_efr.rollout.servers import Servers
-from megatron_efr.types import Sampling
+from megatron_efr.types import Sampling, UserError
 from megatron_efr.weights.publish import Embedded
 from tests.conftest import ragged_sequences
 from tests.engine_contract import requests
@@ -32,11 +32,12 @@ class Parts:
         self.asked: list[str] = []
         self.failing = ""
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        def call(*_: Any) -> None:
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*_: Any) -> int:
             self.asked.append(name)
             if name == self.failing:
                 raise OSError(f"{name} failed")
+            return 1
 
         return call
 
@@ -144,3 +145,15 @@ def test_memory_is_released_where_the_engines_weights_at_least_are_free_again() 
     assert is_freed(int(FREED * weights) + 1, weights)
     assert not is_freed(int(FREED * weights) - 1, weights)
     assert not is_freed(0, weights)
+    assert is_freed(-(2**20), 0), "nobody had any to release"
+
+
+def test_engines_that_release_nothing_stop_the_run_and_the_memory_saver_is_named(
+    parts: Parts, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here there is no GPU whose memory could grow."""
+    monkeypatch.setattr("megatron_efr.phases.WAIT_S", 0.0)
+    with pytest.raises(
+        UserError, match=r"0\.00 GiB more free, .* are 3\.00 GiB: .*rollout\.server\.enable_memory_saver"
+    ):
+        Phases(parts, parts, parts, ranks, shared=True, engine_bytes=3 * 2**30)
