@@ -39,7 +39,9 @@ class RolloutConfig(Section):
     python: str = Field(default=".venv-sglang/bin/python", description="interpreter that has SGLang")
     engines: PositiveInt = Field(default=1, description="how many servers to start")
     placement: Literal["apart", "colocated"] = Field(
-        default="apart", description="servers on the GPUs after the trainer's, or on the trainer's own, shared"
+        default="apart",
+        description="servers on the GPUs after the trainer's, or on the trainer's own: there they release their memory "
+        "while the policy trains, and it offloads gradients and optimizer while they generate",
     )
     tp: PositiveInt = Field(default=1, description="tensor-parallel ranks (GPUs) of one server")
     urls: list[str] = Field(
@@ -89,6 +91,11 @@ class RolloutConfig(Section):
             raise ValueError(
                 f"rollout.ahead: {self.ahead} prompts that may have to be waited for together are more than an "
                 f"iteration takes; at most rollout.prompts = {self.prompts}"
+            )
+        if self.overlap and self.placement == "colocated":
+            raise ValueError(
+                "rollout.async: colocated engines sleep while the policy trains, and cannot generate meanwhile; set "
+                "rollout.placement: apart, or leave async out"
             )
         if self.partial and self.overlap and self.max_staleness < 2:
             raise ValueError(

@@ -7,13 +7,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
+
 from megatron_efr import arguments, methods
 from megatron_efr.checkpoint import Checkpoints
 from megatron_efr.config import TrainConfig
 from megatron_efr.configfile import dump
 from megatron_efr.environment import Environment
+from megatron_efr.memory import BYTES, parameter_count
+from megatron_efr.phases import Phases
 from megatron_efr.policy import Policy, Ranks, launched
 from megatron_efr.runfolder import RunFolder
+from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publication import build_publisher
 from megatron_efr.weights.publish import Embedded, NoEngineError, Publisher
 
@@ -34,6 +39,7 @@ class Run:
     environment: Environment | None  # rank 0's
     policy: Policy
     publisher: Publisher | Embedded
+    phases: Phases
     method: methods.Method
 
     def save(self, step: int) -> None:
@@ -95,10 +101,27 @@ def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> I
             ranks.on_main(lambda: folder.claim(dump(config), resume))
             environment = ranks.on_main(lambda: Environment(config))
         try:
+            publisher = build_publisher(config, environment and environment.engine, ranks.cpu_world)
+            phases = build_phases(config, publisher, environment, ranks, asks)
             policy = Policy.to_train(config, ranks)
             checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
-            publisher = build_publisher(config, environment and environment.engine, ranks.cpu_world)
-            yield Run(config, ranks, folder, checkpoints, environment, policy, publisher, method)
+            yield Run(config, ranks, folder, checkpoints, environment, policy, publisher, phases, method)
         finally:
             if environment is not None:
                 environment.close()
+
+
+def build_phases(
+    config: TrainConfig, publisher: Publisher | Embedded, environment: Environment | None, ranks: Ranks, asks: bool
+) -> Phases:
+    """How engine and policy share devices. Servers that share GPUs give up theirs here, before a policy is built."""
+    rollout, architecture = config.rollout, Architecture.from_folder(config.model.path)
+    on_gpu = rollout.engine == "sglang" and torch.cuda.is_available()
+    servers = len(rollout.urls) or rollout.engines
+    return Phases(
+        publisher,
+        environment and environment.engine,
+        ranks,
+        shared=asks and rollout.placement == "colocated",
+        engine_bytes=servers * parameter_count(architecture) * BYTES[config.model.dtype] if on_gpu else 0,
+    )

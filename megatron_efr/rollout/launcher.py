@@ -102,6 +102,7 @@ def server_arguments(
     }
     if on_gpu:
         arguments["base_gpu_id"] = trainers if rollout.placement == "apart" else 0
+        arguments["enable_memory_saver"] = rollout.placement == "colocated"  # without it they release nothing
     else:
         arguments |= CPU_ARGUMENTS | {"max_total_tokens": max(CPU_CACHED_TOKENS, architecture.max_positions)}
     return arguments | rollout.server

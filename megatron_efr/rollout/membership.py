@@ -17,7 +17,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.rollout.server import Server
+from megatron_efr.rollout.server import WEIGHTS, Server
 from megatron_efr.weights.publish import EngineError, LostError, NoEngineError
 
 T = TypeVar("T")
@@ -55,7 +55,6 @@ class Membership:
         self._same: set[Server] = set()  # and were not lost since
         self._failed: set[Server] = set()  # in the publication that is being begun again
         self._returning: set[Server] = set()
-        self._asleep: set[Server] = set()
         self._losses = {server: asyncio.Event() for server in servers}
         self._updates, self._settled = 0, asyncio.Event()
         self._settled.set()
@@ -112,7 +111,6 @@ class Membership:
             print(f"engine {server.url} is lost: {why}", flush=True)
         self._state[server] = State.LOST
         self._same.discard(server)
-        self._asleep.discard(server)
         self._losses[server].set()
 
     # -- calls ---------------------------------------------------------------------------------------------------------
@@ -137,19 +135,6 @@ class Membership:
                 raise error
             self.lose(server, str(error))
         return list(answers.values())
-
-    async def sleep(self) -> None:
-        """Have every server that answers give up weights and caches."""
-        for call in (Server.pause, Server.flush, Server.release_memory):
-            await self.all_answering(call)
-        self._asleep = set(self._not_lost())
-
-    async def wake(self) -> None:
-        """Give their memory back to those that sleep: SGLang's scheduler would die of it where it never slept."""
-        _, failed = await _each(list(self._asleep), Server.resume_memory)
-        for server, error in failed.items():
-            self.lose(server, str(error))
-        self._asleep = set()
 
     # -- publication ---------------------------------------------------------------------------------------------------
 
@@ -210,8 +195,14 @@ class Membership:
     async def _look(self, servers: Iterable[Server]) -> None:
         """Lost servers that answer are empty."""
         answers, _ = await _each([s for s in servers if self._state[s] is State.LOST], Server.check)
-        for server in answers:
-            self._state[server] = State.EMPTY
+        for server, version in answers.items():
+            self._back(server, version)
+
+    def _back(self, server: Server, version: str) -> None:
+        """A lost server answers. One that has restarted has all its memory: its weights have SGLang's name again."""
+        self._state[server] = State.EMPTY
+        if self._version is not None and not version.isdigit():
+            server.released.clear()
 
     async def _watch(self, server: Server) -> None:
         missed = 0
@@ -238,16 +229,17 @@ class Membership:
         if self._state[server] is State.SERVING and version != self._version:
             self.lose(server, f"it has restarted, with weights {version!r} and not {self._version!r}")
         if self._state[server] is State.LOST:
-            self._state[server] = State.EMPTY
+            self._back(server, version)
             print(f"engine {server.url} answers again, and serves from the next publication on", flush=True)
 
 
 async def _open(server: Server) -> None:
     """Pause (unfinished responses are kept), drop what is cached, open a session, if need be after closing one that a
-    publication left open that failed, here or in a trainer that died."""
+    publication left open that failed, here or in a trainer that died. One that slept when others woke wakes here."""
     await server.check()
     await server.pause()
     await server.flush()
+    await server.resume_memory(WEIGHTS)
     try:
         await server.begin_update()
     except LostError:

@@ -21,6 +21,9 @@ from megatron_efr.types import Finish, Response, Sampling, VersionSpan
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import EngineError, LostError
 
+WEIGHTS, CACHES = "weights", "kv_cache"
+"""SGLang's names for what a server's memory holds."""
+
 READS = 3
 """Attempts of a call that only reads."""
 
@@ -52,6 +55,8 @@ class Server:
     ) -> None:
         self.url = url.rstrip("/")
         self._session, self._limits, self._routed = session, limits, routed
+        self.released: set[str] = set()
+        """What of WEIGHTS and CACHES it has given up: to take again what it has ends a server. Empty once restarted."""
 
     # -- responses -----------------------------------------------------------------------------------------------------
 
@@ -108,7 +113,8 @@ class Server:
         await self._post("/pause_generation", {"mode": "retract"}, "control_s")
 
     async def resume(self) -> None:
-        """Go on after `pause`."""
+        """Go on after `pause`, with caches."""
+        await self.resume_memory(CACHES)
         await self._post("/continue_generation", {}, "control_s")
 
     async def flush(self) -> None:
@@ -116,12 +122,16 @@ class Server:
         await self._post("/flush_cache", {}, "control_s")
 
     async def release_memory(self) -> None:
-        """Give up the memory of weights and caches; the server must be paused."""
-        await self._post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]}, "control_s")
+        """Give up the memory of weights and caches; the server must be paused, and its caches flushed."""
+        if held := [kind for kind in (CACHES, WEIGHTS) if kind not in self.released]:
+            await self._post("/release_memory_occupation", {"tags": held}, "control_s")
+            self.released.update(held)
 
-    async def resume_memory(self) -> None:
-        """Take memory again; what it holds is undefined until weights are published."""
-        await self._post("/resume_memory_occupation", {"tags": ["weights", "kv_cache"]}, "control_s")
+    async def resume_memory(self, kind: str) -> None:
+        """Take the memory of WEIGHTS or CACHES again, where it was given up; what it holds is undefined."""
+        if kind in self.released:
+            self.released.remove(kind)
+            await self._post("/resume_memory_occupation", {"tags": [kind]}, "control_s")
 
     # -- weights -------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import torch
 
 from megatron_efr.config import TimeoutsConfig
 from megatron_efr.rollout.requests import check_request, check_sampling
-from megatron_efr.rollout.server import Server
+from megatron_efr.rollout.server import WEIGHTS, Server
 from megatron_efr.rollout.updates import ServerUpdates
 from megatron_efr.types import Group, Request, Sampling, UserError
 from megatron_efr.weights.architecture import Architecture
@@ -93,23 +93,24 @@ class SGLangEngine(ServerUpdates):
         self._paused_by = threading.get_ident()
 
     def resume(self) -> None:
-        """Go on after `pause`."""
+        """Go on after `pause`, or after `sleep`, `wake` and a publication: with caches again."""
+        if self._version < 0:
+            raise RuntimeError("the engine has no weights: publish() before resume()")
         self._paused_by = None
-        if self._version >= 0:
-            self._answering(Server.resume)
+        self._answering(Server.resume)
 
     def sleep(self) -> None:
-        """Give up weights and caches. Unfinished responses are kept as tokens, and go on after wake and publish."""
-        if not self._asleep:
-            self._version = -1
-            self._thread.run(self._membership.sleep())
-            self._asleep = True
+        """Pause, and give up weights and caches; unfinished responses are kept as tokens."""
+        self._version = -1
+        self.pause()
+        self._answering(Server.flush)
+        self._answering(Server.release_memory)
+        self._asleep = True
 
     def wake(self) -> None:
-        """End `sleep`; a publication must follow."""
-        if self._asleep:
-            self._thread.run(self._membership.wake())
-            self._asleep = False
+        """Take the weights' memory again, still paused; a publication must follow, and then `resume`."""
+        self._answering(lambda server: server.resume_memory(WEIGHTS))
+        self._asleep = False
 
     def health(self) -> dict[str, float]:
         """Since the last call: tokens generated, seconds in which any was, the share of prompts found in caches,

@@ -107,6 +107,20 @@ def test_a_run_that_its_watchdog_ended_is_resumed_and_equals_one_that_was_not(
     assert_equal(run, whole)
 
 
+def test_sharing_the_device_with_the_engine_changes_nothing_killed_or_not(
+    config: Path, whole: Path, program: Program, tmp_path: Path
+) -> None:
+    overrides = (f"runs={tmp_path}", "rollout.placement=colocated")
+    program("train", config, *overrides, killed_at="update:6")  # in iteration 3
+    assert metrics(tmp_path / "run") == metrics(whole)[:2]
+    program("train", "--resume", config, *overrides)
+    assert_equal(tmp_path / "run", whole)
+    for line in RunFolder(tmp_path / "run").read_metrics():
+        for phase in ("rollout", "release", "restore", "logprobs", "train", "offload", "wake", "publish", "resume"):
+            assert line[f"time/{phase}"] > 0
+            assert 0.1 < line[f"time/{phase}_memory_gib"] <= line["time/memory_gib"]
+
+
 def test_killed_while_a_checkpoint_is_written_in_the_background_a_run_goes_on_from_the_one_before(
     config: Path, whole: Path, program: Program, tmp_path: Path
 ) -> None:

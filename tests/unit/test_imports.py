@@ -33,7 +33,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"weights.architecture", "weights.mapping", "weights.checked", "weights.publish"}
     | {"weights.reshard", "weights.transports"},
     "report": BASE,
-    "observe": BASE,
+    "peaks": set(),
+    "observe": BASE | {"peaks"},
+    "phases": BASE,
     "manifest": BASE,
     "shards": set(),
     "checkpoint": BASE | {"manifest", "shards"},
@@ -47,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": BASE | {"arguments", "memory", "weights.architecture"},
     "arguments": BASE,
     "environment": ENVIRONMENT,
-    "run": ENVIRONMENT | {"arguments", "checkpoint", "environment", "methods", "policy"},
+    "run": ENVIRONMENT | {"arguments", "checkpoint", "environment", "memory", "methods", "phases", "policy"},
     "replay": BASE | {"observe", "run", "runfolder"},
     "cli": {"arguments", "__init__"},  # it finds the programs by name, when they are asked for
 }
