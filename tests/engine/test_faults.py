@@ -284,7 +284,7 @@ def test_a_run_whose_servers_all_die_in_mid_generation_goes_on_where_it_was(
         wait_until(lambda: journal.exists() or run.poll() is not None, "the second iteration's first group")
         servers.kill(0, 1)
         servers.restart(0, 1)
-        said = run.communicate(timeout=400)[0]
+        said = run.communicate(timeout=900)[0]
     finally:
         run.kill()
     assert run.returncode == 0, said
