@@ -157,6 +157,7 @@ def at_seconds(seconds: str) -> None:
 MOMENTS: dict[str, Callable[..., None]] = {
     "rollout": at_rollout,
     "update": at_update,
+    "stuck": at_stuck,
     "logged": at_logged,
     "save": at_save,
     "background": at_background,

@@ -96,7 +96,7 @@ def test_a_run_that_its_watchdog_ended_is_resumed_and_equals_one_that_was_not(
     config: Path, whole: Path, program: Program, tmp_path: Path
 ) -> None:
     run, override = tmp_path / "run", f"runs={tmp_path}"
-    stuck = program("train", config, override, "observe.watchdog_s=20", killed_at="stuck:3", expect=EXIT_STUCK)
+    stuck = program("train", config, override, "observe.watchdog_s=20", killed_at="stuck:5", expect=EXIT_STUCK)
     said = "watchdog: rank 0 has been in phase 'train' for "
     assert said in stuck.stderr
     stacks = (run / "stuck_rank0.txt").read_text()
