@@ -12,7 +12,7 @@ import faulthandler
 import os
 import threading
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -232,15 +232,19 @@ class Observer:
         self.close()
 
 
-class _Output(Protocol):
+class _Output(ABC):
     """Somewhere that metrics go."""
 
-    def phase(self, name: str) -> None: ...
+    def phase(self, name: str) -> None:
+        """The run is in this phase now; most outputs do not show it."""
+        return
 
     @abstractmethod
     def log(self, step: int, metrics: Mapping[str, Any], seconds_per_step: float) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nothing more will come; most outputs have nothing to finish."""
+        return
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

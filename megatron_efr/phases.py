@@ -3,7 +3,7 @@
     to_policy:   release: pause, keep unfinished responses, give up caches and weights    restore: optimizer, gradients
     to_engines:  offload: gradients, optimizer    wake: weights' memory    publish    resume: caches, then go on
 
-Engines with GPUs of their own, or embedded ones, keep what they have: for them `to_engines` publishes, and that is all.
+Where they share nothing (`rollout.placement: apart`) each keeps what it has: `to_engines` publishes, and that is all.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Timer = Callable[[str], AbstractContextManager[None]]
 class Sleeper(Protocol):
     """An engine, as far as its memory is concerned: see `rollout.engine.Engine`."""
 
-    def sleep(self) -> None: ...
+    def sleep(self) -> int: ...
 
     def wake(self) -> None: ...
 
@@ -52,8 +52,18 @@ class Publisher(Protocol):
     def publish(self, weights: Any, version: int) -> None: ...
 
 
+class Restarts(Protocol):
+    """Servers that are started again where they end, which takes memory."""
+
+    def hold(self) -> None: ...
+
+    def allow(self) -> None: ...
+
+
 class World(Protocol):
     """What the phases need of the ranks."""
+
+    def share(self, make: Callable[[], int], what: str) -> int: ...
 
     def on_main(self, make: Callable[[], None], what: str) -> Any: ...
 
@@ -88,13 +98,20 @@ class Phases:
     """The memory of the devices, handed from the engines to the policy and back. `engine` is rank 0's.
 
     Where it is `shared`, engines sleep from here on: the policy is built next, and `to_engines` makes them serve.
-    `engine_bytes` are the weights of all engines together; 0 where their memory is not a GPU's, or is this process's.
+    `engine_bytes` are the weights of one engine, 0 where there is no GPU to check that they are released.
     """
 
     def __init__(
-        self, publisher: Publisher, engine: Sleeper | None, ranks: World, *, shared: bool, engine_bytes: int = 0
+        self,
+        publisher: Publisher,
+        engine: Sleeper | None,
+        restarts: Restarts,
+        ranks: World,
+        *,
+        shared: bool,
+        engine_bytes: int = 0,
     ) -> None:
-        self._publisher, self._engine, self._ranks = publisher, engine, ranks
+        self._publisher, self._engine, self._restarts, self._ranks = publisher, engine, restarts, ranks
         self._shared, self._engine_bytes = shared, engine_bytes
         self.state = State.SERVING
         if shared:
@@ -123,6 +140,7 @@ class Phases:
             policy.offload_training_state()
             self._ranks.barrier()  # an engine's GPUs belong to several ranks
         with self._step("wake", timer):
+            self._restarts.allow()
             self._on_engine(lambda engine: engine.wake(), "the engines' waking")
         with self._step("publish", timer):
             self._publisher.publish(policy, version)
@@ -145,26 +163,26 @@ class Phases:
         self._ranks.on_main(lambda: call(engine) if engine else None, what)
 
     def _release(self) -> None:
-        free = free_bytes()
-        self._on_engine(lambda engine: engine.sleep(), "the engines' release")
-        if not self._engine_bytes:
-            return
+        self._restarts.hold()
+        free, engine = free_bytes(), self._engine
+        asleep = self._ranks.share(lambda: engine.sleep() if engine else 0, "the engines' release")
+        weights, freed = asleep * self._engine_bytes, 0
         for _ in range(WAITS):
             freed = self._ranks.total(free_bytes() - free)
-            if is_freed(freed, self._engine_bytes):
+            if is_freed(freed, weights):
                 return
             time.sleep(WAIT_S)
         raise UserError(
-            f"the engines were told to release their memory, and the GPUs together have {freed / 2**30:.2f} GiB more "
-            f"free, where the engines' weights alone are {self._engine_bytes / 2**30:.2f} GiB: without its memory "
-            "saver SGLang releases nothing. Leave rollout.server.enable_memory_saver out (it is then true), or start "
-            "the servers of rollout.urls with --enable-memory-saver"
+            f"the engines were told to release their memory, and the GPUs have {freed / 2**30:.2f} GiB more free, "
+            f"where the engines' weights alone are {weights / 2**30:.2f} GiB: without its memory saver SGLang releases "
+            "nothing. Leave rollout.server.enable_memory_saver out (it is then true), or start the servers of "
+            "rollout.urls with --enable-memory-saver"
         )
 
 
-def is_freed(freed: int, engine_bytes: int) -> bool:
-    """Whether `freed` bytes more on all GPUs are the engines' weights, but for what a GPU gives back late or not."""
-    return freed >= FREED * engine_bytes
+def is_freed(freed: int, weights: int) -> bool:
+    """Whether `freed` bytes more on all GPUs are the engines' `weights` that were released, if any were."""
+    return not weights or freed >= FREED * weights
 
 
 def free_bytes() -> int:

@@ -290,7 +290,7 @@ def shapes(quick: bool) -> Iterator[Shape]:
                 yield Shape(model, tokens, hidden, vocab // shards, shards)
 
 
-def run(device: str, quick: bool) -> dict[str, Any]:
+def run(device: str, quick: bool, limit_s: float) -> dict[str, Any]:
     """Every row until the time is up, and the facts that they are read against."""
     began = time.perf_counter()
     dtype, turns = (torch.bfloat16, 3) if device == "cuda" else (torch.float32, 1)
@@ -298,7 +298,7 @@ def run(device: str, quick: bool) -> dict[str, Any]:
     rows: list[Row] = []
     rates: dict[str, float] = {}
     for shape in shapes(quick):
-        if time.perf_counter() - began > SECONDS:
+        if time.perf_counter() - began > limit_s:
             notes.append(
                 f"not measured, the time was up: {shape.model}, T {shape.tokens}, shard 1/{shape.shards}, and on"
             )
@@ -359,13 +359,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="one tiny shape")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="no shape is begun after as many")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device; `--device cpu --quick` shows that the program starts")
     if given.device == "cpu" and not given.quick:
         raise SystemExit("on a CPU only --quick is measured: the shapes are a card's")
-    result = run(given.device, given.quick)
+    result = run(given.device, given.quick, given.seconds)
     print(table(result))
     if given.json is not None:
         given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,8 @@
-"""From rank 0 to all: what the ranks train on, as a few flat tensors over gloo."""
+"""From rank 0 to all: what the ranks train on, as a few flat tensors over gloo.
+
+Every rank gets all of it, 8 bytes a token: which sequences are a replica's own follows, on every rank alike, from the
+lengths of all (`packing.balance`), so a scatter would take a second round, and save little beside the rollout's time.
+"""
 
 from __future__ import annotations
 

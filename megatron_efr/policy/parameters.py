@@ -14,7 +14,8 @@ from megatron_efr.policy.model import PolicyModel
 from megatron_efr.policy.ranks import Ranks
 from megatron_efr.weights.folder import TensorSource
 from megatron_efr.weights.mapping import WeightMapping
-from megatron_efr.weights.reshard import BUCKET_BYTES, Parcel, Plan, Reshard
+from megatron_efr.weights.plan import BUCKET_BYTES, Plan
+from megatron_efr.weights.reshard import Parcel, Reshard
 
 Kind = Literal["weights", "gradients"]
 

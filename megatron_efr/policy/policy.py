@@ -33,7 +33,8 @@ from megatron_efr.types import PackedBatch, Sequence, UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import fingerprint, initial_weights, save_folder
 from megatron_efr.weights.mapping import WeightMapping
-from megatron_efr.weights.reshard import BUCKET_BYTES, Parcel
+from megatron_efr.weights.plan import BUCKET_BYTES
+from megatron_efr.weights.reshard import Parcel
 
 
 class Policy:

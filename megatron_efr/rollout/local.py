@@ -101,13 +101,17 @@ class LocalEngine:
             raise RuntimeError("the engine has no weights: publish() before resume()")
         self._turn.resume()
 
-    def sleep(self) -> None:
-        """Pause, and free weights and cache. Unfinished responses are kept as tokens, and read again afterwards."""
+    def sleep(self) -> int:
+        """Pause, and free weights and cache. Unfinished responses are kept as tokens, and read again afterwards.
+
+        0: it is no server.
+        """
         self._turn.pause()
         with self._turn.changing():
             self._decoder = self._cache = None
             self._version = -1
             self._asleep = True
+        return 0
 
     def wake(self) -> None:
         """End `sleep`, still paused; a publication must follow, and then `resume`."""

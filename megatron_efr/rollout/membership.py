@@ -137,6 +137,10 @@ class Membership:
             self.lose(server, str(error))
         return list(answers.values())
 
+    async def look(self) -> None:
+        """Find out which lost servers answer again."""
+        await self._look(self.servers)
+
     # -- publication ---------------------------------------------------------------------------------------------------
 
     async def begin(self) -> None:

@@ -121,11 +121,12 @@ class Server:
         """Drop all cached keys and values; refused while requests run."""
         await self._post("/flush_cache", {}, "control_s")
 
-    async def release_memory(self) -> None:
-        """Give up the memory of weights and caches; the server must be paused, and its caches flushed."""
+    async def release_memory(self) -> bool:
+        """Give up the memory of weights and caches, if it has any; it must be paused, and its caches flushed."""
         if held := [kind for kind in (CACHES, WEIGHTS) if kind not in self.released]:
             await self._post("/release_memory_occupation", {"tags": held}, "control_s")
             self.released.update(held)
+        return bool(held)
 
     async def resume_memory(self, kind: str) -> None:
         """Take the memory of WEIGHTS or CACHES again, where it was given up; what it holds is undefined."""

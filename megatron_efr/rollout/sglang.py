@@ -99,13 +99,18 @@ class SGLangEngine(ServerUpdates):
         self._paused_by = None
         self._answering(Server.resume)
 
-    def sleep(self) -> None:
-        """Pause, and give up weights and caches; unfinished responses are kept as tokens."""
+    def sleep(self) -> int:
+        """Pause, and give up weights and caches; unfinished responses are kept as tokens. How many servers did so.
+
+        Servers that were lost and are back do so too: they hold memory, though they have not been published to.
+        """
         self._version = -1
+        self._thread.run(self._membership.look())
         self.pause()
         self._answering(Server.flush)
-        self._answering(Server.release_memory)
+        released = self._answering(Server.release_memory)
         self._asleep = True
+        return sum(released)
 
     def wake(self) -> None:
         """Take the weights' memory again, still paused; a publication must follow, and then `resume`."""

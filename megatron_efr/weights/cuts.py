@@ -115,26 +115,27 @@ def _cat(dim: int) -> Callable[[Cut, list[torch.Tensor]], list[torch.Tensor]]:
     return lambda cut, shards: [shards[0] if len(shards) == 1 else torch.cat(shards, dim=dim)]
 
 
-def _place_rows(cut: Cut, shard: torch.Tensor, rank: int, out: list[torch.Tensor]) -> None:
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _place_rows(cut: Cut, shard: torch.Tensor, rank: int, out: list[torch.Tensor]) -> Pairs:
     mine = out[0][rank * len(shard) : (rank + 1) * len(shard)]  # without the padding of a vocabulary
-    mine.copy_(shard[: len(mine)])
+    return [(shard[: len(mine)], mine)]
 
 
-def _place_columns(cut: Cut, shard: torch.Tensor, rank: int, out: list[torch.Tensor]) -> None:
-    _slice(out[0], 1, rank, cut.ranks).copy_(shard)
+def _place_columns(cut: Cut, shard: torch.Tensor, rank: int, out: list[torch.Tensor]) -> Pairs:
+    return [(shard, _slice(out[0], 1, rank, cut.ranks))]
 
 
-def _place_gate_up(cut: Cut, shard: torch.Tensor, rank: int, out: list[torch.Tensor]) -> None:
-    for half, whole in zip(shard.chunk(2), out, strict=True):
-        _slice(whole, 0, rank, cut.ranks).copy_(half)
+def _place_gate_up(cut: Cut, shard: torch.Tensor, rank: int, out: list[torch.Tensor]) -> Pairs:
+    return [(half, _slice(whole, 0, rank, cut.ranks)) for half, whole in zip(shard.chunk(2), out, strict=True)]
 
 
-def _place_qkv(cut: Cut, shard: torch.Tensor, rank: int, out: list[torch.Tensor]) -> None:
+def _place_qkv(cut: Cut, shard: torch.Tensor, rank: int, out: list[torch.Tensor]) -> Pairs:
     groups = cut.architecture.kv_heads
     grouped = [whole.view(groups, -1, *whole.shape[1:]) for whole in out]
-    mine = shard.reshape(groups // cut.ranks, -1, *shard.shape[1:])
-    for part, whole in zip(mine.split([whole.shape[1] for whole in grouped], dim=1), grouped, strict=True):
-        _slice(whole, 0, rank, cut.ranks).copy_(part)
+    mine = shard.reshape(groups // cut.ranks, -1, *shard.shape[1:]).split([whole.shape[1] for whole in grouped], dim=1)
+    return [(part, _slice(whole, 0, rank, cut.ranks)) for part, whole in zip(mine, grouped, strict=True)]
 
 
 TO_MEGATRON: dict[Split, Callable[[Cut, list[torch.Tensor], int], torch.Tensor]] = {
@@ -159,8 +160,9 @@ TO_HUGGING_FACE: dict[Split, Callable[[Cut, list[torch.Tensor]], list[torch.Tens
     "grouped_row": _grouped_row_to_hugging_face,
 }
 
-# Puts one rank's shard where it belongs in whole Hugging Face tensors.
-PLACE: dict[Split, Callable[[Cut, torch.Tensor, int, list[torch.Tensor]], None]] = {
+# The parts of one rank's shard, each beside its place in whole Hugging Face tensors.
+PLACES: dict[Split, Callable[[Cut, torch.Tensor, int, list[torch.Tensor]], Pairs]] = {
+    "whole": _place_rows,
     "column": _place_rows,
     "vocab": _place_rows,
     "row": _place_columns,

@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import torch
 
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.cuts import PLACE, TO_HUGGING_FACE, TO_MEGATRON, Cut, Split, padded_vocab
+from megatron_efr.weights.cuts import PLACES, TO_HUGGING_FACE, TO_MEGATRON, Cut, Pairs, Split, padded_vocab
 from megatron_efr.weights.splits import check_split
 
 
@@ -232,15 +233,24 @@ class WeightMapping:
         row = self._row(name)
         return list(zip(row.hugging_face, TO_HUGGING_FACE[row.split](self._cut, shards), strict=True))
 
+    def places(self, name: str, shard: torch.Tensor, rank: int, out: list[torch.Tensor]) -> Pairs | None:
+        """The parts of tensor-parallel rank `rank`'s shard, as views, each beside its place in whole tensors `out`.
+
+        None where a rank's shard alone does not say: several experts in one, or KV groups split over ranks.
+        """
+        split = self._row(name).split
+        if split not in PLACES or (split == "qkv" and self.architecture.kv_heads % self.tensor_ranks):
+            return None
+        return PLACES[split](self._cut, shard, rank, out)
+
     def fill(self, name: str, shards: list[torch.Tensor], out: list[torch.Tensor]) -> None:
         """Like `to_hugging_face`, into contiguous tensors that are there; most splits are copied once."""
-        split = self._row(name).split
-        if split in PLACE and not (split == "qkv" and self.architecture.kv_heads % self.tensor_ranks):
-            for rank, shard in enumerate(shards):
-                PLACE[split](self._cut, shard, rank, out)
-        else:
-            for (_, tensor), whole in zip(self.to_hugging_face(name, shards), out, strict=True):
-                whole.copy_(tensor)
+        each = [self.places(name, shard, rank, out) for rank, shard in enumerate(shards)]
+        if None in each:
+            whole = [tensor for _, tensor in self.to_hugging_face(name, shards)]
+            each = [list(zip(whole, out, strict=True))]
+        for part, place in chain.from_iterable(filter(None, each)):
+            place.copy_(part)
 
     def is_sharded(self, name: str) -> bool:
         """Whether tensor-parallel ranks hold different parts of parameter `name`."""

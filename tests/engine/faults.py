@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import socket
@@ -13,10 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import yaml
 
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.rollout.launcher import Launcher, server_environment
+from megatron_efr.rollout.addresses import wait_until_ready
 from megatron_efr.rollout.sglang import SGLangEngine
 from megatron_efr.weights.architecture import Architecture
 from tests.engine.conftest import SLOTS, rollout, start
@@ -30,7 +28,7 @@ class Servers:
     def __init__(self, folder: Path, model: Path) -> None:
         self.model, self.config = model, rollout(engines=2)
         launcher, self.urls = start(folder, self.config, model)
-        self.key, self._launchers, self._launched = launcher.key, [launcher], list(launcher.servers)
+        self.key, self._launcher, self._launched = launcher.key, launcher, launcher.servers
 
     def engine(self, *urls: str, limits: TimeoutsConfig = LIMITS) -> SGLangEngine:
         """An engine over both, or over `urls`."""
@@ -58,19 +56,12 @@ class Servers:
 
     def restart(self, *indices: int) -> None:
         """Start killed servers at their addresses, without weights, and wait until they are ready."""
-        launcher = Launcher(self._launched[0].log.parent, self.config.timeouts.stop_s)
-        self._launchers.append(launcher)
         for index in indices:
-            settings = yaml.safe_load(self._launched[index].log.with_suffix(".yaml").read_text())
-            arguments = {name.replace("-", "_"): value for name, value in settings.items()}
-            environment = server_environment(os.environ, on_gpu=False, tp=1)
-            launcher.start_one(self._launched[index].name, self.config.python, arguments, environment)
-            self._launched[index] = launcher.servers[-1]
-        launcher.wait(self.config.timeouts.start_s)
+            self._launched[index].start()
+        wait_until_ready([self.urls[index] for index in indices], self.config.timeouts.start_s)
 
     def close(self) -> None:
-        for launcher in self._launchers:
-            launcher.close()
+        self._launcher.close()
 
     def _signal(self, index: int, number: signal.Signals) -> None:
         for process in self._processes(index)[:-1]:

@@ -16,6 +16,7 @@ from megatron_efr.config import TimeoutsConfig
 from megatron_efr.phases import Phases, State
 from megatron_efr.policy import Policy, Ranks, supervised_loss
 from megatron_efr.rollout.server import CACHES, WEIGHTS
+from megatron_efr.rollout.servers import Servers
 from megatron_efr.rollout.sglang import SGLangEngine
 from megatron_efr.types import Sampling
 from megatron_efr.weights.architecture import Architecture
@@ -53,7 +54,7 @@ def engine(make_engine: MakeSGLang, models: Models) -> Iterator[SGLangEngine]:
 def sharing(engine: SGLangEngine, transport: InBand, folder: Path, ranks: Ranks) -> tuple[Phases, Policy]:
     """An engine that sleeps, and a policy to hand its device to and fro with."""
     layout = EngineLayout(Architecture.from_folder(folder), 1)
-    phases = Phases(make_publisher(transport, engine, layout, ranks), engine, ranks, shared=True)
+    phases = Phases(make_publisher(transport, engine, layout, ranks), engine, Servers(), ranks, shared=True)
     return phases, make_policy(folder, "", ranks)
 
 

@@ -1,6 +1,7 @@
 """Runs a program and kills it from within (SIGKILL) at a stated moment: `python killed.py MOMENT PROGRAM ARGUMENTS...`.
 
 rollout:STEP:GROUPS  while group GROUPS + 1 of iteration STEP is being written to the journal: half of its line is there
+answer:GROUPS        while group GROUPS + 1 of an evaluation is being written to its journal
 update:N             before this process's N-th optimizer update
 logged:STEP          after the metrics line of STEP, while the next line is being written
 save:STEP            while Megatron's files of STEP's checkpoint are being written
@@ -32,13 +33,20 @@ def write_half(path: Path, line: str) -> None:
 
 
 def at_rollout(step: str, groups: str) -> None:
+    at_journal(f"step_{int(step):06d}.jsonl", groups)
+
+
+def at_answer(groups: str) -> None:
+    at_journal("unfinished/*.jsonl", groups)
+
+
+def at_journal(pattern: str, groups: str) -> None:
     from megatron_efr import runfolder
 
     append = runfolder.Journal.append
 
     def hooked(self: runfolder.Journal, group: Any) -> None:
-        is_step = self.path.stem == f"step_{int(step):06d}"
-        if is_step and self.path.exists() and self.path.read_bytes().count(b"\n") == int(groups):
+        if self.path.match(pattern) and self.path.exists() and self.path.read_bytes().count(b"\n") == int(groups):
             write_half(self.path, runfolder.encode_group(group))
             die()
         append(self, group)
@@ -156,6 +164,7 @@ def at_seconds(seconds: str) -> None:
 
 MOMENTS: dict[str, Callable[..., None]] = {
     "rollout": at_rollout,
+    "answer": at_answer,
     "update": at_update,
     "stuck": at_stuck,
     "logged": at_logged,

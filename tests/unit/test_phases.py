@@ -13,14 +13,15 @@ from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.phases import FREED, STEPS, Phases, State, is_freed
 from megatron_efr.policy import Policy, Ranks, supervised_loss
 from megatron_efr.rollout.local import LocalEngine
-from megatron_efr.types import Sampling
+from megatron_efr.rollout.servers import Servers
+from megatron_efr.types import Sampling, UserError
 from megatron_efr.weights.publish import Embedded
 from tests.conftest import ragged_sequences
 from tests.engine_contract import requests
 
 ORDER = (
-    ["offload:", "offload_training_state", "wake:", "wake", "publish:", "publish", "resume:", "resume"],
-    ["release:", "sleep", "restore:", "restore_training_state"],
+    ["offload:", "offload_training_state", "wake:", "allow", "wake", "publish:", "publish", "resume:", "resume"],
+    ["release:", "hold", "sleep", "restore:", "restore_training_state"],
 )
 
 
@@ -31,11 +32,12 @@ class Parts:
         self.asked: list[str] = []
         self.failing = ""
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        def call(*_: Any) -> None:
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*_: Any) -> int:
             self.asked.append(name)
             if name == self.failing:
                 raise OSError(f"{name} failed")
+            return 1
 
         return call
 
@@ -60,8 +62,8 @@ def step(phases: Phases, name: str, parts: Parts) -> None:
 def test_engines_that_share_devices_sleep_before_the_policy_is_built_and_serve_once_they_have_its_weights(
     parts: Parts, ranks: Ranks
 ) -> None:
-    phases = Phases(parts, parts, ranks, shared=True)
-    assert parts.asked == ["sleep"]
+    phases = Phases(parts, parts, parts, ranks, shared=True)
+    assert parts.asked == ["hold", "sleep"]
     for name, order in zip(("to_engines", "to_policy"), ORDER, strict=True):
         parts.asked.clear()
         step(phases, name, parts)
@@ -69,7 +71,7 @@ def test_engines_that_share_devices_sleep_before_the_policy_is_built_and_serve_o
 
 
 def test_engines_that_share_nothing_are_only_published_to(parts: Parts, ranks: Ranks) -> None:
-    phases = Phases(parts, parts, ranks, shared=False)
+    phases = Phases(parts, parts, parts, ranks, shared=False)
     for name in ("to_engines", "to_engines", "to_policy", "to_policy", "to_engines"):
         step(phases, name, parts)
     assert parts.asked == ["publish:", "publish"] * 3
@@ -80,7 +82,7 @@ def test_engines_that_share_nothing_are_only_published_to(parts: Parts, ranks: R
 def test_in_any_other_state_a_hand_over_is_refused_in_words_and_asks_nothing_of_anybody(
     name: str, first: str, state: State, parts: Parts, ranks: Ranks
 ) -> None:
-    phases = Phases(parts, parts, ranks, shared=True)
+    phases = Phases(parts, parts, parts, ranks, shared=True)
     phases.state = state
     if STEPS[first][0] is state:
         step(phases, name, parts)
@@ -102,7 +104,7 @@ def test_in_any_other_state_a_hand_over_is_refused_in_words_and_asks_nothing_of_
     ],
 )
 def test_whatever_fails_no_engine_goes_on_serving(failing: str, left: State, parts: Parts, ranks: Ranks) -> None:
-    phases = Phases(parts, parts, ranks, shared=True)
+    phases = Phases(parts, parts, parts, ranks, shared=True)
     parts.failing = failing
     with pytest.raises(OSError, match=failing):
         step(phases, "to_engines", parts)
@@ -119,7 +121,7 @@ def test_unfinished_responses_of_the_embedded_engine_go_on_after_an_update_with_
 ) -> None:
     """With real parts: what was drawn before the engine slept is of version 1, what came after of version 2."""
     engine = LocalEngine(tied_model, 8)
-    phases = Phases(Embedded(engine), engine, ranks, shared=True)
+    phases = Phases(Embedded(engine), engine, Servers(), ranks, shared=True)
     policy = Policy(
         ModelConfig(path=str(tied_model)), ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0
     )
@@ -143,3 +145,15 @@ def test_memory_is_released_where_the_engines_weights_at_least_are_free_again() 
     assert is_freed(int(FREED * weights) + 1, weights)
     assert not is_freed(int(FREED * weights) - 1, weights)
     assert not is_freed(0, weights)
+    assert is_freed(-(2**20), 0), "nobody had any to release"
+
+
+def test_engines_that_release_nothing_stop_the_run_and_the_memory_saver_is_named(
+    parts: Parts, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here there is no GPU whose memory could grow."""
+    monkeypatch.setattr("megatron_efr.phases.WAIT_S", 0.0)
+    with pytest.raises(
+        UserError, match=r"0\.00 GiB more free, .* are 3\.00 GiB: .*rollout\.server\.enable_memory_saver"
+    ):
+        Phases(parts, parts, parts, ranks, shared=True, engine_bytes=3 * 2**30)

@@ -14,8 +14,9 @@ import torch
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights
 from megatron_efr.weights.mapping import WeightMapping
+from megatron_efr.weights.plan import Held, Plan
 from megatron_efr.weights.publish import WeightMismatchError
-from megatron_efr.weights.reshard import Held, Parcel, Plan
+from megatron_efr.weights.reshard import Parcel
 from megatron_efr.weights.sglang_layout import ChecksumCheck, EngineLayout, checksum
 from megatron_efr.weights.timing import Bandwidths, seconds
 from megatron_efr.weights.transports import encode
@@ -51,8 +52,8 @@ def test_buckets_keep_their_limit_and_larger_parameters_travel_alone(plan: Plan)
         assert bucket.nbytes <= plan.limit or len(bucket.entries) == 1
     assert sum(bucket.nbytes <= plan.limit for bucket in plan.buckets) > 5
     small = Plan(plan.buckets, limit=1000)
-    assert not small.overlaps(plan.buckets[1], plan.buckets[2])
-    assert plan.overlaps(plan.buckets[1], plan.buckets[2])
+    assert not small.overlaps(plan.buckets[1], plan.buckets[2], 0)
+    assert plan.overlaps(plan.buckets[1], plan.buckets[2], 0)
 
 
 def test_what_is_not_split_comes_from_one_rank_and_not_to_itself(plan: Plan) -> None:
@@ -77,9 +78,33 @@ def test_the_model_of_time_is_the_sum_of_its_parts(plan: Plan) -> None:
     assert seconds(plan, Bandwidths(never, never, never, bucket_s=0.5)) == pytest.approx(0.5 * len(plan.buckets))
     moved = sum(sum(e.shard_bytes for e in b.messages(0).get(1, [])) for b in plan.buckets)
     assert seconds(plan, Bandwidths(1e6, never, never)) == pytest.approx(moved / 1e6)
+    staged = sum(b.staged(0) for b in plan.buckets)
+    alone = sum(b.nbytes for b in plan.buckets if b.is_at(0))
+    copied = whole - moved + staged - alone  # rank 0's own, and what does not arrive in its place
+    assert seconds(plan, Bandwidths(never, 1e6, never)) == pytest.approx(copied / 1e6)
     apart = seconds(plan, Bandwidths(1e6, never, 1e6, overlap=0.0))
     assert apart == pytest.approx((whole + moved) / 1e6)
     assert seconds(plan, Bandwidths(1e6, never, 1e6)) < apart - 0.7 * moved / 1e6
+
+
+def test_every_rank_that_wants_all_packs_its_shards_and_puts_all_together(plan: Plan) -> None:
+    never = float("inf")
+    whole = sum(bucket.nbytes for bucket in plan.buckets)
+    assert seconds(plan, Bandwidths(1e6, never, never), None) == pytest.approx(whole / 1e6)
+    packed = sum(max(sum(e.shard_bytes for e in m) for m in b.messages(None).values()) for b in plan.buckets)
+    together = sum(bucket.nbytes for bucket in plan.buckets if bucket.nbytes <= plan.limit)
+    assert seconds(plan, Bandwidths(never, 1e6, never), None) == pytest.approx((packed + together) / 1e6)
+
+
+def test_shards_land_where_their_parts_are_runs_of_bytes_in_whole_tensors(plan: Plan, untied_model: Path) -> None:
+    beside = {e.name.split(".", 3)[-1] for bucket in plan.buckets for e in bucket.entries if not e.lands}
+    assert beside == {"self_attention.linear_proj.weight", "mlp.linear_fc2.weight"}  # one KV group a rank: qkv lands
+    architecture = Architecture.from_folder(untied_model)
+    mapping = WeightMapping(architecture, 1)
+    alone = Plan.derive(held(mapping, FolderWeights(untied_model, architecture), 1), mapping, limit=50_000)
+    beside = {e.name.split(".", 3)[-1] for bucket in alone.buckets for e in bucket.entries if not e.lands}
+    assert beside == {"self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"}  # two, between one another
+    assert plan.peak(0) <= 2 * plan.limit + plan.largest
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
