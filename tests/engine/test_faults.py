@@ -265,7 +265,7 @@ def test_a_run_whose_servers_all_die_in_mid_generation_goes_on_where_it_was(
     run, folder = start_run(overlap), RunFolder(tmp_path / "faults")
     try:
         journal = folder.journal(2).path
-        wait_until(lambda: journal.exists() or run.poll() is not None, "the second iteration's first group")
+        wait_until(lambda: journal.exists() or run.poll() is not None, "the second iteration's first group", 900)
         servers.kill(0, 1)
         servers.restart(0, 1)
         said = run.communicate(timeout=900)[0]
