@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
@@ -115,10 +115,11 @@ class Membership:
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    async def all_members(self, call: Callable[[Server], Awaitable[T]]) -> list[T]:
+    async def all_members(self, call: Callable[[Server], Coroutine[Any, Any, T]], together: bool = False) -> list[T]:
         """Make `call` of all that take part, at once, and wait for all; those that fail are lost, and EngineError, or
-        LostError where none refused, has the words of all of them."""
-        answers, failed = await _each(self.members, call)
+        LostError where none refused, has the words of all of them. Calls that wait for each other on the servers'
+        side, `together`, end with the first that fails."""
+        answers, failed = await _each(self.members, call, together)
         for server, error in failed.items():
             self.lose(server, str(error))
         self._failed |= failed.keys()
@@ -127,7 +128,7 @@ class Membership:
             raise kind("; ".join(map(str, failed.values()))) from next(iter(failed.values()))
         return list(answers.values())
 
-    async def all_answering(self, call: Callable[[Server], Awaitable[T]]) -> list[T]:
+    async def all_answering(self, call: Callable[[Server], Coroutine[Any, Any, T]]) -> list[T]:
         """Make `call` of all that were not lost; one that is lost now is left out, a refusal is an EngineError."""
         answers, failed = await _each(self._not_lost(), call)
         for server, error in failed.items():
@@ -254,17 +255,27 @@ async def _open(server: Server) -> None:
 
 
 async def _each(
-    servers: Sequence[Server], call: Callable[[Server], Awaitable[T]]
+    servers: Sequence[Server], call: Callable[[Server], Coroutine[Any, Any, T]], together: bool = False
 ) -> tuple[dict[Server, T], dict[Server, EngineError]]:
     """Make `call` of all `servers` at once: what they answered, and how others failed."""
-    results = await asyncio.gather(*(call(server) for server in servers), return_exceptions=True)
+    calls = {server: asyncio.ensure_future(call(server)) for server in servers}
     answers: dict[Server, T] = {}
     failed: dict[Server, EngineError] = {}
-    for server, result in zip(servers, results, strict=True):
-        if isinstance(result, EngineError):
-            failed[server] = result
-        elif isinstance(result, BaseException):
-            raise result
+    if not calls:
+        return answers, failed
+    try:
+        until = asyncio.FIRST_EXCEPTION if together else asyncio.ALL_COMPLETED
+        done, _ = await asyncio.wait(calls.values(), return_when=until)
+    finally:
+        for made in calls.values():
+            made.cancel()
+    for server, made in calls.items():
+        if made not in done:
+            continue
+        if (error := made.exception()) is None:
+            answers[server] = made.result()
+        elif isinstance(error, EngineError):
+            failed[server] = error
         else:
-            answers[server] = result
+            raise error
     return answers, failed

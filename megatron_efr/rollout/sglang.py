@@ -22,7 +22,7 @@ from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.checked import checked
 from megatron_efr.weights.mapping import WeightMapping
 from megatron_efr.weights.reshard import Parcel
-from megatron_efr.weights.transports import InBand
+from megatron_efr.weights.transports import encode
 
 AHEAD = 1.25
 """Responses asked for at once, over those that the servers decode at once: what starts as soon as a place is free."""
@@ -81,10 +81,10 @@ class SGLangEngine(ServerUpdates):
         ValueError names a tensor that is unknown, given twice, mis-shaped or missing, before it, or the last bucket, is
         sent. After an error the servers stay paused and serve nothing until a publication succeeds.
         """
-        transport = InBand(self)
         self.begin_update()
         for bucket in _buckets(checked(weights, self._shapes), self.bucket_bytes):
-            transport.deliver(transport.prepare(Parcel(bucket, None)))
+            payload, load_format = encode(Parcel(bucket, None))
+            self.update_from_tensor([payload] * self.engine_ranks, load_format)
         self.end_update(version)
 
     def pause(self) -> None:

@@ -6,7 +6,7 @@ Every call goes to the servers that take part in the update that is going on (`m
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -152,14 +152,14 @@ class ServerUpdates:
     async def _ended(self, version: int) -> None:
         self._membership.end(version)
 
-    def _all(self, call: Callable[[Server], Awaitable[T]]) -> list[T]:
+    def _all(self, call: Callable[[Server], Coroutine[Any, Any, T]]) -> list[T]:
         return self._thread.run(self._membership.all_members(call))
 
-    def _answering(self, call: Callable[[Server], Awaitable[T]]) -> list[T]:
+    def _answering(self, call: Callable[[Server], Coroutine[Any, Any, T]]) -> list[T]:
         return self._thread.run(self._membership.all_answering(call))
 
-    def _start(self, call: Callable[[Server], Awaitable[Any]]) -> Future[None]:
+    def _start(self, call: Callable[[Server], Coroutine[Any, Any, Any]]) -> Future[None]:
         async def work() -> None:
-            await self._membership.all_members(call)
+            await self._membership.all_members(call, together=True)
 
         return self._thread.start(work())

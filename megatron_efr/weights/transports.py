@@ -147,8 +147,8 @@ class Broadcast:
             name, group = self._group
             self._group = None
             assert self._engines is not None
+            group.abort()  # first: an engine may still wait for its part in a broadcast
             self._engines.leave_group(name)
-            group.abort()
 
 
 class Disk:

@@ -166,6 +166,7 @@ MOMENTS: dict[str, Callable[..., None]] = {
     "rollout": at_rollout,
     "answer": at_answer,
     "update": at_update,
+    "stuck": at_stuck,
     "logged": at_logged,
     "save": at_save,
     "background": at_background,

@@ -92,6 +92,21 @@ def test_killed_again_and_again_a_run_equals_one_that_was_not(
     assert_equal(run, whole)
 
 
+def test_a_run_that_its_watchdog_ended_is_resumed_and_equals_one_that_was_not(
+    config: Path, whole: Path, program: Program, tmp_path: Path
+) -> None:
+    run, override = tmp_path / "run", f"runs={tmp_path}"
+    stuck = program("train", config, override, "observe.watchdog_s=20", killed_at="stuck:5", expect=EXIT_STUCK)
+    said = "watchdog: rank 0 has been in phase 'train' for "
+    assert said in stuck.stderr
+    stacks = (run / "stuck_rank0.txt").read_text()
+    assert stacks.startswith(said)
+    assert "killed.py" in stacks
+    assert metrics(run) == metrics(whole)[:2]
+    program("train", "--resume", config, override)
+    assert_equal(run, whole)
+
+
 def test_sharing_the_device_with_the_engine_changes_nothing_killed_or_not(
     config: Path, whole: Path, program: Program, tmp_path: Path
 ) -> None:
@@ -104,21 +119,6 @@ def test_sharing_the_device_with_the_engine_changes_nothing_killed_or_not(
         for phase in ("rollout", "release", "restore", "logprobs", "train", "offload", "wake", "publish", "resume"):
             assert line[f"time/{phase}"] > 0
             assert 0.1 < line[f"time/{phase}_memory_gib"] <= line["time/memory_gib"]
-
-
-def test_a_run_that_its_watchdog_ended_is_resumed_and_equals_one_that_was_not(
-    config: Path, whole: Path, program: Program, tmp_path: Path
-) -> None:
-    run, override = tmp_path / "run", f"runs={tmp_path}"
-    stuck = program("train", config, override, "observe.watchdog_s=20", killed_at="stuck:3", expect=EXIT_STUCK)
-    said = "watchdog: rank 0 has been in phase 'train' for "
-    assert said in stuck.stderr
-    stacks = (run / "stuck_rank0.txt").read_text()
-    assert stacks.startswith(said)
-    assert "killed.py" in stacks
-    assert metrics(run) == metrics(whole)[:2]
-    program("train", "--resume", config, override)
-    assert_equal(run, whole)
 
 
 def test_killed_while_a_checkpoint_is_written_in_the_background_a_run_goes_on_from_the_one_before(

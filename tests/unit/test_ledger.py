@@ -121,6 +121,9 @@ class Torn(Iterator[Group]):
     def __init__(self, stream: GroupStream, groups: int) -> None:
         self._stream, self._left = stream, groups
 
+    def __iter__(self) -> Torn:
+        return self
+
     def __next__(self) -> Group:
         if not self._left:
             self.close()
