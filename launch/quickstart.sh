@@ -3,7 +3,8 @@
 #
 #   bash launch/quickstart.sh             one seed; results in runs/quickstart
 #   bash launch/quickstart.sh --seeds 3   three seeds, one after the other; figures of all in runs/quickstart
-#   bash launch/quickstart.sh --engine sglang     rollouts from real SGLang servers, one for each run; much slower
+#   bash launch/quickstart.sh --engine sglang     rollouts and evaluations from real SGLang servers, one for each run;
+#                                         results in runs/quickstart-sglang, and compared with those of runs/quickstart
 #
 # 1. write an arithmetic task and a tiny model with random weights    2. teach it wordy chains of thought (efr sft)
 # 3. train one model per alpha (efr train, two at a time)             4. evaluate all on held-out problems, and report
@@ -16,7 +17,7 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --seeds) seeds=${2:?--seeds takes a number}; shift 2 ;;
         --engine) engine=${2:?--engine takes local or sglang}; shift 2 ;;
-        *) sed -n '2,10p' "$0"; exit 2 ;;
+        *) sed -n '2,12p' "$0"; exit 2 ;;
     esac
 done
 
@@ -45,11 +46,16 @@ one_seed() { # folder under runs/, seed
         --alphas 0,0.1,0.4 --jobs "$jobs" --seconds "sft=$sft_seconds" --note "$note"
 }
 
-rm -rf runs/quickstart
+family=quickstart
+[ "$engine" = local ] || family="quickstart-$engine"
+rm -rf "runs/$family"
 if [ "$seeds" -eq 1 ]; then
-    one_seed quickstart 1
-    "$efr" report runs/quickstart
+    one_seed "$family" 1
+    "$efr" report "runs/$family"
+    if [ "$engine" != local ] && [ -e runs/quickstart/summary.json ]; then
+        "$efr" report "runs/$family" --against runs/quickstart
+    fi
 else
-    for seed in $(seq "$seeds"); do one_seed "quickstart/seed-$seed" "$seed"; done
-    "$efr" report --seeds runs/quickstart
+    for seed in $(seq "$seeds"); do one_seed "$family/seed-$seed" "$seed"; done
+    "$efr" report --seeds "runs/$family"
 fi

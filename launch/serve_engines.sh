@@ -14,5 +14,5 @@ if [ -n "${SGLANG_API_KEY_FILE:-}" ]; then
 fi
 export SGLANG_API_KEY=${SGLANG_API_KEY:?set it, or SGLANG_API_KEY_FILE: the engines execute what their updates hold}
 exec "${PYTHON:-.venv/bin/python}" -m megatron_efr.cluster "$@" \
-    rollout.engine=sglang rollout.placement=colocated 'rollout.urls=[]' \
-    --only engines --hosts "$host" --host "$host" --gpus "${GPUS:-8}"
+    rollout.engine=sglang 'rollout.urls=[]' \
+    --only-engines --hosts "$host" --host "$host" --gpus "${GPUS:-8}"

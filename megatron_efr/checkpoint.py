@@ -15,10 +15,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_efr.config import CheckpointConfig
-from megatron_efr.manifest import STATE, CheckpointError, sync_folder, verify, write_manifest, write_synced
+from megatron_efr.manifest import LATEST, STATE, CheckpointError, sync_folder, verify, write_manifest, write_synced
 from megatron_efr.shards import UNWRITTEN, Shards
-
-LATEST = "latest"
 
 
 class World(Protocol):

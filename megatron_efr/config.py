@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+from megatron_efr.rolloutconfig import EnginesConfig as EnginesConfig
 from megatron_efr.rolloutconfig import RolloutConfig as RolloutConfig
 from megatron_efr.rolloutconfig import TimeoutsConfig as TimeoutsConfig
 from megatron_efr.section import ConfigError as ConfigError
@@ -350,12 +351,16 @@ class SftConfig(RunConfig):
 
 
 class EvaluateConfig(RunConfig):
-    """`efr evaluate`."""
+    """`efr evaluate`; `model.path` may be a Megatron checkpoint, or a run's folder, whose newest is taken."""
 
+    template: str | None = Field(
+        default=None,
+        description="folder with config.json and tokenizer, for a checkpoint; by default the model that it began with",
+    )
+    rollout: EnginesConfig = Field(default_factory=EnginesConfig)
     prompt: PromptConfig = Field(default_factory=PromptConfig)
     evaluation: EvaluationConfig
     grading: GradingConfig = Field(default_factory=GradingConfig)
-    slots: PositiveInt = Field(default=256, description="responses the embedded engine decodes at once")
 
 
 def check_parallel(parallel: ParallelConfig, world_size: int) -> None:

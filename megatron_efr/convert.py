@@ -21,13 +21,13 @@ import torch
 from megatron_efr import arguments
 from megatron_efr.errors import UserError
 from megatron_efr.manifest import STATE, sync_folder, verify, write_manifest, write_synced
+from megatron_efr.model_source import HUGGING_FACE, find_template
 from megatron_efr.weights import torch_dist
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights, copy_all_but_weights, fingerprint, save_folder
 
 SHARD_BYTES = 2**29  # of the safetensors that are written: one is held in memory
 TOLERANCE = 1e-4  # of the log-probs of both models in float32
-HUGGING_FACE = "hugging_face"  # within a converted checkpoint: the folder it came from, without its weights
 
 
 def hf_to_megatron(source: Path, destination: Path) -> None:
@@ -60,20 +60,6 @@ def megatron_to_hf(source: Path, destination: Path, template: Path | None = None
     template = template or find_template(source)
     weights = torch_dist.CheckpointWeights(source, Architecture.from_folder(template))
     save_folder(destination, weights.items(), template, shard_bytes=SHARD_BYTES)
-
-
-def find_template(checkpoint: Path) -> Path:
-    """The Hugging Face folder that a checkpoint was made from; UserError where it is not to be found."""
-    if (checkpoint / HUGGING_FACE).is_dir():
-        return checkpoint / HUGGING_FACE
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    path = Path(state["initial_model"]["path"])
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"{checkpoint}: was trained from {path}, which is not there; name a folder with its config.json and "
-            "tokenizer: --template HF_FOLDER"
-        )
-    return path
 
 
 def compare_bytes(folder: Path, checkpoint: Path) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
-from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from megatron_efr.config import ConfigError, DatasetConfig, EvaluationConfig, PromptConfig, TrainConfig
@@ -16,12 +18,14 @@ from megatron_efr.data.stream import PromptStream
 from megatron_efr.grading import Grader, check_golds
 from megatron_efr.grading.boxed import last_boxed
 from megatron_efr.grading.groups import grade_groups
+from megatron_efr.progress import followed
 from megatron_efr.report.records import Record, summarise
 from megatron_efr.rollout.build import build_engine
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.ledger import Journals, Ledger, request_seed
 from megatron_efr.rollout.production import Production
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.rollout.servers import Servers
+from megatron_efr.runfolder import Journal, RunFolder
 from megatron_efr.types import Group, Prompt, Request, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import initial_weights
@@ -30,7 +34,14 @@ SHOWN_PROMPTS = 3
 
 
 class Environment:
-    """The prompts that the policy is asked, the engine that answers for it, and the graders of its answers."""
+    """The prompts that the policy is asked, the engine that answers for it, and the graders of its answers.
+
+    The first and the last are there when it is made, and checked; the engine when `connect` has taken it into use.
+    """
+
+    engine: Engine
+    production: Production
+    ledger: Ledger
 
     def __init__(self, config: TrainConfig) -> None:
         tokenizer = load_tokenizer(config.model.path)
@@ -46,14 +57,18 @@ class Environment:
             if self._evaluate_every
             else None
         )
-        sampling = Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_new_tokens, stops)
-        with ExitStack() as resources:
-            self.grader = resources.enter_context(Grader(config.grading.workers, config.grading.timeout_s))
-            self.engine = build_engine(config.model, config.rollout, config.folder / "engines", config.seed, resources)
-            self.production = Production(self.engine, sampling, decoder(tokenizer))
-            self.ledger = Ledger(self.production, config.rollout, self.stream, config.seed, config.train.iterations)
-            resources.callback(self.ledger.close)
-            self._resources = resources.pop_all()
+        self._config, self._decode = config, decoder(tokenizer)
+        rollout = config.rollout
+        self._sampling = Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens, stops)
+        self.grader = Grader(config.grading.workers, config.grading.timeout_s)
+
+    def connect(self, servers: Servers, resources: ExitStack) -> None:
+        """Take the engine into use, over `servers` or embedded; `resources` end it, and the thread of rollouts."""
+        config = self._config
+        self.engine = build_engine(config.model, config.rollout, servers, resources)
+        self.production = Production(self.engine, self._sampling, self._decode)
+        self.ledger = Ledger(self.production, config.rollout, self.stream, config.seed, config.train.iterations)
+        resources.callback(self.ledger.close)
 
     def graded_rollouts(self, step: int, journals: Journals) -> list[Group]:
         """Iteration `step`'s groups, graded; those that the journals hold are taken from there."""
@@ -73,9 +88,14 @@ class Environment:
         folder.write_evaluation(record["name"], record)
         return {"eval/accuracy": record["accuracy"], "eval/tokens": record["tokens"]}
 
+    def engine_figures(self) -> dict[str, float]:
+        """How many servers serve, and since the last call: lost, taken in again, responses asked for again."""
+        health = self.engine.health()
+        return {f"engine/{name}": health[name] for name in ("serving", "lost", "back", "resent") if name in health}
+
     def close(self) -> None:
-        """End the thread of rollouts, the engine's servers and the grading processes."""
-        self._resources.close()
+        """End the grading processes."""
+        self.grader.close()
 
 
 class Evaluator:
@@ -101,19 +121,35 @@ class Evaluator:
         rendered = load_prompts(config.datasets, tokenizer, prompt)
         say_overlong(rendered)
         self.prompts = rendered.prompts
-        self._decode = decoder(tokenizer)
+        self._decode, self._seed = decoder(tokenizer), seed
         self._requests = [
             Request(p, config.samples_by_dataset.get(p.meta["dataset"], config.samples), request_seed(seed, -1 - i))
             for i, p in enumerate(self.prompts)
         ]
 
-    def run(self, engine: Engine, grader: Grader, name: str, progress: bool = False) -> Record:
-        """Answer and grade every problem."""
-        finished: dict[int, Group] = {}
-        stream = engine.generate(self._requests, self.sampling)
-        for group in track(stream, name, total=len(self._requests), disable=not progress, transient=True):
+    def asked(self) -> dict[str, Any]:
+        """What is asked, and how: equal where two evaluations of one model may share their answers."""
+        problems = [
+            [r.prompt.id, r.prompt.tokens, r.prompt.gold, dict(r.prompt.meta), r.samples] for r in self._requests
+        ]
+        return {
+            "seed": self._seed,
+            **asdict(self.sampling),
+            "stop_ids": list(self.sampling.stop_ids),
+            "problems": hashlib.sha256(json.dumps(problems).encode()).hexdigest(),
+        }
+
+    def run(self, engine: Engine, grader: Grader, name: str, journal: Journal | None = None) -> Record:
+        """Answer and grade every problem; those that `journal` holds are taken from there, and the others added."""
+        finished = {group.seed: group for group in (journal.read().groups if journal else [])}
+        if finished:
+            print(f"{name}: {len(finished)} of {len(self._requests)} problems were answered before", flush=True)
+        left = [request for request in self._requests if request.seed not in finished]
+        for group in followed(engine.generate(left, self.sampling), name, len(self._requests), len(finished)):
             for response in group.responses:
                 response.text = self._decode(response.tokens)
+            if journal:
+                journal.append(group)
             finished[group.seed] = group
         groups = [finished[request.seed] for request in self._requests]
         grade_groups(grader, groups)

@@ -1,36 +1,67 @@
-"""`efr evaluate`: accuracy and tokens of a model folder on held-out problems, answered by the embedded engine."""
+"""`efr evaluate`: accuracy and tokens of a model on held-out problems, from a folder or a checkpoint, on any engine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 from megatron_efr import arguments
-from megatron_efr.config import EvaluateConfig
+from megatron_efr.config import EnginesConfig, EvaluateConfig, ModelConfig
 from megatron_efr.data.prompts import load_tokenizer, stop_ids
 from megatron_efr.environment import Evaluator
+from megatron_efr.errors import UserError
 from megatron_efr.grading import Grader
+from megatron_efr.model_source import find_model
 from megatron_efr.report.records import Record
-from megatron_efr.rollout.build import local_engine
+from megatron_efr.rollout.build import local_engine, sglang_engine
+from megatron_efr.rollout.engine import Engine
+from megatron_efr.rollout.ledger import request_seed
 from megatron_efr.runfolder import RunFolder
-from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.folder import initial_weights
+from megatron_efr.unfinished import Unfinished
+from megatron_efr.weights.publish import EngineError
 
 
 def evaluate(config: EvaluateConfig, record_name: str) -> Record:
-    """Answer and grade every problem; the record is kept as eval/<record_name>.json of the run folder."""
+    """Answer and grade every problem; the record is kept as eval/<record_name>.json of the run folder.
+
+    Answered problems are journalled there: an evaluation that was killed goes on where it was.
+    """
     folder = RunFolder(config.folder)
-    folder.evaluation_path(record_name)  # a name that cannot be a file's is refused before any work
-    tokenizer = load_tokenizer(config.model.path)
-    architecture = Architecture.from_folder(config.model.path)
-    weights = initial_weights(config.model, architecture, config.seed)
-    stops = stop_ids(config.model.path, tokenizer)
+    path = folder.evaluation_path(record_name)  # a name that cannot be a file's is refused before any work
+    source = find_model(config.model, config.seed, config.template)
+    tokenizer = load_tokenizer(source.start.path)
+    weights = source.weights()
+    stops = stop_ids(source.start.path, tokenizer)
     evaluator = Evaluator(config.evaluation, config.prompt, tokenizer, stops, config.seed)
-    engine = local_engine(config.model.path, config.slots, config.model.dtype)
-    engine.publish(weights.items(), version=0)
-    with Grader(config.grading.workers, config.grading.timeout_s) as grader:
-        record = evaluator.run(engine, grader, record_name, progress=True)
+    asked = {
+        "model": source.fingerprint(),
+        "model.dtype": config.model.dtype,
+        "rollout.engine": config.rollout.engine,
+        **evaluator.asked(),
+    }
+    unfinished = Unfinished(path, asked)
+    with ExitStack() as resources:
+        grader = resources.enter_context(Grader(config.grading.workers, config.grading.timeout_s))
+        # servers begin their random numbers anew: not with those that the journal's answers were drawn with
+        seed = request_seed(config.seed, len(unfinished.journal.read().groups))
+        logs = folder.path / "engines" / f"eval-{record_name}"
+        engine = open_engine(source.start, config.rollout, logs, seed, resources)
+        engine.publish(weights.items(), version=0)
+        try:
+            record = evaluator.run(engine, grader, record_name, unfinished.journal)
+        except EngineError as error:
+            raise UserError(f"{error}; the same command goes on from {unfinished.journal.path}") from error
     folder.write_evaluation(record_name, record)
+    unfinished.clear()
     return record
+
+
+def open_engine(model: ModelConfig, engines: EnginesConfig, logs: Path, seed: int, resources: ExitStack) -> Engine:
+    """The embedded engine, or SGLang's servers, for the shape of `model`; without weights yet."""
+    if engines.engine == "local":
+        return local_engine(model.path, engines.slots, model.dtype)
+    return sglang_engine(model, engines, logs, seed, resources)
 
 
 def describe(record: Record) -> str:
@@ -48,9 +79,12 @@ def describe(record: Record) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr evaluate`."""
-    parser = arguments.parser("evaluate", "Accuracy and tokens of a model folder on held-out problems.")
+    parser = arguments.parser("evaluate", "Accuracy and tokens of a model on held-out problems.")
+    parser.add_argument("--engine", choices=["local", "sglang"], help="the same as rollout.engine=...")
     parser.add_argument("--record", default="model", help="name of the record: eval/RECORD.json in the run folder")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)
+    if given.engine:
+        given.overrides.append(f"rollout.engine={given.engine}")
     print(describe(evaluate(arguments.read(EvaluateConfig, given), given.record)), flush=True)
 
 

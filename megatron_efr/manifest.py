@@ -11,6 +11,7 @@ from megatron_efr.errors import UserError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"  # the run's own state, in every checkpoint
+LATEST = "latest"  # beside a run's checkpoints: the name of the newest that verified
 
 
 class CheckpointError(UserError):

@@ -155,7 +155,8 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """One phase of a step and the bytes of each part that is on the fullest GPU in it."""
+    """One phase of a step, by the name under which a run times it, and the bytes of each part that is on the fullest
+    GPU when it ends."""
 
     name: str
     parts: Mapping[str, int]
@@ -194,15 +195,15 @@ def plan(shape: Shape) -> Plan:
     serving = served | {"KV cache": max(cache, 0)}
     buckets = {"buckets": 2 * shape.bucket_bytes + largest_tensor_bytes(a, dtype)}
     phases = [
-        Phase("generate", serving),
-        Phase("release KV and weights", weights),
-        Phase("restore optimizer and gradients", training),
-        Phase("old and reference log-probs", scored | {"activations": int(one_layer)}),
+        Phase("rollout", serving),
+        Phase("release", weights),
+        Phase("restore", training),
+        Phase("logprobs", scored | {"activations": int(one_layer)}),
         Phase("train", trained | {"activations": kept}),
         Phase("offload", weights),
-        Phase("resume weights", served),
+        Phase("wake", served),
         Phase("publish", served | buckets),
-        Phase("resume KV", serving),
+        Phase("resume", serving),
     ]
     reference = 2 * weights["parameters"] if shape.keeps_reference else 0  # and what it changes places with
     host = reference + training["gradients"] + states

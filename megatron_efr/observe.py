@@ -1,7 +1,8 @@
 """What a run tells: metrics.jsonl, TensorBoard, wandb, the terminal; phase timers; a watchdog.
 
-Convention: a metric under `time/` depends on the machine (seconds, speeds, memory); every other metric is a function of
-configuration and seed alone. `deterministic` keeps the latter: they are what a killed and resumed run must reproduce.
+Convention: a metric under `time/` depends on the machine (seconds, speeds, memory), one under `engine/` on what befell
+it (servers lost); every other metric is a function of configuration and seed alone. `deterministic` keeps the latter:
+they are what a killed and resumed run must reproduce.
 """
 
 from __future__ import annotations
@@ -9,31 +10,34 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-import resource
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megatron_efr.config import ConfigError, ObserveConfig
+from megatron_efr.peaks import Peaks
 
 MACHINE = "time/"
 """Prefix of the metrics that the machine decides and not the seed."""
+
+FAULTS = "engine/"
+"""Prefix of those that say what befell the engines."""
 
 EXIT_STUCK = 124
 """Exit code of a process that its watchdog ended (the one `timeout` uses)."""
 
 
 def deterministic(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """`metrics` without those that depend on the machine (`time/...`)."""
-    return {key: value for key, value in metrics.items() if not key.startswith(MACHINE)}
+    """`metrics` without those that depend on the machine (`time/...`, `engine/...`)."""
+    return {key: value for key, value in metrics.items() if not key.startswith((MACHINE, FAULTS))}
 
 
 class Folder(Protocol):
@@ -134,7 +138,8 @@ class Observer:
     """Takes every step's metrics on every rank; rank 0 writes and prints them, the others only keep time.
 
     `folder` is the run folder, `total_steps` the last step's number, `start_step` the step resumed from (0: none).
-    `name` is how wandb calls the run. Use it as a context manager, or call `close`.
+    `name` is how wandb calls the run; `largest`, which all ranks call together, gives each figure's maximum over them.
+    Use it as a context manager, or call `close`.
     """
 
     def __init__(
@@ -145,10 +150,12 @@ class Observer:
         rank: int = 0,
         start_step: int = 0,
         name: str = "",
+        largest: Callable[[Mapping[str, float]], dict[str, float]] = dict,
     ) -> None:
         self.folder, self.total_steps, self.rank = folder, total_steps, rank
         limit = config.watchdog_s
         self.watchdog = None if limit is None else Watchdog(limit, rank, folder.path)
+        self._largest, self._peaks = largest, Peaks()
         self._seconds: dict[str, float] = {}
         self._phases: list[str] = []
         self._step, self._since = start_step, time.perf_counter()
@@ -164,14 +171,16 @@ class Observer:
     def phase(self, name: str) -> Iterator[None]:
         """Time this block into `time/<name>` of the step (phases of one name add up) and tell the watchdog.
 
-        Phases nest; they belong to one thread.
+        Its peak memory is noted too: see `Peaks`. Phases nest; they belong to one thread.
         """
         began = time.perf_counter()
         self._phases.append(name)
+        self._peaks.enter(name)
         self._now_in(name)
         try:
             yield
         finally:
+            self._peaks.leave()
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
             self._phases.pop()
             self._now_in(self._phases[-1] if self._phases else "")
@@ -189,16 +198,16 @@ class Observer:
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Write `metrics` of `step` with the phases' seconds since the last call, and return what was written.
 
-        Added: `time/<phase>`, `time/total` (seconds since the last call) and `time/memory_gib` (this process's peak;
-        `time/cuda_memory_gib` on a GPU). What `metrics` holds itself under these names is kept.
+        Added: `time/<phase>`, `time/total` (seconds since the last call) and peak memory, the largest of all ranks:
+        `time/<phase>_memory_gib` and, over the whole run so far, `time/memory_gib`; on a GPU also `.._cuda_memory_gib`
+        and `.._device_gib`. What `metrics` holds itself under these names is kept.
         """
         now = time.perf_counter()
         machine = {f"{MACHINE}{name}": seconds for name, seconds in self._seconds.items()}
         machine[f"{MACHINE}total"] = now - self._since
-        machine[f"{MACHINE}memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        if torch.cuda.is_initialized():
-            machine[f"{MACHINE}cuda_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        written = {**deterministic(metrics), **machine, **{k: v for k, v in metrics.items() if k.startswith(MACHINE)}}
+        machine |= {f"{MACHINE}{name}": gib for name, gib in self._largest(self._peaks.take()).items()}
+        kept = deterministic(metrics)
+        written = {**kept, **machine, **{key: value for key, value in metrics.items() if key not in kept}}
         if self.rank == 0:
             self.folder.append_metrics(step, written)
             for output in self._outputs:
@@ -223,15 +232,19 @@ class Observer:
         self.close()
 
 
-class _Output:
+class _Output(ABC):
     """Somewhere that metrics go."""
 
-    def phase(self, name: str) -> None: ...
+    def phase(self, name: str) -> None:
+        """The run is in this phase now; most outputs do not show it."""
+        return
 
-    def log(self, step: int, metrics: Mapping[str, Any], seconds_per_step: float) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def log(self, step: int, metrics: Mapping[str, Any], seconds_per_step: float) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nothing more will come; most outputs have nothing to finish."""
+        return
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

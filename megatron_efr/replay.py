@@ -33,7 +33,7 @@ def replay(run: Run, file: Path, learn: Learn) -> None:
         if left_out:
             print(f"the numbers will not be the run's: {left_out[0]} and what lies between was not kept", flush=True)
     silent = config.observe.model_copy(update={"tensorboard": False, "wandb": None})
-    with Observer(_Printed(folder.path), silent, step, ranks.rank, start, config.name) as observer:
+    with Observer(_Printed(folder.path), silent, step, ranks.rank, start, config.name, ranks.largest) as observer:
         metrics: dict[str, float] = {}
         for path in [*between, file]:
             with observer.phase("rollout"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -12,31 +12,32 @@ from megatron_efr.section import Section
 class TimeoutsConfig(Section):
     """How long to wait for SGLang servers, in seconds, each by the name that its error message gives."""
 
-    start_s: float = Field(default=900, gt=0, description="a launched server, until it is ready")
+    start_s: float = Field(
+        default=900, gt=0, description="a launched server, until it is ready; all having been lost, until one is back"
+    )
     connect_s: float = Field(default=10, gt=0, description="a connection to a server")
     health_s: float = Field(default=30, gt=0, description="a sign of life")
+    check_s: float = Field(default=5, gt=0, description="between health checks; three that fail, and a server is lost")
     control_s: float = Field(default=120, gt=0, description="pausing, flushing, opening and closing an update")
     update_s: float = Field(default=600, gt=0, description="one bucket of weights")
     response_s: float = Field(default=14400, gt=0, description="one response, its wait for a place included")
+    hang_s: float = Field(
+        default=120, gt=0, description="a sign of life of a server's scheduler, before the server is started again"
+    )
     stop_s: float = Field(default=10, gt=0, description="a server asked to end, before it is killed")
 
 
-class RolloutConfig(Section):
-    """How responses are drawn, and by which engine."""
+class EnginesConfig(Section):
+    """Which engine answers; with SGLang, how its servers are started and reached."""
 
     engine: Literal["local", "sglang"] = Field(
         default="local", description="local: embedded in rank 0, for small models; sglang: servers of their own"
     )
-    prompts: PositiveInt = Field(default=32, description="prompts per iteration")
-    samples: PositiveInt = Field(default=8, description="responses per prompt")
-    temperature: float = Field(default=1.0, gt=0)
-    top_p: float = Field(default=1.0, ge=1, le=1, description="training needs the sampler's own distribution")
-    max_new_tokens: PositiveInt = 32000
     slots: PositiveInt = Field(default=256, description="responses that one engine decodes at once")
     python: str = Field(default=".venv-sglang/bin/python", description="interpreter that has SGLang")
-    engines: PositiveInt = Field(default=1, description="how many servers to start")
-    placement: Literal["apart", "colocated"] = Field(
-        default="apart", description="servers on the GPUs after the trainer's, or on the trainer's own, shared"
+    engines: PositiveInt | None = Field(
+        default=None,
+        description="how many servers to start, over all hosts; 1 when left out, or colocated one for every `tp` ranks",
     )
     tp: PositiveInt = Field(default=1, description="tensor-parallel ranks (GPUs) of one server")
     urls: list[str] = Field(
@@ -46,6 +47,31 @@ class RolloutConfig(Section):
         default_factory=dict, description="any argument of SGLang's server, underscores for dashes"
     )
     bucket_mib: PositiveInt = Field(default=512, description="weights sent to the servers at once")
+    timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
+
+    @model_validator(mode="after")
+    def _keys_belong_together(self) -> Self:
+        if self.engine == "local" and (self.urls or self.server):
+            raise ValueError("rollout.urls and rollout.server speak of SGLang servers; set rollout.engine: sglang")
+        if self.urls and self.server:
+            raise ValueError("rollout.server: with rollout.urls no server is started that could take it")
+        return self
+
+
+class RolloutConfig(EnginesConfig):
+    """How responses are drawn for training, and by which engine."""
+
+    prompts: PositiveInt = Field(default=32, description="prompts per iteration")
+    samples: PositiveInt = Field(default=8, description="responses per prompt")
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, ge=1, le=1, description="training needs the sampler's own distribution")
+    max_new_tokens: PositiveInt = 32000
+    placement: Literal["apart", "colocated"] = Field(
+        default="apart",
+        description="servers on the GPUs after the trainer's, or on the trainer's own: there they release their memory "
+        "while the policy trains, and it offloads gradients and optimizer while they generate",
+    )
+    restarts: int = Field(default=3, ge=0, description="how often a server that ended or hangs is started again")
     transport: Literal["auto", "tensor", "direct", "distributed", "disk"] = Field(
         default="auto",
         description="how weights reach the servers. tensor: GPU memory by handle, or on a CPU within the request; "
@@ -55,7 +81,6 @@ class RolloutConfig(Section):
     verify_every: PositiveInt = Field(
         default=50, description="publications between comparisons of the servers' checksums; the first is compared"
     )
-    timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
     partial: bool = Field(
         default=False,
         description="an iteration ends when enough groups are complete; unfinished responses go on in the next one",
@@ -71,14 +96,6 @@ class RolloutConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _keys_belong_together(self) -> RolloutConfig:
-        if self.engine == "local" and (self.urls or self.server):
-            raise ValueError("rollout.urls and rollout.server speak of SGLang servers; set rollout.engine: sglang")
-        if self.urls and self.server:
-            raise ValueError("rollout.server: with rollout.urls no server is started that could take it")
-        return self
-
-    @model_validator(mode="after")
     def _what_is_in_flight_can_be_waited_for(self) -> RolloutConfig:
         if self.ahead is not None and not self.partial:
             raise ValueError("rollout.ahead: only partial rollouts have prompts in flight; set rollout.partial: true")
@@ -86,6 +103,11 @@ class RolloutConfig(Section):
             raise ValueError(
                 f"rollout.ahead: {self.ahead} prompts that may have to be waited for together are more than an "
                 f"iteration takes; at most rollout.prompts = {self.prompts}"
+            )
+        if self.overlap and self.placement == "colocated":
+            raise ValueError(
+                "rollout.async: colocated engines sleep while the policy trains, and cannot generate meanwhile; set "
+                "rollout.placement: apart, or leave async out"
             )
         if self.partial and self.overlap and self.max_staleness < 2:
             raise ValueError(

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
 
 from megatron_efr import arguments, methods
 from megatron_efr.checkpoint import Checkpoints
 from megatron_efr.config import TrainConfig
 from megatron_efr.configfile import dump
 from megatron_efr.environment import Environment
+from megatron_efr.memory import BYTES, parameter_count
+from megatron_efr.phases import Phases
 from megatron_efr.policy import Policy, Ranks, launched
+from megatron_efr.rollout.seats import Host
+from megatron_efr.rollout.servers import Servers, serving
 from megatron_efr.runfolder import RunFolder
+from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publication import build_publisher
-from megatron_efr.weights.publish import Embedded, Publisher
+from megatron_efr.weights.publish import Embedded, NoEngineError, Publisher
+
+T = TypeVar("T")
+
+RECOVERIES = 3
+"""How often all engines may be lost while they answer one iteration's prompts."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,7 @@ class Run:
     environment: Environment | None  # rank 0's
     policy: Policy
     publisher: Publisher | Embedded
+    phases: Phases
     method: methods.Method
 
     def save(self, step: int) -> None:
@@ -59,6 +73,21 @@ class Run:
             self.environment.ledger.load_state_dict(state["stream"])
         return state["step"]
 
+    def answered(self, ask: Callable[[], T], version: int) -> T:
+        """The result of `ask`, which every rank calls, and in which rank 0 has the engines answer.
+
+        When no engine is left that serves, the weights, of `version`, are published to those that come back, and it
+        goes on: `ask` is called again, at most so many times.
+        """
+        for _ in range(RECOVERIES):
+            try:
+                return ask()
+            except NoEngineError as error:
+                if self.ranks.is_main:
+                    print(f"{error}; publishing to those that come back", flush=True)
+                self.publisher.publish(self.policy, version)
+        return ask()
+
 
 @contextmanager
 def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> Iterator[Run]:
@@ -68,16 +97,53 @@ def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> I
     """
     method = methods.build(config.method, config.rollout.samples)
     config.check_world(arguments.world_size())
-    with launched(config.parallel, config.seed, config.model) as ranks:
-        folder, environment = RunFolder(config.folder), None
+    Host.of_this_process().seats(config.rollout)
+    with launched(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
+        folder, environment, servers = RunFolder(config.folder), None, Servers()
         if asks:
             ranks.on_main(lambda: folder.claim(dump(config), resume))
-            environment = ranks.on_main(lambda: Environment(config))
-        try:
-            policy = Policy.to_train(config, ranks)
-            checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
-            publisher = build_publisher(config, environment and environment.engine, ranks.cpu_world)
-            yield Run(config, ranks, folder, checkpoints, environment, policy, publisher, method)
-        finally:
-            if environment is not None:
-                environment.close()
+            environment, servers = _environment(config, ranks, resources)
+        publisher = build_publisher(config, environment and environment.engine, ranks.cpu_world)
+        phases = build_phases(config, publisher, environment, servers, ranks, asks)
+        policy = Policy.to_train(config, ranks)
+        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
+        yield Run(config, ranks, folder, checkpoints, environment, policy, publisher, phases, method)
+
+
+def _environment(config: TrainConfig, ranks: Ranks, resources: ExitStack) -> tuple[Environment | None, Servers]:
+    """Rank 0's environment, over the servers that the hosts have started; `resources` end both, in the right order.
+
+    Prompts and graders come first: what is wrong with them is said before any server starts.
+    """
+    environment = ranks.on_main(lambda: Environment(config))
+    if environment is not None:
+        resources.callback(environment.close)
+    started = serving(config.model, config.rollout, config.folder / "engines", config.seed, ranks.cpu_world)
+    servers = resources.enter_context(started)
+
+    def connect() -> None:
+        assert environment is not None
+        environment.connect(servers, resources)
+
+    ranks.on_main(connect)
+    return environment, servers
+
+
+def build_phases(
+    config: TrainConfig,
+    publisher: Publisher | Embedded,
+    environment: Environment | None,
+    servers: Servers,
+    ranks: Ranks,
+    asks: bool,
+) -> Phases:
+    """How engine and policy share devices. Servers that share GPUs give up theirs here, before a policy is built."""
+    weights = parameter_count(Architecture.from_folder(config.model.path)) * BYTES[config.model.dtype]
+    return Phases(
+        publisher,
+        environment and environment.engine,
+        servers,
+        ranks,
+        shared=asks and config.rollout.placement == "colocated",
+        engine_bytes=weights if torch.cuda.is_available() else 0,
+    )

@@ -1,7 +1,7 @@
 """The run folder: what a run writes, where it lies, and how it survives a fault.
 
-runs/<name>/ config.yaml · metrics.jsonl · checkpoints/ · journal/ · rollouts/step_000010.jsonl.zst · eval/<name>.json
-             report/ · summary.json
+runs/<name>/ config.yaml · metrics.jsonl · checkpoints/ · journal/ · rollouts/step_000010.jsonl.zst
+             eval/<name>.json · eval/unfinished/ · report/ · summary.json
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Journal:
             except (ValueError, KeyError, TypeError) as error:
                 raise RunFolderError(
                     f"{self.path}:{number}: not a finished group ({error}); the file is damaged beyond a torn last "
-                    f"line. Delete it to generate this iteration's responses again"
+                    f"line. Delete it to generate these responses again"
                 ) from error
         return JournalContents(groups, int(bool(rest)))
 

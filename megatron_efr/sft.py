@@ -36,7 +36,7 @@ def sft(config: SftConfig, resume: bool = False) -> None:
         done = restore(policy, checkpoints) if resume else 0
         ranks.on_main(lambda: folder.truncate_metrics(done))
         total = config.train.updates
-        observing = Observer(folder, config.observe, total, ranks.rank, done, config.name)
+        observing = Observer(folder, config.observe, total, ranks.rank, done, config.name, ranks.largest)
         with Interruption() as interruption, observing as observer:
             for step, update in enumerate(schedule(sequences, config), start=1):
                 if step <= done:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_efr import arguments, methods
-from megatron_efr.config import ConfigError, EvaluateConfig, TrainConfig
+from megatron_efr.config import ConfigError, EnginesConfig, EvaluateConfig, TrainConfig
 from megatron_efr.configfile import dump
 from megatron_efr.report.records import build_summary
 from megatron_efr.report.run_page import write_run_page
@@ -77,7 +77,7 @@ class Family:
             prompt=self.config.data.prompt,
             evaluation=self.config.evaluation,
             grading=self.config.grading,
-            slots=self.config.rollout.slots,
+            rollout=EnginesConfig(**{key: getattr(self.config.rollout, key) for key in EnginesConfig.model_fields}),
         )
         path = self._write(f"eval-{member.name}.yaml", dump(config))
         return [sys.executable, "-m", "megatron_efr.evaluate", str(path), f"--record={member.name}"]

@@ -35,12 +35,11 @@ def train(config: TrainConfig, resume: bool = False, replayed: Path | None = Non
 def loop(run: Run, done: int, interruption: Interruption) -> None:
     """Iterations `done` + 1 to the last, or to the one in which the run was asked to end."""
     config, policy, total = run.config, run.policy, run.config.train.iterations
-    with Observer(run.folder, config.observe, total, run.ranks.rank, done, config.name) as observer:
-        run.publisher.publish(policy, done)
+    with Observer(run.folder, config.observe, total, run.ranks.rank, done, config.name, run.ranks.largest) as observer:
+        run.phases.to_engines(policy, done, observer.phase)
         for step in range(done + 1, total + 1):
             metrics = iterate(run, step, observer)
-            with observer.phase("publish"):
-                run.publisher.publish(policy, step)
+            run.phases.to_engines(policy, step, observer.phase)
             with observer.phase("evaluate"):
                 metrics |= evaluate(run, step)
             observer.log(step, metrics)
@@ -60,8 +59,10 @@ def loop(run: Run, done: int, interruption: Interruption) -> None:
 def iterate(run: Run, step: int, observer: Observer) -> dict[str, float]:
     """Rollouts, and what is learnt from them; those of a skipped update are always kept, for a replay."""
     with observer.phase("rollout"):
-        groups = run.ranks.on_main(lambda: rollouts(run, step), "rollouts") or []
+        groups = run.answered(lambda: run.ranks.on_main(lambda: rollouts(run, step), "rollouts"), step - 1) or []
+    run.phases.to_policy(run.policy, observer.phase)
     metrics = learn(run, step, groups, observer)
+    metrics |= run.environment.engine_figures() if run.environment else {}
     if metrics["skipped"]:
         run.ranks.on_main(lambda: run.folder.write_rollouts(step, groups))
     return metrics
@@ -102,7 +103,9 @@ def learn(run: Run, step: int, groups: list[Group], observer: Observer) -> dict[
 def evaluate(run: Run, step: int) -> dict[str, float]:
     """The held-out problems, every so many iterations; rank 0 asks and grades them."""
     env = run.environment
-    return run.ranks.share(lambda: env.evaluate(step, run.folder) if env else {}, "an evaluation")
+    return run.answered(
+        lambda: run.ranks.share(lambda: env.evaluate(step, run.folder) if env else {}, "an evaluation"), step
+    )
 
 
 def main(argv: SequenceOf[str] | None = None) -> None:

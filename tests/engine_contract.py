@@ -139,15 +139,21 @@ class EngineContract:
         engine.resume()
         assert len(list(engine.generate(requests(3), self.sampling()))) == 3
 
-    def test_sleep_needs_wake_and_a_publication(self, engine: Engine, weights: tuple[Weights, Weights]) -> None:
+    def test_nothing_is_served_from_sleep_until_wake_and_a_publication_and_resume(
+        self, engine: Engine, weights: tuple[Weights, Weights]
+    ) -> None:
         engine.sleep()
         assert engine.version == -1
-        with pytest.raises(RuntimeError):
-            next(engine.generate(requests(1), self.sampling()))
-        engine.wake()
-        with pytest.raises(RuntimeError):
-            next(engine.generate(requests(1), self.sampling()))
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                next(engine.generate(requests(1), self.sampling()))
+            with pytest.raises(RuntimeError, match=r"publish\(\) before resume"):
+                engine.resume()
+            engine.wake()
         engine.publish(iter(weights[0]), version=9)
+        with pytest.raises(RuntimeError, match="paused"):
+            next(engine.generate(requests(1), self.sampling()))
+        engine.resume()
         (group,) = engine.generate(requests(1), self.sampling())
         assert group.responses[0].versions[0].version == 9
 

@@ -2,10 +2,10 @@
 
     python tools/plan.py examples/paper_7b.yaml --nodes 1 --gpus 8 --memory-gib 80 [section.key=value ...]
 
-The step is one in which engines and trainer release what a phase leaves idle; the peak without that is stated too.
 A table of phases and parts in GiB, how many tokens the engines' KV cache holds, and, where something does not fit, the
-fewest changes of the configuration that make it fit. Exit status 1 where it does not. The formulas and their sources
-are in megatron_efr/memory.py: they count tensors, and have not been compared with a card yet.
+fewest changes of the configuration that make it fit. Exit status 1 where it does not. A run says what each phase did
+take as `time/<phase>_device_gib`. The formulas and their sources are in megatron_efr/memory.py: they count tensors, and
+have not been compared with a card yet.
 """
 
 from __future__ import annotations
@@ -156,9 +156,6 @@ def describe(case: Case) -> Iterator[str | Table]:
         f"{case.world // tp} engines of {tp}"
     )
     yield table(case)
-    trained = max(phase.total for phase in made.phases if "gradients" in phase.parts)
-    resident = (trained + case.static_fraction * case.gpu_bytes) / GIB
-    yield f"with engines that release nothing, which is how efr train runs them today, the peak is {resident:.1f} GiB"
     yield f"KV cache of one engine: {made.kv_tokens:,} tokens, the longest sequence {case.longest:,}"
     yield f"host memory of one rank: {made.host_bytes / GIB:.1f} GiB (reference, offloaded gradients and optimizer)"
 

@@ -34,11 +34,11 @@ class Command:
 
 
 def trainer(placement: Placement, host: str, config: str, overrides: Sequence[str], run: str) -> Command:
-    """torchrun on one host: its ranks meet those of the other hosts at the rendezvous. Resumes what is there."""
-    urls = [f"rollout.urls=[{','.join(engine.url for engine in placement.engines)}]"] if placement.engines else []
-    environment = dict(TRAINER_ENVIRONMENT)
-    if any(engine.host == host and set(engine.gpus).isdisjoint(placement.trainer_gpus) for engine in placement.engines):
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, placement.trainer_gpus))
+    """torchrun on one host: its ranks meet those of the other hosts at the rendezvous. Resumes what is there.
+
+    Its first rank starts the engines of the host, whose GPUs it must therefore see; others are given as addresses.
+    """
+    urls = [f"rollout.urls=[{','.join(placement.urls)}]"] if placement.urls else []
     words = [
         *(sys.executable, "-m", "megatron_efr.launch"),
         *("--nnodes", str(len(placement.trainer_hosts)), "--nproc-per-node", str(len(placement.trainer_gpus))),
@@ -46,7 +46,7 @@ def trainer(placement: Placement, host: str, config: str, overrides: Sequence[st
         *("--local-addr", host),  # by which torchrun sorts hosts, and ranks with them
         *("-m", "megatron_efr.train", config, *overrides, *urls, "--resume"),
     ]
-    return Command(host, "trainer", tuple(words), environment)
+    return Command(host, "trainer", tuple(words), TRAINER_ENVIRONMENT)
 
 
 def engine(seat: EngineSeat, config: str, overrides: Sequence[str]) -> Command:
@@ -59,11 +59,12 @@ def engine(seat: EngineSeat, config: str, overrides: Sequence[str]) -> Command:
 
 
 def commands(placement: Placement, config: str, overrides: Sequence[str], run: str) -> Iterator[Command]:
-    """Every process of every host, engines before the trainer, which waits for them."""
+    """What is started on every host: torchrun where there are ranks, elsewhere one process for each engine."""
     for host in placement.hosts:
-        yield from (engine(seat, config, overrides) for seat in placement.engines_on(host))
         if host in placement.trainer_hosts:
             yield trainer(placement, host, config, overrides, run)
+        else:
+            yield from (engine(seat, config, overrides) for seat in placement.engines_on(host))
 
 
 def describe(placement: Placement) -> Iterator[str]:
@@ -73,7 +74,8 @@ def describe(placement: Placement) -> Iterator[str]:
         if ranks:
             yield f"{host}: ranks {ranks[0].rank}-{ranks[-1].rank} on GPUs {_listed([rank.gpu for rank in ranks])}"
         for seat in placement.engines_on(host):
-            yield f"{host}: engine {seat.index} on GPUs {_listed(seat.gpus)} at {seat.url}"
+            where = f"at {seat.url}" if seat.url else f"started by rank {ranks[0].rank}"
+            yield f"{host}: engine {seat.index} on GPUs {_listed(seat.gpus)} {where}"
 
 
 def _listed(numbers: Sequence[int]) -> str:

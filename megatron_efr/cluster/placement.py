@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_efr.config import ConfigError, RolloutConfig
+from megatron_efr.rollout.seats import Gpus, Host, neighbours
 
 ENGINE_PORT = 30000
-"""The first engine's port on each host; the next engines of the host take the ports after it."""
+"""The first engine's port on a host without ranks; the next engines of the host take the ports after it."""
 
 RENDEZVOUS_PORT = 29500
 
@@ -25,16 +26,16 @@ class Rank:
 
 @dataclass(frozen=True, slots=True)
 class EngineSeat:
-    """One SGLang server, on GPUs of one host."""
+    """One SGLang server on GPUs of one host, at `port`; None where the run itself starts it and takes a free one."""
 
     index: int
     host: str
-    gpus: tuple[int, ...]
-    port: int
+    gpus: Gpus
+    port: int | None
 
     @property
-    def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+    def url(self) -> str | None:
+        return None if self.port is None else f"http://{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Placement:
     """Everything that runs where. `trainer_gpus` are those of each trainer host, the same on all of them."""
 
     trainer_hosts: tuple[str, ...]
-    trainer_gpus: tuple[int, ...]
+    trainer_gpus: Gpus
     engines: tuple[EngineSeat, ...]
     rendezvous: str
 
@@ -57,6 +58,11 @@ class Placement:
         seats = [(host, local, gpu) for host in self.trainer_hosts for local, gpu in enumerate(self.trainer_gpus)]
         return [Rank(number, local, host, gpu) for number, (host, local, gpu) in enumerate(seats)]
 
+    @property
+    def urls(self) -> list[str]:
+        """The engines that the run does not start itself."""
+        return [engine.url for engine in self.engines if engine.url is not None]
+
     def engines_on(self, host: str) -> list[EngineSeat]:
         return [engine for engine in self.engines if engine.host == host]
 
@@ -68,40 +74,43 @@ def place(hosts: Sequence[str], gpus: int, rollout: RolloutConfig, port: int = R
     on a single host its last GPUs, belong to the engines. Hosts are sorted by name, since torchrun's c10d does so.
     """
     hosts = sorted(hosts)
-    everywhere = tuple(range(gpus))
-    if rollout.engine == "local" or rollout.urls:
-        return Placement(tuple(hosts), everywhere, (), f"{hosts[0]}:{port}")
+    whole, some = _apart(len(hosts), gpus, rollout)
+    trainers, ranks = tuple(hosts[: len(hosts) - whole]), tuple(range(gpus - some))
+    rendezvous = f"{hosts[0]}:{port}"
+    if whole:
+        return Placement(trainers, ranks, place_engines(hosts[-whole:], gpus, rollout).engines, rendezvous)
+    seats = Host(count=len(hosts), ranks=len(ranks)).seats(rollout)
+    beside = [(host, seat) for host in hosts for seat in seats]
+    engines = tuple(EngineSeat(index, host, seat, None) for index, (host, seat) in enumerate(beside))
+    return Placement(trainers, ranks, engines, rendezvous)
+
+
+def place_engines(hosts: Sequence[str], gpus: int, rollout: RolloutConfig) -> Placement:
+    """Engines alone, on every GPU of `hosts`."""
     if gpus % rollout.tp:
         fitting = [n for n in range(1, gpus + 1) if gpus % n == 0]
         raise ConfigError(f"rollout.tp: {rollout.tp} does not divide the {gpus} GPUs of a host; one of {fitting} would")
-    if rollout.placement == "colocated":
-        engines = _engines([(host, everywhere) for host in hosts], rollout.tp)
-        return Placement(tuple(hosts), everywhere, engines, f"{hosts[0]}:{port}")
-    wanted = rollout.engines * rollout.tp
-    if len(hosts) == 1:
+    seats = list(enumerate(neighbours(range(gpus), rollout.tp)))
+    made = [(host, seat, ENGINE_PORT + number) for host in hosts for number, seat in seats]
+    return Placement((), (), tuple(EngineSeat(index, *where) for index, where in enumerate(made)), "")
+
+
+def _apart(hosts: int, gpus: int, rollout: RolloutConfig) -> tuple[int, int]:
+    """How many whole hosts engines apart take, or how many GPUs of a single one."""
+    if rollout.engine == "local" or rollout.urls or rollout.placement == "colocated":
+        return 0, 0
+    engines = rollout.engines or 1
+    wanted = engines * rollout.tp
+    product = f"{engines} engines x rollout.tp {rollout.tp} = {wanted}"
+    if hosts == 1:
         if wanted >= gpus:
-            raise ConfigError(f"rollout.engines: {_product(rollout)} GPUs leave none of {gpus} for the trainer")
-        engines = _engines([(hosts[0], everywhere[-wanted:])], rollout.tp)
-        return Placement(tuple(hosts), everywhere[:-wanted], engines, f"{hosts[0]}:{port}")
+            raise ConfigError(f"rollout.engines: {product} GPUs leave none of {gpus} for the trainer")
+        return 0, wanted
     count, rest = divmod(wanted, gpus)
-    if rest or count >= len(hosts):
-        fitting = [n * gpus // rollout.tp for n in range(1, len(hosts))]
+    if rest or count >= hosts:
+        fitting = [n * gpus // rollout.tp for n in range(1, hosts)]
         raise ConfigError(
-            f"rollout.engines: {_product(rollout)} GPUs are not whole hosts of {gpus} that leave one of {len(hosts)} "
+            f"rollout.engines: {product} GPUs are not whole hosts of {gpus} that leave one of {hosts} "
             f"for the trainer; one of {fitting} would fit"
         )
-    engines = _engines([(host, everywhere) for host in hosts[-count:]], rollout.tp)
-    return Placement(tuple(hosts[:-count]), everywhere, engines, f"{hosts[0]}:{port}")
-
-
-def _engines(seats: Sequence[tuple[str, tuple[int, ...]]], tp: int) -> tuple[EngineSeat, ...]:
-    """Engines over every `tp` neighbouring GPUs of each (host, GPUs)."""
-    made: list[EngineSeat] = []
-    for host, gpus in seats:
-        for place, start in enumerate(range(0, len(gpus), tp)):
-            made.append(EngineSeat(len(made), host, gpus[start : start + tp], ENGINE_PORT + place))
-    return tuple(made)
-
-
-def _product(rollout: RolloutConfig) -> str:
-    return f"{rollout.engines} engines x rollout.tp {rollout.tp} = {rollout.engines * rollout.tp}"
+    return count, 0

@@ -1,15 +1,14 @@
 """One SGLang engine of a run, on the GPUs in sight: `python -m megatron_efr.cluster.serve CONFIG --host A --port P`.
 
-Runs until it is told to end (SIGTERM, SIGINT) or the server ends by itself; nothing of the server is left afterwards.
+Runs until it is told to end (SIGTERM, SIGINT), or the server failed once more than it may be started again; nothing of
+the server is left afterwards.
 """
 
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 
@@ -19,48 +18,29 @@ from megatron_efr.arguments import run
 from megatron_efr.config import TrainConfig
 from megatron_efr.configfile import load
 from megatron_efr.errors import UserError
+from megatron_efr.rollout.addresses import KEY, private_address
 from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
 from megatron_efr.weights.architecture import Architecture
 
-KEY = "SGLANG_API_KEY"
-
 
 def serve(config: TrainConfig, host: str, port: int, index: int) -> int:
-    """Start the server, say when it is ready, and wait; the exit code."""
+    """Start the server, say when it is ready, and keep it running; the exit code, once it stays down."""
     if not (key := os.environ.get(KEY)):
         raise UserError(f"{KEY}: not set; the update endpoints unpickle what they receive: no engine without a key")
     address = private_address(host)
     rollout, on_gpu = config.rollout, torch.cuda.is_available()
     arguments = server_arguments(config.model, rollout, Architecture.from_folder(config.model.path), on_gpu)
-    own: dict[str, object] = {
-        "host": address,
-        "port": port,
-        "api_key": key,
-        "random_seed": (config.seed + index) % 2**31,
-    }
-    if on_gpu:
-        own["base_gpu_id"] = 0  # of those in sight
+    own = {"random_seed": (config.seed + index) % 2**31}
     environment = server_environment(os.environ, on_gpu, rollout.tp)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # SLURM sends it to all, and the iteration at hand needs the engine
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    with Launcher(config.folder / "engines", rollout.timeouts.stop_s) as launcher:
-        launcher.start_one(f"engine-{index}", rollout.python, arguments | own, environment)
+    with Launcher(config.folder / "engines", rollout.timeouts.stop_s, key) as launcher:
+        launcher.start_one(f"engine-{index}", rollout.python, arguments | own, environment, host=address, port=port)
         [url] = launcher.wait(rollout.timeouts.start_s)
         print(f"engine {index} is ready at {url}", flush=True)
-        code = launcher.servers[0].process.wait()
-        print(f"engine {index} ended with {code}; the end of its log:\n{launcher.servers[0].tail()}", file=sys.stderr)
-        return code or 1
-
-
-def private_address(host: str) -> str:
-    """The address of `host`, refused where the internet may reach it."""
-    address = socket.gethostbyname(host)
-    if not ipaddress.ip_address(address).is_private:
-        raise UserError(
-            f"--host {host}: {address} is a public address, and an engine must not be reachable from outside"
-        )
-    return address
+        launcher.watch(rollout.timeouts, rollout.restarts).join()
+        return 1
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -116,11 +116,20 @@ class Optimizer:
     # -- leaving the GPU between phases -------------------------------------------------------------------------------
 
     def offload(self) -> None:
-        """Free the gradients' memory on the device and move the optimizer's state to the host's, until `restore`."""
+        """Free the gradients' memory on the device and move the optimizer's state to the host's, until `restore`.
+
+        The model's weights stay. An fp32 model's are the optimizer's own, or it holds views of them, which Megatron
+        would part from them.
+        """
         self._require_on_device("offload")
         for chunk in self._chunks:
             chunk.offload_grad_buffers()
+        weights = {parameter.untyped_storage().data_ptr() for chunk in self._chunks for parameter in chunk.parameters()}
+        parameters = cast(list[torch.Tensor], self.megatron.get_parameters())
+        staying = [(p, p.data) for p in parameters if p.untyped_storage().data_ptr() in weights]
         self.megatron.offload_to_cpu()
+        for parameter, data in staying:
+            parameter.data = data
         self._on_device = False
 
     def restore(self) -> None:
@@ -141,11 +150,14 @@ class Optimizer:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def sharded_state(self, models: dict[str, Any], loading: bool) -> dict[str, Any]:
-        """The optimizer's part of a sharded checkpoint, given the models'."""
-        self._require_on_device("save or load the optimizer")
+        """The optimizer's part of a sharded checkpoint, given the models'. Offloaded, it is saved from host memory."""
+        if loading:
+            self._require_on_device("load the optimizer")
+        # over gloo: the other way takes as much of the device as its engine has left
+        metadata = _CHECKPOINT | {"distrib_optim_fully_reshardable_mem_efficient": not self._on_device}
         with cpu.cuda_type_names():
             return {
-                "state": self.megatron.sharded_state_dict(models, is_loading=loading, metadata=_CHECKPOINT),
+                "state": self.megatron.sharded_state_dict(models, is_loading=loading, metadata=metadata),
                 "schedule": self.schedule.state_dict(),
                 "skipped_in_a_row": self.skipped_in_a_row,
             }

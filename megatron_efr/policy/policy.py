@@ -290,7 +290,7 @@ class Policy:
     def offload_training_state(self) -> None:
         """Gradients and optimizer state leave the device, for an engine that shares it; weights can still be read.
 
-        An fp32 model's weights are the optimizer's own and leave with it. RuntimeError where they have left already.
+        Log-probs, publication and a checkpoint need no more. RuntimeError where they have left already.
         """
         self.parameters.finish_gather()
         self.optimizer.offload()

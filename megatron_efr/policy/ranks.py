@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -160,6 +160,21 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(held, op=dist.ReduceOp.MIN, group=self.cpu_world)
         return bool(held)
+
+    def total(self, number: int) -> int:
+        """`number` summed over all ranks."""
+        summed = torch.tensor(number)
+        if self.world_size > 1:
+            dist.all_reduce(summed, group=self.cpu_world)
+        return int(summed)
+
+    def largest(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """Each figure's maximum over the ranks that have it."""
+        everyone: list[Any] = [dict(figures)] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(everyone, dict(figures), group=self.cpu_world)
+        names = sorted({name for own in everyone for name in own})
+        return {name: max(own[name] for own in everyone if name in own) for name in names}
 
     def sum_over_replicas(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` summed over data-parallel replicas, in place."""

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_efr import arguments
+from megatron_efr.report.agreement import agreement_markdown, compare
 from megatron_efr.report.records import over_seeds, summary_markdown
 from megatron_efr.report.run_page import write_run_page
 from megatron_efr.runfolder import RunFolder
 from megatron_efr.types import UserError
 
 
-def report(path: Path, seeds: bool) -> str:
-    """Write the page and return what to print: the family's table, and where the page lies."""
+def report(path: Path, seeds: bool, against: Path | None = None) -> str:
+    """Write the page; return what to print: the family's table, or it beside another's, and where the page lies."""
     if not path.is_dir():
         raise UserError(f"{path}: no such run folder")
     folder = RunFolder(path)
@@ -24,7 +25,17 @@ def report(path: Path, seeds: bool) -> str:
         _gather_seeds(folder)
     summary: dict[str, Any] = json.loads(folder.summary.read_text()) if folder.summary.exists() else {"models": []}
     page = write_run_page(folder, _members(folder, summary))
-    return "\n".join([summary_markdown(summary), ""] if summary["models"] else []) + f"\nreport: {page}"
+    shown = summary_markdown(summary) if summary["models"] else ""
+    if against is not None:
+        shown = agreement_markdown(compare(_family(folder), _family(RunFolder(against))), path.name, against.name)
+    return f"{shown}\n\nreport: {page}"
+
+
+def _family(folder: RunFolder) -> dict[str, Any]:
+    """The summary of a family."""
+    if not folder.summary.exists():
+        raise UserError(f"{folder.summary}: not there; it is written at the end of `efr sweep`")
+    return json.loads(folder.summary.read_text(encoding="utf-8"))
 
 
 def _members(folder: RunFolder, summary: dict[str, Any]) -> list[RunFolder]:
@@ -52,8 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seeds", action="store_true", help="the folder holds one family per seed, in seed-1, seed-2 ..."
     )
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="compare a family's figures with this one's")
     given = parser.parse_args(argv)
-    print(report(given.folder, given.seeds))
+    print(report(given.folder, given.seeds, given.against))
 
 
 if __name__ == "__main__":

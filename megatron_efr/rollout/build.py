@@ -1,29 +1,26 @@
-"""Builds the engine that a configuration asks for, and starts the servers that it needs."""
+"""Builds the engine that a configuration asks for, over the servers of a run or over some of its own."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from megatron_efr.config import ConfigError, ModelConfig, RolloutConfig
+from megatron_efr.config import ConfigError, EnginesConfig, ModelConfig, RolloutConfig
+from megatron_efr.rollout.addresses import KEY, wait_until_ready
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
 from megatron_efr.rollout.local import LocalEngine
+from megatron_efr.rollout.servers import Servers
 from megatron_efr.rollout.sglang import SGLangEngine
 from megatron_efr.weights.architecture import Architecture
 
-KEY = "SGLANG_API_KEY"
-"""Environment variable with the key of the servers in `rollout.urls`."""
 
-
-def build_engine(model: ModelConfig, rollout: RolloutConfig, folder: Path, seed: int, resources: ExitStack) -> Engine:
-    """The engine of a run; what must be closed at its end is given to `resources`.
-
-    Servers started here write to `folder`. They are asked for random numbers of their own: `seed` and those after it.
-    """
+def build_engine(model: ModelConfig, rollout: RolloutConfig, servers: Servers, resources: ExitStack) -> Engine:
+    """The engine of a run, over its `servers`; what must be closed at its end is given to `resources`."""
     if rollout.engine == "local":
         if rollout.overlap and torch.cuda.is_available():
             raise ConfigError(
@@ -35,24 +32,40 @@ def build_engine(model: ModelConfig, rollout: RolloutConfig, folder: Path, seed:
                 "model.routing: replay needs an engine that says which experts it chose; set rollout.engine: sglang"
             )
         return local_engine(model.path, rollout.slots, model.dtype)
-    architecture = Architecture.from_folder(model.path)
-    urls, key = rollout.urls, os.environ.get(KEY)
-    if not urls:
-        launcher = resources.enter_context(Launcher(folder, rollout.timeouts.stop_s))
-        on_gpu = torch.cuda.is_available()
-        trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        arguments = server_arguments(model, rollout, architecture, on_gpu, trainers)
-        environment = server_environment(os.environ, on_gpu, rollout.tp)
-        launcher.start(rollout.python, arguments, environment, count=rollout.engines, seed=seed)
-        urls, key = launcher.wait(rollout.timeouts.start_s), launcher.key
+    return _connected(model, rollout, servers.urls, servers.key, resources)
+
+
+def sglang_engine(
+    model: ModelConfig, engines: EnginesConfig, folder: Path, seed: int, resources: ExitStack
+) -> SGLangEngine:
+    """Servers that this process alone starts, on the first GPUs, or those in `urls`, as one engine.
+
+    They write to `folder`, and take random numbers from `seed` and those after it. None is started again: it would be
+    without weights.
+    """
+    if engines.urls:
+        return _connected(model, engines, engines.urls, os.environ.get(KEY), resources)
+    launcher = resources.enter_context(Launcher(folder, engines.timeouts.stop_s))
+    on_gpu = torch.cuda.is_available()
+    arguments = server_arguments(model, engines, Architecture.from_folder(model.path), on_gpu)
+    environment = server_environment(os.environ, on_gpu, engines.tp)
+    launcher.start(engines.python, arguments, environment, count=engines.engines or 1, seed=seed)
+    urls = launcher.wait(engines.timeouts.start_s)
+    return _connected(model, engines, urls, launcher.key, resources)
+
+
+def _connected(
+    model: ModelConfig, engines: EnginesConfig, urls: Sequence[str], key: str | None, resources: ExitStack
+) -> SGLangEngine:
+    wait_until_ready(urls, engines.timeouts.start_s)
     engine = SGLangEngine(
         urls,
-        architecture,
-        rollout.slots,
-        rollout.timeouts,
+        Architecture.from_folder(model.path),
+        engines.slots,
+        engines.timeouts,
         key=key,
-        engine_ranks=rollout.tp,
-        bucket_bytes=rollout.bucket_mib * 2**20,
+        engine_ranks=engines.tp,
+        bucket_bytes=engines.bucket_mib * 2**20,
         routed_experts=model.routing == "replay",
     )
     resources.callback(engine.close)

@@ -33,8 +33,9 @@ class Engine(Protocol):
     what an earlier one has not finished waits, and goes on when that stream is asked again.
 
     An engine serves nothing before its first `publish`, and nothing after one that failed (version -1). `pause` stops
-    decoding after the current token and keeps what is unfinished; `resume` goes on. `sleep` gives up weights and
-    caches, so `wake` must be followed by `publish`. Misuse raises RuntimeError, bad input ValueError.
+    decoding after the current token and keeps what is unfinished; `resume` goes on, where there are weights. `sleep`
+    pauses and gives up weights and caches: `wake` takes memory for weights, `publish` fills it, and `resume` takes the
+    caches' and goes on; nothing is served before. Misuse raises RuntimeError, bad input ValueError.
     """
 
     @property
@@ -58,7 +59,9 @@ class Engine(Protocol):
 
     def resume(self) -> None: ...
 
-    def sleep(self) -> None: ...
+    def sleep(self) -> int:
+        """How many servers gave up their memory."""
+        ...
 
     def wake(self) -> None: ...
 

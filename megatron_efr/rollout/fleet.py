@@ -1,4 +1,4 @@
-"""Several SGLang servers as one: a call to all of them, and whole groups from the least loaded.
+"""Several SGLang servers as one: whole groups from the least loaded of those that serve.
 
 Everything here runs in one asyncio loop.
 """
@@ -10,22 +10,20 @@ import contextlib
 import itertools
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import aiohttp
 
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.rollout.server import AbortedError, Answer, LostError, Server
+from megatron_efr.rollout.membership import Events, Membership
+from megatron_efr.rollout.server import Answer, BrokenError, Server
 from megatron_efr.types import Group, Request, Sampling
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.publish import EngineError
-
-T = TypeVar("T")
+from megatron_efr.weights.publish import EngineError, LostError
 
 SENDS = 3
-"""How often one response is asked for, where its server fails."""
+"""How often one response is asked for of servers that fail to give it, though they serve."""
 
 REST_S = 30.0
 """How long a server that lost a response is passed over, where there are others."""
@@ -43,6 +41,9 @@ class Tally:
     cached_tokens: int = 0
     resent: int = 0
     seconds: float = 0.0  # in which at least one response was being generated
+    serving: int = 0  # servers, now
+    lost: int = 0
+    back: int = 0
 
 
 class Fleet:
@@ -57,6 +58,7 @@ class Fleet:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S)
         self._session = aiohttp.ClientSession(connector=connector, headers=headers, read_bufsize=2**20)
         self.servers = [Server(url, self._session, limits, routed) for url in urls]
+        self.membership = Membership(self.servers, limits)
         self._loads = dict.fromkeys(self.servers, 0)
         self._rests_until = dict.fromkeys(self.servers, 0.0)
         self._name, self._numbers = uuid.uuid4().hex[:12], itertools.count()
@@ -64,24 +66,12 @@ class Fleet:
 
     async def close(self) -> None:
         """Close the connections."""
+        self.membership.close()
         await self._session.close()
-
-    async def all(self, call: Callable[[Server], Awaitable[T]]) -> list[T]:
-        """Make `call` of every server at once and wait for all; EngineError has the words of all that failed."""
-        results = await asyncio.gather(*(call(server) for server in self.servers), return_exceptions=True)
-        failed = [result for result in results if isinstance(result, BaseException)]
-        for error in failed:
-            if not isinstance(error, EngineError):
-                raise error
-        if len(failed) == 1:
-            raise failed[0]
-        if failed:
-            raise EngineError("; ".join(map(str, failed))) from failed[0]
-        return [result for result in results if not isinstance(result, BaseException)]
 
     async def group(self, request: Request, sampling: Sampling) -> Group:
         """The whole group that answers `request`, from the server with the fewest responses in work."""
-        server = self._least_loaded()
+        server = await self._least_loaded()
         tasks = [asyncio.create_task(self._response(server, request, sampling)) for _ in range(request.samples)]
         try:
             answers = await asyncio.gather(*tasks)
@@ -96,26 +86,37 @@ class Fleet:
 
     async def _response(self, server: Server, request: Request, sampling: Sampling) -> Answer:
         """One response; one that was lost is asked for again, under a new name, of the server least loaded then."""
-        for attempt in itertools.count(1):
+        sends = 0
+        while True:
             rid = f"{self._name}-{next(self._numbers)}"
             try:
                 with self._counted(server):
-                    return await server.generate(rid, request.prompt.tokens, sampling)
-            except (LostError, AbortedError) as error:
-                if attempt == SENDS:
+                    asked = server.generate(rid, request.prompt.tokens, sampling)
+                    return await self.membership.unless_lost(server, asked)
+            except LostError as error:
+                await self._judge(server, error)
+                sends += server in self.membership.serving
+                if sends == SENDS:
                     raise EngineError(f"prompt {request.prompt.id}: lost {SENDS} times: {error}") from error
             self._tally.resent += 1
-            self._rests_until[server] = time.monotonic() + REST_S
-            with contextlib.suppress(EngineError):  # where the server is gone, so is the request
-                await server.abort(rid)
-            await asyncio.sleep(attempt)
-            server = self._least_loaded()
-        raise AssertionError
+            if server in self.membership.serving:
+                self._rests_until[server] = time.monotonic() + REST_S
+                with contextlib.suppress(LostError):  # then the request is lost with the connection
+                    await server.abort(rid)
+                await asyncio.sleep(sends)
+            server = await self._least_loaded()
 
-    def _least_loaded(self) -> Server:
-        now = time.monotonic()
-        rested = [server for server in self.servers if self._rests_until[server] <= now]
-        return min(rested or self.servers, key=self._loads.__getitem__)
+    async def _judge(self, server: Server, error: LostError) -> None:
+        """Whether a server that failed to give a response serves on."""
+        if isinstance(error, BrokenError):
+            self.membership.lose(server, str(error))
+        else:
+            await self.membership.examine(server)
+
+    async def _least_loaded(self) -> Server:
+        serving, now = await self.membership.settled_serving(), time.monotonic()
+        rested = [server for server in serving if self._rests_until[server] <= now]
+        return min(rested or serving, key=self._loads.__getitem__)
 
     @contextlib.contextmanager
     def _counted(self, server: Server) -> Iterator[None]:
@@ -133,6 +134,8 @@ class Fleet:
     async def read_tally(self) -> Tally:
         """What was done since the last call."""
         tally, self._tally = self._tally, Tally()
+        events, self.membership.events = self.membership.events, Events()
+        tally.serving, tally.lost, tally.back = len(self.membership.serving), events.lost, events.back
         if any(self._loads.values()):
             now = time.perf_counter()
             tally.seconds += now - self._busy_since

@@ -1,35 +1,27 @@
-"""Starts SGLang servers, waits until they are ready, and sees to it that none outlives the trainer.
+"""Starts SGLang servers, waits until they are ready, has them watched, and ends them.
 
 Each server runs under a supervisor (`supervisor.py`) in a session of its own: Ctrl-C does not reach it, and when the
-trainer is gone, however it went, the supervisor ends the server and all that the server started.
+process that started it is gone, however it went, the supervisor ends the server and all that the server started.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import secrets
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_efr.config import ModelConfig, RolloutConfig
+from megatron_efr.config import EnginesConfig, ModelConfig, TimeoutsConfig
 from megatron_efr.errors import UserError
-from megatron_efr.rollout import supervisor
+from megatron_efr.rollout.addresses import LOOPBACK, free_port, is_ready
+from megatron_efr.rollout.process import ServerProcess
+from megatron_efr.rollout.watch import Watch
 from megatron_efr.weights.architecture import Architecture
 
-HOST = "127.0.0.1"
-PORTS = range(20000, 30000)  # below those that the kernel gives to outgoing connections
-TAIL = 20  # lines of a log that an error shows
 SAYS_EVERY_S = 15.0
 
 CPU_ARGUMENTS: dict[str, Any] = {
@@ -38,6 +30,7 @@ CPU_ARGUMENTS: dict[str, Any] = {
     "sampling_backend": "pytorch",
     "cuda_graph_backend_decode": "disabled",
     "cuda_graph_backend_prefill": "disabled",
+    "sleep_on_idle": True,  # else it spins on a core that the trainer needs
 }
 """Arguments with which SGLang runs on plain torch."""
 
@@ -53,6 +46,7 @@ REFUSED = {
     "host": "set by the launcher",
     "port": "set by the launcher",
     "api_key": "made for each run",
+    "base_gpu_id": "follows from rollout.placement",
     "enable_custom_logit_processor": "a processor changes the distribution, and log-probs would not be the sampler's",
     "preferred_sampling_params": "they change the distribution, and log-probs would not be the sampler's",
 }
@@ -80,11 +74,16 @@ def server_environment(outer: Mapping[str, str], on_gpu: bool, tp: int) -> dict[
 
 
 def server_arguments(
-    model: ModelConfig, rollout: RolloutConfig, architecture: Architecture, on_gpu: bool, trainers: int = 1
+    model: ModelConfig,
+    rollout: EnginesConfig,
+    architecture: Architecture,
+    on_gpu: bool,
+    first_gpu: int = 0,
+    shared: bool = False,
 ) -> dict[str, Any]:
     """What the servers of a run are started with, by SGLang's names; `rollout.server` has the last word.
 
-    `trainers` is the number of GPUs that train on this machine. `base_gpu_id` is the first server's.
+    `first_gpu` is the first server's, which is `shared` with a trainer where it is.
     """
     if refused := sorted(REFUSED.keys() & rollout.server.keys()):
         raise UserError(f"rollout.server.{refused[0]}: {REFUSED[refused[0]]}")
@@ -101,53 +100,47 @@ def server_arguments(
         "log_level_http": "warning",
     }
     if on_gpu:
-        arguments["base_gpu_id"] = trainers if rollout.placement == "apart" else 0
+        arguments["base_gpu_id"] = first_gpu
+        arguments["enable_memory_saver"] = shared  # without it they release nothing
     else:
         arguments |= CPU_ARGUMENTS | {"max_total_tokens": max(CPU_CACHED_TOKENS, architecture.max_positions)}
     return arguments | rollout.server
 
 
-@dataclass(frozen=True, slots=True)
-class Launched:
-    """One server process, under its supervisor."""
-
-    name: str
-    url: str
-    log: Path
-    process: subprocess.Popen[bytes]
-
-    def tail(self) -> str:
-        """Where its log is, and the end of it, without the line that holds the key."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        shown = [line[:500] for line in lines[-TAIL:] if "server_args=" not in line]
-        return "\n  ".join([f"the end of {self.log}:", *shown])
-
-
 class Launcher:
-    """The servers of one run. Use it as a context manager, or call `close`.
+    """The servers that this process starts. Use it as a context manager, or call `close`.
 
     Configuration, key and logs lie in `folder`, which only its owner may read: SGLang reads its arguments from a file,
     so that `ps` shows no key, but writes them to its log.
     """
 
-    def __init__(self, folder: Path, stop_s: float) -> None:
+    def __init__(self, folder: Path, stop_s: float, key: str | None = None) -> None:
         self.folder, self._stop_s = folder, stop_s
-        self.key = secrets.token_urlsafe(32)
-        self.servers: list[Launched] = []
+        self.key = key or secrets.token_urlsafe(32)
+        self.servers: list[ServerProcess] = []
+        self._watch: Watch | None = None
 
     def start(
         self, python: str, arguments: Mapping[str, Any], environment: Mapping[str, str], *, count: int, seed: int
     ) -> None:
         """Start `count` servers, each with random numbers and GPUs of its own; returns before they are ready."""
         for index in range(count):
-            port = _free_port()
-            own = {"host": HOST, "port": port, "api_key": self.key, "random_seed": (seed + index) % 2**31}
+            own: dict[str, Any] = {"random_seed": (seed + index) % 2**31}
             if "base_gpu_id" in arguments:
                 own["base_gpu_id"] = arguments["base_gpu_id"] + index * arguments["tp_size"]
             self.start_one(f"engine-{index}", python, dict(arguments) | own, environment)
 
-    def start_one(self, name: str, python: str, arguments: Mapping[str, Any], environment: Mapping[str, str]) -> None:
-        """Start one server with all its `arguments`, address, port and key among them."""
+    def start_one(
+        self,
+        name: str,
+        python: str,
+        arguments: Mapping[str, Any],
+        environment: Mapping[str, str],
+        *,
+        host: str = LOOPBACK,
+        port: int | None = None,
+    ) -> None:
+        """Start one server, which listens on `host` alone, at any free port where none is given."""
         if not os.access(python, os.X_OK):
             raise UserError(
                 f"rollout.python: {python}: no such interpreter; on a machine without a GPU, "
@@ -155,20 +148,13 @@ class Launcher:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o700)
-        settings, log = self.folder / f"{name}.yaml", self.folder / f"{name}.log"
-        settings.write_text(yaml.safe_dump({key.replace("_", "-"): value for key, value in arguments.items()}))
-        command = [python, "-m", "sglang.launch_server", "--config", str(settings)]
-        watched = [sys.executable, "-I", supervisor.__file__, str(os.getpid()), str(self._stop_s), *command]
-        with open(log, "wb") as output:
-            process = subprocess.Popen(
-                watched,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=dict(environment),
-                start_new_session=True,
-            )
-        self.servers.append(Launched(name, f"http://{arguments['host']}:{arguments['port']}", log, process))
+        port = port or free_port(host)
+        settings = {**arguments, "host": host, "port": port, "api_key": self.key}
+        file = self.folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({key.replace("_", "-"): value for key, value in settings.items()}))
+        command = [python, "-m", "sglang.launch_server", "--config", str(file)]
+        url = f"http://{host}:{port}"
+        self.servers.append(ServerProcess(name, url, self.folder, command, environment, self._stop_s))
 
     def wait(self, limit_s: float) -> list[str]:
         """Wait until all are ready, saying so now and then; their addresses, or a UserError with the log's end."""
@@ -186,40 +172,27 @@ class Launcher:
                 said = time.monotonic()
                 print(f"waiting for {len(waiting)} SGLang servers ({waited:.0f} s); logs: {self.folder}", flush=True)
             time.sleep(0.5)
-            waiting = [server for server in waiting if not _ready(server.url)]
+            waiting = [server for server in waiting if not is_ready(server.url)]
         return [server.url for server in self.servers]
+
+    def watch(self, limits: TimeoutsConfig, restarts: int) -> Watch:
+        """From now on servers that end or hang are started again, each `restarts` times at most; call it when ready."""
+        self._watch = Watch(self.servers, self.key, limits, restarts)
+        return self._watch
 
     def close(self) -> None:
         """End every server, and wait until nothing is left of any."""
+        if self._watch is not None:
+            self._watch.close()
         for server in self.servers:
-            server.process.terminate()
+            server.terminate()
         for server in self.servers:
-            server.process.wait()
+            server.wait()
+        if self._watch is not None:
+            self._watch.join()
 
     def __enter__(self) -> Launcher:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _ready(url: str) -> bool:
-    """Whether the server takes requests. No proxy stands between this machine and itself."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(f"{url}/ready", timeout=5) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _free_port(host: str = HOST, ports: Sequence[int] = PORTS) -> int:
-    """A port that nobody listens on now."""
-    for port in random.sample(ports, 100):
-        with socket.socket() as candidate:
-            try:
-                candidate.bind((host, port))
-            except OSError:
-                continue
-            return port
-    raise UserError(f"no free port among 100 tried in {ports[0]}-{ports[-1]} on {host}")

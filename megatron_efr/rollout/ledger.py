@@ -108,8 +108,12 @@ class Ledger:
         self._thread = ThreadPoolExecutor(1, "rollouts") if config.overlap else None
 
     def collect(self, step: int, journals: Journals) -> list[Group]:
-        """Iteration `step`'s groups, in the order of their visits. What they leave is due in the next iteration."""
-        finished, self.seconds = (self._begun or self._begin(step, journals))()
+        """Iteration `step`'s groups, in the order of their visits. What they leave is due in the next iteration.
+
+        After an error of the engine it can be called again: it asks for what is not in the journal yet.
+        """
+        begun, self._begun = self._begun or self._begin(step, journals), None
+        finished, self.seconds = begun()
         late = [flight.visit.index for flight in self._in_flight if self._is_due(flight, step)]
         others = [index for index in finished if index not in late]
         taken = sorted(late + others[: self._config.prompts - len(late)])

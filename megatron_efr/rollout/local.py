@@ -96,18 +96,25 @@ class LocalEngine:
         self._turn.pause()
 
     def resume(self) -> None:
-        """Go on after `pause`."""
+        """Go on after `pause`, or after `sleep`, `wake` and a publication."""
+        if self._version < 0:
+            raise RuntimeError("the engine has no weights: publish() before resume()")
         self._turn.resume()
 
-    def sleep(self) -> None:
-        """Free weights and cache. Unfinished responses are kept as tokens, and read again after wake and publish."""
+    def sleep(self) -> int:
+        """Pause, and free weights and cache. Unfinished responses are kept as tokens, and read again afterwards.
+
+        0: it is no server.
+        """
+        self._turn.pause()
         with self._turn.changing():
             self._decoder = self._cache = None
             self._version = -1
             self._asleep = True
+        return 0
 
     def wake(self) -> None:
-        """End `sleep`; a publication must follow."""
+        """End `sleep`, still paused; a publication must follow, and then `resume`."""
         with self._turn.changing():
             self._asleep = False
 

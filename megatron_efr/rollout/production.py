@@ -10,6 +10,7 @@ from typing import Any
 from megatron_efr.rollout.engine import Engine, GroupStream
 from megatron_efr.rollout.turn import Turn
 from megatron_efr.types import Group, Request, Sampling
+from megatron_efr.weights.publish import EngineError
 
 
 class Feed(Iterator[Request]):
@@ -54,11 +55,18 @@ class Production:
         self._in_flight |= {request.seed for request in fresh}
 
     def next(self) -> Group:
-        """The next group to be finished. RuntimeError where the stream ends before all that was asked is answered."""
+        """The next group to be finished. RuntimeError where the stream ends before all that was asked is answered.
+
+        After an EngineError nothing is in flight any more, and can be asked again.
+        """
         with self._turn.decoding(self):
             if self.closed or self._stream is None:
                 raise RuntimeError("rollouts were asked of a production that is closed, or has nothing to do")
-            group = next(self._stream, None)
+            try:
+                group = next(self._stream, None)
+            except EngineError:
+                self._in_flight.clear()
+                raise
         if group is None:
             raise RuntimeError(f"the engine's stream of groups ended with {len(self._in_flight)} prompts unanswered")
         self._in_flight.remove(group.seed)

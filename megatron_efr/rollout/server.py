@@ -1,7 +1,8 @@
 """One SGLang server over HTTP: the calls that a trainer makes, typed, each with a named limit.
 
 The contract is that of SGLang 0.5.23. A call that is answered with a refusal raises EngineError with the server's
-words; one that is not answered raises LostError, and may or may not have been carried out.
+words; one that is not answered raises LostError, and may or may not have been carried out, as one answered with a
+failure of the server's own (5xx) raises BrokenError.
 """
 
 from __future__ import annotations
@@ -18,18 +19,21 @@ from megatron_efr.config import TimeoutsConfig
 from megatron_efr.rollout.routing import decode_routing
 from megatron_efr.types import Finish, Response, Sampling, VersionSpan
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.publish import EngineError
+from megatron_efr.weights.publish import EngineError, LostError
+
+WEIGHTS, CACHES = "weights", "kv_cache"
+"""SGLang's names for what a server's memory holds."""
 
 READS = 3
 """Attempts of a call that only reads."""
 
 
-class LostError(EngineError):
-    """No answer: the connection failed or the limit ran out."""
+class BrokenError(LostError):
+    """The server says that it has failed."""
 
 
-class AbortedError(EngineError):
-    """The server gave a request up, though nobody here asked it to."""
+class AbortedError(LostError):
+    """The server gave a request up, though nobody here asked it to, or answered with weights that nobody gave it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,8 @@ class Server:
     ) -> None:
         self.url = url.rstrip("/")
         self._session, self._limits, self._routed = session, limits, routed
+        self.released: set[str] = set()
+        """What of WEIGHTS and CACHES it has given up: to take again what it has ends a server. Empty once restarted."""
 
     # -- responses -----------------------------------------------------------------------------------------------------
 
@@ -86,9 +92,13 @@ class Server:
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    async def alive(self) -> None:
-        """Return when the server has shown that it can generate a token, or raise; not to be asked while paused."""
-        await self._get("/health", "health_s")
+    async def check(self) -> str:
+        """The name of the weights, once the scheduler has shown that it answers, as it does while paused too.
+
+        A single attempt: SGLang's own /health wants a token to be generated, and fails where the server is paused.
+        """
+        await self._request("GET", "/server_info", None, "health_s")
+        return (await self._request("GET", "/model_info", None, "health_s"))["weight_version"]
 
     async def info(self) -> dict[str, Any]:
         """The server's arguments."""
@@ -103,20 +113,26 @@ class Server:
         await self._post("/pause_generation", {"mode": "retract"}, "control_s")
 
     async def resume(self) -> None:
-        """Go on after `pause`."""
+        """Go on after `pause`, with caches."""
+        await self.resume_memory(CACHES)
         await self._post("/continue_generation", {}, "control_s")
 
     async def flush(self) -> None:
         """Drop all cached keys and values; refused while requests run."""
         await self._post("/flush_cache", {}, "control_s")
 
-    async def release_memory(self) -> None:
-        """Give up the memory of weights and caches; the server must be paused."""
-        await self._post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]}, "control_s")
+    async def release_memory(self) -> bool:
+        """Give up the memory of weights and caches, if it has any; it must be paused, and its caches flushed."""
+        if held := [kind for kind in (CACHES, WEIGHTS) if kind not in self.released]:
+            await self._post("/release_memory_occupation", {"tags": held}, "control_s")
+            self.released.update(held)
+        return bool(held)
 
-    async def resume_memory(self) -> None:
-        """Take memory again; what it holds is undefined until weights are published."""
-        await self._post("/resume_memory_occupation", {"tags": ["weights", "kv_cache"]}, "control_s")
+    async def resume_memory(self, kind: str) -> None:
+        """Take the memory of WEIGHTS or CACHES again, where it was given up; what it holds is undefined."""
+        if kind in self.released:
+            self.released.remove(kind)
+            await self._post("/resume_memory_occupation", {"tags": [kind]}, "control_s")
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
@@ -196,7 +212,8 @@ class Server:
         except aiohttp.ClientError as error:
             raise LostError(f"{self.url}{path}: {error or type(error).__name__}") from error
         if answer.status != 200:
-            raise EngineError(f"{self.url}{path}: answered {answer.status}: {text[:500]}")
+            kind = BrokenError if answer.status >= 500 else EngineError
+            raise kind(f"{self.url}{path}: answered {answer.status}: {text[:500]}")
         return json.loads(text) if answer.content_type == "application/json" and text else None
 
 
@@ -234,6 +251,8 @@ def _answer(answered: dict[str, Any], sampling: Sampling, url: str) -> Answer:
         raise AbortedError(
             f"{url}/generate: aborted after {len(tokens)} tokens: {meta['finish_reason'].get('message')}"
         )
+    if unpublished := [span["version"] for span in meta["weight_versions"] if not span["version"].isdigit()]:
+        raise AbortedError(f"{url}/generate: answered with weights {unpublished[0]!r}: the server has restarted")
     drawn = meta["output_token_logprobs"]
     if [token for _, token, _ in drawn] != tokens:
         raise EngineError(f"{url}/generate: {len(tokens)} tokens came with {len(drawn)} log-probs of others")

@@ -1,37 +1,34 @@
 """The SGLang engine: servers of their own, spoken to from one background thread, behind the protocol of `Engine`.
 
-It is also the `Engines` of `weights.publish`: the calls that a publication of sharded weights is made of. Unlike the
-embedded engine's, its random numbers are the servers', so a request's seed names it and no more.
+Unlike the embedded engine's, its random numbers are the servers', so a request's seed names it and no more.
 """
 
 from __future__ import annotations
 
-import base64
-import pickle
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, Self
+from typing import Self
 
 import torch
 
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.rollout.fleet import Fleet
 from megatron_efr.rollout.requests import check_request, check_sampling
-from megatron_efr.rollout.server import Server, tensor_body
-from megatron_efr.rollout.thread import LoopThread
+from megatron_efr.rollout.server import WEIGHTS, Server
+from megatron_efr.rollout.updates import ServerUpdates
 from megatron_efr.types import Group, Request, Sampling, UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.checked import checked
 from megatron_efr.weights.mapping import WeightMapping
-from megatron_efr.weights.publish import EngineError
+from megatron_efr.weights.reshard import Parcel
+from megatron_efr.weights.transports import InBand
 
 AHEAD = 1.25
 """Responses asked for at once, over those that the servers decode at once: what starts as soon as a place is free."""
 
 
-class SGLangEngine:
+class SGLangEngine(ServerUpdates):
     """An `Engine` over running servers, each of `engine_ranks` tensor-parallel ranks and `slots` places.
 
     With `routed_experts`, responses of a mixture of experts say which of them read their tokens. After a publication in
@@ -54,23 +51,16 @@ class SGLangEngine:
         bucket_bytes: int = 2**29,
         routed_experts: bool = False,
     ) -> None:
-        self.architecture, self.engine_ranks, self.bucket_bytes = architecture, engine_ranks, bucket_bytes
-        self.urls, self.count = list(urls), len(urls)
+        super().__init__(urls, limits, key, engine_ranks, architecture if routed_experts else None)
+        self.architecture, self.bucket_bytes = architecture, bucket_bytes
         self.in_flight = max(1, int(AHEAD * slots * self.count))
         self._shapes = WeightMapping(architecture).shapes()
-        self._version = -1
-        self._asleep = False
-        self._paused_by: int | None = None
-        self._updated_by: int | None = None  # the thread that is in the middle of an update
         self._streams: list[_Stream] = []
-        self._thread = LoopThread("sglang")
-        self._fleet = self._thread.run(_fleet(urls, key, limits, architecture if routed_experts else None))
-        self._check_servers(routed_experts)
-
-    @property
-    def version(self) -> int:
-        """Version of the weights being served; -1 before the first publication."""
-        return self._version
+        try:
+            self._check_servers(routed_experts)
+        except BaseException:
+            self.close()
+            raise
 
     # -- Engine --------------------------------------------------------------------------------------------------------
 
@@ -91,50 +81,54 @@ class SGLangEngine:
         ValueError names a tensor that is unknown, given twice, mis-shaped or missing, before it, or the last bucket, is
         sent. After an error the servers stay paused and serve nothing until a publication succeeds.
         """
-        try:
-            self.begin_update()
-            for bucket in _buckets(checked(weights, self._shapes), self.bucket_bytes):
-                self.update_from_tensor([_payload(bucket)] * self.engine_ranks, None)
-            self.end_update(version)
-        except Exception:
-            self.abandon_update()
-            raise
+        transport = InBand(self)
+        self.begin_update()
+        for bucket in _buckets(checked(weights, self._shapes), self.bucket_bytes):
+            transport.deliver(transport.prepare(Parcel(bucket, None)))
+        self.end_update(version)
 
     def pause(self) -> None:
         """Stop decoding; unfinished responses are kept."""
-        self._all(Server.pause)
+        self._answering(Server.pause)
         self._paused_by = threading.get_ident()
 
     def resume(self) -> None:
-        """Go on after `pause`."""
+        """Go on after `pause`, or after `sleep`, `wake` and a publication: with caches again."""
+        if self._version < 0:
+            raise RuntimeError("the engine has no weights: publish() before resume()")
         self._paused_by = None
-        if self._version >= 0:
-            self._all(Server.resume)
+        self._answering(Server.resume)
 
-    def sleep(self) -> None:
-        """Give up weights and caches. Unfinished responses are kept as tokens, and go on after wake and publish."""
-        if not self._asleep:
-            self._version = -1
-            self._all(Server.pause)
-            self._all(Server.flush)
-            self._all(Server.release_memory)
-            self._asleep = True
+    def sleep(self) -> int:
+        """Pause, and give up weights and caches; unfinished responses are kept as tokens. How many servers did so.
+
+        Servers that were lost and are back do so too: they hold memory, though they have not been published to.
+        """
+        self._version = -1
+        self._thread.run(self._membership.look())
+        self.pause()
+        self._answering(Server.flush)
+        released = self._answering(Server.release_memory)
+        self._asleep = True
+        return sum(released)
 
     def wake(self) -> None:
-        """End `sleep`; a publication must follow."""
-        if self._asleep:
-            self._all(Server.resume_memory)
-            self._asleep = False
+        """Take the weights' memory again, still paused; a publication must follow, and then `resume`."""
+        self._answering(lambda server: server.resume_memory(WEIGHTS))
+        self._asleep = False
 
     def health(self) -> dict[str, float]:
-        """Since the last call: tokens generated, seconds in which any was, the share of prompts found in caches, and
-        responses that were asked for again because their server failed."""
+        """Since the last call: tokens generated, seconds in which any was, the share of prompts found in caches,
+        responses that were asked for again, servers lost and back; and how many serve now."""
         tally = self._thread.run(self._fleet.read_tally())
         return {
             "tokens": float(tally.tokens),
             "seconds": tally.seconds,
             "tokens_per_second": tally.tokens / tally.seconds if tally.seconds else 0.0,
             "cached_share": tally.cached_tokens / tally.prompt_tokens if tally.prompt_tokens else 0.0,
+            "serving": float(tally.serving),
+            "lost": float(tally.lost),
+            "back": float(tally.back),
             "resent": float(tally.resent),
         }
 
@@ -145,103 +139,7 @@ class SGLangEngine:
         self._thread.run(self._fleet.close())
         self._thread.close()
 
-    # -- Engines -------------------------------------------------------------------------------------------------------
-
-    def begin_update(self) -> None:
-        """Pause (unfinished responses are kept), drop what is cached, open the update session."""
-        if self._asleep:
-            raise RuntimeError("the engine is asleep: wake() it before publish()")
-        self._version, self._updated_by = -1, threading.get_ident()
-        self._all(Server.pause)
-        self._all(Server.flush)
-        self._all(Server.begin_update)
-
-    def update_from_tensor(self, payloads: list[str], load_format: str | None) -> None:
-        """Send one bucket: a base64 payload for each tensor-parallel rank, the same to every server; or, where there
-        are as many as all servers have ranks together, each server its own.
-        """
-        ranks = self.engine_ranks
-        bodies = [tensor_body(payloads[i : i + ranks], load_format) for i in range(0, len(payloads), ranks)]
-        if len(bodies) not in (1, self.count):
-            raise ValueError(f"{len(payloads)} payloads for {self.count} servers of {ranks} ranks")
-        own = dict(zip(self._fleet.servers, bodies * (self.count if len(bodies) == 1 else 1), strict=True))
-        self._all(lambda server: server.update_from_tensor(own[server]))
-
-    def join_group(self, address: str, port: int, name: str, backend: str) -> Future[None]:
-        """Have every server enter a process group in which the trainer is rank 0; returns at once."""
-        world = 1 + self.count * self.engine_ranks
-        offsets = {server: 1 + i * self.engine_ranks for i, server in enumerate(self._fleet.servers)}
-        body = {"master_address": address, "master_port": port, "world_size": world, "group_name": name}
-        return self._start(
-            lambda server: server.join_group(body | {"backend": backend, "rank_offset": offsets[server]})
-        )
-
-    def update_from_distributed(
-        self,
-        names: Sequence[str],
-        dtypes: Sequence[str],
-        shapes: Sequence[Sequence[int]],
-        group: str,
-        load_format: str | None,
-    ) -> Future[None]:
-        """Have every server receive tensors that rank 0 of `group` broadcasts in this order; returns at once."""
-        body = {
-            "names": list(names),
-            "dtypes": list(dtypes),
-            "shapes": [list(shape) for shape in shapes],
-            "group_name": group,
-            "load_format": load_format,
-            "flush_cache": False,
-        }
-        return self._start(lambda server: server.update_from_distributed(body))
-
-    def leave_group(self, name: str) -> None:
-        """End the process group."""
-        self._all(lambda server: server.leave_group(name))
-
-    def update_from_disk(self, path: str) -> None:
-        """Have every server read a model folder."""
-        self._all(lambda server: server.update_from_disk(path))
-
-    def end_update(self, version: int) -> None:
-        """Close the session, drop what is cached, name the weights, go on unless paused, check the version."""
-        self._all(Server.end_update)
-        self._all(Server.flush)
-        self._all(lambda server: server.set_version(version))
-        if self._paused_by is None:
-            self._all(Server.resume)
-        for server, served in zip(self._fleet.servers, self._all(Server.version), strict=True):
-            if served != str(version):
-                raise EngineError(f"{server.url}: serves version {served} after the publication of {version}")
-        self._version, self._updated_by = version, None
-
-    def abandon_update(self) -> None:
-        """Close the session of an update that failed, if one is open; the servers stay paused."""
-
-        async def end(server: Server) -> None:
-            try:
-                await server.end_update()
-            except EngineError as error:
-                if NO_SESSION not in str(error):
-                    raise
-
-        self._version = -1
-        self._all(end)
-
-    def checksums(self) -> list[dict[str, str]]:
-        """What each server says of its weights, by SGLang's own parameter names."""
-        return self._all(Server.checksums)
-
     # -- within --------------------------------------------------------------------------------------------------------
-
-    def _all(self, call: Callable[[Server], Any]) -> list[Any]:
-        return self._thread.run(self._fleet.all(call))
-
-    def _start(self, call: Callable[[Server], Any]) -> Future[None]:
-        async def work() -> None:
-            await self._fleet.all(call)
-
-        return self._thread.start(work())
 
     def _ask(self, request: Request, sampling: Sampling) -> Future[Group]:
         return self._thread.start(self._fleet.group(request, sampling))
@@ -250,7 +148,7 @@ class SGLangEngine:
         """Cancel requests of a stream that ends. Servers see their connections close; with no other stream, at once."""
         cancelled = sum(future.cancel() for future in asked)
         if cancelled and not any(stream.asked for stream in self._streams):
-            self._all(Server.abort_all)
+            self._answering(Server.abort_all)
 
     def _check_serving(self) -> None:
         if self._updated_by not in (None, threading.get_ident()):
@@ -335,14 +233,6 @@ class _Stream(Iterator[Group]):
             future.add_done_callback(self._done.put)
 
 
-NO_SESSION = "no weight-update session is open"
-
-
-async def _fleet(urls: Sequence[str], key: str | None, limits: TimeoutsConfig, routed: Architecture | None) -> Fleet:
-    """A Fleet, made in the loop that its connections belong to."""
-    return Fleet(urls, key, limits, routed)
-
-
 def _buckets(weights: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """Tensors in their order, in lists of at most `size` bytes (or one tensor), given when the next list is begun."""
     bucket, held = [], 0
@@ -350,12 +240,6 @@ def _buckets(weights: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator
         if bucket and held + tensor.nbytes > size:
             yield bucket
             bucket, held = [], 0
-        bucket.append((name, tensor))
+        bucket.append((name, tensor.detach().cpu()))
         held += tensor.nbytes
     yield bucket
-
-
-def _payload(bucket: list[tuple[str, torch.Tensor]]) -> str:
-    """The tensors themselves, pickled for SGLang's restricted unpickler; copied, as a view would bring its storage."""
-    alone = [(name, tensor.detach().to("cpu", copy=True).contiguous()) for name, tensor in bucket]
-    return base64.b64encode(pickle.dumps(alone)).decode()

@@ -1,6 +1,6 @@
 """Runs one command, and ends it with all its descendants when it is told to or when the process it works for is gone.
 
-    python supervisor.py PID SECONDS COMMAND...     ends with the command's exit code
+    python supervisor.py PID SECONDS COMMAND...     ends with the command's exit code, 128 + n where signal n ended it
 
 PID is the process worked for. SIGTERM gives the command SECONDS to end by itself; when PID is gone, it gets none. A
 file of its own for the standard library alone: it starts in no time and has one thread, so that a child may safely be
@@ -69,4 +69,5 @@ def _children() -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(supervise(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]))
+    ended_with = supervise(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])
+    sys.exit(ended_with if ended_with >= 0 else 128 - ended_with)

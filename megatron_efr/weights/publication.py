@@ -56,11 +56,9 @@ def _transport(
                 "does not divide its heads, or 32 times which its MLP; tensor leaves that to SGLang"
             )
         return Sliced(engines, layout)
-    ranks, world = rollout.engines * rollout.tp, dist.get_world_size(cpu_world)
-    if on_gpu and (rollout.placement == "apart" or ranks != world):
+    if on_gpu and (rollout.placement == "apart" or rollout.urls):
         raise ConfigError(
-            "rollout.transport: tensor hands over GPU memory where it lies: it needs rollout.placement: colocated, and "
-            f"an engine's rank on every trainer's GPU, rollout.engines x rollout.tp = {ranks} for {world} ranks; "
-            "distributed needs neither"
+            "rollout.transport: tensor hands over GPU memory where it lies: it needs engines that the run itself "
+            "starts, with rollout.placement: colocated; distributed does not"
         )
     return Handles(engines, cpu_world) if on_gpu else InBand(engines)

@@ -16,6 +16,14 @@ class EngineError(RuntimeError):
     """An engine refused, failed or did not answer; the message names the server and what it answered."""
 
 
+class LostError(EngineError):
+    """An engine did not answer: the connection failed or the limit ran out; or it has failed, by its own account."""
+
+
+class NoEngineError(EngineError):
+    """No engine is left that serves; once weights are published to those that come back, it can be asked again."""
+
+
 class WeightMismatchError(EngineError):
     """An engine does not hold the weights that it was sent. Sending them again would not help: the run must stop."""
 
@@ -29,9 +37,9 @@ class Receiver(Protocol):
 class Engines(Protocol):
     """Servers that hold their own weights, as publication sees them; rank 0 has them.
 
-    Every call goes to all servers at once, waits for all, and raises EngineError where one fails. Between
-    `begin_update` and `end_update` no server serves; after a failure they stay paused, and an update begins again
-    with `abandon_update`.
+    Every call goes at once to all servers that take part, waits for all, and raises EngineError where one fails.
+    Between `begin_update` and `end_update` no server serves; after a failure they stay paused until an update, which
+    begins again with `begin_update`, has ended. What is said of servers is said of those that take part.
     """
 
     @property
@@ -45,17 +53,25 @@ class Engines(Protocol):
         ...
 
     @property
+    def changed(self) -> bool:
+        """Whether other servers take part than in the last update, or one that was lost since."""
+        ...
+
+    @property
     def engine_ranks(self) -> int:
         """Tensor-parallel ranks of each server."""
         ...
 
     def begin_update(self) -> None:
-        """Pause (unfinished responses are kept), drop what is cached, open the update session."""
+        """Decide which servers take part: those that answer, without one that has just failed where there are others.
+        Pause them (unfinished responses are kept), drop what is cached, open the update session, if need be after
+        closing one that is open. Where no server answers, wait for one.
+        """
         ...
 
     def update_from_tensor(self, payloads: list[str], load_format: str | None) -> None:
         """Send one bucket: a base64 payload for each tensor-parallel rank, the same to every server; or, where there
-        are as many as all servers have ranks together, each server its own.
+        are as many as all servers have ranks together, those that take no part included, each server its own.
         """
         ...
 
@@ -78,7 +94,7 @@ class Engines(Protocol):
         ...
 
     def leave_group(self, name: str) -> None:
-        """End the process group."""
+        """Have those servers leave the process group that are in it."""
         ...
 
     def update_from_disk(self, path: str) -> None:
@@ -87,10 +103,6 @@ class Engines(Protocol):
 
     def end_update(self, version: int) -> None:
         """Close the session, drop what is cached, name the weights `version`, go on serving, check the version."""
-        ...
-
-    def abandon_update(self) -> None:
-        """Close the session of an update that failed, if one is open; the servers stay paused."""
         ...
 
     def checksums(self) -> list[dict[str, str]]:
@@ -131,7 +143,7 @@ class Transport(Protocol):
         ...
 
     def begin(self) -> None:
-        """Before the first parcel. Rank 0."""
+        """Before the first parcel, when it is known which engines take part. Rank 0."""
         ...
 
     def deliver(self, prepared: Any) -> None:
@@ -157,16 +169,16 @@ class Check(Protocol):
         ...
 
 
-ATTEMPTS = 2
+ATTEMPTS = 3
 
 
 class Publisher:
     """Brings a policy's weights to engines; every rank has one and calls it alike, `engines` is rank 0's.
 
-    The sequence: close the session of a publication that failed, here or in a trainer that died; pause, flush, open a
-    session; the parcels; close it, flush, name the version, go on. On any failure the engines stay paused and all of it
-    is done again, once. After the first publication, and every `verify_every`-th, the engines' checksums are compared
-    with the tensors sent.
+    The sequence: pause, flush, open a session with every engine that answers; the parcels; close it, flush, name the
+    version, go on. On any failure the engines stay paused and all of it is done again, without the engine that failed
+    where there are others. Every `verify_every`-th publication, the first among them, and each that takes in an engine
+    which took no part in the last, is checked: the engines' checksums are compared with the tensors sent.
     """
 
     def __init__(
@@ -179,19 +191,19 @@ class Publisher:
         verify_every: int,
     ) -> None:
         self._transport, self._engines, self._cpu_world = transport, engines, cpu_world
-        self._check, self._verify_every = check, verify_every
+        self._make_check, self._verify_every = check, verify_every
+        self._check: Check | None = None  # rank 0's, of the publication that is going on
         self._published = 0
         self._clean = False
 
     def publish(self, weights: Weights, version: int) -> None:
-        """Bring `weights` to every engine as `version`.
+        """Bring `weights` to every engine that answers as `version`.
 
-        EngineError, on every rank, names the engine that failed twice: it must be restarted before the next attempt.
+        EngineError, on every rank, has what went wrong the third time, and names the engine.
         WeightMismatchError names a tensor that an engine does not have as it was sent.
         """
-        check = self._check() if self._published % self._verify_every == 0 else None
         for attempt in range(1, ATTEMPTS + 1):
-            failure = self._attempt(weights, version, check)
+            failure = self._attempt(weights, version)
             if failure is None:
                 self._published += 1
                 return
@@ -200,23 +212,31 @@ class Publisher:
             if self._engines is not None:
                 print(f"version {version} was not published, and is sent again: {failure}", flush=True)
 
-    def _attempt(self, weights: Weights, version: int, check: Check | None) -> EngineError | None:
+    def _attempt(self, weights: Weights, version: int) -> EngineError | None:
         """One publication, all of it; what went wrong, on every rank.
 
-        Ranks that hand over shards cannot know that rank 0 has failed: the parcels run to their end all the same.
+        The others wait until rank 0 knows which engines take part: it may wait for one to come back, for longer than
+        a collective of theirs waits for rank 0. From then on, ranks that hand over shards cannot know that rank 0 has
+        failed: the parcels run to their end all the same.
         """
         steps = _Steps(self._engines)
         steps.run(self._open)
+        if (failure := self._shared(steps.failure)) is not None:
+            return failure
         for parcel in weights.parcels(flat=True, everywhere=self._transport.everywhere):
             prepared = self._transport.prepare(parcel)
             steps.run(lambda prepared=prepared: self._transport.deliver(prepared))
-            if check is not None:
-                steps.run(lambda parcel=parcel: check.add(parcel))
+            if (check := self._check) is not None:
+                steps.run(lambda parcel=parcel, check=check: check.add(parcel))
             if self._transport.everywhere:
                 dist.barrier(self._cpu_world)
             del parcel, prepared
-        steps.run(lambda: self._close(version, check))
-        outcome: list[Any] = [steps.failure]
+        steps.run(lambda: self._close(version))
+        return self._shared(steps.failure)
+
+    def _shared(self, failure: EngineError | None) -> EngineError | None:
+        """Rank 0's, on every rank."""
+        outcome: list[Any] = [failure]
         dist.broadcast_object_list(outcome, src=0, group=self._cpu_world)
         return outcome[0]
 
@@ -224,16 +244,17 @@ class Publisher:
         assert self._engines is not None
         if not self._clean:
             self._transport.abandon()
-            self._engines.abandon_update()
         self._clean = False
         self._engines.begin_update()
+        checked = self._published % self._verify_every == 0 or self._engines.changed
+        self._check = self._make_check() if checked else None
         self._transport.begin()
 
-    def _close(self, version: int, check: Check | None) -> None:
+    def _close(self, version: int) -> None:
         assert self._engines is not None
         self._transport.finish()
-        if check is not None:
-            check.compare(self._engines.checksums())
+        if self._check is not None:
+            self._check.compare(self._engines.checksums())
         self._engines.end_update(version)
         self._clean = True
 

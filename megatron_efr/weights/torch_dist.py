@@ -274,9 +274,14 @@ class _Into:
         """Nothing to do: the reader has copied into it."""
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether tensors in this format lie there."""
+    return (folder / ".metadata").is_file()
+
+
 def read_metadata(folder: Path) -> Any:
     """What a checkpoint folder stores, as torch describes it; ConfigError where it is none."""
-    if not (folder / ".metadata").is_file():
+    if not is_checkpoint(folder):
         raise ConfigError(
             f"{folder}: no checkpoint: no .metadata there; a folder like checkpoints/step_000010 is expected"
         )

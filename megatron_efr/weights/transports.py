@@ -26,7 +26,7 @@ from torch.distributed import distributed_c10d
 from torch.multiprocessing import reductions
 
 from megatron_efr.weights.folder import copy_all_but_weights
-from megatron_efr.weights.publish import EngineError, Engines
+from megatron_efr.weights.publish import Engines, LostError
 from megatron_efr.weights.reshard import Parcel
 from megatron_efr.weights.sglang_layout import EngineLayout
 
@@ -107,14 +107,20 @@ class Broadcast:
         return parcel
 
     def begin(self) -> None:
-        """Make the group, unless one is left from the last publication."""
+        """Make the group, unless the last publication left one with these very engines."""
+        assert self._engines is not None
+        if self._engines.changed:
+            self.abandon()
         if self._group is None:
-            assert self._engines is not None
             name = f"weights-{uuid.uuid4().hex[:12]}"  # a dead trainer's group may still bear another
             port = _free_port(self._address)
             joining = self._engines.join_group(self._address, port, name, self._backend)
             world = 1 + self._engines.count * self._engines.engine_ranks
-            self._group = name, _enter(self._address, port, name, self._backend, world, self._limit, joining)
+            try:
+                group = _enter(self._address, port, name, self._backend, world, self._limit, joining)
+            except dist.DistError as error:
+                raise LostError(f"weights group {name}: not all of {self._engines.urls} entered it: {error}") from error
+            self._group = name, group
 
     def deliver(self, prepared: Parcel) -> None:
         assert self._engines is not None
@@ -140,11 +146,8 @@ class Broadcast:
         if self._group is not None:
             name, group = self._group
             self._group = None
-            try:
-                assert self._engines is not None
-                self._engines.leave_group(name)
-            except EngineError as error:  # an engine that has restarted never was in it
-                print(f"weights group {name}: {error}", flush=True)
+            assert self._engines is not None
+            self._engines.leave_group(name)
             group.abort()
 
 

@@ -49,7 +49,7 @@ def start(folder: Path, config: RolloutConfig, model: Path, **changes: Any) -> t
             ModelConfig(path=str(model), **changes), config, Architecture.from_folder(model), on_gpu=False
         )
         environment = server_environment(os.environ, on_gpu=False, tp=config.tp)
-        launcher.start(config.python, arguments, environment, count=config.engines, seed=0)
+        launcher.start(config.python, arguments, environment, count=config.engines or 1, seed=0)
         return launcher, launcher.wait(config.timeouts.start_s)
     except BaseException:
         launcher.close()

@@ -30,6 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     config["evaluation"] |= {"every": 2, "max_new_tokens": 40}
     config["train"]["iterations"] = config["checkpoint"]["every"] = 2
     config["rollout"] |= {"engine": "sglang", "python": str(PYTHON), "prompts": 8, "samples": 4, "max_new_tokens": 40}
+    config["rollout"]["placement"] = "colocated"  # without a GPU too, servers sleep while the policy trains
     (place / "config.yaml").write_text(yaml.safe_dump(config))
     done = subprocess.run(
         [sys.executable, "-m", "megatron_efr.train", str(place / "config.yaml")],

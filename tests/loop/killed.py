@@ -1,11 +1,13 @@
 """Runs a program and kills it from within (SIGKILL) at a stated moment: `python killed.py MOMENT PROGRAM ARGUMENTS...`.
 
 rollout:STEP:GROUPS  while group GROUPS + 1 of iteration STEP is being written to the journal: half of its line is there
+answer:GROUPS        while group GROUPS + 1 of an evaluation is being written to its journal
 update:N             before this process's N-th optimizer update
 logged:STEP          after the metrics line of STEP, while the next line is being written
 save:STEP            while Megatron's files of STEP's checkpoint are being written
 background:STEP      while STEP's checkpoint is being written in the background and a later iteration trains
 seconds:S            S seconds after the policy began to be built, wherever the program is then
+stuck:N              not killed: its N-th optimizer update never ends
 renamed:STEP         when STEP's checkpoint is in place, before it has been verified and `latest` has moved
 """
 
@@ -31,13 +33,20 @@ def write_half(path: Path, line: str) -> None:
 
 
 def at_rollout(step: str, groups: str) -> None:
+    at_journal(f"step_{int(step):06d}.jsonl", groups)
+
+
+def at_answer(groups: str) -> None:
+    at_journal("unfinished/*.jsonl", groups)
+
+
+def at_journal(pattern: str, groups: str) -> None:
     from megatron_efr import runfolder
 
     append = runfolder.Journal.append
 
     def hooked(self: runfolder.Journal, group: Any) -> None:
-        is_step = self.path.stem == f"step_{int(step):06d}"
-        if is_step and self.path.exists() and self.path.read_bytes().count(b"\n") == int(groups):
+        if self.path.match(pattern) and self.path.exists() and self.path.read_bytes().count(b"\n") == int(groups):
             write_half(self.path, runfolder.encode_group(group))
             die()
         append(self, group)
@@ -53,6 +62,19 @@ def at_update(number: str) -> None:
     def hooked(self: Policy, *arguments: Any) -> Any:
         if next(calls) == int(number):
             die()
+        return update(self, *arguments)
+
+    Policy.update = hooked
+
+
+def at_stuck(number: str) -> None:
+    from megatron_efr.policy import Policy
+
+    update, calls = Policy.update, iter(range(1, 10**9))
+
+    def hooked(self: Policy, *arguments: Any) -> Any:
+        if next(calls) == int(number):
+            threading.Event().wait()
         return update(self, *arguments)
 
     Policy.update = hooked
@@ -142,6 +164,7 @@ def at_seconds(seconds: str) -> None:
 
 MOMENTS: dict[str, Callable[..., None]] = {
     "rollout": at_rollout,
+    "answer": at_answer,
     "update": at_update,
     "logged": at_logged,
     "save": at_save,

@@ -1,4 +1,4 @@
-"""One host's part of a run, started for real: a trainer of two ranks, engines played by a small HTTP server."""
+"""One host's part of a run, started for real: engines alone, played by a small HTTP server, or two ranks."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_a_host_starts_its_engines_clean_and_leaves_none(task: Path, tmp_path: P
     python.chmod(0o755)
     config = tmp_path / "run.yaml"
     config.write_text(CONFIG.format(task=task) + f"runs: {tmp_path}\n")
-    overrides = ["rollout.engine=sglang", "rollout.placement=colocated", f"rollout.python={python}"]
-    command = [sys.executable, "-m", "megatron_efr.cluster", str(config), *overrides, "--only", "engines"]
+    overrides = ["rollout.engine=sglang", f"rollout.python={python}"]
+    command = [sys.executable, "-m", "megatron_efr.cluster", str(config), *overrides, "--only-engines"]
     outer = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "TORCHELASTIC_RUN_ID": "y"}
     where = ["--hosts", "127.0.0.1", "--host", "127.0.0.1", "--gpus", "2"]
     running = subprocess.Popen([*command, *where], env=outer | {"SGLANG_API_KEY": "secret"})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_efr.observe import EXIT_STUCK
 from megatron_efr.runfolder import RunFolder
 from tests.loop.conftest import Program, digests, metrics, state
 
@@ -88,6 +89,35 @@ def test_killed_again_and_again_a_run_equals_one_that_was_not(
     done = program("train", "--resume", config, override)
     assert "4/4" not in done.stdout, "the checkpoint was whole, and an iteration was made again"
     folder.clear_journals(4)  # the killed save had no time to
+    assert_equal(run, whole)
+
+
+def test_sharing_the_device_with_the_engine_changes_nothing_killed_or_not(
+    config: Path, whole: Path, program: Program, tmp_path: Path
+) -> None:
+    overrides = (f"runs={tmp_path}", "rollout.placement=colocated")
+    program("train", config, *overrides, killed_at="update:6")  # in iteration 3
+    assert metrics(tmp_path / "run") == metrics(whole)[:2]
+    program("train", "--resume", config, *overrides)
+    assert_equal(tmp_path / "run", whole)
+    for line in RunFolder(tmp_path / "run").read_metrics():
+        for phase in ("rollout", "release", "restore", "logprobs", "train", "offload", "wake", "publish", "resume"):
+            assert line[f"time/{phase}"] > 0
+            assert 0.1 < line[f"time/{phase}_memory_gib"] <= line["time/memory_gib"]
+
+
+def test_a_run_that_its_watchdog_ended_is_resumed_and_equals_one_that_was_not(
+    config: Path, whole: Path, program: Program, tmp_path: Path
+) -> None:
+    run, override = tmp_path / "run", f"runs={tmp_path}"
+    stuck = program("train", config, override, "observe.watchdog_s=20", killed_at="stuck:3", expect=EXIT_STUCK)
+    said = "watchdog: rank 0 has been in phase 'train' for "
+    assert said in stuck.stderr
+    stacks = (run / "stuck_rank0.txt").read_text()
+    assert stacks.startswith(said)
+    assert "killed.py" in stacks
+    assert metrics(run) == metrics(whole)[:2]
+    program("train", "--resume", config, override)
     assert_equal(run, whole)
 
 

@@ -29,10 +29,12 @@ class Case(NamedTuple):
     layout: str
     dtype: Literal["float32", "bfloat16"]
     ddp: tuple[str, ...]  # fields of Megatron's DDP configuration that are true
+    offloaded: bool = False  # while the checkpoint is saved
 
     @property
     def name(self) -> str:
-        return "-".join([self.layout or "data", self.dtype, *self.ddp]).replace("=", "").replace(",", "-")
+        words = [self.layout or "data", self.dtype, *self.ddp, *(["offloaded"] if self.offloaded else [])]
+        return "-".join(words).replace("=", "").replace(",", "-")
 
 
 def build(case: Case, model: str, ranks: Ranks) -> Policy:
@@ -79,7 +81,11 @@ def train(case: Case, model: str, out: Path, ranks: Ranks) -> dict[str, Any]:
     before = weights(policy)
     result: dict[str, Any] = {"metrics": [iterate(policy, step) for step in range(1, SAVED_AFTER + 1)]}
     result["saved"] = {"weights": weights(policy), "optimizer": optimizer_state(policy)}
+    if case.offloaded:
+        policy.offload_training_state()
     Checkpoints(out / case.name, CheckpointConfig(), ranks).save(SAVED_AFTER, policy.sharded_state(), {})
+    if case.offloaded:
+        policy.restore_training_state()
     result["metrics"].append(iterate(policy, STEPS))
     result["gradients"] = {name: tensor.clone() for name, tensor in policy.named_gradients()}
     result["end"] = {"weights": weights(policy), "optimizer": optimizer_state(policy)}

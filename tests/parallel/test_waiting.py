@@ -22,6 +22,8 @@ def test_rollouts_reach_another_rank_exactly_and_a_wait_in_vain_says_what_for(tm
         found, flat = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert found == known, "groups stay with rank 0"
         assert all(torch.equal(a, b) for a, b in zip(FlatSequences(*flat), wanted, strict=True))
+        figures = (2**41 + 1, {"both": 1.0, "only 0": 5.0, "only 1": 5.0})
+        assert torch.load(tmp_path / f"figures{rank}.pt") == figures, "sum and maxima over ranks"
     assert not (tmp_path / "0.txt").exists()
     said = (tmp_path / "1.txt").read_text()
     assert said.startswith(f"rank 1 waited {LIMIT_S:.0f} s for rollouts of rank 0: the limit is parallel.wait_limit_s")

@@ -249,6 +249,7 @@ def test_prompts_over_the_limit_are_counted_or_refused(
             ["evaluation.samples_by_dataset={tset: 2}"],
             ["evaluation.samples_by_dataset.tset: no such data set; there are test"],
         ),
+        ("evaluate", ["rollout.python=absent", "--engine=sglang"], ["rollout.python: absent: no such interpreter"]),
         ("sft", ["train.batch=64"], ["sft.jsonl: 16 rows, and train.batch takes 64"]),
         (
             "train",

@@ -171,6 +171,7 @@ def test_importance_weights_are_on_where_rollouts_may_be_old_and_by_choice_elsew
         ({"rollout": {"ahead": 3}}, r"rollout\.ahead: only partial"),
         ({"rollout": {"partial": True, "prompts": 4, "ahead": 5}}, r"rollout\.ahead: 5 .* at most"),
         ({"rollout": {"partial": True, "async": True}}, r"rollout\.max_staleness: 1 leaves"),
+        ({"rollout": {"placement": "colocated", "async": True}}, r"rollout\.async: colocated engines sleep while the"),
         ({"rollout": {"overlap": True}}, r"rollout\.overlap: unknown key"),
         ({"rollout": {"asinc": True}}, r"rollout\.asinc: unknown key; did you mean async\?"),
         ({"train": {"max_logprob_diff": 0.1, "warn_logprob_diff": 0.2}}, r"train\.warn_logprob_diff: 0\.2 would warn"),

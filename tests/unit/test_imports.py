@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_efr"
 # that module of the room alone.
 BASE = {"errors", "types", "section", "config", "configfile"}
 WEIGHTS = {"weights"}
-ENVIRONMENT = BASE | WEIGHTS | {"data", "grading", "rollout", "runfolder", "report.records"}
+ENVIRONMENT = BASE | WEIGHTS | {"data", "grading", "rollout", "runfolder", "progress", "report.records"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
@@ -29,23 +29,32 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": BASE,
     "weights": BASE,
     "policy": BASE | WEIGHTS | {"kernels"},
-    "rollout": BASE | {"weights.architecture", "weights.mapping", "weights.checked", "weights.publish"},
+    "rollout": BASE
+    | {"weights.architecture", "weights.mapping", "weights.checked", "weights.publish"}
+    | {"weights.reshard", "weights.transports"},
     "report": BASE,
-    "observe": BASE,
+    "peaks": set(),
+    "observe": BASE | {"peaks"},
+    "phases": BASE,
     "manifest": BASE,
     "shards": set(),
     "checkpoint": BASE | {"manifest", "shards"},
-    "convert": BASE | WEIGHTS | {"arguments", "manifest", "policy"},  # policy to compare logits, when that is asked for
+    "model_source": BASE | WEIGHTS | {"manifest"},
+    "convert": BASE
+    | WEIGHTS
+    | {"arguments", "manifest", "model_source", "policy"},  # policy, where logits are compared
     "inspect_checkpoint": BASE | {"arguments", "manifest", "weights.torch_dist"},
     "runfolder": BASE,
+    "progress": {"types"},
+    "unfinished": {"runfolder"},
     "interruption": set(),
     "launch": {"interruption"},
-    "cluster": BASE | {"arguments", "interruption", "rollout.launcher", "weights.architecture"},
+    "cluster": BASE | {"arguments", "rollout.addresses", "rollout.launcher", "rollout.seats", "weights.architecture"},
     "memory": BASE | {"weights.architecture", "weights.mapping", "kernels"},
     "doctor": BASE | {"arguments", "memory", "weights.architecture"},
     "arguments": BASE,
     "environment": ENVIRONMENT,
-    "run": ENVIRONMENT | {"arguments", "checkpoint", "environment", "methods", "policy"},
+    "run": ENVIRONMENT | {"arguments", "checkpoint", "environment", "memory", "methods", "phases", "policy"},
     "replay": BASE | {"observe", "run", "runfolder"},
     "cli": {"arguments", "__init__"},  # it finds the programs by name, when they are asked for
 }

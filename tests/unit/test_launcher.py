@@ -131,7 +131,15 @@ def test_the_pass_through_has_the_last_word(tied_model: Path, dtype: str, fp32_h
     assert arguments["max_running_requests"] == 4
     assert (arguments["dtype"], arguments["tp_size"], arguments["enable_fp32_lm_head"]) == (dtype, 2, fp32_head)
     assert "device" not in arguments
-    assert arguments["base_gpu_id"] == 1
+    assert arguments["base_gpu_id"] == 0
+
+
+@pytest.mark.parametrize(("placement", "saver"), [("apart", False), ("colocated", True)])
+def test_servers_on_the_trainers_gpus_can_release_their_memory(tied_model: Path, placement: str, saver: bool) -> None:
+    rollout = RolloutConfig.model_validate({"engine": "sglang", "placement": placement})
+    model, architecture = ModelConfig(path=str(tied_model)), Architecture.from_folder(tied_model)
+    assert server_arguments(model, rollout, architecture, on_gpu=True)["enable_memory_saver"] is saver
+    assert "enable_memory_saver" not in server_arguments(model, rollout, architecture, on_gpu=False)
 
 
 @pytest.mark.parametrize(
@@ -152,14 +160,14 @@ def test_arguments_that_would_change_what_is_sampled_are_refused(
         server_arguments(ModelConfig(path=str(tied_model)), rollout, Architecture.from_folder(tied_model), on_gpu=True)
 
 
-@pytest.mark.parametrize(("placement", "gpus"), [("apart", [4, 6]), ("colocated", [0, 2])])
+@pytest.mark.parametrize(("first", "gpus"), [(4, [4, 6]), (0, [0, 2])])
 def test_each_server_has_gpus_of_its_own(
-    launcher: Launcher, tied_model: Path, tmp_path: Path, placement: str, gpus: list[int]
+    launcher: Launcher, tied_model: Path, tmp_path: Path, first: int, gpus: list[int]
 ) -> None:
-    rollout = RolloutConfig.model_validate({"engine": "sglang", "tp": 2, "engines": 2, "placement": placement})
+    rollout = RolloutConfig.model_validate({"engine": "sglang", "tp": 2, "engines": 2})
     architecture = Architecture.from_folder(tied_model)
     model = ModelConfig(path=str(tied_model))
-    arguments = server_arguments(model, rollout, architecture, on_gpu=True, trainers=4)
+    arguments = server_arguments(model, rollout, architecture, on_gpu=True, first_gpu=first)
     launcher.start(fake_python(tmp_path, "exec sleep 300"), arguments, os.environ, count=2, seed=0)
     settings = [yaml.safe_load((launcher.folder / f"engine-{i}.yaml").read_text()) for i in (0, 1)]
     assert [s["base-gpu-id"] for s in settings] == gpus

@@ -25,6 +25,7 @@ from megatron_efr.runfolder import RunFolder
 from megatron_efr.types import Group, Prompt, Request, Sampling, UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import WeightMapping
+from megatron_efr.weights.publish import NoEngineError
 
 STOP, START, LEVELS = 1, 2, 6
 CONFIG = {
@@ -114,8 +115,53 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+class Torn(Iterator[Group]):
+    """A stream that is lost with its engine after so many groups."""
+
+    def __init__(self, stream: GroupStream, groups: int) -> None:
+        self._stream, self._left = stream, groups
+
+    def __next__(self) -> Group:
+        if not self._left:
+            self.close()
+            raise NoEngineError("none is left")
+        self._left -= 1
+        return next(self._stream)
+
+    def close(self) -> None:
+        self._stream.close()
+
+
 def seeds(count: int) -> list[int]:
     return [request_seed(11, visit) for visit in range(count)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_iteration_that_lost_its_engine_is_collected_again_and_no_prompt_is_lost_or_taken_twice(
+    mode: str, make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = make_loop(**MODES[mode])
+    generate, lasting, lost, iterations = loop.engine.generate, iter([3, 0, 1, 2]), 0, []
+
+    def torn(*arguments: Any) -> GroupStream:
+        stream, groups = generate(*arguments), next(lasting, None)
+        return stream if groups is None else Torn(stream, groups)
+
+    monkeypatch.setattr(loop.engine, "generate", torn)
+    for step in range(1, 9):
+        loop.engine.publish(iter(loop.weights), step - 1)
+        while len(iterations) < step:
+            try:
+                iterations.append(loop.ledger.collect(step, loop.folder.journal))
+            except NoEngineError:
+                lost += 1
+                loop.engine.publish(iter(loop.weights), step - 1)
+    assert lost == (4 if loop.config.partial else 3)  # partial rollouts go on in one stream
+    assert [len(groups) for groups in iterations] == [4] * 8
+    taken = [group.seed for groups in iterations for group in groups]
+    asked = loop.ledger.state_dict()
+    waiting = [request_seed(11, index) for index, _ in asked["in_flight"]]
+    assert sorted([*taken, *waiting]) == sorted(seeds(asked["next_index"]))
 
 
 @pytest.mark.parametrize("mode", MODES)

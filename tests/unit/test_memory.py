@@ -173,9 +173,9 @@ def test_phases_hold_what_their_names_say(model_7b: Path) -> None:
     example = str(Path(__file__).parents[2] / "examples/paper_7b.yaml")
     case = Case(example, (f"model.path={model_7b}",), world=8, gpu_bytes=80 * 2**30)
     phases = {phase.name: phase for phase in case.plan.phases}
-    assert phases["generate"].parts == phases["resume KV"].parts
-    assert phases["offload"].total == phases["release KV and weights"].total < phases["resume weights"].total
-    static = phases["generate"].parts["KV cache"] + phases["generate"].parts["engine weights"]
+    assert phases["rollout"].parts == phases["resume"].parts
+    assert phases["offload"].total == phases["release"].total < phases["wake"].total
+    static = phases["rollout"].parts["KV cache"] + phases["rollout"].parts["engine weights"]
     assert static == int(case.static_fraction * case.gpu_bytes)
-    assert phases["publish"].total - phases["resume weights"].total == 2 * 512 * 2**20 + 2 * 152064 * 3584
+    assert phases["publish"].total - phases["wake"].total == 2 * 512 * 2**20 + 2 * 152064 * 3584
     assert "KV cache" not in phases["train"].parts

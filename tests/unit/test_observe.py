@@ -44,6 +44,31 @@ def test_phases_are_timed_summed_and_kept_apart_from_what_the_seed_decides(tmp_p
     assert deterministic(first) | {"step": 2} == deterministic(second)
 
 
+def test_a_phase_has_its_own_peak_memory_and_the_largest_of_all_ranks_is_written(tmp_path):
+    def largest(figures):  # another rank has one GiB more, and entered a phase of its own
+        return {name: gib + 1 for name, gib in figures.items()} | {"elsewhere_memory_gib": 7.0}
+
+    with Observer(RunFolder(tmp_path), QUIET, 2, largest=largest) as observer:
+        with observer.phase("outer"):
+            with observer.phase("small"):
+                pass
+            with observer.phase("large"):
+                held = bytearray(256 * 2**20)
+                held[::4096] = b"x" * len(held[::4096])  # resident, not only promised
+                del held
+            with observer.phase("small"):
+                pass
+        first = observer.log(1, METRICS)
+        second = observer.log(2, METRICS)
+    small, large, outer = (first[f"time/{phase}_memory_gib"] for phase in ("small", "large", "outer"))
+    assert 0.2 < large - small < 0.3, "what was freed before is not counted again"
+    assert outer == large <= first["time/memory_gib"]
+    assert first["time/elsewhere_memory_gib"] == 7.0
+    assert "time/large_memory_gib" not in second
+    assert second["time/memory_gib"] >= large, "the highest of the whole process"
+    assert not any("memory_gib" in name for name in deterministic(first))
+
+
 def test_without_a_terminal_each_step_is_one_aligned_line_without_control_codes(tmp_path, capsys):
     with Observer(RunFolder(tmp_path), QUIET, 100, start_step=7) as observer:
         observer.log(8, METRICS)

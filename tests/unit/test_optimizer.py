@@ -89,9 +89,9 @@ def test_clipping_scales_the_gradient_to_the_norm_and_leaves_a_smaller_one_alone
 @pytest.mark.parametrize("ddp", [{}, SHARDED, OVERLAPPED], ids=["plain", "sharded", "overlapped"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_state_that_left_the_device_comes_back_as_it_was(
-    ddp: dict[str, Any], dtype: str, tied_model: Path, ranks: Ranks
+    ddp: dict[str, Any], dtype: str, tied_model: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
-    stayed, left = (build(tied_model, ranks, ddp, dtype) for _ in range(2))
+    stayed, left, resumed = (build(tied_model, ranks, ddp, dtype) for _ in range(3))
     for policy in (stayed, left):
         update(policy)
     batches = left.pack_update(ragged_sequences(4), list(range(4)), 400, "token")
@@ -103,13 +103,17 @@ def test_training_state_that_left_the_device_comes_back_as_it_was(
         left.offload_training_state()
     with pytest.raises(RuntimeError, match="restore them first"):
         left.update(batches, supervised_loss)
-    with pytest.raises(RuntimeError, match="restore them first"):
-        left.sharded_state()
+    with pytest.raises(RuntimeError, match="load the optimizer: gradients and optimizer state have been offloaded"):
+        left.sharded_state(loading=True)
     assert equal(left.logprobs(batches), logprobs), "weights can be read meanwhile"
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), ranks)
+    path = checkpoints.save(1, left.sharded_state(), {})
+    resumed.load_sharded_state(checkpoints.load(path, resumed.sharded_state(loading=True))[0])
     left.restore_training_state()
     with pytest.raises(RuntimeError, match="they are in place"):
         left.restore_training_state()
     assert equal(state(left), state(stayed))
+    assert equal(state(resumed), state(stayed)), "a checkpoint that was saved meanwhile"
     for policy in (stayed, left):
         update(policy)
     assert equal(state(left), state(stayed))

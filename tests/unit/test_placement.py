@@ -15,6 +15,7 @@ from megatron_efr.cluster.commands import UNSET, commands
 from megatron_efr.cluster.placement import ENGINE_PORT, Placement, place
 from megatron_efr.config import ConfigError, RolloutConfig
 from megatron_efr.rollout.launcher import server_environment
+from megatron_efr.rollout.seats import Host
 
 ROOT = Path(__file__).parents[2]
 TORCHRUNS = {
@@ -39,7 +40,9 @@ def check_seats(placement: Placement, count: int) -> None:
     assert len(set(seats)) == len(seats)
     engine_gpus = [(engine.host, gpu) for engine in placement.engines for gpu in engine.gpus]
     assert len(set(engine_gpus)) == len(engine_gpus)
-    assert len({engine.url for engine in placement.engines}) == len(placement.engines)
+    assert len({engine.url for engine in placement.engines if engine.url}) == len(placement.urls)
+    assert [engine.index for engine in placement.engines] == list(range(len(placement.engines)))
+    assert not {engine.host for engine in placement.engines if engine.url} & set(placement.trainer_hosts)
     assert set(placement.hosts) == set(hosts(count))
 
 
@@ -51,7 +54,9 @@ def test_colocated_engines_cover_the_ranks_gpus(count: int, tp: int) -> None:
     assert len(placement.ranks) == 8 * count
     assert len(placement.engines) == 8 * count // tp
     assert {(e.host, gpu) for e in placement.engines for gpu in e.gpus} == {(r.host, r.gpu) for r in placement.ranks}
-    assert {engine.port for engine in placement.engines} == set(range(ENGINE_PORT, ENGINE_PORT + 8 // tp))
+    for engine in placement.engines:  # as `tensor` hands its buckets over
+        assert [rank.gpu for rank in placement.ranks[engine.index * tp :][:tp]] == list(engine.gpus)
+    assert placement.urls == []
     assert placement.rendezvous == "node1:29500"
 
 
@@ -64,6 +69,10 @@ def test_engines_apart_share_no_gpu_with_ranks(count: int, engines: int, tp: int
     assert len(placement.ranks) == ranks
     assert len(placement.engines) == engines
     assert not {(e.host, g) for e in placement.engines for g in e.gpus} & {(r.host, r.gpu) for r in placement.ranks}
+    if count == 1:
+        assert placement.urls == [], "ranks on their host start them"
+    else:
+        assert {e.port for e in placement.engines} == set(range(ENGINE_PORT, ENGINE_PORT + 8 // tp))
 
 
 def test_hosts_are_taken_in_the_order_in_which_torchrun_ranks_them() -> None:
@@ -76,7 +85,8 @@ def test_hosts_are_taken_in_the_order_in_which_torchrun_ranks_them() -> None:
 @pytest.mark.parametrize(
     ("count", "rollout", "says"),
     [
-        (1, sglang(tp=3), r"rollout.tp: 3 does not divide the 8 GPUs of a host; one of \[1, 2, 4, 8\] would"),
+        (1, sglang(tp=3), r"rollout.tp: 3 does not divide the 8 ranks of a host; one of \[1, 2, 4, 8\] would"),
+        (2, sglang(engines=8), "8, and colocated there is one for every rollout.tp = 1 of 16 ranks: 16; leave it out"),
         (1, sglang(tp=4, engines=2, placement="apart"), "leave none of 8 for the trainer"),
         (2, sglang(tp=1, engines=4, placement="apart"), r"not whole hosts of 8 .* one of \[8\] would fit"),
         (2, sglang(tp=4, engines=4, placement="apart"), r"that leave one of 2 for the trainer; one of \[2\]"),
@@ -96,14 +106,33 @@ def test_an_engines_environment_has_nothing_of_torchruns_and_its_own_gpus() -> N
     assert set(UNSET) == {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
 
 
-def test_the_trainer_is_told_every_engine_and_sees_its_own_gpus_alone() -> None:
-    placement = place(["a"], 8, sglang(tp=2, engines=2, placement="apart"))
-    *engines, trainer = commands(placement, "run.yaml", ["seed=1"], "run")
-    assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in engines] == ["4,5", "6,7"]
-    assert trainer.environment["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
-    assert trainer.words[-2] == "rollout.urls=[http://a:30000,http://a:30001]"
-    *_, colocated = commands(place(["a"], 8, sglang(tp=2)), "run.yaml", [], "run")
-    assert "CUDA_VISIBLE_DEVICES" not in colocated.environment
+def test_the_trainer_is_told_of_engines_elsewhere_and_starts_those_of_its_hosts() -> None:
+    placement = place(["a", "b"], 8, sglang(tp=4, engines=2, placement="apart"))
+    trainer, *engines = commands(placement, "run.yaml", ["seed=1"], "run")
+    assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in engines] == ["0,1,2,3", "4,5,6,7"]
+    assert trainer.words[-2] == "rollout.urls=[http://b:30000,http://b:30001]"
+    for rollout in (sglang(tp=2), sglang(tp=2, engines=2, placement="apart")):
+        [alone] = commands(place(["a"], 8, rollout), "run.yaml", [], "run")
+        assert not any("rollout.urls" in word for word in alone.words)
+        assert "CUDA_VISIBLE_DEVICES" not in alone.environment, "the engines of this host would not see their GPUs"
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+@pytest.mark.parametrize("placement", ["colocated", "apart"])
+def test_the_ranks_of_a_host_start_the_engines_that_the_placement_shows(hosts: int, placement: str) -> None:
+    rollout = sglang(tp=2, placement=placement, engines=None if placement == "colocated" else 2 * hosts)
+    world = {"WORLD_SIZE": str(4 * hosts), "LOCAL_WORLD_SIZE": "4"}
+    seats = [Host.of_this_process(world | {"RANK": str(rank)}).seats(rollout) for rank in range(0, 4 * hosts, 4)]
+    assert seats == [[(0, 1), (2, 3)] if placement == "colocated" else [(4, 5), (6, 7)]] * hosts
+    assert Host.of_this_process({}).seats(sglang()) == [(0,)]
+    assert Host.of_this_process({}).seats(RolloutConfig()) == []
+
+
+def test_engines_that_do_not_divide_over_hosts_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"rollout.engines: 3 do not divide over 2 hosts; .* a multiple of 2"):
+        Host(count=2, ranks=4).seats(sglang(engines=3, placement="apart"))
+    with pytest.raises(ConfigError, match="5 ranks, 3 of them on this host"):
+        Host.of_this_process({"WORLD_SIZE": "5", "LOCAL_WORLD_SIZE": "3", "RANK": "0"})
 
 
 # -- the scripts -------------------------------------------------------------------------------------------------------
@@ -137,21 +166,45 @@ def test_the_slurm_script_prints_every_nodes_part(nodes: str, example: str) -> N
         assert option(words, "--nnodes") == nodes
         assert option(words, "--nproc-per-node") == "8"
         assert (option(words, "--rdzv-backend"), option(words, "--rdzv-endpoint")) == ("c10d", "node1:29500")
-        assert words[-2].count("http://") == len(engines)
+        assert not any("rollout.urls" in word for word in words), "each host's first rank starts its engines"
     assert sorted(option(words, "--local-addr") for words in trainers) == hosts(int(nodes))
-    assert len({(option(words, "--host"), option(words, "--port")) for words in engines}) == len(engines)
+    assert engines == []
+    seats = [re.fullmatch(r"(\S+): engine (\d+) on GPUs (\S+) started by rank (\d+)", line) for line in lines]
+    seated = [m.groups() for m in seats if m]
+    assert [int(index) for _, index, _, _ in seated] == list(range(len(seated)))
+    assert {(host, int(rank)) for host, _, _, rank in seated} == {(h, 8 * i) for i, h in enumerate(hosts(int(nodes)))}
+    assert [gpu for _, _, gpus, _ in seated for gpu in gpus.split(",")] == list("01234567") * int(nodes)
     ranks = [re.fullmatch(r"(\S+): ranks (\d+)-(\d+) on GPUs 0,1,2,3,4,5,6,7", line) for line in lines]
     assert [m.groups() for m in ranks if m] == [
         (h, str(8 * i), str(8 * i + 7)) for i, h in enumerate(hosts(int(nodes)))
     ]
-    for words in engines:
-        assert not any(word.split("=")[0] in TORCHRUNS for word in words)
+
+
+def test_the_slurm_script_prints_engines_on_nodes_of_their_own() -> None:
+    apart = ["rollout.placement=apart", "rollout.engines=4", "rollout.tp=4"]
+    lines = dry_run("train_slurm.sbatch", "examples/paper_7b.yaml", *apart, NODES="4")
+    commands = {line.split("$ ", 1)[0]: shlex.split(line.split("$ ", 1)[1]) for line in lines if "$ " in line}
+    assert list(commands) == hosts(4)
+    for host in hosts(2):
+        assert option(commands[host], "--nnodes") == "2"
+        urls = [f"http://node{n}:{port}" for n in (3, 4) for port in (30000, 30001)]
+        assert commands[host][-2] == f"rollout.urls=[{','.join(urls)}]"
+    assert lines[:4] == [
+        "node1: ranks 0-7 on GPUs 0,1,2,3,4,5,6,7",
+        "node2: ranks 8-15 on GPUs 0,1,2,3,4,5,6,7",
+        "node3: engine 0 on GPUs 0,1,2,3 at http://node3:30000",
+        "node3: engine 1 on GPUs 4,5,6,7 at http://node3:30001",
+    ]
+    for host in ("node3", "node4"):
+        assert "megatron_efr.cluster.serve" in commands[host]
+        assert not any(word.split("=")[0] in TORCHRUNS for word in commands[host])
 
 
 def test_the_node_script_and_the_engines_script_print_theirs() -> None:
     lines = dry_run("train_node.sh", "examples/paper_7b.yaml")
     assert lines[0] == "127.0.0.1: ranks 0-7 on GPUs 0,1,2,3,4,5,6,7"
-    assert sum("megatron_efr.cluster.serve" in line for line in lines) == 8
+    assert [line.endswith("started by rank 0") for line in lines[1:-1]] == [True] * 8
+    assert sum("megatron_efr.cluster.serve" in line for line in lines) == 0
     assert sum("megatron_efr.launch" in line for line in lines) == 1
     served = dry_run(
         "serve_engines.sh", "examples/r1_32b_4nodes.yaml", HOST="10.0.0.7", SGLANG_API_KEY="secret", GPUS="8"
@@ -181,7 +234,7 @@ def test_engines_without_a_key_or_on_a_public_address_are_refused(tmp_path: Path
 SRUN = """#!/usr/bin/env bash
 echo "$@" >> {log}
 case "$*" in
-    *"--only engines"*) trap 'echo engines-ended >> {log}; exit 0' TERM; while :; do sleep 0.05; done ;;
+    *"--nodelist=node2 "*) trap 'echo engines-ended >> {log}; exit 0' TERM; while :; do sleep 0.05; done ;;
     *) sleep 0.5; exit {code} ;;
 esac
 """
@@ -214,7 +267,7 @@ def test_the_slurm_job_goes_back_into_the_queue_only_where_the_run_asks_for_it(
     text = log.read_text()
     assert ("requeue 7" in text) == requeued
     engines, trainer = (line for line in sorted(text.splitlines()) if line.startswith("--nodes"))
-    if "--only engines" not in engines:
+    if "--nodelist=node2 " not in engines:
         engines, trainer = trainer, engines
     assert "--nodelist=node2 " in engines
     assert "--nodelist=node1 " in trainer

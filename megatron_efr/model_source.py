@@ -1,0 +1,83 @@
+"""Where a model lies: a Hugging Face folder, or a Megatron checkpoint and the Hugging Face folder it began with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_efr.config import ModelConfig
+from megatron_efr.errors import UserError
+from megatron_efr.manifest import LATEST, MANIFEST, STATE, verify
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.folder import TensorSource, fingerprint, initial_weights
+from megatron_efr.weights.torch_dist import CheckpointWeights, is_checkpoint
+
+HUGGING_FACE = "hugging_face"  # within a converted checkpoint: the folder it came from, without its weights
+_GIVE_TEMPLATE = "name a folder with its config.json and tokenizer: template=FOLDER (efr convert: --template FOLDER)"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model: `start`, whose path is a Hugging Face folder, with the folder's weights or those of `checkpoint`."""
+
+    start: ModelConfig
+    seed: int
+    checkpoint: Path | None
+
+    def weights(self) -> TensorSource:
+        """The weights, read (or drawn from the seed, where `start` says so) tensor by tensor.
+
+        A checkpoint is verified first; UserError names what is missing or damaged.
+        """
+        architecture = Architecture.from_folder(self.start.path)
+        if self.checkpoint is None:
+            return initial_weights(self.start, architecture, self.seed)
+        verify(self.checkpoint)
+        return CheckpointWeights(self.checkpoint, architecture)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json and the weights; of a checkpoint, over the checksums in its manifest."""
+        if self.checkpoint is None:
+            return fingerprint(self.start.path, self.seed if self.start.init == "random" else None)
+        digest = hashlib.sha256((Path(self.start.path) / "config.json").read_bytes())
+        digest.update((self.checkpoint / MANIFEST).read_bytes())
+        return digest.hexdigest()
+
+
+def find_model(model: ModelConfig, seed: int, template: str | None = None) -> ModelSource:
+    """The model at `model.path`: a Hugging Face folder; a Megatron checkpoint, a run's or a converted one; or a run's
+    folder (or its checkpoints/), whose newest checkpoint is taken.
+
+    A checkpoint's configuration and tokenizer come from `template`, by default from the model that it was made from.
+    """
+    checkpoint = _checkpoint(Path(model.path))
+    if checkpoint is None:
+        return ModelSource(model, seed, None)
+    folder = template or str(find_template(checkpoint))
+    return ModelSource(model.model_copy(update={"path": folder}), seed, checkpoint)
+
+
+def find_template(checkpoint: Path) -> Path:
+    """The Hugging Face folder that a checkpoint was made from; UserError where it is not to be found."""
+    if (checkpoint / HUGGING_FACE).is_dir():
+        return checkpoint / HUGGING_FACE
+    if not (checkpoint / STATE).is_file():
+        raise UserError(
+            f"{checkpoint}: no {STATE} and no {HUGGING_FACE}/, one of which says what model it is of; {_GIVE_TEMPLATE}"
+        )
+    path = Path(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["initial_model"]["path"])
+    if not (path / "config.json").is_file():
+        raise UserError(f"{checkpoint}: was trained from {path}, which is not there; {_GIVE_TEMPLATE}")
+    return path
+
+
+def _checkpoint(path: Path) -> Path | None:
+    """The checkpoint at `path`, or the newest of the run there; None where it is neither."""
+    if is_checkpoint(path):
+        return path
+    for folder in (path, path / "checkpoints"):
+        if (latest := folder / LATEST).is_file():
+            return folder / latest.read_text(encoding="utf-8").strip()
+    return None

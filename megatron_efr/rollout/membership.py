@@ -1,0 +1,270 @@
+"""Which servers serve: health checks, losses, and who takes part in a publication.
+
+A server is `SERVING` the weights published last; `LOST`, when it did not answer or failed; or `EMPTY`, when it answers
+but has not these weights: it has restarted, or was left out. Only a publication makes a server serve: whatever became
+of one that was lost, it is paused, given all weights, and only then gets responses.
+
+Everything here runs in one asyncio loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeVar
+
+from megatron_efr.config import TimeoutsConfig
+from megatron_efr.rollout.server import WEIGHTS, Server
+from megatron_efr.weights.publish import EngineError, LostError, NoEngineError
+
+T = TypeVar("T")
+
+MISSES = 3
+"""Health checks that fail in a row before a server is lost."""
+
+
+class State(Enum):
+    SERVING = "serving"
+    UPDATING = "updating"  # takes part in the publication that is going on
+    LOST = "lost"
+    EMPTY = "empty"
+
+
+@dataclass(slots=True)
+class Events:
+    """What happened to servers since it was last read."""
+
+    lost: int = 0
+    back: int = 0  # lost ones that a publication took in again
+
+
+class Membership:
+    """The state of every server, kept by a health check of each every `check_s` seconds but in publications."""
+
+    def __init__(self, servers: Sequence[Server], limits: TimeoutsConfig) -> None:
+        self.servers, self.members = list(servers), list(servers)
+        self.events = Events()
+        self.changed = True  # this publication's servers, or a start of one, are others than the last one's
+        self._limits = limits
+        self._state = dict.fromkeys(servers, State.EMPTY)
+        self._version: str | None = None
+        self._last: set[Server] = set()  # took part in the last publication
+        self._same: set[Server] = set()  # and were not lost since
+        self._failed: set[Server] = set()  # in the publication that is being begun again
+        self._returning: set[Server] = set()
+        self._losses = {server: asyncio.Event() for server in servers}
+        self._updates, self._settled = 0, asyncio.Event()
+        self._settled.set()
+        self._watches = [asyncio.create_task(self._watch(server)) for server in servers]
+
+    def close(self) -> None:
+        """End the health checks."""
+        for watch in self._watches:
+            watch.cancel()
+
+    # -- responses -----------------------------------------------------------------------------------------------------
+
+    @property
+    def serving(self) -> list[Server]:
+        return [server for server in self.servers if self._state[server] is State.SERVING]
+
+    async def settled_serving(self) -> list[Server]:
+        """The servers that serve, after any publication that is going on; NoEngineError where there is none."""
+        await self._settled.wait()
+        if not self.serving:
+            raise NoEngineError(f"none of {len(self.servers)} servers is left that serves version {self._version}")
+        return self.serving
+
+    async def unless_lost(self, server: Server, work: Coroutine[Any, Any, T]) -> T:
+        """Do `work`, which waits for `server`; LostError as soon as the server is lost, however long it could wait."""
+        working, losing = asyncio.ensure_future(work), asyncio.ensure_future(self._losses[server].wait())
+        try:
+            await asyncio.wait((working, losing), return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            raise LostError(f"{server.url}: lost while it worked")
+        finally:
+            working.cancel()
+            losing.cancel()
+
+    async def examine(self, server: Server) -> None:
+        """Find out whether a server that failed to give a response still serves."""
+        await self._settled.wait()
+        if self._state[server] is State.SERVING:
+            began = self._updates
+            try:
+                version = await server.version()
+            except EngineError as error:
+                if began == self._updates:
+                    self.lose(server, str(error))
+            else:
+                self._answered(server, version, began)
+
+    def lose(self, server: Server, why: str) -> None:
+        """`server` serves no more, until a publication takes it in again; what waits for it waits no longer."""
+        if self._state[server] in (State.SERVING, State.UPDATING):
+            self.events.lost += 1
+            self._returning.add(server)
+            print(f"engine {server.url} is lost: {why}", flush=True)
+        self._state[server] = State.LOST
+        self._same.discard(server)
+        self._losses[server].set()
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    async def all_members(self, call: Callable[[Server], Awaitable[T]]) -> list[T]:
+        """Make `call` of all that take part, at once, and wait for all; those that fail are lost, and EngineError, or
+        LostError where none refused, has the words of all of them."""
+        answers, failed = await _each(self.members, call)
+        for server, error in failed.items():
+            self.lose(server, str(error))
+        self._failed |= failed.keys()
+        if failed:
+            kind = LostError if all(isinstance(error, LostError) for error in failed.values()) else EngineError
+            raise kind("; ".join(map(str, failed.values()))) from next(iter(failed.values()))
+        return list(answers.values())
+
+    async def all_answering(self, call: Callable[[Server], Awaitable[T]]) -> list[T]:
+        """Make `call` of all that were not lost; one that is lost now is left out, a refusal is an EngineError."""
+        answers, failed = await _each(self._not_lost(), call)
+        for server, error in failed.items():
+            if not isinstance(error, LostError):
+                raise error
+            self.lose(server, str(error))
+        return list(answers.values())
+
+    async def look(self) -> None:
+        """Find out which lost servers answer again."""
+        await self._look(self.servers)
+
+    # -- publication ---------------------------------------------------------------------------------------------------
+
+    async def begin(self) -> None:
+        """Decide who takes part, and open a session with each: all that answer, but, where there are others, those
+        that failed in the publication that is begun again. EngineError where none has come back within `start_s`.
+        """
+        self._updates += 1
+        self._settled.clear()
+        await self._look(self._failed)
+        self.members = await self._open_answering() or await self._open_returning()
+        for server in self.members:
+            self._state[server] = State.UPDATING
+            self._losses[server].clear()
+        left_out = [f"{s.url} ({self._state[s].value})" for s in self.servers if s not in self.members]
+        if left_out:
+            print(f"publishing to {len(self.members)} engines, without {', '.join(left_out)}", flush=True)
+        self.changed = not set(self.members) == self._last == self._same
+
+    def end(self, version: int) -> None:
+        """All members have the weights, and serve, but those of which a response was lost in the meantime."""
+        self._version, self._failed, self._last = str(version), set(), set(self.members)
+        self._same = {server for server in self.members if self._state[server] is State.UPDATING}
+        for server in self._same:
+            self._state[server] = State.SERVING
+        self.events.back += len(self._returning & self._same)
+        self._returning -= self._same
+        self._settled.set()
+
+    # -- within --------------------------------------------------------------------------------------------------------
+
+    def _not_lost(self) -> list[Server]:
+        return [server for server in self.servers if self._state[server] is not State.LOST]
+
+    async def _open_answering(self) -> list[Server]:
+        """Those of the servers that answer with which a session is open now; those that failed are lost."""
+        answering = self._not_lost()
+        trying = [server for server in answering if server not in self._failed] or answering
+        opened, refused = await _each(trying, _open)
+        for server, error in refused.items():
+            self.lose(server, str(error))
+        return list(opened)
+
+    async def _open_returning(self) -> list[Server]:
+        """Wait until at least one server has come back."""
+        began, limit = time.monotonic(), self._limits.start_s
+        print(
+            f"no engine answers: waiting up to rollout.timeouts.start_s = {limit:g} s for one to come back", flush=True
+        )
+        while time.monotonic() - began < limit:
+            await asyncio.sleep(min(self._limits.check_s, limit))
+            await self._look(self.servers)
+            if opened := await self._open_answering():
+                return opened
+        urls = ", ".join(server.url for server in self.servers)
+        raise EngineError(f"no engine has come back within rollout.timeouts.start_s = {limit:g} s: {urls}")
+
+    async def _look(self, servers: Iterable[Server]) -> None:
+        """Lost servers that answer are empty."""
+        answers, _ = await _each([s for s in servers if self._state[s] is State.LOST], Server.check)
+        for server, version in answers.items():
+            self._back(server, version)
+
+    def _back(self, server: Server, version: str) -> None:
+        """A lost server answers. One that has restarted has all its memory: its weights have SGLang's name again."""
+        self._state[server] = State.EMPTY
+        if self._version is not None and not version.isdigit():
+            server.released.clear()
+
+    async def _watch(self, server: Server) -> None:
+        missed = 0
+        while True:
+            await asyncio.sleep(self._limits.check_s)
+            began = self._updates
+            if not self._settled.is_set():
+                missed = 0
+                continue
+            try:
+                version = await server.check()
+            except EngineError as error:
+                missed += 1
+                if missed >= MISSES and began == self._updates:
+                    self.lose(server, f"{missed} health checks failed, the last one: {error}")
+            else:
+                missed = 0
+                self._answered(server, version, began)
+
+    def _answered(self, server: Server, version: str, began: int) -> None:
+        """Judge an answer to a question that was asked after `began` updates."""
+        if began != self._updates:
+            return
+        if self._state[server] is State.SERVING and version != self._version:
+            self.lose(server, f"it has restarted, with weights {version!r} and not {self._version!r}")
+        if self._state[server] is State.LOST:
+            self._back(server, version)
+            print(f"engine {server.url} answers again, and serves from the next publication on", flush=True)
+
+
+async def _open(server: Server) -> None:
+    """Pause (unfinished responses are kept), drop what is cached, open a session, if need be after closing one that a
+    publication left open that failed, here or in a trainer that died. One that slept when others woke wakes here."""
+    await server.check()
+    await server.pause()
+    await server.flush()
+    await server.resume_memory(WEIGHTS)
+    try:
+        await server.begin_update()
+    except LostError:
+        raise
+    except EngineError:
+        await server.end_update()
+        await server.begin_update()
+
+
+async def _each(
+    servers: Sequence[Server], call: Callable[[Server], Awaitable[T]]
+) -> tuple[dict[Server, T], dict[Server, EngineError]]:
+    """Make `call` of all `servers` at once: what they answered, and how others failed."""
+    results = await asyncio.gather(*(call(server) for server in servers), return_exceptions=True)
+    answers: dict[Server, T] = {}
+    failed: dict[Server, EngineError] = {}
+    for server, result in zip(servers, results, strict=True):
+        if isinstance(result, EngineError):
+            failed[server] = result
+        elif isinstance(result, BaseException):
+            raise result
+        else:
+            answers[server] = result
+    return answers, failed

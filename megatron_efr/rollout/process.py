@@ -1,0 +1,73 @@
+"""One SGLang server as a process under its supervisor: started, ended, and started again at the same address."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_efr.rollout import supervisor
+
+TAIL = 20  # lines of a log that an error shows
+GRACE_S = 10.0  # what a supervisor gets beyond the server's stop_s
+
+
+class ServerProcess:
+    """A server at `url`. Each start has a log of its own: NAME.log, NAME.1.log, NAME.2.log, ... in `folder`."""
+
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        folder: Path,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        stop_s: float,
+    ) -> None:
+        self.name, self.url, self.log = name, url, folder / f"{name}.log"
+        self._command, self._environment, self._stop_s = list(command), dict(environment), stop_s
+        self._starts = 0
+        self.start()
+
+    def start(self) -> None:
+        """Start it, in a session of its own; what ran before must have ended. Returns before it is ready."""
+        if self._starts:
+            self.log = self.log.with_name(f"{self.name}.{self._starts}.log")
+        watched = [sys.executable, "-I", supervisor.__file__, str(os.getpid()), str(self._stop_s), *self._command]
+        with open(self.log, "wb") as output:
+            self.process = subprocess.Popen(
+                watched,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                start_new_session=True,
+            )
+        self._starts += 1
+
+    def terminate(self) -> None:
+        """Have its supervisor end it and all that it started; a supervisor that was stopped goes on for that."""
+        self.process.send_signal(signal.SIGCONT)
+        self.process.terminate()
+
+    def wait(self) -> None:
+        """After `terminate`: until nothing is left of it."""
+        try:
+            self.process.wait(self._stop_s + GRACE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()  # the kernel kills the server with its supervisor, and SGLang's workers with it
+            self.process.wait()
+
+    def end(self) -> None:
+        """End it, and wait until nothing is left of it."""
+        self.terminate()
+        self.wait()
+
+    def tail(self) -> str:
+        """Where its log is, and the end of it, without the line that holds the key."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        shown = [line[:500] for line in lines[-TAIL:] if "server_args=" not in line]
+        return "\n  ".join([f"the end of {self.log}:", *shown])

@@ -1,0 +1,120 @@
+"""The SGLang servers of a run: every host's first rank starts those of its host, and every rank learns of all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_efr.config import ConfigError, ModelConfig, RolloutConfig
+from megatron_efr.errors import UserError
+from megatron_efr.rollout.addresses import KEY, LOOPBACK, address_towards, private_address
+from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
+from megatron_efr.rollout.seats import Host
+from megatron_efr.rollout.watch import Watch
+from megatron_efr.weights.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Servers:
+    """The addresses of all servers of a run, in the order of the GPUs that they take, and their key.
+
+    On a host's first rank `watch` starts the host's servers again where they end or hang.
+    """
+
+    urls: Sequence[str] = ()
+    key: str | None = None
+    watch: Watch | None = None
+
+    def hold(self) -> None:
+        """Put restarts off while the trainer has the GPUs to itself; every rank may call it."""
+        if self.watch is not None:
+            self.watch.hold()
+
+    def allow(self) -> None:
+        """Start what was put off by `hold`."""
+        if self.watch is not None:
+            self.watch.allow()
+
+
+@contextmanager
+def serving(
+    model: ModelConfig, rollout: RolloutConfig, folder: Path, seed: int, cpu_world: dist.ProcessGroup
+) -> Iterator[Servers]:
+    """The servers that a run asks for, ready, and ended with the block; every rank enters it.
+
+    Those in `rollout.urls` are somebody else's. The others write to `folder`, listen on this machine alone or, where
+    there are several hosts, on the private network, and take random numbers from `seed` and those after it. UserError,
+    on every rank, has the words of a host whose servers did not start.
+    """
+    host = Host.of_this_process()
+    seats = host.seats(rollout)
+    if not seats:
+        yield Servers(rollout.urls, os.environ.get(KEY))
+        return
+    address, key = _address(host, cpu_world), _from_rank_0(secrets.token_urlsafe(32), cpu_world)
+    with ExitStack() as resources:
+        urls: list[str] = []
+        watch, failure = None, None
+        if dist.get_rank(cpu_world) % host.ranks == 0:
+            try:
+                launcher = resources.enter_context(Launcher(folder, rollout.timeouts.stop_s, key))
+                urls = _start(launcher, model, rollout, seed, host, private_address(address))
+                watch = launcher.watch(rollout.timeouts, rollout.restarts)
+            except Exception as error:  # the others must not wait for what will never come
+                failure = error
+        everyone: list[Any] = [None] * dist.get_world_size(cpu_world)
+        dist.all_gather_object(everyone, (urls, failure and f"host {address}: {failure}"), group=cpu_world)
+        if failure is not None:
+            raise failure
+        if failures := [said for _, said in everyone if said]:
+            raise UserError("; ".join(failures))
+        yield Servers([url for theirs, _ in everyone for url in theirs], key, watch)
+        dist.barrier(cpu_world)  # rank 0 has let go of all servers before any host ends its own
+
+
+def _start(
+    launcher: Launcher, model: ModelConfig, rollout: RolloutConfig, seed: int, host: Host, address: str
+) -> list[str]:
+    """This host's servers, ready: their addresses."""
+    on_gpu, seats = torch.cuda.is_available(), host.seats(rollout)
+    if on_gpu and seats[-1][-1] >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rollout.engines: {len(seats)} engines x rollout.tp {rollout.tp} after {host.ranks} ranks need GPUs up to "
+            f"number {seats[-1][-1]}, and {torch.cuda.device_count()} are in sight; start fewer ranks or engines"
+        )
+    architecture = Architecture.from_folder(model.path)
+    environment = server_environment(os.environ, on_gpu, rollout.tp)
+    for place, gpus in enumerate(seats):
+        index = host.number * len(seats) + place
+        shared = rollout.placement == "colocated"
+        arguments = server_arguments(model, rollout, architecture, on_gpu, gpus[0], shared)
+        own = {"random_seed": (seed + index) % 2**31}
+        launcher.start_one(f"engine-{index}", rollout.python, arguments | own, environment, host=address)
+    return launcher.wait(rollout.timeouts.start_s)
+
+
+def _address(host: Host, cpu_world: dist.ProcessGroup) -> str:
+    """Where this host's servers listen: one host keeps to itself; of several, each where it reaches rank 0's.
+
+    Rank 0's host itself may know its name as 127.0.1.1, so it takes the last rank's word for its address.
+    """
+    if host.count == 1:
+        return LOOPBACK
+    known = [private_address(os.environ["MASTER_ADDR"]) if host.number == host.count - 1 else None]
+    dist.broadcast_object_list(known, src=dist.get_world_size(cpu_world) - 1, group=cpu_world)
+    assert known[0] is not None
+    return address_towards(known[0])
+
+
+def _from_rank_0(value: str, cpu_world: dist.ProcessGroup) -> str:
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0, group=cpu_world)
+    return shared[0]

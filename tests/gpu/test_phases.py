@@ -1,0 +1,93 @@
+"""Engine and trainer on one card: what leaves it in each phase, measured, and what goes on as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_efr.config import ModelConfig, RolloutConfig
+from megatron_efr.memory import gradient_bytes, optimizer_bytes
+from megatron_efr.phases import Phases, free_bytes
+from megatron_efr.policy import Policy, Ranks
+from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
+from megatron_efr.rollout.servers import Servers
+from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.types import Sampling
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.sglang_layout import EngineLayout
+from megatron_efr.weights.transports import Handles
+from tests.engine.conftest import PYTHON
+from tests.engine.published import make_publisher
+from tests.engine_contract import requests
+from tests.unit.test_optimizer import SHARDED, build, equal, state, update
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def places(policy: Policy) -> list[tuple[torch.device, int]]:
+    return [(p.device, p.data_ptr()) for chunk in policy.chunks for p in chunk.parameters()]
+
+
+@pytest.mark.parametrize("ddp", [{}, SHARDED], ids=["plain", "sharded"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_and_optimizer_leave_the_card_the_weights_stay_and_the_next_update_is_the_same(
+    ddp: dict[str, Any], dtype: str, tied_model: Path, ranks: Ranks
+) -> None:
+    stayed, left = (build(tied_model, ranks, ddp, dtype) for _ in range(2))
+    for policy in (stayed, left):
+        update(policy)
+    before, weights = torch.cuda.memory_allocated(), places(left)
+    left.offload_training_state()
+    count = sum(p.numel() for chunk in left.chunks for p in chunk.parameters())
+    assert before - torch.cuda.memory_allocated() >= 0.95 * (gradient_bytes(count) + optimizer_bytes(count, dtype))
+    assert places(left) == weights
+    left.restore_training_state()
+    assert places(left) == weights
+    for policy in (stayed, left):
+        update(policy)
+    assert equal(state(left), state(stayed))
+
+
+@pytest.fixture
+def engine(tied_model: Path, tmp_path: Path) -> Iterator[SGLangEngine]:
+    """A server on this process's card."""
+    if not os.access(PYTHON, os.X_OK):
+        pytest.skip(f"{PYTHON} is not there: bash launch/install_h100.sh makes it")
+    section = {"engine": "sglang", "placement": "colocated", "slots": 8, "server": {"mem_fraction_static": 0.3}}
+    rollout, architecture = RolloutConfig.model_validate(section), Architecture.from_folder(tied_model)
+    model = ModelConfig(path=str(tied_model), dtype="bfloat16")
+    with Launcher(tmp_path / "engines", rollout.timeouts.stop_s) as launcher:
+        arguments = server_arguments(model, rollout, architecture, on_gpu=True)
+        launcher.start(str(PYTHON), arguments, server_environment(os.environ, True, 1), count=1, seed=0)
+        urls = launcher.wait(rollout.timeouts.start_s)
+        made = SGLangEngine(urls, architecture, rollout.slots, rollout.timeouts, key=launcher.key)
+        yield made
+        made.close()
+
+
+def test_a_server_releases_its_share_of_the_card_and_goes_on_with_the_policys_new_weights(
+    engine: SGLangEngine, tied_model: Path, ranks: Ranks
+) -> None:
+    layout, total = EngineLayout(engine.architecture, 1), torch.cuda.mem_get_info()[1]
+    publisher = make_publisher(Handles(engine, ranks.cpu_world), engine, layout, ranks)
+    full = free_bytes()
+    phases = Phases(publisher, engine, Servers(), ranks, shared=True, engine_bytes=int(0.25 * total))
+    assert free_bytes() - full >= 0.25 * total
+    policy = build(tied_model, ranks, SHARDED, "bfloat16")
+    phases.to_engines(policy, 1, contextlib.nullcontext)
+    assert abs(free_bytes() - full) < 0.05 * total
+    stream = engine.generate(requests(20), Sampling(1.0, 1.0, 300, (2,)))
+    groups = [next(stream)]
+    phases.to_policy(policy, contextlib.nullcontext)
+    update(policy)
+    phases.to_engines(policy, 2, contextlib.nullcontext)
+    groups += stream
+    assert len(groups) == 20
+    spans = {tuple(span.version for span in response.versions) for group in groups for response in group.responses}
+    assert (1, 2) in spans

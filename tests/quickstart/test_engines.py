@@ -1,0 +1,44 @@
+"""What launch/quickstart.sh must show with --engine sglang, beside the embedded engine (from both summary.json)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_efr.report.agreement import compare
+
+RUNS = Path(__file__).parents[2] / "runs"
+FAMILIES = ("quickstart", "quickstart-sglang")
+
+
+@pytest.fixture(scope="module")
+def summaries() -> list[dict[str, Any]]:
+    """The embedded engine's family, and SGLang's."""
+    paths = [RUNS / family / "summary.json" for family in FAMILIES]
+    for path, options in zip(paths, ("", " --engine sglang"), strict=True):
+        if not path.exists():
+            pytest.skip(f"{path} is not there: run launch/quickstart.sh{options} first")
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def test_both_families_began_with_the_same_weights(summaries: list[dict[str, Any]]) -> None:
+    first, second = ((RUNS / family / "sft/model/model.safetensors").read_bytes() for family in FAMILIES)
+    assert first == second
+
+
+def test_every_figure_agrees_within_the_intervals(summaries: list[dict[str, Any]]) -> None:
+    compared = compare(*summaries)
+    assert len(compared) == 8
+    assert [found.row() for found in compared if not found.agree] == []
+
+
+def test_engine_and_policy_agreed_in_every_iteration(summaries: list[dict[str, Any]]) -> None:
+    for alpha in ("0", "0.1", "0.4"):
+        path = RUNS / "quickstart-sglang" / f"alpha-{alpha}" / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, 51))
+        assert all(line["first_ratio_max"] == 1.0 and line["first_kl_to_old"] == 0.0 for line in lines)
+        assert all(line["logprob_diff_mean"] < 1e-5 for line in lines)
