@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import io
 import json
 import pickle
 import platform
@@ -26,7 +27,7 @@ import time
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -143,27 +144,35 @@ def handle_rows() -> Iterator[Row]:
     yield "the first bucket", f"opened in {turns[0][1] * 1e3:.1f} ms"
 
 
+class Opener(pickle.Unpickler):
+    """Rebuilds tensors on the GPU that has the handle's UUID, as SGLang's unpickler does."""
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        return by_uuid if name == "rebuild_cuda_tensor" else super().find_class(module, name)
+
+
+def by_uuid(*given: Any) -> torch.Tensor:
+    """torch's `rebuild_cuda_tensor`, with a UUID where it takes the device's number."""
+    uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    return cast(Any, reductions.rebuild_cuda_tensor)(*given[:6], uuids.index(given[6]), *given[7:])
+
+
 def serve_opened() -> None:
     """The other process: opens each bucket and copies it into parameters of its own, as an engine does."""
-    rebuild = reductions.rebuild_cuda_tensor
-
-    def by_uuid(*given: Any) -> torch.Tensor:  # as sglang.srt.utils.patch_torch does
-        uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
-        return rebuild(*given[:6], uuids.index(given[6]), *given[7:])
-
-    reductions.rebuild_cuda_tensor = by_uuid
     own: dict[str, torch.Tensor] = {}
     for line in sys.stdin:
         began = time.perf_counter()
-        found = pickle.loads(base64.b64decode(line))
+        found = Opener(io.BytesIO(base64.b64decode(line))).load()
         synchronize()
         opened = time.perf_counter()
         for part in found["metadata"]:
-            tensor = found["flattened_tensor"][part.start_idx : part.end_idx].view(part.dtype).reshape(part.shape)
-            own.setdefault(part.name, torch.empty_like(tensor)).copy_(tensor)
+            if part.name not in own:
+                own[part.name] = torch.empty(part.shape, dtype=part.dtype, device="cuda")
+            sent = found["flattened_tensor"][part.start_idx : part.end_idx]
+            own[part.name].copy_(sent.view(part.dtype).reshape(part.shape))
         synchronize()
         done = time.perf_counter()
-        del found, tensor
+        found = sent = None  # lets go of the handle
         total = sum(float(tensor.double().sum()) for tensor in own.values())
         print(json.dumps({"open": opened - began, "copy": done - opened, "sum": total}), flush=True)
 

@@ -70,9 +70,9 @@ class Reshard:
             wanted = main in (None, self._rank)
             parcel = self._put_together(bucket, moving, local, flat) if wanted else self._names(bucket)
             moving = None  # before the next one's buffers are made
-            following = self.plan.buckets[number + 1 : number + 2]
-            if following and self.plan.overlaps(bucket, *following, main):
-                moving = self._start(*following, local, main, memory, flat)
+            following = self.plan.buckets[number + 1] if number + 1 < len(self.plan.buckets) else None
+            if following is not None and self.plan.overlaps(bucket, following, main):
+                moving = self._start(following, local, main, memory, flat)
             yield parcel
             del parcel
 
@@ -175,8 +175,8 @@ class Reshard:
 
     def _room(self, bucket: Bucket, raw: torch.Tensor, views: Shards | None = None) -> _Room:
         """Where a bucket's whole tensors come to lie in `raw`; with `views`, those that main holds whole stay there."""
-        lie = [e for e in bucket.entries if e.holders == (self._main,)] if views is not None else []
-        tensors = [pair for e in lie for pair in self._mapping.to_hugging_face(e.name, [views[e.name]])]
+        lie = {e: views[e.name] for e in bucket.entries if e.holders == (self._main,)} if views is not None else {}
+        tensors = [pair for e, view in lie.items() for pair in self._mapping.to_hugging_face(e.name, [view])]
         # wide types first: every tensor then begins at a multiple of its own width, without gaps
         order = sorted((e for e in bucket.entries if e not in lie), key=lambda entry: -entry.dtype.itemsize)
         out: dict[str, list[torch.Tensor]] = {}
