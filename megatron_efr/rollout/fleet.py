@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -46,6 +46,13 @@ class Tally:
     back: int = 0
 
 
+@dataclass(slots=True)
+class _Place:
+    """Where one response is in work."""
+
+    server: Server | None = None
+
+
 class Fleet:
     """Servers that share one connection pool. Responses to a prompt come from one server, and share its cache."""
 
@@ -72,39 +79,44 @@ class Fleet:
     async def group(self, request: Request, sampling: Sampling) -> Group:
         """The whole group that answers `request`, from the server with the fewest responses in work."""
         server = await self._least_loaded()
-        tasks = [asyncio.create_task(self._response(server, request, sampling)) for _ in range(request.samples)]
+        places = [self._place(server) for _ in range(request.samples)]  # counted before the next group is placed
+        tasks = [asyncio.create_task(self._response(server, place, request, sampling)) for place in places]
         try:
             answers = await asyncio.gather(*tasks)
         finally:
-            for task in tasks:
+            for task, place in zip(tasks, places, strict=True):
                 task.cancel()
+                self._move(place, None)  # a task that is cancelled before it began does not
         for answer in answers:
             self._tally.tokens += answer.response.length
             self._tally.prompt_tokens += len(request.prompt.tokens)
             self._tally.cached_tokens += answer.cached_tokens
         return Group(request.prompt, [answer.response for answer in answers], seed=request.seed)
 
-    async def _response(self, server: Server, request: Request, sampling: Sampling) -> Answer:
+    async def _response(self, server: Server, place: _Place, request: Request, sampling: Sampling) -> Answer:
         """One response; one that was lost is asked for again, under a new name, of the server least loaded then."""
         sends = 0
-        while True:
-            rid = f"{self._name}-{next(self._numbers)}"
-            try:
-                with self._counted(server):
+        try:
+            while True:
+                rid = f"{self._name}-{next(self._numbers)}"
+                try:
                     asked = server.generate(rid, request.prompt.tokens, sampling)
                     return await self.membership.unless_lost(server, asked)
-            except LostError as error:
-                await self._judge(server, error)
-                sends += server in self.membership.serving
-                if sends == SENDS:
-                    raise EngineError(f"prompt {request.prompt.id}: lost {SENDS} times: {error}") from error
-            self._tally.resent += 1
-            if server in self.membership.serving:
-                self._rests_until[server] = time.monotonic() + REST_S
-                with contextlib.suppress(LostError):  # then the request is lost with the connection
-                    await server.abort(rid)
-                await asyncio.sleep(sends)
-            server = await self._least_loaded()
+                except LostError as error:
+                    await self._judge(server, error)
+                    sends += server in self.membership.serving
+                    if sends == SENDS:
+                        raise EngineError(f"prompt {request.prompt.id}: lost {SENDS} times: {error}") from error
+                self._tally.resent += 1
+                if server in self.membership.serving:
+                    self._rests_until[server] = time.monotonic() + REST_S
+                    with contextlib.suppress(LostError):  # then the request is lost with the connection
+                        await server.abort(rid)
+                    await asyncio.sleep(sends)
+                server = await self._least_loaded()
+                self._move(place, server)
+        finally:
+            self._move(place, None)
 
     async def _judge(self, server: Server, error: LostError) -> None:
         """Whether a server that failed to give a response serves on."""
@@ -118,18 +130,23 @@ class Fleet:
         rested = [server for server in serving if self._rests_until[server] <= now]
         return min(rested or serving, key=self._loads.__getitem__)
 
-    @contextlib.contextmanager
-    def _counted(self, server: Server) -> Iterator[None]:
-        """Count a response in work against its server, and the time in which there is any."""
-        if not any(self._loads.values()):
-            self._busy_since = time.perf_counter()
-        self._loads[server] += 1
-        try:
-            yield
-        finally:
-            self._loads[server] -= 1
+    def _place(self, server: Server) -> _Place:
+        place = _Place()
+        self._move(place, server)
+        return place
+
+    def _move(self, place: _Place, server: Server | None) -> None:
+        """Count a response in work against `server` and no more against the one before, and the time in which there is
+        any; None when it is over."""
+        if server is not None:
+            if not any(self._loads.values()):
+                self._busy_since = time.perf_counter()
+            self._loads[server] += 1
+        if place.server is not None:
+            self._loads[place.server] -= 1
             if not any(self._loads.values()):
                 self._tally.seconds += time.perf_counter() - self._busy_since
+        place.server = server
 
     async def read_tally(self) -> Tally:
         """What was done since the last call."""

@@ -116,7 +116,7 @@ class Launcher:
 
     def __init__(self, folder: Path, stop_s: float, key: str | None = None) -> None:
         self.folder, self._stop_s = folder, stop_s
-        self.key = key or secrets.token_urlsafe(32)
+        self.key = key or secrets.token_hex(32)
         self.servers: list[ServerProcess] = []
         self._watch: Watch | None = None
 

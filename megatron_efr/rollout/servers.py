@@ -59,7 +59,7 @@ def serving(
     if not seats:
         yield Servers(rollout.urls, os.environ.get(KEY))
         return
-    address, key = _address(host, cpu_world), _from_rank_0(secrets.token_urlsafe(32), cpu_world)
+    address, key = _address(host, cpu_world), _from_rank_0(secrets.token_hex(32), cpu_world)
     with ExitStack() as resources:
         urls: list[str] = []
         watch, failure = None, None

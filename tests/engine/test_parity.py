@@ -88,8 +88,10 @@ def test_a_prompt_that_was_read_is_found_in_the_cache_until_weights_change(
         shares.append(engine.health()["cached_share"])
     engine.publish(weights_of(models[1]), version=2)
     assert len(list(engine.generate(asked(6, 1), Sampling(1.0, 1.0, 2, ())))) == 6
-    assert shares[1] > 0.8 > shares[0]
-    assert engine.health()["cached_share"] == pytest.approx(shares[0], abs=0.2)
+    shares.append(engine.health()["cached_share"])
+    assert shares[1] > 0.8  # the others find no more than what prompts of one call share
+    assert shares[0] < 0.5
+    assert shares[2] < 0.5
 
 
 def test_weights_in_several_buckets_are_those_in_one(make_engine: MakeSGLang, models: Models) -> None:
