@@ -65,7 +65,7 @@ class Environment:
     def connect(self, servers: Servers, resources: ExitStack) -> None:
         """Take the engine into use, over `servers` or embedded; `resources` end it, and the thread of rollouts."""
         config = self._config
-        self.engine = build_engine(config.model, config.rollout, servers, resources)
+        self.engine = build_engine(config.model, config.rollout, servers, config.folder / "engines", resources)
         self.production = Production(self.engine, self._sampling, self._decode)
         self.ledger = Ledger(self.production, config.rollout, self.stream, config.seed, config.train.iterations)
         resources.callback(self.ledger.close)

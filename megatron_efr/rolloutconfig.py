@@ -71,6 +71,10 @@ class RolloutConfig(EnginesConfig):
         description="servers on the GPUs after the trainer's, or on the trainer's own: there they release their memory "
         "while the policy trains, and it offloads gradients and optimizer while they generate",
     )
+    router: bool = Field(
+        default=False,
+        description="sglang-router, where `python` has it, chooses each prompt's server by cached prefixes",
+    )
     restarts: int = Field(default=3, ge=0, description="how often a server that ended or hangs is started again")
     transport: Literal["auto", "tensor", "direct", "distributed", "disk"] = Field(
         default="auto",
@@ -97,6 +101,10 @@ class RolloutConfig(EnginesConfig):
 
     @model_validator(mode="after")
     def _what_is_in_flight_can_be_waited_for(self) -> RolloutConfig:
+        if self.router and self.engine == "local":
+            raise ValueError(
+                "rollout.router: the embedded engine has no servers to choose from; set rollout.engine: sglang"
+            )
         if self.ahead is not None and not self.partial:
             raise ValueError("rollout.ahead: only partial rollouts have prompts in flight; set rollout.partial: true")
         if self.in_flight_beyond > self.prompts:

@@ -14,13 +14,18 @@ from megatron_efr.rollout.addresses import KEY, wait_until_ready
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
 from megatron_efr.rollout.local import LocalEngine
+from megatron_efr.rollout.process import ServerProcess
+from megatron_efr.rollout.router import start_router
 from megatron_efr.rollout.servers import Servers
 from megatron_efr.rollout.sglang import SGLangEngine
 from megatron_efr.weights.architecture import Architecture
 
 
-def build_engine(model: ModelConfig, rollout: RolloutConfig, servers: Servers, resources: ExitStack) -> Engine:
-    """The engine of a run, over its `servers`; what must be closed at its end is given to `resources`."""
+def build_engine(
+    model: ModelConfig, rollout: RolloutConfig, servers: Servers, folder: Path, resources: ExitStack
+) -> Engine:
+    """The engine of a run, over its `servers`; what must be closed at its end is given to `resources`. A router's log
+    goes to `folder`."""
     if rollout.engine == "local":
         if rollout.overlap and torch.cuda.is_available():
             raise ConfigError(
@@ -32,7 +37,16 @@ def build_engine(model: ModelConfig, rollout: RolloutConfig, servers: Servers, r
                 "model.routing: replay needs an engine that says which experts it chose; set rollout.engine: sglang"
             )
         return local_engine(model.path, rollout.slots, model.dtype)
-    return _connected(model, rollout, servers.urls, servers.key, resources)
+    router = None
+    if rollout.router:
+        if model.routing == "replay":
+            raise ConfigError(
+                "rollout.router: sglang-router does not pass on the wish for routed experts, which "
+                "model.routing: replay needs; leave router out"
+            )
+        router = start_router(rollout, folder, servers.key)
+        resources.callback(router.end)
+    return _connected(model, rollout, servers.urls, servers.key, resources, router and (router, rollout.restarts))
 
 
 def sglang_engine(
@@ -55,7 +69,12 @@ def sglang_engine(
 
 
 def _connected(
-    model: ModelConfig, engines: EnginesConfig, urls: Sequence[str], key: str | None, resources: ExitStack
+    model: ModelConfig,
+    engines: EnginesConfig,
+    urls: Sequence[str],
+    key: str | None,
+    resources: ExitStack,
+    router: tuple[ServerProcess, int] | None = None,
 ) -> SGLangEngine:
     wait_until_ready(urls, engines.timeouts.start_s)
     engine = SGLangEngine(
@@ -67,6 +86,7 @@ def _connected(
         engine_ranks=engines.tp,
         bucket_bytes=engines.bucket_mib * 2**20,
         routed_experts=model.routing == "replay",
+        router=router,
     )
     resources.callback(engine.close)
     return engine

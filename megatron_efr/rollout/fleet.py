@@ -47,7 +47,7 @@ class Tally:
 
 
 @dataclass(slots=True)
-class _Place:
+class Place:
     """Where one response is in work."""
 
     server: Server | None = None
@@ -78,7 +78,7 @@ class Fleet:
 
     async def group(self, request: Request, sampling: Sampling) -> Group:
         """The whole group that answers `request`, from the server with the fewest responses in work."""
-        server = await self._least_loaded()
+        server = await self._choose()
         places = [self._place(server) for _ in range(request.samples)]  # counted before the next group is placed
         tasks = [asyncio.create_task(self._response(server, place, request, sampling)) for place in places]
         try:
@@ -93,12 +93,12 @@ class Fleet:
             self._tally.cached_tokens += answer.cached_tokens
         return Group(request.prompt, [answer.response for answer in answers], seed=request.seed)
 
-    async def _response(self, server: Server, place: _Place, request: Request, sampling: Sampling) -> Answer:
+    async def _response(self, server: Server, place: Place, request: Request, sampling: Sampling) -> Answer:
         """One response; one that was lost is asked for again, under a new name, of the server least loaded then."""
         sends = 0
         try:
             while True:
-                rid = f"{self._name}-{next(self._numbers)}"
+                rid = self._new_rid()
                 try:
                     asked = server.generate(rid, request.prompt.tokens, sampling)
                     return await self.membership.unless_lost(server, asked)
@@ -125,17 +125,24 @@ class Fleet:
         else:
             await self.membership.examine(server)
 
+    async def _choose(self) -> Server:
+        """The server that a group is asked of first."""
+        return await self._least_loaded()
+
+    def _new_rid(self) -> str:
+        return f"{self._name}-{next(self._numbers)}"
+
     async def _least_loaded(self) -> Server:
         serving, now = await self.membership.settled_serving(), time.monotonic()
         rested = [server for server in serving if self._rests_until[server] <= now]
         return min(rested or serving, key=self._loads.__getitem__)
 
-    def _place(self, server: Server) -> _Place:
-        place = _Place()
+    def _place(self, server: Server) -> Place:
+        place = Place()
         self._move(place, server)
         return place
 
-    def _move(self, place: _Place, server: Server | None) -> None:
+    def _move(self, place: Place, server: Server | None) -> None:
         """Count a response in work against `server` and no more against the one before, and the time in which there is
         any; None when it is over."""
         if server is not None:

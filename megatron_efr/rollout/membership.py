@@ -47,6 +47,7 @@ class Membership:
     def __init__(self, servers: Sequence[Server], limits: TimeoutsConfig) -> None:
         self.servers, self.members = list(servers), list(servers)
         self.events = Events()
+        self.told = asyncio.Event()  # set where other servers serve than before, for whom it concerns to clear
         self.changed = True  # this publication's servers, or a start of one, are others than the last one's
         self._limits = limits
         self._state = dict.fromkeys(servers, State.EMPTY)
@@ -71,6 +72,15 @@ class Membership:
     def serving(self) -> list[Server]:
         return [server for server in self.servers if self._state[server] is State.SERVING]
 
+    @property
+    def serving_urls(self) -> set[str]:
+        return {server.url for server in self.serving}
+
+    @property
+    def current_urls(self) -> set[str]:
+        """Of servers that serve, or will at the end of the publication that is going on."""
+        return {s.url for s in self.servers if self._state[s] in (State.SERVING, State.UPDATING)}
+
     async def settled_serving(self) -> list[Server]:
         """The servers that serve, after any publication that is going on; NoEngineError where there is none."""
         await self._settled.wait()
@@ -80,15 +90,7 @@ class Membership:
 
     async def unless_lost(self, server: Server, work: Coroutine[Any, Any, T]) -> T:
         """Do `work`, which waits for `server`; LostError as soon as the server is lost, however long it could wait."""
-        working, losing = asyncio.ensure_future(work), asyncio.ensure_future(self._losses[server].wait())
-        try:
-            await asyncio.wait((working, losing), return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                return working.result()
-            raise LostError(f"{server.url}: lost while it worked")
-        finally:
-            working.cancel()
-            losing.cancel()
+        return await unless(self._losses[server], work, f"{server.url}: lost while it worked")
 
     async def examine(self, server: Server) -> None:
         """Find out whether a server that failed to give a response still serves."""
@@ -112,6 +114,7 @@ class Membership:
         self._state[server] = State.LOST
         self._same.discard(server)
         self._losses[server].set()
+        self.told.set()
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -168,6 +171,7 @@ class Membership:
         self.events.back += len(self._returning & self._same)
         self._returning -= self._same
         self._settled.set()
+        self.told.set()
 
     # -- within --------------------------------------------------------------------------------------------------------
 
@@ -236,6 +240,19 @@ class Membership:
         if self._state[server] is State.LOST:
             self._back(server, version)
             print(f"engine {server.url} answers again, and serves from the next publication on", flush=True)
+
+
+async def unless(happens: asyncio.Event, work: Coroutine[Any, Any, T], said: str) -> T:
+    """Do `work`; LostError with what is `said` as soon as `happens` is set."""
+    working, happening = asyncio.ensure_future(work), asyncio.ensure_future(happens.wait())
+    try:
+        await asyncio.wait((working, happening), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise LostError(said)
+    finally:
+        working.cancel()
+        happening.cancel()
 
 
 async def _open(server: Server) -> None:

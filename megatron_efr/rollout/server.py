@@ -211,7 +211,7 @@ class Server:
             raise LostError(f"{self.url}{path}: no answer within rollout.timeouts.{limit} = {seconds:g} s") from error
         except aiohttp.ClientError as error:
             raise LostError(f"{self.url}{path}: {error or type(error).__name__}") from error
-        if answer.status != 200:
+        if answer.status not in (200, 202):  # 202: sglang-router will do it
             kind = BrokenError if answer.status >= 500 else EngineError
             raise kind(f"{self.url}{path}: answered {answer.status}: {text[:500]}")
         return json.loads(text) if answer.content_type == "application/json" and text else None

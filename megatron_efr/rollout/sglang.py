@@ -14,6 +14,7 @@ from typing import Self
 import torch
 
 from megatron_efr.config import TimeoutsConfig
+from megatron_efr.rollout.process import ServerProcess
 from megatron_efr.rollout.requests import check_request, check_sampling
 from megatron_efr.rollout.server import WEIGHTS, Server
 from megatron_efr.rollout.updates import ServerUpdates
@@ -50,8 +51,9 @@ class SGLangEngine(ServerUpdates):
         engine_ranks: int = 1,
         bucket_bytes: int = 2**29,
         routed_experts: bool = False,
+        router: tuple[ServerProcess, int] | None = None,
     ) -> None:
-        super().__init__(urls, limits, key, engine_ranks, architecture if routed_experts else None)
+        super().__init__(urls, limits, key, engine_ranks, architecture if routed_experts else None, router)
         self.architecture, self.bucket_bytes = architecture, bucket_bytes
         self.in_flight = max(1, int(AHEAD * slots * self.count))
         self._shapes = WeightMapping(architecture).shapes()

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from megatron_efr.config import TimeoutsConfig
 from megatron_efr.rollout.fleet import Fleet
 from megatron_efr.rollout.membership import Membership
+from megatron_efr.rollout.process import ServerProcess
+from megatron_efr.rollout.routed import RoutedFleet
 from megatron_efr.rollout.server import Server, tensor_body
 from megatron_efr.rollout.thread import LoopThread
 from megatron_efr.weights.architecture import Architecture
@@ -22,7 +24,10 @@ T = TypeVar("T")
 
 
 class ServerUpdates:
-    """The servers at `urls`, each of `engine_ranks` tensor-parallel ranks, spoken to from one background thread."""
+    """The servers at `urls`, each of `engine_ranks` tensor-parallel ranks, spoken to from one background thread.
+
+    Given `router`, its process and how often it is started again, it places the prompts.
+    """
 
     def __init__(
         self,
@@ -31,9 +36,10 @@ class ServerUpdates:
         key: str | None,
         engine_ranks: int,
         routed: Architecture | None,
+        router: tuple[ServerProcess, int] | None = None,
     ) -> None:
         async def make() -> Fleet:  # in the loop that its connections belong to
-            return Fleet(urls, key, limits, routed)
+            return RoutedFleet(urls, key, limits, *router) if router else Fleet(urls, key, limits, routed)
 
         self.engine_ranks = engine_ranks
         self._version = -1

@@ -175,7 +175,7 @@ def test_what_cannot_be_replayed_is_named(make: MakePolicy, moe: Path, tied_mode
         pytest.raises(ConfigError, match="an engine that says which experts it chose"),
         ExitStack() as stack,
     ):
-        build_engine(ModelConfig(path=str(moe), routing="replay"), RolloutConfig(), Servers(), stack)
+        build_engine(ModelConfig(path=str(moe), routing="replay"), RolloutConfig(), Servers(), moe, stack)
     for field, name in (("moe_router_fusion", "fused router"), ("moe_enable_routing_replay", "set model.routing")):
         with pytest.raises(ConfigError, match=name):
             check_fit(ModelConfig(path=str(moe), routing="replay", megatron={field: True}), ParallelConfig())

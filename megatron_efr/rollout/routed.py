@@ -1,0 +1,138 @@
+"""A fleet whose groups are placed by sglang-router as long as it lives, and by the fleet itself when it does not.
+
+The router's workers are kept the servers that serve. It says of no response which server has it: so whatever breaks
+off there, or is in work there when a server is lost, is asked for again, of a server of the fleet's own choice, which
+then is judged as ever. Everything here runs in one asyncio loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_efr.config import TimeoutsConfig
+from megatron_efr.rollout.fleet import Fleet, Place
+from megatron_efr.rollout.membership import MISSES, unless
+from megatron_efr.rollout.process import ServerProcess
+from megatron_efr.rollout.router import Router
+from megatron_efr.rollout.server import Answer, Server
+from megatron_efr.types import Request, Sampling
+from megatron_efr.weights.publish import EngineError
+
+SOON_S = 0.2
+"""Between two looks at a router whose workers are not yet the servers that serve."""
+
+ADD_AGAIN_S = 60.0
+"""After which a server that the router was to take in, and has not, is offered again."""
+
+
+class RoutedFleet(Fleet):
+    """A `Fleet` behind the router that `process` runs; one that ends or hangs is started again `restarts` times."""
+
+    def __init__(
+        self, urls: Sequence[str], key: str | None, limits: TimeoutsConfig, process: ServerProcess, restarts: int
+    ) -> None:
+        super().__init__(urls, key, limits)
+        self._router = Router(process.url, self._session, limits)
+        self._loads[self._router] = 0
+        self._key, self._limits, self._process, self._restarts = key, limits, process, restarts
+        self._usable, self._workers = False, set[str]()  # servers that the router chooses from
+        self._offered: dict[str, float] = {}
+        self._broken = asyncio.Event()  # for all that is in work there now
+        self._examination: asyncio.Future[Any] | None = None
+        self._keeper = asyncio.create_task(self._keep())
+
+    async def close(self) -> None:
+        self._keeper.cancel()
+        await super().close()
+
+    # -- responses -----------------------------------------------------------------------------------------------------
+
+    async def _choose(self) -> Server:
+        least_loaded = await super()._choose()
+        in_step = self._workers == self.membership.serving_urls and not self._keeper.done()
+        return self._router if self._usable and in_step else least_loaded
+
+    async def _response(self, server: Server, place: Place, request: Request, sampling: Sampling) -> Answer:
+        if server is self._router:
+            asked = self._router.generate(self._new_rid(), request.prompt.tokens, sampling)
+            try:
+                answer = await unless(self._broken, asked, f"{self._router.url}: broken off")
+            except EngineError:
+                self._tally.resent += 1
+                await self._doubt()
+                server = await self._least_loaded()
+                self._move(place, server)
+            except BaseException:
+                self._move(place, None)
+                raise
+            else:
+                self._move(place, None)
+                return answer
+        return await super()._response(server, place, request, sampling)
+
+    async def _doubt(self) -> None:
+        """A response failed, and the router or any server may be why: look at all, once for all that fail together."""
+        self._usable = False  # until it has answered
+        self.membership.told.set()
+        if self._examination is None or self._examination.done():
+            self._examination = asyncio.gather(*map(self.membership.examine, self.membership.serving))
+        await asyncio.shield(self._examination)
+
+    # -- the router ----------------------------------------------------------------------------------------------------
+
+    async def _keep(self) -> None:
+        """Keep it in step with the servers that serve, and start it again when it fails."""
+        for left in reversed(range(self._restarts + 1)):
+            fault = await self._until_it_fails()
+            self._break()
+            then = f"it is started again, and {left - 1} times more at most" if left else "it stays down"
+            print(f"router {self._router.url} {fault}: the fleet places its prompts itself; {then}", flush=True)
+            await asyncio.to_thread(self._process.end)
+            self._offered.clear()
+            if left:
+                self._process.start()
+
+    async def _until_it_fails(self) -> str:
+        """What is wrong with it at last."""
+        began, missed, error = time.monotonic(), 0, "it never answered"
+        ready = False
+        while (code := self._process.process.poll()) is None:
+            self.membership.told.clear()
+            try:
+                settled = await self._tend()
+            except EngineError as failure:
+                self._break()
+                settled, missed, error = False, missed + ready, str(failure)
+            else:
+                missed, ready = 0, True
+            if missed == MISSES or (not ready and time.monotonic() - began > self._limits.start_s):
+                return f"does not answer ({error})"
+            with contextlib.suppress(TimeoutError):
+                wait = self._limits.check_s if settled or missed else SOON_S
+                await asyncio.wait_for(self.membership.told.wait(), wait)
+        return f"ended with exit code {code}"
+
+    async def _tend(self) -> bool:
+        """Whether its workers are the servers that serve; if not, have it change them."""
+        if not self._workers <= self.membership.current_urls:
+            self._break()  # what a lost server had will not be answered by it, or not with known weights
+        names = await self._router.workers()
+        for url in names.keys() - self.membership.current_urls:
+            self._offered.pop(url, None)
+            await self._router.remove(names[url])
+        for url in self.membership.serving_urls - names.keys():
+            if time.monotonic() - self._offered.get(url, -ADD_AGAIN_S) >= ADD_AGAIN_S:
+                self._offered[url] = time.monotonic()
+                await self._router.add(url, self._key)
+        self._usable, self._workers = True, set(names)
+        return self._workers == self.membership.serving_urls
+
+    def _break(self) -> None:
+        """Use it no more, for now, and have all that is in work there asked for again."""
+        self._usable, self._workers = False, set()
+        self._broken.set()
+        self._broken = asyncio.Event()

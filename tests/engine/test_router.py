@@ -1,0 +1,167 @@
+"""A real sglang-router before two real servers: every response comes back once, whatever dies."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.request import Request as Call
+from urllib.request import urlopen
+
+import psutil
+import pytest
+
+from megatron_efr.config import ConfigError, ModelConfig, RolloutConfig
+from megatron_efr.errors import UserError
+from megatron_efr.rollout.build import build_engine
+from megatron_efr.rollout.process import ServerProcess
+from megatron_efr.rollout.router import start_router
+from megatron_efr.rollout.servers import Servers as RunServers
+from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.weights.architecture import Architecture
+from tests.engine.conftest import PYTHON, SLOTS, rollout
+from tests.engine.faults import LIMITS, Servers, wait_until
+from tests.engine.test_faults import COUNT, LONG, assert_each_came_once, figures
+from tests.engine.test_parity import Models, weights_of
+from tests.engine_contract import requests
+
+
+@pytest.fixture(scope="module")
+def servers(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    if os.access(PYTHON, os.X_OK):
+        found = subprocess.run([PYTHON, "-c", "import sglang_router.launch_router"], capture_output=True)
+        if found.returncode:
+            pytest.skip(f"{PYTHON} has no sglang_router: bash tools/setup_sglang_cpu.sh installs it")
+    made = Servers(tmp_path_factory.mktemp("engines"), folders[0])
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def router(servers: Servers, tmp_path: Path) -> Iterator[ServerProcess]:
+    process = start_router(servers.config, tmp_path, servers.key)
+    yield process
+    process.end()
+
+
+@pytest.fixture
+def engine(servers: Servers, router: ServerProcess, models: Models) -> Iterator[SGLangEngine]:
+    """Over both servers, which serve the first model as version 1, behind the router, started again once at most."""
+    servers.revive()
+    made = SGLangEngine(
+        servers.urls, Architecture.from_folder(servers.model), SLOTS, LIMITS, key=servers.key, router=(router, 1)
+    )
+    made.publish(weights_of(models[0]), version=1)
+    wait_until(lambda: workers(router, servers) == set(servers.urls), "the router has both servers")
+    made.health()
+    yield made
+    made.close()
+
+
+def workers(router: ServerProcess, servers: Servers) -> set[str]:
+    """Whom the router asks, in its own words; nobody where it does not answer."""
+    try:
+        with urlopen(
+            Call(f"{router.url}/workers", headers={"Authorization": f"Bearer {servers.key}"}), timeout=5
+        ) as said:
+            text = said.read().decode()
+    except OSError:
+        return set()
+    return {url for url in servers.urls if f'"{url}"' in text}
+
+
+def asked(router: ServerProcess) -> dict[str, float]:
+    """How many requests the router has sent to each server, by its own count."""
+    port = router._command[router._command.index("--prometheus-port") + 1]
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as said:
+        lines = [line for line in said.read().decode().splitlines() if line.startswith("smg_worker_requests_total")]
+    print("\n".join(lines))
+    return {line.split('worker="')[1].split('"')[0]: float(line.split()[-1]) for line in lines}
+
+
+def test_groups_come_back_once_through_the_router(
+    engine: SGLangEngine, router: ServerProcess, servers: Servers
+) -> None:
+    groups = list(engine.generate(requests(COUNT), LONG))
+    assert_each_came_once(groups, 1)
+    print(
+        urlopen(f"http://127.0.0.1:{router._command[router._command.index('--prometheus-port') + 1]}/metrics")
+        .read()
+        .decode()[:6000]
+    )
+    assert engine.health()["resent"] == 0
+
+
+def test_a_router_killed_in_the_middle_loses_no_response_and_is_started_again(
+    engine: SGLangEngine, router: ServerProcess, servers: Servers, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stream = engine.generate(requests(COUNT), LONG)
+    groups = [next(stream)]
+    kill(router)
+    groups += stream
+    assert_each_came_once(groups, 1)
+    health = engine.health()
+    assert (health["serving"], health["lost"]) == (2, 0)
+    assert health["resent"] > 0
+    wait_until(lambda: workers(router, servers) == set(servers.urls), "the router is back")
+    said = capfd.readouterr().out
+    assert said.count(f"router {router.url} ended with exit code") == 1
+    assert "it is started again, and 0 times more at most" in said
+    kill(router)
+    assert_each_came_once(list(engine.generate(requests(COUNT), LONG)), 1)
+    wait_until(lambda: "it stays down" in capfd.readouterr().out, "the router stays down")
+    assert router.process.poll() is not None
+
+
+def kill(router: ServerProcess) -> None:
+    for process in psutil.Process(router.process.pid).children(recursive=True):
+        process.kill()
+
+
+def test_a_server_killed_behind_the_router_loses_no_response_and_comes_back_behind_it(
+    engine: SGLangEngine, router: ServerProcess, servers: Servers, models: Models
+) -> None:
+    stream = engine.generate(requests(COUNT), LONG)
+    groups = [next(stream)]
+    servers.kill(0)
+    groups += stream
+    assert_each_came_once(groups, 1)
+    assert figures(engine) == (1, 1, 0)
+    wait_until(lambda: workers(router, servers) == {servers.urls[1]}, "the router has the other alone")
+    servers.restart(0)
+
+    def back() -> bool:
+        engine.publish(weights_of(models[0]), version=2)
+        return engine.count == 2
+
+    wait_until(back, "the restarted server takes part")
+    wait_until(lambda: workers(router, servers) == set(servers.urls), "the router has both servers again")
+    assert_each_came_once(list(engine.generate(requests(COUNT), LONG)), 2)
+
+
+def test_a_server_frozen_behind_the_router_holds_no_response_up(engine: SGLangEngine, servers: Servers) -> None:
+    stream = engine.generate(requests(COUNT), LONG)
+    groups = [next(stream)]
+    servers.freeze(1)
+    try:
+        groups += stream
+        assert_each_came_once(groups, 1)
+        assert figures(engine) == (1, 1, 0)
+    finally:
+        servers.thaw(1)
+
+
+def test_a_router_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"rollout\.router: the embedded engine has no servers"):
+        RolloutConfig(router=True)
+    bare = tmp_path / "python"
+    bare.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'sglang_router'\" >&2\nexit 1\n")
+    bare.chmod(0o755)
+    with pytest.raises(
+        UserError, match=r"No module named 'sglang_router'.*pip install --no-deps sglang-router==0\.3\.2"
+    ):
+        start_router(rollout(router=True, python=str(bare)), tmp_path, None)
+    with ExitStack() as stack, pytest.raises(ConfigError, match=r"rollout\.router: .* routed experts"):
+        build_engine(ModelConfig(path="", routing="replay"), rollout(router=True), RunServers(), tmp_path, stack)
