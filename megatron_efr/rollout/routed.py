@@ -51,28 +51,37 @@ class RoutedFleet(Fleet):
 
     # -- responses -----------------------------------------------------------------------------------------------------
 
+    @property
+    def routed(self) -> bool:
+        """Whether the next group goes through the router."""
+        return self._usable and self._workers == self.membership.serving_urls and not self._keeper.done()
+
     async def _choose(self) -> Server:
-        least_loaded = await super()._choose()
-        in_step = self._workers == self.membership.serving_urls and not self._keeper.done()
-        return self._router if self._usable and in_step else least_loaded
+        least_loaded = await super()._choose()  # waits for a publication that is going on
+        return self._router if self.routed else least_loaded
 
     async def _response(self, server: Server, place: Place, request: Request, sampling: Sampling) -> Answer:
-        if server is self._router:
-            asked = self._router.generate(self._new_rid(), request.prompt.tokens, sampling)
-            try:
-                answer = await unless(self._broken, asked, f"{self._router.url}: broken off")
-            except EngineError:
-                self._tally.resent += 1
-                await self._doubt()
+        try:
+            if server is self._router:
+                if (answer := await self._through_router(request, sampling)) is not None:
+                    return answer
                 server = await self._least_loaded()
                 self._move(place, server)
-            except BaseException:
-                self._move(place, None)
-                raise
-            else:
-                self._move(place, None)
-                return answer
-        return await super()._response(server, place, request, sampling)
+            return await super()._response(server, place, request, sampling)
+        finally:
+            self._move(place, None)
+
+    async def _through_router(self, request: Request, sampling: Sampling) -> Answer | None:
+        """A response, or None where it must be asked for without the router."""
+        if not self.routed:  # any more, since the group was placed
+            return None
+        asked = self._router.generate(self._new_rid(), request.prompt.tokens, sampling)
+        try:
+            return await unless(self._broken, asked, f"{self._router.url}: broken off")
+        except EngineError:
+            self._tally.resent += 1
+            await self._doubt()
+            return None
 
     async def _doubt(self) -> None:
         """A response failed, and the router or any server may be why: look at all, once for all that fail together."""

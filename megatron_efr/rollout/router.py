@@ -40,7 +40,8 @@ POLICY = {
 def start_router(rollout: RolloutConfig, folder: Path, key: str | None) -> ServerProcess:
     """Start it on this machine's own address, with no server behind it; its log is in `folder`. Returns before it is
     ready. UserError where `rollout.python` has it not."""
-    environment = server_environment(os.environ, on_gpu=True, tp=1)
+    outer = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    environment = server_environment(outer, on_gpu=True, tp=1)  # no proxy stands between a run's machines
     found = subprocess.run(
         [rollout.python, "-c", "import sglang_router.launch_router"], env=environment, capture_output=True, text=True
     )
