@@ -84,6 +84,25 @@ def test_groups_come_back_once_through_the_router_and_both_servers_are_asked(
     assert first + second == 2 * COUNT
 
 
+def test_a_run_that_asks_for_a_router_gets_one_and_leaves_none(
+    servers: Servers, models: Models, tmp_path: Path
+) -> None:
+    config = rollout(router=True, timeouts=LIMITS.model_dump())
+    with ExitStack() as resources:
+        model = ModelConfig(path=str(servers.model))
+        engine = build_engine(model, config, RunServers(servers.urls, servers.key), tmp_path, resources)
+        engine.publish(weights_of(models[0]), version=1)
+        wait_until(lambda: routers() == 1 and engine._fleet.routed, "the fleet goes through it")  # pyright: ignore
+        assert_each_came_once(list(engine.generate(requests(COUNT), LONG)), 1)
+    assert routers() == 0
+    assert servers.key not in (tmp_path / "router.log").read_text()
+
+
+def routers() -> int:
+    """How many this process runs."""
+    return sum("sglang::router" in process.cmdline() for process in psutil.Process().children(recursive=True))
+
+
 def answered(router: ServerProcess) -> list[int]:
     """How many responses the router has had of each server."""
     command = psutil.Process(router.process.pid).cmdline()
