@@ -32,7 +32,8 @@ while :; do sleep 300; done
 
 # A trainer that starts that server in its main thread, or in another one that ends, and then waits.
 TRAINER = f"""
-import os, subprocess, sys, threading, time
+import os, signal, subprocess, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 command = [sys.executable, "-I", {supervisor.__file__!r}, str(os.getpid()), "0.3", "sh", "tree.sh"]
 thread = threading.Thread(target=lambda: subprocess.Popen(command, start_new_session=True))
 thread.start()
