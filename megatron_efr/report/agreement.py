@@ -19,14 +19,19 @@ class Compared(NamedTuple):
     other: Mapping[str, Any]
 
     @property
+    def gap(self) -> float:
+        """What lies between the 95% intervals, in the figure's unit; 0 where they overlap."""
+        (low, high), (others_low, others_high) = (model[f"{self.key}_ci"] for model in (self.one, self.other))
+        return max(low - others_high, others_low - high, 0.0)
+
+    @property
     def agree(self) -> bool:
         """Whether the 95% intervals overlap.
 
         Those of two samples of one distribution, equally wide, do not in 0.6% of cases. What chance does to training
         is not in them.
         """
-        (low, high), (others_low, others_high) = (model[f"{self.key}_ci"] for model in (self.one, self.other))
-        return low <= others_high and others_low <= high
+        return self.gap == 0
 
     def row(self) -> str:
         """A row of `agreement_markdown`."""

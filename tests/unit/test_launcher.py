@@ -32,7 +32,8 @@ while :; do sleep 300; done
 
 # A trainer that starts that server in its main thread, or in another one that ends, and then waits.
 TRAINER = f"""
-import os, subprocess, sys, threading, time
+import os, signal, subprocess, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 command = [sys.executable, "-I", {supervisor.__file__!r}, str(os.getpid()), "0.3", "sh", "tree.sh"]
 thread = threading.Thread(target=lambda: subprocess.Popen(command, start_new_session=True))
 thread.start()
@@ -134,12 +135,13 @@ def test_the_pass_through_has_the_last_word(tied_model: Path, dtype: str, fp32_h
     assert arguments["base_gpu_id"] == 0
 
 
-@pytest.mark.parametrize(("placement", "saver"), [("apart", False), ("colocated", True)])
-def test_servers_on_the_trainers_gpus_can_release_their_memory(tied_model: Path, placement: str, saver: bool) -> None:
-    rollout = RolloutConfig.model_validate({"engine": "sglang", "placement": placement})
+@pytest.mark.parametrize("shared", [False, True])
+def test_servers_on_the_trainers_gpus_can_release_their_memory(tied_model: Path, shared: bool) -> None:
+    rollout = RolloutConfig.model_validate({"engine": "sglang"})
     model, architecture = ModelConfig(path=str(tied_model)), Architecture.from_folder(tied_model)
-    assert server_arguments(model, rollout, architecture, on_gpu=True)["enable_memory_saver"] is saver
-    assert "enable_memory_saver" not in server_arguments(model, rollout, architecture, on_gpu=False)
+    arguments = server_arguments(model, rollout, architecture, on_gpu=True, shared=shared)
+    assert arguments["enable_memory_saver"] is shared
+    assert "enable_memory_saver" not in server_arguments(model, rollout, architecture, on_gpu=False, shared=True)
 
 
 @pytest.mark.parametrize(
