@@ -84,6 +84,7 @@ def test_groups_come_back_once_through_the_router_and_both_servers_are_asked(
     assert first + second == 2 * COUNT
 
 
+@pytest.mark.slow
 def test_a_run_that_asks_for_a_router_gets_one_and_leaves_none(
     servers: Servers, models: Models, tmp_path: Path
 ) -> None:
