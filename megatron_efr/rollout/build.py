@@ -85,6 +85,7 @@ def _connected(
         key=key,
         engine_ranks=engines.tp,
         bucket_bytes=engines.bucket_mib * 2**20,
+        dtype=model.dtype,
         routed_experts=model.routing == "replay",
         router=router,
     )

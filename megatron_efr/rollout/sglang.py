@@ -14,11 +14,12 @@ from typing import Self
 import torch
 
 from megatron_efr.config import TimeoutsConfig
+from megatron_efr.rollout.admission import check_server
 from megatron_efr.rollout.process import ServerProcess
 from megatron_efr.rollout.requests import check_request, check_sampling
 from megatron_efr.rollout.server import WEIGHTS, Server
 from megatron_efr.rollout.updates import ServerUpdates
-from megatron_efr.types import Group, Request, Sampling, UserError
+from megatron_efr.types import Group, Request, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.checked import checked
 from megatron_efr.weights.mapping import WeightMapping
@@ -30,7 +31,8 @@ AHEAD = 1.25
 
 
 class SGLangEngine(ServerUpdates):
-    """An `Engine` over running servers, each of `engine_ranks` tensor-parallel ranks and `slots` places.
+    """An `Engine` over running servers, each of `engine_ranks` tensor-parallel ranks and `slots` places, that compute
+    in the policy's `dtype`; UserError where one was started otherwise.
 
     With `routed_experts`, responses of a mixture of experts say which of them read their tokens. After a publication in
     mid-generation these are the new weights' choice for the whole response, since its tokens are read again.
@@ -50,6 +52,7 @@ class SGLangEngine(ServerUpdates):
         key: str | None = None,
         engine_ranks: int = 1,
         bucket_bytes: int = 2**29,
+        dtype: str = "float32",
         routed_experts: bool = False,
         router: tuple[ServerProcess, int] | None = None,
     ) -> None:
@@ -59,7 +62,8 @@ class SGLangEngine(ServerUpdates):
         self._shapes = WeightMapping(architecture).shapes()
         self._streams: list[_Stream] = []
         try:
-            self._check_servers(routed_experts)
+            for server, info in zip(self._fleet.servers, self._all(Server.info), strict=True):
+                check_server(server.url, info, ranks=engine_ranks, dtype=dtype, routed_experts=routed_experts)
         except BaseException:
             self.close()
             raise
@@ -159,27 +163,6 @@ class SGLangEngine(ServerUpdates):
             raise RuntimeError("the engine is asleep: wake() it and publish() weights first")
         if self._version < 0:
             raise RuntimeError("the engine has no weights: publish() before generate()")
-
-    def _check_servers(self, routed_experts: bool) -> None:
-        """Refuse servers that are not what the configuration says."""
-        for server, info in zip(self._fleet.servers, self._all(Server.info), strict=True):
-            if info["tp_size"] != self.engine_ranks:
-                raise UserError(f"rollout.tp: {self.engine_ranks}, but {server.url} has --tp-size {info['tp_size']}")
-            if info["dtype"] != "float32" and not info["enable_fp32_lm_head"]:
-                raise UserError(
-                    f"rollout.urls: {server.url} computes logits in {info['dtype']} and the policy in fp32, so their "
-                    "log-probs would differ by several 1e-2; start it with --enable-fp32-lm-head"
-                )
-            if routed_experts and not info["enable_return_routed_experts"]:
-                raise UserError(
-                    f"model.routing: replay needs the experts that engines choose, and {server.url} was started "
-                    "without --enable-return-routed-experts"
-                )
-            if info["enable_custom_logit_processor"] or info["preferred_sampling_params"]:
-                raise UserError(
-                    f"rollout.urls: {server.url} runs with --enable-custom-logit-processor or "
-                    "--preferred-sampling-params; its log-probs would not be the sampler's"
-                )
 
 
 class _Stream(Iterator[Group]):

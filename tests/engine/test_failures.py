@@ -6,15 +6,21 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_efr.config import TimeoutsConfig
+from megatron_efr.errors import UserError
+from megatron_efr.rollout.admission import check_server
+from megatron_efr.rollout.server import Server
 from megatron_efr.rollout.sglang import SGLangEngine
 from megatron_efr.types import Prompt, Request, Sampling
+from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import EngineError
 from tests.conftest import VOCAB
-from tests.engine.conftest import MakeSGLang
+from tests.engine.conftest import SLOTS, MakeSGLang
 from tests.engine.test_parity import Models, weights_of
 from tests.engine_contract import requests
 
@@ -105,6 +111,56 @@ def test_nobody_listening_is_named(make_engine: MakeSGLang) -> None:
 def test_a_wrong_key_is_refused(make_engine: MakeSGLang) -> None:
     with pytest.raises(EngineError, match="401"):
         make_engine(key="another")
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"engine_ranks": 2}, "rollout.tp: 2, but {url} has --tp-size 1"),
+        ({"dtype": "bfloat16"}, "{url} runs with --dtype float32, and model.dtype is bfloat16"),
+        ({"routed_experts": True}, "{url} was started without --enable-return-routed-experts"),
+    ],
+)
+def test_a_server_that_is_not_what_the_run_asks_for_is_refused(
+    asked: dict[str, Any], why: str, server: tuple[str, str], folders: tuple[Path, Path]
+) -> None:
+    url, key = server
+    with pytest.raises(UserError, match=re.escape(why.format(url=url))):
+        SGLangEngine([url], Architecture.from_folder(folders[0]), SLOTS, TimeoutsConfig(), key=key, **asked)
+
+
+@pytest.mark.parametrize(
+    ("started", "why"),
+    [
+        ({"dtype": "bfloat16"}, "--dtype bfloat16, and model.dtype is float32"),
+        (
+            {"dtype": "auto"},
+            "--dtype auto, and model.dtype is .* start it with --dtype float32",
+        ),
+        ({"enable_custom_logit_processor": True}, "--enable-custom-logit-processor or"),
+        ({"preferred_sampling_params": {"top_p": 0.9}}, "or --preferred-sampling-params"),
+    ],
+)
+def test_arguments_that_would_change_what_log_probs_mean_are_refused(
+    started: dict[str, Any], why: str, make_engine: MakeSGLang, server: tuple[str, str]
+) -> None:
+    engine = make_engine()
+    (info,) = engine._all(Server.info)
+    as_asked: dict[str, Any] = {"ranks": 1, "dtype": "float32", "routed_experts": False}
+    check_server(server[0], info, **as_asked)
+    check_server(server[0], info | {"dtype": "float"}, **as_asked)
+    with pytest.raises(UserError, match=f"rollout.urls: {server[0]} runs with .*{why}"):
+        check_server(server[0], info | started, **as_asked)
+
+
+def test_a_server_in_bf16_needs_its_head_in_fp32(make_engine: MakeSGLang) -> None:
+    (info,) = make_engine()._all(Server.info)
+    info |= {"dtype": "bfloat16"}
+    assert info["enable_fp32_lm_head"] is False
+    as_asked: dict[str, Any] = {"ranks": 1, "dtype": "bfloat16", "routed_experts": False}
+    with pytest.raises(UserError, match=r"logits in bfloat16 and the policy in float32.*--enable-fp32-lm-head"):
+        check_server("http://a:1", info, **as_asked)
+    check_server("http://a:1", info | {"enable_fp32_lm_head": True}, **as_asked)
 
 
 def test_an_id_outside_the_vocabulary_never_reaches_the_server(make_engine: MakeSGLang, models: Models) -> None:

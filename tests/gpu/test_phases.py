@@ -66,7 +66,7 @@ def engine(tied_model: Path, tmp_path: Path) -> Iterator[SGLangEngine]:
         arguments = server_arguments(model, rollout, architecture, on_gpu=True)
         launcher.start(str(PYTHON), arguments, server_environment(os.environ, True, 1), count=1, seed=0)
         urls = launcher.wait(rollout.timeouts.start_s)
-        made = SGLangEngine(urls, architecture, rollout.slots, rollout.timeouts, key=launcher.key)
+        made = SGLangEngine(urls, architecture, rollout.slots, rollout.timeouts, key=launcher.key, dtype=model.dtype)
         yield made
         made.close()
 
