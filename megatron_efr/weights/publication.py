@@ -25,7 +25,8 @@ def build_publisher(
     on_gpu = torch.cuda.is_available()
     transport = _transport(config, cast(Engines | None, engine), cpu_world, layout, on_gpu)
     dtype = getattr(torch, config.model.dtype)
-    exact = not on_gpu and not layout.padded_on_cpu  # what engines report then is what this table says
+    # what engines report then is what this table says
+    exact = not on_gpu and not layout.padded_on_cpu and config.rollout.server.get("ep_size", 1) == 1
     return Publisher(
         transport,
         cast(Engines | None, engine),

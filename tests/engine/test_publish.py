@@ -10,10 +10,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_efr.policy.ranks import Ranks
 from megatron_efr.rollout.sglang import SGLangEngine
@@ -100,11 +101,14 @@ class Refused(Broadcast):
 
 
 class Lying(InBand):
-    """Sends one tensor under a name that SGLang does not know, which SGLang takes for a success."""
+    """Sends other than it was given, be it a name that SGLang does not know: it takes all of it for a success."""
+
+    def __init__(self, engine: SGLangEngine, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]) -> None:
+        super().__init__(engine)
+        self._change = change
 
     def prepare(self, parcel: Parcel) -> object:  # type: ignore[override]
-        tensors = [(name.replace("model.norm", "model.nrom"), tensor) for name, tensor in parcel.tensors]
-        return super().prepare(Parcel(tensors, parcel.flat))
+        return super().prepare(Parcel([self._change(*pair) for pair in parcel.tensors], None))
 
 
 def test_a_refused_bucket_has_everything_sent_again(
@@ -138,8 +142,9 @@ def test_a_name_that_sglang_ignored_stops_the_run(
 ) -> None:
     layout = EngineLayout(Architecture.from_folder(folders[0]), 1)
     make_publisher(InBand(engine), engine, layout, ranks).publish(make_policy(folders[0], "tensor=1", ranks), 5)
+    lying = Lying(engine, lambda name, tensor: (name.replace("model.norm", "model.nrom"), tensor))
     with pytest.raises(WeightMismatchError, match=r"model\.norm\.weight is not what was sent"):
-        make_publisher(Lying(engine), engine, layout, ranks).publish(make_policy(folders[1], "tensor=1", ranks), 6)
+        make_publisher(lying, engine, layout, ranks).publish(make_policy(folders[1], "tensor=1", ranks), 6)
     assert engine.version == -1
 
 

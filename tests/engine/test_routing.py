@@ -1,4 +1,4 @@
-"""A real server's experts, replayed by the policy: both compute the same where they would have chosen apart."""
+"""A real server's mixture of experts: published to, checked, and replayed by the policy."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from megatron_efr.rollout.sglang import SGLangEngine
 from megatron_efr.types import Prompt, Request, Sampling, Sequence
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights
+from megatron_efr.weights.publish import WeightMismatchError
+from megatron_efr.weights.sglang_layout import EngineLayout
 from tests.engine.conftest import SLOTS, rollout, start
-from tests.routing import as_sampled_by, make_moe_folder
+from tests.engine.published import make_policy, make_publisher
+from tests.engine.test_publish import Lying, train
+from tests.routing import as_sampled_by, change_weights, make_moe_folder
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=60, stop_ids=(2,))
 
@@ -28,15 +32,18 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEngine]:
-    config, folder = rollout(), tmp_path_factory.mktemp("engines")
-    launcher, urls = start(folder, config, moe, routing="replay")
+def server(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    launcher, urls = start(tmp_path_factory.mktemp("engines"), rollout(), moe, routing="replay")
     with launcher:
-        made = SGLangEngine(
-            urls, Architecture.from_folder(moe), SLOTS, config.timeouts, key=launcher.key, routed_experts=True
-        )
-        yield made
-        made.close()
+        yield urls[0], launcher.key
+
+
+@pytest.fixture
+def engine(server: tuple[str, str], moe: Path) -> Iterator[SGLangEngine]:
+    url, key = server
+    made = SGLangEngine([url], Architecture.from_folder(moe), SLOTS, rollout().timeouts, key=key, routed_experts=True)
+    yield made
+    made.close()
 
 
 def weights(folder: Path, noise: float) -> Iterator[tuple[str, torch.Tensor]]:
@@ -95,3 +102,28 @@ def _flips(one: Sequence, other: Sequence) -> float:
     assert one.routed_experts is not None
     assert other.routed_experts is not None
     return float((np.sort(one.routed_experts) != np.sort(other.routed_experts)).any((1, 2)).mean())
+
+
+def test_experts_that_ranks_share_reach_the_server(server: tuple[str, str], moe: Path, tmp_path: Path) -> None:
+    other = change_weights(moe, tmp_path / "other", lambda name, weight: weight * 1.2)
+    train(server, (moe, other), ["expert=2:tensor", "expert=2:distributed"], processes=2)
+
+
+def test_an_expert_that_the_server_has_otherwise_or_ignored_stops_the_run(
+    engine: SGLangEngine, moe: Path, ranks: Ranks
+) -> None:
+    layout, policy = EngineLayout(engine.architecture, 1), make_policy(moe, "tensor=1", ranks)
+    layer = "model.layers.2.mlp.experts."
+
+    def wrong(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+        return name, tensor * (1.001 if name == f"{layer}5.down_proj.weight" else 1.0)
+
+    def unknown(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+        return (f"{layer}16.up_proj.weight", tensor * 2) if name == f"{layer}5.up_proj.weight" else (name, tensor)
+
+    with pytest.raises(WeightMismatchError, match=r"model\.layers\.2\.mlp\.experts\.w2_weight is not what was sent"):
+        make_publisher(Lying(engine, wrong), engine, layout, ranks).publish(policy, 3)
+    engine.publish(weights(moe, 1e-4), 4)
+    with pytest.raises(WeightMismatchError, match=r"model\.layers\.2\.mlp\.experts\.w13_weight is not what was sent"):
+        make_publisher(Lying(engine, unknown), engine, layout, ranks).publish(policy, 5)
+    assert engine.version == -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import pickle
 from pathlib import Path
@@ -17,9 +18,10 @@ from megatron_efr.weights.mapping import WeightMapping
 from megatron_efr.weights.plan import Held, Plan
 from megatron_efr.weights.publish import WeightMismatchError
 from megatron_efr.weights.reshard import Parcel
-from megatron_efr.weights.sglang_layout import ChecksumCheck, EngineLayout, checksum
+from megatron_efr.weights.sglang_layout import ChecksumCheck, EngineLayout
 from megatron_efr.weights.timing import Bandwidths, seconds
 from megatron_efr.weights.transports import encode
+from tests.families import make_family_folder
 
 
 def held(mapping: WeightMapping, source: FolderWeights, ranks: int) -> dict[int, Held]:
@@ -168,6 +170,11 @@ def test_a_bucket_of_tensors_apart_takes_no_more_than_they_are_along() -> None:
     assert (name, tensor.shape) == ("a", (2, 100))
 
 
+def checksum(tensor: torch.Tensor) -> str:
+    """SGLang's, of a parameter in host memory."""
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
 def test_a_difference_between_what_was_sent_and_what_is_held_is_named(untied_model: Path) -> None:
     architecture = Architecture.from_folder(untied_model)
     layout = EngineLayout(architecture, 1)
@@ -186,3 +193,77 @@ def test_a_difference_between_what_was_sent_and_what_is_held_is_named(untied_mod
     names.add(Parcel(tensors, None))
     with pytest.raises(WeightMismatchError, match=r"server 1: model\.norm\.weight differs from server 0's"):
         names.compare([held, held | {"model.norm.weight": "0"}])
+
+
+def fused_experts(source: FolderWeights, layer: int, rank: int, ranks: int) -> dict[str, torch.Tensor]:
+    """A layer's experts as SGLang's rank has them on a CPU: 48 columns widened to 64, of which each has a part."""
+
+    def cut(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        shape = list(tensor.shape)
+        shape[dim] = 64
+        wide = torch.zeros(shape)
+        wide.narrow(dim, 0, 48).copy_(tensor)
+        return wide.narrow(dim, rank * 64 // ranks, 64 // ranks)
+
+    path = f"model.layers.{layer}.mlp.experts."
+    matrices = {x: [source[f"{path}{e}.{x}_proj.weight"] for e in range(4)] for x in ("gate", "up", "down")}
+    pairs = zip(matrices["gate"], matrices["up"], strict=True)
+    return {
+        f"{path}w13_weight": torch.stack([torch.cat([cut(gate, 0), cut(up, 0)]) for gate, up in pairs]),
+        f"{path}w2_weight": torch.stack([cut(down, 1) for down in matrices["down"]]),
+    }
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_family_folder(tmp_path_factory.mktemp("models") / "moe", "qwen3-moe")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_experts_are_held_to_the_layers_fused_weights_in_whatever_order_they_are_sent(ranks: int, moe: Path) -> None:
+    architecture = Architecture.from_folder(moe)
+    source, layout = FolderWeights(moe, architecture), EngineLayout(architecture, ranks)
+    assert not layout.padded_on_cpu
+    tensors = list(source.items())
+    held = {}
+    for rank in range(ranks):
+        fused = {name: parts[rank] for name, parts in layout.slices(tensors)}
+        for layer in range(2):
+            fused |= fused_experts(source, layer, rank, ranks)
+        held |= {f"rank{rank}.{name}" if ranks > 1 else name: checksum(part) for name, part in fused.items()}
+    for sent in (tensors, tensors[::-1]):
+        check = ChecksumCheck(layout, torch.float32, exact=True)
+        for tensor in sent:
+            if ".experts." in tensor[0]:
+                check.add(Parcel([(tensor[0], scratch := tensor[1].clone())], None))
+                scratch.zero_()  # as a bucket's memory is the next one's
+        check.add(Parcel([pair for pair in sent if ".experts." not in pair[0]], None))
+        check.compare([held])
+    wrong = f"{'rank1.' if ranks > 1 else ''}model.layers.1.mlp.experts.w2_weight"
+    with pytest.raises(WeightMismatchError, match=f"server 0: {wrong} is not what was sent".replace(".", r"\.")):
+        check.compare([held | {wrong: "0"}])
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_experts_that_an_engine_does_not_know_or_was_not_sent_are_named(exact: bool, moe: Path) -> None:
+    architecture = Architecture.from_folder(moe)
+    source, layout = FolderWeights(moe, architecture), EngineLayout(architecture, 1)
+    tensors = list(source.items())
+    held = {name: checksum(parts[0]) for name, parts in layout.slices(tensors)}
+    held |= {name: checksum(part) for layer in range(2) for name, part in fused_experts(source, layer, 0, 1).items()}
+    path = "model.layers.0.mlp.experts."
+
+    def check(sent: list[tuple[str, torch.Tensor]], held: dict[str, str] = held) -> None:
+        made = ChecksumCheck(layout, torch.float32, exact=exact)
+        made.add(Parcel(sent, None))
+        made.compare([held])
+
+    check(tensors)
+    with pytest.raises(WeightMismatchError, match=r"was sent model\.layers\.0\.mlp\.experts\.w13_weight, which it"):
+        check(tensors, {name: value for name, value in held.items() if name != f"{path}w13_weight"})
+    with pytest.raises(
+        WeightMismatchError, match=r"was sent model\.layers\.0\.mlp\.experts\.4\.gate_proj\.weight, which"
+    ):
+        check([*tensors, (f"{path}4.gate_proj.weight", source[f"{path}3.gate_proj.weight"])])
+    with pytest.raises(WeightMismatchError, match=r"layers\.0\.mlp\.experts\.w13_weight: part 7 of 8 was never sent"):
+        check([(name, tensor) for name, tensor in tensors if name != f"{path}3.up_proj.weight"])
