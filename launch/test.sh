@@ -3,7 +3,7 @@
 #
 #   bash launch/test.sh            lint, types, unit, loop, parallel, engine and browser tests, and the quickstart's figures
 #   bash launch/test.sh --quick    lint, types and the fast unit tests: under two minutes once .venv is there
-#   bash launch/test.sh --full     also the tests marked slow
+#   bash launch/test.sh --full     also the tests marked slow, and the quickstart on SGLang's servers beside it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -52,4 +52,9 @@ took
 stage "quickstart"
 bash launch/quickstart.sh
 took
+if [ "$mode" = --full ]; then
+    stage "quickstart on real SGLang servers"
+    bash launch/quickstart.sh --engine sglang
+    took
+fi
 $python -m pytest tests/quickstart -rs
