@@ -15,16 +15,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from megatron_efr.config import TrainConfig
+from megatron_efr.policy import Policy
 from megatron_efr.policy.ranks import Ranks
 from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.types import Sampling
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.publish import EngineError, WeightMismatchError
+from megatron_efr.weights.publication import build_publisher
+from megatron_efr.weights.publish import EngineError, Publisher, WeightMismatchError
 from megatron_efr.weights.reshard import Parcel
-from megatron_efr.weights.sglang_layout import EngineLayout
+from megatron_efr.weights.sglang_layout import ChecksumCheck, EngineLayout
 from megatron_efr.weights.transports import Broadcast, InBand
-from tests.engine.conftest import rollout, start
+from tests.engine.conftest import SLOTS, STOP, rollout, start
 from tests.engine.published import connect, distance, make_policy, make_publisher
+from tests.engine.test_parity import asked, exact_logprobs
 from tests.families import make_family_folder
 
 
@@ -160,3 +166,52 @@ def test_ranks_of_a_server_take_whole_tensors_and_their_own_slices_alike(tmp_pat
     with launcher:
         train((urls[0], launcher.key), folders, ["tensor=1:tensor", "tensor=1:direct"], ranks=2)
         train((urls[0], launcher.key), folders, ["tensor=2:distributed", "tensor=2:direct"], processes=2, ranks=2)
+
+
+@pytest.mark.slow
+def test_a_mixture_in_bf16_is_held_to_every_bit(tmp_path: Path, ranks: Ranks) -> None:
+    folders = [make_family_folder(tmp_path / str(i), "qwen3-moe", seed=i, dtype=torch.bfloat16) for i in (0, 1)]
+    architecture = Architecture.from_folder(folders[0])
+    launcher, urls = start(tmp_path / "engines", rollout(), folders[1], dtype="bfloat16")
+    with launcher:
+        data = {"datasets": [{"path": "none"}], "prompt": {"template": "{question}"}}
+        config = TrainConfig.model_validate(
+            {
+                "name": "bf16", "model": {"path": str(folders[0]), "dtype": "bfloat16"}, "data": data,
+                "rollout": {"engine": "sglang", "urls": urls}, "optimizer": {"lr": 1e-3},
+            }
+        )  # fmt: skip
+        limits = config.rollout.timeouts
+        engine = SGLangEngine(urls, architecture, SLOTS, limits, key=launcher.key, dtype="bfloat16")
+        policy = Policy(config.model, config.parallel, config.optimizer, ranks, updates=1, seed=0)
+        build_publisher(config, engine, ranks.cpu_world).publish(policy, 1)
+        apart = [mean_difference(engine, folder) for folder in folders]
+        print(f"mean |server - transformers|: {apart[0]:.1e} from its weights, {apart[1]:.1e} from the other")
+        assert apart[0] < apart[1] / 20
+        name = "model.layers.1.mlp.experts.3.gate_proj.weight"
+        lying = Lying(engine, lambda n, tensor: (n, one_ulp_off(tensor) if n == name else tensor))
+        publisher = Publisher(
+            lying, engine, ranks.cpu_world, verify_every=1,
+            check=lambda: ChecksumCheck(EngineLayout(architecture, 1), torch.bfloat16, exact=True),
+        )  # fmt: skip
+        with pytest.raises(WeightMismatchError, match=r"layers\.1\.mlp\.experts\.w13_weight is not what was sent"):
+            publisher.publish(policy, 2)
+        engine.close()
+
+
+def one_ulp_off(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with one bit of one of its numbers changed."""
+    changed = tensor.clone()
+    changed.view(torch.int16)[5, 7] ^= 1
+    return changed
+
+
+def mean_difference(engine: SGLangEngine, folder: Path) -> float:
+    """Between the log-probs that the server says of what it drew, and transformers' in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    for group in engine.generate(asked(6, 2), Sampling(1.0, 1.0, 40, (STOP,))):
+        for response in group.responses:
+            exact = exact_logprobs(model, group.prompt, response.tokens, 1.0)
+            found.append((exact - torch.tensor(response.logprobs)).abs())
+    return float(torch.cat(found).mean())
