@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file, save_file
+from sglang.srt.configs.update_config import update_intermediate_size
 from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
@@ -27,6 +28,10 @@ def load(folder: Path, rank: int, ranks: int) -> dict[str, torch.Tensor]:
     seats |= {"pp_rank": 0, "pp_size": 1, "moe_ep_rank": 0, "moe_ep_size": 1}
     groups = {"tp_group": mine, "attn_tp_group": mine, "moe_tp_group": mine, "moe_ep_group": ALONE, "pp_group": ALONE}
     config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "moe_intermediate_size"):  # as a server on a CPU does, which widens other things too
+        update_intermediate_size(
+            SimpleNamespace(hf_config=config, hf_text_config=config), "moe_intermediate_size", 32 * ranks
+        )
     kind, _ = ModelRegistry.resolve_model_cls(config.architectures)
     with get_parallel().override(**seats, **groups):
         model = kind(config)

@@ -22,7 +22,7 @@ MODELS = {
     "qwen2": {},  # 2 KV heads, which pairs of ranks share; biases; a vocabulary of 61; tied
     "qwen3-tied": {},  # 1 KV head
     "llama": {"num_key_value_heads": 4, "vocab_size": 150},  # 192 rows for 4 ranks; a head of its own
-    "qwen3-moe": {"moe_intermediate_size": 128},
+    "qwen3-moe": {},  # experts of 48 columns, widened to 128: 32, 16 and none are the ranks' own
 }
 
 
