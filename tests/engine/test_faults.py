@@ -91,6 +91,22 @@ def back_in(engine: SGLangEngine, models: Models) -> bool:
     return engine.count == 2
 
 
+@pytest.mark.slow
+def test_a_server_that_restarts_empty_between_health_checks_is_found_out_by_its_answers(
+    servers: Servers, models: Models, capfd: pytest.CaptureFixture[str]
+) -> None:
+    servers.revive()
+    engine = servers.engine(limits=LIMITS.model_copy(update={"check_s": 1000.0}))
+    engine.publish(weights_of(models[0]), version=1)
+    servers.kill(0)
+    servers.restart(0)
+    assert figures(engine) == (2, 0, 0)  # nobody has looked
+    assert_each_came_once(list(engine.generate(requests(COUNT), LONG)), 1)
+    assert figures(engine) == (1, 1, 0)
+    assert f"{servers.urls[0]} is lost: it has restarted, with weights 'default' and not '1'" in capfd.readouterr().out
+    engine.close()
+
+
 def test_a_frozen_server_is_found_out_and_what_waits_for_it_is_asked_of_another(
     servers: Servers, engine: SGLangEngine, models: Models
 ) -> None:
