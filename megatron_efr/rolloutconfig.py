@@ -112,6 +112,11 @@ class RolloutConfig(EnginesConfig):
                 f"rollout.ahead: {self.ahead} prompts that may have to be waited for together are more than an "
                 f"iteration takes; at most rollout.prompts = {self.prompts}"
             )
+        if self.urls and self.placement == "colocated":  # one left asleep would die when it is put to sleep again
+            raise ValueError(
+                "rollout.urls with rollout.placement: colocated: colocated engines are on the trainer's own GPUs, and "
+                "its ranks start them; leave urls out, or set rollout.placement: apart"
+            )
         if self.overlap and self.placement == "colocated":
             raise ValueError(
                 "rollout.async: colocated engines sleep while the policy trains, and cannot generate meanwhile; set "
