@@ -47,6 +47,11 @@ class Family:
 
     def run(self, jobs: int, seconds: dict[str, float], note: str) -> None:
         """Train, evaluate and report, at most `jobs` processes at once; `seconds` is what was spent before."""
+        if jobs > 1 and self.config.rollout.urls:
+            raise ConfigError(
+                f"--jobs {jobs} with rollout.urls: runs at the same time would publish different weights to the same "
+                "servers; --jobs 1, or leave urls out, and each run starts its own"
+            )
         began = time.monotonic()
         _side_by_side([(member.name, self._training(member)) for member in self.trained], self.folder, jobs)
         seconds["rl"] = time.monotonic() - began
