@@ -46,6 +46,11 @@ class EnginesConfig(Section):
     server: dict[str, Any] = Field(
         default_factory=dict, description="any argument of SGLang's server, underscores for dashes"
     )
+    router: bool = Field(
+        default=False,
+        description="sglang-router, where `python` has it, chooses each prompt's server by cached prefixes",
+    )
+    restarts: int = Field(default=3, ge=0, description="how often a server that ended or hangs is started again")
     bucket_mib: PositiveInt = Field(default=512, description="weights sent to the servers at once")
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
 
@@ -55,6 +60,10 @@ class EnginesConfig(Section):
             raise ValueError("rollout.urls and rollout.server speak of SGLang servers; set rollout.engine: sglang")
         if self.urls and self.server:
             raise ValueError("rollout.server: with rollout.urls no server is started that could take it")
+        if self.router and self.engine == "local":
+            raise ValueError(
+                "rollout.router: the embedded engine has no servers to choose from; set rollout.engine: sglang"
+            )
         return self
 
 
@@ -71,11 +80,6 @@ class RolloutConfig(EnginesConfig):
         description="servers on the GPUs after the trainer's, or on the trainer's own: there they release their memory "
         "while the policy trains, and it offloads gradients and optimizer while they generate",
     )
-    router: bool = Field(
-        default=False,
-        description="sglang-router, where `python` has it, chooses each prompt's server by cached prefixes",
-    )
-    restarts: int = Field(default=3, ge=0, description="how often a server that ended or hangs is started again")
     transport: Literal["auto", "tensor", "direct", "distributed", "disk"] = Field(
         default="auto",
         description="how weights reach the servers. tensor: GPU memory by handle, or on a CPU within the request; "
@@ -101,10 +105,6 @@ class RolloutConfig(EnginesConfig):
 
     @model_validator(mode="after")
     def _what_is_in_flight_can_be_waited_for(self) -> RolloutConfig:
-        if self.router and self.engine == "local":
-            raise ValueError(
-                "rollout.router: the embedded engine has no servers to choose from; set rollout.engine: sglang"
-            )
         if self.ahead is not None and not self.partial:
             raise ValueError("rollout.ahead: only partial rollouts have prompts in flight; set rollout.partial: true")
         if self.in_flight_beyond > self.prompts:

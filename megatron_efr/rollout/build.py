@@ -37,16 +37,7 @@ def build_engine(
                 "model.routing: replay needs an engine that says which experts it chose; set rollout.engine: sglang"
             )
         return local_engine(model.path, rollout.slots, model.dtype)
-    router = None
-    if rollout.router:
-        if model.routing == "replay":
-            raise ConfigError(
-                "rollout.router: sglang-router does not pass on the wish for routed experts, which "
-                "model.routing: replay needs; leave router out"
-            )
-        router = start_router(rollout, folder, servers.key)
-        resources.callback(router.end)
-    return _connected(model, rollout, servers.urls, servers.key, resources, router and (router, rollout.restarts))
+    return _connected(model, rollout, servers.urls, servers.key, folder, resources)
 
 
 def sglang_engine(
@@ -58,14 +49,14 @@ def sglang_engine(
     without weights.
     """
     if engines.urls:
-        return _connected(model, engines, engines.urls, os.environ.get(KEY), resources)
+        return _connected(model, engines, engines.urls, os.environ.get(KEY), folder, resources)
     launcher = resources.enter_context(Launcher(folder, engines.timeouts.stop_s))
     on_gpu = torch.cuda.is_available()
     arguments = server_arguments(model, engines, Architecture.from_folder(model.path), on_gpu)
     environment = server_environment(os.environ, on_gpu, engines.tp)
     launcher.start(engines.python, arguments, environment, count=engines.engines or 1, seed=seed)
     urls = launcher.wait(engines.timeouts.start_s)
-    return _connected(model, engines, urls, launcher.key, resources)
+    return _connected(model, engines, urls, launcher.key, folder, resources)
 
 
 def _connected(
@@ -73,9 +64,11 @@ def _connected(
     engines: EnginesConfig,
     urls: Sequence[str],
     key: str | None,
+    folder: Path,
     resources: ExitStack,
-    router: tuple[ServerProcess, int] | None = None,
 ) -> SGLangEngine:
+    """Running servers as one engine, behind a router where one is asked for."""
+    router = _router(model, engines, key, folder, resources)
     wait_until_ready(urls, engines.timeouts.start_s)
     engine = SGLangEngine(
         urls,
@@ -86,10 +79,25 @@ def _connected(
         engine_ranks=engines.tp,
         bucket_bytes=engines.bucket_mib * 2**20,
         routed_experts=model.routing == "replay",
-        router=router,
+        router=router and (router, engines.restarts),
     )
     resources.callback(engine.close)
     return engine
+
+
+def _router(
+    model: ModelConfig, engines: EnginesConfig, key: str | None, folder: Path, resources: ExitStack
+) -> ServerProcess | None:
+    if not engines.router:
+        return None
+    if model.routing == "replay":
+        raise ConfigError(
+            "rollout.router: sglang-router does not pass on the wish for routed experts, which model.routing: replay "
+            "needs; leave router out"
+        )
+    router = start_router(engines, folder, key)
+    resources.callback(router.end)
+    return router
 
 
 def local_engine(model: str, slots: int, dtype: str) -> LocalEngine:
