@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from megatron_efr.report.records import Record
 from megatron_efr.rollout.build import local_engine, sglang_engine
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.ledger import request_seed
+from megatron_efr.rollout.sglang import SGLangEngine
 from megatron_efr.runfolder import RunFolder
 from megatron_efr.unfinished import Unfinished
+from megatron_efr.weights.folder import TensorSource, written
 from megatron_efr.weights.publish import EngineError
 
 
@@ -47,8 +50,9 @@ def evaluate(config: EvaluateConfig, record_name: str) -> Record:
         seed = request_seed(config.seed, len(unfinished.journal.read().groups))
         logs = folder.path / "engines" / f"eval-{record_name}"
         engine = open_engine(source.start, config.rollout, logs, seed, resources)
-        engine.publish(weights.items(), version=0)
+        publish = publication(weights, engine, config.rollout.transport, logs / "weights", source.start.path, resources)
         try:
+            publish()
             record = evaluator.run(engine, grader, record_name, unfinished.journal)
         except EngineError as error:
             raise UserError(f"{error}; the same command goes on from {unfinished.journal.path}") from error
@@ -62,6 +66,18 @@ def open_engine(model: ModelConfig, engines: EnginesConfig, logs: Path, seed: in
     if engines.engine == "local":
         return local_engine(model.path, engines.slots, model.dtype)
     return sglang_engine(model, engines, logs, seed, resources)
+
+
+def publication(
+    weights: TensorSource, engine: Engine, transport: str, place: Path, template: str, resources: ExitStack
+) -> Callable[[], None]:
+    """What gives the engine the weights. Servers read them from a folder: for a checkpoint's, one written to `place`,
+    with all else from `template`, that `resources` remove."""
+    if transport == "tensor" or not isinstance(engine, SGLangEngine):
+        return lambda: engine.publish(weights.items(), version=0)
+    folder = written(weights, place, template)
+    resources.callback(shutil.rmtree, place, ignore_errors=True)
+    return lambda: engine.publish_folder(folder, version=0)
 
 
 def describe(record: Record) -> str:

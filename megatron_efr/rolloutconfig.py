@@ -19,7 +19,7 @@ class TimeoutsConfig(Section):
     health_s: float = Field(default=30, gt=0, description="a sign of life")
     check_s: float = Field(default=5, gt=0, description="between health checks; three that fail, and a server is lost")
     control_s: float = Field(default=120, gt=0, description="pausing, flushing, opening and closing an update")
-    update_s: float = Field(default=600, gt=0, description="one bucket of weights")
+    update_s: float = Field(default=600, gt=0, description="one bucket of weights, or a folder that a server reads")
     response_s: float = Field(default=14400, gt=0, description="one response, its wait for a place included")
     hang_s: float = Field(
         default=120, gt=0, description="a sign of life of a server's scheduler, before the server is started again"
@@ -65,6 +65,16 @@ class EnginesConfig(Section):
                 "rollout.router: the embedded engine has no servers to choose from; set rollout.engine: sglang"
             )
         return self
+
+
+class EvaluationEnginesConfig(EnginesConfig):
+    """Which engine answers an evaluation."""
+
+    transport: Literal["disk", "tensor"] = Field(
+        default="disk",
+        description="how weights reach the servers. disk: they read model.path themselves, or, where that is no model "
+        "folder, one that is written for them; tensor: within the requests, for servers that share no file system",
+    )
 
 
 class RolloutConfig(EnginesConfig):
@@ -128,6 +138,14 @@ class RolloutConfig(EnginesConfig):
                 "publication behind already; set 2 or more with partial, or leave partial out"
             )
         return self
+
+    def for_evaluation(self, ranks: int) -> EvaluationEnginesConfig:
+        """The engines of a run of `ranks` ranks, or for servers that it starts as many of their kind."""
+        same: dict[str, Any] = {key: getattr(self, key) for key in EnginesConfig.model_fields}
+        if self.placement == "colocated":
+            same["engines"] = max(1, ranks // self.tp)
+        elsewhere = self.urls and self.transport != "disk"  # perhaps without this machine's file system
+        return EvaluationEnginesConfig(**same, transport="tensor" if elsewhere else "disk")
 
     @property
     def in_flight_beyond(self) -> int:

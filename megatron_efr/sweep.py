@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_efr import arguments, methods
-from megatron_efr.config import ConfigError, EnginesConfig, EvaluateConfig, TrainConfig
+from megatron_efr.config import ConfigError, EvaluateConfig, TrainConfig
 from megatron_efr.configfile import dump
 from megatron_efr.report.records import build_summary
 from megatron_efr.report.run_page import write_run_page
@@ -74,15 +74,16 @@ class Family:
         return [*torchrun, "-m", "megatron_efr.train", str(path)]
 
     def _evaluation(self, member: Member) -> list[str]:
+        update = {"path": member.model} | ({} if member.alpha is None else {"init": "load"})
         config = EvaluateConfig(
             name=self.config.name,
             runs=self.config.runs,
             seed=self.config.seed,
-            model=self.config.model.model_copy(update={"path": member.model, "init": "load"}),
+            model=self.config.model.model_copy(update=update),
             prompt=self.config.data.prompt,
             evaluation=self.config.evaluation,
             grading=self.config.grading,
-            rollout=EnginesConfig(**{key: getattr(self.config.rollout, key) for key in EnginesConfig.model_fields}),
+            rollout=self.config.rollout.for_evaluation(self.ranks),
         )
         path = self._write(f"eval-{member.name}.yaml", dump(config))
         return [sys.executable, "-m", "megatron_efr.evaluate", str(path), f"--record={member.name}"]

@@ -9,6 +9,7 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -87,6 +88,15 @@ class SGLangEngine(ServerUpdates):
         for bucket in _buckets(checked(weights, self._shapes), self.bucket_bytes):
             payload, load_format = encode(Parcel(bucket, None))
             self.update_from_tensor([payload] * self.engine_ranks, load_format)
+        self.end_update(version)
+
+    def publish_folder(self, folder: Path, version: int) -> None:
+        """Replace all weights by those of a Hugging Face folder, which the servers read; after an error as `publish`.
+
+        SGLang ignores what is not the model's: the folder's tensors must have been checked.
+        """
+        self.begin_update()
+        self.update_from_disk(str(folder))
         self.end_update(version)
 
     def pause(self) -> None:
