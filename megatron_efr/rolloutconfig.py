@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, StringConstraints, model_validator
 
 from megatron_efr.section import Section
 
@@ -40,7 +40,7 @@ class EnginesConfig(Section):
         description="how many servers to start, over all hosts; 1 when left out, or colocated one for every `tp` ranks",
     )
     tp: PositiveInt = Field(default=1, description="tensor-parallel ranks (GPUs) of one server")
-    urls: list[str] = Field(
+    urls: list[Annotated[str, StringConstraints(pattern="^https?://")]] = Field(
         default_factory=list, description="servers that run already, their key in SGLANG_API_KEY; none is started"
     )
     server: dict[str, Any] = Field(

@@ -106,6 +106,10 @@ def test_an_override_that_cannot_be_applied_is_quoted(tmp_path: Path, override: 
         ("name=../elsewhere", "name: String should match pattern"),
         ("rollout.logit_bias={5: 1}", "rollout.logit_bias: unknown key"),
         ("rollout.urls=[http://a:1]", "rollout.urls and rollout.server speak of SGLang servers; set rollout.engine"),
+        (
+            "rollout={engine: sglang, urls: [a:1]}",
+            "rollout.urls.0: String should match pattern '^https?://'",
+        ),
         ("rollout={engine: sglang, urls: [http://a:1], server: {a: 1}}", "rollout.server: with rollout.urls no server"),
         (
             "rollout={engine: sglang, urls: [http://a:1], placement: colocated}",
