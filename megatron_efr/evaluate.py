@@ -22,7 +22,7 @@ from megatron_efr.rollout.sglang import SGLangEngine
 from megatron_efr.runfolder import RunFolder
 from megatron_efr.unfinished import Unfinished
 from megatron_efr.weights.folder import TensorSource, written
-from megatron_efr.weights.publish import EngineError
+from megatron_efr.weights.publish import RECOVERIES, EngineError, LostError, NoEngineError
 
 
 def evaluate(config: EvaluateConfig, record_name: str) -> Record:
@@ -51,9 +51,11 @@ def evaluate(config: EvaluateConfig, record_name: str) -> Record:
         logs = folder.path / "engines" / f"eval-{record_name}"
         engine = open_engine(source.start, config.rollout, logs, seed, resources)
         publish = publication(weights, engine, config.rollout.transport, logs / "weights", source.start.path, resources)
+        take_in = taking_in(engine, publish)
         try:
-            publish()
-            record = evaluator.run(engine, grader, record_name, unfinished.journal)
+            record = answered(
+                publish, lambda: evaluator.run(engine, grader, record_name, unfinished.journal, after_each=take_in)
+            )
         except EngineError as error:
             raise UserError(f"{error}; the same command goes on from {unfinished.journal.path}") from error
     folder.write_evaluation(record_name, record)
@@ -78,6 +80,30 @@ def publication(
     folder = written(weights, place, template)
     resources.callback(shutil.rmtree, place, ignore_errors=True)
     return lambda: engine.publish_folder(folder, version=0)
+
+
+def answered(publish: Callable[[], None], ask: Callable[[], Record]) -> Record:
+    """What `ask` returns, after `publish`. Where servers are lost so that it cannot go on, both are called again, which
+    waits for one to come back, at most RECOVERIES times."""
+    for _ in range(RECOVERIES):
+        try:
+            publish()
+            return ask()
+        except (LostError, NoEngineError) as error:
+            print(f"{error}; publishing to those that answer, or come back", flush=True)
+    publish()
+    return ask()
+
+
+def taking_in(engine: Engine, publish: Callable[[], None]) -> Callable[[], None]:
+    """Publishes where servers that were lost are back, which do not serve before, at most RECOVERIES times."""
+    times = iter(range(RECOVERIES))
+
+    def take_in() -> None:
+        if engine.health().get("empty") and next(times, None) is not None:
+            publish()
+
+    return take_in
 
 
 def describe(record: Record) -> str:

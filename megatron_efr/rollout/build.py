@@ -45,8 +45,8 @@ def sglang_engine(
 ) -> SGLangEngine:
     """Servers that this process alone starts, on the first GPUs, or those in `urls`, as one engine.
 
-    They write to `folder`, and take random numbers from `seed` and those after it. None is started again: it would be
-    without weights.
+    They write to `folder`, and take random numbers from `seed` and those after it. One that ends or hangs is started
+    again, without weights.
     """
     if engines.urls:
         return _connected(model, engines, engines.urls, os.environ.get(KEY), folder, resources)
@@ -56,6 +56,7 @@ def sglang_engine(
     environment = server_environment(os.environ, on_gpu, engines.tp)
     launcher.start(engines.python, arguments, environment, count=engines.engines or 1, seed=seed)
     urls = launcher.wait(engines.timeouts.start_s)
+    launcher.watch(engines.timeouts, engines.restarts)
     return _connected(model, engines, urls, launcher.key, folder, resources)
 
 

@@ -73,6 +73,11 @@ class Membership:
         return [server for server in self.servers if self._state[server] is State.SERVING]
 
     @property
+    def empty(self) -> list[Server]:
+        """Those that answer, and serve once they are published to."""
+        return [server for server in self.servers if self._state[server] is State.EMPTY]
+
+    @property
     def serving_urls(self) -> set[str]:
         return {server.url for server in self.serving}
 

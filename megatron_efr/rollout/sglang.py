@@ -131,7 +131,8 @@ class SGLangEngine(ServerUpdates):
 
     def health(self) -> dict[str, float]:
         """Since the last call: tokens generated, seconds in which any was, the share of prompts found in caches,
-        responses that were asked for again, servers lost and back; and how many serve now."""
+        responses that were asked for again, servers lost and back; and how many serve now, and how many would after a
+        publication."""
         tally = self._thread.run(self._fleet.read_tally())
         return {
             "tokens": float(tally.tokens),
@@ -139,6 +140,7 @@ class SGLangEngine(ServerUpdates):
             "tokens_per_second": tally.tokens / tally.seconds if tally.seconds else 0.0,
             "cached_share": tally.cached_tokens / tally.prompt_tokens if tally.prompt_tokens else 0.0,
             "serving": float(tally.serving),
+            "empty": float(tally.empty),
             "lost": float(tally.lost),
             "back": float(tally.back),
             "resent": float(tally.resent),
