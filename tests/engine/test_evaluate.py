@@ -95,7 +95,7 @@ def test_a_server_that_dies_is_started_again_reads_its_model_folder_again_and_an
     folder = config.parent / "drawn"
     options = ["--engine=sglang", f"model.path={folder}", "rollout.engines=1", "rollout.timeouts={check_s: 0.5}"]
     said = evaluate(config, "struck", *options, at="servers:6")
-    assert "none of 1 servers is left that serves version 0; publishing to those that answer, or come back" in said
+    assert "none of 1 servers is left that serves version 0: http://" in said
     assert "engine-0 is back" in said
     answered = re.findall(rf"struck: (\d+) of {PROBLEMS} problems were answered before", said)
     assert len(answered) == 1

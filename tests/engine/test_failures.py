@@ -6,6 +6,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from megatron_efr.types import Prompt, Request, Sampling
 from megatron_efr.weights.publish import EngineError
 from tests.conftest import VOCAB
 from tests.engine.conftest import MakeSGLang
+from tests.engine.published import distance
 from tests.engine.test_parity import Models, weights_of
 from tests.engine_contract import requests
 
@@ -150,3 +152,15 @@ def test_waiting_in_the_thread_that_paused_is_an_error(make_engine: MakeSGLang, 
         next(stream)
     engine.resume()
     assert len(list(stream)) == 2
+
+
+def test_a_folder_that_the_server_cannot_see_is_named_and_one_that_it_sees_is_served(
+    make_engine: MakeSGLang, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    engine = make_engine()
+    with pytest.raises(EngineError, match=rf"(?s)answered 400: .*: disk the server must find {tmp_path}/absent on its"):
+        engine.publish_folder(tmp_path / "absent", version=1)
+    assert engine.version == -1
+    engine.publish_folder(folders[1], version=2)
+    assert engine.version == 2
+    assert distance(engine, folders[1]) <= 1e-5
