@@ -21,7 +21,7 @@ from megatron_efr.rollout.ledger import request_seed
 from megatron_efr.rollout.sglang import SGLangEngine
 from megatron_efr.runfolder import RunFolder
 from megatron_efr.unfinished import Unfinished
-from megatron_efr.weights.folder import TensorSource, written
+from megatron_efr.weights.folder import TensorSource, as_folder
 from megatron_efr.weights.publish import RECOVERIES, EngineError, LostError, NoEngineError
 
 
@@ -77,7 +77,7 @@ def publication(
     with all else from `template`, that `resources` remove."""
     if transport == "tensor" or not isinstance(engine, SGLangEngine):
         return lambda: engine.publish(weights.items(), version=0)
-    folder = written(weights, place, template)
+    folder = as_folder(weights, place, template)
     resources.callback(shutil.rmtree, place, ignore_errors=True)
     return lambda: engine.publish_folder(folder, version=0)
 

@@ -104,7 +104,7 @@ class RandomWeights(TensorSource):
         return torch.empty(shape).normal_(0.0, self.std, generator=generator)
 
 
-def written(weights: TensorSource, place: Path, template: str | Path) -> Path:
+def as_folder(weights: TensorSource, place: Path, template: str | Path) -> Path:
     """A model folder with `weights`: the one that they lie in, or else one written to `place` (see `save_folder`)."""
     if isinstance(weights, FolderWeights):
         return weights.folder
