@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_efr.config import ConfigError, EnginesConfig, ModelConfig, RolloutConfig
+from megatron_efr.errors import UserError
 from megatron_efr.rollout.addresses import KEY, wait_until_ready
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
@@ -19,6 +20,7 @@ from megatron_efr.rollout.router import start_router
 from megatron_efr.rollout.servers import Servers
 from megatron_efr.rollout.sglang import SGLangEngine
 from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.publish import EngineError
 
 
 def build_engine(
@@ -71,17 +73,21 @@ def _connected(
     """Running servers as one engine, behind a router where one is asked for."""
     router = _router(model, engines, key, folder, resources)
     wait_until_ready(urls, engines.timeouts.start_s)
-    engine = SGLangEngine(
-        urls,
-        Architecture.from_folder(model.path),
-        engines.slots,
-        engines.timeouts,
-        key=key,
-        engine_ranks=engines.tp,
-        bucket_bytes=engines.bucket_mib * 2**20,
-        routed_experts=model.routing == "replay",
-        router=router and (router, engines.restarts),
-    )
+    try:
+        engine = SGLangEngine(
+            urls,
+            Architecture.from_folder(model.path),
+            engines.slots,
+            engines.timeouts,
+            key=key,
+            engine_ranks=engines.tp,
+            bucket_bytes=engines.bucket_mib * 2**20,
+            routed_experts=model.routing == "replay",
+            router=router and (router, engines.restarts),
+        )
+    except EngineError as error:
+        hint = f"; is the key of the servers in rollout.urls in {KEY}?" if engines.urls else ""
+        raise UserError(f"{error}{hint}") from error
     resources.callback(engine.close)
     return engine
 

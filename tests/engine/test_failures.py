@@ -6,11 +6,15 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from megatron_efr.config import TimeoutsConfig
+from megatron_efr.config import EnginesConfig, ModelConfig, TimeoutsConfig
+from megatron_efr.errors import UserError
+from megatron_efr.rollout.addresses import KEY
+from megatron_efr.rollout.build import sglang_engine
 from megatron_efr.rollout.sglang import SGLangEngine
 from megatron_efr.types import Prompt, Request, Sampling
 from megatron_efr.weights.publish import EngineError
@@ -104,9 +108,19 @@ def test_nobody_listening_is_named(make_engine: MakeSGLang) -> None:
         make_engine(url)
 
 
-def test_a_wrong_key_is_refused(make_engine: MakeSGLang) -> None:
+def test_a_wrong_key_is_refused(
+    make_engine: MakeSGLang,
+    server: tuple[str, str],
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(EngineError, match="401"):
         make_engine(key="another")
+    monkeypatch.setenv(KEY, "another")
+    engines = EnginesConfig(engine="sglang", urls=[server[0]])
+    with ExitStack() as stack, pytest.raises(UserError, match=rf"{server[0]}/.* 401: .* in rollout\.urls in {KEY}\?"):
+        sglang_engine(ModelConfig(path=str(folders[0])), engines, tmp_path, 0, stack)
 
 
 def test_an_id_outside_the_vocabulary_never_reaches_the_server(make_engine: MakeSGLang, models: Models) -> None:
