@@ -51,9 +51,9 @@ def at_servers(groups: str) -> None:
     def hooked(self: runfolder.Journal, group: Any) -> None:
         append(self, group)
         if self.path.match("unfinished/*.jsonl") and self.path.read_bytes().count(b"\n") == int(groups):
-            for process in psutil.Process().children(recursive=True):
-                if "sglang.launch_server" in process.cmdline():
-                    process.kill()
+            for child in psutil.Process().children():
+                if "sglang.launch_server" in child.cmdline():
+                    child.kill()  # a supervisor, and the kernel what it runs
 
     runfolder.Journal.append = hooked
 
