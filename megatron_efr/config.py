@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from megatron_efr.rolloutconfig import EnginesConfig as EnginesConfig
+from megatron_efr.rolloutconfig import EvaluationEnginesConfig as EvaluationEnginesConfig
 from megatron_efr.rolloutconfig import RolloutConfig as RolloutConfig
 from megatron_efr.rolloutconfig import TimeoutsConfig as TimeoutsConfig
 from megatron_efr.section import ConfigError as ConfigError
@@ -357,7 +358,7 @@ class EvaluateConfig(RunConfig):
         default=None,
         description="folder with config.json and tokenizer, for a checkpoint; by default the model that it began with",
     )
-    rollout: EnginesConfig = Field(default_factory=EnginesConfig)
+    rollout: EvaluationEnginesConfig = Field(default_factory=EvaluationEnginesConfig)
     prompt: PromptConfig = Field(default_factory=PromptConfig)
     evaluation: EvaluationConfig
     grading: GradingConfig = Field(default_factory=GradingConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from typing import Any
 
@@ -139,18 +139,27 @@ class Evaluator:
             "problems": hashlib.sha256(json.dumps(problems).encode()).hexdigest(),
         }
 
-    def run(self, engine: Engine, grader: Grader, name: str, journal: Journal | None = None) -> Record:
+    def run(
+        self,
+        engine: Engine,
+        grader: Grader,
+        name: str,
+        journal: Journal | None = None,
+        after_each: Callable[[], None] = lambda: None,
+    ) -> Record:
         """Answer and grade every problem; those that `journal` holds are taken from there, and the others added."""
         finished = {group.seed: group for group in (journal.read().groups if journal else [])}
         if finished:
             print(f"{name}: {len(finished)} of {len(self._requests)} problems were answered before", flush=True)
         left = [request for request in self._requests if request.seed not in finished]
-        for group in followed(engine.generate(left, self.sampling), name, len(self._requests), len(finished)):
-            for response in group.responses:
-                response.text = self._decode(response.tokens)
-            if journal:
-                journal.append(group)
-            finished[group.seed] = group
+        with closing(engine.generate(left, self.sampling)) as answers:
+            for group in followed(answers, name, len(self._requests), len(finished)):
+                for response in group.responses:
+                    response.text = self._decode(response.tokens)
+                if journal:
+                    journal.append(group)
+                finished[group.seed] = group
+                after_each()
         groups = [finished[request.seed] for request in self._requests]
         grade_groups(grader, groups)
         answers = [[None if r.truncated else last_boxed(r.text) for r in group.responses] for group in groups]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from megatron_efr.report.records import Record
 from megatron_efr.rollout.build import local_engine, sglang_engine
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.ledger import request_seed
+from megatron_efr.rollout.sglang import SGLangEngine
 from megatron_efr.runfolder import RunFolder
 from megatron_efr.unfinished import Unfinished
-from megatron_efr.weights.publish import EngineError
+from megatron_efr.weights.folder import TensorSource, as_folder
+from megatron_efr.weights.publish import RECOVERIES, EngineError, LostError, NoEngineError
 
 
 def evaluate(config: EvaluateConfig, record_name: str) -> Record:
@@ -47,9 +50,12 @@ def evaluate(config: EvaluateConfig, record_name: str) -> Record:
         seed = request_seed(config.seed, len(unfinished.journal.read().groups))
         logs = folder.path / "engines" / f"eval-{record_name}"
         engine = open_engine(source.start, config.rollout, logs, seed, resources)
-        engine.publish(weights.items(), version=0)
+        publish = publication(weights, engine, config.rollout.transport, logs / "weights", source.start.path, resources)
+        take_in = taking_in(engine, publish)
         try:
-            record = evaluator.run(engine, grader, record_name, unfinished.journal)
+            record = answered(
+                publish, lambda: evaluator.run(engine, grader, record_name, unfinished.journal, after_each=take_in)
+            )
         except EngineError as error:
             raise UserError(f"{error}; the same command goes on from {unfinished.journal.path}") from error
     folder.write_evaluation(record_name, record)
@@ -62,6 +68,42 @@ def open_engine(model: ModelConfig, engines: EnginesConfig, logs: Path, seed: in
     if engines.engine == "local":
         return local_engine(model.path, engines.slots, model.dtype)
     return sglang_engine(model, engines, logs, seed, resources)
+
+
+def publication(
+    weights: TensorSource, engine: Engine, transport: str, place: Path, template: str, resources: ExitStack
+) -> Callable[[], None]:
+    """What gives the engine the weights. Servers read them from a folder: for a checkpoint's, one written to `place`,
+    with all else from `template`, that `resources` remove."""
+    if transport == "tensor" or not isinstance(engine, SGLangEngine):
+        return lambda: engine.publish(weights.items(), version=0)
+    folder = as_folder(weights, place, template)
+    resources.callback(shutil.rmtree, place, ignore_errors=True)
+    return lambda: engine.publish_folder(folder, version=0)
+
+
+def answered(publish: Callable[[], None], ask: Callable[[], Record]) -> Record:
+    """What `ask` returns, after `publish`. Where servers are lost so that it cannot go on, both are called again, which
+    waits for one to come back, at most RECOVERIES times."""
+    for _ in range(RECOVERIES):
+        try:
+            publish()
+            return ask()
+        except (LostError, NoEngineError) as error:
+            print(f"{error}; publishing to those that answer, or come back", flush=True)
+    publish()
+    return ask()
+
+
+def taking_in(engine: Engine, publish: Callable[[], None]) -> Callable[[], None]:
+    """Publishes where servers that were lost are back, which do not serve before, at most RECOVERIES times."""
+    times = iter(range(RECOVERIES))
+
+    def take_in() -> None:
+        if engine.health().get("empty") and next(times, None) is not None:
+            publish()
+
+    return take_in
 
 
 def describe(record: Record) -> str:

@@ -175,8 +175,7 @@ class Phases:
         raise UserError(
             f"the engines were told to release their memory, and the GPUs have {freed / 2**30:.2f} GiB more free, "
             f"where the engines' weights alone are {weights / 2**30:.2f} GiB: without its memory saver SGLang releases "
-            "nothing. Leave rollout.server.enable_memory_saver out (it is then true), or start the servers of "
-            "rollout.urls with --enable-memory-saver"
+            "nothing. Leave rollout.server.enable_memory_saver out (it is then true)"
         )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, StringConstraints, model_validator
 
 from megatron_efr.section import Section
 
@@ -19,7 +19,7 @@ class TimeoutsConfig(Section):
     health_s: float = Field(default=30, gt=0, description="a sign of life")
     check_s: float = Field(default=5, gt=0, description="between health checks; three that fail, and a server is lost")
     control_s: float = Field(default=120, gt=0, description="pausing, flushing, opening and closing an update")
-    update_s: float = Field(default=600, gt=0, description="one bucket of weights")
+    update_s: float = Field(default=600, gt=0, description="one bucket of weights, or a folder that a server reads")
     response_s: float = Field(default=14400, gt=0, description="one response, its wait for a place included")
     hang_s: float = Field(
         default=120, gt=0, description="a sign of life of a server's scheduler, before the server is started again"
@@ -40,12 +40,17 @@ class EnginesConfig(Section):
         description="how many servers to start, over all hosts; 1 when left out, or colocated one for every `tp` ranks",
     )
     tp: PositiveInt = Field(default=1, description="tensor-parallel ranks (GPUs) of one server")
-    urls: list[str] = Field(
+    urls: list[Annotated[str, StringConstraints(pattern="^https?://")]] = Field(
         default_factory=list, description="servers that run already, their key in SGLANG_API_KEY; none is started"
     )
     server: dict[str, Any] = Field(
         default_factory=dict, description="any argument of SGLang's server, underscores for dashes"
     )
+    router: bool = Field(
+        default=False,
+        description="sglang-router, where `python` has it, chooses each prompt's server by cached prefixes",
+    )
+    restarts: int = Field(default=3, ge=0, description="how often a server that ended or hangs is started again")
     bucket_mib: PositiveInt = Field(default=512, description="weights sent to the servers at once")
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
 
@@ -55,7 +60,21 @@ class EnginesConfig(Section):
             raise ValueError("rollout.urls and rollout.server speak of SGLang servers; set rollout.engine: sglang")
         if self.urls and self.server:
             raise ValueError("rollout.server: with rollout.urls no server is started that could take it")
+        if self.router and self.engine == "local":
+            raise ValueError(
+                "rollout.router: the embedded engine has no servers to choose from; set rollout.engine: sglang"
+            )
         return self
+
+
+class EvaluationEnginesConfig(EnginesConfig):
+    """Which engine answers an evaluation."""
+
+    transport: Literal["disk", "tensor"] = Field(
+        default="disk",
+        description="how weights reach the servers. disk: they read model.path themselves, or, where that is no model "
+        "folder, one that is written for them; tensor: within the requests, for servers that share no file system",
+    )
 
 
 class RolloutConfig(EnginesConfig):
@@ -71,11 +90,6 @@ class RolloutConfig(EnginesConfig):
         description="servers on the GPUs after the trainer's, or on the trainer's own: there they release their memory "
         "while the policy trains, and it offloads gradients and optimizer while they generate",
     )
-    router: bool = Field(
-        default=False,
-        description="sglang-router, where `python` has it, chooses each prompt's server by cached prefixes",
-    )
-    restarts: int = Field(default=3, ge=0, description="how often a server that ended or hangs is started again")
     transport: Literal["auto", "tensor", "direct", "distributed", "disk"] = Field(
         default="auto",
         description="how weights reach the servers. tensor: GPU memory by handle, or on a CPU within the request; "
@@ -101,16 +115,17 @@ class RolloutConfig(EnginesConfig):
 
     @model_validator(mode="after")
     def _what_is_in_flight_can_be_waited_for(self) -> RolloutConfig:
-        if self.router and self.engine == "local":
-            raise ValueError(
-                "rollout.router: the embedded engine has no servers to choose from; set rollout.engine: sglang"
-            )
         if self.ahead is not None and not self.partial:
             raise ValueError("rollout.ahead: only partial rollouts have prompts in flight; set rollout.partial: true")
         if self.in_flight_beyond > self.prompts:
             raise ValueError(
                 f"rollout.ahead: {self.ahead} prompts that may have to be waited for together are more than an "
                 f"iteration takes; at most rollout.prompts = {self.prompts}"
+            )
+        if self.urls and self.placement == "colocated":  # one left asleep would die when it is put to sleep again
+            raise ValueError(
+                "rollout.urls with rollout.placement: colocated: colocated engines are on the trainer's own GPUs, and "
+                "its ranks start them; leave urls out, or set rollout.placement: apart"
             )
         if self.overlap and self.placement == "colocated":
             raise ValueError(
@@ -123,6 +138,14 @@ class RolloutConfig(EnginesConfig):
                 "publication behind already; set 2 or more with partial, or leave partial out"
             )
         return self
+
+    def for_evaluation(self, ranks: int) -> EvaluationEnginesConfig:
+        """The engines of a run of `ranks` ranks, or for servers that it starts as many of their kind."""
+        same: dict[str, Any] = {key: getattr(self, key) for key in EnginesConfig.model_fields}
+        if self.placement == "colocated":
+            same["engines"] = max(1, ranks // self.tp)
+        elsewhere = self.urls and self.transport != "disk"  # perhaps without this machine's file system
+        return EvaluationEnginesConfig(**same, transport="tensor" if elsewhere else "disk")
 
     @property
     def in_flight_beyond(self) -> int:

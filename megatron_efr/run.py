@@ -22,12 +22,9 @@ from megatron_efr.rollout.servers import Servers, serving
 from megatron_efr.runfolder import RunFolder
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publication import build_publisher
-from megatron_efr.weights.publish import Embedded, NoEngineError, Publisher
+from megatron_efr.weights.publish import RECOVERIES, Embedded, NoEngineError, Publisher
 
 T = TypeVar("T")
-
-RECOVERIES = 3
-"""How often all engines may be lost while they answer one iteration's prompts."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class Run:
         """The result of `ask`, which every rank calls, and in which rank 0 has the engines answer.
 
         When no engine is left that serves, the weights, of `version`, are published to those that come back, and it
-        goes on: `ask` is called again, at most so many times.
+        goes on: `ask` is called again, at most RECOVERIES times.
         """
         for _ in range(RECOVERIES):
             try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_efr import arguments, methods
-from megatron_efr.config import ConfigError, EnginesConfig, EvaluateConfig, TrainConfig
+from megatron_efr.config import ConfigError, EvaluateConfig, TrainConfig
 from megatron_efr.configfile import dump
 from megatron_efr.report.records import build_summary
 from megatron_efr.report.run_page import write_run_page
@@ -47,6 +47,11 @@ class Family:
 
     def run(self, jobs: int, seconds: dict[str, float], note: str) -> None:
         """Train, evaluate and report, at most `jobs` processes at once; `seconds` is what was spent before."""
+        if jobs > 1 and self.config.rollout.urls:
+            raise ConfigError(
+                f"--jobs {jobs} with rollout.urls: runs at the same time would publish different weights to the same "
+                "servers; --jobs 1, or leave urls out, and each run starts its own"
+            )
         began = time.monotonic()
         _side_by_side([(member.name, self._training(member)) for member in self.trained], self.folder, jobs)
         seconds["rl"] = time.monotonic() - began
@@ -69,15 +74,16 @@ class Family:
         return [*torchrun, "-m", "megatron_efr.train", str(path)]
 
     def _evaluation(self, member: Member) -> list[str]:
+        update = {"path": member.model} | ({} if member.alpha is None else {"init": "load"})
         config = EvaluateConfig(
             name=self.config.name,
             runs=self.config.runs,
             seed=self.config.seed,
-            model=self.config.model.model_copy(update={"path": member.model, "init": "load"}),
+            model=self.config.model.model_copy(update=update),
             prompt=self.config.data.prompt,
             evaluation=self.config.evaluation,
             grading=self.config.grading,
-            rollout=EnginesConfig(**{key: getattr(self.config.rollout, key) for key in EnginesConfig.model_fields}),
+            rollout=self.config.rollout.for_evaluation(self.ranks),
         )
         path = self._write(f"eval-{member.name}.yaml", dump(config))
         return [sys.executable, "-m", "megatron_efr.evaluate", str(path), f"--record={member.name}"]

@@ -16,11 +16,12 @@ from megatron_efr.arguments import run
 from megatron_efr.config import RolloutConfig, TrainConfig
 from megatron_efr.configfile import load
 from megatron_efr.doctor import machine
-from megatron_efr.doctor.engine import check_engine
+from megatron_efr.doctor.engine import check_engine, check_router, check_servers
 from megatron_efr.doctor.finding import Finding, missing
 from megatron_efr.doctor.packages import check_apex, check_packages, check_transformer_engine, requirements
 from megatron_efr.errors import UserError
 from megatron_efr.memory import checkpoint_bytes
+from megatron_efr.rollout.addresses import KEY
 from megatron_efr.weights.architecture import Architecture
 
 RENDEZVOUS_PORT = 29500
@@ -37,9 +38,12 @@ def examine(config: TrainConfig | None, ports: Sequence[int]) -> Iterator[Findin
     yield from check_transformer_engine(needed=config is not None and config.model.layers == "transformer_engine")
     yield check_apex()
     rollout = config.rollout if config is not None else RolloutConfig()
-    pins = [next(iter(r.specifier)).version for r in requirements() if r.name == "sglang"]
-    remote = rollout.engine == "sglang" and not rollout.urls
-    yield from check_engine(rollout.python, pins[0] if pins else None, needed=remote)
+    pins = {r.name: next(iter(r.specifier)).version for r in requirements() if r.name in ("sglang", "sglang-router")}
+    starts = rollout.engine == "sglang" and not rollout.urls
+    yield from check_engine(rollout.python, pins.get("sglang"), needed=starts)
+    if rollout.router:
+        yield check_router(rollout.python, pins.get("sglang-router"))
+    yield from check_servers(rollout.urls, os.environ.get(KEY))
     if config is not None:
         yield from check_run(config)
     else:

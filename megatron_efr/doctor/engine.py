@@ -1,10 +1,11 @@
-"""SGLang's interpreter beside the trainer's: what the two must have in common to exchange weights."""
+"""SGLang's interpreter beside the trainer's, what the two must have in common to exchange weights, and its servers."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
@@ -13,8 +14,10 @@ from torch.cuda import nccl
 
 from megatron_efr.doctor.finding import Finding, missing
 from megatron_efr.doctor.packages import last_line
+from megatron_efr.rollout.addresses import KEY, status
 
 LIMIT_S = 300
+ANSWER_S = 5.0  # for a server that runs already
 
 # Runs in the other interpreter; sglang itself is not imported, which takes a minute and on some machines a GPU.
 _PROBE = """
@@ -27,6 +30,12 @@ def version(name):
 nccl = torch.cuda.nccl.version() if torch.cuda.is_available() else None
 print(json.dumps({"sglang": version("sglang"), "torch": torch.__version__, "cuda": torch.version.cuda,
                   "nccl": list(nccl) if nccl else None, "saver": version("torch_memory_saver")}))
+"""
+
+_ROUTER_PROBE = """
+import importlib.metadata as metadata
+import sglang_router.launch_router
+print(metadata.version("sglang-router"))
 """
 
 
@@ -60,6 +69,40 @@ def check_engine(python: str, pin: str | None, needed: bool) -> Iterator[Finding
     else:
         yield Finding("SGLang", "ok", f"{theirs['sglang']} on torch {theirs['torch']} in {python}")
     yield from compare(theirs, own_versions(), needed)
+
+
+def check_router(python: str, pin: str | None) -> Finding:
+    """sglang-router in the interpreter `python`, for a run that asks for it; `pin` is the version that it should be."""
+    subject, wanted = "sglang-router", f"sglang-router=={pin}" if pin else "sglang-router"
+    advice = f"{python} -m pip install --no-deps {wanted}, or leave rollout.router out"
+    if not Path(python).exists():
+        return Finding(subject, "problem", f"{python}: no such interpreter", advice)
+    done = subprocess.run([python, "-c", _ROUTER_PROBE], capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    if done.returncode:
+        return Finding(subject, "problem", f"{python}: {last_line(done.stderr)}", advice)
+    version = last_line(done.stdout)
+    if pin is not None and version != pin:
+        return Finding(subject, "problem", f"{version}, and {pin} is what this version speaks to", advice)
+    return Finding(subject, "ok", f"{version} in {python}")
+
+
+def check_servers(urls: Sequence[str], key: str | None) -> Iterator[Finding]:
+    """Whether servers that run already answer, and to this key.
+
+    /server_info asks a server's scheduler, be it paused, and wants the key; /health and /ready let everyone in.
+    """
+    with ThreadPoolExecutor(max(1, len(urls))) as pool:
+        codes = list(pool.map(lambda url: status(f"{url.rstrip('/')}/server_info", ANSWER_S, key), urls))
+    for url, code in zip(urls, codes, strict=True):
+        if code == 200:
+            yield Finding("engine", "ok", f"{url} answers")
+        elif code in (401, 403):
+            said = f"{url} refuses the key in {KEY}" if key else f"{url} wants a key, and {KEY} is not set"
+            yield Finding("engine", "problem", said, f"export {KEY}=KEY, with which the server was started (--api-key)")
+        else:
+            said = f"no answer within {ANSWER_S:g} s" if code is None else f"answers {code}"
+            advice = "start it there (launch/serve_engines.sh), or correct rollout.urls"
+            yield Finding("engine", "problem", f"{url}: {said}", advice)
 
 
 def own_versions() -> Versions:

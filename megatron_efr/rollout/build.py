@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_efr.config import ConfigError, EnginesConfig, ModelConfig, RolloutConfig
+from megatron_efr.errors import UserError
 from megatron_efr.rollout.addresses import KEY, wait_until_ready
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
@@ -19,6 +20,7 @@ from megatron_efr.rollout.router import start_router
 from megatron_efr.rollout.servers import Servers
 from megatron_efr.rollout.sglang import SGLangEngine
 from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.publish import EngineError
 
 
 def build_engine(
@@ -37,16 +39,7 @@ def build_engine(
                 "model.routing: replay needs an engine that says which experts it chose; set rollout.engine: sglang"
             )
         return local_engine(model.path, rollout.slots, model.dtype)
-    router = None
-    if rollout.router:
-        if model.routing == "replay":
-            raise ConfigError(
-                "rollout.router: sglang-router does not pass on the wish for routed experts, which "
-                "model.routing: replay needs; leave router out"
-            )
-        router = start_router(rollout, folder, servers.key)
-        resources.callback(router.end)
-    return _connected(model, rollout, servers.urls, servers.key, resources, router and (router, rollout.restarts))
+    return _connected(model, rollout, servers.urls, servers.key, folder, resources)
 
 
 def sglang_engine(
@@ -54,18 +47,19 @@ def sglang_engine(
 ) -> SGLangEngine:
     """Servers that this process alone starts, on the first GPUs, or those in `urls`, as one engine.
 
-    They write to `folder`, and take random numbers from `seed` and those after it. None is started again: it would be
-    without weights.
+    They write to `folder`, and take random numbers from `seed` and those after it. One that ends or hangs is started
+    again, without weights.
     """
     if engines.urls:
-        return _connected(model, engines, engines.urls, os.environ.get(KEY), resources)
+        return _connected(model, engines, engines.urls, os.environ.get(KEY), folder, resources)
     launcher = resources.enter_context(Launcher(folder, engines.timeouts.stop_s))
     on_gpu = torch.cuda.is_available()
     arguments = server_arguments(model, engines, Architecture.from_folder(model.path), on_gpu)
     environment = server_environment(os.environ, on_gpu, engines.tp)
     launcher.start(engines.python, arguments, environment, count=engines.engines or 1, seed=seed)
     urls = launcher.wait(engines.timeouts.start_s)
-    return _connected(model, engines, urls, launcher.key, resources)
+    launcher.watch(engines.timeouts, engines.restarts)
+    return _connected(model, engines, urls, launcher.key, folder, resources)
 
 
 def _connected(
@@ -73,24 +67,45 @@ def _connected(
     engines: EnginesConfig,
     urls: Sequence[str],
     key: str | None,
+    folder: Path,
     resources: ExitStack,
-    router: tuple[ServerProcess, int] | None = None,
 ) -> SGLangEngine:
+    """Running servers as one engine, behind a router where one is asked for."""
+    router = _router(model, engines, key, folder, resources)
     wait_until_ready(urls, engines.timeouts.start_s)
-    engine = SGLangEngine(
-        urls,
-        Architecture.from_folder(model.path),
-        engines.slots,
-        engines.timeouts,
-        key=key,
-        engine_ranks=engines.tp,
-        bucket_bytes=engines.bucket_mib * 2**20,
-        dtype=model.dtype,
-        routed_experts=model.routing == "replay",
-        router=router,
-    )
+    try:
+        engine = SGLangEngine(
+            urls,
+            Architecture.from_folder(model.path),
+            engines.slots,
+            engines.timeouts,
+            key=key,
+            engine_ranks=engines.tp,
+            bucket_bytes=engines.bucket_mib * 2**20,
+            dtype=model.dtype,
+            routed_experts=model.routing == "replay",
+            router=router and (router, engines.restarts),
+        )
+    except EngineError as error:
+        hint = f"; is the key of the servers in rollout.urls in {KEY}?" if engines.urls else ""
+        raise UserError(f"{error}{hint}") from error
     resources.callback(engine.close)
     return engine
+
+
+def _router(
+    model: ModelConfig, engines: EnginesConfig, key: str | None, folder: Path, resources: ExitStack
+) -> ServerProcess | None:
+    if not engines.router:
+        return None
+    if model.routing == "replay":
+        raise ConfigError(
+            "rollout.router: sglang-router does not pass on the wish for routed experts, which model.routing: replay "
+            "needs; leave router out"
+        )
+    router = start_router(engines, folder, key)
+    resources.callback(router.end)
+    return router
 
 
 def local_engine(model: str, slots: int, dtype: str) -> LocalEngine:

@@ -42,6 +42,7 @@ class Tally:
     resent: int = 0
     seconds: float = 0.0  # in which at least one response was being generated
     serving: int = 0  # servers, now
+    empty: int = 0  # that a publication would have serve, now
     lost: int = 0
     back: int = 0
 
@@ -159,7 +160,8 @@ class Fleet:
         """What was done since the last call."""
         tally, self._tally = self._tally, Tally()
         events, self.membership.events = self.membership.events, Events()
-        tally.serving, tally.lost, tally.back = len(self.membership.serving), events.lost, events.back
+        tally.serving, tally.empty = len(self.membership.serving), len(self.membership.empty)
+        tally.lost, tally.back = events.lost, events.back
         if any(self._loads.values()):
             now = time.perf_counter()
             tally.seconds += now - self._busy_since

@@ -73,6 +73,11 @@ class Membership:
         return [server for server in self.servers if self._state[server] is State.SERVING]
 
     @property
+    def empty(self) -> list[Server]:
+        """Those that answer, and serve once they are published to."""
+        return [server for server in self.servers if self._state[server] is State.EMPTY]
+
+    @property
     def serving_urls(self) -> set[str]:
         return {server.url for server in self.serving}
 
@@ -85,7 +90,10 @@ class Membership:
         """The servers that serve, after any publication that is going on; NoEngineError where there is none."""
         await self._settled.wait()
         if not self.serving:
-            raise NoEngineError(f"none of {len(self.servers)} servers is left that serves version {self._version}")
+            urls = ", ".join(server.url for server in self.servers)
+            raise NoEngineError(
+                f"none of {len(self.servers)} servers is left that serves version {self._version}: {urls}"
+            )
         return self.serving
 
     async def unless_lost(self, server: Server, work: Coroutine[Any, Any, T]) -> T:

@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from megatron_efr.config import RolloutConfig
+from megatron_efr.config import EnginesConfig
 from megatron_efr.errors import UserError
 from megatron_efr.rollout.addresses import KEY, LOOPBACK, free_port
 from megatron_efr.rollout.launcher import server_environment
@@ -37,7 +37,7 @@ POLICY = {
 }
 
 
-def start_router(rollout: RolloutConfig, folder: Path, key: str | None) -> ServerProcess:
+def start_router(rollout: EnginesConfig, folder: Path, key: str | None) -> ServerProcess:
     """Start it on this machine's own address, with no server behind it; its log is in `folder`. Returns before it is
     ready. UserError where `rollout.python` has it not."""
     outer = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}

@@ -163,7 +163,15 @@ class Server:
     async def update_from_disk(self, path: str) -> None:
         """Load a model folder that the server can read."""
         body = {"model_path": path, "load_format": "auto", "flush_cache": False}  # the server's own may be dummy
-        await self._update("/update_weights_from_disk", body, "update_s")
+        try:
+            await self._update("/update_weights_from_disk", body, "update_s")
+        except LostError:
+            raise
+        except EngineError as error:
+            raise EngineError(
+                f"{error}; with rollout.transport: disk the server must find {path} on its own machine, with tensor it "
+                "need not"
+            ) from error
 
     async def set_version(self, version: int) -> None:
         """Name the weights; requests in flight go on."""

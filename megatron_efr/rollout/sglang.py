@@ -9,6 +9,7 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -93,6 +94,15 @@ class SGLangEngine(ServerUpdates):
             self.update_from_tensor([payload] * self.engine_ranks, load_format)
         self.end_update(version)
 
+    def publish_folder(self, folder: Path, version: int) -> None:
+        """Replace all weights by those of a Hugging Face folder, which the servers read; after an error as `publish`.
+
+        SGLang ignores what is not the model's: the folder's tensors must have been checked.
+        """
+        self.begin_update()
+        self.update_from_disk(str(folder))
+        self.end_update(version)
+
     def pause(self) -> None:
         """Stop decoding; unfinished responses are kept."""
         self._answering(Server.pause)
@@ -125,7 +135,8 @@ class SGLangEngine(ServerUpdates):
 
     def health(self) -> dict[str, float]:
         """Since the last call: tokens generated, seconds in which any was, the share of prompts found in caches,
-        responses that were asked for again, servers lost and back; and how many serve now."""
+        responses that were asked for again, servers lost and back; and how many serve now, and how many would after a
+        publication."""
         tally = self._thread.run(self._fleet.read_tally())
         return {
             "tokens": float(tally.tokens),
@@ -133,6 +144,7 @@ class SGLangEngine(ServerUpdates):
             "tokens_per_second": tally.tokens / tally.seconds if tally.seconds else 0.0,
             "cached_share": tally.cached_tokens / tally.prompt_tokens if tally.prompt_tokens else 0.0,
             "serving": float(tally.serving),
+            "empty": float(tally.empty),
             "lost": float(tally.lost),
             "back": float(tally.back),
             "resent": float(tally.resent),

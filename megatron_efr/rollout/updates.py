@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_efr.config import TimeoutsConfig
@@ -130,7 +131,8 @@ class ServerUpdates:
 
     def update_from_disk(self, path: str) -> None:
         """Have every server read a model folder."""
-        self._all(lambda server: server.update_from_disk(path))
+        whole = str(Path(path).absolute())  # a server may have another working directory
+        self._all(lambda server: server.update_from_disk(whole))
 
     def end_update(self, version: int) -> None:
         """Close the session, drop what is cached, name the weights, go on unless paused, check the version."""

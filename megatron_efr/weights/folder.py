@@ -104,6 +104,14 @@ class RandomWeights(TensorSource):
         return torch.empty(shape).normal_(0.0, self.std, generator=generator)
 
 
+def as_folder(weights: TensorSource, place: Path, template: str | Path) -> Path:
+    """A model folder with `weights`: the one that they lie in, or else one written to `place` (see `save_folder`)."""
+    if isinstance(weights, FolderWeights):
+        return weights.folder
+    save_folder(place, weights.items(), template)
+    return place
+
+
 def fingerprint(folder: str | Path, seed: int | None = None) -> str:
     """SHA-256 over config.json and the weights: the safetensors' bytes, or the seed that random weights come from."""
     digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())

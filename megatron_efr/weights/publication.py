@@ -57,7 +57,7 @@ def _transport(
                 "does not divide its heads, or 32 times which its MLP; tensor leaves that to SGLang"
             )
         return Sliced(engines, layout)
-    if on_gpu and (rollout.placement == "apart" or rollout.urls):
+    if on_gpu and rollout.placement == "apart":
         raise ConfigError(
             "rollout.transport: tensor hands over GPU memory where it lies: it needs engines that the run itself "
             "starts, with rollout.placement: colocated; distributed does not"

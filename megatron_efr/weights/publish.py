@@ -24,6 +24,10 @@ class NoEngineError(EngineError):
     """No engine is left that serves; once weights are published to those that come back, it can be asked again."""
 
 
+RECOVERIES = 3
+"""How often engines are published to again, when none was left that served, before it is given up."""
+
+
 class WeightMismatchError(EngineError):
     """An engine does not hold the weights that it was sent. Sending them again would not help: the run must stop."""
 

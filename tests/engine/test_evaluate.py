@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -53,23 +54,51 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def evaluate(config: Path, record: str, *options: str, killed_at: str | None = None) -> str:
-    """What the program printed; it must end well, or by the kill."""
-    start = ["-m", "megatron_efr.evaluate"] if killed_at is None else [str(KILLED), killed_at, "evaluate"]
+def evaluate(config: Path, record: str, *options: str, at: str | None = None, ends: int = 0) -> str:
+    """What the program printed; `at` is a moment of killed.py's."""
+    start = ["-m", "megatron_efr.evaluate"] if at is None else [str(KILLED), at, "evaluate"]
     command = [sys.executable, *start, str(config), "--record", record, *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == (0 if killed_at is None else -signal.SIGKILL), done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == ends, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
-def test_two_servers_answer_a_checkpoint_as_the_embedded_engine_does_though_killed_between(config: Path) -> None:
+def recorded(config: Path, name: str) -> dict[str, Any]:
+    return json.loads((config.parent / f"run/eval/{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def embedded(config: Path) -> dict[str, Any]:
+    """The embedded engine's record."""
     evaluate(config, "embedded")
-    evaluate(config, "served", "--engine=sglang", killed_at="answer:6")
+    return recorded(config, "embedded")
+
+
+def test_two_servers_answer_a_checkpoint_as_the_embedded_engine_does_though_killed_between(
+    config: Path, embedded: dict[str, Any]
+) -> None:
+    """Its weights come within the requests first, and then by a folder, of which nothing is left."""
+    evaluate(config, "served", "--engine=sglang", "rollout.transport=tensor", at="answer:6", ends=-signal.SIGKILL)
     logs = [(config.parent / f"run/engines/eval-served/engine-{i}.log").read_text() for i in (0, 1)]
     assert all("Decode batch" in log or "Prefill batch" in log for log in logs), "both servers were asked"
     printed = evaluate(config, "served", "--engine=sglang", "rollout.engines=1")
     assert f"served: 6 of {PROBLEMS} problems were answered before" in printed
-    embedded, served = (json.loads((config.parent / f"run/eval/{n}.json").read_text()) for n in ("embedded", "served"))
     assert len({row["responses"][0] for row in embedded["rows"]}) > PROBLEMS / 2, "answers differ from one another"
-    assert served == embedded | {"name": "served"}
+    assert recorded(config, "served") == embedded | {"name": "served"}
+    assert not (config.parent / "run/engines/eval-served/weights").exists()
+
+
+def test_a_server_that_dies_is_started_again_reads_its_model_folder_again_and_answers_the_rest(
+    config: Path, embedded: dict[str, Any]
+) -> None:
+    folder = config.parent / "drawn"
+    options = ["--engine=sglang", f"model.path={folder}", "rollout.engines=1", "rollout.timeouts={check_s: 0.5}"]
+    said = evaluate(config, "struck", *options, at="servers:6")
+    assert "none of 1 servers is left that serves version 0: http://" in said
+    assert "engine-0 is back" in said
+    answered = re.findall(rf"struck: (\d+) of {PROBLEMS} problems were answered before", said)
+    assert len(answered) == 1
+    assert 6 <= int(answered[0]) < PROBLEMS
+    assert recorded(config, "struck") == embedded | {"name": "struck"}
+    assert (folder / "model.safetensors").exists(), "what was read is left alone"

@@ -6,14 +6,17 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_efr.config import TimeoutsConfig
+from megatron_efr.config import EnginesConfig, ModelConfig, TimeoutsConfig
 from megatron_efr.errors import UserError
+from megatron_efr.rollout.addresses import KEY
 from megatron_efr.rollout.admission import check_server
+from megatron_efr.rollout.build import sglang_engine
 from megatron_efr.rollout.server import Server
 from megatron_efr.rollout.sglang import SGLangEngine
 from megatron_efr.types import Prompt, Request, Sampling
@@ -21,6 +24,7 @@ from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import EngineError
 from tests.conftest import VOCAB
 from tests.engine.conftest import SLOTS, MakeSGLang
+from tests.engine.published import distance
 from tests.engine.test_parity import Models, weights_of
 from tests.engine_contract import requests
 
@@ -108,9 +112,19 @@ def test_nobody_listening_is_named(make_engine: MakeSGLang) -> None:
         make_engine(url)
 
 
-def test_a_wrong_key_is_refused(make_engine: MakeSGLang) -> None:
+def test_a_wrong_key_is_refused(
+    make_engine: MakeSGLang,
+    server: tuple[str, str],
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(EngineError, match="401"):
         make_engine(key="another")
+    monkeypatch.setenv(KEY, "another")
+    engines = EnginesConfig(engine="sglang", urls=[server[0]])
+    with ExitStack() as stack, pytest.raises(UserError, match=rf"{server[0]}/.* 401: .* in rollout\.urls in {KEY}\?"):
+        sglang_engine(ModelConfig(path=str(folders[0])), engines, tmp_path, 0, stack)
 
 
 @pytest.mark.parametrize(
@@ -206,3 +220,15 @@ def test_waiting_in_the_thread_that_paused_is_an_error(make_engine: MakeSGLang, 
         next(stream)
     engine.resume()
     assert len(list(stream)) == 2
+
+
+def test_a_folder_that_the_server_cannot_see_is_named_and_one_that_it_sees_is_served(
+    make_engine: MakeSGLang, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    engine = make_engine()
+    with pytest.raises(EngineError, match=rf"(?s)answered 400: .*: disk the server must find {tmp_path}/absent on its"):
+        engine.publish_folder(tmp_path / "absent", version=1)
+    assert engine.version == -1
+    engine.publish_folder(folders[1], version=2)
+    assert engine.version == 2
+    assert distance(engine, folders[1]) <= 1e-5

@@ -14,9 +14,10 @@ from urllib.request import urlopen
 import psutil
 import pytest
 
-from megatron_efr.config import ConfigError, ModelConfig, RolloutConfig
+from megatron_efr.config import ConfigError, EnginesConfig, ModelConfig, RolloutConfig
 from megatron_efr.errors import UserError
-from megatron_efr.rollout.build import build_engine
+from megatron_efr.rollout.addresses import KEY
+from megatron_efr.rollout.build import build_engine, sglang_engine
 from megatron_efr.rollout.process import ServerProcess
 from megatron_efr.rollout.router import start_router
 from megatron_efr.rollout.servers import Servers as RunServers
@@ -85,13 +86,20 @@ def test_groups_come_back_once_through_the_router_and_both_servers_are_asked(
 
 
 @pytest.mark.slow
-def test_a_run_that_asks_for_a_router_gets_one_and_leaves_none(
-    servers: Servers, models: Models, tmp_path: Path
+@pytest.mark.parametrize("program", ["run", "evaluation"])
+def test_whoever_asks_for_a_router_gets_one_and_leaves_none(
+    program: str, servers: Servers, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = rollout(router=True, timeouts=LIMITS.model_dump())
+    monkeypatch.setenv(KEY, servers.key)
+    asked = {"engine": "sglang", "python": str(PYTHON), "slots": SLOTS, "router": True, "urls": servers.urls}
+    asked |= {"timeouts": LIMITS.model_dump()}
+    model = ModelConfig(path=str(servers.model))
     with ExitStack() as resources:
-        model = ModelConfig(path=str(servers.model))
-        engine = build_engine(model, config, RunServers(servers.urls, servers.key), tmp_path, resources)
+        if program == "run":
+            running = RunServers(servers.urls, servers.key)
+            engine = build_engine(model, RolloutConfig.model_validate(asked), running, tmp_path, resources)
+        else:
+            engine = sglang_engine(model, EnginesConfig.model_validate(asked), tmp_path, 0, resources)
         engine.publish(weights_of(models[0]), version=1)
         wait_until(lambda: routers() == 1 and engine._fleet.routed, "the fleet goes through it")  # pyright: ignore
         assert_each_came_once(list(engine.generate(requests(COUNT), LONG)), 1)

@@ -2,6 +2,7 @@
 
 rollout:STEP:GROUPS  while group GROUPS + 1 of iteration STEP is being written to the journal: half of its line is there
 answer:GROUPS        while group GROUPS + 1 of an evaluation is being written to its journal
+servers:GROUPS       not killed: its SGLang servers are, after group GROUPS of an evaluation is in its journal
 update:N             before this process's N-th optimizer update
 logged:STEP          after the metrics line of STEP, while the next line is being written
 save:STEP            while Megatron's files of STEP's checkpoint are being written
@@ -38,6 +39,23 @@ def at_rollout(step: str, groups: str) -> None:
 
 def at_answer(groups: str) -> None:
     at_journal("unfinished/*.jsonl", groups)
+
+
+def at_servers(groups: str) -> None:
+    import psutil
+
+    from megatron_efr import runfolder
+
+    append = runfolder.Journal.append
+
+    def hooked(self: runfolder.Journal, group: Any) -> None:
+        append(self, group)
+        if self.path.match("unfinished/*.jsonl") and self.path.read_bytes().count(b"\n") == int(groups):
+            for child in psutil.Process().children():
+                if "sglang.launch_server" in child.cmdline():
+                    child.kill()  # a supervisor, and the kernel what it runs
+
+    runfolder.Journal.append = hooked
 
 
 def at_journal(pattern: str, groups: str) -> None:
@@ -165,6 +183,7 @@ def at_seconds(seconds: str) -> None:
 MOMENTS: dict[str, Callable[..., None]] = {
     "rollout": at_rollout,
     "answer": at_answer,
+    "servers": at_servers,
     "update": at_update,
     "stuck": at_stuck,
     "logged": at_logged,
@@ -179,7 +198,8 @@ def main() -> None:
     kind, *details = sys.argv[1].split(":")
     MOMENTS[kind](*details)
     importlib.import_module(f"megatron_efr.{sys.argv[2]}").main(sys.argv[3:])
-    threading.Event().wait(30)  # for a kill that the program was too fast for
+    if kind != "servers":
+        threading.Event().wait(30)  # for a kill that the program was too fast for
 
 
 if __name__ == "__main__":

@@ -128,6 +128,11 @@ def test_nothing_is_wrong_with_the_configurations_that_are_spoilt_below(program:
         ("sweep", ["--alphas=0,x"], ["--alphas '0,x'"]),
         ("sweep", ["--alphas=0.1,0.10"], ["--alphas: 0.1, 0.1: each value once"]),
         ("sweep", ["--alphas=0", "--jobs=0"], ["--jobs 0"]),
+        (
+            "sweep",
+            ["--alphas=0", "--jobs=2", "rollout.engine=sglang", "rollout.urls=[http://a:1]"],
+            ["--jobs 2 with rollout.urls", "--jobs 1, or leave urls out"],
+        ),
         ("sweep", ["--alphas=0", "--ranks=3"], ["8 responses per update", "a multiple of 3"]),
         ("sweep", ["--alphas=0", "evaluation.datasets=[]"], ["evaluation.datasets: a sweep evaluates every model"]),
     ],

@@ -106,7 +106,15 @@ def test_an_override_that_cannot_be_applied_is_quoted(tmp_path: Path, override: 
         ("name=../elsewhere", "name: String should match pattern"),
         ("rollout.logit_bias={5: 1}", "rollout.logit_bias: unknown key"),
         ("rollout.urls=[http://a:1]", "rollout.urls and rollout.server speak of SGLang servers; set rollout.engine"),
+        (
+            "rollout={engine: sglang, urls: [a:1]}",
+            "rollout.urls.0: String should match pattern '^https?://'",
+        ),
         ("rollout={engine: sglang, urls: [http://a:1], server: {a: 1}}", "rollout.server: with rollout.urls no server"),
+        (
+            "rollout={engine: sglang, urls: [http://a:1], placement: colocated}",
+            "rollout: rollout.urls with rollout.placement: colocated: colocated engines are on the trainer's own GPUs",
+        ),
         ("rollout.timeouts.start=1", "rollout.timeouts.start: unknown key; did you mean start_s"),
         ("train.updates=3", "rollout.prompts x rollout.samples = 32 x 8 = 256 responses do not split"),
         ("evaluation.preset=custom", "evaluation: preset custom needs a temperature"),

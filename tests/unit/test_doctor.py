@@ -15,7 +15,7 @@ import torch
 from packaging.requirements import Requirement
 
 from megatron_efr.doctor import machine
-from megatron_efr.doctor.engine import Versions, check_engine, compare
+from megatron_efr.doctor.engine import Versions, check_engine, check_router, compare
 from megatron_efr.doctor.finding import Finding
 from megatron_efr.doctor.packages import check_apex, check_packages, check_version, requirements
 
@@ -127,6 +127,22 @@ def test_two_versions_of_nccl_are_a_problem_with_the_command_that_mends_it() -> 
     assert "pip install --no-deps nvidia-nccl-cu13==2.30.7" in found["NCCL of both"].advice
     same: Versions = {**ours, "nccl": [2, 30, 7]}
     assert [finding.verdict for finding in compare(theirs, same, needed=True)] == ["ok", "ok"]
+
+
+def test_a_router_that_is_missing_broken_or_of_another_version_comes_with_the_command_that_installs_it(
+    tmp_path: Path,
+) -> None:
+    python = interpreter(tmp_path)
+    found = [check_router(str(tmp_path / "nowhere"), "0.3.2"), check_router(python, "0.3.2")]
+    package(tmp_path, "sglang_router")
+    (tmp_path / "sglang_router/launch_router.py").write_text("")
+    distribution(tmp_path, "sglang-router", "0.2.0")
+    found.append(check_router(python, "0.3.2"))
+    said = ("no such interpreter", "No module named 'sglang_router'", "0.2.0, and 0.3.2")
+    assert [s in f.found for s, f in zip(said, found, strict=True)] == [True] * 3, found
+    assert {f.verdict for f in found} == {"problem"}
+    assert f"{python} -m pip install --no-deps sglang-router==0.3.2" in found[2].advice
+    assert check_router(python, "0.2.0").verdict == "ok"
 
 
 # -- the machine -------------------------------------------------------------------------------------------------------
