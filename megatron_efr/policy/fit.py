@@ -124,8 +124,8 @@ def _check_experts(model: ModelConfig, parallel: ParallelConfig) -> None:
         )
     if model.megatron.get("moe_grouped_gemm") and not engine_layers(model):
         raise ConfigError(
-            "model.megatron.moe_grouped_gemm: grouped experts need Transformer Engine's layers (CUDA, model.dtype: bfloat16), and these "
-            "are local ones, whose experts are computed one by one; leave it out, or install the gpu extra"
+            "model.megatron.moe_grouped_gemm: grouped experts need Transformer Engine's layers, CUDA and bfloat16, and "
+            "these are local ones, whose experts are computed one by one; leave it out, or install the gpu extra"
         )
     if torch.cuda.is_available() and not _engine_imports():
         raise ConfigError(
