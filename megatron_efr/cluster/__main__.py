@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_efr.arguments import run
-from megatron_efr.cluster.commands import UNSET, Command, commands, describe
+from megatron_efr.cluster.commands import Command, commands, describe
 from megatron_efr.cluster.placement import RENDEZVOUS_PORT, place, place_engines
 from megatron_efr.config import TrainConfig
 from megatron_efr.configfile import load
@@ -25,15 +25,14 @@ from megatron_efr.errors import UserError
 
 def start(chosen: Sequence[Command]) -> int:
     """Become this host's trainer, or keep its engines running: the exit code, once all of them stay down."""
-    environment = {name: value for name, value in os.environ.items() if name not in UNSET}
     if chosen[0].what == "trainer":
-        os.execve(chosen[0].words[0], chosen[0].words, environment | dict(chosen[0].environment))
+        os.execve(chosen[0].words[0], chosen[0].words, chosen[0].within(os.environ))
     children: list[subprocess.Popen[bytes]] = []
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # SLURM sends it to all, and the iteration at hand needs the engines
     try:
         for command in chosen:
-            children.append(subprocess.Popen(command.words, env=environment | dict(command.environment)))
+            children.append(subprocess.Popen(command.words, env=command.within(os.environ)))
         return max(child.wait() for child in children)  # where one stays down the others go on
     finally:
         for child in children:

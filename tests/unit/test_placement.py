@@ -117,6 +117,27 @@ def test_the_trainer_is_told_of_engines_elsewhere_and_starts_those_of_its_hosts(
         assert "CUDA_VISIBLE_DEVICES" not in alone.environment, "the engines of this host would not see their GPUs"
 
 
+@pytest.mark.parametrize(
+    ("rollout", "agrees"),
+    [
+        (sglang(tp=2), False),
+        (sglang(tp=2, engines=2, placement="apart"), True),
+        (sglang(tp=8, engines=1, placement="apart", urls=["http://a:30000"]), True),
+        (RolloutConfig(), False),
+    ],
+)
+def test_where_weights_go_over_nccl_the_trainer_sets_of_it_what_sglang_sets_unless_the_host_has(
+    rollout: RolloutConfig, agrees: bool
+) -> None:
+    [trainer] = commands(place(["a"], 8, rollout), "run.yaml", [], "run")
+    assert ("NCCL_CUMEM_ENABLE=0 NCCL_NVLS_ENABLE=0 " in str(trainer)) is agrees
+    host = {"NCCL_CUMEM_ENABLE": "1", "OMP_NUM_THREADS": "8", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    within = trainer.within(host)
+    assert (within["NCCL_CUMEM_ENABLE"], within.get("NCCL_NVLS_ENABLE")) == ("1", "0" if agrees else None)
+    assert within["OMP_NUM_THREADS"] == "1"
+    assert not within.keys() & set(UNSET)
+
+
 @pytest.mark.parametrize("hosts", [1, 2])
 @pytest.mark.parametrize("placement", ["colocated", "apart"])
 def test_the_ranks_of_a_host_start_the_engines_that_the_placement_shows(hosts: int, placement: str) -> None:
