@@ -14,9 +14,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_efr.arguments import run
-from megatron_efr.cluster.commands import Command, commands, describe
+from megatron_efr.cluster.commands import Command, commands, describe, over
+from megatron_efr.cluster.network import interface_towards
 from megatron_efr.cluster.placement import RENDEZVOUS_PORT, place, place_engines
 from megatron_efr.config import TrainConfig
 from megatron_efr.configfile import load
@@ -66,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(",".join(host for host in placement.hosts if (host in trainer) == (given.hosts_of == "trainer")))
         return
     every = list(commands(placement, given.config, given.overrides, config.name.replace("/", "-")))
+    if others := [host for host in placement.hosts if host != given.host and given.host in placement.hosts]:
+        meeting = over(interface_towards(others[0]))
+        every = [replace(c, defaults={**c.defaults, **meeting}) if c.host == given.host else c for c in every]
     if given.dry_run:
         print("\n".join([*describe(placement), *(f"{command.host}$ {command}" for command in every)]))
         return

@@ -68,6 +68,11 @@ def engine(seat: EngineSeat, config: str, overrides: Sequence[str]) -> Command:
     return Command(seat.host, f"engine {seat.index}", tuple(words), {"CUDA_VISIBLE_DEVICES": _listed(seat.gpus)})
 
 
+def over(interface: str) -> dict[str, str]:
+    """The defaults that have gloo and NCCL meet the other hosts over a network interface."""
+    return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+
+
 def commands(placement: Placement, config: str, overrides: Sequence[str], run: str) -> Iterator[Command]:
     """What is started on every host: torchrun where there are ranks, elsewhere one process for each engine."""
     for host in placement.hosts:

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from megatron_efr.cluster.commands import UNSET, commands
+from megatron_efr.cluster.network import interface_towards
 from megatron_efr.cluster.placement import ENGINE_PORT, Placement, place
 from megatron_efr.config import ConfigError, RolloutConfig
+from megatron_efr.errors import UserError
 from megatron_efr.rollout.launcher import server_environment
 from megatron_efr.rollout.seats import Host
 
@@ -219,6 +221,18 @@ def test_the_slurm_script_prints_engines_on_nodes_of_their_own() -> None:
     for host in ("node3", "node4"):
         assert "megatron_efr.cluster.serve" in commands[host]
         assert not any(word.split("=")[0] in TORCHRUNS for word in commands[host])
+
+
+def test_a_host_of_several_meets_the_others_over_the_interface_by_which_it_reaches_them() -> None:
+    def settings(*where: str) -> list[list[str]]:
+        lines = dry_run("train_slurm.sbatch", "examples/paper_7b.yaml", *where, HOSTS="127.0.0.1,127.0.0.2")
+        return [line.split("$ ", 1)[1].split(" /")[0].split() for line in lines if "$ " in line]
+
+    [mine, other] = settings("--host", "127.0.0.1")
+    assert {"GLOO_SOCKET_IFNAME=lo", "NCCL_SOCKET_IFNAME=lo"} == set(mine) - set(other)
+    assert settings() == [other, other], "where it is not known which host this is"
+    with pytest.raises(UserError, match=r"--hosts: nowhere\.invalid is not reached from here: "):
+        interface_towards("nowhere.invalid")
 
 
 def test_the_node_script_and_the_engines_script_print_theirs() -> None:
