@@ -5,6 +5,7 @@
 #   bash launch/install_h100.sh --dry-run       print every command, run none
 #   --no-te --no-flash-attn --no-apex --no-sglang      leave a part out; training runs without the first three
 #
+# A compiled part that fails keeps nothing else away: it is named at the end, with exit code 1.
 # Needs Python 3.11 or 3.12 with headers, git, and for what is compiled nvcc of the CUDA that torch was built with (13.0).
 # Every version stands in launch/constraints.txt. There `apex` is a place on GitHub: on the package index that name
 # belongs to another project.
@@ -19,7 +20,7 @@ for argument in "$@"; do
         --no-flash-attn) flash_attn='' ;;
         --no-apex) apex='' ;;
         --no-sglang) sglang='' ;;
-        *) sed -n '2,10p' "$0"; exit 2 ;;
+        *) sed -n '2,8p' "$0"; exit 2 ;;
     esac
 done
 
@@ -36,27 +37,44 @@ build=("${pip[@]}" --no-build-isolation --no-cache-dir) # extensions are compile
 jobs=${MAX_JOBS:-$(($(nproc) < 16 ? $(nproc) : 16))}  # a compiler takes several GB
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0}
 
+failed=()
+optional() { # what stands in for it where it fails, then the command
+    local otherwise=$1
+    shift
+    run "$@" || failed+=("$otherwise")
+}
+
 run bash launch/setup.sh
 run .venv/bin/python -c 'import sys, torch; sys.exit(not torch.version.cuda and "install: torch without CUDA: unset PIP_EXTRA_INDEX_URL, remove .venv, start again")'
 if [ -n "$te$flash_attn$apex" ]; then
     run .venv/bin/python -c 'import os, sys; from torch.utils.cpp_extension import CUDA_HOME; sys.exit(not (CUDA_HOME and os.path.exists(CUDA_HOME + "/bin/nvcc")) and "install: no nvcc: install the CUDA toolkit and set CUDA_HOME, or leave out what is compiled (--no-te --no-flash-attn --no-apex)")'
     run "${pip[@]}" ninja packaging wheel setuptools pybind11
 fi
-if [ -n "$te" ]; then
-    run env MAX_JOBS="$jobs" NVTE_FRAMEWORK=pytorch "${build[@]}" 'transformer-engine[core_cu13,pytorch]'
-fi
-if [ -n "$flash_attn" ]; then
-    run env MAX_JOBS="$jobs" FLASH_ATTN_CUDA_ARCHS=90 "${build[@]}" flash-attn
-fi
-if [ -n "$apex" ]; then
-    run env MAX_JOBS="$jobs" APEX_CPP_EXT=1 APEX_CUDA_EXT=1 "${build[@]}" apex
-fi
 if [ -n "$sglang" ]; then
     mapfile -t engine < <(grep '^sglang' launch/constraints.txt)
     run .venv/bin/python -m venv .venv-sglang
     run .venv-sglang/bin/python -m pip install --upgrade pip
     run .venv-sglang/bin/python -m pip install "${engine[@]}" # its own pins: torch 2.14 and transformers 5.19 among them
-    # NCCL lets no two versions into one group, and the trainer's torch would bring an older one than the engine's
+fi
+if [ -n "$te" ]; then
+    optional "Transformer Engine (Megatron's local layers stand in, slower; no mixture of experts on a GPU)" \
+        env MAX_JOBS="$jobs" NVTE_FRAMEWORK=pytorch "${build[@]}" 'transformer-engine[core_cu13,pytorch]'
+fi
+if [ -n "$flash_attn" ]; then
+    optional "flash attention (cuDNN's stands in)" env MAX_JOBS="$jobs" FLASH_ATTN_CUDA_ARCHS=90 "${build[@]}" flash-attn
+fi
+if [ -n "$apex" ]; then
+    optional "apex (Transformer Engine's or torch's Adam and norms stand in)" \
+        env MAX_JOBS="$jobs" APEX_CPP_EXT=1 APEX_CUDA_EXT=1 "${build[@]}" apex
+fi
+if [ -n "$sglang" ]; then
+    # NCCL lets no two versions into one group, and the trainer's torch would bring an older one than the engine's: as
+    # would pip with anything installed after this
     run bash -c '.venv/bin/python -m pip install --no-deps nvidia-nccl-cu13==$(.venv-sglang/bin/python -c "from importlib.metadata import version; print(version(\"nvidia-nccl-cu13\"))")'
 fi
-run .venv/bin/efr doctor
+run .venv/bin/efr doctor || found=$?
+if [ ${#failed[@]} -gt 0 ]; then
+    printf 'install: failed, as said above: %s\n' "${failed[@]}" >&2
+    exit 1
+fi
+exit "${found:-0}"

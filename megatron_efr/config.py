@@ -22,7 +22,8 @@ class ModelConfig(Section):
     init: Literal["load", "random"] = Field(default="load", description="load safetensors, or draw from the seed")
     dtype: Literal["float32", "bfloat16"] = "float32"
     layers: Literal["auto", "local", "transformer_engine"] = Field(
-        default="auto", description="auto takes Transformer Engine's layers where they import and CUDA is present"
+        default="auto",
+        description="auto takes Transformer Engine's layers in bfloat16, where they import and CUDA is present",
     )
     kernels: Literal["auto", "triton", "torch"] = Field(
         default="auto", description="the log-prob head's: auto takes Triton's where it imports and CUDA is present"

@@ -144,7 +144,7 @@ class Phases:
             self._on_engine(lambda engine: engine.wake(), "the engines' waking")
         with self._step("publish", timer):
             self._publisher.publish(policy, version)
-            torch.cuda.empty_cache()  # the buckets' memory, for the caches
+            give_back_buckets()
             self._ranks.barrier()
         with self._step("resume", timer):
             self._on_engine(lambda engine: engine.resume(), "the engines' caches")
@@ -177,6 +177,16 @@ class Phases:
             f"where the engines' weights alone are {weights / 2**30:.2f} GiB: without its memory saver SGLang releases "
             "nothing. Leave rollout.server.enable_memory_saver out (it is then true)"
         )
+
+
+def give_back_buckets() -> None:
+    """What the engines have let go of goes back to the GPU, for their caches; nothing where there is no GPU.
+
+    torch holds a bucket whose handle an engine had until it is asked to look, and `empty_cache` does not ask.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
 
 
 def is_freed(freed: int, weights: int) -> bool:

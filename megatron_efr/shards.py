@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -50,6 +51,7 @@ class _Write:
         self._writer = torch_checkpoint.FileSystemWriter(folder)
         self._ranks = _DistWrapper(group, True, 0)
         self._metadata: Any = None
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else -1  # -1: as it is
         self._written: Any = None
         self._failure: Exception | None = None
         plan = self._meet(self._ranks.reduce_scatter, "plan", lambda: self._own_plan(state), self._common_plan)
@@ -66,9 +68,14 @@ class _Write:
         return self._writer.prepare_global_plan(plans)
 
     def own_file(self) -> None:
-        """Write this rank's shards. What goes wrong is kept for `seal`, which tells every rank."""
+        """Write this rank's shards. What goes wrong is kept for `seal`, which tells every rank.
+
+        torch copies from the GPU without waiting, and then waits for the thread's current device: in a new thread that
+        is the first GPU, whichever this rank's is, and what is written might not have arrived yet.
+        """
         try:
-            self._written = self._writer.write_data(self._plan, self._planner).value()
+            with torch.cuda.device(self._device):
+                self._written = self._writer.write_data(self._plan, self._planner).value()
         except Exception as error:
             self._failure = OSError(f"{self._file}: {error}") if isinstance(error, UNWRITTEN) else error
 

@@ -25,7 +25,13 @@ VOCAB = 61
 
 
 def make_model_folder(
-    folder: Path, *, tied: bool, seed: int = 0, vocab: int = VOCAB, dtype: torch.dtype = torch.float32
+    folder: Path,
+    *,
+    tied: bool,
+    seed: int = 0,
+    vocab: int = VOCAB,
+    dtype: torch.dtype = torch.float32,
+    hidden: int = 64,
 ) -> Path:
     """A Qwen2 of 4 layers with lively random weights (biases and norms too), as `transformers` writes it."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -33,7 +39,7 @@ def make_model_folder(
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=vocab,
-        hidden_size=64,
+        hidden_size=hidden,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,

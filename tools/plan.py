@@ -74,7 +74,7 @@ class Case:
                 world=self.world,
                 micro_batch_tokens=config.train.micro_batch_tokens,
                 recompute=config.model.megatron.get("recompute_granularity") == "full",
-                local_layers=config.model.layers == "local",
+                local_layers=config.model.layers == "local" or config.model.dtype != "bfloat16",
                 sharded_optimizer=bool(config.parallel.ddp.get("use_distributed_optimizer", False)),
                 engine_ranks=config.rollout.tp,
                 static_fraction=self.static_fraction,

@@ -14,6 +14,8 @@ case "$mode" in
     *) echo "smoke_gpu: unknown option $mode (--cpu)" >&2; exit 2 ;;
 esac
 
+unset PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF # memory in expandable segments cannot be shared by CUDA IPC
+
 part() { printf '\n-- %s\n' "$1"; }
 
 part "versions"

@@ -14,9 +14,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_efr.arguments import run
-from megatron_efr.cluster.commands import UNSET, Command, commands, describe
+from megatron_efr.cluster.commands import Command, commands, describe, over
+from megatron_efr.cluster.network import interface_towards
 from megatron_efr.cluster.placement import RENDEZVOUS_PORT, place, place_engines
 from megatron_efr.config import TrainConfig
 from megatron_efr.configfile import load
@@ -25,15 +27,14 @@ from megatron_efr.errors import UserError
 
 def start(chosen: Sequence[Command]) -> int:
     """Become this host's trainer, or keep its engines running: the exit code, once all of them stay down."""
-    environment = {name: value for name, value in os.environ.items() if name not in UNSET}
     if chosen[0].what == "trainer":
-        os.execve(chosen[0].words[0], chosen[0].words, environment | dict(chosen[0].environment))
+        os.execve(chosen[0].words[0], chosen[0].words, chosen[0].within(os.environ))
     children: list[subprocess.Popen[bytes]] = []
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # SLURM sends it to all, and the iteration at hand needs the engines
     try:
         for command in chosen:
-            children.append(subprocess.Popen(command.words, env=environment | dict(command.environment)))
+            children.append(subprocess.Popen(command.words, env=command.within(os.environ)))
         return max(child.wait() for child in children)  # where one stays down the others go on
     finally:
         for child in children:
@@ -67,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(",".join(host for host in placement.hosts if (host in trainer) == (given.hosts_of == "trainer")))
         return
     every = list(commands(placement, given.config, given.overrides, config.name.replace("/", "-")))
+    if others := [host for host in placement.hosts if host != given.host and given.host in placement.hosts]:
+        meeting = over(interface_towards(others[0]))
+        every = [replace(c, defaults={**c.defaults, **meeting}) if c.host == given.host else c for c in every]
     if given.dry_run:
         print("\n".join([*describe(placement), *(f"{command.host}$ {command}" for command in every)]))
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_efr.cluster.placement import EngineSeat, Placement
 
@@ -15,21 +15,31 @@ TRAINER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+NCCL_OF_SGLANG = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
+"""What SGLang (0.5.23, `_set_envs_and_config`) sets for itself where it is not set: NCCL wants all ranks of a group to
+agree on it, and otherwise fails with "invalid argument", or hangs."""
+
 UNSET = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Taken out of the trainer's environment: memory in expandable segments cannot be shared by CUDA IPC."""
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One process of a host; `environment` is added to the host's."""
+    """One process of a host. `environment` replaces what the host has set, `defaults` only what it has not."""
 
     host: str
     what: str
     words: tuple[str, ...]
     environment: Mapping[str, str]
+    defaults: Mapping[str, str] = field(default_factory=dict)
+
+    def within(self, outer: Mapping[str, str]) -> dict[str, str]:
+        """Its whole environment on a host that has `outer`."""
+        kept = {name: value for name, value in outer.items() if name not in UNSET}
+        return {**self.defaults, **kept, **self.environment}
 
     def __str__(self) -> str:
-        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in self.environment.items())
+        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in self.within({}).items())
         return f"{settings} {shlex.join(self.words)}".strip()
 
 
@@ -46,7 +56,7 @@ def trainer(placement: Placement, host: str, config: str, overrides: Sequence[st
         *("--local-addr", host),  # by which torchrun sorts hosts, and ranks with them
         *("-m", "megatron_efr.train", config, *overrides, *urls, "--resume"),
     ]
-    return Command(host, "trainer", tuple(words), TRAINER_ENVIRONMENT)
+    return Command(host, "trainer", tuple(words), TRAINER_ENVIRONMENT, NCCL_OF_SGLANG if placement.apart else {})
 
 
 def engine(seat: EngineSeat, config: str, overrides: Sequence[str]) -> Command:
@@ -56,6 +66,11 @@ def engine(seat: EngineSeat, config: str, overrides: Sequence[str]) -> Command:
         *("--host", seat.host, "--port", str(seat.port), "--index", str(seat.index)),
     ]
     return Command(seat.host, f"engine {seat.index}", tuple(words), {"CUDA_VISIBLE_DEVICES": _listed(seat.gpus)})
+
+
+def over(interface: str) -> dict[str, str]:
+    """The defaults that have gloo and NCCL meet the other hosts over a network interface."""
+    return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
 
 
 def commands(placement: Placement, config: str, overrides: Sequence[str], run: str) -> Iterator[Command]:

@@ -40,12 +40,16 @@ class EngineSeat:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Everything that runs where. `trainer_gpus` are those of each trainer host, the same on all of them."""
+    """Everything that runs where. `trainer_gpus` are those of each trainer host, the same on all of them.
+
+    `apart`: weights go to engines on other GPUs, over NCCL.
+    """
 
     trainer_hosts: tuple[str, ...]
     trainer_gpus: Gpus
     engines: tuple[EngineSeat, ...]
     rendezvous: str
+    apart: bool = False
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -76,13 +80,13 @@ def place(hosts: Sequence[str], gpus: int, rollout: RolloutConfig, port: int = R
     hosts = sorted(hosts)
     whole, some = _apart(len(hosts), gpus, rollout)
     trainers, ranks = tuple(hosts[: len(hosts) - whole]), tuple(range(gpus - some))
-    rendezvous = f"{hosts[0]}:{port}"
+    rendezvous, apart = f"{hosts[0]}:{port}", rollout.engine == "sglang" and rollout.placement == "apart"
     if whole:
-        return Placement(trainers, ranks, place_engines(hosts[-whole:], gpus, rollout).engines, rendezvous)
+        return Placement(trainers, ranks, place_engines(hosts[-whole:], gpus, rollout).engines, rendezvous, apart)
     seats = Host(count=len(hosts), ranks=len(ranks)).seats(rollout)
     beside = [(host, seat) for host in hosts for seat in seats]
     engines = tuple(EngineSeat(index, host, seat, None) for index, (host, seat) in enumerate(beside))
-    return Placement(trainers, ranks, engines, rendezvous)
+    return Placement(trainers, ranks, engines, rendezvous, apart)
 
 
 def place_engines(hosts: Sequence[str], gpus: int, rollout: RolloutConfig) -> Placement:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -50,6 +51,8 @@ def examine(config: TrainConfig | None, ports: Sequence[int]) -> Iterator[Findin
         yield machine.check_disk(Path("runs"), ROOM, "a small run")
     yield machine.check_shared_memory()
     yield machine.check_threads(os.environ, len(os.sched_getaffinity(0)))
+    if torch.cuda.is_available() and rollout.engine == "sglang" and rollout.placement == "apart":
+        yield machine.check_nccl_settings(os.environ)
     for port in ports:
         yield machine.check_port(port, "torchrun's rendezvous" if port == RENDEZVOUS_PORT else "asked for")
 

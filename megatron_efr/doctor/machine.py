@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.cuda import nccl
 
+from megatron_efr.cluster.commands import NCCL_OF_SGLANG
 from megatron_efr.doctor.finding import Finding, missing
 
 SHM_GIB = 1.0  # NCCL and torch keep a few hundred MB there; Docker's default of 64 MB ends in bus errors
@@ -78,6 +79,16 @@ def check_threads(environment: Mapping[str, str], cores: int) -> Finding:
     if not value.isdigit() or not 0 < int(value) <= cores:
         return Finding("threads", "note", f"OMP_NUM_THREADS={value} on {cores} cores", "a number from 1 to the cores")
     return Finding("threads", "ok", f"OMP_NUM_THREADS={value}, {cores} cores")
+
+
+def check_nccl_settings(environment: Mapping[str, str]) -> Finding:
+    """Whether trainer and SGLang agree on NCCL where weights go over it: `megatron_efr.cluster` sees to it."""
+    unset = {name: value for name, value in NCCL_OF_SGLANG.items() if name not in environment}
+    if not unset:
+        return Finding("NCCL settings", "ok", " ".join(f"{name}={environment[name]}" for name in NCCL_OF_SGLANG))
+    seen = f"{' and '.join(unset)} not set; SGLang sets 0 for itself, and one group wants the same of all"
+    exports = " ".join(f"{name}={value}" for name, value in unset.items())
+    return Finding("NCCL settings", "note", seen, f"launch/*.sh set them; before a plain torchrun: export {exports}")
 
 
 def check_port(port: int, what: str, host: str = "") -> Finding:

@@ -44,7 +44,7 @@ def check_fit(model: ModelConfig, parallel: ParallelConfig, architecture: Archit
     architecture = architecture or Architecture.from_folder(model.path)
     _check_owned_fields(model.megatron)
     check_split(architecture, parallel.tensor, parallel.expert)
-    if not engine_layers(model.layers):
+    if not engine_layers(model):
         _check_context(architecture.heads, parallel)
     if not model.megatron.keys() & set(_UNEVEN_STAGES):
         _check_layers(architecture.layers, parallel)
@@ -54,14 +54,26 @@ def check_fit(model: ModelConfig, parallel: ParallelConfig, architecture: Archit
         _check_replay(architecture, model.megatron)
 
 
-def engine_layers(layers: str) -> bool:
-    """Whether Transformer Engine's layers are used; ConfigError where they are asked for and cannot be."""
-    present = _engine_imports() and torch.cuda.is_available()
-    if layers == "transformer_engine" and not present:
-        raise ConfigError(
-            "model.layers: transformer_engine is asked for, and it (or CUDA) is not here; use auto or local"
-        )
-    return present and layers != "local"
+def engine_layers(model: ModelConfig) -> bool:
+    """Whether Transformer Engine's layers are used; ConfigError where they are asked for and cannot be.
+
+    Its attention over packed sequences (flash attention or cuDNN's) knows 16-bit numbers alone.
+    """
+    if model.layers == "transformer_engine":
+        if model.dtype != "bfloat16":
+            raise ConfigError(
+                f"model.layers: transformer_engine attends to packed sequences in 16 bits alone, and model.dtype is "
+                f"{model.dtype}; use auto or local, or train in bfloat16"
+            )
+        if not _engine_is_here():
+            raise ConfigError(
+                "model.layers: transformer_engine is asked for, and it (or CUDA) is not here; use auto or local"
+            )
+    return model.layers != "local" and model.dtype == "bfloat16" and _engine_is_here()
+
+
+def _engine_is_here() -> bool:
+    return _engine_imports() and torch.cuda.is_available()
 
 
 def _engine_imports() -> bool:
@@ -110,10 +122,10 @@ def _check_experts(model: ModelConfig, parallel: ParallelConfig) -> None:
             "model.megatron.moe_use_legacy_grouped_gemm: Megatron's GroupedMLP needs the grouped_gemm package and is "
             "superseded; with Transformer Engine's layers set moe_grouped_gemm alone, without them leave both out"
         )
-    if model.megatron.get("moe_grouped_gemm") and not engine_layers(model.layers):
+    if model.megatron.get("moe_grouped_gemm") and not engine_layers(model):
         raise ConfigError(
-            "model.megatron.moe_grouped_gemm: grouped experts need Transformer Engine's layers and CUDA, and these "
-            "are local ones, whose experts are computed one by one; leave it out, or install the gpu extra"
+            "model.megatron.moe_grouped_gemm: grouped experts need Transformer Engine's layers, CUDA and bfloat16, and "
+            "these are local ones, whose experts are computed one by one; leave it out, or install the gpu extra"
         )
     if torch.cuda.is_available() and not _engine_imports():
         raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,6 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_efr.config import ConfigError, ModelConfig, ParallelConfig
-from megatron_efr.policy.fit import engine_layers
 from megatron_efr.policy.layers import local_layers
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.cuts import padded_vocab
@@ -129,10 +128,13 @@ def build_chunks(
     config: TransformerConfig,
     architecture: Architecture,
     parallel: ParallelConfig,
-    layers: Literal["auto", "local", "transformer_engine"],
+    engine: bool,
     device: torch.device,
 ) -> list[DistributedDataParallel]:
-    """This rank's model chunks (one, or one per virtual stage), in DDP, with weights still to be loaded."""
+    """This rank's model chunks (one, or one per virtual stage), in DDP, with weights still to be loaded.
+
+    Of Transformer Engine's layers (`engine`), or of Megatron's and our own.
+    """
     chunks = []
     for stage in range(parallel.virtual_pipeline or 1):
         vp_stage = stage if parallel.virtual_pipeline is not None else None
@@ -140,7 +142,7 @@ def build_chunks(
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         model = PolicyModel(
             config=config,
-            transformer_layer_spec=_layers(config, layers, vp_stage),
+            transformer_layer_spec=_layers(config, engine, vp_stage),
             vocab_size=padded_vocab(architecture.vocab, parallel.tensor),
             max_sequence_length=architecture.max_positions,
             pre_process=first,
@@ -153,7 +155,7 @@ def build_chunks(
             rope_scaling_factor=architecture.rope_factor or 1.0,
             vp_stage=vp_stage,
         )
-        model.local_attention = not engine_layers(layers)
+        model.local_attention = not engine
         _mark_split_weights(model)
         if device.type == "cuda":
             model.cuda()
@@ -197,9 +199,9 @@ def check_fields(where: str, given: dict[str, Any], kind: type[Any]) -> None:
 
 
 def _layers(
-    config: TransformerConfig, layers: Literal["auto", "local", "transformer_engine"], vp_stage: int | None
+    config: TransformerConfig, engine: bool, vp_stage: int | None
 ) -> Any:  # a ModuleSpec, or TransformerBlockSubmodules: GPTModel takes both, its annotation names one
-    if engine_layers(layers):
+    if engine:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         return get_gpt_layer_with_transformer_engine_spec(

@@ -19,7 +19,7 @@ from megatron.core.utils import unwrap_model
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_efr.policy import context
 from megatron_efr.policy.drift import drift_figures, drift_sums
-from megatron_efr.policy.fit import check_fit
+from megatron_efr.policy.fit import check_fit, engine_layers
 from megatron_efr.policy.head import HeadRows, build_head, loss_scaling
 from megatron_efr.policy.layers import packed_sequences
 from megatron_efr.policy.loss import Loss, Metrics
@@ -70,7 +70,7 @@ class Policy:
         check_fit(model, parallel, self.architecture)
         self.config = transformer_config(model, self.architecture, parallel)
         self._flops = sequence_flops(self.architecture)
-        self.chunks = build_chunks(self.config, self.architecture, parallel, model.layers, ranks.device)
+        self.chunks = build_chunks(self.config, self.architecture, parallel, engine_layers(model), ranks.device)
         self._routing = RoutingReplay(self.config, [_unwrapped(chunk) for chunk in self.chunks], ranks)
         self._head = build_head(_unwrapped(self.chunks[-1]), model, self.architecture, ranks, temperature)
         # each sequence divides into 2 chunks per context rank, a context rank's slice over the sequence-parallel ones

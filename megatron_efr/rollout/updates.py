@@ -66,6 +66,11 @@ class ServerUpdates:
         return len(self._membership.members)
 
     @property
+    def taking_part(self) -> list[bool]:
+        """Of all servers, whether each takes part."""
+        return [server in self._membership.members for server in self._fleet.servers]
+
+    @property
     def changed(self) -> bool:
         """Whether other servers take part than in the last update, or one that was lost since."""
         return self._membership.changed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -9,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_efr.config import ConfigError, TrainConfig
+from megatron_efr.errors import UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import Embedded, Engines, Publisher, Receiver, Transport
 from megatron_efr.weights.sglang_layout import ChecksumCheck, EngineLayout
@@ -62,4 +65,21 @@ def _transport(
             "rollout.transport: tensor hands over GPU memory where it lies: it needs engines that the run itself "
             "starts, with rollout.placement: colocated; distributed does not"
         )
-    return Handles(engines, cpu_world) if on_gpu else InBand(engines)
+    if not on_gpu:
+        return InBand(engines)
+    check_allocator(os.environ)
+    return Handles(engines, cpu_world)
+
+
+def check_allocator(environment: Mapping[str, str]) -> None:
+    """UserError where torch's allocator makes memory that engines cannot open.
+
+    An expandable segment is handed over as a file descriptor, which the engine may fetch from this process only where
+    it may trace it: not under Linux's usual ptrace_scope, since this process is not the engine's child.
+    """
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if "expandable_segments:true" in (value := environment.get(name, "")).replace(" ", "").lower():
+            raise UserError(
+                f"{name}={value}: engines that share the trainer's GPUs cannot open memory in expandable segments; "
+                f"unset {name}, or start through `python -m megatron_efr.cluster` or launch/*.sh, which do"
+            )

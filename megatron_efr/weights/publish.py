@@ -57,6 +57,11 @@ class Engines(Protocol):
         ...
 
     @property
+    def taking_part(self) -> Sequence[bool]:
+        """Of all servers, whether each takes part."""
+        ...
+
+    @property
     def changed(self) -> bool:
         """Whether other servers take part than in the last update, or one that was lost since."""
         ...

@@ -40,7 +40,10 @@ class Parcel(NamedTuple):
 
 
 class Reshard:
-    """Carries out a plan within `group`, of which `main` is the rank that wants whole tensors if not all do."""
+    """Carries out a plan within `group`, of which `main` is the rank that wants whole tensors if not all do.
+
+    All ranks of the group make theirs together.
+    """
 
     def __init__(self, plan: Plan, mapping: WeightMapping, group: dist.ProcessGroup, main: int = 0) -> None:
         self.plan, self._mapping, self._group, self._main = plan, mapping, group, main
@@ -49,6 +52,8 @@ class Reshard:
         self._member = main in dist.get_process_group_ranks(group)
         self._kept: torch.Tensor | None = None
         self._hand = ThreadPoolExecutor(1, "weights")  # lays shards into host memory; CUDA's copies return at once
+        if dist.get_backend(group) == "nccl":  # its first call must be everybody's, and `_together` is some ranks'
+            dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
 
     def parcels(self, local: Shards, *, flat: bool = False, everywhere: bool = False) -> Iterator[Parcel]:
         """Every bucket in turn; all ranks of the group iterate together.

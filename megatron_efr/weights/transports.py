@@ -26,7 +26,7 @@ from torch.distributed import distributed_c10d
 from torch.multiprocessing import reductions
 
 from megatron_efr.weights.folder import copy_all_but_weights
-from megatron_efr.weights.publish import Engines, LostError
+from megatron_efr.weights.publish import EngineError, Engines, LostError
 from megatron_efr.weights.reshard import Parcel
 from megatron_efr.weights.sglang_layout import EngineLayout
 
@@ -77,7 +77,8 @@ class Handles(InBand):
     """`tensor` where engines share the trainer's GPUs: every rank's bucket stays where it is, its CUDA handle is sent.
 
     Engine rank r of server i runs on the GPU of trainer rank i * engine_ranks + r. A bucket is a fresh allocation:
-    torch keeps its memory until the engine, which may copy after it has answered, has let go of its handle.
+    torch keeps its memory until the engine, which may copy after it has answered, has let go of its handle. The memory
+    of a handle that is never opened it keeps for ever: those ranks alone make one whose engine will be sent it.
     """
 
     everywhere = True
@@ -85,12 +86,26 @@ class Handles(InBand):
     def __init__(self, engines: Engines | None, cpu_world: dist.ProcessGroup) -> None:
         super().__init__(engines)
         self._cpu_world = cpu_world
+        self._receiving: list[bool] = []  # rank 0's, of each rank's engine rank
 
     def prepare(self, parcel: Parcel) -> Prepared | None:
-        payload, load_format = encode(parcel)
+        mine: list[Any] = [None]
+        dist.scatter_object_list(mine, self._receiving if self._engines else None, src=0, group=self._cpu_world)
+        payload = encode(parcel)[0] if mine[0] else ""
         everyone: list[Any] = [None] * dist.get_world_size(self._cpu_world)
         dist.gather_object(payload, everyone if self._engines else None, dst=0, group=self._cpu_world)
-        return (everyone, load_format) if self._engines else None
+        return (everyone, _load_format(parcel)) if self._engines else None
+
+    def begin(self) -> None:
+        assert self._engines is not None
+        self._receiving = [takes for takes in self._engines.taking_part for _ in range(self._engines.engine_ranks)]
+
+    def deliver(self, prepared: Prepared) -> None:
+        try:
+            super().deliver(prepared)
+        except EngineError:
+            self._receiving = [False] * len(self._receiving)  # nothing more is delivered
+            raise
 
 
 class Broadcast:
@@ -184,15 +199,20 @@ class Disk:
 
 def encode(parcel: Parcel) -> tuple[str, str | None]:
     """A parcel as SGLang unpickles it, base64, and its `load_format`: the tensors on a CPU, their handles on CUDA."""
+    load_format = _load_format(parcel)
     if parcel.flat is None:
-        return _pickled([(name, _own(tensor)) for name, tensor in parcel.tensors]), None
+        return _pickled([(name, _own(tensor)) for name, tensor in parcel.tensors]), load_format
     described, start = [], 0
     for name, tensor in parcel.tensors:
         end = start + tensor.nbytes
         fields = {"name": name, "shape": tensor.shape, "dtype": tensor.dtype, "numel": end - start}
         described.append(SimpleNamespace(**fields, start_idx=start, end_idx=end))
         start = end
-    return _pickled({"flattened_tensor": _own(parcel.flat), "metadata": described}), "flattened_bucket"
+    return _pickled({"flattened_tensor": _own(parcel.flat), "metadata": described}), load_format
+
+
+def _load_format(parcel: Parcel) -> str | None:
+    return None if parcel.flat is None else "flattened_bucket"
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ class Servers:
 
     def kill(self, *indices: int) -> None:
         """Nothing of them is left when this returns."""
-        processes = [process for index in indices for process in self._processes(index)]
+        processes = [process for index in indices for process in self.processes(index)]
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -64,10 +64,10 @@ class Servers:
         self._launcher.close()
 
     def _signal(self, index: int, number: signal.Signals) -> None:
-        for process in self._processes(index)[:-1]:
+        for process in self.processes(index)[:-1]:
             process.send_signal(number)
 
-    def _processes(self, index: int) -> list[psutil.Process]:
+    def processes(self, index: int) -> list[psutil.Process]:
         """All that a server runs, and at last its supervisor."""
         supervisor = psutil.Process(self._launched[index].process.pid)
         return [*supervisor.children(recursive=True), supervisor]

@@ -65,14 +65,15 @@ def make_transport(kind: str, engine: SGLangEngine | None, layout: EngineLayout,
     return InBand(engine) if kind == "tensor" else Sliced(engine, layout)
 
 
-def make_publisher(transport: Transport, engine: SGLangEngine | None, layout: EngineLayout, ranks: Ranks) -> Publisher:
-    return Publisher(
-        transport,
-        engine,
-        ranks.cpu_world,
-        check=lambda: ChecksumCheck(layout, torch.float32, exact=True),
-        verify_every=1,
-    )
+def make_publisher(
+    transport: Transport, engine: SGLangEngine | None, layout: EngineLayout, ranks: Ranks, *, exact: bool = True
+) -> Publisher:
+    """One that checks every publication; not `exact` where engines are on a GPU, and hash otherwise."""
+
+    def check() -> ChecksumCheck:
+        return ChecksumCheck(layout, torch.float32, exact=exact)
+
+    return Publisher(transport, engine, ranks.cpu_world, check=check, verify_every=1)
 
 
 def make_policy(folder: str | Path, layout: str, ranks: Ranks) -> Policy:

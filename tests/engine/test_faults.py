@@ -176,6 +176,22 @@ def test_a_server_killed_in_a_publication_is_left_out_of_it_and_generation_goes_
     assert engine.checksums()[0] == engine.checksums()[1]
 
 
+def test_no_rank_makes_a_handle_that_no_engine_will_open(servers: Servers, folders: tuple[Path, Path]) -> None:
+    """torch would keep its bucket for ever. Here, on a CPU, what takes the handle's place is counted."""
+    servers.revive()
+    victims = ",".join(str(process.pid) for process in servers.processes(1))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    done = subprocess.run(
+        [*command, "tests.engine.handed", str(folders[1]), ",".join(servers.urls), victims],
+        cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1", "SGLANG_API_KEY": servers.key},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["version"] == 1
+    assert said["made"] == [3 + said["buckets"], 3]  # three, of which the last failed; then all, without its server
+
+
 def test_a_process_group_is_made_anew_where_its_servers_change(
     servers: Servers, engine: SGLangEngine, folders: tuple[Path, Path], ranks: Ranks
 ) -> None:

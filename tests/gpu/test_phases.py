@@ -22,6 +22,7 @@ from megatron_efr.types import Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.sglang_layout import EngineLayout
 from megatron_efr.weights.transports import Handles
+from tests.conftest import make_model_folder
 from tests.engine.conftest import PYTHON
 from tests.engine.published import make_publisher
 from tests.engine_contract import requests
@@ -42,28 +43,41 @@ def test_gradients_and_optimizer_leave_the_card_the_weights_stay_and_the_next_up
     stayed, left = (build(tied_model, ranks, ddp, dtype) for _ in range(2))
     for policy in (stayed, left):
         update(policy)
-    before, weights = torch.cuda.memory_allocated(), places(left)
+    kept, weights = state(left), places(left)
+    before = torch.cuda.memory_allocated()
     left.offload_training_state()
     count = sum(p.numel() for chunk in left.chunks for p in chunk.parameters())
     assert before - torch.cuda.memory_allocated() >= 0.95 * (gradient_bytes(count) + optimizer_bytes(count, dtype))
     assert places(left) == weights
     left.restore_training_state()
     assert places(left) == weights
+    assert equal(state(left), kept)
     for policy in (stayed, left):
         update(policy)
     assert equal(state(left), state(stayed))
 
 
+SHARE = 0.15
+"""Of the card's free memory, the server's."""
+
+
 @pytest.fixture
-def engine(tied_model: Path, tmp_path: Path) -> Iterator[SGLangEngine]:
-    """A server on this process's card."""
+def wide_model(tmp_path: Path) -> Path:
+    """Heads of 64, as real models have at least: not all of SGLang's kernels know smaller ones."""
+    return make_model_folder(tmp_path / "wide", tied=True, hidden=256)
+
+
+@pytest.fixture
+def engine(wide_model: Path, tmp_path: Path) -> Iterator[SGLangEngine]:
+    """A server that shares this process's card."""
     if not os.access(PYTHON, os.X_OK):
         pytest.skip(f"{PYTHON} is not there: bash launch/install_h100.sh makes it")
-    section = {"engine": "sglang", "placement": "colocated", "slots": 8, "server": {"mem_fraction_static": 0.3}}
-    rollout, architecture = RolloutConfig.model_validate(section), Architecture.from_folder(tied_model)
-    model = ModelConfig(path=str(tied_model), dtype="bfloat16")
+    section = {"engine": "sglang", "placement": "colocated", "slots": 8, "server": {"mem_fraction_static": SHARE}}
+    rollout, architecture = RolloutConfig.model_validate(section), Architecture.from_folder(wide_model)
+    model = ModelConfig(path=str(wide_model), dtype="bfloat16")
+    torch.cuda.empty_cache()  # what other tests have left
     with Launcher(tmp_path / "engines", rollout.timeouts.stop_s) as launcher:
-        arguments = server_arguments(model, rollout, architecture, on_gpu=True)
+        arguments = server_arguments(model, rollout, architecture, on_gpu=True, shared=True)
         launcher.start(str(PYTHON), arguments, server_environment(os.environ, True, 1), count=1, seed=0)
         urls = launcher.wait(rollout.timeouts.start_s)
         made = SGLangEngine(urls, architecture, rollout.slots, rollout.timeouts, key=launcher.key, dtype=model.dtype)
@@ -72,16 +86,16 @@ def engine(tied_model: Path, tmp_path: Path) -> Iterator[SGLangEngine]:
 
 
 def test_a_server_releases_its_share_of_the_card_and_goes_on_with_the_policys_new_weights(
-    engine: SGLangEngine, tied_model: Path, ranks: Ranks
+    engine: SGLangEngine, wide_model: Path, ranks: Ranks
 ) -> None:
-    layout, total = EngineLayout(engine.architecture, 1), torch.cuda.mem_get_info()[1]
-    publisher = make_publisher(Handles(engine, ranks.cpu_world), engine, layout, ranks)
-    full = free_bytes()
-    phases = Phases(publisher, engine, Servers(), ranks, shared=True, engine_bytes=int(0.25 * total))
-    assert free_bytes() - full >= 0.25 * total
-    policy = build(tied_model, ranks, SHARDED, "bfloat16")
+    layout, full = EngineLayout(engine.architecture, 1), free_bytes()
+    publisher = make_publisher(Handles(engine, ranks.cpu_world), engine, layout, ranks, exact=False)
+    share = int(0.8 * SHARE / (1 - SHARE) * full)  # of the card: `full` is what the server left
+    phases = Phases(publisher, engine, Servers(), ranks, shared=True, engine_bytes=share)
+    assert free_bytes() - full >= share
+    policy = build(wide_model, ranks, SHARDED, "bfloat16")
     phases.to_engines(policy, 1, contextlib.nullcontext)
-    assert abs(free_bytes() - full) < 0.05 * total
+    assert abs(free_bytes() - full) < 0.5 * share
     stream = engine.generate(requests(20), Sampling(1.0, 1.0, 300, (2,)))
     groups = [next(stream)]
     phases.to_policy(policy, contextlib.nullcontext)

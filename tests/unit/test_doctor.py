@@ -176,6 +176,14 @@ def test_threads_and_shared_memory(tmp_path: Path) -> None:
     assert machine.check_shared_memory(tmp_path / "shm").verdict == "note"
 
 
+def test_nccl_settings_that_a_plain_torchrun_lacks_come_with_the_command_that_makes_them() -> None:
+    lacking = machine.check_nccl_settings({"NCCL_CUMEM_ENABLE": "1"})
+    assert lacking.verdict == "note"
+    assert lacking.advice.endswith("export NCCL_NVLS_ENABLE=0")
+    there = machine.check_nccl_settings({"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"})
+    assert (there.verdict, there.found) == ("ok", "NCCL_CUMEM_ENABLE=0 NCCL_NVLS_ENABLE=0")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU does")
 def test_without_a_gpu_it_says_what_runs() -> None:
     [found] = machine.check_gpus(needed=False)

@@ -91,3 +91,11 @@ def test_megatron_fields_that_would_undo_the_split(field: str, message: str, tie
         launched(ParallelConfig(pipeline=2, virtual_pipeline=2), seed=0, model=model),
     ):
         pass
+
+
+def test_transformer_engines_layers_are_refused_in_fp32_which_its_packed_attention_does_not_know(
+    tied_model: Path,
+) -> None:
+    model = ModelConfig(path=str(tied_model), layers="transformer_engine")
+    with pytest.raises(ConfigError, match=r"model\.layers: .* in 16 bits alone, and model\.dtype is float32"):
+        check_fit(model, ParallelConfig())

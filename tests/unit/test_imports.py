@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch": {"interruption"},
     "cluster": BASE | {"arguments", "rollout.addresses", "rollout.launcher", "rollout.seats", "weights.architecture"},
     "memory": BASE | {"weights.architecture", "weights.mapping", "kernels"},
-    "doctor": BASE | {"arguments", "memory", "rollout.addresses", "weights.architecture"},
+    "doctor": BASE | {"arguments", "cluster.commands", "memory", "rollout.addresses", "weights.architecture"},
     "arguments": BASE,
     "environment": ENVIRONMENT,
     "run": ENVIRONMENT | {"arguments", "checkpoint", "environment", "memory", "methods", "phases", "policy"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -65,6 +66,35 @@ def test_the_engines_packages_never_reach_the_trainers_interpreter() -> None:
         if any(word.startswith("sglang") for word in words):
             assert words[0] == ".venv-sglang/bin/python"
             assert "--constraint" not in words  # the trainer's pins, another torch among them
+
+
+PYTHON = """#!/bin/sh
+echo "$0 $*" >> log
+case "$*" in *" {broken}"*) echo "no kernel image" >&2; exit 1 ;; *nvidia-nccl-cu13*) echo 2.99 ;; esac
+"""
+
+
+@pytest.mark.parametrize("broken", ["transformer-engine[core_cu13,pytorch]", "flash-attn", "apex"])
+def test_a_compiled_part_that_fails_keeps_nothing_else_away_and_is_named_at_the_end(
+    broken: str, tmp_path: Path
+) -> None:
+    """The script itself, with interpreters that note what they are asked."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / "launch/setup.sh").write_text("")
+    for place in (".venv/bin/python", ".venv/bin/efr", ".venv-sglang/bin/python"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(PYTHON.format(broken=broken))
+        (tmp_path / place).chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(tmp_path / "launch/install_h100.sh")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    [said] = [line for line in done.stderr.splitlines() if line.startswith("install: ")]
+    names = {"flash-attn": "flash attention (", "apex": "apex ("}
+    assert said.startswith(f"install: failed, as said above: {names.get(broken, 'Transformer Engine (')}")
+    log = (tmp_path / "log").read_text().splitlines()
+    assert all(any(part in line for line in log) for part in PARTS.values())
+    assert log[-2:] == [".venv/bin/python -m pip install --no-deps nvidia-nccl-cu13==2.99", ".venv/bin/efr doctor"]
 
 
 def test_a_wrong_flag_is_refused_with_the_usage() -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from megatron_efr.cluster.commands import UNSET, commands
+from megatron_efr.cluster.network import interface_towards
 from megatron_efr.cluster.placement import ENGINE_PORT, Placement, place
 from megatron_efr.config import ConfigError, RolloutConfig
+from megatron_efr.errors import UserError
 from megatron_efr.rollout.launcher import server_environment
 from megatron_efr.rollout.seats import Host
 
@@ -117,6 +119,27 @@ def test_the_trainer_is_told_of_engines_elsewhere_and_starts_those_of_its_hosts(
         assert "CUDA_VISIBLE_DEVICES" not in alone.environment, "the engines of this host would not see their GPUs"
 
 
+@pytest.mark.parametrize(
+    ("rollout", "agrees"),
+    [
+        (sglang(tp=2), False),
+        (sglang(tp=2, engines=2, placement="apart"), True),
+        (sglang(tp=8, engines=1, placement="apart", urls=["http://a:30000"]), True),
+        (RolloutConfig(), False),
+    ],
+)
+def test_where_weights_go_over_nccl_the_trainer_sets_of_it_what_sglang_sets_unless_the_host_has(
+    rollout: RolloutConfig, agrees: bool
+) -> None:
+    [trainer] = commands(place(["a"], 8, rollout), "run.yaml", [], "run")
+    assert ("NCCL_CUMEM_ENABLE=0 NCCL_NVLS_ENABLE=0 " in str(trainer)) is agrees
+    host = {"NCCL_CUMEM_ENABLE": "1", "OMP_NUM_THREADS": "8", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    within = trainer.within(host)
+    assert (within["NCCL_CUMEM_ENABLE"], within.get("NCCL_NVLS_ENABLE")) == ("1", "0" if agrees else None)
+    assert within["OMP_NUM_THREADS"] == "1"
+    assert not within.keys() & set(UNSET)
+
+
 @pytest.mark.parametrize("hosts", [1, 2])
 @pytest.mark.parametrize("placement", ["colocated", "apart"])
 def test_the_ranks_of_a_host_start_the_engines_that_the_placement_shows(hosts: int, placement: str) -> None:
@@ -198,6 +221,18 @@ def test_the_slurm_script_prints_engines_on_nodes_of_their_own() -> None:
     for host in ("node3", "node4"):
         assert "megatron_efr.cluster.serve" in commands[host]
         assert not any(word.split("=")[0] in TORCHRUNS for word in commands[host])
+
+
+def test_a_host_of_several_meets_the_others_over_the_interface_by_which_it_reaches_them() -> None:
+    def settings(*where: str) -> list[list[str]]:
+        lines = dry_run("train_slurm.sbatch", "examples/paper_7b.yaml", *where, HOSTS="127.0.0.1,127.0.0.2")
+        return [line.split("$ ", 1)[1].split(" /")[0].split() for line in lines if "$ " in line]
+
+    [mine, other] = settings("--host", "127.0.0.1")
+    assert {"GLOO_SOCKET_IFNAME=lo", "NCCL_SOCKET_IFNAME=lo"} == set(mine) - set(other)
+    assert settings() == [other, other], "where it is not known which host this is"
+    with pytest.raises(UserError, match=r"--hosts: nowhere\.invalid is not reached from here: "):
+        interface_towards("nowhere.invalid")
 
 
 def test_the_node_script_and_the_engines_script_print_theirs() -> None:

@@ -1,0 +1,19 @@
+"""What a publisher is refused for before anything is published."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from megatron_efr.errors import UserError
+from megatron_efr.weights.publication import check_allocator
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_that_engines_cannot_open_is_refused_with_the_variable_that_asks_for_it(name: str) -> None:
+    value = "max_split_size_mb:512, expandable_segments: True"
+    with pytest.raises(UserError, match=rf"^{re.escape(name)}={re.escape(value)}: .* unset {name}, "):
+        check_allocator({name: value})
+    for harmless in ({}, {name: "expandable_segments:False"}, {name: "max_split_size_mb:512"}):
+        check_allocator(harmless)
