@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,42 @@ def test_a_process_group_is_made_anew_where_its_servers_change(
     assert distance(engine, folders[1]) <= 1e-5
     servers.restart(1)
     wait_until(lambda: publisher.publish(policy, 5) or engine.count == 2, "the restarted server takes part")
+    assert engine.checksums()[0] == engine.checksums()[1]
+    broadcast.abandon()
+
+
+@pytest.mark.parametrize("index", [0, 1])  # rank 0 sends to the first, then to the second
+def test_a_server_killed_in_a_broadcast_leaves_the_other_alive_and_it_is_sent_everything_again(
+    index: int,
+    servers: Servers,
+    engine: SGLangEngine,
+    folders: tuple[Path, Path],
+    ranks: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layout, policy = EngineLayout(Architecture.from_folder(folders[0]), 1), make_policy(folders[1], "tensor=1", ranks)
+    broadcast = Broadcast(engine, "127.0.0.1", "gloo", 120)
+    publisher = make_publisher(broadcast, engine, layout, ranks)
+    receive, killed = engine.update_from_distributed, []
+
+    def receive_and_die(*bucket: Any) -> Future[None]:
+        receiving = receive(*bucket)
+        if len(killed) < 2:
+            killed.append(time.monotonic())
+        if len(killed) == 2:
+            time.sleep(1)  # both wait in the broadcast of the second bucket
+            servers.kill(index)
+            killed.append(time.monotonic())
+        return receiving
+
+    monkeypatch.setattr(engine, "update_from_distributed", receive_and_die)
+    publisher.publish(policy, 2)
+    assert time.monotonic() - killed[-1] < 6  # less than `health_s`, after which a server that stays blocked is lost
+    assert engine.urls == [servers.urls[1 - index]]
+    assert figures(engine) == (1, 1, 0)
+    assert distance(engine, folders[1]) <= 1e-5
+    servers.restart(index)
+    wait_until(lambda: publisher.publish(policy, 3) or engine.count == 2, "the restarted server takes part")
     assert engine.checksums()[0] == engine.checksums()[1]
     broadcast.abandon()
 
