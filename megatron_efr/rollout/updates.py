@@ -123,8 +123,8 @@ class ServerUpdates:
         }
         return self._start(lambda server: server.update_from_distributed(body))
 
-    def leave_group(self, name: str) -> None:
-        """Have every server that is in the process group leave it."""
+    def leave_group(self, name: str) -> Future[None]:
+        """Have every server that is in the process group leave it; returns at once."""
 
         async def leave(server: Server) -> None:
             try:
@@ -132,7 +132,10 @@ class ServerUpdates:
             except EngineError as error:  # it has restarted since, and never was in the group, or is gone
                 print(f"weights group {name}: {error}", flush=True)
 
-        self._answering(leave)
+        async def work() -> None:
+            await self._membership.all_answering(leave)
+
+        return self._thread.start(work())
 
     def update_from_disk(self, path: str) -> None:
         """Have every server read a model folder."""

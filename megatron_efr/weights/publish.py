@@ -102,8 +102,8 @@ class Engines(Protocol):
         """Have every server receive tensors that rank 0 of `group` broadcasts in this order; returns at once."""
         ...
 
-    def leave_group(self, name: str) -> None:
-        """Have those servers leave the process group that are in it."""
+    def leave_group(self, name: str) -> Future[None]:
+        """Have those servers leave the process group that are in it; returns at once."""
         ...
 
     def update_from_disk(self, path: str) -> None:

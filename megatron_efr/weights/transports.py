@@ -13,7 +13,6 @@ import shutil
 import socket
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch.distributed import distributed_c10d
 from torch.multiprocessing import reductions
 
 from megatron_efr.weights.folder import copy_all_but_weights
+from megatron_efr.weights.group import EngineGroup
 from megatron_efr.weights.publish import EngineError, Engines, LostError
 from megatron_efr.weights.reshard import Parcel
 from megatron_efr.weights.sglang_layout import EngineLayout
@@ -116,7 +115,7 @@ class Broadcast:
     def __init__(self, engines: Engines | None, address: str, backend: str, limit_s: float = 600.0) -> None:
         self._engines, self._address, self._backend = engines, address, backend
         self._limit = timedelta(seconds=limit_s)
-        self._group: tuple[str, dist.ProcessGroup] | None = None
+        self._group: EngineGroup | None = None
 
     def prepare(self, parcel: Parcel) -> Parcel:
         return parcel
@@ -132,38 +131,37 @@ class Broadcast:
             joining = self._engines.join_group(self._address, port, name, self._backend)
             world = 1 + self._engines.count * self._engines.engine_ranks
             try:
-                group = _enter(self._address, port, name, self._backend, world, self._limit, joining)
+                self._group = EngineGroup(name, self._backend, self._address, port, world, self._limit, joining)
             except dist.DistError as error:
                 raise LostError(f"weights group {name}: not all of {self._engines.urls} entered it: {error}") from error
-            self._group = name, group
 
     def deliver(self, prepared: Parcel) -> None:
         assert self._engines is not None
         assert self._group is not None
-        name, group = self._group
         names = [name for name, _ in prepared.tensors]
         dtypes = [str(tensor.dtype).removeprefix("torch.") for _, tensor in prepared.tensors]
         shapes = [list(tensor.shape) for _, tensor in prepared.tensors]
         sent = [tensor.contiguous() for _, tensor in prepared.tensors] if prepared.flat is None else [prepared.flat]
         answer = self._engines.update_from_distributed(
-            names, dtypes, shapes, name, None if prepared.flat is None else "flattened_bucket"
+            names, dtypes, shapes, self._group.name, None if prepared.flat is None else "flattened_bucket"
         )
-        works = [dist.broadcast(tensor, group=group, group_src=0, async_op=True) for tensor in sent]
+        self._group.send(sent)
         answer.result()  # first: an engine that refused will never take part in the broadcast
-        for work in works:
-            assert work is not None
-            work.wait()
+        self._group.wait()
 
     def finish(self) -> None: ...
 
     def abandon(self) -> None:
-        """Leave the group: after a failure its two ends may be out of step."""
+        """Leave the group, all at once: after a failure its two ends may be out of step.
+
+        An engine may wait in a broadcast for rank 0, and rank 0 for one that refused its part.
+        """
         if self._group is not None:
-            name, group = self._group
-            self._group = None
+            group, self._group = self._group, None
             assert self._engines is not None
-            group.abort()  # first: an engine may still wait for its part in a broadcast
-            self._engines.leave_group(name)
+            leaving = self._engines.leave_group(group.name)
+            group.leave()
+            leaving.result()
 
 
 class Disk:
@@ -241,22 +239,6 @@ class _Pickler(pickle.Pickler):
 
 
 _DEVICE = 6  # the place of the device among the arguments of torch.multiprocessing.reductions.rebuild_cuda_tensor
-
-
-def _enter(
-    address: str, port: int, name: str, backend: str, world: int, limit: timedelta, joining: Future[None]
-) -> dist.ProcessGroup:
-    """Become rank 0 of a group beside the default one, named as SGLang's `init_custom_process_group` names it.
-
-    torch has no public function for a group with processes outside its world; that one uses the same two.
-    """
-    store = dist.TCPStore(address, port, world, is_master=True, timeout=limit, wait_for_workers=False)
-    make: Any = distributed_c10d._new_process_group_helper
-    kind = distributed_c10d.Backend(backend)
-    group, _ = make(world, 0, [], kind, dist.PrefixStore(name, store), group_name=name, timeout=limit)
-    distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
-    joining.result()
-    return group
 
 
 def _free_port(address: str) -> int:

@@ -106,7 +106,7 @@ class DyingBroadcast(Broadcast):
             assert self._group is not None
             names = [name for name, _ in prepared.tensors]
             shapes = [list(tensor.shape) for _, tensor in prepared.tensors]
-            self._engines.update_from_distributed(names, ["float32"] * len(names), shapes, self._group[0], None)
+            self._engines.update_from_distributed(names, ["float32"] * len(names), shapes, self._group.name, None)
             time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
         super().deliver(prepared)

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,74 @@ def test_a_process_group_is_made_anew_where_its_servers_change(
     wait_until(lambda: publisher.publish(policy, 5) or engine.count == 2, "the restarted server takes part")
     assert engine.checksums()[0] == engine.checksums()[1]
     broadcast.abandon()
+
+
+class Faulty:
+    """The receiving of an engine's second bucket: a `fault` befalls a server once all wait in the broadcast."""
+
+    def __init__(self, engine: SGLangEngine, fault: Callable[[], None]) -> None:
+        self._receive, self._fault = engine.update_from_distributed, fault
+        self._buckets, self._since = 0, 0.0
+
+    def __call__(self, *bucket: Any) -> Future[None]:
+        receiving = self._receive(*bucket)
+        self._buckets += 1
+        if self._buckets == 2:
+            time.sleep(1)
+            self._fault()
+            self._since = time.monotonic()
+        return receiving
+
+    def seconds(self) -> float:
+        """Since the fault."""
+        return time.monotonic() - self._since
+
+
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_server_killed_in_a_broadcast_leaves_the_other_alive_to_be_sent_everything_again(
+    index: int,
+    servers: Servers,
+    engine: SGLangEngine,
+    folders: tuple[Path, Path],
+    ranks: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layout, policy = EngineLayout(Architecture.from_folder(folders[0]), 1), make_policy(folders[1], "tensor=1", ranks)
+    broadcast = Broadcast(engine, "127.0.0.1", "gloo", LIMITS.update_s)
+    faulty = Faulty(engine, lambda: servers.kill(index))
+    monkeypatch.setattr(engine, "update_from_distributed", faulty)
+    make_publisher(broadcast, engine, layout, ranks).publish(policy, 2)
+    assert faulty.seconds() < 6  # one that stayed in the broadcast would be lost after `health_s` = 8
+    assert engine.urls == [servers.urls[1 - index]]
+    assert figures(engine) == (1, 1, 0)
+    assert distance(engine, folders[1]) <= 1e-5
+    broadcast.abandon()
+
+
+def test_a_server_frozen_in_a_broadcast_is_left_out_after_its_limit_and_takes_part_once_thawed(
+    servers: Servers, folders: tuple[Path, Path], ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers.revive()
+    limits = LIMITS.model_copy(update={"update_s": 10.0})
+    engine = servers.engine(limits=limits)
+    layout, policy = EngineLayout(Architecture.from_folder(folders[0]), 1), make_policy(folders[1], "tensor=1", ranks)
+    broadcast = Broadcast(engine, "127.0.0.1", "gloo", limits.update_s)
+    publisher = make_publisher(broadcast, engine, layout, ranks)
+    faulty = Faulty(engine, lambda: servers.freeze(0))
+    monkeypatch.setattr(engine, "update_from_distributed", faulty)
+    try:
+        publisher.publish(policy, 1)
+        assert faulty.seconds() < limits.update_s + limits.health_s + 6  # found out, and asked once more
+        assert engine.urls == servers.urls[1:]
+        assert figures(engine) == (1, 1, 0)
+        assert distance(engine, folders[1]) <= 1e-5
+    finally:
+        servers.thaw(0)
+    wait_until(lambda: publisher.publish(policy, 2) or engine.count == 2, "the thawed server takes part")
+    assert engine.checksums()[0] == engine.checksums()[1]
+    assert figures(engine) == (2, 0, 1)
+    broadcast.abandon()
+    engine.close()
 
 
 def test_with_no_server_left_generation_breaks_off_and_a_publication_waits_for_one(
