@@ -16,6 +16,7 @@ from megatron_efr.observe import Observer
 from megatron_efr.policy import clipped_policy_loss, split_into_updates
 from megatron_efr.policy.drift import fill_importance
 from megatron_efr.policy.handover import hand_over
+from megatron_efr.policy.packing import trainable
 from megatron_efr.replay import replay
 from megatron_efr.report.iteration import check_logprobs, check_skipped, iteration_metrics
 from megatron_efr.run import Run, opened
@@ -81,18 +82,22 @@ def rollouts(run: Run, step: int) -> list[Group]:
 def learn(run: Run, step: int, groups: list[Group], observer: Observer) -> dict[str, float]:
     """Rank 0's scored groups -> packed micro-batches -> log-probs -> updates; the iteration's metrics."""
     config, policy = run.config, run.policy
-    sequences = hand_over(groups, run.ranks)
-    updates = [
-        policy.pack_update(sequences, update, config.train.micro_batch_tokens, config.loss.aggregate)
-        for update in split_into_updates(len(sequences), config.train.updates, (config.seed, step))
+    drawn = trainable(groups)
+    sizes = run.ranks.share(lambda: [sequence.size for sequence in drawn])
+    plans = [
+        policy.plan_update(sizes, update, config.train.micro_batch_tokens, config.loss.aggregate)
+        for update in split_into_updates(len(sizes), config.train.updates, (config.seed, step))
     ]
+    sequences = hand_over(drawn, plans, run.ranks)
+    updates = [policy.pack(sequences, plan) for plan in plans]
     batches = [batch for update in updates for batch in update]
     with observer.phase("logprobs"):
         policy.fill_logprobs(batches)
         fill_importance(batches, sequences, config.loss, config.importance)
         drift = policy.compare_logprobs(batches, sequences, version=step - 1)
         check_logprobs(drift, config.train, run.ranks.is_main)
-    fill_token_advantages(batches, [s.advantage for s in sequences], config.loss, run.ranks.sum_over_replicas)
+    advantages = {i: sequence.advantage for i, sequence in sequences.items()}
+    fill_token_advantages(batches, advantages, config.loss, run.ranks.sum_over_replicas)
     with observer.phase("train"):
         loss = clipped_policy_loss(config.loss.clip)
         made = [policy.update(update, loss) for update in updates]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +12,13 @@ import torch
 from megatron_efr.errors import UserError as UserError
 
 Finish = Literal["stop", "length", "abort"]
+T = TypeVar("T", covariant=True)
+
+
+class ByIndex(Protocol[T]):
+    """A list, or a dict that has some of a list's entries."""
+
+    def __getitem__(self, index: int, /) -> T: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,13 @@ class Group:
         return np.array([r.truncated for r in self.responses], dtype=bool)
 
 
+class SequenceSize(NamedTuple):
+    """A sequence's tokens: all that a rank has to know of those that others train on."""
+
+    prompt: int
+    response: int
+
+
 @dataclass(frozen=True, slots=True)
 class Sequence:
     """Prompt and response as one trainable row.
@@ -129,6 +143,10 @@ class Sequence:
     @property
     def response_length(self) -> int:
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def size(self) -> SequenceSize:
+        return SequenceSize(self.prompt_length, self.response_length)
 
 
 @dataclass(slots=True)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
 
 import torch
 
 from megatron_efr.config import LossConfig
-from megatron_efr.types import PackedBatch
+from megatron_efr.types import ByIndex, PackedBatch
 
 _MIN_VARIANCE = 1e-8  # the released trainer's clamp
 
 
 def fill_token_advantages(
     batches: list[PackedBatch],
-    advantages: SequenceOf[float],
+    advantages: ByIndex[float],
     config: LossConfig,
     sum_over_replicas: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
@@ -37,7 +36,7 @@ def fill_token_advantages(
         _whiten([batch.advantages for batch in batches if batch.advantages is not None], sum_over_replicas)
 
 
-def _live(batch: PackedBatch, advantages: SequenceOf[float]) -> int:
+def _live(batch: PackedBatch, advantages: ByIndex[float]) -> int:
     """How many leading sequences hold every advantage that is not 0."""
     return max((place for place, i in enumerate(batch.indices, start=1) if advantages[i] != 0.0), default=0)
 

@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from collections.abc import Sequence as SequenceOf
 from typing import Literal
 
 import torch
 
 from megatron_efr.config import LossConfig
-from megatron_efr.types import PackedBatch, Sequence
+from megatron_efr.types import ByIndex, PackedBatch, Sequence
 
 
-def engine_logprobs(batch: PackedBatch, sequences: SequenceOf[Sequence]) -> torch.Tensor:
+def engine_logprobs(batch: PackedBatch, sequences: ByIndex[Sequence]) -> torch.Tensor:
     """The engine's log-probs of the micro-batch's response tokens, fp32 [R]."""
     parts = [torch.tensor(sequences[i].engine_logprobs, dtype=torch.float32) for i in batch.indices]
     return torch.cat([torch.zeros(0), *parts]).to(batch.weights.device)
 
 
-def version_lags(batch: PackedBatch, sequences: SequenceOf[Sequence], version: int) -> torch.Tensor:
+def version_lags(batch: PackedBatch, sequences: ByIndex[Sequence], version: int) -> torch.Tensor:
     """By how many versions the weights that drew each response token are behind `version`, int64 [R] on the CPU.
 
     0 for a sequence that does not say which weights drew it.
@@ -38,7 +37,7 @@ def version_lags(batch: PackedBatch, sequences: SequenceOf[Sequence], version: i
 
 def fill_importance(
     batches: list[PackedBatch],
-    sequences: SequenceOf[Sequence],
+    sequences: ByIndex[Sequence],
     config: LossConfig,
     rule: Literal["none", "truncate", "mask"],
 ) -> None:
@@ -58,7 +57,7 @@ def fill_importance(
             batch.importance = torch.where(inside, rho, 0.0)
 
 
-def drift_sums(batch: PackedBatch, sequences: SequenceOf[Sequence], version: int) -> dict[str, float]:
+def drift_sums(batch: PackedBatch, sequences: ByIndex[Sequence], version: int) -> dict[str, float]:
     """A micro-batch's part of `drift_figures`: sums, and maxima where the name ends in `_max`."""
     assert batch.old_logprobs is not None
     log_rho = batch.old_logprobs - engine_logprobs(batch, sequences)

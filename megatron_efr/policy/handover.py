@@ -1,7 +1,7 @@
-"""From rank 0 to all: what the ranks train on, as a few flat tensors over gloo.
+"""From rank 0 to the replicas: the sequences that each trains on, as a few flat tensors over gloo.
 
-Every rank gets all of it, 8 bytes a token: which sequences are a replica's own follows, on every rank alike, from the
-lengths of all (`packing.balance`), so a scatter would take a second round, and save little beside the rollout's time.
+Which those are follows, on every rank alike, from the sizes of all (`packing.balance`). So sizes go to everyone, and
+tokens, log-probs and routed experts, which may be gigabytes, to those alone that train on them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from megatron_efr.policy.packing import trainable
+from megatron_efr.policy.packing import UpdatePlan
 from megatron_efr.policy.ranks import Ranks
-from megatron_efr.types import Group, Sequence, VersionSpan
+from megatron_efr.types import Sequence, VersionSpan
 
 
 class FlatSequences(NamedTuple):
@@ -72,12 +72,14 @@ def unflatten(flat: FlatSequences) -> list[Sequence]:
     ]
 
 
-def hand_over(groups: SequenceOf[Group], ranks: Ranks) -> list[Sequence]:
-    """On every rank, the sequences to train on of rank 0's scored groups; the others' groups do not count."""
+def hand_over(sequences: SequenceOf[Sequence], plans: SequenceOf[UpdatePlan], ranks: Ranks) -> dict[int, Sequence]:
+    """Those of rank 0's `sequences` that this rank's replica trains on, by index; other ranks' do not count."""
     if ranks.world_size == 1:
-        return [sequence for group in groups for sequence in trainable(group)]
-    mine = [sequence for group in groups for sequence in trainable(group)] if ranks.is_main else []
-    return unflatten(FlatSequences(*ranks.broadcast(flatten(mine))))
+        return dict(enumerate(sequences))
+    own = [[i for plan in plans for i in plan.own(replica)] for replica in range(ranks.replicas)]
+    parts = [flatten([sequences[i] for i in indices]) for indices in own] if ranks.is_main else []
+    received = unflatten(FlatSequences(*ranks.scatter(parts)))
+    return dict(zip(own[ranks.replica], received, strict=True))
 
 
 def _count(values: list[float] | np.ndarray | None) -> int:

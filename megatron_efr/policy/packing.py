@@ -4,32 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from megatron_efr.types import Group, PackedBatch, Sequence, UserError
+from megatron_efr.types import ByIndex, Group, PackedBatch, Sequence, SequenceSize, UserError
 from megatron_efr.weights.architecture import Architecture
 
 MicroBatches = list[list[int]]  # indices of sequences, micro-batch by micro-batch
 
 
-def trainable(group: Group) -> list[Sequence]:
-    """A scored group's responses as sequences to train on."""
-    assert group.advantages is not None
-    prompt = group.prompt.tokens
-    return [
-        Sequence(
-            [*prompt, *response.tokens],
-            len(prompt),
-            float(advantage),
-            response.logprobs,
-            response.routed_experts,
-            tuple(response.versions),
-        )
-        for response, advantage in zip(group.responses, group.advantages, strict=True)
-    ]
+class UpdatePlan(NamedTuple):
+    """An optimizer update before its tokens are there: each replica's micro-batches, each sequence's `row_weights`."""
+
+    shares: list[MicroBatches]
+    weights: dict[int, float]
+
+    def own(self, replica: int) -> list[int]:
+        """The sequences that a replica trains on."""
+        return [i for batch in self.shares[replica] for i in batch]
+
+
+def trainable(groups: SequenceOf[Group]) -> list[Sequence]:
+    """The responses of scored groups as sequences to train on."""
+    found = []
+    for group in groups:
+        assert group.advantages is not None
+        prompt = group.prompt.tokens
+        found += [
+            Sequence(
+                [*prompt, *response.tokens],
+                len(prompt),
+                float(advantage),
+                response.logprobs,
+                response.routed_experts,
+                tuple(response.versions),
+            )
+            for response, advantage in zip(group.responses, group.advantages, strict=True)
+        ]
+    return found
 
 
 def split_into_updates(sequences: int, updates: int, seed: SequenceOf[int]) -> list[list[int]]:
@@ -107,21 +121,21 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def row_weights(
-    sequences: SequenceOf[Sequence], update: list[int], aggregate: Literal["sequence", "token"]
+    sizes: SequenceOf[SequenceSize], update: list[int], aggregate: Literal["sequence", "token"]
 ) -> dict[int, float]:
     """The weight of each sequence's tokens in the loss of one update (indices over all replicas).
 
     `sequence`: the mean over a sequence's tokens, then over sequences. `token`: the mean over all tokens.
     """
     if aggregate == "token":
-        total = sum(sequences[i].response_length for i in update)
+        total = sum(sizes[i].response for i in update)
         return dict.fromkeys(update, 1.0 / total)
-    return {i: 1.0 / (sequences[i].response_length * len(update)) for i in update}
+    return {i: 1.0 / (sizes[i].response * len(update)) for i in update}
 
 
-def check_tokens(sequences: SequenceOf[Sequence], update: list[int], vocab: int) -> None:
+def check_tokens(sequences: ByIndex[Sequence], indices: list[int], vocab: int) -> None:
     """UserError for a token id that the model does not know: on a card nobody would look."""
-    for i in update:
+    for i in indices:
         low, high = min(sequences[i].tokens), max(sequences[i].tokens)
         if low < 0 or high >= vocab:
             raise UserError(
@@ -131,7 +145,7 @@ def check_tokens(sequences: SequenceOf[Sequence], update: list[int], vocab: int)
 
 
 def pack(
-    sequences: SequenceOf[Sequence],
+    sequences: ByIndex[Sequence],
     indices: list[int],
     weights: Mapping[int, float],
     device: torch.device,

@@ -25,11 +25,19 @@ from megatron_efr.policy.layers import packed_sequences
 from megatron_efr.policy.loss import Loss, Metrics
 from megatron_efr.policy.model import PolicyModel, build_chunks, transformer_config
 from megatron_efr.policy.optimizer import Optimizer
-from megatron_efr.policy.packing import balance, check_tokens, pack, round_up, row_weights, sequence_flops
+from megatron_efr.policy.packing import (
+    UpdatePlan,
+    balance,
+    check_tokens,
+    pack,
+    round_up,
+    row_weights,
+    sequence_flops,
+)
 from megatron_efr.policy.parameters import Parameters
 from megatron_efr.policy.ranks import Ranks
 from megatron_efr.policy.routing import RoutingReplay, lay_out_routing
-from megatron_efr.types import PackedBatch, Sequence, UserError
+from megatron_efr.types import ByIndex, PackedBatch, Sequence, SequenceSize, UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import fingerprint, initial_weights, save_folder
 from megatron_efr.weights.mapping import WeightMapping
@@ -102,6 +110,32 @@ class Policy:
 
     # -- batches ------------------------------------------------------------------------------------------------------
 
+    def plan_update(
+        self,
+        sizes: SequenceOf[SequenceSize],
+        update: list[int],
+        micro_batch_tokens: int,
+        aggregate: Literal["sequence", "token"],
+    ) -> UpdatePlan:
+        """Which replica takes which of the sequences `i in update`, in which micro-batches: the same on every rank."""
+        lengths = {i: round_up(sum(sizes[i]), self._sequence_multiple) for i in update}
+        shares = balance(lengths, self.ranks.replicas, micro_batch_tokens, self._batch_multiple, self._flops)
+        return UpdatePlan(shares, row_weights(sizes, update, aggregate))
+
+    def pack(self, sequences: ByIndex[Sequence], plan: UpdatePlan) -> list[PackedBatch]:
+        """This replica's micro-batches of a planned update, of which `sequences` must have this replica's own.
+
+        UserError for a token outside the vocabulary.
+        """
+        check_tokens(sequences, plan.own(self.ranks.replica), self.architecture.vocab)
+        batches = [
+            pack(sequences, indices, plan.weights, self.ranks.device, self._pack_multiple, self._sequence_multiple)
+            for indices in plan.shares[self.ranks.replica]
+        ]
+        for batch in batches if self.model_config.routing == "replay" else []:
+            batch.routed_experts = lay_out_routing(batch, sequences, self.architecture)
+        return batches
+
     def pack_update(
         self,
         sequences: SequenceOf[Sequence],
@@ -109,21 +143,9 @@ class Policy:
         micro_batch_tokens: int,
         aggregate: Literal["sequence", "token"],
     ) -> list[PackedBatch]:
-        """This replica's micro-batches of one optimizer update over `sequences[i] for i in update` (all replicas').
-
-        UserError for a token outside the vocabulary.
-        """
-        check_tokens(sequences, update, self.architecture.vocab)
-        lengths = {i: round_up(sequences[i].length, self._sequence_multiple) for i in update}
-        shares = balance(lengths, self.ranks.replicas, micro_batch_tokens, self._batch_multiple, self._flops)
-        weights = row_weights(sequences, update, aggregate)
-        batches = [
-            pack(sequences, indices, weights, self.ranks.device, self._pack_multiple, self._sequence_multiple)
-            for indices in shares[self.ranks.replica]
-        ]
-        for batch in batches if self.model_config.routing == "replay" else []:
-            batch.routed_experts = lay_out_routing(batch, sequences, self.architecture)
-        return batches
+        """`plan_update` and `pack` in one, where every rank has all sequences."""
+        sizes = [sequence.size for sequence in sequences]
+        return self.pack(sequences, self.plan_update(sizes, update, micro_batch_tokens, aggregate))
 
     # -- forward, backward, step --------------------------------------------------------------------------------------
 
@@ -163,7 +185,7 @@ class Policy:
         return context.own_rows(batch, self.ranks.context_rank, self.ranks.context_ranks)
 
     def compare_logprobs(
-        self, batches: list[PackedBatch], sequences: SequenceOf[Sequence], version: int = 0
+        self, batches: list[PackedBatch], sequences: ByIndex[Sequence], version: int = 0
     ) -> dict[str, float]:
         """How far apart the log-probs of the same tokens are, over all replicas: `drift_figures`.
 

@@ -27,13 +27,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands. `cpu_world` and `cpu_pipeline` are gloo groups, for waits that outlast NCCL's."""
+    """Where this process stands. `cpu_world` and `cpu_pipeline` are gloo groups, for waits that outlast NCCL's.
+
+    `all_replicas`: which replica each rank belongs to.
+    """
 
     rank: int
     world_size: int
     device: torch.device
     cpu_world: dist.ProcessGroup
     cpu_pipeline: dist.ProcessGroup
+    all_replicas: tuple[int, ...] = (0,)
     wait_limit: timedelta = timedelta(hours=6)  # of those two groups
 
     @property
@@ -132,13 +136,20 @@ class Ranks:
         self.share(keep, what)
         return kept[0] if kept else None
 
-    def broadcast(self, tensors: SequenceOf[torch.Tensor]) -> list[torch.Tensor]:
-        """Rank 0's CPU tensors, on every rank, over gloo; what the others give is not looked at."""
-        kinds = self.share(lambda: [(tensor.shape, tensor.dtype) for tensor in tensors])
-        received = list(tensors) if self.is_main else [torch.empty(shape, dtype=dtype) for shape, dtype in kinds]
+    def scatter(self, parts: SequenceOf[SequenceOf[torch.Tensor]]) -> list[torch.Tensor]:
+        """Rank 0's CPU tensors `parts[replica]`, on the ranks of that replica, over gloo; other ranks give nothing."""
+        kinds = self.share(lambda: [[(tensor.shape, tensor.dtype) for tensor in part] for part in parts])
+        if self.is_main:
+            others = [(rank, replica) for rank, replica in enumerate(self.all_replicas) if rank != self.rank]
+            sent = [(t, rank) for rank, replica in others for t in parts[replica] if t.numel()]
+            for work in [dist.isend(tensor, rank, group=self.cpu_world) for tensor, rank in sent]:
+                assert work is not None
+                work.wait()
+            return list(parts[self.replica])
+        received = [torch.empty(shape, dtype=dtype) for shape, dtype in kinds[self.replica]]
         for tensor in received:
             if tensor.numel():
-                dist.broadcast(tensor, src=0, group=self.cpu_world)
+                dist.recv(tensor, 0, group=self.cpu_world)
         return received
 
     @contextmanager
@@ -231,6 +242,7 @@ def launched(parallel: ParallelConfig, seed: int, model: ModelConfig | None = No
             device=device,
             cpu_world=_group(dist.new_group(backend="gloo", timeout=wait_limit)),
             cpu_pipeline=_pipeline_over_gloo(wait_limit),
+            all_replicas=_all_replicas(),
             wait_limit=wait_limit,
         )
     finally:
@@ -245,6 +257,12 @@ def _device() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def _all_replicas() -> tuple[int, ...]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, parallel_state.get_data_parallel_rank())
+    return tuple(everyone)
 
 
 def _pipeline_over_gloo(wait_limit: timedelta) -> dist.ProcessGroup:

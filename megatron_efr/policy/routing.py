@@ -20,11 +20,11 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 
 from megatron_efr.policy.model import PolicyModel
 from megatron_efr.policy.ranks import Ranks
-from megatron_efr.types import PackedBatch, Sequence, UserError
+from megatron_efr.types import ByIndex, PackedBatch, Sequence, UserError
 from megatron_efr.weights.architecture import Architecture
 
 
-def lay_out_routing(batch: PackedBatch, sequences: SequenceOf[Sequence], architecture: Architecture) -> torch.Tensor:
+def lay_out_routing(batch: PackedBatch, sequences: ByIndex[Sequence], architecture: Architecture) -> torch.Tensor:
     """The micro-batch's `routed_experts` [T, layers, experts per token], in the order of its tokens.
 
     The engine read no sequence's last token, and no padding: these go to the first experts. Nothing depends on them,

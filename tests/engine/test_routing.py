@@ -53,7 +53,7 @@ def sampled(engine: SGLangEngine) -> list[Sequence]:
     groups = list(engine.generate([Request(prompt, 8, seed) for seed, prompt in enumerate(prompts)], SAMPLING))
     for group in groups:
         group.advantages = np.zeros(8)
-    return [sequence for group in groups for sequence in trainable(group)]
+    return trainable(groups)
 
 
 def differences(policy: Policy, sequences: list[Sequence]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Ranks wait for rank 0's rollouts over gloo: they arrive exactly, and the wait has a limit and a name."""
+"""Ranks wait for rank 0's rollouts over gloo: each one's own arrive exactly, and the wait has a limit and a name."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from tests.parallel.waiting import LIMIT_S, groups
 pytestmark = pytest.mark.parallel
 
 
-def test_rollouts_reach_another_rank_exactly_and_a_wait_in_vain_says_what_for(tmp_path: Path) -> None:
+def test_each_rank_gets_its_own_sequences_exactly_and_a_wait_in_vain_says_what_for(tmp_path: Path) -> None:
     torchrun(2, "tests.parallel.waiting", tmp_path, check=False)
-    wanted = flatten([sequence for group in groups() for sequence in trainable(group)])
-    for rank, known in ((0, 3), (1, 0)):
-        found, flat = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+    sequences = trainable(groups())
+    for rank, known, own in ((0, 3, [7, 2, 0, 3]), (1, 0, [1, 9, 11, 4])):
+        found, indices, flat = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert found == known, "groups stay with rank 0"
+        assert indices == own, "and others' sequences with the others"
+        wanted = flatten([sequences[i] for i in own])
         assert all(torch.equal(a, b) for a, b in zip(FlatSequences(*flat), wanted, strict=True))
         figures = (2**41 + 1, {"both": 1.0, "only 0": 5.0, "only 1": 5.0})
         assert torch.load(tmp_path / f"figures{rank}.pt") == figures, "sum and maxima over ranks"

@@ -1,4 +1,4 @@
-"""One of two ranks (started by torchrun): rank 0's groups reach rank 1, and rank 1 says what it waits for in vain."""
+"""One of two ranks (started by torchrun): each gets its own sequences; rank 1 says what it waits for in vain."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from megatron_efr.config import ParallelConfig
 from megatron_efr.errors import UserError
 from megatron_efr.policy import launched
 from megatron_efr.policy.handover import flatten, hand_over
+from megatron_efr.policy.packing import UpdatePlan, trainable
 from megatron_efr.types import Group, Prompt, Response, VersionSpan
 
 LIMIT_S = 3.0
+PLANS = [  # two updates over two replicas; the first's last micro-batch is padding alone
+    UpdatePlan([[[7, 2], [0]], [[1, 9], []]], {}),
+    UpdatePlan([[[3]], [[11, 4]]], {}),
+]
 
 
 def groups() -> list[Group]:
@@ -39,9 +44,10 @@ def groups() -> list[Group]:
 def main(out: str) -> None:
     with launched(ParallelConfig(wait_limit_s=LIMIT_S), seed=0) as ranks:
         mine = ranks.on_main(groups) or []
-        torch.save((len(mine), flatten(hand_over(mine, ranks))), Path(out) / f"{ranks.rank}.pt")
-        own = {"both": float(ranks.rank), f"only {ranks.rank}": 5.0}
-        torch.save((ranks.total(2**40 + ranks.rank), ranks.largest(own)), Path(out) / f"figures{ranks.rank}.pt")
+        own = hand_over(trainable(mine), PLANS, ranks)
+        torch.save((len(mine), list(own), flatten(list(own.values()))), Path(out) / f"{ranks.rank}.pt")
+        figures = {"both": float(ranks.rank), f"only {ranks.rank}": 5.0}
+        torch.save((ranks.total(2**40 + ranks.rank), ranks.largest(figures)), Path(out) / f"figures{ranks.rank}.pt")
         try:
             ranks.on_main(lambda: time.sleep(3 * LIMIT_S), "rollouts")
         except UserError as error:

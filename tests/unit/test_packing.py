@@ -53,11 +53,11 @@ def test_balance_loses_nothing_and_keeps_its_budget(lengths: list[int], replicas
 
 
 def test_weights_are_the_two_means() -> None:
-    sequences = ragged_sequences(10)
+    sizes = [sequence.size for sequence in ragged_sequences(10)]
     update = [1, 4, 7]
-    n = {i: sequences[i].response_length for i in update}
-    assert row_weights(sequences, update, "sequence") == {i: pytest.approx(1 / (3 * n[i])) for i in update}
-    assert row_weights(sequences, update, "token") == {i: pytest.approx(1 / sum(n.values())) for i in update}
+    n = {i: sizes[i].response for i in update}
+    assert row_weights(sizes, update, "sequence") == {i: pytest.approx(1 / (3 * n[i])) for i in update}
+    assert row_weights(sizes, update, "token") == {i: pytest.approx(1 / sum(n.values())) for i in update}
 
 
 def test_pack_says_where_everything_is() -> None:
