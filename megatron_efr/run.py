@@ -100,7 +100,7 @@ def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> I
         if asks:
             ranks.on_main(lambda: folder.claim(dump(config), resume))
             environment, servers = _environment(config, ranks, resources)
-        publisher = build_publisher(config, environment and environment.engine, ranks.cpu_world)
+        publisher = build_publisher(config, environment and environment.engine, ranks.cpu_world, servers.restart)
         phases = build_phases(config, publisher, environment, servers, ranks, asks)
         policy = Policy.to_train(config, ranks)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)

@@ -25,6 +25,9 @@ T = TypeVar("T")
 MISSES = 3
 """Health checks that fail in a row before a server is lost."""
 
+FAILURES = 2
+"""Publications that a server fails in a row before it ought to be started again."""
+
 
 class State(Enum):
     SERVING = "serving"
@@ -55,6 +58,7 @@ class Membership:
         self._last: set[Server] = set()  # took part in the last publication
         self._same: set[Server] = set()  # and were not lost since
         self._failed: set[Server] = set()  # in the publication that is being begun again
+        self._failures = dict.fromkeys(servers, 0)  # since a publication that it took part in succeeded
         self._returning: set[Server] = set()
         self._losses = {server: asyncio.Event() for server in servers}
         self._updates, self._settled = 0, asyncio.Event()
@@ -133,6 +137,7 @@ class Membership:
         answers, failed = await _each(self.members, call, together)
         for server, error in failed.items():
             self.lose(server, str(error))
+            self._failures[server] += 1
         self._failed |= failed.keys()
         if failed:
             kind = LostError if all(isinstance(error, LostError) for error in failed.values()) else EngineError
@@ -176,10 +181,17 @@ class Membership:
         self._same = {server for server in self.members if self._state[server] is State.UPDATING}
         for server in self._same:
             self._state[server] = State.SERVING
+            self._failures[server] = 0
         self.events.back += len(self._returning & self._same)
         self._returning -= self._same
         self._settled.set()
         self.told.set()
+
+    def take_failing(self) -> list[Server]:
+        """Servers that have failed `FAILURES` publications in a row, or their beginning; each is told once."""
+        found = [server for server, failures in self._failures.items() if failures >= FAILURES]
+        self._failures |= dict.fromkeys(found, 0)
+        return found
 
     # -- within --------------------------------------------------------------------------------------------------------
 
@@ -193,6 +205,7 @@ class Membership:
         opened, refused = await _each(trying, _open)
         for server, error in refused.items():
             self.lose(server, str(error))
+            self._failures[server] += 1
         return list(opened)
 
     async def _open_returning(self) -> list[Server]:

@@ -38,6 +38,11 @@ class Servers:
         if self.watch is not None:
             self.watch.hold()
 
+    def restart(self, urls: Sequence[str]) -> None:
+        """End those servers that this host has started; they are started again. Every rank may call it."""
+        if self.watch is not None:
+            self.watch.restart(urls)
+
     def allow(self) -> None:
         """Start what was put off by `hold`."""
         if self.watch is not None:

@@ -137,6 +137,14 @@ class ServerUpdates:
 
         return self._thread.start(work())
 
+    def take_failing(self) -> list[str]:
+        """Addresses of servers that have failed twice in a row, and ought to be started again; each is told once."""
+
+        async def take() -> list[str]:
+            return [server.url for server in self._membership.take_failing()]
+
+        return self._thread.run(take())
+
     def update_from_disk(self, path: str) -> None:
         """Have every server read a model folder."""
         whole = str(Path(path).absolute())  # a server may have another working directory

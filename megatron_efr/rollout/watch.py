@@ -29,7 +29,8 @@ class Watch:
         self._key, self._limits, self._restarts = key, limits, restarts
         self._closed, self._allowed, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._allowed.set()
-        self._starting: set[ServerProcess] = set()
+        self._servers, self._starting = servers, set[ServerProcess]()
+        self._ended: set[ServerProcess] = set()  # by `restart`
         self._threads = [
             threading.Thread(target=self._keep, args=(server,), name=f"watch {server.name}", daemon=True)
             for server in servers
@@ -51,6 +52,14 @@ class Watch:
     def allow(self) -> None:
         """Start what was put off, and go on."""
         self._allowed.set()
+
+    def restart(self, urls: Sequence[str]) -> None:
+        """End those of the servers at `urls` that run; they are started again like others that ended."""
+        with self._lock:
+            for server in self._servers:
+                if server.url in urls and server not in self._starting and server.process.poll() is None:
+                    self._ended.add(server)
+                    server.end()
 
     def join(self) -> None:
         """Wait until every server is down for good."""
@@ -78,7 +87,9 @@ class Watch:
         answered = excused = time.monotonic()
         while not self._closed.wait(EVERY_S):
             if (code := server.process.poll()) is not None:
-                return self._unless_closed(f"ended with exit code {code}")
+                refused = server in self._ended
+                self._ended.discard(server)
+                return self._unless_closed("failed two publications" if refused else f"ended with exit code {code}")
             if self._answers(server):
                 answered = excused = time.monotonic()
             elif self._paused(server):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -19,9 +19,15 @@ from megatron_efr.weights.transports import Broadcast, Disk, Handles, InBand, Sl
 
 
 def build_publisher(
-    config: TrainConfig, engine: Receiver | Engines | None, cpu_world: dist.ProcessGroup
+    config: TrainConfig,
+    engine: Receiver | Engines | None,
+    cpu_world: dist.ProcessGroup,
+    restart: Callable[[Sequence[str]], None],
 ) -> Embedded | Publisher:
-    """For `engine`, which is rank 0's and None elsewhere; every rank of `cpu_world` calls it alike."""
+    """For `engine`, which is rank 0's and None elsewhere; every rank of `cpu_world` calls it alike.
+
+    `restart` is given the addresses of servers that have failed twice.
+    """
     if config.rollout.engine == "local":
         return Embedded(cast(Receiver | None, engine))
     layout = EngineLayout(Architecture.from_folder(config.model.path), config.rollout.tp)
@@ -36,6 +42,7 @@ def build_publisher(
         cpu_world,
         check=lambda: ChecksumCheck(layout, dtype, exact=exact),
         verify_every=config.rollout.verify_every,
+        restart=restart,
     )
 
 

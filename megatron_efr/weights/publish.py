@@ -118,6 +118,10 @@ class Engines(Protocol):
         """What each server says of its weights, by SGLang's own parameter names."""
         ...
 
+    def take_failing(self) -> list[str]:
+        """Addresses of servers that have failed twice in a row, and ought to be started again; each is told once."""
+        ...
+
 
 class Weights(Protocol):
     """A sharded policy, as far as publishing is concerned; every rank has it and calls it alike."""
@@ -186,7 +190,8 @@ class Publisher:
 
     The sequence: pause, flush, open a session with every engine that answers; the parcels; close it, flush, name the
     version, go on. On any failure the engines stay paused and all of it is done again, without the engine that failed
-    where there are others. Every `verify_every`-th publication, the first among them, and each that takes in an engine
+    where there are others. One that failed twice in a row is given to `restart`, on every rank: whose process started
+    it starts it again. Every `verify_every`-th publication, the first among them, and each that takes in an engine
     which took no part in the last, is checked: the engines' checksums are compared with the tensors sent.
     """
 
@@ -198,9 +203,10 @@ class Publisher:
         *,
         check: Callable[[], Check],
         verify_every: int,
+        restart: Callable[[Sequence[str]], None] = lambda urls: None,
     ) -> None:
         self._transport, self._engines, self._cpu_world = transport, engines, cpu_world
-        self._make_check, self._verify_every = check, verify_every
+        self._make_check, self._verify_every, self._restart = check, verify_every, restart
         self._check: Check | None = None  # rank 0's, of the publication that is going on
         self._published = 0
         self._clean = False
@@ -220,6 +226,7 @@ class Publisher:
                 raise failure
             if self._engines is not None:
                 print(f"version {version} was not published, and is sent again: {failure}", flush=True)
+            self._restart_failing()
 
     def _attempt(self, weights: Weights, version: int) -> EngineError | None:
         """One publication, all of it; what went wrong, on every rank.
@@ -242,6 +249,14 @@ class Publisher:
             del parcel, prepared
         steps.run(lambda: self._close(version))
         return self._shared(steps.failure)
+
+    def _restart_failing(self) -> None:
+        """The engines that failed twice have ended when this returns, where anybody here can start them again."""
+        failing: list[Any] = [self._engines.take_failing() if self._engines is not None else None]
+        dist.broadcast_object_list(failing, src=0, group=self._cpu_world)
+        if failing[0]:
+            self._restart(failing[0])
+            dist.barrier(self._cpu_world)
 
     def _shared(self, failure: EngineError | None) -> EngineError | None:
         """Rank 0's, on every rank."""

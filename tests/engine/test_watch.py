@@ -10,11 +10,20 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from megatron_efr.config import TimeoutsConfig
+from megatron_efr.policy.ranks import Ranks
 from megatron_efr.rollout.addresses import is_ready, status
 from megatron_efr.rollout.launcher import Launcher
+from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.publish import Publisher
+from megatron_efr.weights.reshard import Parcel
+from megatron_efr.weights.sglang_layout import ChecksumCheck, EngineLayout
+from megatron_efr.weights.transports import Broadcast
 from tests.engine.conftest import rollout, start
+from tests.engine.published import distance, make_policy
 
 LIMITS = TimeoutsConfig(hang_s=15, health_s=5, update_s=200)
 
@@ -108,3 +117,42 @@ def test_a_server_that_is_killed_or_hangs_is_back_at_its_address_until_its_times
     assert not left
     logs = sorted(path.name for path in server.log.parent.glob("*.log"))
     assert logs == ["engine-0.1.log", "engine-0.2.log", "engine-0.log"]
+
+
+class RefusedTwice(Broadcast):
+    """What the first two publications send is refused."""
+
+    begun = 0
+
+    def begin(self) -> None:
+        super().begin()
+        self.begun += 1
+
+    def deliver(self, prepared: Parcel) -> None:
+        wrong = Parcel([(name, tensor[..., :1]) for name, tensor in prepared.tensors], None)
+        super().deliver(wrong if self.begun <= 2 else prepared)
+
+
+def test_a_server_that_fails_two_publications_is_started_again_and_takes_the_third(
+    launcher: Launcher, said: Callable[[str], bool], folders: tuple[Path, Path], ranks: Ranks
+) -> None:
+    [server] = launcher.servers
+    watch, before = launcher.watch(LIMITS, restarts=1), family(launcher)
+    architecture = Architecture.from_folder(folders[1])
+    engine = SGLangEngine([server.url], architecture, 8, TimeoutsConfig(), key=launcher.key, engine_ranks=1)
+    transport = RefusedTwice(engine, "127.0.0.1", "gloo")
+    publisher = Publisher(
+        transport,
+        engine,
+        ranks.cpu_world,
+        check=lambda: ChecksumCheck(EngineLayout(architecture, 1), torch.float32, exact=True),
+        verify_every=1,
+        restart=watch.restart,
+    )
+    publisher.publish(make_policy(folders[1], "tensor=1", ranks), 1)
+    assert transport.begun == 3
+    assert said("failed two publications; it is started again, and 0 times more at most")
+    assert not {process.pid for process in before} & {process.pid for process in family(launcher)}
+    assert distance(engine, folders[1]) <= 1e-5
+    transport.abandon()
+    engine.close()
