@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from megatron_efr.config import RunConfig
-from megatron_efr.configfile import load
+from megatron_efr.config.file import load
 from megatron_efr.types import UserError
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from megatron_efr import arguments
+from megatron_efr.checkpoint.manifest import STATE, sync_folder, verify, write_manifest, write_synced
+from megatron_efr.checkpoint.model_source import HUGGING_FACE, find_template
 from megatron_efr.errors import UserError
-from megatron_efr.manifest import STATE, sync_folder, verify, write_manifest, write_synced
-from megatron_efr.model_source import HUGGING_FACE, find_template
 from megatron_efr.weights import torch_dist
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights, copy_all_but_weights, fingerprint, save_folder
@@ -98,7 +98,7 @@ def compare_logits(folder: Path, checkpoint: Path, tokens: int = 48) -> float:
     from transformers import AutoModelForCausalLM
 
     from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
-    from megatron_efr.policy import Policy, launched
+    from megatron_efr.policy import Policy, joined_ranks
     from megatron_efr.types import Sequence
 
     vocab = Architecture.from_folder(folder).vocab
@@ -108,7 +108,7 @@ def compare_logits(folder: Path, checkpoint: Path, tokens: int = 48) -> float:
         logits = torch.log_softmax(model(torch.tensor(ids)).logits[:, :-1], -1)
     wanted = logits.gather(2, torch.tensor(ids)[:, 1:, None])[..., 0]
     del model
-    with launched(ParallelConfig(), seed=0) as ranks:
+    with joined_ranks(ParallelConfig(), seed=0) as ranks:
         start = ModelConfig(path=str(folder), init="random")  # not the folder's weights: the checkpoint's are loaded
         policy = Policy(start, ParallelConfig(), OptimizerConfig(lr=1e-6), ranks, updates=1, seed=0)
         parts: Any = unwrap_model(policy.chunks[0])

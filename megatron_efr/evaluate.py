@@ -8,19 +8,19 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_efr import arguments
+from megatron_efr.checkpoint.model_source import find_model
 from megatron_efr.config import EnginesConfig, EvaluateConfig, ModelConfig
 from megatron_efr.data.prompts import load_tokenizer, stop_ids
-from megatron_efr.environment import Evaluator
 from megatron_efr.errors import UserError
 from megatron_efr.grading import Grader
-from megatron_efr.model_source import find_model
 from megatron_efr.report.records import Record
 from megatron_efr.rollout.build import local_engine, sglang_engine
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.ledger import request_seed
-from megatron_efr.rollout.sglang import SGLangEngine
-from megatron_efr.runfolder import RunFolder
-from megatron_efr.unfinished import Unfinished
+from megatron_efr.rollout.sglang.engine import SGLangEngine
+from megatron_efr.run.environment import Evaluator
+from megatron_efr.run.folder import RunFolder
+from megatron_efr.run.unfinished import Unfinished
 from megatron_efr.weights.folder import TensorSource, as_folder
 from megatron_efr.weights.publish import RECOVERIES, EngineError, LostError, NoEngineError
 

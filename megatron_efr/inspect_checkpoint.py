@@ -10,7 +10,7 @@ from pathlib import Path
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_efr import arguments
-from megatron_efr.manifest import STATE, CheckpointError, entries, verify
+from megatron_efr.checkpoint.manifest import STATE, CheckpointError, entries, verify
 from megatron_efr.weights.torch_dist import read_metadata
 
 

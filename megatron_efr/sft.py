@@ -8,15 +8,15 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 
 from megatron_efr import arguments
-from megatron_efr.checkpoint import Checkpoints
+from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.config import ConfigError, SftConfig
-from megatron_efr.configfile import dump
+from megatron_efr.config.file import dump
 from megatron_efr.data.prompts import load_tokenizer
 from megatron_efr.data.sft import load_sft
-from megatron_efr.interruption import EXIT_REQUEUE, Interruption
 from megatron_efr.observe import Observer
-from megatron_efr.policy import Policy, launched, supervised_loss
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.policy import Policy, joined_ranks, supervised_loss
+from megatron_efr.run.folder import RunFolder
+from megatron_efr.run.interruption import EXIT_REQUEUE, Interruption
 from megatron_efr.types import Sequence
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import initial_weights
@@ -25,7 +25,7 @@ from megatron_efr.weights.folder import initial_weights
 def sft(config: SftConfig, resume: bool = False) -> None:
     """Train to the end, from the start or from the newest checkpoint, and write the model folder."""
     config.check_world(arguments.world_size())
-    with launched(config.parallel, config.seed, config.model) as ranks:
+    with joined_ranks(config.parallel, config.seed, config.model) as ranks:
         folder = RunFolder(config.folder)
         ranks.on_main(lambda: folder.claim(dump(config), resume))
         sequences = ranks.share(lambda: load_rows(config))

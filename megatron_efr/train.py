@@ -10,16 +10,16 @@ from pathlib import Path
 
 from megatron_efr import arguments, methods
 from megatron_efr.config import TrainConfig
-from megatron_efr.interruption import EXIT_REQUEUE, Interruption
 from megatron_efr.methods.token_advantages import fill_token_advantages
 from megatron_efr.observe import Observer
 from megatron_efr.policy import clipped_policy_loss, split_into_updates
 from megatron_efr.policy.drift import fill_importance
 from megatron_efr.policy.handover import hand_over
 from megatron_efr.policy.packing import trainable
-from megatron_efr.replay import replay
 from megatron_efr.report.iteration import check_logprobs, check_skipped, iteration_metrics
-from megatron_efr.run import Run, opened
+from megatron_efr.run.interruption import EXIT_REQUEUE, Interruption
+from megatron_efr.run.replay import replay
+from megatron_efr.run.run import Run, opened
 from megatron_efr.types import Group
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_efr.config import ParallelConfig
-from megatron_efr.policy.ranks import Ranks, launched
+from megatron_efr.policy.ranks import Ranks, joined_ranks
 from megatron_efr.types import Sequence
 
 torch.set_num_threads(1)
@@ -75,7 +75,7 @@ def ragged_sequences(count: int, seed: int = 0, shortest: int = 8, longest: int 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """A world of one rank, on the CPU."""
-    with launched(ParallelConfig(), seed=0) as world:
+    with joined_ranks(ParallelConfig(), seed=0) as world:
         yield world
 
 

@@ -98,7 +98,7 @@ def sampled_sequences(settings: Settings, rows: list[dict[str, Any]]) -> list[li
     """Responses of the model itself, shuffled, until they make up `step_tokens`: [tokens, prompt length, advantage]."""
     import numpy as np
 
-    from megatron_efr.rollout.local import LocalEngine
+    from megatron_efr.rollout.local.engine import LocalEngine
     from megatron_efr.types import Prompt, Request, Sampling
     from megatron_efr.weights.architecture import Architecture
     from megatron_efr.weights.folder import FolderWeights
@@ -261,7 +261,7 @@ def task_rows(settings: Settings, folder: Path) -> list[dict[str, Any]]:
 
     from megatron_efr.data.prompts import load_tokenizer, stop_ids
     from megatron_efr.data.stream import PromptStream
-    from megatron_efr.environment import load_prompts
+    from megatron_efr.run.environment import load_prompts
 
     config = configuration(settings, folder, 1)
     tokenizer = load_tokenizer(settings.model)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from megatron_efr.rollout.local import LocalEngine
+from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.types import Prompt, Request, Sampling
 
 Tokens = list[tuple[int, ...]]

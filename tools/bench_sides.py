@@ -17,10 +17,10 @@ from bench_plain import serve_plain
 from bench_turns import ROOT, Settings, serve, timed_steps
 
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from megatron_efr.configfile import load
+from megatron_efr.config.file import load
 from megatron_efr.observe import Observer
-from megatron_efr.policy import Policy, clipped_policy_loss, launched
-from megatron_efr.run import opened
+from megatron_efr.policy import Policy, clipped_policy_loss, joined_ranks
+from megatron_efr.run.run import opened
 from megatron_efr.train import iterate
 from megatron_efr.types import Sequence
 
@@ -71,7 +71,7 @@ def serve_iteration(settings: Settings, folder: Path) -> None:
 def serve_policy(settings: Settings, folder: Path) -> None:
     """`Policy.update` on the batch that `folder` describes; leaves weights, batch and first gradients there."""
     given = json.loads((folder / "sequences.json").read_text())
-    with launched(ParallelConfig(), seed=1) as ranks:
+    with joined_ranks(ParallelConfig(), seed=1) as ranks:
         model = ModelConfig(path=given["model"], init=given["init"])
         policy = Policy(model, ParallelConfig(), OptimizerConfig(lr=1e-4), ranks, updates=10_000, seed=1)
         sequences = [Sequence(*row) for row in given["sequences"]]

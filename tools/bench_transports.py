@@ -25,10 +25,10 @@ import yaml
 from bench_publish import ROOT
 
 from megatron_efr.config import TrainConfig
-from megatron_efr.configfile import load
+from megatron_efr.config.file import load
 from megatron_efr.data.arithmetic import ArithmeticTask, write
 from megatron_efr.data.model_folder import ModelSize
-from megatron_efr.run import opened
+from megatron_efr.run.run import opened
 
 TRANSPORTS = ("tensor", "distributed", "disk")
 BUCKET_MIB = 32

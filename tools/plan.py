@@ -23,7 +23,7 @@ from rich.table import Table
 
 from megatron_efr.arguments import run
 from megatron_efr.config import ConfigError, TrainConfig
-from megatron_efr.configfile import load
+from megatron_efr.config.file import load
 from megatron_efr.memory import Plan, Shape, parameter_count, plan
 from megatron_efr.policy.fit import check_fit
 from megatron_efr.weights.architecture import Architecture

@@ -35,7 +35,7 @@ from bench_publish import SHAPES
 from torch.multiprocessing import reductions
 
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.policy import Policy, clipped_policy_loss, launched
+from megatron_efr.policy import Policy, clipped_policy_loss, joined_ranks
 from megatron_efr.policy.packing import sequence_flops
 from megatron_efr.types import Sequence
 from megatron_efr.weights.plan import BUCKET_BYTES
@@ -64,7 +64,7 @@ def sequences(count: int, longest: int, vocab: int) -> list[Sequence]:
 def step_rows(*, on_gpu: bool) -> Iterator[Row]:
     """The time of a step, and its share of the card's peak where that is known."""
     shape, count, longest, budget = ("1.5B", 24, 4096, 8192) if on_gpu else ("tiny", 4, 64, 128)
-    with tempfile.TemporaryDirectory() as folder, launched(ParallelConfig(), seed=0) as ranks:
+    with tempfile.TemporaryDirectory() as folder, joined_ranks(ParallelConfig(), seed=0) as ranks:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
         model = ModelConfig(path=folder, init="random", dtype="bfloat16" if on_gpu else "float32")
         policy = Policy(model, ParallelConfig(), OptimizerConfig(lr=1e-6), ranks, updates=1000, seed=0)

@@ -21,7 +21,7 @@ from megatron_efr.cluster.commands import Command, commands, describe, over
 from megatron_efr.cluster.network import interface_towards
 from megatron_efr.cluster.placement import RENDEZVOUS_PORT, place, place_engines
 from megatron_efr.config import TrainConfig
-from megatron_efr.configfile import load
+from megatron_efr.config.file import load
 from megatron_efr.errors import UserError
 
 

@@ -50,7 +50,7 @@ def trainer(placement: Placement, host: str, config: str, overrides: Sequence[st
     """
     urls = [f"rollout.urls=[{','.join(placement.urls)}]"] if placement.urls else []
     words = [
-        *(sys.executable, "-m", "megatron_efr.launch"),
+        *(sys.executable, "-m", "megatron_efr.torchrun"),
         *("--nnodes", str(len(placement.trainer_hosts)), "--nproc-per-node", str(len(placement.trainer_gpus))),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", placement.rendezvous, "--rdzv-id", run),
         *("--local-addr", host),  # by which torchrun sorts hosts, and ranks with them

@@ -7,7 +7,7 @@ import socket
 import psutil
 
 from megatron_efr.errors import UserError
-from megatron_efr.rollout.addresses import address_towards
+from megatron_efr.rollout.servers.addresses import address_towards
 
 
 def interface_towards(host: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_efr.config import ConfigError, RolloutConfig
-from megatron_efr.rollout.seats import Gpus, Host, neighbours
+from megatron_efr.rollout.servers.seats import Gpus, Host, neighbours
 
 ENGINE_PORT = 30000
 """The first engine's port on a host without ranks; the next engines of the host take the ports after it."""

@@ -16,10 +16,10 @@ import torch
 
 from megatron_efr.arguments import run
 from megatron_efr.config import TrainConfig
-from megatron_efr.configfile import load
+from megatron_efr.config.file import load
 from megatron_efr.errors import UserError
-from megatron_efr.rollout.addresses import KEY, private_address
-from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
+from megatron_efr.rollout.servers.addresses import KEY, private_address
+from megatron_efr.rollout.servers.launcher import Launcher, server_arguments, server_environment
 from megatron_efr.weights.architecture import Architecture
 
 

@@ -15,14 +15,14 @@ from rich.table import Table
 
 from megatron_efr.arguments import run
 from megatron_efr.config import RolloutConfig, TrainConfig
-from megatron_efr.configfile import load
+from megatron_efr.config.file import load
 from megatron_efr.doctor import machine
 from megatron_efr.doctor.engine import check_engine, check_router, check_servers
 from megatron_efr.doctor.finding import Finding, missing
 from megatron_efr.doctor.packages import check_apex, check_packages, check_transformer_engine, requirements
 from megatron_efr.errors import UserError
 from megatron_efr.memory import checkpoint_bytes
-from megatron_efr.rollout.addresses import KEY
+from megatron_efr.rollout.servers.addresses import KEY
 from megatron_efr.weights.architecture import Architecture
 
 RENDEZVOUS_PORT = 29500

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron_efr.config import ConfigError, MethodConfig, Section
-from megatron_efr.configfile import validate
+from megatron_efr.config.file import validate
 from megatron_efr.methods.rloo import rloo
 from megatron_efr.types import Group
 

@@ -4,14 +4,14 @@ from megatron_efr.policy.fit import check_fit
 from megatron_efr.policy.loss import clipped_policy_loss, supervised_loss
 from megatron_efr.policy.packing import split_into_updates
 from megatron_efr.policy.policy import Policy
-from megatron_efr.policy.ranks import Ranks, launched
+from megatron_efr.policy.ranks import Ranks, joined_ranks
 
 __all__ = [
     "Policy",
     "Ranks",
     "check_fit",
     "clipped_policy_loss",
-    "launched",
+    "joined_ranks",
     "split_into_updates",
     "supervised_loss",
 ]

@@ -207,7 +207,7 @@ class Ranks:
 
 
 @contextmanager
-def launched(parallel: ParallelConfig, seed: int, model: ModelConfig | None = None) -> Iterator[Ranks]:
+def joined_ranks(parallel: ParallelConfig, seed: int, model: ModelConfig | None = None) -> Iterator[Ranks]:
     """Join the ranks that torchrun started (or be the only one), split them as configured, and leave at the end.
 
     ConfigError, before anything starts, where the `model` to be trained does not divide over the split.

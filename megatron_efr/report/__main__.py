@@ -12,7 +12,7 @@ from megatron_efr import arguments
 from megatron_efr.report.agreement import agreement_markdown, compare
 from megatron_efr.report.records import over_seeds, summary_markdown
 from megatron_efr.report.run_page import write_run_page
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.run.folder import RunFolder
 from megatron_efr.types import UserError
 
 

@@ -11,14 +11,14 @@ import torch
 
 from megatron_efr.config import ConfigError, EnginesConfig, ModelConfig, RolloutConfig
 from megatron_efr.errors import UserError
-from megatron_efr.rollout.addresses import KEY, wait_until_ready
 from megatron_efr.rollout.engine import Engine
-from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
-from megatron_efr.rollout.local import LocalEngine
-from megatron_efr.rollout.process import ServerProcess
-from megatron_efr.rollout.router import start_router
-from megatron_efr.rollout.servers import Servers
-from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.rollout.local.engine import LocalEngine
+from megatron_efr.rollout.servers.addresses import KEY, wait_until_ready
+from megatron_efr.rollout.servers.launcher import Launcher, server_arguments, server_environment
+from megatron_efr.rollout.servers.process import ServerProcess
+from megatron_efr.rollout.servers.run_servers import Servers
+from megatron_efr.rollout.sglang.engine import SGLangEngine
+from megatron_efr.rollout.sglang.router import start_router
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import EngineError
 

@@ -11,8 +11,8 @@ import pytest
 from transformers import Qwen2ForCausalLM
 
 from megatron_efr.config import ModelConfig, RolloutConfig, TimeoutsConfig
-from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
-from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.rollout.servers.launcher import Launcher, server_arguments, server_environment
+from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.weights.architecture import Architecture
 from tests.conftest import make_model_folder
 

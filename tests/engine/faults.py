@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.rollout.addresses import wait_until_ready
-from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.rollout.servers.addresses import wait_until_ready
+from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.weights.architecture import Architecture
 from tests.engine.conftest import SLOTS, rollout, start
 

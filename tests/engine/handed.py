@@ -14,8 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_efr.policy import launched
-from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.policy import joined_ranks
+from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.weights import transports
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.reshard import Parcel
@@ -46,7 +46,7 @@ def main(folder: str, urls: str, victims: str) -> None:
     encode = transports.encode
     transports.encode = lambda parcel: made.append(parcel) or encode(parcel)
     architecture = Architecture.from_folder(folder)
-    with launched(split(""), seed=0) as ranks:
+    with joined_ranks(split(""), seed=0) as ranks:
         key = os.environ["SGLANG_API_KEY"]
         engine = SGLangEngine(urls.split(","), architecture, SLOTS, LIMITS, key=key) if ranks.is_main else None
         transport = Killing(engine, ranks.cpu_world)

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from megatron_efr.config import ModelConfig, OptimizerConfig, TimeoutsConfig
-from megatron_efr.policy import Policy, launched
+from megatron_efr.policy import Policy, joined_ranks
 from megatron_efr.policy.ranks import Ranks
-from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.types import Prompt, Request, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import Publisher, Transport
@@ -115,7 +115,7 @@ class DyingBroadcast(Broadcast):
 def publish(url: str, engine_ranks: int, folders: list[str], number: int, case: str) -> None:
     layout, kind = case.split(":")
     folder, other = folders[number % 2], folders[1 - number % 2]
-    with launched(split(layout), seed=0) as ranks:
+    with joined_ranks(split(layout), seed=0) as ranks:
         engine = connect(url, engine_ranks, folder) if ranks.is_main else None
         engine_layout = EngineLayout(Architecture.from_folder(folder), engine_ranks)
         if kind.startswith("dying"):

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from megatron_efr.data.arithmetic import ArithmeticTask, write
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.run.folder import RunFolder
 from tests.engine.conftest import PYTHON
 from tests.loop.conftest import install_method
 

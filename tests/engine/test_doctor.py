@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from megatron_efr.doctor.engine import check_router, check_servers
-from megatron_efr.rollout.router import PIN
+from megatron_efr.rollout.sglang.router import PIN
 from tests.engine.conftest import PYTHON, MakeSGLang
 from tests.engine.test_parity import Models, weights_of
 

@@ -14,11 +14,11 @@ import pytest
 
 from megatron_efr.config import EnginesConfig, ModelConfig, TimeoutsConfig
 from megatron_efr.errors import UserError
-from megatron_efr.rollout.addresses import KEY
-from megatron_efr.rollout.admission import check_server
 from megatron_efr.rollout.build import sglang_engine
-from megatron_efr.rollout.server import Server
-from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.rollout.servers.addresses import KEY
+from megatron_efr.rollout.sglang.admission import check_server
+from megatron_efr.rollout.sglang.engine import SGLangEngine
+from megatron_efr.rollout.sglang.server import Server
 from megatron_efr.types import Prompt, Request, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import EngineError

@@ -18,8 +18,8 @@ import pytest
 from megatron_efr.data.arithmetic import ArithmeticTask, write
 from megatron_efr.evaluate import taking_in
 from megatron_efr.policy.ranks import Ranks
-from megatron_efr.rollout.sglang import SGLangEngine
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.rollout.sglang.engine import SGLangEngine
+from megatron_efr.run.folder import RunFolder
 from megatron_efr.types import Group, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import EngineError, LostError, NoEngineError

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from megatron_efr.data.arithmetic import ArithmeticTask, write
-from megatron_efr.rollout.addresses import free_port
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.rollout.servers.addresses import free_port
+from megatron_efr.run.folder import RunFolder
 from tests.engine.conftest import PYTHON
 from tests.loop.test_interruption import wait_for
 
@@ -46,8 +46,9 @@ def config(tmp_path: Path) -> Path:
 def torchrun(config: Path, arguments: list[str], overrides: list[str]) -> subprocess.Popen[str]:
     """One agent of a run, outside any world of ranks."""
     outer = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    program = ["-m", "megatron_efr.train", str(config), *overrides]
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron_efr.launch", *arguments, "-m", "megatron_efr.train", str(config), *overrides],
+        [sys.executable, "-m", "megatron_efr.torchrun", *arguments, *program],
         env=outer | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

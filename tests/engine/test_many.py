@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.types import Sampling
 from megatron_efr.weights.architecture import Architecture
 from tests.engine.conftest import SLOTS, STOP, rollout, start

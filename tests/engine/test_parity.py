@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.types import Prompt, Request, Sampling
 from tests.conftest import VOCAB
 from tests.engine.conftest import STOP, MakeSGLang

@@ -13,11 +13,11 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.phases import Phases, State
 from megatron_efr.policy import Policy, Ranks, supervised_loss
-from megatron_efr.rollout.server import CACHES, WEIGHTS
-from megatron_efr.rollout.servers import Servers
-from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.rollout.servers.run_servers import Servers
+from megatron_efr.rollout.sglang.engine import SGLangEngine
+from megatron_efr.rollout.sglang.server import CACHES, WEIGHTS
+from megatron_efr.run.phases import Phases, State
 from megatron_efr.types import Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import EngineError

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from megatron_efr.config import TrainConfig
 from megatron_efr.policy import Policy
 from megatron_efr.policy.ranks import Ranks
-from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.types import Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publication import build_publisher

@@ -16,12 +16,12 @@ import pytest
 
 from megatron_efr.config import ConfigError, EnginesConfig, ModelConfig, RolloutConfig
 from megatron_efr.errors import UserError
-from megatron_efr.rollout.addresses import KEY
 from megatron_efr.rollout.build import build_engine, sglang_engine
-from megatron_efr.rollout.process import ServerProcess
-from megatron_efr.rollout.router import start_router
-from megatron_efr.rollout.servers import Servers as RunServers
-from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.rollout.servers.addresses import KEY
+from megatron_efr.rollout.servers.process import ServerProcess
+from megatron_efr.rollout.servers.run_servers import Servers as RunServers
+from megatron_efr.rollout.sglang.engine import SGLangEngine
+from megatron_efr.rollout.sglang.router import start_router
 from megatron_efr.weights.architecture import Architecture
 from tests.engine.conftest import PYTHON, SLOTS, rollout
 from tests.engine.faults import LIMITS, Servers, wait_until

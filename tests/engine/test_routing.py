@@ -12,7 +12,7 @@ import torch
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.policy import Policy, Ranks
 from megatron_efr.policy.packing import trainable
-from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.types import Prompt, Request, Sampling, Sequence
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights

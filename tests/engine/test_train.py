@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from megatron_efr.data.arithmetic import ArithmeticTask, write
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.run.folder import RunFolder
 from tests.engine.conftest import PYTHON
 
 ROOT = Path(__file__).parents[2]

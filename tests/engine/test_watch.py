@@ -14,9 +14,9 @@ import torch
 
 from megatron_efr.config import TimeoutsConfig
 from megatron_efr.policy.ranks import Ranks
-from megatron_efr.rollout.addresses import is_ready, status
-from megatron_efr.rollout.launcher import Launcher
-from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.rollout.servers.addresses import is_ready, status
+from megatron_efr.rollout.servers.launcher import Launcher
+from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import Publisher
 from megatron_efr.weights.reshard import Parcel

@@ -13,11 +13,11 @@ import torch
 
 from megatron_efr.config import ModelConfig, RolloutConfig
 from megatron_efr.memory import gradient_bytes, optimizer_bytes
-from megatron_efr.phases import Phases, free_bytes
 from megatron_efr.policy import Policy, Ranks
-from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
-from megatron_efr.rollout.servers import Servers
-from megatron_efr.rollout.sglang import SGLangEngine
+from megatron_efr.rollout.servers.launcher import Launcher, server_arguments, server_environment
+from megatron_efr.rollout.servers.run_servers import Servers
+from megatron_efr.rollout.sglang.engine import SGLangEngine
+from megatron_efr.run.phases import Phases, free_bytes
 from megatron_efr.types import Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.sglang_layout import EngineLayout

@@ -44,7 +44,7 @@ def at_answer(groups: str) -> None:
 def at_servers(groups: str) -> None:
     import psutil
 
-    from megatron_efr import runfolder
+    from megatron_efr.run import folder as runfolder
 
     append = runfolder.Journal.append
 
@@ -59,7 +59,7 @@ def at_servers(groups: str) -> None:
 
 
 def at_journal(pattern: str, groups: str) -> None:
-    from megatron_efr import runfolder
+    from megatron_efr.run import folder as runfolder
 
     append = runfolder.Journal.append
 
@@ -99,7 +99,7 @@ def at_stuck(number: str) -> None:
 
 
 def at_logged(step: str) -> None:
-    from megatron_efr.runfolder import RunFolder
+    from megatron_efr.run.folder import RunFolder
 
     append = RunFolder.append_metrics
 
@@ -156,7 +156,7 @@ def at_background(step: str) -> None:
 
 
 def at_renamed(step: str) -> None:
-    from megatron_efr import checkpoint
+    from megatron_efr.checkpoint import checkpoints as checkpoint
 
     verify = checkpoint.verify
 

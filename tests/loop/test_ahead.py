@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.run.folder import RunFolder
 from tests.loop.conftest import Program, state
 
 CONFIG = """

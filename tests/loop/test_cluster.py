@@ -15,8 +15,8 @@ import pytest
 from megatron_efr.cluster.commands import commands
 from megatron_efr.cluster.placement import place
 from megatron_efr.config import RolloutConfig
-from megatron_efr.interruption import EXIT_REQUEUE
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.run.folder import RunFolder
+from megatron_efr.run.interruption import EXIT_REQUEUE
 from tests.loop.test_interruption import CONFIG, wait_for
 
 # What stands for `.venv-sglang/bin/python -m sglang.launch_server --config FILE`: notes how it was started, is ready.

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_efr.interruption import EXIT_REQUEUE
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.run.folder import RunFolder
+from megatron_efr.run.interruption import EXIT_REQUEUE
 from tests.loop.conftest import Program, digests, metrics, state
 
 CONFIG = """
@@ -86,7 +86,7 @@ def test_a_run_that_is_asked_to_end_saves_this_iteration_and_goes_on_bit_for_bit
 @pytest.mark.parallel
 def test_the_launcher_hands_a_signal_on_and_answers_as_the_ranks_do(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    torchrun = ["megatron_efr.launch", "--standalone", "--nproc-per-node=2"]
+    torchrun = ["megatron_efr.torchrun", "--standalone", "--nproc-per-node=2"]
     program = ["-m", "megatron_efr.train", str(config), f"runs={tmp_path}", "train.iterations=1000"]
     running = start([*torchrun, *program])
     wait_for(run / "journal/step_000002.jsonl", running)
@@ -100,7 +100,7 @@ def test_the_launcher_hands_a_signal_on_and_answers_as_the_ranks_do(config: Path
 
 def test_the_launcher_passes_on_what_a_program_answers_by_itself(tmp_path: Path) -> None:
     failing = start(
-        ["megatron_efr.launch", "--standalone", "--nproc-per-node=1", "-m", "megatron_efr.train", "no.yaml"]
+        ["megatron_efr.torchrun", "--standalone", "--nproc-per-node=1", "-m", "megatron_efr.train", "no.yaml"]
     )
     output = failing.communicate(timeout=300)[0]
     assert failing.returncode == 2, output

@@ -10,7 +10,7 @@ import yaml
 
 from megatron_efr.data.byte_model import BYTE_MODEL, byte_tokenizer
 from megatron_efr.data.model_folder import write_model_folder
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.run.folder import RunFolder
 from tests.loop.conftest import Program
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_efr.observe import deterministic
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.run.folder import RunFolder
 from tests.loop.conftest import Program, digests, state
 
 

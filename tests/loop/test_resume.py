@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_efr.observe import EXIT_STUCK
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.run.folder import RunFolder
 from tests.loop.conftest import Program, digests, metrics, state
 
 SFT = """

@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel import (
 
 from megatron_efr.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.methods.token_advantages import fill_token_advantages
-from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, launched
+from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, joined_ranks
 from megatron_efr.policy.head import HeadRows
 from megatron_efr.policy.loss import Loss
 from megatron_efr.types import PackedBatch, Sequence
@@ -126,7 +126,7 @@ def compare(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks) -> 
 def main(models: str, out: str, *layouts: str) -> None:
     dist.init_process_group("gloo")
     for number, layout in enumerate(layouts):
-        with launched(split(layout), seed=0) as ranks:
+        with joined_ranks(split(layout), seed=0) as ranks:
             apart = {case: compare(case, models, split(layout), ranks) for case in CASES}
             if ranks.is_main:
                 torch.save({tuple(case): values for case, values in apart.items()}, Path(out) / f"{number}.pt")

@@ -10,7 +10,7 @@ import sys
 import torch.distributed as dist
 
 from megatron_efr.config import TrainConfig
-from megatron_efr.configfile import load
+from megatron_efr.config.file import load
 from megatron_efr.train import train
 from tests.parallel.layout import folder
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_efr.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.methods.token_advantages import fill_token_advantages
-from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, launched
+from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, joined_ranks
 from tests.conftest import ragged_sequences
 from tests.routing import randomly_routed
 
@@ -126,7 +126,7 @@ def main(models: str, out: str, *layouts: str) -> None:
     dist.init_process_group("gloo")
     for number, layout in enumerate(layouts):
         parallel = split(layout)
-        with launched(parallel, seed=0) as ranks:
+        with joined_ranks(parallel, seed=0) as ranks:
             results = {
                 (tuple(case), optimizer): train(case, models, parallel, ranks, optimizer)
                 for case in CASES[kind(layout)]

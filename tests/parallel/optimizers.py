@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_efr.checkpoint import Checkpoints
+from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.config import CheckpointConfig, LossConfig, ModelConfig, OptimizerConfig
 from megatron_efr.methods.token_advantages import fill_token_advantages
-from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, launched
+from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, joined_ranks
 from tests.conftest import ragged_sequences
 from tests.parallel.layout import split
 
@@ -111,7 +111,7 @@ def main(action: str, model: str, out: str, *cases: str) -> None:
     dist.init_process_group("gloo")
     for text in cases:
         case = Case(*json.loads(text))
-        with launched(split(case.layout), seed=0) as ranks:
+        with joined_ranks(split(case.layout), seed=0) as ranks:
             result = (train if action == "train" else resume)(case, model, Path(out), ranks)
             torch.save(result, Path(out) / f"{case.name}-{action}-{ranks.rank}.pt")
             ranks.barrier()

@@ -13,7 +13,7 @@ import yaml
 from megatron_efr.data.arithmetic import ArithmeticTask, write
 from megatron_efr.data.model_folder import ModelSize
 from megatron_efr.observe import deterministic
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.run.folder import RunFolder
 from tests.loop.conftest import install_method
 from tests.parallel.launch import torchrun
 from tests.parallel.layout import folder

@@ -11,7 +11,7 @@ import torch
 
 from megatron_efr.config import ParallelConfig
 from megatron_efr.errors import UserError
-from megatron_efr.policy import launched
+from megatron_efr.policy import joined_ranks
 from megatron_efr.policy.handover import flatten, hand_over
 from megatron_efr.policy.packing import UpdatePlan, trainable
 from megatron_efr.types import Group, Prompt, Response, VersionSpan
@@ -42,7 +42,7 @@ def groups() -> list[Group]:
 
 
 def main(out: str) -> None:
-    with launched(ParallelConfig(wait_limit_s=LIMIT_S), seed=0) as ranks:
+    with joined_ranks(ParallelConfig(wait_limit_s=LIMIT_S), seed=0) as ranks:
         mine = ranks.on_main(groups) or []
         own = hand_over(trainable(mine), PLANS, ranks)
         torch.save((len(mine), list(own), flatten(list(own.values()))), Path(out) / f"{ranks.rank}.pt")

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_efr import arguments, evaluate, run, sft, sweep, train
+from megatron_efr import arguments, evaluate, sft, sweep, train
 from megatron_efr.data.arithmetic import ArithmeticTask, write
 from megatron_efr.policy import Ranks, policy
-from megatron_efr.rollout.local import LocalEngine
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.rollout.local.engine import LocalEngine
+from megatron_efr.run import run
+from megatron_efr.run.folder import RunFolder
 
 PROGRAMS = {"train": train, "sft": sft, "evaluate": evaluate, "sweep": sweep}
 Refused = Callable[..., str]
@@ -81,7 +82,7 @@ def refused(
             yield ranks
 
         for module in (run, sft):
-            monkeypatch.setattr(module, "launched", join)
+            monkeypatch.setattr(module, "joined_ranks", join)
         monkeypatch.setattr(LocalEngine, "publish", work)
         monkeypatch.setattr(sweep, "_run", work)
         monkeypatch.setattr(*((policy, "build_chunks") if before == "model" else (policy.Policy, "update")), work)

@@ -18,10 +18,10 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch.distributed.checkpoint import FileSystemWriter
 
-from megatron_efr import checkpoint
-from megatron_efr.checkpoint import LATEST, Checkpoints, name
+from megatron_efr.checkpoint import checkpoints as saving
+from megatron_efr.checkpoint.checkpoints import LATEST, Checkpoints, name
+from megatron_efr.checkpoint.manifest import MANIFEST, STATE, CheckpointError, verify
 from megatron_efr.config import CheckpointConfig
-from megatron_efr.manifest import MANIFEST, STATE, CheckpointError, verify
 from megatron_efr.policy.ranks import Ranks
 
 STEP = {"step": 1, "method": {"mean": 0.1 + 0.2}, "stream": None}
@@ -201,13 +201,13 @@ def test_latest_moves_only_after_the_checkpoint_verified(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     older = save(checkpoints, 2)
-    write = checkpoint.write_manifest
+    write = saving.write_manifest
 
     def rots(folder: Path) -> None:
         write(folder)
         damage_flipped(folder / STATE)
 
-    monkeypatch.setattr(checkpoint, "write_manifest", rots)
+    monkeypatch.setattr(saving, "write_manifest", rots)
     with pytest.raises(CheckpointError, match=rf"{STATE}: its content is not what was written"):
         save(checkpoints, 4)
     assert latest(checkpoints) == older.name

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from megatron_efr.config import ConfigError, EvaluateConfig, SftConfig, TrainConfig
-from megatron_efr.configfile import dump, load
+from megatron_efr.config.file import dump, load
 
 MINIMAL: dict[str, Any] = {
     "name": "a",

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_efr import convert, inspect_checkpoint
-from megatron_efr.checkpoint import Checkpoints
+from megatron_efr.checkpoint.checkpoints import Checkpoints
+from megatron_efr.checkpoint.manifest import CheckpointError, verify
 from megatron_efr.config import CheckpointConfig, ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.errors import UserError
-from megatron_efr.manifest import CheckpointError, verify
 from megatron_efr.policy import Policy, Ranks
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_efr.config import ConfigError, LossConfig, TrainConfig, TrainingConfig
-from megatron_efr.configfile import dump, validate
+from megatron_efr.config.file import dump, validate
 from megatron_efr.policy.drift import drift_figures, drift_sums, engine_logprobs, fill_importance, version_lags
 from megatron_efr.policy.handover import flatten, unflatten
 from megatron_efr.policy.head import Head, HeadRows

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_efr.config import EvaluateConfig, SftConfig, TrainConfig
-from megatron_efr.configfile import dump, load
+from megatron_efr.config.file import dump, load
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(EXAMPLES.rglob("*.yaml"))

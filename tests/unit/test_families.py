@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.errors import UserError
 from megatron_efr.policy import Policy, Ranks
-from megatron_efr.rollout.local import LocalEngine
+from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.weights.architecture import Architecture, Experts
 from megatron_efr.weights.folder import FolderWeights
 from megatron_efr.weights.mapping import WeightMapping

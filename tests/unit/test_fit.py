@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_efr.config import ConfigError, ModelConfig, ParallelConfig, check_parallel
-from megatron_efr.policy import check_fit, launched
+from megatron_efr.policy import check_fit, joined_ranks
 from megatron_efr.weights.architecture import Architecture, Experts
 
 
@@ -88,7 +88,7 @@ def test_megatron_fields_that_would_undo_the_split(field: str, message: str, tie
     model = ModelConfig(path=str(tied_model), megatron={field: False})
     with (
         pytest.raises(ConfigError, match=rf"model\.megatron\.{field}: .*{message}"),
-        launched(ParallelConfig(pipeline=2, virtual_pipeline=2), seed=0, model=model),
+        joined_ranks(ParallelConfig(pipeline=2, virtual_pipeline=2), seed=0, model=model),
     ):
         pass
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.rollout.fleet import Fleet
-from megatron_efr.rollout.server import Server
+from megatron_efr.rollout.sglang.fleet import Fleet
+from megatron_efr.rollout.sglang.server import Server
 from megatron_efr.types import Group, Prompt, Request, Sampling
 from megatron_efr.weights.publish import LostError, NoEngineError
 
@@ -96,7 +96,7 @@ class Placed:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs a test in the loop that its fleet lives in."""
-    monkeypatch.setattr("megatron_efr.rollout.fleet.Server", Wired)
+    monkeypatch.setattr("megatron_efr.rollout.sglang.fleet.Server", Wired)
 
     def run(test: Callable[[Placed], Awaitable[None]], count: int = 3, limits: TimeoutsConfig = NEVER) -> None:
         async def whole() -> None:

@@ -12,17 +12,14 @@ PACKAGE = Path(__file__).parents[2] / "megatron_efr"
 
 # A unit is a room (folder) or a module of the package. What is listed it may import, and itself; "weights.mapping" is
 # that module of the room alone.
-BASE = {"errors", "types", "section", "config", "configfile"}
+BASE = {"errors", "types", "config"}
 WEIGHTS = {"weights"}
-ENVIRONMENT = BASE | WEIGHTS | {"data", "grading", "rollout", "runfolder", "progress", "report.records"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "types": {"errors"},
-    "section": {"errors"},
-    "rolloutconfig": {"section"},
-    "config": {"section", "rolloutconfig"},
-    "configfile": {"errors", "config"},
+    "config": {"errors"},
+    "arguments": BASE,
     "kernels": BASE,
     "grading": BASE,
     "methods": BASE,
@@ -33,29 +30,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"weights.architecture", "weights.mapping", "weights.checked", "weights.publish"}
     | {"weights.reshard", "weights.transports"},
     "report": BASE,
-    "peaks": set(),
-    "observe": BASE | {"peaks"},
-    "phases": BASE,
-    "manifest": BASE,
-    "shards": set(),
-    "checkpoint": BASE | {"manifest", "shards"},
-    "model_source": BASE | WEIGHTS | {"manifest"},
-    "convert": BASE
-    | WEIGHTS
-    | {"arguments", "manifest", "model_source", "policy"},  # policy, where logits are compared
-    "inspect_checkpoint": BASE | {"arguments", "manifest", "weights.torch_dist"},
-    "runfolder": BASE,
-    "progress": {"types"},
-    "unfinished": {"runfolder"},
-    "interruption": set(),
-    "launch": {"interruption"},
-    "cluster": BASE | {"arguments", "rollout.addresses", "rollout.launcher", "rollout.seats", "weights.architecture"},
+    "observe": BASE,
+    "checkpoint": BASE | WEIGHTS,
     "memory": BASE | {"weights.architecture", "weights.mapping", "kernels"},
-    "doctor": BASE | {"arguments", "cluster.commands", "memory", "rollout.addresses", "weights.architecture"},
-    "arguments": BASE,
-    "environment": ENVIRONMENT,
-    "run": ENVIRONMENT | {"arguments", "checkpoint", "environment", "memory", "methods", "phases", "policy"},
-    "replay": BASE | {"observe", "run", "runfolder"},
+    "run": BASE
+    | WEIGHTS
+    | {"arguments", "checkpoint", "data", "grading", "memory", "methods", "observe", "policy", "report.records"}
+    | {"rollout"},
+    "convert": BASE | WEIGHTS | {"arguments", "checkpoint", "policy"},  # policy, where logits are compared
+    "inspect_checkpoint": BASE | {"arguments", "checkpoint.manifest", "weights.torch_dist"},
+    "torchrun": {"run.interruption"},
+    "cluster": BASE
+    | {"arguments", "weights.architecture"}
+    | {"rollout.servers.addresses", "rollout.servers.launcher", "rollout.servers.seats"},
+    "doctor": BASE | {"arguments", "cluster.commands", "memory", "rollout.servers.addresses", "weights.architecture"},
     "cli": {"arguments", "__init__"},  # it finds the programs by name, when they are asked for
 }
 PROGRAMS = {"train", "sft", "evaluate", "sweep", "report.__main__"}

@@ -16,8 +16,8 @@ import yaml
 
 from megatron_efr.config import ModelConfig, RolloutConfig
 from megatron_efr.errors import UserError
-from megatron_efr.rollout import supervisor
-from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
+from megatron_efr.rollout.servers import supervisor
+from megatron_efr.rollout.servers.launcher import Launcher, server_arguments, server_environment
 from megatron_efr.weights.architecture import Architecture
 
 # A server that starts workers, one of them in a session of its own, and one left behind by a process that ended.

@@ -19,9 +19,9 @@ from megatron_efr.config import RolloutConfig
 from megatron_efr.data.stream import PromptStream
 from megatron_efr.rollout.engine import GroupStream
 from megatron_efr.rollout.ledger import Ledger, request_seed, staleness
-from megatron_efr.rollout.local import LocalEngine
+from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.rollout.production import Production
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.run.folder import RunFolder
 from megatron_efr.types import Group, Prompt, Request, Sampling, UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import WeightMapping

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from megatron_efr.rollout.local import LocalEngine
+from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.types import Prompt, Request, Sampling
 from tests.engine_contract import EngineContract, MakeEngine, Weights
 from tests.small_qwen2 import STOP, answers, differing, exact_logprobs, mixed_requests, model, serving, weights_of

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_efr.rollout.local import LocalEngine
+from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.types import Group, Prompt, Request, Response, Sampling
 from tests.engine_contract import Weights, requests
 from tests.small_qwen2 import STOP, answers, differing, exact_logprobs, mixed_requests, model, serving, weights_of

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_efr.rollout.local import LocalEngine
+from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.types import Prompt, Request, Response, Sampling
 from tests.families import make_family_folder
 

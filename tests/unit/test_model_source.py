@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_efr.checkpoint import Checkpoints
+from megatron_efr.checkpoint.checkpoints import Checkpoints
+from megatron_efr.checkpoint.manifest import CheckpointError
+from megatron_efr.checkpoint.model_source import ModelSource, find_model
 from megatron_efr.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.convert import hf_to_megatron
 from megatron_efr.errors import UserError
-from megatron_efr.manifest import CheckpointError
-from megatron_efr.model_source import ModelSource, find_model
 from megatron_efr.policy import Policy, Ranks
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights

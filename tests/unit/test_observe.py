@@ -9,7 +9,7 @@ import pytest
 
 from megatron_efr.config import ConfigError, ObserveConfig
 from megatron_efr.observe import EXIT_STUCK, Observer, Watchdog, deterministic, duration
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.run.folder import RunFolder
 
 QUIET = ObserveConfig(tensorboard=False)
 METRICS = {
@@ -141,7 +141,7 @@ import sys, time
 from pathlib import Path
 from megatron_efr.config import ObserveConfig
 from megatron_efr.observe import Observer
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.run.folder import RunFolder
 path = Path(sys.argv[1])
 observer = Observer(RunFolder(path), ObserveConfig(tensorboard=False, watchdog_s=0.5), 1, rank=3)
 for _ in range(4):

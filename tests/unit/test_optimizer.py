@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_efr.checkpoint import Checkpoints
+from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.config import CheckpointConfig, ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, supervised_loss
 from tests.conftest import ragged_sequences

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.phases import FREED, STEPS, Phases, State, is_freed
 from megatron_efr.policy import Policy, Ranks, supervised_loss
-from megatron_efr.rollout.local import LocalEngine
-from megatron_efr.rollout.servers import Servers
+from megatron_efr.rollout.local.engine import LocalEngine
+from megatron_efr.rollout.servers.run_servers import Servers
+from megatron_efr.run.phases import FREED, STEPS, Phases, State, is_freed
 from megatron_efr.types import Sampling, UserError
 from megatron_efr.weights.publish import Embedded
 from tests.conftest import ragged_sequences
@@ -152,7 +152,7 @@ def test_engines_that_release_nothing_stop_the_run_and_the_memory_saver_is_named
     parts: Parts, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here there is no GPU whose memory could grow."""
-    monkeypatch.setattr("megatron_efr.phases.WAIT_S", 0.0)
+    monkeypatch.setattr("megatron_efr.run.phases.WAIT_S", 0.0)
     with pytest.raises(
         UserError, match=r"0\.00 GiB more free, .* are 3\.00 GiB: .*rollout\.server\.enable_memory_saver"
     ):

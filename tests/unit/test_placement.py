@@ -16,8 +16,8 @@ from megatron_efr.cluster.network import interface_towards
 from megatron_efr.cluster.placement import ENGINE_PORT, Placement, place
 from megatron_efr.config import ConfigError, RolloutConfig
 from megatron_efr.errors import UserError
-from megatron_efr.rollout.launcher import server_environment
-from megatron_efr.rollout.seats import Host
+from megatron_efr.rollout.servers.launcher import server_environment
+from megatron_efr.rollout.servers.seats import Host
 
 ROOT = Path(__file__).parents[2]
 TORCHRUNS = {
@@ -182,7 +182,7 @@ def option(words: list[str], name: str) -> str:
 def test_the_slurm_script_prints_every_nodes_part(nodes: str, example: str) -> None:
     lines = dry_run("train_slurm.sbatch", f"examples/{example}.yaml", NODES=nodes)
     commands = [shlex.split(line.split("$ ", 1)[1]) for line in lines if "$ " in line]
-    trainers = [words for words in commands if "megatron_efr.launch" in words]
+    trainers = [words for words in commands if "megatron_efr.torchrun" in words]
     engines = [words for words in commands if "megatron_efr.cluster.serve" in words]
     assert len(trainers) == int(nodes)
     for words in trainers:
@@ -240,7 +240,7 @@ def test_the_node_script_and_the_engines_script_print_theirs() -> None:
     assert lines[0] == "127.0.0.1: ranks 0-7 on GPUs 0,1,2,3,4,5,6,7"
     assert [line.endswith("started by rank 0") for line in lines[1:-1]] == [True] * 8
     assert sum("megatron_efr.cluster.serve" in line for line in lines) == 0
-    assert sum("megatron_efr.launch" in line for line in lines) == 1
+    assert sum("megatron_efr.torchrun" in line for line in lines) == 1
     served = dry_run(
         "serve_engines.sh", "examples/r1_32b_4nodes.yaml", HOST="10.0.0.7", SGLANG_API_KEY="secret", GPUS="8"
     )

@@ -18,8 +18,8 @@ from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, Paral
 from megatron_efr.errors import UserError
 from megatron_efr.policy import Policy, Ranks, check_fit, supervised_loss
 from megatron_efr.rollout.build import build_engine
-from megatron_efr.rollout.routing import decode_routing
-from megatron_efr.rollout.servers import Servers
+from megatron_efr.rollout.servers.run_servers import Servers
+from megatron_efr.rollout.sglang.experts import decode_routing
 from megatron_efr.types import Sequence
 from megatron_efr.weights.architecture import Architecture
 from tests.conftest import ragged_sequences

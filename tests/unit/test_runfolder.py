@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from megatron_efr.runfolder import Journal, RunFolder, RunFolderError, decode_group, encode_group, write_atomic
+from megatron_efr.run.folder import Journal, RunFolder, RunFolderError, decode_group, encode_group, write_atomic
 from megatron_efr.types import Group, Prompt, Response, VersionSpan
 
 CONFIG = """

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_efr import sweep
 from megatron_efr.config import EvaluateConfig, EvaluationEnginesConfig, RolloutConfig, TrainConfig
-from megatron_efr.configfile import load
+from megatron_efr.config.file import load
 from megatron_efr.errors import UserError
 
 

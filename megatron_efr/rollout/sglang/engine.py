@@ -15,11 +15,11 @@ from typing import Self
 import torch
 
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.rollout.admission import check_server
-from megatron_efr.rollout.process import ServerProcess
 from megatron_efr.rollout.requests import check_request, check_sampling
-from megatron_efr.rollout.server import WEIGHTS, Server
-from megatron_efr.rollout.updates import ServerUpdates
+from megatron_efr.rollout.servers.process import ServerProcess
+from megatron_efr.rollout.sglang.admission import check_server
+from megatron_efr.rollout.sglang.server import WEIGHTS, Server
+from megatron_efr.rollout.sglang.updates import ServerUpdates
 from megatron_efr.types import Group, Request, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.checked import checked

@@ -1,4 +1,4 @@
-"""torchrun that lets a run end by itself: `python -m megatron_efr.launch [as torchrun] -m megatron_efr.train ...`
+"""torchrun that lets a run end by itself: `python -m megatron_efr.torchrun [as torchrun] -m megatron_efr.train ...`
 
 torchrun ends the workers 30 seconds after a SIGTERM, dies of SIGUSR1 and leaves them behind, and exits with 1 whatever
 they answered. Here both signals are handed to the workers, which finish their iteration and save, and the exit code is
@@ -16,7 +16,7 @@ import psutil
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from megatron_efr.interruption import EXIT_REQUEUE, SIGNALS
+from megatron_efr.run.interruption import EXIT_REQUEUE, SIGNALS
 
 
 def forward(number: int, frame: FrameType | None) -> None:

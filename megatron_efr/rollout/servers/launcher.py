@@ -17,9 +17,9 @@ import yaml
 
 from megatron_efr.config import EnginesConfig, ModelConfig, TimeoutsConfig
 from megatron_efr.errors import UserError
-from megatron_efr.rollout.addresses import LOOPBACK, free_port, is_ready
-from megatron_efr.rollout.process import ServerProcess
-from megatron_efr.rollout.watch import Watch
+from megatron_efr.rollout.servers.addresses import LOOPBACK, free_port, is_ready
+from megatron_efr.rollout.servers.process import ServerProcess
+from megatron_efr.rollout.servers.watch import Watch
 from megatron_efr.weights.architecture import Architecture
 
 SAYS_EVERY_S = 15.0

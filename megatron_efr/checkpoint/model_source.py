@@ -7,9 +7,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_efr.checkpoint.manifest import LATEST, MANIFEST, STATE, verify
 from megatron_efr.config import ModelConfig
 from megatron_efr.errors import UserError
-from megatron_efr.manifest import LATEST, MANIFEST, STATE, verify
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import TensorSource, fingerprint, initial_weights
 from megatron_efr.weights.torch_dist import CheckpointWeights, is_checkpoint

@@ -14,10 +14,10 @@ from typing import Any
 
 from megatron_efr.config import EnginesConfig
 from megatron_efr.errors import UserError
-from megatron_efr.rollout.addresses import KEY, LOOPBACK, free_port
-from megatron_efr.rollout.launcher import server_environment
-from megatron_efr.rollout.process import ServerProcess
-from megatron_efr.rollout.server import Server
+from megatron_efr.rollout.servers.addresses import KEY, LOOPBACK, free_port
+from megatron_efr.rollout.servers.launcher import server_environment
+from megatron_efr.rollout.servers.process import ServerProcess
+from megatron_efr.rollout.sglang.server import Server
 
 PIN = "sglang-router==0.3.2"
 

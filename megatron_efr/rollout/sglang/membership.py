@@ -17,7 +17,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.rollout.server import WEIGHTS, Server
+from megatron_efr.rollout.sglang.server import WEIGHTS, Server
 from megatron_efr.weights.publish import EngineError, LostError, NoEngineError
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.rollout.routing import decode_routing
+from megatron_efr.rollout.sglang.experts import decode_routing
 from megatron_efr.types import Finish, Response, Sampling, VersionSpan
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import EngineError, LostError

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.rollout.fleet import Fleet
-from megatron_efr.rollout.membership import Membership
-from megatron_efr.rollout.process import ServerProcess
-from megatron_efr.rollout.routed import RoutedFleet
-from megatron_efr.rollout.server import Server, tensor_body
-from megatron_efr.rollout.thread import LoopThread
+from megatron_efr.rollout.servers.process import ServerProcess
+from megatron_efr.rollout.sglang.fleet import Fleet
+from megatron_efr.rollout.sglang.membership import Membership
+from megatron_efr.rollout.sglang.routed_fleet import RoutedFleet
+from megatron_efr.rollout.sglang.server import Server, tensor_body
+from megatron_efr.rollout.sglang.thread import LoopThread
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import EngineError
 

@@ -14,9 +14,17 @@ from typing import Any, Protocol, cast
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
+from megatron_efr.checkpoint.manifest import (
+    LATEST,
+    STATE,
+    CheckpointError,
+    sync_folder,
+    verify,
+    write_manifest,
+    write_synced,
+)
+from megatron_efr.checkpoint.shards import UNWRITTEN, Shards
 from megatron_efr.config import CheckpointConfig
-from megatron_efr.manifest import LATEST, STATE, CheckpointError, sync_folder, verify, write_manifest, write_synced
-from megatron_efr.shards import UNWRITTEN, Shards
 
 
 class World(Protocol):

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import aiohttp
 
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.rollout.membership import Events, Membership
-from megatron_efr.rollout.server import Answer, BrokenError, Server
+from megatron_efr.rollout.sglang.membership import Events, Membership
+from megatron_efr.rollout.sglang.server import Answer, BrokenError, Server
 from megatron_efr.types import Group, Request, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import EngineError, LostError

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_efr.rollout import supervisor
+from megatron_efr.rollout.servers import supervisor
 
 TAIL = 20  # lines of a log that an error shows
 GRACE_S = 10.0  # what a supervisor gets beyond the server's stop_s

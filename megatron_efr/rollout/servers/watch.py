@@ -11,8 +11,8 @@ import time
 from collections.abc import Sequence
 
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.rollout.addresses import is_ready, status
-from megatron_efr.rollout.process import ServerProcess
+from megatron_efr.rollout.servers.addresses import is_ready, status
+from megatron_efr.rollout.servers.process import ServerProcess
 
 EVERY_S = 1.0
 """Between two looks at a server."""

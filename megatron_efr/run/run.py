@@ -10,16 +10,16 @@ from typing import TypeVar
 import torch
 
 from megatron_efr import arguments, methods
-from megatron_efr.checkpoint import Checkpoints
+from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.config import TrainConfig
-from megatron_efr.configfile import dump
-from megatron_efr.environment import Environment
+from megatron_efr.config.file import dump
 from megatron_efr.memory import BYTES, parameter_count
-from megatron_efr.phases import Phases
-from megatron_efr.policy import Policy, Ranks, launched
-from megatron_efr.rollout.seats import Host
-from megatron_efr.rollout.servers import Servers, serving
-from megatron_efr.runfolder import RunFolder
+from megatron_efr.policy import Policy, Ranks, joined_ranks
+from megatron_efr.rollout.servers.run_servers import Servers, serving
+from megatron_efr.rollout.servers.seats import Host
+from megatron_efr.run.environment import Environment
+from megatron_efr.run.folder import RunFolder
+from megatron_efr.run.phases import Phases
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publication import build_publisher
 from megatron_efr.weights.publish import RECOVERIES, Embedded, NoEngineError, Publisher
@@ -95,7 +95,7 @@ def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> I
     method = methods.build(config.method, config.rollout.samples)
     config.check_world(arguments.world_size())
     Host.of_this_process().seats(config.rollout)
-    with launched(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
+    with joined_ranks(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
         folder, environment, servers = RunFolder(config.folder), None, Servers()
         if asks:
             ranks.on_main(lambda: folder.claim(dump(config), resume))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_efr.runfolder import Journal, RunFolderError, write_atomic
+from megatron_efr.run.folder import Journal, RunFolderError, write_atomic
 
 
 class Unfinished:

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.rollout.fleet import Fleet, Place
-from megatron_efr.rollout.membership import MISSES, unless
-from megatron_efr.rollout.process import ServerProcess
-from megatron_efr.rollout.router import Router
-from megatron_efr.rollout.server import Answer, Server
+from megatron_efr.rollout.servers.process import ServerProcess
+from megatron_efr.rollout.sglang.fleet import Fleet, Place
+from megatron_efr.rollout.sglang.membership import MISSES, unless
+from megatron_efr.rollout.sglang.router import Router
+from megatron_efr.rollout.sglang.server import Answer, Server
 from megatron_efr.types import Request, Sampling
 from megatron_efr.weights.publish import EngineError
 

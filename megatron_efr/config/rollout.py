@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, StringConstraints, model_validator
 
-from megatron_efr.section import Section
+from megatron_efr.config.section import Section
 
 
 class TimeoutsConfig(Section):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_efr.observe import Observer
-from megatron_efr.run import Run
-from megatron_efr.runfolder import metrics_line, read_rollouts
+from megatron_efr.run.folder import metrics_line, read_rollouts
+from megatron_efr.run.run import Run
 from megatron_efr.types import Group, UserError
 
 Learn = Callable[[Run, int, list[Group], Observer], dict[str, float]]

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megatron_efr.config import ConfigError, ObserveConfig
-from megatron_efr.peaks import Peaks
+from megatron_efr.observe.peaks import Peaks
 
 MACHINE = "time/"
 """Prefix of the metrics that the machine decides and not the seed."""

@@ -18,14 +18,14 @@ from megatron_efr.data.stream import PromptStream
 from megatron_efr.grading import Grader, check_golds
 from megatron_efr.grading.boxed import last_boxed
 from megatron_efr.grading.groups import grade_groups
-from megatron_efr.progress import followed
+from megatron_efr.observe.progress import followed
 from megatron_efr.report.records import Record, summarise
 from megatron_efr.rollout.build import build_engine
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.ledger import Journals, Ledger, request_seed
 from megatron_efr.rollout.production import Production
-from megatron_efr.rollout.servers import Servers
-from megatron_efr.runfolder import Journal, RunFolder
+from megatron_efr.rollout.servers.run_servers import Servers
+from megatron_efr.run.folder import Journal, RunFolder
 from megatron_efr.types import Group, Prompt, Request, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import initial_weights

@@ -15,10 +15,10 @@ import torch.distributed as dist
 
 from megatron_efr.config import ConfigError, ModelConfig, RolloutConfig
 from megatron_efr.errors import UserError
-from megatron_efr.rollout.addresses import KEY, LOOPBACK, address_towards, private_address
-from megatron_efr.rollout.launcher import Launcher, server_arguments, server_environment
-from megatron_efr.rollout.seats import Host
-from megatron_efr.rollout.watch import Watch
+from megatron_efr.rollout.servers.addresses import KEY, LOOPBACK, address_towards, private_address
+from megatron_efr.rollout.servers.launcher import Launcher, server_arguments, server_environment
+from megatron_efr.rollout.servers.seats import Host
+from megatron_efr.rollout.servers.watch import Watch
 from megatron_efr.weights.architecture import Architecture
 
 

@@ -22,10 +22,10 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from megatron_efr.rollout.decoder import CHUNK, ROWS, Cache, Decoder, decodable, round_up
+from megatron_efr.rollout.local.decoder import CHUNK, ROWS, Cache, Decoder, decodable, round_up
+from megatron_efr.rollout.local.sampling import draw, uniforms
+from megatron_efr.rollout.local.turn import Turn
 from megatron_efr.rollout.requests import check_request, check_sampling
-from megatron_efr.rollout.sampling import draw, uniforms
-from megatron_efr.rollout.turn import Turn
 from megatron_efr.types import Finish, Group, Request, Response, Sampling, VersionSpan
 from megatron_efr.weights.architecture import Architecture
 

@@ -1,0 +1,59 @@
+"""Problems to train on, and how they are put to the model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from megatron_efr.config.section import Section
+
+
+class DatasetConfig(Section):
+    """Where questions come from and how a row is read."""
+
+    path: str = Field(description="a .jsonl / .json / .parquet file, a folder saved by datasets, or a hub name")
+    format: Literal["auto", "gsm8k", "math", "columns"] = Field(
+        default="auto",
+        description="auto: gsm8k where the answer holds '####', else question/answer columns found by name",
+    )
+    split: str = Field(default="train", description="split of a hub data set")
+    question: str | None = Field(default=None, description="column of the question; found by name when left out")
+    answer: str | None = Field(default=None, description="column of the gold answer; found by name when left out")
+    difficulty: str | None = Field(default=None, description="column to report tokens and accuracy by")
+    name: str | None = Field(default=None, description="name in reports; the file's stem when left out")
+    limit: PositiveInt | None = Field(default=None, description="first rows only")
+
+
+class PromptConfig(Section):
+    """How a question becomes token ids."""
+
+    template: str = Field(
+        default="Please reason step by step, and put your final answer within \\boxed{{}}. Question: {question}",
+        description="the user turn; a str.format template with {question}",
+    )
+    system: str | None = None
+    prefill: str = Field(
+        default="template",
+        description="what stands after the assistant tag: 'template' (as the chat template has it), 'none' (refuse a "
+        "template that adds more), or a text to append",
+    )
+    max_tokens: PositiveInt = 512
+    overlong: Literal["skip", "error"] = "skip"
+
+
+class DataConfig(Section):
+    """The stream of training prompts."""
+
+    datasets: list[DatasetConfig] = Field(min_length=1)
+    prompt: PromptConfig = Field(default_factory=PromptConfig)
+    shuffle: bool = True
+
+
+class SftDataConfig(Section):
+    """Rows of question and response text: `{"question", "response"}` by default."""
+
+    path: str
+    question: str = "question"
+    response: str = "response"
+    limit: PositiveInt | None = None

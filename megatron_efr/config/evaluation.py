@@ -1,0 +1,49 @@
+"""Held-out problems, and how answers are graded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from megatron_efr.config.data import DatasetConfig
+from megatron_efr.config.section import Section
+
+
+class GradingConfig(Section):
+    """math-verify in processes that can be killed."""
+
+    workers: PositiveInt = 1
+    timeout_s: float = Field(default=5.0, gt=0, description="CPU seconds for one response")
+
+
+class EvaluationConfig(Section):
+    """Held-out problems, graded during training (`every`) or by `efr evaluate`."""
+
+    datasets: list[DatasetConfig] = Field(default_factory=list)
+    every: PositiveInt | None = Field(default=None, description="iterations between evaluations inside a training run")
+    preset: Literal["paper", "r1", "custom"] = Field(
+        default="paper",
+        description="paper: temperature 0.6, top-p 1; r1: temperature 0.6, top-p 0.95; custom: as given here",
+    )
+    temperature: float | None = Field(default=None, ge=0, description="custom preset only; 0 is greedy")
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    samples: PositiveInt = Field(default=1, description="responses per problem")
+    samples_by_dataset: dict[str, PositiveInt] = Field(default_factory=dict)
+    max_new_tokens: PositiveInt = 32768
+
+    @model_validator(mode="after")
+    def _sampling_belongs_to_custom(self) -> EvaluationConfig:
+        if self.preset == "custom" and self.temperature is None:
+            raise ValueError("preset custom needs a temperature")
+        if self.preset != "custom" and (self.temperature is not None or self.top_p is not None):
+            raise ValueError(f"preset {self.preset} fixes temperature and top_p; set preset: custom to choose them")
+        return self
+
+    @property
+    def sampling(self) -> tuple[float, float]:
+        """(temperature, top_p)."""
+        if self.preset == "custom":
+            assert self.temperature is not None
+            return self.temperature, 1.0 if self.top_p is None else self.top_p
+        return 0.6, 1.0 if self.preset == "paper" else 0.95

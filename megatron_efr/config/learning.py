@@ -1,0 +1,99 @@
+"""Rewards, loss, optimizer and updates."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from megatron_efr.config.section import Section
+
+
+class MethodConfig(BaseModel):
+    """Which rule turns groups into rewards and advantages; the other keys are the method's own, checked by it."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    name: str = "efr"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class LossConfig(Section):
+    """The policy-gradient loss (PPO clip) and the KL to the initial model."""
+
+    clip: float = Field(default=0.2, gt=0, lt=1)
+    beta: float = Field(default=1e-3, ge=0, description="weight of the KL to the initial model, inside the reward (k1)")
+    normalize: Literal["none", "batch"] = Field(
+        default="none",
+        description="advantages as they are (the paper's text) or whitened over the batch (its released code)",
+    )
+    aggregate: Literal["sequence", "token"] = Field(
+        default="sequence", description="mean over each sequence's tokens, then over sequences; or over all tokens"
+    )
+    importance: Literal["auto", "none", "truncate", "mask"] = Field(
+        default="auto",
+        description="weight of a token by exp(policy before the update - engine), cut at importance_cap, or 0 outside "
+        "importance_low to importance_high; auto: truncate where rollouts are partial or async, else none",
+    )
+    importance_cap: float = Field(default=2.0, gt=0)
+    importance_low: float = Field(default=0.5, ge=0, le=1)
+    importance_high: float = Field(default=5.0, ge=1)
+
+
+class OptimizerConfig(Section):
+    """Adam and its learning-rate schedule."""
+
+    lr: float = Field(gt=0)
+    min_lr: float = Field(default=0.0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_updates: int = Field(default=0, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_grad: float = Field(default=1.0, ge=0, description="0 turns clipping off")
+    megatron: dict[str, Any] = Field(default_factory=dict, description="any field of Megatron's OptimizerConfig")
+
+
+class TrainingConfig(Section):
+    """The loop: how many iterations, how many updates in each, how work is packed."""
+
+    iterations: PositiveInt = 100
+    updates: PositiveInt = Field(default=2, description="optimizer updates per iteration, over equal shares of it")
+    micro_batch_tokens: PositiveInt = Field(default=16384, description="token budget of one packed micro-batch")
+    max_logprob_diff: float = Field(
+        default=0.5,
+        gt=0,
+        description="stop when |engine - policy| log-prob, averaged over an iteration's tokens of the policy's own "
+        "version, exceeds this",
+    )
+    warn_logprob_diff: float | None = Field(
+        default=None, gt=0, description="say so when it exceeds this; a fifth of max_logprob_diff when left out"
+    )
+    max_skipped: PositiveInt = Field(default=3, description="stop when so many updates in a row had to be skipped")
+
+    @property
+    def warns_above(self) -> float:
+        return self.warn_logprob_diff or self.max_logprob_diff / 5
+
+    @model_validator(mode="after")
+    def _warns_before_it_stops(self) -> TrainingConfig:
+        if self.warns_above > self.max_logprob_diff:
+            raise ValueError(
+                f"train.warn_logprob_diff: {self.warn_logprob_diff} would warn after train.max_logprob_diff = "
+                f"{self.max_logprob_diff} has stopped the run; set it lower"
+            )
+        return self
+
+
+class SftTrainingConfig(Section):
+    updates: PositiveInt
+    batch: PositiveInt = Field(default=64, description="sequences per optimizer update")
+    micro_batch_tokens: PositiveInt = 16384
+    bucket: PositiveInt = Field(
+        default=1,
+        description="updates drawn together and sorted by length before they are split, so that batches waste little",
+    )
+    log_every: PositiveInt = 10

@@ -1,0 +1,119 @@
+"""The configurations of whole programs, and what holds between their sections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_efr.config.data import DataConfig, PromptConfig, SftDataConfig
+from megatron_efr.config.evaluation import EvaluationConfig, GradingConfig
+from megatron_efr.config.learning import LossConfig, MethodConfig, OptimizerConfig, SftTrainingConfig, TrainingConfig
+from megatron_efr.config.model import ModelConfig, ParallelConfig, check_parallel
+from megatron_efr.config.output import CheckpointConfig, ObserveConfig
+from megatron_efr.config.rollout import EvaluationEnginesConfig, RolloutConfig
+from megatron_efr.config.section import ConfigError, Section
+
+
+class RunConfig(Section):
+    """What every program's configuration begins with."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")
+    runs: str = Field(default="runs", description="the folder of all runs; this one is runs/name")
+    seed: int = Field(default=42, ge=0)
+    model: ModelConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+
+class TrainConfig(RunConfig):
+    """`efr train`."""
+
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    data: DataConfig
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    grading: GradingConfig = Field(default_factory=GradingConfig)
+    method: MethodConfig = Field(default_factory=MethodConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    optimizer: OptimizerConfig
+    train: TrainingConfig = Field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    observe: ObserveConfig = Field(default_factory=ObserveConfig)
+
+    @model_validator(mode="after")
+    def _both_heads_are_fp32(self) -> TrainConfig:
+        if self.model.dtype != "float32" and self.rollout.server.get("enable_fp32_lm_head", True) is False:
+            raise ValueError(
+                "rollout.server.enable_fp32_lm_head: false, and the policy computes logits in fp32 whatever its "
+                "model.dtype; log-probs would differ by several 1e-2. Leave it out, or set it true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _responses_split_over_updates(self) -> TrainConfig:
+        responses = self.rollout.prompts * self.rollout.samples
+        if responses % self.train.updates:
+            raise ValueError(
+                f"rollout.prompts x rollout.samples = {self.rollout.prompts} x {self.rollout.samples} = {responses} "
+                f"responses do not split over train.updates = {self.train.updates}"
+            )
+        return self
+
+    @property
+    def importance(self) -> Literal["none", "truncate", "mask"]:
+        """What `loss.importance` comes to."""
+        if self.loss.importance != "auto":
+            return self.loss.importance
+        return "truncate" if self.rollout.off_policy else "none"
+
+    def check_world(self, world_size: int) -> None:
+        """Refuse sizes that do not divide over `world_size` ranks; call once the number of ranks is known."""
+        check_parallel(self.parallel, world_size)
+        replicas = world_size // self.parallel.model_ranks
+        per_update = self.rollout.prompts * self.rollout.samples // self.train.updates
+        if per_update % replicas:
+            raise ConfigError(
+                f"train.updates: {per_update} responses per update (rollout.prompts {self.rollout.prompts} x "
+                f"rollout.samples {self.rollout.samples} / train.updates {self.train.updates}) do not divide over "
+                f"{replicas} data-parallel ranks; make them a multiple of {replicas}"
+            )
+
+
+class SftConfig(RunConfig):
+    """`efr sft`."""
+
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    data: SftDataConfig
+    prompt: PromptConfig = Field(default_factory=PromptConfig)
+    optimizer: OptimizerConfig
+    train: SftTrainingConfig
+    loss_aggregate: Literal["sequence", "token"] = "token"
+    checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(every=500, keep=1))
+    observe: ObserveConfig = Field(default_factory=ObserveConfig)
+
+    def check_world(self, world_size: int) -> None:
+        """Refuse sizes that do not divide over `world_size` ranks."""
+        check_parallel(self.parallel, world_size)
+        replicas = world_size // self.parallel.model_ranks
+        if self.train.batch % replicas:
+            raise ConfigError(
+                f"train.batch: {self.train.batch} sequences do not divide over {replicas} data-parallel ranks; "
+                f"make it a multiple of {replicas}"
+            )
+
+
+class EvaluateConfig(RunConfig):
+    """`efr evaluate`; `model.path` may be a Megatron checkpoint, or a run's folder, whose newest is taken."""
+
+    template: str | None = Field(
+        default=None,
+        description="folder with config.json and tokenizer, for a checkpoint; by default the model that it began with",
+    )
+    rollout: EvaluationEnginesConfig = Field(default_factory=EvaluationEnginesConfig)
+    prompt: PromptConfig = Field(default_factory=PromptConfig)
+    evaluation: EvaluationConfig
+    grading: GradingConfig = Field(default_factory=GradingConfig)

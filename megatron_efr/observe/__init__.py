@@ -1,0 +1,17 @@
+"""What a run tells: metrics, progress, peak memory, and when it is stuck."""
+
+from megatron_efr.observe.observer import (
+    EXIT_STUCK as EXIT_STUCK,
+)
+from megatron_efr.observe.observer import (
+    Observer as Observer,
+)
+from megatron_efr.observe.observer import (
+    Watchdog as Watchdog,
+)
+from megatron_efr.observe.observer import (
+    deterministic as deterministic,
+)
+from megatron_efr.observe.observer import (
+    duration as duration,
+)

@@ -1,0 +1,1 @@
+"""The embedded engine: a decoder of our own in this process."""

@@ -1,0 +1,1 @@
+"""SGLang servers as processes: started, watched, started again, ended."""

@@ -1,0 +1,1 @@
+"""The SGLang engine: servers spoken to over HTTP, as one."""
