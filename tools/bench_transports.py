@@ -104,8 +104,8 @@ def measure(config: TrainConfig, peer: Peer, turns: int) -> str:
             ours.append(time.perf_counter() - began)
     seconds, ratio = statistics.median(ours), statistics.median(b / o for b, o in zip(bare, ours, strict=True))
     return (
-        f"| {config.rollout.transport} | {sum(sizes) / 1e9:.2f} | {len(sizes)} | {seconds:.2f} s "
-        f"| {sum(sizes) / 1e9 / seconds:.2f} | {statistics.median(bare):.2f} s | {ratio:.0%} |"
+        f"| {config.rollout.transport} | {sum(sizes) / 1e9:.2f} | {len(sizes)} | {seconds:.2g} s "
+        f"| {sum(sizes) / 1e9 / seconds:.2g} | {statistics.median(bare):.2g} s | {ratio:.0%} |"
     )
 
 

@@ -19,8 +19,7 @@ from megatron_efr.config import TrainConfig
 from megatron_efr.config.file import load
 from megatron_efr.errors import UserError
 from megatron_efr.rollout.servers.addresses import KEY, private_address
-from megatron_efr.rollout.servers.launcher import Launcher, server_arguments, server_environment
-from megatron_efr.weights.architecture import Architecture
+from megatron_efr.rollout.servers.launcher import Launcher
 
 
 def serve(config: TrainConfig, host: str, port: int, index: int) -> int:
@@ -29,14 +28,11 @@ def serve(config: TrainConfig, host: str, port: int, index: int) -> int:
         raise UserError(f"{KEY}: not set; the update endpoints unpickle what they receive: no engine without a key")
     address = private_address(host)
     rollout, on_gpu = config.rollout, torch.cuda.is_available()
-    arguments = server_arguments(config.model, rollout, Architecture.from_folder(config.model.path), on_gpu)
-    own = {"random_seed": (config.seed + index) % 2**31}
-    environment = server_environment(os.environ, on_gpu, rollout.tp)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # SLURM sends it to all, and the iteration at hand needs the engine
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     with Launcher(config.folder / "engines", rollout.timeouts.stop_s, key) as launcher:
-        launcher.start_one(f"engine-{index}", rollout.python, arguments | own, environment, host=address, port=port)
+        launcher.start_engine(config.model, rollout, index, seed=config.seed, on_gpu=on_gpu, host=address, port=port)
         [url] = launcher.wait(rollout.timeouts.start_s)
         print(f"engine {index} is ready at {url}", flush=True)
         launcher.watch(rollout.timeouts, rollout.restarts).join()

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_efr.arguments import run
+from megatron_efr.cluster.placement import RENDEZVOUS_PORT
 from megatron_efr.config import RolloutConfig, TrainConfig
 from megatron_efr.config.file import load
 from megatron_efr.doctor import machine
@@ -25,7 +26,6 @@ from megatron_efr.memory import checkpoint_bytes
 from megatron_efr.rollout.servers.addresses import KEY
 from megatron_efr.weights.architecture import Architecture
 
-RENDEZVOUS_PORT = 29500
 STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
 ROOM = 2 * 2**30  # bytes of disk for a run's records, where the model is not known
 

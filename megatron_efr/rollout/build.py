@@ -14,7 +14,7 @@ from megatron_efr.errors import UserError
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.rollout.servers.addresses import KEY, wait_until_ready
-from megatron_efr.rollout.servers.launcher import Launcher, server_arguments, server_environment
+from megatron_efr.rollout.servers.launcher import Launcher
 from megatron_efr.rollout.servers.process import ServerProcess
 from megatron_efr.rollout.servers.run_servers import Servers
 from megatron_efr.rollout.sglang.engine import SGLangEngine
@@ -53,10 +53,10 @@ def sglang_engine(
     if engines.urls:
         return _connected(model, engines, engines.urls, os.environ.get(KEY), folder, resources)
     launcher = resources.enter_context(Launcher(folder, engines.timeouts.stop_s))
-    on_gpu = torch.cuda.is_available()
-    arguments = server_arguments(model, engines, Architecture.from_folder(model.path), on_gpu)
-    environment = server_environment(os.environ, on_gpu, engines.tp)
-    launcher.start(engines.python, arguments, environment, count=engines.engines or 1, seed=seed)
+    for index in range(engines.engines or 1):
+        launcher.start_engine(
+            model, engines, index, seed=seed, on_gpu=torch.cuda.is_available(), first_gpu=index * engines.tp
+        )
     urls = launcher.wait(engines.timeouts.start_s)
     launcher.watch(engines.timeouts, engines.restarts)
     return _connected(model, engines, urls, launcher.key, folder, resources)

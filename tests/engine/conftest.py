@@ -11,7 +11,7 @@ import pytest
 from transformers import Qwen2ForCausalLM
 
 from megatron_efr.config import ModelConfig, RolloutConfig, TimeoutsConfig
-from megatron_efr.rollout.servers.launcher import Launcher, server_arguments, server_environment
+from megatron_efr.rollout.servers.launcher import Launcher
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.weights.architecture import Architecture
 from tests.conftest import make_model_folder
@@ -45,11 +45,8 @@ def start(folder: Path, config: RolloutConfig, model: Path, **changes: Any) -> t
         pytest.skip(f"{PYTHON} is not there: bash tools/setup_sglang_cpu.sh makes it")
     launcher = Launcher(folder, config.timeouts.stop_s)
     try:
-        arguments = server_arguments(
-            ModelConfig(path=str(model), **changes), config, Architecture.from_folder(model), on_gpu=False
-        )
-        environment = server_environment(os.environ, on_gpu=False, tp=config.tp)
-        launcher.start(config.python, arguments, environment, count=config.engines or 1, seed=0)
+        for index in range(config.engines or 1):
+            launcher.start_engine(ModelConfig(path=str(model), **changes), config, index, seed=0, on_gpu=False)
         return launcher, launcher.wait(config.timeouts.start_s)
     except BaseException:
         launcher.close()

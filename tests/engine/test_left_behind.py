@@ -16,8 +16,9 @@ from tests.engine.conftest import PYTHON
 ROOT = Path(__file__).parents[2]
 
 TRAINER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from tests.engine.conftest import rollout, start
 launcher, urls = start(Path(sys.argv[1]), rollout(), Path(sys.argv[2]))
 with launcher:

@@ -14,7 +14,7 @@ import torch
 from megatron_efr.config import ModelConfig, RolloutConfig
 from megatron_efr.memory import gradient_bytes, optimizer_bytes
 from megatron_efr.policy import Policy, Ranks
-from megatron_efr.rollout.servers.launcher import Launcher, server_arguments, server_environment
+from megatron_efr.rollout.servers.launcher import Launcher
 from megatron_efr.rollout.servers.run_servers import Servers
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.run.phases import Phases, free_bytes
@@ -72,13 +72,18 @@ def engine(wide_model: Path, tmp_path: Path) -> Iterator[SGLangEngine]:
     """A server that shares this process's card."""
     if not os.access(PYTHON, os.X_OK):
         pytest.skip(f"{PYTHON} is not there: bash launch/install_h100.sh makes it")
-    section = {"engine": "sglang", "placement": "colocated", "slots": 8, "server": {"mem_fraction_static": SHARE}}
+    section = {
+        "engine": "sglang",
+        "python": str(PYTHON),
+        "placement": "colocated",
+        "slots": 8,
+        "server": {"mem_fraction_static": SHARE},
+    }
     rollout, architecture = RolloutConfig.model_validate(section), Architecture.from_folder(wide_model)
     model = ModelConfig(path=str(wide_model), dtype="bfloat16")
     torch.cuda.empty_cache()  # what other tests have left
     with Launcher(tmp_path / "engines", rollout.timeouts.stop_s) as launcher:
-        arguments = server_arguments(model, rollout, architecture, on_gpu=True, shared=True)
-        launcher.start(str(PYTHON), arguments, server_environment(os.environ, True, 1), count=1, seed=0)
+        launcher.start_engine(model, rollout, 0, seed=0, on_gpu=True, shared=True)
         urls = launcher.wait(rollout.timeouts.start_s)
         made = SGLangEngine(urls, architecture, rollout.slots, rollout.timeouts, key=launcher.key, dtype=model.dtype)
         yield made

@@ -43,7 +43,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster": BASE
     | {"arguments", "weights.architecture"}
     | {"rollout.servers.addresses", "rollout.servers.launcher", "rollout.servers.seats"},
-    "doctor": BASE | {"arguments", "cluster.commands", "memory", "rollout.servers.addresses", "weights.architecture"},
+    "doctor": BASE
+    | {
+        "arguments",
+        "cluster.commands",
+        "cluster.placement",
+        "memory",
+        "rollout.servers.addresses",
+        "weights.architecture",
+    },
     "cli": {"arguments", "__init__"},  # it finds the programs by name, when they are asked for
 }
 PROGRAMS = {"train", "sft", "evaluate", "sweep", "report.__main__"}

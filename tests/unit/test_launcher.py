@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from megatron_efr.config import ModelConfig, RolloutConfig
+from megatron_efr.config import EnginesConfig, ModelConfig, RolloutConfig
 from megatron_efr.errors import UserError
 from megatron_efr.rollout.servers import supervisor
 from megatron_efr.rollout.servers.launcher import Launcher, server_arguments, server_environment
@@ -163,16 +163,17 @@ def test_arguments_that_would_change_what_is_sampled_are_refused(
 
 
 @pytest.mark.parametrize(("first", "gpus"), [(4, [4, 6]), (0, [0, 2])])
-def test_each_server_has_gpus_of_its_own(
+def test_each_server_has_gpus_and_random_numbers_of_its_own(
     launcher: Launcher, tied_model: Path, tmp_path: Path, first: int, gpus: list[int]
 ) -> None:
-    rollout = RolloutConfig.model_validate({"engine": "sglang", "tp": 2, "engines": 2})
-    architecture = Architecture.from_folder(tied_model)
+    python = fake_python(tmp_path, "exec sleep 300")
+    engines = EnginesConfig.model_validate({"engine": "sglang", "python": python, "tp": 2})
     model = ModelConfig(path=str(tied_model))
-    arguments = server_arguments(model, rollout, architecture, on_gpu=True, first_gpu=first)
-    launcher.start(fake_python(tmp_path, "exec sleep 300"), arguments, os.environ, count=2, seed=0)
+    for index in (0, 1):
+        launcher.start_engine(model, engines, index, seed=2**31 - 1, on_gpu=True, first_gpu=first + 2 * index)
     settings = [yaml.safe_load((launcher.folder / f"engine-{i}.yaml").read_text()) for i in (0, 1)]
     assert [s["base-gpu-id"] for s in settings] == gpus
+    assert [s["random-seed"] for s in settings] == [2**31 - 1, 0]
 
 
 @pytest.fixture
@@ -191,28 +192,29 @@ def fake_python(folder: Path, script: str) -> str:
 
 def test_a_server_that_ends_early_shows_the_end_of_its_log(launcher: Launcher, tmp_path: Path) -> None:
     python = fake_python(tmp_path, "echo server_args=api_key; echo unrecognized arguments: --no-such; exit 2")
-    launcher.start(python, {"no_such": 1}, os.environ, count=1, seed=0)
+    launcher.start_one("engine-0", python, {"no_such": 1}, os.environ)
     with pytest.raises(UserError, match=r"engine-0 ended before(.|\n)*unrecognized arguments: --no-such") as raised:
         launcher.wait(60)
     assert "api_key" not in str(raised.value)
 
 
 def test_a_server_that_does_not_get_ready_is_named_with_its_limit(launcher: Launcher, tmp_path: Path) -> None:
-    launcher.start(fake_python(tmp_path, "echo loading; exec sleep 300"), {}, os.environ, count=2, seed=0)
+    launcher.start_one("engine-0", fake_python(tmp_path, "echo loading; exec sleep 300"), {}, os.environ)
     with pytest.raises(UserError, match=r"engine-0 is not ready after rollout.timeouts.start_s = 1 s(.|\n)*loading"):
         launcher.wait(1)
 
 
 def test_an_interpreter_that_is_not_there_is_named_with_what_makes_it(launcher: Launcher) -> None:
     with pytest.raises(UserError, match=r"rollout\.python: /no/python(.|\n)*setup_sglang_cpu\.sh"):
-        launcher.start("/no/python", {}, os.environ, count=1, seed=0)
+        launcher.start_one("engine-0", "/no/python", {}, os.environ)
 
 
 def test_the_key_is_in_a_file_of_the_owners_and_on_no_command_line(launcher: Launcher, tmp_path: Path) -> None:
-    launcher.start(fake_python(tmp_path, "exec sleep 300"), {"tp_size": 1}, os.environ, count=2, seed=7)
+    python = fake_python(tmp_path, "exec sleep 300")
+    for name in ("engine-0", "engine-1"):
+        launcher.start_one(name, python, {"tp_size": 1}, os.environ)
     settings = [yaml.safe_load((launcher.folder / f"engine-{i}.yaml").read_text()) for i in (0, 1)]
     assert [s["api-key"] for s in settings] == [launcher.key, launcher.key]
-    assert [s["random-seed"] for s in settings] == [7, 8]
     assert settings[0]["port"] != settings[1]["port"]
     assert {s["host"] for s in settings} == {"127.0.0.1"}
     assert launcher.folder.stat().st_mode & 0o077 == 0

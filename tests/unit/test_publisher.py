@@ -24,6 +24,7 @@ class Engines:
         self.compared = False
         self.changed = False
         self.refuses = 0  # so many of the next buckets
+        self.failing: list[str] = []
 
     def begin_update(self) -> None:
         self.compared = False
@@ -35,6 +36,10 @@ class Engines:
         if self.refuses:
             self.refuses -= 1
             raise EngineError("refused")
+
+    def take_failing(self) -> list[str]:
+        taken, self.failing = self.failing, []
+        return taken
 
     def checksums(self) -> list[dict[str, str]]:
         return [{"a": "0"}]
@@ -99,3 +104,14 @@ def test_what_is_sent_again_counts_once_and_is_checked_as_the_first_attempt_was(
         publisher.publish(OneTensor(), version)
     assert engines.published == [1, 2, 3, 4, 5, 6, 7, 9, 10, 11]
     assert engines.checked == [1, 4, 7, 11]  # 7 is the seventh published, and 11 the tenth
+
+
+def test_engines_that_fail_again_and_again_are_given_to_who_can_start_them(ranks: Ranks) -> None:
+    engines, given = Engines(), []
+    publisher = Publisher(
+        engines, engines, ranks.cpu_world, check=lambda: engines, verify_every=1, restart=given.append
+    )  # fmt: skip
+    publisher.publish(OneTensor(), 1)
+    engines.refuses, engines.failing = 2, ["http://a:1"]
+    publisher.publish(OneTensor(), 2)
+    assert given == [["http://a:1"]], "once, between two attempts"

@@ -120,15 +120,28 @@ class Launcher:
         self.servers: list[ServerProcess] = []
         self._watch: Watch | None = None
 
-    def start(
-        self, python: str, arguments: Mapping[str, Any], environment: Mapping[str, str], *, count: int, seed: int
+    def start_engine(
+        self,
+        model: ModelConfig,
+        engines: EnginesConfig,
+        index: int,
+        *,
+        seed: int,
+        on_gpu: bool,
+        first_gpu: int = 0,
+        shared: bool = False,
+        host: str = LOOPBACK,
+        port: int | None = None,
     ) -> None:
-        """Start `count` servers, each with random numbers and GPUs of its own; returns before they are ready."""
-        for index in range(count):
-            own: dict[str, Any] = {"random_seed": (seed + index) % 2**31}
-            if "base_gpu_id" in arguments:
-                own["base_gpu_id"] = arguments["base_gpu_id"] + index * arguments["tp_size"]
-            self.start_one(f"engine-{index}", python, dict(arguments) | own, environment)
+        """Start engine number `index` of a run, with random numbers of its own; returns before it is ready.
+
+        It takes `tp` GPUs from `first_gpu` on, `shared` with a trainer where they are.
+        """
+        architecture = Architecture.from_folder(model.path)
+        arguments = server_arguments(model, engines, architecture, on_gpu, first_gpu, shared)
+        arguments["random_seed"] = (seed + index) % 2**31
+        environment = server_environment(os.environ, on_gpu, engines.tp)
+        self.start_one(f"engine-{index}", engines.python, arguments, environment, host=host, port=port)
 
     def start_one(
         self,

@@ -16,10 +16,9 @@ import torch.distributed as dist
 from megatron_efr.config import ConfigError, ModelConfig, RolloutConfig
 from megatron_efr.errors import UserError
 from megatron_efr.rollout.servers.addresses import KEY, LOOPBACK, address_towards, private_address
-from megatron_efr.rollout.servers.launcher import Launcher, server_arguments, server_environment
+from megatron_efr.rollout.servers.launcher import Launcher
 from megatron_efr.rollout.servers.seats import Host
 from megatron_efr.rollout.servers.watch import Watch
-from megatron_efr.weights.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -95,14 +94,12 @@ def _start(
             f"rollout.engines: {len(seats)} engines x rollout.tp {rollout.tp} after {host.ranks} ranks need GPUs up to "
             f"number {seats[-1][-1]}, and {torch.cuda.device_count()} are in sight; start fewer ranks or engines"
         )
-    architecture = Architecture.from_folder(model.path)
-    environment = server_environment(os.environ, on_gpu, rollout.tp)
+    shared = rollout.placement == "colocated"
     for place, gpus in enumerate(seats):
         index = host.number * len(seats) + place
-        shared = rollout.placement == "colocated"
-        arguments = server_arguments(model, rollout, architecture, on_gpu, gpus[0], shared)
-        own = {"random_seed": (seed + index) % 2**31}
-        launcher.start_one(f"engine-{index}", rollout.python, arguments | own, environment, host=address)
+        launcher.start_engine(
+            model, rollout, index, seed=seed, on_gpu=on_gpu, first_gpu=gpus[0], shared=shared, host=address
+        )
     return launcher.wait(rollout.timeouts.start_s)
 
 

@@ -58,14 +58,14 @@ class Fleet:
     """Servers that share one connection pool. Responses to a prompt come from one server, and share its cache."""
 
     def __init__(
-        self, urls: Sequence[str], key: str | None, limits: TimeoutsConfig, routed: Architecture | None = None
+        self, urls: Sequence[str], key: str | None, limits: TimeoutsConfig, mixture: Architecture | None = None
     ) -> None:
         headers = {"Content-Type": "application/json"}
         if key:
             headers["Authorization"] = f"Bearer {key}"
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S)
         self._session = aiohttp.ClientSession(connector=connector, headers=headers, read_bufsize=2**20)
-        self.servers = [Server(url, self._session, limits, routed) for url in urls]
+        self.servers = [Server(url, self._session, limits, mixture) for url in urls]
         self.membership = Membership(self.servers, limits)
         self._loads = dict.fromkeys(self.servers, 0)
         self._rests_until = dict.fromkeys(self.servers, 0.0)

@@ -47,14 +47,14 @@ class Answer:
 class Server:
     """The server at `url` (http://host:port). All servers share `session`, which carries the key.
 
-    Given `routed`, a mixture of experts, responses say which of its experts read their tokens.
+    Given `mixture`, a mixture of experts, responses say which of its experts read their tokens.
     """
 
     def __init__(
-        self, url: str, session: aiohttp.ClientSession, limits: TimeoutsConfig, routed: Architecture | None = None
+        self, url: str, session: aiohttp.ClientSession, limits: TimeoutsConfig, mixture: Architecture | None = None
     ) -> None:
         self.url = url.rstrip("/")
-        self._session, self._limits, self._routed = session, limits, routed
+        self._session, self._limits, self._mixture = session, limits, mixture
         self.released: set[str] = set()
         """What of WEIGHTS and CACHES it has given up: to take again what it has ends a server. Empty once restarted."""
 
@@ -69,15 +69,15 @@ class Server:
             "rid": rid,
             "input_ids": list(tokens),
             "return_logprob": True,
-            "return_routed_experts": self._routed is not None,
+            "return_routed_experts": self._mixture is not None,
             "sampling_params": _sampling_params(sampling),
         }
         answered = await self._post("/generate", body, "response_s")
         answer = _answer(answered, sampling, self.url)
-        if self._routed is not None:
+        if self._mixture is not None:
             encoded, read = answered["meta_info"]["routed_experts"], len(tokens) + answer.response.length - 1
             try:
-                answer.response.routed_experts = decode_routing(encoded, read, self._routed)
+                answer.response.routed_experts = decode_routing(encoded, read, self._mixture)
             except ValueError as error:
                 raise EngineError(f"{self.url}/generate: {error}") from error
         return answer

@@ -36,11 +36,11 @@ class ServerUpdates:
         limits: TimeoutsConfig,
         key: str | None,
         engine_ranks: int,
-        routed: Architecture | None,
+        mixture: Architecture | None,
         router: tuple[ServerProcess, int] | None = None,
     ) -> None:
         async def make() -> Fleet:  # in the loop that its connections belong to
-            return RoutedFleet(urls, key, limits, *router) if router else Fleet(urls, key, limits, routed)
+            return RoutedFleet(urls, key, limits, *router) if router else Fleet(urls, key, limits, mixture)
 
         self.engine_ranks = engine_ranks
         self._version = -1
