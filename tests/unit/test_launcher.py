@@ -66,10 +66,17 @@ def tree(tmp_path: Path) -> Iterator[Callable[[int], list[int]]]:
 def gone(pids: list[int]) -> bool:
     """Whether all end within half a minute."""
     for _ in range(300):
-        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+        if not any(map(runs, pids)):
             return True
         time.sleep(0.1)
     return False
+
+
+def runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
