@@ -167,7 +167,7 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class MemoryPlan:
     """The phases of a colocated step on one GPU, and what lies outside it."""
 
     phases: list[Phase]
@@ -175,7 +175,7 @@ class Plan:
     host_bytes: int  # of one rank: the reference, the weights it changes places with, gradients and optimizer offloaded
 
 
-def plan(shape: Shape) -> Plan:
+def plan(shape: Shape) -> MemoryPlan:
     """The memory of every phase; the stage with the most parameters stands for all."""
     a, parallel, dtype = shape.architecture, shape.parallel, shape.dtype
     own, experts = max(stage_parameters(a, parallel))
@@ -207,4 +207,4 @@ def plan(shape: Shape) -> Plan:
     ]
     reference = 2 * weights["parameters"] if shape.keeps_reference else 0  # and what it changes places with
     host = reference + training["gradients"] + states
-    return Plan(phases, cache // kv_bytes_per_token(a, shape.engine_ranks, dtype), host)
+    return MemoryPlan(phases, cache // kv_bytes_per_token(a, shape.engine_ranks, dtype), host)

@@ -6,6 +6,7 @@ Every rank runs it. Rank 0 alone owns prompts, engine and graders (`run.environm
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 from pathlib import Path
 
 from megatron_efr import arguments, methods
@@ -42,7 +43,7 @@ def loop(run: Run, done: int, interruption: Interruption) -> None:
             metrics = iterate(run, step, observer)
             run.phases.to_engines(policy, step, observer.phase)
             with observer.phase("evaluate"):
-                metrics |= evaluate(run, step)
+                metrics |= run.from_engines(partial(evaluation, run, step), "an evaluation", version=step) or {}
             observer.log(step, metrics)
             check_skipped(
                 policy.optimizer.skipped_in_a_row, config.train.max_skipped, step, run.folder.rollouts_path(step)
@@ -60,7 +61,7 @@ def loop(run: Run, done: int, interruption: Interruption) -> None:
 def iterate(run: Run, step: int, observer: Observer) -> dict[str, float]:
     """Rollouts, and what is learnt from them; those of a skipped update are always kept, for a replay."""
     with observer.phase("rollout"):
-        groups = run.answered(lambda: run.ranks.on_main(lambda: rollouts(run, step), "rollouts"), step - 1) or []
+        groups = run.from_engines(partial(rollouts, run, step), "rollouts", version=step - 1) or []
     run.phases.to_policy(run.policy, observer.phase)
     metrics = learn(run, step, groups, observer)
     metrics |= run.environment.engine_figures() if run.environment else {}
@@ -105,12 +106,10 @@ def learn(run: Run, step: int, groups: list[Group], observer: Observer) -> dict[
     return iteration_metrics(groups, made, drift, step - 1, seconds)
 
 
-def evaluate(run: Run, step: int) -> dict[str, float]:
-    """The held-out problems, every so many iterations; rank 0 asks and grades them."""
-    env = run.environment
-    return run.answered(
-        lambda: run.ranks.share(lambda: env.evaluate(step, run.folder) if env else {}, "an evaluation"), step
-    )
+def evaluation(run: Run, step: int) -> dict[str, float]:
+    """The held-out problems, every so many iterations, asked and graded on rank 0."""
+    assert run.environment is not None
+    return run.environment.evaluate(step, run.folder)
 
 
 def main(argv: SequenceOf[str] | None = None) -> None:

@@ -24,7 +24,7 @@ from rich.table import Table
 from megatron_efr.arguments import run
 from megatron_efr.config import ConfigError, TrainConfig
 from megatron_efr.config.file import load
-from megatron_efr.memory import Plan, Shape, parameter_count, plan
+from megatron_efr.memory import MemoryPlan, Shape, parameter_count, plan
 from megatron_efr.policy.fit import check_fit
 from megatron_efr.weights.architecture import Architecture
 
@@ -59,7 +59,7 @@ class Case:
         return float(self.config.rollout.server.get("mem_fraction_static", STATIC_FRACTION))
 
     @cached_property
-    def plan(self) -> Plan:
+    def plan(self) -> MemoryPlan:
         """The memory of every phase; ConfigError where the split does not divide."""
         config = self.config
         config.check_world(self.world)

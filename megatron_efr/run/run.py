@@ -70,20 +70,20 @@ class Run:
             self.environment.ledger.load_state_dict(state["stream"])
         return state["step"]
 
-    def answered(self, ask: Callable[[], T], version: int) -> T:
-        """The result of `ask`, which every rank calls, and in which rank 0 has the engines answer.
+    def from_engines(self, ask: Callable[[], T], what: str, *, version: int) -> T | None:
+        """On rank 0 the result of `ask`, in which engines answer; None on the others, which wait for `what`.
 
         When no engine is left that serves, the weights, of `version`, are published to those that come back, and it
-        goes on: `ask` is called again, at most RECOVERIES times.
+        goes on: `ask` is called again, at most so many times.
         """
         for _ in range(RECOVERIES):
             try:
-                return ask()
+                return self.ranks.on_main(ask, what)
             except NoEngineError as error:
                 if self.ranks.is_main:
                     print(f"{error}; publishing to those that come back", flush=True)
                 self.publisher.publish(self.policy, version)
-        return ask()
+        return self.ranks.on_main(ask, what)
 
 
 @contextmanager
