@@ -13,8 +13,9 @@ import torch.distributed as dist
 from megatron_efr.config import ConfigError, TrainConfig
 from megatron_efr.errors import UserError
 from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.checksums import ChecksumCheck, Hashing
 from megatron_efr.weights.publish import Embedded, Engines, Publisher, Receiver, Transport
-from megatron_efr.weights.sglang_layout import ChecksumCheck, EngineLayout
+from megatron_efr.weights.sglang_layout import EngineLayout
 from megatron_efr.weights.transports import Broadcast, Disk, Handles, InBand, Sliced, own_address
 
 
@@ -34,13 +35,14 @@ def build_publisher(
     on_gpu = torch.cuda.is_available()
     transport = _transport(config, cast(Engines | None, engine), cpu_world, layout, on_gpu)
     dtype = getattr(torch, config.model.dtype)
-    # what engines report then is what this table says
-    exact = not on_gpu and not layout.padded_on_cpu and config.rollout.server.get("ep_size", 1) == 1
+    hashing: Hashing | None = "fmix32" if on_gpu else "sha256"
+    if config.rollout.server.get("ep_size", 1) > 1 or (layout.padded_on_cpu and not on_gpu):
+        hashing = None
     return Publisher(
         transport,
         cast(Engines | None, engine),
         cpu_world,
-        check=lambda: ChecksumCheck(layout, dtype, exact=exact),
+        check=lambda: ChecksumCheck(layout, dtype, hashing),
         verify_every=config.rollout.verify_every,
         restart=restart,
     )

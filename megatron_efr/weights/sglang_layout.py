@@ -13,7 +13,6 @@ SGLang fuses what it multiplies together and splits it over its tensor-parallel 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -21,8 +20,6 @@ from typing import NamedTuple
 import torch
 
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.publish import WeightMismatchError
-from megatron_efr.weights.reshard import Parcel
 
 _FUSED = re.compile(r"(.*\.)(q|k|v|gate|up)_proj\.(weight|bias)")
 _EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")
@@ -112,77 +109,3 @@ class EngineLayout:
         rows = -(-len(whole) // multiple) * multiple // self.ranks
         mine = whole[rank * rows : (rank + 1) * rows]
         return torch.cat([mine, mine.new_zeros(rows - len(mine), *whole.shape[1:])]) if len(mine) < rows else mine
-
-
-class ChecksumCheck:
-    """The checksums that engines on a CPU must report: the first 8 bytes of SHA-256 over a parameter's bytes.
-
-    Where engines hash otherwise (`exact` false: on CUDA), names are held to the table, and engines to each other.
-    """
-
-    def __init__(self, layout: EngineLayout, dtype: torch.dtype, *, exact: bool) -> None:
-        self._layout, self._dtype, self._exact = layout, dtype, exact
-        self._expected: dict[str, _Sum] = {}
-
-    def add(self, parcel: Parcel) -> None:
-        """Take note of tensors that were sent."""
-        if not self._exact:  # names are all that counts: nothing is laid together
-            parcel = parcel._replace(tensors=[(name, tensor.to("meta")) for name, tensor in parcel.tensors])
-        for name, tensor in parcel.tensors:
-            if (part := self._layout.expert_part(name, tensor)) is not None:
-                self._expect(*part)
-        for name, slices in self._layout.slices(parcel.tensors):
-            self._expect(name, 0, 1, slices)
-
-    def _expect(self, name: str, place: int, places: int, slices: list[torch.Tensor]) -> None:
-        for rank, tensor in enumerate(slices):
-            key = name if self._layout.ranks == 1 else f"rank{rank}.{name}"
-            found = self._expected.setdefault(key, _Sum(places))
-            found.add(place, tensor.to(self._dtype) if self._exact else None)
-
-    def compare(self, servers: list[dict[str, str]]) -> None:
-        """WeightMismatchError names the first parameter that a server does not have as it was sent."""
-        for name, expected in self._expected.items():
-            if expected.missing:
-                raise WeightMismatchError(f"{name}: part {expected.missing[0]} of {expected.places} was never sent")
-        for number, found in enumerate(servers):
-            if unknown := sorted(self._expected.keys() - found.keys()):
-                raise WeightMismatchError(f"server {number}: was sent {unknown[0]}, which it does not have")
-            if unsent := sorted(found.keys() - self._expected.keys()):
-                raise WeightMismatchError(f"server {number}: has {unsent[0]}, which was never sent")
-            for name, expected in self._expected.items() if self._exact else ():
-                if found[name] != expected.checksum:
-                    raise WeightMismatchError(f"server {number}: {name} is not what was sent: {found[name]}")
-            for name, value in servers[0].items():
-                if found.get(name) != value:
-                    raise WeightMismatchError(f"server {number}: {name} differs from server 0's")
-
-
-class _Sum:
-    """SGLang's checksum of a parameter in host memory, whose `places` parts may come in any order."""
-
-    def __init__(self, places: int) -> None:
-        self.places = places
-        self._sha, self._hashed = hashlib.sha256(), 0
-        self._came: set[int] = set()
-        self._early: dict[int, torch.Tensor] = {}
-
-    @property
-    def missing(self) -> list[int]:
-        """The parts that have not come."""
-        return [place for place in range(self.places) if place not in self._came]
-
-    @property
-    def checksum(self) -> str:
-        return self._sha.digest()[:8].hex()
-
-    def add(self, place: int, part: torch.Tensor | None) -> None:
-        """Take note of a part; None where nobody will ask for the checksum."""
-        self._came.add(place)
-        if part is None:
-            return
-        self._early[place] = part if place == self._hashed else part.clone()  # its memory will be another bucket's
-        while (following := self._early.pop(self._hashed, None)) is not None:
-            raw = following.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            self._sha.update(raw.numpy().data)
-            self._hashed += 1

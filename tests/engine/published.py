@@ -24,8 +24,9 @@ from megatron_efr.policy.ranks import Ranks
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.types import Prompt, Request, Sampling
 from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.checksums import ChecksumCheck, Hashing
 from megatron_efr.weights.publish import Publisher, Transport
-from megatron_efr.weights.sglang_layout import ChecksumCheck, EngineLayout
+from megatron_efr.weights.sglang_layout import EngineLayout
 from megatron_efr.weights.transports import Broadcast, Disk, InBand, Sliced
 from tests.parallel.layout import split
 
@@ -66,12 +67,17 @@ def make_transport(kind: str, engine: SGLangEngine | None, layout: EngineLayout,
 
 
 def make_publisher(
-    transport: Transport, engine: SGLangEngine | None, layout: EngineLayout, ranks: Ranks, *, exact: bool = True
+    transport: Transport,
+    engine: SGLangEngine | None,
+    layout: EngineLayout,
+    ranks: Ranks,
+    dtype: torch.dtype = torch.float32,
+    hashing: Hashing = "sha256",
 ) -> Publisher:
-    """One that checks every publication; not `exact` where engines are on a GPU, and hash otherwise."""
+    """One that checks every publication."""
 
     def check() -> ChecksumCheck:
-        return ChecksumCheck(layout, torch.float32, exact=exact)
+        return ChecksumCheck(layout, dtype, hashing)
 
     return Publisher(transport, engine, ranks.cpu_world, check=check, verify_every=1)
 

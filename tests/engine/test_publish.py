@@ -23,10 +23,11 @@ from megatron_efr.policy.ranks import Ranks
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.types import Sampling
 from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.checksums import ChecksumCheck
 from megatron_efr.weights.publication import build_publisher
 from megatron_efr.weights.publish import EngineError, Publisher, WeightMismatchError
 from megatron_efr.weights.reshard import Parcel
-from megatron_efr.weights.sglang_layout import ChecksumCheck, EngineLayout
+from megatron_efr.weights.sglang_layout import EngineLayout
 from megatron_efr.weights.transports import Broadcast, InBand
 from tests.engine.conftest import SLOTS, STOP, rollout, start
 from tests.engine.published import connect, distance, make_policy, make_publisher
@@ -192,7 +193,7 @@ def test_a_mixture_in_bf16_is_held_to_every_bit(tmp_path: Path, ranks: Ranks) ->
         lying = Lying(engine, lambda n, tensor: (n, one_ulp_off(tensor) if n == name else tensor))
         publisher = Publisher(
             lying, engine, ranks.cpu_world, verify_every=1,
-            check=lambda: ChecksumCheck(EngineLayout(architecture, 1), torch.bfloat16, exact=True),
+            check=lambda: ChecksumCheck(EngineLayout(architecture, 1), torch.bfloat16, "sha256"),
         )  # fmt: skip
         with pytest.raises(WeightMismatchError, match=r"layers\.1\.mlp\.experts\.w13_weight is not what was sent"):
             publisher.publish(policy, 2)

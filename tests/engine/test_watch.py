@@ -18,9 +18,10 @@ from megatron_efr.rollout.servers.addresses import is_ready, status
 from megatron_efr.rollout.servers.launcher import Launcher
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.checksums import ChecksumCheck
 from megatron_efr.weights.publish import Publisher
 from megatron_efr.weights.reshard import Parcel
-from megatron_efr.weights.sglang_layout import ChecksumCheck, EngineLayout
+from megatron_efr.weights.sglang_layout import EngineLayout
 from megatron_efr.weights.transports import Broadcast
 from tests.engine.conftest import rollout, start
 from tests.engine.published import distance, make_policy
@@ -145,7 +146,7 @@ def test_a_server_that_fails_two_publications_is_started_again_and_takes_the_thi
         transport,
         engine,
         ranks.cpu_world,
-        check=lambda: ChecksumCheck(EngineLayout(architecture, 1), torch.float32, exact=True),
+        check=lambda: ChecksumCheck(EngineLayout(architecture, 1), torch.float32, "sha256"),
         verify_every=1,
         restart=watch.restart,
     )

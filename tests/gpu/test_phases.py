@@ -94,7 +94,7 @@ def test_a_server_releases_its_share_of_the_card_and_goes_on_with_the_policys_ne
     engine: SGLangEngine, wide_model: Path, ranks: Ranks
 ) -> None:
     layout, full = EngineLayout(engine.architecture, 1), free_bytes()
-    publisher = make_publisher(Handles(engine, ranks.cpu_world), engine, layout, ranks, exact=False)
+    publisher = make_publisher(Handles(engine, ranks.cpu_world), engine, layout, ranks, torch.bfloat16, "fmix32")
     share = int(0.8 * SHARE / (1 - SHARE) * full)  # of the card: `full` is what the server left
     phases = Phases(publisher, engine, Servers(), ranks, shared=True, engine_bytes=share)
     assert free_bytes() - full >= share

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.checksums import ChecksumCheck, Hashing, fmix32
 from megatron_efr.weights.folder import FolderWeights
 from megatron_efr.weights.mapping import WeightMapping
 from megatron_efr.weights.plan import Held, Plan
 from megatron_efr.weights.publish import WeightMismatchError
 from megatron_efr.weights.reshard import Parcel
-from megatron_efr.weights.sglang_layout import ChecksumCheck, EngineLayout
+from megatron_efr.weights.sglang_layout import EngineLayout
 from megatron_efr.weights.timing import Bandwidths, seconds
 from megatron_efr.weights.transports import encode
 from tests.families import make_family_folder
@@ -179,7 +180,7 @@ def test_a_difference_between_what_was_sent_and_what_is_held_is_named(untied_mod
     architecture = Architecture.from_folder(untied_model)
     layout = EngineLayout(architecture, 1)
     tensors = list(FolderWeights(untied_model, architecture).items())
-    check = ChecksumCheck(layout, torch.float32, exact=True)
+    check = ChecksumCheck(layout, torch.float32, "sha256")
     check.add(Parcel(tensors, None))
     held = {name: checksum(parts[0]) for name, parts in layout.slices(tensors)}
     check.compare([held, held])
@@ -189,7 +190,7 @@ def test_a_difference_between_what_was_sent_and_what_is_held_is_named(untied_mod
         check.compare([{name: value for name, value in held.items() if name != "model.norm.weight"}])
     with pytest.raises(WeightMismatchError, match=r"has model\.extra\.weight, which was never sent"):
         check.compare([held | {"model.extra.weight": "0"}])
-    names = ChecksumCheck(layout, torch.float32, exact=False)
+    names = ChecksumCheck(layout, torch.float32, None)
     names.add(Parcel(tensors, None))
     with pytest.raises(WeightMismatchError, match=r"server 1: model\.norm\.weight differs from server 0's"):
         names.compare([held, held | {"model.norm.weight": "0"}])
@@ -232,7 +233,7 @@ def test_experts_are_held_to_the_layers_fused_weights_in_whatever_order_they_are
             fused |= fused_experts(source, layer, rank, ranks)
         held |= {f"rank{rank}.{name}" if ranks > 1 else name: checksum(part) for name, part in fused.items()}
     for sent in (tensors, tensors[::-1]):
-        check = ChecksumCheck(layout, torch.float32, exact=True)
+        check = ChecksumCheck(layout, torch.float32, "sha256")
         for tensor in sent:
             if ".experts." in tensor[0]:
                 check.add(Parcel([(tensor[0], scratch := tensor[1].clone())], None))
@@ -244,21 +245,25 @@ def test_experts_are_held_to_the_layers_fused_weights_in_whatever_order_they_are
         check.compare([held | {wrong: "0"}])
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_experts_that_an_engine_does_not_know_or_was_not_sent_are_named(exact: bool, moe: Path) -> None:
+@pytest.mark.parametrize("hashing", ["sha256", "fmix32", None])
+def test_what_an_engine_of_a_mixture_does_not_know_or_was_not_sent_is_named(hashing: Hashing | None, moe: Path) -> None:
     architecture = Architecture.from_folder(moe)
     source, layout = FolderWeights(moe, architecture), EngineLayout(architecture, 1)
     tensors = list(source.items())
-    held = {name: checksum(parts[0]) for name, parts in layout.slices(tensors)}
+    whole = fmix32 if hashing == "fmix32" else checksum
+    held = {name: whole(parts[0]) for name, parts in layout.slices(tensors)}
     held |= {name: checksum(part) for layer in range(2) for name, part in fused_experts(source, layer, 0, 1).items()}
     path = "model.layers.0.mlp.experts."
 
     def check(sent: list[tuple[str, torch.Tensor]], held: dict[str, str] = held) -> None:
-        made = ChecksumCheck(layout, torch.float32, exact=exact)
+        made = ChecksumCheck(layout, torch.float32, hashing)
         made.add(Parcel(sent, None))
         made.compare([held])
 
     check(tensors)
+    if hashing:
+        with pytest.raises(WeightMismatchError, match=r"model\.norm\.weight is not what was sent: 0"):
+            check(tensors, held | {"model.norm.weight": "0"})
     with pytest.raises(WeightMismatchError, match=r"was sent model\.layers\.0\.mlp\.experts\.w13_weight, which it"):
         check(tensors, {name: value for name, value in held.items() if name != f"{path}w13_weight"})
     with pytest.raises(
