@@ -89,6 +89,7 @@ def test_two_servers_answer_a_checkpoint_as_the_embedded_engine_does_though_kill
     assert not (config.parent / "run/engines/eval-served/weights").exists()
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_is_started_again_reads_its_model_folder_again_and_answers_the_rest(
     config: Path, embedded: dict[str, Any]
 ) -> None:

@@ -75,6 +75,7 @@ def said(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[str], bool]]:
     print("".join(lines))
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_or_hangs_is_back_at_its_address_until_its_times_are_up(
     launcher: Launcher, said: Callable[[str], bool]
 ) -> None:
