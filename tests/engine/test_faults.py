@@ -194,6 +194,7 @@ def test_no_rank_makes_a_handle_that_no_engine_will_open(servers: Servers, folde
     assert said["made"] == [3 + said["buckets"], 3]  # three, of which the last failed; then all, without its server
 
 
+@pytest.mark.slow
 def test_a_process_group_is_made_anew_where_its_servers_change(
     servers: Servers, engine: SGLangEngine, folders: tuple[Path, Path], ranks: Ranks
 ) -> None:
@@ -255,6 +256,7 @@ def test_a_server_killed_in_a_broadcast_leaves_the_other_alive_to_be_sent_everyt
     broadcast.abandon()
 
 
+@pytest.mark.slow
 def test_a_server_frozen_in_a_broadcast_is_left_out_after_its_limit_and_takes_part_once_thawed(
     servers: Servers, folders: tuple[Path, Path], ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
