@@ -81,7 +81,7 @@ def test_groups_come_back_once_through_the_router_and_both_servers_are_asked(
     assert_each_came_once(list(engine.generate(requests(COUNT), LONG)), 1)
     first, second = answered(router)
     assert min(first, second) > 0
-    assert first + second == 2 * COUNT
+    assert first + second >= 2 * COUNT
 
 
 @pytest.mark.slow
