@@ -121,7 +121,7 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def row_weights(
-    sizes: SequenceOf[SequenceSize], update: list[int], aggregate: Literal["sequence", "token"]
+    sizes: ByIndex[SequenceSize], update: list[int], aggregate: Literal["sequence", "token"]
 ) -> dict[int, float]:
     """The weight of each sequence's tokens in the loss of one update (indices over all replicas).
 

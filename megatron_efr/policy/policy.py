@@ -112,7 +112,7 @@ class Policy:
 
     def plan_update(
         self,
-        sizes: SequenceOf[SequenceSize],
+        sizes: ByIndex[SequenceSize],
         update: list[int],
         micro_batch_tokens: int,
         aggregate: Literal["sequence", "token"],
@@ -144,7 +144,7 @@ class Policy:
         aggregate: Literal["sequence", "token"],
     ) -> list[PackedBatch]:
         """`plan_update` and `pack` in one, where every rank has all sequences."""
-        sizes = [sequence.size for sequence in sequences]
+        sizes = {i: sequences[i].size for i in update}  # of an update alone: there may be very many sequences
         return self.pack(sequences, self.plan_update(sizes, update, micro_batch_tokens, aggregate))
 
     # -- forward, backward, step --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from tests.engine.test_parity import TOLERANCE, Models, asked, exact_logprobs, w
 from tests.engine_contract import requests
 
 
+@pytest.mark.slow
 def test_two_servers_share_the_work_and_one_that_dies_loses_none_of_it(
     folders: tuple[Path, Path], models: Models, tmp_path: Path
 ) -> None:
