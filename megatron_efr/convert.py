@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from megatron_efr import arguments
-from megatron_efr.checkpoint.manifest import STATE, sync_folder, verify, write_manifest, write_synced
+from megatron_efr.checkpoint.manifest import STATE, verify, write_manifest
 from megatron_efr.checkpoint.model_source import HUGGING_FACE, find_template
+from megatron_efr.durable import replace_file, sync_folder
 from megatron_efr.errors import UserError
 from megatron_efr.weights import torch_dist
 from megatron_efr.weights.architecture import Architecture
@@ -44,7 +45,7 @@ def hf_to_megatron(source: Path, destination: Path) -> None:
     torch_dist.write(partial, weights, architecture)
     copy_all_but_weights(source, partial / HUGGING_FACE)
     state = {"step": 0, "initial_model": {"path": str(source), "sha256": fingerprint(source)}}
-    write_synced(partial / STATE, json.dumps(state, indent=1))
+    replace_file(partial / STATE, json.dumps(state, indent=1))
     write_manifest(partial)
     os.rename(partial, destination)
     sync_folder(destination.parent)

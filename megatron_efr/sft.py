@@ -34,8 +34,9 @@ def sft(config: SftConfig, resume: bool = False) -> None:
         )
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
         done = restore(policy, checkpoints) if resume else 0
-        ranks.on_main(lambda: folder.truncate_metrics(done))
         total = config.train.updates
+        if resume:
+            ranks.on_main(lambda: folder.go_on_from(done, total, "update", config.train.log_every))
         observing = Observer(folder, config.observe, total, ranks.rank, done, config.name, ranks.largest)
         with Interruption() as interruption, observing as observer:
             for step, update in enumerate(schedule(sequences, config), start=1):

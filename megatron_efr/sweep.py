@@ -14,9 +14,10 @@ from pathlib import Path
 from megatron_efr import arguments, methods
 from megatron_efr.config import ConfigError, EvaluateConfig, TrainConfig
 from megatron_efr.config.file import dump
+from megatron_efr.durable import write_atomic
 from megatron_efr.report.records import build_summary
 from megatron_efr.report.run_page import write_run_page
-from megatron_efr.run.folder import RunFolder, write_atomic
+from megatron_efr.run.folder import RunFolder
 from megatron_efr.types import UserError
 
 

@@ -18,13 +18,12 @@ from megatron_efr.checkpoint.manifest import (
     LATEST,
     STATE,
     CheckpointError,
-    sync_folder,
     verify,
     write_manifest,
-    write_synced,
 )
 from megatron_efr.checkpoint.shards import UNWRITTEN, Shards
 from megatron_efr.config import CheckpointConfig
+from megatron_efr.durable import reason, replace_file, sync_folder, writing
 
 
 class World(Protocol):
@@ -103,8 +102,7 @@ class Checkpoints:
             self._world.share(then)
         except UNWRITTEN as error:
             raise CheckpointError(
-                f"{final}: cannot be written: {error}; {shutil.disk_usage(self.folder).free:,} bytes are free there; "
-                f"the checkpoints before it are untouched, and --resume goes on from the newest"
+                f"{final}: cannot be written: {reason(final, error)}; the checkpoints before it are untouched"
             ) from error
 
     def _begin(self, partial: Path) -> None:
@@ -119,42 +117,61 @@ class Checkpoints:
         os.rename(partial, final)
         sync_folder(self.folder)
         verify(final)
-        write_synced(self.folder / LATEST, final.name)
-        for path in self._superseded(final):
-            shutil.rmtree(path)
+        replace_file(self.folder / LATEST, final.name)
+        self._drop_superseded(final)
 
-    def _superseded(self, newest: Path) -> Iterator[Path]:
-        """The checkpoints that are not to be kept, now that `newest` is there."""
+    def _drop_superseded(self, newest: Path) -> None:
+        """Remove the checkpoints that are not to be kept, now that `newest` is there and `latest` names it."""
         complete = _complete(self.folder)
         count, every = complete.index(newest) + 1, self._config.keep_every
         for path in complete[: max(count - self._config.keep, 0)]:
             if every is None or _step(path) % every:
-                yield path
-        # a later one did not verify when this run resumed, and must neither count nor come back
-        yield from complete[count:]
+                shutil.rmtree(path)
 
     def newest(self, last: int | None = None) -> Path | None:
-        """The newest checkpoint that verifies; a damaged one is named on stderr and the one before it is taken.
+        """The newest checkpoint that verifies, or None where none was ever saved.
 
-        `latest` then names it too; but not where only those up to step `last` are asked for.
+        Damaged ones are named on stderr and set aside: renamed, so that they neither count nor are overwritten, and can
+        come back. `latest` then names the one that is taken, and what is not to be kept goes. Where those up to step
+        `last` are asked for, nothing is changed. CheckpointError where there are some and all are damaged: it names
+        every fault, and nothing is changed.
         """
         return self._world.share(lambda: self._newest(last))
 
     def _newest(self, last: int | None) -> Path | None:
+        damaged: dict[Path, CheckpointError] = {}
         for path in reversed(_complete(self.folder)):
             if last is not None and _step(path) > last:
                 continue
             try:
                 verify(path)
             except CheckpointError as error:
+                damaged[path] = error
+                continue
+            for other, error in damaged.items():
                 print(f"checkpoint set aside: {error}", file=sys.stderr, flush=True)
-            else:
-                if last is not None:
-                    return path
-                if not (latest := self.folder / LATEST).exists() or latest.read_text(encoding="utf-8") != path.name:
-                    write_synced(latest, path.name)
-                return path
+                if last is None:
+                    _set_aside(other)
+            if last is None:
+                with writing(self.folder):
+                    self._settle_on(path)
+            return path
+        latest = self.folder / LATEST
+        if damaged or (last is None and latest.exists()):
+            faults = list(map(str, damaged.values())) or [f"{latest}: names a checkpoint, and none is there"]
+            raise CheckpointError(
+                f"{self.folder}: no checkpoint verifies, and this run has been saved before; nothing was changed\n"
+                + "".join(f"  {fault}\n" for fault in faults)
+                + "put a copy of one of them back; or start over under another name (name=...)"
+            )
         return None
+
+    def _settle_on(self, path: Path) -> None:
+        """Make `path` the latest, and finish what a kill after it was saved left to do."""
+        latest = self.folder / LATEST
+        if not latest.exists() or latest.read_text(encoding="utf-8") != path.name:
+            replace_file(latest, path.name)
+        self._drop_superseded(path)
 
     def load(self, path: Path, sharded: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """(sharded state filled in, the run's own state) of a checkpoint, on all ranks together."""
@@ -165,6 +182,15 @@ class Checkpoints:
 def name(step: int) -> str:
     """The folder of a step's checkpoint."""
     return f"step_{step:06d}"
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint to `step_000010.damaged`, or with a number where there is one already."""
+    names = (f"{path.name}.damaged{end}" for end in ("", *(f"-{number}" for number in range(2, 1000))))
+    with writing(path.parent):
+        place = next(place for each in names if not (place := path.with_name(each)).exists())
+        os.rename(path, place)
+    print(f"  it is {place} now, and nothing reads it there", file=sys.stderr, flush=True)
 
 
 def _step(path: Path) -> int:

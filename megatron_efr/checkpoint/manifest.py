@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+from megatron_efr.durable import replace_file
 from megatron_efr.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -46,26 +47,7 @@ def write_manifest(folder: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         listed[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    write_synced(folder / MANIFEST, json.dumps(listed, indent=1))
-
-
-def sync_folder(folder: Path) -> None:
-    """Let a rename within `folder` outlive the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write a text file, complete or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_file(folder / MANIFEST, json.dumps(listed, indent=1))
 
 
 def _verify_file(member: Path, size: int, checksum: str) -> None:

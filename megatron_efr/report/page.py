@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.colors import to_hex, to_rgb
 
+from megatron_efr.durable import write_atomic
 from megatron_efr.report import plots, sentences, statistics
 from megatron_efr.report.records import Record, figure, label, relative, spread_note
 
@@ -64,9 +64,7 @@ def write_report(
         versions=versions or {},
     )
     path = out / "index.html"
-    temporary = out / ".index.html.tmp"
-    temporary.write_text(html, encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomic(path, html)
     return path
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_efr.durable import writing
 from megatron_efr.report.page import write_report
 from megatron_efr.report.records import build_summary
 
@@ -39,16 +40,19 @@ def write_run_page(folder: Folder, members: Sequence[Folder] = ()) -> Path:
     evaluations = folder.read_evaluations()
     summary = _summary(folder, evaluations)
     runs = {run.path.name: run for run in (members or [folder]) if run.config.exists()}
-    return write_report(
-        summary,
-        evaluations,
-        {name: run.read_metrics() for name, run in runs.items()},
-        folder.report,
-        title=folder.path.name,
-        note=summary.get("note", ""),
-        configs={name: run.config.read_text(encoding="utf-8") for name, run in runs.items()},
-        versions=dict(_versions()),
-    )
+    metrics = {name: run.read_metrics() for name, run in runs.items()}
+    configs = {name: run.config.read_text(encoding="utf-8") for name, run in runs.items()}
+    with writing(folder.report):
+        return write_report(
+            summary,
+            evaluations,
+            metrics,
+            folder.report,
+            title=folder.path.name,
+            note=summary.get("note", ""),
+            configs=configs,
+            versions=dict(_versions()),
+        )
 
 
 def _summary(folder: Folder, evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -7,58 +7,25 @@ runs/<name>/ config.yaml · metrics.jsonl · checkpoints/ · journal/ · rollout
 from __future__ import annotations
 
 import base64
-import contextlib
-import io
 import json
 import math
 import os
+import sys
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import yaml
 import zstandard
 
+from megatron_efr.durable import GOES_ON, append_line, remove_torn_writes, write_atomic, write_whole, writing
+from megatron_efr.run.changes import refusal
 from megatron_efr.types import Group, Prompt, Response, UserError, VersionSpan
-
-MAY_CHANGE = (
-    *("runs", "observe", "checkpoint", "train.iterations", "parallel.wait_limit_s"),
-    *("rollout.urls", "rollout.python", "rollout.timeouts"),
-)
-"""Keys, or sections, that a resumed run may set anew: none of them touches the numbers of an iteration."""
-
-_ABSENT = "(not set)"
 
 
 class RunFolderError(UserError):
     """A run folder that cannot be used as asked. The message says what lies there and what would be right."""
-
-
-def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Replace `path` by `content` (text as UTF-8): after a crash it holds the old content or the new, never a part.
-
-    The temporary file lies in the same folder (a rename is atomic only within a file system); the file is synced
-    before the rename and the folder after it. Parent folders are made. Raises OSError as the file system does.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def encode_group(group: Group) -> str:
@@ -140,18 +107,18 @@ class Journal:
     def __init__(self, path: str | Path, fsync: bool = False) -> None:
         self.path = Path(path)
         self.fsync = fsync
-        self._file: io.BufferedWriter | None = None
+        self._file: BinaryIO | None = None
 
     def append(self, group: Group) -> None:
-        """Add one finished group. A torn line left by a crash is cut off first."""
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._cut_torn_line()
-            self._file = open(self.path, "ab")  # noqa: SIM115 (held open over appends)
-        self._file.write(encode_group(group).encode("utf-8") + b"\n")
-        self._file.flush()
-        if self.fsync:
-            os.fsync(self._file.fileno())
+        """Add one finished group. A torn line left by a crash is cut off first. UnwritableError leaves it out whole."""
+        with writing(self.path, GOES_ON):
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._cut_torn_line()
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (held open over appends)
+            write_whole(self._file, checked_line(encode_group(group)))
+            if self.fsync:
+                os.fsync(self._file.fileno())
 
     def read(self) -> JournalContents:
         """The finished groups. RunFolderError where a line other than the last is damaged: that is no torn write."""
@@ -161,7 +128,7 @@ class Journal:
         groups: list[Group] = []
         for number, line in enumerate(whole, start=1):
             try:
-                groups.append(decode_group(line))
+                groups.append(decode_group(_checked(line)))
             except (ValueError, KeyError, TypeError) as error:
                 raise RunFolderError(
                     f"{self.path}:{number}: not a finished group ({error}); the file is damaged beyond a torn last "
@@ -187,6 +154,22 @@ class Journal:
             whole = data.rfind(b"\n") + 1
             if whole < len(data):
                 os.truncate(self.path, whole)
+
+
+def checked_line(text: str) -> bytes:
+    """A journal's line: the text behind its CRC-32."""
+    data = text.encode("utf-8")
+    return f"{zlib.crc32(data):08x} ".encode("ascii") + data + b"\n"
+
+
+def _checked(line: bytes) -> bytes:
+    """The text of a line of `checked_line`; ValueError where it is not what was written. One without is from before."""
+    if line.startswith(b"{"):
+        return line
+    checksum, _, data = line.partition(b" ")
+    if checksum != f"{zlib.crc32(data):08x}".encode("ascii"):
+        raise ValueError("its checksum differs")
+    return data
 
 
 class RunFolder:
@@ -216,14 +199,11 @@ class RunFolder:
         `resolved_yaml` is `config.dump(config)`. Raises RunFolderError when the folder holds another configuration
         (naming every differing key), or the same one with work in it and `resume` is false. A folder whose run stopped
         before any work, such as at a data set that is not there, is taken over. A resumed run may change
-        the keys of MAY_CHANGE; train.iterations only under a constant learning rate, whose schedule it does not bend.
+        the keys of changes.MAY_CHANGE; what it finds damaged (config.yaml, metrics.jsonl) is named and not touched.
         """
         if self.config.exists() and (self.has_work or resume):
-            held, ours = self._flat(self.config.read_text(encoding="utf-8")), self._flat(resolved_yaml)
-            differing = [key for key in dict.fromkeys([*held, *ours]) if held.get(key) != ours.get(key)]
-            refused = [key for key in differing if not (resume and _may_change(key, held))]
-            if refused:
-                raise RunFolderError(self._other_configuration(refused, held, ours, resume))
+            if refused := refusal(self.config, resolved_yaml, resume):
+                raise RunFolderError(refused)
         elif self.has_work:
             raise RunFolderError(
                 f"{self.path}: holds a run's work but no config.yaml, so nobody can tell what it is; "
@@ -234,33 +214,23 @@ class RunFolder:
                 f"{self.path}: this very run has been started before and has work here; "
                 f"pass --resume to go on from its last checkpoint, or choose another name"
             )
+        if resume:
+            self.read_metrics()
         write_atomic(self.config, resolved_yaml)
 
-    @staticmethod
-    def _flat(text: str) -> dict[str, Any]:
-        return dict(_leaves(yaml.safe_load(text) or {}))
-
-    def _other_configuration(self, keys: list[str], held: Any, ours: Any, resume: bool) -> str:
-        lines = [f"  {key}: there {held.get(key, _ABSENT)!r}, here {ours.get(key, _ABSENT)!r}" for key in keys]
-        bent = resume and "train.iterations" in keys
-        hint = "\ntrain.iterations may change on resuming only with optimizer.schedule: constant" if bent else ""
-        return (
-            f"{self.path}: already holds another configuration; it differs in\n" + "\n".join(lines) + hint + "\n"
-            "give this run another name (name=...), set these keys as they are there, or delete the folder"
-        )
-
     def append_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Add one line `{"step": step, ...}` and flush it. Values that are not finite are written as null."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(metrics_line(step, metrics) + "\n")
+        """Add one line `{"step": step, ...}`. Values that are not finite are written as null."""
+        append_line(self.metrics, metrics_line(step, metrics).encode("utf-8"))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl in order, [] when there are none; a torn last line is left out."""
+        """The lines of metrics.jsonl in order, [] when there are none; a torn last line is left out.
+
+        RunFolderError names a line that is damaged.
+        """
         if not self.metrics.exists():
             return []
-        *whole, _torn = self.metrics.read_text(encoding="utf-8", errors="replace").split("\n")
-        return [json.loads(line) for line in whole]
+        *whole, _torn = self.metrics.read_bytes().split(b"\n")
+        return [_metrics(line, f"{self.metrics}:{number}") for number, line in enumerate(whole, start=1)]
 
     def truncate_metrics(self, step: int) -> int:
         """Drop the lines after `step`, the step resumed from, and any torn line; returns how many whole ones went.
@@ -273,10 +243,31 @@ class RunFolder:
             write_atomic(self.metrics, "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept))
         return len(lines) - len(kept)
 
-    def go_on_from(self, step: int) -> None:
-        """Make the folder what it was after iteration `step`: later metrics go, journals that it covers too."""
+    def go_on_from(self, step: int, total: int, unit: str = "iteration", every: int = 1) -> None:
+        """Make the folder what it was after iteration `step` of `total`, and say so.
+
+        Later metrics go, journals that it covers, and what killed writes left. Lines of metrics that are missing, of
+        one in `every` iterations, are named on stderr.
+        """
         self.truncate_metrics(step)
         self.clear_journals(step)
+        for folder in (self.path, self.rollouts, self.evaluations):
+            remove_torn_writes(folder)
+        held = {line["step"] for line in self.read_metrics()}
+        if missing := [number for number in range(every, step + 1, every) if number not in held]:
+            print(
+                f"{self.metrics}: {len(missing)} lines are missing, the first of {unit} {missing[0]}; "
+                "the run goes on, and its report will be without them",
+                file=sys.stderr,
+                flush=True,
+            )
+        if step >= total:
+            said = f"finished: its {total} {unit}s are made, and nothing is left to do but to write {self.model}"
+        elif step:
+            said = f"goes on after {unit} {step} of {total}"
+        else:
+            said = f"no checkpoint yet: begins with {unit} 1 of {total}"
+        print(f"{self.path}: {said}", flush=True)
 
     def journal(self, step: int) -> Journal:
         """The journal of iteration `step`: a file per iteration, so that a resume never takes another one's groups."""
@@ -286,7 +277,8 @@ class RunFolder:
         """Remove the journals of iterations up to `step`: a checkpoint covers them."""
         for path in sorted((self.path / "journal").glob("step_*.jsonl")):
             if int(path.stem.removeprefix("step_")) <= step:
-                path.unlink()
+                with writing(path):
+                    path.unlink()
 
     def rollouts_path(self, step: int) -> Path:
         return self.rollouts / f"step_{step:06d}.jsonl.zst"
@@ -342,22 +334,18 @@ def read_rollouts(path: Path) -> list[Group]:
         raise RunFolderError(f"{path}: damaged rollouts: {error}") from error
 
 
-def _may_change(key: str, held: Mapping[str, Any]) -> bool:
-    if key == "train.iterations" and held.get("optimizer.schedule", "constant") != "constant":
-        return False  # its learning rates follow the number of iterations
-    return any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE)
-
-
-def _leaves(tree: Any, path: str = "") -> Iterable[tuple[str, Any]]:
-    """(dotted path, value) of every leaf; lists of sections are walked by index, an empty section is a leaf."""
-    if isinstance(tree, dict) and tree:
-        for key, value in tree.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
-        for index, value in enumerate(tree):
-            yield from _leaves(value, f"{path}.{index}")
-    else:
-        yield path, tree
+def _metrics(line: bytes, where: str) -> dict[str, Any]:
+    """A line of metrics.jsonl; RunFolderError where it is none."""
+    try:
+        found = json.loads(line)
+        if not isinstance(found["step"], int):
+            raise ValueError(f"step is {found['step']!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(
+            f"{where}: damaged: no line of metrics ({error}); put a copy of the file back, or delete that line: "
+            "the run goes on without it"
+        ) from error
+    return found
 
 
 def _plain(value: Any) -> Any:

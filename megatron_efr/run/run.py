@@ -54,7 +54,7 @@ class Run:
     def restore(self) -> int:
         """Take up the newest checkpoint that verifies: the step it was made after, 0 where there is none."""
         step = self.load()
-        self.ranks.on_main(lambda: self.folder.go_on_from(step))
+        self.ranks.on_main(lambda: self.folder.go_on_from(step, self.config.train.iterations))
         return step
 
     def load(self, last: int | None = None) -> int:

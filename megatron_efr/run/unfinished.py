@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_efr.run.folder import Journal, RunFolderError, write_atomic
+from megatron_efr.durable import write_atomic
+from megatron_efr.run.folder import Journal, RunFolderError
 
 
 class Unfinished:

@@ -148,6 +148,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_gives_the_same_
     victim.write_bytes(data)
     done = program("train", "--resume", config, f"runs={tmp_path}")
     assert str(victim) in done.stderr
+    assert f"{run}: goes on after iteration 2 of 4" in done.stdout
     assert [line.split("/4")[0] for line in done.stdout.splitlines() if "/4" in line] == ["3", "4"]
     assert_equal(run, whole)
 
@@ -157,7 +158,8 @@ def test_resuming_a_finished_run_changes_nothing_and_another_configuration_is_re
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    program("train", "--resume", config, f"runs={tmp_path}")
+    done = program("train", "--resume", config, f"runs={tmp_path}")
+    assert f"{run}: finished: its 4 iterations are made" in done.stdout
     changed = {name for name, digest in digests(run).items() if digests(whole).get(name) != digest}
     assert changed == {"config.yaml"}  # it names the folder of all runs
     assert len(digests(run)) == len(digests(whole))

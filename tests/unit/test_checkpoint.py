@@ -112,16 +112,23 @@ def test_every_damaged_file_is_named_and_the_checkpoint_before_is_taken(
     assert any(file.endswith(".distcp") for file in files)
     whole = checkpoints.folder / "whole"
     shutil.copytree(newer, whole)
-    for file in files:
-        shutil.rmtree(newer)
-        shutil.copytree(whole, newer)
+    for number, file in enumerate(files, start=1):
+        shutil.copytree(whole, newer, dirs_exist_ok=True)
         verify(newer)
         damage(newer / file)
         with pytest.raises(CheckpointError, match=rf"{newer / file}: .*{message}"):
             verify(newer)
+        damaged = {path.name: path.read_bytes() for path in newer.iterdir() if path.is_file()}
+        assert checkpoints.newest(last=4) == older
+        assert latest(checkpoints) == newer.name, "nothing is changed where a replay asks"
         assert checkpoints.newest() == older
-        assert f"checkpoint set aside: {newer / file}" in capfd.readouterr().err
+        aside = newer.with_name(f"{newer.name}.damaged" + (f"-{number}" if number > 1 else ""))
+        said = capfd.readouterr().err
+        assert f"checkpoint set aside: {newer / file}" in said
+        assert f"it is {aside} now" in said
+        assert {path.name: path.read_bytes() for path in aside.iterdir() if path.is_file()} == damaged
         assert latest(checkpoints) == older.name
+        checkpoints.folder.joinpath(LATEST).write_text(newer.name)
 
 
 def test_any_bit_of_the_manifest_that_flips_is_noticed(checkpoints: Checkpoints) -> None:
@@ -149,14 +156,46 @@ def test_a_folder_left_half_written_is_ignored_and_cleared_by_the_next_save(chec
     assert held(checkpoints) == [LATEST, name(2), name(4)]
 
 
-def test_without_a_whole_checkpoint_there_is_none(checkpoints: Checkpoints) -> None:
-    assert checkpoints.newest() is None
-    only = save(checkpoints, 2)
-    (only / STATE).unlink()
-    assert checkpoints.newest() is None
+def contents(checkpoints: Checkpoints) -> dict[str, bytes]:
+    files = (path for path in checkpoints.folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(checkpoints.folder)): path.read_bytes() for path in files}
 
 
-def test_a_checkpoint_that_did_not_verify_neither_counts_nor_comes_back(tmp_path: Path, ranks: Ranks) -> None:
+@pytest.mark.parametrize("damage", [damage_missing, damage_truncated, damage_flipped])
+def test_where_no_checkpoint_verifies_every_fault_is_named_and_nothing_is_changed(
+    checkpoints: Checkpoints, damage: Callable[[Path], None]
+) -> None:
+    assert checkpoints.newest() is None
+    faults = [save(checkpoints, step) / STATE for step in (2, 4)]
+    for file in faults:
+        damage(file)
+    before = contents(checkpoints)
+    for last in (None, 4):
+        with pytest.raises(CheckpointError, match="no checkpoint verifies") as refused:
+            checkpoints.newest(last)
+        assert all(f"  {file}: " in str(refused.value) for file in faults)
+        assert contents(checkpoints) == before
+
+
+def test_where_all_checkpoints_are_gone_and_latest_names_one_it_does_not_start_over(checkpoints: Checkpoints) -> None:
+    shutil.rmtree(save(checkpoints, 2))
+    with pytest.raises(CheckpointError, match=r"latest: names a checkpoint, and none is there"):
+        checkpoints.newest()
+    assert checkpoints.newest(last=1) is None
+
+
+def test_a_kill_between_latest_and_the_removal_of_older_ones_is_made_up_for(tmp_path: Path, ranks: Ranks) -> None:
+    many = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep=5), ranks)
+    for step in (2, 4, 6, 8):
+        save(many, step)
+    few = Checkpoints(many.folder, CheckpointConfig(keep=2), ranks)
+    assert few.newest(last=8) == few.folder / name(8)
+    assert held(few) == [LATEST, *map(name, (2, 4, 6, 8))]
+    assert few.newest() == few.folder / name(8)
+    assert held(few) == [LATEST, name(6), name(8)]
+
+
+def test_a_checkpoint_that_did_not_verify_neither_counts_nor_is_lost(tmp_path: Path, ranks: Ranks) -> None:
     """Resumed from step 2, since 4 was damaged, and saving at other steps now: 4 must not push out 2 or 3."""
     checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep=2), ranks)
     save(checkpoints, 2)
@@ -164,8 +203,10 @@ def test_a_checkpoint_that_did_not_verify_neither_counts_nor_comes_back(tmp_path
     one = Checkpoints(checkpoints.folder, CheckpointConfig(keep=1), ranks)
     assert one.newest() == one.folder / name(2)
     save(one, 3)
-    assert held(one) == [LATEST, name(3)]
+    assert held(one) == [LATEST, name(3), f"{name(4)}.damaged"]
     assert one.newest() == one.folder / name(3)
+    save(one, 4)
+    assert held(one) == [LATEST, name(4), f"{name(4)}.damaged"]
 
 
 @pytest.mark.parametrize("call", ["rename", "replace", "fsync"])
@@ -292,7 +333,7 @@ def test_a_disk_that_fills_up_anywhere_in_a_save_leaves_the_older_checkpoints(
     for left in (0, 8_000, 16_000, 100_000, 480_000, 488_000, 492_000):
         shutil.rmtree(checkpoints.folder / f"{name(4)}.partial", ignore_errors=True)
         (small_disk / "filling").write_bytes(bytes(max(shutil.disk_usage(small_disk).free - left, 0)))
-        with pytest.raises(CheckpointError, match=rf"{name(4)}: cannot be written: .* bytes are free there"):
+        with pytest.raises(CheckpointError, match=rf"{name(4)}: cannot be written: .* bytes are free at"):
             save(checkpoints, 4)
         assert checkpoints.newest() == older
         assert latest(checkpoints) == older.name

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import math
 import os
+import resource
 
 import numpy as np
 import pytest
 import zstandard
 
-from megatron_efr.run.folder import Journal, RunFolder, RunFolderError, decode_group, encode_group, write_atomic
+from megatron_efr.durable import UnwritableError, write_atomic
+from megatron_efr.run.folder import Journal, RunFolder, RunFolderError, decode_group, encode_group
 from megatron_efr.types import Group, Prompt, Response, VersionSpan
 
 CONFIG = """
@@ -21,6 +23,9 @@ optimizer: {lr: 1.0e-4, schedule: constant}
 train: {iterations: 10}
 observe: {tensorboard: true}
 data: {mix: [{path: x}, {path: y}]}
+evaluation: {every: 5, datasets: [{path: e}]}
+checkpoint: {keep: 2}
+rollout: {max_new_tokens: 100}
 """
 
 
@@ -101,7 +106,7 @@ def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch
     path = tmp_path / "deep" / "file.txt"
     write_atomic(path, "old")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UnwritableError, match=r"file\.txt: cannot be written: disk full; [\d,]+ bytes are free at "):
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
@@ -176,6 +181,77 @@ def test_a_resumed_run_may_train_longer_only_where_that_bends_no_schedule(tmp_pa
         cosine.claim(longer.replace("constant", "cosine"), resume=True)
 
 
+def test_a_resumed_run_may_change_what_touches_no_iteration_before_it(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.claim(CONFIG)
+    folder.append_metrics(1, {"accuracy": 0.5})
+    changed = CONFIG.replace("every: 5, datasets: [{path: e}]", "every: 2, datasets: [{path: f}, {path: g}]")
+    changed = changed.replace("keep: 2", "keep: 7").replace("max_new_tokens: 100", "max_new_tokens: 60")
+    folder.claim(changed, resume=True)
+    assert folder.config.read_text() == changed
+    longer = changed.replace("max_new_tokens: 60", "max_new_tokens: 61")
+    with pytest.raises(RunFolderError, match=r"rollout\.max_new_tokens: there 60, here 61\n.*but only downwards"):
+        folder.claim(longer, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda data: data.replace(b'"step": 2', b'"step": ?'), r"metrics\.jsonl:2: damaged"),
+        (lambda data: data.replace(b'"step": 2', b'"stop": 2'), r"metrics\.jsonl:2: damaged"),
+        (lambda data: b"\x00" * 40 + b"\n" + data, r"metrics\.jsonl:1: damaged"),
+        (lambda data: b"\xff" + data, r"metrics\.jsonl:1: damaged"),
+        (lambda data: b"7\n" + data, r"metrics\.jsonl:1: damaged"),
+    ],
+)
+def test_damaged_metrics_are_named_by_file_and_line_before_anything_is_touched(tmp_path, damage, said):
+    folder = RunFolder(tmp_path)
+    folder.claim(CONFIG)
+    for step in (1, 2, 3):
+        folder.append_metrics(step, {"accuracy": 0.5})
+    folder.metrics.write_bytes(damage(folder.metrics.read_bytes()))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RunFolderError, match=said):
+        folder.claim(CONFIG.replace("keep: 2", "keep: 3"), resume=True)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_missing_metrics_are_named_and_a_resumed_run_says_where_it_goes_on(tmp_path, capsys):
+    folder = RunFolder(tmp_path)
+    for step in (1, 2, 3, 5):
+        folder.append_metrics(step, {"accuracy": 0.5})
+    folder.go_on_from(5, 8)
+    said = capsys.readouterr()
+    assert "metrics.jsonl: 1 lines are missing, the first of iteration 4" in said.err
+    assert f"{tmp_path}: goes on after iteration 5 of 8" in said.out
+    folder.metrics.unlink()
+    folder.go_on_from(8, 8, "update", every=4)
+    said = capsys.readouterr()
+    assert "metrics.jsonl: 2 lines are missing, the first of update 4" in said.err
+    assert f"{tmp_path}: finished: its 8 updates are made" in said.out
+    folder.go_on_from(0, 8)
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "no checkpoint yet: begins with iteration 1 of 8" in said.out
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "- 1", "\x00"])
+def test_a_damaged_configuration_is_named(tmp_path, text):
+    folder = RunFolder(tmp_path)
+    folder.append_metrics(1, {})
+    folder.config.write_text(text)
+    with pytest.raises(RunFolderError, match=r"config\.yaml: (not readable|damaged)"):
+        folder.claim(CONFIG, resume=True)
+
+
+def test_what_killed_writes_left_is_removed_by_the_next_owner(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.claim(CONFIG)
+    (tmp_path / ".config.yaml.77.tmp").write_text("half")
+    folder.go_on_from(0, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 def test_metrics_cut_at_the_resumed_step_go_on_as_an_uninterrupted_runs(tmp_path):
     whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
     lines = {step: {"loss": 1 / 3 * step, "kl": np.float32(0.1)} for step in range(1, 6)}
@@ -226,6 +302,49 @@ def test_a_journal_damaged_in_the_middle_is_an_error(tmp_path):
     journal.path.write_text('{"prompt": 1}\n' + encode_group(group()) + "\n")
     with pytest.raises(RunFolderError, match=r"x\.jsonl:1: not a finished group"):
         journal.read()
+
+
+def test_any_bit_of_a_journal_that_flips_is_noticed(tmp_path):
+    journal = Journal(tmp_path / "x.jsonl")
+    for number in (0, 1):
+        journal.append(group(number))
+    journal.close()
+    whole = journal.path.read_bytes()
+    ends = [place for place, byte in enumerate(whole) if byte == 0x0A]
+    for place in range(len(whole)):
+        data = bytearray(whole)
+        data[place] ^= 1 << place % 8
+        journal.path.write_bytes(data)
+        if place == ends[-1]:
+            assert (len(journal.read().groups), journal.read().torn) == (1, 1)
+        else:
+            with pytest.raises(RunFolderError, match=r"x\.jsonl:[12]: not a finished group"):
+                journal.read()
+
+
+def test_a_journal_from_before_checksums_is_read_and_goes_on_with_them(tmp_path):
+    journal = Journal(tmp_path / "x.jsonl")
+    journal.path.write_text(encode_group(group(0)) + "\n")
+    journal.append(group(1))
+    journal.close()
+    assert [g.prompt.id for g in journal.read().groups] == ["p0", "p1"]
+
+
+def test_a_journal_line_that_the_disk_takes_a_part_of_is_taken_back(tmp_path):
+    journal = Journal(tmp_path / "x.jsonl")
+    journal.append(group(0))
+    size = journal.path.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, limits[1]))
+    try:
+        with pytest.raises(UnwritableError, match=r"x\.jsonl: cannot be written: .*--resume"):
+            journal.append(group(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert journal.path.stat().st_size == size
+    journal.append(group(2))
+    journal.close()
+    assert [g.prompt.id for g in journal.read().groups] == ["p0", "p2"]
 
 
 def test_journals_are_kept_per_iteration_until_a_checkpoint_covers_them(tmp_path):

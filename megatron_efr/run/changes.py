@@ -1,0 +1,67 @@
+"""Which keys of a configuration a resumed run may set anew, and the sentence where others differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAY_CHANGE = (
+    *("runs", "observe", "checkpoint", "evaluation", "train.iterations", "parallel.wait_limit_s"),
+    *("rollout.urls", "rollout.python", "rollout.timeouts", "rollout.max_new_tokens"),
+)
+"""Keys, or sections, that a resumed run may set anew."""
+
+BENT = {
+    "train.iterations": "with optimizer.schedule: constant",
+    "rollout.max_new_tokens": "downwards",
+}
+"""Those that may change under a condition alone."""
+
+_ABSENT = "(not set)"
+
+
+def refusal(config: Path, ours: str, resume: bool) -> str | None:
+    """Why a run of configuration `ours` (YAML) cannot take the folder of `config`; None where it can.
+
+    It names every key that differs, with both values; or `config` itself, where it is damaged.
+    """
+    try:
+        tree = yaml.safe_load(config.read_bytes())
+    except (OSError, yaml.YAMLError) as error:
+        return f"{config}: not readable: {error}; put a copy of it back"
+    if not isinstance(tree, dict):
+        return f"{config}: damaged: no mapping of sections; put a copy of it back"
+    held, here = dict(_leaves(tree)), dict(_leaves(yaml.safe_load(ours)))
+    differing = [key for key in dict.fromkeys([*held, *here]) if held.get(key) != here.get(key)]
+    refused = [key for key in differing if not (resume and _may_change(key, held, here))]
+    if not refused:
+        return None
+    lines = [f"  {key}: there {held.get(key, _ABSENT)!r}, here {here.get(key, _ABSENT)!r}\n" for key in refused]
+    hints = [f"{key} may change on resuming, but only {BENT[key]}\n" for key in refused if resume and key in BENT]
+    return (
+        f"{config.parent}: already holds another configuration; it differs in\n{''.join(lines + hints)}"
+        "give this run another name (name=...), set these keys as they are there, or delete the folder"
+    )
+
+
+def _may_change(key: str, held: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    if key == "train.iterations" and held.get("optimizer.schedule", "constant") != "constant":
+        return False  # its learning rates follow the number of iterations
+    if key == "rollout.max_new_tokens" and ours.get(key, 0) > held.get(key, 0):
+        return False  # what is finished was cut off where it might have gone on
+    return any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE)
+
+
+def _leaves(tree: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+    """(dotted path, value) of every leaf; lists of sections are walked by index, an empty section is a leaf."""
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
+        for index, value in enumerate(tree):
+            yield from _leaves(value, f"{path}.{index}")
+    else:
+        yield path, tree
