@@ -11,9 +11,8 @@ from pathlib import Path
 
 from megatron_efr import arguments, methods
 from megatron_efr.config import TrainConfig
-from megatron_efr.methods.token_advantages import fill_token_advantages
 from megatron_efr.observe import Observer
-from megatron_efr.policy import clipped_policy_loss, split_into_updates
+from megatron_efr.policy import policy_loss, split_into_updates
 from megatron_efr.policy.drift import fill_importance
 from megatron_efr.policy.handover import hand_over
 from megatron_efr.policy.packing import trainable
@@ -74,7 +73,7 @@ def rollouts(run: Run, step: int) -> list[Group]:
     """prompts -> rollouts -> grades -> rewards -> advantages, on rank 0."""
     assert run.environment is not None
     groups = run.environment.graded_rollouts(step, run.folder.journal)
-    methods.score(run.method, groups)
+    methods.score(run.method, run.algorithm, groups, run.config.rollout.max_new_tokens)
     if run.config.observe.rollouts:
         run.folder.write_rollouts(step, groups)
     return groups
@@ -82,11 +81,11 @@ def rollouts(run: Run, step: int) -> list[Group]:
 
 def learn(run: Run, step: int, groups: list[Group], observer: Observer) -> dict[str, float]:
     """Rank 0's scored groups -> packed micro-batches -> log-probs -> updates; the iteration's metrics."""
-    config, policy = run.config, run.policy
+    config, policy, objective = run.config, run.policy, run.objective
     drawn = trainable(groups)
     sizes = run.ranks.share(lambda: [sequence.size for sequence in drawn])
     plans = [
-        policy.plan_update(sizes, update, config.train.micro_batch_tokens, config.loss.aggregate)
+        policy.plan_update(sizes, update, config.train.micro_batch_tokens, objective.aggregate, objective.divisor)
         for update in split_into_updates(len(sizes), config.train.updates, (config.seed, step))
     ]
     sequences = hand_over(drawn, plans, run.ranks)
@@ -94,14 +93,13 @@ def learn(run: Run, step: int, groups: list[Group], observer: Observer) -> dict[
     batches = [batch for update in updates for batch in update]
     with observer.phase("logprobs"):
         policy.fill_logprobs(batches)
-        fill_importance(batches, sequences, config.loss, config.importance)
+        fill_importance(batches, sequences, objective.importance)
         drift = policy.compare_logprobs(batches, sequences, version=step - 1)
         check_logprobs(drift, config.train, run.ranks.is_main)
     advantages = {i: sequence.advantage for i, sequence in sequences.items()}
-    fill_token_advantages(batches, advantages, config.loss, run.ranks.sum_over_replicas)
+    policy.fill_advantages(batches, advantages, objective)
     with observer.phase("train"):
-        loss = clipped_policy_loss(config.loss.clip)
-        made = [policy.update(update, loss) for update in updates]
+        made = [policy.update(update, policy_loss(objective)) for update in updates]
     seconds = run.environment.ledger.seconds if run.environment else observer.seconds("rollout")
     return iteration_metrics(groups, made, drift, step - 1, seconds)
 

@@ -102,6 +102,12 @@ class Group:
     statuses: list[str] = field(default_factory=list)  # the grader's word for each response
     rewards: np.ndarray | None = None  # float64
     advantages: np.ndarray | None = None  # float64
+    masked: np.ndarray | None = None  # bool: responses that are left out of the loss (None: none)
+
+    @property
+    def masks(self) -> np.ndarray:
+        """Responses that are left out of the loss, bool [n]."""
+        return np.zeros(len(self.responses), dtype=bool) if self.masked is None else self.masked
 
     @property
     def lengths(self) -> np.ndarray:
@@ -119,6 +125,11 @@ class SequenceSize(NamedTuple):
 
     prompt: int
     response: int
+    masked: bool = False  # left out of the loss
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.response
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +146,7 @@ class Sequence:
     engine_logprobs: list[float] | None = None
     routed_experts: np.ndarray | None = None
     versions: tuple[VersionSpan, ...] = ()
+    masked: bool = False  # known to rank 0 alone: others see it in the weights of an update
 
     @property
     def length(self) -> int:
@@ -146,7 +158,7 @@ class Sequence:
 
     @property
     def size(self) -> SequenceSize:
-        return SequenceSize(self.prompt_length, self.response_length)
+        return SequenceSize(self.prompt_length, self.response_length, self.masked)
 
 
 @dataclass(slots=True)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_efr.kernels import PolicyRows, PolicyTerms, fused_policy_loss, linear_logprob, triton_rows
+from megatron_efr.algorithms import Objective
+from megatron_efr.kernels import PolicyRows, fused_policy_loss, linear_logprob, triton_rows
 from tests.kernel_suite import exact, exact_policy, largest, policy_case, relative
 
 ROWS = 12  # of the head, per rank
@@ -39,8 +40,8 @@ def check(backend: Any, vocab: int) -> None:
     compare(got[0], dx, got[1], dw, shard)
 
     near, noise = want.detach().float(), torch.randn(3, tokens, generator=torch.Generator().manual_seed(2)) * 0.3
-    rows = PolicyRows(near + noise[0], drawn.advantages, drawn.weights, near + noise[1], near + noise[2])
-    terms = PolicyTerms(0.2, "k3", 0.3, 0.05, 1.1)
+    rows = PolicyRows(near + noise[0], drawn.advantages, drawn.weights, near + noise[1], noise[2].exp())
+    terms = Objective(high=0.1, dual=1.3, kl="k3", beta=0.3, bonus=0.05)
     main_grad = torch.zeros_like(mine, requires_grad=False)
     out = fused_policy_loss(
         x, mine, targets, rows, terms, main_grad=main_grad, factor=2.0, temperature=0.8, true_vocab=vocab,

@@ -7,6 +7,7 @@ tests/gpu/test_kernels.py. The interpreter computes bf16 wrongly, so 16-bit here
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_efr.algorithms import Objective
 from megatron_efr.kernels import (
     PolicyRows,
-    PolicyTerms,
     fused_policy_loss,
-    group_advantages,
     linear_logprob,
+    token_credits,
     torch_rows,
-    triton_group,
+    triton_credits,
     triton_rows,
 )
 from megatron_efr.kernels.rows import Logits, merge
-from megatron_efr.methods.efr import efr_rewards
-from megatron_efr.methods.rloo import rloo
-from megatron_efr.methods.token_advantages import kl_to_go
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP16 = [torch.float32, torch.float16]
@@ -42,7 +40,7 @@ def small_blocks() -> Iterator[None]:
     """Blocks of 16, so that short rows take several; the shipped sizes have tests of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_rows, "BLOCK", 16)
-        patch.setattr(triton_group, "BLOCK", 16)
+        patch.setattr(triton_credits, "BLOCK", 16)
         yield
 
 
@@ -189,7 +187,7 @@ def test_a_target_outside_the_vocabulary_has_no_number(backend: Any) -> None:
     assert logprob.isnan().tolist() == [False, True, True, False]
     main_grad, one = torch.zeros_like(w, requires_grad=False), torch.ones(4, device=DEVICE)
     out = fused_policy_loss(
-        x, w, targets, PolicyRows(logprob.detach(), one, one), PolicyTerms(0.2), main_grad=main_grad, factor=1.0,
+        x, w, targets, PolicyRows(logprob.detach(), one, one), Objective(), main_grad=main_grad, factor=1.0,
         true_vocab=7, backend=backend,
     )  # fmt: skip
     assert out.loss.isnan(), "the step is skipped, and says so"
@@ -217,7 +215,7 @@ def test_offsets_beyond_int32(tmp_path: Path) -> None:
 
 
 def policy_case(tokens: int, vocab: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Ratios several clip widths apart, two sequences of advantage 0, and a row of weight 0."""
+    """Ratios several clip widths apart, two sequences of advantage 0, a row of weight 0, and importance weights."""
     x, w = case(tokens, 8, vocab + 3, dtype)
     targets = (torch.arange(tokens, device=DEVICE) * 7) % vocab
     noise = torch.randn(5, tokens, generator=torch.Generator().manual_seed(tokens)).to(DEVICE)
@@ -227,45 +225,58 @@ def policy_case(tokens: int, vocab: int, dtype: torch.dtype) -> tuple[Any, ...]:
     advantages[-tokens // 4 :] = 0.0
     weights = noise[2].abs() / tokens
     weights[tokens // 2] = 0.0
-    rows = PolicyRows(logprob + 0.3 * noise[0], advantages, weights, logprob + 0.3 * noise[3], logprob + 0.5 * noise[4])
+    importance = (0.5 * noise[4]).exp()
+    importance[1::5] = 0.0
+    rows = PolicyRows(logprob + 0.3 * noise[0], advantages, weights, logprob + 0.3 * noise[3], importance)
     return x, w, targets, rows
 
 
 def exact_policy(
-    x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor, rows: PolicyRows, terms: PolicyTerms, vocab: int
+    x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor, rows: PolicyRows, objective: Objective, vocab: int
 ) -> torch.Tensor:
     """The loss in fp64 from materialised logits, for autograd."""
     logprob, entropy = exact(x, w, targets, 0.8, vocab)
     assert rows.reference is not None
-    assert rows.engine is not None
-    ratio = (logprob - rows.old.double()).exp()
-    a = rows.advantages.double()
-    value = -torch.minimum(ratio * a, ratio.clamp(1 - terms.clip, 1 + terms.clip) * a)
-    if terms.cap is not None:
-        value = value * (rows.old.double() - rows.engine.double()).exp().clamp(max=terms.cap)
+    ratio, a = (logprob - rows.old.double()).exp(), rows.advantages.double()
+    bounded = ratio.clamp(1 - objective.low, 1 + objective.high)
+    if objective.surrogate == "reweight":
+        value = -bounded.detach() * a * logprob
+    else:
+        value = torch.maximum(-ratio * a, -bounded * a)
+        if objective.dual is not None:
+            value = torch.where(a < 0, torch.minimum(value, -objective.dual * a), value)
+    if rows.importance is not None:
+        value = value * rows.importance.double()
     d = rows.reference.double() - logprob
-    value = value + terms.beta * {"none": 0 * d, "k1": -d, "k2": d**2 / 2, "k3": d.exp() - 1 - d}[terms.kl]
-    return (rows.weights.double() * (value - terms.bonus * entropy)).sum()
+    kl = {"none": 0 * d, "k1": -d, "k2": d**2 / 2, "k3": d.exp() - 1 - d}[objective.loss_kl]
+    return (rows.weights.double() * (value + objective.beta * kl - objective.bonus * entropy)).sum()
+
+
+PLAIN = Objective(low=0.1, high=0.05, beta=0.3)
+WHOLE = PLAIN._replace(dual=1.2, bonus=0.05)
+WEIGHED = Objective(surrogate="reweight", low=1.0, high=0.1, beta=0.3, bonus=0.05)
 
 
 @pytest.mark.parametrize("dtype", FP16)
 @pytest.mark.parametrize("kl", KINDS)
-@pytest.mark.parametrize("everything", [False, True])
-def test_policy_loss(dtype: torch.dtype, kl: Any, everything: bool) -> None:
-    terms = PolicyTerms(0.2, kl, 0.3, 0.05, 1.1) if everything else PolicyTerms(0.2, kl, 0.3)
+@pytest.mark.parametrize("which", [PLAIN, WHOLE, WEIGHED], ids=["plain", "whole", "weighed"])
+def test_policy_loss(dtype: torch.dtype, kl: Any, which: Objective) -> None:
+    objective = which._replace(kl=kl)
     x, w, targets, rows = policy_case(13, 45, dtype)
+    if which == PLAIN:
+        rows = replace(rows, importance=None)
     factor, results = 3.0, {}
     for backend in ("triton", "torch"):
         main_grad = torch.full(w.shape, 0.25, device=DEVICE)
         out = fused_policy_loss(
-            x, w, targets, rows, terms, main_grad=main_grad, factor=factor, temperature=0.8, true_vocab=45, chunk=4,
+            x, w, targets, rows, objective, main_grad=main_grad, factor=factor, temperature=0.8, true_vocab=45, chunk=4,
             backend=backend,
         )  # fmt: skip
         plain, _ = linear_logprob(x, w, targets, temperature=0.8, true_vocab=45, chunk=4, backend=backend)
         assert torch.equal(out.logprobs, plain)
         (gradient,) = torch.autograd.grad(out.loss * factor, [x])
         results[backend] = (out.loss.detach(), out.figures, gradient, main_grad - 0.25)
-    want = exact_policy(x, w, targets, rows, terms, 45)
+    want = exact_policy(x, w, targets, rows, objective, 45)
     d_hidden, d_weight = torch.autograd.grad(want * factor, [x, w])
     mine, twin = results["triton"], results["torch"]
     assert largest(mine[0], want) <= 1e-5
@@ -274,6 +285,8 @@ def test_policy_loss(dtype: torch.dtype, kl: Any, everything: bool) -> None:
     assert torch.all(mine[3][45:] == 0)
     assert mine[1].keys() == twin[1].keys()
     assert all(largest(mine[1][name], twin[1][name]) <= 1e-6 for name in mine[1])
+    assert mine[1]["clip_fraction"] > 0
+    assert largest(mine[1]["clip_fraction"], mine[1]["clip_above"] + mine[1]["clip_below"]) <= 1e-6
     assert largest(mine[0], twin[0]) <= 1e-6
     if dtype == torch.float32:
         assert relative(mine[2], twin[2]) <= 1e-6
@@ -286,7 +299,7 @@ def test_first_update_has_a_ratio_of_one_exactly() -> None:
     rows = PolicyRows(old, rows.advantages, rows.weights, old)
     main_grad = torch.zeros_like(w, requires_grad=False)
     out = fused_policy_loss(
-        x, w, targets, rows, PolicyTerms(0.2, "k3", 1.0), main_grad=main_grad, factor=1.0, chunk=4, backend="triton"
+        x, w, targets, rows, Objective(kl="k3", beta=1.0), main_grad=main_grad, factor=1.0, chunk=4, backend="triton"
     )
     assert out.figures["ratio_max"] == 1.0
     assert out.figures["kl_to_old"] == out.figures["kl_to_reference"] == out.figures["clip_fraction"] == 0.0
@@ -297,46 +310,44 @@ def test_nan_is_passed_on(backend: Any) -> None:
     x, w, targets, rows = policy_case(13, 45, torch.float32)
     rows = PolicyRows(rows.old, torch.full_like(rows.advantages, torch.nan), rows.weights)
     main_grad = torch.zeros_like(w, requires_grad=False)
-    out = fused_policy_loss(
-        x, w, targets, rows, PolicyTerms(0.2), main_grad=main_grad, factor=1.0, chunk=4, backend=backend
-    )
+    out = fused_policy_loss(x, w, targets, rows, Objective(), main_grad=main_grad, factor=1.0, chunk=4, backend=backend)
     assert out.loss.isnan()
     assert torch.autograd.grad(out.loss, x)[0].isnan().any()
     assert main_grad.isnan().any()
 
 
-# -- groups ------------------------------------------------------------------------------------------------------------
+# -- credits -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-@given(prompts=st.integers(1, 3), samples=st.integers(2, 9), longest=st.integers(1, 40), seed=st.integers(0, 99))
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_groups_equal_methods(backend: Any, prompts: int, samples: int, longest: int, seed: int) -> None:
+@given(lengths=st.lists(st.integers(1, 40), max_size=6), beta=st.sampled_from([0.0, 0.01]), seed=st.integers(0, 99))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_credits_equal_fp64(backend: Any, lengths: list[int], beta: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    correct = rng.random((prompts, samples)) < 0.6
-    correct[0] = seed % 2  # nobody right, or everybody
-    lengths = rng.integers(1, longest + 1, (prompts, samples))
-    ratios = torch.from_numpy(rng.normal(size=int(lengths.sum())).astype(np.float32))
-    got = group_advantages(
-        torch.from_numpy(correct).to(DEVICE), torch.from_numpy(lengths).to(DEVICE), ratios.to(DEVICE),
-        alpha=0.3, beta=0.01, backend=backend,
+    advantages = rng.normal(size=len(lengths)).astype(np.float32)
+    old, reference = rng.normal(size=(2, sum(lengths))).astype(np.float32)
+    got = token_credits(
+        *(torch.from_numpy(advantages).to(DEVICE), lengths),
+        *(torch.from_numpy(each).to(DEVICE) for each in (old, reference)),
+        beta=beta, backend=backend,
     )  # fmt: skip
-    rewards = efr_rewards(correct, lengths, 0.3)
-    advantages = rloo(rewards)
-    spread = torch.from_numpy(advantages.flatten()).float().repeat_interleave(torch.from_numpy(lengths.flatten()))
-    per_token = spread - 0.01 * kl_to_go(ratios, lengths.flatten().tolist())
-    assert np.abs(got.rewards.cpu().numpy() - rewards).max() <= 1e-7  # a launcher's alpha is fp32
-    assert np.abs(got.advantages.cpu().numpy() - advantages).max() <= 1e-7
-    assert largest(got.per_token.cpu(), per_token) <= 1e-6
-    graded = (torch.from_numpy(correct).to(DEVICE), torch.from_numpy(lengths).to(DEVICE))
-    plain = group_advantages(*graded, None, alpha=0.3, beta=0.0, backend=backend)
-    assert largest(plain.per_token.cpu(), spread) <= 1e-7
+    want, start = np.zeros(sum(lengths)), 0
+    for advantage, length in zip(advantages, lengths, strict=True):
+        for t in range(length):
+            ratios = old[start + t : start + length].astype(float) - reference[start + t : start + length]
+            want[start + t] = advantage - beta * ratios.sum()
+        start += length
+    assert np.abs(got.advantages.cpu().numpy() - want).max(initial=0.0) <= 1e-6
+    assert got.sums.dtype == torch.float64
+    assert got.sums.tolist() == pytest.approx([want.sum(), (want**2).sum()], abs=1e-5)
 
 
-def test_shipped_group_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_group, "BLOCK", 1024)
-    lengths = torch.tensor([[1500, 1], [1024, 2049]])
-    ratios = torch.randn(int(lengths.sum()), generator=torch.Generator().manual_seed(0))
-    given_ = (torch.ones(2, 2, dtype=torch.bool, device=DEVICE), lengths.to(DEVICE), ratios.to(DEVICE))
-    mine, twin = (group_advantages(*given_, alpha=0.2, beta=0.1, backend=b) for b in ("triton", "torch"))
-    assert largest(mine.per_token, twin.per_token) <= 1e-6
+def test_shipped_credit_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_credits, "BLOCK", 1024)
+    lengths = [1500, 1, 1024, 2049]
+    generator = torch.Generator().manual_seed(0)
+    old, reference = torch.randn(2, sum(lengths), generator=generator).to(DEVICE)
+    advantages = torch.tensor([0.5, -1.0, 0.0, 2.0], device=DEVICE)
+    mine, twin = (token_credits(advantages, lengths, old, reference, beta=0.1, backend=b) for b in ("triton", "torch"))
+    assert largest(mine.advantages, twin.advantages) <= 1e-6
+    assert mine.sums.tolist() == pytest.approx(twin.sums.tolist(), rel=1e-6)

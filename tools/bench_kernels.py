@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from megatron_efr.kernels import PolicyRows, PolicyTerms, choose_backend, fused_policy_loss, linear_logprob
+from megatron_efr.algorithms import Objective
+from megatron_efr.kernels import PolicyRows, choose_backend, fused_policy_loss, linear_logprob
 
 MODELS = {  # hidden, vocabulary
     "R1-Distill 7B": (3584, 152064),
@@ -102,7 +103,7 @@ def fused(backend: Any, chunk: int) -> Head:
     def head(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         one = torch.ones_like(p.old)
         out = fused_policy_loss(
-            p.hidden, p.weight, p.targets, PolicyRows(p.old, one, one), PolicyTerms(0.2),
+            p.hidden, p.weight, p.targets, PolicyRows(p.old, one, one), Objective(),
             main_grad=p.main_grad, factor=1.0, chunk=chunk, backend=backend,
         )  # fmt: skip
         return out.loss, out.logprobs

@@ -16,10 +16,11 @@ import torch
 from bench_plain import serve_plain
 from bench_turns import ROOT, Settings, serve, timed_steps
 
+from megatron_efr.algorithms import Objective
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_efr.config.file import load
 from megatron_efr.observe import Observer
-from megatron_efr.policy import Policy, clipped_policy_loss, joined_ranks
+from megatron_efr.policy import Policy, joined_ranks, policy_loss
 from megatron_efr.run.run import opened
 from megatron_efr.train import iterate
 from megatron_efr.types import Sequence
@@ -85,7 +86,7 @@ def serve_policy(settings: Settings, folder: Path) -> None:
             batch.advantages = advantages.repeat_interleave(torch.tensor(batch.row_lengths))
         torch.save({name: tensor.clone() for name, tensor in policy.named_weights()}, folder / "weights.pt")
         torch.save([asdict(batch) for batch in batches], folder / "batches.pt")
-        loss = clipped_policy_loss(0.2)
+        loss = policy_loss(Objective())
 
         def keep_gradients() -> None:
             parameters = [p for chunk in policy.chunks for p in chunk.parameters()]

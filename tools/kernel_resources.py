@@ -26,12 +26,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_efr.kernels import triton_group, triton_rows
+from megatron_efr.kernels import triton_credits, triton_rows
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32  # per multiprocessor, compute capability 8.0 to 10.0
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per thread block
-GROUP_SAMPLES = (8, 64)
 DIVISIBLE = {  # by 16, of the row kernels' integers
     "even": {"stride", "out_stride", "columns", "width"},
     "mixed": {"stride", "out_stride", "width"},
@@ -41,7 +40,7 @@ NARROW = 1500  # columns: a shard of a small vocabulary, below one block
 
 # types of the row kernels' arguments, by name; every other pointer is to a per-row fp32 vector
 ROW_INTEGERS = ("stride", "out_stride", "rows", "columns", "width")
-ROW_FLOATS = ("scale", "low", "high", "beta", "bonus", "cap", "factor")
+ROW_FLOATS = ("scale", "low", "high", "dual", "beta", "bonus", "factor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +78,13 @@ def configurations() -> Iterator[Configuration]:
     for parity in DIVISIBLE:
         yield from _row_configurations(*triton_rows.shape_for(triton_rows.BLOCK * 8), parity)
     yield from _row_configurations(*triton_rows.shape_for(NARROW), "odd")
-    types = {"correct": "*i1", "lengths": "*i64", "starts": "*i64", "log_ratios": "*fp32", "per_token": "*fp32"}
-    types |= {"rewards": "*fp64", "advantages": "*fp64", "samples": "i32", "alpha": "fp32", "beta": "fp32"}
-    aligned = frozenset({"correct", "lengths", "starts", "rewards"})
-    for samples in GROUP_SAMPLES:
-        for kl in (False, True):
-            constants = {"KL": kl, "SAMPLES": samples, "BLOCK": triton_group.BLOCK}
-            name = f"group samples={samples}" + " kl" * kl
-            yield Configuration(name, triton_group.group_kernel, types, constants, aligned, triton_group.WARPS)
+    types = {"ends": "*i64", "sums": "*fp64", "squares": "*fp64", "beta": "fp32"}
+    types |= dict.fromkeys(("advantages", "olds", "references", "per_token"), "*fp32")
+    for kl in (False, True):
+        constants = {"KL": kl, "BLOCK": triton_credits.BLOCK}
+        aligned = frozenset({"advantages", "ends", "sums"})
+        name = "credits" + " kl" * kl
+        yield Configuration(name, triton_credits.credit_kernel, types, constants, aligned, triton_credits.WARPS)
 
 
 def _row_configurations(block: int, warps: int, parity: str) -> Iterator[Configuration]:
@@ -100,17 +98,21 @@ def _row_configurations(block: int, warps: int, parity: str) -> Iterator[Configu
         for constants in plain:
             name = f"gradient {dtype}{' entropy' * constants['ENTROPY']}{tail}"
             yield _row(name, triton_rows.gradient_kernel, dtype, constants, parity, warps)
-        for label, terms in POLICY_TERMS.items():
+        for label, terms in OBJECTIVES.items():
             name = f"policy {dtype} {label}{tail}"
             yield _row(name, triton_rows.policy_kernel, dtype, terms | {"BLOCK": block}, parity, warps)
 
 
-POLICY_TERMS: dict[str, dict[str, Any]] = {
-    "figures": {"KL": 3, "ENTROPY": True, "BONUS": True, "CAP": True, "GRADIENT": False},
-    "clip": {"KL": 0, "ENTROPY": False, "BONUS": False, "CAP": False, "GRADIENT": True},
-    "clip+k1": {"KL": 1, "ENTROPY": False, "BONUS": False, "CAP": False, "GRADIENT": True},
-    "clip+k2": {"KL": 2, "ENTROPY": False, "BONUS": False, "CAP": False, "GRADIENT": True},
-    "all": {"KL": 3, "ENTROPY": True, "BONUS": True, "CAP": True, "GRADIENT": True},
+OFF = {"REWEIGHT": False, "DUAL": False, "KL": 0, "ENTROPY": True, "BONUS": False, "IMPORTANCE": False}
+ALL = {"REWEIGHT": False, "DUAL": True, "KL": 3, "ENTROPY": True, "BONUS": True, "IMPORTANCE": True}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "figures": ALL | {"GRADIENT": False},
+    "clip": OFF | {"GRADIENT": True},
+    "clip+k1": OFF | {"KL": 1, "GRADIENT": True},
+    "clip+k2": OFF | {"KL": 2, "GRADIENT": True},
+    "reweight+importance": OFF | {"REWEIGHT": True, "IMPORTANCE": True, "GRADIENT": True},
+    "all": ALL | {"GRADIENT": True},
+    "reweight+all": ALL | {"REWEIGHT": True, "DUAL": False, "GRADIENT": True},
 }
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_efr import algorithms
 from megatron_efr.arguments import run
 from megatron_efr.config import ConfigError, TrainConfig
 from megatron_efr.config.file import load
@@ -66,6 +67,7 @@ class Case:
         check_fit(config.model, config.parallel, self.architecture)
         if self.world % config.rollout.tp:
             raise ConfigError(f"rollout.tp: {config.rollout.tp} does not divide {self.world} GPUs")
+        objective = algorithms.build(config.algorithm, config.rollout).objective(config.rollout)
         return plan(
             Shape(
                 architecture=self.architecture,
@@ -80,7 +82,7 @@ class Case:
                 static_fraction=self.static_fraction,
                 bucket_bytes=config.rollout.bucket_mib * 2**20,
                 gpu_bytes=self.gpu_bytes,
-                keeps_reference=config.loss.beta > 0,
+                keeps_reference=objective.needs_reference,
             )
         )
 

@@ -34,8 +34,9 @@ import torch
 from bench_publish import SHAPES
 from torch.multiprocessing import reductions
 
+from megatron_efr.algorithms import Objective
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.policy import Policy, clipped_policy_loss, joined_ranks
+from megatron_efr.policy import Policy, joined_ranks, policy_loss
 from megatron_efr.policy.packing import sequence_flops
 from megatron_efr.types import Sequence
 from megatron_efr.weights.plan import BUCKET_BYTES
@@ -73,7 +74,7 @@ def step_rows(*, on_gpu: bool) -> Iterator[Row]:
         for batch in batches:
             given = torch.tensor([drawn[i].advantage for i in batch.indices], device=ranks.device)
             batch.advantages = given.repeat_interleave(torch.tensor(batch.row_lengths, device=ranks.device))
-        loss, flops = clipped_policy_loss(0.2), sum(map(sequence_flops(policy.architecture), map(len, tokens(drawn))))
+        loss, flops = policy_loss(Objective()), sum(map(sequence_flops(policy.architecture), map(len, tokens(drawn))))
         work = {"log-probs": (policy.fill_logprobs, 1), "update": (lambda b: policy.update(b, loss), 3)}
         yield "policy", f"{shape} shape, {model.dtype}, {sum(map(len, tokens(drawn)))} tokens in {len(batches)} batches"
         for name, (action, passes) in work.items():

@@ -6,7 +6,7 @@ from megatron_efr.config.data import PromptConfig as PromptConfig
 from megatron_efr.config.data import SftDataConfig as SftDataConfig
 from megatron_efr.config.evaluation import EvaluationConfig as EvaluationConfig
 from megatron_efr.config.evaluation import GradingConfig as GradingConfig
-from megatron_efr.config.learning import LossConfig as LossConfig
+from megatron_efr.config.learning import AlgorithmConfig as AlgorithmConfig
 from megatron_efr.config.learning import MethodConfig as MethodConfig
 from megatron_efr.config.learning import OptimizerConfig as OptimizerConfig
 from megatron_efr.config.learning import SftTrainingConfig as SftTrainingConfig

@@ -1,4 +1,4 @@
-"""Rewards, loss, optimizer and updates."""
+"""Rewards, algorithm, optimizer and updates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_efr.config.section import Section
 
 
 class MethodConfig(BaseModel):
-    """Which rule turns groups into rewards and advantages; the other keys are the method's own, checked by it."""
+    """Which rule turns groups into rewards; the other keys are the method's own, checked by it."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     name: str = "efr"
@@ -20,26 +20,26 @@ class MethodConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
-class LossConfig(Section):
-    """The policy-gradient loss (PPO clip) and the KL to the initial model."""
+class AlgorithmConfig(BaseModel):
+    """How rewards become updates; the other keys are the algorithm's own, checked by it."""
 
-    clip: float = Field(default=0.2, gt=0, lt=1)
-    beta: float = Field(default=1e-3, ge=0, description="weight of the KL to the initial model, inside the reward (k1)")
-    normalize: Literal["none", "batch"] = Field(
-        default="none",
-        description="advantages as they are (the paper's text) or whitened over the batch (its released code)",
-    )
-    aggregate: Literal["sequence", "token"] = Field(
-        default="sequence", description="mean over each sequence's tokens, then over sequences; or over all tokens"
-    )
-    importance: Literal["auto", "none", "truncate", "mask"] = Field(
-        default="auto",
-        description="weight of a token by exp(policy before the update - engine), cut at importance_cap, or 0 outside "
-        "importance_low to importance_high; auto: truncate where rollouts are partial or async, else none",
-    )
-    importance_cap: float = Field(default=2.0, gt=0)
-    importance_low: float = Field(default=0.5, ge=0, le=1)
-    importance_high: float = Field(default=5.0, ge=1)
+    model_config = ConfigDict(extra="allow", strict=True)
+    name: str = "rloo"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+MOVED = {
+    "clip": "algorithm.clip_low and algorithm.clip_high",
+    "normalize": "algorithm.normalize, and its value batch is called tokens",
+    **{
+        key: f"algorithm.{key}"
+        for key in ("beta", "aggregate", "importance", "importance_cap", "importance_low", "importance_high")
+    },
+}
+"""Where the keys of the section `loss` went."""
 
 
 class OptimizerConfig(Section):

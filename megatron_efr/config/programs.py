@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from megatron_efr.config.data import DataConfig, PromptConfig, SftDataConfig
 from megatron_efr.config.evaluation import EvaluationConfig, GradingConfig
-from megatron_efr.config.learning import LossConfig, MethodConfig, OptimizerConfig, SftTrainingConfig, TrainingConfig
+from megatron_efr.config.learning import (
+    MOVED,
+    AlgorithmConfig,
+    MethodConfig,
+    OptimizerConfig,
+    SftTrainingConfig,
+    TrainingConfig,
+)
 from megatron_efr.config.model import ModelConfig, ParallelConfig, check_parallel
 from megatron_efr.config.output import CheckpointConfig, ObserveConfig
 from megatron_efr.config.rollout import EvaluationEnginesConfig, RolloutConfig
@@ -37,12 +44,22 @@ class TrainConfig(RunConfig):
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     grading: GradingConfig = Field(default_factory=GradingConfig)
     method: MethodConfig = Field(default_factory=MethodConfig)
-    loss: LossConfig = Field(default_factory=LossConfig)
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     optimizer: OptimizerConfig
     train: TrainingConfig = Field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     observe: ObserveConfig = Field(default_factory=ObserveConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_loss_is_the_algorithms(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and "loss" in tree:
+            given = tree["loss"]
+            keys = [key for key in MOVED if key in given] if isinstance(given, dict) else []
+            moved = [f"loss.{key} is {MOVED[key]} now" for key in keys]
+            raise ValueError("; ".join(moved) or "loss: this section is called algorithm now")
+        return tree
 
     @model_validator(mode="after")
     def _both_heads_are_fp32(self) -> TrainConfig:
@@ -62,13 +79,6 @@ class TrainConfig(RunConfig):
                 f"responses do not split over train.updates = {self.train.updates}"
             )
         return self
-
-    @property
-    def importance(self) -> Literal["none", "truncate", "mask"]:
-        """What `loss.importance` comes to."""
-        if self.loss.importance != "auto":
-            return self.loss.importance
-        return "truncate" if self.rollout.off_policy else "none"
 
     def check_world(self, world_size: int) -> None:
         """Refuse sizes that do not divide over `world_size` ranks; call once the number of ranks is known."""

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from megatron_efr.algorithms.objective import Objective
 from megatron_efr.kernels.backend import Backend
 from megatron_efr.kernels.linear_logprob import CHUNK_TOKENS, Shard, logits_buffer, prepare
 from megatron_efr.kernels.products import accumulate_weight_gradient
-from megatron_efr.kernels.rows import FIGURES, PolicyRows, PolicyTerms, chunks
+from megatron_efr.kernels.rows import FIGURES, PolicyRows, chunks, sum_figures
 
 _FACTOR_TOLERANCE = 1e-6  # fp32 products of the same factors in another order
 
@@ -44,7 +45,7 @@ def fused_policy_loss(
     weight: torch.Tensor,
     targets: torch.Tensor,
     rows: PolicyRows,
-    terms: PolicyTerms,
+    objective: Objective,
     *,
     factor: float,
     main_grad: torch.Tensor | None = None,
@@ -56,7 +57,7 @@ def fused_policy_loss(
     live: int | None = None,
     backend: Backend = "torch",
 ) -> FusedLoss:
-    """Sum over rows of weights * `PolicyTerms`, its figures, and, in the same pass, its gradients.
+    """Sum over rows of weights * `Objective`, its figures, and, in the same pass, its gradients.
 
     `hidden` [T, H], `weight` [V_local, H], `targets` int64 [T], `sum_hidden` as in `linear_logprob`; `rows` fp32 [T]
     each. Rows from `live` on have advantage (or weight) 0, as the caller knows: their figures are made, and their
@@ -66,39 +67,36 @@ def fused_policy_loss(
     scale, divisions by micro-batches or tokens); RuntimeError in the backward pass, which looks at one number, if
     another factor arrives. The gradient of `weight` is added to `main_grad` (fp32 [V_local, H]) at once, and autograd
     gets none. Without a `main_grad` it is gathered in an fp32 tensor of its own, and autograd gets it, in the weight's
-    type. Under no_grad nothing is written. ValueError for a `main_grad` that is not fp32, or a term whose rows are
-    missing.
+    type. Under no_grad nothing is written. ValueError for a `main_grad` that is not fp32, a KL whose reference is
+    missing, or a ratio that one token's log-prob does not give.
     """
-    _check(weight, rows, terms, main_grad)
+    _check(weight, rows, objective, main_grad)
     shard, local = prepare(weight, targets, temperature, true_vocab, tp_group, sum_hidden, chunk, backend)
     gradients = None
     if torch.is_grad_enabled() and hidden.requires_grad:
         total = torch.zeros_like(weight, dtype=torch.float32) if main_grad is None else main_grad
         gradients = _Gradients(torch.zeros_like(hidden), total.detach(), factor)
     with torch.no_grad():
-        tokens = len(hidden) if live is None or terms.always else live
-        logprobs, figures = _sweep(hidden, weight, local, rows.plain(), terms, shard, gradients, tokens)
-        sums = dict(zip(FIGURES, figures.double().sum(1).float(), strict=True))
-        sums["ratio_max"] = torch.cat([figures[-1], figures.new_zeros(1)]).max()  # an empty micro-batch has none
-    absent = {"kl_to_reference": terms.kl == "none", "entropy": terms.bonus == 0.0, "importance": terms.cap is None}
-    kept = {name: value for name, value in sums.items() if not absent.get(name, False)}
+        tokens = len(hidden) if live is None or objective.every_token else live
+        logprobs, figures = _sweep(hidden, weight, local, rows.plain(), objective, shard, gradients, tokens)
+        sums = sum_figures(figures, objective)
     loss = sums["loss"]
     if gradients is not None:
         weight_gradient = gradients.weight.to(weight.dtype) if main_grad is None else None
         loss = _Attach.apply(hidden, weight, loss, gradients.hidden, weight_gradient, factor)
-    return FusedLoss(loss, logprobs, kept)
+    return FusedLoss(loss, logprobs, sums)
 
 
-def _check(weight: torch.Tensor, rows: PolicyRows, terms: PolicyTerms, main_grad: torch.Tensor | None) -> None:
+def _check(weight: torch.Tensor, rows: PolicyRows, objective: Objective, main_grad: torch.Tensor | None) -> None:
     if main_grad is not None and (main_grad.dtype != torch.float32 or main_grad.shape != weight.shape):
         raise ValueError(
             f"main_grad is {main_grad.dtype} {tuple(main_grad.shape)}; the head adds to an fp32 {tuple(weight.shape)} "
             "(Megatron: grad_reduce_in_fp32)"
         )
-    if terms.kl != "none" and rows.reference is None:
-        raise ValueError(f"kl {terms.kl} needs the reference's log-probs")
-    if terms.cap is not None and rows.engine is None:
-        raise ValueError("a cap on importance weights needs the engine's log-probs")
+    if objective.loss_kl != "none" and rows.reference is None:
+        raise ValueError(f"kl {objective.loss_kl} needs the reference's log-probs")
+    if objective.ratio != "token":
+        raise ValueError(f"a ratio by {objective.ratio} needs all of its log-probs first: two passes, not this one")
 
 
 def _sweep(
@@ -106,12 +104,12 @@ def _sweep(
     weight: torch.Tensor,
     targets: torch.Tensor,
     rows: PolicyRows,
-    terms: PolicyTerms,
+    objective: Objective,
     shard: Shard,
     gradients: _Gradients | None,
     live: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs [T] and figures [7, T]; `gradients`, where given, are filled from the first `live` rows."""
+    """Log-probs [T] and figures [8, T]; `gradients`, where given, are filled from the first `live` rows."""
     tokens = hidden.shape[0]
     logprobs = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
     figures = logprobs.new_empty(len(FIGURES), tokens)
@@ -120,11 +118,11 @@ def _sweep(
     for part in chunks(tokens, shard.chunk):
         states = hidden[part].to(weight.dtype)
         logits = shard.logits(buffer, states, weight, targets[part])
-        softmax = shard.softmax(logits, terms.bonus != 0.0)
+        softmax = shard.softmax(logits, True)
         count = min(live, part.stop) - part.start  # of this chunk's rows that have a gradient
         dtype = weight.dtype if gradients is not None and count > 0 else None
         factor = 0.0 if gradients is None else gradients.factor
-        figures[:, part], d_logits = shard.kernels.policy_rows(logits, softmax, rows[part], terms, factor, dtype)
+        figures[:, part], d_logits = shard.kernels.policy_rows(logits, softmax, rows[part], objective, factor, dtype)
         logprobs[part] = softmax.logprob
         if gradients is not None and d_logits is not None:
             gradients.hidden[part.start : part.start + count] = (d_logits[:count] @ weight).to(hidden.dtype)

@@ -1,16 +1,31 @@
-"""What the row kernels exchange: statistics of rows of logits, their merge over ranks, the terms of the loss."""
+"""What the row kernels exchange: statistics of rows of logits, their merge over ranks, the rows of the loss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 
-FIGURES = ("loss", "clip_fraction", "kl_to_old", "kl_to_reference", "entropy", "importance", "ratio_max")
-"""Rows of what `policy_rows` measures; each a term per token, weighted, but for the last, which is the plain ratio."""
+from megatron_efr.algorithms.objective import Objective
+
+FIGURES = (
+    "loss",
+    "clip_fraction",
+    "clip_above",
+    "clip_below",
+    "kl_to_old",
+    "kl_to_reference",
+    "entropy",
+    "ratio_max",
+)
+"""Rows of what `policy_rows` measures; each a term per token, weighted, but for the last, which is the plain ratio.
+
+`clip_above`, `clip_below`: the ratio was too large or too small, and the token has no gradient of its surrogate (or,
+where ratios only weigh, another weight); `clip_fraction` is either.
+"""
 
 ELSEWHERE, OUTSIDE = -1, -2  # a target's column where another rank holds it; where the vocabulary does not
 
@@ -52,37 +67,17 @@ class Softmax(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class PolicyTerms:
-    """The policy loss of one token, times its weight:
-
-        - c min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) + beta KL - bonus entropy
-
-    ratio = pi / pi_old (Schulman et al. 2017, eq. 7); c = min(pi_old / pi_engine, cap), 1 without a cap (truncated
-    importance sampling, Yao et al. 2025). KL estimates that to the reference with d = log pi_ref - log pi (Schulman
-    2020, "Approximating KL Divergence"): k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d.
-    """
-
-    clip: float
-    kl: Literal["none", "k1", "k2", "k3"] = "none"
-    beta: float = 0.0
-    bonus: float = 0.0
-    cap: float | None = None
-
-    @property
-    def always(self) -> bool:
-        """Whether a token of advantage 0 has a gradient too."""
-        return self.kl != "none" or self.bonus != 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class PolicyRows:
-    """What the loss reads beside log-probs: fp32 [rows] each. `reference` for a KL, `engine` for a cap."""
+    """What the loss reads beside log-probs: fp32 [rows] each.
+
+    `reference` for a KL in the loss; `importance`, constants to the gradient, where tokens are not weighed alike.
+    """
 
     old: torch.Tensor
     advantages: torch.Tensor
     weights: torch.Tensor
     reference: torch.Tensor | None = None
-    engine: torch.Tensor | None = None
+    importance: torch.Tensor | None = None
 
     def __getitem__(self, rows: slice) -> PolicyRows:
         return self._each(lambda part: part[rows])
@@ -97,8 +92,17 @@ class PolicyRows:
             change(self.advantages),
             change(self.weights),
             None if self.reference is None else change(self.reference),
-            None if self.engine is None else change(self.engine),
+            None if self.importance is None else change(self.importance),
         )
+
+
+def sum_figures(figures: torch.Tensor, objective: Objective) -> dict[str, torch.Tensor]:
+    """Sums over rows of FIGURES [8, rows], by name, and the largest ratio (0 without rows), fp32; those that are on."""
+    sums: dict[str, torch.Tensor] = dict(zip(FIGURES, figures.double().sum(1).float(), strict=True))
+    sums["ratio_max"] = torch.cat([figures[-1], figures.new_zeros(1)]).max()  # an empty micro-batch has none
+    if objective.loss_kl == "none":
+        del sums["kl_to_reference"]
+    return sums
 
 
 class RowKernels(Protocol):
@@ -125,11 +129,11 @@ class RowKernels(Protocol):
         logits: Logits,
         softmax: Softmax,
         rows: PolicyRows,
-        terms: PolicyTerms,
+        objective: Objective,
         factor: float,
         dtype: torch.dtype | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """FIGURES fp32 [7, rows] and, where `dtype` is given, factor * d loss / d logits as `write_gradient` has it."""
+        """FIGURES fp32 [8, rows] and, where `dtype` is given, factor * d loss / d logits as `write_gradient` has it."""
         ...
 
 

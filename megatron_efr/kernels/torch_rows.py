@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_efr.kernels.rows import Logits, PolicyRows, PolicyTerms, Softmax, Statistics
+from megatron_efr.algorithms.objective import Objective
+from megatron_efr.kernels.rows import Logits, PolicyRows, Softmax, Statistics
 
 
 def statistics(logits: Logits, entropy: bool) -> Statistics:
@@ -53,48 +54,73 @@ def policy_rows(
     logits: Logits,
     softmax: Softmax,
     rows: PolicyRows,
-    terms: PolicyTerms,
+    objective: Objective,
     factor: float,
     dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The loss's terms, token by token, and their gradient."""
-    zero = torch.zeros_like(softmax.logprob)
     log_ratio = softmax.logprob - rows.old
-    ratio = log_ratio.exp()
-    importance = torch.ones_like(zero) if terms.cap is None else _importance(rows, terms.cap)
-    plain = ratio * rows.advantages
-    clipped = ratio.clamp(1.0 - terms.clip, 1.0 + terms.clip) * rows.advantages
-    loss = -importance * torch.minimum(plain, clipped)
-    slope = torch.where(clipped < plain, 0.0, -importance * plain)  # d loss / d logprob; ratio' = ratio; nan stays
-    kl, kl_slope = _kl(softmax.logprob, rows, terms)
-    loss, slope = loss + terms.beta * kl, slope + terms.beta * kl_slope
-    entropy = zero if softmax.entropy is None else softmax.entropy
-    loss = loss - terms.bonus * entropy
-    w = rows.weights
-    clip_fraction = torch.where(clipped < plain, w, 0.0)
-    figures = torch.stack([w * loss, clip_fraction, w * -log_ratio, w * kl, w * entropy, w * importance, ratio])
+    figures, slope = token_terms(softmax.logprob, log_ratio, softmax.entropy, rows, objective)
     if dtype is None:
         return figures, None
-    grad_entropy = None if terms.bonus == 0.0 else -factor * terms.bonus * w
+    w = rows.weights
+    grad_entropy = None if objective.bonus == 0.0 else -factor * objective.bonus * w
     return figures, write_gradient(logits, softmax, factor * w * slope, grad_entropy, dtype)
 
 
-def _kl(logprob: torch.Tensor, rows: PolicyRows, terms: PolicyTerms) -> tuple[torch.Tensor, torch.Tensor]:
+def token_terms(
+    logprob: torch.Tensor,
+    log_ratio: torch.Tensor,
+    entropy: torch.Tensor | None,
+    rows: PolicyRows,
+    objective: Objective,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FIGURES [8, rows], and each row's derivative of the unweighted loss by its log-prob, entropy left out.
+
+    `log_ratio` is the token's own, or its sequence's; the ratio's derivative is the ratio in both cases.
+    """
+    ratio = log_ratio.exp()
+    value, slope, cut = _surrogate(logprob, ratio, rows.advantages, objective)
+    if rows.importance is not None:
+        value, slope = rows.importance * value, rows.importance * slope
+    kl, kl_slope = _kl(logprob, rows, objective)
+    loss, slope = objective.beta * kl - value, objective.beta * kl_slope - slope
+    w, zero = rows.weights, torch.zeros_like(logprob)
+    measured = zero if entropy is None else entropy
+    if objective.bonus != 0.0:
+        loss = loss - objective.bonus * measured
+    clipped, above, below = (torch.where(where, w, zero) for where in (cut, cut & (ratio > 1.0), cut & (ratio < 1.0)))
+    figures = [w * loss, clipped, above, below, w * -log_ratio, w * kl, w * measured, ratio]
+    return torch.stack(figures), slope
+
+
+def _surrogate(
+    logprob: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor, objective: Objective
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What is maximised, its derivative by the log-prob, and where a bound has changed either; nan stays nan."""
+    bounded = ratio.clamp(1.0 - objective.low, 1.0 + objective.high)
+    if objective.surrogate == "reweight":
+        slope = bounded * advantages
+        return slope * logprob, slope, bounded != ratio
+    plain, clipped = ratio * advantages, bounded * advantages
+    value, cut = torch.minimum(plain, clipped), clipped < plain
+    if objective.dual is not None:
+        least = torch.where(advantages < 0, objective.dual * advantages, -torch.inf)
+        value, cut = torch.maximum(value, least), cut | (value < least)
+    return value, torch.where(cut, 0.0, plain), cut
+
+
+def _kl(logprob: torch.Tensor, rows: PolicyRows, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
     """The KL's estimate and its derivative by the log-prob."""
-    if terms.kl == "none":
+    if objective.loss_kl == "none":
         return torch.zeros_like(logprob), torch.zeros_like(logprob)
     assert rows.reference is not None
     d = rows.reference - logprob
-    if terms.kl == "k1":
+    if objective.loss_kl == "k1":
         return -d, torch.ones_like(d)
-    if terms.kl == "k2":
+    if objective.loss_kl == "k2":
         return 0.5 * d * d, -d
     return torch.expm1(d) - d, -torch.expm1(d)
-
-
-def _importance(rows: PolicyRows, cap: float) -> torch.Tensor:
-    assert rows.engine is not None
-    return (rows.old - rows.engine).exp().clamp(max=cap)
 
 
 def _scaled(values: torch.Tensor, scale: float) -> torch.Tensor:

@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_efr.kernels.rows import FIGURES, Logits, PolicyRows, PolicyTerms, Softmax, Statistics
+from megatron_efr.algorithms.objective import Objective
+from megatron_efr.kernels.rows import FIGURES, Logits, PolicyRows, Softmax, Statistics
 
 BLOCK = 4096  # columns in flight per program
 WARPS = 8
@@ -17,7 +18,7 @@ KL_CODES = {"none": 0, "k1": 1, "k2": 2, "k3": 3}
 # per-row vectors begin at any row and row counts vary with the data: specialising on either would compile for minutes
 _ROW_VECTORS = [
     "targets", "peaks", "totals", "moments", "target_logits", "log_totals", "logprobs", "entropies",
-    "grad_logprob", "grad_entropy", "olds", "advantages", "weights", "references", "engines", "figures",
+    "grad_logprob", "grad_entropy", "olds", "advantages", "weights", "references", "importances", "figures",
 ]  # fmt: skip
 
 
@@ -98,56 +99,87 @@ def gradient_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _surrogate(
+    logprob, ratio, advantage, low, high, dual, REWEIGHT: tl.constexpr, DUAL: tl.constexpr
+):  # fmt: skip
+    """What is maximised, its derivative by the log-prob, and whether a bound has changed either; nan stays nan."""
+    bounded = tl.minimum(tl.maximum(ratio, low), high)
+    if REWEIGHT:
+        cut = bounded != ratio
+        slope = tl.where(ratio == ratio, bounded, ratio) * advantage
+        value = slope * logprob
+    else:
+        plain = ratio * advantage
+        clipped = bounded * advantage
+        cut = clipped < plain
+        value = tl.where(cut, clipped, plain)
+        if DUAL:
+            least = tl.where(advantage < 0.0, dual * advantage, float("-inf"))
+            cut = cut | (value < least)
+            value = tl.where(value < least, least, value)
+        slope = tl.where(cut, 0.0, plain)
+    return value, slope, cut
+
+
+@triton.jit
+def _kl(d, KL: tl.constexpr):
+    """The KL's estimate from d = log pi_reference - log pi, and its derivative by log pi."""
+    # exp(d) - 1 would cancel for small d, where the series' next term is below 3e-9
+    series = d * (1.0 + d * (0.5 + d * (1.0 / 6.0 + d * (1.0 / 24.0 + d * (1.0 / 120.0)))))
+    growth = tl.where(tl.abs(d) < 0.05, series, tl.exp(d) - 1.0)
+    if KL == 1:
+        kl = -d
+        slope = d * 0.0 + 1.0
+    elif KL == 2:
+        kl = 0.5 * d * d
+        slope = -d
+    else:
+        kl = growth - d
+        slope = -growth
+    return kl, slope
+
+
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=_ROW_VECTORS)
 def policy_kernel(
     logits, stride, out, out_stride, targets, peaks, log_totals, logprobs, entropies,
-    olds, advantages, weights, references, engines, figures, rows, columns, width, scale,
-    low, high, beta, bonus, cap, factor,
-    KL: tl.constexpr, ENTROPY: tl.constexpr, BONUS: tl.constexpr, CAP: tl.constexpr, GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    olds, advantages, weights, references, importances, figures, rows, columns, width, scale,
+    low, high, dual, beta, bonus, factor,
+    REWEIGHT: tl.constexpr, DUAL: tl.constexpr, KL: tl.constexpr, ENTROPY: tl.constexpr, BONUS: tl.constexpr,
+    IMPORTANCE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The loss of one token (`PolicyTerms`), what is measured of it, and its gradient by the logits."""
+    """The loss of one token (`Objective`), what is measured of it, and its gradient by the logits."""
     row = tl.program_id(0).to(tl.int64)
     logprob = tl.load(logprobs + row)
-    old = tl.load(olds + row)
     advantage = tl.load(advantages + row)
     weight = tl.load(weights + row)
-    log_ratio = logprob - old
+    log_ratio = logprob - tl.load(olds + row)
     ratio = tl.exp(log_ratio)
-    importance = 1.0
-    if CAP:
-        importance = tl.minimum(tl.exp(old - tl.load(engines + row)), cap)
-    plain = ratio * advantage
-    clipped = tl.minimum(tl.maximum(ratio, low), high) * advantage
-    loss = -importance * tl.where(clipped < plain, clipped, plain)  # nan stays, as it would not in tl.minimum
-    slope = tl.where(clipped < plain, 0.0, -importance * plain)  # by the log-prob
+    value, slope, cut = _surrogate(logprob, ratio, advantage, low, high, dual, REWEIGHT, DUAL)
+    if IMPORTANCE:
+        importance = tl.load(importances + row)
+        value *= importance
+        slope *= importance
+    loss = -value
+    slope = -slope
     kl = 0.0
     if KL > 0:
-        d = tl.load(references + row) - logprob
-        # exp(d) - 1 would cancel for small d, where the series' next term is below 3e-9
-        series = d * (1.0 + d * (0.5 + d * (1.0 / 6.0 + d * (1.0 / 24.0 + d * (1.0 / 120.0)))))
-        growth = tl.where(tl.abs(d) < 0.05, series, tl.exp(d) - 1.0)
-        if KL == 1:
-            kl = -d
-            slope += beta
-        elif KL == 2:
-            kl = 0.5 * d * d
-            slope -= beta * d
-        else:
-            kl = growth - d
-            slope -= beta * growth
+        kl, kl_slope = _kl(tl.load(references + row) - logprob, KL)
         loss += beta * kl
+        slope += beta * kl_slope
     entropy = 0.0
     if ENTROPY:
         entropy = tl.load(entropies + row)
-        loss -= bonus * entropy
+        if BONUS:
+            loss -= bonus * entropy
     tl.store(figures + row, weight * loss)
-    tl.store(figures + rows + row, tl.where(clipped < plain, weight, 0.0))
-    tl.store(figures + 2 * rows + row, -weight * log_ratio)
-    tl.store(figures + 3 * rows + row, weight * kl)
-    tl.store(figures + 4 * rows + row, weight * entropy)
-    tl.store(figures + 5 * rows + row, weight * importance)
-    tl.store(figures + 6 * rows + row, ratio)
+    tl.store(figures + rows + row, tl.where(cut, weight, 0.0))
+    tl.store(figures + 2 * rows + row, tl.where(cut & (ratio > 1.0), weight, 0.0))
+    tl.store(figures + 3 * rows + row, tl.where(cut & (ratio < 1.0), weight, 0.0))
+    tl.store(figures + 4 * rows + row, -weight * log_ratio)
+    tl.store(figures + 5 * rows + row, weight * kl)
+    tl.store(figures + 6 * rows + row, weight * entropy)
+    tl.store(figures + 7 * rows + row, ratio)
     if GRADIENT:
         _write_row(
             logits + row * stride, out + row * out_stride, columns, width, scale, tl.load(targets + row),
@@ -190,11 +222,11 @@ def policy_rows(
     logits: Logits,
     softmax: Softmax,
     rows: PolicyRows,
-    terms: PolicyTerms,
+    objective: Objective,
     factor: float,
     dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """FIGURES [7, rows], and the gradient of the logits in their memory where `dtype` is given."""
+    """FIGURES [8, rows], and the gradient of the logits in their memory where `dtype` is given."""
     values = logits.values
     figures = torch.empty(len(FIGURES), len(values), dtype=torch.float32, device=values.device)
     out = None if dtype is None else _narrowed(values, dtype)
@@ -204,11 +236,13 @@ def policy_rows(
         policy_kernel, values, written, written.stride(0), logits.targets,
         softmax.peak, softmax.log_total, softmax.logprob,
         unused if softmax.entropy is None else softmax.entropy, rows.old, rows.advantages, rows.weights,
-        unused if terms.kl == "none" else rows.reference, unused if terms.cap is None else rows.engine,
+        unused if objective.loss_kl == "none" else rows.reference,
+        unused if rows.importance is None else rows.importance,
         figures, len(values), logits.columns, values.shape[1], logits.scale,
-        1.0 - terms.clip, 1.0 + terms.clip, terms.beta, terms.bonus, terms.cap or 0.0, factor,
-        KL=KL_CODES[terms.kl], ENTROPY=softmax.entropy is not None, BONUS=terms.bonus != 0.0,
-        CAP=terms.cap is not None, GRADIENT=out is not None,
+        1.0 - objective.low, 1.0 + objective.high, objective.dual or 0.0, objective.beta, objective.bonus, factor,
+        REWEIGHT=objective.surrogate == "reweight", DUAL=objective.dual is not None,
+        KL=KL_CODES[objective.loss_kl], ENTROPY=softmax.entropy is not None, BONUS=objective.bonus != 0.0,
+        IMPORTANCE=rows.importance is not None, GRADIENT=out is not None,
     )  # fmt: skip
     return figures, out
 

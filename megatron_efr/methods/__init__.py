@@ -1,7 +1,6 @@
-"""The paper's method and its family: each a small class that turns whole groups into rewards and advantages."""
+"""The paper's method and its family: each a small class that turns whole groups into rewards."""
 
 from megatron_efr.methods.base import Method, available, build, score
 from megatron_efr.methods.efr import EFR, efr_rewards
-from megatron_efr.methods.rloo import rloo
 
-__all__ = ["EFR", "Method", "available", "build", "efr_rewards", "rloo", "score"]
+__all__ = ["EFR", "Method", "available", "build", "efr_rewards", "score"]

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import entry_points
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from megatron_efr.config import ConfigError, MethodConfig, Section
 from megatron_efr.config.file import validate
-from megatron_efr.methods.rloo import rloo
 from megatron_efr.types import Group
 
 ENTRY_POINT = "megatron_efr.methods"
 
 
 class Method:
-    """Turns groups into rewards, and rewards into one advantage per response.
+    """Turns groups into rewards, one per response.
 
     Subclass it, declare `Options`, implement `rewards`, and register the class under the entry point
-    `megatron_efr.methods`. Both functions are pure: what a method remembers between iterations lives in what
+    `megatron_efr.methods`. They are pure: what a method remembers between iterations lives in what
     `state_dict` returns, and is checkpointed.
     """
 
     Options: ClassVar[type[Section]] = Section  # the method's own keys of the `method` section
-    min_samples: ClassVar[int] = 2  # RLOO's baseline is the mean of the *other* samples
+    min_samples: ClassVar[int] = 2
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -33,9 +33,9 @@ class Method:
         """Reward of each response, float64 [n], from a graded group."""
         raise TypeError(f"{type(self).__name__} defines no rewards")
 
-    def advantages(self, groups: list[Group]) -> list[np.ndarray]:
-        """One advantage per response, float64 [n] for each rewarded group; RLOO unless a method says otherwise."""
-        return [rloo(_filled(group.rewards)) for group in groups]
+    def advantages(self, groups: list[Group]) -> list[np.ndarray] | None:
+        """One advantage per response, float64 [n] for each rewarded group; None: as the algorithm has them."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart, JSON-ready."""
@@ -47,11 +47,23 @@ class Method:
             raise ValueError(f"{type(self).__name__} keeps no state, and was handed {sorted(state)}")
 
 
-def score(method: Method, groups: list[Group]) -> None:
-    """Fill `rewards` and `advantages` of graded groups in place."""
-    for group in groups:
-        group.rewards = method.rewards(group)
-    for group, advantages in zip(groups, method.advantages(groups), strict=True):
+class Credits(Protocol):
+    """The part of an algorithm that turns rewards into advantages."""
+
+    def credits(self, rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray], limit: int) -> list[np.ndarray]: ...
+
+    def trains(self, truncated: np.ndarray) -> np.ndarray: ...
+
+
+def score(method: Method, algorithm: Credits, groups: list[Group], limit: int) -> None:
+    """Fill `rewards`, `advantages` and `masked` of graded groups in place; `limit` as `Algorithm.credits` has it."""
+    rewards = [method.rewards(group) for group in groups]
+    for group, each in zip(groups, rewards, strict=True):
+        group.rewards, group.masked = each, ~algorithm.trains(group.truncated)
+    made = method.advantages(groups)
+    if made is None:
+        made = algorithm.credits(rewards, [group.lengths for group in groups], limit)
+    for group, advantages in zip(groups, made, strict=True):
         group.advantages = advantages
 
 
@@ -72,9 +84,3 @@ def build(config: MethodConfig, samples: int) -> Method:
             f"it needs at least {kind.min_samples}"
         )
     return kind(validate(kind.Options, config.options, "configuration", prefix="method"))
-
-
-def _filled(rewards: np.ndarray | None) -> np.ndarray:
-    if rewards is None:
-        raise ValueError("advantages asked for before rewards were given")
-    return rewards

@@ -1,7 +1,7 @@
 """The policy: a Megatron-Core model that gives log-probs, takes updates, and lends its weights."""
 
 from megatron_efr.policy.fit import check_fit
-from megatron_efr.policy.loss import clipped_policy_loss, supervised_loss
+from megatron_efr.policy.loss import policy_loss, supervised_loss
 from megatron_efr.policy.packing import split_into_updates
 from megatron_efr.policy.policy import Policy
 from megatron_efr.policy.ranks import Ranks, joined_ranks
@@ -10,8 +10,8 @@ __all__ = [
     "Policy",
     "Ranks",
     "check_fit",
-    "clipped_policy_loss",
     "joined_ranks",
+    "policy_loss",
     "split_into_updates",
     "supervised_loss",
 ]

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 
-from megatron_efr.config import LossConfig
+from megatron_efr.algorithms.objective import Importance
 from megatron_efr.types import ByIndex, PackedBatch, Sequence
 
 
@@ -35,25 +34,18 @@ def version_lags(batch: PackedBatch, sequences: ByIndex[Sequence], version: int)
     return lags
 
 
-def fill_importance(
-    batches: list[PackedBatch],
-    sequences: ByIndex[Sequence],
-    config: LossConfig,
-    rule: Literal["none", "truncate", "mask"],
-) -> None:
-    """Set `batch.importance` [R] from rho = exp(proximal - engine), once the proximal log-probs are known.
+def fill_importance(batches: list[PackedBatch], sequences: ByIndex[Sequence], importance: Importance) -> None:
+    """Set `batch.importance` [R] by `Importance`, once the proximal log-probs are known.
 
-    truncate: min(rho, cap), truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly
-    brings you off-policy RL training"). mask: rho within [low, high] and 0 outside (IcePop, Ling team 2025). Both are
-    constants to the gradient, and exactly 1 where engine and policy agree exactly.
+    The weights are constants to the gradient, and exactly 1 where engine and policy agree exactly.
     """
-    for batch in batches if rule != "none" else []:
+    for batch in batches if importance.rule != "none" else []:
         assert batch.old_logprobs is not None
         rho = (batch.old_logprobs - engine_logprobs(batch, sequences)).exp()
-        if rule == "truncate":
-            batch.importance = rho.clamp(max=config.importance_cap)
+        if importance.rule == "truncate":
+            batch.importance = rho.clamp(max=importance.cap)
         else:
-            inside = (config.importance_low <= rho) & (rho <= config.importance_high)
+            inside = (importance.low <= rho) & (rho <= importance.high)
             batch.importance = torch.where(inside, rho, 0.0)
 
 

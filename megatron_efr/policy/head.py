@@ -10,27 +10,25 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 
-from megatron_efr.config import ModelConfig
+from megatron_efr.algorithms.objective import Objective
 from megatron_efr.kernels import (
     CHUNK_TOKENS,
     Backend,
     PolicyRows,
-    PolicyTerms,
-    choose_backend,
     fused_policy_loss,
     linear_logprob,
 )
 from megatron_efr.policy.model import PolicyModel
 from megatron_efr.policy.ranks import Ranks
 from megatron_efr.types import PackedBatch
-from megatron_efr.weights.architecture import Architecture
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
     """How this rank's rows of the output layer, `weight` [V / TP, hidden], become log-probs. The last stage has one.
 
-    `chunk` is how many tokens' logits exist at a time; `tensor_group` is None without tensor parallelism.
+    `chunk` is how many tokens' logits exist at a time; `tensor_group` and `context_group`, whose ranks hold a sequence
+    together, are None without that parallelism.
     """
 
     weight: torch.nn.Parameter
@@ -40,6 +38,7 @@ class Head:
     sequence_parallel: bool
     chunk: int
     backend: Backend
+    context_group: dist.ProcessGroup | None = None
 
     def rows(self, hidden: torch.Tensor, batch: PackedBatch, factor: float) -> HeadRows:
         """The micro-batch's response rows, from the last layer's hidden states [tokens, 1, hidden]."""
@@ -86,20 +85,32 @@ class HeadRows:
         head, batch = self.head, self.batch
         return linear_logprob(self.states, head.weight, batch.targets, live=live, **head.options)[0]
 
-    def policy_loss(self, terms: PolicyTerms) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of `PolicyTerms` and its figures, for what each token's log-prob gives alone: logits exist once.
+    def logprobs_and_entropies(self, live: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Like `logprobs`, with the entropy of each row's distribution, fp32 [R]."""
+        head, batch = self.head, self.batch
+        logprobs, entropies = linear_logprob(
+            self.states, head.weight, batch.targets, entropy=True, live=live, **head.options
+        )
+        assert entropies is not None
+        return logprobs, entropies
+
+    def given(self, objective: Objective) -> PolicyRows:
+        """What the loss reads beside log-probs, as the kernels take it."""
+        batch = self.batch
+        assert batch.old_logprobs is not None
+        assert batch.advantages is not None
+        reference = None if objective.loss_kl == "none" else batch.reference_logprobs
+        return PolicyRows(batch.old_logprobs, batch.advantages, batch.weights, reference, batch.importance)
+
+    def policy_loss(self, objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of `Objective` and its figures, for what each token's log-prob gives alone: logits exist once.
 
         The weight's gradient goes into its `main_grad` in this pass, for the factor promised, where that is fp32.
         """
         head, batch = self.head, self.batch
-        assert batch.old_logprobs is not None
-        assert batch.advantages is not None
-        # a weight >= 0 goes through the minimum and the clip, so that it may as well stand with the advantage
-        advantages = batch.advantages if batch.importance is None else batch.advantages * batch.importance
-        rows = PolicyRows(batch.old_logprobs, advantages, batch.weights, batch.reference_logprobs)
         loss, _, figures = fused_policy_loss(
-            self.states, head.weight, batch.targets, rows, terms, factor=self.factor, main_grad=head.main_grad,
-            live=batch.live_rows, **head.options,
+            self.states, head.weight, batch.targets, self.given(objective), objective, factor=self.factor,
+            main_grad=head.main_grad, live=batch.live_rows, **head.options,
         )  # fmt: skip
         if loss.requires_grad and head.main_grad is not None:
             loss = _GradientIsThere.apply(loss, head.weight)
@@ -107,22 +118,20 @@ class HeadRows:
 
 
 def build_head(
-    model: PolicyModel, config: ModelConfig, architecture: Architecture, ranks: Ranks, temperature: float
+    model: PolicyModel, vocab: int, chunk_tokens: int | None, ranks: Ranks, temperature: float, backend: Backend
 ) -> Head | None:
-    """The head of this rank's last chunk, on the last stage; rank 0 says which kernels run."""
-    kernels, reason = choose_backend(config.kernels)
-    if ranks.is_main:
-        print(f"kernels: {kernels} ({reason})", flush=True)
+    """The head of this rank's last chunk, on the last stage; None elsewhere."""
     if not ranks.is_last_stage:
         return None
     return Head(
         weight=model.head_weight,
-        vocab=architecture.vocab,
+        vocab=vocab,
         temperature=temperature,
         tensor_group=ranks.tensor_group if ranks.tensor_ranks > 1 else None,
         sequence_parallel=model.config.sequence_parallel,
-        chunk=config.head_chunk_tokens or CHUNK_TOKENS * ranks.tensor_ranks,
-        backend=kernels,
+        chunk=chunk_tokens or CHUNK_TOKENS * ranks.tensor_ranks,
+        backend=backend,
+        context_group=ranks.context_group if ranks.context_ranks > 1 else None,
     )
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
-from megatron_efr.kernels import PolicyTerms
+from megatron_efr.algorithms.objective import Objective
+from megatron_efr.kernels import token_terms
+from megatron_efr.kernels.rows import sum_figures
 from megatron_efr.policy.head import HeadRows
+from megatron_efr.types import PackedBatch
 
 Metrics = dict[str, torch.Tensor]
 """Figures of one micro-batch: summed over micro-batches and replicas, or maximised where the name ends in `_max`."""
@@ -16,15 +20,51 @@ Loss = Callable[[HeadRows], tuple[torch.Tensor, Metrics]]
 """Asks for `policy_loss` where each token's log-prob is enough by itself, else for `logprobs`."""
 
 
-def clipped_policy_loss(clip: float) -> Loss:
-    """PPO's clipped surrogate: -sum of w_t * rho_t * min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t).
+def policy_loss(objective: Objective) -> Loss:
+    """The loss of `Objective`: in one sweep if each token's log-prob is enough, else in two.
 
-    Schulman et al. 2017, eq. 7; ratio against the policy's own log-probs before its first update of the iteration.
-    rho_t is `batch.importance` where there is one: a constant, for tokens that another policy drew.
-    Figures: `loss`, `clip_fraction`, `kl_to_old` (k1), `ratio_max`.
+    Ratios are against the policy's own log-probs before its first update of the iteration; advantages and importance
+    weights are constants. Figures, weighted as the loss is: `loss`, `clip_fraction`, `clip_above`, `clip_below`,
+    `kl_to_old` (k1), `kl_to_reference` (where a KL is in the loss), `entropy`, `ratio_max`.
     """
-    terms = PolicyTerms(clip)
-    return lambda rows: rows.policy_loss(terms)
+    if objective.ratio == "token":
+        return lambda rows: rows.policy_loss(objective)
+    return lambda rows: sequence_policy_loss(objective, rows)
+
+
+def sequence_policy_loss(objective: Objective, rows: HeadRows) -> tuple[torch.Tensor, Metrics]:
+    """The loss of ratios that a whole sequence has (GSPO, Zheng et al. 2025): log-probs first, then their gradients.
+
+    The backward pass makes the logits again, from the log of their sum that the first pass kept.
+    """
+    every = objective.every_token
+    logprobs, entropies = rows.logprobs_and_entropies(None if every else rows.batch.live_rows)
+    given = rows.given(objective)
+    with torch.no_grad():
+        log_ratio = sequence_means(logprobs - given.old, rows.batch, rows.head.context_group)
+        terms, slope = token_terms(logprobs, log_ratio, entropies, given, objective)
+        figures = sum_figures(terms, objective)
+    # the value is there; what autograd sees adds 0 to it, and has its gradient
+    value = figures["loss"] + _nothing(given.weights * slope, logprobs)
+    if objective.bonus != 0.0:
+        value = value - objective.bonus * _nothing(given.weights, entropies)
+    return value, figures
+
+
+def sequence_means(values: torch.Tensor, batch: PackedBatch, context_group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Each row's mean [R] of values [R] over its whole sequence, whichever context ranks hold the sequence's rows."""
+    lengths = torch.tensor(batch.row_lengths, dtype=torch.int64, device=values.device)
+    sequence = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
+    sums = torch.stack([torch.zeros(len(lengths), dtype=torch.float64, device=values.device), lengths.double()])
+    sums[0].index_add_(0, sequence, values.double())
+    if context_group is not None:
+        dist.all_reduce(sums, group=context_group)
+    return (sums[0] / sums[1].clamp(min=1.0))[sequence].float()
+
+
+def _nothing(slope: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """0, with `slope` as its gradient by `values`."""
+    return (slope * (values - values.detach())).sum()
 
 
 def supervised_loss(rows: HeadRows) -> tuple[torch.Tensor, Metrics]:

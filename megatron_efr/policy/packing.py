@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from megatron_efr.algorithms.objective import Aggregate
 from megatron_efr.types import ByIndex, Group, PackedBatch, Sequence, SequenceSize, UserError
 from megatron_efr.weights.architecture import Architecture
 
@@ -40,8 +41,9 @@ def trainable(groups: SequenceOf[Group]) -> list[Sequence]:
                 response.logprobs,
                 response.routed_experts,
                 tuple(response.versions),
+                bool(masked),
             )
-            for response, advantage in zip(group.responses, group.advantages, strict=True)
+            for response, advantage, masked in zip(group.responses, group.advantages, group.masks, strict=True)
         ]
     return found
 
@@ -121,16 +123,23 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def row_weights(
-    sizes: ByIndex[SequenceSize], update: list[int], aggregate: Literal["sequence", "token"]
+    sizes: ByIndex[SequenceSize], update: list[int], aggregate: Aggregate, divisor: int | None = None
 ) -> dict[int, float]:
     """The weight of each sequence's tokens in the loss of one update (indices over all replicas).
 
-    `sequence`: the mean over a sequence's tokens, then over sequences. `token`: the mean over all tokens.
+    `sequence`: the mean over a sequence's tokens, then over sequences. `token`: the mean over all tokens. `constant`:
+    a sequence's sum over `divisor` (None: the update's longest response), then the mean over sequences. Sequences that
+    are masked weigh nothing, and are not counted.
     """
+    live = [i for i in update if not sizes[i].masked]
+    weights = dict.fromkeys(update, 0.0)
     if aggregate == "token":
-        total = sum(sizes[i].response for i in update)
-        return dict.fromkeys(update, 1.0 / total)
-    return {i: 1.0 / (sizes[i].response * len(update)) for i in update}
+        total = sum(sizes[i].response for i in live)
+        return weights | dict.fromkeys(live, 1.0 / max(total, 1))
+    if aggregate == "constant":
+        over = divisor or max((sizes[i].response for i in update), default=1)
+        return weights | dict.fromkeys(live, 1.0 / (over * max(len(live), 1)))
+    return weights | {i: 1.0 / (sizes[i].response * len(live)) for i in live}
 
 
 def check_tokens(sequences: ByIndex[Sequence], indices: list[int], vocab: int) -> None:

@@ -9,15 +9,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 
+from megatron_efr.algorithms.objective import Aggregate, Objective
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_efr.kernels import Backend, choose_backend
 from megatron_efr.policy import context
+from megatron_efr.policy.credits import fill_advantages
 from megatron_efr.policy.drift import drift_figures, drift_sums
 from megatron_efr.policy.fit import check_fit, engine_layers
 from megatron_efr.policy.head import HeadRows, build_head, loss_scaling
@@ -72,7 +75,12 @@ class Policy:
         self._flops = sequence_flops(self.architecture)
         self.chunks = build_chunks(self.config, self.architecture, parallel, engine_layers(model), ranks.device)
         self._routing = RoutingReplay(self.config, [_unwrapped(chunk) for chunk in self.chunks], ranks)
-        self._head = build_head(_unwrapped(self.chunks[-1]), model, self.architecture, ranks, temperature)
+        self._kernels: Backend
+        self._kernels, reason = choose_backend(model.kernels)
+        if ranks.is_main:
+            print(f"kernels: {self._kernels} ({reason})", flush=True)
+        last, vocab = _unwrapped(self.chunks[-1]), self.architecture.vocab
+        self._head = build_head(last, vocab, model.head_chunk_tokens, ranks, temperature, self._kernels)
         # each sequence divides into 2 chunks per context rank, a context rank's slice over the sequence-parallel ones
         self._sequence_multiple = 2 * parallel.context if parallel.context > 1 else 1
         self._pack_multiple = math.lcm(
@@ -94,7 +102,7 @@ class Policy:
         self.config.grad_scale_func = self.optimizer.megatron.scale_loss
 
     @classmethod
-    def to_train(cls, config: TrainConfig, ranks: Ranks) -> Policy:
+    def to_train(cls, config: TrainConfig, ranks: Ranks, *, keep_reference: bool) -> Policy:
         """The policy of a reinforcement-learning run."""
         return cls(
             config.model,
@@ -104,7 +112,7 @@ class Policy:
             updates=config.train.iterations * config.train.updates,
             seed=config.seed,
             temperature=config.rollout.temperature,
-            keep_reference=config.loss.beta > 0,
+            keep_reference=keep_reference,
             bucket_bytes=config.rollout.bucket_mib * 2**20,
         )
 
@@ -115,12 +123,16 @@ class Policy:
         sizes: ByIndex[SequenceSize],
         update: list[int],
         micro_batch_tokens: int,
-        aggregate: Literal["sequence", "token"],
+        aggregate: Aggregate,
+        divisor: int | None = None,
     ) -> UpdatePlan:
-        """Which replica takes which of the sequences `i in update`, in which micro-batches: the same on every rank."""
-        lengths = {i: round_up(sum(sizes[i]), self._sequence_multiple) for i in update}
+        """Which replica takes which of the sequences `i in update`, in which micro-batches: the same on every rank.
+
+        `aggregate` and `divisor` as `Objective` has them.
+        """
+        lengths = {i: round_up(sizes[i].length, self._sequence_multiple) for i in update}
         shares = balance(lengths, self.ranks.replicas, micro_batch_tokens, self._batch_multiple, self._flops)
-        return UpdatePlan(shares, row_weights(sizes, update, aggregate))
+        return UpdatePlan(shares, row_weights(sizes, update, aggregate, divisor))
 
     def pack(self, sequences: ByIndex[Sequence], plan: UpdatePlan) -> list[PackedBatch]:
         """This replica's micro-batches of a planned update, of which `sequences` must have this replica's own.
@@ -141,7 +153,7 @@ class Policy:
         sequences: SequenceOf[Sequence],
         update: list[int],
         micro_batch_tokens: int,
-        aggregate: Literal["sequence", "token"],
+        aggregate: Aggregate,
     ) -> list[PackedBatch]:
         """`plan_update` and `pack` in one, where every rank has all sequences."""
         sizes = {i: sequences[i].size for i in update}  # of an update alone: there may be very many sequences
@@ -162,6 +174,10 @@ class Policy:
                 reference = self.logprobs([replace(batch, routed_experts=None) for batch in batches])
             for batch, logprobs in zip(batches, reference, strict=True):
                 batch.reference_logprobs = logprobs
+
+    def fill_advantages(self, batches: list[PackedBatch], advantages: ByIndex[float], objective: Objective) -> None:
+        """Set every micro-batch's `advantages` [R] from its responses', log-probs being there: `credits`."""
+        fill_advantages(batches, advantages, objective, self.ranks.sum_over_replicas, self._kernels)
 
     def logprobs(self, batches: list[PackedBatch]) -> list[torch.Tensor]:
         """Log-probs [R] of each micro-batch's response tokens under the current weights, on every rank alike."""

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from megatron_efr import arguments, methods
+from megatron_efr import algorithms, arguments, methods
 from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.config import TrainConfig
 from megatron_efr.config.file import dump
@@ -40,6 +40,12 @@ class Run:
     publisher: Publisher | Embedded
     phases: Phases
     method: methods.Method
+    algorithm: algorithms.Algorithm
+
+    @property
+    def objective(self) -> algorithms.Objective:
+        """What loss and kernels execute."""
+        return self.algorithm.objective(self.config.rollout)
 
     def save(self, step: int) -> None:
         """Keep all that a resumed run needs. Random numbers need nothing: each is a function of seed and place."""
@@ -93,18 +99,20 @@ def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> I
     Where it `asks` no engine, it claims no folder and has no environment: its rollouts come from elsewhere.
     """
     method = methods.build(config.method, config.rollout.samples)
+    algorithm = algorithms.build(config.algorithm, config.rollout)
+    keep_reference = algorithm.objective(config.rollout).needs_reference
     config.check_world(arguments.world_size())
     Host.of_this_process().seats(config.rollout)
     with joined_ranks(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
         folder, environment, servers = RunFolder(config.folder), None, Servers()
         if asks:
-            ranks.on_main(lambda: folder.claim(dump(config), resume))
+            ranks.on_main(lambda: folder.claim(dump(algorithms.resolved(config, algorithm)), resume))
             environment, servers = _environment(config, ranks, resources)
         publisher = build_publisher(config, environment and environment.engine, ranks.cpu_world, servers.restart)
         phases = build_phases(config, publisher, environment, servers, ranks, asks)
-        policy = Policy.to_train(config, ranks)
+        policy = Policy.to_train(config, ranks, keep_reference=keep_reference)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
-        yield Run(config, ranks, folder, checkpoints, environment, policy, publisher, phases, method)
+        yield Run(config, ranks, folder, checkpoints, environment, policy, publisher, phases, method, algorithm)
 
 
 def _environment(config: TrainConfig, ranks: Ranks, resources: ExitStack) -> tuple[Environment | None, Servers]:

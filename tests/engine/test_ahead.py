@@ -24,7 +24,7 @@ rollout:
   {{engine: sglang, python: {python}, prompts: 6, samples: 4, max_new_tokens: 60, slots: 16, partial: true, async: true,
    max_staleness: 2}}
 method: {{name: typical}}
-loss: {{beta: 0.0}}
+algorithm: {{beta: 0.0}}
 optimizer: {{lr: 1e-3}}
 train: {{iterations: 5}}
 evaluation: {{datasets: [{{path: {place}/task/test.jsonl, limit: 4}}], every: 2, max_new_tokens: 20}}

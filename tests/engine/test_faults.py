@@ -325,7 +325,7 @@ rollout:
   {{engine: sglang, urls: {urls}, prompts: 24, samples: 4, max_new_tokens: 200, slots: 32, async: {overlap},
    timeouts: {{connect_s: 3, health_s: 8, check_s: 0.5}}}}
 method: {{name: typical}}
-loss: {{beta: 0.0}}
+algorithm: {{beta: 0.0}}
 optimizer: {{lr: 1e-4}}
 train: {{iterations: 4}}
 checkpoint: {{every: 4}}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_efr.algorithms import Objective
 from megatron_efr.kernels.rows import Logits, Softmax, Statistics, merge
 
 pytestmark = [
@@ -19,7 +20,7 @@ pytestmark = [
 ]
 
 if torch.cuda.is_available():
-    from megatron_efr.kernels import PolicyRows, PolicyTerms, fused_policy_loss, linear_logprob, products, triton_rows
+    from megatron_efr.kernels import PolicyRows, fused_policy_loss, linear_logprob, products, triton_rows
     from tests.kernel_suite import *  # noqa: F403  the tests themselves
     from tests.kernel_suite import case, exact, relative
 
@@ -40,7 +41,7 @@ def test_bf16_at_the_shipped_block(vocab: int, monkeypatch: pytest.MonkeyPatch) 
     for _ in range(2):
         main_grad = torch.zeros(w.shape, device="cuda")
         out = fused_policy_loss(
-            x, w, targets, PolicyRows(logprob.detach(), one, one), PolicyTerms(0.2), main_grad=main_grad, factor=1.0,
+            x, w, targets, PolicyRows(logprob.detach(), one, one), Objective(), main_grad=main_grad, factor=1.0,
             true_vocab=vocab, chunk=128, backend="triton",
         )  # fmt: skip
         results.append((torch.autograd.grad(out.loss, x)[0], main_grad))

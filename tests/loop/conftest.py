@@ -39,11 +39,10 @@ class Typical(Method):
         return -np.abs(group.lengths - self.mean) / 24
 
     def advantages(self, groups):
-        made = super().advantages(groups)
         for group in groups:
             self.seen += 1
             self.mean += (float(group.lengths.mean()) - self.mean) / self.seen
-        return made
+        return None  # the algorithm's
 
     def state_dict(self):
         return {"seen": self.seen, "mean": self.mean}
@@ -53,8 +52,8 @@ class Typical(Method):
 
 class Failing(Typical):
     def advantages(self, groups):
-        made = super().advantages(groups)
-        return [advantages * np.nan for advantages in made] if self.seen > 4 else made
+        super().advantages(groups)
+        return [group.rewards * np.nan for group in groups] if self.seen > 4 else None
 """
 
 CONFIG = """
@@ -66,7 +65,7 @@ data:
   prompt: {{template: "{{question}}"}}
 rollout: {{prompts: 4, samples: 4, max_new_tokens: 24, slots: 5}}
 method: {{name: typical}}
-loss: {{beta: 0.01}}
+algorithm: {{beta: 0.01}}
 optimizer: {{lr: 1e-3}}
 train: {{iterations: 4}}
 checkpoint: {{every: 2}}

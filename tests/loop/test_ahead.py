@@ -16,7 +16,7 @@ data:
   prompt: {{template: "{{question}}"}}
 rollout: {{prompts: 4, samples: 4, max_new_tokens: 40, slots: 6, partial: true, async: true, max_staleness: 2}}
 method: {{name: typical}}
-loss: {{beta: 0.01}}
+algorithm: {{beta: 0.01}}
 optimizer: {{lr: 1e-3}}
 train: {{iterations: 6}}
 evaluation: {{datasets: [{{path: {task}/test.jsonl, limit: 4}}], every: 3, max_new_tokens: 24}}

@@ -25,7 +25,7 @@ data:
   prompt: {{template: "{{question}}"}}
 rollout: {{prompts: 4, samples: 4, max_new_tokens: 24}}
 method: {{name: efr, alpha: 0.1}}
-loss: {{beta: 0.01}}
+algorithm: {{beta: 0.01}}
 optimizer: {{lr: 1e-3}}
 train: {{iterations: 3}}
 checkpoint: {{every: 2}}

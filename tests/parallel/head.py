@@ -18,9 +18,9 @@ from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
 )
 
-from megatron_efr.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.methods.token_advantages import fill_token_advantages
-from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, joined_ranks
+from megatron_efr.algorithms import Objective
+from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.policy import Policy, Ranks, joined_ranks, policy_loss
 from megatron_efr.policy.head import HeadRows
 from megatron_efr.policy.loss import Loss
 from megatron_efr.types import PackedBatch, Sequence
@@ -80,8 +80,8 @@ def batches(policy: Policy, case: Case) -> list[PackedBatch]:
     for batch in found:
         assert batch.old_logprobs is not None
         batch.old_logprobs = batch.old_logprobs + 0.3 * (batch.old_logprobs * 40).sin()
-    advantages = [s.advantage for s in sequences()]
-    fill_token_advantages(found, advantages, LossConfig(beta=0.0), policy.ranks.sum_over_replicas)
+    advantages = {i: s.advantage for i, s in enumerate(sequences())}
+    policy.fill_advantages(found, advantages, Objective())
     return found
 
 
@@ -92,7 +92,8 @@ def materialised(rows: HeadRows) -> tuple[torch.Tensor, dict[str, torch.Tensor]]
     assert batch.advantages is not None
     states = rows.states if head.sequence_parallel else copy_to_tensor_model_parallel_region(rows.states)
     logits = gather_from_tensor_model_parallel_region(F.linear(states, head.weight))[:, : head.vocab]
-    logprobs = torch.log_softmax(logits.float() / head.temperature, -1).gather(1, batch.targets[:, None])[:, 0]
+    log_probs = torch.log_softmax(logits.float() / head.temperature, -1)
+    logprobs = log_probs.gather(1, batch.targets[:, None])[:, 0]
     ratio = (logprobs - batch.old_logprobs).exp()
     plain = ratio * batch.advantages
     clipped = ratio.clamp(1 - CLIP, 1 + CLIP) * batch.advantages
@@ -100,6 +101,9 @@ def materialised(rows: HeadRows) -> tuple[torch.Tensor, dict[str, torch.Tensor]]
     figures = {
         "loss": value,
         "clip_fraction": (batch.weights * (clipped < plain)).sum(),
+        "clip_above": (batch.weights * ((clipped < plain) & (ratio > 1))).sum(),
+        "clip_below": (batch.weights * ((clipped < plain) & (ratio < 1))).sum(),
+        "entropy": -(batch.weights * (log_probs.exp() * log_probs).sum(-1)).sum(),
         "kl_to_old": (batch.weights * (batch.old_logprobs - logprobs)).sum(),
         "ratio_max": torch.cat([ratio, ratio.new_zeros(1)]).max(),
     }
@@ -117,7 +121,7 @@ def compare(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks) -> 
     """Each gradient's distance from that of a plain run with all logits, relative to its norm; the metrics' as well."""
     plain = PLAIN._replace(tied=case.tied)
     want, wanted_metrics = gradients(build(plain, models, parallel, ranks), plain, materialised)
-    got, metrics = gradients(build(case, models, parallel, ranks), case, clipped_policy_loss(CLIP))
+    got, metrics = gradients(build(case, models, parallel, ranks), case, policy_loss(Objective()))
     assert metrics.keys() == wanted_metrics.keys()
     apart = {name: float((got[name] - gradient).norm() / gradient.norm()) for name, gradient in want.items()}
     return apart | {name: abs(metrics[name] - value) for name, value in wanted_metrics.items()}

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from megatron_efr.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.methods.token_advantages import fill_token_advantages
-from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, joined_ranks
+from megatron_efr.algorithms import Objective, Spread
+from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.policy import Policy, Ranks, joined_ranks, policy_loss
 from tests.conftest import ragged_sequences
 from tests.routing import randomly_routed
 
@@ -28,18 +28,27 @@ class Case(NamedTuple):
     """What is trained in a layout; the cases together cover every pair of values."""
 
     model: str
-    aggregate: Literal["sequence", "token"]
+    objective: str
     recompute: bool
     budget: int  # tokens of a micro-batch, where there are several ranks
     replay: bool = False  # tokens go to experts drawn at random, as if an engine had chosen them
 
 
+# every aggregation, every KL, both ratios and surrogates, whitening, both bounds, the dual one, an entropy bonus
+OBJECTIVES = {
+    "sequence": Objective(kl="reward", beta=0.1, tokens=Spread()),
+    "token": Objective(kl="reward", beta=0.1, tokens=Spread("sample", "variance"), aggregate="token"),
+    "constant": Objective(kl="k3", beta=0.1, aggregate="constant", high=0.28, dual=2.0, bonus=0.01),
+    "whole": Objective(kl="k2", beta=0.1, ratio="sequence", low=0.02, high=0.03, bonus=0.01),
+    "weighed": Objective(kl="k1", beta=0.1, surrogate="reweight", low=1.0, high=0.1, aggregate="token"),
+}
 CASES = {
     "dense": [
         Case("tied", "sequence", False, 300),
         Case("tied", "token", True, 150),
-        Case("untied", "sequence", True, 150),
-        Case("untied", "token", False, 300),
+        Case("untied", "constant", True, 150),
+        Case("untied", "whole", False, 150),
+        Case("untied", "weighed", False, 300),
     ],
     "experts": [
         Case("moe", "sequence", False, 300),
@@ -89,7 +98,8 @@ def train(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks, optim
     )  # fmt: skip
     before = {name: tensor.clone() for name, tensor in policy.named_weights()}
     budget = case.budget if ranks.world_size > 1 else 100_000  # one process takes each update as one pack
-    updates = [policy.pack_update(sequences, update, budget, case.aggregate) for update in UPDATES]
+    objective = OBJECTIVES[case.objective]
+    updates = [policy.pack_update(sequences, update, budget, objective.aggregate) for update in UPDATES]
     batches = [batch for update in updates for batch in update]
     policy.fill_logprobs(batches)
     result: dict[str, Any] = {"logprobs": gathered(batches, ranks), "metrics": []}
@@ -97,10 +107,9 @@ def train(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks, optim
     for batch in batches:  # a reference that differs, or the KL would add nothing
         assert batch.reference_logprobs is not None
         batch.reference_logprobs = batch.reference_logprobs + 0.1 * batch.reference_logprobs.sin()
-    loss = LossConfig(beta=0.1, normalize="batch", aggregate=case.aggregate)
-    fill_token_advantages(batches, [s.advantage for s in sequences], loss, ranks.sum_over_replicas)
+    policy.fill_advantages(batches, [s.advantage for s in sequences], objective)
     for update in updates:
-        result["metrics"].append(policy.update(update, clipped_policy_loss(0.2)))
+        result["metrics"].append(policy.update(update, policy_loss(objective)))
         del result["metrics"][-1]["imbalance"]  # the split's own
         if "gradients" not in result:
             result["gradients"] = {name: tensor.clone() for name, tensor in policy.named_gradients()}

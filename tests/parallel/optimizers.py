@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
+from megatron_efr.algorithms import Objective
 from megatron_efr.checkpoint.checkpoints import Checkpoints
-from megatron_efr.config import CheckpointConfig, LossConfig, ModelConfig, OptimizerConfig
-from megatron_efr.methods.token_advantages import fill_token_advantages
-from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, joined_ranks
+from megatron_efr.config import CheckpointConfig, ModelConfig, OptimizerConfig
+from megatron_efr.policy import Policy, Ranks, joined_ranks, policy_loss
 from tests.conftest import ragged_sequences
 from tests.parallel.layout import split
 
@@ -55,9 +55,9 @@ def iterate(policy: Policy, step: int) -> dict[str, float]:
     batches = policy.pack_update(sequences, list(range(20)), 300, "sequence")
     policy.fill_logprobs(batches)
     drift = policy.compare_logprobs(batches, sequences)
-    loss = LossConfig(beta=0.1)
-    fill_token_advantages(batches, [s.advantage for s in sequences], loss, policy.ranks.sum_over_replicas)
-    return policy.update(batches, clipped_policy_loss(0.2)) | drift
+    objective = Objective(kl="reward", beta=0.1)
+    policy.fill_advantages(batches, [s.advantage for s in sequences], objective)
+    return policy.update(batches, policy_loss(objective)) | drift
 
 
 def weights(policy: Policy) -> dict[str, torch.Tensor]:

@@ -46,7 +46,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tree["data"]["datasets"][0]["path"] = str(place / "train.jsonl")
     tree["rollout"] = {"prompts": 4, "samples": 4, "max_new_tokens": 24}
     tree["method"] = {"name": "typical"}
-    tree["loss"]["beta"] = 0.1  # so that the KL to the initial model is felt
+    tree["algorithm"]["beta"] = 0.1  # so that the KL to the initial model is felt
     tree["optimizer"]["lr"] = 3e-3
     tree["train"] |= {"iterations": 2, "micro_batch_tokens": 100}
     made = {}

@@ -54,12 +54,12 @@ def test_overrides_reach_sections_new_sections_and_elements_of_lists(tmp_path: P
         "evaluation.samples_by_dataset={e: 3}",
         "observe.wandb=null",
         "train.iterations=0x10",
-        "loss.beta=.5",
+        "algorithm.beta=.5",
     )
     assert [(d.path, d.limit) for d in config.data.datasets] == [("z.jsonl", None), ("y.jsonl", 7)]
     assert (config.rollout.samples, config.method.options["alpha"], config.model.path) == (16, 0.4, "with=equals")
     assert (config.evaluation.datasets[0].path, config.evaluation.samples_by_dataset) == ("e.jsonl", {"e": 3})
-    assert (config.observe.wandb, config.train.iterations, config.loss.beta) == (None, 16, 0.5)
+    assert (config.observe.wandb, config.train.iterations, config.algorithm.options["beta"]) == (None, 16, 0.5)
     whole = read(tmp_path, "data.datasets.0={path: w.jsonl}")
     assert [d.path for d in whole.data.datasets] == ["w.jsonl", "y.jsonl"]
 

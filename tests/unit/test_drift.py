@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_efr.config import ConfigError, LossConfig, TrainConfig, TrainingConfig
+from megatron_efr import algorithms
+from megatron_efr.algorithms import Importance, Objective
+from megatron_efr.config import ConfigError, TrainConfig, TrainingConfig
 from megatron_efr.config.file import dump, validate
 from megatron_efr.policy.drift import drift_figures, drift_sums, engine_logprobs, fill_importance, version_lags
 from megatron_efr.policy.handover import flatten, unflatten
 from megatron_efr.policy.head import Head, HeadRows
-from megatron_efr.policy.loss import clipped_policy_loss
+from megatron_efr.policy.loss import policy_loss
 from megatron_efr.policy.packing import pack
 from megatron_efr.report.iteration import LogprobMismatchError, check_logprobs
 from megatron_efr.types import PackedBatch, Sequence, VersionSpan
@@ -40,7 +42,6 @@ def test_the_loss_and_its_gradient_under_importance_weights_equal_fp64(rule: Any
     torch.manual_seed(0)
     sequences = ragged_sequences(12)
     batch = packed(sequences, off=1.0)
-    config = LossConfig(importance_cap=1.5, importance_low=0.4, importance_high=3.0)
     assert batch.old_logprobs is not None
     assert batch.advantages is not None
     states = torch.randn(len(batch.old_logprobs), 16, requires_grad=True)
@@ -52,9 +53,9 @@ def test_the_loss_and_its_gradient_under_importance_weights_equal_fp64(rule: Any
     moved = [s + v for s, v in zip(engine_logprobs(batch, sequences).split(batch.row_lengths),
                                    shift.split(batch.row_lengths), strict=True)]  # fmt: skip
     sequences = [replace(s, engine_logprobs=part.tolist()) for s, part in zip(sequences, moved, strict=True)]
-    fill_importance([batch], sequences, config, rule)
+    fill_importance([batch], sequences, Importance(rule, 1.5, 0.4, 3.0))
     head = Head(weight, VOCAB, 1.0, None, sequence_parallel=False, chunk=64, backend="torch")
-    value, metrics = clipped_policy_loss(0.2)(HeadRows(head, states, batch, factor=1.0))
+    value, metrics = policy_loss(Objective())(HeadRows(head, states, batch, factor=1.0))
     value.backward()
 
     old, advantages = batch.old_logprobs.double(), batch.advantages.double()
@@ -82,7 +83,7 @@ def test_the_loss_and_its_gradient_under_importance_weights_equal_fp64(rule: Any
 def test_a_weight_is_exactly_one_where_engine_and_policy_agree_exactly(rule: Literal["truncate", "mask"]) -> None:
     sequences = ragged_sequences(6)
     batch = packed(sequences, off=0.0)
-    fill_importance([batch], sequences, LossConfig(), rule)
+    fill_importance([batch], sequences, Importance(rule))
     assert batch.importance is not None
     assert torch.equal(batch.importance, torch.ones_like(batch.importance))
     assert not batch.importance.requires_grad
@@ -157,11 +158,15 @@ def config(**sections: Any) -> TrainConfig:
 
 
 def test_importance_weights_are_on_where_rollouts_may_be_old_and_by_choice_elsewhere() -> None:
-    assert config().importance == "none"
-    assert config(rollout={"partial": True}).importance == "truncate"
-    assert config(rollout={"async": True}).importance == "truncate"
-    assert config(rollout={"async": True}, loss={"importance": "none"}).importance == "none"
-    assert config(loss={"importance": "mask"}).importance == "mask"
+    def rule(**sections: Any) -> str:
+        made = config(**sections)
+        return algorithms.build(made.algorithm, made.rollout).objective(made.rollout).importance.rule
+
+    assert rule() == "none"
+    assert rule(rollout={"partial": True}) == "truncate"
+    assert rule(rollout={"async": True}) == "truncate"
+    assert rule(rollout={"async": True}, algorithm={"importance": "none"}) == "none"
+    assert rule(algorithm={"importance": "mask"}) == "mask"
     assert "async: true" in dump(config(rollout={"async": True}))
 
 

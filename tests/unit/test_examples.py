@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_efr import algorithms
 from megatron_efr.config import EvaluateConfig, SftConfig, TrainConfig
 from megatron_efr.config.file import dump, load
 
@@ -31,8 +32,11 @@ def test_paper_hyperparameters(file: str, lr: float) -> None:
     assert config.train.iterations * config.rollout.prompts == 3200
     assert (config.optimizer.lr, config.optimizer.beta1, config.optimizer.beta2) == (lr, 0.9, 0.95)
     assert (config.optimizer.warmup_updates, config.optimizer.schedule) == (6, "constant")
-    loss = config.loss
-    assert (loss.clip, loss.beta, loss.normalize, loss.aggregate) == (0.2, 1e-3, "none", "sequence")
+    algorithm = algorithms.build(config.algorithm, config.rollout)
+    assert (algorithm.name, algorithm.baseline, algorithm.normalize) == ("rloo", "others", "none")
+    objective = algorithm.objective(config.rollout)
+    assert (objective.low, objective.high, objective.kl, objective.beta) == (0.2, 0.2, "reward", 1e-3)
+    assert objective.aggregate == "sequence"
     assert config.data.prompt.prefill == "none"
     assert (config.rollout.temperature, config.rollout.max_new_tokens) == (1.0, 32000)
     assert config.data.prompt.max_tokens == 512

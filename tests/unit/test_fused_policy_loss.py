@@ -7,7 +7,8 @@ import importlib
 import pytest
 import torch
 
-from megatron_efr.kernels import PolicyRows, PolicyTerms, fused_policy_loss, linear_logprob, products
+from megatron_efr.algorithms import Objective
+from megatron_efr.kernels import PolicyRows, fused_policy_loss, linear_logprob, products
 
 T, H, V = 23, 8, 30
 
@@ -35,7 +36,7 @@ def test_equals_autograd_of_the_formula() -> None:
     value = by_autograd(logprobs, rows)
     d_hidden, d_weight = torch.autograd.grad(value, [x, w], retain_graph=True)
     main_grad = torch.zeros(V, H)
-    out = fused_policy_loss(x, w, targets, rows, PolicyTerms(0.2), main_grad=main_grad, factor=1.0, chunk=5)
+    out = fused_policy_loss(x, w, targets, rows, Objective(), main_grad=main_grad, factor=1.0, chunk=5)
     assert torch.equal(out.logprobs, logprobs)
     value = value.detach()
     assert (out.loss.detach() - value).abs() <= 1e-6
@@ -44,9 +45,12 @@ def test_equals_autograd_of_the_formula() -> None:
     with torch.no_grad():
         ratio = (logprobs - rows.old).exp()
         bites = ((ratio > 1.2) & (rows.advantages > 0)) | ((ratio < 0.8) & (rows.advantages < 0))
+        log_probs, weights = torch.log_softmax(x @ w.t(), -1), rows.weights
         figures = {
             "loss": value, "clip_fraction": rows.weights[bites].sum(), "ratio_max": ratio.max(),
+            "clip_above": weights[bites & (ratio > 1)].sum(), "clip_below": weights[bites & (ratio < 1)].sum(),
             "kl_to_old": (rows.weights * (rows.old - logprobs)).sum(),
+            "entropy": -(rows.weights * (log_probs.exp() * log_probs).sum(-1)).sum(),
         }  # fmt: skip
     assert out.figures.keys() == figures.keys()
     assert all(float((out.figures[name] - figures[name]).abs()) <= 1e-6 for name in figures)
@@ -56,8 +60,8 @@ def test_equals_autograd_of_the_formula() -> None:
 def test_without_a_main_grad_the_weight_gets_its_gradient_from_autograd(dtype: torch.dtype) -> None:
     x, w, targets, rows = inputs(dtype)
     main_grad = torch.zeros(V, H)
-    fused_policy_loss(x, w, targets, rows, PolicyTerms(0.2), main_grad=main_grad, factor=2.0, chunk=5)
-    out = fused_policy_loss(x, w, targets, rows, PolicyTerms(0.2), factor=2.0, chunk=5)
+    fused_policy_loss(x, w, targets, rows, Objective(), main_grad=main_grad, factor=2.0, chunk=5)
+    out = fused_policy_loss(x, w, targets, rows, Objective(), factor=2.0, chunk=5)
     gradient = torch.autograd.grad(out.loss * 2.0, w)[0]
     assert gradient.dtype == dtype
     assert torch.equal(gradient, main_grad.to(dtype))
@@ -66,7 +70,8 @@ def test_without_a_main_grad_the_weight_gets_its_gradient_from_autograd(dtype: t
 def test_finite_differences() -> None:
     x, w, targets, rows = inputs()
     rows = PolicyRows(rows.old, rows.advantages, rows.weights, rows.old.flip(0))
-    terms, step = PolicyTerms(0.95, "k3", 0.3, 0.1), 1e-2  # a clip so wide that no step crosses its kink
+    # a clip so wide that no step crosses its kink
+    terms, step = Objective(low=0.95, high=0.95, kl="k3", beta=0.3, bonus=0.1), 1e-2
     direction = torch.randn(T, H, generator=torch.Generator().manual_seed(5))
 
     def loss(at: torch.Tensor) -> torch.Tensor:
@@ -81,7 +86,7 @@ def test_finite_differences() -> None:
 @pytest.mark.parametrize("arrives", [1.0, 2.0 * (1 + 1e-4), float("nan")])
 def test_another_factor_than_promised_is_an_error(arrives: float) -> None:
     x, w, targets, rows = inputs()
-    out = fused_policy_loss(x, w, targets, rows, PolicyTerms(0.2), main_grad=torch.zeros(V, H), factor=2.0)
+    out = fused_policy_loss(x, w, targets, rows, Objective(), main_grad=torch.zeros(V, H), factor=2.0)
     with pytest.raises(RuntimeError, match=r"written for a factor of 2\.0"):
         (out.loss * arrives).backward()
 
@@ -91,7 +96,7 @@ def test_the_factor_scales_both_gradients() -> None:
     for factor in (1.0, 1024.0):
         x, w, targets, rows = inputs()
         main_grad = torch.zeros(V, H)
-        out = fused_policy_loss(x, w, targets, rows, PolicyTerms(0.2), main_grad=main_grad, factor=factor)
+        out = fused_policy_loss(x, w, targets, rows, Objective(), main_grad=main_grad, factor=factor)
         (out.loss * factor).backward()
         assert w.grad is None, "main_grad has it"
         results.append((x.grad, main_grad))
@@ -103,18 +108,18 @@ def test_nothing_is_written_without_gradients() -> None:
     x, w, targets, rows = inputs()
     main_grad = torch.zeros(V, H)
     with torch.no_grad():
-        out = fused_policy_loss(x, w, targets, rows, PolicyTerms(0.2), main_grad=main_grad, factor=1.0)
+        out = fused_policy_loss(x, w, targets, rows, Objective(), main_grad=main_grad, factor=1.0)
     assert not out.loss.requires_grad
     assert torch.all(main_grad == 0)
 
 
 def test_refusals() -> None:
     x, w, targets, rows = inputs()
-    plain = PolicyTerms(0.2)
+    plain = Objective()
     for main_grad in (torch.zeros(V, H, dtype=torch.bfloat16), torch.zeros(V, H + 1)):
         with pytest.raises(ValueError, match="adds to an fp32"):
             fused_policy_loss(x, w, targets, rows, plain, main_grad=main_grad, factor=1.0)
-    for terms, words in ((PolicyTerms(0.2, "k3", 0.1), "reference's"), (PolicyTerms(0.2, cap=2.0), "engine's")):
+    for terms, words in ((Objective(kl="k3", beta=0.1), "reference's"), (Objective(ratio="sequence"), "two passes")):
         with pytest.raises(ValueError, match=words):
             fused_policy_loss(x, w, targets, rows, terms, main_grad=torch.zeros(V, H), factor=1.0)
 
@@ -136,7 +141,7 @@ def test_rows_without_advantage_skip_their_products_exactly(live: int, monkeypat
     module = importlib.import_module("megatron_efr.kernels.fused_policy_loss")
     monkeypatch.setattr(module, "accumulate_weight_gradient", counted)
 
-    def run(terms: PolicyTerms, live: int | None) -> list[torch.Tensor]:
+    def run(terms: Objective, live: int | None) -> list[torch.Tensor]:
         multiplied.clear()
         main_grad = torch.zeros(V, H)
         out = fused_policy_loss(
@@ -144,14 +149,14 @@ def test_rows_without_advantage_skip_their_products_exactly(live: int, monkeypat
         )  # fmt: skip
         return [out.loss.detach(), out.logprobs, torch.autograd.grad(out.loss, x)[0], main_grad, *out.figures.values()]
 
-    plain = PolicyTerms(0.2)
+    plain = Objective()
     all_rows = run(plain, None)
     assert sum(multiplied) == T
     skipped = run(plain, live)
     assert sum(multiplied) == live, multiplied
     assert all((a - b).abs().max() <= 1e-7 for a, b in zip(all_rows, skipped, strict=True))
     assert torch.all(skipped[2][live:] == 0)
-    with_kl = PolicyTerms(0.2, "k3", 0.1)
+    with_kl = Objective(kl="k3", beta=0.1)
     assert all(torch.equal(a, b) for a, b in zip(run(with_kl, None), run(with_kl, live), strict=True))
     assert sum(multiplied) == T, "a KL gives every row a gradient"
 
@@ -160,7 +165,7 @@ def test_no_rows() -> None:
     x, w, _, _ = inputs()
     none = torch.zeros(0)
     out = fused_policy_loss(
-        x[:0], w, torch.zeros(0, dtype=torch.int64), PolicyRows(none, none, none), PolicyTerms(0.2),
+        x[:0], w, torch.zeros(0, dtype=torch.int64), PolicyRows(none, none, none), Objective(),
         main_grad=torch.zeros(V, H), factor=1.0,
     )  # fmt: skip
     out.loss.backward()

@@ -9,15 +9,16 @@ from typing import Any, cast
 import pytest
 import torch
 
+from megatron_efr.algorithms import Objective
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.kernels import products
-from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, supervised_loss
+from megatron_efr.policy import Policy, Ranks, policy_loss, supervised_loss
 from megatron_efr.policy.head import loss_scaling
 from megatron_efr.types import PackedBatch, Sequence, UserError
 from tests.conftest import make_model_folder
 from tests.parallel import head
 
-PPO = clipped_policy_loss(head.CLIP)
+PPO = policy_loss(Objective())
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "durable": {"errors"},
     "config": {"errors"},
     "arguments": BASE,
-    "kernels": BASE,
+    "algorithms": BASE,
+    "kernels": BASE | {"algorithms.objective"},
     "grading": BASE,
     "methods": BASE,
     "data": BASE,
     "weights": BASE,
-    "policy": BASE | WEIGHTS | {"kernels"},
+    "policy": BASE | WEIGHTS | {"kernels", "algorithms.objective"},
     "rollout": BASE
     | {"weights.architecture", "weights.mapping", "weights.checked", "weights.publish"}
     | {"weights.reshard", "weights.transports"},
@@ -36,8 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": BASE | {"weights.architecture", "weights.mapping", "kernels"},
     "run": BASE
     | WEIGHTS
-    | {"arguments", "checkpoint", "data", "grading", "memory", "methods", "observe", "policy", "report.records"}
-    | {"rollout"},
+    | {"algorithms", "arguments", "checkpoint", "data", "grading", "memory", "methods", "observe", "policy"}
+    | {"report.records", "rollout"},
     "convert": BASE | WEIGHTS | {"arguments", "checkpoint", "policy"},  # policy, where logits are compared
     "inspect_checkpoint": BASE | {"arguments", "checkpoint.manifest", "weights.torch_dist"},
     "torchrun": {"run.interruption"},

@@ -27,7 +27,7 @@ def test_no_kernel_spills(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(figures.read_text())
     names = {row["name"].split()[0] for row in rows}
-    assert names == {"statistics", "gradient", "policy", "group"}, "a kernel is missing from the gate"
+    assert names == {"statistics", "gradient", "policy", "credits"}, "a kernel is missing from the gate"
     for row in rows:
         assert (row["stack_bytes"], row["local_loads"], row["local_stores"]) == (0, 0, 0), row
         assert row["registers"] <= MOST_REGISTERS, row

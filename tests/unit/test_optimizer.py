@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_efr.algorithms import Objective
 from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.config import CheckpointConfig, ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, supervised_loss
+from megatron_efr.policy import Policy, Ranks, policy_loss, supervised_loss
 from tests.conftest import ragged_sequences
 
 SHARDED: dict[str, Any] = {"use_distributed_optimizer": True}
@@ -36,7 +37,7 @@ def update(policy: Policy, advantage: float | None = None) -> dict[str, float]:
     policy.fill_logprobs(batches)
     for batch in batches:
         batch.advantages = torch.full((len(batch.targets),), advantage)
-    return policy.update(batches, clipped_policy_loss(0.2))
+    return policy.update(batches, policy_loss(Objective()))
 
 
 def state(policy: Policy) -> list[torch.Tensor]:

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2ForCausalLM
 
+from megatron_efr.algorithms import Objective
 from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.policy import Policy, Ranks, clipped_policy_loss, split_into_updates, supervised_loss
+from megatron_efr.policy import Policy, Ranks, policy_loss, split_into_updates, supervised_loss
 from megatron_efr.policy.packing import pack
 from megatron_efr.types import PackedBatch, Sequence
 from tests.conftest import make_model_folder, ragged_sequences
@@ -109,7 +110,7 @@ def test_loss_and_gradient_equal_fp64(aggregate: Any, seed: int, tied_model: Pat
     old = by_sequence(batches, [b.old_logprobs for b in batches if b.old_logprobs is not None])
     advantages = by_sequence(batches, [b.advantages for b in batches if b.advantages is not None])
 
-    metrics = policy.update(batches, clipped_policy_loss(0.2))
+    metrics = policy.update(batches, policy_loss(Objective()))
     assert 0.1 < metrics["clip_fraction"] < 0.9
     model = Qwen2ForCausalLM.from_pretrained(tied_model, dtype=torch.float64)
     exact = fp64_loss(model, sequences, old, advantages, 0.2, aggregate)
@@ -146,7 +147,7 @@ def test_packing_changes_nothing(tied_model: Path, ranks: Ranks) -> None:
             lengths = torch.tensor(batch.row_lengths)
             batch.advantages = torch.tensor([sequences[i].advantage for i in batch.indices]).repeat_interleave(lengths)
         logprobs = by_sequence(batches, [b.old_logprobs for b in batches if b.old_logprobs is not None])
-        metrics = policy.update(batches, clipped_policy_loss(0.2))
+        metrics = policy.update(batches, policy_loss(Objective()))
         results.append((len(batches), logprobs, metrics, dict(policy.named_gradients())))
     counts = [count for count, *_ in results]
     assert counts[0] > counts[1] > counts[2] == 1
@@ -169,11 +170,11 @@ def test_identities_of_the_first_update(tied_model: Path, ranks: Ranks) -> None:
         assert batch.reference_logprobs is not None
         assert torch.equal(batch.old_logprobs, batch.reference_logprobs), "a fresh reference: KL exactly 0"
         batch.advantages = torch.linspace(-1, 1, len(batch.targets))
-    first = policy.update(updates[0], clipped_policy_loss(0.2))
+    first = policy.update(updates[0], policy_loss(Objective()))
     assert first["ratio_max"] == 1.0
     assert first["kl_to_old"] == 0.0
     assert first["clip_fraction"] == 0.0
-    second = policy.update(updates[1], clipped_policy_loss(0.2))
+    second = policy.update(updates[1], policy_loss(Objective()))
     assert second["ratio_max"] != 1.0, "the weights moved, so the second update must see it"
 
 
@@ -214,7 +215,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_said(tied_model: Path, ran
     for batch in batches:
         batch.advantages = torch.full((len(batch.targets),), float("nan"))
     before = {name: tensor.clone() for name, tensor in policy.named_weights()}
-    metrics = policy.update(batches, clipped_policy_loss(0.2))
+    metrics = policy.update(batches, policy_loss(Objective()))
     assert metrics["skipped"] == 1.0
     assert np.isnan(metrics["grad_norm"])
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.named_weights())
@@ -245,7 +246,7 @@ def test_an_empty_micro_batch_adds_nothing(tied_model: Path, ranks: Ranks) -> No
         for batch in batches:
             batch.advantages = torch.ones(len(batch.targets))
         drift = policy.compare_logprobs(batches, sequences)
-        results.append((policy.update(batches, clipped_policy_loss(0.2)) | drift, dict(policy.named_gradients())))
+        results.append((policy.update(batches, policy_loss(Objective())) | drift, dict(policy.named_gradients())))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
 

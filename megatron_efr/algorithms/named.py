@@ -1,0 +1,135 @@
+"""The field's algorithms by name, each with the defaults of its source."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from megatron_efr.algorithms.base import Algorithm, Normalize, Positive, Share, Truncated, Weight
+from megatron_efr.algorithms.baselines import Baseline
+from megatron_efr.algorithms.objective import KL, Aggregate, Deviation, Guard, Ratio, Surrogate
+
+
+class RLOO(Algorithm):
+    """Leave-one-out baseline, KL in the reward, nothing normalised (Arora & Zanette 2025; Ahmadian et al. 2024).
+
+    The paper's released code whitens over all tokens of the iteration: `normalize: tokens`.
+    """
+
+    name: str = "rloo"
+
+
+class GRPO(Algorithm):
+    """Group mean and sample deviation, k3 in the loss, the mean over each sequence (Shao et al. 2024).
+
+    verl and slime add 1e-6 to the deviation (the default), TRL 1e-4, Dr. GRPO's authors 1e-8: `epsilon`. verl and TRL
+    take the mean over all tokens: `aggregate: token`; verl bounds negative advantages: `dual_clip: 3`. NeMo-RL leaves
+    a response out of its own baseline and deviation: `baseline: others`, `deviation: others`.
+    """
+
+    name: str = "grpo"
+    baseline: Baseline = "mean"
+    normalize: Normalize = "group"
+    deviation: Deviation = "sample"
+    guard: Guard = "std"
+    epsilon: Positive = 1e-6
+    kl: KL = "k3"
+    beta: Weight = 0.04
+
+
+class DrGRPO(Algorithm):
+    """Group mean, no deviation, each sequence's sum over a constant: the limit of tokens (Liu et al. 2025).
+
+    verl's mode divides by the width that its batch is padded to: `divisor: longest`.
+    """
+
+    name: str = "dr_grpo"
+    baseline: Baseline = "mean"
+    kl: KL = "none"
+    aggregate: Aggregate = "constant"
+
+
+class ReinforcePlusPlus(Algorithm):
+    """No baseline, KL to go in the reward, whitened over all tokens (Hu 2025, arXiv 2501.03262), gamma 1.
+
+    Every token counts once, so that long responses set the mean. verl's whitening: sample variance + 1e-8. NeMo-RL's:
+    `deviation: population`, `guard: floor`.
+    """
+
+    name: str = "reinforce_plus_plus"
+    baseline: Baseline = "none"
+    normalize: Normalize = "tokens"
+    deviation: Deviation = "sample"
+    guard: Guard = "variance"
+    aggregate: Aggregate = "token"
+
+
+class ReinforcePlusPlusBaseline(ReinforcePlusPlus):
+    """REINFORCE++ with the group mean as baseline, and k2 in the loss in place of the KL to go (Hu 2025)."""
+
+    name: str = "reinforce_plus_plus_baseline"
+    baseline: Baseline = "mean"
+    kl: KL = "k2"
+
+
+class DAPO(GRPO):
+    """GRPO with the upper clip higher, the mean over all tokens, no KL, and a soft penalty before the limit of tokens
+    (Yu et al. 2025, arXiv 2503.14476).
+
+    `truncated: masked` is its overlong filtering.
+    """
+
+    name: str = "dapo"
+    clip_high: Positive = 0.28
+    kl: KL = "none"
+    beta: Weight = 1e-3
+    aggregate: Aggregate = "token"
+    truncated: Truncated = "soft"
+
+
+class GSPO(GRPO):
+    """One ratio for a sequence, exp of its mean log-ratio, clipped within 3e-4 and 4e-4 (Zheng et al. 2025)."""
+
+    ratio: ClassVar[Ratio] = "sequence"
+
+    name: str = "gspo"
+    clip_low: Share = 3e-4
+    clip_high: Positive = 4e-4
+    kl: KL = "none"
+    beta: Weight = 1e-3
+
+    def _contradictions(self) -> list[str]:
+        found = super()._contradictions()
+        if self.aggregate != "sequence":
+            found.append(
+                f"algorithm.aggregate: {self.aggregate} would weigh a sequence's one ratio by its length; gspo takes "
+                "the mean over each sequence: sequence"
+            )
+        if self.dual_clip is not None:
+            found.append("algorithm.dual_clip: a sequence's ratio is clipped within 1e-3 of 1 already; leave it out")
+        return found
+
+
+class CISPO(GRPO):
+    """The clipped ratio as a constant weight of the log-prob, so that no token loses its gradient (MiniMax 2025).
+
+    There is no lower bound by default. verl and slime keep PPO's: `clip_low: 0.2`. TRL's `epsilon_high` is the bound
+    itself: 1 + `clip_high`.
+    """
+
+    surrogate: ClassVar[Surrogate] = "reweight"
+
+    name: str = "cispo"
+    clip_low: Share = 1.0
+    clip_high: Positive = 0.28
+    kl: KL = "none"
+    beta: Weight = 1e-3
+    aggregate: Aggregate = "token"
+
+
+class OPO(Algorithm):
+    """The length-weighted baseline of least variance, no normalisation and no KL (Hao et al. 2025)."""
+
+    name: str = "opo"
+    baseline: Baseline = "length"
+    kl: KL = "none"
+    aggregate: Aggregate = "token"

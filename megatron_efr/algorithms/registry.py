@@ -1,0 +1,54 @@
+"""Algorithms by name: ours from a dictionary, third parties' by entry point."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from megatron_efr.algorithms import named
+from megatron_efr.algorithms.base import Algorithm
+from megatron_efr.config import AlgorithmConfig, ConfigError, RolloutConfig, TrainConfig
+from megatron_efr.config.file import validate
+
+ENTRY_POINT = "megatron_efr.algorithms"
+
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    "rloo": named.RLOO,
+    "grpo": named.GRPO,
+    "dr_grpo": named.DrGRPO,
+    "reinforce_plus_plus": named.ReinforcePlusPlus,
+    "reinforce_plus_plus_baseline": named.ReinforcePlusPlusBaseline,
+    "dapo": named.DAPO,
+    "gspo": named.GSPO,
+    "cispo": named.CISPO,
+    "opo": named.OPO,
+}
+
+
+def available() -> dict[str, type[Algorithm]]:
+    """Every algorithm by name: ours, and those of installed third parties."""
+    others = {entry.name: entry.load() for entry in entry_points(group=ENTRY_POINT)}
+    return others | ALGORITHMS
+
+
+def build(config: AlgorithmConfig, rollout: RolloutConfig) -> Algorithm:
+    """The configured algorithm; ConfigError for an unknown name, a wrong option, or what the rollouts cannot give."""
+    if config.name not in ALGORITHMS and config.name not in available():
+        raise ConfigError(f"algorithm.name: no algorithm {config.name!r}; there are {', '.join(sorted(available()))}")
+    kind = ALGORITHMS.get(config.name) or available()[config.name]
+    made = validate(kind, {"name": config.name, **config.options}, "configuration", prefix="algorithm")
+    if rollout.samples < made.min_samples:
+        raise ConfigError(
+            f"rollout.samples: {rollout.samples} response(s) per prompt, and algorithm {config.name} compares "
+            f"responses of one prompt: it needs at least {made.min_samples}"
+        )
+    if made.truncated == "soft" and (made.overlong_tokens or 0) > rollout.max_new_tokens:
+        raise ConfigError(
+            f"algorithm.overlong_tokens: {made.overlong_tokens} is more than a response may have, "
+            f"rollout.max_new_tokens = {rollout.max_new_tokens}"
+        )
+    return made
+
+
+def resolved(config: TrainConfig, algorithm: Algorithm) -> TrainConfig:
+    """The configuration with every choice of its algorithm written out."""
+    return config.model_copy(update={"algorithm": AlgorithmConfig.model_validate(algorithm.model_dump())})
