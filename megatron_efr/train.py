@@ -16,7 +16,7 @@ from megatron_efr.policy import policy_loss, split_into_updates
 from megatron_efr.policy.drift import fill_importance
 from megatron_efr.policy.handover import hand_over
 from megatron_efr.policy.packing import trainable
-from megatron_efr.report.iteration import check_logprobs, check_skipped, iteration_metrics
+from megatron_efr.report.iteration import check_identities, check_logprobs, check_skipped, iteration_metrics
 from megatron_efr.run.interruption import EXIT_REQUEUE, Interruption
 from megatron_efr.run.replay import replay
 from megatron_efr.run.run import Run, opened
@@ -101,7 +101,9 @@ def learn(run: Run, step: int, groups: list[Group], observer: Observer) -> dict[
     with observer.phase("train"):
         made = [policy.update(update, policy_loss(objective)) for update in updates]
     seconds = run.environment.ledger.seconds if run.environment else observer.seconds("rollout")
-    return iteration_metrics(groups, made, drift, step - 1, seconds)
+    metrics = iteration_metrics(groups, made, drift, step - 1, seconds)
+    check_identities(metrics, config.model, step)
+    return metrics
 
 
 def evaluation(run: Run, step: int) -> dict[str, float]:

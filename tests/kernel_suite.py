@@ -253,7 +253,7 @@ def exact_policy(
 
 
 PLAIN = Objective(low=0.1, high=0.05, beta=0.3)
-WHOLE = PLAIN._replace(dual=1.2, bonus=0.05)
+WHOLE = PLAIN._replace(dual=1.06, bonus=0.05)
 WEIGHED = Objective(surrogate="reweight", low=1.0, high=0.1, beta=0.3, bonus=0.05)
 
 
@@ -262,17 +262,17 @@ WEIGHED = Objective(surrogate="reweight", low=1.0, high=0.1, beta=0.3, bonus=0.0
 @pytest.mark.parametrize("which", [PLAIN, WHOLE, WEIGHED], ids=["plain", "whole", "weighed"])
 def test_policy_loss(dtype: torch.dtype, kl: Any, which: Objective) -> None:
     objective = which._replace(kl=kl)
-    x, w, targets, rows = policy_case(13, 45, dtype)
+    x, w, targets, rows = policy_case(25, 45, dtype)
     if which == PLAIN:
         rows = replace(rows, importance=None)
     factor, results = 3.0, {}
     for backend in ("triton", "torch"):
         main_grad = torch.full(w.shape, 0.25, device=DEVICE)
         out = fused_policy_loss(
-            x, w, targets, rows, objective, main_grad=main_grad, factor=factor, temperature=0.8, true_vocab=45, chunk=4,
+            x, w, targets, rows, objective, main_grad=main_grad, factor=factor, temperature=0.8, true_vocab=45, chunk=9,
             backend=backend,
         )  # fmt: skip
-        plain, _ = linear_logprob(x, w, targets, temperature=0.8, true_vocab=45, chunk=4, backend=backend)
+        plain, _ = linear_logprob(x, w, targets, temperature=0.8, true_vocab=45, chunk=9, backend=backend)
         assert torch.equal(out.logprobs, plain)
         (gradient,) = torch.autograd.grad(out.loss * factor, [x])
         results[backend] = (out.loss.detach(), out.figures, gradient, main_grad - 0.25)
@@ -285,7 +285,7 @@ def test_policy_loss(dtype: torch.dtype, kl: Any, which: Objective) -> None:
     assert torch.all(mine[3][45:] == 0)
     assert mine[1].keys() == twin[1].keys()
     assert all(largest(mine[1][name], twin[1][name]) <= 1e-6 for name in mine[1])
-    assert mine[1]["clip_fraction"] > 0
+    assert min(mine[1]["clip_above"], mine[1]["clip_below"] + (which == WEIGHED)) > 0, "or nothing is shown"
     assert largest(mine[1]["clip_fraction"], mine[1]["clip_above"] + mine[1]["clip_below"]) <= 1e-6
     assert largest(mine[0], twin[0]) <= 1e-6
     if dtype == torch.float32:

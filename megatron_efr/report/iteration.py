@@ -9,12 +9,22 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_efr.config import TrainingConfig
+from megatron_efr.config import ModelConfig, TrainingConfig
 from megatron_efr.types import Group, UserError
+
+REPEATED = 8  # tokens
+_POWERS = np.array([0x9E3779B97F4A7C15 ** (i + 1) % 2**64 for i in range(REPEATED)], dtype=np.uint64)
+
+IDENTITY_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+"""How far ratio and KL may be from 1 and 0 before anything was learnt; in one packing they are exact on a CPU."""
 
 
 class LogprobMismatchError(UserError):
     """Engine and policy no longer compute the same distribution."""
+
+
+class IdentityError(UserError):
+    """The first update of an iteration sees another policy than the one it updates."""
 
 
 class GradientError(UserError):
@@ -49,6 +59,7 @@ def rollout_figures(groups: Sequence[Group], version: int) -> dict[str, float]:
     lengths = np.concatenate([group.lengths for group in groups])
     rewards = np.concatenate([_filled(group.rewards) for group in groups])
     advantages = [_filled(group.advantages) for group in groups]
+    right = [float(_filled(group.correct).mean()) for group in groups]
     figures = {
         "accuracy": float(correct.mean()),
         "tokens_mean": float(lengths.mean()),
@@ -61,10 +72,42 @@ def rollout_figures(groups: Sequence[Group], version: int) -> dict[str, float]:
         "truncated": float(np.mean([response.truncated for response in responses])),
         "reward_mean": float(rewards.mean()),
         "groups_without_signal": float(np.mean([not np.any(a) for a in advantages])),
+        "groups_all_right": float(np.mean([share == 1.0 for share in right])),
+        "groups_all_wrong": float(np.mean([share == 0.0 for share in right])),
+        "right_with_negative_advantage": _mean(np.concatenate(advantages)[correct] < 0),
+        "repetition": float(np.mean([repetition(response.tokens) for response in responses])),
     }
     statuses = Counter(status for group in groups for status in group.statuses)
     figures |= {f"graded/{status}": float(count) for status, count in sorted(statuses.items())}
     return figures
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """Share of a response's runs of REPEATED tokens that stood in it before; 0 if it is shorter than one."""
+    if len(tokens) < REPEATED:
+        return 0.0
+    runs = np.lib.stride_tricks.sliding_window_view(np.asarray(tokens, dtype=np.uint64), REPEATED)
+    hashes = (runs * _POWERS).sum(1)  # modulo 2^64: two others meet as good as never
+    return 1.0 - len(np.unique(hashes)) / len(hashes)
+
+
+def check_identities(metrics: Mapping[str, float], model: ModelConfig, step: int) -> None:
+    """Stop a run whose first update does not see the policy that it updates: ratio 1, KL 0.
+
+    Before iteration 1 the policy is the initial model besides, so that its KL to that one is 0; where experts are
+    replayed the initial model routes for itself. A figure that is not finite is left to `check_skipped`.
+    """
+    tolerance = IDENTITY_TOLERANCE[model.dtype]
+    found = {"first_ratio_max": metrics["first_ratio_max"] - 1.0, "first_kl_to_old": metrics["first_kl_to_old"]}
+    if step == 1 and model.routing != "replay" and "kl" in metrics:
+        found["kl"] = metrics["kl"]
+    for name, off in found.items():
+        if abs(off) > tolerance:
+            raise IdentityError(
+                f"iteration {step}: {name} is off by {off:.3g} before anything was learnt, and may be by {tolerance:g} "
+                f"in {model.dtype}: the pass that gives log-probs and the pass that trains compute different things, "
+                "and no update of this run can be trusted"
+            )
 
 
 def check_logprobs(drift: Mapping[str, float], config: TrainingConfig, loud: bool) -> None:

@@ -1,0 +1,78 @@
+"""An iteration's figures from its groups, by hand; the identities that stop a run."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from megatron_efr.config import ModelConfig
+from megatron_efr.report.iteration import IdentityError, check_identities, repetition, rollout_figures
+from megatron_efr.types import Group, Prompt, Response, VersionSpan
+
+
+def group(correct: list[bool], advantages: list[float], lengths: list[int]) -> Group:
+    responses = [Response(list(range(n)), [0.0] * n, "stop", [VersionSpan(0, 0, n)]) for n in lengths]
+    made = Group(Prompt("p", (1,), "q", "1"), responses, correct=np.array(correct))
+    made.rewards, made.advantages = np.array(correct, dtype=float), np.array(advantages)
+    return made
+
+
+def test_signal_and_the_sign_of_right_answers() -> None:
+    groups = [
+        group([True, True], [0.5, -0.5], [3, 9]),  # all right, told apart by length: one right answer is pushed down
+        group([False, False], [0.0, 0.0], [4, 4]),
+        group([True, False], [1.0, -1.0], [5, 2]),
+        group([True, True], [0.0, 0.0], [4, 4]),
+    ]
+    figures = rollout_figures(groups, version=0)
+    assert figures["groups_all_right"] == 0.5
+    assert figures["groups_all_wrong"] == 0.25
+    assert figures["groups_without_signal"] == 0.5
+    assert figures["right_with_negative_advantage"] == 1 / 5
+    assert (figures["tokens_correct"], figures["tokens_wrong"]) == (5.0, pytest.approx(10 / 3))
+    assert figures["repetition"] == 0.0
+    nobody = rollout_figures([groups[1]], version=0)
+    assert math.isnan(nobody["right_with_negative_advantage"])
+
+
+def test_repetition_is_the_share_of_runs_seen_before() -> None:
+    assert repetition(range(7)) == 0.0
+    assert repetition(range(100)) == 0.0
+    assert repetition([5] * 20) == 1 - 1 / 13
+    # 16 tokens twice: 25 runs, of which the last 9 stood there before
+    assert repetition([*range(16), *range(16)]) == pytest.approx(9 / 25)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 3, 2000).tolist()
+    seen = {tuple(tokens[i : i + 8]) for i in range(1993)}
+    assert repetition(tokens) == pytest.approx(1 - len(seen) / 1993)
+
+
+def figures(**changes: float) -> dict[str, float]:
+    return {"first_ratio_max": 1.0, "first_kl_to_old": 0.0, "kl": 0.0} | changes
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "off"),
+    [(name, dtype, off) for name in ("first_ratio_max", "first_kl_to_old", "kl")
+     for dtype, off in (("float32", 2e-5), ("bfloat16", 2e-2))],
+)  # fmt: skip
+def test_a_first_update_that_sees_another_policy_stops_the_run(name: str, dtype: str, off: float) -> None:
+    model = ModelConfig(path="m", dtype=dtype)  # type: ignore[arg-type]
+    for found in (off, off / 10):
+        metrics = figures()
+        metrics[name] += found
+        if found == off:
+            with pytest.raises(IdentityError, match=rf"iteration 1: {name} is off by {off:g}.*{dtype}"):
+                check_identities(metrics, model, 1)
+        else:
+            check_identities(metrics, model, 1)
+
+
+def test_what_is_no_identity_stops_nothing() -> None:
+    model = ModelConfig(path="m")
+    check_identities(figures(kl=0.3), model, 2)  # the policy has moved
+    check_identities(figures(kl=0.3), model.model_copy(update={"routing": "replay"}), 1)
+    check_identities({key: value for key, value in figures().items() if key != "kl"}, model, 1)
+    check_identities(figures(first_ratio_max=math.nan), model, 1)  # a skipped update's
