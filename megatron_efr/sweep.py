@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_efr import arguments, methods
+from megatron_efr import algorithms, arguments, methods
 from megatron_efr.config import ConfigError, EvaluateConfig, TrainConfig
 from megatron_efr.config.file import dump
 from megatron_efr.durable import write_atomic
@@ -41,6 +41,7 @@ class Family:
             raise ConfigError(f"--alphas: {', '.join(f'{a:g}' for a in alphas)}: each value once; it names the run")
         for alpha in alphas:
             methods.build(config.method.model_copy(update={"alpha": alpha}), config.rollout.samples)
+        algorithms.build(config.algorithm, config.rollout)
         self.config, self.ranks = config, ranks
         self.folder = RunFolder(config.folder)
         self.base = Member("base", None, config.model.path)

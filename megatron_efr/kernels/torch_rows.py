@@ -7,6 +7,8 @@ import torch
 from megatron_efr.algorithms.objective import Objective
 from megatron_efr.kernels.rows import Logits, PolicyRows, Softmax, Statistics
 
+_LOWEST = -1e30
+
 
 def statistics(logits: Logits, entropy: bool) -> Statistics:
     """Peak, sums and target of each row."""
@@ -18,8 +20,8 @@ def statistics(logits: Logits, entropy: bool) -> Statistics:
     target = z.gather(1, logits.targets.clamp(min=0)[:, None])[:, 0]
     shifted = z - peak[:, None]
     exp = shifted.exp()
-    # a logit of -inf adds nothing, where (-inf) * 0 would be nan
-    moment = torch.where(exp > 0, shifted * exp, 0.0).sum(1) if entropy else torch.zeros_like(peak)
+    # in one sweep, since every training step takes it; a logit of -inf adds nothing, where (-inf) * 0 would be nan
+    moment = torch.linalg.vecdot(shifted.clamp_(min=_LOWEST), exp) if entropy else torch.zeros_like(peak)
     return Statistics(peak, exp.sum(1), moment, target)
 
 
