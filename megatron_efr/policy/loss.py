@@ -16,6 +16,9 @@ from megatron_efr.types import PackedBatch
 Metrics = dict[str, torch.Tensor]
 """Figures of one micro-batch: summed over micro-batches and replicas, or maximised where the name ends in `_max`."""
 
+MEANS = ("clip_fraction", "clip_above", "clip_below", "kl_to_old", "kl_to_reference", "entropy")
+"""Figures that are means over tokens once they are divided by the sum of the weights."""
+
 Loss = Callable[[HeadRows], tuple[torch.Tensor, Metrics]]
 """Asks for `policy_loss` where each token's log-prob is enough by itself, else for `logprobs`."""
 
@@ -25,11 +28,20 @@ def policy_loss(objective: Objective) -> Loss:
 
     Ratios are against the policy's own log-probs before its first update of the iteration; advantages and importance
     weights are constants. Figures, weighted as the loss is: `loss`, `clip_fraction`, `clip_above`, `clip_below`,
-    `kl_to_old` (k1), `kl_to_reference` (where a KL is in the loss), `entropy`, `ratio_max`.
+    `kl_to_old` (k1), `kl_to_reference` (where a KL is in the loss), `entropy`, `ratio_max`; and `weight`, the sum of
+    the weights, where that is not 1.
     """
-    if objective.ratio == "token":
-        return lambda rows: rows.policy_loss(objective)
-    return lambda rows: sequence_policy_loss(objective, rows)
+
+    def loss(rows: HeadRows) -> tuple[torch.Tensor, Metrics]:
+        if objective.ratio == "token":
+            value, figures = rows.policy_loss(objective)
+        else:
+            value, figures = sequence_policy_loss(objective, rows)
+        if objective.aggregate == "constant":
+            figures["weight"] = rows.batch.weights.sum()
+        return value, figures
+
+    return loss
 
 
 def sequence_policy_loss(objective: Objective, rows: HeadRows) -> tuple[torch.Tensor, Metrics]:
