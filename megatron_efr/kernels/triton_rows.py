@@ -155,7 +155,9 @@ def policy_kernel(
     weight = tl.load(weights + row)
     log_ratio = logprob - tl.load(olds + row)
     ratio = tl.exp(log_ratio)
-    value, slope, cut = _surrogate(logprob, ratio, advantage, low, high, dual, REWEIGHT, DUAL)
+    value, slope, cut = _surrogate(  # pyright: ignore[reportGeneralTypeIssues]
+        logprob, ratio, advantage, low, high, dual, REWEIGHT, DUAL
+    )
     if IMPORTANCE:
         importance = tl.load(importances + row)
         value *= importance
@@ -164,7 +166,7 @@ def policy_kernel(
     slope = -slope
     kl = 0.0
     if KL > 0:
-        kl, kl_slope = _kl(tl.load(references + row) - logprob, KL)
+        kl, kl_slope = _kl(tl.load(references + row) - logprob, KL)  # pyright: ignore[reportGeneralTypeIssues]
         loss += beta * kl
         slope += beta * kl_slope
     entropy = 0.0
