@@ -1,10 +1,26 @@
 """Reinforcement learning that teaches a reasoning model to stop thinking when it is done, on Megatron-Core."""
 
+import logging
 import warnings
 
 __version__ = "0.1.0"
 
-# Megatron warns in every module that would use them; they are optional here, and the local layers stand in
-warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).* not installed", category=UserWarning)
-# and about a default of its own
-warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning)
+# What libraries say of themselves, to whoever uses them, about nothing that a user of this one could change.
+_WARNINGS = (
+    "(Transformer Engine|Apex).* not installed",  # from every module that would use them; local layers stand in
+    "full scope is deprecated",  # Megatron, of a default of its own
+    "MimoModelConfig is experimental",  # a kind of model that is imported with the others
+    # torch, of how Megatron reads and writes checkpoints
+    "The argument order of load has been changed|torch.distributed is disabled, unavailable",
+    "`load_state_dict` is deprecated|Please use DTensor instead",
+)
+_RECORDS = {
+    "torch.utils.cpp_extension": "No CUDA runtime is found",  # a compiler without a GPU; nothing here asks for it
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # for one that Megatron-Core 0.16 has not
+    "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",  # of a checkpoint from 0.16
+}
+for _words in _WARNINGS:
+    warnings.filterwarnings("ignore", message=f".*({_words})", category=UserWarning)
+    warnings.filterwarnings("ignore", message=f".*({_words})", category=FutureWarning)
+for _name, _words in _RECORDS.items():
+    logging.getLogger(_name).addFilter(lambda record, words=_words: not record.getMessage().startswith(words))

@@ -24,7 +24,7 @@ class Shards(torch_format.TorchDistSaveShardedStrategy):
     are for all ranks together, once it has returned on each, and raise OSError on all where one could not write. With
     `copied` the tensors are copied to host memory first, and training may go on meanwhile.
 
-    Megatron-Core 0.16.1's own writers are processes: the persistent one is spawned, the other forked (in a process
+    Megatron-Core's own writers are processes: the persistent one is spawned, the other forked (in a process
     with CUDA and gloo threads), and both write through a queue served by a third. They take seconds to start and, when
     the run is killed, live on with its memory and output pipe, so that whoever reads that pipe waits for ever.
     """
@@ -33,7 +33,10 @@ class Shards(torch_format.TorchDistSaveShardedStrategy):
         super().__init__("torch_dist", 1)
         self._group, self._copied = group, copied
 
-    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> AsyncRequest:
+    def async_save(
+        self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path, async_strategy: str | None = None
+    ) -> AsyncRequest:
+        """Plan the save. `async_strategy` names one of Megatron's writers, from 0.17 on; it is not asked."""
         sharded, _, _ = torch_format._replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )

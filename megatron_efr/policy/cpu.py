@@ -1,6 +1,7 @@
 """Megatron-Core on a machine without a GPU: the one module that patches it, and refuses where CUDA is present.
 
-Megatron-Core 0.16.1 names the device "cuda" in places that no option reaches. Each patch below answers one of them.
+Megatron-Core 0.16.1 and 0.19.2 name the device "cuda" in places that no option reaches. Each patch below answers one of
+them, in both.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def prepare() -> None:
         return
     _patch("torch.cuda.current_device", torch.cuda, "current_device", lambda: torch.device("cpu"))
     _patch("torch.cuda.synchronize", torch.cuda, "synchronize", lambda *args, **kwargs: None)
+    # asked for before every reduction of gradients, to wait for CUDA graphs that there are none of (since 0.19)
+    _patch("torch.cuda.current_stream", torch.cuda, "current_stream", lambda *args, **kwargs: None)
     _patch("Tensor.cuda", torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     # only dropout and recomputation fork the "device" generator: here it is the CPU's
     _patch("random state", megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
@@ -41,7 +44,7 @@ def prepare() -> None:
     # the dispatcher makes a stream unless there is one, and waits on it for counts that here are on the host already
     _patch("expert dispatch", MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", "none on a CPU")
     _patch("expert dispatch", MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", _counts_on_host)
-    if not hasattr(moe_utils, "te_general_gemm"):  # imported from Transformer Engine, and asked for without it
+    if not hasattr(moe_utils, "te_general_gemm"):  # up to 0.16 imported with Transformer Engine, asked for without it
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
     # experts under tensor parallelism: each rank routes as many tokens as it likes, and gloo wants as many from all
     _patch("uneven gather", mappings, "_gather_along_first_dim", _uneven_gather(mappings._gather_along_first_dim))
@@ -143,5 +146,7 @@ def _set_state(state: torch.Tensor) -> None:
 
 def _patch(reason: str, owner: Any, name: str, value: Any) -> None:
     if not hasattr(owner, name):
-        raise RuntimeError(f"CPU support ({reason}): {owner!r} has no {name}; it was written for megatron-core 0.16.1")
+        raise RuntimeError(
+            f"CPU support ({reason}): {owner!r} has no {name}; it was written for megatron-core 0.16.1 and 0.19.2"
+        )
     setattr(owner, name, value)

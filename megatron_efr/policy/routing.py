@@ -62,6 +62,21 @@ def _check_routing(chosen: np.ndarray | None, shape: tuple[int, int, int], count
         )
 
 
+class OrderedChoice(RouterReplay):
+    """Megatron's replay of a router, in which a token's experts stand by number, whoever chose them.
+
+    Their order decides how their softmax is rounded. Megatron-Core sorts by weight (since 0.18 only in passes with
+    gradients), an engine as it likes. In one order the same experts give the same bits: in the log-probs before an
+    update and in the update itself, chosen or replayed.
+    """
+
+    def get_replay_topk(self, scores: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The chosen experts' scores and numbers, both [tokens, experts per token]; `scores` [tokens, experts]."""
+        _, chosen = super().get_replay_topk(scores, *args, **kwargs)
+        chosen, _ = chosen.sort(dim=1)
+        return scores.gather(1, chosen), chosen
+
+
 class RoutingReplay:
     """The routers of this rank's chunks, told what to choose for the micro-batch at hand."""
 
@@ -69,7 +84,7 @@ class RoutingReplay:
         self._ranks, self._slices = ranks, ranks.tensor_ranks if config.sequence_parallel else 1
         selected = config.recompute_granularity == "selective" and "moe" in (config.recompute_modules or [])
         self._recomputes = config.recompute_granularity == "full" or selected
-        self._routers = {chunk: dict(_routers(chunk)) for chunk in chunks}
+        self._routers = {chunk: _take_charge(chunk) for chunk in chunks}
         # Megatron's list of all routers ever made would keep dead models alive
         RouterReplay.clear_global_router_replay_instances()
 
@@ -109,8 +124,10 @@ class RoutingReplay:
                     router.clear_router_replay_action()
 
 
-def _routers(chunk: PolicyModel) -> Iterator[tuple[int, RouterReplay]]:
-    """(layer counted from 0 in the whole model, Megatron's replay of its router) of a chunk's layers that have one."""
+def _take_charge(chunk: PolicyModel) -> dict[int, OrderedChoice]:
+    """Give every router of a chunk an `OrderedChoice`; these by layer, counted from 0 in the whole model."""
+    taken = {}
     for layer in cast(Any, chunk.decoder).layers:
-        if (replay := getattr(getattr(layer.mlp, "router", None), "router_replay", None)) is not None:
-            yield layer.layer_number - 1, replay
+        if (router := getattr(layer.mlp, "router", None)) is not None:
+            router.router_replay = taken[layer.layer_number - 1] = OrderedChoice()
+    return taken

@@ -1,6 +1,6 @@
 """The model part of a Megatron checkpoint (torch_dist), written and read tensor by tensor, without Megatron.
 
-Megatron-Core 0.16.1 keeps one global tensor for all layers, and for all experts of all layers: its leading axes count
+Megatron-Core keeps one global tensor for all layers, and for all experts of all layers: its leading axes count
 them (`TransformerBlock.sharded_state_dict`). Such a tensor is stored in chunks. A process alone writes one chunk per
 parameter, two where gate and up are fused; other layouts cut otherwise, and any of them is read here.
 """
@@ -39,6 +39,8 @@ from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights, TensorSource
 from megatron_efr.weights.mapping import WeightMapping
 
+COMMON = "common_state/shard_0_1"  # the object
+COMMON_FILE = "common.pt"
 # what `dist_checkpointing.load` looks for beside torch's own files
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -98,7 +100,7 @@ def write(folder: Path, source: FolderWeights, architecture: Architecture) -> No
                 raise cause from error
         raise
     (folder / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
-    torch.save({}, folder / "common.pt")
+    torch.save({}, folder / COMMON_FILE)
 
 
 class _Writer(torch_checkpoint.DefaultSavePlanner):
@@ -112,7 +114,7 @@ class _Writer(torch_checkpoint.DefaultSavePlanner):
 
     def create_local_plan(self) -> SavePlan:
         dtypes: dict[str, torch.dtype] = {}
-        items = []
+        items = [WriteItem(index=MetadataIndex(COMMON), type=WriteItemType.BYTE_IO)]
         for name in self._mapping.parameters():
             for item in self._items(name):
                 assert item.tensor_data is not None
@@ -160,7 +162,7 @@ class _Writer(torch_checkpoint.DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
             nothing = io.BytesIO()
-            torch.save([None], nothing)
+            torch.save([{} if write_item.index.fqn == COMMON else None], nothing)
             return nothing
         name, number = self._parts[write_item.index]
         sources = self._mapping.sources(name)

@@ -221,6 +221,13 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _pickled(content: Any) -> str:
+    """Pickle, base64, with tensors under the names that every torch knows.
+
+    Importing Megatron-Core from 0.17 on puts a function of its own where torch has `_load_from_bytes`, by whose name
+    tensors in host memory are pickled; an engine has no Megatron. It is given torch's name back.
+    """
+    loader: Any = torch.storage._load_from_bytes
+    loader.__module__, loader.__qualname__ = "torch.storage", "_load_from_bytes"
     buffer = io.BytesIO()
     _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(content)
     return base64.b64encode(buffer.getbuffer()).decode()

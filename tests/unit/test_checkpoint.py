@@ -135,7 +135,7 @@ def test_any_bit_of_the_manifest_that_flips_is_noticed(checkpoints: Checkpoints)
     path = save(checkpoints, 2)
     manifest = path / MANIFEST
     whole = manifest.read_bytes()
-    assert len(json.loads(whole)) == 5
+    assert json.loads(whole).keys() == {path.name for path in path.iterdir()} - {MANIFEST}
     for place in range(len(whole)):
         data = bytearray(whole)
         data[place] ^= 1 << place % 8
@@ -306,7 +306,7 @@ def test_both_ways_write_the_same_bytes(tmp_path: Path, ranks: Ranks) -> None:
         save(Checkpoints(tmp_path / str(way), CheckpointConfig(background=way), ranks), 2) for way in (False, True)
     ]
     data = [path.name for path in paths[0].iterdir() if path.name not in (".metadata", MANIFEST)]
-    assert len(data) == 4
+    assert {"__0_0.distcp", STATE} <= set(data)
     for file in data:
         assert (paths[0] / file).read_bytes() == (paths[1] / file).read_bytes(), file
 
