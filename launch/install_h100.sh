@@ -6,7 +6,8 @@
 #   --no-te --no-flash-attn --no-apex --no-sglang      leave a part out; training runs without the first three
 #
 # A compiled part that fails keeps nothing else away: it is named at the end, with exit code 1.
-# Needs Python 3.11 or 3.12 with headers, git, and for what is compiled nvcc of the CUDA that torch was built with (13.0).
+# Needs Python 3.12 or 3.13 (3.11: older Megatron-Core and Transformer Engine) with headers, git, and for what is
+# compiled nvcc of the CUDA that torch was built with (13.0).
 # Every version stands in launch/constraints.txt. There `apex` is a place on GitHub: on the package index that name
 # belongs to another project.
 set -euo pipefail

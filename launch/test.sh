@@ -4,11 +4,13 @@
 #   bash launch/test.sh            lint, types, unit, loop, parallel, engine and browser tests, and the quickstart's figures
 #   bash launch/test.sh --quick    lint, types and the fast unit tests: under two minutes once .venv is there
 #   bash launch/test.sh --full     also the tests marked slow, and the quickstart on SGLang's servers beside it
+#   bash launch/test.sh --other    unit and parallel tests on the other Megatron-Core: under Python 3.12 or 3.13, if .venv
+#                                  has 3.11, and the other way round; made in .venv-other
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 mode=${1:-default}
-case "$mode" in default | --quick | --full) ;; *) sed -n '2,6p' "$0"; exit 2 ;; esac
+case "$mode" in default | --quick | --full | --other) ;; *) sed -n '2,8p' "$0"; exit 2 ;; esac
 
 bash launch/setup.sh
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
@@ -18,6 +20,25 @@ export EFR_DATA=${EFR_DATA:-}
 
 stage() { echo; echo "== $*"; began=$SECONDS; }
 took() { echo "   ($((SECONDS - began)) s)"; }
+
+if [ "$mode" = --other ]; then
+    . launch/python.sh
+    case "$(python_version "$python")" in 3.11.*) others=(3.12 3.13) ;; *) others=(3.11) ;; esac
+    if ! other=$(search_python "${others[@]}"); then
+        echo "no Python ${others[*]} is here: nothing is tested on the Megatron-Core that goes with it"
+        exit 0
+    fi
+    PYTHON=$other bash launch/setup.sh .venv-other
+    python=.venv-other/bin/python
+    core=$("$python" -c 'from importlib.metadata import version; print(version("megatron-core"))')
+    stage "Python $(python_version "$python") and Megatron-Core $core: unit tests"
+    $python -m pytest tests/unit -m "not slow and not gpu" -n 2 --dist loadfile
+    took
+    stage "Megatron-Core $core: several processes over gloo"
+    $python -m pytest tests/parallel -m "not slow and not gpu"
+    took
+    exit 0
+fi
 
 stage "style and types"
 .venv/bin/ruff check .

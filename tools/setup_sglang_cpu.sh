@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv-sglang: SGLang with the versions of launch/sglang-cpu.txt, for machines without a GPU (about 75 s, 2 GB).
 # Does nothing when it is there and up to date.
-#   PYTHON=python3.12 bash tools/setup_sglang_cpu.sh        choose the interpreter (3.11 or 3.12)
+#   PYTHON=python3.12 bash tools/setup_sglang_cpu.sh        choose the interpreter (3.11, 3.12 or 3.13)
 #
 # Nothing is compiled. SGLang's own requirements name CUDA packages only, so the list is complete and is installed as it
 # stands; tools/sglang_cpu/ has what remains: three files beside the packages, which let SGLang import and start.
@@ -10,12 +10,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/python.sh
 
-python=$(find_python)
+find_python .venv-sglang
 wanted=$({ "$python" --version; cat launch/sglang-cpu.txt tools/sglang_cpu/*.py; } | sha256sum | cut -d' ' -f1)
 if [ "$(cat .venv-sglang/.complete 2>/dev/null || true)" = "$wanted" ]; then
     exit 0
 fi
 
+echo "setup: $("$python" --version), $python ($why)"
 echo "setup: installing SGLang into .venv-sglang (about 75 s; later runs skip this)"
 [ -x .venv-sglang/bin/python ] || "$python" -m venv .venv-sglang
 rm -f .venv-sglang/.complete

@@ -43,8 +43,10 @@ def check_packages() -> Iterator[Finding]:
 
 
 def requirements() -> list[Requirement]:
-    """Everything that the installed megatron-efr asks for, its extras included."""
-    return [Requirement(line) for line in requires(PACKAGE) or []]
+    """Everything that the installed megatron-efr asks for under this Python, its extras included."""
+    extras = ["", *(metadata(PACKAGE).get_all("Provides-Extra") or [])]
+    asked = [Requirement(line) for line in requires(PACKAGE) or []]
+    return [r for r in asked if r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in extras)]
 
 
 def check_version(requirement: Requirement, paths: Sequence[str] | None = None, needed: bool = True) -> Finding:

@@ -10,16 +10,20 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from packaging.version import Version
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 CONSTRAINTS = (ROOT / "launch/constraints.txt").read_text().splitlines()
-PINS = {line.split("==")[0]: line.split("==")[1] for line in CONSTRAINTS if "==" in line}
+PINS: dict[str, list[Requirement]] = {}
+for _line in CONSTRAINTS:
+    PINS.setdefault(Requirement(_line).name, []).append(Requirement(_line))
+PYTHONS = ("3.11", "3.12", "3.13")
 PARTS = {
     "--no-te": "transformer-engine[core_cu13,pytorch]",
     "--no-flash-attn": "flash-attn",
     "--no-apex": "apex",
-    "--no-sglang": f"sglang=={PINS['sglang']}",
+    "--no-sglang": str(PINS["sglang"][0]),
 }
 
 
@@ -103,15 +107,74 @@ def test_a_wrong_flag_is_refused_with_the_usage() -> None:
     assert "--no-te --no-flash-attn --no-apex --no-sglang" in done.stdout
 
 
-def test_the_pins_are_within_the_packages_own_ranges() -> None:
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_pins_are_within_the_packages_own_ranges(python: str) -> None:
+    """Every requirement has one pin for each Python, and some range of it holds."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = project["dependencies"] + [
-        line for extra in ("gpu", "sglang", "dev") for line in project["optional-dependencies"][extra]
+    assert python in SpecifierSet(project["requires-python"])
+    asked = [
+        *project["dependencies"],
+        *(line for e in ("gpu", "sglang", "dev") for line in project["optional-dependencies"][e]),
     ]
-    pinned = {name.lower().replace("_", "-"): Version(version) for name, version in PINS.items()}
-    for line in asked:
-        requirement = Requirement(line)
-        assert requirement.specifier.contains(pinned[requirement.name.lower()]), line
+    pins = {canonicalize_name(name): lines for name, lines in PINS.items()}
+    met = set()
+    for requirement in map(Requirement, asked):
+        if requirement.marker is None or requirement.marker.evaluate({"python_version": python}):
+            name = canonicalize_name(requirement.name)
+            [pin] = [p for p in pins[name] if p.marker is None or p.marker.evaluate({"python_version": python})]
+            assert requirement.specifier.contains(next(iter(pin.specifier)).version), (requirement, pin)
+            met.add(name)
+    assert {"torch", "megatron-core", "transformer-engine", "sglang", "ruff"} <= met
+
+
+def test_a_machine_has_one_pin_of_each_package_for_each_python() -> None:
+    for pins in PINS.values():
+        for python in PYTHONS:
+            assert len([p for p in pins if p.marker is None or p.marker.evaluate({"python_version": python})]) == 1, (
+                pins
+            )
+
+
+def find_python(
+    place: Path, *found: str, pyenv: tuple[str, ...] = (), tools: tuple[str, ...] = (), **environment: str
+) -> tuple[str, str]:
+    """(interpreter, why) that launch/python.sh finds with these on its path, or (what it says, "")."""
+    shutil.rmtree(place, ignore_errors=True)
+    paths = [place / "bin" / f"python{version}" for version in found]
+    paths += [place / f"pyenv/versions/{version}/bin/python" for version in pyenv]
+    for path, version in zip(paths, (*found, *pyenv), strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        minor = ".".join(version.split(".")[:2])
+        path.write_text(f'#!/bin/sh\nfor asked in "$@"; do [ "$asked" = {minor} ] && exit 0; done; exit 1\n')
+        path.chmod(0o755)
+    (place / "bin").mkdir(parents=True, exist_ok=True)
+    for tool in tools:
+        (place / "bin" / tool).symlink_to("/bin/true")
+    (place / "bin/sort").symlink_to(str(shutil.which("sort")))
+    script = f'. {ROOT}/launch/python.sh; cd {place}; find_python .venv; echo "$python|$why"'
+    environment |= {"PATH": str(place / "bin"), "PYENV_ROOT": str(place / "pyenv")}
+    done = subprocess.run([str(shutil.which("bash")), "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == bool(done.stderr), done.stderr
+    return (done.stderr, "") if done.stderr else tuple(done.stdout.strip().split("|"))  # type: ignore[return-value]
+
+
+def test_an_interpreter_is_found_on_the_path_or_among_pyenvs_and_says_why(tmp_path: Path) -> None:
+    place = tmp_path / "machine"
+    path, why = find_python(place, "3.12", pyenv=("3.11.7", "3.11.10", "3.10.1", "3.13.0"))
+    assert (path, why.split(";")[0]) == (
+        f"{place}/pyenv/versions/3.11.10/bin/python", "the smallest installation of 3.11, 3.12, 3.13 that are here"
+    )  # fmt: skip
+    path, why = find_python(place, "3.11", pyenv=("3.13.0",), tools=("nvidia-smi",))
+    assert (path, why.split(";")[0]) == (
+        f"{place}/pyenv/versions/3.13.0/bin/python", "there is a GPU, and 3.12 has the newer Megatron-Core"
+    )  # fmt: skip
+    assert find_python(place, "3.12", "3.13")[0] == f"{place}/bin/python3.12"
+    assert find_python(place, "3.11", "3.13", PYTHON="python3.13") == ("python3.13", "PYTHON names it")
+    said, _ = find_python(place, "3.11", "3.10", PYTHON="python3.10")
+    assert "PYTHON=python3.10: is no Python 3.11, 3.12 or 3.13" in said
+    said, _ = find_python(place, "3.10", pyenv=("3.14.0",))
+    assert "no Python 3.11, 3.12 or 3.13" in said
+    assert "PYTHON=/path/to/python" in said
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.s*")), ids=lambda path: path.name)
