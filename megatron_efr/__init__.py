@@ -13,10 +13,14 @@ _WARNINGS = (
     # torch, of how Megatron reads and writes checkpoints
     "The argument order of load has been changed|torch.distributed is disabled, unavailable",
     "`load_state_dict` is deprecated|Please use DTensor instead",
+    # torch, of how Megatron's distributed optimizer reduces gradients
+    r"`torch\.distributed\.\w+` is deprecated|The .grad attribute of a Tensor that is not a leaf",
 )
 _RECORDS = {
     "torch.utils.cpp_extension": "No CUDA runtime is found",  # a compiler without a GPU; nothing here asks for it
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # for one that Megatron-Core 0.16 has not
+    # DistributedDataParallel makes the layout itself, as its caller would
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",  # of a checkpoint from 0.16
 }
 for _words in _WARNINGS:

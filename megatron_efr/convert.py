@@ -156,6 +156,10 @@ def main(argv: SequenceOf[str] | None = None) -> None:
     began = time.perf_counter()
     forth = given.direction == "hf-to-megatron"
     folder, checkpoint = (given.source, given.destination) if forth else (given.destination, given.source)
+    if given.verify and not forth:
+        from megatron_efr.checkpoint.shards import check_readable  # Megatron's own loader will be asked
+
+        check_readable(checkpoint)
     try:
         if forth:
             hf_to_megatron(folder, checkpoint)

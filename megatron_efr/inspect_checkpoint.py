@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_efr import arguments
 from megatron_efr.checkpoint.manifest import STATE, CheckpointError, entries, verify
-from megatron_efr.weights.torch_dist import read_metadata
+from megatron_efr.weights.torch_dist import COMMON_FILE, read_metadata
 
 
 def describe(checkpoint: Path) -> list[str]:
@@ -35,6 +35,8 @@ def describe(checkpoint: Path) -> list[str]:
         f"{len(tensors)} tensors: model {_size(sizes['model'])}, optimizer {_size(sizes['optimizer'])}; "
         f"{len(files)} files, {_size(sum(files.values()))}"
     )
+    since = "0.16" if (checkpoint / COMMON_FILE).is_file() else "0.19"
+    lines.append(f"a run goes on from it under Megatron-Core {since} or later; its weights need none")
     return lines
 
 

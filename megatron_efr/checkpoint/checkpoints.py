@@ -21,7 +21,7 @@ from megatron_efr.checkpoint.manifest import (
     verify,
     write_manifest,
 )
-from megatron_efr.checkpoint.shards import UNWRITTEN, Shards
+from megatron_efr.checkpoint.shards import UNWRITTEN, Shards, check_readable
 from megatron_efr.config import CheckpointConfig
 from megatron_efr.durable import reason, replace_file, sync_folder, writing
 
@@ -134,7 +134,7 @@ class Checkpoints:
         Damaged ones are named on stderr and set aside: renamed, so that they neither count nor are overwritten, and can
         come back. `latest` then names the one that is taken, and what is not to be kept goes. Where those up to step
         `last` are asked for, nothing is changed. CheckpointError where there are some and all are damaged: it names
-        every fault, and nothing is changed.
+        every fault, and nothing is changed; or where the one to take is for a newer Megatron-Core.
         """
         return self._world.share(lambda: self._newest(last))
 
@@ -148,6 +148,7 @@ class Checkpoints:
             except CheckpointError as error:
                 damaged[path] = error
                 continue
+            check_readable(path)
             for other, error in damaged.items():
                 print(f"checkpoint set aside: {error}", file=sys.stderr, flush=True)
                 if last is None:
@@ -175,6 +176,7 @@ class Checkpoints:
 
     def load(self, path: Path, sharded: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """(sharded state filled in, the run's own state) of a checkpoint, on all ranks together."""
+        check_readable(path)
         loaded = cast(dict[str, Any], dist_checkpointing.load(sharded, str(path)))
         return loaded, json.loads((path / STATE).read_text(encoding="utf-8"))
 

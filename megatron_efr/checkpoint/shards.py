@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,29 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import common
 from megatron.core.dist_checkpointing.strategies import torch as torch_format
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.utils import _DistWrapper
 
+from megatron_efr.checkpoint.manifest import CheckpointError
+from megatron_efr.weights.torch_dist import COMMON_FILE
+
 UNWRITTEN = (OSError, RuntimeError)  # what says that a file cannot be written; torch's archive writer says the latter
+
+
+def check_readable(checkpoint: Path) -> None:
+    """CheckpointError where the installed Megatron-Core is too old for a checkpoint.
+
+    Up to 0.18 it looks for what is common to all ranks in a file of its own, of which newer ones have none.
+    """
+    if (checkpoint / COMMON_FILE).is_file() or not hasattr(common, "TorchCommonLoadStrategy"):
+        return
+    raise CheckpointError(
+        f"{checkpoint}: is by Megatron-Core 0.19 or later, and {version('megatron-core')}, which is installed, "
+        "cannot take it up: install on Python 3.12 or 3.13 (PYTHON=python3.12 bash launch/setup.sh); or begin anew "
+        f"from its weights alone, after efr convert megatron-to-hf {checkpoint} FOLDER"
+    )
 
 
 class Shards(torch_format.TorchDistSaveShardedStrategy):
