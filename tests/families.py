@@ -12,6 +12,9 @@ LLAMA3_ROPE: dict[str, Any] = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192, "rope_theta": 500000.0,
 }  # fmt: skip
+YARN_ROPE: dict[str, Any] = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0,
+}  # fmt: skip
 _MOE: dict[str, Any] = {"head_dim": 32, "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2}
 FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
@@ -19,6 +22,9 @@ FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "qwen3-tied": (Qwen3Config, {"head_dim": 32, "tie_word_embeddings": True, "num_key_value_heads": 1}),
     "llama": (LlamaConfig, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
     "llama3": (LlamaConfig, {"rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 16384}),
+    "llama-linear": (LlamaConfig, {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 5e5}}),
+    "qwen2-yarn": (Qwen2Config, {"rope_parameters": YARN_ROPE}),
+    "qwen3-yarn": (Qwen3Config, {"rope_parameters": YARN_ROPE | {"attention_factor": 1.3, "truncate": False}}),
     "mistral": (MistralConfig, {"head_dim": 32, "num_key_value_heads": 1, "sliding_window": None}),
     "qwen3-moe": (Qwen3MoeConfig, _MOE | {"norm_topk_prob": True}),
     "qwen3-moe-raw": (Qwen3MoeConfig, _MOE | {"norm_topk_prob": False}),

@@ -65,6 +65,11 @@ class Case:
         config = self.config
         config.check_world(self.world)
         check_fit(config.model, config.parallel, self.architecture)
+        if self.longest > self.architecture.max_positions:
+            raise ConfigError(
+                f"data.prompt.max_tokens + rollout.max_new_tokens: {self.longest} tokens, and the model has "
+                f"{self.architecture.max_positions} positions"
+            )
         if self.world % config.rollout.tp:
             raise ConfigError(f"rollout.tp: {config.rollout.tp} does not divide {self.world} GPUs")
         objective = algorithms.build(config.algorithm, config.rollout).objective(config.rollout)
@@ -158,7 +163,10 @@ def describe(case: Case) -> Iterator[str | Table]:
         f"{case.world // tp} engines of {tp}"
     )
     yield table(case)
-    yield f"KV cache of one engine: {made.kv_tokens:,} tokens, the longest sequence {case.longest:,}"
+    yield (
+        f"KV cache of one engine: {made.kv_tokens:,} tokens, the longest sequence {case.longest:,} of the model's "
+        f"{case.architecture.max_positions:,} positions"
+    )
     yield f"host memory of one rank: {made.host_bytes / GIB:.1f} GiB (reference, offloaded gradients and optimizer)"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from megatron_efr.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_efr.policy.layers import local_layers
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.cuts import padded_vocab
+from megatron_efr.weights.frequencies import inverse_frequencies
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -35,6 +37,7 @@ class PolicyModel(GPTModel):
     """
 
     local_attention = False  # PackedAttention turns queries and keys itself, with angles made once for all layers
+    attention_factor = 1.0  # of rotated queries and keys
 
     def _preprocess(self, *args: Any, **inputs: Any) -> Any:
         prepared = super()._preprocess(*args, **inputs)
@@ -43,7 +46,8 @@ class PolicyModel(GPTModel):
         hidden, by_position, *rest = prepared  # [longest, 1, 1, head_dim]
         assert by_position is not None
         angles = by_position.index_select(0, inputs["position_ids"][0])[:, 0]
-        inputs["packed_seq_params"].rotary = (angles.cos(), angles.sin())
+        turns = (angles.cos() * self.attention_factor, angles.sin() * self.attention_factor)
+        inputs["packed_seq_params"].rotary = turns
         return hidden, None, *rest
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -95,7 +99,12 @@ def transformer_config(model: ModelConfig, architecture: Architecture, parallel:
         # with Megatron's defaults the interleaved schedule is silently wrong
         fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     check_fields("model.megatron", model.megatron, TransformerConfig)
-    return TransformerConfig(**fields | model.megatron)
+    config = TransformerConfig(**fields | model.megatron)
+    if (factor := architecture.rotary.attention_factor) != 1:
+        # Megatron's own attention looks for these, which no configuration has, and takes 1 + 0.1 mscale ln(scaling)
+        named: Any = config
+        named.yarn_rotary_scaling_factor, named.yarn_mscale, named.yarn_mscale_all_dim = math.e, 10 * (factor - 1), 0.0
+    return config
 
 
 def architecture_fields(architecture: Architecture) -> dict[str, Any]:
@@ -150,12 +159,11 @@ def build_chunks(
             parallel_output=True,
             share_embeddings_and_output_weights=architecture.tied,
             position_embedding_type="rope",
-            rotary_base=int(architecture.rope_theta),
-            rope_scaling=architecture.rope_factor is not None,
-            rope_scaling_factor=architecture.rope_factor or 1.0,
             vp_stage=vp_stage,
         )
-        model.local_attention = not engine
+        # Megatron computes Llama 3's scaling with one set of constants, and YaRN only for what its own checkpoints need
+        model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture.rotary, architecture.head_dim).to(device)
+        model.local_attention, model.attention_factor = not engine, architecture.rotary.attention_factor
         _mark_split_weights(model)
         if device.type == "cuda":
             model.cuda()

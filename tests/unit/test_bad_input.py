@@ -173,7 +173,7 @@ def edit(**changes: Any) -> Callable[[Path], None]:
         (edit(vocab_size=20), ["vocabulary mismatch", "vocab_size is 20"]),
         (edit(model_type="gemma"), ["spoilt/config.json: model_type 'gemma' is not supported; supported: qwen2"]),
         (edit(use_sliding_window=True), ["use_sliding_window True is not supported"]),
-        (edit(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), ["rope_type 'yarn' is not supported"]),
+        (edit(rope_parameters={"rope_type": "dynamic"}), ["rope_parameters.rope_type: 'dynamic' is not supported"]),
         (edit(hidden_size=None), ["hidden_size: an integer is required, found None"]),
     ],
 )

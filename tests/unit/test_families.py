@@ -12,9 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.errors import UserError
 from megatron_efr.policy import Policy, Ranks
-from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.weights.architecture import Architecture, Experts
 from megatron_efr.weights.folder import FolderWeights
 from megatron_efr.weights.mapping import WeightMapping
@@ -83,12 +81,13 @@ def _worst_difference(path: Path, ranks: Ranks, longest: int) -> float:
     return worst
 
 
-def test_llama_scaling_matters_at_these_lengths(ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama3", "llama-linear", "qwen2-yarn", "qwen3-yarn"])
+def test_scaling_matters_at_these_lengths(family: str, tmp_path: Path) -> None:
     """What the parity above shows of it: without the scaling these log-probs differ visibly."""
-    path = make_family_folder(tmp_path / "model", "llama3")
+    path = make_family_folder(tmp_path / "model", family)
     raw = json.loads((path / "config.json").read_text())
     model, sequence = AutoModelForCausalLM.from_pretrained(path), torch.arange(300)[None] % 61
-    raw["rope_parameters"] = {"rope_type": "default", "rope_theta": LLAMA3_ROPE["rope_theta"]}
+    raw["rope_parameters"] = {"rope_type": "default", "rope_theta": raw["rope_parameters"]["rope_theta"]}
     (path / "config.json").write_text(json.dumps(raw))
     unscaled = AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
@@ -145,7 +144,8 @@ def test_grouped_experts_multiply_as_their_module_does(tmp_path: Path) -> None:
 def config(model_type: str, **changes: Any) -> dict[str, Any]:
     base: dict[str, Any] = {
         "model_type": model_type, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "intermediate_size": 96, "vocab_size": 32, "max_position_embeddings": 128, "sliding_window": None,
+        "num_key_value_heads": 4, "intermediate_size": 96, "vocab_size": 32, "max_position_embeddings": 128,
+        "sliding_window": None,
     }  # fmt: skip
     if model_type == "qwen3_moe":
         base |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -156,7 +156,8 @@ def test_config_facts_of_published_models() -> None:
     """The fields of the models' config.json as published (transformers 4's names)."""
     old = {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}
     llama = Architecture.from_config(config("llama", rope_scaling=old, rope_theta=500000.0, mlp_bias=False))
-    assert (llama.rope_factor, llama.rope_theta, llama.qkv_bias, llama.qk_norm) == (8.0, 5e5, False, False)
+    assert (llama.rotary.kind, llama.rotary.factor, llama.rotary.theta) == ("llama3", 8.0, 5e5)
+    assert (llama.qkv_bias, llama.qk_norm) == (False, False)
     qwen3 = Architecture.from_config(config("qwen3", num_key_value_heads=2, attention_bias=False))
     assert (qwen3.head_dim, qwen3.kv_heads, qwen3.qkv_bias, qwen3.qk_norm) == (128, 2, False, True)
     distill = {
@@ -183,11 +184,9 @@ def test_whole_configurations_are_known(family: str) -> None:
         ),
         ({k: v for k, v in config("mistral").items() if k != "sliding_window"}, "sliding_window is missing"),
         (config("qwen3", layer_types=["sliding_attention", "full_attention"]), "layer_types"),
-        (config("llama", rope_scaling={"type": "yarn", "factor": 4.0}), "rope_type 'yarn' is not supported"),
-        (config("llama", rope_scaling=LLAMA3_ROPE | {"high_freq_factor": 2.0}), "rope_scaling.high_freq_factor 2.0"),
+        (config("llama", rope_scaling={"type": "dynamic", "factor": 4.0}), "rope_scaling.type: 'dynamic' is not supp"),
         (config("llama", rope_scaling={"rope_type": "llama3"}), "rope_scaling.factor: a number"),
-        (config("llama", rope_parameters={"rope_theta": 1e4, "mrope_section": [1]}), "rope_scaling.mrope_section"),
-        (config("llama", rope_theta=10000.5), "rope_theta 10000.5: Megatron takes a whole number"),
+        (config("llama", rope_parameters={"rope_theta": 1e4, "mrope_section": [1]}), "rope_parameters.mrope_section"),
         (config("llama", attention_bias=True), "attention_bias True is not supported; supported: false"),
         (config("llama", mlp_bias=True), "mlp_bias True"),
         (config("llama", partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
@@ -195,14 +194,37 @@ def test_whole_configurations_are_known(family: str) -> None:
         (config("llama", pretraining_tp=2), "pretraining_tp 2"),
         (config("llama", quantization_config={"bits": 4}), "quantization_config .* is not known for a llama model"),
         (config("qwen2", moe_intermediate_size=4), "moe_intermediate_size 4 is not known for a qwen2 model"),
-        (config("llama", num_key_value_heads=3), "num_key_value_heads 3 does not divide num_attention_heads 4"),
-        (config("llama", hidden_size=66), "hidden_size 66 does not divide by num_attention_heads 4"),
-        (config("llama", head_dim=15), "head_dim 15: rotary embeddings need an even one"),
+        (config("llama", num_key_value_heads=3), "num_key_value_heads: 3 does not divide num_attention_heads 4"),
+        (config("llama", hidden_size=66), "hidden_size: 66 does not divide by num_attention_heads 4"),
+        (config("llama", hidden_size=66, head_dim=16), "hidden_size: 66 does not divide by num_attention_heads 4"),
+        (config("llama", head_dim=15), "head_dim: 15: rotary embeddings need an even one"),
         (config("llama", num_attention_heads=True), "num_attention_heads: an integer is required, found True"),
         (config("qwen3_moe", mlp_only_layers=[0]), r"mlp_only_layers \[0\] is not supported; supported: \[\]"),
         (config("qwen3_moe", decoder_sparse_step=2), "decoder_sparse_step 2"),
-        (config("qwen3_moe", num_experts_per_tok=9), "num_experts_per_tok 9 is more than num_experts 8"),
-        (config("qwen3_moe", num_experts_per_tok=1, norm_topk_prob=True), "num_experts_per_tok 1 with norm_topk_prob"),
+        (config("qwen3_moe", num_experts_per_tok=9), "num_experts_per_tok: 9 is more than num_experts 8"),
+        (config("qwen3_moe", num_experts_per_tok=1, norm_topk_prob=True), "num_experts_per_tok: 1 with norm_topk_prob"),
+        (config("llama", is_causal=False), "is_causal False is not supported; supported: true"),
+        (config("llama", rope_is_neox_style=False), "rope_is_neox_style False is not supported; supported: true"),
+        (config("llama", pretraining_tp=True), "pretraining_tp True is not supported; supported: 1"),
+        (config("llama", attention_bias=0), "attention_bias 0 is not supported; supported: false"),
+        (config("llama", tie_word_embeddings="false"), "tie_word_embeddings: true or false is required, found 'false'"),
+        (config("llama", tie_word_embeddings=None), "tie_word_embeddings: true or false is required, found None"),
+        (config("llama", rms_norm_eps="1e-5"), "rms_norm_eps: a number above 0 is required, found '1e-5'"),
+        (config("llama", rms_norm_eps=0), "rms_norm_eps: a number above 0 is required, found 0"),
+        (config("llama", rms_norm_eps=float("inf")), "rms_norm_eps: a number above 0 is required, found inf"),
+        (config("llama", initializer_range=-0.1), "initializer_range: a number above 0 is required, found -0.1"),
+        (config("llama", rope_theta=0), "rope_theta: a number above 1 is required, found 0"),
+        (config("llama", hidden_size="64"), "hidden_size: an integer is required, found '64'; it counts from 1"),
+        (config("llama", vocab_size=32.0), "vocab_size: an integer is required, found 32.0"),
+        (config("llama", num_hidden_layers=0), "num_hidden_layers: an integer is required, found 0"),
+        (config("llama", max_position_embeddings=-1), "max_position_embeddings: an integer is required, found -1"),
+        (config("llama", num_attention_heads=128), "hidden_size: 64 does not divide by num_attention_heads 128"),
+        (config("llama", layer_types="full_attention"), "layer_types: a list is required, found 'full_attention'"),
+        (config("qwen3_moe", norm_topk_prob="yes"), "norm_topk_prob: true or false is required, found 'yes'"),
+        (
+            {k: v for k, v in config("qwen3").items() if k != "num_key_value_heads"},
+            r"num_key_value_heads: 32 \(what an absent one means for qwen3\) does not divide num_attention_heads 4",
+        ),
         (config("gemma2"), "model_type 'gemma2' is not supported; supported: qwen2, qwen3, qwen3_moe, llama, mistral"),
     ],
 )
@@ -215,7 +237,7 @@ def test_what_would_be_computed_wrong_is_refused(raw: dict[str, Any], message: s
     ("changes", "split", "message"),
     [
         ({}, {"tensor_ranks": 8}, "parallel.tensor: 4 attention heads do not divide over 8 ranks; 1, 2 or 4 would fit"),
-        ({"num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 16}, {"tensor_ranks": 4},
+        ({"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 6}, {"tensor_ranks": 4},
          "parallel.tensor: 6 key-value heads neither divide over 4 ranks nor divide 4; 1, 2, 3, 6 or 12 would"),
         ({"intermediate_size": 97}, {"tensor_ranks": 2}, "parallel.tensor: the feed-forward width 97 does not"),
         ({}, {"expert_ranks": 3}, None),
@@ -228,8 +250,3 @@ def test_splits_that_do_not_divide_are_refused(changes: dict[str, Any], split: d
         message = "parallel.expert: 8 experts do not divide over 3 ranks; 1, 2, 4 or 8 would fit"
     with pytest.raises(ConfigError, match=message):
         WeightMapping(architecture, **split)
-
-
-def test_the_embedded_engine_names_what_it_cannot_decode() -> None:
-    with pytest.raises(UserError, match=r"rollout\.engine: local decodes qwen2, .* only; model.path is a llama"):
-        LocalEngine(config("llama"), slots=1)

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "weights": BASE,
     "policy": BASE | WEIGHTS | {"kernels", "algorithms.objective"},
     "rollout": BASE
-    | {"weights.architecture", "weights.mapping", "weights.checked", "weights.publish"}
+    | {"weights.architecture", "weights.frequencies", "weights.mapping", "weights.checked", "weights.publish"}
     | {"weights.reshard", "weights.transports"},
     "report": BASE,
     "observe": BASE,

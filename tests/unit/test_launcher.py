@@ -140,6 +140,7 @@ def test_the_pass_through_has_the_last_word(tied_model: Path, dtype: str, fp32_h
     assert (arguments["dtype"], arguments["tp_size"], arguments["enable_fp32_lm_head"]) == (dtype, 2, fp32_head)
     assert "device" not in arguments
     assert arguments["base_gpu_id"] == 0
+    assert arguments["context_length"] == 512  # the model's positions
 
 
 @pytest.mark.parametrize("shared", [False, True])

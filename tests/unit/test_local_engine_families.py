@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.types import Prompt, Request, Response, Sampling
-from tests.families import make_family_folder
+from tests.families import FAMILIES, make_family_folder
 
 SAMPLING = Sampling(0.8, 1.0, 40, (2,))
-DECODED = ["qwen3", "qwen3-tied", "qwen3-moe", "qwen3-moe-raw"]
+DECODED = [family for family in FAMILIES if family != "qwen2"]  # which has tests of its own
 
 
 def asked(count: int, samples: int) -> list[Request]:
@@ -50,7 +50,7 @@ def test_log_probs_equal_a_full_forward_of_transformers(family: str, tmp_path: P
     assert compared > 300
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3-moe"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-moe", "llama3", "mistral", "qwen2-yarn"])
 def test_tokens_and_log_prob_bits_do_not_depend_on_the_batch(family: str, tmp_path: Path) -> None:
     folder = make_family_folder(tmp_path, family)
     requests = asked(40, samples=3)

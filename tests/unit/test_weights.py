@@ -101,7 +101,7 @@ def test_sharded_folder_with_index_loads_in_transformers(untied_model: Path, tmp
 def config(**changes: Any) -> dict[str, Any]:
     base = {
         "model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "intermediate_size": 96, "vocab_size": 32, "max_position_embeddings": 128,
+        "num_key_value_heads": 4, "intermediate_size": 96, "vocab_size": 32, "max_position_embeddings": 128,
     }  # fmt: skip
     return {key: value for key, value in (base | changes).items() if value is not None}
 
@@ -109,8 +109,8 @@ def config(**changes: Any) -> dict[str, Any]:
 def test_old_and_new_rope_fields() -> None:
     old = Architecture.from_config(config(rope_theta=1e6))
     new = Architecture.from_config(config(rope_parameters={"rope_theta": 1e6, "rope_type": "default"}))
-    assert old.rope_theta == new.rope_theta == 1e6
-    assert Architecture.from_config(config()).rope_theta == 1e4
+    assert old.rotary.theta == new.rotary.theta == 1e6
+    assert Architecture.from_config(config()).rotary.theta == 1e4
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_old_and_new_rope_fields() -> None:
         ({"model_type": "gemma"}, "model_type 'gemma' is not supported"),
         ({"use_sliding_window": True}, "sliding-window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4}}, "rope_scaling.rope_type: 'dynamic'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"num_hidden_layers": None}, "num_hidden_layers: an integer is required, found None"),
     ],

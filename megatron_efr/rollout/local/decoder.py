@@ -1,4 +1,4 @@
-"""A lean decoder of Qwen2, Qwen3 and Qwen3-MoE over one batched KV cache: prefill and steps, nothing for training.
+"""A lean decoder of every family that the policy trains, over one batched KV cache: prefill and steps, no training.
 
 Rows never influence one another, bit for bit, where the libraries below allow it. Matrix products get their rows in
 multiples of `ROWS`, since MKL rounds differently for few rows. A step's attention runs over keys in multiples of
@@ -9,45 +9,29 @@ length, rounded up, only beside others of that length. All else is row-wise.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from megatron_efr.errors import UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.checked import checked
+from megatron_efr.weights.frequencies import inverse_frequencies
 from megatron_efr.weights.mapping import WeightMapping
 
 ROWS = 32  # two AVX-512 vectors: also keeps element-wise kernels out of their scalar tails
 KEYS = 32
 CHUNK = 64  # rows whose attention runs over as many keys as the longest of them has
 SUMMED = 256  # keys summed in one product: beyond 384 MKL splits the sum where it likes
-MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe")
 PREFILL_TOKENS = 4096  # padded tokens of one prefill: bounds its activations
 
 
 def round_up(number: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `number`."""
     return -(-number // multiple) * multiple
-
-
-def decodable(model: str | Path | Mapping[str, Any] | Architecture) -> Architecture:
-    """What `model` says of itself; UserError where the decoder knows no such model, before any weight is made."""
-    if isinstance(model, Mapping):
-        found = Architecture.from_config(dict(model))
-    else:
-        found = model if isinstance(model, Architecture) else Architecture.from_folder(model)
-    if found.model_type not in MODEL_TYPES:
-        raise UserError(
-            f"rollout.engine: local decodes {', '.join(MODEL_TYPES)} models only; model.path is a {found.model_type}"
-        )
-    return found
 
 
 class Cache:
@@ -127,8 +111,7 @@ class Decoder:
         self._head = self._embedding if a.tied else self._tensor("lm_head.weight")
         self._head_fp32 = self._head  # logits are fp32, as the policy's are: bf16 ones move log-probs by several 1e-2
         assert self._targets.keys() == self._shapes.keys(), "the mapping and the decoder disagree about the model"
-        exponents = torch.arange(0, a.head_dim, 2, dtype=torch.float32, device=device) / a.head_dim
-        self._inverse_frequencies = 1.0 / a.rope_theta**exponents
+        self._inverse_frequencies = inverse_frequencies(a.rotary, a.head_dim).to(device)
 
     def _layer(self, prefix: str) -> _Layer:
         a, attention, mlp = self.architecture, prefix + "self_attn.", prefix + "mlp."
@@ -286,7 +269,8 @@ class Decoder:
     def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [n, 1, head dim] for `positions` [n]; sin carries the signs of the rotated halves."""
         angles = positions[:, None, None] * self._inverse_frequencies
-        cos, sin = angles.cos(), angles.sin()
+        factor = self.architecture.rotary.attention_factor
+        cos, sin = angles.cos() * factor, angles.sin() * factor
         return torch.cat((cos, cos), -1).to(self.dtype), torch.cat((-sin, sin), -1).to(self.dtype)
 
 

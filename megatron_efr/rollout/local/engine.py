@@ -22,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from megatron_efr.rollout.local.decoder import CHUNK, ROWS, Cache, Decoder, decodable, round_up
+from megatron_efr.rollout.local.decoder import CHUNK, ROWS, Cache, Decoder, round_up
 from megatron_efr.rollout.local.sampling import draw, uniforms
 from megatron_efr.rollout.local.turn import Turn
 from megatron_efr.rollout.requests import check_request, check_sampling
@@ -48,7 +48,7 @@ class LocalEngine:
     ) -> None:
         if slots < 1:
             raise ValueError(f"slots: {slots} responses at once; at least 1 is needed")
-        self.architecture = decodable(model)
+        self.architecture = Architecture.of(model)
         self.slots = slots
         self.device, self.dtype = torch.device(device), dtype
         self._decoder: Decoder | None = None

@@ -68,6 +68,7 @@ def server_environment(outer: Mapping[str, str], on_gpu: bool, tp: int) -> dict[
         if name not in _TORCHRUN and not name.startswith(_TORCHRUN_PREFIXES)
     }
     kept["HF_HUB_OFFLINE"] = "1"  # the model is a folder
+    kept["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # YaRN reaches beyond config.json's limit
     if not on_gpu:
         kept |= CPU_ENVIRONMENT | {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(["0"] * tp)}
     return kept
@@ -92,6 +93,7 @@ def server_arguments(
         "load_format": "dummy",  # weights come by publication, and are never read twice
         "skip_tokenizer_init": True,
         "skip_server_warmup": True,
+        "context_length": architecture.max_positions,
         "dtype": model.dtype,
         "tp_size": rollout.tp,
         "max_running_requests": rollout.slots,
