@@ -10,7 +10,8 @@ from pathlib import Path
 from megatron_efr import arguments
 from megatron_efr.checkpoint.model_source import find_model
 from megatron_efr.config import EnginesConfig, EvaluateConfig, ModelConfig
-from megatron_efr.data.prompts import load_tokenizer, stop_ids
+from megatron_efr.data.prompts import load_tokenizer
+from megatron_efr.data.stop_tokens import stop_ids
 from megatron_efr.errors import UserError
 from megatron_efr.grading import Grader
 from megatron_efr.report.records import Record

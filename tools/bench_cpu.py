@@ -259,7 +259,8 @@ def task_rows(settings: Settings, folder: Path) -> list[dict[str, Any]]:
     """The training prompts in the order of the run's stream: their text, tokens, answer, and what ends a response."""
     from bench_sides import configuration
 
-    from megatron_efr.data.prompts import load_tokenizer, stop_ids
+    from megatron_efr.data.prompts import load_tokenizer
+    from megatron_efr.data.stop_tokens import stop_ids
     from megatron_efr.data.stream import PromptStream
     from megatron_efr.run.environment import load_prompts
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import megatron_efr.transformer_engine  # noqa: F401 - before Megatron
+
+# isort: split
 import json
 import os
 import shutil

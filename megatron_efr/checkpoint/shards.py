@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import megatron_efr.transformer_engine  # noqa: F401 - before Megatron
+
+# isort: split
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path

@@ -27,7 +27,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
     Checks that no token id reaches config.json's `vocab_size`, which is the model's true vocabulary.
     """
-    place = _folder(folder)
+    place = model_folder(folder)
     # tokenizer.json says all. AutoTokenizer would replace parts of it with what transformers' class for the model type
     # hard-codes (splitting and normalisation, for every Qwen2 folder), whatever tokenizer was trained.
     kind = PreTrainedTokenizerFast if (place / "tokenizer.json").is_file() else AutoTokenizer
@@ -43,11 +43,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 def vocabulary_size(folder: str | Path) -> int:
     """config.json's `vocab_size`: rows of the embedding, which may exceed the tokenizer's length."""
-    path = _folder(folder) / "config.json"
+    path = model_folder(folder) / "config.json"
     if not path.is_file():
         raise PromptError(f"{path}: no such file; a model folder has a config.json")
-    size = _object(path).get("vocab_size")
-    if not isinstance(size, int) or size < 1:
+    size = read_object(path).get("vocab_size")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise PromptError(f"{path}: vocab_size is {size!r}, expected a positive integer")
     return size
 
@@ -60,24 +60,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where:
             f"{where}: vocabulary mismatch: the tokenizer's token {token!r} has id {largest}, but config.json's "
             f"vocab_size is {vocab_size}; tokenizer and model do not belong together"
         )
-
-
-def stop_ids(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Token ids that end a response: the tokenizer's EOS and generation_config.json's `eos_token_id`, sorted."""
-    place = _folder(folder)
-    ids: set[int] = set()
-    if isinstance(tokenizer.eos_token_id, int):
-        ids.add(tokenizer.eos_token_id)
-    path = place / "generation_config.json"
-    if path.is_file():
-        more = _object(path).get("eos_token_id")
-        ids.update(more if isinstance(more, list) else [] if more is None else [more])
-    if not ids:
-        raise PromptError(f"{place}: neither the tokenizer nor generation_config.json names an eos token")
-    size = vocabulary_size(place)
-    if outside := sorted(token for token in ids if not 0 <= token < size):
-        raise PromptError(f"{place}: vocabulary mismatch: eos token ids {outside} are outside vocab_size {size}")
-    return tuple(sorted(ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +184,8 @@ def _prompt(problem: Problem, text: str, tokens: tuple[int, ...]) -> Prompt:
     return Prompt(id=problem.id, tokens=tokens, text=text, gold=problem.gold, meta=meta)
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; PromptError where it holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -212,7 +195,8 @@ def _object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _folder(folder: str | Path) -> Path:
+def model_folder(folder: str | Path) -> Path:
+    """`folder` as a path; PromptError where there is none."""
     place = Path(folder).expanduser()
     if not place.is_dir():
         raise PromptError(f"{place}: no such model folder (expected one with config.json and a tokenizer)")

@@ -19,10 +19,12 @@ from megatron_efr.doctor.finding import Finding, missing
 PACKAGE = "megatron-efr"
 CORE = ("torch", "megatron-core", "triton", "transformers")
 IMPORT_LIMIT_S = 300
+UNINSTALL = "pip uninstall transformer-engine transformer-engine-cu12 transformer-engine-cu13"
 
 # Imports Transformer Engine in a process of its own: an import that fails half-way must not take the doctor with it.
 _ENGINE_PROBE = """
 import json
+import torch  # its core looks for libraries that torch loads
 import transformer_engine.pytorch
 from transformer_engine.pytorch.attention.dot_product_attention.utils import FlashAttentionUtils as F
 print(json.dumps([bool(F.is_installed), bool(F.v3_is_installed), str(F.max_version)]))
@@ -95,26 +97,30 @@ def check_transformer_engine(needed: bool) -> Iterator[Finding]:
     """Transformer Engine against its range, whether it imports, and which flash attention it would use."""
     [requirement] = [r for r in requirements() if r.name == "transformer-engine"]
     subject, install = "Transformer Engine", "bash launch/install_h100.sh"
-    if installed_version(requirement.name) is None:
+    there = installed_version(requirement.name) is not None
+    if not there and PathFinder.find_spec("transformer_engine", sys.path) is None:
         advice = f"Megatron's local layers stand in for it, at a lower speed; {install}"
         yield missing(subject, "not installed", install if needed else advice, needed)
         return
-    if (version := check_version(requirement, needed=needed)).verdict != "ok":
+    version = check_version(requirement, needed=needed) if there else None
+    if version is not None and version.verdict != "ok":
         yield version
         return
+    found = "of no distribution" if version is None else version.found
     done = subprocess.run(
         [sys.executable, "-c", _ENGINE_PROBE], capture_output=True, text=True, timeout=IMPORT_LIMIT_S, check=False
     )
     if done.returncode:
-        yield Finding(subject, "problem", f"{version.found} does not import: {last_line(done.stderr)}", install)
+        advice = f"{install} builds its part for torch; or {UNINSTALL}: runs go on without it, and say so"
+        yield missing(subject, f"{found}, does not import: {last_line(done.stderr)}", advice, needed)
         return
-    yield Finding(subject, "ok", version.found)
+    yield Finding(subject, "ok", found)
     second, third, newest = json.loads(done.stdout.splitlines()[-1])
     if second or third:
         yield Finding("flash attention", "ok", f"version {'3' if third else '2'}, as Transformer Engine sees it")
     else:
-        found = installed_version("flash-attn")
-        seen = "not installed" if found is None else f"{found}, which Transformer Engine does not take (up to {newest})"
+        flash = installed_version("flash-attn")
+        seen = "not installed" if flash is None else f"{flash}, which Transformer Engine does not take (up to {newest})"
         yield Finding("flash attention", "note", seen, f"cuDNN's attention stands in for it; {install}")
 
 

@@ -1,5 +1,8 @@
 """The policy: a Megatron-Core model that gives log-probs, takes updates, and lends its weights."""
 
+import megatron_efr.transformer_engine  # noqa: F401 - before Megatron
+
+# isort: split
 from megatron_efr.policy.fit import check_fit
 from megatron_efr.policy.loss import policy_loss, supervised_loss
 from megatron_efr.policy.packing import split_into_updates

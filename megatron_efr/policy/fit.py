@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 
+from megatron_efr import transformer_engine
 from megatron_efr.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.splits import check_split, divisors
@@ -73,11 +73,7 @@ def engine_layers(model: ModelConfig) -> bool:
 
 
 def _engine_is_here() -> bool:
-    return _engine_imports() and torch.cuda.is_available()
-
-
-def _engine_imports() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None
+    return transformer_engine.WORKS and torch.cuda.is_available()
 
 
 def _check_owned_fields(megatron: dict[str, Any]) -> None:
@@ -127,7 +123,7 @@ def _check_experts(model: ModelConfig, parallel: ParallelConfig) -> None:
             "model.megatron.moe_grouped_gemm: grouped experts need Transformer Engine's layers, CUDA and bfloat16, and "
             "these are local ones, whose experts are computed one by one; leave it out, or install the gpu extra"
         )
-    if torch.cuda.is_available() and not _engine_imports():
+    if torch.cuda.is_available() and not transformer_engine.WORKS:
         raise ConfigError(
             "model.path: a mixture of experts needs Transformer Engine on a GPU (megatron-core 0.16.1's router calls "
             "it, whatever the layers); install the gpu extra"

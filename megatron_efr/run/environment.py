@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_efr.config import ConfigError, DatasetConfig, EvaluationConfig, PromptConfig, TrainConfig
 from megatron_efr.data.datasets import dataset_name, load_problems
-from megatron_efr.data.prompts import Rendered, load_tokenizer, render_all, stop_ids
+from megatron_efr.data.prompts import Rendered, load_tokenizer, render_all
+from megatron_efr.data.stop_tokens import stop_ids
 from megatron_efr.data.stream import PromptStream
 from megatron_efr.grading import Grader, check_golds
 from megatron_efr.grading.boxed import last_boxed

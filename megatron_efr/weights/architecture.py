@@ -72,7 +72,7 @@ class Architecture:
         rotary = read_rotary(raw, f"{source}: ")
         made = cls(
             model_type=model_type,
-            layers=fields.count("num_hidden_layers"),
+            layers=fields.count("num_hidden_layers", most=_MOST),
             hidden=hidden,
             heads=heads,
             kv_heads=fields.count("num_key_value_heads", silent),
@@ -143,6 +143,7 @@ _TYPES: dict[str, tuple[set[str], dict[str, Any]]] = {
     "llama": (set(), {}),
     "mistral": (set(), {"sliding_window": None}),
 }  # fmt: skip
+_MOST = 10_000  # layers, or experts of one: each is gone through by name
 # Key-value heads in transformers where config.json is silent; Llama then has as many as heads.
 _KV_HEADS = {"qwen2": 32, "qwen3": 32, "qwen3_moe": 4, "mistral": 8}
 
@@ -163,10 +164,13 @@ def _refuse_unknown(raw: dict[str, Any], model_type: str, source: str) -> None:
                     f"{source}: {field} {value!r} is not supported; supported: {json.dumps(fixed[field])}{window}"
                 )
         elif field not in _READ | _NEUTRAL | read and value is not None and value is not False:
-            raise ConfigError(
-                f"{source}: {field} {value!r} is not known for a {model_type} model; if it does not change what the "
-                f"model computes, take it out"
+            why = (
+                "quantised weights are not read: take the folder that they were made from"
+                if field == "quantization_config"
+                else f"{repr(value)[:80]} is not known for a {model_type} model; if it does not change what the model "
+                f"computes, take it out"
             )
+            raise ConfigError(f"{source}: {field}: {why}")
     if model_type == "mistral" and "sliding_window" not in raw:
         raise ConfigError(f"{source}: sliding_window is missing, which means 4096: null is required, no sliding-window")
     if not isinstance(raw.get("layer_types") or [], list):
@@ -184,7 +188,7 @@ def _experts(fields: Fields) -> Experts:
     # transformers 5 writes the number of experts under another name than the published models have it
     key = "num_experts" if fields.values.get("num_experts") is not None else "num_local_experts"
     made = Experts(
-        count=fields.count(key),
+        count=fields.count(key, most=_MOST),
         per_token=fields.count("num_experts_per_tok"),
         ffn=fields.count("moe_intermediate_size"),
         normalized=fields.flag("norm_topk_prob", False),

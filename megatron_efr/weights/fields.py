@@ -32,11 +32,13 @@ class Fields:
     def __contains__(self, key: str) -> bool:
         return key in self.values
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """An integer of at least 1; where it is absent or null, `default`."""
+    def count(self, key: str, default: int | None = None, most: int = 2**31) -> int:
+        """An integer from 1 to `most`; where it is absent or null, `default`."""
         value = self._given(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.refusal(key, f"an integer is required, found {self._text(key)}; it counts from 1")
+        if value > most:
+            raise self.refusal(key, f"{self._text(key)} is more than any model has ({most:,})")
         return value
 
     def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:

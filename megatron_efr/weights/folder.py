@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -16,12 +17,13 @@ from safetensors.torch import save_file
 
 from megatron_efr.config import ConfigError, ModelConfig
 from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.located import INDEX, SINGLE, locate, some
 from megatron_efr.weights.mapping import WeightMapping
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 SHARD_BYTES = 4 * 2**30
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_ROWS = 4096  # of a tensor that are compared at once
 
 
 class TensorSource(ABC):
@@ -46,44 +48,74 @@ def initial_weights(model: ModelConfig, architecture: Architecture, seed: int) -
 
 
 class FolderWeights(TensorSource):
-    """The safetensors of a model folder. Every expected tensor must be there with its shape, before any is read."""
+    """The safetensors of a model folder. Every expected tensor must be there with its shape, in a type that weights
+    have, before any is read; one that is not finite is refused when it is read.
+    """
 
     def __init__(self, folder: str | Path, architecture: Architecture) -> None:
         super().__init__(architecture)
         self.folder = Path(folder)
-        self._files = _locate(self.folder)
-        self._check(self.shapes)
+        self._stored = locate(self.folder)
+        self._check()
+        if architecture.tied and HEAD in self._stored:
+            self._check_head()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        with safe_open(self._stored[name].file, framework="pt") as file:
+            tensor = file.get_tensor(name)
+        # one pass without a copy: what is not finite makes the sum so, and large finite numbers hardly ever do
+        if not math.isfinite(tensor.sum(dtype=torch.float32)) and not tensor.isfinite().all():
+            raise ConfigError(
+                f"model.path: {self._stored[name].file}: {name} holds numbers that are not finite; the weights are "
+                f"spoilt: take an earlier checkpoint, or fetch them again"
+            )
+        return tensor
 
     def dtype(self, name: str) -> torch.dtype:
-        """The stored type of a tensor, from the file's header; ConfigError for one that weights do not have."""
-        with safe_open(self._files[name], framework="pt") as file:
-            stored = file.get_slice(name).get_dtype()
-        if stored not in _DTYPES:
-            raise ConfigError(f"{self._files[name]}: {name} is stored as {stored}; supported: {', '.join(_DTYPES)}")
-        return _DTYPES[stored]
+        """The stored type of a tensor, from the file's header."""
+        return _DTYPES[self._stored[name].dtype]
 
-    def _check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        missing = sorted(expected.keys() - self._files.keys())
+    def read_all(self) -> None:
+        """Read every tensor once; ConfigError for one that is not finite."""
+        for _ in self.items():
+            pass
+
+    def _check(self) -> None:
+        missing = sorted(self.shapes.keys() - self._stored.keys())
         # a tied model may carry its head a second time; rotary buffers come from old exports
         extra = sorted(
             name
-            for name in self._files.keys() - expected.keys()
-            if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")
+            for name in self._stored.keys() - self.shapes.keys()
+            if name != HEAD and not name.endswith("rotary_emb.inv_freq")
         )
+        for name, stored in self._stored.items():
+            if stored.dtype not in _DTYPES and name not in extra:
+                raise ConfigError(
+                    f"model.path: {stored.file}: {name} is stored as {stored.dtype}; supported: {', '.join(_DTYPES)}. "
+                    f"Quantised weights are not read: take the folder that they were made from"
+                )
         if missing or extra:
             raise ConfigError(
                 f"model.path: {self.folder}: the tensors are not those of its config.json; "
-                f"missing {_some(missing)}, unexpected {_some(extra)}"
+                f"missing {some(missing)}, unexpected {some(extra)}"
             )
-        for name, shape in expected.items():
-            with safe_open(self._files[name], framework="pt") as file:
-                found = tuple(file.get_slice(name).get_shape())
-            if found != shape:
-                raise ConfigError(f"model.path: {self._files[name]}: {name} is {found}, config.json makes it {shape}")
+        for name, shape in self.shapes.items():
+            if (stored := self._stored[name]).shape != shape:
+                raise ConfigError(f"model.path: {stored.file}: {name} is {stored.shape}, config.json makes it {shape}")
+
+    def _check_head(self) -> None:
+        """Refuse a head of its own where config.json ties it: transformers then unties the two, SGLang drops it."""
+        head, embedding = self._stored[HEAD], self._stored[EMBEDDING]
+        if head.shape == embedding.shape:
+            with safe_open(head.file, framework="pt") as one, safe_open(embedding.file, framework="pt") as other:
+                parts = one.get_slice(HEAD), other.get_slice(EMBEDDING)
+                starts = range(0, head.shape[0], _ROWS)
+                if all(torch.equal(*(part[at : at + _ROWS].float() for part in parts)) for at in starts):
+                    return
+        raise ConfigError(
+            f"model.path: {head.file}: {HEAD} is not {EMBEDDING}, and config.json says tie_word_embeddings: true; set "
+            f"that to false to use the head, or take the tensor out"
+        )
 
 
 class RandomWeights(TensorSource):
@@ -107,6 +139,7 @@ class RandomWeights(TensorSource):
 def as_folder(weights: TensorSource, place: Path, template: str | Path) -> Path:
     """A model folder with `weights`: the one that they lie in, or else one written to `place` (see `save_folder`)."""
     if isinstance(weights, FolderWeights):
+        weights.read_all()  # whoever takes the folder checks nothing
         return weights.folder
     save_folder(place, weights.items(), template)
     return place
@@ -118,7 +151,7 @@ def fingerprint(folder: str | Path, seed: int | None = None) -> str:
     if seed is not None:
         digest.update(f"random weights, seed {seed}".encode())
     else:
-        for path in sorted(set(_locate(Path(folder)).values())):
+        for path in sorted({stored.file for stored in locate(Path(folder)).values()}):
             with path.open("rb") as file:
                 while block := file.read(2**24):
                     digest.update(block)
@@ -174,14 +207,14 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], sha
         dtypes |= {tensor.dtype for tensor in shard.values()}
         shards.append(list(shard))
     if len(shards) == 1:
-        os.rename(folder / "shard-0.safetensors", folder / _SINGLE)
+        os.rename(folder / "shard-0.safetensors", folder / SINGLE)
         return dtypes
     index: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         os.rename(folder / f"shard-{number}.safetensors", folder / file)
         index |= dict.fromkeys(names, file)
-    (folder / _INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1))
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1))
     return dtypes
 
 
@@ -196,26 +229,3 @@ def _batches(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterato
         batch[name] = tensor.detach().to("cpu", copy=True).contiguous()
         size += tensor.nbytes
     yield batch
-
-
-def _locate(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor."""
-    index = folder / _INDEX
-    if index.is_file():
-        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        absent = sorted({str(path) for path in files.values() if not path.is_file()})
-        if absent:
-            raise ConfigError(f"model.path: {index} names files that are not there: {_some(absent)}")
-        return files
-    single = folder / _SINGLE
-    if not single.is_file():
-        raise ConfigError(
-            f"model.path: {folder}: neither {_SINGLE} nor {_INDEX} found; "
-            f"set model.init: random to start from fresh weights"
-        )
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
-
-
-def _some(names: list[str]) -> str:
-    return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"

@@ -14,8 +14,9 @@ from megatron_efr.config import DatasetConfig, PromptConfig, SftDataConfig
 from megatron_efr.data import byte_model
 from megatron_efr.data.arithmetic import UNKNOWN, ArithmeticTask, attempt, majority, question, response, split, write
 from megatron_efr.data.datasets import load_problems
-from megatron_efr.data.prompts import load_tokenizer, render_all, stop_ids
+from megatron_efr.data.prompts import load_tokenizer, render_all
 from megatron_efr.data.sft import load_sft
+from megatron_efr.data.stop_tokens import stop_ids
 from megatron_efr.grading import grade
 
 SMALL = ArithmeticTask(train_rows=300, test_rows=512, sft_rows=400)

@@ -21,6 +21,8 @@ from megatron_efr.policy import Ranks, policy
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.run import run
 from megatron_efr.run.folder import RunFolder
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.folder import RandomWeights, save_folder
 
 PROGRAMS = {"train": train, "sft": sft, "evaluate": evaluate, "sweep": sweep}
 Refused = Callable[..., str]
@@ -189,6 +191,17 @@ def test_weights_that_are_not_there(program: str, task: Path, refused: Refused) 
     message = refused(program, "model.init=load")
     assert f"{task / 'model'}: neither model.safetensors nor model.safetensors.index.json found" in message
     assert "set model.init: random" in message
+
+
+@pytest.mark.parametrize("program", ["train", "sft", "evaluate"])
+def test_a_head_of_its_own_where_config_json_ties_it(
+    program: str, task: Path, tmp_path: Path, refused: Refused
+) -> None:
+    weights = dict(RandomWeights(Architecture.from_folder(task / "model"), seed=0).items())
+    head = weights["model.embed_tokens.weight"] * 1.01
+    save_folder(tmp_path / "own", [*weights.items(), ("lm_head.weight", head)], task / "model")
+    message = refused(program, "model.init=load", f"model.path={tmp_path / 'own'}")
+    assert "own/model.safetensors: lm_head.weight is not model.embed_tokens.weight, and config.json says" in message
 
 
 GOOD = '{"question": "1+1", "answer": "2"}\n'

@@ -17,11 +17,11 @@ from megatron_efr.data.prompts import (
     load_tokenizer,
     render,
     render_all,
-    stop_ids,
     vocabulary_size,
 )
 from megatron_efr.data.rows import DatasetError
 from megatron_efr.data.sft import load_sft
+from megatron_efr.data.stop_tokens import stop_ids
 
 # R1-Distill's template in small: the generation prompt opens the thinking, a finished turn drops it.
 R1_TEMPLATE = (
@@ -176,15 +176,46 @@ def test_stop_ids_are_both_files_together(
     assert stop_ids(place, load_tokenizer(place)) == expected
 
 
+def test_a_stop_id_that_only_config_json_names_counts(folder: Path, tmp_path: Path) -> None:
+    place = altered(folder, tmp_path, "config.json", eos_token_id=[7, 261])
+    (place / "generation_config.json").unlink()
+    tokenizer = load_tokenizer(place)
+    assert stop_ids(place, tokenizer) == tuple(sorted({7, 261, tokenizer.eos_token_id}))
+    tokenizer.eos_token = None
+    assert stop_ids(place, tokenizer) == (7, 261)
+
+
 def test_no_stop_id_or_one_outside_the_vocabulary(folder: Path, tmp_path: Path) -> None:
     place = altered(folder, tmp_path, "generation_config.json", eos_token_id=272)
     tokenizer = load_tokenizer(place)
-    with pytest.raises(PromptError, match=r"eos token ids \[272\] are outside vocab_size 272"):
+    with pytest.raises(
+        PromptError, match=r"generation_config.json: .* eos token ids \[272\] are outside vocab_size 272"
+    ):
         stop_ids(place, tokenizer)
     (place / "generation_config.json").unlink()
+    place = altered(place, tmp_path / "silent", "config.json", eos_token_id=None)
     tokenizer.eos_token = None
-    with pytest.raises(PromptError, match="neither the tokenizer nor generation_config"):
+    with pytest.raises(PromptError, match=r"neither the tokenizer nor generation_config.json nor config.json names"):
         stop_ids(place, tokenizer)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("<eos>", "required, found '<eos>'; the tokenizer's id of it is "),
+        ("</s>", "required, found '</s>'$"),
+        ([[2]], r"required, found \[\[2\]\]$"),
+        ([2, None], r"required, found \[2, None\]$"),
+        ({"id": 2}, "required, found {'id': 2}$"),
+        (2.0, "required, found 2.0$"),
+        (True, "required, found True$"),
+    ],
+)
+def test_a_stop_id_that_is_none(file: str, given: object, message: str, folder: Path, tmp_path: Path) -> None:
+    place = altered(folder, tmp_path, file, eos_token_id=given)
+    with pytest.raises(PromptError, match=f"{file}: eos_token_id: a token id, or a list of them, is {message}"):
+        stop_ids(place, load_tokenizer(folder))
 
 
 def test_sft_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

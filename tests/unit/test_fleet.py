@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -192,3 +193,19 @@ def test_a_health_check_finds_out_a_server_that_restarted_empty_and_the_next_pub
         assert (tally.serving, tally.lost, tally.back, tally.resent) == (2, 1, 1, 0)
 
     run(test, count=2, limits=TimeoutsConfig(check_s=0.02))
+
+
+def test_no_requests_id_begins_with_another() -> None:
+    """SGLang's abort takes every request whose id begins with the one that it is given."""
+
+    async def ids() -> list[str]:
+        found = []
+        for _ in range(2):
+            fleet = Fleet(["http://127.0.0.1:1"], None, NEVER)
+            found += [fleet._new_rid() for _ in range(1100)]
+            await fleet.close()
+        return found
+
+    found = sorted(asyncio.run(ids()))  # an id stands just before those that begin with it
+    assert len(set(found)) == 2200
+    assert not any(later.startswith(one) for one, later in itertools.pairwise(found))

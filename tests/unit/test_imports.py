@@ -21,19 +21,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "durable": {"errors"},
     "config": {"errors"},
     "arguments": BASE,
+    "transformer_engine": set(),
     "algorithms": BASE,
     "kernels": BASE | {"algorithms.objective"},
     "grading": BASE,
     "methods": BASE,
     "data": BASE,
     "weights": BASE,
-    "policy": BASE | WEIGHTS | {"kernels", "algorithms.objective"},
+    "policy": BASE | WEIGHTS | {"kernels", "algorithms.objective", "transformer_engine"},
     "rollout": BASE
     | {"weights.architecture", "weights.frequencies", "weights.mapping", "weights.checked", "weights.publish"}
     | {"weights.reshard", "weights.transports"},
     "report": BASE,
     "observe": BASE,
-    "checkpoint": BASE | WEIGHTS,
+    "checkpoint": BASE | WEIGHTS | {"transformer_engine"},
     "memory": BASE | {"weights.architecture", "weights.mapping", "kernels"},
     "run": BASE
     | WEIGHTS

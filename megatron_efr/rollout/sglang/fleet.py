@@ -131,7 +131,8 @@ class Fleet:
         return await self._least_loaded()
 
     def _new_rid(self) -> str:
-        return f"{self._name}-{next(self._numbers)}"
+        """An id of the one length that all have: an abort takes every request whose id begins with the one given."""
+        return f"{self._name}-{next(self._numbers):012d}"
 
     async def _least_loaded(self) -> Server:
         serving, now = await self.membership.settled_serving(), time.monotonic()

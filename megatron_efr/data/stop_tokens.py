@@ -1,0 +1,46 @@
+"""Which tokens end a response, by everything in a model folder that names one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_efr.data.prompts import PromptError, model_folder, read_object, vocabulary_size
+
+FILES = ("config.json", "generation_config.json")
+
+
+def stop_ids(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids that end a response: the tokenizer's EOS and the `eos_token_id` of both configurations, sorted.
+
+    An engine that reads the folder stops at any of them. PromptError names the file whose ids are none, or outside the
+    vocabulary.
+    """
+    place = model_folder(folder)
+    size = vocabulary_size(place)
+    found = {place: [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []}
+    found |= {place / name: _eos(place / name, tokenizer) for name in FILES if (place / name).is_file()}
+    for where, ids in found.items():
+        if outside := sorted(token for token in ids if not 0 <= token < size):
+            raise PromptError(f"{where}: vocabulary mismatch: eos token ids {outside} are outside vocab_size {size}")
+    if not any(found.values()):
+        raise PromptError(
+            f"{place}: neither the tokenizer nor generation_config.json nor config.json names an eos token"
+        )
+    return tuple(sorted({token for ids in found.values() for token in ids}))
+
+
+def _eos(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A configuration's `eos_token_id`: one id, several, or null."""
+    given: Any = read_object(path).get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool):
+            known = tokenizer.get_vocab().get(token) if isinstance(token, str) else None
+            hint = "" if known is None else f"; the tokenizer's id of it is {known}"
+            raise PromptError(
+                f"{path}: eos_token_id: a token id, or a list of them, is required, found {given!r}{hint}"
+            )
+    return ids
