@@ -13,6 +13,7 @@ from megatron_efr.config import ConfigError, EnginesConfig, ModelConfig, Rollout
 from megatron_efr.errors import UserError
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.local.engine import LocalEngine
+from megatron_efr.rollout.requests import check_servable
 from megatron_efr.rollout.servers.addresses import KEY, wait_until_ready
 from megatron_efr.rollout.servers.launcher import Launcher
 from megatron_efr.rollout.servers.process import ServerProcess
@@ -71,6 +72,7 @@ def _connected(
     resources: ExitStack,
 ) -> SGLangEngine:
     """Running servers as one engine, behind a router where one is asked for."""
+    check_servable(Architecture.from_folder(model.path))
     router = _router(model, engines, key, folder, resources)
     wait_until_ready(urls, engines.timeouts.start_s)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from megatron_efr.errors import UserError
 from megatron_efr.types import Request, Sampling
 from megatron_efr.weights.architecture import Architecture
 
@@ -19,6 +20,15 @@ def check_sampling(sampling: Sampling, vocab: int) -> None:
     for token in sampling.stop_ids:
         if not 0 <= token < vocab:
             raise ValueError(f"stop_ids: {token} is outside the model's vocabulary of {vocab} tokens")
+
+
+def check_servable(model: Architecture) -> None:
+    """Refuse, with a UserError that names the engine that can, a model that SGLang's servers would decode otherwise."""
+    if model.rotary.own_attention_factor:
+        raise UserError(
+            f"rollout.engine: SGLang does not read the attention_factor {model.rotary.attention_factor:g} that "
+            f"config.json gives its YaRN, and would decode another model; set rollout.engine: local"
+        )
 
 
 def check_request(request: Request, sampling: Sampling, model: Architecture) -> None:

@@ -30,6 +30,7 @@ class Rotary:
     beta_slow: float = 1.0
     truncate: bool = True  # YaRN's band ends at whole dimensions
     attention_factor: float = 1.0
+    own_attention_factor: bool = False  # config.json's, and not the one that follows from YaRN's factor
 
     def reach(self, max_positions: int) -> int:
         """How many positions the model has: YaRN's factor extends the original ones, whatever config.json's limit."""
@@ -107,14 +108,15 @@ def _yarn(rope: Fields, config: Fields) -> dict[str, Any]:
     fast = rope.number("beta_fast", 32.0)
     if fast < slow:
         raise rope.refusal("beta_fast", f"{fast:g} is less than beta_slow {slow:g}")
-    both = [rope.number(key) for key in ("mscale", "mscale_all_dim") if rope.values.get(key)]
-    over, under = both if len(both) == 2 else (1.0, 0.0)  # transformers takes 0 for absent, and one alone for none
+    both = [rope.number(key) for key in ("mscale", "mscale_all_dim") if rope.values.get(key) is not None]
+    over, under = both if len(both) == 2 else (1.0, 0.0)  # one alone counts for nothing
     return {
         "factor": factor,
         "original_positions": _original(rope, config),
         "beta_fast": fast,
         "beta_slow": slow,
         "truncate": rope.flag("truncate", True),
+        "own_attention_factor": rope.values.get("attention_factor") is not None,
         "attention_factor": rope.number("attention_factor", _mscale(factor, over) / _mscale(factor, under)),
     }
 

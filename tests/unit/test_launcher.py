@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -121,7 +122,8 @@ def test_servers_see_nothing_of_torchrun_or_of_the_trainers_interpreter() -> Non
     mine |= {"LOCAL_WORLD_SIZE": "8", "GROUP_RANK": "0", "ROLE_RANK": "3", "TORCHELASTIC_RUN_ID": "x"}
     mine |= {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "PYTHONPATH": "/x", "OMP_NUM_THREADS": "1"}
     kept = {"PATH": "/bin", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "0,1", "NCCL_SOCKET_IFNAME": "eth0"}
-    assert server_environment(mine | kept, on_gpu=True, tp=1) == kept | {"HF_HUB_OFFLINE": "1"}
+    set_for_servers = {"HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    assert server_environment(mine | kept, on_gpu=True, tp=1) == kept | set_for_servers
     on_cpu = server_environment(mine | kept, on_gpu=False, tp=2)
     assert on_cpu["SGLANG_CPU_OMP_THREADS_BIND"] == "0|0"
     assert on_cpu["OMP_NUM_THREADS"] == "1"
@@ -168,6 +170,17 @@ def test_arguments_that_would_change_what_is_sampled_are_refused(
     rollout = RolloutConfig.model_validate({"engine": "sglang", "server": argument})
     with pytest.raises(UserError, match=f"rollout.server.{why}"):
         server_arguments(ModelConfig(path=str(tied_model)), rollout, Architecture.from_folder(tied_model), on_gpu=True)
+
+
+def test_a_model_that_servers_would_decode_otherwise_names_the_engine_that_can(tied_model: Path) -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    raw = json.loads((tied_model / "config.json").read_text())
+    model, rollout = ModelConfig(path=str(tied_model)), RolloutConfig.model_validate({"engine": "sglang"})
+    usual = Architecture.from_config(raw | {"rope_parameters": rope})
+    assert server_arguments(model, rollout, usual, on_gpu=False)["context_length"] == 2048
+    own = Architecture.from_config(raw | {"rope_parameters": rope | {"attention_factor": 1.5}})
+    with pytest.raises(UserError, match=r"does not read the attention_factor 1.5 .* set rollout\.engine: local"):
+        server_arguments(model, rollout, own, on_gpu=False)
 
 
 @pytest.mark.parametrize(("first", "gpus"), [(4, [4, 6]), (0, [0, 2])])

@@ -1,7 +1,8 @@
-"""The embedded engine beyond Qwen2: log-probs against transformers, and nothing that depends on the batch."""
+"""The embedded engine beyond Qwen2: log-probs and greedy tokens are transformers', whatever the batch."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,12 @@ def asked(count: int, samples: int) -> list[Request]:
     return [Request(Prompt(f"p{i}", tokens, "", ""), samples, 77 * i) for i, tokens in enumerate(prompts)]
 
 
-def answers(folder: Path, slots: int, requests: list[Request]) -> dict[str, list[Response]]:
+def answers(
+    folder: Path, slots: int, requests: list[Request], sampling: Sampling = SAMPLING
+) -> dict[str, list[Response]]:
     engine = LocalEngine(folder, slots)
     engine.publish(load_file(folder / "model.safetensors").items(), version=0)
-    return {group.prompt.id: group.responses for group in engine.generate(iter(requests), SAMPLING)}
+    return {group.prompt.id: group.responses for group in engine.generate(iter(requests), sampling)}
 
 
 @pytest.mark.parametrize("family", DECODED)
@@ -45,9 +48,25 @@ def test_log_probs_equal_a_full_forward_of_transformers(family: str, tmp_path: P
                 logits = reference(torch.tensor([tokens])).logits[0, len(request.prompt.tokens) - 1 : -1]
             wanted = torch.log_softmax(logits.double() / SAMPLING.temperature, -1)
             wanted = wanted.gather(1, torch.tensor(response.tokens)[:, None])[:, 0]
-            assert float((torch.tensor(response.logprobs) - wanted).abs().max()) <= 2e-5
+            assert float((torch.tensor(response.logprobs) - wanted).abs().max()) <= 1e-5
             compared += len(response.tokens)
     assert compared > 300
+
+
+@pytest.mark.parametrize("family", DECODED)
+def test_greedy_tokens_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+    folder = make_family_folder(tmp_path, family)
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    requests = asked(6, samples=1)
+    found = answers(folder, 16, requests, replace(SAMPLING, temperature=0.0, max_new_tokens=60))
+    for request in requests:
+        prompt, [response] = torch.tensor([request.prompt.tokens]), found[request.prompt.id]
+        with torch.no_grad():
+            wanted = reference.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=60, eos_token_id=2,
+                pad_token_id=0,
+            )  # fmt: skip
+        assert response.tokens == wanted[0, prompt.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3-moe", "llama3", "mistral", "qwen2-yarn"])

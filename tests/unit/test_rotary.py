@@ -112,7 +112,6 @@ def test_every_combination_of_the_fields_is_transformers_or_refused(model: str) 
         YARN | {"truncate": False},
         YARN | {"attention_factor": 1.25},
         YARN | {"mscale": 0.707, "mscale_all_dim": 1.3},
-        YARN | {"mscale": 0.707, "mscale_all_dim": 0},
         YARN | {"mscale": 2.0},
         YARN | {"factor": 1.0},
         YARN | {"beta_fast": None, "beta_slow": None, "attention_factor": None, "mscale": None},
@@ -169,6 +168,10 @@ def test_qwens_way_to_131072_positions(model: str) -> None:
         ({"rope_scaling": {"type": "yarn", **YARN, "beta_slow": 40}}, "rope_scaling.beta_fast: 32 is less than beta_s"),
         ({"rope_scaling": {"type": "yarn", **YARN, "truncate": "no"}}, "rope_scaling.truncate: true or false"),
         ({"rope_scaling": {"type": "yarn", **YARN, "attn_factor": 1}}, "rope_scaling.attn_factor: is not known for"),
+        (
+            {"rope_scaling": {"type": "yarn", **YARN, "mscale_all_dim": 0}},
+            "rope_scaling.mscale_all_dim: a number above",
+        ),
         ({"rope_scaling": {"type": "yarn", **YARN, "attention_factor": 0}}, "rope_scaling.attention_factor: a number"),
         ({"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 1.5}}, "an integer"),
         ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor: a number above 0"),

@@ -17,6 +17,7 @@ import yaml
 
 from megatron_efr.config import EnginesConfig, ModelConfig, TimeoutsConfig
 from megatron_efr.errors import UserError
+from megatron_efr.rollout.requests import check_servable
 from megatron_efr.rollout.servers.addresses import LOOPBACK, free_port, is_ready
 from megatron_efr.rollout.servers.process import ServerProcess
 from megatron_efr.rollout.servers.watch import Watch
@@ -88,6 +89,7 @@ def server_arguments(
     """
     if refused := sorted(REFUSED.keys() & rollout.server.keys()):
         raise UserError(f"rollout.server.{refused[0]}: {REFUSED[refused[0]]}")
+    check_servable(architecture)
     arguments: dict[str, Any] = {
         "model_path": str(Path(model.path).resolve()),
         "load_format": "dummy",  # weights come by publication, and are never read twice
