@@ -37,7 +37,7 @@ def evaluate(config: EvaluateConfig, record_name: str) -> Record:
     tokenizer = load_tokenizer(source.start.path)
     weights = source.weights()
     stops = stop_ids(source.start.path, tokenizer)
-    evaluator = Evaluator(config.evaluation, config.prompt, tokenizer, stops, config.seed)
+    evaluator = Evaluator(config.evaluation, config.prompt, config.grading, tokenizer, stops, config.seed)
     asked = {
         "model": source.fingerprint(),
         "model.dtype": config.model.dtype,
@@ -46,7 +46,7 @@ def evaluate(config: EvaluateConfig, record_name: str) -> Record:
     }
     unfinished = Unfinished(path, asked)
     with ExitStack() as resources:
-        grader = resources.enter_context(Grader(config.grading.workers, config.grading.timeout_s))
+        grader = resources.enter_context(Grader.of(config.grading, evaluator.judgings.verifiers))
         # servers begin their random numbers anew: not with those that the journal's answers were drawn with
         seed = request_seed(config.seed, len(unfinished.journal.read().groups))
         logs = folder.path / "engines" / f"eval-{record_name}"

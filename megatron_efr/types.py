@@ -100,6 +100,9 @@ class Group:
     seed: int = 0  # the request's: it names this visit of the prompt
     correct: np.ndarray | None = None  # bool
     statuses: list[str] = field(default_factory=list)  # the grader's word for each response
+    scores: np.ndarray | None = (
+        None  # float64, 0 to 1: the verifiers' scores by weight; 1 or 0 where one says yes or no
+    )
     rewards: np.ndarray | None = None  # float64
     advantages: np.ndarray | None = None  # float64
     masked: np.ndarray | None = None  # bool: responses that are left out of the loss (None: none)

@@ -5,7 +5,10 @@ from megatron_efr.config.data import DatasetConfig as DatasetConfig
 from megatron_efr.config.data import PromptConfig as PromptConfig
 from megatron_efr.config.data import SftDataConfig as SftDataConfig
 from megatron_efr.config.evaluation import EvaluationConfig as EvaluationConfig
-from megatron_efr.config.evaluation import GradingConfig as GradingConfig
+from megatron_efr.config.grading import GradingConfig as GradingConfig
+from megatron_efr.config.grading import JudgingConfig as JudgingConfig
+from megatron_efr.config.grading import PartConfig as PartConfig
+from megatron_efr.config.grading import VerifierConfig as VerifierConfig
 from megatron_efr.config.learning import AlgorithmConfig as AlgorithmConfig
 from megatron_efr.config.learning import MethodConfig as MethodConfig
 from megatron_efr.config.learning import OptimizerConfig as OptimizerConfig

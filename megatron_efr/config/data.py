@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
+from megatron_efr.config.grading import JudgingConfig
 from megatron_efr.config.section import Section
 
 
@@ -23,6 +24,9 @@ class DatasetConfig(Section):
     difficulty: str | None = Field(default=None, description="column to report tokens and accuracy by")
     name: str | None = Field(default=None, description="name in reports; the file's stem when left out")
     limit: PositiveInt | None = Field(default=None, description="first rows only")
+    grading: JudgingConfig | None = Field(
+        default=None, description="how this data set's answers are judged; as in the section `grading` when left out"
+    )
 
 
 class PromptConfig(Section):

@@ -1,4 +1,4 @@
-"""Held-out problems, and how answers are graded."""
+"""Held-out problems, and how they are sampled."""
 
 from __future__ import annotations
 
@@ -8,13 +8,6 @@ from pydantic import Field, PositiveInt, model_validator
 
 from megatron_efr.config.data import DatasetConfig
 from megatron_efr.config.section import Section
-
-
-class GradingConfig(Section):
-    """math-verify in processes that can be killed."""
-
-    workers: PositiveInt = 1
-    timeout_s: float = Field(default=5.0, gt=0, description="CPU seconds for one response")
 
 
 class EvaluationConfig(Section):

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_efr.config.data import DataConfig, PromptConfig, SftDataConfig
-from megatron_efr.config.evaluation import EvaluationConfig, GradingConfig
+from megatron_efr.config.evaluation import EvaluationConfig
+from megatron_efr.config.grading import GradingConfig
 from megatron_efr.config.learning import (
     MOVED,
     AlgorithmConfig,

@@ -1,6 +1,17 @@
-"""Is the answer right? math-verify in processes that can be killed; texts in, verdicts out, order kept."""
+"""Is the answer right? Verifiers in processes that can be killed; texts in, verdicts out, order kept."""
 
 from megatron_efr.grading.golds import GoldError, check_golds
-from megatron_efr.grading.pool import STATUSES, Grade, Grader, GraderError, count_statuses, grade
+from megatron_efr.grading.pool import Grade, Grader, GraderError, count_statuses, grade
+from megatron_efr.grading.verdict import STATUSES, Verifier
 
-__all__ = ["STATUSES", "GoldError", "Grade", "Grader", "GraderError", "check_golds", "count_statuses", "grade"]
+__all__ = [
+    "STATUSES",
+    "GoldError",
+    "Grade",
+    "Grader",
+    "GraderError",
+    "Verifier",
+    "check_golds",
+    "count_statuses",
+    "grade",
+]

@@ -1,4 +1,4 @@
-"""Grades whole groups: what was cut off is wrong and is not asked about."""
+"""Grades whole groups, each by its data set's verifiers: what was cut off is wrong and is not asked about."""
 
 from __future__ import annotations
 
@@ -6,16 +6,49 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_efr.grading.pool import Grader
-from megatron_efr.types import Group
+from megatron_efr.grading.judging import Judging, Judgings
+from megatron_efr.grading.pool import Grade, Grader
+from megatron_efr.grading.verdict import Question
+from megatron_efr.types import Group, Response
 
 TRUNCATED = "truncated"
 
 
-def grade_groups(grader: Grader, groups: Sequence[Group]) -> None:
-    """Set `correct` and `statuses` of every group, in place."""
-    answers = [(group, r) for group in groups for r in group.responses if not r.truncated]
-    grades = iter(grader.grade([r.text for _, r in answers], [group.prompt.gold for group, _ in answers]))
-    for group in groups:
-        group.statuses = [TRUNCATED if r.truncated else next(grades).status for r in group.responses]
+def grade_groups(grader: Grader, groups: Sequence[Group], judgings: Judgings | None = None) -> None:
+    """Set `correct`, `statuses` and `scores` of every group, in place.
+
+    The data set's first verifier says what is correct. A score is the mean of its verifiers' scores by weight.
+    """
+    judgings = judgings or Judgings()
+    asked = [(group, judging_of(group, judgings)) for group in groups]
+    questions = [
+        _question(response, group, judging, k)
+        for group, judging in asked
+        for response in group.responses
+        if not response.truncated
+        for k in range(len(judging.parts))
+    ]
+    grades = iter(grader.ask(questions))
+    for group, judging in asked:
+        judged = [None if r.truncated else [next(grades) for _ in judging.parts] for r in group.responses]
+        group.statuses = [TRUNCATED if each is None else each[0].status for each in judged]
         group.correct = np.array([status == "correct" for status in group.statuses], dtype=bool)
+        group.scores = np.array([0.0 if each is None else _score(each, judging) for each in judged])
+
+
+def judging_of(group: Group, judgings: Judgings) -> Judging:
+    """How a group's answers are judged: as its data set's are."""
+    return judgings.of_dataset(group.prompt.meta.get("dataset"))
+
+
+def _question(response: Response, group: Group, judging: Judging, k: int) -> Question | None:
+    part = judging.parts[k]
+    answer = part.extractor(response.text, group.prompt.gold)
+    return None if answer is None else Question(part.verifier, group.prompt.gold, answer)
+
+
+def _score(grades: Sequence[Grade], judging: Judging) -> float:
+    """The mean of the verifiers' scores by weight, from 0 to 1."""
+    weights = [part.weight for part in judging.parts]
+    total = sum(weight * grade.score for weight, grade in zip(weights, grades, strict=True))
+    return total / sum(weights)

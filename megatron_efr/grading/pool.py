@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -19,17 +20,28 @@ from pathlib import Path
 
 import psutil
 
+from megatron_efr.config import GradingConfig
+from megatron_efr.config.grading import OPTIONS
 from megatron_efr.errors import UserError
-from megatron_efr.grading.boxed import last_boxed
-from megatron_efr.grading.worker import BAD_GOLD, CORRECT, CRASH, MEMORY, UNPARSED, WRONG
-
-NO_ANSWER = "no_answer"
-TIMEOUT = "timeout"
-STATUSES = (CORRECT, WRONG, NO_ANSWER, UNPARSED, TIMEOUT, MEMORY, CRASH, BAD_GOLD)
+from megatron_efr.grading.extract import LAST_BOX, Extractor
+from megatron_efr.grading.verdict import (
+    CORRECT,
+    CRASH,
+    MATH,
+    MEMORY,
+    NO_ANSWER,
+    STATUSES,
+    TIMEOUT,
+    WRONG,
+    Question,
+    Verdict,
+    Verifier,
+)
 
 _POLL_S = 0.02  # how often busy workers' CPU time and memory are read
 _CHUNK = 32  # pairs a worker is handed at once: long enough to hide the pipe, short enough to share the work
 _STARTS = 3  # workers that may die in a row before they are ready
+_START_CPU_S = 120.0  # CPU seconds that importing math-verify and plug-ins may take
 _PLAIN_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 
@@ -37,16 +49,26 @@ _PLAIN_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 class Grade:
     """The verdict on one response; `status` is one of STATUSES.
 
-    correct, wrong: math-verify compared the last box with the gold answer. no_answer: no box, an empty one, or a last
-    box that never closes. unparsed: the box holds no expression. timeout: the CPU limit. memory: the memory limit.
-    crash: the comparison raised, or its process died or hung without using CPU. bad_gold: the gold does not parse.
+    correct, wrong: the verifier compared the answer with the gold. no_answer: the response has none where it is looked
+    for (with last_box: no box, an empty one, or a last box that never closes). unparsed: the verifier cannot read the
+    answer. timeout: the CPU limit. memory: the memory limit. crash: the verifier raised, or its process died or hung
+    without using CPU. bad_gold: the verifier cannot read the gold. `answer` is what was found, `reason` what the
+    verifier said; `partial` its score where it gave one.
     """
 
     status: str
+    partial: float | None = None
+    answer: str | None = field(default=None, compare=False)
+    reason: str = field(default="", compare=False)
 
     @property
     def correct(self) -> bool:
         return self.status == CORRECT
+
+    @property
+    def score(self) -> float:
+        """From 0 to 1: the verifier's own, or 1 where the answer is correct."""
+        return float(self.correct) if self.partial is None else self.partial
 
 
 def count_statuses(grades: Sequence[Grade]) -> dict[str, int]:
@@ -55,18 +77,25 @@ def count_statuses(grades: Sequence[Grade]) -> dict[str, int]:
     return {status: counts[status] for status in STATUSES}
 
 
-def grade(responses: Sequence[str], golds: Sequence[str], timeout_s: float = 5.0, workers: int = 1) -> list[Grade]:
+def grade(
+    responses: Sequence[str],
+    golds: Sequence[str],
+    timeout_s: float = 5.0,
+    workers: int = 1,
+    verifier: Verifier = MATH,
+    extractor: Extractor = LAST_BOX,
+) -> list[Grade]:
     """Grade each response text against the gold answer text beside it, in order.
 
     `timeout_s` is CPU seconds for one response. Starts its own workers and ends them; a program that grades often
     keeps a `Grader`. Raises ValueError when the two lengths differ.
     """
-    with Grader(workers, timeout_s) as grader:
-        return grader.grade(responses, golds)
+    with Grader(workers, timeout_s, verifiers=[verifier]) as grader:
+        return grader.grade(responses, golds, verifier, extractor)
 
 
 class GraderError(UserError, RuntimeError):
-    """Grading processes cannot be started."""
+    """Grading processes cannot be started, or a verifier cannot be loaded."""
 
 
 class Grader:
@@ -74,20 +103,33 @@ class Grader:
 
     `timeout_s` limits the CPU time of one response, not the wall clock, so that a loaded machine grades alike.
     `memory_bytes` limits a worker's resident memory. A worker that uses no CPU at all for `stall_s` wall seconds while
-    it owes an answer (stopped, asleep, swapped out) is killed too. Calls from several threads take turns.
+    it owes an answer (stopped, asleep, swapped out) is killed too, and with it what it started. `verifiers` are loaded
+    when a worker starts, on no response's time; others when they are first asked. Calls from several threads take
+    turns.
     """
 
     def __init__(
-        self, workers: int = 1, timeout_s: float = 5.0, memory_bytes: int = 2 << 30, stall_s: float = 60.0
+        self,
+        workers: int = 1,
+        timeout_s: float = 5.0,
+        memory_bytes: int = 2 << 30,
+        stall_s: float = 60.0,
+        verifiers: Sequence[Verifier] = (),
     ) -> None:
         if workers < 1 or not timeout_s > 0:
             raise ValueError(f"a grader needs workers >= 1 and timeout_s > 0, got {workers} and {timeout_s}")
         self._count = workers
         self._limits = _Limits(timeout_s, memory_bytes, stall_s)
+        self._verifiers = tuple(verifiers)
         self._workers: list[_Worker] = []
         self._failed_starts = 0
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _end_all, self._workers)
+
+    @classmethod
+    def of(cls, config: GradingConfig, verifiers: Sequence[Verifier] = ()) -> Grader:
+        """A grader within the limits of the section `grading`."""
+        return cls(config.workers, config.timeout_s, config.memory_mib << 20, verifiers=verifiers)
 
     def __enter__(self) -> Grader:
         return self
@@ -105,52 +147,61 @@ class Grader:
         """Process ids of the workers that are running now."""
         return [worker.process.pid for worker in self._workers]
 
-    def grade(self, responses: Sequence[str], golds: Sequence[str]) -> list[Grade]:
+    def grade(
+        self,
+        responses: Sequence[str],
+        golds: Sequence[str],
+        verifier: Verifier = MATH,
+        extractor: Extractor = LAST_BOX,
+    ) -> list[Grade]:
         """Grade each response text against the gold answer text beside it, in order."""
         if len(responses) != len(golds):
             raise ValueError(f"{len(responses)} responses and {len(golds)} gold answers: give one gold per response")
-        return self.compare([last_boxed(response) for response in responses], golds)
+        answers = [extractor(response, gold) for response, gold in zip(responses, golds, strict=True)]
+        return self.compare(answers, golds, verifier)
 
-    def compare(self, answers: Sequence[str | None], golds: Sequence[str]) -> list[Grade]:
-        """Grade answers already taken from their boxes; None is no answer. Equal pairs are compared once."""
-        pairs: dict[tuple[str, str], str] = {}
-        for gold, answer in zip(golds, answers, strict=True):
-            if answer is not None and (gold, answer) not in pairs:
-                pairs[gold, answer] = _plain_verdict(gold, answer)
-        open_pairs = [pair for pair, status in pairs.items() if not status]
+    def compare(self, answers: Sequence[str | None], golds: Sequence[str], verifier: Verifier = MATH) -> list[Grade]:
+        """Grade answers already taken from their responses; None is no answer."""
+        pairs = zip(answers, golds, strict=True)
+        return self.ask([None if answer is None else Question(verifier, gold, answer) for answer, gold in pairs])
+
+    def ask(self, questions: Sequence[Question | None]) -> list[Grade]:
+        """Put questions to the verifiers, in order; None is a response without an answer. Equal ones are asked once."""
+        found: dict[Question, Verdict] = {}
+        for question in questions:
+            if question is not None and question not in found:
+                found[question] = Verdict(_plain_verdict(question))
+        left = [question for question, verdict in found.items() if not verdict.status]
         with self._lock:
-            pairs.update(zip(open_pairs, self._run(open_pairs), strict=True))
-        return [
-            Grade(NO_ANSWER if answer is None else pairs[gold, answer])
-            for gold, answer in zip(golds, answers, strict=True)
-        ]
+            found.update(zip(left, self._run(left), strict=True))
+        return [Grade(NO_ANSWER) if q is None else _grade(q, found[q]) for q in questions]
 
-    def _run(self, pairs: list[tuple[str, str]]) -> list[str]:
-        """Statuses of `pairs`, in order, from the workers."""
-        statuses = [""] * len(pairs)
-        waiting = deque(range(len(pairs)))
+    def _run(self, questions: list[Question]) -> list[Verdict]:
+        """Verdicts on `questions`, in order, from the workers."""
+        verdicts = [Verdict("")] * len(questions)
+        waiting = deque(range(len(questions)))
         checked = time.monotonic()
         try:
             while waiting or any(worker.jobs for worker in self._workers):
-                self._hand_out(pairs, waiting)
+                self._hand_out(questions, waiting)
                 active = {worker.connection: worker for worker in self._workers if worker.jobs or not worker.ready}
                 for connection in wait(list(active), timeout=_POLL_S):
                     worker = active[connection]  # pyright: ignore[reportArgumentType]
-                    if not worker.receive(statuses, self._limits):
-                        self._bury(worker, worker.cause_of_death(), statuses, waiting)
+                    if not worker.receive(verdicts, self._limits):
+                        self._bury(worker, worker.cause_of_death(), verdicts, waiting)
                     elif worker.ready:
                         self._failed_starts = 0
                 if time.monotonic() - checked >= _POLL_S:
                     for worker in [worker for worker in self._workers if worker in active.values()]:
                         if excess := worker.excess(self._limits):
-                            self._bury(worker, excess, statuses, waiting)
+                            self._bury(worker, excess, verdicts, waiting)
                     checked = time.monotonic()
         except BaseException:
             _end_all(self._workers)  # an interrupted call leaves answers in the pipes that belong to nobody
             raise
-        return statuses
+        return verdicts
 
-    def _hand_out(self, pairs: list[tuple[str, str]], waiting: deque[int]) -> None:
+    def _hand_out(self, questions: list[Question], waiting: deque[int]) -> None:
         """Give idle workers a chunk each, and start workers while there is more to do than they can take."""
         idle = [worker for worker in self._workers if worker.ready and not worker.jobs]
         for worker in idle:
@@ -163,20 +214,20 @@ class Grader:
             chunk = [waiting.popleft() for _ in range(min(_CHUNK, share))]
             worker.jobs.extend(chunk)
             try:
-                worker.connection.send([pairs[index] for index in chunk])
+                worker.connection.send([questions[index] for index in chunk])
             except (BrokenPipeError, ConnectionResetError):  # it died idle, which is no response's doing
                 worker.jobs.clear()
                 waiting.extendleft(reversed(chunk))
                 self._remove(worker)
         starting = sum(not worker.ready for worker in self._workers)
         while len(self._workers) < self._count and starting < len(waiting):
-            self._workers.append(_Worker(self._limits))
+            self._workers.append(_Worker(self._limits, self._verifiers))
             starting += 1
 
-    def _bury(self, worker: _Worker, cause: str, statuses: list[str], waiting: deque[int]) -> None:
+    def _bury(self, worker: _Worker, cause: Verdict, verdicts: list[Verdict], waiting: deque[int]) -> None:
         """Remove a worker that died or must; the response it was on gets `cause`, the others go to the next one."""
         if worker.jobs:
-            statuses[worker.jobs.popleft()] = cause
+            verdicts[worker.jobs.popleft()] = cause
             waiting.extendleft(reversed(worker.jobs))
         elif not worker.ready:
             self._failed_starts += 1
@@ -185,6 +236,7 @@ class Grader:
             raise GraderError(
                 f"{_STARTS} grading processes in a row died before they were ready (last exit status "
                 f"{worker.process.returncode}); `{sys.executable} -c 'import math_verify'` may show why"
+                + "".join(f", or importing the verifier {name}" for name in worker.plugins)
             )
 
     def _remove(self, worker: _Worker) -> None:
@@ -198,12 +250,18 @@ class _Limits:
     memory_bytes: int  # resident
     stall_s: float  # wall seconds without any CPU use
 
+    @property
+    def timeout(self) -> Verdict:
+        """The verdict on a response that took too long."""
+        return Verdict(TIMEOUT, None, f"more than {self.timeout_s:g} s of CPU")
+
 
 @dataclass(slots=True, eq=False)
 class _Worker:
     """One grading process as its parent sees it; `jobs` are the pairs it was handed and has not answered, in order."""
 
     limits: _Limits
+    verifiers: tuple[Verifier, ...] = ()
     command: list[str] = field(init=False)
     process: subprocess.Popen[bytes] = field(init=False)
     connection: Connection = field(init=False)
@@ -226,44 +284,55 @@ class _Worker:
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         # A fixed hash seed makes sympy walk its sets in one order, hence take the same path to a verdict, every time.
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            self.command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+        self.process = subprocess.Popen(  # in a session of its own, which ends what a plug-in starts with it
+            self.command,
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
         theirs.close()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died at once: its pipe says so
+            self.connection.send(self.verifiers)
         self.usage = psutil.Process(self.process.pid)
 
-    def receive(self, statuses: list[str], limits: _Limits) -> bool:
-        """Take one message and store its status; False when the process is gone."""
+    def receive(self, verdicts: list[Verdict], limits: _Limits) -> bool:
+        """Take one message and store its verdict; False when the process is gone. GraderError where it cannot begin."""
         try:
-            status, cpu = self.connection.recv()
+            said, cpu = self.connection.recv()
         except (EOFError, ConnectionResetError):
             return False
+        if isinstance(said, str):
+            raise GraderError(said)
         if self.ready:
             # The parent looks every few hundredths of a second; the worker's own clock settles what ended in between.
             over = cpu - self.cpu_before > limits.timeout_s
-            statuses[self.jobs.popleft()] = TIMEOUT if over else status
+            verdicts[self.jobs.popleft()] = limits.timeout if over else said
             self.answered += 1
         self.ready = True
         self.cpu_before = self.cpu_seen = cpu
         self.moved = time.monotonic()
         return True
 
-    def excess(self, limits: _Limits) -> str:
-        """Which limit the process is over, as a status; empty when none."""
+    def excess(self, limits: _Limits) -> Verdict | None:
+        """Which limit the process is over; None when none."""
         now = time.monotonic()
         try:
             times = self.usage.cpu_times()
             resident = self.usage.memory_info().rss
         except psutil.Error:
-            return ""  # it just died: its pipe has ended, and says so on the next turn
+            return None  # it just died: its pipe has ended, and says so on the next turn
         cpu = times.user + times.system
         if cpu > self.cpu_seen:
             self.cpu_seen, self.moved = cpu, now
         if resident > limits.memory_bytes:
-            return MEMORY
+            return Verdict(MEMORY, None, f"more than {limits.memory_bytes >> 20} MiB")
+        if not self.ready and cpu > _START_CPU_S:
+            return limits.timeout
         if self.ready and self.jobs and cpu - self.cpu_before > limits.timeout_s:
-            return TIMEOUT
-        return CRASH if now - self.moved > limits.stall_s else ""
+            return limits.timeout
+        stalled = now - self.moved > limits.stall_s
+        return Verdict(CRASH, None, f"no CPU used for {limits.stall_s:g} s") if stalled else None
 
     def bloated(self, limits: _Limits) -> bool:
         """Whether what earlier responses left in sympy's caches would count against the next one."""
@@ -274,17 +343,26 @@ class _Worker:
         except psutil.Error:
             return True
 
-    def cause_of_death(self) -> str:
-        """Status of the response that the process, now gone, was working on."""
+    @property
+    def plugins(self) -> list[str]:
+        """Names of verifiers that are imported when it starts."""
+        return [verifier.name for verifier in self.verifiers if verifier.name not in OPTIONS]
+
+    def cause_of_death(self) -> Verdict:
+        """Verdict on the response that the process, now gone, was working on."""
         try:
             code = self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            return CRASH  # it closed its pipe and lives on: about to be killed
-        return TIMEOUT if code == -signal.SIGXCPU else CRASH
+            return Verdict(CRASH, None, "its process closed the pipe")  # and lives on: about to be killed
+        if code == -signal.SIGXCPU:
+            return self.limits.timeout
+        return Verdict(CRASH, None, f"its process ended with exit status {code}")
 
     def end(self) -> None:
-        """Kill the process and reap it."""
+        """Kill the process, and what it started, and reap it."""
         self.connection.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.wait()
 
@@ -294,12 +372,17 @@ def _end_all(workers: list[_Worker]) -> None:
         workers.pop().end()
 
 
-def _plain_verdict(gold: str, answer: str) -> str:
-    """The verdict where it needs no mathematics, else empty: two integers in plain digits, of at most 18.
+def _grade(question: Question, verdict: Verdict) -> Grade:
+    return Grade(verdict.status, verdict.score, question.answer, verdict.reason)
+
+
+def _plain_verdict(question: Question) -> str:
+    """The status where it needs no mathematics, else empty: two integers in plain digits, of at most 18.
 
     math-verify reads each as that sympy Integer, in a box or between dollars, and compares Integers exactly, so the
     verdicts are the same (a test holds them against each other).
     """
-    if _PLAIN_INTEGER.fullmatch(gold) and _PLAIN_INTEGER.fullmatch(answer):
+    verifier, gold, answer, _ = question
+    if verifier.name == MATH.name and _PLAIN_INTEGER.fullmatch(gold) and _PLAIN_INTEGER.fullmatch(answer):
         return CORRECT if gold == answer else WRONG
     return ""

@@ -8,22 +8,32 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import resource
 import signal
 import sys
+import threading
 import time
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from typing import Any
 
-CORRECT = "correct"
-WRONG = "wrong"
-UNPARSED = "unparsed"
-CRASH = "crash"
-MEMORY = "memory"
-BAD_GOLD = "bad_gold"
+from megatron_efr.grading import verifiers
+from megatron_efr.grading.verdict import (
+    BAD_GOLD,
+    CORRECT,
+    CRASH,
+    MATH,
+    MEMORY,
+    UNPARSED,
+    WRONG,
+    Question,
+    Verdict,
+    Verifier,
+)
 
+_PARENT_S = 2.0  # how often a worker looks if its parent is there
 _OWN_MATH = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")  # the gold brings its own math environment
 
 
@@ -68,17 +78,50 @@ def _expressions(readings: list[Any]) -> list[Any]:
     return [reading for reading in readings if not isinstance(reading, str)]
 
 
+def verdict(question: Question) -> Verdict:
+    """What the question's verifier says; may hang or die, which is the parent's business."""
+    if question.verifier.name == MATH.name:  # a gold is held against itself, and an answer is a gold for another one
+        return Verdict(judge(question.gold, question.gold if question.kind == "gold" else question.answer))
+    return verifiers.ask(question)
+
+
 def serve(connection: Connection, timeout_s: float) -> None:
-    """Answer every (gold, answer) of each chunk with (status, CPU seconds of this process), until the pipe ends."""
-    connection.send(("ready", time.process_time()))
+    """Answer every question of each chunk with (verdict, CPU seconds of this process), until the pipe ends."""
+    connection.send((None, time.process_time()))
     while True:
         try:
             chunk = connection.recv()
         except (EOFError, ConnectionResetError):
             return  # the parent is done, or gone
-        for gold, answer in chunk:
+        for question in chunk:
             _limit_cpu(timeout_s)
-            connection.send((judge(gold, answer), time.process_time()))
+            connection.send((verdict(question), time.process_time()))
+
+
+def _load(asked: tuple[Verifier, ...]) -> str:
+    """Load verifiers before any response's clock, math where none is named; what is wrong with one, or nothing."""
+    try:
+        for verifier in asked or (MATH,):
+            if verifier.name == MATH.name:
+                _warm_up()
+            else:
+                verifiers.load(verifier.name, verifier.options)
+    except verifiers.LoadError as error:
+        return str(error)
+    return ""
+
+
+def _warm_up() -> None:
+    """Let math-verify build its grammar and regular expressions, which its first use does."""
+    for warm in ("\\frac{1}{2}", "(1, \\sqrt{2})", "x=5"):
+        judge(warm, warm)
+
+
+def _end_with(parent: int) -> None:
+    """End this process, and what it started, when the parent is gone: a verifier may be asleep and see no pipe end."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_S)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _limit_cpu(timeout_s: float) -> None:
@@ -94,8 +137,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it closes the pipe
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (address_space, hard))
+    os.dup2(2, 1)  # what a plug-in prints is no part of a program's output
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     logging.disable(logging.WARNING)  # math-verify warns that its SIGALRM limit is off
-    # The first use of math-verify builds its grammar and regular expressions: pay that before any response's clock.
-    for warm in ("\\frac{1}{2}", "(1, \\sqrt{2})", "x=5"):
-        judge(warm, warm)
-    serve(Connection(descriptor), timeout_s)
+    connection = Connection(descriptor)
+    asked = connection.recv()
+    if wrong := _load(asked):
+        connection.send((wrong, time.process_time()))
+        return
+    serve(connection, timeout_s)

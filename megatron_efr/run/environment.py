@@ -7,18 +7,28 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_efr.config import ConfigError, DatasetConfig, EvaluationConfig, PromptConfig, TrainConfig
+from megatron_efr.config import (
+    ConfigError,
+    DatasetConfig,
+    EvaluationConfig,
+    GradingConfig,
+    PromptConfig,
+    TrainConfig,
+)
 from megatron_efr.data.datasets import dataset_name, load_problems
 from megatron_efr.data.prompts import Rendered, load_tokenizer, render_all
 from megatron_efr.data.stop_tokens import stop_ids
 from megatron_efr.data.stream import PromptStream
-from megatron_efr.grading import Grader, check_golds
+from megatron_efr.grading import Grader
 from megatron_efr.grading.boxed import last_boxed
+from megatron_efr.grading.gold_checks import check_for
 from megatron_efr.grading.groups import grade_groups
+from megatron_efr.grading.judging import Judgings
 from megatron_efr.observe.progress import followed
 from megatron_efr.report.records import Record, summarise
 from megatron_efr.rollout.build import build_engine
@@ -48,20 +58,22 @@ class Environment:
         tokenizer = load_tokenizer(config.model.path)
         # refuses a folder whose weights are missing or are others than config.json's, before anything is built
         initial_weights(config.model, Architecture.from_folder(config.model.path), config.seed)
-        rendered = load_prompts(config.data.datasets, tokenizer, config.data.prompt)
+        rendered = load_prompts(config.data.datasets, tokenizer, config.data.prompt, config.grading)
         show(rendered)
         stops = stop_ids(config.model.path, tokenizer)
         self.stream = PromptStream(rendered.prompts, config.seed, config.data.shuffle)
         self._evaluate_every = config.evaluation.every or 0
         self.evaluator = (
-            Evaluator(config.evaluation, config.data.prompt, tokenizer, stops, config.seed)
+            Evaluator(config.evaluation, config.data.prompt, config.grading, tokenizer, stops, config.seed)
             if self._evaluate_every
             else None
         )
         self._config, self._decode = config, decoder(tokenizer)
         rollout = config.rollout
         self._sampling = Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens, stops)
-        self.grader = Grader(config.grading.workers, config.grading.timeout_s)
+        self._judgings = judgings_of(config.grading, config.data.datasets)
+        held_out = self.evaluator.judgings.verifiers if self.evaluator else []
+        self.grader = Grader.of(config.grading, [*self._judgings.verifiers, *held_out])
 
     def connect(self, servers: Servers, resources: ExitStack) -> None:
         """Take the engine into use, over `servers` or embedded; `resources` end it, and the thread of rollouts."""
@@ -74,7 +86,7 @@ class Environment:
     def graded_rollouts(self, step: int, journals: Journals) -> list[Group]:
         """Iteration `step`'s groups, graded; those that the journals hold are taken from there."""
         groups = self.ledger.collect(step, journals)
-        grade_groups(self.grader, groups)
+        grade_groups(self.grader, groups, self._judgings)
         return groups
 
     def evaluate(self, step: int, folder: RunFolder) -> dict[str, float]:
@@ -106,6 +118,7 @@ class Evaluator:
         self,
         config: EvaluationConfig,
         prompt: PromptConfig,
+        grading: GradingConfig,
         tokenizer: PreTrainedTokenizerBase,
         stops: tuple[int, ...],
         seed: int,
@@ -119,7 +132,8 @@ class Evaluator:
             )
         temperature, top_p = config.sampling
         self.sampling = Sampling(temperature, top_p, config.max_new_tokens, stops)
-        rendered = load_prompts(config.datasets, tokenizer, prompt)
+        self.judgings = judgings_of(grading, config.datasets)
+        rendered = load_prompts(config.datasets, tokenizer, prompt, grading)
         say_overlong(rendered)
         self.prompts = rendered.prompts
         self._decode, self._seed = decoder(tokenizer), seed
@@ -162,17 +176,32 @@ class Evaluator:
                 finished[group.seed] = group
                 after_each()
         groups = [finished[request.seed] for request in self._requests]
-        grade_groups(grader, groups)
+        grade_groups(grader, groups, self.judgings)
         answers = [[None if r.truncated else last_boxed(r.text) for r in group.responses] for group in groups]
         return summarise(groups, name, answers=answers)
 
 
 def load_prompts(
-    datasets: Sequence[DatasetConfig], tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig
+    datasets: Sequence[DatasetConfig],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: PromptConfig,
+    grading: GradingConfig | None = None,
 ) -> Rendered:
-    """Every problem of the data sets as a prompt; gold answers that do not parse stop here, with file and line."""
-    problems = [problem for dataset in datasets for problem in load_problems(dataset, check_golds)]
+    """Every problem of the data sets as a prompt. Gold answers that a data set's own verifiers cannot judge against,
+    and verifiers that cannot be loaded, stop here."""
+    grading = grading or GradingConfig()
+    judgings = judgings_of(grading, datasets)
+    problems = [
+        problem
+        for dataset in datasets
+        for problem in load_problems(dataset, partial(check_for, judgings.of_dataset(dataset_name(dataset)), grading))
+    ]
     return render_all(problems, tokenizer, prompt)
+
+
+def judgings_of(grading: GradingConfig, datasets: Sequence[DatasetConfig]) -> Judgings:
+    """How each data set's answers are judged."""
+    return Judgings.of(grading, [(dataset_name(dataset), dataset.grading) for dataset in datasets])
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:

@@ -43,6 +43,7 @@ def encode_group(group: Group) -> str:
         "seed": group.seed,
         "correct": None if group.correct is None else group.correct.tolist(),
         "statuses": group.statuses,
+        "scores": None if group.scores is None else group.scores.tolist(),
         "rewards": None if group.rewards is None else group.rewards.tolist(),
         "advantages": None if group.advantages is None else group.advantages.tolist(),
     }
@@ -59,6 +60,7 @@ def decode_group(line: str | bytes) -> Group:
         seed=tree["seed"],
         correct=_array(tree["correct"], np.dtype(bool)),
         statuses=tree["statuses"],
+        scores=_array(tree.get("scores"), np.dtype(np.float64)),  # files of before scores lack them
         rewards=_array(tree["rewards"], np.dtype(np.float64)),
         advantages=_array(tree["advantages"], np.dtype(np.float64)),
     )

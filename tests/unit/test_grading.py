@@ -16,6 +16,7 @@ from megatron_efr.grading import STATUSES, Grade, Grader, GraderError, count_sta
 from megatron_efr.grading import pool as pool_module
 from megatron_efr.grading.boxed import last_boxed
 from megatron_efr.grading.pool import _plain_verdict
+from megatron_efr.grading.verdict import MATH, Question
 
 LIMIT_S = 0.5
 TOWER = r"\boxed{9^{9^{9^{9}}}}"
@@ -219,15 +220,16 @@ def test_warm_pool_is_fast(grader: Grader) -> None:
 def test_plain_integers_get_math_verifys_verdict(grader: Grader, gold: int, offset: int) -> None:
     """The path that skips the worker, held against the worker."""
     answer = str(gold + offset)
-    short = _plain_verdict(str(gold), answer)
+    question = Question(MATH, str(gold), answer)
+    short = _plain_verdict(question)
     assert short in {"correct", "wrong"}
-    [status] = grader._run([(str(gold), answer)])
-    assert status == short
+    [verdict] = grader._run([question])
+    assert verdict.status == short
 
 
 @pytest.mark.parametrize("text", ["007", "1,000", "5.0", "-0", "+5", "1" * 19, "٣", "5\n"])
 def test_other_numbers_go_to_math_verify(text: str) -> None:
-    assert _plain_verdict(text, text) == ""
+    assert _plain_verdict(Question(MATH, text, text)) == ""
 
 
 def test_function_with_unequal_lengths() -> None:
