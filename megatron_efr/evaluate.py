@@ -14,7 +14,7 @@ from megatron_efr.data.prompts import load_tokenizer
 from megatron_efr.data.stop_tokens import stop_ids
 from megatron_efr.errors import UserError
 from megatron_efr.grading import Grader
-from megatron_efr.report.records import Record
+from megatron_efr.report.records import Record, left_out_note
 from megatron_efr.rollout.build import local_engine, sglang_engine
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.ledger import request_seed
@@ -22,6 +22,7 @@ from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.run.environment import Evaluator
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.run.unfinished import Unfinished
+from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import TensorSource, as_folder
 from megatron_efr.weights.publish import RECOVERIES, EngineError, LostError, NoEngineError
 
@@ -37,7 +38,8 @@ def evaluate(config: EvaluateConfig, record_name: str) -> Record:
     tokenizer = load_tokenizer(source.start.path)
     weights = source.weights()
     stops = stop_ids(source.start.path, tokenizer)
-    evaluator = Evaluator(config.evaluation, config.prompt, config.grading, tokenizer, stops, config.seed)
+    positions = Architecture.from_folder(source.start.path).max_positions
+    evaluator = Evaluator(config.evaluation, config.prompt, config.grading, tokenizer, stops, positions, config.seed)
     asked = {
         "model": source.fingerprint(),
         "model.dtype": config.model.dtype,
@@ -117,7 +119,7 @@ def describe(record: Record) -> str:
             f"{figures['tokens']:.1f} tokens, {figures['truncated']:.1%} cut off, "
             f"{figures['samples']} responses to {figures['problems']} problems"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *filter(None, [left_out_note(record["left_out"])])])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -62,8 +62,9 @@ def sft(config: SftConfig, resume: bool = False) -> None:
 
 def load_rows(config: SftConfig) -> list[Sequence]:
     """The rows as trainable sequences; ConfigError where they are fewer than one update takes."""
-    initial_weights(config.model, Architecture.from_folder(config.model.path), config.seed)  # refused here if missing
-    rows = load_sft(config.data, load_tokenizer(config.model.path), config.prompt)
+    architecture = Architecture.from_folder(config.model.path)
+    initial_weights(config.model, architecture, config.seed)  # refused here if missing
+    rows = load_sft(config.data, load_tokenizer(config.model.path), config.prompt, architecture.max_positions)
     if len(rows.sequences) < config.train.batch:
         raise ConfigError(f"{config.data.path}: {len(rows.sequences)} rows, and train.batch takes {config.train.batch}")
     print(f"{len(rows.sequences)} rows to train on, {rows.overlong} left out: prompt too long", flush=True)

@@ -17,6 +17,7 @@ from megatron_efr.config.file import dump
 from megatron_efr.durable import write_atomic
 from megatron_efr.report.records import build_summary
 from megatron_efr.report.run_page import write_run_page
+from megatron_efr.run.environment import check_evaluation
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.types import UserError
 
@@ -54,6 +55,7 @@ class Family:
                 f"--jobs {jobs} with rollout.urls: runs at the same time would publish different weights to the same "
                 "servers; --jobs 1, or leave urls out, and each run starts its own"
             )
+        check_evaluation(self.config)
         began = time.monotonic()
         _side_by_side([(member.name, self._training(member)) for member in self.trained], self.folder, jobs)
         seconds["rl"] = time.monotonic() - began

@@ -64,10 +64,14 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Prompts that fit, in the order of their problems, and how many were longer than `prompt.max_tokens`."""
+    """Prompts that fit, in the order of their problems, and the problems that were longer than `prompt.max_tokens`."""
 
     prompts: list[Prompt]
-    overlong: int
+    left_out: list[Problem]
+
+    @property
+    def overlong(self) -> int:
+        return len(self.left_out)
 
 
 class Renderer:
@@ -153,13 +157,15 @@ def render_all(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, 
     PromptError also when no prompt is left.
     """
     rendered = Renderer(tokenizer, config).render([problem.question for problem in problems])
-    prompts = []
+    prompts, left_out = [], []
     for problem, (text, tokens) in zip(problems, rendered, strict=True):
         if fits(len(tokens), config, problem.where):
             prompts.append(_prompt(problem, text, tokens))
+        else:
+            left_out.append(problem)
     if not prompts:
         raise PromptError(f"all {len(problems)} prompts are longer than prompt.max_tokens = {config.max_tokens}")
-    return Rendered(prompts, len(problems) - len(prompts))
+    return Rendered(prompts, left_out)
 
 
 def fits(length: int, config: PromptConfig, where: str) -> bool:

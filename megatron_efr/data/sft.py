@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_efr.config import PromptConfig, SftDataConfig
+from megatron_efr.data.lengths import check_rows
 from megatron_efr.data.prompts import PromptError, Renderer, fits
 from megatron_efr.data.rows import DatasetError, Row, read_rows
 from megatron_efr.types import Sequence
@@ -21,10 +22,13 @@ class SftRows:
     overlong: int
 
 
-def load_sft(config: SftDataConfig, tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig) -> SftRows:
+def load_sft(
+    config: SftDataConfig, tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, positions: int | None = None
+) -> SftRows:
     """Rows as prompt + response + EOS; `Sequence.prompt_length` marks where the loss begins.
 
-    DatasetError names file and line of a row without question or response.
+    DatasetError names file and line of a row without question or response; PromptError, of one that is longer than the
+    model's `positions`, where they are given.
     """
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
@@ -34,13 +38,16 @@ def load_sft(config: SftDataConfig, tokenizer: PreTrainedTokenizerBase, prompt: 
     responses = [_column(row, config.response) for row in rows]
     rendered = Renderer(tokenizer, prompt).render(questions)
     batch: Any = tokenizer(responses, add_special_tokens=False, return_attention_mask=False)
-    sequences = []
+    sequences, places = [], []
     for row, (_, ids), response in zip(rows, rendered, batch["input_ids"], strict=True):
         if fits(len(ids), prompt, row.where):
             end = [] if response and response[-1] == eos else [eos]
             sequences.append(Sequence(tokens=[*ids, *response, *end], prompt_length=len(ids)))
+            places.append(row.where)
     if not sequences:
         raise PromptError(f"{config.path}: all {len(rows)} prompts are longer than prompt.max_tokens")
+    if positions is not None:
+        check_rows([sequence.length for sequence in sequences], places, positions)
     return SftRows(sequences, len(rows) - len(sequences))
 
 

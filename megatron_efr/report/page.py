@@ -140,8 +140,9 @@ def _more(record: Record | None) -> dict[str, str]:
         "truncated": f"{record['truncated']:.1%}",
     }
     cells |= {f"pass@{k}": f"{value:.1%}" for k, value in record["pass_at_k"].items() if k != "1"}
-    if record["majority"] is not None:
-        cells["majority"] = f"{record['majority']:.1%}"
+    for key, name in (("majority", "majority"), ("shortest_majority", "shortest majority")):
+        if record.get(key) is not None:
+            cells[name] = f"{record[key]:.1%}"
     return cells
 
 

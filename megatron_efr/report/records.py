@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,16 @@ FIGURES = ("accuracy", "tokens")
 _SHOWN_CHARACTERS = 6000  # of a sample response: enough to read, and a record of 32k-token answers stays small
 
 Record = dict[str, Any]
+Answers = Sequence[Sequence[Hashable | None]]
+"""For each problem the key of each response's answer."""
 
 
 def summarise(
     groups: Sequence[Group],
     name: str,
     *,
-    answers: Sequence[Sequence[str | None]] | None = None,
+    answers: Answers | None = None,
+    left_out: Mapping[str, int] | None = None,
     seed: int = 0,
     shown: int = 2,
 ) -> Record:
@@ -28,8 +31,9 @@ def summarise(
 
     `groups` are graded (`correct` set), one per problem; dataset and difficulty come from `prompt.meta`, the question
     as people read it from `prompt.meta["question"]` or else `prompt.text`. `answers` [problems][samples] are keys under
-    which equal answers are equal (None: no answer); without them there is no majority vote. `seed` draws the bootstrap;
-    the text of the first `shown` responses of each problem is kept. ValueError where nothing was evaluated or graded.
+    which equal answers are equal (None: no answer); without them there is no majority vote. `left_out` counts problems
+    of each data set that were not asked, since their prompts are too long. `seed` draws the bootstrap; the text of the
+    first `shown` responses of each problem is kept. ValueError where nothing was evaluated or graded.
     """
     if not groups:
         raise ValueError(f"evaluation {name}: no problems to summarise")
@@ -40,6 +44,7 @@ def summarise(
         parts.setdefault(str(group.prompt.meta.get("dataset", "held-out")), []).append(index)
     return {
         "name": name,
+        "left_out": dict(left_out or {}),
         **_figures(groups, answers, seed),
         "datasets": {
             dataset: _figures([groups[i] for i in rows], None if answers is None else [answers[i] for i in rows], seed)
@@ -49,18 +54,19 @@ def summarise(
     }
 
 
-def _figures(groups: Sequence[Group], answers: Sequence[Sequence[str | None]] | None, seed: int) -> Record:
+def _figures(groups: Sequence[Group], answers: Answers | None, seed: int) -> Record:
     rates, lengths = statistics.pass_rates(groups), statistics.mean_lengths(groups)
     accuracy, tokens = float(np.mean(rates)), float(np.mean(lengths))
     right, wrong = statistics.tokens_by_correctness(groups)
     fewest = min(len(group.responses) for group in groups)
     ks = [2**power for power in range(fewest.bit_length())]
     cost = statistics.cost_of_pass(tokens, accuracy)
+    samples = sum(len(group.responses) for group in groups)
     return {
         "problems": len(groups),
-        "samples": sum(len(group.responses) for group in groups),
+        "samples": samples,
         "accuracy": accuracy,
-        "accuracy_ci": list(statistics.interval(rates, seed)),
+        "accuracy_ci": list(statistics.rate_interval(rates, samples)),
         "tokens": tokens,
         "tokens_ci": list(statistics.interval(lengths, seed)),
         "tokens_right": right,
@@ -74,12 +80,19 @@ def _figures(groups: Sequence[Group], answers: Sequence[Sequence[str | None]] | 
             )
             for k in ks
         },
-        "majority": None
-        if answers is None
-        else float(
-            np.mean([statistics.majority(a, statistics.graded(g)) for a, g in zip(answers, groups, strict=True)])
-        ),
+        **_votes(groups, answers),
         "tokens_per_right_answer": cost if np.isfinite(cost) else None,
+    }
+
+
+def _votes(groups: Sequence[Group], answers: Answers | None) -> Record:
+    """Accuracy of the votes over each problem's responses; None where nobody said which answers are equal."""
+    if answers is None:
+        return {"majority": None, "shortest_majority": None}
+    cast = [(own, statistics.graded(group), group.lengths) for own, group in zip(answers, groups, strict=True)]
+    return {
+        "majority": float(np.mean([statistics.majority(own, right) for own, right, _ in cast])),
+        "shortest_majority": float(np.mean([statistics.shortest_majority(*each) for each in cast])),
     }
 
 
@@ -120,7 +133,15 @@ def build_summary(
         )
     keys = ("problems", "samples", "accuracy", "accuracy_ci", "tokens", "tokens_ci", "tokens_by_difficulty")
     names = sorted(alphas, key=lambda name: _base_first(alphas[name]))
-    models = [{"name": name, "alpha": alphas[name], **{key: evaluations[name][key] for key in keys}} for name in names]
+    models = [
+        {
+            "name": name,
+            "alpha": alphas[name],
+            **{key: evaluations[name][key] for key in keys},
+            "left_out": evaluations[name].get("left_out", {}),
+        }
+        for name in names
+    ]
     return {"models": models, "seconds": dict(seconds)}
 
 
@@ -147,7 +168,7 @@ def over_seeds(summaries: Sequence[Record]) -> Record:
 def _over_seeds(models: Sequence[Record]) -> Record:
     first = models[0]
     merged: Record = {"name": first["name"], "alpha": first["alpha"]}
-    for key in ("problems", "samples"):
+    for key in ("problems", "samples", "left_out"):
         if key in first:
             merged[key] = first[key]
     for key in FIGURES:
@@ -200,9 +221,27 @@ def label(model: Mapping[str, Any]) -> str:
 
 
 def spread_note(summary: Mapping[str, Any]) -> str:
-    """What the brackets, or the ±, in a table of this summary mean."""
+    """What the brackets, or the ±, in a table of this summary mean, and how many problems are not in it."""
+    left_out = next((model["left_out"] for model in summary["models"] if model.get("left_out")), {})
+    return " ".join(filter(None, [_spread(summary), left_out_note(left_out)]))
+
+
+def left_out_note(left_out: Mapping[str, int]) -> str:
+    """A sentence on the problems that were not asked; empty where all were."""
+    if not left_out:
+        return ""
+    total = sum(left_out.values())
+    where = ", ".join(f"{count:,} of {name}" for name, count in left_out.items())
+    return (
+        f"Left out, since the prompt is longer than prompt.max_tokens: {total:,} problem{'s' * (total > 1)}, {where}."
+    )
+
+
+def _spread(summary: Mapping[str, Any]) -> str:
     if summary.get("seeds"):
         return f"Mean ± standard deviation over {summary['seeds']} seeds."
     problems = {model["problems"] for model in summary["models"] if "problems" in model}
     count = f" on {problems.pop():,} held-out problems" if len(problems) == 1 else ""
-    return f"In brackets: 95% bootstrap intervals, resampled by problem{count}."
+    return (
+        f"In brackets: 95% intervals{count}, for accuracy Wilson's, for tokens by bootstrap; both know problems apart."
+    )

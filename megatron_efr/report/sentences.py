@@ -24,9 +24,7 @@ def headline(models: Sequence[Record], metrics: Mapping[str, Sequence[Mapping[st
         return _against_base(base, [model for model in models if model["alpha"] is not None])
     if models:
         model = min(models, key=lambda one: one["tokens"])
-        return (
-            f"{label(model)} is right {model['accuracy']:.1%} of the time with {model['tokens']:.1f} tokens on average."
-        )
+        return f"{label(model)} is right {_accuracy(model)} of the time with {model['tokens']:.1f} tokens on average."
     told = [sentence for name, lines in metrics.items() if (sentence := _training(name, lines))]
     return " ".join(told) or "Nothing has been measured yet."
 
@@ -41,14 +39,31 @@ def _against_base(base: Record, trained: Sequence[Record]) -> str:
     verb = "is right" if as_right else "is less often right:"
     return (
         f"With {label(best)}, the model uses {saved} ({best['tokens']:.1f} against {base['tokens']:.1f} on average) "
-        f"and {verb} {best['accuracy']:.1%} of the time, against {base['accuracy']:.1%}."
+        f"and {verb} {_accuracy(best)} of the time, against {_accuracy(base)}."
     )
+
+
+def _accuracy(model: Record) -> str:
+    """A model's accuracy with its 95% interval, or its standard deviation over seeds, as far as it has one."""
+    text = f"{model['accuracy']:.1%}"
+    if model.get("accuracy_ci"):
+        low, high = model["accuracy_ci"]
+        return f"{text} (95% interval {low:.1%} to {high:.1%})"
+    if model.get("accuracy_sd") is not None:
+        return f"{text} (± {model['accuracy_sd']:.1%} over {len(model['accuracy_by_seed'])} seeds)"
+    return text
 
 
 def _training(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
     known = [line for line in lines if line.get("accuracy") is not None and line.get("tokens_mean") is not None]
     if not known:
         return ""
+    if len(known) == 1:
+        [only] = known
+        return (
+            f"{name}: in the one iteration that there is, training accuracy was {only['accuracy']:.1%} and mean tokens "
+            f"{only['tokens_mean']:.1f}."
+        )
     tenth = max(1, len(known) // 10)
     (right, tokens), (right_now, tokens_now) = (
         (np.mean([line["accuracy"] for line in part]), np.mean([line["tokens_mean"] for line in part]))

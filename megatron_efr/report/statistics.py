@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from statistics import NormalDist
 
 import numpy as np
 
@@ -64,6 +65,28 @@ def interval(
     return float(low), float(high)
 
 
+def rate_interval(rates: np.ndarray, samples: int, level: float = LEVEL) -> tuple[float, float]:
+    """Wilson's interval of the mean of `rates` [problems], each in [0, 1], over `samples` responses in all.
+
+    Responses to one problem are not independent, so the count in Wilson's formula is the effective one,
+    p (1 - p) / (variance between problems / problems), no fewer than the problems and no more than the responses (Korn
+    & Graubard 1998; Dean & Pagano 2015). At 0% and 100%, where there is no variance, it is the problems. With one
+    response each this is Wilson's interval itself.
+    """
+    problems = len(rates)
+    if problems == 0:
+        raise ValueError("an interval needs at least one problem")
+    rate = float(np.mean(rates))
+    between = float(np.var(rates, ddof=1)) / problems if problems > 1 else 0.0
+    spread = rate * (1 - rate)
+    count = spread / between if between > 0 else problems
+    count = min(max(count, problems), max(samples, problems))
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    middle = (rate + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(spread / count + (z / (2 * count)) ** 2)
+    return max(0.0, min(middle - half, rate)), min(1.0, max(middle + half, rate))
+
+
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Chance that at least one of k draws without replacement is right: 1 - C(n-c, k)/C(n, k), unbiased.
 
@@ -81,13 +104,36 @@ def majority(answers: Sequence[Hashable | None], correct: Sequence[bool] | np.nd
 
     `answers` are keys under which equal answers are equal. Nobody voting is wrong.
     """
+    votes = Counter(answer for answer in answers if answer is not None)
+    return _elected(votes, answers, correct)
+
+
+def shortest_majority(
+    answers: Sequence[Hashable | None], correct: Sequence[bool] | np.ndarray, lengths: Sequence[int] | np.ndarray
+) -> float:
+    """Chance that the shortest majority vote is right: an answer has count / ln(mean length) votes.
+
+    Zeng et al. 2025 (2502.12215). `lengths` are tokens, taken as 2 at least, so that the logarithm is positive; ties
+    and None as in `majority`.
+    """
+    votes: dict[Hashable, float] = {}
+    for answer in dict.fromkeys(answers):
+        if answer is not None:
+            own = [length for other, length in zip(answers, lengths, strict=True) if other == answer]
+            votes[answer] = len(own) / math.log(max(float(np.mean(own)), 2.0))
+    return _elected(votes, answers, correct)
+
+
+def _elected(
+    votes: Mapping[Hashable, float], answers: Sequence[Hashable | None], correct: Sequence[bool] | np.ndarray
+) -> float:
+    """Chance that an answer with the most votes is right, a tie drawn fairly."""
     if len(answers) != len(correct):
         raise ValueError(f"{len(answers)} answers to {len(correct)} graded responses")
-    votes = Counter(answer for answer in answers if answer is not None)
     if not votes:
         return 0.0
     most = max(votes.values())
-    winners = [answer for answer, count in votes.items() if count == most]
+    winners = [answer for answer, count in votes.items() if math.isclose(count, most)]
     of_winner = [[right for answer, right in zip(answers, correct, strict=True) if answer == w] for w in winners]
     return float(np.mean([np.mean(rights) for rights in of_winner]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
@@ -21,11 +22,12 @@ from megatron_efr.config import (
     TrainConfig,
 )
 from megatron_efr.data.datasets import dataset_name, load_problems
+from megatron_efr.data.lengths import check_prompts
 from megatron_efr.data.prompts import Rendered, load_tokenizer, render_all
 from megatron_efr.data.stop_tokens import stop_ids
 from megatron_efr.data.stream import PromptStream
 from megatron_efr.grading import Grader
-from megatron_efr.grading.boxed import last_boxed
+from megatron_efr.grading.equality import equal_answers
 from megatron_efr.grading.gold_checks import check_for
 from megatron_efr.grading.groups import grade_groups
 from megatron_efr.grading.judging import Judgings
@@ -57,16 +59,18 @@ class Environment:
     def __init__(self, config: TrainConfig) -> None:
         tokenizer = load_tokenizer(config.model.path)
         # refuses a folder whose weights are missing or are others than config.json's, before anything is built
-        initial_weights(config.model, Architecture.from_folder(config.model.path), config.seed)
+        architecture = Architecture.from_folder(config.model.path)
+        initial_weights(config.model, architecture, config.seed)
         rendered = load_prompts(config.data.datasets, tokenizer, config.data.prompt, config.grading)
+        check_prompts(
+            rendered.prompts, config.rollout.max_new_tokens, architecture.max_positions, "rollout.max_new_tokens"
+        )
         show(rendered)
         stops = stop_ids(config.model.path, tokenizer)
         self.stream = PromptStream(rendered.prompts, config.seed, config.data.shuffle)
         self._evaluate_every = config.evaluation.every or 0
         self.evaluator = (
-            Evaluator(config.evaluation, config.data.prompt, config.grading, tokenizer, stops, config.seed)
-            if self._evaluate_every
-            else None
+            evaluator_of(config, tokenizer, stops, architecture.max_positions) if self._evaluate_every else None
         )
         self._config, self._decode = config, decoder(tokenizer)
         rollout = config.rollout
@@ -121,6 +125,7 @@ class Evaluator:
         grading: GradingConfig,
         tokenizer: PreTrainedTokenizerBase,
         stops: tuple[int, ...],
+        positions: int,
         seed: int,
     ) -> None:
         if not config.datasets:
@@ -134,7 +139,9 @@ class Evaluator:
         self.sampling = Sampling(temperature, top_p, config.max_new_tokens, stops)
         self.judgings = judgings_of(grading, config.datasets)
         rendered = load_prompts(config.datasets, tokenizer, prompt, grading)
+        check_prompts(rendered.prompts, config.max_new_tokens, positions, "evaluation.max_new_tokens")
         say_overlong(rendered)
+        self._left_out = Counter(problem.dataset for problem in rendered.left_out)
         self.prompts = rendered.prompts
         self._decode, self._seed = decoder(tokenizer), seed
         self._requests = [
@@ -177,8 +184,22 @@ class Evaluator:
                 after_each()
         groups = [finished[request.seed] for request in self._requests]
         grade_groups(grader, groups, self.judgings)
-        answers = [[None if r.truncated else last_boxed(r.text) for r in group.responses] for group in groups]
-        return summarise(groups, name, answers=answers)
+        answers = equal_answers(grader, groups, self.judgings)
+        return summarise(groups, name, answers=answers, left_out=self._left_out)
+
+
+def evaluator_of(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...], positions: int
+) -> Evaluator:
+    """The held-out problems of a training run."""
+    return Evaluator(config.evaluation, config.data.prompt, config.grading, tokenizer, stops, positions, config.seed)
+
+
+def check_evaluation(config: TrainConfig) -> None:
+    """Load and check the held-out problems of a run that itself does not ask them."""
+    tokenizer = load_tokenizer(config.model.path)
+    positions = Architecture.from_folder(config.model.path).max_positions
+    evaluator_of(config, tokenizer, stop_ids(config.model.path, tokenizer), positions)
 
 
 def load_prompts(

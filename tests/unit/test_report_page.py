@@ -157,6 +157,22 @@ def test_the_headline_picks_the_briefest_that_is_no_less_accurate():
     assert "10% more tokens" in headline([base, model("c", 0.0, 0.8, 55.0)], {})
 
 
+def test_the_headline_says_its_interval_its_deviation_or_that_it_is_one_iteration():
+    base, good = model("base", None, 0.7, 50.0), model("a", 0.1, 0.9, 40.0)
+    known = [one | {"accuracy_ci": [one["accuracy"] - 0.05, one["accuracy"] + 0.04]} for one in (base, good)]
+    assert headline(known, {}).endswith(
+        "is right 90.0% (95% interval 85.0% to 94.0%) of the time, against 70.0% (95% interval 65.0% to 74.0%)."
+    )
+    assert headline(known[:1], {}).startswith("base is right 70.0% (95% interval 65.0% to 74.0%) of the time")
+    seeds = [one | {"accuracy_sd": 0.02, "accuracy_by_seed": [1, 2, 3]} for one in (base, good)]
+    assert "is right 90.0% (± 2.0% over 3 seeds) of the time" in headline(seeds, {})
+    line = {"step": 1, "accuracy": 0.25, "tokens_mean": 31.04}
+    assert headline([], {"run": [line]}) == (
+        "run: in the one iteration that there is, training accuracy was 25.0% and mean tokens 31.0."
+    )
+    assert "over 2 iterations" in headline([], {"run": [line, line | {"step": 2}]})
+
+
 @pytest.mark.parametrize(
     ("share", "expected"),
     [

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from megatron_efr.evaluate import describe
 from megatron_efr.report import build_summary, over_seeds, summarise, summary_markdown
 from megatron_efr.types import Group, Prompt, Response
 
@@ -36,6 +37,8 @@ def test_a_record_holds_the_figures_of_all_and_of_each_dataset():
     assert record["truncated"] == pytest.approx(2 / 12)
     assert record["pass_at_k"] == pytest.approx({"1": 0.5, "2": (5 / 6 + 1) / 3, "4": 2 / 3})
     assert record["majority"] == pytest.approx((0.5 + 1 + 0) / 3)
+    # by hand: 2 / ln 15 against 2 / ln 35; one answer; 1 / ln 30 each of two wrong ones
+    assert record["shortest_majority"] == pytest.approx((1 + 1 + 0) / 3)
     assert record["tokens_per_right_answer"] == pytest.approx(50.0)
     assert record["datasets"]["A"]["accuracy"] == 0.75
     assert record["datasets"]["B"]["tokens"] == 40.0
@@ -52,6 +55,23 @@ def test_a_record_keeps_a_row_for_each_problem_and_clips_what_is_too_long_to_rea
     assert text.startswith("a" * 3000 + "\n[... 4000 characters left out")
     assert text.endswith("z" * 3000)
     assert record["majority"] is None
+
+
+def test_problems_that_were_left_out_stand_in_record_and_report():
+    record = summarise(GROUPS, "m", left_out={"A": 1200, "B": 1})
+    assert record["left_out"] == {"A": 1200, "B": 1}
+    shown = summary_markdown(build_summary({"m": record}, {"m": None}, {}))
+    said = "Left out, since the prompt is longer than prompt.max_tokens: 1,201 problems, 1,200 of A, 1 of B."
+    assert said in shown
+    assert said in describe(record)
+    assert "Left out" not in summary_markdown(build_summary({"m": summarise(GROUPS, "m")}, {"m": None}, {}))
+    del record["left_out"]  # a record of before it was counted
+    assert "Left out" not in summary_markdown(build_summary({"m": record}, {"m": None}, {}))
+
+
+def test_nothing_right_has_an_interval_that_says_how_little_that_is():
+    record = summarise([group(i, [0], [9]) for i in range(30)], "m")
+    assert record["accuracy_ci"] == pytest.approx([0.0, 0.1135], abs=1e-4)
 
 
 def test_nothing_to_summarise_is_an_error():

@@ -85,6 +85,32 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert 0.90 <= covered / 200 <= 0.99
 
 
+def test_the_interval_of_a_rate_is_wilsons_where_each_problem_has_one_response():
+    for right, problems in [(0, 30), (30, 30), (1, 30), (17, 30), (700, 1000), (1, 1)]:
+        rates = np.array([1.0] * right + [0.0] * (problems - right))
+        reference = scipy.stats.binomtest(right, problems).proportion_ci(method="wilson")
+        assert measure.rate_interval(rates, problems) == pytest.approx((reference.low, reference.high), abs=1e-12)
+    assert measure.rate_interval(np.zeros(30), 300) == pytest.approx((0.0, 0.1135), abs=1e-4)  # problems count, not 300
+    assert measure.rate_interval(np.ones(30), 300) == pytest.approx((0.8865, 1.0), abs=1e-4)
+    with pytest.raises(ValueError, match="at least one problem"):
+        measure.rate_interval(np.array([]), 0)
+
+
+def test_the_interval_of_a_rate_is_the_bootstraps_far_from_the_ends():
+    rates = np.random.default_rng(0).binomial(4, np.random.default_rng(1).beta(2, 1, size=1000)) / 4
+    bootstrap = measure.interval(rates, resamples=20_000)
+    assert measure.rate_interval(rates, 4000) == pytest.approx(bootstrap, abs=1.5e-3)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.3, 0.97])
+def test_the_interval_of_a_rate_covers_the_truth_near_its_ends_too(rate):
+    rng = np.random.default_rng(3)
+    spread = rng.beta(4 * rate, 4 * (1 - rate), size=(2000, 30))  # problems of their own difficulty
+    drawn = rng.binomial(4, spread) / 4
+    covered = np.mean([low <= rate <= high for low, high in (measure.rate_interval(row, 120) for row in drawn)])
+    assert covered >= 0.93
+
+
 def test_the_majority_wins_and_ties_are_drawn():
     assert measure.majority(["5", "5", "7"], [True, True, False]) == 1.0
     assert measure.majority(["7", "5", "7"], [False, True, False]) == 0.0
@@ -93,6 +119,17 @@ def test_the_majority_wins_and_ties_are_drawn():
     assert measure.majority([None], [False]) == 0.0
     with pytest.raises(ValueError, match="2 answers to 1"):
         measure.majority(["1", "2"], [True])
+
+
+def test_the_shortest_majority_weighs_votes_by_their_length():
+    answers, right = ["5", "5", "7"], [True, True, False]
+    weights = {"5": 2 / math.log(1000), "7": 1 / math.log(10)}
+    assert weights["7"] > weights["5"]  # by hand: 0.290 and 0.434
+    assert measure.shortest_majority(answers, right, [1000, 1000, 10]) == 0.0
+    assert measure.shortest_majority(answers, right, [1000, 900, 500]) == 1.0
+    assert measure.shortest_majority(["5", "7"], [True, False], [30, 30]) == 0.5
+    assert measure.shortest_majority(["5", None], [True, False], [1, 1]) == 1.0
+    assert measure.shortest_majority([None], [False], [9]) == 0.0
 
 
 def test_tokens_are_split_by_right_and_wrong_over_all_responses():

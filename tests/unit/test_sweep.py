@@ -25,6 +25,7 @@ def evaluations(place: Path, monkeypatch: pytest.MonkeyPatch, rollout: dict[str,
         "optimizer": {"lr": 1e-3},
         "evaluation": {"datasets": [{"path": "test.jsonl"}]},
     }
+    monkeypatch.setattr(sweep, "check_evaluation", lambda config: None)  # there are no files
     monkeypatch.setattr(sweep, "_run", lambda name, command, logs: name.startswith("eval"))
     with pytest.raises(UserError, match=r"eval base, eval alpha-0\.1 failed"):
         sweep.Family(TrainConfig.model_validate(tree), [0.1], 2).run(1, {}, "")

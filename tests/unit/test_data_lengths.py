@@ -1,0 +1,106 @@
+"""Prompts and limits against a model's positions, before work starts, in every program."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_efr import sft, sweep
+from megatron_efr.config import EvaluateConfig, SftConfig, TrainConfig
+from megatron_efr.data.byte_model import main as write_byte_model
+from megatron_efr.data.lengths import check_prompts, check_rows
+from megatron_efr.data.prompts import PromptError
+from megatron_efr.evaluate import evaluate
+from megatron_efr.run.environment import Environment
+from megatron_efr.types import Prompt
+
+
+def prompts(*lengths: int) -> list[Prompt]:
+    return [Prompt(f"p{n}", (1,) * n, "", "", {"where": f"a.jsonl:{n}"}) for n in lengths]
+
+
+def test_what_fits_exactly_is_let_through_and_one_token_more_is_not() -> None:
+    check_prompts(prompts(3, 12, 5), 88, 100, "rollout.max_new_tokens")
+    with pytest.raises(PromptError) as error:
+        check_prompts(prompts(3, 12, 5), 89, 100, "rollout.max_new_tokens")
+    assert str(error.value) == (
+        "rollout.max_new_tokens: 89 tokens after the longest prompt, of 12 (a.jsonl:12), come to 101, and the model "
+        "has 100 positions (max_position_embeddings in its config.json). What would fit: rollout.max_new_tokens of at "
+        "most 88, or prompt.max_tokens of at most 11, which leaves out 1 of 3 prompts"
+    )
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limit", "fits"),
+    [
+        ((3, 12), 98, "fit: k of at most 88$"),  # no prompt is short enough for that limit
+        ((3, 120), 50, "fit: prompt.max_tokens of at most 50, which leaves out 1 of 2 prompts$"),
+        ((120,), 200, "fit: prompts of fewer than 100 tokens$"),
+    ],
+)
+def test_only_what_would_fit_is_offered(lengths: tuple[int, ...], limit: int, fits: str) -> None:
+    with pytest.raises(PromptError, match=fits):
+        check_prompts(prompts(*lengths), limit, 100, "k")
+
+
+def test_rows_are_counted_and_the_longest_is_named() -> None:
+    check_rows([9, 10], ["a:1", "a:2"], 10)
+    with pytest.raises(PromptError, match=r"^a:3: prompt and response have 30 tokens, .* 10 positions .*; 2 of 3 rows"):
+        check_rows([11, 10, 30], ["a:1", "a:2", "a:3"], 10)
+
+
+# -- the programs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 4,096 positions, and problems for it."""
+    place = tmp_path_factory.mktemp("lengths")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["byte_model", "--out", str(place / "model")])
+        write_byte_model()
+    rows = [{"question": "1 + 1 = ?", "answer": "2"}, {"question": "1 + " * 300 + "0 = ?", "answer": "300"}]
+    (place / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sft_rows = [{"question": "Q", "response": "R"}, {"question": "Q", "response": "R" * 5000}]
+    (place / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sft_rows))
+    return place
+
+
+def tree(place: Path, **changed: Any) -> dict[str, Any]:
+    data = [{"path": str(place / "problems.jsonl")}]
+    return {
+        "name": "run",
+        "runs": str(place / "runs"),
+        "model": {"path": str(place / "model"), "init": "random"},
+        "data": {"datasets": data, "prompt": {"max_tokens": 4000}},
+        "rollout": {"max_new_tokens": 100},
+        "optimizer": {"lr": 1e-3},
+        "method": {"name": "efr", "alpha": 0.1},
+        "evaluation": {"datasets": data, "max_new_tokens": 100, "every": 1},
+    } | changed
+
+
+@pytest.mark.heavy
+def test_every_program_refuses_what_is_longer_than_the_model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = r"problems\.jsonl:2\), come to .* the model has 4096 positions"
+    training = TrainConfig.model_validate(tree(place, rollout={"max_new_tokens": 4000}))
+    with pytest.raises(PromptError, match=rf"^rollout.max_new_tokens: 4000 tokens after .*{said}"):
+        Environment(training)
+    held_out = tree(place)
+    held_out["evaluation"]["max_new_tokens"] = 4000
+    with pytest.raises(PromptError, match=rf"^evaluation.max_new_tokens: 4000 tokens after .*{said}"):
+        Environment(TrainConfig.model_validate(held_out))
+    monkeypatch.setattr(sweep, "_run", lambda *args: pytest.fail("a member was started"))
+    with pytest.raises(PromptError, match=rf"^evaluation.max_new_tokens: 4000 tokens after .*{said}"):
+        sweep.Family(TrainConfig.model_validate(held_out), [0.1], 1).run(1, {}, "")
+    keys = ("name", "runs", "model", "evaluation")
+    evaluation = {key: held_out[key] for key in keys} | {"prompt": held_out["data"]["prompt"]}
+    with pytest.raises(PromptError, match=rf"^evaluation.max_new_tokens: 4000 tokens after .*{said}"):
+        evaluate(EvaluateConfig.model_validate(evaluation), "m")
+    supervised = {key: held_out[key] for key in ("name", "runs", "model", "optimizer")}
+    supervised |= {"data": {"path": str(place / "sft.jsonl")}, "train": {"updates": 1, "batch": 1}}
+    with pytest.raises(PromptError, match=r"sft\.jsonl:2: prompt and response have 50\d\d tokens.*; 1 of 2 rows"):
+        sft.load_rows(SftConfig.model_validate(supervised))
