@@ -13,6 +13,7 @@ PROGRAMS = {
     "sft": "supervised fine-tuning on responses",
     "evaluate": "accuracy and tokens of a model folder",
     "sweep": "a family: train, evaluate and report one model per alpha",
+    "grade": "a file of responses: who is judged how, and why",
     "report": "the HTML page of a run folder",
     "convert": "Hugging Face folder to Megatron checkpoint, and back",
     "inspect": "what is in a checkpoint, and whether it verifies",

@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"algorithms", "arguments", "checkpoint", "data", "grading", "memory", "methods", "observe", "policy"}
     | {"report.records", "rollout"},
     "convert": BASE | WEIGHTS | {"arguments", "checkpoint", "policy"},  # policy, where logits are compared
+    "grade": BASE | {"arguments", "data.datasets", "data.rows", "grading"},
     "inspect_checkpoint": BASE | {"arguments", "checkpoint.manifest", "weights.torch_dist"},
     "torchrun": {"run.interruption"},
     "cluster": BASE
