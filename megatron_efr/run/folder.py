@@ -45,6 +45,7 @@ def encode_group(group: Group) -> str:
         "statuses": group.statuses,
         "scores": None if group.scores is None else group.scores.tolist(),
         "rewards": None if group.rewards is None else group.rewards.tolist(),
+        "masked": None if group.masked is None else group.masked.tolist(),
         "advantages": None if group.advantages is None else group.advantages.tolist(),
     }
     return json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
@@ -62,6 +63,7 @@ def decode_group(line: str | bytes) -> Group:
         statuses=tree["statuses"],
         scores=_array(tree.get("scores"), np.dtype(np.float64)),  # files of before scores lack them
         rewards=_array(tree["rewards"], np.dtype(np.float64)),
+        masked=_array(tree.get("masked"), np.dtype(bool)),
         advantages=_array(tree["advantages"], np.dtype(np.float64)),
     )
 

@@ -49,7 +49,9 @@ def group(index=0, n=3):
         seed=2**62 + index,
         correct=rng.random(n) < 0.5,
         statuses=["ok"] * n,
+        scores=rng.random(n),
         rewards=rng.random(n),
+        masked=rng.random(n) < 0.5,
         advantages=np.array([0.1 + 0.2, math.pi, -1e-300])[:n],
     )
 
