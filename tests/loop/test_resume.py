@@ -137,6 +137,15 @@ def test_killed_while_a_checkpoint_is_written_in_the_background_a_run_goes_on_fr
     assert_equal(run, whole)
 
 
+def test_what_libraries_say_about_themselves_does_not_reach_stderr(
+    config: Path, program: Program, tmp_path: Path
+) -> None:
+    """A run, and what resumes it, with Megatron's distributed optimizer: nothing that a user must wonder about."""
+    overrides = [f"runs={tmp_path}", "checkpoint.every=1", "parallel.ddp={use_distributed_optimizer: true}"]
+    assert program("train", config, *overrides, "train.iterations=1").stderr == ""
+    assert program("train", "--resume", config, *overrides, "train.iterations=2").stderr == ""
+
+
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_gives_the_same_run(
     config: Path, whole: Path, program: Program, tmp_path: Path
 ) -> None:
