@@ -14,9 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_efr.algorithms import Objective
 from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from megatron_efr.errors import UserError
-from megatron_efr.policy import Policy, Ranks, check_fit, clipped_policy_loss, supervised_loss
+from megatron_efr.policy import Policy, Ranks, check_fit, policy_loss, supervised_loss
 from megatron_efr.rollout.build import build_engine
 from megatron_efr.rollout.servers.run_servers import Servers
 from megatron_efr.rollout.sglang.experts import decode_routing
@@ -92,7 +93,7 @@ def test_the_first_update_of_a_mixture_sees_a_ratio_of_exactly_1(make: MakePolic
     policy.fill_logprobs(batches)
     for batch in batches:
         batch.advantages = torch.linspace(-1, 1, len(batch.targets))
-    first = policy.update(batches, clipped_policy_loss(0.2))
+    first = policy.update(batches, policy_loss(Objective()))
     assert (first["ratio_max"], first["kl_to_old"], first["clip_fraction"]) == (1.0, 0.0, 0.0)
 
 
