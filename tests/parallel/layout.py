@@ -90,15 +90,17 @@ def train(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks, optim
         megatron=RECOMPUTE if case.recompute else {},
     )
     # large steps: the change of a weight is known to half a last bit of the weight itself. With unlikely experts the
-    # gradient triples after such a step, and so does what rounding does to the next one
-    lr = (4.0 if optimizer == "sgd" else 1e-3) * (0.25 if case.replay else 1.0)
+    # gradient triples after such a step, and so does what rounding does to the next one; so it is with one ratio for a
+    # whole sequence
+    objective = OBJECTIVES[case.objective]
+    gentle = case.replay or objective.ratio == "sequence"
+    lr = (4.0 if optimizer == "sgd" else 1e-3) * (0.25 if gentle else 1.0)
     policy = Policy(
         model, parallel, OptimizerConfig(lr=lr, clip_grad=0.0, megatron=megatron),
         ranks, updates=STEPS, seed=0, keep_reference=True,
     )  # fmt: skip
     before = {name: tensor.clone() for name, tensor in policy.named_weights()}
     budget = case.budget if ranks.world_size > 1 else 100_000  # one process takes each update as one pack
-    objective = OBJECTIVES[case.objective]
     updates = [policy.pack_update(sequences, update, budget, objective.aggregate) for update in UPDATES]
     batches = [batch for update in updates for batch in update]
     policy.fill_logprobs(batches)
