@@ -18,6 +18,7 @@ from megatron_efr.report.records import Record, left_out_note
 from megatron_efr.rollout.build import local_engine, sglang_engine
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.ledger import request_seed
+from megatron_efr.rollout.servers.arguments import check_server_arguments
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.run.environment import Evaluator
 from megatron_efr.run.folder import RunFolder
@@ -34,6 +35,7 @@ def evaluate(config: EvaluateConfig, record_name: str) -> Record:
     """
     folder = RunFolder(config.folder)
     path = folder.evaluation_path(record_name)  # a name that cannot be a file's is refused before any work
+    check_server_arguments(config.rollout)
     source = find_model(config.model, config.seed, config.template)
     tokenizer = load_tokenizer(source.start.path)
     weights = source.weights()
@@ -130,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_intermixed_args(argv)
     if given.engine:
         given.overrides.append(f"rollout.engine={given.engine}")
-    print(describe(evaluate(arguments.read(EvaluateConfig, given), given.record)), flush=True)
+    with arguments.configured(EvaluateConfig, given) as config:
+        print(describe(evaluate(config, given.record)), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from megatron_efr.config.file import dump
 from megatron_efr.data.prompts import load_tokenizer
 from megatron_efr.data.sft import load_sft
 from megatron_efr.observe import Observer
-from megatron_efr.policy import Policy, joined_ranks, supervised_loss
+from megatron_efr.policy import Policy, check_policy, joined_ranks, supervised_loss
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.run.interruption import EXIT_REQUEUE, Interruption
 from megatron_efr.types import Sequence
@@ -25,6 +25,7 @@ from megatron_efr.weights.folder import initial_weights
 def sft(config: SftConfig, resume: bool = False) -> None:
     """Train to the end, from the start or from the newest checkpoint, and write the model folder."""
     config.check_world(arguments.world_size())
+    check_policy(config.model, config.parallel, config.optimizer)
     with joined_ranks(config.parallel, config.seed, config.model) as ranks:
         folder = RunFolder(config.folder)
         ranks.on_main(lambda: folder.claim(dump(config), resume))
@@ -104,10 +105,10 @@ def restore(policy: Policy, checkpoints: Checkpoints) -> int:
 
 def main(argv: SequenceOf[str] | None = None) -> None:
     """Command line of `efr sft`."""
-    given = arguments.parser("sft", "Supervised fine-tuning on question and response rows.", resumes=True).parse_args(
-        argv
-    )
-    sft(arguments.read(SftConfig, given), given.resume)
+    parser = arguments.parser("sft", "Supervised fine-tuning on question and response rows.", resumes=True)
+    given = parser.parse_intermixed_args(argv)
+    with arguments.configured(SftConfig, given) as config:
+        sft(config, given.resume)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run (torchrun --nproc-per-node)")
     parser.add_argument("--seconds", action="append", default=[], metavar="PART=S", help="time spent before, to report")
     parser.add_argument("--note", default="", help="what the report's reader must know about these figures")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)
     try:
         alphas = [float(text) for text in given.alphas.split(",")]
         seconds = {part: float(value) for part, value in (text.split("=") for text in given.seconds)}
@@ -141,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--alphas {given.alphas!r}, --seconds {given.seconds!r}: {error}") from error
     if min(given.jobs, given.ranks) < 1:
         raise ConfigError(f"--jobs {given.jobs}, --ranks {given.ranks}: at least 1 of each")
-    Family(arguments.read(TrainConfig, given), alphas, given.ranks).run(given.jobs, seconds, given.note)
+    with arguments.configured(TrainConfig, given) as config:
+        Family(config, alphas, given.ranks).run(given.jobs, seconds, given.note)
 
 
 if __name__ == "__main__":

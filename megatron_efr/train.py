@@ -116,8 +116,9 @@ def main(argv: SequenceOf[str] | None = None) -> None:
     """Command line of `efr train`."""
     parser = arguments.parser("train", "Reinforcement learning for efficient reasoning.", resumes=True)
     parser.add_argument("--replay", type=Path, metavar="FILE", help="run the updates of these saved rollouts, no more")
-    given = parser.parse_args(argv)
-    train(arguments.read(TrainConfig, given), given.resume, given.replay)
+    given = parser.parse_intermixed_args(argv)
+    with arguments.configured(TrainConfig, given) as config:
+        train(config, given.resume, given.replay)
 
 
 if __name__ == "__main__":

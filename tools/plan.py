@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of a node")
     parser.add_argument("--memory-gib", type=float, default=80, help="memory of a GPU")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)
     case = Case(given.config, tuple(given.overrides), given.nodes * given.gpus, int(given.memory_gib * GIB))
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     for line in describe(case):

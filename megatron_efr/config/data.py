@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from string import Formatter
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from megatron_efr.config.grading import JudgingConfig
 from megatron_efr.config.section import Section
@@ -44,6 +45,21 @@ class PromptConfig(Section):
     )
     max_tokens: PositiveInt = 512
     overlong: Literal["skip", "error"] = "skip"
+
+    @field_validator("template")
+    @classmethod
+    def _asks_the_question(cls, template: str) -> str:
+        try:
+            fields = [(name, spec) for _, name, spec, _ in Formatter().parse(template) if name is not None]
+        except ValueError as error:
+            raise ValueError(f"no str.format template: {error}; literal braces are doubled") from error
+        for name, spec in fields:
+            if name != "question" or spec:
+                field = f"{name}:{spec}" if spec else name
+                raise ValueError(f"{{{field}}} is no field: {{question}} is the only one; literal braces are doubled")
+        if not fields:
+            raise ValueError("leaves the question out; it needs {question}")
+        return template
 
 
 class DataConfig(Section):

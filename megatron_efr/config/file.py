@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_efr.config import ConfigError, RunConfig
+from megatron_efr.config.yaml_text import decoded, parse
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -22,11 +22,13 @@ def load(kind: type[ConfigT], path: str | Path, overrides: Iterable[str] = ()) -
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    tree = parse(decoded(data, str(path)), str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+        found = "nothing" if tree is None else f"a {type(tree).__name__}"
+        raise ConfigError(f"{path}: expected a mapping of sections, found {found}; see examples/")
     for override in overrides:
         _apply(tree, override)
     return validate(kind, tree, str(path))
@@ -35,12 +37,13 @@ def load(kind: type[ConfigT], path: str | Path, overrides: Iterable[str] = ()) -
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
-def validate(kind: type[SectionT], tree: dict[str, Any], source: str, prefix: str = "") -> SectionT:
-    """Check `tree` against `kind`; `prefix` is the path of `tree` within the whole configuration."""
+def validate(kind: type[SectionT], tree: dict[str, Any], source: str = "", prefix: str = "") -> SectionT:
+    """Check `tree` against `kind`; `prefix` is the path of `tree` within the whole configuration, `source` its file."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_sentence(kind, problem, source, prefix) for problem in error.errors())) from error
+        place = f"{source}: " if source else ""
+        raise ConfigError("\n".join(_sentence(kind, problem, place, prefix) for problem in error.errors())) from error
 
 
 def dump(config: BaseModel) -> str:
@@ -48,29 +51,20 @@ def dump(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-3` as a string; people who set a learning rate mean a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$|^[-+]?(?:\d+\.\d*|\.\d+)$|^[-+]?\.inf$|^\.nan$", re.IGNORECASE),
-    list("-+0123456789."),
-)
-
-
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{override!r}: an override reads section.key=value")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from error
     *path, last = key.split(".")
+    if not equals or not all((*path, last)):
+        raise ConfigError(f"{override!r}: an override reads section.key=value")
+    value = parse(text, repr(override), key, "the value is not valid YAML")
     node: Any = tree
     for name in path:
-        node = node.setdefault(name, {}) if isinstance(node, dict) else node[_index(node, name, override)]
+        if isinstance(node, dict):
+            if node.get(name) is None:  # a section that the file leaves out, or leaves empty
+                node[name] = {}
+            node = node[name]
+        else:
+            node = node[_index(node, name, override)]
         if not isinstance(node, dict | list):
             raise ConfigError(f"{override!r}: {name} is a value, not a section")
     if isinstance(node, dict):
@@ -87,7 +81,7 @@ def _index(items: list[Any], name: str, override: str) -> int:
     raise ConfigError(f"{override!r}: {name} is not a place in that list; {places}")
 
 
-def _sentence(kind: type[BaseModel], problem: Any, source: str, prefix: str) -> str:
+def _sentence(kind: type[BaseModel], problem: Any, place: str, prefix: str) -> str:
     location = [part for part in problem["loc"] if not str(part).startswith("function-")]
     where = ".".join(str(part) for part in ([prefix] if prefix else []) + location)
     value = problem.get("input")
@@ -95,13 +89,21 @@ def _sentence(kind: type[BaseModel], problem: Any, source: str, prefix: str) -> 
         known = _keys_at(kind, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(sorted(known))}"
-        return f"{source}: {where}: unknown key; {hint}"
+        return f"{place}{where}: unknown key; {hint}"
     if problem["type"] == "missing":
-        return f"{source}: {where}: required, and not set"
+        return f"{place}{where}: required, and not set"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("model_type", "model_attributes_type"):
+        return f"{place}{where}: a section of keys belongs here, not {_shown(value)}"
     if isinstance(value, dict):
-        return f"{source}: {where + ': ' if where else ''}{message}"
-    return f"{source}: {where}: {message} (got {value!r})"
+        return f"{place}{message}" if not where or message.startswith(f"{where}.") else f"{place}{where}: {message}"
+    return f"{place}{where}: {message} (got {_shown(value)})"
+
+
+def _shown(value: Any) -> str:
+    """A value of the file as a message quotes it."""
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _keys_at(kind: type[BaseModel], location: list[Any]) -> list[str]:

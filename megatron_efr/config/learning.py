@@ -56,6 +56,15 @@ class OptimizerConfig(Section):
     clip_grad: float = Field(default=1.0, ge=0, description="0 turns clipping off")
     megatron: dict[str, Any] = Field(default_factory=dict, description="any field of Megatron's OptimizerConfig")
 
+    @model_validator(mode="after")
+    def _decays_downwards(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(
+                f"optimizer.min_lr: {self.min_lr:g} is above optimizer.lr = {self.lr:g}, where the schedule begins; "
+                "set it lower, or leave it out"
+            )
+        return self
+
 
 class TrainingConfig(Section):
     """The loop: how many iterations, how many updates in each, how work is packed."""

@@ -85,8 +85,6 @@ class Renderer:
                 f"{tokenizer.name_or_path}: the tokenizer has no chat template; put a chat_template.jinja beside "
                 "tokenizer_config.json (a base model's can be as short as the user's text alone)"
             )
-        if self._user_turn("\0") == self._user_turn("\1"):
-            raise PromptError(f"prompt.template: {config.template!r} leaves the question out; it needs {{question}}")
         if config.prefill == "none":
             self._refuse_prefill()
         self._suffix = "" if config.prefill in ("template", "none") else config.prefill
@@ -111,13 +109,7 @@ class Renderer:
         return [*system, {"role": "user", "content": self._user_turn(question)}]
 
     def _user_turn(self, question: str) -> str:
-        try:
-            return self.config.template.format(question=question)
-        except (KeyError, IndexError, ValueError) as error:
-            raise PromptError(
-                f"prompt.template: {self.config.template!r} is no str.format template with {{question}} alone "
-                f"({type(error).__name__}: {error}); literal braces are doubled"
-            ) from error
+        return self.config.template.format(question=question)
 
     def _template(self, conversation: Any, generation: bool = True) -> Any:
         return self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generation)

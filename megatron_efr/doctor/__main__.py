@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("config", nargs="?", help="YAML file of the run; what it needs and is missing exits with 1")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
     parser.add_argument("--port", type=int, action="append", help=f"a port to look at (default: {RENDEZVOUS_PORT})")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)
     config = None if given.config is None else load(TrainConfig, given.config, given.overrides)
     findings = list(examine(config, given.port or [RENDEZVOUS_PORT]))
     console = Console(width=None if sys.stdout.isatty() else 160)

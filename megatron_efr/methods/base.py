@@ -83,4 +83,4 @@ def build(config: MethodConfig, samples: int) -> Method:
             f"rollout.samples: {samples} response(s) per prompt, and {config.name} compares responses of one prompt: "
             f"it needs at least {kind.min_samples}"
         )
-    return kind(validate(kind.Options, config.options, "configuration", prefix="method"))
+    return kind(validate(kind.Options, config.options, prefix="method"))

@@ -3,6 +3,7 @@
 import megatron_efr.transformer_engine  # noqa: F401 - before Megatron
 
 # isort: split
+from megatron_efr.policy.check import check_policy
 from megatron_efr.policy.fit import check_fit
 from megatron_efr.policy.loss import policy_loss, supervised_loss
 from megatron_efr.policy.packing import split_into_updates
@@ -13,6 +14,7 @@ __all__ = [
     "Policy",
     "Ranks",
     "check_fit",
+    "check_policy",
     "joined_ranks",
     "policy_loss",
     "split_into_updates",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, cast
 
@@ -21,8 +20,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
-from megatron_efr.config import ConfigError, ModelConfig, ParallelConfig
+from megatron_efr.config import ModelConfig, ParallelConfig
 from megatron_efr.policy.layers import local_layers
+from megatron_efr.policy.settings import made
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.cuts import padded_vocab
 from megatron_efr.weights.frequencies import inverse_frequencies
@@ -98,8 +98,7 @@ def transformer_config(model: ModelConfig, architecture: Architecture, parallel:
     if parallel.virtual_pipeline is not None:
         # with Megatron's defaults the interleaved schedule is silently wrong
         fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    check_fields("model.megatron", model.megatron, TransformerConfig)
-    config = TransformerConfig(**fields | model.megatron)
+    config = made(TransformerConfig, fields, "model.megatron", model.megatron)
     if (factor := architecture.rotary.attention_factor) != 1:
         # Megatron's own attention looks for these, which no configuration has, and takes 1 + 0.1 mscale ln(scaling)
         named: Any = config
@@ -194,16 +193,7 @@ def _mark_split_weights(model: PolicyModel) -> None:
 
 def ddp_config(parallel: ParallelConfig) -> DistributedDataParallelConfig:
     """Megatron's DDP settings; `parallel.ddp` overrides any field by its own name."""
-    check_fields("parallel.ddp", parallel.ddp, DistributedDataParallelConfig)
-    fields: dict[str, Any] = {"grad_reduce_in_fp32": True}
-    return DistributedDataParallelConfig(**fields | parallel.ddp)
-
-
-def check_fields(where: str, given: dict[str, Any], kind: type[Any]) -> None:
-    """ConfigError for a pass-through key that `kind` does not have."""
-    unknown = sorted(given.keys() - {field.name for field in dataclasses.fields(kind)})
-    if unknown:
-        raise ConfigError(f"{where}.{unknown[0]}: {kind.__name__} of megatron-core has no such field")
+    return made(DistributedDataParallelConfig, {"grad_reduce_in_fp32": True}, "parallel.ddp", parallel.ddp)
 
 
 def _layers(

@@ -17,7 +17,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_efr.config import ConfigError, OptimizerConfig
 from megatron_efr.policy import cpu, resumable
-from megatron_efr.policy.model import DTYPES, check_fields
+from megatron_efr.policy.model import DTYPES
+from megatron_efr.policy.settings import made
 
 # the form that any other layout can read
 _CHECKPOINT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -32,27 +33,12 @@ class Optimizer:
     def __init__(
         self, config: OptimizerConfig, dtype: str, updates: int, chunks: list[DistributedDataParallel]
     ) -> None:
-        check_fields("optimizer.megatron", config.megatron, MegatronOptimizerConfig)
-        fields: dict[str, Any] = {
-            "optimizer": "adam",
-            "lr": config.lr,
-            "min_lr": config.min_lr,
-            "weight_decay": config.weight_decay,
-            "adam_beta1": config.beta1,
-            "adam_beta2": config.beta2,
-            "adam_eps": config.eps,
-            "clip_grad": config.clip_grad,
-            "bf16": dtype == "bfloat16",
-            "params_dtype": DTYPES[dtype],
-            "use_distributed_optimizer": chunks[0].ddp_config.use_distributed_optimizer,
-        }
-        fields |= config.megatron
-        _check(fields, dtype)
+        settings = optimizer_config(config, dtype, chunks[0].ddp_config.use_distributed_optimizer)
         self.skipped_in_a_row = 0
         self._chunks = chunks
         self._on_device = True
         with cpu.cuda_type_names():
-            made = get_megatron_optimizer(MegatronOptimizerConfig(**fields), list(chunks))
+            made = get_megatron_optimizer(settings, list(chunks))
         self.megatron = cast(ChainedOptimizer, made)
         for part in self.megatron.chained_optimizers:
             resumable.prepare(part)
@@ -193,6 +179,28 @@ class Optimizer:
             if steps is not None:
                 inner["state"]["common_step"] = steps
         return parts[0] if len(parts) == 1 else dict(enumerate(parts))
+
+
+def optimizer_config(config: OptimizerConfig, dtype: str, distributed: bool) -> MegatronOptimizerConfig:
+    """Megatron's settings of Adam, `distributed` over data-parallel ranks or not; `optimizer.megatron` overrides any.
+
+    ConfigError for what Megatron would refuse, or stop at in the middle of a run.
+    """
+    fields: dict[str, Any] = {
+        "optimizer": "adam",
+        "lr": config.lr,
+        "min_lr": config.min_lr,
+        "weight_decay": config.weight_decay,
+        "adam_beta1": config.beta1,
+        "adam_beta2": config.beta2,
+        "adam_eps": config.eps,
+        "clip_grad": config.clip_grad,
+        "bf16": dtype == "bfloat16",
+        "params_dtype": DTYPES[dtype],
+        "use_distributed_optimizer": distributed,
+    }
+    _check(fields | config.megatron, dtype)
+    return made(MegatronOptimizerConfig, fields, "optimizer.megatron", config.megatron)
 
 
 def _check(fields: Mapping[str, Any], dtype: str) -> None:

@@ -14,7 +14,8 @@ from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.config import TrainConfig
 from megatron_efr.config.file import dump
 from megatron_efr.memory import BYTES, parameter_count
-from megatron_efr.policy import Policy, Ranks, joined_ranks
+from megatron_efr.policy import Policy, Ranks, check_policy, joined_ranks
+from megatron_efr.rollout.servers.arguments import check_server_arguments
 from megatron_efr.rollout.servers.run_servers import Servers, serving
 from megatron_efr.rollout.servers.seats import Host
 from megatron_efr.run.environment import Environment
@@ -103,6 +104,8 @@ def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> I
     keep_reference = algorithm.objective(config.rollout).needs_reference
     config.check_world(arguments.world_size())
     Host.of_this_process().seats(config.rollout)
+    check_policy(config.model, config.parallel, config.optimizer)
+    check_server_arguments(config.rollout)
     with joined_ranks(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
         folder, environment, servers = RunFolder(config.folder), None, Servers()
         if asks:

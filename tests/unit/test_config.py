@@ -104,7 +104,7 @@ def test_an_override_that_cannot_be_applied_is_quoted(tmp_path: Path, override: 
         ("rollout.top_p=0.9", "rollout.top_p: Input should be greater than or equal to 1 (got 0.9)"),
         ("data.datasets=[]", "data.datasets: List should have at least 1 item"),
         ("name=../elsewhere", "name: String should match pattern"),
-        ("rollout.logit_bias={5: 1}", "rollout.logit_bias: unknown key"),
+        ("rollout.logit_bias={'5': 1}", "rollout.logit_bias: unknown key"),
         ("rollout.urls=[http://a:1]", "rollout.urls and rollout.server speak of SGLang servers; set rollout.engine"),
         (
             "rollout={engine: sglang, urls: [a:1]}",
@@ -113,7 +113,7 @@ def test_an_override_that_cannot_be_applied_is_quoted(tmp_path: Path, override: 
         ("rollout={engine: sglang, urls: [http://a:1], server: {a: 1}}", "rollout.server: with rollout.urls no server"),
         (
             "rollout={engine: sglang, urls: [http://a:1], placement: colocated}",
-            "rollout: rollout.urls with rollout.placement: colocated: colocated engines are on the trainer's own GPUs",
+            "c.yaml: rollout.urls with rollout.placement: colocated: colocated engines are on the trainer's own GPUs",
         ),
         ("rollout.timeouts.start=1", "rollout.timeouts.start: unknown key; did you mean start_s"),
         ("train.updates=3", "rollout.prompts x rollout.samples = 32 x 8 = 256 responses do not split"),
@@ -138,9 +138,9 @@ def test_every_mistake_is_named_at_once_and_what_is_missing_too(tmp_path: Path) 
     ("text", "message"),
     [
         ("name: [a\n", "not valid YAML"),
-        ("name: a\n  b: c\n", "line 2"),
-        ("- name\n", "expected a mapping of sections, found list"),
-        ("", "expected a mapping of sections, found NoneType"),
+        ("name: a\n  b: c\n", "c.yaml:2: not valid YAML"),
+        ("- name\n", "expected a mapping of sections, found a list"),
+        ("", "expected a mapping of sections, found nothing"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str, message: str) -> None:

@@ -113,15 +113,6 @@ def test_tokenizer_without_template(tokenizer: PreTrainedTokenizerBase) -> None:
         Renderer(tokenizer, PromptConfig())
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [("{qestion}", "KeyError"), ("no place", "leaves the question out"), ("{question", "ValueError")],
-)
-def test_bad_user_templates(tokenizer: PreTrainedTokenizerBase, template: str, message: str) -> None:
-    with pytest.raises(PromptError, match=message):
-        Renderer(tokenizer, PromptConfig(template=template))
-
-
 def test_overlong_prompts_are_counted_or_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
     problems = [problem("12"), problem("1" * 50, 2), problem("34", 3)]
     at_limit = len(render(problems[0], tokenizer, PromptConfig(template="{question}")).tokens)
