@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from string import Formatter
 from typing import Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from megatron_efr.config.grading import JudgingConfig
 from megatron_efr.config.section import Section
@@ -28,6 +30,24 @@ class DatasetConfig(Section):
     grading: JudgingConfig | None = Field(
         default=None, description="how this data set's answers are judged; as in the section `grading` when left out"
     )
+
+    @property
+    def known_as(self) -> str:
+        """The name in reports: as configured, else the file's stem or the last part of the hub name."""
+        last = Path(self.path).name
+        return self.name or (Path(last).stem if last.endswith((".jsonl", ".json", ".parquet")) else last)
+
+
+def check_names(datasets: Sequence[DatasetConfig], where: str) -> None:
+    """ValueError where two data sets have one name: their problems could not be told apart."""
+    paths: dict[str, str] = {}
+    for i, dataset in enumerate(datasets):
+        if dataset.known_as in paths:
+            raise ValueError(
+                f"{where}.{i}: {dataset.path} and {paths[dataset.known_as]} are both called {dataset.known_as!r}; give "
+                "one of them another `name`"
+            )
+        paths[dataset.known_as] = dataset.path
 
 
 class PromptConfig(Section):
@@ -68,6 +88,11 @@ class DataConfig(Section):
     datasets: list[DatasetConfig] = Field(min_length=1)
     prompt: PromptConfig = Field(default_factory=PromptConfig)
     shuffle: bool = True
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> DataConfig:
+        check_names(self.datasets, "data.datasets")
+        return self
 
 
 class SftDataConfig(Section):

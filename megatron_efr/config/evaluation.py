@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from megatron_efr.config.data import DatasetConfig
+from megatron_efr.config.data import DatasetConfig, check_names
 from megatron_efr.config.section import Section
 
 
@@ -24,6 +24,11 @@ class EvaluationConfig(Section):
     samples: PositiveInt = Field(default=1, description="responses per problem")
     samples_by_dataset: dict[str, PositiveInt] = Field(default_factory=dict)
     max_new_tokens: PositiveInt = 32768
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> EvaluationConfig:
+        check_names(self.datasets, "evaluation.datasets")
+        return self
 
     @model_validator(mode="after")
     def _sampling_belongs_to_custom(self) -> EvaluationConfig:

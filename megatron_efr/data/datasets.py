@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from megatron_efr.config import DatasetConfig
-from megatron_efr.data.rows import SUFFIXES, DatasetError, Row, read_rows
+from megatron_efr.data.rows import DatasetError, Row, read_rows
 
 _QUESTION = ("question", "problem", "prompt")
 _ANSWER = ("answer", "final_answer", "gold", "target")
@@ -36,8 +35,7 @@ class Problem:
 
 def dataset_name(config: DatasetConfig) -> str:
     """The name in reports: as configured, else the file's stem or the last part of the hub name."""
-    last = Path(config.path).name
-    return config.name or (Path(last).stem if last.endswith(SUFFIXES) else last)
+    return config.known_as
 
 
 def load_problems(config: DatasetConfig, check_golds: GoldCheck | None = None) -> list[Problem]:

@@ -11,15 +11,12 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_efr.config import PromptConfig
+from megatron_efr.data.chat import Chat, Messages
+from megatron_efr.data.chat import PromptError as PromptError
 from megatron_efr.data.datasets import Problem
-from megatron_efr.types import Prompt, UserError
+from megatron_efr.types import Prompt
 
-_SENTINEL = "ANSWERBEGINSHERE"
 _BATCH = 1024
-
-
-class PromptError(UserError, ValueError):
-    """A tokenizer, template or prompt that cannot be used; the message says what would be right."""
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -80,61 +77,51 @@ class Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> None:
         self.tokenizer = tokenizer
         self.config = config
-        if not tokenizer.chat_template:
+        self._chat = Chat(tokenizer)
+        self._chat.check(self._messages("1 + 1"), self._messages("2 + 2"))
+        if config.prefill == "none" and (added := self._chat.added(self._messages("1 + 1"))):
             raise PromptError(
-                f"{tokenizer.name_or_path}: the tokenizer has no chat template; put a chat_template.jinja beside "
-                "tokenizer_config.json (a base model's can be as short as the user's text alone)"
+                f"prompt.prefill: none, but the chat template of {tokenizer.name_or_path} writes {added!r} after the "
+                "assistant tag; set prefill: template to keep it, or take it out of the folder's chat template"
             )
-        if config.prefill == "none":
-            self._refuse_prefill()
         self._suffix = "" if config.prefill in ("template", "none") else config.prefill
         self._suffix_ids: list[int] = tokenizer.encode(self._suffix, add_special_tokens=False) if self._suffix else []
 
-    def render(self, questions: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
+    def render(self, questions: Sequence[str], places: Sequence[str] = ()) -> list[tuple[str, tuple[int, ...]]]:
         """(text, token ids) of each question's prompt, ready for the model to go on from.
 
         The ids are the chat template's own: its text holds the BOS where the model wants one, so none is added.
+        PromptError for a question that template or tokenizer cannot take, by its place ("file:line") where given.
         """
         results = []
         for start in range(0, len(questions), _BATCH):
-            conversations = [self._messages(question) for question in questions[start : start + _BATCH]]
-            texts = self._template(conversations)
-            batch: Any = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
-            for text, ids in zip(texts, batch["input_ids"], strict=True):
-                results.append((text + self._suffix, (*ids, *self._suffix_ids)))
+            batch = questions[start : start + _BATCH]
+            try:
+                results += self._render(batch)
+            except Exception:  # tokenizers raises whatever it likes; which question it is of shows one alone
+                for i, question in enumerate(batch, start):
+                    self._render_one(question, places[i] if places else repr(question[:60]))
+                raise
+        for i, (_, ids) in enumerate(results):
+            if not ids:
+                raise PromptError(f"{places[i] if places else repr(questions[i][:60])}: the prompt has no tokens")
         return results
 
-    def _messages(self, question: str) -> list[dict[str, str]]:
+    def _render(self, questions: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
+        texts = self._chat.write([self._messages(question) for question in questions])
+        batch: Any = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+        pairs = zip(texts, batch["input_ids"], strict=True)
+        return [(text + self._suffix, (*ids, *self._suffix_ids)) for text, ids in pairs]
+
+    def _render_one(self, question: str, place: str) -> None:
+        try:
+            self._render([question])
+        except Exception as error:
+            raise PromptError(f"{place}: the question cannot be made a prompt: {error}") from error
+
+    def _messages(self, question: str) -> Messages:
         system = [] if self.config.system is None else [{"role": "system", "content": self.config.system}]
-        return [*system, {"role": "user", "content": self._user_turn(question)}]
-
-    def _user_turn(self, question: str) -> str:
-        return self.config.template.format(question=question)
-
-    def _template(self, conversation: Any, generation: bool = True) -> Any:
-        return self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generation)
-
-    def _refuse_prefill(self) -> None:
-        """PromptError when the template writes more than the assistant tag before the model's own first token.
-
-        The tag is what stands before an assistant turn's text in a finished conversation, found with a marker in that
-        text's place. R1-Distill ends its generation prompt with `<think>\\n`, and a finished turn has no such thing. A
-        template that opens `<think>` in both is caught by that word.
-        """
-        messages = self._messages("Q")
-        prompt = self._template(messages)
-        finished = self._template([*messages, {"role": "assistant", "content": _SENTINEL}], generation=False)
-        head = finished.partition(_SENTINEL)[0]
-        same = next((i for i, (a, b) in enumerate(zip(head, prompt, strict=False)) if a != b), len(head))
-        extra = prompt[same:]
-        added = prompt.removeprefix(self._template(messages, generation=False))
-        if not extra and "<think" in added:
-            extra = added[added.index("<think") :]
-        if extra:
-            raise PromptError(
-                f"prompt.prefill: none, but the chat template of {self.tokenizer.name_or_path} writes {extra!r} after "
-                "the assistant tag; set prefill: template to keep it, or take it out of the folder's chat template"
-            )
+        return [*system, {"role": "user", "content": self.config.template.format(question=question)}]
 
 
 def render(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> Prompt:
@@ -148,7 +135,8 @@ def render_all(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, 
 
     PromptError also when no prompt is left.
     """
-    rendered = Renderer(tokenizer, config).render([problem.question for problem in problems])
+    questions, places = [problem.question for problem in problems], [problem.where for problem in problems]
+    rendered = Renderer(tokenizer, config).render(questions, places)
     prompts, left_out = [], []
     for problem, (text, tokens) in zip(problems, rendered, strict=True):
         if fits(len(tokens), config, problem.where):

@@ -12,6 +12,24 @@ from megatron_efr.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
+_UNPACK = "unpack it, and name what was in it"
+_SAVE = "save it as UTF-8"
+_KINDS = {
+    b"\x1f\x8b": ("gzip", _UNPACK),
+    b"\x28\xb5\x2f\xfd": ("zstandard", _UNPACK),
+    b"BZh": ("bzip2", _UNPACK),
+    b"\xfd7zXZ": ("xz", _UNPACK),
+    b"PK\x03\x04": ("a zip archive", _UNPACK),
+    b"PAR1": ("parquet", "rename it to .parquet"),
+    b"ARROW1": ("an Arrow table", "convert it to .parquet"),
+    b"\xff\xfe": ("UTF-16", _SAVE),
+    b"\xfe\xff": ("UTF-16", _SAVE),
+    b"version https://git-lfs": ("a git-lfs pointer", "fetch the file itself: git lfs pull"),
+    b"<!DOCTYPE": ("a web page", "download the file itself"),
+    b"<html": ("a web page", "download the file itself"),
+}
+"""What a file begins with that is none of ours, what it then is, and what to do."""
+
 
 class DatasetError(UserError, ValueError):
     """A data set that cannot be used. The message names the file and line, what is wrong, and what would be right."""
@@ -33,10 +51,8 @@ def read_rows(path: str, split: str = "train", limit: int | None = None) -> list
     """
     try:
         rows = list(islice(_rows(path, split), limit))
-    except DatasetError:
-        raise
-    except ValueError as error:  # bytes that are no UTF-8, a parquet file that is none
-        raise DatasetError(f"{path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not rows:
         raise DatasetError(f"{path}: holds no rows")
     return rows
@@ -47,17 +63,36 @@ def _rows(path: str, split: str) -> Iterator[Row]:
     if place.is_dir():
         return _saved_rows(path, place, split)
     if place.is_file():
-        if place.suffix == ".jsonl":
-            return _json_lines(path, place.read_text(encoding="utf-8"))
-        if place.suffix == ".json":
-            return _json_rows(path, place.read_text(encoding="utf-8"))
+        if place.suffix not in SUFFIXES:
+            raise DatasetError(f"{path}: cannot tell its kind by its name; expected one of {', '.join(SUFFIXES)}")
+        with place.open("rb") as file:
+            _refuse_other_kinds(path, file.read(64))
         if place.suffix == ".parquet":
             return _parquet_rows(path, place)
-        raise DatasetError(f"{path}: cannot tell its kind by its name; expected one of {', '.join(SUFFIXES)}")
+        text = _text(path, place.read_bytes())
+        return _json_lines(path, text) if place.suffix == ".jsonl" else _json_rows(path, text)
     local = path.startswith(("/", "./", "../", "~")) or ("/" in path and place.parent.is_dir()) or path.count("/") > 1
     if local or place.suffix in SUFFIXES:
         raise DatasetError(f"{path}: no such file or folder")
     return _hub_rows(path, split)
+
+
+def _text(path: str, data: bytes) -> str:
+    """A JSON file's bytes as text, whatever its line ends; DatasetError for what is no text."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        byte = f"0x{data[error.start]:02x}"
+        raise DatasetError(f"{path}:{line}: cannot be read: not UTF-8 (the byte {byte}); save it as UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _refuse_other_kinds(path: str, data: bytes) -> None:
+    """DatasetError for a file whose first bytes are another kind's than its name's."""
+    for start, (kind, advice) in _KINDS.items():
+        if data.startswith(start) and not (kind == "parquet" and path.endswith(".parquet")):
+            raise DatasetError(f"{path}: cannot be read: its content is {kind}; {advice}")
 
 
 def _json_lines(path: str, text: str) -> Iterator[Row]:
@@ -73,8 +108,23 @@ def _record(where: str, text: str) -> dict[str, Any]:
         record = json.loads(text)
     except json.JSONDecodeError as error:
         raise DatasetError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
+        raise DatasetError(f"{where}: not JSON that can be read: {error}") from error
+    return _checked(where, record, text)
+
+
+def _checked(where: str, record: Any, text: str) -> dict[str, Any]:
+    """A row: an object of whole characters."""
     if not isinstance(record, dict):
         raise DatasetError(f"{where}: expected an object with a question and an answer, found {type(record).__name__}")
+    if "\\u" in text:  # an escape may be half a character, which no tokenizer takes and no file holds
+        try:
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise DatasetError(
+                f"{where}: {half} is half a character (a lone surrogate); write the whole one"
+            ) from error
     return record
 
 
@@ -93,15 +143,18 @@ def _json_rows(path: str, text: str) -> Iterator[Row]:
             record, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise DatasetError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
-        if not isinstance(record, dict):
-            raise DatasetError(f"{where}: expected an object, found {type(record).__name__}")
+        except (ValueError, RecursionError) as error:
+            raise DatasetError(f"{where}: not JSON that can be read: {error}") from error
         number += 1
-        yield Row(number, where, record)
+        yield Row(number, where, _checked(where, record, text[counted:position]))
         position = _skip(text, position)
         if text.startswith(",", position):
             position = _skip(text, position + 1)
         elif not text.startswith("]", position):
             raise DatasetError(f"{where}: not valid JSON: expected ',' or ']' after this object")
+    if (rest := _skip(text, position + 1)) < len(text):
+        line += text.count("\n", counted, rest)
+        raise DatasetError(f"{path}:{line}: not valid JSON: {text[rest : rest + 20]!r} after the array's end")
 
 
 def _skip(text: str, position: int) -> int:
@@ -112,9 +165,14 @@ def _skip(text: str, position: int) -> int:
 
 
 def _parquet_rows(path: str, place: Path) -> Iterator[Row]:
-    import pyarrow.parquet  # comes with datasets
+    import pyarrow  # comes with datasets
+    import pyarrow.parquet
 
-    return _table_rows(path, pyarrow.parquet.read_table(place).to_pylist())
+    try:
+        records = pyarrow.parquet.read_table(place).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DatasetError(f"{path}: cannot be read as parquet: {error}") from error
+    return _table_rows(path, records)
 
 
 def _saved_rows(path: str, place: Path, split: str) -> Iterator[Row]:
@@ -124,11 +182,25 @@ def _saved_rows(path: str, place: Path, split: str) -> Iterator[Row]:
         saved = datasets.load_from_disk(str(place))
     except FileNotFoundError as error:
         raise DatasetError(f"{path}: a folder, but not one that datasets' save_to_disk wrote: {error}") from error
+    except Exception as error:  # whatever a damaged file leads the library into
+        raise DatasetError(f"{path}: a folder of save_to_disk that is damaged: {_said(error)}") from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise DatasetError(f"{path}: has no split {split!r}; it has {', '.join(map(str, saved))}")
         saved = saved[split]
-    return _table_rows(path, saved)
+    rows = _table_rows(path, saved)
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # of decoding: a missing library, a damaged value
+            raise DatasetError(f"{path}: a row of this folder cannot be read: {_said(error)}") from error
+        if row is None:
+            return
+        yield row
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _hub_rows(path: str, split: str) -> Iterator[Row]:

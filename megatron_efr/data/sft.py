@@ -36,7 +36,7 @@ def load_sft(
     rows = read_rows(config.path, limit=config.limit)
     questions = [_column(row, config.question) for row in rows]
     responses = [_column(row, config.response) for row in rows]
-    rendered = Renderer(tokenizer, prompt).render(questions)
+    rendered = Renderer(tokenizer, prompt).render(questions, [row.where for row in rows])
     batch: Any = tokenizer(responses, add_special_tokens=False, return_attention_mask=False)
     sequences, places = [], []
     for row, (_, ids), response in zip(rows, rendered, batch["input_ids"], strict=True):
@@ -53,8 +53,11 @@ def load_sft(
 
 def _column(row: Row, name: str) -> str:
     value = row.columns.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise DatasetError(
-            f"{row.where}: no text in column {name!r}; the row has columns {', '.join(map(str, row.columns))}"
-        )
-    return value
+    if isinstance(value, str) and value.strip():
+        return value
+    found = (
+        "" if value is None else ", but an empty one" if isinstance(value, str) else f", but a {type(value).__name__}"
+    )
+    raise DatasetError(
+        f"{row.where}: no text in column {name!r}{found}; the row has columns {', '.join(map(str, row.columns))}"
+    )
