@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_efr import arguments
-from megatron_efr.checkpoint.manifest import STATE, CheckpointError, entries, verify
+from megatron_efr.checkpoint.manifest import STATE, CheckpointError, entries, read_state, verify
 from megatron_efr.weights.torch_dist import COMMON_FILE, read_metadata
 
 
@@ -18,9 +17,9 @@ def describe(checkpoint: Path) -> list[str]:
     """What is in a checkpoint, line by line, without reading a tensor."""
     lines = []
     if (checkpoint / STATE).is_file():
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        start = state.get("initial_model", {})
-        lines.append(f"step {state.get('step')}, from {start.get('path')} (SHA-256 {start.get('sha256', '')[:12]}...)")
+        state = read_state(checkpoint)
+        start = state["initial_model"]
+        lines.append(f"step {state['step']}, from {start['path']} (SHA-256 {start['sha256'][:12]}...)")
     stored = read_metadata(checkpoint).state_dict_metadata
     tensors = {key: value for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
     width = max((len(key) for key in tensors), default=0)

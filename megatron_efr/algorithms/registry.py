@@ -35,7 +35,7 @@ def build(config: AlgorithmConfig, rollout: RolloutConfig) -> Algorithm:
     if config.name not in ALGORITHMS and config.name not in available():
         raise ConfigError(f"algorithm.name: no algorithm {config.name!r}; there are {', '.join(sorted(available()))}")
     kind = ALGORITHMS.get(config.name) or available()[config.name]
-    made = validate(kind, {"name": config.name, **config.options}, "configuration", prefix="algorithm")
+    made = validate(kind, {"name": config.name, **config.options}, prefix="algorithm")
     if rollout.samples < made.min_samples:
         raise ConfigError(
             f"rollout.samples: {rollout.samples} response(s) per prompt, and algorithm {config.name} compares "

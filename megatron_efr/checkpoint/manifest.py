@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from megatron_efr.durable import replace_file
 from megatron_efr.errors import UserError
@@ -13,6 +14,8 @@ from megatron_efr.errors import UserError
 MANIFEST = "manifest.json"
 STATE = "state.json"  # the run's own state, in every checkpoint
 LATEST = "latest"  # beside a run's checkpoints: the name of the newest that verified
+
+_MODEL = ("path", "sha256")  # of the model that a checkpoint began with
 
 
 class CheckpointError(UserError):
@@ -38,6 +41,17 @@ def entries(path: Path) -> dict[str, tuple[int, str]]:
         return {file: (entry["bytes"], entry["sha256"]) for file, entry in listed.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{manifest}: not readable: {error}") from error
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's own state: its step and the model that it began with; CheckpointError where it is damaged."""
+    try:
+        state = json.loads((path / STATE).read_bytes())
+        if not isinstance(state["step"], int) or not all(isinstance(state["initial_model"][k], str) for k in _MODEL):
+            raise TypeError("no step, or no initial model")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path / STATE}: damaged: {type(error).__name__}: {error}") from error
+    return state
 
 
 def write_manifest(folder: Path) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_efr.checkpoint.manifest import LATEST, MANIFEST, STATE, verify
+from megatron_efr.checkpoint.manifest import LATEST, MANIFEST, STATE, read_state, verify
 from megatron_efr.config import ModelConfig
 from megatron_efr.errors import UserError
 from megatron_efr.weights.architecture import Architecture
@@ -67,7 +66,7 @@ def find_template(checkpoint: Path) -> Path:
         raise UserError(
             f"{checkpoint}: no {STATE} and no {HUGGING_FACE}/, one of which says what model it is of; {_GIVE_TEMPLATE}"
         )
-    path = Path(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["initial_model"]["path"])
+    path = Path(read_state(checkpoint)["initial_model"]["path"])
     if not (path / "config.json").is_file():
         raise UserError(f"{checkpoint}: was trained from {path}, which is not there; {_GIVE_TEMPLATE}")
     return path
@@ -79,5 +78,5 @@ def _checkpoint(path: Path) -> Path | None:
         return path
     for folder in (path, path / "checkpoints"):
         if (latest := folder / LATEST).is_file():
-            return folder / latest.read_text(encoding="utf-8").strip()
+            return folder / latest.read_text(encoding="utf-8", errors="replace").strip().replace("\0", "?")
     return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from megatron_efr import arguments
 from megatron_efr.report.agreement import agreement_markdown, compare
 from megatron_efr.report.records import over_seeds, summary_markdown
 from megatron_efr.report.run_page import write_run_page
+from megatron_efr.report.stored import read_summary
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.types import UserError
 
@@ -23,7 +23,9 @@ def report(path: Path, seeds: bool, against: Path | None = None) -> str:
     folder = RunFolder(path)
     if seeds:
         _gather_seeds(folder)
-    summary: dict[str, Any] = json.loads(folder.summary.read_text()) if folder.summary.exists() else {"models": []}
+    if not (folder.config.is_file() or folder.summary.is_file() or folder.evaluations.is_dir()):
+        raise UserError(f"{path}: no run's folder: none of config.yaml, summary.json and eval/ is there")
+    summary: dict[str, Any] = read_summary(folder.summary) if folder.summary.exists() else {"models": []}
     page = write_run_page(folder, _members(folder, summary))
     shown = summary_markdown(summary) if summary["models"] else ""
     if against is not None:
@@ -35,7 +37,7 @@ def _family(folder: RunFolder) -> dict[str, Any]:
     """The summary of a family."""
     if not folder.summary.exists():
         raise UserError(f"{folder.summary}: not there; it is written at the end of `efr sweep`")
-    return json.loads(folder.summary.read_text(encoding="utf-8"))
+    return read_summary(folder.summary)
 
 
 def _members(folder: RunFolder, summary: dict[str, Any]) -> list[RunFolder]:
@@ -50,7 +52,7 @@ def _gather_seeds(folder: RunFolder) -> None:
     paths = sorted(folder.path.glob("seed-*/summary.json"))
     if not paths:
         raise UserError(f"{folder.path}: no seed-*/summary.json; run `efr sweep` with name=.../seed-1 and so on first")
-    summaries = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    summaries = [read_summary(path) for path in paths]
     folder.write_summary(over_seeds(summaries) | {"note": summaries[0].get("note", "")})
     for name, record in RunFolder(paths[0].parent).read_evaluations().items():
         folder.write_evaluation(name, record)

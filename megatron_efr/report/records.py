@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_efr.errors import UserError
 from megatron_efr.report import statistics
 from megatron_efr.types import Group
 
@@ -16,6 +17,10 @@ _SHOWN_CHARACTERS = 6000  # of a sample response: enough to read, and a record o
 Record = dict[str, Any]
 Answers = Sequence[Sequence[Hashable | None]]
 """For each problem the key of each response's answer."""
+
+
+class FamilyError(UserError, ValueError):
+    """Families that cannot be put together; the message says how they differ."""
 
 
 def summarise(
@@ -154,11 +159,11 @@ def over_seeds(summaries: Sequence[Record]) -> Record:
 
     `accuracy` and `tokens` become means over seeds, `accuracy_sd` and `tokens_sd` the standard deviation (ddof 1, None
     for one seed), `accuracy_by_seed` and `tokens_by_seed` the values; intervals within a seed are dropped, since they
-    measure something else. ValueError where the families differ.
+    measure something else. FamilyError where the families differ.
     """
     families = [[(model["name"], model["alpha"]) for model in summary["models"]] for summary in summaries]
     if not families or any(family != families[0] for family in families):
-        raise ValueError(f"seeds can be put together only for one family of models, not {families}")
+        raise FamilyError(f"seeds can be put together only for one family of models, not {families}")
     models = [_over_seeds([summary["models"][i] for summary in summaries]) for i in range(len(families[0]))]
     parts = list(summaries[0]["seconds"])
     seconds = {part: float(np.mean([summary["seconds"].get(part, 0.0) for summary in summaries])) for part in parts}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 from megatron_efr.durable import writing
 from megatron_efr.report.page import write_report
 from megatron_efr.report.records import build_summary
+from megatron_efr.report.stored import read_summary
 
 _PACKAGES = ("megatron-efr", "megatron-core", "torch", "transformers", "math-verify", "numpy")
 
@@ -41,7 +41,7 @@ def write_run_page(folder: Folder, members: Sequence[Folder] = ()) -> Path:
     summary = _summary(folder, evaluations)
     runs = {run.path.name: run for run in (members or [folder]) if run.config.exists()}
     metrics = {name: run.read_metrics() for name, run in runs.items()}
-    configs = {name: run.config.read_text(encoding="utf-8") for name, run in runs.items()}
+    configs = {name: run.config.read_text(encoding="utf-8", errors="replace") for name, run in runs.items()}
     with writing(folder.report):
         return write_report(
             summary,
@@ -58,7 +58,7 @@ def write_run_page(folder: Folder, members: Sequence[Folder] = ()) -> Path:
 def _summary(folder: Folder, evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The family's summary.json; for a single run, its newest evaluation."""
     if folder.summary.exists():
-        return json.loads(folder.summary.read_text(encoding="utf-8"))
+        return read_summary(folder.summary)
     if not evaluations:
         return {"models": [], "seconds": {}}
     newest = max(evaluations)

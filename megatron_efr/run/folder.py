@@ -20,6 +20,7 @@ import numpy as np
 import zstandard
 
 from megatron_efr.durable import GOES_ON, append_line, remove_torn_writes, write_atomic, write_whole, writing
+from megatron_efr.report.stored import read_evaluation
 from megatron_efr.run.changes import refusal
 from megatron_efr.types import Group, Prompt, Response, UserError, VersionSpan
 
@@ -314,9 +315,9 @@ class RunFolder:
         return path
 
     def read_evaluations(self) -> dict[str, dict[str, Any]]:
-        """name -> record of every eval/<name>.json, sorted by name."""
+        """name -> record of every eval/<name>.json, sorted by name; UserError names one that is none."""
         paths = sorted(self.evaluations.glob("*.json"))
-        return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+        return {path.stem: read_evaluation(path) for path in paths}
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Save summary.json."""
@@ -334,8 +335,8 @@ def read_rollouts(path: Path) -> list[Group]:
     try:
         text = zstandard.ZstdDecompressor().decompress(path.read_bytes())
         return [decode_group(line) for line in text.split(b"\n") if line]
-    except (OSError, zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
-        raise RunFolderError(f"{path}: damaged rollouts: {error}") from error
+    except (OSError, zstandard.ZstdError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise RunFolderError(f"{path}: damaged rollouts: {type(error).__name__}: {error}") from error
 
 
 def _metrics(line: bytes, where: str) -> dict[str, Any]:
@@ -344,7 +345,9 @@ def _metrics(line: bytes, where: str) -> dict[str, Any]:
         found = json.loads(line)
         if not isinstance(found["step"], int):
             raise ValueError(f"step is {found['step']!r}")
-    except (ValueError, KeyError, TypeError) as error:
+        if texts := [key for key, value in found.items() if not isinstance(value, int | float | None)]:
+            raise ValueError(f"{texts[0]} is no number")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunFolderError(
             f"{where}: damaged: no line of metrics ({error}); put a copy of the file back, or delete that line: "
             "the run goes on without it"

@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import planner_helpers
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
@@ -281,10 +282,16 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / ".metadata").is_file()
 
 
-def read_metadata(folder: Path) -> Any:
+def read_metadata(folder: Path) -> Metadata:
     """What a checkpoint folder stores, as torch describes it; ConfigError where it is none."""
     if not is_checkpoint(folder):
         raise ConfigError(
             f"{folder}: no checkpoint: no .metadata there; a folder like checkpoints/step_000010 is expected"
         )
-    return torch_checkpoint.FileSystemReader(folder).read_metadata()
+    try:
+        stored = torch_checkpoint.FileSystemReader(folder).read_metadata()
+    except Exception as error:  # a damaged pickle leads anywhere
+        raise ConfigError(f"{folder / '.metadata'}: damaged: {type(error).__name__}: {error}") from error
+    if not isinstance(stored, Metadata):
+        raise ConfigError(f"{folder / '.metadata'}: damaged: it holds a {type(stored).__name__}")
+    return stored

@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": BASE
     | WEIGHTS
     | {"algorithms", "arguments", "checkpoint", "data", "grading", "memory", "methods", "observe", "policy"}
-    | {"report.records", "rollout"},
+    | {"report.records", "report.stored", "rollout"},
     "convert": BASE | WEIGHTS | {"arguments", "checkpoint", "policy"},  # policy, where logits are compared
     "grade": BASE | {"arguments", "data.datasets", "data.rows", "grading"},
     "inspect_checkpoint": BASE | {"arguments", "checkpoint.manifest", "weights.torch_dist"},
