@@ -20,6 +20,7 @@ from megatron_efr.config.file import load
 from megatron_efr.doctor import machine
 from megatron_efr.doctor.engine import check_engine, check_router, check_servers
 from megatron_efr.doctor.finding import Finding, missing
+from megatron_efr.doctor.model import check_prompt, check_weights
 from megatron_efr.doctor.packages import check_apex, check_packages, check_transformer_engine, requirements
 from megatron_efr.errors import UserError
 from megatron_efr.memory import checkpoint_bytes
@@ -66,6 +67,8 @@ def check_run(config: TrainConfig) -> Iterator[Finding]:
         yield Finding("model", "problem", str(error), "model.path=FOLDER, a Hugging Face folder on this machine")
     else:
         yield Finding("model", "ok", f"{architecture.model_type} in {config.model.path}")
+        yield check_weights(config.model, config.seed)
+        yield check_prompt(config)
         needed += (config.checkpoint.keep + 1) * checkpoint_bytes(architecture, config.model.dtype)
     yield machine.check_disk(
         config.folder, needed, f"{config.checkpoint.keep} checkpoints, one being written, and records"

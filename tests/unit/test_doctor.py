@@ -14,9 +14,13 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from megatron_efr.config import TrainConfig
+from megatron_efr.data.byte_model import BYTE_MODEL, byte_tokenizer
+from megatron_efr.data.model_folder import write_model_folder
 from megatron_efr.doctor import machine
 from megatron_efr.doctor.engine import Versions, check_engine, check_router, compare
 from megatron_efr.doctor.finding import Finding
+from megatron_efr.doctor.model import check_prompt, check_weights
 from megatron_efr.doctor.packages import check_apex, check_packages, check_version, requirements
 
 ROOT = Path(__file__).parents[2]
@@ -220,3 +224,29 @@ def test_the_exit_code_says_whether_this_run_could_start(tied_model: Path, tmp_p
     assert done.returncode == 1, done.stdout + done.stderr
     assert {"SGLang", "model"} <= set(problems), done.stdout
     assert f"{len(problems)} problems" in done.stdout
+
+
+# -- the model, as the run will read it --------------------------------------------------------------------------------
+
+
+def test_the_weights_are_opened_and_one_prompt_is_rendered(tmp_path: Path) -> None:
+    folder, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    write_model_folder(folder, byte_tokenizer(), BYTE_MODEL)
+    rows.write_text('{"question": "Two and two?", "answer": "4"}\n')
+    tree = {
+        "name": "a",
+        "model": {"path": str(folder), "init": "random"},
+        "data": {"datasets": [{"path": str(rows)}], "prompt": {"template": "{question}"}},
+        "optimizer": {"lr": 1e-3},
+    }
+    config = TrainConfig.model_validate(tree)
+    prompt = check_prompt(config)
+    assert (prompt.verdict, prompt.found) == ("ok", "15 tokens: '<bos><user>Two and two?<assistant>'")
+    assert check_weights(config.model, 0).verdict == "ok"
+    missing = check_weights(config.model.model_copy(update={"init": "load"}), 0)
+    assert missing.verdict == "problem"
+    assert "neither model.safetensors nor" in missing.found
+    (folder / "chat_template.jinja").write_text("{{ messages")
+    broken = check_prompt(config)
+    assert broken.verdict == "problem"
+    assert f"{folder}: the chat template is no Jinja template: line 1" in broken.found

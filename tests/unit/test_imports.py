@@ -52,9 +52,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "arguments",
         "cluster.commands",
         "cluster.placement",
+        "data",
         "memory",
         "rollout.servers.addresses",
         "weights.architecture",
+        "weights.folder",
     },
     "cli": {"arguments", "__init__"},  # it finds the programs by name, when they are asked for
 }

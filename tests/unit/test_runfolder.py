@@ -11,6 +11,7 @@ import pytest
 import zstandard
 
 from megatron_efr.durable import UnwritableError, write_atomic
+from megatron_efr.report import summarise
 from megatron_efr.run.folder import Journal, RunFolder, RunFolderError, decode_group, encode_group
 from megatron_efr.types import Group, Prompt, Response, VersionSpan
 
@@ -360,7 +361,8 @@ def test_journals_are_kept_per_iteration_until_a_checkpoint_covers_them(tmp_path
 def test_evaluations_come_back_by_name(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.read_evaluations() == {}
-    folder.write_evaluation("base", {"accuracy": 0.5})
-    assert folder.read_evaluations() == {"base": {"accuracy": 0.5}}
+    record = summarise([group()], "base")
+    folder.write_evaluation("base", record)
+    assert folder.read_evaluations() == {"base": record}
     with pytest.raises(RunFolderError, match="without '/'"):
         folder.write_evaluation("../x", {})
