@@ -103,8 +103,8 @@ FILES: list[tuple[str, str | bytes, list[str]]] = [
     ("no digits", TRAIN + "seed: 0x_\n", ["c.yaml:10: seed: 0x_ is no number that can be read"]),
     ("a number by tag", TRAIN + "seed: !!int x\n", ["c.yaml:10: seed: x is no number"]),
     ("an empty section", TRAIN + "rollout:\n", ["c.yaml: rollout: a section of keys belongs here, not nothing"]),
-    ("a value for a section", TRAIN + "loss: 3\n", ["c.yaml: loss: a section of keys belongs here, not 3"]),
-    ("a list for a section", TRAIN + "loss: [3]\n", ["c.yaml: loss: a section of keys belongs here, not [3]"]),
+    ("a value for a section", TRAIN + "train: 3\n", ["c.yaml: train: a section of keys belongs here, not 3"]),
+    ("a list for a section", TRAIN + "train: [3]\n", ["c.yaml: train: a section of keys belongs here, not [3]"]),
 ]  # fmt: skip
 
 
@@ -125,8 +125,8 @@ OVERRIDES: list[tuple[str, str, list[str]]] = [
     ("train", "observe.wandb=None", ["'observe.wandb=None': observe.wandb: None is a text"]),
     ("train", "observe={wandb: a, wandb: b}", ["observe.wandb: set twice"]),
     ("train", "runs=a: b: c", ["'runs=a: b: c': the value is not valid YAML"]),
-    ("train", "loss.clip=.inf", ["c.yaml: loss.clip: Input should be a finite number (got inf)"]),
-    ("train", "loss.beta=1e999", ["c.yaml: loss.beta: Input should be a finite number (got inf)"]),
+    ("train", "rollout.temperature=.inf", ["c.yaml: rollout.temperature: Input should be a finite number (got inf)"]),
+    ("train", "optimizer.eps=1e999", ["c.yaml: optimizer.eps: Input should be a finite number (got inf)"]),
     ("train", "method.alpha=.nan", ["method.alpha: Input should be a finite number (got nan)"]),
     ("train", "optimizer.min_lr=2e-4", ["c.yaml: optimizer.min_lr: 0.0002 is above optimizer.lr = 0.0001"]),
     ("sft", "optimizer.min_lr=1", ["c.yaml: optimizer.min_lr: 1 is above optimizer.lr = 0.001"]),

@@ -269,7 +269,7 @@ GOOD = '{"question": "1+1", "answer": "2"}\n'
         (GOOD + GOOD + '{"question": "1+2", "answer": ""}\n', ["rows.jsonl:3: the answer in column 'answer' is empty"]),
         (GOOD + '{"question": "1+2", "answer": "???"}\n', ["rows.jsonl:2: '???': does not parse as mathematics"]),
         (GOOD + '{"question": "1+2", "answer"\n', ["rows.jsonl:2: not valid JSON"]),
-        ("\xff".encode("latin-1"), ["rows.jsonl: cannot be read", "utf-8"]),
+        ("\xff".encode("latin-1"), ["rows.jsonl:1: cannot be read: not UTF-8"]),
     ],
 )
 def test_a_data_set_that_cannot_be_used(
