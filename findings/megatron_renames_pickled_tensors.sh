@@ -32,7 +32,9 @@ print("after: ", loader(data))
 PYTHON
 venv/bin/python written.py 2>/dev/null | tee seen
 venv/bin/python -m pip uninstall --quiet --yes megatron-core
-venv/bin/python -c 'import pickle; pickle.load(open("tensor.pickle", "rb"))' 2>&1 | tail -n 1 | sed 's/^/read elsewhere: /' | tee -a seen
+rm -rf venv/lib/python3*/site-packages/megatron # empty folders
+said=$(venv/bin/python -c 'import pickle; pickle.load(open("tensor.pickle", "rb"))' 2>&1 || true)
+echo "read elsewhere: ${said##*$'\n'}" | tee -a seen
 diff seen - <<'SEEN'
 before: torch.storage _load_from_bytes
 after:  megatron.core.safe_globals safe_load_from_bytes
