@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
+import select
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from types import FrameType
 from typing import TypeVar
 
 from megatron_efr.config import ConfigError, RunConfig
 from megatron_efr.config.file import load
-from megatron_efr.types import UserError
+from megatron_efr.durable import reason
+from megatron_efr.errors import UserError
+from megatron_efr.parent import end_with_parent, is_rank
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 EXIT_USER_ERROR = 2
 PATIENCE_S = 20.0  # for rank 0, which meets the same error
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def parser(program: str, description: str, *, resumes: bool = False) -> argparse.ArgumentParser:
@@ -33,7 +41,7 @@ def parser(program: str, description: str, *, resumes: bool = False) -> argparse
     return made
 
 
-@contextmanager
+@contextlib.contextmanager
 def configured(kind: type[ConfigT], arguments: argparse.Namespace) -> Iterator[ConfigT]:
     """The configuration that the arguments name, checked; a ConfigError within the block says which file it is of."""
     config = load(kind, arguments.config, arguments.overrides)
@@ -49,12 +57,77 @@ def world_size() -> int:
 
 
 def run(program: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
-    """Run a program; a UserError is printed by rank 0 without a traceback, and the exit code is 2."""
+    """Run a program to its exit code, without a traceback for what is no fault of the program's.
+
+    A UserError is one sentence, printed by rank 0: 2. Ctrl-C: 130, and pressed again it ends at once. A pipe that
+    nobody reads any more, such as `| head`: 141. (The last two as shells have it: 128 + signal.)
+    """
+    end_with_parent()
+    with _interruptible():
+        code = _ended(program, argv)
+    if code:
+        sys.exit(code)
+
+
+def _ended(program: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None) -> int | str | None:
+    """The program's exit code."""
     try:
-        program(argv)
+        try:
+            program(argv)
+        finally:
+            if sys.stdout is not None:  # it is where the program was started without one
+                sys.stdout.flush()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _say(f"error: {error}")
         else:  # torchrun ends all when the first one has ended, and rank 0 is to say why
             time.sleep(PATIENCE_S)
-        sys.exit(EXIT_USER_ERROR)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        if not is_rank():  # their launcher says it
+            _say("interrupted")
+        return 128 + signal.SIGINT
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _is_unread():
+            return 128 + signal.SIGPIPE
+        if error.errno not in _OF_THE_DISK:
+            raise
+        _say(f"error: {error.filename or 'output'}: {reason(error.filename or os.curdir, error)}")
+        return EXIT_USER_ERROR
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # it may be the terminal that has gone
+        print(line, file=sys.stderr, flush=True)
+
+
+def _is_unread() -> bool:
+    """Whether standard output is a pipe that nobody reads; what is still to be written then goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # 0: errors and hang-ups alone
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt once, while the program tidies up; a second one ends the process."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield  # ignored, as under nohup, or somebody else's
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

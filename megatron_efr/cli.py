@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 
 from megatron_efr import __version__
 from megatron_efr.arguments import run
@@ -23,7 +24,11 @@ PROGRAMS = {
 
 def main() -> None:
     """Hand the arguments to the program that is named first."""
-    name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    run(_dispatch, sys.argv[1:])
+
+
+def _dispatch(argv: Sequence[str] | None) -> None:
+    name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
         print("usage: efr PROGRAM ...\n\n" + "\n".join(f"  {key:10}{text}" for key, text in PROGRAMS.items()))
         print("\n`efr PROGRAM --help` says more; under several processes: torchrun -m megatron_efr.PROGRAM ...")
@@ -31,7 +36,7 @@ def main() -> None:
         print(__version__)
     elif name in PROGRAMS:
         # a report of a finished run needs no torch: programs are imported when they are asked for
-        run(importlib.import_module(f"megatron_efr.{_MODULES.get(name, name)}").main, rest)
+        importlib.import_module(f"megatron_efr.{_MODULES.get(name, name)}").main(rest)
     else:
         sys.exit(f"efr: no program {name!r}; there are: {', '.join(PROGRAMS)}")
 

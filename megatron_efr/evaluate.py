@@ -20,8 +20,9 @@ from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.ledger import request_seed
 from megatron_efr.rollout.servers.arguments import check_server_arguments
 from megatron_efr.rollout.sglang.engine import SGLangEngine
-from megatron_efr.run.environment import Evaluator
+from megatron_efr.run.environment import Evaluator, date_prompts
 from megatron_efr.run.folder import RunFolder
+from megatron_efr.run.owner import owned
 from megatron_efr.run.unfinished import Unfinished
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import TensorSource, as_folder
@@ -40,6 +41,7 @@ def evaluate(config: EvaluateConfig, record_name: str) -> Record:
     tokenizer = load_tokenizer(source.start.path)
     weights = source.weights()
     stops = stop_ids(source.start.path, tokenizer)
+    date_prompts(config.prompt, folder)
     positions = Architecture.from_folder(source.start.path).max_positions
     evaluator = Evaluator(config.evaluation, config.prompt, config.grading, tokenizer, stops, positions, config.seed)
     asked = {
@@ -48,8 +50,9 @@ def evaluate(config: EvaluateConfig, record_name: str) -> Record:
         "rollout.engine": config.rollout.engine,
         **evaluator.asked(),
     }
-    unfinished = Unfinished(path, asked)
     with ExitStack() as resources:
+        resources.enter_context(owned(folder.evaluation_lock(record_name), f"{folder.path}: evaluation {record_name}"))
+        unfinished = Unfinished(path, asked)
         grader = resources.enter_context(Grader.of(config.grading, evaluator.judgings.verifiers))
         # servers begin their random numbers anew: not with those that the journal's answers were drawn with
         seed = request_seed(config.seed, len(unfinished.journal.read().groups))
@@ -63,8 +66,8 @@ def evaluate(config: EvaluateConfig, record_name: str) -> Record:
             )
         except EngineError as error:
             raise UserError(f"{error}; the same command goes on from {unfinished.journal.path}") from error
-    folder.write_evaluation(record_name, record)
-    unfinished.clear()
+        folder.write_evaluation(record_name, record)
+        unfinished.clear()
     return record
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import ExitStack
 
 import numpy as np
 
@@ -15,9 +17,12 @@ from megatron_efr.data.prompts import load_tokenizer
 from megatron_efr.data.sft import load_sft
 from megatron_efr.observe import Observer
 from megatron_efr.policy import Policy, check_policy, joined_ranks, supervised_loss
+from megatron_efr.report.iteration import check_skipped
+from megatron_efr.run.environment import date_prompts
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.run.interruption import EXIT_REQUEUE, Interruption
-from megatron_efr.types import Sequence
+from megatron_efr.run.owner import claimed
+from megatron_efr.types import Sequence, UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import initial_weights
 
@@ -26,15 +31,17 @@ def sft(config: SftConfig, resume: bool = False) -> None:
     """Train to the end, from the start or from the newest checkpoint, and write the model folder."""
     config.check_world(arguments.world_size())
     check_policy(config.model, config.parallel, config.optimizer)
-    with joined_ranks(config.parallel, config.seed, config.model) as ranks:
+    with joined_ranks(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
         folder = RunFolder(config.folder)
-        ranks.on_main(lambda: folder.claim(dump(config), resume))
+        ranks.on_main(lambda: resources.enter_context(claimed(folder, dump(config), resume)))
+        ranks.on_main(lambda: date_prompts(config.prompt, folder))
         sequences = ranks.share(lambda: load_rows(config))
+        rows = checksum(sequences)
         policy = Policy(
             config.model, config.parallel, config.optimizer, ranks, updates=config.train.updates, seed=config.seed
         )
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
-        done = restore(policy, checkpoints) if resume else 0
+        done = restore(policy, checkpoints, rows, config.data.path) if resume else 0
         total = config.train.updates
         if resume:
             ranks.on_main(lambda: folder.go_on_from(done, total, "update", config.train.log_every))
@@ -49,11 +56,14 @@ def sft(config: SftConfig, resume: bool = False) -> None:
                     )
                     metrics = policy.update(batches, supervised_loss)
                 ending = not ranks.everywhere(interruption.received is None)
-                if step % config.train.log_every == 0 or step == total:
+                skipped = policy.optimizer.skipped_in_a_row
+                stops = skipped >= config.train.max_skipped
+                if step % config.train.log_every == 0 or step == total or stops:
                     observer.log(step, metrics)
+                check_skipped(skipped, config.train.max_skipped, f"update {step}")
                 if step % config.checkpoint.every == 0 or step == total or ending:
                     with observer.phase("checkpoint"):
-                        state = {"step": step, "initial_model": policy.initial_model}
+                        state = {"step": step, "initial_model": policy.initial_model, "rows": rows}
                         checkpoints.save(step, policy.sharded_state(), state)
                 checkpoints.settle(wait=step == total or ending)
                 if ending and step < total:
@@ -92,14 +102,30 @@ def schedule(sequences: SequenceOf[Sequence], config: SftConfig) -> Iterator[lis
                     return
 
 
-def restore(policy: Policy, checkpoints: Checkpoints) -> int:
-    """Take up the newest checkpoint: the update it was made after, 0 where there is none."""
+def checksum(sequences: SequenceOf[Sequence]) -> str:
+    """SHA-256 over the rows' token ids, and where each one's prompt ends."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(np.array([sequence.prompt_length, sequence.length, *sequence.tokens], dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def restore(policy: Policy, checkpoints: Checkpoints, rows: str, data: str) -> int:
+    """Take up the newest checkpoint: the update it was made after, 0 where there is none.
+
+    UserError where it was trained on other rows than those of checksum `rows`, which come from `data`.
+    """
     path = checkpoints.newest()
     if path is None:
         return 0
     sharded, state = checkpoints.load(path, policy.sharded_state(loading=True))
     policy.load_sharded_state(sharded)
     policy.check_initial_model(state["initial_model"], str(path))
+    if state.get("rows", rows) != rows:
+        raise UserError(
+            f"data.path: {data}: not the rows that {path} was trained on, or another template or tokenizer reads them "
+            f"(checksum there {state['rows'][:16]}, here {rows[:16]}); put them back, or give this run another name"
+        )
     return state["step"]
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +14,10 @@ from megatron_efr.config.file import dump
 from megatron_efr.durable import write_atomic
 from megatron_efr.report.records import build_summary
 from megatron_efr.report.run_page import write_run_page
-from megatron_efr.run.environment import check_evaluation
+from megatron_efr.run.environment import check_evaluation, date_prompts
 from megatron_efr.run.folder import RunFolder
-from megatron_efr.types import UserError
+from megatron_efr.run.owner import owned
+from megatron_efr.run.side_by_side import side_by_side
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +46,29 @@ class Family:
         self.base = Member("base", None, config.model.path)
         self.trained = [Member(f"alpha-{a:g}", a, str(config.folder / f"alpha-{a:g}" / "model")) for a in alphas]
 
-    def run(self, jobs: int, seconds: dict[str, float], note: str) -> None:
-        """Train, evaluate and report, at most `jobs` processes at once; `seconds` is what was spent before."""
+    def run(self, jobs: int, seconds: dict[str, float], note: str, resume: bool) -> None:
+        """Train, evaluate and report, at most `jobs` processes at once; `seconds` is what was spent before.
+
+        To `resume`, runs go on from their checkpoints and evaluations from their journals; what is finished stays.
+        """
         if jobs > 1 and self.config.rollout.urls:
             raise ConfigError(
                 f"--jobs {jobs} with rollout.urls: runs at the same time would publish different weights to the same "
                 "servers; --jobs 1, or leave urls out, and each run starts its own"
             )
         check_evaluation(self.config)
-        began = time.monotonic()
-        _side_by_side([(member.name, self._training(member)) for member in self.trained], self.folder, jobs)
+        with owned(self.folder.lock, str(self.folder.path)):
+            self._run(jobs, seconds, note, resume)
+
+    def _run(self, jobs: int, seconds: dict[str, float], note: str, resume: bool) -> None:
+        date_prompts(self.config.data.prompt, self.folder)
+        logs, began = self.folder.path / "logs", time.monotonic()
+        side_by_side([(member.name, self._training(member, resume)) for member in self.trained], logs, jobs)
         seconds["rl"] = time.monotonic() - began
         began = time.monotonic()
         members = [self.base, *self.trained]
-        _side_by_side([(f"eval {member.name}", self._evaluation(member)) for member in members], self.folder, jobs)
+        evaluations = [(f"eval {member.name}", self._evaluation(member, resume)) for member in members]
+        side_by_side([(name, command) for name, command in evaluations if command], logs, jobs)
         seconds["evaluate"] = time.monotonic() - began
         seconds["total"] = sum(seconds.values())
         alphas = {member.name: member.alpha for member in members}
@@ -69,15 +76,16 @@ class Family:
         self.folder.write_summary(summary | {"note": note})
         write_run_page(self.folder, [RunFolder(self.folder.path / member.name) for member in self.trained])
 
-    def _training(self, member: Member) -> list[str]:
+    def _training(self, member: Member, resume: bool) -> list[str]:
         config = self.config.model_copy(deep=True)
         config.name = f"{self.config.name}/{member.name}"
         config.method = config.method.model_copy(update={"alpha": member.alpha})
         path = self._write(f"{member.name}.yaml", dump(config))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
-        return [*torchrun, "-m", "megatron_efr.train", str(path)]
+        torchrun = [sys.executable, "-m", "megatron_efr.torchrun", "--standalone", f"--nproc-per-node={self.ranks}"]
+        return [*torchrun, "-m", "megatron_efr.train", str(path), *(["--resume"] if resume else [])]
 
-    def _evaluation(self, member: Member) -> list[str]:
+    def _evaluation(self, member: Member, resume: bool) -> list[str]:
+        """The command of one evaluation; empty where it is finished, and is not to be made again."""
         update = {"path": member.model} | ({} if member.alpha is None else {"init": "load"})
         config = EvaluateConfig(
             name=self.config.name,
@@ -89,8 +97,19 @@ class Family:
             grading=self.config.grading,
             rollout=self.config.rollout.for_evaluation(self.ranks),
         )
-        path = self._write(f"eval-{member.name}.yaml", dump(config))
+        name, text = f"eval-{member.name}.yaml", dump(config)
+        if resume and self._is_finished(member, name, text):
+            print(f"eval {member.name}: finished", flush=True)
+            return []
+        path = self._write(name, text)
         return [sys.executable, "-m", "megatron_efr.evaluate", str(path), f"--record={member.name}"]
+
+    def _is_finished(self, member: Member, name: str, text: str) -> bool:
+        """Whether the member's record was written after its configuration, and that is the same today."""
+        config, record = self.folder.path / "configs" / name, self.folder.evaluation_path(member.name)
+        if not (config.exists() and record.exists() and config.read_text(encoding="utf-8") == text):
+            return False
+        return record.stat().st_mtime_ns > config.stat().st_mtime_ns
 
     def _write(self, name: str, text: str) -> Path:
         path = self.folder.path / "configs" / name
@@ -98,36 +117,9 @@ class Family:
         return path
 
 
-def _side_by_side(commands: list[tuple[str, list[str]]], folder: RunFolder, jobs: int) -> None:
-    """Run named commands, `jobs` at a time; the first that fails is named with its log, and the run ends."""
-    with ThreadPoolExecutor(jobs) as pool:
-        codes = list(pool.map(lambda named: _run(named[0], named[1], folder.path / "logs"), commands))
-    failed = [name for (name, _), code in zip(commands, codes, strict=True) if code]
-    if failed:
-        raise UserError(f"{', '.join(failed)} failed; see {folder.path / 'logs'}")
-
-
-def _run(name: str, command: list[str], logs: Path) -> int:
-    """One command, its output to a log and, with its name before each line, to the terminal."""
-    logs.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    with (
-        open(logs / f"{name.replace(' ', '-')}.txt", "w", encoding="utf-8") as log,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        ) as process,
-    ):
-        assert process.stdout is not None
-        for line in process.stdout:
-            log.write(line)
-            log.flush()
-            print(f"{name:>14} | {line}", end="", flush=True)
-    return process.returncode
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr sweep`."""
-    parser = arguments.parser("sweep", "Train, evaluate and report one model per alpha.")
+    parser = arguments.parser("sweep", "Train, evaluate and report one model per alpha.", resumes=True)
     parser.add_argument("--alphas", required=True, help="comma-separated, such as 0,0.1,0.4")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run (torchrun --nproc-per-node)")
@@ -142,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if min(given.jobs, given.ranks) < 1:
         raise ConfigError(f"--jobs {given.jobs}, --ranks {given.ranks}: at least 1 of each")
     with arguments.configured(TrainConfig, given) as config:
-        Family(config, alphas, given.ranks).run(given.jobs, seconds, given.note)
+        Family(config, alphas, given.ranks).run(given.jobs, seconds, given.note, given.resume)
 
 
 if __name__ == "__main__":

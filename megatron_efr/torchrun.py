@@ -2,7 +2,8 @@
 
 torchrun ends the workers 30 seconds after a SIGTERM, dies of SIGUSR1 and leaves them behind, and exits with 1 whatever
 they answered. Here both signals are handed to the workers, which finish their iteration and save, and the exit code is
-the first failed worker's: EXIT_REQUEUE of a run that was asked to end. Everything else is torchrun's.
+the first failed worker's: EXIT_REQUEUE of a run that was asked to end. Ctrl-C ends all of them with 130 and one line.
+Everything else is torchrun's.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from types import FrameType
 
 import psutil
 from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from megatron_efr.parent import end_with_parent
 from megatron_efr.run.interruption import EXIT_REQUEUE, SIGNALS
 
 
@@ -42,6 +45,7 @@ def exit_code(code: int) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """torchrun with its own arguments."""
+    end_with_parent()
     for number in SIGNALS:
         signal.signal(number, forward)
     try:
@@ -51,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if code != EXIT_REQUEUE:
             print(failed, file=sys.stderr, flush=True)
         sys.exit(code)
+    except SignalException as ended:  # torchrun's, of the signals that it was told to handle
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(128 + ended.sigval)
+    except KeyboardInterrupt:  # before or after it handled them
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,8 @@ def loop(run: Run, done: int, interruption: Interruption) -> None:
             with observer.phase("evaluate"):
                 metrics |= run.from_engines(partial(evaluation, run, step), "an evaluation", version=step) or {}
             observer.log(step, metrics)
-            check_skipped(
-                policy.optimizer.skipped_in_a_row, config.train.max_skipped, step, run.folder.rollouts_path(step)
-            )
+            skipped, kept = policy.optimizer.skipped_in_a_row, run.folder.rollouts_path(step)
+            check_skipped(skipped, config.train.max_skipped, f"iteration {step}", kept)
             ending = not run.ranks.everywhere(interruption.received is None)
             if step % config.checkpoint.every == 0 or step == total or ending:
                 with observer.phase("checkpoint"):

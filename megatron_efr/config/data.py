@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from string import Formatter
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -65,6 +66,17 @@ class PromptConfig(Section):
     )
     max_tokens: PositiveInt = 512
     overlong: Literal["skip", "error"] = "skip"
+    date: str | None = Field(
+        default=None,
+        pattern=r"^\d{4}-\d\d-\d\d$",
+        description="YYYY-MM-DD, the day that a chat template which asks for it is told; by default the day that the "
+        "run began, also where it is resumed on another",
+    )
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return value.isoformat() if isinstance(value, date) else value  # as YAML reads it without quotes
 
     @field_validator("template")
     @classmethod

@@ -106,3 +106,4 @@ class SftTrainingConfig(Section):
         description="updates drawn together and sorted by length before they are split, so that batches waste little",
     )
     log_every: PositiveInt = 10
+    max_skipped: PositiveInt = Field(default=3, description="stop when so many updates in a row had to be skipped")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -12,6 +13,7 @@ from megatron_efr.errors import UserError
 Messages = list[dict[str, str]]
 
 _SENTINEL = "ANSWERBEGINSHERE"
+_DIRECTIVES = "aAbBcdfGHIjmMpSuUVwWxXyYzZeDFhRT"  # of strftime, glibc's too
 
 
 class PromptError(UserError, ValueError):
@@ -19,10 +21,10 @@ class PromptError(UserError, ValueError):
 
 
 class Chat:
-    """Writes conversations as the tokenizer's chat template has them."""
+    """Writes conversations as the tokenizer's chat template has them, which is told `date`, or else today's."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
+        self._tokenizer, self._date = tokenizer, date
         self.where = f"{tokenizer.name_or_path}: the chat template"
         if not tokenizer.chat_template:
             raise PromptError(
@@ -36,8 +38,11 @@ class Chat:
         PromptError with the template's own words where it refuses, and with the line of a mistake in it.
         """
         try:
+            template = self._tokenizer.get_chat_template()
+            if self._date and "strftime_now" in template:
+                template = _telling(datetime.fromisoformat(self._date)) + template
             texts: Any = self._tokenizer.apply_chat_template(
-                conversations, tokenize=False, add_generation_prompt=generation
+                conversations, chat_template=template, tokenize=False, add_generation_prompt=generation
             )
         except TemplateSyntaxError as error:
             raise PromptError(f"{self.where} is no Jinja template: line {error.lineno}: {error.message}") from error
@@ -109,3 +114,14 @@ class Chat:
             return self.write([conversation], generation)[0]
         except PromptError:
             return None
+
+
+def _telling(day: datetime) -> str:
+    """A macro in front of a chat template that takes the place of transformers' `strftime_now`, and tells `day`.
+
+    A function cannot be handed to a template: transformers 5.23 makes a text of it.
+    """
+    directives = {f"%{flag}{letter}": day.strftime(f"%{flag}{letter}") for flag in ("", "-") for letter in _DIRECTIVES}
+    texts = {"%%": "\0", **directives, "\0": "%"}
+    told = "".join(f"|replace({directive!r}, {text!r})" for directive, text in texts.items())
+    return "{%- macro strftime_now(format) -%}{{ format" + told + " }}{%- endmacro -%}"

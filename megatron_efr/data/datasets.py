@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -105,9 +106,14 @@ def _gold(row: Row, answer: str, form: Literal["auto", "gsm8k", "math", "columns
 
 
 def _difficulty(row: Row, config: DatasetConfig) -> str | int | float | None:
+    """A text or a number, whatever the column holds; None where it says nothing."""
     if config.difficulty is not None:
-        return row.columns[_column(row, config.difficulty, (), "difficulty")]
-    return next((row.columns[name] for name in _DIFFICULTY if name in row.columns), None)
+        value = row.columns[_column(row, config.difficulty, (), "difficulty")]
+    else:
+        value = next((row.columns[name] for name in _DIFFICULTY if name in row.columns), None)
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: where a table has nothing
+        return None
+    return value if type(value) in (str, int, float) else str(value)
 
 
 def _identity(row: Row) -> str:

@@ -77,7 +77,7 @@ class Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> None:
         self.tokenizer = tokenizer
         self.config = config
-        self._chat = Chat(tokenizer)
+        self._chat = Chat(tokenizer, config.date)
         self._chat.check(self._messages("1 + 1"), self._messages("2 + 2"))
         if config.prefill == "none" and (added := self._chat.added(self._messages("1 + 1"))):
             raise PromptError(

@@ -14,14 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_efr.arguments import run
+from megatron_efr.checkpoint.model_source import find_model
 from megatron_efr.cluster.placement import RENDEZVOUS_PORT
-from megatron_efr.config import RolloutConfig, TrainConfig
-from megatron_efr.config.file import load
+from megatron_efr.config import EvaluateConfig, RolloutConfig, RunConfig, SftConfig, TrainConfig
 from megatron_efr.doctor import machine
 from megatron_efr.doctor.engine import check_engine, check_router, check_servers
 from megatron_efr.doctor.finding import Finding, missing
 from megatron_efr.doctor.model import check_prompt, check_weights
 from megatron_efr.doctor.packages import check_apex, check_packages, check_transformer_engine, requirements
+from megatron_efr.doctor.programs import load_any
 from megatron_efr.errors import UserError
 from megatron_efr.memory import checkpoint_bytes
 from megatron_efr.rollout.servers.addresses import KEY
@@ -31,7 +32,7 @@ STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
 ROOM = 2 * 2**30  # bytes of disk for a run's records, where the model is not known
 
 
-def examine(config: TrainConfig | None, ports: Sequence[int]) -> Iterator[Finding]:
+def examine(config: RunConfig | None, ports: Sequence[int]) -> Iterator[Finding]:
     """Every finding, in the order in which they would stop a run; what `config` needs and lacks is a problem."""
     real = config is not None and config.model.dtype == "bfloat16"  # on a CPU only tests train, and they in fp32
     yield from check_packages()
@@ -39,7 +40,7 @@ def examine(config: TrainConfig | None, ports: Sequence[int]) -> Iterator[Findin
     yield machine.check_triton(needed=config is not None and config.model.kernels == "triton")
     yield from check_transformer_engine(needed=config is not None and config.model.layers == "transformer_engine")
     yield check_apex()
-    rollout = config.rollout if config is not None else RolloutConfig()
+    rollout = config.rollout if isinstance(config, TrainConfig | EvaluateConfig) else RolloutConfig()
     pins = {r.name: next(iter(r.specifier)).version for r in requirements() if r.name in ("sglang", "sglang-router")}
     starts = rollout.engine == "sglang" and not rollout.urls
     yield from check_engine(rollout.python, pins.get("sglang"), needed=starts)
@@ -52,28 +53,35 @@ def examine(config: TrainConfig | None, ports: Sequence[int]) -> Iterator[Findin
         yield machine.check_disk(Path("runs"), ROOM, "a small run")
     yield machine.check_shared_memory()
     yield machine.check_threads(os.environ, len(os.sched_getaffinity(0)))
-    if torch.cuda.is_available() and rollout.engine == "sglang" and rollout.placement == "apart":
+    apart = isinstance(rollout, RolloutConfig) and rollout.placement == "apart"
+    if torch.cuda.is_available() and rollout.engine == "sglang" and apart:
         yield machine.check_nccl_settings(os.environ)
     for port in ports:
         yield machine.check_port(port, "torchrun's rendezvous" if port == RENDEZVOUS_PORT else "asked for")
 
 
-def check_run(config: TrainConfig) -> Iterator[Finding]:
-    """What this run reads and writes."""
-    needed = ROOM
+def check_run(config: RunConfig) -> Iterator[Finding]:
+    """What this run, or this evaluation, reads and writes."""
+    needed, what = ROOM, "records"
+    model, checkpoint = config.model, None
     try:
-        architecture = Architecture.from_folder(config.model.path)
+        if isinstance(config, EvaluateConfig):  # perhaps of a checkpoint, or of a run's newest
+            source = find_model(config.model, config.seed, config.template)
+            model, checkpoint = source.start, source.checkpoint
+        architecture = Architecture.from_folder(model.path)
     except UserError as error:
         yield Finding("model", "problem", str(error), "model.path=FOLDER, a Hugging Face folder on this machine")
     else:
         yield Finding("model", "ok", f"{architecture.model_type} in {config.model.path}")
-        yield check_weights(config.model, config.seed)
-        yield check_prompt(config)
-        needed += (config.checkpoint.keep + 1) * checkpoint_bytes(architecture, config.model.dtype)
-    yield machine.check_disk(
-        config.folder, needed, f"{config.checkpoint.keep} checkpoints, one being written, and records"
-    )
-    if config.observe.wandb is not None and importlib.util.find_spec("wandb") is None:
+        if checkpoint is None:
+            yield check_weights(model, config.seed)
+        yield check_prompt(config.model_copy(update={"model": model}))
+        if isinstance(config, TrainConfig | SftConfig):
+            needed += (config.checkpoint.keep + 1) * checkpoint_bytes(architecture, config.model.dtype)
+            what = f"{config.checkpoint.keep} checkpoints, one being written, and records"
+    yield machine.check_disk(config.folder, needed, what)
+    wandb = config.observe.wandb if isinstance(config, TrainConfig | SftConfig) else None
+    if wandb is not None and importlib.util.find_spec("wandb") is None:
         yield missing(
             "wandb", "observe.wandb is set, and it is not installed", "pip install 'megatron-efr[wandb]'", True
         )
@@ -96,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
     parser.add_argument("--port", type=int, action="append", help=f"a port to look at (default: {RENDEZVOUS_PORT})")
     given = parser.parse_intermixed_args(argv)
-    config = None if given.config is None else load(TrainConfig, given.config, given.overrides)
+    config = None if given.config is None else load_any(given.config, given.overrides)
     findings = list(examine(config, given.port or [RENDEZVOUS_PORT]))
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table(findings))

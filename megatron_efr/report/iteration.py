@@ -132,13 +132,14 @@ def check_logprobs(drift: Mapping[str, float], config: TrainingConfig, loud: boo
         )
 
 
-def check_skipped(skipped_in_a_row: int, limit: int, step: int, rollouts: Path) -> None:
-    """Stop a run that only skips updates; `rollouts` is where the last iteration's are kept."""
+def check_skipped(skipped_in_a_row: int, limit: int, when: str, rollouts: Path | None = None) -> None:
+    """Stop a run that only skips updates; `rollouts` is where the last iteration's are kept, if it has any."""
     if skipped_in_a_row >= limit:
+        replay = f"efr train CONFIG --replay {rollouts}"
         raise GradientError(
-            f"iteration {step}: the last {skipped_in_a_row} updates had a gradient that is not finite and were skipped "
-            f"(train.max_skipped = {limit}). The iteration's rollouts are in {rollouts}; to run its updates alone: "
-            f"efr train CONFIG --replay {rollouts}"
+            f"{when}: the last {skipped_in_a_row} updates had a gradient that is not finite and were skipped "
+            f"(train.max_skipped = {limit})"
+            + (f". The iteration's rollouts are in {rollouts}; to run its updates alone: {replay}" if rollouts else "")
         )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 MAY_CHANGE = (
-    *("runs", "observe", "checkpoint", "evaluation", "train.iterations", "parallel.wait_limit_s"),
+    *("runs", "observe", "checkpoint", "evaluation", "train.iterations", "train.max_skipped"),
+    "parallel.wait_limit_s",
     *("rollout.urls", "rollout.python", "rollout.timeouts", "rollout.max_new_tokens"),
 )
 """Keys, or sections, that a resumed run may set anew."""

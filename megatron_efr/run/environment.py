@@ -202,6 +202,11 @@ def check_evaluation(config: TrainConfig) -> None:
     evaluator_of(config, tokenizer, stop_ids(config.model.path, tokenizer), positions)
 
 
+def date_prompts(prompt: PromptConfig, folder: RunFolder) -> None:
+    """Let prompts that tell a date tell the day on which work in `folder` began, where `prompt` names none."""
+    prompt.date = prompt.date or folder.began()
+
+
 def load_prompts(
     datasets: Sequence[DatasetConfig],
     tokenizer: PreTrainedTokenizerBase,

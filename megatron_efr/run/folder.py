@@ -1,6 +1,6 @@
 """The run folder: what a run writes, where it lies, and how it survives a fault.
 
-runs/<name>/ config.yaml · metrics.jsonl · checkpoints/ · journal/ · rollouts/step_000010.jsonl.zst
+runs/<name>/ config.yaml · began · metrics.jsonl · checkpoints/ · journal/ · rollouts/step_000010.jsonl.zst
              eval/<name>.json · eval/unfinished/ · report/ · summary.json
 """
 
@@ -13,6 +13,7 @@ import os
 import sys
 import zlib
 from collections.abc import Iterable, Mapping
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -182,7 +183,9 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.lock = self.path / ".lock"  # while a run works here
         self.config = self.path / "config.yaml"
+        self.first_day = self.path / "began"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.rollouts = self.path / "rollouts"
@@ -222,6 +225,18 @@ class RunFolder:
         if resume:
             self.read_metrics()
         write_atomic(self.config, resolved_yaml)
+
+    def began(self) -> str:
+        """The day on which work here began, YYYY-MM-DD: today where none is kept yet, and that one for good."""
+        if not self.first_day.exists():
+            write_atomic(self.first_day, datetime.now().date().isoformat() + "\n")
+        text = self.first_day.read_text(encoding="utf-8", errors="replace").strip()
+        try:
+            return date.fromisoformat(text).isoformat()
+        except ValueError as error:
+            raise RunFolderError(
+                f"{self.first_day}: {text!r} is no day; write the one on which this run began, YYYY-MM-DD"
+            ) from error
 
     def append_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Add one line `{"step": step, ...}`. Values that are not finite are written as null."""
@@ -307,6 +322,10 @@ class RunFolder:
         if not name or "/" in name or name.startswith("."):
             raise RunFolderError(f"evaluation name {name!r}: a file name without '/' and not beginning with '.'")
         return self.evaluations / f"{name}.json"
+
+    def evaluation_lock(self, name: str) -> Path:
+        """The lock of an evaluation that will write eval/<name>.json."""
+        return self.evaluation_path(name).with_name(f".{name}.lock")
 
     def write_evaluation(self, name: str, record: Mapping[str, Any]) -> Path:
         """Save an evaluation record as eval/<name>.json and return its path."""

@@ -18,8 +18,9 @@ from megatron_efr.policy import Policy, Ranks, check_policy, joined_ranks
 from megatron_efr.rollout.servers.arguments import check_server_arguments
 from megatron_efr.rollout.servers.run_servers import Servers, serving
 from megatron_efr.rollout.servers.seats import Host
-from megatron_efr.run.environment import Environment
+from megatron_efr.run.environment import Environment, date_prompts
 from megatron_efr.run.folder import RunFolder
+from megatron_efr.run.owner import claimed
 from megatron_efr.run.phases import Phases
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publication import build_publisher
@@ -109,7 +110,9 @@ def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> I
     with joined_ranks(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
         folder, environment, servers = RunFolder(config.folder), None, Servers()
         if asks:
-            ranks.on_main(lambda: folder.claim(dump(algorithms.resolved(config, algorithm)), resume))
+            claimed_as = dump(algorithms.resolved(config, algorithm))
+            ranks.on_main(lambda: resources.enter_context(claimed(folder, claimed_as, resume)))
+            ranks.on_main(lambda: date_prompts(config.data.prompt, folder))
             environment, servers = _environment(config, ranks, resources)
         publisher = build_publisher(config, environment and environment.engine, ranks.cpu_world, servers.restart)
         phases = build_phases(config, publisher, environment, servers, ranks, asks)

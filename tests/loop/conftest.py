@@ -29,14 +29,14 @@ from megatron_efr.methods.base import Method
 
 class Typical(Method):
     class Options(Section):
-        pass
+        alpha: float = 0.0
 
     def __init__(self, options):
         super().__init__(options)
         self.seen, self.mean = 0, 8.0
 
     def rewards(self, group):
-        return -np.abs(group.lengths - self.mean) / 24
+        return -np.abs(group.lengths - self.mean * (1 - self.options.alpha)) / 24
 
     def advantages(self, groups):
         for group in groups:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -96,6 +97,41 @@ def test_the_launcher_hands_a_signal_on_and_answers_as_the_ranks_do(config: Path
     assert 2 <= last < 1000
     assert (run / "checkpoints/latest").read_text() == f"step_{last:06d}", "the ranks did not agree where to end"
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["iterations"] == 1000
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("launcher", ["megatron_efr.torchrun", "torch.distributed.run"])
+def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_is_free_at_once(
+    config: Path, program: Program, tmp_path: Path, launcher: str
+) -> None:
+    torchrun = [launcher, "--standalone", "--nproc-per-node=2", "-m", "megatron_efr.train", str(config)]
+    running = start([*torchrun, f"runs={tmp_path}", "train.iterations=1000"])
+    try:
+        wait_for(tmp_path / "run/journal/step_000001.jsonl", running)
+        ranks = psutil.Process(running.pid).children()
+        assert len(ranks) == 2
+        refused = program("train", "--resume", config, f"runs={tmp_path}", expect=2).stderr
+    finally:
+        running.kill()
+        running.communicate()
+    assert f"{tmp_path / 'run'}: is being worked on by process {ranks[0].pid} on host" in refused
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive
+    done = program("train", "--resume", config, f"runs={tmp_path}", "train.iterations=1")
+    assert f"{tmp_path / 'run'}: " in done.stdout
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("launcher", [[], ["megatron_efr.torchrun", "--standalone", "--nproc-per-node=2", "-m"]])
+def test_ctrl_c_ends_a_run_with_130_and_one_line_of_its_own(config: Path, tmp_path: Path, launcher: list[str]) -> None:
+    running = start([*launcher, "megatron_efr.train", str(config), f"runs={tmp_path}", "train.iterations=1000"])
+    wait_for(tmp_path / "run/journal/step_000001.jsonl", running)
+    running.send_signal(signal.SIGINT)
+    output = running.communicate(timeout=120)[0]
+    assert running.returncode == 130, output
+    assert output.splitlines().count("interrupted") == 1
+    assert "Traceback" not in output
+    assert not (tmp_path / "run/.lock").exists()
 
 
 def test_the_launcher_passes_on_what_a_program_answers_by_itself(tmp_path: Path) -> None:

@@ -188,9 +188,26 @@ def test_a_killed_warm_start_equals_one_that_was_not(task: Path, program: Progra
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
     program("sft", config, f"runs={run.parent}", killed_at="update:8")
     assert metrics(run) == metrics(whole)[:3]
-    program("sft", "--resume", config, f"runs={run.parent}")
+    rows = (task / "sft.jsonl").read_text()
+    (task / "sft.jsonl").write_text(rows.replace("+", "-", 1))
+    refused = program("sft", "--resume", config, f"runs={run.parent}", expect=2).stderr
+    assert f"data.path: {task}/sft.jsonl: not the rows that {run}/checkpoints/step_000004 was trained on" in refused
+    (task / "sft.jsonl").write_text(rows)
+    resumed = program("sft", "--resume", config, f"runs={run.parent}")
+    assert f"{run}: goes on after update 4 of 8" in resumed.stdout
     assert metrics(run) == metrics(whole)
     assert digests(run / "model") == digests(whole / "model")
+
+
+def test_a_warm_start_that_only_skips_updates_stops(task: Path, program: Program, tmp_path: Path) -> None:
+    config = task / "exploding.yaml"
+    config.write_text(SFT.format(task=task).replace("schedule: cosine, warmup_updates: 3", "clip_grad: 0"))
+    stopped = program("sft", config, f"runs={tmp_path}", "optimizer.lr=1e30", "train.max_skipped=2", expect=2)
+    lines = RunFolder(tmp_path / "run").read_metrics()
+    last = lines[-1]["step"]
+    assert f"update {last}: the last 2 updates had a gradient that is not finite and were skipped" in stopped.stderr
+    assert lines[-1]["skipped"] == 1
+    assert last < 8
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def refused(
         for module in (run, sft):
             monkeypatch.setattr(module, "joined_ranks", join)
         monkeypatch.setattr(LocalEngine, "publish", work)
-        monkeypatch.setattr(sweep, "_run", work)
+        monkeypatch.setattr(sweep, "side_by_side", work)
         monkeypatch.setattr(*((policy, "build_chunks") if before == "model" else (policy.Policy, "update")), work)
         path = tmp_path / f"{program}.yaml"
         path.write_text(yaml.safe_dump(configuration(program, task)))

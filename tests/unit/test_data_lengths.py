@@ -93,7 +93,7 @@ def test_every_program_refuses_what_is_longer_than_the_model(place: Path, monkey
     held_out["evaluation"]["max_new_tokens"] = 4000
     with pytest.raises(PromptError, match=rf"^evaluation.max_new_tokens: 4000 tokens after .*{said}"):
         Environment(TrainConfig.model_validate(held_out))
-    monkeypatch.setattr(sweep, "_run", lambda *args: pytest.fail("a member was started"))
+    monkeypatch.setattr(sweep, "side_by_side", lambda *args: pytest.fail("a member was started"))
     with pytest.raises(PromptError, match=rf"^evaluation.max_new_tokens: 4000 tokens after .*{said}"):
         sweep.Family(TrainConfig.model_validate(held_out), [0.1], 1).run(1, {}, "")
     keys = ("name", "runs", "model", "evaluation")

@@ -1,5 +1,7 @@
 """Data sets become problems, and rows that cannot are named with file and line."""
 
+import datetime
+import decimal
 import json
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,35 @@ def test_columns_as_configured(tmp_path: Path) -> None:
     config = DatasetConfig(path=path, format="columns", question="ask", answer="reply", difficulty="hard")
     [problem] = load_problems(config)
     assert (problem.question, problem.gold, problem.difficulty) == ("1+1", "2", "low")
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        ("Level 3", "Level 3"),
+        (3, 3),
+        (0.25, 0.25),
+        (True, "True"),
+        (None, None),
+        (float("nan"), None),
+        ([1, 2], "[1, 2]"),
+        ({"a": 1}, "{'a': 1}"),
+    ],
+)
+def test_a_difficulty_of_any_type_is_a_text_or_a_number(tmp_path: Path, value: Any, read: Any) -> None:
+    path = lines(tmp_path / "a.jsonl", {"question": "1+1", "answer": "2", "difficulty": value})
+    [problem] = load_problems(DatasetConfig(path=path))
+    assert problem.difficulty == read
+    assert type(problem.difficulty) is type(read)
+
+
+def test_difficulties_that_json_has_no_type_for_become_text(tmp_path: Path) -> None:
+    day, number = datetime.datetime(2020, 2, 29), decimal.Decimal("1.5")
+    rows = {"question": ["1+1"], "answer": ["2"], "difficulty": [day], "level": [number]}
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_dict(rows).to_parquet(path)
+    configs = [DatasetConfig(path=str(path), difficulty=column) for column in ("difficulty", "level")]
+    assert [load_problems(config)[0].difficulty for config in configs] == ["2020-02-29 00:00:00", "1.5"]
 
 
 def test_ids_are_stable_when_rows_are_appended(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Prompts: the chat template's own ids, what stands after the assistant tag, limits, vocabulary, stop ids."""
 
+import copy
 import json
 import shutil
+from datetime import date, datetime
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,28 @@ def test_ids_are_the_templates_own_with_one_bos(tokenizer: PreTrainedTokenizerBa
     assert (prompt.id, prompt.gold) == ("d/1", "2")
     assert prompt.meta == {"dataset": "d", "difficulty": 3, "where": "d.jsonl:1", "question": prompt.meta["question"]}
     assert prompt.meta["question"] in prompt.text
+
+
+def test_a_template_that_tells_a_date_tells_the_configured_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    asking = copy.deepcopy(tokenizer)
+    asking.chat_template = "{{ strftime_now('%d %b %Y') }}" + str(tokenizer.chat_template)
+    plain = render(problem(), tokenizer, PromptConfig())
+    dated = render(problem(), asking, PromptConfig(date="2020-02-29"))
+    assert dated.text == "29 Feb 2020" + plain.text
+    assert list(dated.tokens) == [*tokenizer.encode("29 Feb 2020", add_special_tokens=False), *plain.tokens]
+    for form in ("%Y-%m-%d", "%A, %-d %B %y", "%H:%M %p 100%%d", "%c|%x|%X|%j"):
+        asking.chat_template = "{% set d = strftime_now(" + repr(form) + ") %}{{ d }}"
+        [(told, _)] = Renderer(asking, PromptConfig(date="2020-02-29")).render(["q"])
+        assert told == datetime(2020, 2, 29).strftime(form)
+    asking.chat_template = "{{ strftime_now('%d %b %Y') }}" + str(tokenizer.chat_template)
+    today = render(problem(), asking, PromptConfig()).text
+    assert today == f"{datetime.now():%d %b %Y}{plain.text}", "this test ran over midnight"
+
+
+def test_a_date_is_a_day_however_yaml_reads_it() -> None:
+    assert PromptConfig.model_validate({"date": date(2020, 2, 29)}).date == "2020-02-29"
+    with pytest.raises(ValueError, match="date"):
+        PromptConfig(date="29 Feb 2020")
 
 
 def test_bos_adding_tokenizer_still_gives_one_bos(tokenizer: PreTrainedTokenizerBase) -> None:

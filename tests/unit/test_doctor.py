@@ -14,14 +14,16 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from megatron_efr.config import TrainConfig
+from megatron_efr.config import ConfigError, EvaluateConfig, RunConfig, SftConfig, TrainConfig
 from megatron_efr.data.byte_model import BYTE_MODEL, byte_tokenizer
 from megatron_efr.data.model_folder import write_model_folder
 from megatron_efr.doctor import machine
+from megatron_efr.doctor.__main__ import examine
 from megatron_efr.doctor.engine import Versions, check_engine, check_router, compare
 from megatron_efr.doctor.finding import Finding
 from megatron_efr.doctor.model import check_prompt, check_weights
 from megatron_efr.doctor.packages import check_apex, check_packages, check_version, requirements
+from megatron_efr.doctor.programs import load_any
 
 ROOT = Path(__file__).parents[2]
 
@@ -206,6 +208,34 @@ def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"TRITON_INTERPRET": "0", "COLUMNS": "160"}
     command = [sys.executable, "-m", "megatron_efr.doctor", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "kind"),
+    [
+        ("evaluate.yaml", [], EvaluateConfig),
+        ("quickstart/sft.yaml", [], SftConfig),
+        ("quickstart/rl.yaml", [], TrainConfig),
+        ("paper_7b.yaml", ["data.prompt.system=Be brief."], TrainConfig),
+    ],
+)
+def test_every_programs_configuration_is_known_by_its_sections(
+    tied_model: Path, tmp_path: Path, file: str, overrides: list[str], kind: type[RunConfig]
+) -> None:
+    model = [f"model.path={tied_model}", "model.init=load", f"runs={tmp_path}"]
+    config = load_any(str(ROOT / "examples" / file), [*overrides, *model])
+    assert type(config) is kind
+    found = {finding.subject: finding for finding in examine(config, [])}
+    assert found["model"].verdict == "ok"
+    assert f"qwen2 in {tied_model}" in found["model"].found
+    assert ("checkpoints" in found["disk"].found) == (kind is not EvaluateConfig)
+
+
+def test_a_configuration_that_cannot_be_read_is_said_to_be_so(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("name: [")
+    for path in ("absent.yaml", "a.yaml"):
+        with pytest.raises(ConfigError, match=path):
+            load_any(str(tmp_path / path), [])
 
 
 @pytest.mark.heavy

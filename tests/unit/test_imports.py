@@ -20,7 +20,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "types": {"errors"},
     "durable": {"errors"},
     "config": {"errors"},
-    "arguments": BASE,
+    "parent": set(),
+    "arguments": BASE | {"parent"},
     "transformer_engine": set(),
     "algorithms": BASE,
     "kernels": BASE | {"algorithms.objective"},
@@ -38,18 +39,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": BASE | {"weights.architecture", "weights.mapping", "kernels"},
     "run": BASE
     | WEIGHTS
-    | {"algorithms", "arguments", "checkpoint", "data", "grading", "memory", "methods", "observe", "policy"}
-    | {"report.records", "report.stored", "rollout"},
+    | {"algorithms", "arguments", "checkpoint", "data", "grading", "memory", "methods", "observe", "parent"}
+    | {"policy", "report.records", "report.stored", "rollout"},
     "convert": BASE | WEIGHTS | {"arguments", "checkpoint", "policy"},  # policy, where logits are compared
     "grade": BASE | {"arguments", "data.datasets", "data.rows", "grading"},
     "inspect_checkpoint": BASE | {"arguments", "checkpoint.manifest", "weights.torch_dist"},
-    "torchrun": {"run.interruption"},
+    "torchrun": {"parent", "run.interruption"},
     "cluster": BASE
     | {"arguments", "weights.architecture"}
     | {"rollout.servers.addresses", "rollout.servers.launcher", "rollout.servers.seats"},
     "doctor": BASE
     | {
         "arguments",
+        "checkpoint.model_source",
         "cluster.commands",
         "cluster.placement",
         "data",

@@ -1,6 +1,7 @@
 """The run folder: lossless, claimed by one configuration, whole after a crash at any point."""
 
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -245,6 +246,18 @@ def test_a_damaged_configuration_is_named(tmp_path, text):
     folder.config.write_text(text)
     with pytest.raises(RunFolderError, match=r"config\.yaml: (not readable|damaged)"):
         folder.claim(CONFIG, resume=True)
+
+
+def test_the_day_on_which_work_began_is_kept_for_good(tmp_path):
+    folder = RunFolder(tmp_path / "a")
+    first = folder.began()
+    assert datetime.date.fromisoformat(first) == datetime.date.today()
+    folder.first_day.write_text("2001-02-03\n")
+    assert folder.began() == "2001-02-03"
+    assert RunFolder(tmp_path / "a").began() == "2001-02-03"
+    folder.first_day.write_text("soon")
+    with pytest.raises(RunFolderError, match=r"began: 'soon' is no day"):
+        folder.began()
 
 
 def test_what_killed_writes_left_is_removed_by_the_next_owner(tmp_path):

@@ -11,6 +11,7 @@ from megatron_efr import sweep
 from megatron_efr.config import EvaluateConfig, EvaluationEnginesConfig, RolloutConfig, TrainConfig
 from megatron_efr.config.file import load
 from megatron_efr.errors import UserError
+from megatron_efr.run import side_by_side
 
 
 def evaluations(place: Path, monkeypatch: pytest.MonkeyPatch, rollout: dict[str, Any]) -> list[EvaluateConfig]:
@@ -26,9 +27,9 @@ def evaluations(place: Path, monkeypatch: pytest.MonkeyPatch, rollout: dict[str,
         "evaluation": {"datasets": [{"path": "test.jsonl"}]},
     }
     monkeypatch.setattr(sweep, "check_evaluation", lambda config: None)  # there are no files
-    monkeypatch.setattr(sweep, "_run", lambda name, command, logs: name.startswith("eval"))
+    monkeypatch.setattr(side_by_side, "_run", lambda name, *_: name.startswith("eval"))
     with pytest.raises(UserError, match=r"eval base, eval alpha-0\.1 failed"):
-        sweep.Family(TrainConfig.model_validate(tree), [0.1], 2).run(1, {}, "")
+        sweep.Family(TrainConfig.model_validate(tree), [0.1], 2).run(1, {}, "", resume=False)
     names = ("base", "alpha-0.1")
     return [load(EvaluateConfig, place / f"family/configs/eval-{name}.yaml") for name in names]
 

@@ -1,0 +1,148 @@
+"""How programs end: by Ctrl-C, into a pipe that nobody reads, on a full disk, with their launcher."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+RUN = """
+import argparse, os, sys, time
+from megatron_efr import arguments
+
+def program(argv):
+    {body}
+
+arguments.run(program)
+"""
+
+
+def start(body: str, **options: object) -> subprocess.Popen[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment} | options
+    return subprocess.Popen([sys.executable, "-c", RUN.format(body=body)], text=True, **pipes)  # pyright: ignore
+
+
+def ended(body: str, **options: object) -> tuple[int, str, str]:
+    process = start(body, **options)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def interrupt(process: subprocess.Popen[str]) -> tuple[int, str]:
+    assert process.stdout is not None
+    assert process.stdout.readline() == "works\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
+
+
+def test_ctrl_c_is_130_and_one_line() -> None:
+    assert interrupt(start("print('works', flush=True); time.sleep(60)")) == (130, "interrupted\n")
+
+
+def test_a_second_ctrl_c_ends_a_program_that_takes_long_to_tidy_up() -> None:
+    body = (
+        "print('works', flush=True)\n    try: time.sleep(60)\n    finally: print('tidies', flush=True); time.sleep(60)"
+    )
+    process = start(body)
+    assert process.stdout is not None
+    for line in ("works\n", "tidies\n"):
+        assert process.stdout.readline() == line
+        process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("for i in range(10**6): print(i)", 141),
+        ("print('short')", 141),
+        ("raise SystemExit(0)", 0),
+        ("argparse.ArgumentParser().parse_args(['-h'])", 0),  # argparse takes it for granted
+    ],
+)
+def test_a_pipe_that_nobody_reads_ends_a_program_without_a_word(body: str, expected: int) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    code, _, err = ended(body, stdout=writes)
+    os.close(writes)
+    assert (code, err) == (expected, "")
+
+
+def test_head_takes_what_it_wants() -> None:
+    command = f'{sys.executable} -c "$PROGRAM" | head -n 1; echo "${{PIPESTATUS[0]}}"'
+    program = RUN.format(body="for i in range(10**6): print(i)")
+    done = subprocess.run(
+        ["bash", "-c", command], env=os.environ | {"PROGRAM": program}, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("0\n141\n", "")
+
+
+def test_a_broken_pipe_that_is_not_the_programs_output_is_a_fault_and_shows_itself() -> None:
+    code, _, err = ended("raise BrokenPipeError('to a worker')")
+    assert code == 1
+    assert "BrokenPipeError: to a worker" in err
+
+
+def test_a_disk_error_that_nobody_foresaw_is_a_sentence() -> None:
+    code, _, err = ended("raise OSError(28, 'No space left on device', '/x/y')")
+    assert code == 2
+    assert err.startswith("error: /x/y: No space left on device; ")
+    assert err.count("\n") == 1
+
+
+def test_output_to_a_full_device_is_a_sentence() -> None:
+    with open("/dev/full", "w") as full:
+        code, _, err = ended("print('x', flush=True)", stdout=full)
+        assert (code, err.split(";")[0]) == (2, "error: output: No space left on device")
+        code, _, err = ended("print('x')", stdout=full)
+        assert (code, err.split(";")[0]) == (2, "error: output: No space left on device")
+
+
+def test_the_exit_codes_of_programs_are_their_own() -> None:
+    assert ended("sys.exit(75)")[0] == 75
+    assert ended("pass")[0] == 0
+    assert ended("sys.exit('said')")[::2] == (1, "said\n")
+
+
+LAUNCHED = """
+import os, subprocess, sys
+subprocess.Popen([sys.executable, "-c", os.environ["PROGRAM"]], env=os.environ | {{{extra}}}).wait()
+"""
+PROGRAM = """
+import os, time
+from megatron_efr.parent import end_with_parent
+end_with_parent()
+print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("extra", "survives"),
+    [
+        ("'TORCHELASTIC_RUN_ID': 'x'", False),
+        ("'MEGATRON_EFR_LAUNCHER': str(os.getpid())", False),
+        ("'MEGATRON_EFR_LAUNCHER': '1'", True),
+    ],
+)
+def test_a_launcher_that_is_killed_takes_its_programs_along(extra: str, survives: bool) -> None:
+    command, environment = [sys.executable, "-c", LAUNCHED.format(extra=extra)], os.environ | {"PROGRAM": PROGRAM}
+    launcher = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    child = psutil.Process(int(launcher.stdout.readline()))
+    launcher.kill()
+    launcher.wait()
+    if survives:
+        time.sleep(0.2)
+        assert child.status() != psutil.STATUS_ZOMBIE
+        child.kill()
+    else:
+        psutil.wait_procs([child], timeout=10)
+        assert not child.is_running()
