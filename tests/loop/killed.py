@@ -8,6 +8,7 @@ logged:STEP          after the metrics line of STEP, while the next line is bein
 save:STEP            while Megatron's files of STEP's checkpoint are being written
 background:STEP      while STEP's checkpoint is being written in the background and a later iteration trains
 seconds:S            S seconds after the policy began to be built, wherever the program is then
+working:S            S seconds after it owned its folder or record, wherever the program is then
 stuck:N              not killed: its N-th optimizer update never ends
 renamed:STEP         when STEP's checkpoint is in place, before it has been verified and `latest` has moved
 """
@@ -180,6 +181,18 @@ def at_seconds(seconds: str) -> None:
     Policy.__init__ = hooked
 
 
+def at_working(seconds: str) -> None:
+    from megatron_efr.run import owner
+
+    owned = owner.owned
+
+    def hooked(lock: Path, what: str) -> Any:
+        threading.Timer(float(seconds), die).start()
+        return owned(lock, what)
+
+    owner.owned = hooked
+
+
 MOMENTS: dict[str, Callable[..., None]] = {
     "rollout": at_rollout,
     "answer": at_answer,
@@ -191,6 +204,7 @@ MOMENTS: dict[str, Callable[..., None]] = {
     "background": at_background,
     "renamed": at_renamed,
     "seconds": at_seconds,
+    "working": at_working,
 }
 
 
@@ -199,7 +213,7 @@ def main() -> None:
     MOMENTS[kind](*details)
     importlib.import_module(f"megatron_efr.{sys.argv[2]}").main(sys.argv[3:])
     if kind != "servers":
-        threading.Event().wait(30)  # for a kill that the program was too fast for
+        threading.Event().wait(250)  # for a kill that the program was too fast for
 
 
 if __name__ == "__main__":
