@@ -63,6 +63,7 @@ def run(program: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
     nobody reads any more, such as `| head`: 141. (The last two as shells have it: 128 + signal.)
     """
     end_with_parent()
+    threading.excepthook = _thread_ended
     with _interruptible():
         code = _ended(program, argv)
     if code:
@@ -97,6 +98,14 @@ def _ended(program: Callable[[Sequence[str] | None], None], argv: Sequence[str] 
     except SystemExit as end:
         return end.code
     return 0
+
+
+def _thread_ended(ended: threading.ExceptHookArgs) -> None:
+    """Say in one line what a full disk did to a library's thread: who waits for it hears of it too."""
+    if isinstance(ended.exc_value, OSError) and ended.exc_value.errno in _OF_THE_DISK:
+        _say(f"{ended.thread.name if ended.thread else 'a thread'}: {ended.exc_value}")
+    else:
+        threading.__excepthook__(ended)
 
 
 def _say(line: str) -> None:

@@ -31,16 +31,16 @@ def writing(path: str | Path, remains: str = "what was there before is whole") -
 def reason(path: str | Path, error: Exception) -> str:
     """Why `path` cannot be written, and how much room there is."""
     why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    place = existing(Path(path))
+    place = standing(Path(path).parent)
     try:
         return f"{why}; {shutil.disk_usage(place).free:,} bytes are free at {place}"
     except OSError:  # the file system is gone
         return f"{why}; {place} is not readable either"
 
 
-def existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that is there."""
-    return next((place for place in (path.absolute(), *path.absolute().parents) if place.exists()), Path("/"))
+def standing(folder: Path) -> Path:
+    """`folder`, or the nearest above it that is there."""
+    return next((place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir()), Path("/"))
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
@@ -105,8 +105,8 @@ def write_whole(file: BinaryIO, data: bytes) -> None:
         raise
 
 
-def remove_torn_writes(folder: Path) -> None:
-    """Remove what writes left in `folder` that were killed. Its owner alone calls it."""
+def remove_torn_writes(folder: Path, files: str = "*") -> None:
+    """Remove what killed writes of these `files`, a pattern, left in `folder`. Their owner alone calls it."""
     with writing(folder):
-        for left in folder.glob(".*.tmp"):
+        for left in folder.glob(f".{files}.*.tmp"):
             left.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from megatron_efr.checkpoint.manifest import (
 )
 from megatron_efr.checkpoint.shards import UNWRITTEN, Shards, check_readable
 from megatron_efr.config import CheckpointConfig
-from megatron_efr.durable import reason, replace_file, sync_folder, writing
+from megatron_efr.durable import reason, remove_torn_writes, replace_file, sync_folder, writing
 
 
 class World(Protocol):
@@ -175,6 +175,7 @@ class Checkpoints:
         latest = self.folder / LATEST
         if not latest.exists() or latest.read_text(encoding="utf-8") != path.name:
             replace_file(latest, path.name)
+        remove_torn_writes(self.folder)
         self._drop_superseded(path)
 
     def load(self, path: Path, sharded: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megatron_efr.config import ConfigError, ObserveConfig
+from megatron_efr.durable import GOES_ON, writing
 from megatron_efr.observe.peaks import Peaks
 
 MACHINE = "time/"
@@ -255,16 +256,20 @@ class _TensorBoard(_Output):
     def __init__(self, folder: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # seconds to import: only where it is used
 
-        # purge_step hides what an interrupted run logged after the step that is resumed from
-        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+        self.folder = folder
+        with writing(folder, GOES_ON):
+            # purge_step hides what an interrupted run logged after the step that is resumed from
+            self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
 
     def log(self, step: int, metrics: Mapping[str, Any], seconds_per_step: float) -> None:
-        for key, value in _numbers(metrics).items():
-            self.writer.add_scalar(key, value, step)
-        self.writer.flush()
+        with writing(self.folder, GOES_ON):
+            for key, value in _numbers(metrics).items():
+                self.writer.add_scalar(key, value, step)
+            self.writer.flush()
 
     def close(self) -> None:
-        self.writer.close()
+        with writing(self.folder, GOES_ON):
+            self.writer.close()
 
 
 class _Wandb(_Output):

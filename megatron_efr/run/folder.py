@@ -271,8 +271,9 @@ class RunFolder:
         """
         self.truncate_metrics(step)
         self.clear_journals(step)
-        for folder in (self.path, self.rollouts, self.evaluations):
+        for folder in (self.path, self.rollouts):
             remove_torn_writes(folder)
+        remove_torn_writes(self.evaluations, "step_*")  # the others are of evaluations of their own
         held = {line["step"] for line in self.read_metrics()}
         if missing := [number for number in range(every, step + 1, every) if number not in held]:
             print(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_efr.durable import write_atomic
+from megatron_efr.durable import remove_torn_writes, write_atomic
 from megatron_efr.run.folder import Journal, RunFolderError
 
 
@@ -24,6 +24,8 @@ class Unfinished:
         there = json.loads(self._asked.read_text(encoding="utf-8")) if self._asked.exists() else {}
         if self.journal.path.exists() and there != asked:
             raise RunFolderError(_differences(self.journal.path, there, asked))
+        remove_torn_writes(record.parent, record.name)
+        remove_torn_writes(place.parent, self._asked.name)
         write_atomic(self._asked, json.dumps(asked, indent=1) + "\n")
 
     def clear(self) -> None:

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_efr.config import ConfigError, ModelConfig
+from megatron_efr.durable import writing
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.located import INDEX, SINGLE, locate, some
 from megatron_efr.weights.mapping import WeightMapping
@@ -172,13 +173,14 @@ def save_folder(
     """
     destination = Path(destination)
     partial = destination.with_name(destination.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    copy_all_but_weights(Path(template), partial)
-    _name_dtype(partial / "config.json", _write_shards(partial, tensors, shard_bytes))
-    if destination.exists():
-        shutil.rmtree(destination)
-    os.replace(partial, destination)
+    with writing(destination):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        copy_all_but_weights(Path(template), partial)
+        _name_dtype(partial / "config.json", _write_shards(partial, tensors, shard_bytes))
+        if destination.exists():
+            shutil.rmtree(destination)
+        os.replace(partial, destination)
 
 
 def copy_all_but_weights(source: Path, destination: Path) -> None:
@@ -202,7 +204,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], sha
     dtypes: set[torch.dtype] = set()
     total = 0
     for shard in _batches(tensors, shard_bytes):
-        save_file(shard, folder / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
+        _save(shard, folder / f"shard-{len(shards)}.safetensors")
         total += sum(tensor.nbytes for tensor in shard.values())
         dtypes |= {tensor.dtype for tensor in shard.values()}
         shards.append(list(shard))
@@ -216,6 +218,13 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], sha
         index |= dict.fromkeys(names, file)
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1))
     return dtypes
+
+
+def _save(shard: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(shard, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what it says of a full disk
+        raise OSError(str(error)) from error
 
 
 def _batches(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:

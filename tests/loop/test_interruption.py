@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -45,7 +46,13 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     """A program of this package as a process of its own, outside any world of ranks."""
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     return subprocess.Popen(
-        [sys.executable, "-m", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # what a shell runs in the background, these tests perhaps, ignores Ctrl-C, and so would this
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -107,7 +114,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_is_free_at_
     torchrun = [launcher, "--standalone", "--nproc-per-node=2", "-m", "megatron_efr.train", str(config)]
     running = start([*torchrun, f"runs={tmp_path}", "train.iterations=1000"])
     try:
-        wait_for(tmp_path / "run/journal/step_000001.jsonl", running)
+        wait_for(tmp_path / "run/metrics.jsonl", running)
         ranks = psutil.Process(running.pid).children()
         assert len(ranks) == 2
         refused = program("train", "--resume", config, f"runs={tmp_path}", expect=2).stderr
@@ -125,7 +132,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_is_free_at_
 @pytest.mark.parametrize("launcher", [[], ["megatron_efr.torchrun", "--standalone", "--nproc-per-node=2", "-m"]])
 def test_ctrl_c_ends_a_run_with_130_and_one_line_of_its_own(config: Path, tmp_path: Path, launcher: list[str]) -> None:
     running = start([*launcher, "megatron_efr.train", str(config), f"runs={tmp_path}", "train.iterations=1000"])
-    wait_for(tmp_path / "run/journal/step_000001.jsonl", running)
+    wait_for(tmp_path / "run/metrics.jsonl", running)
     running.send_signal(signal.SIGINT)
     output = running.communicate(timeout=120)[0]
     assert running.returncode == 130, output

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import psutil
 import pytest
@@ -25,7 +26,9 @@ arguments.run(program)
 def start(body: str, **options: object) -> subprocess.Popen[str]:
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment} | options
-    return subprocess.Popen([sys.executable, "-c", RUN.format(body=body)], text=True, **pipes)  # pyright: ignore
+    # what a shell runs in the background, these tests perhaps, ignores Ctrl-C, and so would this
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([sys.executable, "-c", RUN.format(body=body)], text=True, preexec_fn=heeds, **pipes)  # pyright: ignore
 
 
 def ended(body: str, **options: object) -> tuple[int, str, str]:
@@ -47,9 +50,7 @@ def test_ctrl_c_is_130_and_one_line() -> None:
 
 
 def test_a_second_ctrl_c_ends_a_program_that_takes_long_to_tidy_up() -> None:
-    body = (
-        "print('works', flush=True)\n    try: time.sleep(60)\n    finally: print('tidies', flush=True); time.sleep(60)"
-    )
+    body = "try: print('works', flush=True); time.sleep(60)\n    finally: print('tidies', flush=True); time.sleep(60)"
     process = start(body)
     assert process.stdout is not None
     for line in ("works\n", "tidies\n"):
@@ -95,6 +96,13 @@ def test_a_disk_error_that_nobody_foresaw_is_a_sentence() -> None:
     assert code == 2
     assert err.startswith("error: /x/y: No space left on device; ")
     assert err.count("\n") == 1
+
+
+def test_in_a_thread_it_is_a_line_and_another_error_shows_itself() -> None:
+    thread = "import threading; t = threading.Thread(target=fail, name='writer'); t.start(); t.join()"
+    code, _, err = ended(f"def fail(): raise OSError(28, 'No space left on device')\n    {thread}")
+    assert (code, err) == (0, "writer: [Errno 28] No space left on device\n")
+    assert "ValueError: 1" in ended(f"def fail(): raise ValueError(1)\n    {thread}")[2]
 
 
 def test_output_to_a_full_device_is_a_sentence() -> None:
