@@ -19,7 +19,7 @@ from megatron_efr import arguments, evaluate, sft, sweep, train
 from megatron_efr.data.arithmetic import ArithmeticTask, write
 from megatron_efr.policy import Ranks, policy
 from megatron_efr.rollout.local.engine import LocalEngine
-from megatron_efr.run import run
+from megatron_efr.run import owner, run
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import RandomWeights, save_folder
@@ -339,6 +339,20 @@ def test_a_run_folder_that_holds_another_configuration(task: Path, tmp_path: Pat
         assert f"{folder.path}: already holds another configuration" in message
         assert "method.alpha: there 0.1, here 0.4" in message
     assert "pass --resume" in refused("train")
+
+
+@pytest.mark.parametrize("program", ["train", "sft", "evaluate", "sweep"])
+def test_a_folder_or_record_that_another_process_works_on(
+    program: str, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, "WAIT_S", 0.1)
+    folder = RunFolder(tmp_path / "runs/run")
+    lock = folder.evaluation_lock("model") if program == "evaluate" else folder.lock
+    with owner.owned(lock, "it"):
+        message = refused(program, *(["--alphas=0.1"] if program == "sweep" else []))
+    what = f"{folder.path}: evaluation model" if program == "evaluate" else f"{folder.path}"
+    assert message.startswith(f"error: {what}: is being worked on by process {os.getpid()} on host ")
+    assert not folder.config.exists()
 
 
 def test_a_mistake_put_right_does_not_leave_the_folder_to_the_mistaken_configuration(
