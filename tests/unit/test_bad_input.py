@@ -49,7 +49,7 @@ def configuration(program: str, task: Path) -> dict[str, Any]:
             "train": {"updates": 1, "batch": 8},
         }
     if program == "evaluate":
-        return common | {"prompt": prompt, "evaluation": {"datasets": [rows]}}
+        return common | {"prompt": prompt, "evaluation": {"datasets": [rows], "max_new_tokens": 8}}
     return common | {
         "data": {"datasets": [{"path": str(task / "train.jsonl")}], "prompt": prompt},
         "rollout": {"prompts": 4, "samples": 4, "max_new_tokens": 8},
