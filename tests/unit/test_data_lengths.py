@@ -95,7 +95,7 @@ def test_every_program_refuses_what_is_longer_than_the_model(place: Path, monkey
         Environment(TrainConfig.model_validate(held_out))
     monkeypatch.setattr(sweep, "side_by_side", lambda *args: pytest.fail("a member was started"))
     with pytest.raises(PromptError, match=rf"^evaluation.max_new_tokens: 4000 tokens after .*{said}"):
-        sweep.Family(TrainConfig.model_validate(held_out), [0.1], 1).run(1, {}, "")
+        sweep.Family(TrainConfig.model_validate(held_out), [0.1], 1).run(1, {}, "", resume=False)
     keys = ("name", "runs", "model", "evaluation")
     evaluation = {key: held_out[key] for key in keys} | {"prompt": held_out["data"]["prompt"]}
     with pytest.raises(PromptError, match=rf"^evaluation.max_new_tokens: 4000 tokens after .*{said}"):
