@@ -81,9 +81,10 @@ def test_a_template_that_tells_a_date_tells_the_configured_one(tokenizer: PreTra
     assert dated.text == "29 Feb 2020" + plain.text
     assert list(dated.tokens) == [*tokenizer.encode("29 Feb 2020", add_special_tokens=False), *plain.tokens]
     for form in ("%Y-%m-%d", "%A, %-d %B %y", "%H:%M %p 100%%d", "%c|%x|%X|%j"):
-        asking.chat_template = "{% set d = strftime_now(" + repr(form) + ") %}{{ d }}"
-        [(told, _)] = Renderer(asking, PromptConfig(date="2020-02-29")).render(["q"])
-        assert told == datetime(2020, 2, 29).strftime(form)
+        told = "{% set d = strftime_now(" + repr(form) + ") %}{{ d }}|"
+        asking.chat_template = told + str(tokenizer.chat_template)
+        [(text, _)] = Renderer(asking, PromptConfig(date="2020-02-29")).render(["q"])
+        assert text.startswith(datetime(2020, 2, 29).strftime(form) + "|<bos>")
     asking.chat_template = "{{ strftime_now('%d %b %Y') }}" + str(tokenizer.chat_template)
     today = render(problem(), asking, PromptConfig()).text
     assert today == f"{datetime.now():%d %b %Y}{plain.text}", "this test ran over midnight"
