@@ -55,7 +55,7 @@ def configuration(program: str, task: Path) -> dict[str, Any]:
         "rollout": {"prompts": 4, "samples": 4, "max_new_tokens": 8},
         "method": {"name": "efr", "alpha": 0.1},
         "optimizer": {"lr": 1e-3},
-        "evaluation": {"datasets": [rows]},
+        "evaluation": {"datasets": [rows], "max_new_tokens": 8},
         "observe": {"tensorboard": False},
     }
 
