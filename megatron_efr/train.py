@@ -20,7 +20,7 @@ from megatron_efr.report.iteration import check_identities, check_logprobs, chec
 from megatron_efr.run.interruption import EXIT_REQUEUE, Interruption
 from megatron_efr.run.replay import replay
 from megatron_efr.run.run import Run, opened
-from megatron_efr.types import Group
+from megatron_efr.types import Credited
 
 
 def train(config: TrainConfig, resume: bool = False, replayed: Path | None = None) -> None:
@@ -68,18 +68,22 @@ def iterate(run: Run, step: int, observer: Observer) -> dict[str, float]:
     return metrics
 
 
-def rollouts(run: Run, step: int) -> list[Group]:
-    """prompts -> rollouts -> grades -> rewards -> advantages, on rank 0."""
+def rollouts(run: Run, step: int) -> list[Credited]:
+    """prompts -> rollouts -> grades -> rewards -> credits, on rank 0."""
     assert run.environment is not None
-    groups = run.environment.graded_rollouts(step, run.folder.journal)
-    methods.score(run.method, run.algorithm, groups, run.config.rollout.max_new_tokens)
+    groups = methods.credit(
+        run.method,
+        run.algorithm,
+        run.environment.ledger.collect(step, run.folder.journal),
+        run.config.rollout.max_new_tokens,
+    )
     if run.config.observe.rollouts:
         run.folder.write_rollouts(step, groups)
     return groups
 
 
-def learn(run: Run, step: int, groups: list[Group], observer: Observer) -> dict[str, float]:
-    """Rank 0's scored groups -> packed micro-batches -> log-probs -> updates; the iteration's metrics."""
+def learn(run: Run, step: int, groups: list[Credited], observer: Observer) -> dict[str, float]:
+    """Rank 0's credited groups -> packed micro-batches -> log-probs -> updates; the iteration's metrics."""
     config, policy, objective = run.config, run.policy, run.objective
     drawn = trainable(groups)
     sizes = run.ranks.share(lambda: [sequence.size for sequence in drawn])

@@ -7,12 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from megatron_efr.errors import UserError as UserError
 
 Finish = Literal["stop", "length", "abort"]
+FloatArray = npt.NDArray[np.floating[Any]]
+IntArray = npt.NDArray[np.integer[Any]]
+BoolArray = npt.NDArray[np.bool_]
 T = TypeVar("T", covariant=True)
+
+
+CORRECT = "correct"
+"""The status of a right answer: a verifier compared it with the gold answer."""
 
 
 class ByIndex(Protocol[T]):
@@ -63,20 +71,21 @@ class VersionSpan(NamedTuple):
     end: int
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Response:
     """One generated answer: token ids with the stop token, and one log-prob per token at the sampling temperature.
 
-    `logprobs` are the engine's, before top-p. The policy's own, which ratio and KL use, are computed later and never
-    stored here. `text` is the decoded response without special tokens. `routed_experts` are the experts that the
-    engine chose in every layer for every token that it read, the prompt's first: integers [prompt + response - 1,
-    layers, experts per token]. Nothing was read behind the last token, so it has none.
+    `logprobs` are the engine's, before top-p, fp32 [tokens]. The policy's own, which ratio and KL use, are computed
+    later and never stored here. `text` is the decoded response without special tokens; an engine without a tokenizer
+    leaves it empty. `routed_experts` are the experts that the engine chose in every layer for every token that it read,
+    the prompt's first: integers [prompt + response - 1, layers, experts per token]. Nothing was read behind the last
+    token, so it has none.
     """
 
-    tokens: list[int]
-    logprobs: list[float]
+    tokens: tuple[int, ...]
+    logprobs: FloatArray
     finish: Finish
-    versions: list[VersionSpan] = field(default_factory=list)
+    versions: tuple[VersionSpan, ...] = ()
     text: str = ""
     routed_experts: np.ndarray | None = None  # a mixture of experts, and an engine that tells
 
@@ -91,36 +100,108 @@ class Response:
         return self.finish != "stop"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """One prompt and its n responses; a method sees whole groups only. Arrays are [n], filled in loop order."""
+    """One prompt and its n responses, as an engine gives them; a method sees whole groups only.
+
+    From here a group goes through `Graded` and `Rewarded` to `Credited`: each stage holds the one before it.
+    """
 
     prompt: Prompt
-    responses: list[Response]
+    responses: tuple[Response, ...]
     seed: int = 0  # the request's: it names this visit of the prompt
-    correct: np.ndarray | None = None  # bool
-    statuses: list[str] = field(default_factory=list)  # the grader's word for each response
-    scores: np.ndarray | None = (
-        None  # float64, 0 to 1: the verifiers' scores by weight; 1 or 0 where one says yes or no
-    )
-    rewards: np.ndarray | None = None  # float64
-    advantages: np.ndarray | None = None  # float64
-    masked: np.ndarray | None = None  # bool: responses that are left out of the loss (None: none)
 
     @property
-    def masks(self) -> np.ndarray:
-        """Responses that are left out of the loss, bool [n]."""
-        return np.zeros(len(self.responses), dtype=bool) if self.masked is None else self.masked
-
-    @property
-    def lengths(self) -> np.ndarray:
+    def lengths(self) -> IntArray:
         """Generated tokens per response, int64 [n]."""
         return np.array([r.length for r in self.responses], dtype=np.int64)
 
     @property
-    def truncated(self) -> np.ndarray:
+    def truncated(self) -> BoolArray:
         """Responses that hit the token limit, bool [n]."""
         return np.array([r.truncated for r in self.responses], dtype=bool)
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """The verdict on one response; `status` is one of `grading.STATUSES`, or `truncated`.
+
+    correct, wrong: the verifier compared the answer with the gold. no_answer: the response has none where it is looked
+    for (with last_box: no box, an empty one, or a last box that never closes). unparsed: the verifier cannot read the
+    answer. timeout: the CPU limit. memory: the memory limit. crash: the verifier raised, or its process died or hung
+    without using CPU. bad_gold: the verifier cannot read the gold. `answer` is what was found, `reason` what the
+    verifier said; `partial` its score where it gave one, or the mean of several verifiers' scores by weight.
+    """
+
+    status: str
+    partial: float | None = None
+    answer: str | None = field(default=None, compare=False)
+    reason: str = field(default="", compare=False)
+
+    @property
+    def correct(self) -> bool:
+        return self.status == CORRECT
+
+    @property
+    def score(self) -> float:
+        """From 0 to 1: the verifiers' own, or 1 where the answer is correct."""
+        return float(self.correct) if self.partial is None else self.partial
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Graded:
+    """A group and the verdicts on its responses, [n]."""
+
+    group: Group
+    grades: tuple[Grade, ...]
+
+    @property
+    def correct(self) -> BoolArray:
+        """Right responses, bool [n]. One that was cut off is wrong."""
+        return np.array([grade.correct for grade in self.grades], dtype=bool)
+
+    @property
+    def scores(self) -> FloatArray:
+        """The verifiers' scores, 0 to 1, float64 [n]; 1 or 0 where they say yes or no."""
+        return np.array([grade.score for grade in self.grades], dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rewarded:
+    """A graded group and what the method gives for its responses, float64 [n]."""
+
+    graded: Graded
+    rewards: FloatArray
+
+    @property
+    def group(self) -> Group:
+        return self.graded.group
+
+
+class Credit(NamedTuple):
+    """What a group's responses are trained on: the advantage of each, float64 [n].
+
+    `masked`, bool [n], are those that are left out of the loss; None: none.
+    """
+
+    advantage: FloatArray
+    masked: BoolArray | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Credited:
+    """A rewarded group and its credit: what is trained on, kept with the rollouts and replayed."""
+
+    rewarded: Rewarded
+    credit: Credit
+
+    @property
+    def graded(self) -> Graded:
+        return self.rewarded.graded
+
+    @property
+    def group(self) -> Group:
+        return self.rewarded.graded.group
 
 
 class SequenceSize(NamedTuple):

@@ -64,7 +64,7 @@ class EngineContract:
                 assert self.stop_id not in response.tokens[:-1]
                 assert (response.tokens[-1] == self.stop_id) == (response.finish == "stop")
                 assert response.finish == "stop" or response.length == 24
-                assert response.versions == [(3, 0, response.length)]
+                assert response.versions == ((3, 0, response.length),)
         assert finishes == {"stop", "length"}
 
     def test_samples_of_one_prompt_differ(self, engine: Engine) -> None:

@@ -47,7 +47,7 @@ def serving(built: Qwen2ForCausalLM, slots: int = 64) -> LocalEngine:
     return engine
 
 
-def answers(engine: LocalEngine, asked: list[Request], sampling: Sampling) -> dict[str, list[Response]]:
+def answers(engine: LocalEngine, asked: list[Request], sampling: Sampling) -> dict[str, tuple[Response, ...]]:
     return {group.prompt.id: group.responses for group in engine.generate(iter(asked), sampling)}
 
 
@@ -64,7 +64,7 @@ def exact_logprobs(built: Qwen2ForCausalLM, prompt: Prompt, response: Response, 
     return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(response.tokens)[:, None])[:, 0]
 
 
-def differing(a: dict[str, list[Response]], b: dict[str, list[Response]]) -> tuple[int, int]:
+def differing(a: dict[str, tuple[Response, ...]], b: dict[str, tuple[Response, ...]]) -> tuple[int, int]:
     """How many responses have other tokens, and how many log-probs other bits, among the prompts of `b`."""
     tokens = sum(x.tokens != y.tokens for id in b for x, y in zip(a[id], b[id], strict=True))
     bits = sum(

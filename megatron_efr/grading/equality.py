@@ -8,13 +8,13 @@ from megatron_efr.grading.groups import judging_of
 from megatron_efr.grading.judging import Judgings
 from megatron_efr.grading.pool import Grader
 from megatron_efr.grading.verdict import CORRECT, WRONG, Question, Verifier
-from megatron_efr.types import Group
+from megatron_efr.types import Graded
 
 _GOLDS_ARE_ANSWERS = ("math", "exact", "choice", "numeric")
 """Verifiers whose right answers all equal the gold, hence each other."""
 
 
-def equal_answers(grader: Grader, groups: Sequence[Group], judgings: Judgings | None = None) -> list[list[int | None]]:
+def equal_answers(grader: Grader, groups: Sequence[Graded], judgings: Judgings | None = None) -> list[list[int | None]]:
     """Number the answers of each graded group: equal numbers are equal answers, None is no answer or cut off.
 
     Right answers are equal where the verifier compares with a gold that is an answer itself. The others go one spelling
@@ -34,12 +34,13 @@ def equal_answers(grader: Grader, groups: Sequence[Group], judgings: Judgings | 
 class _Classes:
     """The answers of one group, and the classes found among them; spellings are placed one at a time."""
 
-    def __init__(self, group: Group, judgings: Judgings) -> None:
+    def __init__(self, graded: Graded, judgings: Judgings) -> None:
+        group = graded.group
         part = judging_of(group, judgings).main
         self._verifier: Verifier = part.verifier
         answers = [None if r.truncated else part.extractor(r.text, group.prompt.gold) for r in group.responses]
         self._spellings = [None if answer is None else " ".join(answer.split()) for answer in answers]
-        by_status = list(zip(self._spellings, group.statuses, strict=True))
+        by_status = list(zip(self._spellings, (grade.status for grade in graded.grades), strict=True))
         united = {text for text, status in by_status if status == CORRECT} if self._golds_are_answers else set()
         self._judged = {text for text, status in by_status if status in (CORRECT, WRONG)}
         self._class: dict[str | None, int] = dict.fromkeys(united, 0)

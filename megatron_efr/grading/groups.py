@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import numpy as np
+from dataclasses import replace
 
 from megatron_efr.grading.judging import Judging, Judgings
-from megatron_efr.grading.pool import Grade, Grader
+from megatron_efr.grading.pool import Grader
 from megatron_efr.grading.verdict import Question
-from megatron_efr.types import Group, Response
+from megatron_efr.types import Grade, Graded, Group, Response
 
-TRUNCATED = "truncated"
+TRUNCATED = Grade("truncated")
 
 
-def grade_groups(grader: Grader, groups: Sequence[Group], judgings: Judgings | None = None) -> None:
-    """Set `correct`, `statuses` and `scores` of every group, in place.
+def grade_groups(grader: Grader, groups: Sequence[Group], judgings: Judgings | None = None) -> list[Graded]:
+    """The verdicts on every group's responses, all asked of the `grader` at once.
 
     The data set's first verifier says what is correct. A score is the mean of its verifiers' scores by weight.
     """
@@ -29,11 +28,11 @@ def grade_groups(grader: Grader, groups: Sequence[Group], judgings: Judgings | N
         for k in range(len(judging.parts))
     ]
     grades = iter(grader.ask(questions))
+    graded = []
     for group, judging in asked:
-        judged = [None if r.truncated else [next(grades) for _ in judging.parts] for r in group.responses]
-        group.statuses = [TRUNCATED if each is None else each[0].status for each in judged]
-        group.correct = np.array([status == "correct" for status in group.statuses], dtype=bool)
-        group.scores = np.array([0.0 if each is None else _score(each, judging) for each in judged])
+        said = [None if r.truncated else [next(grades) for _ in judging.parts] for r in group.responses]
+        graded.append(Graded(group, tuple(TRUNCATED if each is None else _together(each, judging) for each in said)))
+    return graded
 
 
 def judging_of(group: Group, judgings: Judgings) -> Judging:
@@ -47,8 +46,8 @@ def _question(response: Response, group: Group, judging: Judging, k: int) -> Que
     return None if answer is None else Question(part.verifier, group.prompt.gold, answer)
 
 
-def _score(grades: Sequence[Grade], judging: Judging) -> float:
-    """The mean of the verifiers' scores by weight, from 0 to 1."""
+def _together(grades: Sequence[Grade], judging: Judging) -> Grade:
+    """The first verifier's grade, with the mean of all scores by weight, from 0 to 1."""
     weights = [part.weight for part in judging.parts]
     total = sum(weight * grade.score for weight, grade in zip(weights, grades, strict=True))
-    return total / sum(weights)
+    return replace(grades[0], partial=total / sum(weights))

@@ -25,7 +25,6 @@ from megatron_efr.config.grading import OPTIONS
 from megatron_efr.errors import UserError
 from megatron_efr.grading.extract import LAST_BOX, Extractor
 from megatron_efr.grading.verdict import (
-    CORRECT,
     CRASH,
     MATH,
     MEMORY,
@@ -37,38 +36,13 @@ from megatron_efr.grading.verdict import (
     Verdict,
     Verifier,
 )
+from megatron_efr.types import CORRECT, Grade
 
 _POLL_S = 0.02  # how often busy workers' CPU time and memory are read
 _CHUNK = 32  # pairs a worker is handed at once: long enough to hide the pipe, short enough to share the work
 _STARTS = 3  # workers that may die in a row before they are ready
 _START_CPU_S = 120.0  # CPU seconds that importing math-verify and plug-ins may take
 _PLAIN_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
-
-
-@dataclass(frozen=True, slots=True)
-class Grade:
-    """The verdict on one response; `status` is one of STATUSES.
-
-    correct, wrong: the verifier compared the answer with the gold. no_answer: the response has none where it is looked
-    for (with last_box: no box, an empty one, or a last box that never closes). unparsed: the verifier cannot read the
-    answer. timeout: the CPU limit. memory: the memory limit. crash: the verifier raised, or its process died or hung
-    without using CPU. bad_gold: the verifier cannot read the gold. `answer` is what was found, `reason` what the
-    verifier said; `partial` its score where it gave one.
-    """
-
-    status: str
-    partial: float | None = None
-    answer: str | None = field(default=None, compare=False)
-    reason: str = field(default="", compare=False)
-
-    @property
-    def correct(self) -> bool:
-        return self.status == CORRECT
-
-    @property
-    def score(self) -> float:
-        """From 0 to 1: the verifier's own, or 1 where the answer is correct."""
-        return float(self.correct) if self.partial is None else self.partial
 
 
 def count_statuses(grades: Sequence[Grade]) -> dict[str, int]:

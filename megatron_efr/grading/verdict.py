@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-CORRECT = "correct"
+from megatron_efr.types import CORRECT as CORRECT
+
 WRONG = "wrong"
 NO_ANSWER = "no_answer"
 UNPARSED = "unparsed"

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol
 
-import numpy as np
-
 from megatron_efr.config import ConfigError, MethodConfig, Section
 from megatron_efr.config.file import validate
-from megatron_efr.types import Group
+from megatron_efr.types import BoolArray, Credit, Credited, FloatArray, Graded, IntArray, Rewarded
 
 ENTRY_POINT = "megatron_efr.methods"
 
@@ -29,13 +27,17 @@ class Method:
     def __init__(self, options: Any) -> None:
         self.options = options
 
-    def rewards(self, group: Group) -> np.ndarray:
+    def rewards(self, group: Graded) -> FloatArray:
         """Reward of each response, float64 [n], from a graded group."""
         raise TypeError(f"{type(self).__name__} defines no rewards")
 
-    def advantages(self, groups: list[Group]) -> list[np.ndarray] | None:
-        """One advantage per response, float64 [n] for each rewarded group; None: as the algorithm has them."""
+    def credits(self, groups: Sequence[Rewarded]) -> list[Credit] | None:
+        """What each group's responses are trained on; None: as the algorithm has it."""
         return None
+
+    def rewarded(self, group: Graded) -> Rewarded:
+        """The group's next stage."""
+        return Rewarded(group, self.rewards(group))
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart, JSON-ready."""
@@ -50,21 +52,23 @@ class Method:
 class Credits(Protocol):
     """The part of an algorithm that turns rewards into advantages."""
 
-    def credits(self, rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray], limit: int) -> list[np.ndarray]: ...
+    def credits(
+        self, rewards: Sequence[FloatArray], lengths: Sequence[IntArray], limit: int
+    ) -> Sequence[FloatArray]: ...
 
-    def trains(self, truncated: np.ndarray) -> np.ndarray: ...
+    def trains(self, truncated: BoolArray) -> BoolArray: ...
 
 
-def score(method: Method, algorithm: Credits, groups: list[Group], limit: int) -> None:
-    """Fill `rewards`, `advantages` and `masked` of graded groups in place; `limit` as `Algorithm.credits` has it."""
-    rewards = [method.rewards(group) for group in groups]
-    for group, each in zip(groups, rewards, strict=True):
-        group.rewards, group.masked = each, ~algorithm.trains(group.truncated)
-    made = method.advantages(groups)
+def credit(method: Method, algorithm: Credits, groups: Sequence[Rewarded], limit: int) -> list[Credited]:
+    """An iteration's rewarded groups with their credits; `limit` as `Algorithm.credits` has it."""
+    made = method.credits(groups)
     if made is None:
-        made = algorithm.credits(rewards, [group.lengths for group in groups], limit)
-    for group, advantages in zip(groups, made, strict=True):
-        group.advantages = advantages
+        rewards, lengths = [each.rewards for each in groups], [each.group.lengths for each in groups]
+        made = [Credit(advantage) for advantage in algorithm.credits(rewards, lengths, limit)]
+    return [
+        Credited(group, each._replace(masked=~algorithm.trains(group.group.truncated)))
+        for group, each in zip(groups, made, strict=True)
+    ]
 
 
 def available() -> dict[str, type[Method]]:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from megatron_efr.config import Section
 from megatron_efr.methods.base import Method
-from megatron_efr.types import Group
+from megatron_efr.types import FloatArray, Graded
 
 ArrayT = TypeVar("ArrayT", np.ndarray, torch.Tensor)
 
@@ -58,7 +58,5 @@ class EFR(Method):
 
     Options = EFROptions
 
-    def rewards(self, group: Group) -> np.ndarray:
-        if group.correct is None:
-            raise ValueError(f"prompt {group.prompt.id}: rewards asked for before grading")
-        return efr_rewards(group.correct & ~group.truncated, group.lengths, self.options.alpha)
+    def rewards(self, group: Graded) -> FloatArray:
+        return efr_rewards(group.correct & ~group.group.truncated, group.group.lengths, self.options.alpha)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megatron_efr.algorithms.objective import Aggregate
-from megatron_efr.types import ByIndex, Group, PackedBatch, Sequence, SequenceSize, UserError
+from megatron_efr.types import ByIndex, Credited, PackedBatch, Sequence, SequenceSize, UserError
 from megatron_efr.weights.architecture import Architecture
 
 MicroBatches = list[list[int]]  # indices of sequences, micro-batch by micro-batch
@@ -27,23 +27,24 @@ class UpdatePlan(NamedTuple):
         return [i for batch in self.shares[replica] for i in batch]
 
 
-def trainable(groups: SequenceOf[Group]) -> list[Sequence]:
-    """The responses of scored groups as sequences to train on."""
+def trainable(groups: SequenceOf[Credited]) -> list[Sequence]:
+    """The responses of credited groups as sequences to train on."""
     found = []
-    for group in groups:
-        assert group.advantages is not None
+    for credited in groups:
+        group, credit = credited.group, credited.credit
         prompt = group.prompt.tokens
+        masks = [False] * len(group.responses) if credit.masked is None else credit.masked.tolist()
         found += [
             Sequence(
                 [*prompt, *response.tokens],
                 len(prompt),
                 float(advantage),
-                response.logprobs,
+                response.logprobs.tolist(),
                 response.routed_experts,
-                tuple(response.versions),
-                bool(masked),
+                response.versions,
+                masked,
             )
-            for response, advantage, masked in zip(group.responses, group.advantages, group.masks, strict=True)
+            for response, advantage, masked in zip(group.responses, credit.advantage, masks, strict=True)
         ]
     return found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_efr.config import ModelConfig, TrainingConfig
-from megatron_efr.types import Group, UserError
+from megatron_efr.types import Credited, UserError
 
 REPEATED = 8  # tokens
 _POWERS = np.array([0x9E3779B97F4A7C15 ** (i + 1) % 2**64 for i in range(REPEATED)], dtype=np.uint64)
@@ -32,7 +32,7 @@ class GradientError(UserError):
 
 
 def iteration_metrics(
-    groups: Sequence[Group],
+    groups: Sequence[Credited],
     updates: Sequence[Mapping[str, float]],
     drift: Mapping[str, float],
     version: int,
@@ -51,15 +51,15 @@ def iteration_metrics(
     return metrics | dict(drift) | {"time/generate": generation_seconds, "time/tokens_per_s": speed}
 
 
-def rollout_figures(groups: Sequence[Group], version: int) -> dict[str, float]:
-    """Of scored groups. `staleness`: by how many publications a token is behind `version`, over tokens."""
-    responses = [response for group in groups for response in group.responses]
+def rollout_figures(groups: Sequence[Credited], version: int) -> dict[str, float]:
+    """Of credited groups. `staleness`: by how many publications a token is behind `version`, over tokens."""
+    responses = [response for group in groups for response in group.group.responses]
     spans = [span for response in responses for span in response.versions]
-    correct = np.concatenate([_filled(group.correct) for group in groups])
-    lengths = np.concatenate([group.lengths for group in groups])
-    rewards = np.concatenate([_filled(group.rewards) for group in groups])
-    advantages = [_filled(group.advantages) for group in groups]
-    right = [float(_filled(group.correct).mean()) for group in groups]
+    correct = np.concatenate([group.graded.correct for group in groups])
+    lengths = np.concatenate([group.group.lengths for group in groups])
+    rewards = np.concatenate([group.rewarded.rewards for group in groups])
+    advantages = [group.credit.advantage for group in groups]
+    right = [float(group.graded.correct.mean()) for group in groups]
     figures = {
         "accuracy": float(correct.mean()),
         "tokens_mean": float(lengths.mean()),
@@ -77,7 +77,7 @@ def rollout_figures(groups: Sequence[Group], version: int) -> dict[str, float]:
         "right_with_negative_advantage": _mean(np.concatenate(advantages)[correct] < 0),
         "repetition": float(np.mean([repetition(response.tokens) for response in responses])),
     }
-    statuses = Counter(status for group in groups for status in group.statuses)
+    statuses = Counter(grade.status for group in groups for grade in group.graded.grades)
     figures |= {f"graded/{status}": float(count) for status, count in sorted(statuses.items())}
     return figures
 
@@ -150,9 +150,3 @@ def _averaged(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else float("nan")
-
-
-def _filled(values: np.ndarray | None) -> np.ndarray:
-    if values is None:
-        raise ValueError("a group without grades, rewards or advantages: score it before measuring it")
-    return values

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_efr.errors import UserError
 from megatron_efr.report import statistics
-from megatron_efr.types import Group
+from megatron_efr.types import Graded
 
 FIGURES = ("accuracy", "tokens")
 _SHOWN_CHARACTERS = 6000  # of a sample response: enough to read, and a record of 32k-token answers stays small
@@ -24,7 +24,7 @@ class FamilyError(UserError, ValueError):
 
 
 def summarise(
-    groups: Sequence[Group],
+    groups: Sequence[Graded],
     name: str,
     *,
     answers: Answers | None = None,
@@ -34,11 +34,11 @@ def summarise(
 ) -> Record:
     """The evaluation record of one model: figures of all problems, of each dataset, and a row per problem.
 
-    `groups` are graded (`correct` set), one per problem; dataset and difficulty come from `prompt.meta`, the question
+    `groups` are one per problem; dataset and difficulty come from `prompt.meta`, the question
     as people read it from `prompt.meta["question"]` or else `prompt.text`. `answers` [problems][samples] are keys under
     which equal answers are equal (None: no answer); without them there is no majority vote. `left_out` counts problems
     of each data set that were not asked, since their prompts are too long. `seed` draws the bootstrap; the text of the
-    first `shown` responses of each problem is kept. ValueError where nothing was evaluated or graded.
+    first `shown` responses of each problem is kept. ValueError where nothing was evaluated.
     """
     if not groups:
         raise ValueError(f"evaluation {name}: no problems to summarise")
@@ -46,7 +46,7 @@ def summarise(
         raise ValueError(f"evaluation {name}: answers to {len(answers)} problems, and {len(groups)} problems")
     parts: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
-        parts.setdefault(str(group.prompt.meta.get("dataset", "held-out")), []).append(index)
+        parts.setdefault(str(group.group.prompt.meta.get("dataset", "held-out")), []).append(index)
     return {
         "name": name,
         "left_out": dict(left_out or {}),
@@ -59,14 +59,14 @@ def summarise(
     }
 
 
-def _figures(groups: Sequence[Group], answers: Answers | None, seed: int) -> Record:
+def _figures(groups: Sequence[Graded], answers: Answers | None, seed: int) -> Record:
     rates, lengths = statistics.pass_rates(groups), statistics.mean_lengths(groups)
     accuracy, tokens = float(np.mean(rates)), float(np.mean(lengths))
     right, wrong = statistics.tokens_by_correctness(groups)
-    fewest = min(len(group.responses) for group in groups)
+    fewest = min(len(group.grades) for group in groups)
     ks = [2**power for power in range(fewest.bit_length())]
     cost = statistics.cost_of_pass(tokens, accuracy)
-    samples = sum(len(group.responses) for group in groups)
+    samples = sum(len(group.grades) for group in groups)
     return {
         "problems": len(groups),
         "samples": samples,
@@ -80,9 +80,7 @@ def _figures(groups: Sequence[Group], answers: Answers | None, seed: int) -> Rec
         "accuracy_by_difficulty": statistics.by_difficulty(groups, statistics.pass_rates),
         "truncated": statistics.truncation_rate(groups),
         "pass_at_k": {
-            str(k): float(
-                np.mean([statistics.pass_at_k(len(g.responses), int(statistics.graded(g).sum()), k) for g in groups])
-            )
+            str(k): float(np.mean([statistics.pass_at_k(len(g.grades), int(g.correct.sum()), k) for g in groups]))
             for k in ks
         },
         **_votes(groups, answers),
@@ -90,19 +88,19 @@ def _figures(groups: Sequence[Group], answers: Answers | None, seed: int) -> Rec
     }
 
 
-def _votes(groups: Sequence[Group], answers: Answers | None) -> Record:
+def _votes(groups: Sequence[Graded], answers: Answers | None) -> Record:
     """Accuracy of the votes over each problem's responses; None where nobody said which answers are equal."""
     if answers is None:
         return {"majority": None, "shortest_majority": None}
-    cast = [(own, statistics.graded(group), group.lengths) for own, group in zip(answers, groups, strict=True)]
+    cast = [(own, graded.correct, graded.group.lengths) for own, graded in zip(answers, groups, strict=True)]
     return {
         "majority": float(np.mean([statistics.majority(own, right) for own, right, _ in cast])),
         "shortest_majority": float(np.mean([statistics.shortest_majority(*each) for each in cast])),
     }
 
 
-def _row(group: Group, shown: int) -> Record:
-    meta, correct = group.prompt.meta, statistics.graded(group)
+def _row(graded: Graded, shown: int) -> Record:
+    group, meta = graded.group, graded.group.prompt.meta
     difficulty = meta.get("difficulty")
     return {
         "id": group.prompt.id,
@@ -110,7 +108,7 @@ def _row(group: Group, shown: int) -> Record:
         "difficulty": None if difficulty is None else str(difficulty),
         "question": str(meta.get("question", group.prompt.text)),
         "gold": group.prompt.gold,
-        "correct": [bool(value) for value in correct],
+        "correct": [bool(value) for value in graded.correct],
         "tokens": [response.length for response in group.responses],
         "truncated": [response.truncated for response in group.responses],
         "responses": [_clip(response.text) for response in group.responses[:shown]],

@@ -13,28 +13,21 @@ from statistics import NormalDist
 
 import numpy as np
 
-from megatron_efr.types import Group
+from megatron_efr.types import Graded
 
 RESAMPLES = 2000
 LEVEL = 0.95
 _CHUNK = 4_000_000  # draws held at once: 32 MB
 
 
-def pass_rates(groups: Sequence[Group]) -> np.ndarray:
-    """Fraction of each problem's responses that are right, float64 [problems]. ValueError where one is not graded."""
-    return np.array([float(np.mean(graded(group))) for group in groups])
+def pass_rates(groups: Sequence[Graded]) -> np.ndarray:
+    """Fraction of each problem's responses that are right, float64 [problems]."""
+    return np.array([float(np.mean(group.correct)) for group in groups])
 
 
-def mean_lengths(groups: Sequence[Group]) -> np.ndarray:
+def mean_lengths(groups: Sequence[Graded]) -> np.ndarray:
     """Mean generated tokens of each problem's responses, right or wrong, float64 [problems]."""
-    return np.array([float(np.mean(group.lengths)) for group in groups])
-
-
-def graded(group: Group) -> np.ndarray:
-    """The group's correctness, bool [n]. ValueError where the grader has not seen it."""
-    if group.correct is None:
-        raise ValueError(f"problem {group.prompt.id}: not graded; statistics need Group.correct")
-    return group.correct
+    return np.array([float(np.mean(group.group.lengths)) for group in groups])
 
 
 def bootstrap_means(values: np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
@@ -138,21 +131,21 @@ def _elected(
     return float(np.mean([np.mean(rights) for rights in of_winner]))
 
 
-def tokens_by_correctness(groups: Sequence[Group]) -> tuple[float | None, float | None]:
+def tokens_by_correctness(groups: Sequence[Graded]) -> tuple[float | None, float | None]:
     """Mean tokens over all right responses, and over all wrong ones; None where there are none."""
-    lengths = np.concatenate([group.lengths for group in groups])
-    right = np.concatenate([graded(group) for group in groups]).astype(bool)
+    lengths = np.concatenate([group.group.lengths for group in groups])
+    right = np.concatenate([group.correct for group in groups])
     return _mean_or_none(lengths[right]), _mean_or_none(lengths[~right])
 
 
-def by_difficulty(groups: Sequence[Group], measure: Callable[[Sequence[Group]], np.ndarray]) -> dict[str, float]:
+def by_difficulty(groups: Sequence[Graded], measure: Callable[[Sequence[Graded]], np.ndarray]) -> dict[str, float]:
     """Mean of `measure` (groups -> [problems]) at each `prompt.meta["difficulty"]`, in order of difficulty.
 
     Problems without one are left out; {} where none has one.
     """
-    levels: dict[str, list[Group]] = {}
+    levels: dict[str, list[Graded]] = {}
     for group in groups:
-        level = group.prompt.meta.get("difficulty")
+        level = group.group.prompt.meta.get("difficulty")
         if level is not None:
             levels.setdefault(str(level), []).append(group)
     return {level: float(np.mean(measure(levels[level]))) for level in in_order(levels)}
@@ -176,9 +169,9 @@ def _number(text: str) -> float | None:
     return None
 
 
-def truncation_rate(groups: Sequence[Group]) -> float:
+def truncation_rate(groups: Sequence[Graded]) -> float:
     """Fraction of all responses that hit the token limit."""
-    return float(np.mean(np.concatenate([group.truncated for group in groups])))
+    return float(np.mean(np.concatenate([group.group.truncated for group in groups])))
 
 
 def normalised(

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, Self
 
 import torch
 
 from megatron_efr.types import Group, Request, Sampling
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text, special tokens left out."""
+
+
+def no_text(tokens: Sequence[int]) -> str:
+    """Stand in for a tokenizer where nobody reads what is said: in benchmarks, and in tests of tokens alone."""
+    return ""
 
 
 class GroupStream(Protocol):
@@ -27,7 +35,7 @@ class GroupStream(Protocol):
 
 
 class Engine(Protocol):
-    """Answers requests with the weights of one version.
+    """Answers requests with the weights of one version, in tokens and, by the tokenizer it was made with, in text.
 
     One thread at a time asks for groups; another may call everything else while it does. Several streams may be alive:
     what an earlier one has not finished waits, and goes on when that stream is asked again.

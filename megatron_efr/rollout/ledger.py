@@ -9,9 +9,13 @@ An iteration gets `rollout.prompts` whole groups. There are three ways to them, 
 - async: one step off-policy. From when an iteration's groups are handed over, a thread makes the next one's while the
   policy trains; a publication reaches what is in flight then.
 
-Finished groups go to the journal of the iteration that may take them, at once. After a kill, prompts in flight (a
-checkpoint names them) are taken up first: their groups come from the journal, in the order in which they were
-finished, so that iterations whose journal is complete get the groups they had; the others are generated again. No
+Every group is graded and rewarded as soon as it is finished, while others are still being generated, and may be refused
+for its content: the stream's next prompt is then asked in its place. By default an iteration so gets the stream's first
+groups that are accepted, in whichever order they finish. Nothing is refused for being slow.
+
+Finished groups go to the journal of the iteration that may take them, at once, refused ones too. After a kill, prompts
+in flight (a checkpoint names them) are taken up first: their groups come from the journal, in the order in which they
+were finished, so that iterations whose journal is complete get the groups they had; the others are generated again. No
 prompt is lost and none is used twice. By default, with an engine that draws the same tokens again, the resumed run's
 numbers are those of one that was not killed; partial and async depend on when groups finish, and promise only that.
 """
@@ -19,14 +23,19 @@ numbers are those of one that was not killed; partial and async depend on when g
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 from megatron_efr.config import RolloutConfig
+from megatron_efr.rollout.judging import Accept, Judge
 from megatron_efr.rollout.production import Production
-from megatron_efr.types import Group, Prompt, Request, UserError
+from megatron_efr.types import Group, Prompt, Request, Rewarded, UserError
+
+REFUSALS = 20
+"""How many times an iteration's groups may be refused before that is an error: far beyond what harder data needs."""
 
 
 class Visit(Protocol):
@@ -73,9 +82,11 @@ Journals = Callable[[int], Journal]
 
 
 class Finished(NamedTuple):
-    """The groups that an iteration may take, by visit, in order of completion, and the seconds that they took."""
+    """The groups that an iteration may take, by seed, in order of completion; how many others were refused meanwhile,
+    and the seconds that all took."""
 
-    groups: dict[int, Group]
+    groups: dict[int, Rewarded]
+    refused: int
     seconds: float
 
 
@@ -83,6 +94,7 @@ class InFlight(NamedTuple):
     """A prompt that no iteration has taken yet, and the version of the weights that served when it was first asked."""
 
     visit: Visit
+    request: Request
     since: int
 
 
@@ -98,85 +110,124 @@ def staleness(group: Group, version: int) -> int:
 
 
 class Ledger:
-    """Turns prompts into whole groups, iteration by iteration. Asynchronous until iteration `last`."""
+    """Turns prompts into whole groups, iteration by iteration. Asynchronous until iteration `last`.
 
-    def __init__(self, production: Production, config: RolloutConfig, prompts: Prompts, seed: int, last: int) -> None:
+    `accept` judges every finished group, in a thread of its own. The prompt of a group that it refuses is used up, and
+    the stream's next prompt is asked instead. UserError if it refuses REFUSALS times what an iteration takes.
+    """
+
+    def __init__(
+        self, prompts: Prompts, accept: Accept, production: Production, config: RolloutConfig, *, seed: int, last: int
+    ) -> None:
         self.seconds = 0.0  # that it took to produce the groups handed over last
-        self._production, self._config, self._prompts, self._seed, self._last = production, config, prompts, seed, last
-        self._in_flight: list[InFlight] = []
+        self.refused = 0  # while these were produced
+        self._prompts, self._accept, self._production, self._config = prompts, accept, production, config
+        self._seed, self._last = seed, last
+        self._in_flight: dict[int, InFlight] = {}  # by the request's seed, in the order in which they were drawn
+        self._drawing = threading.Lock()  # a checkpoint must not see a prompt that has left the stream and is nowhere
         self._begun: Callable[[], Finished] | None = None
         self._thread = ThreadPoolExecutor(1, "rollouts") if config.overlap else None
+        self._judging = ThreadPoolExecutor(1, "judging")
 
-    def collect(self, step: int, journals: Journals) -> list[Group]:
+    def collect(self, step: int, journals: Journals) -> list[Rewarded]:
         """Iteration `step`'s groups, in the order of their visits. What they leave is due in the next iteration.
 
         After an error of the engine it can be called again: it asks for what is not in the journal yet.
         """
         begun, self._begun = self._begun or self._begin(step, journals), None
-        finished, self.seconds = begun()
-        late = [flight.visit.index for flight in self._in_flight if self._is_due(flight, step)]
-        others = [index for index in finished if index not in late]
-        taken = sorted(late + others[: self._config.prompts - len(late)])
-        self._journal(journals(step + 1), [finished[index] for index in finished if index not in taken])
-        self._in_flight = [flight for flight in self._in_flight if flight.visit.index not in taken]
-        groups = [finished[index] for index in taken]
-        self._check_staleness(groups, step - 1)
+        finished, self.refused, self.seconds = begun()
+        # the late ones first, then the first to be complete
+        late = [seed for seed in self._in_flight if seed in self._due(step)]
+        others = [seed for seed in finished if seed not in late]
+        taken = {*late, *others[: self._config.prompts - len(late)]}
+        self._journal(journals(step + 1), [finished[seed].group for seed in finished if seed not in taken])
+        flights = sorted((self._in_flight[seed] for seed in taken), key=lambda flight: flight.visit.index)
+        groups = [finished[flight.request.seed] for flight in flights]
+        self._in_flight = {seed: flight for seed, flight in self._in_flight.items() if seed not in taken}
+        self._check_staleness([rewarded.group for rewarded in groups], step - 1)
         again = self._thread is not None and step < self._last
         self._begun = self._begin(step + 1, journals) if again else None
         return groups
 
     def state_dict(self) -> dict[str, Any]:
         """The prompts' own state, and which of those they gave are in flight."""
-        flights = [[flight.visit.index, flight.since] for flight in self._in_flight]
-        return {**self._prompts.state_dict(), "in_flight": flights}
+        with self._drawing:
+            flights = [[flight.visit.index, flight.since] for flight in self._in_flight.values()]
+            return {**self._prompts.state_dict(), "in_flight": flights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was made: prompts in flight are asked first."""
         self._prompts.load_state_dict(state)
-        self._in_flight = [InFlight(self._prompts.visit(index), since) for index, since in state["in_flight"]]
+        self._in_flight = dict(self._flight(self._prompts.visit(index), since) for index, since in state["in_flight"])
 
     def close(self) -> None:
-        """End the thread. What is in flight is dropped, but for the journal and the last checkpoint's list of it."""
+        """End the threads. What is in flight is dropped, but for the journal and the last checkpoint's list of it."""
         self._production.close()
         if self._thread is not None:
             self._thread.shutdown()
+        self._judging.shutdown(cancel_futures=True)
 
     def _begin(self, step: int, journals: Journals) -> Callable[[], Finished]:
         """Draw what iteration `step` needs, and start to produce it; what is returned waits for it."""
-        missing = self._config.prompts + self._config.in_flight_beyond - len(self._in_flight)
-        version = self._production.engine.version
-        self._in_flight += [InFlight(visit, version) for visit in self._prompts.take(missing)]
-        flights, journal = list(self._in_flight), journals(step)
+        self._draw(self._config.prompts + self._config.in_flight_beyond - len(self._in_flight))
+        journal = journals(step)
         if self._thread is None:
-            return lambda: self._produce(step, flights, journal)
-        return self._thread.submit(self._produce, step, flights, journal).result
+            return lambda: self._produce(step, journal)
+        return self._thread.submit(self._produce, step, journal).result
 
-    def _produce(self, step: int, flights: list[InFlight], journal: Journal) -> Finished:
-        """Ask until what is finished is enough for iteration `step`."""
+    def _draw(self, count: int, instead: int | None = None) -> None:
+        """Put the stream's next `count` prompts in flight; the request of seed `instead` leaves."""
+        version = self._production.engine.version
+        with self._drawing:
+            kept = {seed: flight for seed, flight in self._in_flight.items() if seed != instead}
+            self._in_flight = kept | dict(self._flight(visit, version) for visit in self._prompts.take(count))
+
+    def _flight(self, visit: Visit, since: int) -> tuple[int, InFlight]:
+        request = Request(visit.prompt, self._config.samples, request_seed(self._seed, visit.index))
+        return request.seed, InFlight(visit, request, since)
+
+    def _produce(self, step: int, journal: Journal) -> Finished:
+        """Ask until what is finished and accepted is enough for iteration `step`."""
         began = time.perf_counter()
-        requests = [self._request(flight.visit) for flight in flights]
-        index = {request.seed: flight.visit.index for request, flight in zip(requests, flights, strict=True)}
         held = {group.seed: group for group in journal.read().groups}
-        _check_same(held, requests)
-        finished = {index[seed]: group for seed, group in held.items() if seed in index}
-        late = {flight.visit.index for flight in flights if self._is_due(flight, step)}
+        judge, accepted, refused = Judge(self._accept, self._judging), dict[int, Rewarded](), 0
         try:
-            while len(finished) < self._config.prompts or not late <= finished.keys():
-                self._production.ask(request for request in requests if index[request.seed] not in finished)
-                group = self._production.next()
-                if index.get(group.seed, -1) not in {-1, *finished}:  # a journal may have had it meanwhile
-                    journal.append(group)
-                    finished[index[group.seed]] = group
+            while not self._suffice(step, accepted.keys()):
+                # nothing is left to generate while those that are being judged may be enough
+                judged = judge.next(wait=self._suffice(step, accepted.keys() | judge.waiting))
+                if judged is None:
+                    self._finish_another(judge, accepted.keys() | judge.waiting, held, journal)
+                elif judged.rewarded is not None:
+                    accepted[judged.seed] = judged.rewarded
+                else:
+                    refused += 1
+                    self._check_refused(refused, step)
+                    self._draw(1, instead=judged.seed)
         finally:
             journal.close()
-        return Finished(finished, time.perf_counter() - began)
+        return Finished(accepted, refused, time.perf_counter() - began)
 
-    def _request(self, visit: Visit) -> Request:
-        return Request(visit.prompt, self._config.samples, request_seed(self._seed, visit.index))
+    def _finish_another(self, judge: Judge, finished: Set[int], held: dict[int, Group], journal: Journal) -> None:
+        """Hand what is not `finished` to the judge: all that the journal held, else the engine's next group."""
+        missing = {seed: flight.request for seed, flight in self._in_flight.items() if seed not in finished}
+        journalled = [held.pop(seed) for seed in list(held) if seed in missing]
+        for group in journalled:
+            _check_same(group, missing[group.seed])
+            judge.add(group)
+        if not journalled:
+            self._production.ask(missing.values())
+            group = self._production.next()
+            if group.seed in missing:  # a journal may have had it meanwhile
+                journal.append(group)
+                judge.add(group)
 
-    def _is_due(self, flight: InFlight, step: int) -> bool:
-        """Whether in the iteration after `step`, which `step` publications precede, its first tokens were too old."""
-        return step - flight.since > self._config.max_staleness
+    def _suffice(self, step: int, seeds: Set[int]) -> bool:
+        """True if the groups of these seeds are enough for iteration `step`."""
+        return len(seeds) >= self._config.prompts and self._due(step) <= seeds
+
+    def _due(self, step: int) -> set[int]:
+        """Seeds whose first tokens would be too old in the iteration after `step`: `step` publications precede it."""
+        return {seed for seed, flight in self._in_flight.items() if step - flight.since > self._config.max_staleness}
 
     def _journal(self, journal: Journal, groups: Iterable[Group]) -> None:
         """Hand finished groups on to a journal that may, after a resume, hold them already."""
@@ -185,6 +236,14 @@ class Ledger:
             if group.seed not in held:
                 journal.append(group)
         journal.close()
+
+    def _check_refused(self, refused: int, step: int) -> None:
+        if refused > REFUSALS * self._config.prompts:
+            raise UserError(
+                f"iteration {step}: {refused} groups were refused for what they say, where rollout.prompts = "
+                f"{self._config.prompts} are wanted: the prompts teach nothing, since the model gets all responses to "
+                "them right, or all wrong. Give it harder or easier prompts, or an algorithm that takes every group"
+            )
 
     def _check_staleness(self, groups: list[Group], version: int) -> None:
         for group in groups:
@@ -196,15 +255,12 @@ class Ledger:
                 )
 
 
-def _check_same(held: Mapping[int, Group], requests: Iterable[Request]) -> None:
+def _check_same(held: Group, request: Request) -> None:
     """Refuse a journalled group that answers another prompt than the stream now gives at its place."""
-    for request in requests:
-        if request.seed in held:
-            group, now = held[request.seed], request.prompt
-            then = group.prompt
-            if (then.tokens, then.gold, len(group.responses)) != (now.tokens, now.gold, request.samples):
-                raise UserError(
-                    f"prompt {now.id}: the journal of this iteration holds {len(group.responses)} responses to another "
-                    f"prompt ({then.id}) at its place; put the data and the tokenizer back as they were, or start a "
-                    "new run"
-                )
+    now, then = request.prompt, held.prompt
+    if (then.tokens, then.gold, len(held.responses)) != (now.tokens, now.gold, request.samples):
+        raise UserError(
+            f"prompt {now.id}: the journal of this iteration holds {len(held.responses)} responses to another "
+            f"prompt ({then.id}) at its place; put the data and the tokenizer back as they were, or start a "
+            "new run"
+        )

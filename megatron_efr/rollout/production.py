@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -29,16 +29,16 @@ class Feed(Iterator[Request]):
 
 
 class Production:
-    """Requests in, finished groups with their text out. What is in flight stays in flight between calls of `next`.
+    """Requests in, finished groups out. What is in flight stays in flight between calls of `next`.
 
     `ask` and `next` belong to one thread at a time, which touches neither CUDA nor collectives as long as the engine
     does not; `held` and `close` are another's.
     """
 
-    def __init__(self, engine: Engine, sampling: Sampling, decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, engine: Engine, sampling: Sampling) -> None:
         self.engine = engine
         self.closed = False
-        self._sampling, self._decode = sampling, decode
+        self._sampling = sampling
         self._turn = Turn()
         self._feed, self._stream = Feed(), None
         self._in_flight: set[int] = set()
@@ -70,8 +70,6 @@ class Production:
         if group is None:
             raise RuntimeError(f"the engine's stream of groups ended with {len(self._in_flight)} prompts unanswered")
         self._in_flight.remove(group.seed)
-        for response in group.responses:
-            response.text = self._decode(response.tokens)
         return group
 
     def held(self) -> AbstractContextManager[Any]:

@@ -31,15 +31,16 @@ from megatron_efr.grading.equality import equal_answers
 from megatron_efr.grading.gold_checks import check_for
 from megatron_efr.grading.groups import grade_groups
 from megatron_efr.grading.judging import Judgings
+from megatron_efr.methods import Method
 from megatron_efr.observe.progress import followed
 from megatron_efr.report.records import Record, summarise
 from megatron_efr.rollout.build import build_engine
-from megatron_efr.rollout.engine import Engine
-from megatron_efr.rollout.ledger import Journals, Ledger, request_seed
+from megatron_efr.rollout.engine import Decode, Engine
+from megatron_efr.rollout.ledger import Ledger, request_seed
 from megatron_efr.rollout.production import Production
 from megatron_efr.rollout.servers.run_servers import Servers
 from megatron_efr.run.folder import Journal, RunFolder
-from megatron_efr.types import Group, Prompt, Request, Sampling
+from megatron_efr.types import Group, Prompt, Request, Rewarded, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import initial_weights
 
@@ -56,7 +57,7 @@ class Environment:
     production: Production
     ledger: Ledger
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, method: Method) -> None:
         tokenizer = load_tokenizer(config.model.path)
         # refuses a folder whose weights are missing or are others than config.json's, before anything is built
         architecture = Architecture.from_folder(config.model.path)
@@ -72,7 +73,7 @@ class Environment:
         self.evaluator = (
             evaluator_of(config, tokenizer, stops, architecture.max_positions) if self._evaluate_every else None
         )
-        self._config, self._decode = config, decoder(tokenizer)
+        self._config, self._method, self._decode = config, method, decoder(tokenizer)
         rollout = config.rollout
         self._sampling = Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens, stops)
         self._judgings = judgings_of(config.grading, config.data.datasets)
@@ -82,16 +83,17 @@ class Environment:
     def connect(self, servers: Servers, resources: ExitStack) -> None:
         """Take the engine into use, over `servers` or embedded; `resources` end it, and the thread of rollouts."""
         config = self._config
-        self.engine = build_engine(config.model, config.rollout, servers, config.folder / "engines", resources)
-        self.production = Production(self.engine, self._sampling, self._decode)
-        self.ledger = Ledger(self.production, config.rollout, self.stream, config.seed, config.train.iterations)
+        logs = config.folder / "engines"
+        self.engine = build_engine(config.model, config.rollout, servers, logs, self._decode, resources)
+        self.production = Production(self.engine, self._sampling)
+        self.ledger = Ledger(
+            self.stream, self.accept, self.production, config.rollout, seed=config.seed, last=config.train.iterations
+        )
         resources.callback(self.ledger.close)
 
-    def graded_rollouts(self, step: int, journals: Journals) -> list[Group]:
-        """Iteration `step`'s groups, graded; those that the journals hold are taken from there."""
-        groups = self.ledger.collect(step, journals)
-        grade_groups(self.grader, groups, self._judgings)
-        return groups
+    def accept(self, groups: Sequence[Group]) -> list[Rewarded]:
+        """Grade and reward finished groups."""
+        return [self._method.rewarded(graded) for graded in grade_groups(self.grader, groups, self._judgings)]
 
     def evaluate(self, step: int, folder: RunFolder) -> dict[str, float]:
         """Ask and grade the held-out problems with the weights being served, where step `step` is one to do so.
@@ -143,7 +145,7 @@ class Evaluator:
         say_overlong(rendered)
         self._left_out = Counter(problem.dataset for problem in rendered.left_out)
         self.prompts = rendered.prompts
-        self._decode, self._seed = decoder(tokenizer), seed
+        self._seed = seed
         self._requests = [
             Request(p, config.samples_by_dataset.get(p.meta["dataset"], config.samples), request_seed(seed, -1 - i))
             for i, p in enumerate(self.prompts)
@@ -176,16 +178,14 @@ class Evaluator:
         left = [request for request in self._requests if request.seed not in finished]
         with closing(engine.generate(left, self.sampling)) as answers:
             for group in followed(answers, name, len(self._requests), len(finished)):
-                for response in group.responses:
-                    response.text = self._decode(response.tokens)
                 if journal:
                     journal.append(group)
                 finished[group.seed] = group
                 after_each()
         groups = [finished[request.seed] for request in self._requests]
-        grade_groups(grader, groups, self.judgings)
-        answers = equal_answers(grader, groups, self.judgings)
-        return summarise(groups, name, answers=answers, left_out=self._left_out)
+        graded = grade_groups(grader, groups, self.judgings)
+        answers = equal_answers(grader, graded, self.judgings)
+        return summarise(graded, name, answers=answers, left_out=self._left_out)
 
 
 def evaluator_of(
@@ -230,11 +230,11 @@ def judgings_of(grading: GradingConfig, datasets: Sequence[DatasetConfig]) -> Ju
     return Judgings.of(grading, [(dataset_name(dataset), dataset.grading) for dataset in datasets])
 
 
-def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
     """Token ids to text without special tokens, spaces left alone."""
 
-    def decode(tokens: list[int]) -> str:
-        text: Any = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(tokens: Sequence[int]) -> str:
+        text: Any = tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     return decode

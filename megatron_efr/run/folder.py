@@ -6,7 +6,6 @@ runs/<name>/ config.yaml · began · metrics.jsonl · checkpoints/ · journal/ �
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
@@ -17,83 +16,17 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
 import zstandard
 
 from megatron_efr.durable import GOES_ON, append_line, remove_torn_writes, write_atomic, write_whole, writing
 from megatron_efr.report.stored import read_evaluation
 from megatron_efr.run.changes import refusal
-from megatron_efr.types import Group, Prompt, Response, UserError, VersionSpan
+from megatron_efr.run.group_json import decode_credited, decode_group, encode_credited, encode_group
+from megatron_efr.types import Credited, Group, UserError
 
 
 class RunFolderError(UserError):
     """A run folder that cannot be used as asked. The message says what lies there and what would be right."""
-
-
-def encode_group(group: Group) -> str:
-    """One line of JSON. Floats are written by repr and read back exactly; `prompt.meta` must be JSON-ready."""
-    prompt = group.prompt
-    tree = {
-        "prompt": {
-            "id": prompt.id,
-            "tokens": list(prompt.tokens),
-            "text": prompt.text,
-            "gold": prompt.gold,
-            "meta": dict(prompt.meta),
-        },
-        "responses": [_encode_response(response) for response in group.responses],
-        "seed": group.seed,
-        "correct": None if group.correct is None else group.correct.tolist(),
-        "statuses": group.statuses,
-        "scores": None if group.scores is None else group.scores.tolist(),
-        "rewards": None if group.rewards is None else group.rewards.tolist(),
-        "masked": None if group.masked is None else group.masked.tolist(),
-        "advantages": None if group.advantages is None else group.advantages.tolist(),
-    }
-    return json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
-
-
-def decode_group(line: str | bytes) -> Group:
-    """The group that `encode_group` wrote. Raises ValueError or KeyError where the line is no such group."""
-    tree = json.loads(line)
-    prompt = Prompt(**{**tree["prompt"], "tokens": tuple(tree["prompt"]["tokens"])})
-    return Group(
-        prompt=prompt,
-        responses=[_decode_response(response) for response in tree["responses"]],
-        seed=tree["seed"],
-        correct=_array(tree["correct"], np.dtype(bool)),
-        statuses=tree["statuses"],
-        scores=_array(tree.get("scores"), np.dtype(np.float64)),  # files of before scores lack them
-        rewards=_array(tree["rewards"], np.dtype(np.float64)),
-        masked=_array(tree.get("masked"), np.dtype(bool)),
-        advantages=_array(tree["advantages"], np.dtype(np.float64)),
-    )
-
-
-def _encode_response(response: Response) -> dict[str, Any]:
-    tree = {
-        "tokens": [int(token) for token in response.tokens],
-        "logprobs": [float(value) for value in response.logprobs],
-        "finish": response.finish,
-        "versions": [list(span) for span in response.versions],
-        "text": response.text,
-    }
-    if (routed := response.routed_experts) is not None:  # a byte each up to 128 experts; as JSON's lists three or four
-        data = base64.b64encode(routed.tobytes()).decode("ascii")
-        tree["routed_experts"] = {"dtype": str(routed.dtype), "shape": list(routed.shape), "base64": data}
-    return tree
-
-
-def _decode_response(tree: dict[str, Any]) -> Response:
-    changed: dict[str, Any] = {"versions": [VersionSpan(*span) for span in tree["versions"]]}
-    if (routed := tree.get("routed_experts")) is not None:
-        flat = np.frombuffer(base64.b64decode(routed["base64"], validate=True), routed["dtype"])
-        changed["routed_experts"] = flat.reshape(routed["shape"])
-    return Response(**tree | changed)
-
-
-def _array(values: list[Any] | None, dtype: np.dtype[Any]) -> np.ndarray | None:
-    return None if values is None else np.array(values, dtype=dtype)
 
 
 class JournalContents(NamedTuple):
@@ -304,12 +237,12 @@ class RunFolder:
     def rollouts_path(self, step: int) -> Path:
         return self.rollouts / f"step_{step:06d}.jsonl.zst"
 
-    def write_rollouts(self, step: int, groups: Iterable[Group]) -> None:
+    def write_rollouts(self, step: int, groups: Iterable[Credited]) -> None:
         """Keep iteration `step`'s groups, losslessly, as zstd-compressed JSON lines."""
-        text = "".join(encode_group(group) + "\n" for group in groups)
+        text = "".join(encode_credited(group) + "\n" for group in groups)
         write_atomic(self.rollouts_path(step), zstandard.ZstdCompressor(level=3).compress(text.encode("utf-8")))
 
-    def read_rollouts(self, step: int) -> list[Group]:
+    def read_rollouts(self, step: int) -> list[Credited]:
         """Iteration `step`'s groups as they were written. RunFolderError where they were not kept or are damaged."""
         path = self.rollouts_path(step)
         if not path.exists():
@@ -350,11 +283,11 @@ def metrics_line(step: int, metrics: Mapping[str, Any]) -> str:
     return json.dumps(tree, allow_nan=False)
 
 
-def read_rollouts(path: Path) -> list[Group]:
+def read_rollouts(path: Path) -> list[Credited]:
     """The groups of a rollouts file. RunFolderError where it cannot be read."""
     try:
         text = zstandard.ZstdDecompressor().decompress(path.read_bytes())
-        return [decode_group(line) for line in text.split(b"\n") if line]
+        return [decode_credited(line) for line in text.split(b"\n") if line]
     except (OSError, zstandard.ZstdError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise RunFolderError(f"{path}: damaged rollouts: {type(error).__name__}: {error}") from error
 

@@ -11,10 +11,10 @@ from typing import Any
 from megatron_efr.observe import Observer
 from megatron_efr.run.folder import metrics_line, read_rollouts
 from megatron_efr.run.run import Run
-from megatron_efr.types import Group, UserError
+from megatron_efr.types import Credited, UserError
 
-Learn = Callable[[Run, int, list[Group], Observer], dict[str, float]]
-"""What an iteration does with its scored groups; its metrics."""
+Learn = Callable[[Run, int, list[Credited], Observer], dict[str, float]]
+"""What an iteration does with its credited groups; its metrics."""
 
 
 def replay(run: Run, file: Path, learn: Learn) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_efr.report import build_summary, summarise, write_report
-from megatron_efr.types import Group, Prompt, Response
+from megatron_efr.types import Prompt
+from tests.groups import graded
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; apt-get install chromium runs this test")
@@ -34,10 +35,8 @@ def evaluation(name, accuracy, share):
         level = 2 + index % 7
         count = round(10 * level * share)
         meta = {"difficulty": level, "question": f"Sum {index}"}
-        response = Response([1] * count, [0.0] * count, "stop", text=f"{name} thinks <b>hard</b>")
-        groups.append(
-            Group(Prompt(f"p{index}", (1,), "", "7", meta), [response], correct=np.array([rng.random() < accuracy]))
-        )
+        prompt = Prompt(f"p{index}", (1,), "", "7", meta)
+        groups.append(graded([rng.random() < accuracy], [count], text=f"{name} thinks <b>hard</b>", prompt=prompt))
     return summarise(groups, name)
 
 

@@ -45,7 +45,7 @@ def distance(engine: SGLangEngine, folder: str | Path) -> float:
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *response.tokens]])).logits[0, len(prompt) - 1 : -1]
         logprobs = torch.log_softmax(logits, -1)
-        if logprobs.argmax(-1).tolist() != response.tokens:
+        if logprobs.argmax(-1).tolist() != list(response.tokens):
             return float("inf")
         said = logprobs[torch.arange(len(response.tokens)), torch.tensor(response.tokens)]
         worst = max(worst, float((said - torch.tensor(response.logprobs)).abs().max()))

@@ -124,7 +124,7 @@ def test_a_wrong_key_is_refused(
     monkeypatch.setenv(KEY, "another")
     engines = EnginesConfig(engine="sglang", urls=[server[0]])
     with ExitStack() as stack, pytest.raises(UserError, match=rf"{server[0]}/.* 401: .* in rollout\.urls in {KEY}\?"):
-        sglang_engine(ModelConfig(path=str(folders[0])), engines, tmp_path, 0, stack)
+        sglang_engine(ModelConfig(path=str(folders[0])), engines, tmp_path, 0, str, stack)
 
 
 @pytest.mark.parametrize(

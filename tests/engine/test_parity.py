@@ -31,7 +31,9 @@ def asked(count: int, samples: int) -> list[Request]:
     return [Request(Prompt(f"p{i}", tokens, "", ""), samples, i) for i, tokens in enumerate(prompts)]
 
 
-def exact_logprobs(model: Qwen2ForCausalLM, prompt: Prompt, tokens: list[int], temperature: float) -> torch.Tensor:
+def exact_logprobs(
+    model: Qwen2ForCausalLM, prompt: Prompt, tokens: tuple[int, ...], temperature: float
+) -> torch.Tensor:
     """[response] log-probs of `tokens` after `prompt`, from one forward pass."""
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt.tokens, *tokens]])).logits[0, len(prompt.tokens) - 1 : -1]

@@ -21,6 +21,7 @@ from megatron_efr.weights.sglang_layout import EngineLayout
 from tests.engine.conftest import SLOTS, rollout, start
 from tests.engine.published import make_policy, make_publisher
 from tests.engine.test_publish import Lying, train
+from tests.groups import credited
 from tests.routing import as_sampled_by, change_weights, make_moe_folder
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=60, stop_ids=(2,))
@@ -58,9 +59,7 @@ def sampled(engine: SGLangEngine) -> list[Sequence]:
     """Responses to prompts with common beginnings, which the server reads once."""
     prompts = [Prompt(str(i), (5, 6, 7, 8, 9, 10 + i, 11, 12), "", "") for i in range(6)]
     groups = list(engine.generate([Request(prompt, 8, seed) for seed, prompt in enumerate(prompts)], SAMPLING))
-    for group in groups:
-        group.advantages = np.zeros(8)
-    return trainable(groups)
+    return trainable([credited(group, np.zeros(8)) for group in groups])
 
 
 def differences(policy: Policy, sequences: list[Sequence]) -> tuple[float, float]:

@@ -26,6 +26,7 @@ METHOD = """
 import numpy as np
 from megatron_efr.config import Section
 from megatron_efr.methods.base import Method
+from megatron_efr.types import Credit
 
 class Typical(Method):
     class Options(Section):
@@ -36,12 +37,12 @@ class Typical(Method):
         self.seen, self.mean = 0, 8.0
 
     def rewards(self, group):
-        return -np.abs(group.lengths - self.mean * (1 - self.options.alpha)) / 24
+        return -np.abs(group.group.lengths - self.mean * (1 - self.options.alpha)) / 24
 
-    def advantages(self, groups):
+    def credits(self, groups):
         for group in groups:
             self.seen += 1
-            self.mean += (float(group.lengths.mean()) - self.mean) / self.seen
+            self.mean += (float(group.group.lengths.mean()) - self.mean) / self.seen
         return None  # the algorithm's
 
     def state_dict(self):
@@ -51,9 +52,9 @@ class Typical(Method):
         self.seen, self.mean = state["seen"], state["mean"]
 
 class Failing(Typical):
-    def advantages(self, groups):
-        super().advantages(groups)
-        return [group.rewards * np.nan for group in groups] if self.seen > 4 else None
+    def credits(self, groups):
+        super().credits(groups)
+        return [Credit(group.rewards * np.nan) for group in groups] if self.seen > 4 else None
 """
 
 CONFIG = """

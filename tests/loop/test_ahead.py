@@ -45,7 +45,7 @@ def test_a_run_ahead_of_its_policy_is_killed_and_loses_no_prompt(task: Path, pro
     assert all(difference > 1e-5 for difference in stale), "another version's log-probs, and no difference"
     assert [line["step"] for line in lines if "eval/accuracy" in line] == [3, 6]
 
-    groups = [group for step in range(1, 7) for group in folder.read_rollouts(step)]
+    groups = [credited.group for step in range(1, 7) for credited in folder.read_rollouts(step)]
     assert all(len(group.responses) == 4 for group in groups)
     assert len({group.seed for group in groups}) == 24
     left = state(folder.path, 6)["stream"]

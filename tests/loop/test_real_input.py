@@ -66,7 +66,7 @@ def test_the_run_folder_holds_what_it_should(run: RunFolder) -> None:
 def test_the_prompts_are_the_rows_in_the_chat_template(run: RunFolder) -> None:
     rows = [json.loads(line) for line in (ROWS / "gsm8k_train.jsonl").read_text().splitlines()]
     golds = {row["question"]: row["answer"].rpartition("#### ")[2].replace(",", "") for row in rows}
-    groups = [group for step in (1, 2, 3) for group in run.read_rollouts(step)]
+    groups = [credited.group for step in (1, 2, 3) for credited in run.read_rollouts(step)]
     assert len(groups) == 48
     assert len({group.prompt.id for group in groups[: len(rows)]}) == len(rows)  # an epoch has every row once
     tokenizer = byte_tokenizer()

@@ -43,7 +43,7 @@ def test_the_uninterrupted_run_learns_and_uses_every_prompt_once(whole: Path) ->
     assert lines[0]["kl"] == 0
     assert all(abs(line["kl"]) > 1e-6 for line in lines[1:])
     assert all(line["first_ratio_max"] == 1 and line["first_kl_to_old"] == 0 for line in lines)
-    groups = [group for step in range(1, 5) for group in RunFolder(whole).read_rollouts(step)]
+    groups = [credited.group for step in range(1, 5) for credited in RunFolder(whole).read_rollouts(step)]
     assert len({group.prompt.id for group in groups}) == 16
     assert len({group.seed for group in groups}) == 16
     assert {r.versions[0].version for group in groups[12:] for r in group.responses} == {3}

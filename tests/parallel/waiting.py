@@ -14,7 +14,8 @@ from megatron_efr.errors import UserError
 from megatron_efr.policy import joined_ranks
 from megatron_efr.policy.handover import flatten, hand_over
 from megatron_efr.policy.packing import UpdatePlan, trainable
-from megatron_efr.types import Group, Prompt, Response, VersionSpan
+from megatron_efr.types import Credited, Group, Prompt, Response, VersionSpan
+from tests.groups import credited
 
 LIMIT_S = 3.0
 PLANS = [  # two updates over two replicas; the first's last micro-batch is padding alone
@@ -23,21 +24,21 @@ PLANS = [  # two updates over two replicas; the first's last micro-batch is padd
 ]
 
 
-def groups() -> list[Group]:
+def groups() -> list[Credited]:
     rng = np.random.default_rng(0)
     made = []
     for i in range(3):
-        responses = [
+        responses = tuple(
             Response(
-                tokens=rng.integers(0, 99, n).tolist(),
-                logprobs=rng.normal(size=n).astype(np.float32).tolist(),
+                tokens=tuple(rng.integers(0, 99, n).tolist()),
+                logprobs=rng.normal(size=n).astype(np.float32),
                 finish="stop",
-                versions=[VersionSpan(4, 0, 1), VersionSpan(5, 1, n)],
+                versions=(VersionSpan(4, 0, 1), VersionSpan(5, 1, n)),
                 routed_experts=rng.integers(0, 200, (3 + n - 1, 2, 2)).astype(np.uint8),
             )
             for n in rng.integers(2, 9, 4).tolist()
-        ]
-        made.append(Group(Prompt(f"p{i}", (1, 2, 3), "", ""), responses, seed=i, advantages=rng.normal(size=4)))
+        )
+        made.append(credited(Group(Prompt(f"p{i}", (1, 2, 3), "", ""), responses, i), rng.normal(size=4)))
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from megatron_efr.algorithms import Objective
 from megatron_efr.config import AlgorithmConfig, ConfigError, RolloutConfig, TrainConfig
 from megatron_efr.config.file import dump, validate
 from megatron_efr.policy.packing import row_weights, trainable
-from megatron_efr.types import Group
-from tests.unit.test_algorithms import CORRECT, LENGTHS, LIMIT, SAMPLES, Fixed, build, drawn, objective
+from megatron_efr.types import Credit, Rewarded
+from tests.unit.test_algorithms import CORRECT, LENGTHS, LIMIT, SAMPLES, build, drawn, objective
 
 
 @pytest.mark.parametrize("name", sorted(algorithms.ALGORITHMS))
@@ -96,10 +97,9 @@ def test_an_old_key_is_refused_with_its_new_name(old: dict[str, Any], message: s
 
 
 def test_masked_responses_weigh_nothing_and_are_not_counted() -> None:
-    groups = drawn(0)
-    methods.score(Fixed(None), build("grpo", truncated="masked"), groups, 40)
+    groups = methods.credit(methods.Method(None), build("grpo", truncated="masked"), drawn(0), 40)
     sizes = [s.size for s in trainable(groups)]
-    cut = [i for i, r in enumerate(r for group in groups for r in group.responses) if r.truncated]
+    cut = [i for i, r in enumerate(r for group in groups for r in group.group.responses) if r.truncated]
     assert cut
     assert [i for i, size in enumerate(sizes) if size.masked] == cut
     kept = [i for i in range(len(sizes)) if i not in cut]
@@ -109,18 +109,17 @@ def test_masked_responses_weigh_nothing_and_are_not_counted() -> None:
         alone = row_weights(sizes, kept, aggregate, divisor)
         assert all(weights[i] == alone[i] for i in kept)
         assert row_weights(sizes, cut, aggregate, divisor) == dict.fromkeys(cut, 0.0)
-    methods.score(Fixed(None), build("grpo"), groups, 40)
+    groups = methods.credit(methods.Method(None), build("grpo"), drawn(0), 40)
     assert not any(size.masked for size in (s.size for s in trainable(groups)))
 
 
 def test_a_methods_own_advantages_come_before_the_algorithms() -> None:
-    class Own(Fixed):
-        def advantages(self, groups: list[Group]) -> list[np.ndarray]:
-            return [np.full(len(group.responses), 0.5) for group in groups]
+    class Own(methods.Method):
+        def credits(self, groups: Sequence[Rewarded]) -> list[Credit]:
+            return [Credit(np.full(len(group.rewards), 0.5)) for group in groups]
 
-    groups = drawn(0)
-    methods.score(Own(None), build("grpo"), groups, 40)
-    assert all(np.array_equal(group.advantages, [0.5] * SAMPLES) for group in groups if group.advantages is not None)
+    groups = methods.credit(Own(None), build("grpo"), drawn(0), 40)
+    assert all(np.array_equal(group.credit.advantage, [0.5] * SAMPLES) for group in groups)
 
 
 def test_a_third_partys_algorithm_is_found_by_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

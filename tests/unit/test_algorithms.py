@@ -20,7 +20,7 @@ from megatron_efr.policy.drift import engine_logprobs, fill_importance
 from megatron_efr.policy.head import Head, HeadRows
 from megatron_efr.policy.loss import policy_loss
 from megatron_efr.policy.packing import pack, row_weights, trainable
-from megatron_efr.types import Group, PackedBatch, Prompt, Response, Sequence, SequenceSize
+from megatron_efr.types import Grade, Graded, Group, PackedBatch, Prompt, Response, Rewarded, Sequence, SequenceSize
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "algorithm_vectors.json").read_text())
 CORRECT, LENGTHS = np.array([1.0, 0.0, 1.0, 1.0]), np.array([300, 900, 500, 120])
@@ -337,27 +337,24 @@ def exact_opo(given: Given) -> torch.Tensor:
     return token_mean(ppo(given, per_token(given, given.rewards - baseline[:, None]), 0.2, 0.2))
 
 
-def drawn(seed: int) -> list[Group]:
-    """Three prompts' graded groups of very different lengths, with engine log-probs."""
+def drawn(seed: int) -> list[Rewarded]:
+    """Three prompts' rewarded groups of very different lengths, with engine log-probs."""
     rng = np.random.default_rng(seed)
     groups = []
     for number in range(3):
         lengths = rng.integers(1, 40, SAMPLES)
-        responses = [
-            Response(rng.integers(0, VOCAB, n).tolist(), (-1 - rng.random(n)).tolist(), "length" if n > 35 else "stop")
+        responses = tuple(
+            Response(
+                tuple(rng.integers(0, VOCAB, n).tolist()),
+                (-1 - rng.random(n)).astype(np.float32),
+                "length" if n > 35 else "stop",
+            )
             for n in lengths
-        ]
+        )
         rewards = (rng.random(SAMPLES) < 0.5) * rng.random(SAMPLES)
-        groups.append(Group(Prompt(str(number), (1, 2, 3), "", ""), responses, rewards=rewards))
+        graded = Graded(Group(Prompt(str(number), (1, 2, 3), "", ""), responses), (Grade("wrong"),) * SAMPLES)
+        groups.append(Rewarded(graded, rewards))
     return groups
-
-
-class Fixed(methods.Method):
-    """Rewards that are there already."""
-
-    def rewards(self, group: Group) -> np.ndarray:
-        assert group.rewards is not None
-        return group.rewards
 
 
 def fields(batch: PackedBatch, generator: torch.Generator, sequences: list[Sequence], made: Objective) -> None:
@@ -399,8 +396,7 @@ def test_loss_and_gradients_equal_fp64(
 ) -> None:
     algorithm = build(name, limit=40, **options)
     made = objective(algorithm, limit=40)
-    groups = drawn(seed)
-    methods.score(Fixed(None), algorithm, groups, 40)
+    groups = methods.credit(methods.Method(None), algorithm, drawn(seed), 40)
     sequences = trainable(groups)
     everyone = list(range(len(sequences)))
     weights = row_weights([s.size for s in sequences], everyone, made.aggregate, made.divisor)
@@ -435,7 +431,7 @@ def test_loss_and_gradients_equal_fp64(
         ]  # fmt: skip
         parts = zip(*(c.double().split(batch.row_lengths) for c in columns if c is not None), strict=True)
         found |= dict(zip(batch.indices, parts, strict=True))
-    rewards = np.array([group.rewards for group in groups])
+    rewards = np.array([group.rewarded.rewards for group in groups])
     given = Given(rewards, *(list(column) for column in zip(*(found[i] for i in everyone), strict=True)))
     want = exact(given)
     want.backward()

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import zstandard
 
@@ -20,16 +19,15 @@ from megatron_efr.report import summarise
 from megatron_efr.report.__main__ import main as report
 from megatron_efr.report.stored import read_evaluation, read_summary
 from megatron_efr.run.folder import RunFolder, read_rollouts
-from megatron_efr.types import Group, Prompt, Response, VersionSpan
+from megatron_efr.types import Credited, Prompt
+from tests.groups import credited, graded
 
 Ended = Callable[..., str]
 
 
-def group() -> Group:
-    response = Response([5, 6], [-0.1, -0.2], "stop", text="4", versions=[VersionSpan(0, 0, 2)])
-    return Group(
-        Prompt("d/1", (1, 2), "2+2", "4", {"dataset": "d", "difficulty": 1}), [response], correct=np.array([True])
-    )
+def group() -> Credited:
+    prompt = Prompt("d/1", (1, 2), "2+2", "4", {"dataset": "d", "difficulty": 1})
+    return credited(graded([True], [2], text="4", prompt=prompt), [0.5])
 
 
 @pytest.fixture
@@ -53,7 +51,7 @@ def folder(tmp_path: Path) -> RunFolder:
     made.config.write_text("name: run\n")
     for step in (1, 2):
         made.append_metrics(step, {"accuracy": 0.5})
-    made.write_evaluation("base", summarise([group()], "base"))
+    made.write_evaluation("base", summarise([group().graded], "base"))
     return made
 
 
@@ -194,7 +192,7 @@ def test_no_rollouts_end_in_a_traceback(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("read", [read_evaluation, read_summary])
 def test_no_record_ends_in_a_traceback(read: Callable[[Path], dict[str, Any]], tmp_path: Path) -> None:
-    record = summarise([group()], "base")
+    record = summarise([group().graded], "base")
     model = {"name": "m", "alpha": 0.1, **{key: record[key] for key in ("accuracy", "tokens", "tokens_by_difficulty")}}
     tree = record if read is read_evaluation else {"models": [model], "seconds": {"rl": 3.0}}
     path, rng, refused = tmp_path / "record.json", random.Random(0), 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -15,7 +16,8 @@ from megatron_efr.grading.equality import equal_answers
 from megatron_efr.grading.groups import grade_groups
 from megatron_efr.grading.judging import Judging, Judgings
 from megatron_efr.report import summarise
-from megatron_efr.types import Group, Prompt, Response
+from megatron_efr.types import Grade, Graded, Group, Prompt
+from tests.groups import response
 
 SPELLINGS = {
     Fraction(1, 2): ["0.5", "1/2", r"\frac{1}{2}", r"\frac12", r"\dfrac{2}{4}", "0.50"],
@@ -35,7 +37,7 @@ def grader() -> Iterator[Grader]:
 def group(gold: str, answers: list[str | None], lengths: list[int] | None = None) -> Group:
     texts = ["none" if answer is None else rf"\boxed{{{answer}}}" for answer in answers]
     sizes = lengths or [3] * len(texts)
-    responses = [Response([1] * n, [0.0] * n, "stop", text=text) for text, n in zip(texts, sizes, strict=True)]
+    responses = tuple(response(n, text=text) for text, n in zip(texts, sizes, strict=True))
     return Group(Prompt("a/1", (1,), "q", gold), responses)
 
 
@@ -44,8 +46,8 @@ def test_classes_are_those_of_brute_force_over_all_pairs(grader: Grader) -> None
     golds = ["1/2", "0.75", "2", "9"]
     drawn = [[str(s) for s in rng.choice(list(VALUE), size=9)] for _ in golds]
     groups = [group(gold, list(answers)) for gold, answers in zip(golds, drawn, strict=True)]
-    grade_groups(grader, groups)
-    for answers, numbers in zip(drawn, equal_answers(grader, groups), strict=True):
+    graded = grade_groups(grader, groups)
+    for answers, numbers in zip(drawn, equal_answers(grader, graded), strict=True):
         for (one, n), (other, m) in itertools.combinations(zip(answers, numbers, strict=True), 2):
             assert (n == m) == (VALUE[one] == VALUE[other]), (one, other)
 
@@ -53,26 +55,26 @@ def test_classes_are_those_of_brute_force_over_all_pairs(grader: Grader) -> None
 def test_votes_are_for_answers_and_not_for_spellings(grader: Grader) -> None:
     # by spelling 2 would win with two votes; by answer 1/2 has three
     voted = group("1/2", ["2", "0.5", "2", "1/2", r"\frac12", None], [9, 3, 9, 3, 3, 3])
-    grade_groups(grader, [voted])
-    numbers = equal_answers(grader, [voted])
+    graded = grade_groups(grader, [voted])
+    numbers = equal_answers(grader, graded)
     assert numbers == [[1, 0, 1, 0, 0, None]]
-    record = summarise([voted], "m", answers=numbers)
+    record = summarise(graded, "m", answers=numbers)
     assert (record["majority"], record["shortest_majority"]) == (1.0, 1.0)
 
 
 def test_each_pair_is_asked_once_however_many_problems_have_it(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [group("9", ["0.5", "1/2", "0.75", "1/2"]) for _ in range(20)]
-    grade_groups(grader, groups)
+    graded = grade_groups(grader, groups)
     asked: list[object] = []
     ask = grader.ask
     monkeypatch.setattr(grader, "ask", lambda questions: asked.extend(questions) or ask(questions))
-    assert equal_answers(grader, groups) == [[1, 1, 2, 1]] * 20
+    assert equal_answers(grader, graded) == [[1, 1, 2, 1]] * 20
     assert len(asked) == len(set(asked)) == 4  # both ways: 0.5 with 1/2, 0.5 with 0.75
 
 
 def test_what_could_not_be_judged_is_compared_with_nothing(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
-    hostile = group("5", ["6", "9^{9^{9^{9}}}", "9^{9^{9^{9}}}", "7"])
-    hostile.statuses, hostile.correct = ["wrong", "timeout", "timeout", "wrong"], np.zeros(4, dtype=bool)
+    statuses = ("wrong", "timeout", "timeout", "wrong")
+    hostile = Graded(group("5", ["6", "9^{9^{9^{9}}}", "9^{9^{9^{9}}}", "7"]), tuple(map(Grade, statuses)))
     texts: list[str] = []
     ask = grader.ask
     monkeypatch.setattr(
@@ -85,16 +87,16 @@ def test_what_could_not_be_judged_is_compared_with_nothing(grader: Grader, monke
 def test_right_answers_to_a_pattern_need_not_be_equal(grader: Grader) -> None:
     judgings = Judgings(Judging.of(JudgingConfig(verifier="regex")))
     voted = group("colou?r|red", ["color", "colour", "red", "red", "blue"])
-    grade_groups(grader, [voted], judgings)
-    assert equal_answers(grader, [voted], judgings) == [[1, 2, 3, 3, 4]]
+    graded = grade_groups(grader, [voted], judgings)
+    assert equal_answers(grader, graded, judgings) == [[1, 2, 3, 3, 4]]
     letters = Judgings(Judging.of(JudgingConfig(verifier="choice")))
     voted = group("A", ["(A)", "A", "b", "(B)", "C. x", "?"])
-    grade_groups(grader, [voted], letters)
-    assert equal_answers(grader, [voted], letters) == [[0, 0, 1, 1, 2, 3]]
+    graded = grade_groups(grader, [voted], letters)
+    assert equal_answers(grader, graded, letters) == [[0, 0, 1, 1, 2, 3]]
 
 
 def test_cut_off_responses_have_no_vote(grader: Grader) -> None:
-    cut = group("5", ["5", "6"])
-    cut.responses[0].finish = "length"
-    grade_groups(grader, [cut])
-    assert equal_answers(grader, [cut]) == [[None, 1]]
+    whole = group("5", ["5", "6"])
+    cut = replace(whole, responses=(replace(whole.responses[0], finish="length"), whole.responses[1]))
+    graded = grade_groups(grader, [cut])
+    assert equal_answers(grader, graded) == [[None, 1]]

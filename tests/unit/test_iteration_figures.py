@@ -9,14 +9,16 @@ import pytest
 
 from megatron_efr.config import ModelConfig
 from megatron_efr.report.iteration import IdentityError, check_identities, repetition, rollout_figures
-from megatron_efr.types import Group, Prompt, Response, VersionSpan
+from megatron_efr.types import Credited, Grade, Graded, Group, Prompt, Response, VersionSpan
+from tests.groups import credited
 
 
-def group(correct: list[bool], advantages: list[float], lengths: list[int]) -> Group:
-    responses = [Response(list(range(n)), [0.0] * n, "stop", [VersionSpan(0, 0, n)]) for n in lengths]
-    made = Group(Prompt("p", (1,), "q", "1"), responses, correct=np.array(correct))
-    made.rewards, made.advantages = np.array(correct, dtype=float), np.array(advantages)
-    return made
+def group(correct: list[bool], advantages: list[float], lengths: list[int]) -> Credited:
+    responses = tuple(
+        Response(tuple(range(n)), np.zeros(n, dtype=np.float32), "stop", (VersionSpan(0, 0, n),)) for n in lengths
+    )
+    grades = tuple(Grade("correct" if right else "wrong") for right in correct)
+    return credited(Graded(Group(Prompt("p", (1,), "q", "1"), responses), grades), advantages, correct)
 
 
 def test_signal_and_the_sign_of_right_answers() -> None:

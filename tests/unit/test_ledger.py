@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from megatron_efr.rollout.ledger import Ledger, request_seed, staleness
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.rollout.production import Production
 from megatron_efr.run.folder import RunFolder
-from megatron_efr.types import Group, Prompt, Request, Sampling, UserError
+from megatron_efr.types import Group, Prompt, Request, Rewarded, Sampling, UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import WeightMapping
 from megatron_efr.weights.publish import NoEngineError
+from tests.groups import credited
 
 STOP, START, LEVELS = 1, 2, 6
 CONFIG = {
@@ -58,18 +59,39 @@ def heavy_tailed_weights() -> Weights:
     return [(name, (values | norms).get(name, torch.zeros(shape))) for name, shape in shapes.items()]
 
 
+def say_length(tokens: Sequence[int]) -> str:
+    return str(len(tokens))
+
+
 class Loop:
     """What the trainer does with the ledger, without training: publish, collect, publish, ..."""
 
-    def __init__(self, folder: Path, last: int = 10**9, slots: int = 64, gold: str = "", **rollout: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        last: int = 10**9,
+        slots: int = 64,
+        gold: str = "",
+        refuses: Callable[[Group], bool] = lambda group: False,
+        **rollout: Any,
+    ) -> None:
         settings = {"prompts": 4, "samples": 4, "slots": slots, "max_new_tokens": 600} | rollout
         self.config = RolloutConfig.model_validate(settings)
-        self.engine, self.weights = LocalEngine(CONFIG, slots), heavy_tailed_weights()
+        self.engine, self.weights = LocalEngine(CONFIG, slots, decode=say_length), heavy_tailed_weights()
         prompts = PromptStream([Prompt(f"p{i}", (START,), "", gold) for i in range(7)], seed=0)
         sampling = Sampling(1.0, 1.0, self.config.max_new_tokens, (STOP,))
-        self.production = Production(self.engine, sampling, lambda tokens: str(len(tokens)))
-        self.ledger = Ledger(self.production, self.config, prompts, 11, last)
+        self.refuses = refuses
+        self.production = Production(self.engine, sampling)
+        self.ledger = Ledger(prompts, self.accept, self.production, self.config, seed=11, last=last)
         self.folder, self.step, self.last = RunFolder(folder), 0, last
+
+    def accept(self, groups: Sequence[Group]) -> list[Rewarded | None]:
+        """Whatever the loop does not refuse, without grades or rewards."""
+        made = [credited(group, np.zeros(len(group.responses))).rewarded for group in groups]
+        return [None if self.refuses(rewarded.group) else rewarded for rewarded in made]
+
+    def collect(self, step: int) -> list[Group]:
+        return [rewarded.group for rewarded in self.ledger.collect(step, self.folder.journal)]
 
     def restore(self, state: dict[str, Any], step: int) -> None:
         self.ledger.load_state_dict(state)
@@ -80,7 +102,7 @@ class Loop:
         """Publish, collect, and train for as long as it takes until the next iteration has a group, if it is begun."""
         self.engine.publish(iter(self.weights), self.step)
         self.step += 1
-        groups = self.ledger.collect(self.step, self.folder.journal)
+        groups = self.collect(self.step)
         limit = time.monotonic() + 60
         while self.config.overlap and self.step < self.last and not self.folder.journal(self.step + 1).read().groups:
             assert time.monotonic() < limit
@@ -103,7 +125,7 @@ def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
     yield make
     for loop in made:
         loop.ledger.close()
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("rollouts")]
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("rollouts", "judging"))]
 
 
 MODES: dict[str, dict[str, Any]] = {
@@ -155,7 +177,7 @@ def test_an_iteration_that_lost_its_engine_is_collected_again_and_no_prompt_is_l
         loop.engine.publish(iter(loop.weights), step - 1)
         while len(iterations) < step:
             try:
-                iterations.append(loop.ledger.collect(step, loop.folder.journal))
+                iterations.append(loop.collect(step))
             except NoEngineError:
                 lost += 1
                 loop.engine.publish(iter(loop.weights), step - 1)
@@ -189,6 +211,10 @@ def test_every_iteration_gets_whole_groups_and_no_prompt_is_lost_or_taken_twice(
             assert all(a.end == b.start and a.version < b.version for a, b in pairwise(response.versions))
     oldest = max(staleness(group, version) for version, groups in enumerate(iterations) for group in groups)
     assert (oldest > 0) == loop.config.off_policy
+
+
+def answers(group: Group) -> list[tuple[Any, ...]]:
+    return [(r.tokens, r.logprobs.tolist(), r.finish, r.versions) for r in group.responses]
 
 
 def lengths(groups: list[Group]) -> np.ndarray:
@@ -281,7 +307,7 @@ def test_an_error_of_the_thread_reaches_the_iteration_that_waits_for_it(make_loo
 
     def go_on() -> None:
         for step in (2, 3):  # what was begun for the second may have been finished before
-            loop.ledger.collect(step, loop.folder.journal)
+            loop.collect(step)
 
     loop.engine.publish(iter(broken), 1)
     with pytest.raises(RuntimeError, match="not finite"):
@@ -291,6 +317,111 @@ def test_an_error_of_the_thread_reaches_the_iteration_that_waits_for_it(make_loo
 def test_a_journal_of_other_prompts_is_not_taken_for_these(make_loop: MakeLoop) -> None:
     """Data changed between a killed first iteration and its resume: no checkpoint knows, the journal does."""
     groups = make_loop().iterate()
-    assert [group.responses for group in make_loop().iterate()] == [group.responses for group in groups]
+    assert [answers(group) for group in make_loop().iterate()] == [answers(group) for group in groups]
     with pytest.raises(UserError, match=r"prompt p\d: the journal of this iteration holds 4 responses to another"):
         make_loop(gold="2").iterate()
+
+
+# -- what is refused for its content -----------------------------------------------------------------------------------
+
+
+def odd(group: Group) -> bool:
+    """About every other group, by nothing but what it says."""
+    return bool(group.lengths.sum() % 2)
+
+
+def all_answers(loop: Loop, count: int) -> list[Group]:
+    """Whole groups of the stream's first `count` prompts, in its order."""
+    prompts = PromptStream([Prompt(f"p{i}", (START,), "", "") for i in range(7)], seed=0)
+    requests = [Request(visit.prompt, 4, request_seed(11, visit.index)) for visit in prompts.take(count)]
+    loop.engine.publish(iter(loop.weights), 0)
+    made = {group.seed: group for group in loop.engine.generate(iter(requests), Sampling(1.0, 1.0, 600, (STOP,)))}
+    return [made[request.seed] for request in requests]
+
+
+def test_the_streams_first_groups_that_are_not_refused_are_taken_whatever_finishes_first(make_loop: MakeLoop) -> None:
+    loop = make_loop(refuses=odd)
+    everything = all_answers(loop, 60)
+    iterations, refused = [], []
+    for _ in range(4):
+        iterations.append(loop.iterate())
+        refused.append(loop.ledger.refused)
+    wanted = [group.seed for group in everything if not odd(group)][:16]
+    assert [group.seed for groups in iterations for group in groups] == wanted
+    used = [group.seed for group in everything].index(wanted[-1]) + 1
+    assert sum(refused) == used - 16 > 5
+    assert loop.ledger.state_dict() == {**loop.ledger.state_dict(), "next_index": used, "in_flight": []}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_refused_groups_are_replaced_and_no_prompt_is_lost_or_taken_twice(mode: str, make_loop: MakeLoop) -> None:
+    loop = make_loop(refuses=odd, **MODES[mode])
+    turned_away: set[int] = set()
+
+    def refuses(group: Group) -> bool:
+        if odd(group):
+            turned_away.add(group.seed)
+        return odd(group)
+
+    loop.refuses = refuses
+    iterations = [loop.iterate() for _ in range(8)]
+    loop.ledger.close()
+    assert [len(groups) for groups in iterations] == [4] * 8
+    assert not any(odd(group) for groups in iterations for group in groups)
+    taken = {group.seed for groups in iterations for group in groups}
+    asked = loop.ledger.state_dict()
+    waiting = {request_seed(11, index) for index, _ in asked["in_flight"]}
+    # what a thread has just finished may have been turned away, with the run ending before another was drawn
+    gone = turned_away - waiting
+    assert len(taken) == 32
+    assert taken | waiting | gone == set(seeds(asked["next_index"])), "a prompt was lost"
+    assert not taken & (waiting | gone)
+
+
+def test_after_a_kill_refused_groups_are_not_generated_again(make_loop: MakeLoop) -> None:
+    whole = make_loop(refuses=odd)
+    before = [whole.iterate() for _ in range(2)]
+    state = whole.ledger.state_dict()
+    lost = whole.iterate()
+    assert whole.ledger.refused > 0
+    again = make_loop(refuses=odd)
+    again.restore(state, 2)
+    generated = again.engine.health()["tokens"]
+    assert [answers(group) for group in again.iterate()] == [answers(group) for group in lost]
+    assert generated == again.engine.health()["tokens"] == 0, "the journal had them all"
+    assert len(before) == 2
+
+
+def test_prompts_that_teach_nothing_at_all_are_an_error_and_not_an_endless_search(make_loop: MakeLoop) -> None:
+    loop = make_loop(refuses=lambda group: True, max_new_tokens=20)
+    with pytest.raises(UserError, match=r"iteration 1: 81 groups were refused .* rollout\.prompts = 4"):
+        loop.iterate()
+
+
+def test_groups_are_judged_while_others_are_generated(make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine here does not finish its second group before the first has been judged."""
+    loop, judged = make_loop(), threading.Event()
+    generate = loop.engine.generate
+
+    def waiting(*arguments: Any) -> Iterator[Group]:
+        stream = generate(*arguments)
+        yield next(stream)
+        assert judged.wait(60), "nothing was judged meanwhile"
+        yield from stream
+
+    def refuses(group: Group) -> bool:
+        judged.set()
+        return False
+
+    monkeypatch.setattr(loop.engine, "generate", waiting)
+    loop.refuses = refuses
+    assert len(loop.iterate()) == 4
+
+
+def test_an_error_of_the_graders_reaches_the_iteration(make_loop: MakeLoop) -> None:
+    def refuses(group: Group) -> bool:
+        raise UserError("the graders have gone")
+
+    for mode in ("in step", "async"):
+        with pytest.raises(UserError, match="the graders have gone"):
+            make_loop(refuses=refuses, **MODES[mode]).iterate()

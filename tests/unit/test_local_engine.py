@@ -48,7 +48,7 @@ def test_greedy_equals_transformers_greedy() -> None:
         theirs = built.generate(  # pyright: ignore[reportAttributeAccessIssue]
             torch.tensor([prompt.tokens]), do_sample=False, max_new_tokens=40, eos_token_id=STOP, pad_token_id=0
         )
-        assert responses[0].tokens == theirs[0, len(prompt.tokens) :].tolist()
+        assert list(responses[0].tokens) == theirs[0, len(prompt.tokens) :].tolist()
 
 
 def test_first_tokens_follow_the_models_distribution() -> None:

@@ -14,17 +14,11 @@ from megatron_efr import methods
 from megatron_efr.algorithms import rloo
 from megatron_efr.config import ConfigError, MethodConfig
 from megatron_efr.methods import efr_rewards
-from megatron_efr.types import Group, Prompt, Response
+from tests.groups import graded
 
 
 def sigmoid(x: float) -> float:
     return 1.0 / (1.0 + math.exp(-x))
-
-
-def group(lengths: list[int], correct: list[bool], finish: list[str] | None = None) -> Group:
-    ends = finish or ["stop"] * len(lengths)
-    responses = [Response([0] * n, [0.0] * n, end) for n, end in zip(lengths, ends, strict=True)]  # type: ignore[arg-type]
-    return Group(Prompt("p", (1,), "q", "1"), responses, correct=np.array(correct))
 
 
 def test_reward_of_a_mixed_group_by_hand() -> None:
@@ -51,7 +45,7 @@ def test_alpha_zero_is_accuracy() -> None:
 
 def test_truncated_response_is_wrong_and_enters_no_statistic() -> None:
     method = methods.build(MethodConfig(name="efr", alpha=0.4), samples=3)  # type: ignore[call-arg]
-    cut_off = group([10, 30, 1000], [True, True, True], ["stop", "stop", "length"])
+    cut_off = graded([True, True, True], [10, 30, 1000], ["stop", "stop", "length"])
     assert method.rewards(cut_off).tolist() == pytest.approx(
         [1 - 0.4 * sigmoid(-1), 1 - 0.4 * sigmoid(1), 0.0], abs=1e-7
     )

@@ -8,7 +8,8 @@ import pytest
 
 from megatron_efr.report import build_summary, summarise, write_report
 from megatron_efr.report.sentences import chosen_problem, difficulty_sentences, headline
-from megatron_efr.types import Group, Prompt, Response
+from megatron_efr.types import Prompt
+from tests.groups import graded
 
 
 def evaluate(name, accuracy, lengths, seed=0, problems=120, dataset="sums"):
@@ -20,8 +21,7 @@ def evaluate(name, accuracy, lengths, seed=0, problems=120, dataset="sums"):
         count = max(1, round(lengths[level - 2] * rng.uniform(0.8, 1.2)))
         meta = {"difficulty": level, "dataset": dataset, "question": f"Sum number {index} <b>&"}
         prompt = Prompt(f"p{index}", (1, 2), "text", str(index), meta)
-        response = Response([7] * count, [-0.1] * count, "stop", text=f"<i>{name}</i> says {index}")
-        groups.append(Group(prompt, [response], correct=np.array([rng.random() < accuracy])))
+        groups.append(graded([rng.random() < accuracy], [count], text=f"<i>{name}</i> says {index}", prompt=prompt))
     return summarise(groups, name)
 
 

@@ -2,18 +2,18 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from megatron_efr.evaluate import describe
 from megatron_efr.report import build_summary, over_seeds, summarise, summary_markdown
-from megatron_efr.types import Group, Prompt, Response
+from megatron_efr.types import Prompt
+from tests.groups import graded
 
 
 def group(index, correct, lengths, dataset="A", difficulty=None, text="answer"):
     meta = {"dataset": dataset, "question": f"Q{index}?"} | ({} if difficulty is None else {"difficulty": difficulty})
-    responses = [Response([1] * n, [0.0] * n, "stop" if n < 50 else "length", text=text) for n in lengths]
-    return Group(Prompt(f"p{index}", (1,), "rendered", "42", meta), responses, correct=np.array(correct, dtype=bool))
+    finish = ["stop" if n < 50 else "length" for n in lengths]
+    return graded(correct, lengths, finish, text=text, prompt=Prompt(f"p{index}", (1,), "rendered", "42", meta))
 
 
 GROUPS = [

@@ -10,26 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_efr.report import statistics as measure
-from megatron_efr.types import Group, Prompt, Response
+from tests.groups import graded
 
 
 def group(correct, lengths, finish=None, **meta):
-    finish = finish or ["stop"] * len(lengths)
-    responses = [Response([1] * n, [0.0] * n, end) for n, end in zip(lengths, finish, strict=True)]
-    return Group(Prompt("p", (1,), "q", "1", meta), responses, correct=np.array(correct, dtype=bool))
+    return graded(correct, lengths, finish, meta=meta)
 
 
 def test_means_count_every_problem_once_however_many_samples_it_has():
     groups = [group([1, 1, 0, 0], [10, 20, 30, 40]), group([1], [100])]
     assert measure.pass_rates(groups).tolist() == [0.5, 1.0]
     assert measure.mean_lengths(groups).tolist() == [25.0, 100.0]
-
-
-def test_what_was_not_graded_is_an_error():
-    ungraded = group([1], [1])
-    ungraded.correct = None
-    with pytest.raises(ValueError, match="not graded"):
-        measure.pass_rates([ungraded])
 
 
 @given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))

@@ -13,8 +13,9 @@ import zstandard
 
 from megatron_efr.durable import UnwritableError, write_atomic
 from megatron_efr.report import summarise
-from megatron_efr.run.folder import Journal, RunFolder, RunFolderError, decode_group, encode_group
-from megatron_efr.types import Group, Prompt, Response, VersionSpan
+from megatron_efr.run.folder import Journal, RunFolder, RunFolderError
+from megatron_efr.run.group_json import decode_credited, decode_group, encode_credited, encode_group
+from megatron_efr.types import Credit, Credited, Grade, Graded, Group, Prompt, Response, Rewarded, VersionSpan
 
 CONFIG = """
 name: a
@@ -34,52 +35,48 @@ rollout: {max_new_tokens: 100}
 def group(index=0, n=3):
     rng = np.random.default_rng(index)
     meta = {"difficulty": 3, "dataset": "sums", "note": "ünï\u2028code\nline"}
-    responses = [
+    responses = tuple(
         Response(
-            tokens=rng.integers(0, 10**6, 5).tolist(),
-            logprobs=[*rng.normal(size=4).tolist(), -math.inf],
+            tokens=tuple(rng.integers(0, 10**6, 5).tolist()),
+            logprobs=np.array([*rng.normal(size=4), -math.inf], dtype=np.float32),
             finish="length" if i else "stop",
-            versions=[VersionSpan(1, 0, 2), VersionSpan(2, 2, 5)],
+            versions=(VersionSpan(1, 0, 2), VersionSpan(2, 2, 5)),
             text='a "quoted"\ntext',
             routed_experts=None if i == 1 else rng.integers(0, 128, (7, 2, 4)).astype((np.int8, np.int16)[i > 0]),
         )
         for i in range(n)
-    ]
-    return Group(
-        prompt=Prompt(f"p{index}", (1, 2, 3), "q", "42", meta),
-        responses=responses,
-        seed=2**62 + index,
-        correct=rng.random(n) < 0.5,
-        statuses=["ok"] * n,
-        scores=rng.random(n),
-        rewards=rng.random(n),
-        masked=rng.random(n) < 0.5,
-        advantages=np.array([0.1 + 0.2, math.pi, -1e-300])[:n],
+    )
+    return Group(Prompt(f"p{index}", (1, 2, 3), "q", "42", meta), responses, 2**62 + index)
+
+
+def credited(index=0):
+    rng = np.random.default_rng(index)
+    graded = Graded(group(index), (Grade("correct", 1.0), Grade("timeout", 0.0), Grade("wrong", 0.1 + 0.2)))
+    return Credited(
+        Rewarded(graded, rng.random(3)), Credit(np.array([0.1 + 0.2, math.pi, -1e-300]), rng.random(3) < 0.5)
     )
 
 
-def assert_same(one, two):
-    for field in dataclasses.fields(Group):
-        a, b = getattr(one, field.name), getattr(two, field.name)
-        if field.name == "responses":
-            for x, y in zip(a, b, strict=True):
-                for part in dataclasses.fields(Response):
-                    assert_same_value(getattr(x, part.name), getattr(y, part.name), part.name)
-        else:
-            assert_same_value(a, b, field.name)
-
-
-def assert_same_value(a, b, name):
-    if isinstance(a, np.ndarray):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        assert a.tobytes() == b.tobytes()
+def assert_same(one, two, name=""):
+    """Equal to the last bit, down to every array."""
+    assert type(one) is type(two), name
+    if isinstance(one, np.ndarray):
+        assert (one.dtype, one.shape) == (two.dtype, two.shape)
+        assert one.tobytes() == two.tobytes()
+    elif dataclasses.is_dataclass(one):
+        for field in dataclasses.fields(one):
+            assert_same(getattr(one, field.name), getattr(two, field.name), field.name)
+    elif isinstance(one, tuple):
+        for a, b in zip(one, two, strict=True):
+            assert_same(a, b, name)
     else:
-        assert a == b, name
+        assert one == two, name
 
 
 def test_a_group_comes_back_exactly():
     assert_same(decode_group(encode_group(group())), group())
-    bare = Group(Prompt("p", (1,), "q", "1"), [Response([1], [-0.1], "stop")])
+    assert_same(decode_credited(encode_credited(credited())), credited())
+    bare = Group(Prompt("p", (1,), "q", "1"), (Response((1,), np.array([-0.1], dtype=np.float32), "stop"),))
     assert_same(decode_group(encode_group(bare)), bare)
     assert "\n" not in encode_group(group())
 
@@ -89,11 +86,13 @@ def test_every_field_of_a_group_is_kept():
     assert set(tree) == {field.name for field in dataclasses.fields(Group)}
     assert set(tree["prompt"]) == {field.name for field in dataclasses.fields(Prompt)}
     assert set(tree["responses"][0]) == {field.name for field in dataclasses.fields(Response)}
+    later = set(json.loads(encode_credited(credited()))) - set(tree)
+    assert later == {"statuses", "scores", "rewards", *Credit._fields}
 
 
 def test_rollouts_come_back_exactly_and_are_named_by_step(tmp_path):
     folder = RunFolder(tmp_path)
-    groups = [group(i) for i in range(4)]
+    groups = [credited(i) for i in range(4)]
     folder.write_rollouts(10, groups)
     path = tmp_path / "rollouts" / "step_000010.jsonl.zst"
     assert len(zstandard.ZstdDecompressor().decompress(path.read_bytes()).splitlines()) >= 4
@@ -374,7 +373,7 @@ def test_journals_are_kept_per_iteration_until_a_checkpoint_covers_them(tmp_path
 def test_evaluations_come_back_by_name(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.read_evaluations() == {}
-    record = summarise([group()], "base")
+    record = summarise([credited().graded], "base")
     folder.write_evaluation("base", record)
     assert folder.read_evaluations() == {"base": record}
     with pytest.raises(RunFolderError, match="without '/'"):

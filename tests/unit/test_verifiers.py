@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +20,9 @@ from megatron_efr.grading.groups import grade_groups
 from megatron_efr.grading.judging import Judging, Judgings
 from megatron_efr.grading.verdict import BAD_GOLD, CORRECT, UNPARSED, WRONG, Question, Verifier
 from megatron_efr.grading.verifiers import ask
-from megatron_efr.run.folder import decode_group, encode_group
-from megatron_efr.types import Group, Prompt, Response
+from megatron_efr.run.group_json import decode_credited, encode_credited
+from megatron_efr.types import Graded, Group, Prompt
+from tests.groups import credited, response
 
 PACKAGE = """
 import os, subprocess, sys, time
@@ -352,9 +352,13 @@ def test_golds_are_checked_by_the_verifier(
 
 
 def group(gold: str, *texts: str, dataset: str = "a", cut: int = 0) -> Group:
-    responses = [Response([1], [0.0], "stop", text=text) for text in texts]
-    responses += [Response([1], [0.0], "length", text=texts[0]) for _ in range(cut)]
-    return Group(Prompt("a/1", (1,), "", gold, {"dataset": dataset}), responses)
+    responses = [response(1, text=text) for text in texts]
+    responses += [response(1, "length", text=texts[0]) for _ in range(cut)]
+    return Group(Prompt("a/1", (1,), "", gold, {"dataset": dataset}), tuple(responses))
+
+
+def statuses(graded: Graded) -> list[str]:
+    return [grade.status for grade in graded.grades]
 
 
 def test_scores_are_the_mean_by_weight_and_the_first_verifier_alone_says_what_is_correct(grader: Grader) -> None:
@@ -368,17 +372,14 @@ def test_scores_are_the_mean_by_weight_and_the_first_verifier_alone_says_what_is
             ],
         }
     )
-    graded = group("10", r"10: \boxed{10}", r"\boxed{11}", "none, not 10", cut=1)
-    grade_groups(grader, [graded], Judgings(Judging.of(config)))
-    assert graded.statuses == ["correct", "wrong", "no_answer", "truncated"]
-    assert graded.correct is not None
+    asked = group("10", r"10: \boxed{10}", r"\boxed{11}", "none, not 10", cut=1)
+    (graded,) = grade_groups(grader, [asked], Judgings(Judging.of(config)))
+    assert statuses(graded) == ["correct", "wrong", "no_answer", "truncated"]
     assert graded.correct.tolist() == [True, False, False, False]
     # by hand: (3 x numeric + 1 x close + 2 x regex) / 6
-    assert graded.scores is not None
     np.testing.assert_allclose(graded.scores, [1.0, (0 + 0.75 + 0) / 6, (0 + 0 + 2) / 6, 0.0], rtol=1e-15)
-    read = decode_group(encode_group(graded))
-    assert read.scores is not None
-    assert read.scores.tolist() == graded.scores.tolist()
+    read = decode_credited(encode_credited(credited(graded, np.zeros(4))))
+    assert read.graded.scores.tolist() == graded.scores.tolist()
 
 
 def test_each_data_set_is_judged_its_own_way() -> None:
@@ -387,16 +388,10 @@ def test_each_data_set_is_judged_its_own_way() -> None:
     text = r"\boxed{1/2}" + "\nAnswer: C) half"
     groups = [group("0.5", text, dataset="a"), group("C", text, dataset="b"), group("D", text, dataset="b")]
     with Grader.of(GradingConfig(), judgings.verifiers) as pool:
-        grade_groups(pool, groups, judgings)
-    assert [g.statuses for g in groups] == [["correct"], ["correct"], ["wrong"]]
+        graded = grade_groups(pool, groups, judgings)
+    assert [statuses(each) for each in graded] == [["correct"], ["correct"], ["wrong"]]
     with pytest.raises(ConfigError, match="two data sets are called b"):
         Judgings.of(GradingConfig(), [("b", None), ("b", own)])
-
-
-def test_files_of_before_scores_are_read() -> None:
-    old = json.loads(encode_group(group("1", "text")))
-    del old["scores"]
-    assert decode_group(json.dumps(old)).scores is None
 
 
 # -- configuration -----------------------------------------------------------------------------------------------------

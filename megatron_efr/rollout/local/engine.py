@@ -22,6 +22,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from megatron_efr.rollout.engine import Decode, no_text
 from megatron_efr.rollout.local.decoder import CHUNK, ROWS, Cache, Decoder, round_up
 from megatron_efr.rollout.local.sampling import draw, uniforms
 from megatron_efr.rollout.local.turn import Turn
@@ -45,11 +46,12 @@ class LocalEngine:
         slots: int,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        decode: Decode = no_text,
     ) -> None:
         if slots < 1:
             raise ValueError(f"slots: {slots} responses at once; at least 1 is needed")
         self.architecture = Architecture.of(model)
-        self.slots = slots
+        self.slots, self.decode = slots, decode
         self.device, self.dtype = torch.device(device), dtype
         self._decoder: Decoder | None = None
         self._cache: Cache | None = None
@@ -265,17 +267,15 @@ class _Stream(Iterator[Group]):
         """Take the response out of row `index`, and its group when it was the last."""
         row, response = self._row(index), slice(int(self._prompt[index]), int(self._length[index]))
         ends = [start for _, start in row.spans[1:]] + [response.stop - response.start]
+        tokens = tuple(self._tokens[index, response].tolist())
+        versions = tuple(VersionSpan(v, start, end) for (v, start), end in zip(row.spans, ends, strict=True))
+        logprobs, text = self._logprobs[index, response].copy(), self._engine.decode(tokens)
         owner = row.owner
-        owner.responses[row.sample] = Response(
-            tokens=self._tokens[index, response].tolist(),
-            logprobs=self._logprobs[index, response].tolist(),
-            finish=finish,
-            versions=[VersionSpan(v, start, end) for (v, start), end in zip(row.spans, ends, strict=True)],
-        )
+        owner.responses[row.sample] = Response(tokens, logprobs, finish, versions, text)
         owner.finished += 1
         if owner.finished == owner.request.samples:
-            responses = [r for r in owner.responses if r is not None]
-            self._done.append(Group(owner.request.prompt, responses, seed=owner.request.seed))
+            responses = tuple(r for r in owner.responses if r is not None)
+            self._done.append(Group(owner.request.prompt, responses, owner.request.seed))
         self._ended.append(index)
 
     def _fill(self) -> None:

@@ -9,12 +9,14 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
 import torch
 
 from megatron_efr.config import TimeoutsConfig
+from megatron_efr.rollout.engine import Decode, no_text
 from megatron_efr.rollout.requests import check_request, check_sampling
 from megatron_efr.rollout.servers.process import ServerProcess
 from megatron_efr.rollout.sglang.admission import check_server
@@ -56,11 +58,12 @@ class SGLangEngine(ServerUpdates):
         dtype: str = "float32",
         routed_experts: bool = False,
         router: tuple[ServerProcess, int] | None = None,
+        decode: Decode = no_text,
     ) -> None:
         super().__init__(urls, limits, key, engine_ranks, architecture if routed_experts else None, router)
         self.architecture, self.bucket_bytes = architecture, bucket_bytes
         self.in_flight = max(1, int(AHEAD * slots * self.count))
-        self._shapes = WeightMapping(architecture).shapes()
+        self._shapes, self._decode = WeightMapping(architecture).shapes(), decode
         self._streams: list[_Stream] = []
         try:
             for server, info in zip(self._fleet.servers, self._all(Server.info), strict=True):
@@ -206,10 +209,13 @@ class _Stream(Iterator[Group]):
             raise StopIteration
         del self.asked[future]
         try:
-            return future.result()
+            group = future.result()
         except BaseException:
             self.close()
             raise
+        # here, in the thread that waits for the group: the thread of all connections must not be held up
+        told = tuple(replace(r, text=engine._decode(r.tokens)) for r in group.responses)
+        return replace(group, responses=told)
 
     def close(self) -> None:
         """Drop what is unfinished; a thread that waits in `next` gets StopIteration."""

@@ -92,7 +92,7 @@ class Fleet:
             self._tally.tokens += answer.response.length
             self._tally.prompt_tokens += len(request.prompt.tokens)
             self._tally.cached_tokens += answer.cached_tokens
-        return Group(request.prompt, [answer.response for answer in answers], seed=request.seed)
+        return Group(request.prompt, tuple(answer.response for answer in answers), request.seed)
 
     async def _response(self, server: Server, place: Place, request: Request, sampling: Sampling) -> Answer:
         """One response; one that was lost is asked for again, under a new name, of the server least loaded then."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
+import numpy as np
 
 from megatron_efr.config import TimeoutsConfig
 from megatron_efr.rollout.sglang.experts import decode_routing
@@ -77,9 +78,10 @@ class Server:
         if self._mixture is not None:
             encoded, read = answered["meta_info"]["routed_experts"], len(tokens) + answer.response.length - 1
             try:
-                answer.response.routed_experts = decode_routing(encoded, read, self._mixture)
+                routed = decode_routing(encoded, read, self._mixture)
             except ValueError as error:
                 raise EngineError(f"{self.url}/generate: {error}") from error
+            return replace(answer, response=replace(answer.response, routed_experts=routed))
         return answer
 
     async def abort(self, rid: str) -> None:
@@ -270,11 +272,12 @@ def _answer(answered: dict[str, Any], sampling: Sampling, url: str) -> Answer:
             "the server's model has another end of sequence than the tokenizer"
         )
     spans = [VersionSpan(int(s["version"]), s["start"], s["end"]) for s in meta["weight_versions"]]
-    response = Response(tokens, [logprob for logprob, _, _ in drawn], finish, _merged(spans))
+    logprobs = np.array([logprob for logprob, _, _ in drawn], dtype=np.float32)
+    response = Response(tuple(tokens), logprobs, finish, _merged(spans))
     return Answer(response, meta["cached_tokens"])
 
 
-def _merged(spans: Sequence[VersionSpan]) -> list[VersionSpan]:
+def _merged(spans: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
     """Without empty spans, neighbours of one version made one."""
     merged: list[VersionSpan] = []
     for span in spans:
@@ -282,4 +285,4 @@ def _merged(spans: Sequence[VersionSpan]) -> list[VersionSpan]:
             merged[-1] = VersionSpan(span.version, merged[-1].start, span.end)
         elif span.start < span.end:
             merged.append(span)
-    return merged
+    return tuple(merged)

@@ -1,0 +1,39 @@
+"""Groups for tests, at the stage that a test starts from: responses of given lengths, verdicts, rewards, advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_efr.types import Credit, Credited, Finish, Grade, Graded, Group, Prompt, Response, Rewarded
+
+
+def response(length: int, finish: Finish = "stop", text: str = "", logprob: float = 0.0) -> Response:
+    """A response of so many equal tokens."""
+    return Response((1,) * length, np.full(length, logprob, dtype=np.float32), finish, text=text)
+
+
+def graded(
+    correct: Sequence[Any],
+    lengths: Sequence[int],
+    finish: Sequence[Finish] | None = None,
+    *,
+    text: str = "",
+    prompt: Prompt | None = None,
+    meta: Mapping[str, Any] | None = None,
+) -> Graded:
+    """Responses of these lengths, right where `correct` is true."""
+    ends = finish or ["stop"] * len(lengths)
+    responses = tuple(response(n, end, text) for n, end in zip(lengths, ends, strict=True))
+    group = Group(prompt or Prompt("p", (1,), "q", "1", meta or {}), responses)
+    return Graded(group, tuple(Grade("correct" if right else "wrong") for right in correct))
+
+
+def credited(group: Group | Graded, advantage: Sequence[float] | np.ndarray, rewards: Any = None) -> Credited:
+    """The last stage; all wrong and without reward where nothing else is given."""
+    if isinstance(group, Group):
+        group = Graded(group, (Grade("wrong"),) * len(group.responses))
+    values = np.zeros(len(group.grades)) if rewards is None else np.asarray(rewards, dtype=np.float64)
+    return Credited(Rewarded(group, values), Credit(np.asarray(advantage, dtype=np.float64)))
