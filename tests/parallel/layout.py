@@ -39,10 +39,10 @@ OBJECTIVES = {
     "sequence": Objective(kl="reward", beta=0.1, tokens=Spread()),
     "token": Objective(
         kl="k1",
-        beta=0.1,
+        beta=0.05,
         surrogate="reweight",
         low=1.0,
-        high=0.1,
+        high=0.2,
         aggregate="token",
         tokens=Spread("sample", "variance"),
     ),
