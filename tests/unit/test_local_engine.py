@@ -38,7 +38,7 @@ def test_log_probs_equal_a_full_forward_of_transformers(changes: dict[str, Any],
         for response in group.responses:
             exact = exact_logprobs(built, group.prompt, response, temperature)
             worst = max(worst, (exact - torch.tensor(response.logprobs)).abs().max().item())
-    assert worst <= 1e-5
+    assert worst <= 1e-5 / temperature  # by which logits are divided, with what they were rounded by
 
 
 def test_greedy_equals_transformers_greedy() -> None:
