@@ -54,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 def test_publications_reach_responses_in_flight_and_none_is_lost(run: RunFolder) -> None:
-    groups = {step: run.read_rollouts(step) for step in range(1, 6)}
+    groups = {step: [each.group for each in run.read_rollouts(step)] for step in range(1, 6)}
     assert [len(taken) for taken in groups.values()] == [6] * 5
     assert len({group.seed for taken in groups.values() for group in taken}) == 30
     for step, taken in groups.items():

@@ -380,7 +380,7 @@ def test_a_run_whose_servers_all_die_in_mid_generation_goes_on_where_it_was(
     assert run.returncode == 0, said
     # in whichever came first, a prompt or a publication
     assert "none of 2 servers is left that serves version" in said or "no engine answers: waiting up to" in said
-    groups = {step: folder.read_rollouts(step) for step in range(1, 5)}
+    groups = {step: [each.group for each in folder.read_rollouts(step)] for step in range(1, 5)}
     assert [len(taken) for taken in groups.values()] == [24] * 4
     assert len({group.seed for taken in groups.values() for group in taken}) == 96
     assert {len(group.responses) for taken in groups.values() for group in taken} == {4}

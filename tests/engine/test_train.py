@@ -58,7 +58,7 @@ def test_engine_and_policy_agree_in_every_iteration(run: RunFolder) -> None:
 
 def test_each_iteration_was_answered_by_the_weights_before_it(run: RunFolder) -> None:
     for step in (1, 2):
-        responses = [response for group in run.read_rollouts(step) for response in group.responses]
+        responses = [response for each in run.read_rollouts(step) for response in each.group.responses]
         assert len(responses) == 32
         assert {span.version for response in responses for span in response.versions} == {step - 1}
 

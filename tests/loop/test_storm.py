@@ -43,7 +43,7 @@ def compare_ahead(run: Path, whole: Path) -> None:
     """When groups finish depends on the machine: no prompt is lost, none used twice, and that is promised."""
     folder = RunFolder(run)
     assert [line["step"] for line in folder.read_metrics()] == list(range(1, ITERATIONS + 1))
-    groups = [group for step in range(1, ITERATIONS + 1) for group in folder.read_rollouts(step)]
+    groups = [each.group for step in range(1, ITERATIONS + 1) for each in folder.read_rollouts(step)]
     assert len({group.seed for group in groups}) == 4 * ITERATIONS
     left = state(run, ITERATIONS)["stream"]
     assert left["next_index"] == 4 * ITERATIONS + len(left["in_flight"])

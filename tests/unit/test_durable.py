@@ -17,10 +17,10 @@ from megatron_efr.durable import UnwritableError, append_line, remove_torn_write
 from megatron_efr.observe import Observer
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.run.unfinished import Unfinished
-from megatron_efr.types import Group, Prompt, Response
 from megatron_efr.weights.folder import save_folder
+from tests.groups import credited, graded
 
-GROUP = Group(Prompt("p", (1,), "q", "2"), [Response([1, 2], [-0.1, -0.2], "stop")])
+GROUP = credited(graded([True], [2]), [0.5])
 CONFIG = "name: a\nseed: 1\n"
 
 
@@ -39,7 +39,7 @@ WRITES: dict[str, tuple[str, Callable[[RunFolder], Any]]] = {
     "claim": ("config.yaml", lambda folder: folder.claim(CONFIG, resume=True)),
     "append_metrics": ("metrics.jsonl", lambda folder: folder.append_metrics(3, {"accuracy": 0.5})),
     "truncate_metrics": ("metrics.jsonl", lambda folder: folder.truncate_metrics(1)),
-    "journal": ("journal/step_000003.jsonl", lambda folder: folder.journal(3).append(GROUP)),
+    "journal": ("journal/step_000003.jsonl", lambda folder: folder.journal(3).append(GROUP.group)),
     "rollouts": ("rollouts/step_000001.jsonl.zst", lambda folder: folder.write_rollouts(1, [GROUP, GROUP])),
     "evaluation": ("eval/model.json", lambda folder: folder.write_evaluation("model", {"name": "another"})),
     "summary": ("summary.json", lambda folder: folder.write_summary({"models": ["another"]})),
