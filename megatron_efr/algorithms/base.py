@@ -92,6 +92,9 @@ class Algorithm(Section):
     overlong_tokens: PositiveInt | None = Field(
         default=None, description="truncated: soft; a fifth of rollout.max_new_tokens when left out"
     )
+    dynamic_sampling: bool = Field(
+        default=False, description="a prompt whose rewards are all equal is replaced by the next one (DAPO)"
+    )
 
     @model_validator(mode="after")
     def _choices_go_together(self) -> Algorithm:
@@ -171,6 +174,10 @@ class Algorithm(Section):
     def trains(self, truncated: np.ndarray) -> np.ndarray:
         """Responses that stand in the loss, bool [n], from those that were cut off, bool [n]."""
         return ~truncated if self.truncated == "masked" else np.ones_like(truncated)
+
+    def keeps(self, rewards: np.ndarray) -> bool:
+        """False if a prompt's rewards [n] teach nothing, and another prompt is to be asked in its place."""
+        return not self.dynamic_sampling or bool(np.ptp(rewards) > 0.0)
 
     def objective(self, rollout: RolloutConfig) -> Objective:
         """What loss and kernels execute, for responses that are drawn as `rollout` says."""

@@ -72,8 +72,8 @@ class ReinforcePlusPlusBaseline(ReinforcePlusPlus):
 
 
 class DAPO(GRPO):
-    """GRPO with the upper clip higher, the mean over all tokens, no KL, and a soft penalty before the limit of tokens
-    (Yu et al. 2025, arXiv 2503.14476).
+    """GRPO with the upper clip higher, the mean over all tokens, no KL, prompts without signal replaced, and a soft
+    penalty before the limit of tokens (Yu et al. 2025, arXiv 2503.14476).
 
     `truncated: masked` is its overlong filtering.
     """
@@ -84,6 +84,7 @@ class DAPO(GRPO):
     beta: Weight = 1e-3
     aggregate: Aggregate = "token"
     truncated: Truncated = "soft"
+    dynamic_sampling: bool = True
 
 
 class GSPO(GRPO):

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_efr.algorithms import Algorithm
 from megatron_efr.config import (
     ConfigError,
     DatasetConfig,
@@ -57,7 +58,7 @@ class Environment:
     production: Production
     ledger: Ledger
 
-    def __init__(self, config: TrainConfig, method: Method) -> None:
+    def __init__(self, config: TrainConfig, method: Method, algorithm: Algorithm) -> None:
         tokenizer = load_tokenizer(config.model.path)
         # refuses a folder whose weights are missing or are others than config.json's, before anything is built
         architecture = Architecture.from_folder(config.model.path)
@@ -73,7 +74,8 @@ class Environment:
         self.evaluator = (
             evaluator_of(config, tokenizer, stops, architecture.max_positions) if self._evaluate_every else None
         )
-        self._config, self._method, self._decode = config, method, decoder(tokenizer)
+        self._config, self._decode = config, decoder(tokenizer)
+        self._method, self._algorithm = method, algorithm
         rollout = config.rollout
         self._sampling = Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens, stops)
         self._judgings = judgings_of(config.grading, config.data.datasets)
@@ -91,9 +93,11 @@ class Environment:
         )
         resources.callback(self.ledger.close)
 
-    def accept(self, groups: Sequence[Group]) -> list[Rewarded]:
-        """Grade and reward finished groups."""
-        return [self._method.rewarded(graded) for graded in grade_groups(self.grader, groups, self._judgings)]
+    def accept(self, groups: Sequence[Group]) -> list[Rewarded | None]:
+        """Grade and reward finished groups; None in the place of one that the algorithm does not keep."""
+        graded = grade_groups(self.grader, groups, self._judgings)
+        rewarded = [self._method.rewarded(group) for group in graded]
+        return [group if self._algorithm.keeps(group.rewards) else None for group in rewarded]
 
     def evaluate(self, step: int, folder: RunFolder) -> dict[str, float]:
         """Ask and grade the held-out problems with the weights being served, where step `step` is one to do so.
@@ -108,9 +112,13 @@ class Environment:
         return {"eval/accuracy": record["accuracy"], "eval/tokens": record["tokens"]}
 
     def engine_figures(self) -> dict[str, float]:
-        """How many servers serve, and since the last call: lost, taken in again, responses asked for again."""
+        """How many servers serve, and since the last call: lost, taken in again, responses asked for again.
+
+        `refused`: the groups that were replaced in the last iteration since the algorithm did not keep them.
+        """
         health = self.engine.health()
-        return {f"engine/{name}": health[name] for name in ("serving", "lost", "back", "resent") if name in health}
+        found = {f"engine/{name}": health[name] for name in ("serving", "lost", "back", "resent") if name in health}
+        return found | {"engine/refused": float(self.ledger.refused)}
 
     def close(self) -> None:
         """End the grading processes."""

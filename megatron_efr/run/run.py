@@ -113,7 +113,7 @@ def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> I
             claimed_as = dump(algorithms.resolved(config, algorithm))
             ranks.on_main(lambda: resources.enter_context(claimed(folder, claimed_as, resume)))
             ranks.on_main(lambda: date_prompts(config.data.prompt, folder))
-            environment, servers = _environment(config, method, ranks, resources)
+            environment, servers = _environment(config, method, algorithm, ranks, resources)
         publisher = build_publisher(config, environment and environment.engine, ranks.cpu_world, servers.restart)
         phases = build_phases(config, publisher, environment, servers, ranks, asks)
         policy = Policy.to_train(config, ranks, keep_reference=keep_reference)
@@ -122,13 +122,17 @@ def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> I
 
 
 def _environment(
-    config: TrainConfig, method: methods.Method, ranks: Ranks, resources: ExitStack
+    config: TrainConfig,
+    method: methods.Method,
+    algorithm: algorithms.Algorithm,
+    ranks: Ranks,
+    resources: ExitStack,
 ) -> tuple[Environment | None, Servers]:
     """Rank 0's environment, over the servers that the hosts have started; `resources` end both, in the right order.
 
     Prompts and graders come first: what is wrong with them is said before any server starts.
     """
-    environment = ranks.on_main(lambda: Environment(config, method))
+    environment = ranks.on_main(lambda: Environment(config, method, algorithm))
     if environment is not None:
         resources.callback(environment.close)
     started = serving(config.model, config.rollout, config.folder / "engines", config.seed, ranks.cpu_world)

@@ -113,6 +113,13 @@ def test_masked_responses_weigh_nothing_and_are_not_counted() -> None:
     assert not any(size.masked for size in (s.size for s in trainable(groups)))
 
 
+def test_groups_without_a_signal_are_kept_unless_sampling_is_dynamic() -> None:
+    same, unlike = np.array([0.9, 0.9, 0.9]), np.array([0.9, 0.9, 0.8])
+    assert [build("dapo").keeps(rewards) for rewards in (same, unlike)] == [False, True]
+    assert [build("grpo").keeps(rewards) for rewards in (same, unlike)] == [True, True]
+    assert not build("grpo", dynamic_sampling=True).keeps(same)
+
+
 def test_a_methods_own_advantages_come_before_the_algorithms() -> None:
     class Own(methods.Method):
         def credits(self, groups: Sequence[Rewarded]) -> list[Credit]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_efr import sft, sweep
+from megatron_efr import algorithms, methods, sft, sweep
 from megatron_efr.config import EvaluateConfig, SftConfig, TrainConfig
 from megatron_efr.data.byte_model import main as write_byte_model
 from megatron_efr.data.lengths import check_prompts, check_rows
@@ -83,16 +83,21 @@ def tree(place: Path, **changed: Any) -> dict[str, Any]:
     } | changed
 
 
+def how(config: TrainConfig) -> tuple[methods.Method, algorithms.Algorithm]:
+    return methods.build(config.method, config.rollout.samples), algorithms.build(config.algorithm, config.rollout)
+
+
 @pytest.mark.heavy
 def test_every_program_refuses_what_is_longer_than_the_model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = r"problems\.jsonl:2\), come to .* the model has 4096 positions"
     training = TrainConfig.model_validate(tree(place, rollout={"max_new_tokens": 4000}))
     with pytest.raises(PromptError, match=rf"^rollout.max_new_tokens: 4000 tokens after .*{said}"):
-        Environment(training)
+        Environment(training, *how(training))
     held_out = tree(place)
     held_out["evaluation"]["max_new_tokens"] = 4000
+    evaluated = TrainConfig.model_validate(held_out)
     with pytest.raises(PromptError, match=rf"^evaluation.max_new_tokens: 4000 tokens after .*{said}"):
-        Environment(TrainConfig.model_validate(held_out))
+        Environment(evaluated, *how(evaluated))
     monkeypatch.setattr(sweep, "side_by_side", lambda *args: pytest.fail("a member was started"))
     with pytest.raises(PromptError, match=rf"^evaluation.max_new_tokens: 4000 tokens after .*{said}"):
         sweep.Family(TrainConfig.model_validate(held_out), [0.1], 1).run(1, {}, "", resume=False)
