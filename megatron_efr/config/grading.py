@@ -51,10 +51,10 @@ class VerifierConfig(Section):
     options: dict[str, Any] = Field(
         default_factory=dict, description="the verifier's own; a plug-in's keyword arguments"
     )
-    answer: Literal["last_box", "marker", "last_number", "whole"] = Field(
+    answer: Literal["last_box", "boxes", "marker", "last_number", "whole"] = Field(
         default="last_box",
-        description="last_box: the last \\boxed{}; marker: what follows the last `marker` on its line; last_number: "
-        "the last in digits; whole: the whole response",
+        description="last_box: the last \\boxed{}; boxes: those of the last statement, if the gold has as many parts; "
+        "marker: what follows the last `marker` on its line; last_number: the last in digits; whole: all of it",
     )
     marker: str | None = Field(default=None, min_length=1, description="with answer: marker; such as 'Answer:'")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal
 
 from megatron_efr.config import DatasetConfig
@@ -14,6 +16,9 @@ _QUESTION = ("question", "problem", "prompt")
 _ANSWER = ("answer", "final_answer", "gold", "target")
 _DIFFICULTY = ("difficulty", "level")
 _ID = ("unique_id", "id")
+
+_GROUPED = re.compile(r"[^\d,()\[\]{}]*\d{1,3}(?:,\d{3})+(?:\.\d+)?[^\d,()\[\]{}]*")  # 1,234, and no (1,234)
+_THOUSANDS = re.compile(r",(?=\d{3})")
 
 GoldCheck = Callable[[Iterable[tuple[str, str]]], None]
 
@@ -80,13 +85,22 @@ def _column(row: Row, configured: str | None, known: tuple[str, ...], kind: str)
 
 
 def _text(row: Row, column: str, kind: str) -> str:
-    """The column's value as text; numbers are accepted for answers that were written as numbers."""
+    """The column's value as text; a number's text has its digits and no exponent (0.00001, not 1e-05)."""
     value: Any = row.columns[column]
     if isinstance(value, str) and value.strip():
         return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    found = "empty" if value is None or isinstance(value, str) else f"a {type(value).__name__}, not text"
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        if isinstance(value, int):
+            return str(value)
+        if (exact := Decimal(repr(value)) if isinstance(value, float) else value).is_finite():
+            return f"{exact:f}"
+        found = f"{value}, which is no number that an answer can equal"
+    elif isinstance(value, bool):
+        found = f"the boolean {str(value).lower()}, not text (write the word as text if it is the {kind})"
+    elif value is None:
+        found = "null"
+    else:
+        found = "empty" if isinstance(value, str) else f"a {type(value).__name__}, not text"
     raise DatasetError(f"{row.where}: the {kind} in column {column!r} is {found}; the row has {_columns(row)}")
 
 
@@ -98,7 +112,7 @@ def _gold(row: Row, answer: str, form: Literal["auto", "gsm8k", "math", "columns
     """The answer alone: GSM8K writes a worked solution, then `#### 1,234`."""
     if form == "gsm8k" or (form == "auto" and "####" in answer):
         _, mark, last = answer.rpartition("####")
-        gold = last.strip().replace(",", "")
+        gold = _THOUSANDS.sub("", last.strip()) if _GROUPED.fullmatch(last.strip()) else last.strip()
         if not mark or not gold:
             raise DatasetError(f"{row.where}: a gsm8k answer ends with '#### <answer>', this one with {answer[-40:]!r}")
         return gold

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,10 +169,22 @@ def _parquet_rows(path: str, place: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        records = pyarrow.parquet.read_table(place).to_pylist()
+        table = pyarrow.parquet.read_table(place)
+        records = table.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DatasetError(f"{path}: cannot be read as parquet: {error}") from error
-    return _table_rows(path, records)
+    return _table_rows(path, records, _json_columns(table.schema))
+
+
+def _json_columns(schema: Any) -> list[str]:
+    """Columns of datasets' type Json, which parquet holds as text that quotes a text."""
+    declared = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    return [
+        field.name
+        for field in schema
+        if getattr(field.type, "extension_name", "") == "arrow.json"
+        or (isinstance(feature := declared.get(field.name), dict) and feature.get("_type") == "Json")
+    ]
 
 
 def _saved_rows(path: str, place: Path, split: str) -> Iterator[Row]:
@@ -215,6 +227,19 @@ def _hub_rows(path: str, split: str) -> Iterator[Row]:
     return _table_rows(f"{path}[{split}]", table)
 
 
-def _table_rows(path: str, table: Any) -> Iterator[Row]:
+def _table_rows(path: str, table: Any, json_columns: Sequence[str] = ()) -> Iterator[Row]:
     for number, record in enumerate(table, start=1):
-        yield Row(number, f"{path}:row {number}", dict(record))
+        where = f"{path}:row {number}"
+        columns = dict(record)
+        for name in json_columns:
+            columns[name] = _json_value(where, name, columns[name])
+        yield Row(number, where, columns)
+
+
+def _json_value(where: str, name: str, text: Any) -> Any:
+    if not isinstance(text, str):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DatasetError(f"{where}: column {name!r} is of type Json and holds no JSON: {error.msg}") from error

@@ -1,4 +1,4 @@
-"""Finds the answer in a response: in its boxes, after a marker, its last number, or all of it."""
+"""Finds the answer in a response: in its last box or boxes, after a marker, its last number, or all of it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_efr.grading.boxed import last_boxed
+from megatron_efr.grading.boxed import answers, last_boxed
+from megatron_efr.grading.compare import count_parts
 
-Place = Literal["last_box", "marker", "last_number", "whole"]
+Place = Literal["last_box", "boxes", "marker", "last_number", "whole"]
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(rf"(?:(?<![\w.)])[-+])?(?<![\w.])(?:{_DIGITS})(?:[eE][-+]?\d+)?(?:/\d+)?\s?%?")
@@ -30,6 +31,8 @@ class Extractor:
             return last_number(response)
         if self.place == "whole":
             return response.strip() or None
+        if self.place == "boxes":
+            return answers(response, "boxes", count_parts(gold))
         return last_boxed(response)
 
 

@@ -35,6 +35,73 @@ def test_gsm8k_commas_are_taken_out(tmp_path: Path) -> None:
     assert load_problems(DatasetConfig(path=path))[0].gold == "1234"
 
 
+@pytest.mark.parametrize(
+    ("written", "gold"),
+    [
+        ("(1,2)", "(1,2)"),
+        ("1,2", "1,2"),
+        ("(1,234)", "(1,234)"),
+        ("$1,234.50", "$1234.50"),
+        ("1,234,567", "1234567"),
+        ("-1,080", "-1080"),
+        ("1,000, 2,000", "1,000, 2,000"),
+        ("[1,100]", "[1,100]"),
+    ],
+)
+def test_gsm8k_keeps_commas_that_group_no_thousands(tmp_path: Path, written: str, gold: str) -> None:
+    path = lines(tmp_path / "g.jsonl", {"question": "q", "answer": f"so\n#### {written}"})
+    assert load_problems(DatasetConfig(path=path))[0].gold == gold
+
+
+@pytest.mark.parametrize(
+    ("value", "gold"),
+    [
+        (0.00001, "0.00001"),
+        (1e-7, "0.0000001"),
+        (1e22, "10000000000000000000000"),
+        (0.1, "0.1"),
+        (2.0, "2.0"),
+        (-1.5e-5, "-0.000015"),
+        (10**30, "1" + "0" * 30),
+        (0, "0"),
+    ],
+)
+def test_numbers_keep_their_meaning_as_golds(tmp_path: Path, value: float, gold: str) -> None:
+    path = lines(tmp_path / "a.jsonl", {"question": "q", "answer": value})
+    assert load_problems(DatasetConfig(path=path))[0].gold == gold
+    table = tmp_path / "a.parquet"
+    if isinstance(value, float):
+        datasets.Dataset.from_list([{"question": "q", "answer": value}]).to_parquet(str(table))
+        assert load_problems(DatasetConfig(path=str(table)))[0].gold == gold
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("NaN", "is nan, which is no number"),
+        ("Infinity", "is inf, which is no number"),
+        ("null", "is null"),
+        ("true", "is the boolean true"),
+        ("[1, 2]", "is a list, not text"),
+        ('"  "', "is empty"),
+    ],
+)
+def test_values_that_are_no_gold_are_named(tmp_path: Path, value: str, said: str) -> None:
+    path = lines(tmp_path / "a.jsonl", {"question": "q", "answer": "5"}, f'{{"question": "q", "answer": {value}}}')
+    with pytest.raises(DatasetError, match=rf"a\.jsonl:2: the answer in column 'answer' {said}"):
+        load_problems(DatasetConfig(path=path))
+
+
+def test_a_json_columns_value_is_read_not_its_quotes(tmp_path: Path) -> None:
+    features = datasets.Features({"question": datasets.Value("string"), "answer": datasets.Json()})
+    rows = [{"question": "q", "answer": answer} for answer in ("1/2", 5, 0.00001)]
+    table = datasets.Dataset.from_list(rows, features=features)
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    table.save_to_disk(str(tmp_path / "saved"))
+    for place in ("a.parquet", "saved"):
+        assert [p.gold for p in load_problems(DatasetConfig(path=str(tmp_path / place)))] == ["1/2", "5", "0.00001"]
+
+
 def test_math_has_levels_and_own_ids() -> None:
     first = load_problems(DatasetConfig(path=str(HERE / "math500.jsonl"), format="math"))[0]
     assert first.id == "math500/test/precalculus/807.json"
@@ -99,7 +166,7 @@ def test_ids_are_stable_when_rows_are_appended(tmp_path: Path) -> None:
             [{"question": "q", "answer": "1"}, {"question": "q"}],
             r"a\.jsonl:2: no answer: .* the row has columns question",
         ),
-        ([{"question": "q", "answer": None}], r"a\.jsonl:1: the answer in column 'answer' is empty"),
+        ([{"question": "q", "answer": None}], r"a\.jsonl:1: the answer in column 'answer' is null"),
         ([{"question": "q", "answer": ["1"]}], r"a\.jsonl:1: the answer in column 'answer' is a list, not text"),
         ([{"question": " ", "answer": "1"}], r"a\.jsonl:1: the question in column 'question' is empty"),
         ([{"answer": "1"}], r"a\.jsonl:1: no question"),

@@ -39,3 +39,23 @@ def test_bad_golds_are_listed_with_file_and_line() -> None:
 def test_many_bad_golds_are_counted() -> None:
     with pytest.raises(GoldError, match=r"25 of 25 .*(?s:.)*\.\.\. and 5 more"):
         check_golds((f"a.jsonl:{i}", "((") for i in range(25))
+
+
+NOTES = [
+    "see solution", "n/a", "N/A", "Proof.", "The proof follows from Lemma 2", "None", "nan", "?", "Answers will vary",
+    "Prove that it converges", "The answer is 5", "a long sentence in which nothing is said that anyone could check",
+]  # fmt: skip
+ANSWERS = [
+    "no solution", "Evelyn", "5 or more", "undefined", "none", "all real numbers", "east", "-5", "DNE", "[0, oo)",
+    r"\text{The midpoints of the sides of the figure form a regular hexagon}", r"n \equiv 1 \pmod 3", "2516_8",
+    r"x = \frac{1}{2}, x = \frac{-1 \pm \sqrt{13}}{4}", r"1, 2, \dots, n", "12:30", "18 dollars",
+]  # fmt: skip
+
+
+def test_notes_are_refused_with_their_lines_and_answers_in_words_are_not() -> None:
+    with pytest.raises(GoldError) as error:
+        check_golds((f"a.jsonl:{line}", gold) for line, gold in enumerate(NOTES + ANSWERS, start=1))
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith(f"{len(NOTES)} of {len(NOTES + ANSWERS)} gold answers")
+    for number, (line, gold) in enumerate(zip(lines[1:], NOTES, strict=True), start=1):
+        assert line.startswith(f"a.jsonl:{number}: {gold!r}: is a note about an answer, not one")
