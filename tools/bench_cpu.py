@@ -109,7 +109,7 @@ def sampled_sequences(settings: Settings, rows: list[dict[str, Any]]) -> list[li
     stops = tuple(rows[0]["stops"])
     requests = [Request(Prompt(str(i), tuple(row["tokens"]), "", ""), 8, i) for i, row in enumerate(rows[:64])]
     groups = engine.generate(requests, Sampling(1.0, 1.0, settings.max_new_tokens, stops))
-    drawn = [(list(g.prompt.tokens), r.tokens) for g in sorted(groups, key=lambda g: g.seed) for r in g.responses]
+    drawn = [(list(g.prompt.tokens), list(r.tokens)) for g in sorted(groups, key=lambda g: g.seed) for r in g.responses]
     rng, chosen, total = np.random.default_rng(0), [], 0
     for i in rng.permutation(len(drawn)).tolist():
         if total >= settings.step_tokens:

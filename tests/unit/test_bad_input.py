@@ -267,7 +267,7 @@ GOOD = '{"question": "1+1", "answer": "2"}\n'
         ("", ["rows.jsonl: holds no rows"]),
         (GOOD + '{"question": "1+2"}\n', ["rows.jsonl:2: no answer", "the row has columns question"]),
         (GOOD + GOOD + '{"question": "1+2", "answer": ""}\n', ["rows.jsonl:3: the answer in column 'answer' is empty"]),
-        (GOOD + '{"question": "1+2", "answer": "???"}\n', ["rows.jsonl:2: '???': does not parse as mathematics"]),
+        (GOOD + '{"question": "1+2", "answer": "???"}\n', ["rows.jsonl:2: '???': is a note about an answer"]),
         (GOOD + '{"question": "1+2", "answer"\n', ["rows.jsonl:2: not valid JSON"]),
         ("\xff".encode("latin-1"), ["rows.jsonl:1: cannot be read: not UTF-8"]),
     ],

@@ -89,7 +89,10 @@ def test_an_override_that_cannot_be_applied_is_quoted(tmp_path: Path, override: 
         ("optimiser={lr: 1e-4}", "c.yaml: optimiser: unknown key; did you mean optimizer"),
         ("train.micro_batch=8", "train.micro_batch: unknown key; did you mean micro_batch_tokens"),
         ("data.datasets.1.limits=8", "data.datasets.1.limits: unknown key; did you mean limit"),
-        ("data.prompt.zzz=1", "data.prompt.zzz: unknown key; known keys here: max_tokens, overlong, prefill, system"),
+        (
+            "data.prompt.zzz=1",
+            "data.prompt.zzz: unknown key; known keys here: date, max_tokens, overlong, prefill, system",
+        ),
         ("rollout.samples=eight", "rollout.samples: Input should be a valid integer (got 'eight')"),
         ("rollout.samples=8.5", "(got 8.5)"),
         ("rollout.samples='8'", "rollout.samples: Input should be a valid integer (got '8')"),

@@ -15,6 +15,7 @@ import torch
 from packaging.requirements import Requirement
 
 from megatron_efr.config import ConfigError, EvaluateConfig, RunConfig, SftConfig, TrainConfig
+from megatron_efr.data.arithmetic import ArithmeticTask, write
 from megatron_efr.data.byte_model import BYTE_MODEL, byte_tokenizer
 from megatron_efr.data.model_folder import write_model_folder
 from megatron_efr.doctor import machine
@@ -239,8 +240,11 @@ def test_a_configuration_that_cannot_be_read_is_said_to_be_so(tmp_path: Path) ->
 
 
 @pytest.mark.heavy
-def test_the_exit_code_says_whether_this_run_could_start(tied_model: Path, tmp_path: Path) -> None:
-    config = ["examples/quickstart/rl.yaml", f"runs={tmp_path}", f"model.path={tied_model}"]
+def test_the_exit_code_says_whether_this_run_could_start(tmp_path: Path) -> None:
+    write(tmp_path, 0, ArithmeticTask(max_terms=3, train_rows=16, test_rows=8, sft_rows=16))
+    rows = [f"{section}.datasets.0.path={tmp_path}/train.jsonl" for section in ("data", "evaluation")]
+    model = [f"model.path={tmp_path}/model", "model.init=random"]
+    config = ["examples/quickstart/rl.yaml", f"runs={tmp_path}", *model, *rows]
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
@@ -248,7 +252,7 @@ def test_the_exit_code_says_whether_this_run_could_start(tied_model: Path, tmp_p
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 problems" in done.stdout
     assert "Triton compiles" in done.stdout
-    asked = [*config, "rollout.engine=sglang", f"rollout.python={tmp_path}/python", f"model.path={tmp_path}/model"]
+    asked = [*config, "rollout.engine=sglang", f"rollout.python={tmp_path}/python", f"model.path={tmp_path}/absent"]
     done = doctor(*asked, "observe.wandb=project", "--port", str(port))
     problems = re.findall(r"problem (\w+)", done.stdout)
     assert done.returncode == 1, done.stdout + done.stderr

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from megatron_efr import arguments, grade
 from megatron_efr.run.folder import RunFolder
-from megatron_efr.types import Group, Prompt, Response
+from megatron_efr.types import Grade, Graded, Group, Prompt
+from tests.groups import credited, response
 
 ROWS = [
     {"gold": "1/2", "response": r"so \boxed{0.5}"},
@@ -103,10 +104,10 @@ def rollouts(place: Path, **grading: Any) -> Path:
     """A run's folder with one iteration's rollouts, judged by math as they were made."""
     folder = RunFolder(place / "run")
     texts = [(r"\boxed{1/2} Answer: C) half", "stop"), (r"\boxed{0.5} Answer: D", "stop"), (r"\boxed{0.5}", "length")]
-    responses = [Response([1], [0.0], finish, text=text) for text, finish in texts]
+    responses = tuple(replace(response(1, finish), text=text) for text, finish in texts)
     prompt = Prompt("a/1", (1,), "q", "C", {"dataset": "a"})
-    group = Group(prompt, responses, correct=np.array([False] * 3), statuses=["wrong", "wrong", "truncated"])
-    folder.write_rollouts(3, [group])
+    grades = (Grade("wrong"), Grade("wrong"), Grade("truncated"))
+    folder.write_rollouts(3, [credited(Graded(Group(prompt, responses), grades), [0.0] * 3)])
     tree = {
         "name": "run",
         "model": {"path": "m"},

@@ -155,7 +155,7 @@ def test_another_streams_turn_changes_no_token_of_a_response() -> None:
         if len(disturbed) % 8 == 0:
             assert len(list(engine.generate(mixed_requests(5, seed=9), sampling))) == 5
     assert differing(whole, disturbed)[0] == 0
-    assert all(r.versions == [(0, 0, r.length)] for responses in disturbed.values() for r in responses)
+    assert all(r.versions == ((0, 0, r.length),) for responses in disturbed.values() for r in responses)
     worst = max(
         np.abs(np.subtract(x.logprobs, y.logprobs)).max()
         for id in whole

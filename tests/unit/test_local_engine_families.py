@@ -66,7 +66,7 @@ def test_greedy_tokens_are_those_of_transformers(family: str, tmp_path: Path) ->
                 prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=60, eos_token_id=2,
                 pad_token_id=0,
             )  # fmt: skip
-        assert response.tokens == wanted[0, prompt.shape[1] :].tolist()
+        assert list(response.tokens) == wanted[0, prompt.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3-moe", "llama3", "mistral", "qwen2-yarn"])
