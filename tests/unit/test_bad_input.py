@@ -141,7 +141,7 @@ def test_nothing_is_wrong_with_the_configurations_that_are_spoilt_below(program:
         (
             "train",
             ["model.megatron={activation_func: gelu}"],
-            ["model.megatron.activation_func", "Callable, not 'gelu'"],
+            ["model.megatron.activation_func", "Callable", "not 'gelu'"],
         ),
         (
             "train",
