@@ -72,14 +72,20 @@ def _connected(
     decode: Decode,
     resources: ExitStack,
 ) -> SGLangEngine:
-    """Running servers as one engine, behind a router where one is asked for."""
-    check_servable(Architecture.from_folder(model.path))
-    router = _router(model, engines, key, folder, resources)
+    """Running servers as one engine, behind a router if one is asked for."""
+    if engines.router and model.routing == "replay":
+        raise ConfigError(
+            "rollout.router: sglang-router does not pass on the wish for routed experts, which model.routing: replay "
+            "needs; leave router out"
+        )
+    architecture = Architecture.from_folder(model.path)
+    check_servable(architecture)
+    router = _router(engines, key, folder, resources)
     wait_until_ready(urls, engines.timeouts.start_s)
     try:
         engine = SGLangEngine(
             urls,
-            Architecture.from_folder(model.path),
+            architecture,
             engines.slots,
             engines.timeouts,
             key=key,
@@ -97,16 +103,9 @@ def _connected(
     return engine
 
 
-def _router(
-    model: ModelConfig, engines: EnginesConfig, key: str | None, folder: Path, resources: ExitStack
-) -> ServerProcess | None:
+def _router(engines: EnginesConfig, key: str | None, folder: Path, resources: ExitStack) -> ServerProcess | None:
     if not engines.router:
         return None
-    if model.routing == "replay":
-        raise ConfigError(
-            "rollout.router: sglang-router does not pass on the wish for routed experts, which model.routing: replay "
-            "needs; leave router out"
-        )
     router = start_router(engines, folder, key)
     resources.callback(router.end)
     return router
