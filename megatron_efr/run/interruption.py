@@ -16,17 +16,22 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interruption:
-    """Within it the process outlives SIGNALS and remembers the first. Only the main thread can enter it.
+    """Within it the process outlives SIGNALS, and those in `also` that it does not ignore, and remembers them.
 
-    `received` is the signal, None while there was none. One rank may know before another does: let ranks agree on it.
+    `received` is the signal that asked it to end, None while there was none; `insisted` the next one after it. SIGUSR1
+    only announces the other: that one then asks, and does not insist. One rank may know before another does: let ranks
+    agree on it. Only the main thread can enter it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *also: signal.Signals) -> None:
         self.received: signal.Signals | None = None
+        self.insisted: signal.Signals | None = None
+        self._also = also
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
-        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        heeded = [number for number in self._also if signal.getsignal(number) is not signal.SIG_IGN]  # as under nohup
+        self._before = {number: signal.signal(number, self._remember) for number in (*SIGNALS, *heeded)}
         return self
 
     def __exit__(
@@ -36,4 +41,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = self.received or signal.Signals(number)
+        if self.received in (None, signal.SIGUSR1):
+            self.received = signal.Signals(number)
+        elif number != signal.SIGUSR1:
+            self.insisted = signal.Signals(number)

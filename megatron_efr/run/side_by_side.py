@@ -1,49 +1,112 @@
-"""Programs of a sweep, several at a time: their output told apart, and all of them ended where the sweep is."""
+"""Programs of a sweep, several at a time: their output told apart, and all of them ended where the sweep is.
+
+Each is in a process group of its own, so that Ctrl-C comes to the sweep alone, which then lets them save.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from megatron_efr.durable import writing
 from megatron_efr.errors import UserError
 from megatron_efr.parent import LAUNCHER
+from megatron_efr.run.interruption import EXIT_REQUEUE, SIGNALS, Interruption
+
+END_WITHIN_S = 1800.0
+"""How long programs that were asked to end may take to finish their iterations and save; then they are killed."""
+
+_POLL_S = 0.1
+_AS_ASKED = {EXIT_REQUEUE, *(code for number in SIGNALS for code in (-number, 128 + number))}  # ended by the signal
 
 
 def side_by_side(commands: Sequence[tuple[str, list[str]]], logs: Path, jobs: int) -> None:
-    """Run named commands, `jobs` at a time; those that fail are named with their logs, and the run ends."""
-    running: dict[str, subprocess.Popen[str]] = {}
-    with ThreadPoolExecutor(jobs) as pool:
+    """Run named commands, `jobs` at a time; those that fail are named with their logs, and the run ends.
+
+    SIGTERM, SIGUSR1 or Ctrl-C: no other begins, those that run are asked to end and waited for, at most END_WITHIN_S,
+    and the process ends by EXIT_REQUEUE (Ctrl-C: KeyboardInterrupt). A second signal kills them.
+    """
+    programs = Programs(logs)
+    with ThreadPoolExecutor(jobs) as pool, Interruption(signal.SIGINT) as interruption:
+        started = [pool.submit(programs.run, name, command) for name, command in commands]
         try:
-            codes = list(pool.map(lambda named: _run(named[0], named[1], logs, running), commands))
-        except BaseException:  # Ctrl-C, or the terminal is gone: the pool waits for what runs
-            for process in list(running.values()):
-                process.send_signal(signal.SIGINT)
+            _follow(started, programs, interruption)
+        except BaseException:  # such as a terminal that is gone: the pool waits for what runs
+            programs.end(signal.SIGINT)
             raise
-    failed = [name for (name, _), code in zip(commands, codes, strict=True) if code]
+    if interruption.insisted:
+        raise SystemExit(128 + interruption.insisted)
+    killed = {-signal.SIGKILL} if programs.killed else set[int]()
+    fine = {0, None, *killed, *(_AS_ASKED if interruption.received else ())}
+    failed = [name for (name, _), each in zip(commands, started, strict=True) if each.result() not in fine]
     if failed:
         raise UserError(f"{', '.join(failed)} failed; see {logs}")
+    if interruption.received == signal.SIGINT:
+        raise KeyboardInterrupt
+    if interruption.received:
+        raise SystemExit(EXIT_REQUEUE)
 
 
-def _run(name: str, command: list[str], logs: Path, running: dict[str, subprocess.Popen[str]]) -> int:
-    """One command, its output to a log and, with its name before each line, to the terminal."""
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), LAUNCHER: str(os.getpid())}
-    with writing(logs):
-        logs.mkdir(parents=True, exist_ok=True)
-    with (
-        open(logs / f"{name.replace(' ', '-')}.txt", "w", encoding="utf-8") as log,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        ) as process,
-    ):
-        running[name] = process
-        assert process.stdout is not None
-        for line in process.stdout:
-            log.write(line)
-            log.flush()
-            print(f"{name:>14} | {line}", end="", flush=True)
-    return process.returncode
+def _follow(started: Sequence[Future[int | None]], programs: Programs, interruption: Interruption) -> None:
+    """Wait for all, and pass on what comes in the meantime; raises what one of them raised."""
+    limit, left = float("inf"), set(started)
+    while left:
+        done, left = wait(left, _POLL_S, FIRST_EXCEPTION)
+        for each in done:
+            each.result()
+        if interruption.received and not programs.ending:
+            limit = time.monotonic() + END_WITHIN_S
+            said = f"sweep: {interruption.received.name}: {', '.join(programs.end(signal.SIGTERM)) or 'none'} asked to"
+            print(f"{said} end, and waited for {END_WITHIN_S:g} s; a second signal kills", file=sys.stderr, flush=True)
+        if interruption.insisted or time.monotonic() > limit:
+            programs.end(signal.SIGKILL)
+
+
+class Programs:
+    """Commands as processes, each followed by the thread that runs it; their output goes to `logs` and the terminal."""
+
+    def __init__(self, logs: Path) -> None:
+        self.ending = self.killed = False
+        self._logs, self._running, self._lock = logs, dict[str, "subprocess.Popen[str]"](), threading.Lock()
+
+    def end(self, number: signal.Signals) -> list[str]:
+        """Send a signal to those that run, which are named, and let no other begin."""
+        with self._lock:
+            self.ending, self.killed = True, number == signal.SIGKILL
+            for process in self._running.values():
+                process.send_signal(number)  # does nothing where it has ended
+            return [name for name, process in self._running.items() if process.poll() is None]
+
+    def run(self, name: str, command: list[str]) -> int | None:
+        """One command, with its name before each line of output: its exit code, None where it was not begun."""
+        with writing(self._logs):
+            self._logs.mkdir(parents=True, exist_ok=True)
+        with open(self._logs / f"{name.replace(' ', '-')}.txt", "w", encoding="utf-8") as log:
+            process = self._begun(name, command)
+            if process is None:
+                return None
+            with process:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    log.write(line)
+                    log.flush()
+                    print(f"{name:>14} | {line}", end="", flush=True)
+        return process.returncode
+
+    def _begun(self, name: str, command: list[str]) -> subprocess.Popen[str] | None:
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        environment = os.environ | threads | {LAUNCHER: str(os.getpid())}
+        with self._lock:
+            if self.ending:
+                return None
+            self._running[name] = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, process_group=0
+            )
+            return self._running[name]

@@ -107,6 +107,28 @@ def test_the_launcher_hands_a_signal_on_and_answers_as_the_ranks_do(config: Path
 
 
 @pytest.mark.parallel
+def test_a_sweep_that_is_asked_to_end_saves_its_runs_and_goes_on_bit_for_bit(
+    config: Path, program: Program, tmp_path: Path
+) -> None:
+    held_out = f"evaluation: {{datasets: [{{path: {config.parent}/test.jsonl}}], samples: 2, max_new_tokens: 24}}\n"
+    family = tmp_path / "family.yaml"
+    family.write_text(config.read_text() + held_out)
+    whole, run, member = tmp_path / "whole/run", tmp_path / "asked/run", "alpha-0.5"
+    arguments = ["--alphas=0.5", str(family)]
+    running = start(["megatron_efr.sweep", *arguments, f"runs={run.parent}"])
+    wait_for(run / member / "journal/step_000001.jsonl", running)
+    assert f"sweep: SIGTERM: {member} asked to end" in end(running, signal.SIGTERM)
+    assert (run / member / "checkpoints/latest").read_text() == "step_000001", "no checkpoint was due: it was asked to"
+    assert not (run / "eval").exists()
+    program("sweep", "--resume", *arguments, f"runs={run.parent}")
+    program("sweep", *arguments, f"runs={whole.parent}")
+    assert metrics(run / member) == metrics(whole / member)
+    assert digests(run / member / "model") == digests(whole / member / "model")
+    assert digests(run / "eval") == digests(whole / "eval")
+    assert len(digests(run / "eval")) == 2
+
+
+@pytest.mark.parallel
 @pytest.mark.parametrize("launcher", ["megatron_efr.torchrun", "torch.distributed.run"])
 def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_is_free_at_once(
     config: Path, program: Program, tmp_path: Path, launcher: str

@@ -1,7 +1,12 @@
-"""`efr sweep`: which model each of its evaluations takes, and which engines."""
+"""`efr sweep`: which model each of its evaluations takes, and which engines; how its programs end with it."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +32,7 @@ def evaluations(place: Path, monkeypatch: pytest.MonkeyPatch, rollout: dict[str,
         "evaluation": {"datasets": [{"path": "test.jsonl"}]},
     }
     monkeypatch.setattr(sweep, "check_evaluation", lambda config: None)  # there are no files
-    monkeypatch.setattr(side_by_side, "_run", lambda name, *_: name.startswith("eval"))
+    monkeypatch.setattr(side_by_side.Programs, "run", lambda _, name, command: name.startswith("eval"))
     with pytest.raises(UserError, match=r"eval base, eval alpha-0\.1 failed"):
         sweep.Family(TrainConfig.model_validate(tree), [0.1], 2).run(1, {}, "", resume=False)
     names = ("base", "alpha-0.1")
@@ -52,3 +57,75 @@ def test_weights_go_by_a_folder_but_to_servers_that_may_not_see_it() -> None:
     assert (transport(), transport(urls=urls), transport(urls=urls, transport="disk")) == ("disk", "tensor", "disk")
     assert transport(transport="distributed") == "disk", "servers that it starts are on its own machine"
     assert RolloutConfig().for_evaluation(8) == EvaluationEnginesConfig()
+
+
+SWEEP = """
+import sys
+from pathlib import Path
+from megatron_efr import arguments
+from megatron_efr.run import side_by_side
+
+side_by_side.END_WITHIN_S = float(sys.argv[3])
+program = (
+    "import signal, sys, time\\n"
+    "def end(number, frame): print('got', number, flush=True); {saves}\\n"
+    "for number in (2, 10, 15): signal.signal(number, end)\\n"
+    "print('works', flush=True); time.sleep(60)"
+)
+commands = [(name, [sys.executable, "-c", program]) for name in ("one", "two", "three")]
+arguments.run(lambda _: side_by_side.side_by_side(commands, Path(sys.argv[2]), jobs=2))
+"""
+SAVES, FAILS, STAYS = "sys.exit(75)", "sys.exit(3)", "None"
+
+
+def asked_to_end(place: Path, saves: str, *signals: int, seconds: float = 60) -> tuple[int, str, list[str]]:
+    """Of a sweep of three programs, two at a time, whose group gets these signals: exit code, stderr, their logs."""
+    text = SWEEP.format(saves=saves)
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    sweeping = subprocess.Popen(
+        [sys.executable, "-c", text, saves, str(place), str(seconds)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heeds,
+    )
+    assert sweeping.stdout is not None
+    for _ in range(2):
+        assert sweeping.stdout.readline().endswith("| works\n")
+    for number in signals:
+        os.killpg(sweeping.pid, number)  # as a terminal does
+        sweeping.stdout.readline()
+    err = sweeping.communicate(timeout=60)[1]
+    return sweeping.returncode, err, [path.read_text() for path in sorted(place.iterdir()) if path.stat().st_size]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_sweep_that_is_asked_to_end_lets_its_programs_save_and_begins_no_other(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    found, err, logs = asked_to_end(tmp_path, SAVES, number)
+    assert found == code
+    assert logs == ["works\ngot 15\n"] * 2, "one signal each, and that asks to save"
+    said = f"sweep: {number.name}: one, two asked to end, and waited for 60 s; a second signal kills\n"
+    assert err == said + "interrupted\n" * (number == signal.SIGINT)
+
+
+def test_a_second_signal_ends_a_sweep_at_once(tmp_path: Path) -> None:
+    assert asked_to_end(tmp_path / "a", STAYS, signal.SIGTERM, signal.SIGTERM)[0] == 143
+    assert asked_to_end(tmp_path / "b", STAYS, signal.SIGINT, signal.SIGINT)[0] == 130
+
+
+def test_sigusr1_announces_sigterm_which_then_asks_again_and_kills_nothing(tmp_path: Path) -> None:
+    code, _, logs = asked_to_end(tmp_path, "time.sleep(1); sys.exit(75)", signal.SIGUSR1, signal.SIGTERM)
+    assert (code, logs) == (75, ["works\ngot 15\n"] * 2)
+
+
+def test_programs_that_do_not_end_in_time_are_killed_and_go_on_from_their_last_checkpoints(tmp_path: Path) -> None:
+    assert asked_to_end(tmp_path, STAYS.replace("None", "time.sleep(60)"), signal.SIGTERM, seconds=0.3)[0] == 75
+
+
+def test_a_program_that_fails_as_it_ends_is_named(tmp_path: Path) -> None:
+    code, err, _ = asked_to_end(tmp_path, FAILS, signal.SIGTERM)
+    assert code == 2
+    assert f"error: one, two failed; see {tmp_path}" in err
