@@ -1,4 +1,4 @@
-"""One rank (started by torchrun) that loads a converted checkpoint under a layout, compares, and saves it again."""
+"""One rank (started by launch.py) that loads a converted checkpoint under a layout, compares, and saves it again."""
 
 from __future__ import annotations
 

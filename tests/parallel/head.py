@@ -1,4 +1,4 @@
-"""The fused head inside Megatron against logits that are all there and autograd: one rank (started by torchrun).
+"""The fused head inside Megatron against logits that are all there and autograd: one rank (started by launch.py).
 
 python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.head MODELS OUT "tensor=2" "pipeline=2" ...
 """

@@ -1,4 +1,4 @@
-"""One rank of RL runs (started by torchrun): `efr train` itself, one layout after the other.
+"""One rank of RL runs (started by launch.py): `efr train` itself, one layout after the other.
 
 python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.iteration RUNS "dense.yaml tensor=2" ...
 """

@@ -1,4 +1,4 @@
-"""One rank of a parity run (started by torchrun): layouts one after the other, each with every case, results in files.
+"""One rank of a parity run (started by launch.py): layouts one after the other, each with every case, results in files.
 
 python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.layout MODELS OUT "tensor=2" "pipeline=2" ...
 """

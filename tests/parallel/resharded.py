@@ -1,4 +1,4 @@
-"""One rank (started by torchrun) that reshards a policy under one layout after the other and compares with the folder.
+"""One rank (started by launch.py) that reshards a policy under one layout after the other and compares with the folder.
 
 python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.resharded MODELS OUT "tensor=2" "pipeline=2" ...
 """

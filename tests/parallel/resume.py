@@ -1,4 +1,4 @@
-"""One rank (started by torchrun) that saves checkpoints under some layouts and takes up others', one after the other.
+"""One rank (started by launch.py) that saves checkpoints under some layouts and takes up others', one after the other.
 
 python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.resume MODELS OUT "save pipeline=2" \
     "load tensor=2 from pipeline=2"

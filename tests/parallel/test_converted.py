@@ -8,7 +8,7 @@ import pytest
 
 from megatron_efr import convert
 from tests.families import make_family_folder
-from tests.parallel.launch import torchrun
+from tests.parallel.launch import run_ranks
 
 pytestmark = pytest.mark.parallel
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.parallel
 def test_loads_and_comes_back(family: str, layout: str, processes: int, tmp_path: Path) -> None:
     path = make_family_folder(tmp_path / "model", family)
     convert.hf_to_megatron(path, tmp_path / "megatron")
-    torchrun(processes, "tests.parallel.converted", path, tmp_path / "megatron", tmp_path / "run", layout)
+    run_ranks(processes, "tests.parallel.converted", path, tmp_path / "megatron", tmp_path / "run", layout)
     saved = tmp_path / "run" / "step_000001"
     assert convert.compare_bytes(path, saved) > 20
     convert.megatron_to_hf(saved, tmp_path / "back")

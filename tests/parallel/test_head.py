@@ -9,7 +9,7 @@ import torch
 
 from tests.conftest import make_model_folder
 from tests.parallel.head import CASES
-from tests.parallel.launch import torchrun
+from tests.parallel.launch import run_ranks
 
 pytestmark = pytest.mark.parallel
 
@@ -33,7 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(models: Path, out: Path, layouts: list[str], processes: int) -> dict[str, Apart]:
-    torchrun(processes, "tests.parallel.head", models, out, *layouts)
+    run_ranks(processes, "tests.parallel.head", models, out, *layouts)
     return {layout: torch.load(out / f"{i}.pt", weights_only=False) for i, layout in enumerate(layouts)}
 
 

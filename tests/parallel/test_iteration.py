@@ -15,7 +15,7 @@ from megatron_efr.data.model_folder import ModelSize
 from megatron_efr.observe import deterministic
 from megatron_efr.run.folder import RunFolder
 from tests.loop.conftest import install_method
-from tests.parallel.launch import torchrun
+from tests.parallel.launch import run_ranks
 from tests.parallel.layout import folder
 
 pytestmark = pytest.mark.parallel
@@ -60,7 +60,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def run(runs: Path, asked: list[str], processes: int) -> None:
     """Start the ranks once; they train in one layout after the other."""
     install_method(runs)
-    torchrun(processes, "tests.parallel.iteration", runs, *asked, path=runs)
+    run_ranks(processes, "tests.parallel.iteration", runs, *asked, path=runs)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 
 from tests.conftest import make_model_folder
 from tests.families import make_family_folder
-from tests.parallel.launch import torchrun
+from tests.parallel.launch import run_ranks
 from tests.parallel.layout import CASES, Case, kind
 
 pytestmark = pytest.mark.parallel
@@ -56,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(models: Path, out: Path, layouts: list[str], processes: int) -> dict[str, Results]:
     """Start the ranks once, and let them take on the layouts in turn."""
-    torchrun(processes, "tests.parallel.layout", models, out, *layouts)
+    run_ranks(processes, "tests.parallel.layout", models, out, *layouts)
     return {layout: torch.load(out / f"{i}.pt", weights_only=False) for i, layout in enumerate(layouts)}
 
 

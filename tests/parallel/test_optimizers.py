@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import make_model_folder
-from tests.parallel.launch import torchrun
+from tests.parallel.launch import run_ranks
 from tests.parallel.optimizers import SAVED_AFTER, Case
 
 pytestmark = pytest.mark.parallel
@@ -40,7 +40,7 @@ def run(model: Path, out: Path, cases: list[Case], processes: int) -> Results:
     """Train every case in one set of processes, and take every one up again in another."""
     texts = [json.dumps(case) for case in cases]
     for action in ("train", "resume"):
-        torchrun(processes, "tests.parallel.optimizers", action, model, out, *texts)
+        run_ranks(processes, "tests.parallel.optimizers", action, model, out, *texts)
     return {
         (case, action, rank): torch.load(out / f"{case.name}-{action}-{rank}.pt")
         for case in cases

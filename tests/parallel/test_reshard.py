@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import make_model_folder
 from tests.families import make_family_folder
-from tests.parallel.launch import torchrun
+from tests.parallel.launch import run_ranks
 
 pytestmark = pytest.mark.parallel
 
@@ -30,7 +30,7 @@ def test_parcels_are_the_folders_tensors(processes: int, cases: list[str], tmp_p
     make_model_folder(models / "untied", tied=False)
     make_family_folder(models / "moe", "qwen3-moe")
     make_family_folder(models / "one-group", "qwen3-tied")
-    torchrun(processes, "tests.parallel.resharded", models, tmp_path, *cases)
+    run_ranks(processes, "tests.parallel.resharded", models, tmp_path, *cases)
     plans = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(len(cases))]
     assert all(plan["buckets"] > 3 for plan in plans)
     assert any(plan["largest"] > 40_000 for plan in plans)

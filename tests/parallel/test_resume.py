@@ -10,7 +10,7 @@ import torch
 
 from tests.conftest import make_model_folder
 from tests.families import make_family_folder
-from tests.parallel.launch import torchrun
+from tests.parallel.launch import run_ranks
 
 pytestmark = pytest.mark.parallel
 
@@ -34,7 +34,7 @@ LOADED_SLOW = [
 
 def run(out: Path, asked: list[str], processes: int) -> None:
     """Start the ranks once; they do what is asked in turn."""
-    torchrun(processes, "tests.parallel.resume", out / "models", out, *asked)
+    run_ranks(processes, "tests.parallel.resume", out / "models", out, *asked)
 
 
 @pytest.fixture(scope="module")

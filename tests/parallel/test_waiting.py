@@ -9,14 +9,14 @@ import torch
 
 from megatron_efr.policy.handover import FlatSequences, flatten
 from megatron_efr.policy.packing import trainable
-from tests.parallel.launch import torchrun
+from tests.parallel.launch import run_ranks
 from tests.parallel.waiting import LIMIT_S, groups
 
 pytestmark = pytest.mark.parallel
 
 
 def test_each_rank_gets_its_own_sequences_exactly_and_a_wait_in_vain_says_what_for(tmp_path: Path) -> None:
-    torchrun(2, "tests.parallel.waiting", tmp_path, check=False)
+    run_ranks(2, "tests.parallel.waiting", tmp_path, check=False)
     sequences = trainable(groups())
     for rank, known, own in ((0, 3, [7, 2, 0, 3]), (1, 0, [1, 9, 11, 4])):
         found, indices, flat = torch.load(tmp_path / f"{rank}.pt", weights_only=False)

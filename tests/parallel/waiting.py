@@ -1,4 +1,4 @@
-"""One of two ranks (started by torchrun): each gets its own sequences; rank 1 says what it waits for in vain."""
+"""One of two ranks (started by launch.py): each gets its own sequences; rank 1 says what it waits for in vain."""
 
 from __future__ import annotations
 
