@@ -32,10 +32,7 @@ if [ "$mode" = --other ]; then
     python=.venv-other/bin/python
     core=$("$python" -c 'from importlib.metadata import version; print(version("megatron-core"))')
     stage "Python $(python_version "$python") and Megatron-Core $core: unit tests"
-    # What knows neither Megatron nor the interpreter's torch was tested above: answers, data files, reports, compiled kernels.
-    $python -m pytest tests/unit -m "not slow and not gpu" -n 2 --dist loadfile --ignore-glob='*/test_grade*' --ignore-glob='*/test_grading*' \
-        --ignore-glob='*/test_verif*' --ignore-glob='*/test_equal*' --ignore-glob='*/test_bad_data*' \
-        --ignore-glob='*/test_bad_conf*' --ignore-glob='*/test_report*' --ignore-glob='*/test_kernel_resources*'
+    $python -m pytest tests/unit -m "not slow and not gpu and not alike" -n 2 --dist loadfile
     took
     stage "Megatron-Core $core: several processes over gloo"
     $python -m pytest tests/parallel -m "not slow and not gpu"

@@ -1,4 +1,4 @@
-"""One rank of an optimizer run (started by launch.py): cases one after the other, trained or taken up from a checkpoint.
+"""One rank of an optimizer run (launch.py): cases one after the other, trained or taken up.
 
 python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.optimizers train|resume MODEL OUT CASE CASE ...
 """

@@ -13,6 +13,8 @@ from megatron_efr import methods
 from megatron_efr.config import ConfigError, EvaluateConfig, RunConfig, SftConfig, TrainConfig
 from megatron_efr.config.file import dump, load
 
+pytestmark = pytest.mark.alike
+
 INPUTS = 200
 TRAIN = """name: a
 model: {path: m}

@@ -25,6 +25,8 @@ from megatron_efr.data.prompts import load_tokenizer, render_all
 from megatron_efr.data.sft import load_sft
 from megatron_efr.errors import UserError
 
+pytestmark = pytest.mark.alike
+
 INPUTS = 200
 ROWS = [{"question": f"{i}+1?", "answer": str(i + 1), "response": f"It is {i + 1}.", "id": i} for i in range(4)]
 LINES = [json.dumps(row) + "\n" for row in ROWS]

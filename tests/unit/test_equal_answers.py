@@ -19,6 +19,8 @@ from megatron_efr.report import summarise
 from megatron_efr.types import Grade, Graded, Group, Prompt
 from tests.groups import response
 
+pytestmark = pytest.mark.alike
+
 SPELLINGS = {
     Fraction(1, 2): ["0.5", "1/2", r"\frac{1}{2}", r"\frac12", r"\dfrac{2}{4}", "0.50"],
     Fraction(3, 4): ["0.75", "3/4", r"\frac{6}{8}"],

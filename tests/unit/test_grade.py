@@ -14,6 +14,8 @@ from megatron_efr.run.folder import RunFolder
 from megatron_efr.types import Grade, Graded, Group, Prompt
 from tests.groups import credited, response
 
+pytestmark = pytest.mark.alike
+
 ROWS = [
     {"gold": "1/2", "response": r"so \boxed{0.5}"},
     {"gold": "7", "response": "none"},

@@ -18,6 +18,8 @@ from megatron_efr.grading.boxed import last_boxed
 from megatron_efr.grading.pool import _plain_verdict
 from megatron_efr.grading.verdict import MATH, Question
 
+pytestmark = pytest.mark.alike
+
 LIMIT_S = 0.5
 TOWER = r"\boxed{9^{9^{9^{9}}}}"
 

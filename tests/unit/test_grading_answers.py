@@ -16,6 +16,8 @@ from megatron_efr.grading.extract import Extractor, Place
 from megatron_efr.grading.worker import judge
 from tests.respellings import RESPELLINGS, respellings
 
+pytestmark = pytest.mark.alike
+
 DATA = Path(__file__).parents[1] / "data"
 REPORTED = [json.loads(line) for line in (DATA / "grading_cases.jsonl").read_text(encoding="utf-8").splitlines()]
 

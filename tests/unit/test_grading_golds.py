@@ -9,6 +9,8 @@ from megatron_efr.config import DatasetConfig
 from megatron_efr.data.datasets import load_problems
 from megatron_efr.grading import GoldError, check_golds
 
+pytestmark = pytest.mark.alike
+
 HERE = Path(__file__).parents[1] / "data"
 ROWS = {"gsm8k_train": 7473, "gsm8k_test": 1319, "math500": 500, "aime24": 30}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = pytest.mark.heavy
+pytestmark = [pytest.mark.alike, pytest.mark.heavy]
 ROOT = Path(__file__).resolve().parents[2]
 MOST_REGISTERS = 128  # 2048 / 128 = 16 warps of 32 threads still fit a multiprocessor
 

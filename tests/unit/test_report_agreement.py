@@ -11,6 +11,8 @@ from megatron_efr.errors import UserError
 from megatron_efr.report.agreement import agreement_markdown, compare
 from megatron_efr.report.statistics import interval
 
+pytestmark = pytest.mark.alike
+
 
 def family(*models: tuple[float | None, tuple[float, float], tuple[float, float]]) -> dict[str, Any]:
     """A summary with intervals of accuracy and tokens; each figure is its interval's middle."""

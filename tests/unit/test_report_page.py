@@ -11,6 +11,8 @@ from megatron_efr.report.sentences import chosen_problem, difficulty_sentences, 
 from megatron_efr.types import Prompt
 from tests.groups import graded
 
+pytestmark = pytest.mark.alike
+
 
 def evaluate(name, accuracy, lengths, seed=0, problems=120, dataset="sums"):
     """Graded groups whose responses to difficulty d have about lengths[d] tokens."""

@@ -9,6 +9,8 @@ from megatron_efr.report import build_summary, over_seeds, summarise, summary_ma
 from megatron_efr.types import Prompt
 from tests.groups import graded
 
+pytestmark = pytest.mark.alike
+
 
 def group(index, correct, lengths, dataset="A", difficulty=None, text="answer"):
     meta = {"dataset": dataset, "question": f"Q{index}?"} | ({} if difficulty is None else {"difficulty": difficulty})

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from megatron_efr.report import statistics as measure
 from tests.groups import graded
 
+pytestmark = pytest.mark.alike
+
 
 def group(correct, lengths, finish=None, **meta):
     return graded(correct, lengths, finish, meta=meta)

@@ -24,6 +24,8 @@ from megatron_efr.run.group_json import decode_credited, encode_credited
 from megatron_efr.types import Graded, Group, Prompt
 from tests.groups import credited, response
 
+pytestmark = pytest.mark.alike
+
 PACKAGE = """
 import os, subprocess, sys, time
 
