@@ -39,7 +39,7 @@ class Family:
         if len({f"{alpha:g}" for alpha in alphas}) < len(alphas):
             raise ConfigError(f"--alphas: {', '.join(f'{a:g}' for a in alphas)}: each value once; it names the run")
         for alpha in alphas:
-            methods.build(config.method.model_copy(update={"alpha": alpha}), config.rollout.samples)
+            methods.build(config.method.model_copy(update={"alpha": alpha}), config.rollout, config.algorithm)
         algorithms.build(config.algorithm, config.rollout)
         self.config, self.ranks = config, ranks
         self.folder = RunFolder(config.folder)

@@ -62,6 +62,7 @@ def iterate(run: Run, step: int, observer: Observer) -> dict[str, float]:
         groups = run.from_engines(partial(rollouts, run, step), "rollouts", version=step - 1) or []
     run.phases.to_policy(run.policy, observer.phase)
     metrics = learn(run, step, groups, observer)
+    run.remember(step, groups)
     metrics |= run.environment.engine_figures() if run.environment else {}
     if metrics["skipped"]:
         run.ranks.on_main(lambda: run.folder.write_rollouts(step, groups))
@@ -71,12 +72,8 @@ def iterate(run: Run, step: int, observer: Observer) -> dict[str, float]:
 def rollouts(run: Run, step: int) -> list[Credited]:
     """prompts -> rollouts -> grades -> rewards -> credits, on rank 0."""
     assert run.environment is not None
-    groups = methods.credit(
-        run.method,
-        run.algorithm,
-        run.environment.ledger.collect(step, run.folder.journal),
-        run.config.rollout.max_new_tokens,
-    )
+    rewarded = run.environment.ledger.collect(step, run.folder.journal)
+    groups = methods.credit(run.method, run.algorithm, rewarded, run.environment.knowledge.of(step))
     if run.config.observe.rollouts:
         run.folder.write_rollouts(step, groups)
     return groups

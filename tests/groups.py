@@ -7,7 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_efr.methods import Known
 from megatron_efr.types import Credit, Credited, Finish, Grade, Graded, Group, Prompt, Response, Rewarded
+
+KNOWN = Known(step=1, limit=40_000, state={}, history={})
+"""What a method knows in its first iteration."""
 
 
 def response(length: int, finish: Finish = "stop", text: str = "", logprob: float = 0.0) -> Response:

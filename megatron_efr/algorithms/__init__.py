@@ -3,6 +3,6 @@
 from megatron_efr.algorithms.base import Algorithm
 from megatron_efr.algorithms.baselines import rloo
 from megatron_efr.algorithms.objective import Importance, Objective, Spread
-from megatron_efr.algorithms.registry import ALGORITHMS, available, build, resolved
+from megatron_efr.algorithms.registry import ALGORITHMS, build, resolved
 
-__all__ = ["ALGORITHMS", "Algorithm", "Importance", "Objective", "Spread", "available", "build", "resolved", "rloo"]
+__all__ = ["ALGORITHMS", "Algorithm", "Importance", "Objective", "Spread", "build", "resolved", "rloo"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
-
 from megatron_efr.algorithms import named
 from megatron_efr.algorithms.base import Algorithm
 from megatron_efr.config import AlgorithmConfig, ConfigError, RolloutConfig, TrainConfig
 from megatron_efr.config.file import validate
+from megatron_efr.config.plugins import load_plugin, registered
 
 ENTRY_POINT = "megatron_efr.algorithms"
 
@@ -24,18 +23,20 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 }
 
 
-def available() -> dict[str, type[Algorithm]]:
-    """Every algorithm by name: ours, and those of installed third parties."""
-    others = {entry.name: entry.load() for entry in entry_points(group=ENTRY_POINT)}
-    return others | ALGORITHMS
+def find(name: str) -> type[Algorithm]:
+    """The algorithm of that name, ours or an installed third party's; ConfigError if there is none."""
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    others = registered(ENTRY_POINT)
+    if name not in others:
+        there = ", ".join(sorted({*ALGORITHMS, *others}))
+        raise ConfigError(f"algorithm.name: no algorithm {name!r}; there are {there}")
+    return load_plugin(others[name], Algorithm, "algorithm.name")
 
 
 def build(config: AlgorithmConfig, rollout: RolloutConfig) -> Algorithm:
     """The configured algorithm; ConfigError for an unknown name, a wrong option, or what the rollouts cannot give."""
-    if config.name not in ALGORITHMS and config.name not in available():
-        raise ConfigError(f"algorithm.name: no algorithm {config.name!r}; there are {', '.join(sorted(available()))}")
-    kind = ALGORITHMS.get(config.name) or available()[config.name]
-    made = validate(kind, {"name": config.name, **config.options}, prefix="algorithm")
+    made = validate(find(config.name), {"name": config.name, **config.options}, prefix="algorithm")
     if rollout.samples < made.min_samples:
         raise ConfigError(
             f"rollout.samples: {rollout.samples} response(s) per prompt, and algorithm {config.name} compares "

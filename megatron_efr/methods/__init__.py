@@ -1,6 +1,29 @@
-"""The paper's method and its family: each a small class that turns whole groups into rewards."""
+"""The paper's method and its family: each one class of options, with the hooks that make rewards of groups."""
 
-from megatron_efr.methods.base import Method, available, build, credit
+from megatron_efr.methods.base import Known, Method, Needs, State
+from megatron_efr.methods.crediting import credit, reward
 from megatron_efr.methods.efr import EFR, efr_rewards
+from megatron_efr.methods.function import rewards
+from megatron_efr.methods.history import Seen
+from megatron_efr.methods.knowledge import Knowledge
+from megatron_efr.methods.plain import Outcomes, Plain
+from megatron_efr.methods.registry import METHODS, build, resolved
 
-__all__ = ["EFR", "Method", "available", "build", "credit", "efr_rewards"]
+__all__ = [
+    "EFR",
+    "METHODS",
+    "Knowledge",
+    "Known",
+    "Method",
+    "Needs",
+    "Outcomes",
+    "Plain",
+    "Seen",
+    "State",
+    "build",
+    "credit",
+    "efr_rewards",
+    "resolved",
+    "reward",
+    "rewards",
+]

@@ -1,90 +1,80 @@
-"""What a method is, and the registry that finds one by name."""
+"""A method: what it earns to be right and brief, as one frozen section of options with a few hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from importlib.metadata import entry_points
-from typing import Any, ClassVar, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from megatron_efr.config import ConfigError, MethodConfig, Section
-from megatron_efr.config.file import validate
-from megatron_efr.types import BoolArray, Credit, Credited, FloatArray, Graded, IntArray, Rewarded
+from pydantic import ConfigDict
 
-ENTRY_POINT = "megatron_efr.methods"
+from megatron_efr.config import Section
+from megatron_efr.methods.history import Seen
+from megatron_efr.types import Credit, FloatArray, Graded, Rewarded
+
+Standing = Literal["code", "text", "experimental"]
+State = Mapping[str, Any]
+"""What a method remembers between iterations: plain values that JSON keeps."""
 
 
-class Method:
-    """Turns groups into rewards, one per response.
+class Needs(NamedTuple):
+    """What a method asks of a run. A run that cannot give it is refused at the start.
 
-    Subclass it, declare `Options`, implement `rewards`, and register the class under the entry point
-    `megatron_efr.methods`. They are pure: what a method remembers between iterations lives in what
-    `state_dict` returns, and is checkpointed.
+    samples: responses per prompt, at least. thinking: marks around the thinking part of a response. reference:
+    responses per prompt of the starting model, sampled before. monitor_every: iterations between samplings of a monitor
+    set. algorithms: those that it works with; None: all. engine: abilities of the engine.
     """
 
-    Options: ClassVar[type[Section]] = Section  # the method's own keys of the `method` section
-    min_samples: ClassVar[int] = 2
+    samples: int = 2
+    thinking: bool = False
+    reference: int = 0
+    monitor_every: int = 0
+    algorithms: frozenset[str] | None = None
+    engine: frozenset[str] = frozenset()
 
-    def __init__(self, options: Any) -> None:
-        self.options = options
 
-    def rewards(self, group: Graded) -> FloatArray:
+class Known(NamedTuple):
+    """What a method may know when it judges the groups of iteration `step`: frozen when the iteration begins.
+
+    limit: the most tokens of a response (rollout.max_new_tokens). state: what `learn` returned last; empty at first.
+    history: what was seen of each prompt, by its id. A prompt that was never visited has no entry.
+    """
+
+    step: int
+    limit: int
+    state: State
+    history: Mapping[str, Seen]
+
+
+class Method(Section):
+    """Turns the groups of an iteration into rewards, and into credits if they are not to be the algorithm's.
+
+    The fields are the method's options. It is frozen: the hooks are functions of their arguments, and the only memory
+    is what `learn` returns. The run keeps that in its checkpoints. `rewards` runs in a thread, while other groups are
+    being generated.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    source: ClassVar[str] = ""  # where the rule stands: paper and equation, or a file of released code
+    standing: ClassVar[Standing] = "experimental"  # read in code, in the text, or open in part
+    needs: ClassVar[Needs] = Needs()
+    wrong_may_win: ClassVar[str] = ""  # when a wrong answer can earn more than a right one of its group; "": never
+
+    def rewards(self, group: Graded, known: Known) -> FloatArray:
         """Reward of each response, float64 [n], from a graded group."""
         raise TypeError(f"{type(self).__name__} defines no rewards")
 
-    def credits(self, groups: Sequence[Rewarded]) -> list[Credit] | None:
+    def settle(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Rewarded]:
+        """The iteration's groups with the rewards that count, if those depend on the iteration as a whole."""
+        return groups
+
+    def credits(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Credit] | None:
         """What each group's responses are trained on; None: as the algorithm has it."""
         return None
 
-    def rewarded(self, group: Graded) -> Rewarded:
-        """The group's next stage."""
-        return Rewarded(group, self.rewards(group))
+    def learn(self, state: State, groups: Sequence[Rewarded], known: Known) -> State:
+        """What is remembered after the iteration, from what was remembered before (`state`, left as it is)."""
+        return state
 
-    def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart, JSON-ready."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
-        if state:
-            raise ValueError(f"{type(self).__name__} keeps no state, and was handed {sorted(state)}")
-
-
-class Credits(Protocol):
-    """The part of an algorithm that turns rewards into advantages."""
-
-    def credits(
-        self, rewards: Sequence[FloatArray], lengths: Sequence[IntArray], limit: int
-    ) -> Sequence[FloatArray]: ...
-
-    def trains(self, truncated: BoolArray) -> BoolArray: ...
-
-
-def credit(method: Method, algorithm: Credits, groups: Sequence[Rewarded], limit: int) -> list[Credited]:
-    """An iteration's rewarded groups with their credits; `limit` as `Algorithm.credits` has it."""
-    made = method.credits(groups)
-    if made is None:
-        rewards, lengths = [each.rewards for each in groups], [each.group.lengths for each in groups]
-        made = [Credit(advantage) for advantage in algorithm.credits(rewards, lengths, limit)]
-    return [
-        Credited(group, each._replace(masked=~algorithm.trains(group.group.truncated)))
-        for group, each in zip(groups, made, strict=True)
-    ]
-
-
-def available() -> dict[str, type[Method]]:
-    """Every registered method by name: ours, and those of installed third parties."""
-    return {entry.name: entry.load() for entry in entry_points(group=ENTRY_POINT)}
-
-
-def build(config: MethodConfig, samples: int) -> Method:
-    """The configured method; ConfigError for an unknown name, a wrong option, or too few samples per prompt."""
-    registered = available()
-    if config.name not in registered:
-        raise ConfigError(f"method.name: no method {config.name!r}; registered: {', '.join(sorted(registered))}")
-    kind = registered[config.name]
-    if samples < kind.min_samples:
-        raise ConfigError(
-            f"rollout.samples: {samples} response(s) per prompt, and {config.name} compares responses of one prompt: "
-            f"it needs at least {kind.min_samples}"
-        )
-    return kind(validate(kind.Options, config.options, prefix="method"))
+    def check(self, samples: int, limit: int) -> None:
+        """Refuse options that make no sense with `samples` responses of at most `limit` tokens; ConfigError."""
+        return

@@ -112,16 +112,24 @@ def staleness(group: Group, version: int) -> int:
 class Ledger:
     """Turns prompts into whole groups, iteration by iteration. Asynchronous until iteration `last`.
 
-    `accept` judges every finished group, in a thread of its own. The prompt of a group that it refuses is used up, and
-    the stream's next prompt is asked instead. UserError if it refuses REFUSALS times what an iteration takes.
+    `accept_in` gives, as an iteration begins, what judges its groups; a thread of its own runs it. The prompt of a
+    group that it refuses is used up, and the stream's next prompt is asked instead. UserError if it refuses REFUSALS
+    times what an iteration takes.
     """
 
     def __init__(
-        self, prompts: Prompts, accept: Accept, production: Production, config: RolloutConfig, *, seed: int, last: int
+        self,
+        prompts: Prompts,
+        accept_in: Callable[[int], Accept],
+        production: Production,
+        config: RolloutConfig,
+        *,
+        seed: int,
+        last: int,
     ) -> None:
         self.seconds = 0.0  # that it took to produce the groups handed over last
         self.refused = 0  # while these were produced
-        self._prompts, self._accept, self._production, self._config = prompts, accept, production, config
+        self._prompts, self._accept_in, self._production, self._config = prompts, accept_in, production, config
         self._seed, self._last = seed, last
         self._in_flight: dict[int, InFlight] = {}  # by the request's seed, in the order in which they were drawn
         self._drawing = threading.Lock()  # a checkpoint must not see a prompt that has left the stream and is nowhere
@@ -170,10 +178,10 @@ class Ledger:
     def _begin(self, step: int, journals: Journals) -> Callable[[], Finished]:
         """Draw what iteration `step` needs, and start to produce it; what is returned waits for it."""
         self._draw(self._config.prompts + self._config.in_flight_beyond - len(self._in_flight))
-        journal = journals(step)
+        journal, accept = journals(step), self._accept_in(step)
         if self._thread is None:
-            return lambda: self._produce(step, journal)
-        return self._thread.submit(self._produce, step, journal).result
+            return lambda: self._produce(step, journal, accept)
+        return self._thread.submit(self._produce, step, journal, accept).result
 
     def _draw(self, count: int, instead: int | None = None) -> None:
         """Put the stream's next `count` prompts in flight; the request of seed `instead` leaves."""
@@ -186,11 +194,11 @@ class Ledger:
         request = Request(visit.prompt, self._config.samples, request_seed(self._seed, visit.index))
         return request.seed, InFlight(visit, request, since)
 
-    def _produce(self, step: int, journal: Journal) -> Finished:
+    def _produce(self, step: int, journal: Journal, accept: Accept) -> Finished:
         """Ask until what is finished and accepted is enough for iteration `step`."""
         began = time.perf_counter()
         held = {group.seed: group for group in journal.read().groups}
-        judge, accepted, refused = Judge(self._accept, self._judging), dict[int, Rewarded](), 0
+        judge, accepted, refused = Judge(accept, self._judging), dict[int, Rewarded](), 0
         try:
             while not self._suffice(step, accepted.keys()):
                 # nothing is left to generate while those that are being judged may be enough

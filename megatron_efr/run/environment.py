@@ -32,11 +32,12 @@ from megatron_efr.grading.equality import equal_answers
 from megatron_efr.grading.gold_checks import check_for
 from megatron_efr.grading.groups import grade_groups
 from megatron_efr.grading.judging import Judgings
-from megatron_efr.methods import Method
+from megatron_efr.methods import Knowledge, Known, Method, reward
 from megatron_efr.observe.progress import followed
 from megatron_efr.report.records import Record, summarise
 from megatron_efr.rollout.build import build_engine
 from megatron_efr.rollout.engine import Decode, Engine
+from megatron_efr.rollout.judging import Accept
 from megatron_efr.rollout.ledger import Ledger, request_seed
 from megatron_efr.rollout.production import Production
 from megatron_efr.rollout.servers.run_servers import Servers
@@ -77,6 +78,7 @@ class Environment:
         self._config, self._decode = config, decoder(tokenizer)
         self._method, self._algorithm = method, algorithm
         rollout = config.rollout
+        self.knowledge = Knowledge(method, rollout.max_new_tokens)
         self._sampling = Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens, stops)
         self._judgings = judgings_of(config.grading, config.data.datasets)
         held_out = self.evaluator.judgings.verifiers if self.evaluator else []
@@ -89,14 +91,18 @@ class Environment:
         self.engine = build_engine(config.model, config.rollout, servers, logs, self._decode, resources)
         self.production = Production(self.engine, self._sampling)
         self.ledger = Ledger(
-            self.stream, self.accept, self.production, config.rollout, seed=config.seed, last=config.train.iterations
+            self.stream, self.judging, self.production, config.rollout, seed=config.seed, last=config.train.iterations
         )
         resources.callback(self.ledger.close)
 
-    def accept(self, groups: Sequence[Group]) -> list[Rewarded | None]:
+    def judging(self, step: int) -> Accept:
+        """How the groups of iteration `step`, which begins, are judged: by what is known now."""
+        return partial(self._accept, self.knowledge.begin(step))
+
+    def _accept(self, known: Known, groups: Sequence[Group]) -> list[Rewarded | None]:
         """Grade and reward finished groups; None in the place of one that the algorithm does not keep."""
         graded = grade_groups(self.grader, groups, self._judgings)
-        rewarded = [self._method.rewarded(group) for group in graded]
+        rewarded = [reward(self._method, group, known) for group in graded]
         return [group if self._algorithm.keeps(group.rewards) else None for group in rewarded]
 
     def evaluate(self, step: int, folder: RunFolder) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -22,6 +22,7 @@ from megatron_efr.run.environment import Environment, date_prompts
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.run.owner import claimed
 from megatron_efr.run.phases import Phases
+from megatron_efr.types import Credited
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publication import build_publisher
 from megatron_efr.weights.publish import RECOVERIES, Embedded, NoEngineError, Publisher
@@ -54,10 +55,15 @@ class Run:
         state = {
             "step": step,
             "initial_model": self.policy.initial_model,
-            "method": self.method.state_dict(),
+            "method": self.environment.knowledge.state_dict() if self.environment else None,
             "stream": self.environment.ledger.state_dict() if self.environment else None,
         }
         self.checkpoints.save(step, self.policy.sharded_state(), state, lambda: self.folder.clear_journals(step))
+
+    def remember(self, step: int, groups: Sequence[Credited]) -> None:
+        """Let rank 0 keep what iteration `step` taught about its prompts, and to its method."""
+        if self.environment is not None:
+            self.environment.knowledge.learn(step, [group.rewarded for group in groups])
 
     def restore(self) -> int:
         """Take up the newest checkpoint that verifies: the step it was made after, 0 where there is none."""
@@ -73,8 +79,8 @@ class Run:
         sharded, state = self.checkpoints.load(path, self.policy.sharded_state(loading=True))
         self.policy.load_sharded_state(sharded)
         self.policy.check_initial_model(state["initial_model"], str(path))
-        self.method.load_state_dict(state["method"])
         if self.environment is not None:
+            self.environment.knowledge.load_state_dict(state["method"])
             self.environment.ledger.load_state_dict(state["stream"])
         return state["step"]
 
@@ -100,7 +106,7 @@ def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> I
 
     Where it `asks` no engine, it claims no folder and has no environment: its rollouts come from elsewhere.
     """
-    method = methods.build(config.method, config.rollout.samples)
+    method = methods.build(config.method, config.rollout, config.algorithm)
     algorithm = algorithms.build(config.algorithm, config.rollout)
     keep_reference = algorithm.objective(config.rollout).needs_reference
     config.check_world(arguments.world_size())
@@ -110,7 +116,7 @@ def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> I
     with joined_ranks(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
         folder, environment, servers = RunFolder(config.folder), None, Servers()
         if asks:
-            claimed_as = dump(algorithms.resolved(config, algorithm))
+            claimed_as = dump(methods.resolved(algorithms.resolved(config, algorithm), method))
             ranks.on_main(lambda: resources.enter_context(claimed(folder, claimed_as, resume)))
             ranks.on_main(lambda: date_prompts(config.data.prompt, folder))
             environment, servers = _environment(config, method, algorithm, ranks, resources)

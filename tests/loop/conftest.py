@@ -24,37 +24,25 @@ KILLED = Path(__file__).with_name("killed.py")
 # what it saw before: its state must survive too.
 METHOD = """
 import numpy as np
-from megatron_efr.config import Section
-from megatron_efr.methods.base import Method
+from megatron_efr.methods import Method
 from megatron_efr.types import Credit
 
 class Typical(Method):
-    class Options(Section):
-        alpha: float = 0.0
+    alpha: float = 0.0
 
-    def __init__(self, options):
-        super().__init__(options)
-        self.seen, self.mean = 0, 8.0
+    def rewards(self, group, known):
+        return -np.abs(group.group.lengths - known.state.get("mean", 8.0) * (1 - self.alpha)) / 24
 
-    def rewards(self, group):
-        return -np.abs(group.group.lengths - self.mean * (1 - self.options.alpha)) / 24
-
-    def credits(self, groups):
+    def learn(self, state, groups, known):
+        seen, mean = state.get("seen", 0), state.get("mean", 8.0)
         for group in groups:
-            self.seen += 1
-            self.mean += (float(group.group.lengths.mean()) - self.mean) / self.seen
-        return None  # the algorithm's
-
-    def state_dict(self):
-        return {"seen": self.seen, "mean": self.mean}
-
-    def load_state_dict(self, state):
-        self.seen, self.mean = state["seen"], state["mean"]
+            seen += 1
+            mean += (float(group.group.lengths.mean()) - mean) / seen
+        return {"seen": seen, "mean": mean}
 
 class Failing(Typical):
-    def credits(self, groups):
-        super().credits(groups)
-        return [Credit(group.rewards * np.nan) for group in groups] if self.seen > 4 else None
+    def credits(self, groups, known):
+        return [Credit(group.rewards * np.nan) for group in groups] if known.state else None
 """
 
 CONFIG = """

@@ -15,6 +15,7 @@ from megatron_efr.config import AlgorithmConfig, ConfigError, RolloutConfig, Tra
 from megatron_efr.config.file import dump, validate
 from megatron_efr.policy.packing import row_weights, trainable
 from megatron_efr.types import Credit, Rewarded
+from tests.groups import KNOWN
 from tests.unit.test_algorithms import CORRECT, LENGTHS, LIMIT, SAMPLES, build, drawn, objective
 
 
@@ -97,7 +98,7 @@ def test_an_old_key_is_refused_with_its_new_name(old: dict[str, Any], message: s
 
 
 def test_masked_responses_weigh_nothing_and_are_not_counted() -> None:
-    groups = methods.credit(methods.Method(None), build("grpo", truncated="masked"), drawn(0), 40)
+    groups = methods.credit(methods.Method(), build("grpo", truncated="masked"), drawn(0), KNOWN._replace(limit=40))
     sizes = [s.size for s in trainable(groups)]
     cut = [i for i, r in enumerate(r for group in groups for r in group.group.responses) if r.truncated]
     assert cut
@@ -109,7 +110,7 @@ def test_masked_responses_weigh_nothing_and_are_not_counted() -> None:
         alone = row_weights(sizes, kept, aggregate, divisor)
         assert all(weights[i] == alone[i] for i in kept)
         assert row_weights(sizes, cut, aggregate, divisor) == dict.fromkeys(cut, 0.0)
-    groups = methods.credit(methods.Method(None), build("grpo"), drawn(0), 40)
+    groups = methods.credit(methods.Method(), build("grpo"), drawn(0), KNOWN._replace(limit=40))
     assert not any(size.masked for size in (s.size for s in trainable(groups)))
 
 
@@ -122,10 +123,10 @@ def test_groups_without_a_signal_are_kept_unless_sampling_is_dynamic() -> None:
 
 def test_a_methods_own_advantages_come_before_the_algorithms() -> None:
     class Own(methods.Method):
-        def credits(self, groups: Sequence[Rewarded]) -> list[Credit]:
+        def credits(self, groups: Sequence[Rewarded], known: methods.Known) -> list[Credit]:
             return [Credit(np.full(len(group.rewards), 0.5)) for group in groups]
 
-    groups = methods.credit(Own(None), build("grpo"), drawn(0), 40)
+    groups = methods.credit(Own(), build("grpo"), drawn(0), KNOWN._replace(limit=40))
     assert all(np.array_equal(group.credit.advantage, [0.5] * SAMPLES) for group in groups)
 
 

@@ -21,6 +21,7 @@ from megatron_efr.policy.head import Head, HeadRows
 from megatron_efr.policy.loss import policy_loss
 from megatron_efr.policy.packing import pack, row_weights, trainable
 from megatron_efr.types import Grade, Graded, Group, PackedBatch, Prompt, Response, Rewarded, Sequence, SequenceSize
+from tests.groups import KNOWN
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "algorithm_vectors.json").read_text())
 CORRECT, LENGTHS = np.array([1.0, 0.0, 1.0, 1.0]), np.array([300, 900, 500, 120])
@@ -396,7 +397,7 @@ def test_loss_and_gradients_equal_fp64(
 ) -> None:
     algorithm = build(name, limit=40, **options)
     made = objective(algorithm, limit=40)
-    groups = methods.credit(methods.Method(None), algorithm, drawn(seed), 40)
+    groups = methods.credit(methods.Method(), algorithm, drawn(seed), KNOWN._replace(limit=40))
     sequences = trainable(groups)
     everyone = list(range(len(sequences)))
     weights = row_weights([s.size for s in sequences], everyone, made.aggregate, made.divisor)

@@ -42,7 +42,7 @@ def read(path: Path, text: str | bytes, program: str = "train", *overrides: str)
     try:
         config = load(PROGRAMS[program][0], path, overrides)
         if isinstance(config, TrainConfig):
-            methods.build(config.method, config.rollout.samples)
+            methods.build(config.method, config.rollout, config.algorithm)
         assert load(type(config), _written(path, dump(config))) == config
     except ConfigError as error:
         return str(error)

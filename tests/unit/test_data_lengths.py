@@ -84,7 +84,8 @@ def tree(place: Path, **changed: Any) -> dict[str, Any]:
 
 
 def how(config: TrainConfig) -> tuple[methods.Method, algorithms.Algorithm]:
-    return methods.build(config.method, config.rollout.samples), algorithms.build(config.algorithm, config.rollout)
+    method = methods.build(config.method, config.rollout, config.algorithm)
+    return method, algorithms.build(config.algorithm, config.rollout)
 
 
 @pytest.mark.heavy

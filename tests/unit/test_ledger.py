@@ -82,7 +82,7 @@ class Loop:
         sampling = Sampling(1.0, 1.0, self.config.max_new_tokens, (STOP,))
         self.refuses = refuses
         self.production = Production(self.engine, sampling)
-        self.ledger = Ledger(prompts, self.accept, self.production, self.config, seed=11, last=last)
+        self.ledger = Ledger(prompts, lambda step: self.accept, self.production, self.config, seed=11, last=last)
         self.folder, self.step, self.last = RunFolder(folder), 0, last
 
     def accept(self, groups: Sequence[Group]) -> list[Rewarded | None]:

@@ -1,0 +1,67 @@
+"""Methods by name: ours from a dictionary, third parties' by entry point."""
+
+from __future__ import annotations
+
+from megatron_efr.config import AlgorithmConfig, ConfigError, MethodConfig, RolloutConfig, TrainConfig
+from megatron_efr.config.file import validate
+from megatron_efr.config.plugins import load_plugin, registered
+from megatron_efr.methods import efr
+from megatron_efr.methods.base import Method, Needs
+
+ENTRY_POINT = "megatron_efr.methods"
+
+METHODS: dict[str, type[Method]] = {
+    "efr": efr.EFR,
+}
+
+
+def names() -> list[str]:
+    """Every method's name: ours, and those of installed third parties."""
+    return sorted({*METHODS, *registered(ENTRY_POINT)})
+
+
+def find(name: str) -> type[Method]:
+    """The method of that name; ConfigError if there is none."""
+    if name in METHODS:
+        return METHODS[name]
+    others = registered(ENTRY_POINT)
+    if name not in others:
+        raise ConfigError(f"method.name: no method {name!r}; there are {', '.join(names())}")
+    return load_plugin(others[name], Method, "method.name")
+
+
+def build(config: MethodConfig, rollout: RolloutConfig, algorithm: AlgorithmConfig) -> Method:
+    """The configured method; ConfigError for an unknown name, a wrong option, or what the run cannot give it."""
+    kind = find(config.name)
+    made = validate(kind, config.options, prefix="method")
+    _check_needs(config.name, made.needs, rollout, algorithm)
+    made.check(rollout.samples, rollout.max_new_tokens)
+    return made
+
+
+def resolved(config: TrainConfig, method: Method) -> TrainConfig:
+    """The configuration with every option of its method written out."""
+    options = {"name": config.method.name, **method.model_dump()}
+    return config.model_copy(update={"method": MethodConfig.model_validate(options)})
+
+
+def _check_needs(name: str, needs: Needs, rollout: RolloutConfig, algorithm: AlgorithmConfig) -> None:
+    """Refuse a method that asks for what the run cannot give."""
+    if rollout.samples < needs.samples:
+        raise ConfigError(
+            f"rollout.samples: {rollout.samples} response(s) per prompt, and {name} compares responses of one prompt: "
+            f"it needs at least {needs.samples}"
+        )
+    if needs.algorithms is not None and algorithm.name not in needs.algorithms:
+        raise ConfigError(
+            f"algorithm.name: {algorithm.name}, and method {name} works with {', '.join(sorted(needs.algorithms))}"
+        )
+    wanted = {
+        "marks around the thinking part of a response": needs.thinking,
+        "responses of the starting model, sampled before": needs.reference > 0,
+        "samplings of a monitor set": needs.monitor_every > 0,
+        f"an engine that can do {', '.join(sorted(needs.engine))}": bool(needs.engine),
+    }
+    for what, is_needed in wanted.items():
+        if is_needed:
+            raise ConfigError(f"method.name: {name} needs {what}, which a run does not give")
