@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -22,7 +21,8 @@ from megatron_efr.run.environment import date_prompts
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.run.interruption import EXIT_REQUEUE, Interruption
 from megatron_efr.run.owner import claimed
-from megatron_efr.types import Sequence, UserError
+from megatron_efr.samples import Sample
+from megatron_efr.types import UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import initial_weights
 
@@ -35,8 +35,8 @@ def sft(config: SftConfig, resume: bool = False) -> None:
         folder = RunFolder(config.folder)
         ranks.on_main(lambda: resources.enter_context(claimed(folder, dump(config), resume)))
         ranks.on_main(lambda: date_prompts(config.prompt, folder))
-        sequences = ranks.share(lambda: load_rows(config))
-        rows = checksum(sequences)
+        samples = ranks.share(lambda: load_rows(config))
+        rows = checksum(samples)
         policy = Policy(
             config.model, config.parallel, config.optimizer, ranks, updates=config.train.updates, seed=config.seed
         )
@@ -47,12 +47,12 @@ def sft(config: SftConfig, resume: bool = False) -> None:
             ranks.on_main(lambda: folder.go_on_from(done, total, "update", config.train.log_every))
         observing = Observer(folder, config.observe, total, ranks.rank, done, config.name, ranks.largest)
         with Interruption() as interruption, observing as observer:
-            for step, update in enumerate(schedule(sequences, config), start=1):
+            for step, update in enumerate(schedule(samples, config), start=1):
                 if step <= done:
                     continue
                 with observer.phase("train"):
                     batches = policy.pack_update(
-                        sequences, update, config.train.micro_batch_tokens, config.loss_aggregate
+                        samples, update, config.train.micro_batch_tokens, config.loss_aggregate
                     )
                     metrics = policy.update(batches, supervised_loss)
                 ending = not ranks.everywhere(interruption.received is None)
@@ -71,29 +71,29 @@ def sft(config: SftConfig, resume: bool = False) -> None:
         policy.save_folder(folder.model)
 
 
-def load_rows(config: SftConfig) -> list[Sequence]:
-    """The rows as trainable sequences; ConfigError where they are fewer than one update takes."""
+def load_rows(config: SftConfig) -> list[Sample]:
+    """The rows as samples to train on; ConfigError where they are fewer than one update takes."""
     architecture = Architecture.from_folder(config.model.path)
     initial_weights(config.model, architecture, config.seed)  # refused here if missing
     rows = load_sft(config.data, load_tokenizer(config.model.path), config.prompt, architecture.max_positions)
-    if len(rows.sequences) < config.train.batch:
-        raise ConfigError(f"{config.data.path}: {len(rows.sequences)} rows, and train.batch takes {config.train.batch}")
-    print(f"{len(rows.sequences)} rows to train on, {rows.overlong} left out: prompt too long", flush=True)
-    return rows.sequences
+    if len(rows.samples) < config.train.batch:
+        raise ConfigError(f"{config.data.path}: {len(rows.samples)} rows, and train.batch takes {config.train.batch}")
+    print(f"{len(rows.samples)} rows to train on, {rows.overlong} left out: prompt too long", flush=True)
+    return rows.samples
 
 
-def schedule(sequences: SequenceOf[Sequence], config: SftConfig) -> Iterator[list[int]]:
+def schedule(samples: Sequence[Sample], config: SftConfig) -> Iterator[list[int]]:
     """The indices of each update, a function of the seed: epochs of shuffled rows, `bucket` updates sorted by length.
 
     The updates of a bucket are shuffled again, so that long and short ones alternate.
     """
-    batch, bucket = config.train.batch, min(config.train.bucket, len(sequences) // config.train.batch)
+    batch, bucket = config.train.batch, min(config.train.bucket, len(samples) // config.train.batch)
     rng = np.random.default_rng(config.seed)
     made = 0
     while True:
-        order = rng.permutation(len(sequences))
+        order = rng.permutation(len(samples))
         for start in range(0, len(order) - batch * bucket + 1, batch * bucket):
-            drawn = sorted(order[start : start + batch * bucket].tolist(), key=lambda i: sequences[i].length)
+            drawn = sorted(order[start : start + batch * bucket].tolist(), key=lambda i: samples[i].length)
             parts = [drawn[k : k + batch] for k in range(0, len(drawn), batch)]
             for k in rng.permutation(bucket):
                 yield parts[k]
@@ -102,11 +102,11 @@ def schedule(sequences: SequenceOf[Sequence], config: SftConfig) -> Iterator[lis
                     return
 
 
-def checksum(sequences: SequenceOf[Sequence]) -> str:
+def checksum(samples: Sequence[Sample]) -> str:
     """SHA-256 over the rows' token ids, and where each one's prompt ends."""
     digest = hashlib.sha256()
-    for sequence in sequences:
-        digest.update(np.array([sequence.prompt_length, sequence.length, *sequence.tokens], dtype="<i8").tobytes())
+    for sample in samples:
+        digest.update(np.array([sample.prompt_length, sample.length, *sample.tokens], dtype="<i8").tobytes())
     return digest.hexdigest()
 
 
@@ -129,7 +129,7 @@ def restore(policy: Policy, checkpoints: Checkpoints, rows: str, data: str) -> i
     return state["step"]
 
 
-def main(argv: SequenceOf[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr sft`."""
     parser = arguments.parser("sft", "Supervised fine-tuning on question and response rows.", resumes=True)
     given = parser.parse_intermixed_args(argv)

@@ -5,7 +5,7 @@ Every rank runs it. Rank 0 alone owns prompts, engine and graders (`run.environm
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +13,8 @@ from megatron_efr import arguments, methods
 from megatron_efr.config import TrainConfig
 from megatron_efr.observe import Observer
 from megatron_efr.policy import policy_loss, split_into_updates
-from megatron_efr.policy.drift import fill_importance
-from megatron_efr.policy.handover import hand_over
-from megatron_efr.policy.packing import trainable
+from megatron_efr.policy.packing import samples
+from megatron_efr.policy.scatter import scatter_samples
 from megatron_efr.report.iteration import check_identities, check_logprobs, check_skipped, iteration_metrics
 from megatron_efr.run.interruption import EXIT_REQUEUE, Interruption
 from megatron_efr.run.replay import replay
@@ -82,22 +81,20 @@ def rollouts(run: Run, step: int) -> list[Credited]:
 def learn(run: Run, step: int, groups: list[Credited], observer: Observer) -> dict[str, float]:
     """Rank 0's credited groups -> packed micro-batches -> log-probs -> updates; the iteration's metrics."""
     config, policy, objective = run.config, run.policy, run.objective
-    drawn = trainable(groups)
-    sizes = run.ranks.share(lambda: [sequence.size for sequence in drawn])
+    drawn = samples(groups)
+    sizes = run.ranks.share(lambda: [sample.size for sample in drawn])
     plans = [
         policy.plan_update(sizes, update, config.train.micro_batch_tokens, objective.aggregate, objective.divisor)
         for update in split_into_updates(len(sizes), config.train.updates, (config.seed, step))
     ]
-    sequences = hand_over(drawn, plans, run.ranks)
-    updates = [policy.pack(sequences, plan) for plan in plans]
+    own = scatter_samples(drawn, plans, run.ranks)
+    updates = [policy.pack(own, plan) for plan in plans]
     batches = [batch for update in updates for batch in update]
     with observer.phase("logprobs"):
         policy.fill_logprobs(batches)
-        fill_importance(batches, sequences, objective.importance)
-        drift = policy.compare_logprobs(batches, sequences, version=step - 1)
+        policy.fill_columns(batches, objective)
+        drift = policy.compare_logprobs(batches, version=step - 1)
         check_logprobs(drift, config.train, run.ranks.is_main)
-    advantages = {i: sequence.advantage for i, sequence in sequences.items()}
-    policy.fill_advantages(batches, advantages, objective)
     with observer.phase("train"):
         made = [policy.update(update, policy_loss(objective)) for update in updates]
     seconds = run.environment.ledger.seconds if run.environment else observer.seconds("rollout")
@@ -112,7 +109,7 @@ def evaluation(run: Run, step: int) -> dict[str, float]:
     return run.environment.evaluate(step, run.folder)
 
 
-def main(argv: SequenceOf[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr train`."""
     parser = arguments.parser("train", "Reinforcement learning for efficient reasoning.", resumes=True)
     parser.add_argument("--replay", type=Path, metavar="FILE", help="run the updates of these saved rollouts, no more")

@@ -1,18 +1,15 @@
-"""What the rooms hand to each other: prompts, requests, responses, groups, grades and packed batches."""
+"""What the rooms hand to each other: prompts, requests, responses, groups, grades and credits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_efr.errors import UserError as UserError
-
-if TYPE_CHECKING:  # grading processes import this module, and torch would take them seconds at every start
-    import torch
 
 Finish = Literal["stop", "length", "abort"]
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -181,21 +178,31 @@ class Rewarded:
 
 
 class Credit(NamedTuple):
-    """What a group's responses are trained on: the advantage of each, float64 [n].
+    """What a group's n responses are trained on.
 
-    `masked`, bool [n], are those that are left out of the loss; None: none.
+    `advantage` float64 [n]; `per_token`, added to it, and `weight` in the loss, at least 0, have an array for each
+    response: one number for each of its tokens, those included that a script wrote. None: nothing is added, and each
+    token weighs 1. `masked`, bool [n], are responses that are left out of the loss; None: none.
     """
 
     advantage: FloatArray
+    per_token: tuple[FloatArray, ...] | None = None
+    weight: tuple[FloatArray, ...] | None = None
     masked: BoolArray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Credited:
-    """A rewarded group and its credit: what is trained on, kept with the rollouts and replayed."""
+    """A rewarded group and its credit: what is trained on, kept with the rollouts and replayed.
+
+    UserError for a credit that is not of the group's shape, or a weight that is not a finite number of at least 0.
+    """
 
     rewarded: Rewarded
     credit: Credit
+
+    def __post_init__(self) -> None:
+        _check_credit(self.credit, self.group)
 
     @property
     def graded(self) -> Graded:
@@ -206,78 +213,18 @@ class Credited:
         return self.rewarded.graded.group
 
 
-class SequenceSize(NamedTuple):
-    """A sequence's tokens: all that a rank has to know of those that others train on."""
-
-    prompt: int
-    response: int
-    masked: bool = False  # left out of the loss
-
-    @property
-    def length(self) -> int:
-        return self.prompt + self.response
-
-
-@dataclass(frozen=True, slots=True)
-class Sequence:
-    """Prompt and response as one trainable row.
-
-    `advantage` is the response's, `engine_logprobs` as sampled, `routed_experts` as in `Response`; `versions` say which
-    weights drew its tokens, counted from the response's first.
-    """
-
-    tokens: list[int]
-    prompt_length: int
-    advantage: float = 0.0
-    engine_logprobs: list[float] | None = None
-    routed_experts: np.ndarray | None = None
-    versions: tuple[VersionSpan, ...] = ()
-    masked: bool = False  # known to rank 0 alone: others see it in the weights of an update
-
-    @property
-    def length(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def response_length(self) -> int:
-        return len(self.tokens) - self.prompt_length
-
-    @property
-    def size(self) -> SequenceSize:
-        return SequenceSize(self.prompt_length, self.response_length, self.masked)
-
-
-@dataclass(slots=True)
-class PackedBatch:
-    """Several sequences laid end to end (THD): one micro-batch.
-
-    `tokens`, `positions` are int64 [T]; sequence s stands at `cu_seqlens[s]:cu_seqlens[s + 1]` (int32) and is
-    `lengths[s]` long, padding at its end included; a last sequence may be padding. Row r of `rows` [R] predicts
-    response token `targets[r]`: everything per-token that the loss reads is [R], sequence by sequence, `row_lengths`
-    each. `indices` says which sequences these are, padding left out. The loss is the sum of its terms times `weights`
-    [R], which carry the mean over the whole update. What the loop fills in as it learns it: log-probs under the policy
-    before its first update and under the initial model, advantages, importance weights, all fp32 [R]; and `live`, how
-    many of the leading sequences hold every advantage that is not 0 (None: all may). `routed_experts` [T, layers,
-    experts per token], on the host, are those that the routers are to choose; without them they choose for themselves.
-    """
-
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    lengths: list[int]
-    cu_seqlens: torch.Tensor
-    rows: torch.Tensor
-    targets: torch.Tensor
-    row_lengths: list[int]
-    indices: list[int]
-    weights: torch.Tensor
-    old_logprobs: torch.Tensor | None = None
-    reference_logprobs: torch.Tensor | None = None
-    advantages: torch.Tensor | None = None
-    importance: torch.Tensor | None = None  # None: 1 for all
-    routed_experts: torch.Tensor | None = None
-    live: int | None = None
-
-    @property
-    def live_rows(self) -> int:
-        """The rows from here on have advantage 0."""
-        return sum(self.row_lengths[: self.live])
+def _check_credit(credit: Credit, group: Group) -> None:
+    lengths = [len(response.tokens) for response in group.responses]
+    where = f"method: the credit of prompt {group.prompt.id}"
+    for name in ("advantage", "masked"):
+        values = getattr(credit, name)
+        if values is not None and np.shape(values) != (len(lengths),):
+            raise UserError(f"{where}: {name} is {list(np.shape(values))}, and the group has {len(lengths)} responses")
+    for name in ("per_token", "weight"):
+        values = getattr(credit, name)
+        if values is not None and [np.shape(each) for each in values] != [(length,) for length in lengths]:
+            found = ", ".join(str(list(np.shape(each))) for each in values)
+            raise UserError(f"{where}: {name} is {found}, and the responses have {lengths} tokens")
+    for number, weight in enumerate(credit.weight or ()):
+        if not np.all(np.isfinite(weight) & (np.asarray(weight) >= 0)):
+            raise UserError(f"{where}: a weight of response {number} is negative or not finite; 0 leaves a token out")

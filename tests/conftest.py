@@ -17,7 +17,8 @@ import torch
 
 from megatron_efr.config import ParallelConfig
 from megatron_efr.policy.ranks import Ranks, joined_ranks
-from megatron_efr.types import Sequence
+from megatron_efr.samples import Sample
+from tests.groups import sample
 
 torch.set_num_threads(1)
 
@@ -60,7 +61,7 @@ def make_model_folder(
     return folder
 
 
-def ragged_sequences(count: int, seed: int = 0, shortest: int = 8, longest: int = 90) -> list[Sequence]:
+def ragged_sequences(count: int, seed: int = 0, shortest: int = 8, longest: int = 90) -> list[Sample]:
     """Random prompts and responses of very different lengths."""
     rng = np.random.default_rng(seed)
     sequences = []
@@ -68,7 +69,7 @@ def ragged_sequences(count: int, seed: int = 0, shortest: int = 8, longest: int 
         tokens = rng.integers(0, VOCAB, int(rng.integers(shortest, longest))).tolist()
         prompt = int(rng.integers(1, shortest - 1))
         logprobs = (-rng.random(len(tokens) - prompt)).tolist()
-        sequences.append(Sequence(tokens, prompt, float(rng.normal()), logprobs))
+        sequences.append(sample(tokens, prompt, advantage=float(rng.normal()), engine_logprob=logprobs))
     return sequences
 
 

@@ -1,13 +1,15 @@
-"""Groups for tests, at the stage that a test starts from: responses of given lengths, verdicts, rewards, advantages."""
+"""Groups for tests, at the stage that a test starts from, up to samples with the columns that it wants."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from megatron_efr.methods import Known
+from megatron_efr.samples import COLUMNS, Sample
 from megatron_efr.types import Credit, Credited, Finish, Grade, Graded, Group, Prompt, Response, Rewarded
 
 KNOWN = Known(step=1, limit=40_000, state={}, history={})
@@ -41,3 +43,17 @@ def credited(group: Group | Graded, advantage: Sequence[float] | np.ndarray, rew
         group = Graded(group, (Grade("wrong"),) * len(group.responses))
     values = np.zeros(len(group.grades)) if rewards is None else np.asarray(rewards, dtype=np.float64)
     return Credited(Rewarded(group, values), Credit(np.asarray(advantage, dtype=np.float64)))
+
+
+def sample(tokens: Sequence[int], prompt_length: int, **columns: Any) -> Sample:
+    """A sample with these columns: one number for all of its response's tokens, or one for each."""
+    return with_columns(Sample(np.array(tokens, dtype=np.int32), prompt_length), **columns)
+
+
+def with_columns(of: Sample, **columns: Any) -> Sample:
+    """The sample with these columns besides."""
+    made = {
+        name: np.broadcast_to(np.asarray(values, COLUMNS[name].dtype), of.response_length)
+        for name, values in columns.items()
+    }
+    return replace(of, columns={**of.columns, **made})

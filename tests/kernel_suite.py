@@ -316,6 +316,27 @@ def test_nan_is_passed_on(backend: Any) -> None:
     assert main_grad.isnan().any()
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_row_of_weight_0_adds_exactly_0_whatever_it_holds(backend: Any) -> None:
+    x, w, targets, rows = policy_case(13, 45, torch.float32)
+    assert rows.reference is not None
+    assert rows.importance is not None
+    objective, results = Objective(kl="k3", beta=0.3, bonus=0.05), []
+    off = torch.arange(13, device=DEVICE) % 3 == 0
+    for junk in (0.0, torch.nan):
+        held = [torch.where(off, part + junk, part) for part in (rows.advantages, rows.reference, rows.importance)]
+        given = PolicyRows(rows.old, held[0], torch.where(off, 0.0, rows.weights), *held[1:])
+        main_grad = torch.zeros_like(w, requires_grad=False)
+        out = fused_policy_loss(
+            x, w, targets, given, objective, main_grad=main_grad, factor=1.0, chunk=4, backend=backend
+        )
+        (gradient,) = torch.autograd.grad(out.loss, x)
+        assert torch.all(gradient[off] == 0)
+        results.append((out.loss.detach(), gradient, main_grad, *out.figures.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][1].abs().max() > 0
+
+
 # -- credits -----------------------------------------------------------------------------------------------------------
 
 
@@ -323,31 +344,31 @@ def test_nan_is_passed_on(backend: Any) -> None:
 @given(lengths=st.lists(st.integers(1, 40), max_size=6), beta=st.sampled_from([0.0, 0.01]), seed=st.integers(0, 99))
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_credits_equal_fp64(backend: Any, lengths: list[int], beta: float, seed: int) -> None:
+    """Also where some tokens are not trained, whatever their log-probs are."""
     rng = np.random.default_rng(seed)
-    advantages = rng.normal(size=len(lengths)).astype(np.float32)
-    old, reference = rng.normal(size=(2, sum(lengths))).astype(np.float32)
-    got = token_credits(
-        *(torch.from_numpy(advantages).to(DEVICE), lengths),
-        *(torch.from_numpy(each).to(DEVICE) for each in (old, reference)),
-        beta=beta, backend=backend,
-    )  # fmt: skip
+    advantages, old, reference = rng.normal(size=(3, sum(lengths))).astype(np.float32)
+    weights = (rng.random(sum(lengths)) * (rng.random(sum(lengths)) < (0.7 if seed % 2 else 1.0))).astype(np.float32)
+    reference[weights == 0] = -np.inf
+    device = [torch.from_numpy(each).to(DEVICE) for each in (advantages, weights, old, reference)]
+    got = token_credits(*device[:2], lengths, *device[2:], beta=beta, backend=backend)
     want, start = np.zeros(sum(lengths)), 0
-    for advantage, length in zip(advantages, lengths, strict=True):
-        for t in range(length):
-            ratios = old[start + t : start + length].astype(float) - reference[start + t : start + length]
-            want[start + t] = advantage - beta * ratios.sum()
+    for length in lengths:
+        for t in range(start, start + length):
+            later = [u for u in range(t, start + length) if weights[u] > 0]
+            want[t] = advantages[t] - beta * sum(float(old[u]) - float(reference[u]) for u in later)
         start += length
     assert np.abs(got.advantages.cpu().numpy() - want).max(initial=0.0) <= 1e-6
     assert got.sums.dtype == torch.float64
-    assert got.sums.tolist() == pytest.approx([want.sum(), (want**2).sum()], abs=1e-5)
+    counted = want[weights > 0]
+    assert got.sums.tolist() == pytest.approx([counted.sum(), (counted**2).sum(), len(counted)], abs=1e-5)
 
 
 def test_shipped_credit_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_credits, "BLOCK", 1024)
     lengths = [1500, 1, 1024, 2049]
     generator = torch.Generator().manual_seed(0)
-    old, reference = torch.randn(2, sum(lengths), generator=generator).to(DEVICE)
-    advantages = torch.tensor([0.5, -1.0, 0.0, 2.0], device=DEVICE)
-    mine, twin = (token_credits(advantages, lengths, old, reference, beta=0.1, backend=b) for b in ("triton", "torch"))
+    advantages, weights, old, reference = torch.randn(4, sum(lengths), generator=generator).to(DEVICE)
+    given = (advantages, weights.clamp(min=0), lengths, old, reference)
+    mine, twin = (token_credits(*given, beta=0.1, backend=b) for b in ("triton", "torch"))
     assert largest(mine.advantages, twin.advantages) <= 1e-6
     assert mine.sums.tolist() == pytest.approx(twin.sums.tolist(), rel=1e-6)

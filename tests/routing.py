@@ -14,7 +14,7 @@ from megatron.core.utils import unwrap_model
 from safetensors.torch import load_file, save_file
 
 from megatron_efr.policy import Policy
-from megatron_efr.types import Sequence
+from megatron_efr.samples import Sample
 from tests.families import make_family_folder
 
 
@@ -33,7 +33,7 @@ def change_weights(source: Path, destination: Path, change: Callable[[str, torch
     return destination
 
 
-def randomly_routed(sequences: list[Sequence], layers: int, experts: int, per_token: int) -> list[Sequence]:
+def randomly_routed(sequences: list[Sample], layers: int, experts: int, per_token: int) -> list[Sample]:
     """The sequences with experts that no router would choose: what puts one in a wrong place shows up."""
     rng = np.random.default_rng(7)
     return [
@@ -43,8 +43,8 @@ def randomly_routed(sequences: list[Sequence], layers: int, experts: int, per_to
 
 
 def as_sampled_by(
-    policy: Policy, sequences: SequenceOf[Sequence], budget: int = 600
-) -> tuple[list[Sequence], list[torch.Tensor]]:
+    policy: Policy, sequences: SequenceOf[Sample], budget: int = 600
+) -> tuple[list[Sample], list[torch.Tensor]]:
     """The sequences with the experts that this policy of one process chooses for itself, and their log-probs."""
     assert policy.architecture.experts is not None
     chosen: list[torch.Tensor] = []

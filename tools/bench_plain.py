@@ -24,9 +24,10 @@ def serve_plain(settings: Settings, folder: Path) -> None:
         total = 0.0
         for batch in batches:
             logprobs = model.logprobs(batch)
-            ratio = (logprobs - batch["old_logprobs"]).exp()
-            clipped = ratio.clamp(0.8, 1.2) * batch["advantages"]
-            loss = -(batch["weights"] * torch.minimum(ratio * batch["advantages"], clipped)).sum()
+            ratio = (logprobs - batch["columns"]["old_logprob"]).exp()
+            advantage, weight = batch["columns"]["advantage"], batch["columns"]["weight"]
+            clipped = ratio.clamp(0.8, 1.2) * advantage
+            loss = -(weight * torch.minimum(ratio * advantage, clipped)).sum()
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.weights.values(), 1.0)

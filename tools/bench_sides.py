@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from bench_plain import serve_plain
 from bench_turns import ROOT, Settings, serve, timed_steps
@@ -22,8 +23,8 @@ from megatron_efr.config.file import load
 from megatron_efr.observe import Observer
 from megatron_efr.policy import Policy, joined_ranks, policy_loss
 from megatron_efr.run.run import opened
+from megatron_efr.samples import Sample
 from megatron_efr.train import iterate
-from megatron_efr.types import Sequence
 
 
 def configuration(settings: Settings, folder: Path, turns: int) -> TrainConfig:
@@ -69,21 +70,23 @@ def serve_iteration(settings: Settings, folder: Path) -> None:
         serve(work)
 
 
+def made(tokens: list[int], prompt: int, advantage: float) -> Sample:
+    """A sequence of sequences.json."""
+    return Sample(np.array(tokens), prompt, {"advantage": np.full(len(tokens) - prompt, advantage)})
+
+
 def serve_policy(settings: Settings, folder: Path) -> None:
     """`Policy.update` on the batch that `folder` describes; leaves weights, batch and first gradients there."""
     given = json.loads((folder / "sequences.json").read_text())
     with joined_ranks(ParallelConfig(), seed=1) as ranks:
         model = ModelConfig(path=given["model"], init=given["init"])
         policy = Policy(model, ParallelConfig(), OptimizerConfig(lr=1e-4), ranks, updates=10_000, seed=1)
-        sequences = [Sequence(*row) for row in given["sequences"]]
+        sequences = [made(*row) for row in given["sequences"]]
         batches = policy.pack_update(sequences, list(range(len(sequences))), 2 * settings.step_tokens, "sequence")
         policy.fill_logprobs(batches)
         generator = torch.Generator().manual_seed(0)
         for batch in batches:  # ratios off 1: at 1 the loss would not depend on the model
-            assert batch.old_logprobs is not None
-            batch.old_logprobs += 0.1 * torch.randn(batch.old_logprobs.shape, generator=generator)
-            advantages = torch.tensor([sequences[i].advantage for i in batch.indices])
-            batch.advantages = advantages.repeat_interleave(torch.tensor(batch.row_lengths))
+            batch.columns["old_logprob"] += 0.1 * torch.randn(batch.columns["old_logprob"].shape, generator=generator)
         torch.save({name: tensor.clone() for name, tensor in policy.named_weights()}, folder / "weights.pt")
         torch.save([asdict(batch) for batch in batches], folder / "batches.pt")
         loss = policy_loss(Objective())

@@ -78,11 +78,11 @@ def configurations() -> Iterator[Configuration]:
     for parity in DIVISIBLE:
         yield from _row_configurations(*triton_rows.shape_for(triton_rows.BLOCK * 8), parity)
     yield from _row_configurations(*triton_rows.shape_for(NARROW), "odd")
-    types = {"ends": "*i64", "sums": "*fp64", "squares": "*fp64", "beta": "fp32"}
-    types |= dict.fromkeys(("advantages", "olds", "references", "per_token"), "*fp32")
+    types = {"ends": "*i64", "sums": "*fp64", "squares": "*fp64", "counts": "*fp64", "beta": "fp32"}
+    types |= dict.fromkeys(("advantages", "weights", "olds", "references", "per_token"), "*fp32")
     for kl in (False, True):
         constants = {"KL": kl, "BLOCK": triton_credits.BLOCK}
-        aligned = frozenset({"advantages", "ends", "sums"})
+        aligned = frozenset({"ends", "sums"})
         name = "credits" + " kl" * kl
         yield Configuration(name, triton_credits.credit_kernel, types, constants, aligned, triton_credits.WARPS)
 

@@ -38,7 +38,8 @@ from megatron_efr.algorithms import Objective
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.policy import Policy, joined_ranks, policy_loss
 from megatron_efr.policy.packing import sequence_flops
-from megatron_efr.types import Sequence
+from megatron_efr.samples import Sample
+from megatron_efr.types import IntArray
 from megatron_efr.weights.plan import BUCKET_BYTES
 from megatron_efr.weights.reshard import Parcel
 from megatron_efr.weights.transports import encode
@@ -51,14 +52,15 @@ Row = tuple[str, str]
 # -- a policy step -----------------------------------------------------------------------------------------------------
 
 
-def sequences(count: int, longest: int, vocab: int) -> list[Sequence]:
+def sequences(count: int, longest: int, vocab: int) -> list[Sample]:
     """Random tokens of lengths from a quarter of the longest up, the first eighth of each a prompt."""
     rng = np.random.default_rng(0)
     made = []
     for length in rng.integers(longest // 4, longest + 1, count).tolist():
         prompt = length // 8
-        logprobs = (-rng.random(length - prompt)).tolist()
-        made.append(Sequence(rng.integers(0, vocab, length).tolist(), prompt, float(rng.normal()), logprobs))
+        logprobs = -rng.random(length - prompt)
+        columns = {"advantage": np.full(length - prompt, rng.normal()), "engine_logprob": logprobs}
+        made.append(Sample(rng.integers(0, vocab, length), prompt, columns))
     return made
 
 
@@ -71,9 +73,6 @@ def step_rows(*, on_gpu: bool) -> Iterator[Row]:
         policy = Policy(model, ParallelConfig(), OptimizerConfig(lr=1e-6), ranks, updates=1000, seed=0)
         drawn = sequences(count, longest, policy.architecture.vocab)
         batches = policy.pack_update(drawn, list(range(count)), budget, "sequence")
-        for batch in batches:
-            given = torch.tensor([drawn[i].advantage for i in batch.indices], device=ranks.device)
-            batch.advantages = given.repeat_interleave(torch.tensor(batch.row_lengths, device=ranks.device))
         loss, flops = policy_loss(Objective()), sum(map(sequence_flops(policy.architecture), map(len, tokens(drawn))))
         work = {"log-probs": (policy.fill_logprobs, 1), "update": (lambda b: policy.update(b, loss), 3)}
         yield "policy", f"{shape} shape, {model.dtype}, {sum(map(len, tokens(drawn)))} tokens in {len(batches)} batches"
@@ -88,7 +87,7 @@ def step_rows(*, on_gpu: bool) -> Iterator[Row]:
             yield "peak memory of a step", f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
 
 
-def tokens(drawn: list[Sequence]) -> list[list[int]]:
+def tokens(drawn: list[Sample]) -> list[IntArray]:
     return [sequence.tokens for sequence in drawn]
 
 

@@ -92,8 +92,3 @@ class Objective(NamedTuple):
     def every_token(self) -> bool:
         """True if a token of advantage 0 has a gradient too."""
         return self.loss_kl != "none" or self.bonus != 0.0
-
-    @property
-    def every_advantage(self) -> bool:
-        """True if a token's advantage may differ from 0 though its response's is 0."""
-        return self.kl == "reward" or self.tokens is not None

@@ -5,27 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_efr.config import PromptConfig, SftDataConfig
 from megatron_efr.data.lengths import check_rows
 from megatron_efr.data.prompts import PromptError, Renderer, fits
 from megatron_efr.data.rows import DatasetError, Row, read_rows
-from megatron_efr.types import Sequence
+from megatron_efr.samples import Sample
 
 
 @dataclass(frozen=True, slots=True)
 class SftRows:
     """Trainable rows in the file's order, and how many were left out because their prompt is over the limit."""
 
-    sequences: list[Sequence]
+    samples: list[Sample]
     overlong: int
 
 
 def load_sft(
     config: SftDataConfig, tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, positions: int | None = None
 ) -> SftRows:
-    """Rows as prompt + response + EOS; `Sequence.prompt_length` marks where the loss begins.
+    """Rows as prompt + response + EOS; `Sample.prompt_length` marks where the loss begins.
 
     DatasetError names file and line of a row without question or response; PromptError, of one that is longer than the
     model's `positions`, where they are given.
@@ -38,17 +39,17 @@ def load_sft(
     responses = [_column(row, config.response) for row in rows]
     rendered = Renderer(tokenizer, prompt).render(questions, [row.where for row in rows])
     batch: Any = tokenizer(responses, add_special_tokens=False, return_attention_mask=False)
-    sequences, places = [], []
+    samples, places = [], []
     for row, (_, ids), response in zip(rows, rendered, batch["input_ids"], strict=True):
         if fits(len(ids), prompt, row.where):
             end = [] if response and response[-1] == eos else [eos]
-            sequences.append(Sequence(tokens=[*ids, *response, *end], prompt_length=len(ids)))
+            samples.append(Sample(np.array([*ids, *response, *end], np.int32), len(ids)))
             places.append(row.where)
-    if not sequences:
+    if not samples:
         raise PromptError(f"{config.path}: all {len(rows)} prompts are longer than prompt.max_tokens")
     if positions is not None:
-        check_rows([sequence.length for sequence in sequences], places, positions)
-    return SftRows(sequences, len(rows) - len(sequences))
+        check_rows([sample.length for sample in samples], places, positions)
+    return SftRows(samples, len(rows) - len(samples))
 
 
 def _column(row: Row, name: str) -> str:

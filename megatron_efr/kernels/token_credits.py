@@ -1,4 +1,4 @@
-"""From one advantage per response to one per token of a micro-batch: broadcast, the KL still to be paid, and sums."""
+"""Per-token credits of a micro-batch: the KL still to be paid comes off, and their sums are taken for whitening."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_efr.kernels.backend import Backend
 
 
 class TokenCredits(NamedTuple):
-    """`advantages` fp32 [R], and fp64 [2] their sum and sum of squares, for whitening."""
+    """`advantages` fp32 [R], and fp64 [3] of the trained tokens' their sum, sum of squares and number."""
 
     advantages: torch.Tensor
     sums: torch.Tensor
@@ -19,6 +19,7 @@ class TokenCredits(NamedTuple):
 
 def token_credits(
     advantages: torch.Tensor,
+    weights: torch.Tensor,
     row_lengths: Sequence[int],
     old: torch.Tensor | None,
     reference: torch.Tensor | None,
@@ -26,24 +27,24 @@ def token_credits(
     beta: float,
     backend: Backend = "torch",
 ) -> TokenCredits:
-    """A_{i,t} = A_i - beta sum_{t' >= t} (old - reference)_{i,t'}, of a micro-batch as it is packed.
+    """A_t - beta sum_{t' >= t} (old - reference)_{t'} within each response of a micro-batch as it is packed.
 
-    `advantages` fp32 [S], one for each sequence; `row_lengths` the S numbers of its response tokens, which stand end to
-    end; `old`, `reference` fp32 [R], log-probs before the update and under the initial model, where `beta` is not 0:
-    the k1 estimate of the KL to go, gamma 1 (Arora & Zanette 2025 put the KL into the reward). Triton takes one launch.
+    `advantages`, `weights` fp32 [R]; `row_lengths` the numbers of the responses' tokens, which stand end to end; `old`,
+    `reference` fp32 [R], log-probs before the update and under the initial model, if `beta` is not 0: the k1 estimate
+    of the KL to go, gamma 1 (Arora & Zanette 2025 put the KL into the reward). A token of weight 0 is not trained: it
+    is in no sum, since it may not be the policy's own. Triton takes one launch.
     """
     if beta == 0.0:
         old = reference = None
     if backend == "triton":
         from megatron_efr.kernels.triton_credits import credit_rows
 
-        return TokenCredits(*credit_rows(advantages, row_lengths, old, reference, beta))
-    lengths = torch.tensor(row_lengths, dtype=torch.int64, device=advantages.device)
-    per_token = advantages.repeat_interleave(lengths)
+        return TokenCredits(*credit_rows(advantages, weights, row_lengths, old, reference, beta))
+    trained = weights > 0
     if old is not None and reference is not None:
-        per_token -= beta * kl_to_go(old - reference, row_lengths)
-    wide = per_token.double()
-    return TokenCredits(per_token, torch.stack([wide.sum(), (wide * wide).sum()]))
+        advantages = advantages - beta * kl_to_go(torch.where(trained, old - reference, 0.0), row_lengths)
+    wide = torch.where(trained, advantages, 0.0).double()
+    return TokenCredits(advantages, torch.stack([wide.sum(), (wide * wide).sum(), trained.double().sum()]))
 
 
 def kl_to_go(log_ratio: torch.Tensor, row_lengths: Sequence[int]) -> torch.Tensor:

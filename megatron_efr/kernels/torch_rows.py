@@ -79,7 +79,8 @@ def token_terms(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """FIGURES [8, rows], and each row's derivative of the unweighted loss by its log-prob, entropy left out.
 
-    `log_ratio` is the token's own, or its sequence's; the ratio's derivative is the ratio in both cases.
+    A row of weight 0 adds exactly 0, whatever it holds: nobody trains it, so nobody has looked. `log_ratio` is the
+    token's own, or its sequence's; the ratio's derivative is the ratio in both cases.
     """
     ratio = log_ratio.exp()
     value, slope, cut = _surrogate(logprob, ratio, rows.advantages, objective)
@@ -87,13 +88,14 @@ def token_terms(
         value, slope = rows.importance * value, rows.importance * slope
     kl, kl_slope = _kl(logprob, rows, objective)
     loss, slope = objective.beta * kl - value, objective.beta * kl_slope - slope
-    w, zero = rows.weights, torch.zeros_like(logprob)
-    measured = zero if entropy is None else entropy
+    measured = torch.zeros_like(logprob) if entropy is None else entropy
     if objective.bonus != 0.0:
         loss = loss - objective.bonus * measured
-    clipped, above, below = (torch.where(where, w, zero) for where in (cut, cut & (ratio > 1.0), cut & (ratio < 1.0)))
-    figures = [w * loss, clipped, above, below, w * -log_ratio, w * kl, w * measured, ratio]
-    return torch.stack(figures), slope
+    above, below = cut & (ratio > 1.0), cut & (ratio < 1.0)
+    terms = torch.stack([loss, cut.float(), above.float(), below.float(), -log_ratio, kl, measured])
+    trained = rows.weights != 0.0
+    weighted = torch.where(trained, rows.weights * terms, 0.0)
+    return torch.cat([weighted, ratio[None]]), torch.where(trained, slope, 0.0)
 
 
 def _surrogate(

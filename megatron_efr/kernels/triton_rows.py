@@ -174,13 +174,15 @@ def policy_kernel(
         entropy = tl.load(entropies + row)
         if BONUS:
             loss -= bonus * entropy
-    tl.store(figures + row, weight * loss)
+    trained = weight != 0.0  # a row of weight 0 adds exactly 0, whatever it holds
+    slope = tl.where(trained, slope, 0.0)
+    tl.store(figures + row, tl.where(trained, weight * loss, 0.0))
     tl.store(figures + rows + row, tl.where(cut, weight, 0.0))
     tl.store(figures + 2 * rows + row, tl.where(cut & (ratio > 1.0), weight, 0.0))
     tl.store(figures + 3 * rows + row, tl.where(cut & (ratio < 1.0), weight, 0.0))
-    tl.store(figures + 4 * rows + row, -weight * log_ratio)
-    tl.store(figures + 5 * rows + row, weight * kl)
-    tl.store(figures + 6 * rows + row, weight * entropy)
+    tl.store(figures + 4 * rows + row, tl.where(trained, -weight * log_ratio, 0.0))
+    tl.store(figures + 5 * rows + row, tl.where(trained, weight * kl, 0.0))
+    tl.store(figures + 6 * rows + row, tl.where(trained, weight * entropy, 0.0))
     tl.store(figures + 7 * rows + row, ratio)
     if GRADIENT:
         _write_row(

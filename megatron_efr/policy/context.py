@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import all_to_all
 
-from megatron_efr.types import PackedBatch
+from megatron_efr.samples import PackedBatch
 
 
 def zigzag(lengths: Sequence[int], rank: int, ranks: int) -> torch.Tensor:
@@ -45,7 +45,7 @@ def own_rows(batch: PackedBatch, rank: int, ranks: int) -> torch.Tensor:
 
 
 def part(batch: PackedBatch, rank: int, ranks: int) -> PackedBatch:
-    """What context rank `rank` works on: its tokens, and the rows among them with their targets, weights and the rest.
+    """What context rank `rank` works on: its tokens, and the rows among them with their targets and columns.
 
     `lengths` and `cu_seqlens` stay those of whole sequences, as Megatron wants them. Targets were shifted in the whole
     sequence, so a row at the end of a chunk still predicts its successor.
@@ -58,10 +58,6 @@ def part(batch: PackedBatch, rank: int, ranks: int) -> PackedBatch:
     place = rank_order(batch.lengths, ranks).to(device)
     row_lengths = torch.tensor(batch.row_lengths, dtype=torch.int64)
     sequence = torch.arange(len(row_lengths)).repeat_interleave(row_lengths)
-    optional = {
-        name: None if (values := getattr(batch, name)) is None else values[rows]
-        for name in ("old_logprobs", "reference_logprobs", "advantages", "importance")
-    }
     return replace(
         batch,
         tokens=batch.tokens[held],
@@ -69,9 +65,8 @@ def part(batch: PackedBatch, rank: int, ranks: int) -> PackedBatch:
         rows=place[batch.rows[rows]] - rank * len(held),
         targets=batch.targets[rows],
         row_lengths=sequence[rows.cpu()].bincount(minlength=len(row_lengths)).tolist(),
-        weights=batch.weights[rows],
+        columns={name: values[rows] for name, values in batch.columns.items()},
         routed_experts=None if batch.routed_experts is None else batch.routed_experts[held.cpu()],
-        **optional,
     )
 
 

@@ -20,7 +20,7 @@ from megatron_efr.kernels import (
 )
 from megatron_efr.policy.model import PolicyModel
 from megatron_efr.policy.ranks import Ranks
-from megatron_efr.types import PackedBatch
+from megatron_efr.samples import PackedBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +96,11 @@ class HeadRows:
 
     def given(self, objective: Objective) -> PolicyRows:
         """What the loss reads beside log-probs, as the kernels take it."""
-        batch = self.batch
-        assert batch.old_logprobs is not None
-        assert batch.advantages is not None
-        reference = None if objective.loss_kl == "none" else batch.reference_logprobs
-        return PolicyRows(batch.old_logprobs, batch.advantages, batch.weights, reference, batch.importance)
+        columns = self.batch.columns
+        reference = None if objective.loss_kl == "none" else columns.get("reference_logprob")
+        return PolicyRows(
+            columns["old_logprob"], columns["advantage"], columns["weight"], reference, columns.get("importance")
+        )
 
     def policy_loss(self, objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of `Objective` and its figures, for what each token's log-prob gives alone: logits exist once.

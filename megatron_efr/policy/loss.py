@@ -11,7 +11,7 @@ from megatron_efr.algorithms.objective import Objective
 from megatron_efr.kernels import token_terms
 from megatron_efr.kernels.rows import sum_figures
 from megatron_efr.policy.head import HeadRows
-from megatron_efr.types import PackedBatch
+from megatron_efr.samples import PackedBatch
 
 Metrics = dict[str, torch.Tensor]
 """Figures of one micro-batch: summed over micro-batches and replicas, or maximised where the name ends in `_max`."""
@@ -38,7 +38,7 @@ def policy_loss(objective: Objective) -> Loss:
         else:
             value, figures = sequence_policy_loss(objective, rows)
         if objective.aggregate == "constant":
-            figures["weight"] = rows.batch.weights.sum()
+            figures["weight"] = rows.batch.columns["weight"].sum()
         return value, figures
 
     return loss
@@ -64,11 +64,15 @@ def sequence_policy_loss(objective: Objective, rows: HeadRows) -> tuple[torch.Te
 
 
 def sequence_means(values: torch.Tensor, batch: PackedBatch, context_group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Each row's mean [R] of values [R] over its whole sequence, whichever context ranks hold the sequence's rows."""
+    """Each row's mean [R] of values [R] over its whole sequence's trained tokens, 0 if there are none.
+
+    The sequence's rows may be held by several context ranks.
+    """
     lengths = torch.tensor(batch.row_lengths, dtype=torch.int64, device=values.device)
     sequence = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
-    sums = torch.stack([torch.zeros(len(lengths), dtype=torch.float64, device=values.device), lengths.double()])
-    sums[0].index_add_(0, sequence, values.double())
+    trained = batch.columns["weight"] > 0
+    each = torch.stack([torch.where(trained, values, 0.0).double(), trained.double()])
+    sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=values.device).index_add_(1, sequence, each)
     if context_group is not None:
         dist.all_reduce(sums, group=context_group)
     return (sums[0] / sums[1].clamp(min=1.0))[sequence].float()
@@ -81,5 +85,5 @@ def _nothing(slope: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 def supervised_loss(rows: HeadRows) -> tuple[torch.Tensor, Metrics]:
     """Negative log-likelihood of the response tokens."""
-    value = -(rows.batch.weights * rows.logprobs()).sum()
+    value = -(rows.batch.columns["weight"] * rows.logprobs()).sum()
     return value, {"loss": value.detach()}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from megatron_efr.algorithms.objective import Aggregate
-from megatron_efr.types import ByIndex, Credited, PackedBatch, Sequence, SequenceSize, UserError
+from megatron_efr.samples import COLUMNS, NOT_DRAWN, Array, PackedBatch, Sample, SequenceSize
+from megatron_efr.types import ByIndex, Credit, Credited, Response, UserError
 from megatron_efr.weights.architecture import Architecture
 
 MicroBatches = list[list[int]]  # indices of sequences, micro-batch by micro-batch
@@ -27,29 +27,37 @@ class UpdatePlan(NamedTuple):
         return [i for batch in self.shares[replica] for i in batch]
 
 
-def trainable(groups: SequenceOf[Credited]) -> list[Sequence]:
-    """The responses of credited groups as sequences to train on."""
-    found = []
+def samples(groups: Sequence[Credited]) -> list[Sample]:
+    """The responses of credited groups as samples to train on."""
+    made = []
     for credited in groups:
         group, credit = credited.group, credited.credit
-        prompt = group.prompt.tokens
-        masks = [False] * len(group.responses) if credit.masked is None else credit.masked.tolist()
-        found += [
-            Sequence(
-                [*prompt, *response.tokens],
-                len(prompt),
-                float(advantage),
-                response.logprobs.tolist(),
-                response.routed_experts,
-                response.versions,
-                masked,
-            )
-            for response, advantage, masked in zip(group.responses, credit.advantage, masks, strict=True)
-        ]
-    return found
+        prompt = np.array(group.prompt.tokens, np.int32)
+        for i, response in enumerate(group.responses):
+            tokens = np.concatenate([prompt, np.array(response.tokens, np.int32)])
+            made.append(Sample(tokens, len(prompt), _columns(response, credit, i), response.routed_experts))
+    return made
 
 
-def split_into_updates(sequences: int, updates: int, seed: SequenceOf[int]) -> list[list[int]]:
+def _columns(response: Response, credit: Credit, i: int) -> dict[str, Array]:
+    """The columns of a group's response i, which stand where the response says something of them."""
+    count = len(response.tokens)
+    made: dict[str, Array] = {"engine_logprob": response.logprobs}
+    made["advantage"] = np.full(count, credit.advantage[i], np.float64)
+    if credit.per_token is not None:
+        made["advantage"] += credit.per_token[i]
+    if credit.weight is not None:
+        made["weight"] = credit.weight[i]
+    if credit.masked is not None and credit.masked[i]:
+        made["weight"] = np.zeros(count)
+    if response.versions:
+        made["version"] = np.full(count, NOT_DRAWN)
+        for span in response.versions:
+            made["version"][span.start : span.end] = span.version
+    return {name: np.asarray(values, COLUMNS[name].dtype) for name, values in made.items()}
+
+
+def split_into_updates(sequences: int, updates: int, seed: Sequence[int]) -> list[list[int]]:
     """Deal `sequences` indices into `updates` equal parts, at random from `seed`.
 
     Drawn before anything is split over ranks, so which sequences form an update is the same in every layout.
@@ -126,27 +134,27 @@ def round_up(number: int, multiple: int) -> int:
 def row_weights(
     sizes: ByIndex[SequenceSize], update: list[int], aggregate: Aggregate, divisor: int | None = None
 ) -> dict[int, float]:
-    """The weight of each sequence's tokens in the loss of one update (indices over all replicas).
+    """What the loss of one update multiplies each sample's column `weight` by (indices over all replicas).
 
-    `sequence`: the mean over a sequence's tokens, then over sequences. `token`: the mean over all tokens. `constant`:
-    a sequence's sum over `divisor` (None: the update's longest response), then the mean over sequences. Sequences that
-    are masked weigh nothing, and are not counted.
+    `sequence`: the mean over a sample's trained tokens, then over samples. `token`: the mean over all trained tokens.
+    `constant`: a sample's sum over `divisor` (None: the update's longest response), then the mean over samples. Samples
+    without a trained token weigh nothing, and are not counted.
     """
-    live = [i for i in update if not sizes[i].masked]
+    trained = [i for i in update if sizes[i].trained]
     weights = dict.fromkeys(update, 0.0)
     if aggregate == "token":
-        total = sum(sizes[i].response for i in live)
-        return weights | dict.fromkeys(live, 1.0 / max(total, 1))
+        total = sum(sizes[i].trained for i in trained)
+        return weights | dict.fromkeys(trained, 1.0 / max(total, 1))
     if aggregate == "constant":
         over = divisor or max((sizes[i].response for i in update), default=1)
-        return weights | dict.fromkeys(live, 1.0 / (over * max(len(live), 1)))
-    return weights | {i: 1.0 / (sizes[i].response * len(live)) for i in live}
+        return weights | dict.fromkeys(trained, 1.0 / (over * max(len(trained), 1)))
+    return weights | {i: 1.0 / (sizes[i].trained * len(trained)) for i in trained}
 
 
-def check_tokens(sequences: ByIndex[Sequence], indices: list[int], vocab: int) -> None:
+def check_tokens(samples: ByIndex[Sample], indices: list[int], vocab: int) -> None:
     """UserError for a token id that the model does not know: on a card nobody would look."""
     for i in indices:
-        low, high = min(sequences[i].tokens), max(sequences[i].tokens)
+        low, high = int(samples[i].tokens.min()), int(samples[i].tokens.max())
         if low < 0 or high >= vocab:
             raise UserError(
                 f"sequence {i} holds token id {low if low < 0 else high}, and the model's vocabulary is {vocab} "
@@ -155,29 +163,32 @@ def check_tokens(sequences: ByIndex[Sequence], indices: list[int], vocab: int) -
 
 
 def pack(
-    sequences: ByIndex[Sequence],
+    samples: ByIndex[Sample],
     indices: list[int],
     weights: Mapping[int, float],
     device: torch.device,
     multiple: int = 1,
     each: int = 1,
 ) -> PackedBatch:
-    """Lay `sequences[i] for i in indices` end to end, each padded at its end to a multiple of `each`.
+    """Lay `samples[i] for i in indices` end to end, each padded at its end to a multiple of `each`.
 
-    Those of advantage 0 come last, so that the head can leave them out of its gradients at no cost.
-    A padding sequence fills the pack up to a multiple of `multiple`, itself one of `each`. Without indices the pack is
-    padding alone: a replica with less work than the others still takes part.
+    Those of advantage 0 come last, so that the head can leave them out of its gradients at no cost. Column `weight` is
+    each token's times its sample's of `weights`. A padding sequence fills the pack up to a multiple of `multiple`,
+    itself one of `each`. Without indices the pack is padding alone: a replica with less work than the others still
+    takes part.
     """
-    indices = sorted(indices, key=lambda i: sequences[i].advantage == 0.0)
-    chosen = [sequences[i] for i in indices]
-    lengths = [round_up(sequence.length, each) for sequence in chosen]
+    known = all("advantage" in samples[i].columns for i in indices)
+    idle = {i: known and not samples[i].columns["advantage"].any() for i in indices}
+    indices = sorted(indices, key=idle.__getitem__)
+    chosen = [samples[i] for i in indices]
+    lengths = [round_up(sample.length, each) for sample in chosen]
     padding = -sum(lengths) % multiple if chosen else multiple
     if padding:
         lengths = [*lengths, padding]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     tokens = np.zeros(starts[-1], np.int64)
-    for sequence, start in zip(chosen, starts, strict=False):
-        tokens[start : start + sequence.length] = sequence.tokens
+    for sample, start in zip(chosen, starts, strict=False):
+        tokens[start : start + sample.length] = sample.tokens
     # the row before each response token predicts it
     rows = np.concatenate(
         [np.zeros(0, np.int64)]
@@ -188,7 +199,8 @@ def pack(
     )
     row_lengths = [s.response_length for s in chosen]
     positions = np.arange(len(tokens)) - np.repeat(starts[:-1], lengths)
-    weight = np.repeat(np.array([weights[i] for i in indices], dtype=np.float32), row_lengths)
+    columns = _joined_columns(chosen)
+    columns["weight"] *= np.repeat(np.array([weights[i] for i in indices], dtype=np.float32), row_lengths)
     return PackedBatch(
         tokens=torch.from_numpy(tokens).to(device),
         positions=torch.from_numpy(positions).to(device),
@@ -198,5 +210,15 @@ def pack(
         targets=torch.from_numpy(tokens[rows + 1]).to(device),
         row_lengths=row_lengths,
         indices=indices,
-        weights=torch.from_numpy(weight).to(device),
+        columns={name: torch.from_numpy(values).to(device) for name, values in columns.items()},
+        live=len(indices) - sum(idle.values()) if known else None,
     )
+
+
+def _joined_columns(samples: Sequence[Sample]) -> dict[str, Array]:
+    """The columns [R] of samples end to end: those that all have, and those with a default."""
+    return {
+        name: np.concatenate([np.zeros(0, column.dtype), *(sample.column(name) for sample in samples)])
+        for name, column in COLUMNS.items()
+        if column.default is not None or all(name in sample.columns for sample in samples)
+    }

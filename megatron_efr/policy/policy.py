@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -21,7 +20,7 @@ from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, Tr
 from megatron_efr.kernels import Backend, choose_backend
 from megatron_efr.policy import context
 from megatron_efr.policy.credits import fill_advantages
-from megatron_efr.policy.drift import drift_figures, drift_sums
+from megatron_efr.policy.drift import drift_figures, drift_sums, fill_importance
 from megatron_efr.policy.fit import check_fit, engine_layers
 from megatron_efr.policy.head import HeadRows, build_head, loss_scaling
 from megatron_efr.policy.layers import packed_sequences
@@ -40,7 +39,8 @@ from megatron_efr.policy.packing import (
 from megatron_efr.policy.parameters import Parameters
 from megatron_efr.policy.ranks import Ranks
 from megatron_efr.policy.routing import RoutingReplay, lay_out_routing
-from megatron_efr.types import ByIndex, PackedBatch, Sequence, SequenceSize, UserError
+from megatron_efr.samples import PackedBatch, Sample, SequenceSize
+from megatron_efr.types import ByIndex, UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import fingerprint, initial_weights, save_folder
 from megatron_efr.weights.mapping import WeightMapping
@@ -134,50 +134,51 @@ class Policy:
         shares = balance(lengths, self.ranks.replicas, micro_batch_tokens, self._batch_multiple, self._flops)
         return UpdatePlan(shares, row_weights(sizes, update, aggregate, divisor))
 
-    def pack(self, sequences: ByIndex[Sequence], plan: UpdatePlan) -> list[PackedBatch]:
-        """This replica's micro-batches of a planned update, of which `sequences` must have this replica's own.
+    def pack(self, samples: ByIndex[Sample], plan: UpdatePlan) -> list[PackedBatch]:
+        """This replica's micro-batches of a planned update, of which `samples` must have this replica's own.
 
         UserError for a token outside the vocabulary.
         """
-        check_tokens(sequences, plan.own(self.ranks.replica), self.architecture.vocab)
+        check_tokens(samples, plan.own(self.ranks.replica), self.architecture.vocab)
         batches = [
-            pack(sequences, indices, plan.weights, self.ranks.device, self._pack_multiple, self._sequence_multiple)
+            pack(samples, indices, plan.weights, self.ranks.device, self._pack_multiple, self._sequence_multiple)
             for indices in plan.shares[self.ranks.replica]
         ]
         for batch in batches if self.model_config.routing == "replay" else []:
-            batch.routed_experts = lay_out_routing(batch, sequences, self.architecture)
+            batch.routed_experts = lay_out_routing(batch, samples, self.architecture)
         return batches
 
     def pack_update(
         self,
-        sequences: SequenceOf[Sequence],
+        samples: Sequence[Sample],
         update: list[int],
         micro_batch_tokens: int,
         aggregate: Aggregate,
     ) -> list[PackedBatch]:
-        """`plan_update` and `pack` in one, where every rank has all sequences."""
-        sizes = {i: sequences[i].size for i in update}  # of an update alone: there may be very many sequences
-        return self.pack(sequences, self.plan_update(sizes, update, micro_batch_tokens, aggregate))
+        """`plan_update` and `pack` in one, where every rank has all samples."""
+        sizes = {i: samples[i].size for i in update}  # of an update alone: there may be very many samples
+        return self.pack(samples, self.plan_update(sizes, update, micro_batch_tokens, aggregate))
 
     # -- forward, backward, step --------------------------------------------------------------------------------------
 
     def fill_logprobs(self, batches: list[PackedBatch]) -> None:
-        """Set every micro-batch's `old_logprobs` and, where a reference is kept, `reference_logprobs`.
+        """Fill every micro-batch's column `old_logprob` and, if a reference is kept, `reference_logprob`.
 
         Computed in the micro-batches that will be trained on, so the first update sees a ratio of exactly 1. The
         reference routes for itself: the KL refers to the initial model, and its routers are part of it.
         """
         for batch, logprobs in zip(batches, self.logprobs(batches), strict=True):
-            batch.old_logprobs = logprobs
+            batch.columns["old_logprob"] = logprobs
         if self._reference is not None:
             with self._as_reference():
                 reference = self.logprobs([replace(batch, routed_experts=None) for batch in batches])
             for batch, logprobs in zip(batches, reference, strict=True):
-                batch.reference_logprobs = logprobs
+                batch.columns["reference_logprob"] = logprobs
 
-    def fill_advantages(self, batches: list[PackedBatch], advantages: ByIndex[float], objective: Objective) -> None:
-        """Set every micro-batch's `advantages` [R] from its responses', log-probs being there: `credits`."""
-        fill_advantages(batches, advantages, objective, self.ranks.sum_over_replicas, self._kernels)
+    def fill_columns(self, batches: list[PackedBatch], objective: Objective) -> None:
+        """Fill `importance`, and make of `advantage` what the loss reads, log-probs being there: `drift`, `credits`."""
+        fill_importance(batches, objective.importance)
+        fill_advantages(batches, objective, self.ranks.sum_over_replicas, self._kernels)
 
     def logprobs(self, batches: list[PackedBatch]) -> list[torch.Tensor]:
         """Log-probs [R] of each micro-batch's response tokens under the current weights, on every rank alike."""
@@ -200,15 +201,13 @@ class Policy:
             return slice(None)
         return context.own_rows(batch, self.ranks.context_rank, self.ranks.context_ranks)
 
-    def compare_logprobs(
-        self, batches: list[PackedBatch], sequences: ByIndex[Sequence], version: int = 0
-    ) -> dict[str, float]:
+    def compare_logprobs(self, batches: list[PackedBatch], version: int = 0) -> dict[str, float]:
         """How far apart the log-probs of the same tokens are, over all replicas: `drift_figures`.
 
         `version` is the policy's: tokens that older weights drew are told apart.
         """
         own = batches if self.ranks.context_rank == 0 else []  # the others know the same
-        sums = [drift_sums(batch, sequences, version) for batch in own if batch.indices]
+        sums = [drift_sums(batch, version) for batch in own if batch.indices]
         return drift_figures(self._over_replicas(_combine(sums)))
 
     def update(self, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:
@@ -372,7 +371,7 @@ def _only_logprobs(rows: HeadRows) -> tuple[torch.Tensor, Metrics]:
     return logprobs.new_zeros(()), {"logprobs": logprobs}
 
 
-def _combine(figures: SequenceOf[Mapping[str, Any]]) -> dict[str, float]:
+def _combine(figures: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Sums, or maxima for names that end in `_max`, in a fixed order."""
     names = sorted({name for figure in figures for name in figure})
     return {

@@ -8,8 +8,7 @@ The weights of the chosen experts are still the policy's own router's, so gradie
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -20,11 +19,12 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 
 from megatron_efr.policy.model import PolicyModel
 from megatron_efr.policy.ranks import Ranks
-from megatron_efr.types import ByIndex, PackedBatch, Sequence, UserError
+from megatron_efr.samples import PackedBatch, Sample
+from megatron_efr.types import ByIndex, UserError
 from megatron_efr.weights.architecture import Architecture
 
 
-def lay_out_routing(batch: PackedBatch, sequences: ByIndex[Sequence], architecture: Architecture) -> torch.Tensor:
+def lay_out_routing(batch: PackedBatch, samples: ByIndex[Sample], architecture: Architecture) -> torch.Tensor:
     """The micro-batch's `routed_experts` [T, layers, experts per token], in the order of its tokens.
 
     The engine read no sequence's last token, and no padding: these go to the first experts. Nothing depends on them,
@@ -38,9 +38,9 @@ def lay_out_routing(batch: PackedBatch, sequences: ByIndex[Sequence], architectu
     routed[:] = np.arange(per_token)
     starts = np.concatenate([[0], np.cumsum(batch.lengths)])
     for i, start in zip(batch.indices, starts, strict=False):
-        chosen = sequences[i].routed_experts
-        _check_routing(chosen, (sequences[i].length - 1, architecture.layers, per_token), count)
-        routed[start : start + sequences[i].length - 1] = chosen
+        chosen = samples[i].routed_experts
+        _check_routing(chosen, (samples[i].length - 1, architecture.layers, per_token), count)
+        routed[start : start + samples[i].length - 1] = chosen
     return torch.from_numpy(routed)
 
 
@@ -80,7 +80,7 @@ class OrderedChoice(RouterReplay):
 class RoutingReplay:
     """The routers of this rank's chunks, told what to choose for the micro-batch at hand."""
 
-    def __init__(self, config: TransformerConfig, chunks: SequenceOf[PolicyModel], ranks: Ranks) -> None:
+    def __init__(self, config: TransformerConfig, chunks: Sequence[PolicyModel], ranks: Ranks) -> None:
         self._ranks, self._slices = ranks, ranks.tensor_ranks if config.sequence_parallel else 1
         selected = config.recompute_granularity == "selective" and "moe" in (config.recompute_modules or [])
         self._recomputes = config.recompute_granularity == "full" or selected

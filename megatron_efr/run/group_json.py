@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,7 @@ def encode_credited(group: Credited) -> str:
         "statuses": [grade.status for grade in group.graded.grades],
         "scores": group.graded.scores.tolist(),
         "rewards": group.rewarded.rewards.tolist(),
-        "advantage": group.credit.advantage.tolist(),
-        "masked": None if group.credit.masked is None else group.credit.masked.tolist(),
+        **{name: _encode_credit(getattr(group.credit, name)) for name in Credit._fields},
     }
     return _line(tree)
 
@@ -40,8 +40,23 @@ def decode_credited(line: str | bytes) -> Credited:
     grades = tuple(Grade(*said) for said in zip(tree["statuses"], tree["scores"], strict=True))
     graded = Graded(_decode_group(tree), grades)
     rewarded = Rewarded(graded, np.array(tree["rewards"], dtype=np.float64))
-    masked = None if tree["masked"] is None else np.array(tree["masked"], dtype=bool)
-    return Credited(rewarded, Credit(np.array(tree["advantage"], dtype=np.float64), masked))
+    # a file that was written before a field was has none of it
+    credit = {name: _decode_credit(tree[name]) for name in Credit._fields if tree.get(name) is not None}
+    return Credited(rewarded, Credit(**credit))
+
+
+def _encode_credit(values: np.ndarray | Sequence[np.ndarray] | None) -> list[Any] | None:
+    """A field of a credit: an array, one for each response, or nothing."""
+    if values is None:
+        return None
+    return values.tolist() if isinstance(values, np.ndarray) else [np.asarray(each).tolist() for each in values]
+
+
+def _decode_credit(values: list[Any]) -> Any:
+    """What `_encode_credit` wrote: bool for a mask, else float64."""
+    if values and isinstance(values[0], list):
+        return tuple(np.array(each, dtype=np.float64) for each in values)
+    return np.array(values, dtype=bool if values and isinstance(values[0], bool) else np.float64)
 
 
 def _line(tree: dict[str, Any]) -> str:

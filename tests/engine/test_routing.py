@@ -11,9 +11,10 @@ import torch
 
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.policy import Policy, Ranks
-from megatron_efr.policy.packing import trainable
+from megatron_efr.policy.packing import samples
 from megatron_efr.rollout.sglang.engine import SGLangEngine
-from megatron_efr.types import Prompt, Request, Sampling, Sequence
+from megatron_efr.samples import Sample
+from megatron_efr.types import Prompt, Request, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights
 from megatron_efr.weights.publish import WeightMismatchError
@@ -55,19 +56,19 @@ def weights(folder: Path, noise: float) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor * (1 + noise * torch.randn(tensor.shape, generator=generator))
 
 
-def sampled(engine: SGLangEngine) -> list[Sequence]:
+def sampled(engine: SGLangEngine) -> list[Sample]:
     """Responses to prompts with common beginnings, which the server reads once."""
     prompts = [Prompt(str(i), (5, 6, 7, 8, 9, 10 + i, 11, 12), "", "") for i in range(6)]
     groups = list(engine.generate([Request(prompt, 8, seed) for seed, prompt in enumerate(prompts)], SAMPLING))
-    return trainable([credited(group, np.zeros(8)) for group in groups])
+    return samples([credited(group, np.zeros(8)) for group in groups])
 
 
-def differences(policy: Policy, sequences: list[Sequence]) -> tuple[float, float]:
+def differences(policy: Policy, sequences: list[Sample]) -> tuple[float, float]:
     """Mean and maximum of |engine - policy|, as training measures them."""
     batches = policy.pack_update(sequences, list(range(len(sequences))), 2000, "token")
     policy.fill_logprobs(batches)
-    (version,) = {span.version for sequence in sequences for span in sequence.versions}
-    found = policy.compare_logprobs(batches, sequences, version)
+    (version,) = {int(v) for sequence in sequences for v in sequence.columns["version"]}
+    found = policy.compare_logprobs(batches, version)
     return found["logprob_diff_mean"], found["logprob_diff_max"]
 
 
@@ -97,7 +98,7 @@ def test_replay_removes_what_flipped_experts_add(engine: SGLangEngine, moe: Path
     assert together[1] < apart[1] / 5
 
 
-def _flips(one: Sequence, other: Sequence) -> float:
+def _flips(one: Sample, other: Sample) -> float:
     assert one.routed_experts is not None
     assert other.routed_experts is not None
     return float((np.sort(one.routed_experts) != np.sort(other.routed_experts)).any((1, 2)).mean())

@@ -6,7 +6,6 @@ python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.head MODELS
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +22,9 @@ from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.policy import Policy, Ranks, joined_ranks, policy_loss
 from megatron_efr.policy.head import HeadRows
 from megatron_efr.policy.loss import Loss
-from megatron_efr.types import PackedBatch, Sequence
+from megatron_efr.samples import PackedBatch, Sample
 from tests.conftest import ragged_sequences
+from tests.groups import with_columns
 from tests.parallel.layout import RECOMPUTE, split
 
 CLIP = 0.2
@@ -53,9 +53,9 @@ CASES = [
 ]
 
 
-def sequences() -> list[Sequence]:
+def sequences() -> list[Sample]:
     """A third of them of advantage 0."""
-    return [replace(s, advantage=0.0) if i % 3 == 1 else s for i, s in enumerate(ragged_sequences(SEQUENCES))]
+    return [with_columns(s, advantage=0.0) if i % 3 == 1 else s for i, s in enumerate(ragged_sequences(SEQUENCES))]
 
 
 def build(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks, **model: Any) -> Policy:
@@ -78,33 +78,29 @@ def batches(policy: Policy, case: Case) -> list[PackedBatch]:
         assert len(found) >= 3
     policy.fill_logprobs(found)
     for batch in found:
-        assert batch.old_logprobs is not None
-        batch.old_logprobs = batch.old_logprobs + 0.3 * (batch.old_logprobs * 40).sin()
-    advantages = {i: s.advantage for i, s in enumerate(sequences())}
-    policy.fill_advantages(found, advantages, Objective())
+        batch.columns["old_logprob"] = batch.columns["old_logprob"] + 0.3 * (batch.columns["old_logprob"] * 40).sin()
+    policy.fill_columns(found, Objective())
     return found
 
 
 def materialised(rows: HeadRows) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """PPO's clipped loss from all logits of all tensor ranks."""
     head, batch = rows.head, rows.batch
-    assert batch.old_logprobs is not None
-    assert batch.advantages is not None
     states = rows.states if head.sequence_parallel else copy_to_tensor_model_parallel_region(rows.states)
     logits = gather_from_tensor_model_parallel_region(F.linear(states, head.weight))[:, : head.vocab]
     log_probs = torch.log_softmax(logits.float() / head.temperature, -1)
     logprobs = log_probs.gather(1, batch.targets[:, None])[:, 0]
-    ratio = (logprobs - batch.old_logprobs).exp()
-    plain = ratio * batch.advantages
-    clipped = ratio.clamp(1 - CLIP, 1 + CLIP) * batch.advantages
-    value = -(batch.weights * torch.minimum(plain, clipped)).sum()
+    ratio = (logprobs - batch.columns["old_logprob"]).exp()
+    plain = ratio * batch.columns["advantage"]
+    clipped = ratio.clamp(1 - CLIP, 1 + CLIP) * batch.columns["advantage"]
+    value = -(batch.columns["weight"] * torch.minimum(plain, clipped)).sum()
     figures = {
         "loss": value,
-        "clip_fraction": (batch.weights * (clipped < plain)).sum(),
-        "clip_above": (batch.weights * ((clipped < plain) & (ratio > 1))).sum(),
-        "clip_below": (batch.weights * ((clipped < plain) & (ratio < 1))).sum(),
-        "entropy": -(batch.weights * (log_probs.exp() * log_probs).sum(-1)).sum(),
-        "kl_to_old": (batch.weights * (batch.old_logprobs - logprobs)).sum(),
+        "clip_fraction": (batch.columns["weight"] * (clipped < plain)).sum(),
+        "clip_above": (batch.columns["weight"] * ((clipped < plain) & (ratio > 1))).sum(),
+        "clip_below": (batch.columns["weight"] * ((clipped < plain) & (ratio < 1))).sum(),
+        "entropy": -(batch.columns["weight"] * (log_probs.exp() * log_probs).sum(-1)).sum(),
+        "kl_to_old": (batch.columns["weight"] * (batch.columns["old_logprob"] - logprobs)).sum(),
         "ratio_max": torch.cat([ratio, ratio.new_zeros(1)]).max(),
     }
     return value, {name: figure.detach().clone() for name, figure in figures.items()}

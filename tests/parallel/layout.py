@@ -111,11 +111,11 @@ def train(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks, optim
     batches = [batch for update in updates for batch in update]
     policy.fill_logprobs(batches)
     result: dict[str, Any] = {"logprobs": gathered(batches, ranks), "metrics": []}
-    result["metrics"].append(policy.compare_logprobs(batches, sequences))
+    result["metrics"].append(policy.compare_logprobs(batches))
     for batch in batches:  # a reference that differs, or the KL would add nothing
-        assert batch.reference_logprobs is not None
-        batch.reference_logprobs = batch.reference_logprobs + 0.1 * batch.reference_logprobs.sin()
-    policy.fill_advantages(batches, [s.advantage for s in sequences], objective)
+        reference = batch.columns["reference_logprob"]
+        batch.columns["reference_logprob"] = reference + 0.1 * reference.sin()
+    policy.fill_columns(batches, objective)
     for update in updates:
         result["metrics"].append(policy.update(update, policy_loss(objective)))
         del result["metrics"][-1]["imbalance"]  # the split's own
@@ -132,7 +132,7 @@ def gathered(batches: list[Any], ranks: Ranks) -> dict[int, torch.Tensor]:
     mine = {
         i: part.cpu()
         for batch in batches
-        for i, part in zip(batch.indices, batch.old_logprobs.split(batch.row_lengths), strict=True)
+        for i, part in zip(batch.indices, batch.columns["old_logprob"].split(batch.row_lengths), strict=True)
     }
     everyone: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(everyone, mine, group=ranks.cpu_world)

@@ -54,9 +54,9 @@ def iterate(policy: Policy, step: int) -> dict[str, float]:
     sequences = ragged_sequences(20, seed=step)
     batches = policy.pack_update(sequences, list(range(20)), 300, "sequence")
     policy.fill_logprobs(batches)
-    drift = policy.compare_logprobs(batches, sequences)
+    drift = policy.compare_logprobs(batches)
     objective = Objective(kl="reward", beta=0.1)
-    policy.fill_advantages(batches, [s.advantage for s in sequences], objective)
+    policy.fill_columns(batches, objective)
     return policy.update(batches, policy_loss(objective)) | drift
 
 

@@ -12,8 +12,8 @@ import torch
 from megatron_efr.config import ParallelConfig
 from megatron_efr.errors import UserError
 from megatron_efr.policy import joined_ranks
-from megatron_efr.policy.handover import flatten, hand_over
-from megatron_efr.policy.packing import UpdatePlan, trainable
+from megatron_efr.policy.packing import UpdatePlan, samples
+from megatron_efr.policy.scatter import flatten, scatter_samples
 from megatron_efr.types import Credited, Group, Prompt, Response, VersionSpan
 from tests.groups import credited
 
@@ -45,7 +45,7 @@ def groups() -> list[Credited]:
 def main(out: str) -> None:
     with joined_ranks(ParallelConfig(wait_limit_s=LIMIT_S), seed=0) as ranks:
         mine = ranks.on_main(groups) or []
-        own = hand_over(trainable(mine), PLANS, ranks)
+        own = scatter_samples(samples(mine), PLANS, ranks)
         torch.save((len(mine), list(own), flatten(list(own.values()))), Path(out) / f"{ranks.rank}.pt")
         figures = {"both": float(ranks.rank), f"only {ranks.rank}": 5.0}
         torch.save((ranks.total(2**40 + ranks.rank), ranks.largest(figures)), Path(out) / f"figures{ranks.rank}.pt")

@@ -13,7 +13,7 @@ from megatron_efr import algorithms, methods
 from megatron_efr.algorithms import Objective
 from megatron_efr.config import AlgorithmConfig, ConfigError, RolloutConfig, TrainConfig
 from megatron_efr.config.file import dump, validate
-from megatron_efr.policy.packing import row_weights, trainable
+from megatron_efr.policy.packing import row_weights, samples
 from megatron_efr.types import Credit, Rewarded
 from tests.groups import KNOWN
 from tests.unit.test_algorithms import CORRECT, LENGTHS, LIMIT, SAMPLES, build, drawn, objective
@@ -99,10 +99,10 @@ def test_an_old_key_is_refused_with_its_new_name(old: dict[str, Any], message: s
 
 def test_masked_responses_weigh_nothing_and_are_not_counted() -> None:
     groups = methods.credit(methods.Method(), build("grpo", truncated="masked"), drawn(0), KNOWN._replace(limit=40))
-    sizes = [s.size for s in trainable(groups)]
+    sizes = [s.size for s in samples(groups)]
     cut = [i for i, r in enumerate(r for group in groups for r in group.group.responses) if r.truncated]
     assert cut
-    assert [i for i, size in enumerate(sizes) if size.masked] == cut
+    assert [i for i, size in enumerate(sizes) if size.trained == 0] == cut
     kept = [i for i in range(len(sizes)) if i not in cut]
     for aggregate, divisor in (("sequence", None), ("token", None), ("constant", 40)):
         weights = row_weights(sizes, list(range(len(sizes))), aggregate, divisor)
@@ -111,7 +111,7 @@ def test_masked_responses_weigh_nothing_and_are_not_counted() -> None:
         assert all(weights[i] == alone[i] for i in kept)
         assert row_weights(sizes, cut, aggregate, divisor) == dict.fromkeys(cut, 0.0)
     groups = methods.credit(methods.Method(), build("grpo"), drawn(0), KNOWN._replace(limit=40))
-    assert not any(size.masked for size in (s.size for s in trainable(groups)))
+    assert not any(size.trained == 0 for size in (s.size for s in samples(groups)))
 
 
 def test_groups_without_a_signal_are_kept_unless_sampling_is_dynamic() -> None:

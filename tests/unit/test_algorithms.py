@@ -16,12 +16,13 @@ from megatron_efr.algorithms import Algorithm, Objective
 from megatron_efr.config import AlgorithmConfig, RolloutConfig
 from megatron_efr.kernels import PolicyRows, token_terms
 from megatron_efr.policy.credits import fill_advantages
-from megatron_efr.policy.drift import engine_logprobs, fill_importance
+from megatron_efr.policy.drift import fill_importance
 from megatron_efr.policy.head import Head, HeadRows
 from megatron_efr.policy.loss import policy_loss
-from megatron_efr.policy.packing import pack, row_weights, trainable
-from megatron_efr.types import Grade, Graded, Group, PackedBatch, Prompt, Response, Rewarded, Sequence, SequenceSize
-from tests.groups import KNOWN
+from megatron_efr.policy.packing import pack, row_weights, samples
+from megatron_efr.samples import PackedBatch, SequenceSize
+from megatron_efr.types import Grade, Graded, Group, Prompt, Response, Rewarded
+from tests.groups import KNOWN, sample
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "algorithm_vectors.json").read_text())
 CORRECT, LENGTHS = np.array([1.0, 0.0, 1.0, 1.0]), np.array([300, 900, 500, 120])
@@ -46,11 +47,14 @@ def token_advantages(algorithm: Algorithm, groups: list[np.ndarray], lengths: li
     zeros = torch.zeros(sum(sizes))
     batch = PackedBatch(
         tokens=empty, positions=empty, lengths=sizes, cu_seqlens=empty, rows=empty, targets=empty, row_lengths=sizes,
-        indices=list(range(len(sizes))), weights=zeros, old_logprobs=zeros, reference_logprobs=zeros,
+        indices=list(range(len(sizes))),
+        columns={
+            "advantage": torch.tensor(np.concatenate(made), dtype=torch.float32).repeat_interleave(torch.tensor(sizes)),
+            "weight": zeros + 1, "old_logprob": zeros, "reference_logprob": zeros,
+        },
     )  # fmt: skip
-    fill_advantages([batch], np.concatenate(made).tolist(), objective(algorithm), lambda t: t)
-    assert batch.advantages is not None
-    firsts = [float(part[0]) for part in batch.advantages.split(sizes)]
+    fill_advantages([batch], objective(algorithm), lambda t: t)
+    firsts = [float(part[0]) for part in batch.columns["advantage"].split(sizes)]
     return np.split(np.array(firsts), np.cumsum([len(each) for each in lengths])[:-1])
 
 
@@ -149,7 +153,7 @@ def test_worked_kl(kl: str) -> None:
 def test_worked_aggregation() -> None:
     given, outputs = VECTORS["aggregation"]["inputs"], VECTORS["aggregation"]["outputs"]
     losses = given["token_losses"]
-    sizes = [SequenceSize(3, len(each)) for each in losses]
+    sizes = [SequenceSize(3, len(each), len(each)) for each in losses]
     for name, options, key in (
         ("dapo", {}, "token_mean"),
         ("grpo", {}, "seq_mean_token_mean"),
@@ -178,16 +182,15 @@ def test_worked_overlong_penalty() -> None:
 
 def test_worked_importance() -> None:
     given, outputs = VECTORS["tis"]["inputs"], VECTORS["tis"]["outputs"]
-    sequence = Sequence([1, 2, 3, 4], 1, 1.0, given["logp_rollout"])
+    drawn = sample([1, 2, 3, 4], 1, engine_logprob=given["logp_rollout"])
     for options, key in (
         ({"importance": "truncate", "importance_cap": given["cap"]}, "weight"),
         ({"importance": "mask", "importance_low": 0.5, "importance_high": 2.0}, "icepop_0_5_2"),
     ):
-        batch = pack([sequence], [0], {0: 1.0}, CPU)
-        batch.old_logprobs = torch.tensor(given["logp_train_old"])
-        fill_importance([batch], [sequence], objective(build("rloo", **options)).importance)
-        assert batch.importance is not None
-        assert batch.importance.tolist() == pytest.approx(outputs[key], abs=1e-4)
+        batch = pack([drawn], [0], {0: 1.0}, CPU)
+        batch.columns["old_logprob"] = torch.tensor(given["logp_train_old"])
+        fill_importance([batch], objective(build("rloo", **options)).importance)
+        assert batch.columns["importance"].tolist() == pytest.approx(outputs[key], abs=1e-4)
 
 
 # -- whole updates against fp64 ----------------------------------------------------------------------------------------
@@ -358,12 +361,12 @@ def drawn(seed: int) -> list[Rewarded]:
     return groups
 
 
-def fields(batch: PackedBatch, generator: torch.Generator, sequences: list[Sequence], made: Objective) -> None:
+def fields(batch: PackedBatch, generator: torch.Generator, made: Objective) -> None:
     """Log-probs around the engine's, and what follows from them."""
     noise = torch.randn(2, len(batch.targets), generator=generator)
-    batch.old_logprobs = engine_logprobs(batch, sequences) + 0.2 * noise[0]
-    batch.reference_logprobs = batch.old_logprobs + 0.3 * noise[1]
-    fill_importance([batch], sequences, made.importance)
+    batch.columns["old_logprob"] = batch.columns["engine_logprob"] + 0.2 * noise[0]
+    batch.columns["reference_logprob"] = batch.columns["old_logprob"] + 0.3 * noise[1]
+    fill_importance([batch], made.importance)
 
 
 WIDE = {"clip_low": 0.05, "clip_high": 0.05, "kl": "k3", "beta": 0.1, "entropy_bonus": 0.01}
@@ -398,7 +401,7 @@ def test_loss_and_gradients_equal_fp64(
     algorithm = build(name, limit=40, **options)
     made = objective(algorithm, limit=40)
     groups = methods.credit(methods.Method(), algorithm, drawn(seed), KNOWN._replace(limit=40))
-    sequences = trainable(groups)
+    sequences = samples(groups)
     everyone = list(range(len(sequences)))
     weights = row_weights([s.size for s in sequences], everyone, made.aggregate, made.divisor)
     batches = [pack(sequences, part, weights, CPU) for part in (everyone[::2], everyone[1::2])]
@@ -407,15 +410,13 @@ def test_loss_and_gradients_equal_fp64(
     weight = torch.nn.Parameter(torch.randn(VOCAB, HIDDEN))
     states = [torch.randn(len(batch.targets), HIDDEN, requires_grad=True) for batch in batches]
     for batch, state in zip(batches, states, strict=True):
-        fields(batch, generator, sequences, made)
+        fields(batch, generator, made)
         with torch.no_grad():  # around the current log-probs, so that not all is clipped
             now = torch.log_softmax(state @ weight.t(), -1).gather(1, batch.targets[:, None])[:, 0]
-            assert batch.old_logprobs is not None
-            assert batch.reference_logprobs is not None
-            shift = now + 0.25 * torch.randn(now.shape) - batch.old_logprobs
-            batch.old_logprobs += shift
-            batch.reference_logprobs += shift
-    fill_advantages(batches, [s.advantage for s in sequences], made, lambda t: t)
+            shift = now + 0.25 * torch.randn(now.shape) - batch.columns["old_logprob"]
+            batch.columns["old_logprob"] += shift
+            batch.columns["reference_logprob"] += shift
+    fill_advantages(batches, made, lambda t: t)
     head = Head(weight, VOCAB, 1.0, None, sequence_parallel=False, chunk=16, backend="torch")
     values = [policy_loss(made)(HeadRows(head, s, b, 1.0))[0] for s, b in zip(states, batches, strict=True)]
     torch.stack(values).sum().backward()
@@ -425,12 +426,13 @@ def test_loss_and_gradients_equal_fp64(
     found: dict[int, tuple[torch.Tensor, ...]] = {}
     for batch, state in zip(batches, wide_states, strict=True):
         log_probs = torch.log_softmax(state @ wide.t(), -1)
-        rho = torch.ones(len(batch.targets)) if batch.importance is None else batch.importance
+        rho = batch.columns.get("importance", torch.ones(len(batch.targets)))
         columns = [
-            log_probs.gather(1, batch.targets[:, None])[:, 0], batch.old_logprobs, batch.reference_logprobs, rho,
+            log_probs.gather(1, batch.targets[:, None])[:, 0],
+            batch.columns["old_logprob"], batch.columns["reference_logprob"], rho,
             -(log_probs.exp() * log_probs).sum(-1),
         ]  # fmt: skip
-        parts = zip(*(c.double().split(batch.row_lengths) for c in columns if c is not None), strict=True)
+        parts = zip(*(c.double().split(batch.row_lengths) for c in columns), strict=True)
         found |= dict(zip(batch.indices, parts, strict=True))
     rewards = np.array([group.rewarded.rewards for group in groups])
     given = Given(rewards, *(list(column) for column in zip(*(found[i] for i in everyone), strict=True)))

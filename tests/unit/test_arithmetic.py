@@ -146,13 +146,13 @@ def test_sft_rows_through_the_prompt_path(written: Path) -> None:
     tokenizer = load_tokenizer(written / "model")
     config = PromptConfig(template="{question}", prefill="none")
     loaded = load_sft(SftDataConfig(path=str(written / "sft.jsonl")), tokenizer, config)
-    assert len(loaded.sequences) == 400
-    first, sequence = rows(written / "sft.jsonl")[0], loaded.sequences[0]
+    assert len(loaded.samples) == 400
+    first, sequence = rows(written / "sft.jsonl")[0], loaded.samples[0]
     assert tokenizer.decode(sequence.tokens) == f"<bos><user>{first['question']}<assistant>{first['response']}<eos>"
     unknown = tokenizer.convert_tokens_to_ids(UNKNOWN)
-    assert not any(unknown in row.tokens for row in loaded.sequences)
+    assert not any(unknown in row.tokens for row in loaded.samples)
     assert unknown in tokenizer.encode("3*5")
-    assert max(map(max, (row.tokens for row in loaded.sequences))) < 32
+    assert max(map(max, (row.tokens for row in loaded.samples))) < 32
     problems = load_problems(DatasetConfig(path=str(written / "test.jsonl")))
     assert render_all(problems, tokenizer, config).overlong == 0
 

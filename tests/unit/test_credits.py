@@ -1,4 +1,4 @@
-"""Per-token advantages against fp64: the KL to go, whitening over an iteration, what the host knows."""
+"""Per-token advantages against fp64: the KL to go, whitening over an iteration, tokens that are not trained."""
 
 from __future__ import annotations
 
@@ -8,81 +8,94 @@ import torch
 from megatron_efr.algorithms import Objective, Spread
 from megatron_efr.kernels.token_credits import kl_to_go
 from megatron_efr.policy.credits import fill_advantages
-from megatron_efr.types import PackedBatch
+from megatron_efr.samples import PackedBatch
+
+REWARD = Objective(kl="reward", beta=0.01)
 
 
-def batch(lengths: list[int], indices: list[int], seed: int) -> PackedBatch:
+def batch(lengths: list[int], advantages: list[float], seed: int, trained: float = 1.0) -> PackedBatch:
+    """Responses with one advantage each; a token is trained with that probability, with a weight of its own."""
     rows = sum(lengths)
     generator = torch.Generator().manual_seed(seed)
     empty = torch.empty(0)
     return PackedBatch(
         tokens=empty, positions=empty, lengths=lengths, cu_seqlens=empty, rows=empty, targets=empty,
-        row_lengths=lengths, indices=indices, weights=torch.ones(rows),
-        old_logprobs=torch.randn(rows, generator=generator), reference_logprobs=torch.randn(rows, generator=generator),
+        row_lengths=lengths, indices=list(range(len(lengths))), live=len(lengths),
+        columns={
+            "advantage": torch.tensor(advantages).repeat_interleave(torch.tensor(lengths, dtype=torch.int64)),
+            "old_logprob": torch.randn(rows, generator=generator),
+            "reference_logprob": torch.randn(rows, generator=generator),
+            "weight": torch.rand(rows, generator=generator) * (torch.rand(rows, generator=generator) < trained),
+        },
     )  # fmt: skip
 
 
-def expected_advantages(batches: list[PackedBatch], advantages: list[float], beta: float) -> list[np.ndarray]:
-    """A_{i,t} = A_i - beta * sum_{t' >= t} (log pi_old - log pi_ref), in fp64 loops."""
+def expected_advantages(batches: list[PackedBatch], beta: float) -> np.ndarray:
+    """A_t - beta * sum_{t' >= t} (log pi_old - log pi_ref) over trained tokens, in fp64 loops."""
     result = []
     for b in batches:
-        assert b.old_logprobs is not None
-        assert b.reference_logprobs is not None
-        ratio = (b.old_logprobs.double() - b.reference_logprobs.double()).numpy()
+        advantage, old, reference, weight = (
+            b.columns[name].double().tolist() for name in ("advantage", "old_logprob", "reference_logprob", "weight")
+        )
         start = 0
-        for i, n in zip(b.indices, b.row_lengths, strict=True):
-            result.append(
-                np.array([advantages[i] - beta * ratio[t : start + n].sum() for t in range(start, start + n)])
-            )
+        for n in b.row_lengths:
+            for t in range(start, start + n):
+                ratios = [old[u] - reference[u] for u in range(t, start + n) if weight[u] > 0]
+                result.append(advantage[t] - beta * sum(ratios))
             start += n
-    return result
+    return np.array(result)
+
+
+def filled(batches: list[PackedBatch], objective: Objective) -> np.ndarray:
+    fill_advantages(batches, objective, lambda t: t)
+    return torch.cat([b.columns["advantage"] for b in batches]).double().numpy()
 
 
 def test_token_advantages_against_fp64() -> None:
-    batches = [batch([3, 1, 7], [2, 0, 1], 0), batch([5], [3], 1)]
-    advantages = [0.5, -1.0, 2.0, 0.0]
-    fill_advantages(batches, advantages, Objective(kl="reward", beta=0.01), lambda t: t)
-    got = torch.cat([b.advantages for b in batches if b.advantages is not None]).numpy()
-    assert np.abs(got - np.concatenate(expected_advantages(batches, advantages, 0.01))).max() < 1e-6
+    for trained in (1.0, 0.5):
+        batches = [batch([3, 1, 7], [2.0, 0.5, -1.0], 0, trained), batch([5], [0.0], 1, trained)]
+        want = expected_advantages(batches, 0.01)
+        assert np.abs(filled(batches, REWARD) - want).max() < 1e-6
 
 
-def test_batch_normalisation_is_token_weighted() -> None:
-    batches = [batch([3, 1, 7], [2, 0, 1], 0), batch([5], [3], 1)]
-    advantages = [0.5, -1.0, 2.0, 0.0]
-    fill_advantages(batches, advantages, Objective(kl="reward", beta=0.01, tokens=Spread()), lambda t: t)
-    got = torch.cat([b.advantages for b in batches if b.advantages is not None]).double().numpy()
-    flat = np.concatenate(expected_advantages(batches, advantages, 0.01))
-    assert np.abs(got - (flat - flat.mean()) / flat.std()).max() < 1e-6
+def test_batch_normalisation_is_token_weighted_over_trained_tokens() -> None:
+    for trained in (1.0, 0.5):
+        batches = [batch([3, 1, 7], [2.0, 0.5, -1.0], 0, trained), batch([5], [0.0], 1, trained)]
+        flat = expected_advantages(batches, 0.01)
+        counted = flat[torch.cat([b.columns["weight"] for b in batches]).numpy() > 0]
+        assert (len(counted) == len(flat)) == (trained == 1.0)
+        got = filled(batches, REWARD._replace(tokens=Spread()))
+        assert np.abs(got - (flat - counted.mean()) / counted.std()).max() < 1e-6
+
+
+def test_whitening_without_a_trained_token_stays_finite() -> None:
+    batches = [batch([3, 2], [1.0, 2.0], 0, trained=0.0)]
+    assert np.isfinite(filled(batches, Objective(tokens=Spread("sample", "variance")))).all()
 
 
 def test_without_beta_the_reference_is_not_read() -> None:
-    b = batch([2, 3], [0, 1], 0)
-    b.old_logprobs = b.reference_logprobs = None
-    fill_advantages([b], [1.5, -2.0], Objective(), lambda t: t)
-    assert b.advantages is not None
-    assert b.advantages.tolist() == [1.5, 1.5, -2.0, -2.0, -2.0]
+    b = batch([2, 3], [1.5, -2.0], 0)
+    del b.columns["old_logprob"], b.columns["reference_logprob"]
+    for objective in (Objective(), Objective(kl="reward")):
+        assert filled([b], objective).tolist() == [1.5, 1.5, -2.0, -2.0, -2.0]
 
 
-def test_which_sequences_may_have_an_advantage_is_known_on_the_host() -> None:
-    fresh = [batch([3, 1, 7], [2, 0, 1], 0), batch([5], [3], 1)]
-    advantages = [0.0, -1.0, 2.0, 0.0]  # of which the first batch has 2.0, 0.0, -1.0
-    for config, live in (
-        (Objective(), [3, 0]),
-        (Objective(kl="reward", beta=0.1), [None, None]),  # the KL to go gives every token one
-        (Objective(tokens=Spread()), [None, None]),  # and the mean taken off
+def test_sequences_without_an_advantage_have_one_after_filling() -> None:
+    for objective, live in (
+        (Objective(), 1),
+        (REWARD, None),  # the KL to go gives every token one
+        (Objective(tokens=Spread()), None),  # and the mean taken off
     ):
-        fill_advantages(fresh, advantages, config, lambda t: t)
-        assert [b.live for b in fresh] == live
-    advantages[1] = 0.0
-    fill_advantages(fresh, advantages, Objective(), lambda t: t)
-    assert [b.live_rows for b in fresh] == [3, 0]
+        b = batch([3, 4], [1.0, 0.0], 0)
+        b.live = 1
+        fill_advantages([b], objective, lambda t: t)
+        assert (b.live, b.live_rows) == (live, 3 if live else 7)
 
 
 def test_an_empty_micro_batch_takes_part() -> None:
-    batches = [batch([3, 2], [0, 1], 0), batch([], [], 1)]
-    fill_advantages(batches, [1.0, 2.0], Objective(kl="reward", beta=0.1, tokens=Spread()), lambda t: t)
-    assert batches[1].advantages is not None
-    assert batches[1].advantages.shape == (0,)
+    batches = [batch([3, 2], [1.0, 2.0], 0), batch([], [], 1)]
+    filled(batches, Objective(kl="reward", beta=0.1, tokens=Spread()))
+    assert batches[1].columns["advantage"].shape == (0,)
 
 
 def test_kl_to_go_restarts_in_each_response() -> None:

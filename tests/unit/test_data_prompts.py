@@ -240,7 +240,7 @@ def test_sft_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = PromptConfig(template="{question}", max_tokens=20)
     result = load_sft(SftDataConfig(path=str(path)), tokenizer, config)
-    [sequence] = result.sequences
+    [sequence] = result.samples
     assert result.overlong == 1
     prompt = render(problem("1+1"), tokenizer, config)
     assert tuple(sequence.tokens[: sequence.prompt_length]) == prompt.tokens
@@ -248,7 +248,7 @@ def test_sft_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     assert response[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(response[:-1]) == "\\boxed{2}"
     path.write_text('{"question": "q", "response": "r<eos>"}\n{"question": "q"}\n')
-    [ended] = load_sft(SftDataConfig(path=str(path), limit=1), tokenizer, config).sequences
-    assert ended.tokens.count(258) == 1  # an EOS that is already there is not doubled
+    [ended] = load_sft(SftDataConfig(path=str(path), limit=1), tokenizer, config).samples
+    assert ended.tokens.tolist().count(258) == 1  # an EOS that is already there is not doubled
     with pytest.raises(DatasetError, match=r"sft\.jsonl:2: no text in column 'response'; the row has columns question"):
         load_sft(SftDataConfig(path=str(path)), tokenizer, config)

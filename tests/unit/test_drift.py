@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,26 +13,26 @@ from megatron_efr import algorithms
 from megatron_efr.algorithms import Importance, Objective
 from megatron_efr.config import ConfigError, TrainConfig, TrainingConfig
 from megatron_efr.config.file import dump, validate
-from megatron_efr.policy.drift import drift_figures, drift_sums, engine_logprobs, fill_importance, version_lags
-from megatron_efr.policy.handover import flatten, unflatten
+from megatron_efr.policy.drift import drift_figures, drift_sums, fill_importance, version_lags
 from megatron_efr.policy.head import Head, HeadRows
 from megatron_efr.policy.loss import policy_loss
 from megatron_efr.policy.packing import pack
 from megatron_efr.report.iteration import LogprobMismatchError, check_logprobs
-from megatron_efr.types import PackedBatch, Sequence, VersionSpan
+from megatron_efr.samples import NOT_DRAWN, PackedBatch, Sample
 from tests.conftest import VOCAB, ragged_sequences
+from tests.groups import with_columns
 
 CPU = torch.device("cpu")
 BF16 = {"path": "m", "dtype": "bfloat16"}
 
 
-def packed(sequences: list[Sequence], off: float, seed: int = 0) -> PackedBatch:
+def packed(sequences: list[Sample], off: float, seed: int = 0) -> PackedBatch:
     """One micro-batch of them all whose proximal log-probs are the engine's plus noise of that size."""
     rng = np.random.default_rng(seed)
     batch = pack(sequences, list(range(len(sequences))), dict.fromkeys(range(len(sequences)), 0.01), CPU)
-    engine = np.concatenate([np.array(s.engine_logprobs, np.float32) for s in sequences])
-    batch.old_logprobs = torch.from_numpy(engine + off * rng.normal(size=engine.shape).astype(np.float32))
-    batch.advantages = torch.from_numpy(rng.normal(size=engine.shape).astype(np.float32))
+    engine = np.concatenate([s.columns["engine_logprob"] for s in sequences])
+    batch.columns["old_logprob"] = torch.from_numpy(engine + off * rng.normal(size=engine.shape).astype(np.float32))
+    batch.columns["advantage"] = torch.from_numpy(rng.normal(size=engine.shape).astype(np.float32))
     return batch
 
 
@@ -42,24 +41,20 @@ def test_the_loss_and_its_gradient_under_importance_weights_equal_fp64(rule: Any
     torch.manual_seed(0)
     sequences = ragged_sequences(12)
     batch = packed(sequences, off=1.0)
-    assert batch.old_logprobs is not None
-    assert batch.advantages is not None
-    states = torch.randn(len(batch.old_logprobs), 16, requires_grad=True)
+    states = torch.randn(len(batch.columns["old_logprob"]), 16, requires_grad=True)
     weight = torch.nn.Parameter(torch.randn(VOCAB, 16))
     with torch.no_grad():  # engine and proximal log-probs around the current ones, so that nothing is all clipped
         now = torch.log_softmax(states @ weight.T, -1).gather(1, batch.targets[:, None])[:, 0]
-        shift = now + 0.3 * torch.randn(now.shape) - batch.old_logprobs
-        batch.old_logprobs += shift
-    moved = [s + v for s, v in zip(engine_logprobs(batch, sequences).split(batch.row_lengths),
-                                   shift.split(batch.row_lengths), strict=True)]  # fmt: skip
-    sequences = [replace(s, engine_logprobs=part.tolist()) for s, part in zip(sequences, moved, strict=True)]
-    fill_importance([batch], sequences, Importance(rule, 1.5, 0.4, 3.0))
+        shift = now + 0.3 * torch.randn(now.shape) - batch.columns["old_logprob"]
+        batch.columns["old_logprob"] += shift
+        batch.columns["engine_logprob"] += shift
+    fill_importance([batch], Importance(rule, 1.5, 0.4, 3.0))
     head = Head(weight, VOCAB, 1.0, None, sequence_parallel=False, chunk=64, backend="torch")
     value, metrics = policy_loss(Objective())(HeadRows(head, states, batch, factor=1.0))
     value.backward()
 
-    old, advantages = batch.old_logprobs.double(), batch.advantages.double()
-    rho = torch.exp(old - engine_logprobs(batch, sequences).double())
+    old, advantages = batch.columns["old_logprob"].double(), batch.columns["advantage"].double()
+    rho = torch.exp(old - batch.columns["engine_logprob"].double())
     rho_used = {
         "none": torch.ones_like(rho),
         "truncate": rho.clamp(max=1.5),
@@ -83,11 +78,10 @@ def test_the_loss_and_its_gradient_under_importance_weights_equal_fp64(rule: Any
 def test_a_weight_is_exactly_one_where_engine_and_policy_agree_exactly(rule: Literal["truncate", "mask"]) -> None:
     sequences = ragged_sequences(6)
     batch = packed(sequences, off=0.0)
-    fill_importance([batch], sequences, Importance(rule))
-    assert batch.importance is not None
-    assert torch.equal(batch.importance, torch.ones_like(batch.importance))
-    assert not batch.importance.requires_grad
-    figures = drift_figures(drift_sums(batch, sequences, version=0))
+    fill_importance([batch], Importance(rule))
+    assert torch.equal(batch.columns["importance"], torch.ones_like(batch.columns["importance"]))
+    assert not batch.columns["importance"].requires_grad
+    figures = drift_figures(drift_sums(batch, version=0))
     assert figures["importance_mean"] == 1.0
     assert figures["importance_cut"] == 0.0
 
@@ -98,18 +92,15 @@ def test_differences_are_told_apart_by_the_version_that_drew_the_token() -> None
     sequences = []
     for s in plain:
         a, b = s.response_length // 3, 2 * s.response_length // 3
-        spans = [VersionSpan(5, 0, a), VersionSpan(6, a, b), VersionSpan(7, b, s.response_length)]
-        spans = [span for span in spans if span.start < span.end]
-        sequences.append(replace(s, versions=tuple(spans)))
+        sequences.append(with_columns(s, version=[5] * a + [6] * (b - a) + [7] * (s.response_length - b)))
     batch = packed(sequences, off=0.0)
-    lags = version_lags(batch, sequences, version=7)
-    assert batch.old_logprobs is not None
-    batch.old_logprobs = batch.old_logprobs + torch.tensor([0.125, 0.25, 0.5])[lags]
-    figures = drift_figures(drift_sums(batch, sequences, version=7))
+    lags = version_lags(batch, version=7)
+    batch.columns["old_logprob"] = batch.columns["old_logprob"] + torch.tensor([0.125, 0.25, 0.5])[lags]
+    figures = drift_figures(drift_sums(batch, version=7))
     for lag, name in enumerate(["logprob_diff", "logprob_diff_lag1", "logprob_diff_lag2"]):
         assert figures[f"{name}_mean"] == pytest.approx(offsets[7 - lag], abs=1e-6)
         assert figures[f"{name}_max"] == pytest.approx(offsets[7 - lag], abs=1e-6)
-    stale = drift_figures(drift_sums(batch, sequences, version=8))
+    stale = drift_figures(drift_sums(batch, version=8))
     assert math.isnan(stale["logprob_diff_mean"])
     assert stale["logprob_diff_lag1_mean"] == pytest.approx(0.125, abs=1e-6)
     check_logprobs(stale, TrainingConfig(max_logprob_diff=0.01), loud=True)  # nothing that could be judged
@@ -127,29 +118,23 @@ def test_the_mean_warns_then_stops_and_the_maximum_does_neither(capsys: pytest.C
         check_logprobs({"logprob_diff_mean": 0.6, "logprob_diff_max": 0.6}, config, loud=True)
 
 
-def test_sequences_come_back_exactly_from_flat_tensors() -> None:
-    rng = np.random.default_rng(0)
+def test_tokens_that_no_engine_drew_are_not_compared() -> None:
+    """Neither in the differences nor in the KL, and their importance is 1."""
+    plain = ragged_sequences(8)
     sequences = [
-        replace(
-            s,
-            advantage=float(rng.normal()) * 1e-3,
-            engine_logprobs=np.asarray(s.engine_logprobs, np.float32).tolist(),
-            versions=(VersionSpan(10**12, 0, 1), VersionSpan(10**12 + 1, 1, s.response_length)),
-            routed_experts=rng.integers(0, 60000, (s.length - 1, 3, 2)).astype(np.uint16) if s.length % 2 else None,
-        )
-        for s in ragged_sequences(20)
+        with_columns(s, version=[NOT_DRAWN if t % 3 == 0 else 2 for t in range(s.response_length)]) for s in plain
     ]
-    sequences += [Sequence([1, 2, 2**31 - 1], 1), Sequence([1], 1, 0.5, [])]
-    back = unflatten(flatten(sequences))
-    assert [replace(s, routed_experts=None) for s in back] == [replace(s, routed_experts=None) for s in sequences]
-    for given, found in zip(sequences, back, strict=True):
-        if given.routed_experts is None:
-            assert found.routed_experts is None
-        else:
-            assert found.routed_experts is not None
-            assert found.routed_experts.dtype == np.uint16
-            assert np.array_equal(given.routed_experts, found.routed_experts)
-    assert unflatten(flatten([])) == []
+    batch = packed(sequences, off=0.5)
+    written = batch.columns["version"] == NOT_DRAWN
+    batch.columns["engine_logprob"][written] = -torch.inf
+    batch.columns["reference_logprob"] = torch.where(written, torch.nan, batch.columns["old_logprob"] - 0.25)
+    fill_importance([batch], Importance("truncate", 1.5))
+    figures = drift_figures(drift_sums(batch, version=2))
+    off = (batch.columns["old_logprob"] - batch.columns["engine_logprob"])[~written].double()
+    assert figures["logprob_diff_mean"] == pytest.approx(float(off.abs().mean()), rel=1e-6)
+    assert figures["kl"] == pytest.approx(0.25, abs=1e-6)
+    assert figures["importance_mean"] == pytest.approx(float(off.exp().clamp(max=1.5).mean()), rel=1e-6)
+    assert set(batch.columns["importance"][written].tolist()) == {1.0}
 
 
 def config(**sections: Any) -> TrainConfig:

@@ -14,8 +14,10 @@ from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.kernels import products
 from megatron_efr.policy import Policy, Ranks, policy_loss, supervised_loss
 from megatron_efr.policy.head import loss_scaling
-from megatron_efr.types import PackedBatch, Sequence, UserError
+from megatron_efr.samples import PackedBatch
+from megatron_efr.types import UserError
 from tests.conftest import make_model_folder
+from tests.groups import sample
 from tests.parallel import head
 
 PPO = policy_loss(Objective())
@@ -120,6 +122,6 @@ def test_tokens_outside_the_vocabulary_are_refused_before_they_are_packed(
     token: int, models: str, ranks: Ranks
 ) -> None:
     policy, _ = build(models, ranks)
-    sequences = [*head.sequences(), Sequence([1, 2, token], 1)]
+    sequences = [*head.sequences(), sample([1, 2, token], 1)]
     with pytest.raises(UserError, match=rf"sequence 12 holds token id {token}, .* vocabulary is 61"):
         policy.pack_update(sequences, list(range(13)), 100, "token")

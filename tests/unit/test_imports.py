@@ -12,12 +12,13 @@ PACKAGE = Path(__file__).parents[2] / "megatron_efr"
 
 # A unit is a room (folder) or a module of the package. What is listed it may import, and itself; "weights.mapping" is
 # that module of the room alone.
-BASE = {"errors", "types", "config", "durable"}
+BASE = {"errors", "types", "samples", "config", "durable"}
 WEIGHTS = {"weights"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "types": {"errors"},
+    "samples": {"types"},
     "durable": {"errors"},
     "config": {"errors"},
     "parent": set(),

@@ -36,7 +36,7 @@ def update(policy: Policy, advantage: float | None = None) -> dict[str, float]:
         return policy.update(batches, supervised_loss)
     policy.fill_logprobs(batches)
     for batch in batches:
-        batch.advantages = torch.full((len(batch.targets),), advantage)
+        batch.columns["advantage"] = torch.full((len(batch.targets),), advantage)
     return policy.update(batches, policy_loss(Objective()))
 
 

@@ -18,6 +18,7 @@ from megatron_efr.policy.layers import PackedAttention, packed_sequences
 from megatron_efr.policy.packing import balance, pack, row_weights, sequence_flops, split_into_updates
 from megatron_efr.weights.architecture import Architecture
 from tests.conftest import ragged_sequences
+from tests.groups import with_columns
 
 QWEN_1_5B = Architecture.from_config({
     "model_type": "qwen2", "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12,
@@ -69,12 +70,12 @@ def test_pack_says_where_everything_is() -> None:
     assert batch.cu_seqlens.tolist()[:3] == [0, sequences[3].length, total]
     for place, i in enumerate(batch.indices):
         s, start = sequences[i], int(batch.cu_seqlens[place])
-        assert batch.tokens[start : start + s.length].tolist() == s.tokens
+        assert batch.tokens[start : start + s.length].tolist() == s.tokens.tolist()
         assert batch.positions[start : start + s.length].tolist() == list(range(s.length))
     responses = [t for i in (3, 0) for t in sequences[i].tokens[sequences[i].prompt_length :]]
     assert batch.targets.tolist() == responses
     assert (batch.tokens[batch.rows + 1]).tolist() == responses
-    assert batch.weights.tolist() == [0.5] * batch.row_lengths[0] + [0.25] * batch.row_lengths[1]
+    assert batch.columns["weight"].tolist() == [0.5] * batch.row_lengths[0] + [0.25] * batch.row_lengths[1]
 
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), groups=st.sampled_from([1, 2, 4]))
@@ -152,16 +153,15 @@ def test_pack_pads_every_sequence_for_context_ranks() -> None:
 
 def test_sequences_without_advantage_come_last_on_every_context_rank() -> None:
     drawn = ragged_sequences(5, shortest=30)
-    sequences = [replace(s, advantage=0.0) if i in (0, 3) else s for i, s in enumerate(drawn)]
+    sequences = [with_columns(s, advantage=0.0) if i in (0, 3) else s for i, s in enumerate(drawn)]
     batch = pack(sequences, [0, 4, 3, 1], dict.fromkeys(range(5), 1.0), torch.device("cpu"), 4, 4)
     assert batch.indices == [4, 1, 0, 3]
-    assert batch.live_rows == len(batch.targets), "nobody has said yet that they stay 0"
-    values = torch.tensor([1.0, 1.0, 0.0, 0.0])
-    batch.advantages = values.repeat_interleave(torch.tensor(batch.row_lengths))
-    batch.live = 2
+    assert batch.live == 2
     for part in [batch, *(context.part(batch, rank, 2) for rank in range(2))]:
-        assert part.advantages is not None
-        assert part.advantages.tolist() == [1.0] * part.live_rows + [0.0] * (len(part.targets) - part.live_rows)
+        live = part.columns["advantage"] != 0
+        assert live.tolist() == [True] * part.live_rows + [False] * (len(part.targets) - part.live_rows)
+    unknown = pack([replace(s, columns={}) for s in drawn], [0, 4], {0: 1.0, 4: 1.0}, torch.device("cpu"))
+    assert (unknown.indices, unknown.live, unknown.live_rows) == ([0, 4], None, len(unknown.targets))
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -169,13 +169,15 @@ def test_context_parts_are_the_batch(ranks: int) -> None:
     """Every token and every row on exactly one rank, in the chunks r and 2 * ranks - 1 - r of its sequence."""
     sequences = ragged_sequences(6)
     batch = pack(sequences, [4, 1, 2], {4: 0.5, 1: 0.25, 2: 1.0}, torch.device("cpu"), 2 * ranks, 2 * ranks)
-    batch.advantages = torch.randn(len(batch.targets))
+    batch.columns["advantage"] = torch.randn(len(batch.targets))
     parts = [context.part(batch, rank, ranks) for rank in range(ranks)]
-    for name in ("targets", "weights", "advantages"):
-        whole = torch.zeros_like(getattr(batch, name))
-        for rank, part in enumerate(parts):
-            whole[context.own_rows(batch, rank, ranks)] += getattr(part, name)
-        assert torch.equal(whole, getattr(batch, name))
+    assert {"weight", "advantage", "engine_logprob"} == batch.columns.keys() == parts[0].columns.keys()
+    pieces = [{"targets": part.targets, **part.columns} for part in parts]
+    for name, wanted in {"targets": batch.targets, **batch.columns}.items():
+        whole = torch.zeros_like(wanted)
+        for rank, piece in enumerate(pieces):
+            whole[context.own_rows(batch, rank, ranks)] += piece[name]
+        assert torch.equal(whole, wanted), name
     place = context.rank_order(batch.lengths, ranks)
     assert torch.equal(torch.cat([part.tokens for part in parts])[place], batch.tokens)
     for rank, part in enumerate(parts):

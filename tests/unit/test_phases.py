@@ -79,7 +79,7 @@ def test_engines_that_share_nothing_are_only_published_to(parts: Parts, ranks: R
 
 @pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize(("name", "first"), [("to_policy", "release"), ("to_engines", "offload")])
-def test_in_any_other_state_a_hand_over_is_refused_in_words_and_asks_nothing_of_anybody(
+def test_in_any_other_state_a_scatter_samples_is_refused_in_words_and_asks_nothing_of_anybody(
     name: str, first: str, state: State, parts: Parts, ranks: Ranks
 ) -> None:
     phases = Phases(parts, parts, parts, ranks, shared=True)

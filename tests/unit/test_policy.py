@@ -15,8 +15,9 @@ from megatron_efr.algorithms import Objective
 from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.policy import Policy, Ranks, policy_loss, split_into_updates, supervised_loss
 from megatron_efr.policy.packing import pack
-from megatron_efr.types import PackedBatch, Sequence
+from megatron_efr.samples import PackedBatch, Sample
 from tests.conftest import make_model_folder, ragged_sequences
+from tests.groups import with_columns
 
 SGD: dict[str, Any] = {"optimizer": "sgd", "sgd_momentum": 0.0}
 
@@ -27,10 +28,10 @@ def build(path: Path, ranks: Ranks, **changes: Any) -> Policy:
     return Policy(model, ParallelConfig(), optimizer, ranks, updates=10, seed=0, **changes)
 
 
-def exact_logprobs(model: Qwen2ForCausalLM, sequence: Sequence, temperature: float = 1.0) -> torch.Tensor:
+def exact_logprobs(model: Qwen2ForCausalLM, sequence: Sample, temperature: float = 1.0) -> torch.Tensor:
     """Response log-probs from a full forward pass of transformers, at the model's own precision."""
-    logits = model(torch.tensor([sequence.tokens])).logits[0, sequence.prompt_length - 1 : -1]
-    targets = torch.tensor(sequence.tokens[sequence.prompt_length :])
+    logits = model(torch.tensor(sequence.tokens)[None].long()).logits[0, sequence.prompt_length - 1 : -1]
+    targets = torch.tensor(sequence.tokens[sequence.prompt_length :]).long()
     return torch.log_softmax(logits / temperature, -1).gather(1, targets[:, None])[:, 0]
 
 
@@ -78,7 +79,7 @@ def test_folder_written_back_is_the_folder_read(
 
 def fp64_loss(
     model: Qwen2ForCausalLM,
-    sequences: list[Sequence],
+    sequences: list[Sample],
     old: dict[int, torch.Tensor],
     advantages: dict[int, torch.Tensor],
     clip: float,
@@ -104,11 +105,10 @@ def test_loss_and_gradient_equal_fp64(aggregate: Any, seed: int, tied_model: Pat
     policy.fill_logprobs(batches)
     generator = torch.Generator().manual_seed(seed)
     for batch in batches:  # old log-probs off by up to several clip widths, so that clipping bites on both sides
-        assert batch.old_logprobs is not None
-        batch.old_logprobs = batch.old_logprobs + 0.3 * torch.randn(len(batch.targets), generator=generator)
-        batch.advantages = torch.randn(len(batch.targets), generator=generator)
-    old = by_sequence(batches, [b.old_logprobs for b in batches if b.old_logprobs is not None])
-    advantages = by_sequence(batches, [b.advantages for b in batches if b.advantages is not None])
+        batch.columns["old_logprob"] += 0.3 * torch.randn(len(batch.targets), generator=generator)
+        batch.columns["advantage"] = torch.randn(len(batch.targets), generator=generator)
+    old = by_sequence(batches, [b.columns["old_logprob"] for b in batches])
+    advantages = by_sequence(batches, [b.columns["advantage"] for b in batches])
 
     metrics = policy.update(batches, policy_loss(Objective()))
     assert 0.1 < metrics["clip_fraction"] < 0.9
@@ -143,10 +143,7 @@ def test_packing_changes_nothing(tied_model: Path, ranks: Ranks) -> None:
         policy = build(tied_model, ranks, megatron=SGD)
         batches = policy.pack_update(sequences, list(range(32)), budget, "sequence")
         policy.fill_logprobs(batches)
-        for batch in batches:
-            lengths = torch.tensor(batch.row_lengths)
-            batch.advantages = torch.tensor([sequences[i].advantage for i in batch.indices]).repeat_interleave(lengths)
-        logprobs = by_sequence(batches, [b.old_logprobs for b in batches if b.old_logprobs is not None])
+        logprobs = by_sequence(batches, [b.columns["old_logprob"] for b in batches])
         metrics = policy.update(batches, policy_loss(Objective()))
         results.append((len(batches), logprobs, metrics, dict(policy.named_gradients())))
     counts = [count for count, *_ in results]
@@ -166,10 +163,9 @@ def test_identities_of_the_first_update(tied_model: Path, ranks: Ranks) -> None:
     batches = [batch for update in updates for batch in update]
     policy.fill_logprobs(batches)
     for batch in batches:
-        assert batch.old_logprobs is not None
-        assert batch.reference_logprobs is not None
-        assert torch.equal(batch.old_logprobs, batch.reference_logprobs), "a fresh reference: KL exactly 0"
-        batch.advantages = torch.linspace(-1, 1, len(batch.targets))
+        old, reference = batch.columns["old_logprob"], batch.columns["reference_logprob"]
+        assert torch.equal(old, reference), "a fresh reference: KL exactly 0"
+        batch.columns["advantage"] = torch.linspace(-1, 1, len(batch.targets))
     first = policy.update(updates[0], policy_loss(Objective()))
     assert first["ratio_max"] == 1.0
     assert first["kl_to_old"] == 0.0
@@ -183,18 +179,15 @@ def test_reference_stays_the_initial_model_and_leaves_no_trace(tied_model: Path,
     policy = build(tied_model, ranks, keep_reference=True, lr=1e-2)
     batches = policy.pack_update(sequences, list(range(12)), 400, "sequence")
     policy.fill_logprobs(batches)
-    initial = [batch.reference_logprobs for batch in batches]
+    initial = [batch.columns["reference_logprob"].clone() for batch in batches]
     for _ in range(3):
         policy.update(batches, supervised_loss)
     weights = {name: tensor.clone() for name, tensor in policy.named_weights()}
     policy.fill_logprobs(batches)
     assert all(torch.equal(weights[name], tensor) for name, tensor in policy.named_weights())
     for batch, first in zip(batches, initial, strict=True):
-        assert batch.reference_logprobs is not None
-        assert batch.old_logprobs is not None
-        assert first is not None
-        assert torch.equal(batch.reference_logprobs, first)
-        assert (batch.old_logprobs - first).abs().max() > 1e-2, "three updates at 1e-2 are far from the start"
+        assert torch.equal(batch.columns["reference_logprob"], first)
+        assert (batch.columns["old_logprob"] - first).abs().max() > 1e-2, "three updates at 1e-2 are far from the start"
 
 
 def test_sgd_step_is_minus_lr_times_gradient(tied_model: Path, ranks: Ranks) -> None:
@@ -213,7 +206,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_said(tied_model: Path, ran
     batches = policy.pack_update(sequences, list(range(6)), 400, "sequence")
     policy.fill_logprobs(batches)
     for batch in batches:
-        batch.advantages = torch.full((len(batch.targets),), float("nan"))
+        batch.columns["advantage"] = torch.full((len(batch.targets),), float("nan"))
     before = {name: tensor.clone() for name, tensor in policy.named_weights()}
     metrics = policy.update(batches, policy_loss(Objective()))
     assert metrics["skipped"] == 1.0
@@ -226,9 +219,11 @@ def test_compare_logprobs_measures_engine_and_reference(tied_model: Path, ranks:
     plain = ragged_sequences(8)
     batches = policy.pack_update(plain, list(range(8)), 400, "sequence")
     policy.fill_logprobs(batches)
-    exact = by_sequence(batches, [b.old_logprobs for b in batches if b.old_logprobs is not None])
-    shifted = [Sequence(s.tokens, s.prompt_length, 0.0, (exact[i] + 0.25).tolist()) for i, s in enumerate(plain)]
-    drift = policy.compare_logprobs(batches, shifted)
+    exact = by_sequence(batches, [b.columns["old_logprob"] for b in batches])
+    shifted = [with_columns(s, engine_logprob=(exact[i] + 0.25).numpy()) for i, s in enumerate(plain)]
+    batches = policy.pack_update(shifted, list(range(8)), 400, "sequence")
+    policy.fill_logprobs(batches)
+    drift = policy.compare_logprobs(batches)
     assert drift["logprob_diff_mean"] == pytest.approx(0.25, abs=1e-6)
     assert drift["logprob_diff_max"] == pytest.approx(0.25, abs=1e-5)
     assert drift["kl"] == 0.0
@@ -244,8 +239,8 @@ def test_an_empty_micro_batch_adds_nothing(tied_model: Path, ranks: Ranks) -> No
             batches.append(pack(sequences, [], {}, torch.device("cpu")))
         policy.fill_logprobs(batches)
         for batch in batches:
-            batch.advantages = torch.ones(len(batch.targets))
-        drift = policy.compare_logprobs(batches, sequences)
+            batch.columns["advantage"] = torch.ones(len(batch.targets))
+        drift = policy.compare_logprobs(batches)
         results.append((policy.update(batches, policy_loss(Objective())) | drift, dict(policy.named_gradients())))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])

@@ -22,7 +22,7 @@ from megatron_efr.rollout.build import build_engine
 from megatron_efr.rollout.engine import no_text
 from megatron_efr.rollout.servers.run_servers import Servers
 from megatron_efr.rollout.sglang.experts import decode_routing
-from megatron_efr.types import Sequence
+from megatron_efr.samples import Sample
 from megatron_efr.weights.architecture import Architecture
 from tests.conftest import ragged_sequences
 from tests.families import make_family_folder
@@ -58,7 +58,7 @@ def make(moe: Path, ranks: Ranks) -> MakePolicy:
     return make
 
 
-def logprobs(policy: Policy, sequences: list[Sequence], budget: int = 600) -> list[torch.Tensor]:
+def logprobs(policy: Policy, sequences: list[Sample], budget: int = 600) -> list[torch.Tensor]:
     batches = policy.pack_update(sequences, list(range(len(sequences))), budget, "sequence")
     found = {
         i: part
@@ -68,7 +68,7 @@ def logprobs(policy: Policy, sequences: list[Sequence], budget: int = 600) -> li
     return [found[i] for i in range(len(sequences))]
 
 
-def gradients(policy: Policy, sequences: list[Sequence], budget: int = 300) -> dict[str, torch.Tensor]:
+def gradients(policy: Policy, sequences: list[Sample], budget: int = 300) -> dict[str, torch.Tensor]:
     policy.update(policy.pack_update(sequences, list(range(len(sequences))), budget, "sequence"), supervised_loss)
     return {name: gradient.clone() for name, gradient in policy.named_gradients()}
 
@@ -79,7 +79,7 @@ def test_replaying_its_own_choice_changes_no_bit(make: MakePolicy) -> None:
     assert all(torch.equal(a, b) for a, b in zip(logprobs(policy, sequences), own, strict=True))
     batches = policy.pack_update(sequences, list(range(16)), 600, "sequence")
     policy.fill_logprobs(batches)
-    assert policy.compare_logprobs(batches, sequences)["kl"] == 0, "a fresh reference chooses the same by itself"
+    assert policy.compare_logprobs(batches)["kl"] == 0, "a fresh reference chooses the same by itself"
     plain, replayed = gradients(make(), sequences), gradients(policy, sequences)
     for name in plain:  # sequences' last tokens, whose gradients are 0, add rows to the first experts' products
         first = name.startswith("model.layers.") and 0 <= int(name.partition("experts.")[2].partition(".")[0] or -1) < 4
@@ -93,7 +93,7 @@ def test_the_first_update_of_a_mixture_sees_a_ratio_of_exactly_1(make: MakePolic
     batches = policy.pack_update(sequences, list(range(24)), 600, "sequence")
     policy.fill_logprobs(batches)
     for batch in batches:
-        batch.advantages = torch.linspace(-1, 1, len(batch.targets))
+        batch.columns["advantage"] = torch.linspace(-1, 1, len(batch.targets))
     first = policy.update(batches, policy_loss(Objective()))
     assert (first["ratio_max"], first["kl_to_old"], first["clip_fraction"]) == (1.0, 0.0, 0.0)
 
@@ -128,8 +128,8 @@ def test_transformers_with_the_same_experts_gives_the_same_numbers(make: MakePol
         assert sequence.routed_experts is not None
         last = np.arange(4, dtype=np.int8)[None, None].repeat(4, 1)
         routing = torch.from_numpy(np.concatenate([sequence.routed_experts, last])).long()
-        logits = model(torch.tensor([sequence.tokens])).logits[0, sequence.prompt_length - 1 : -1]
-        targets = torch.tensor(sequence.tokens[sequence.prompt_length :])
+        logits = model(torch.tensor(sequence.tokens)[None].long()).logits[0, sequence.prompt_length - 1 : -1]
+        targets = torch.tensor(sequence.tokens[sequence.prompt_length :]).long()
         theirs = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
         assert float((mine - theirs.detach()).abs().max()) <= 1e-5
         (-theirs.mean() / len(sequences)).backward()
@@ -170,7 +170,7 @@ def test_replay_removes_what_flipped_experts_add(engine: str, make: MakePolicy, 
     assert float(together.max()) < 1.5 * float(together[~after_flip].max())
 
 
-def _after_flip(one: Sequence, other: Sequence) -> torch.Tensor:
+def _after_flip(one: Sample, other: Sample) -> torch.Tensor:
     """Which response tokens are predicted at or behind a token that had other experts in the other's sequence."""
     assert one.routed_experts is not None
     assert other.routed_experts is not None

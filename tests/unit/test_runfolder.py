@@ -52,9 +52,11 @@ def group(index=0, n=3):
 def credited(index=0):
     rng = np.random.default_rng(index)
     graded = Graded(group(index), (Grade("correct", 1.0), Grade("timeout", 0.0), Grade("wrong", 0.1 + 0.2)))
-    return Credited(
-        Rewarded(graded, rng.random(3)), Credit(np.array([0.1 + 0.2, math.pi, -1e-300]), rng.random(3) < 0.5)
-    )
+    rewards, masked = rng.random(3), rng.random(3) < 0.5
+    lengths = [len(response.tokens) for response in graded.group.responses]
+    per_token, weight = (tuple(rng.random(length) for length in lengths) for _ in range(2))
+    credit = Credit(np.array([0.1 + 0.2, math.pi, -1e-300]), per_token, weight, masked)
+    return Credited(Rewarded(graded, rewards), credit)
 
 
 def assert_same(one, two, name=""):
@@ -79,6 +81,13 @@ def test_a_group_comes_back_exactly():
     bare = Group(Prompt("p", (1,), "q", "1"), (Response((1,), np.array([-0.1], dtype=np.float32), "stop"),))
     assert_same(decode_group(encode_group(bare)), bare)
     assert "\n" not in encode_group(group())
+
+
+def test_rollouts_of_before_a_field_was_there_are_read():
+    tree = json.loads(encode_credited(credited()))
+    del tree["per_token"], tree["weight"]
+    found = decode_credited(json.dumps(tree)).credit
+    assert_same(found, credited().credit._replace(per_token=None, weight=None))
 
 
 def test_every_field_of_a_group_is_kept():
