@@ -53,7 +53,7 @@ def sample(tokens: Sequence[int], prompt_length: int, **columns: Any) -> Sample:
 def with_columns(of: Sample, **columns: Any) -> Sample:
     """The sample with these columns besides."""
     made = {
-        name: np.broadcast_to(np.asarray(values, COLUMNS[name].dtype), of.response_length)
+        name: np.broadcast_to(np.asarray(values, COLUMNS[name].dtype), of.response_length).copy()
         for name, values in columns.items()
     }
     return replace(of, columns={**of.columns, **made})

@@ -9,13 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_efr.algorithms import Objective, Spread
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.policy import Policy, Ranks, joined_ranks, policy_loss
+from megatron_efr.samples import Sample
 from tests.conftest import ragged_sequences
+from tests.groups import with_columns
 from tests.routing import randomly_routed
 
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -32,6 +35,7 @@ class Case(NamedTuple):
     recompute: bool
     budget: int  # tokens of a micro-batch, where there are several ranks
     replay: bool = False  # tokens go to experts drawn at random, as if an engine had chosen them
+    weighed: bool = False  # tokens have credits and weights of their own; many, and whole sequences, are not trained
 
 
 # every aggregation, every KL, both ratios and surrogates, whitening, both bounds, the dual one, an entropy bonus
@@ -52,9 +56,9 @@ OBJECTIVES = {
 CASES = {
     "dense": [
         Case("tied", "sequence", False, 300),
-        Case("tied", "token", True, 150),
+        Case("tied", "token", True, 150, weighed=True),
         Case("untied", "constant", True, 150),
-        Case("untied", "whole", False, 150),
+        Case("untied", "whole", False, 150, weighed=True),
     ],
     "experts": [
         Case("moe", "sequence", False, 300),
@@ -81,12 +85,22 @@ def kind(layout: str) -> str:
     return "experts" if "expert" in layout else "dense"
 
 
+def weighed(sequences: list[Sample]) -> list[Sample]:
+    """The sequences with credits and weights of single tokens: a third of these is 0, and every sixth's all are."""
+    rng, made = np.random.default_rng(11), []
+    for i, s in enumerate(sequences):
+        weight = rng.random(s.response_length) * (rng.random(s.response_length) < 0.7) * (i % 6 != 3)
+        credit = s.columns["advantage"] + 0.5 * rng.normal(size=s.response_length)
+        made.append(with_columns(s, weight=weight, advantage=credit))
+    return made
+
+
 def train(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks, optimizer: str) -> dict[str, Any]:
     """Three updates: log-probs before them, each gradient after the first, the change of weights, all metrics.
 
     Deliberately unlike a good run, so that all of the loss works: ratios that clip, a reference far away, whitening.
     """
-    sequences = ragged_sequences(32)
+    sequences = weighed(ragged_sequences(32)) if case.weighed else ragged_sequences(32)
     if case.replay:
         sequences = randomly_routed(sequences, layers=4, experts=4, per_token=2)
     megatron = {"optimizer": "sgd", "sgd_momentum": 0.0} if optimizer == "sgd" else {}
