@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe import moe_utils
 
 from megatron_efr import transformer_engine
 from megatron_efr.config import ConfigError, ModelConfig, ParallelConfig
@@ -123,10 +125,10 @@ def _check_experts(model: ModelConfig, parallel: ParallelConfig) -> None:
             "model.megatron.moe_grouped_gemm: grouped experts need Transformer Engine's layers, CUDA and bfloat16, and "
             "these are local ones, whose experts are computed one by one; leave it out, or install the gpu extra"
         )
-    if torch.cuda.is_available() and not transformer_engine.WORKS:
+    if torch.cuda.is_available() and not hasattr(moe_utils, "te_general_gemm"):
         raise ConfigError(
-            "model.path: a mixture of experts needs Transformer Engine on a GPU (megatron-core 0.16.1's router calls "
-            "it, whatever the layers); install the gpu extra"
+            "model.path: a mixture of experts needs Transformer Engine on a GPU (the router of megatron-core "
+            f"{version('megatron-core')} calls it, whatever the layers); install the gpu extra"
         )
 
 

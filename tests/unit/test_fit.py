@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.transformer.moe import moe_utils
 
 from megatron_efr.config import ConfigError, ModelConfig, ParallelConfig, check_parallel
 from megatron_efr.policy import check_fit, joined_ranks
@@ -99,3 +101,16 @@ def test_transformer_engines_layers_are_refused_in_fp32_which_its_packed_attenti
     model = ModelConfig(path=str(tied_model), layers="transformer_engine")
     with pytest.raises(ConfigError, match=r"model\.layers: .* in 16 bits alone, and model\.dtype is float32"):
         check_fit(model, ParallelConfig())
+
+
+def test_experts_on_a_gpu_need_transformer_engine_if_megatrons_router_does(
+    tied_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = Architecture.from_folder(tied_model)
+    mixture = replace(dense, experts=EXPERTS)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(moe_utils, "te_general_gemm", None, raising=False)
+    check_fit(ModelConfig(path=str(tied_model)), ParallelConfig(), mixture)
+    monkeypatch.delattr(moe_utils, "te_general_gemm")
+    with pytest.raises(ConfigError, match=r"model\.path: a mixture of experts needs Transformer Engine on a GPU"):
+        check_fit(ModelConfig(path=str(tied_model)), ParallelConfig(), mixture)
