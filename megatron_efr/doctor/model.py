@@ -34,7 +34,7 @@ def check_prompt(config: RunConfig) -> Finding:
         renderer = Renderer(load_tokenizer(config.model.path), prompt)
         [(text, ids)] = renderer.render([next(_questions(config), _EXAMPLE)])
     except UserError as error:
-        return Finding("prompt", "problem", str(error), "see README.md, where prompts and data are described")
+        return Finding("prompt", "problem", str(error), "see data.prompt in docs/configuration.md")
     if len(ids) > prompt.max_tokens:
         found = f"{len(ids)} tokens, more than prompt.max_tokens = {prompt.max_tokens}: {text!r}"
         return Finding("prompt", "problem", found, "raise prompt.max_tokens, or shorten prompt.template")

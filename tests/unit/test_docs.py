@@ -1,0 +1,86 @@
+"""The words of README, CONTRIBUTING and docs/ hold: links lead somewhere, and what is named exists."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from megatron_efr.cli import PROGRAMS
+from megatron_efr.config import EvaluateConfig, SftConfig, TrainConfig
+
+pytestmark = pytest.mark.alike
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONFIGS = (TrainConfig, SftConfig, EvaluateConfig)
+
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+FILE = re.compile(r"\b(?:tests|tools|launch|examples|docs|findings|megatron_efr)/[\w./-]*\w")
+PROGRAM = re.compile(r"(?:^ {4}|`)(?:\.venv/bin/)?efr ([a-z]+)", re.MULTILINE)
+SECTIONS = {name for config in CONFIGS for name in config.model_fields}
+KEY = re.compile(rf"`((?:{'|'.join(sorted(SECTIONS))})(?:\.[a-z_]+)+)")
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def anchors(page: Path) -> set[str]:
+    """Headings as links name them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def targets(page: Path) -> Iterator[tuple[Path, str]]:
+    """The files that a page links to, and the heading in each."""
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if not link.startswith(("http://", "https://")):
+            name, _, anchor = link.partition("#")
+            yield (page.parent / name).resolve() if name else page, anchor
+
+
+def has_key(model: type[BaseModel], names: list[str]) -> bool:
+    """True if the key exists; fields that are passed on to other software end the search."""
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    if (field := fields.get(names[0])) is None:
+        return False
+    inner = field.annotation
+    known = isinstance(inner, type) and issubclass(inner, BaseModel)
+    return len(names) == 1 or not known or bool(inner.model_config.get("extra") == "allow") or has_key(inner, names[1:])
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in targets(page):
+        assert target.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {target.name}#{anchor}"
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    reached, waiting = set[Path](), [README]
+    while waiting:
+        page = waiting.pop()
+        if page not in reached and page.suffix == ".md":
+            reached.add(page)
+            waiting += [target for target, _ in targets(page)]
+    assert set(PAGES) <= reached
+
+
+@each_page
+def test_files_programs_and_keys_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert [name for name in FILE.findall(text) if not (ROOT / name).exists()] == []
+    assert [name for name in PROGRAM.findall(text) if name not in PROGRAMS] == []
+    keys = {key for key in KEY.findall(text) if not key.endswith((".py", ".yaml", ".md"))}
+    keys -= {key for key in keys if (ROOT / "megatron_efr" / key.replace(".", "/")).with_suffix(".py").exists()}
+    unknown = [key for key in keys if not any(has_key(config, key.split(".")) for config in CONFIGS)]
+    assert unknown == []
+
+
+def test_the_readme_is_one_screen_of_short_paragraphs() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    prose = [block for block in text.split("\n\n") if not block.startswith(("|", "    ", "#"))]
+    assert max(len(block.split()) for block in prose) <= 60
