@@ -20,7 +20,7 @@ import torch
 
 from megatron_efr import arguments
 from megatron_efr.checkpoint.manifest import STATE, verify, write_manifest
-from megatron_efr.checkpoint.model_source import HUGGING_FACE, find_template
+from megatron_efr.checkpoint.model_source import HUGGING_FACE, find_checkpoint, find_template
 from megatron_efr.durable import replace_file, sync_folder
 from megatron_efr.errors import UserError
 from megatron_efr.weights import torch_dist
@@ -52,11 +52,12 @@ def hf_to_megatron(source: Path, destination: Path) -> None:
 
 
 def megatron_to_hf(source: Path, destination: Path, template: Path | None = None) -> None:
-    """Write a Megatron checkpoint, a run's or a converted one, as a Hugging Face folder, complete or absent.
+    """Write a Megatron checkpoint, a run's (or its newest) or a converted one, as a whole Hugging Face folder or none.
 
     Configuration and tokenizer come from `template`, by default the model that the checkpoint was made from.
     """
     _refuse_existing(destination)
+    source = find_checkpoint(source) or source
     verify(source)
     template = template or find_template(source)
     weights = torch_dist.CheckpointWeights(source, Architecture.from_folder(template))

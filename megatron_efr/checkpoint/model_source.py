@@ -51,7 +51,7 @@ def find_model(model: ModelConfig, seed: int, template: str | None = None) -> Mo
 
     A checkpoint's configuration and tokenizer come from `template`, by default from the model that it was made from.
     """
-    checkpoint = _checkpoint(Path(model.path))
+    checkpoint = find_checkpoint(Path(model.path))
     if checkpoint is None:
         return ModelSource(model, seed, None)
     folder = template or str(find_template(checkpoint))
@@ -72,11 +72,41 @@ def find_template(checkpoint: Path) -> Path:
     return path
 
 
-def _checkpoint(path: Path) -> Path | None:
-    """The checkpoint at `path`, or the newest of the run there; None where it is neither."""
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint at `path`, or the newest of the run there; None where it is neither.
+
+    UserError where it is a run's that has none to take: it says which of those that lie there verify.
+    """
     if is_checkpoint(path):
         return path
     for folder in (path, path / "checkpoints"):
         if (latest := folder / LATEST).is_file():
-            return folder / latest.read_text(encoding="utf-8", errors="replace").strip().replace("\0", "?")
-    return None
+            named = folder / latest.read_text(encoding="utf-8", errors="replace").strip().replace("\0", "?")
+            if is_checkpoint(named):
+                return named
+            raise UserError(f"{latest}: names {named.name}, which is no checkpoint there; {_those_of(folder)}")
+    is_model, is_run = (path / "config.json").is_file(), (path / "config.yaml").is_file()
+    if is_model or not (is_run or _saved(path) or _saved(path / "checkpoints")):
+        return None
+    if (path / "model/config.json").is_file():
+        raise UserError(f"{path}: a run's folder, and none of its checkpoints is left; its model is {path / 'model'}")
+    checkpoints = path if _saved(path) else path / "checkpoints"
+    raise UserError(f"{path}: a run that has no checkpoint yet, and so no model; {_those_of(checkpoints)}")
+
+
+def _saved(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, finished or not, the newest first."""
+    return sorted((path for path in folder.glob("step_*") if path.is_dir()), reverse=True)
+
+
+def _those_of(folder: Path) -> str:
+    """Which of a run's checkpoints verifies, or what is wrong with each."""
+    faults: list[str] = []
+    for path in _saved(folder):
+        try:
+            verify(path)
+        except UserError as error:
+            faults.append(f"\n  {error}")
+        else:
+            return f"the newest that verifies is {path}: name that one"
+    return f"{folder} holds none that verifies{''.join(faults)}\nit gets one every checkpoint.every steps"

@@ -13,7 +13,7 @@ from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.checkpoint.manifest import CheckpointError
 from megatron_efr.checkpoint.model_source import ModelSource, find_model
 from megatron_efr.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.convert import hf_to_megatron
+from megatron_efr.convert import hf_to_megatron, megatron_to_hf
 from megatron_efr.errors import UserError
 from megatron_efr.policy import Policy, Ranks
 from megatron_efr.weights.architecture import Architecture
@@ -83,3 +83,32 @@ def test_what_a_checkpoint_lacks_is_named(run: Path, tied_model: Path, tmp_path:
     (checkpoint / "state.json").unlink()
     with pytest.raises(UserError, match=r"step: no state.json and no hugging_face/"):
         find(checkpoint)
+
+
+def test_a_run_without_a_checkpoint_says_so_and_names_those_that_verify(run: Path, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "config.yaml").write_text("name: begun\n")
+    none = r"begun: a run that has no checkpoint yet, and so no model; .*begun/checkpoints holds none that verifies\n"
+    with pytest.raises(UserError, match=none):
+        find(begun)
+    with pytest.raises(UserError, match=none):
+        megatron_to_hf(begun, tmp_path / "made")
+    torn = Path(shutil.copytree(run / "checkpoints/step_000003", begun / "checkpoints/step_000004.partial"))
+    (torn / "manifest.json").unlink()
+    for named in (begun, begun / "checkpoints"):
+        with pytest.raises(
+            UserError, match=r"no checkpoint yet.*\n  .*step_000004.partial: no manifest.json: the save was"
+        ):
+            find(named)
+    whole = shutil.copytree(run / "checkpoints/step_000003", begun / "checkpoints/step_000003")
+    with pytest.raises(UserError, match=rf"the newest that verifies is {whole}: name that one"):
+        find(begun)
+    (begun / "checkpoints/latest").write_text("step_000007")
+    with pytest.raises(UserError, match=rf"latest: names step_000007, which is no checkpoint there; .* {whole}: name"):
+        find(begun)
+    shutil.rmtree(begun / "checkpoints")
+    (begun / "model").mkdir()
+    (begun / "model/config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"none of its checkpoints is left; its model is .*begun/model"):
+        find(begun)
