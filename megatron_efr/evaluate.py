@@ -14,7 +14,7 @@ from megatron_efr.data.prompts import load_tokenizer
 from megatron_efr.data.stop_tokens import stop_ids
 from megatron_efr.errors import UserError
 from megatron_efr.grading import Grader
-from megatron_efr.report.records import Record, left_out_note
+from megatron_efr.report.records import Record, describe
 from megatron_efr.rollout.build import local_engine, sglang_engine
 from megatron_efr.rollout.engine import Decode, Engine
 from megatron_efr.rollout.ledger import request_seed
@@ -23,16 +23,17 @@ from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.run.environment import Evaluator, date_prompts, decoder
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.run.owner import owned
-from megatron_efr.run.unfinished import Unfinished
+from megatron_efr.run.unfinished import ASKED, Unfinished, finished
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import TensorSource, as_folder
 from megatron_efr.weights.publish import RECOVERIES, EngineError, LostError, NoEngineError
 
 
-def evaluate(config: EvaluateConfig, record_name: str) -> Record:
+def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) -> Record:
     """Answer and grade every problem; the record is kept as eval/<record_name>.json of the run folder.
 
-    Answered problems are journalled there: an evaluation that was killed goes on where it was.
+    Answered problems are journalled there: an evaluation that was killed goes on where it was. One that is finished is
+    not made again; the record of another under this name is refused, or written over where it is to `replace`.
     """
     folder = RunFolder(config.folder)
     path = folder.evaluation_path(record_name)  # a name that cannot be a file's is refused before any work
@@ -52,7 +53,13 @@ def evaluate(config: EvaluateConfig, record_name: str) -> Record:
     }
     with ExitStack() as resources:
         resources.enter_context(owned(folder.evaluation_lock(record_name), f"{folder.path}: evaluation {record_name}"))
+        judged = {**asked, **evaluator.judged()}
+        kept = finished(path, judged, replace)
         unfinished = Unfinished(path, asked)
+        if kept is not None:
+            print(f"{path}: is there already, of this very evaluation; to make it again, delete it", flush=True)
+            unfinished.clear()  # a kill may have left it
+            return kept
         grader = resources.enter_context(Grader.of(config.grading, evaluator.judgings.verifiers))
         # servers begin their random numbers anew: not with those that the journal's answers were drawn with
         seed = request_seed(config.seed, len(unfinished.journal.read().groups))
@@ -66,7 +73,7 @@ def evaluate(config: EvaluateConfig, record_name: str) -> Record:
             )
         except EngineError as error:
             raise UserError(f"{error}; the same command goes on from {unfinished.journal.path}") from error
-        folder.write_evaluation(record_name, record)
+        folder.write_evaluation(record_name, record | {ASKED: judged})
         unfinished.clear()
     return record
 
@@ -116,29 +123,17 @@ def taking_in(engine: Engine, publish: Callable[[], None]) -> Callable[[], None]
     return take_in
 
 
-def describe(record: Record) -> str:
-    """The figures of every data set, a line each."""
-    lines = [f"{record['name']}:"]
-    for dataset, figures in record["datasets"].items():
-        low, high = figures["accuracy_ci"]
-        lines.append(
-            f"  {dataset}: accuracy {figures['accuracy']:.1%} [{low:.1%}, {high:.1%}], "
-            f"{figures['tokens']:.1f} tokens, {figures['truncated']:.1%} cut off, "
-            f"{figures['samples']} responses to {figures['problems']} problems"
-        )
-    return "\n".join([*lines, *filter(None, [left_out_note(record["left_out"])])])
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr evaluate`."""
     parser = arguments.parser("evaluate", "Accuracy and tokens of a model on held-out problems.")
     parser.add_argument("--engine", choices=["local", "sglang"], help="the same as rollout.engine=...")
     parser.add_argument("--record", default="model", help="name of the record: eval/RECORD.json in the run folder")
+    parser.add_argument("--replace", action="store_true", help="write over the record of another evaluation")
     given = parser.parse_intermixed_args(argv)
     if given.engine:
         given.overrides.append(f"rollout.engine={given.engine}")
     with arguments.configured(EvaluateConfig, given) as config:
-        print(describe(evaluate(config, given.record)), flush=True)
+        print(describe(evaluate(config, given.record, given.replace)), flush=True)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class Family:
         began = time.monotonic()
         members = [self.base, *self.trained]
         evaluations = [(f"eval {member.name}", self._evaluation(member, resume)) for member in members]
-        side_by_side([(name, command) for name, command in evaluations if command], logs, jobs)
+        side_by_side(evaluations, logs, jobs)
         seconds["evaluate"] = time.monotonic() - began
         seconds["total"] = sum(seconds.values())
         alphas = {member.name: member.alpha for member in members}
@@ -85,7 +85,7 @@ class Family:
         return [*torchrun, "-m", "megatron_efr.train", str(path), *(["--resume"] if resume else [])]
 
     def _evaluation(self, member: Member, resume: bool) -> list[str]:
-        """The command of one evaluation; empty where it is finished, and is not to be made again."""
+        """The command of one evaluation, which makes none again that is finished."""
         update = {"path": member.model} | ({} if member.alpha is None else {"init": "load"})
         config = EvaluateConfig(
             name=self.config.name,
@@ -97,19 +97,9 @@ class Family:
             grading=self.config.grading,
             rollout=self.config.rollout.for_evaluation(self.ranks),
         )
-        name, text = f"eval-{member.name}.yaml", dump(config)
-        if resume and self._is_finished(member, name, text):
-            print(f"eval {member.name}: finished", flush=True)
-            return []
-        path = self._write(name, text)
-        return [sys.executable, "-m", "megatron_efr.evaluate", str(path), f"--record={member.name}"]
-
-    def _is_finished(self, member: Member, name: str, text: str) -> bool:
-        """Whether the member's record was written after its configuration, and that is the same today."""
-        config, record = self.folder.path / "configs" / name, self.folder.evaluation_path(member.name)
-        if not (config.exists() and record.exists() and config.read_text(encoding="utf-8") == text):
-            return False
-        return record.stat().st_mtime_ns > config.stat().st_mtime_ns
+        path = self._write(f"eval-{member.name}.yaml", dump(config))
+        replace = ["--replace"] if resume else []  # evaluation.* may change on resuming
+        return [sys.executable, "-m", "megatron_efr.evaluate", str(path), f"--record={member.name}", *replace]
 
     def _write(self, name: str, text: str) -> Path:
         path = self.folder.path / "configs" / name

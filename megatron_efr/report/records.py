@@ -229,6 +229,19 @@ def spread_note(summary: Mapping[str, Any]) -> str:
     return " ".join(filter(None, [_spread(summary), left_out_note(left_out)]))
 
 
+def describe(record: Record) -> str:
+    """The figures of every data set, a line each."""
+    lines = [f"{record['name']}:"]
+    for dataset, figures in record["datasets"].items():
+        low, high = figures["accuracy_ci"]
+        lines.append(
+            f"  {dataset}: accuracy {figures['accuracy']:.1%} [{low:.1%}, {high:.1%}], "
+            f"{figures['tokens']:.1f} tokens, {figures['truncated']:.1%} cut off, "
+            f"{figures['samples']} responses to {figures['problems']} problems"
+        )
+    return "\n".join([*lines, *filter(None, [left_out_note(record["left_out"])])])
+
+
 def left_out_note(left_out: Mapping[str, int]) -> str:
     """A sentence on the problems that were not asked; empty where all were."""
     if not left_out:

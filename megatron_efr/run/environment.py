@@ -177,6 +177,11 @@ class Evaluator:
             "problems": hashlib.sha256(json.dumps(problems).encode()).hexdigest(),
         }
 
+    def judged(self) -> dict[str, Any]:
+        """How answers are judged, by data set: equal where the same answers make the same record."""
+        judgings = {name: self.judgings.of_dataset(name) for name in {p.meta["dataset"] for p in self.prompts}}
+        return {f"grading of {name}": json.loads(json.dumps(asdict(judgings[name]))) for name in sorted(judgings)}
+
     def run(
         self,
         engine: Engine,

@@ -65,7 +65,10 @@ def evaluate(config: Path, record: str, *options: str, at: str | None = None, en
 
 
 def recorded(config: Path, name: str) -> dict[str, Any]:
-    return json.loads((config.parent / f"run/eval/{name}.json").read_text())
+    """The figures and answers of a record, whoever was asked."""
+    record = json.loads((config.parent / f"run/eval/{name}.json").read_text())
+    del record["asked"]
+    return record
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,22 @@ def config(task: Path) -> Path:
     return path
 
 
+def test_a_record_is_not_made_twice_nor_lost_to_another_evaluation(
+    config: Path, program: Program, tmp_path: Path
+) -> None:
+    runs, path = f"runs={tmp_path}", tmp_path / "run/eval/model.json"
+    figures = program("evaluate", config, runs).stdout.partition("model:\n")[2]
+    before = path.read_bytes()
+    again = program("evaluate", config, runs, "rollout.slots=64").stdout
+    assert again == f"{path}: is there already, of this very evaluation; to make it again, delete it\nmodel:\n{figures}"
+    refused = program("evaluate", config, runs, "grading.verifier=exact", expect=2).stderr
+    assert f"{path}: is the record of another evaluation than this; it differs in\n  grading of test: " in refused
+    assert path.read_bytes() == before
+    program("evaluate", config, runs, "evaluation.samples=1", "--replace")
+    assert path.read_bytes() != before
+    assert not list((path.parent / "unfinished").iterdir())
+
+
 def test_killed_twice_and_resumed_it_is_the_whole_one_bit_for_bit(
     config: Path, program: Program, tmp_path: Path
 ) -> None:

@@ -1,14 +1,19 @@
-"""How often an evaluation puts up with lost servers, which `tests/engine/test_evaluate.py` loses for real."""
+"""How often an evaluation puts up with lost servers, which `tests/engine/test_evaluate.py` loses for real; what it does
+where a record of its name is there."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_efr.evaluate import answered, taking_in
-from megatron_efr.report.records import Record
+from megatron_efr.report.records import Record, summarise
+from megatron_efr.run.folder import RunFolder, RunFolderError
+from megatron_efr.run.unfinished import finished
 from megatron_efr.weights.publish import EngineError, LostError, NoEngineError
+from tests.groups import graded
 
 
 class Servers:
@@ -51,3 +56,36 @@ def test_servers_that_are_back_are_published_to_three_times() -> None:
     for _ in range(5):
         take_in()
     assert servers.published == 3
+
+
+ASKED = {"model": "ab12", "seed": 3, "grading of test": {"parts": [{"weight": 1.0}]}}
+
+
+def record_of(folder: Path, **more: Any) -> Path:
+    return RunFolder(folder).write_evaluation("model", summarise([graded([True], [2])], "model") | more)
+
+
+def test_a_finished_evaluation_is_not_made_again(tmp_path: Path) -> None:
+    assert finished(tmp_path / "eval/model.json", ASKED, False) is None
+    path = record_of(tmp_path, asked=ASKED)
+    for replace in (False, True):
+        kept = finished(path, ASKED, replace)
+        assert kept is not None
+        assert (kept["name"], kept["asked"]) == ("model", ASKED)
+
+
+def test_the_record_of_another_evaluation_is_refused_with_what_differs_or_written_over(tmp_path: Path) -> None:
+    path = record_of(tmp_path, asked=ASKED)
+    other = ASKED | {"seed": 4, "grading of test": {"parts": [{"weight": 2.0}]}, "top_p": 0.95}
+    with pytest.raises(RunFolderError) as refused:
+        finished(path, other, False)
+    assert str(refused.value) == (
+        f"{path}: is the record of another evaluation than this; it differs in\n"
+        "  seed: there 3, here 4\n"
+        "  grading of test: there {'parts': [{'weight': 1.0}]}, here {'parts': [{'weight': 2.0}]}\n"
+        "  top_p: there None, here 0.95\n"
+        "give this one another name (--record), or write over that one (--replace)"
+    )
+    assert finished(path, other, True) is None
+    with pytest.raises(RunFolderError, match=r"model.json: is a record that does not say what was asked\n.*--replace"):
+        finished(record_of(tmp_path), ASKED, False)
