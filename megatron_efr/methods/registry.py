@@ -5,13 +5,36 @@ from __future__ import annotations
 from megatron_efr.config import AlgorithmConfig, ConfigError, MethodConfig, RolloutConfig, TrainConfig
 from megatron_efr.config.file import validate
 from megatron_efr.config.plugins import load_plugin, registered
-from megatron_efr.methods import efr
+from megatron_efr.methods import efr, experimental, iteration, lengths, limits, relative, remembering
 from megatron_efr.methods.base import Method, Needs
 
 ENTRY_POINT = "megatron_efr.methods"
 
 METHODS: dict[str, type[Method]] = {
     "efr": efr.EFR,
+    "shorterbetter": lengths.ShorterBetter,
+    "kimi": lengths.Kimi,
+    "lapo": lengths.LAPO,
+    "prime_rl": lengths.PrimeRL,
+    "overlong": limits.Overlong,
+    "thinkprune": limits.ThinkPrune,
+    "cosine": limits.Cosine,
+    "laser": limits.Laser,
+    "dler": limits.DLER,
+    "da_dler": limits.DADLER,
+    "stop_properly": limits.StopProperly,
+    "grpo_lambda": iteration.GRPOLambda,
+    "twyn": relative.TWYN,
+    "gfpo": relative.GFPO,
+    "gdpo": relative.GDPO,
+    "qglas": relative.QGLAS,
+    "hapo": remembering.HAPO,
+    "short_rl": remembering.ShortRL,
+    "leash": remembering.LEASH,
+    "a_dlp": remembering.ADLP,
+    "acoer": remembering.Acoer,
+    "experimental.alp": experimental.ALP,
+    "experimental.gr3": experimental.GR3,
 }
 
 

@@ -1,0 +1,46 @@
+"""Methods whose sources leave something open: each says what, and what is chosen here."""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import Field
+
+from megatron_efr.methods.plain import Outcomes, Plain
+from megatron_efr.types import FloatArray
+
+
+class ALP(Plain):
+    """ALP: a price on tokens that grows with how often the prompt is solved.
+
+        r = c - beta l max(p, 1 / n),  p = share of right responses of the group
+
+    Wrong and truncated responses pay alike. Nothing is remembered. Open: whether lengths are divided by a normaliser;
+    readers of the paper differ. Chosen: none, with the beta of 1e-7 per token that they agree on, which is little next
+    to a reward of 1 unless the algorithm divides by the group's spread.
+    """
+
+    source = "Xiang et al. 2025, arXiv 2506.05256, second-hand"
+    wrong_may_win = "a right answer is 1 / (beta max(p, 1 / n)) tokens longer than a wrong one: 10,000,000 by default"
+
+    beta: float = Field(default=1e-7, ge=0, description="price of a token of a prompt that is always solved")
+
+    def rule(self, group: Outcomes) -> FloatArray:
+        solved = max(group.accuracy, 1.0 / len(group.right))
+        return group.right - self.beta * group.lengths * solved
+
+
+class GR3(Plain):
+    """GR3: the reward divided by a response's length in means of its group.
+
+        r = c / (1 + alpha l / mean l)
+
+    A wrong or truncated response earns 0, and its length is in the mean. Nothing is remembered. Open: the authors'
+    code. Chosen: the equations as another paper restates them, and its alpha for verified rewards.
+    """
+
+    source = "arXiv 2603.10535, as restated in QGLAS, appendix A.2"
+
+    alpha: float = Field(default=0.33, ge=0, description="larger is briefer")
+
+    def rule(self, group: Outcomes) -> FloatArray:
+        return np.where(group.right, 1.0 / (1.0 + self.alpha * group.lengths / group.lengths.mean()), 0.0)

@@ -1,0 +1,453 @@
+"""Every built-in method against worked numbers and its stated properties, on groups of each kind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_efr import methods
+from megatron_efr.algorithms import rloo
+from megatron_efr.config import AlgorithmConfig, ConfigError, MethodConfig, RolloutConfig
+from megatron_efr.methods import METHODS, Known, Method, Outcomes, Seen
+from megatron_efr.methods.relative import GDPO, GFPO, qglas_advantages
+from megatron_efr.types import Finish, Rewarded
+from tests.groups import KNOWN, graded
+
+VECTORS = json.loads((Path(__file__).parents[1] / "data/method_vectors.json").read_text())
+C, L = [1, 0, 1, 1], [300, 900, 500, 120]
+REQUIRED: dict[str, dict[str, Any]] = {"efr": {"alpha": 0.2}, "gfpo": {"keep": 2}}
+"""Options without which a method cannot be built for groups of four."""
+
+
+def build(name: str, samples: int = 4, tokens: int = 40_000, **options: Any) -> Method:
+    config = MethodConfig.model_validate({"name": name, **REQUIRED.get(name, {}), **options})
+    return methods.build(config, RolloutConfig(samples=samples, max_new_tokens=tokens), AlgorithmConfig())
+
+
+def outputs(name: str) -> dict[str, Any]:
+    return VECTORS[name]["outputs"]
+
+
+def rewarded(
+    method: Method,
+    groups: Sequence[tuple[Sequence[Any], Sequence[int]]],
+    known: Known = KNOWN,
+    finish: Sequence[Finish] | None = None,
+) -> list[Rewarded]:
+    """An iteration's groups with the rewards that count."""
+    judged = [graded(right, lengths, finish) for right, lengths in groups]
+    return list(method.settle([methods.reward(method, group, known) for group in judged], known))
+
+
+def trained_on(method: Method, right: Sequence[Any], lengths: Sequence[int], known: Known = KNOWN) -> np.ndarray:
+    """A group's advantages where the method gives them, else its rewards."""
+    groups = rewarded(method, [(right, lengths)], known)
+    credits = method.credits(groups, known)
+    return groups[0].rewards if credits is None else credits[0].advantage
+
+
+def close(values: Any) -> Any:
+    return pytest.approx(np.asarray(values, dtype=np.float64), abs=6e-5)
+
+
+# -- worked numbers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "vector", "key"),
+    [
+        ("efr", {"alpha": 0.2}, "efr", "rewards"),
+        ("shorterbetter", {}, "shorterbetter", "rewards"),
+        ("kimi", {"weight": 0.4}, "kimi", "rewards"),
+        ("lapo", {}, "lapo_stage1", "rewards"),
+        ("prime_rl", {}, "prime_rl", "rewards"),
+        ("overlong", {"max_tokens": 1000, "cache": 400}, "overlong", "rewards_plus_minus_1"),
+        ("thinkprune", {"limit": 400}, "thinkprune", "rewards"),
+        ("cosine", {"max_tokens": 1000}, "cosine", "rewards"),
+        (
+            "cosine",
+            {"max_tokens": 1000, "right_short": 1, "right_long": 0.5, "wrong_short": -1, "wrong_long": -0.5,
+             "exceeded": None},
+            "cosine", "trl_defaults",
+        ),
+        ("laser", {"target": 400}, "laser", "rewards"),
+        ("dler", {"limit": 400}, "dler", "paper_rewards_A"),
+        ("dler", {"limit": 400, "over_limit": 0.1}, "dler", "code_rewards_A"),
+        ("da_dler", {"easy": 200, "hard": 400}, "da_dler", "rewards"),
+        ("experimental.alp", {"beta": 1e-4}, "alp", "rewards"),
+        ("experimental.gr3", {}, "gr3", "rewards"),
+    ],
+)  # fmt: skip
+def test_worked_rewards(name: str, options: dict[str, Any], vector: str, key: str) -> None:
+    got = methods.rewards(name, C, L, **options)
+    assert got == close(outputs(vector)[key])
+    # as a run has them, and the responses in another order
+    assert np.array_equal(build(name, **options).rewards(graded(C, L), KNOWN), got)
+    turned = methods.rewards(name, C[::-1], L[::-1], **options)
+    assert turned[::-1] == pytest.approx(got, abs=1e-12)
+
+
+def test_worked_rewards_of_groups_of_other_kinds() -> None:
+    assert methods.rewards("efr", [0, 1, 0, 0], L, alpha=0.2) == close(outputs("efr")["one_correct"])
+    assert methods.rewards("efr", [1, 1, 1, 1], L, alpha=0.2) == close(outputs("efr")["all_correct"])
+    assert methods.rewards("shorterbetter", [0] * 4, L) == close(outputs("shorterbetter")["none_correct_rewards"])
+    assert methods.rewards("kimi", C, [7] * 4) == close(np.add(C, outputs("kimi")["equal_lengths"]))
+    assert methods.rewards("lapo", [0, 1, 0, 0], L) == close(outputs("lapo_stage1")["one_correct_rewards"])
+    assert methods.rewards("cosine", [1, 1], [984, 983], max_tokens=1000) == close(outputs("cosine")["at_984_and_983"])
+    cut = methods.rewards("stop_properly", C, L, truncated=[False, False, True, False])
+    assert cut == close(outputs("stop_properly")["rewards"])
+    overlong = {"max_tokens": 1000, "cache": 400}
+    longer = [500, 700, 1000, 1100]
+    assert methods.rewards("overlong", [1] * 4, longer, **overlong) - 1 == close(outputs("overlong")["second_capped"])
+    uncapped = methods.rewards("overlong", [1] * 4, longer, floor=False, **overlong)
+    assert uncapped - 1 == close(outputs("overlong")["second_verl_nemo_uncapped"])
+
+
+def test_limits_are_the_rollouts_where_they_are_left_out() -> None:
+    """Of 1,000 tokens: a fifth of them is DAPO's 4,096 of 20,480."""
+    got = methods.rewards("overlong", C, L, max_new_tokens=1000)
+    assert got.tolist() == pytest.approx([1.0, -1.5, 1.0, 1.0])
+    assert np.array_equal(got, build("overlong", tokens=1000).rewards(graded(C, L), KNOWN._replace(limit=1000)))
+    cosine = methods.rewards("cosine", C, L, max_tokens=1000)
+    assert np.array_equal(methods.rewards("cosine", C, L, max_new_tokens=1000), cosine)
+    assert methods.rewards("thinkprune", C, L, max_new_tokens=1000).tolist() == [1, 0, 1, 1]
+    for name in ("overlong", "cosine", "thinkprune", "dler"):
+        with pytest.raises(ConfigError, match="not set, and no max_new_tokens is given"):
+            methods.rewards(name, C, L)
+
+
+def test_the_best_solved_groups_alone_are_shortened() -> None:
+    vector = VECTORS["grpo_lambda"]
+    groups = vector["inputs"]["groups"]
+    got = rewarded(build("grpo_lambda"), [(group["c"], group["l"]) for group in groups.values()])
+    for group, expected in zip(got, vector["outputs"]["rewards"].values(), strict=True):
+        assert group.rewards == close(expected)
+    all_of_them = rewarded(build("grpo_lambda", share=1.0), [(group["c"], group["l"]) for group in groups.values()])
+    for group, given in zip(all_of_them, groups.values(), strict=True):
+        assert np.array_equal(group.rewards, methods.rewards("efr", given["c"], given["l"], alpha=0.2))
+
+
+def test_worked_advantages_of_a_groups_own() -> None:
+    assert trained_on(build("twyn"), C, L) == close(outputs("twyn")["advantage"])
+    lengths = VECTORS["gfpo"]["inputs"]["l"]
+    gfpo = outputs("gfpo")
+    assert trained_on(build("gfpo", keep=3), C, lengths) == close(gfpo["advantage_shortest"])
+    by_reward = build("gfpo", keep=3, by="reward_per_token")
+    assert trained_on(by_reward, C, lengths) == close(gfpo["advantage_reward_per_token"])
+    assert trained_on(build("gfpo", keep=2), C, L) == close(gfpo["original_l_k2_advantage"])
+    gdpo = outputs("gdpo")
+    assert trained_on(build("gdpo", limit=40_000 - 1, over="nothing", short=0.0), C, L) == close([0.5, -1.5, 0.5, 0.5])
+    for over, key in (
+        ("nothing", "summed_group_z"),
+        ("tokens", "verl_token_whitened"),
+        ("responses", "nemo_trl_batch_z_single_group"),
+    ):
+        # TRL adds 1e-4 to the deviation
+        assert trained_on(build("gdpo", limit=400, over=over), C, L) == pytest.approx(np.array(gdpo[key]), abs=2e-4)
+    qglas = VECTORS["qglas"]
+    assert trained_on(build("qglas"), C, L) == close(qglas["outputs"]["binary_quality"])
+    quality = np.array(qglas["inputs"]["quality"])
+    assert qglas_advantages(quality, np.array(L, float), 0.3, 0.6, 0.5) == close(qglas["outputs"]["dense_quality"])
+
+
+def test_brevity_is_normalised_over_the_whole_iteration() -> None:
+    groups = [(C, L), ([0, 1, 0, 0], [400, 200, 400, 401])]
+    method = GDPO(limit=400)
+    credits = method.credits(rewarded(method, groups), KNOWN)
+    flat = np.concatenate([credit.advantage for credit in credits])
+    assert [len(credit.advantage) for credit in credits] == [4, 4]
+    assert (flat.mean(), flat.std(ddof=1)) == (pytest.approx(0, abs=1e-12), pytest.approx(1, abs=1e-4))
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def test_worked_rewards_against_a_prompts_history() -> None:
+    seen = Seen(visits=3, responses=12, right=5, right_tokens=2000, shortest_right=250, last_step=7)
+    known = KNOWN._replace(history={"p": seen})
+    assert trained_on(build("hapo"), C, L, known) == close(outputs("hapo")["rewards"])
+    assert trained_on(build("hapo"), C, L) == close(outputs("hapo")["rewards_h_unset"])
+    mean = trained_on(build("hapo", history="mean"), C, L, known)  # of 400 tokens
+    assert mean == close([1 + np.cos(np.pi * 3 / 8), -1, 1 + np.cos(np.pi * 5 / 8), 1 + np.cos(np.pi * 0.15)])
+    unsolved = KNOWN._replace(history={"p": seen._replace(right=0, right_tokens=0, shortest_right=None)})
+    assert trained_on(build("hapo"), C, L, unsolved) == close(C)
+    knowledge = methods.Knowledge(build("hapo"), 1000)
+    knowledge.begin(1)
+    knowledge.learn(1, rewarded(build("hapo"), [(C, L)]))
+    assert knowledge.begin(2).history["p"].shortest_right == outputs("hapo")["h_after"]
+
+
+def test_right_answers_are_shortened_while_the_iteration_is_accurate() -> None:
+    method, vector = build("short_rl"), outputs("short_rl")
+    assert rewarded(method, [(C, L)])[0].rewards == close(vector["rewards_gate_open"])
+    # best 0.8, here 0.75: exactly the slack below
+    assert rewarded(method, [(C, L)], KNOWN._replace(state={"best": 0.79}))[0].rewards == close(
+        vector["rewards_gate_open"]
+    )
+    closed = KNOWN._replace(state={"best": 0.81})
+    assert rewarded(method, [(C, L)], closed)[0].rewards == close(vector["rewards_gate_closed"])
+    assert method.learn({}, rewarded(method, [(C, L)]), KNOWN) == {"best": 0.75}
+    assert method.learn({"best": 0.81}, rewarded(method, [(C, L)]), KNOWN) == {"best": 0.81}
+    cut = rewarded(method, [(C, L)], finish=["stop", "length", "stop", "stop"])[0].rewards
+    assert cut[1] == -3.0  # no answer, and no form
+
+
+def test_a_price_follows_the_batch() -> None:
+    leash = build("leash", target=400)
+    known = KNOWN._replace(state={"lambda": 0.2})
+    assert trained_on(leash, C, L, known) == close(outputs("leash")["rewards"])
+    after = leash.learn(known.state, rewarded(leash, [(C, L)]), known)
+    assert after["lambda"] == pytest.approx(float(outputs("leash")["lambda_next"]), abs=1e-12)
+    assert leash.learn({"lambda": 0.9999}, rewarded(leash, [(C, L)]), known) == {"lambda": 1.0}
+    longest = build("leash", target=400, over="max").learn(known.state, rewarded(leash, [(C, L)]), known)
+    assert longest["lambda"] == pytest.approx(0.2 + 0.005 * 1.25)
+    a_dlp = build("a_dlp")
+    assert trained_on(a_dlp, C, L) == close(outputs("a_dlp")["rewards"])
+    after = a_dlp.learn({}, rewarded(a_dlp, [(C, L)]), KNOWN)
+    assert after["lambda"] == pytest.approx(float(outputs("a_dlp")["lambda_next"]), abs=1e-12)
+    assert a_dlp.learn({"lambda": 1e-4}, rewarded(a_dlp, [([0] * 4, L)]), KNOWN) == {"lambda": 0.0}
+
+
+def test_a_bonus_and_its_budget_follow_accuracy_and_length() -> None:
+    """The worked numbers count characters, four to a token."""
+    method, vector = build("acoer", lookback=1, least_budget=512), outputs("acoer")
+    state = {"alpha": 0.1, "budget": 400, "accuracy": 0.6, "length": 1500 / 4, "accuracies": [0.55]}
+    known = KNOWN._replace(step=201, state=state)
+    assert trained_on(method, C, L, known) == close(vector["rewards"])
+    groups = rewarded(method, [(C, L)], known)
+    after = method.learn(state, groups, known)
+    assert after["accuracy"] == close(vector["ema_acc_next"])
+    assert after["length"] * 4 == pytest.approx(vector["ema_len_next"], abs=1e-3)
+    assert after["alpha"] == close(vector["alpha_next"])
+    assert after["budget"] * 4 == vector["B_next"]
+    assert state["alpha"] == 0.1, "what was remembered stays as it was"
+    assert method.learn(state | {"accuracies": [0.65]}, groups, known)["alpha"] == pytest.approx(0.095)
+    assert method.learn(state, groups, known._replace(step=200))["alpha"] == 0.1
+    none_right = method.learn({}, rewarded(method, [([0] * 4, L)]), KNOWN)
+    assert (none_right["length"], none_right["accuracy"]) == (None, 0.0)
+
+
+def test_easier_prompts_keep_fewer_responses() -> None:
+    method = build("gfpo", keep=8, adaptive=True, samples=16)
+    state = {"iterations": 10, "solved": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]}
+    lengths = list(range(10, 26))
+    for right, kept in ((1, 8), (4, 8), (9, 6), (13, 4)):
+        correct = [i % 2 == 1 for i in range(16)] if right == 8 else [True] * right + [False] * (16 - right)
+        correct[0], correct[15] = False, True  # the shortest is wrong
+        made = trained_on(method, correct, lengths, KNOWN._replace(state=state))
+        unlike_shortest = [i for i in range(kept) if correct[i] != correct[0]]
+        assert np.count_nonzero(made) == (kept if unlike_shortest else 0), right
+    assert isinstance(method, GFPO)
+    early = trained_on(method, [False] + [True] * 15, lengths, KNOWN._replace(state=state | {"iterations": 9}))
+    assert np.count_nonzero(early) == 8
+    after = method.learn(state, rewarded(method, [([1] * 12 + [0] * 4, lengths)]), KNOWN)
+    assert (after["iterations"], after["solved"][-1]) == (11, 0.75)
+
+
+def learn_from(method: Method, knowledge: methods.Knowledge, first: int, last: int) -> list[np.ndarray]:
+    """What iterations `first` to `last` train on, of ever the same groups."""
+    made = []
+    for step in range(first, last + 1):
+        known = knowledge.begin(step)
+        rng = np.random.default_rng(step)
+        groups = [(rng.random(4) < 0.5, rng.integers(1, 3000, 4).tolist()) for _ in range(3)]
+        settled = rewarded(method, groups, known)
+        credits = method.credits(settled, known)
+        made += [group.rewards for group in settled] if credits is None else [each.advantage for each in credits]
+        knowledge.learn(step, settled)
+    return made
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_memory_survives_a_kill_bit_for_bit(name: str) -> None:
+    options = {
+        "acoer": {"warmup": 2, "lookback": 2},
+        "gfpo": {"keep": 3, "adaptive": True, "warmup": 2},
+        "leash": {"target": 500, "rate": 0.1},
+    }.get(name, {})
+    method = build(name, tokens=5000, **options)
+    whole, cut, resumed = (methods.Knowledge(method, 5000) for _ in range(3))
+    expected = learn_from(method, whole, 1, 8)
+    first = learn_from(method, cut, 1, 4)
+    resumed.load_state_dict(json.loads(json.dumps(cut.state_dict())))
+    again = first + learn_from(method, resumed, 5, 8)
+    assert all(np.array_equal(one, other) for one, other in zip(again, expected, strict=True))
+    assert json.dumps(resumed.state_dict()) == json.dumps(whole.state_dict())
+    forgot = first + learn_from(method, methods.Knowledge(method, 5000), 5, 8)
+    same = all(np.array_equal(one, other) for one, other in zip(forgot, expected, strict=True))
+    remembers = type(method).learn is not Method.learn or name == "hapo"
+    assert same != remembers, "memory must matter, or the test says nothing"
+
+
+# -- properties --------------------------------------------------------------------------------------------------------
+
+KINDS: dict[str, tuple[list[int], list[int]]] = {
+    "mixed": (C, L),
+    "all right": ([1, 1, 1, 1], L),
+    "all wrong": ([0, 0, 0, 0], L),
+    "one right": ([0, 1, 0, 0], L),
+    "equal lengths": (C, [300, 300, 300, 300]),
+}
+BOUNDS = {
+    "efr": (0.8, 1, 0, 0), "shorterbetter": (-38, 2, -40, 0), "kimi": (0.5, 1.5, -0.5, 0), "lapo": (1, 1.7, 0, 0),
+    "prime_rl": (0.55, 1, -0.45, 0), "overlong": (0, 1, -2, -1), "thinkprune": (0, 1, 0, 0), "cosine": (-10, 2, -10, 0),
+    "laser": (1, 1.5, -0.5, -0.5), "dler": (0, 1, 0, 0), "da_dler": (0, 1, 0, 0), "stop_properly": (1, 1, 0, 0),
+    "experimental.alp": (0.996, 1, -0.004, 0), "experimental.gr3": (0, 1, 0, 0), "grpo_lambda": (0.8, 1, 0, 0),
+    "hapo": (0.3, 2, -1, 0), "short_rl": (2.5, 3.5, -0.5, -0.5), "leash": (-1, 1, -1, -1), "a_dlp": (-39, 1, -40, 0),
+    "acoer": (1, 1.02, 0, 0), "twyn": (-0.1, 4, -4, 0), "gfpo": (0, 4, -4, 0), "gdpo": (-4, 4, -4, 4),
+    "qglas": (0, 2, -1, 0),
+}  # fmt: skip
+"""Least and most that a right answer may earn, and a wrong one: rewards, or advantages where the method gives them."""
+PRICED = {"shorterbetter", "kimi", "overlong", "cosine", "gdpo", "experimental.alp", "a_dlp"}
+"""Methods that tell wrong answers apart by their lengths, whatever else is in the group."""
+NOT_MONOTONE = {"lapo": "a middle length earns most"}
+
+
+def drawn_groups(seed: int, count: int) -> list[tuple[list[int], list[int]]]:
+    """Groups of 2 to 12 responses of 1 to 39,999 tokens, some of few lengths, of every accuracy."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        n = int(rng.integers(2, 13))
+        longest = int(rng.choice([5, 300, 5000, 39_999]))
+        right = rng.random(n) < rng.choice([0.1, 0.5, 0.9])
+        lengths = rng.integers(1, longest + 1, n)
+        if longest == 39_999:
+            lengths[0] = 39_990  # within a few tokens of the limit
+        made.append((right.astype(int).tolist(), lengths.tolist()))
+    return made
+
+
+def knowns(name: str) -> list[Known]:
+    """What a method may meet: nothing known, and a history of which it makes use."""
+    seen = Seen(visits=1, responses=4, right=2, right_tokens=1200, shortest_right=250, last_step=1)
+    return [KNOWN, KNOWN._replace(history={"p": seen})] if name == "hapo" else [KNOWN]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_bounds_and_signs(name: str) -> None:
+    method, (low, high, wrong_low, wrong_high) = build(name), BOUNDS[name]
+    for right, lengths in [*KINDS.values(), *drawn_groups(1, 80)]:
+        for known in knowns(name):
+            got, hit = trained_on(method, right, lengths, known), np.array(right, dtype=bool)
+            assert got.dtype == np.float64
+            assert np.all(np.isfinite(got))
+            assert np.all((got[hit] >= low - 1e-9) & (got[hit] <= high + 1e-9)), (right, lengths, got)
+            assert np.all((got[~hit] >= wrong_low - 1e-9) & (got[~hit] <= wrong_high + 1e-9)), (right, lengths, got)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(NOT_MONOTONE)))
+def test_a_longer_right_answer_never_earns_more(name: str) -> None:
+    method = build(name)
+    for right, lengths in [*KINDS.values(), *drawn_groups(2, 80)]:
+        for known in knowns(name):
+            got, hit = trained_on(method, right, lengths, known), np.array(right, dtype=bool)
+            earned = got[hit][np.argsort(np.array(lengths)[hit], kind="stable")]
+            if name == "gfpo":  # what is not kept gets 0, and what is kept gets more or nothing
+                earned = earned[earned > 0]
+            assert np.all(np.diff(earned) <= 1e-9), (right, lengths, got)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_wrong_answer_earns_more_than_a_right_one_only_where_that_is_said(name: str) -> None:
+    method = build(name, beta=1e-4) if name == "experimental.alp" else build(name)
+    found = []
+    for right, lengths in [*KINDS.values(), *drawn_groups(3, 100)]:
+        for known in knowns(name):
+            got, hit = trained_on(method, right, lengths, known), np.array(right, dtype=bool)
+            if hit.any() and not hit.all() and got[~hit].max() > got[hit].min() + 1e-9:
+                found.append((right, lengths, got))
+    assert bool(found) == bool(method.wrong_may_win), (method.wrong_may_win, found[:1])
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_groups_of_each_kind(name: str, kind: str) -> None:
+    """Equal outcomes are paid alike, and a group that is all wrong teaches nothing but length."""
+    right, lengths = KINDS[kind]
+    got = trained_on(build(name), right, lengths)
+    if kind == "equal lengths":
+        assert np.ptp(got[[0, 2, 3]]) == pytest.approx(0, abs=1e-9) or name == "gfpo"
+    if kind == "all wrong" and name not in (
+        "shorterbetter",
+        "kimi",
+        "overlong",
+        "cosine",
+        "gdpo",
+        "experimental.alp",
+        "a_dlp",
+    ):
+        assert np.ptp(got) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_what_was_cut_off_is_wrong_whatever_it_says(name: str) -> None:
+    method, finish = build(name), ["stop", "stop", "length", "stop"]
+    said = [methods.reward(method, graded(c, L, finish), KNOWN).rewards for c in ([1, 0, 1, 1], [1, 0, 0, 1])]  # type: ignore[arg-type]
+    assert np.array_equal(said[0], said[1])
+
+
+# -- what is written of them -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_says_what_it_is(name: str) -> None:
+    kind = METHODS[name]
+    assert kind.source
+    assert (kind.standing == "experimental") == name.startswith("experimental.")
+    text = " ".join((kind.__doc__ or "").split())
+    assert text
+    assert "wrong" in text.lower()
+    assert "truncated" in text.lower()
+    assert "remembered" in text
+    assert " = " in text
+    for key, field in kind.model_fields.items():
+        assert field.description, f"{name}.{key}"
+        assert field.annotation is not Any
+    if kind.standing == "experimental":
+        assert "Open:" in text
+        assert "Chosen:" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "overlong",
+            {"max_tokens": 2000},
+            r"^method\.max_tokens: 2000 tokens, and no response has more than .* = 1000",
+        ),
+        ("overlong", {"cache": 2000}, r"^method\.cache: 2000 tokens are more than the limit, 1000"),
+        ("cosine", {"max_tokens": 2000}, r"^method\.max_tokens: 2000 tokens"),
+        ("thinkprune", {"limit": 1001}, r"^method\.limit: 1001 tokens.* set it to at most that"),
+        ("dler", {"limit": 1001}, r"^method\.limit: 1001 tokens"),
+        ("da_dler", {"easy": 10}, r"^method\.hard: 4000 tokens"),
+        ("laser", {"target": 1000}, r"^method\.target: 1000 tokens.* set it to less than that"),
+        ("leash", {}, r"^method\.target: 4096 tokens"),
+        ("gdpo", {}, r"^method\.limit: 4000 tokens"),
+        ("gfpo", {"keep": 4}, r"^method\.keep: 4 of rollout\.samples = 4 responses leaves none out"),
+        ("kimi", {"weight": 2}, r"^method\.weight: .*less than or equal to 1 \(got 2\)"),
+        ("twyn", {"margins": 2}, r"^method\.margins: unknown key; did you mean margin"),
+        ("acoer", {"budget": 0}, r"^method\.budget: .*greater than 0"),
+        ("hapo", {"history": "longest"}, r"^method\.history: .*'shortest' or 'mean'"),
+    ],
+)
+def test_options_without_sense_are_refused_by_key(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(name, tokens=1000, **options)
+
+
+def test_methods_that_need_more_are_no_plain_functions() -> None:
+    with pytest.raises(ConfigError, match=r"^hapo: its rewards need more than .* plain methods are cosine, da_dler"):
+        methods.rewards("hapo", C, L)
+
+
+def test_the_papers_numbers_under_its_own_algorithm() -> None:
+    got = rloo(methods.rewards("efr", C, L, alpha=0.2))
+    assert got == close(outputs("efr")["paper_advantage_rloo"])
+    assert isinstance(Outcomes.of(graded(C, L), 10).limit, int)
