@@ -14,6 +14,7 @@ from megatron_efr import methods
 from megatron_efr.algorithms import rloo
 from megatron_efr.config import AlgorithmConfig, ConfigError, MethodConfig, RolloutConfig
 from megatron_efr.methods import METHODS, Known, Method, Outcomes, Seen
+from megatron_efr.methods.page import page
 from megatron_efr.methods.relative import GDPO, GFPO, qglas_advantages
 from megatron_efr.types import Finish, Rewarded
 from tests.groups import KNOWN, graded
@@ -412,6 +413,12 @@ def test_every_method_says_what_it_is(name: str) -> None:
     if kind.standing == "experimental":
         assert "Open:" in text
         assert "Chosen:" in text
+
+
+def test_the_page_of_methods_is_what_the_classes_say() -> None:
+    """If not: `python -m megatron_efr.methods > docs/methods.md`."""
+    assert (Path(__file__).parents[2] / "docs/methods.md").read_text(encoding="utf-8") == page()
+    assert all(f"### {name}\n" in page() for name in METHODS)
 
 
 @pytest.mark.parametrize(

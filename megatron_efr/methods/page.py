@@ -1,0 +1,112 @@
+"""The page of methods, written from their classes: `python -m megatron_efr.methods > docs/methods.md`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from megatron_efr.methods import efr, experimental, iteration, lengths, limits, relative, remembering
+from megatron_efr.methods.base import Method
+from megatron_efr.methods.plain import Plain
+from megatron_efr.methods.registry import METHODS
+
+KINDS: dict[ModuleType, str] = {
+    efr: "The paper's",
+    lengths: "Lengths within a group",
+    limits: "Limits and targets",
+    iteration: "Decided by the whole iteration",
+    relative: "Credits of their own",
+    remembering: "Methods that remember",
+    experimental: "Experimental",
+}
+"""The files of methods, in the page's order, and the heading of each."""
+
+STANDING = {"code": "released code read", "text": "text read", "experimental": "open in part"}
+
+INTRODUCTION = """# Methods
+
+A method says what it earns to be right and brief; an [algorithm](algorithms.md) makes an update of it.
+`method: {name: ...}` picks one by its name, and the other keys of the section are its options. This page is written
+from the classes in `megatron_efr/methods/`, by `python -m megatron_efr.methods > docs/methods.md`.
+
+In the formulas c is 1 for a right answer and 0 for a wrong one, and l is the number of generated tokens. A response
+that was cut off counts as wrong. A default is the source's, if nothing else is said.
+
+Plain methods are also functions of who was right and how long each response is:
+
+    from megatron_efr import methods
+    methods.rewards("efr", correct=[1, 0, 1], lengths=[300, 900, 500], alpha=0.2)  # float64 [samples]
+
+What the others remember is in the run's checkpoints, with what was seen of every prompt: a run that is killed and
+resumed goes on with it. A method of your own: [CONTRIBUTING](../CONTRIBUTING.md#a-new-method).
+"""
+
+
+def page() -> str:
+    """The page, as Markdown."""
+    return "\n".join([INTRODUCTION, *_overview(), *(line for kind in KINDS for line in _section(kind))])
+
+
+def _overview() -> Iterator[str]:
+    yield "| name | kind | source | a wrong answer can earn more than a right one of its group if |"
+    yield "|---|---|---|---|"
+    for kind, title in KINDS.items():
+        for name, method in _methods(kind):
+            link = f"[`{name}`](#{name.replace('.', '')})"
+            plain = ", plain" if issubclass(method, Plain) else ""
+            yield f"| {link} | {title.lower()}{plain} | {method.source} | {method.wrong_may_win or '-'} |"
+    yield ""
+
+
+def _section(kind: ModuleType) -> Iterator[str]:
+    yield f"## {KINDS[kind]}"
+    yield ""
+    summary = (kind.__doc__ or "").strip().partition(": ")[2]
+    yield summary[:1].upper() + summary[1:]
+    yield ""
+    for name, method in _methods(kind):
+        yield f"### {name}"
+        yield ""
+        yield inspect.cleandoc(method.__doc__ or "")
+        yield ""
+        yield f"Source ({STANDING[method.standing]}): {method.source}."
+        yield ""
+        yield from _options(method)
+
+
+def _options(method: type[Method]) -> Iterator[str]:
+    yield "| key | type | default | |"
+    yield "|---|---|---|---|"
+    for key, field in method.model_fields.items():
+        yield f"| `{key}` | {_type(field)} | {_default(field)} | {field.description} |"
+    yield ""
+
+
+def _methods(kind: ModuleType) -> list[tuple[str, type[Method]]]:
+    return [(name, method) for name, method in METHODS.items() if method.__module__ == kind.__name__]
+
+
+def _type(field: FieldInfo) -> str:
+    """A field's type as a reader of YAML names it."""
+    named: Any = field.annotation
+    values = getattr(named, "__args__", ())
+    if values and all(isinstance(value, str) for value in values):
+        return " ".join(f"`{value}`" for value in values)
+    for kind, name in ((bool, "true or false"), (int, "integer"), (float, "number")):
+        if named is kind or kind in values or any(kind in getattr(value, "__args__", ()) for value in values):
+            return name
+    return "text"
+
+
+def _default(field: FieldInfo) -> str:
+    """A field's default as YAML writes it."""
+    if field.default is PydanticUndefined:
+        return "required"
+    if field.default is None:
+        return "left out"
+    return f"`{str(field.default).lower()}`"

@@ -1,0 +1,106 @@
+"""Every method trains on the embedded engine, and one that remembers goes on after a kill as if there had been none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_efr.config import TrainConfig
+from megatron_efr.config.file import validate
+from megatron_efr.data.arithmetic import ArithmeticTask, write
+from megatron_efr.methods import METHODS
+from megatron_efr.observe import deterministic
+from megatron_efr.run.folder import RunFolder
+from megatron_efr.train import train
+
+pytestmark = pytest.mark.heavy
+
+LIMIT = 24
+OPTIONS: dict[str, dict[str, Any]] = {
+    "efr": {"alpha": 0.4},
+    "laser": {"target": 10},
+    "da_dler": {"easy": 8, "hard": 16},
+    "gfpo": {"keep": 2},
+    "gdpo": {"limit": 10},
+    "leash": {"target": 8, "rate": 0.5},
+    "acoer": {"budget": 16, "least_budget": 4, "warmup": 1, "lookback": 1},
+}
+"""Options for responses of 24 tokens."""
+ALWAYS = {"efr", "short_rl"}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learnt nothing, and problems of which it gets about half right: any text with a low digit."""
+    folder = tmp_path_factory.mktemp("task")
+    write(folder, 0, ArithmeticTask(max_terms=3, train_rows=24, test_rows=4, sft_rows=4))
+    rows = [{"question": f"{n} + 1", "answer": "[0-2]"} for n in range(24)]
+    (folder / "digits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def configured(task: Path, runs: Path, name: str, iterations: int, **changed: Any) -> TrainConfig:
+    grading = {"verifier": "regex", "answer": "whole", "options": {"search": True}, "workers": 1}
+    tree = {
+        "name": name,
+        "runs": str(runs),
+        "seed": 3,
+        "model": {"path": str(task / "model"), "init": "random"},
+        "data": {"datasets": [{"path": str(task / "digits.jsonl")}], "prompt": {"template": "{question}"}},
+        "rollout": {"prompts": 4, "samples": 4, "max_new_tokens": LIMIT},
+        "grading": grading,
+        "method": {"name": name, **OPTIONS.get(name, {})},
+        "optimizer": {"lr": 1e-3},
+        "train": {"iterations": iterations, "updates": 1},
+        "checkpoint": {"every": 2},
+        "observe": {"tensorboard": False},
+    }
+    return validate(TrainConfig, tree | changed, "test.yaml")
+
+
+def lines(runs: Path, name: str) -> list[dict[str, Any]]:
+    return [deterministic(line) for line in RunFolder(runs / name).read_metrics()]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in sorted(METHODS)]
+)
+def test_every_method_trains(name: str, task: Path, tmp_path: Path) -> None:
+    train(configured(task, tmp_path, name, 2))
+    made = lines(tmp_path, name)
+    assert [line["step"] for line in made] == [1, 2]
+    assert all(np.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in made)
+    groups = [group for step in (1, 2) for group in RunFolder(tmp_path / name).read_rollouts(step)]
+    right = np.concatenate([group.graded.correct & ~group.group.truncated for group in groups])
+    assert 0.1 < right.mean() < 0.9, "without both there is nothing to see"
+    state = json.loads((tmp_path / name / "checkpoints/step_000002/state.json").read_text())["method"]
+    assert len(state["history"]) == 8
+    assert sum(seen[2] for seen in state["history"].values()) == right.sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hapo", "short_rl", "leash", "acoer"])
+def test_a_method_that_remembers_goes_on_as_if_there_had_been_no_kill(name: str, task: Path, tmp_path: Path) -> None:
+    """Two visits of every prompt; the checkpoint is of the first, and the history of prompts must come from it."""
+    few = {"path": str(task / "few.jsonl")}
+    (task / "few.jsonl").write_text("".join((task / "digits.jsonl").read_text().splitlines(True)[:8]))
+    data = {"datasets": [few], "prompt": {"template": "{question}"}}
+    train(configured(task, tmp_path / "whole", name, 4, data=data))
+    cut = tmp_path / "cut" / name
+    train(configured(task, tmp_path / "cut", name, 4, data=data, checkpoint={"every": 2, "keep": 2}))
+    # what a kill in iteration 3 leaves: the checkpoint of iteration 2, and nothing later
+    shutil.rmtree(cut / "checkpoints/step_000004")
+    (cut / "checkpoints/latest").write_text("step_000002")
+    assert json.loads((cut / "checkpoints/step_000002/state.json").read_text())["method"]["history"]
+    train(configured(task, tmp_path / "cut", name, 4, data=data, checkpoint={"every": 2, "keep": 2}), resume=True)
+    assert lines(tmp_path / "cut", name) == lines(tmp_path / "whole", name)
+    ends = [
+        json.loads((tmp_path / run / name / "checkpoints/step_000004/state.json").read_text())
+        for run in ("whole", "cut")
+    ]
+    assert ends[0]["method"] == ends[1]["method"]
