@@ -16,6 +16,7 @@ from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_efr import arguments
@@ -101,7 +102,7 @@ def compare_logits(folder: Path, checkpoint: Path, tokens: int = 48) -> float:
 
     from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
     from megatron_efr.policy import Policy, joined_ranks
-    from megatron_efr.types import Sequence
+    from megatron_efr.samples import Sample
 
     vocab = Architecture.from_folder(folder).vocab
     ids = torch.randint(vocab, (4, tokens), generator=torch.Generator().manual_seed(0)).tolist()
@@ -116,8 +117,8 @@ def compare_logits(folder: Path, checkpoint: Path, tokens: int = 48) -> float:
         parts: Any = unwrap_model(policy.chunks[0])
         loaded: Any = dist_checkpointing.load({"model0": parts.sharded_state_dict()}, str(checkpoint))
         parts.load_state_dict(loaded["model0"])
-        sequences = [Sequence(row, 1, 0.0, [0.0] * (tokens - 1)) for row in ids]
-        batches = policy.pack_update(sequences, list(range(len(ids))), 4 * tokens, "sequence")
+        samples = [Sample(np.array(row, np.int32), 1) for row in ids]
+        batches = policy.pack_update(samples, list(range(len(ids))), 4 * tokens, "sequence")
         found = torch.empty_like(wanted)
         for batch, logprobs in zip(batches, policy.logprobs(batches), strict=True):
             for i, part in zip(batch.indices, logprobs.cpu().split(batch.row_lengths), strict=True):

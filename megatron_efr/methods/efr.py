@@ -33,8 +33,8 @@ def efr_rewards(correct: ArrayT, lengths: ArrayT, alpha: float, min_std: float =
     if tuple(correct.shape) != tuple(lengths.shape):
         raise ValueError(f"correct {tuple(correct.shape)} and lengths {tuple(lengths.shape)} differ in shape")
     if isinstance(correct, torch.Tensor):
-        lengths = cast(torch.Tensor, lengths)
-        rewards = _rewards(correct.detach().cpu().numpy(), lengths.detach().cpu().numpy(), alpha, min_std)
+        counts = cast(torch.Tensor, lengths)
+        rewards = _rewards(correct.detach().cpu().numpy(), counts.detach().cpu().numpy(), alpha, min_std)
         return cast(Any, torch.from_numpy(rewards).to(correct.device))
     return cast(Any, _rewards(np.asarray(correct), np.asarray(lengths), alpha, min_std))
 
