@@ -64,6 +64,18 @@ def test_overrides_reach_sections_new_sections_and_elements_of_lists(tmp_path: P
     assert [d.path for d in whole.data.datasets] == ["w.jsonl", "y.jsonl"]
 
 
+def test_overrides_reach_below_what_the_resolved_file_holds_as_null(tmp_path: Path) -> None:
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump(read(tmp_path)))
+    assert yaml.safe_load(resolved.read_text())["data"]["datasets"][0]["grading"] is None
+    config = load(TrainConfig, resolved, ["data.datasets.0.grading.verifier=exact"])
+    [own, other] = [dataset.grading for dataset in config.data.datasets]
+    assert own is not None
+    assert (own.verifier, other) == ("exact", None)
+    with pytest.raises(ConfigError, match=r"data.datasets.0.grading.verifer: unknown key; did you mean verifier"):
+        load(TrainConfig, resolved, ["data.datasets.0.grading.verifer=exact"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
