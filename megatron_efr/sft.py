@@ -11,7 +11,7 @@ import numpy as np
 from megatron_efr import arguments
 from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.config import ConfigError, SftConfig
-from megatron_efr.config.file import dump
+from megatron_efr.config.file import dump, validate
 from megatron_efr.data.prompts import load_tokenizer
 from megatron_efr.data.sft import load_sft
 from megatron_efr.observe import Observer
@@ -33,7 +33,8 @@ def sft(config: SftConfig, resume: bool = False) -> None:
     check_policy(config.model, config.parallel, config.optimizer)
     with joined_ranks(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
         folder = RunFolder(config.folder)
-        ranks.on_main(lambda: resources.enter_context(claimed(folder, dump(config), resume)))
+        claim = claimed(folder, dump(config), resume, lambda tree: dump(validate(SftConfig, tree)))
+        ranks.on_main(lambda: resources.enter_context(claim))
         ranks.on_main(lambda: date_prompts(config.prompt, folder))
         samples = ranks.share(lambda: load_rows(config))
         rows = checksum(samples)

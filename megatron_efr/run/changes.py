@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from megatron_efr.errors import UserError
+
+Completed = Callable[[dict[str, Any]], str]
+"""Gives a configuration, as a program's own YAML has it, with every key that it lacks at its default."""
 
 MAY_CHANGE = (
     *("runs", "observe", "checkpoint", "evaluation", "train.iterations", "train.max_skipped"),
@@ -24,10 +30,11 @@ BENT = {
 _ABSENT = "(not set)"
 
 
-def refusal(config: Path, ours: str, resume: bool) -> str | None:
+def refusal(config: Path, ours: str, resume: bool, completed: Completed = yaml.safe_dump) -> str | None:
     """Why a run of configuration `ours` (YAML) cannot take the folder of `config`; None where it can.
 
-    It names every key that differs, with both values; or `config` itself, where it is damaged.
+    It names every key that differs, with both values; or `config` itself, where it is damaged. A key that an older
+    version did not know has its default there: `completed` writes it out.
     """
     try:
         tree = yaml.safe_load(config.read_bytes())
@@ -35,6 +42,8 @@ def refusal(config: Path, ours: str, resume: bool) -> str | None:
         return f"{config}: not readable: {error}; put a copy of it back"
     if not isinstance(tree, dict):
         return f"{config}: damaged: no mapping of sections; put a copy of it back"
+    with suppress(UserError):  # what this version does not take shows as a difference
+        tree = yaml.safe_load(completed(tree))
     held, here = dict(_leaves(tree)), dict(_leaves(yaml.safe_load(ours)))
     differing = [key for key in dict.fromkeys([*held, *here]) if held.get(key) != here.get(key)]
     refused = [key for key in differing if not (resume and _may_change(key, held, here))]

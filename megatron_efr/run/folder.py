@@ -16,11 +16,12 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import yaml
 import zstandard
 
 from megatron_efr.durable import GOES_ON, append_line, remove_torn_writes, write_atomic, write_whole, writing
 from megatron_efr.report.stored import read_evaluation
-from megatron_efr.run.changes import refusal
+from megatron_efr.run.changes import Completed, refusal
 from megatron_efr.run.group_json import decode_credited, decode_group, encode_credited, encode_group
 from megatron_efr.types import Credited, Group, UserError
 
@@ -134,16 +135,17 @@ class RunFolder:
         kept = (self.checkpoints, self.rollouts, self.path / "journal")
         return written or any(folder.is_dir() and any(folder.iterdir()) for folder in kept)
 
-    def claim(self, resolved_yaml: str, resume: bool = False) -> None:
+    def claim(self, resolved_yaml: str, resume: bool = False, completed: Completed = yaml.safe_dump) -> None:
         """Make the folder this run's own and save its configuration there. Rank 0 calls it before any work starts.
 
-        `resolved_yaml` is `config.dump(config)`. Raises RunFolderError when the folder holds another configuration
-        (naming every differing key), or the same one with work in it and `resume` is false. A folder whose run stopped
-        before any work, such as at a data set that is not there, is taken over. A resumed run may change
-        the keys of changes.MAY_CHANGE; what it finds damaged (config.yaml, metrics.jsonl) is named and not touched.
+        `resolved_yaml` is `config.dump(config)`, and `completed` makes the same of what an older version left out of
+        its own. Raises RunFolderError when the folder holds another configuration (naming every differing key), or
+        the same one with work in it and `resume` is false. A folder whose run stopped before any work, such as at a
+        data set that is not there, is taken over. A resumed run may change the keys of changes.MAY_CHANGE; what it
+        finds damaged (config.yaml, metrics.jsonl) is named and not touched.
         """
         if self.config.exists() and (self.has_work or resume):
-            if refused := refusal(self.config, resolved_yaml, resume):
+            if refused := refusal(self.config, resolved_yaml, resume, completed):
                 raise RunFolderError(refused)
         elif self.has_work:
             raise RunFolderError(

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import psutil
+import yaml
 
 from megatron_efr.durable import writing
 from megatron_efr.errors import UserError
+from megatron_efr.run.changes import Completed
 from megatron_efr.run.folder import RunFolder
 
 WAIT_S = 2.0  # a killed process may take a moment to end
@@ -47,10 +49,12 @@ def owned(lock: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def claimed(folder: RunFolder, resolved_yaml: str, resume: bool) -> Iterator[None]:
-    """Own a run's folder, and claim it for its configuration, within the block."""
+def claimed(
+    folder: RunFolder, resolved_yaml: str, resume: bool, completed: Completed = yaml.safe_dump
+) -> Iterator[None]:
+    """Own a run's folder, and claim it for its configuration, as `RunFolder.claim` has it, within the block."""
     with owned(folder.lock, str(folder.path)):
-        folder.claim(resolved_yaml, resume)
+        folder.claim(resolved_yaml, resume, completed)
         yield
 
 

@@ -12,7 +12,7 @@ import torch
 from megatron_efr import algorithms, arguments, methods
 from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.config import TrainConfig
-from megatron_efr.config.file import dump
+from megatron_efr.config.file import dump, validate
 from megatron_efr.memory import BYTES, parameter_count
 from megatron_efr.policy import Policy, Ranks, check_policy, joined_ranks
 from megatron_efr.rollout.servers.arguments import check_server_arguments
@@ -116,8 +116,8 @@ def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> I
     with joined_ranks(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
         folder, environment, servers = RunFolder(config.folder), None, Servers()
         if asks:
-            claimed_as = dump(methods.resolved(algorithms.resolved(config, algorithm), method))
-            ranks.on_main(lambda: resources.enter_context(claimed(folder, claimed_as, resume)))
+            claim = claimed(folder, written_out(config), resume, lambda tree: written_out(validate(TrainConfig, tree)))
+            ranks.on_main(lambda: resources.enter_context(claim))
             ranks.on_main(lambda: date_prompts(config.data.prompt, folder))
             environment, servers = _environment(config, method, algorithm, ranks, resources)
         publisher = build_publisher(config, environment and environment.engine, ranks.cpu_world, servers.restart)
@@ -125,6 +125,13 @@ def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> I
         policy = Policy.to_train(config, ranks, keep_reference=keep_reference)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
         yield Run(config, ranks, folder, checkpoints, environment, policy, publisher, phases, method, algorithm)
+
+
+def written_out(config: TrainConfig) -> str:
+    """The configuration as its folder keeps it: every default, and every choice of its method and algorithm."""
+    method = methods.build(config.method, config.rollout, config.algorithm)
+    algorithm = algorithms.build(config.algorithm, config.rollout)
+    return dump(methods.resolved(algorithms.resolved(config, algorithm), method))
 
 
 def _environment(
