@@ -176,11 +176,14 @@ def save_folder(
     with writing(destination):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        copy_all_but_weights(Path(template), partial)
-        _name_dtype(partial / "config.json", _write_shards(partial, tensors, shard_bytes))
-        if destination.exists():
-            shutil.rmtree(destination)
-        os.replace(partial, destination)
+        try:
+            copy_all_but_weights(Path(template), partial)
+            _name_dtype(partial / "config.json", _write_shards(partial, tensors, shard_bytes))
+            if destination.exists():
+                shutil.rmtree(destination)
+            os.replace(partial, destination)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # gone where it was moved; weights that spoilt leave nothing
 
 
 def copy_all_but_weights(source: Path, destination: Path) -> None:
