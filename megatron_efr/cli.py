@@ -16,6 +16,7 @@ PROGRAMS = {
     "sweep": "a family: train, evaluate and report one model per alpha",
     "grade": "a file of responses: who is judged how, and why",
     "report": "the HTML page of a run folder",
+    "import": "a model folder from a GGUF file",
     "convert": "Hugging Face folder to Megatron checkpoint, and back",
     "inspect": "what is in a checkpoint, and whether it verifies",
     "doctor": "what this machine has and lacks for a run, and what to do",
@@ -41,7 +42,12 @@ def _dispatch(argv: Sequence[str] | None) -> None:
         sys.exit(f"efr: no program {name!r}; there are: {', '.join(PROGRAMS)}")
 
 
-_MODULES = {"report": "report.__main__", "inspect": "inspect_checkpoint", "doctor": "doctor.__main__"}
+_MODULES = {
+    "report": "report.__main__",
+    "import": "import_gguf",
+    "inspect": "inspect_checkpoint",
+    "doctor": "doctor.__main__",
+}
 
 
 if __name__ == "__main__":

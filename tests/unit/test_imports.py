@@ -43,6 +43,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"algorithms", "arguments", "checkpoint", "data", "grading", "memory", "methods", "observe", "parent"}
     | {"policy", "report.records", "report.stored", "rollout"},
     "convert": BASE | WEIGHTS | {"arguments", "checkpoint", "policy"},  # policy, where logits are compared
+    "import_gguf": BASE
+    | {"arguments", "data.gguf_tokenizer"}
+    | {"weights.folder", "weights.gguf_file", "weights.gguf_model"},
     "grade": BASE | {"arguments", "data.datasets", "data.rows", "grading"},
     "inspect_checkpoint": BASE | {"arguments", "checkpoint.manifest", "weights.torch_dist"},
     "torchrun": {"parent", "run.interruption"},
