@@ -16,11 +16,12 @@ from megatron_efr.errors import UserError
 from megatron_efr.grading import Grader
 from megatron_efr.report.records import Record, describe
 from megatron_efr.rollout.build import local_engine, sglang_engine
-from megatron_efr.rollout.engine import Decode, Engine
+from megatron_efr.rollout.codec import Codec, TokenizerCodec
+from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.ledger import request_seed
 from megatron_efr.rollout.servers.arguments import check_server_arguments
 from megatron_efr.rollout.sglang.engine import SGLangEngine
-from megatron_efr.run.environment import Evaluator, date_prompts, decoder
+from megatron_efr.run.environment import Evaluator, date_prompts
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.run.owner import owned
 from megatron_efr.run.unfinished import ASKED, Unfinished, finished
@@ -64,7 +65,7 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
         # servers begin their random numbers anew: not with those that the journal's answers were drawn with
         seed = request_seed(config.seed, len(unfinished.journal.read().groups))
         logs = folder.path / "engines" / f"eval-{record_name}"
-        engine = open_engine(source.start, config.rollout, logs, seed, decoder(tokenizer), resources)
+        engine = open_engine(source.start, config.rollout, logs, seed, TokenizerCodec(tokenizer), resources)
         publish = publication(weights, engine, config.rollout.transport, logs / "weights", source.start.path, resources)
         take_in = taking_in(engine, publish)
         try:
@@ -79,12 +80,12 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
 
 
 def open_engine(
-    model: ModelConfig, engines: EnginesConfig, logs: Path, seed: int, decode: Decode, resources: ExitStack
+    model: ModelConfig, engines: EnginesConfig, logs: Path, seed: int, codec: Codec, resources: ExitStack
 ) -> Engine:
     """The embedded engine, or SGLang's servers, for the shape of `model`; without weights yet."""
     if engines.engine == "local":
-        return local_engine(model.path, engines.slots, model.dtype, decode)
-    return sglang_engine(model, engines, logs, seed, decode, resources)
+        return local_engine(model.path, engines.slots, model.dtype, codec)
+    return sglang_engine(model, engines, logs, seed, codec, resources)
 
 
 def publication(

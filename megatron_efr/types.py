@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_efr.errors import UserError as UserError
+from megatron_efr.steps import Part, Step
 
 Finish = Literal["stop", "length", "abort"]
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -53,17 +54,64 @@ class Sampling:
     stop_ids: tuple[int, ...]
 
 
+class Branch(NamedTuple):
+    """Responses that go on from the first `at` tokens of another one, in the part of that name; their tokens are those
+    that follow."""
+
+    part: str
+    at: int
+    responses: tuple[Response, ...]
+
+
+class Done(NamedTuple):
+    """What a script hears of its step: the part (of a fork an empty one, and the branches), and the text of `until`
+    before which a draw ended."""
+
+    part: Part
+    met: str = ""
+    branches: tuple[Branch, ...] = ()
+
+
+class Script(Protocol):
+    """How one response is made. Frozen, with a name and options, so that it is journalled, compared and printed."""
+
+    @property
+    def until(self) -> tuple[str, ...]:
+        """The texts before which its draws end."""
+        ...
+
+    @property
+    def forced(self) -> tuple[str, ...]:
+        """The texts that it writes, at most, each as often as it does."""
+        ...
+
+    @property
+    def branches(self) -> tuple[str, int] | None:
+        """The opening of its branches, and how many tokens they draw at most."""
+        ...
+
+    def steps(self, sample: int) -> Generator[Step, Done, None]:
+        """The steps of sample number `sample` of a group. After a draw that ended with `stop` it may only fork."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Ask for `samples` responses to `prompt`; sample j's random numbers are a function of (seed, j, position) only."""
+    """Ask for responses to `prompt`, one by each script; sample j's random numbers are a function of (seed, j, position
+    in the response) only. `note` is whatever the asker wants to find again with the answers, JSON-ready."""
 
     prompt: Prompt
-    samples: int
     seed: int
+    scripts: tuple[Script, ...]
+    note: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        return len(self.scripts)
 
 
 class VersionSpan(NamedTuple):
-    """Tokens [start, end) of a response were drawn from weights `version`."""
+    """Tokens [start, end) of a response were made with weights `version`."""
 
     version: int
     start: int
@@ -74,11 +122,12 @@ class VersionSpan(NamedTuple):
 class Response:
     """One generated answer: token ids with the stop token, and one log-prob per token at the sampling temperature.
 
-    `logprobs` are the engine's, before top-p, fp32 [tokens]. The policy's own, which ratio and KL use, are computed
-    later and never stored here. `text` is the decoded response without special tokens; an engine without a tokenizer
-    leaves it empty. `routed_experts` are the experts that the engine chose in every layer for every token that it read,
-    the prompt's first: integers [prompt + response - 1, layers, experts per token]. Nothing was read behind the last
-    token, so it has none.
+    `logprobs` are the engine's, before top-p, fp32 [tokens]; of a token that a script wrote, the log of the chance with
+    which it did, 0 without one. The policy's own, which ratio and KL use, are computed later and never stored here.
+    `text` is the decoded response without special tokens; an engine without a tokenizer leaves it empty. `parts` tile
+    it; none: all of it was drawn at once. `routed_experts` are the experts that the engine chose in every layer for
+    every token that it read, the prompt's first: integers [prompt + response - 1, layers, experts per token]. Nothing
+    was read behind the last token, so it has none.
     """
 
     tokens: tuple[int, ...]
@@ -87,15 +136,26 @@ class Response:
     versions: tuple[VersionSpan, ...] = ()
     text: str = ""
     routed_experts: np.ndarray | None = None  # a mixture of experts, and an engine that tells
+    parts: tuple[Part, ...] = ()
+    branches: tuple[Branch, ...] = ()
+
+    @property
+    def trained(self) -> BoolArray:
+        """The tokens that the policy may be trained on, bool [tokens]: all but those that a script forced."""
+        trained = np.ones(len(self.tokens), dtype=bool)
+        for part in self.parts:
+            trained[part.start : part.end] = not part.forced
+        return trained
 
     @property
     def length(self) -> int:
-        """Generated tokens, the stop token included."""
-        return len(self.tokens)
+        """Generated tokens, the stop token included, without those that a script forced."""
+        return len(self.tokens) - sum(part.end - part.start for part in self.parts if part.forced)
 
     @property
     def truncated(self) -> bool:
-        """True when the response did not end by itself: it is wrong, and enters no length statistic."""
+        """True when its last draw was cut, so that it did not end by itself: it is wrong, and enters no length
+        statistic."""
         return self.finish != "stop"
 
 
@@ -109,6 +169,8 @@ class Group:
     prompt: Prompt
     responses: tuple[Response, ...]
     seed: int = 0  # the request's: it names this visit of the prompt
+    scripts: tuple[Script, ...] = ()  # the request's, as is the note; none: every response was drawn at once
+    note: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def lengths(self) -> IntArray:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_efr.rollout.engine import Engine
+from megatron_efr.scripts import plain
 from megatron_efr.types import Group, Prompt, Request, Sampling
 
 MakeEngine = Callable[[], Engine]
@@ -19,7 +20,7 @@ Weights = list[tuple[str, torch.Tensor]]
 def requests(count: int, samples: int = 2, first_token: int = 3) -> list[Request]:
     """Prompts of different lengths, each with its own seed."""
     return [
-        Request(Prompt(f"p{i}", tuple(first_token + j % 5 for j in range(1 + i % 7)), "", ""), samples, seed=1000 + i)
+        plain(Prompt(f"p{i}", tuple(first_token + j % 5 for j in range(1 + i % 7)), "", ""), samples, seed=1000 + i)
         for i in range(count)
     ]
 

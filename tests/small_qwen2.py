@@ -9,6 +9,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_efr.rollout.local.engine import LocalEngine
+from megatron_efr.scripts import plain
 from megatron_efr.types import Prompt, Request, Response, Sampling
 from tests.engine_contract import Weights
 
@@ -55,7 +56,7 @@ def mixed_requests(count: int, samples: int = 1, seed: int = 0, vocab: int = 32)
     """Random prompts of 1 to 40 tokens."""
     rng = np.random.default_rng(seed)
     prompts = [tuple(rng.integers(2, vocab, rng.integers(1, 41)).tolist()) for _ in range(count)]
-    return [Request(Prompt(f"p{i}", tokens, "", ""), samples, 77 * i) for i, tokens in enumerate(prompts)]
+    return [plain(Prompt(f"p{i}", tokens, "", ""), samples, 77 * i) for i, tokens in enumerate(prompts)]
 
 
 def exact_logprobs(built: Qwen2ForCausalLM, prompt: Prompt, response: Response, temperature: float) -> torch.Tensor:

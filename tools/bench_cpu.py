@@ -99,7 +99,8 @@ def sampled_sequences(settings: Settings, rows: list[dict[str, Any]]) -> list[li
     import numpy as np
 
     from megatron_efr.rollout.local.engine import LocalEngine
-    from megatron_efr.types import Prompt, Request, Sampling
+    from megatron_efr.scripts import plain
+    from megatron_efr.types import Prompt, Sampling
     from megatron_efr.weights.architecture import Architecture
     from megatron_efr.weights.folder import FolderWeights
 
@@ -107,7 +108,7 @@ def sampled_sequences(settings: Settings, rows: list[dict[str, Any]]) -> list[li
     engine = LocalEngine(settings.model, 256)
     engine.publish(FolderWeights(settings.model, architecture).items(), 0)
     stops = tuple(rows[0]["stops"])
-    requests = [Request(Prompt(str(i), tuple(row["tokens"]), "", ""), 8, i) for i, row in enumerate(rows[:64])]
+    requests = [plain(Prompt(str(i), tuple(row["tokens"]), "", ""), 8, i) for i, row in enumerate(rows[:64])]
     groups = engine.generate(requests, Sampling(1.0, 1.0, settings.max_new_tokens, stops))
     drawn = [(list(g.prompt.tokens), list(r.tokens)) for g in sorted(groups, key=lambda g: g.seed) for r in g.responses]
     rng, chosen, total = np.random.default_rng(0), [], 0

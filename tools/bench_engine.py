@@ -26,7 +26,8 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_efr.rollout.local.engine import LocalEngine
-from megatron_efr.types import Prompt, Request, Sampling
+from megatron_efr.scripts import plain
+from megatron_efr.types import Prompt, Sampling
 
 Tokens = list[tuple[int, ...]]
 
@@ -90,7 +91,7 @@ def read_prompts(path: str | Path, model: str | Path) -> Tokens:
 
 def engine_lengths(engine: LocalEngine, prompts: Tokens, limit: int, stop_ids: tuple[int, ...]) -> list[int]:
     """Answer every prompt once with ours; the responses' lengths, in order of completion."""
-    requests = (Request(Prompt(str(i), tokens, "", ""), 1, i) for i, tokens in enumerate(prompts))
+    requests = (plain(Prompt(str(i), tokens, "", ""), 1, i) for i, tokens in enumerate(prompts))
     groups = engine.generate(requests, Sampling(1.0, 1.0, limit, stop_ids))
     return [group.responses[0].length for group in groups]
 

@@ -11,7 +11,8 @@ import torch
 
 from megatron_efr.config import ConfigError, EnginesConfig, ModelConfig, RolloutConfig
 from megatron_efr.errors import UserError
-from megatron_efr.rollout.engine import Decode, Engine
+from megatron_efr.rollout.codec import Codec
+from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.rollout.requests import check_servable
 from megatron_efr.rollout.servers.addresses import KEY, wait_until_ready
@@ -25,7 +26,7 @@ from megatron_efr.weights.publish import EngineError
 
 
 def build_engine(
-    model: ModelConfig, rollout: RolloutConfig, servers: Servers, folder: Path, decode: Decode, resources: ExitStack
+    model: ModelConfig, rollout: RolloutConfig, servers: Servers, folder: Path, codec: Codec, resources: ExitStack
 ) -> Engine:
     """The engine of a run, over its `servers`; what must be closed at its end is given to `resources`. A router's log
     goes to `folder`."""
@@ -39,12 +40,12 @@ def build_engine(
             raise ConfigError(
                 "model.routing: replay needs an engine that says which experts it chose; set rollout.engine: sglang"
             )
-        return local_engine(model.path, rollout.slots, model.dtype, decode)
-    return _connected(model, rollout, servers.urls, servers.key, folder, decode, resources)
+        return local_engine(model.path, rollout.slots, model.dtype, codec)
+    return _connected(model, rollout, servers.urls, servers.key, folder, codec, resources)
 
 
 def sglang_engine(
-    model: ModelConfig, engines: EnginesConfig, folder: Path, seed: int, decode: Decode, resources: ExitStack
+    model: ModelConfig, engines: EnginesConfig, folder: Path, seed: int, codec: Codec, resources: ExitStack
 ) -> SGLangEngine:
     """Servers that this process alone starts, on the first GPUs, or those in `urls`, as one engine.
 
@@ -52,7 +53,7 @@ def sglang_engine(
     again, without weights.
     """
     if engines.urls:
-        return _connected(model, engines, engines.urls, os.environ.get(KEY), folder, decode, resources)
+        return _connected(model, engines, engines.urls, os.environ.get(KEY), folder, codec, resources)
     launcher = resources.enter_context(Launcher(folder, engines.timeouts.stop_s))
     for index in range(engines.engines or 1):
         launcher.start_engine(
@@ -60,7 +61,7 @@ def sglang_engine(
         )
     urls = launcher.wait(engines.timeouts.start_s)
     launcher.watch(engines.timeouts, engines.restarts)
-    return _connected(model, engines, urls, launcher.key, folder, decode, resources)
+    return _connected(model, engines, urls, launcher.key, folder, codec, resources)
 
 
 def _connected(
@@ -69,7 +70,7 @@ def _connected(
     urls: Sequence[str],
     key: str | None,
     folder: Path,
-    decode: Decode,
+    codec: Codec,
     resources: ExitStack,
 ) -> SGLangEngine:
     """Running servers as one engine, behind a router if one is asked for."""
@@ -94,7 +95,7 @@ def _connected(
             dtype=model.dtype,
             routed_experts=model.routing == "replay",
             router=router and (router, engines.restarts),
-            decode=decode,
+            codec=codec,
         )
     except EngineError as error:
         hint = f"; is the key of the servers in rollout.urls in {KEY}?" if engines.urls else ""
@@ -111,7 +112,7 @@ def _router(engines: EnginesConfig, key: str | None, folder: Path, resources: Ex
     return router
 
 
-def local_engine(model: str, slots: int, dtype: str, decode: Decode) -> LocalEngine:
+def local_engine(model: str, slots: int, dtype: str, codec: Codec) -> LocalEngine:
     """The embedded engine for a model folder, on the GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LocalEngine(model, slots, device, getattr(torch, dtype), decode)
+    return LocalEngine(model, slots, device, getattr(torch, dtype), codec)

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Protocol, Self
 
 import torch
 
 from megatron_efr.types import Group, Request, Sampling
-
-Decode = Callable[[Sequence[int]], str]
-"""Token ids to text, special tokens left out."""
-
-
-def no_text(tokens: Sequence[int]) -> str:
-    """Stand in for a tokenizer where nobody reads what is said: in benchmarks, and in tests of tokens alone."""
-    return ""
 
 
 class GroupStream(Protocol):

@@ -32,6 +32,8 @@ from typing import Any, NamedTuple, Protocol
 from megatron_efr.config import RolloutConfig
 from megatron_efr.rollout.judging import Accept, Judge
 from megatron_efr.rollout.production import Production
+from megatron_efr.rollout.request_json import decode_request, encode_request
+from megatron_efr.scripts import plain
 from megatron_efr.types import Group, Prompt, Request, Rewarded, UserError
 
 REFUSALS = 20
@@ -81,6 +83,10 @@ Journals = Callable[[int], Journal]
 """The journal of each iteration."""
 
 
+Ask = Callable[[Visit], Request]
+"""What is asked of a prompt that is drawn; its seed is `request_seed` of the visit."""
+
+
 class Finished(NamedTuple):
     """The groups that an iteration may take, by seed, in order of completion; how many others were refused meanwhile,
     and the seconds that all took."""
@@ -112,9 +118,10 @@ def staleness(group: Group, version: int) -> int:
 class Ledger:
     """Turns prompts into whole groups, iteration by iteration. Asynchronous until iteration `last`.
 
-    `accept_in` gives, as an iteration begins, what judges its groups; a thread of its own runs it. The prompt of a
-    group that it refuses is used up, and the stream's next prompt is asked instead. UserError if it refuses REFUSALS
-    times what an iteration takes.
+    `ask` makes the request of a visit; without it `rollout.samples` responses, each drawn at once. It is called once: a
+    checkpoint has the requests of what is in flight. `accept_in` gives, as an iteration begins, what judges its groups;
+    a thread of its own runs it. The prompt of a group that it refuses is used up, and the stream's next prompt is asked
+    instead. UserError if it refuses REFUSALS times what an iteration takes.
     """
 
     def __init__(
@@ -126,11 +133,12 @@ class Ledger:
         *,
         seed: int,
         last: int,
+        ask: Ask | None = None,
     ) -> None:
         self.seconds = 0.0  # that it took to produce the groups handed over last
         self.refused = 0  # while these were produced
         self._prompts, self._accept_in, self._production, self._config = prompts, accept_in, production, config
-        self._seed, self._last = seed, last
+        self._seed, self._last, self._ask = seed, last, ask or self._ask_plainly
         self._in_flight: dict[int, InFlight] = {}  # by the request's seed, in the order in which they were drawn
         self._drawing = threading.Lock()  # a checkpoint must not see a prompt that has left the stream and is nowhere
         self._begun: Callable[[], Finished] | None = None
@@ -158,15 +166,19 @@ class Ledger:
         return groups
 
     def state_dict(self) -> dict[str, Any]:
-        """The prompts' own state, and which of those they gave are in flight."""
+        """The prompts' own state, and what is in flight: each visit, its version, and the request itself, which the
+        prompts alone do not give again where a method asks by what it has seen."""
         with self._drawing:
-            flights = [[flight.visit.index, flight.since] for flight in self._in_flight.values()]
+            flights = [
+                [flight.visit.index, flight.since, encode_request(flight.request)]
+                for flight in self._in_flight.values()
+            ]
             return {**self._prompts.state_dict(), "in_flight": flights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was made: prompts in flight are asked first."""
         self._prompts.load_state_dict(state)
-        self._in_flight = dict(self._flight(self._prompts.visit(index), since) for index, since in state["in_flight"])
+        self._in_flight = dict(self._restored(*flight) for flight in state["in_flight"])
 
     def close(self) -> None:
         """End the threads. What is in flight is dropped, but for the journal and the last checkpoint's list of it."""
@@ -191,7 +203,18 @@ class Ledger:
             self._in_flight = kept | dict(self._flight(visit, version) for visit in self._prompts.take(count))
 
     def _flight(self, visit: Visit, since: int) -> tuple[int, InFlight]:
-        request = Request(visit.prompt, self._config.samples, request_seed(self._seed, visit.index))
+        request = self._ask(visit)
+        return request.seed, InFlight(visit, request, since)
+
+    def _ask_plainly(self, visit: Visit) -> Request:
+        return plain(visit.prompt, self._config.samples, request_seed(self._seed, visit.index))
+
+    def _restored(self, index: int, since: int, asked: Mapping[str, Any] | None = None) -> tuple[int, InFlight]:
+        """What `state_dict` wrote of a prompt in flight. A state of before requests were kept has none."""
+        visit = self._prompts.visit(index)
+        if asked is None:
+            return self._flight(visit, since)
+        request = decode_request(asked)
         return request.seed, InFlight(visit, request, since)
 
     def _produce(self, step: int, journal: Journal, accept: Accept) -> Finished:
@@ -271,4 +294,9 @@ def _check_same(held: Group, request: Request) -> None:
             f"prompt {now.id}: the journal of this iteration holds {len(held.responses)} responses to another "
             f"prompt ({then.id}) at its place; put the data and the tokenizer back as they were, or start a "
             "new run"
+        )
+    if held.scripts and held.scripts != request.scripts:
+        raise UserError(
+            f"prompt {now.id}: the journal of this iteration holds responses that were asked for otherwise, by "
+            f"{held.scripts[0]!r}; put the method's options back as they were, or start a new run"
         )

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+from pydantic import BaseModel
+
+from megatron_efr.config import ConfigError
 from megatron_efr.errors import UserError
-from megatron_efr.types import Request, Sampling
+from megatron_efr.rollout.codec import Codec
+from megatron_efr.types import Request, Sampling, Script
 from megatron_efr.weights.architecture import Architecture
 
 
@@ -31,20 +36,56 @@ def check_servable(model: Architecture) -> None:
         )
 
 
-def check_request(request: Request, sampling: Sampling, model: Architecture) -> None:
+def longest(script: Script, max_new_tokens: int, codec: Codec) -> int:
+    """The tokens that a response of `script` has at most, drawn and written, and those of its longest branch."""
+    longest = max_new_tokens + sum(len(codec.encode(text)) for text in script.forced)
+    if script.branches is None:
+        return longest
+    opening, drawn = script.branches
+    return longest + len(codec.encode(opening)) + drawn
+
+
+def check_script(script: Script, codec: Codec, path: str) -> None:
+    """Refuse, with a ConfigError that names the key within `path`, a text that the tokenizer cannot serve a script as.
+
+    A draw ends at single tokens alone: engines then draw the same, and nothing that was drawn is cut in two.
+    """
+    for text in script.until:
+        if len(tokens := codec.encode(text)) != 1:
+            raise ConfigError(
+                f"{_key(script, text, path)}: {text!r} is {len(tokens)} tokens of this model's tokenizer, and a draw "
+                "can end only before a text that is a single one; name one of the tokenizer's own tokens"
+            )
+    for text in (*script.forced, *(script.branches or ())[:1]):
+        if not codec.encode(text):
+            raise ConfigError(f"{_key(script, text, path)}: {text!r} is no token of this model's tokenizer")
+
+
+def check_request(request: Request, sampling: Sampling, model: Architecture, codec: Codec) -> None:
     """Refuse, with a ValueError that names the prompt, a request that `model` cannot answer."""
     prompt = request.prompt
-    asked = len(prompt.tokens) + sampling.max_new_tokens
     if not prompt.tokens:
         raise ValueError(f"prompt {prompt.id}: it has no tokens")
+    if request.samples < 1:
+        raise ValueError(f"prompt {prompt.id}: samples {request.samples}; at least 1 is needed")
+    written = max(longest(script, 0, codec) for script in set(request.scripts))
+    asked = len(prompt.tokens) + sampling.max_new_tokens + written
     if asked > model.max_positions:
         raise ValueError(
-            f"prompt {prompt.id}: {len(prompt.tokens)} tokens + max_new_tokens {sampling.max_new_tokens} = "
-            f"{asked}, and the model has {model.max_positions} positions (max_position_embeddings)"
+            f"prompt {prompt.id}: {len(prompt.tokens)} tokens + max_new_tokens {sampling.max_new_tokens}"
+            f"{f' + {written} of its script' if written else ''} = {asked}, and the model has {model.max_positions} "
+            "positions (max_position_embeddings)"
         )
     if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < model.vocab:
         raise ValueError(f"prompt {prompt.id}: a token is outside the model's vocabulary of {model.vocab} tokens")
-    if request.samples < 1:
-        raise ValueError(f"prompt {prompt.id}: samples {request.samples}; at least 1 is needed")
     if not 0 <= request.seed < 2**64:
         raise ValueError(f"prompt {prompt.id}: seed {request.seed} is not an unsigned 64-bit number")
+
+
+def _key(script: Script, text: str, path: str) -> str:
+    """The path of the option of `script` that has `text`."""
+    options: dict[str, Any] = dict(script) if isinstance(script, BaseModel) else {}
+    for name, value in options.items():
+        if value == text or (isinstance(value, tuple) and text in value):
+            return f"{path}.{name}"
+    return path

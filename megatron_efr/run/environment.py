@@ -36,13 +36,15 @@ from megatron_efr.methods import Knowledge, Known, Method, reward
 from megatron_efr.observe.progress import followed
 from megatron_efr.report.records import Record, summarise
 from megatron_efr.rollout.build import build_engine
-from megatron_efr.rollout.engine import Decode, Engine
+from megatron_efr.rollout.codec import TokenizerCodec
+from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.judging import Accept
 from megatron_efr.rollout.ledger import Ledger, request_seed
 from megatron_efr.rollout.production import Production
 from megatron_efr.rollout.servers.run_servers import Servers
 from megatron_efr.run.folder import Journal, RunFolder
-from megatron_efr.types import Group, Prompt, Request, Rewarded, Sampling
+from megatron_efr.scripts import plain
+from megatron_efr.types import Group, Prompt, Rewarded, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import initial_weights
 
@@ -75,7 +77,7 @@ class Environment:
         self.evaluator = (
             evaluator_of(config, tokenizer, stops, architecture.max_positions) if self._evaluate_every else None
         )
-        self._config, self._decode = config, decoder(tokenizer)
+        self._config, self._codec = config, TokenizerCodec(tokenizer)
         self._method, self._algorithm = method, algorithm
         rollout = config.rollout
         self.knowledge = Knowledge(method, rollout.max_new_tokens)
@@ -88,7 +90,7 @@ class Environment:
         """Take the engine into use, over `servers` or embedded; `resources` end it, and the thread of rollouts."""
         config = self._config
         logs = config.folder / "engines"
-        self.engine = build_engine(config.model, config.rollout, servers, logs, self._decode, resources)
+        self.engine = build_engine(config.model, config.rollout, servers, logs, self._codec, resources)
         self.production = Production(self.engine, self._sampling)
         self.ledger = Ledger(
             self.stream, self.judging, self.production, config.rollout, seed=config.seed, last=config.train.iterations
@@ -161,7 +163,7 @@ class Evaluator:
         self.prompts = rendered.prompts
         self._seed = seed
         self._requests = [
-            Request(p, config.samples_by_dataset.get(p.meta["dataset"], config.samples), request_seed(seed, -1 - i))
+            plain(p, config.samples_by_dataset.get(p.meta["dataset"], config.samples), request_seed(seed, -1 - i))
             for i, p in enumerate(self.prompts)
         ]
 
@@ -247,16 +249,6 @@ def load_prompts(
 def judgings_of(grading: GradingConfig, datasets: Sequence[DatasetConfig]) -> Judgings:
     """How each data set's answers are judged."""
     return Judgings.of(grading, [(dataset_name(dataset), dataset.grading) for dataset in datasets])
-
-
-def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
-    """Token ids to text without special tokens, spaces left alone."""
-
-    def decode(tokens: Sequence[int]) -> str:
-        text: Any = tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
-
-    return decode
 
 
 def show(rendered: Rendered) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_efr.types import Credit, Credited, Grade, Graded, Group, Prompt, Response, Rewarded, VersionSpan
+from megatron_efr.rollout.request_json import decode_prompt, decode_scripts, encode_prompt, encode_scripts
+from megatron_efr.steps import Part
+from megatron_efr.types import Branch, Credit, Credited, Grade, Graded, Group, Response, Rewarded, VersionSpan
 
 
 def encode_group(group: Group) -> str:
@@ -64,23 +66,19 @@ def _line(tree: dict[str, Any]) -> str:
 
 
 def _encode_group(group: Group) -> dict[str, Any]:
-    prompt = group.prompt
     return {
-        "prompt": {
-            "id": prompt.id,
-            "tokens": list(prompt.tokens),
-            "text": prompt.text,
-            "gold": prompt.gold,
-            "meta": dict(prompt.meta),
-        },
+        "prompt": encode_prompt(group.prompt),
         "responses": [_encode_response(response) for response in group.responses],
         "seed": group.seed,
+        "scripts": encode_scripts(group.scripts),
+        "note": dict(group.note),
     }
 
 
 def _decode_group(tree: dict[str, Any]) -> Group:
-    prompt = Prompt(**{**tree["prompt"], "tokens": tuple(tree["prompt"]["tokens"])})
-    return Group(prompt, tuple(_decode_response(response) for response in tree["responses"]), tree["seed"])
+    responses = tuple(_decode_response(response) for response in tree["responses"])
+    scripts = decode_scripts(tree.get("scripts", ()))
+    return Group(decode_prompt(tree["prompt"]), responses, tree["seed"], scripts, tree.get("note", {}))
 
 
 def _encode_response(response: Response) -> dict[str, Any]:
@@ -90,6 +88,11 @@ def _encode_response(response: Response) -> dict[str, Any]:
         "finish": response.finish,
         "versions": [list(span) for span in response.versions],
         "text": response.text,
+        "parts": [list(part) for part in response.parts],
+        "branches": [
+            {"part": branch.part, "at": branch.at, "responses": [_encode_response(each) for each in branch.responses]}
+            for branch in response.branches
+        ],
     }
     if (routed := response.routed_experts) is not None:  # a byte each up to 128 experts; as JSON's lists three or four
         data = base64.b64encode(routed.tobytes()).decode("ascii")
@@ -102,6 +105,11 @@ def _decode_response(tree: dict[str, Any]) -> Response:
         "tokens": tuple(tree["tokens"]),
         "logprobs": np.array(tree["logprobs"], dtype=np.float32),
         "versions": tuple(VersionSpan(*span) for span in tree["versions"]),
+        "parts": tuple(Part(*part) for part in tree.get("parts", ())),
+        "branches": tuple(
+            Branch(each["part"], each["at"], tuple(map(_decode_response, each["responses"])))
+            for each in tree.get("branches", ())
+        ),
     }
     if (routed := tree.get("routed_experts")) is not None:
         flat = np.frombuffer(base64.b64decode(routed["base64"], validate=True), routed["dtype"])

@@ -22,7 +22,8 @@ from megatron_efr.config import ModelConfig, OptimizerConfig, TimeoutsConfig
 from megatron_efr.policy import Policy, joined_ranks
 from megatron_efr.policy.ranks import Ranks
 from megatron_efr.rollout.sglang.engine import SGLangEngine
-from megatron_efr.types import Prompt, Request, Sampling
+from megatron_efr.scripts import plain
+from megatron_efr.types import Prompt, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.checksums import ChecksumCheck, Hashing
 from megatron_efr.weights.publish import Publisher, Transport
@@ -38,7 +39,7 @@ def distance(engine: SGLangEngine, folder: str | Path) -> float:
     where a token is not transformers' choice."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     prompts = [tuple(3 + (5 * i + 7 * j) % 50 for j in range(3 + 4 * i)) for i in range(6)]
-    requests = [Request(Prompt(f"p{i}", tokens, "", ""), 1, seed=i) for i, tokens in enumerate(prompts)]
+    requests = [plain(Prompt(f"p{i}", tokens, "", ""), 1, seed=i) for i, tokens in enumerate(prompts)]
     worst = 0.0
     for group in engine.generate(requests, Sampling(0.0, 1.0, 12, ())):
         prompt, response = group.prompt.tokens, group.responses[0]

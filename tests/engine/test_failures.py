@@ -19,7 +19,8 @@ from megatron_efr.rollout.servers.addresses import KEY
 from megatron_efr.rollout.sglang.admission import check_server
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.rollout.sglang.server import Server
-from megatron_efr.types import Prompt, Request, Sampling
+from megatron_efr.scripts import plain
+from megatron_efr.types import Prompt, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import EngineError
 from tests.conftest import VOCAB
@@ -180,7 +181,7 @@ def test_a_server_in_bf16_needs_its_head_in_fp32(make_engine: MakeSGLang) -> Non
 def test_an_id_outside_the_vocabulary_never_reaches_the_server(make_engine: MakeSGLang, models: Models) -> None:
     engine = make_engine_again(make_engine, models)
     with pytest.raises(ValueError, match=f"prompt bad: a token is outside the model's vocabulary of {VOCAB}"):
-        list(engine.generate([Request(Prompt("bad", (3, VOCAB), "", ""), 1, 0)], FREE))
+        list(engine.generate([plain(Prompt("bad", (3, VOCAB), "", ""), 1, 0)], FREE))
     with pytest.raises(ValueError, match="stop_ids"):
         engine.generate(requests(1), Sampling(1.0, 1.0, 4, (VOCAB,)))
     assert len(list(engine.generate(requests(2), FREE))) == 2

@@ -10,6 +10,7 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from megatron_efr.rollout.sglang.engine import SGLangEngine
+from megatron_efr.scripts import plain
 from megatron_efr.types import Prompt, Request, Sampling
 from tests.conftest import VOCAB
 from tests.engine.conftest import STOP, MakeSGLang
@@ -28,7 +29,7 @@ def asked(count: int, samples: int) -> list[Request]:
     rng = np.random.default_rng(0)
     prompts = [tuple(rng.integers(3, VOCAB, rng.integers(1, 41)).tolist()) for _ in range(count - 1)]
     prompts.append((*max(prompts, key=len)[:30], 5, 6))
-    return [Request(Prompt(f"p{i}", tokens, "", ""), samples, i) for i, tokens in enumerate(prompts)]
+    return [plain(Prompt(f"p{i}", tokens, "", ""), samples, i) for i, tokens in enumerate(prompts)]
 
 
 def exact_logprobs(

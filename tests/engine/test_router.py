@@ -17,7 +17,7 @@ import pytest
 from megatron_efr.config import ConfigError, EnginesConfig, ModelConfig, RolloutConfig
 from megatron_efr.errors import UserError
 from megatron_efr.rollout.build import build_engine, sglang_engine
-from megatron_efr.rollout.engine import no_text
+from megatron_efr.rollout.codec import NoText
 from megatron_efr.rollout.servers.addresses import KEY
 from megatron_efr.rollout.servers.process import ServerProcess
 from megatron_efr.rollout.servers.run_servers import Servers as RunServers
@@ -97,9 +97,9 @@ def test_whoever_asks_for_a_router_gets_one_and_leaves_none(
     with ExitStack() as resources:
         if program == "run":
             running = RunServers(servers.urls, servers.key)
-            engine = build_engine(model, RolloutConfig.model_validate(asked), running, tmp_path, no_text, resources)
+            engine = build_engine(model, RolloutConfig.model_validate(asked), running, tmp_path, NoText(), resources)
         else:
-            engine = sglang_engine(model, EnginesConfig.model_validate(asked), tmp_path, 0, no_text, resources)
+            engine = sglang_engine(model, EnginesConfig.model_validate(asked), tmp_path, 0, NoText(), resources)
         engine.publish(weights_of(models[0]), version=1)
         wait_until(lambda: routers() == 1 and engine._fleet.routed, "the fleet goes through it")  # pyright: ignore
         assert_each_came_once(list(engine.generate(requests(COUNT), LONG)), 1)
@@ -209,5 +209,5 @@ def test_a_router_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
         start_router(rollout(router=True, python=str(bare)), tmp_path, None)
     with ExitStack() as stack, pytest.raises(ConfigError, match=r"rollout\.router: .* routed experts"):
         build_engine(
-            ModelConfig(path="", routing="replay"), rollout(router=True), RunServers(), tmp_path, no_text, stack
+            ModelConfig(path="", routing="replay"), rollout(router=True), RunServers(), tmp_path, NoText(), stack
         )

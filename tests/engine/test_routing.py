@@ -14,7 +14,8 @@ from megatron_efr.policy import Policy, Ranks
 from megatron_efr.policy.packing import samples
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.samples import Sample
-from megatron_efr.types import Prompt, Request, Sampling
+from megatron_efr.scripts import plain
+from megatron_efr.types import Prompt, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights
 from megatron_efr.weights.publish import WeightMismatchError
@@ -59,7 +60,7 @@ def weights(folder: Path, noise: float) -> Iterator[tuple[str, torch.Tensor]]:
 def sampled(engine: SGLangEngine) -> list[Sample]:
     """Responses to prompts with common beginnings, which the server reads once."""
     prompts = [Prompt(str(i), (5, 6, 7, 8, 9, 10 + i, 11, 12), "", "") for i in range(6)]
-    groups = list(engine.generate([Request(prompt, 8, seed) for seed, prompt in enumerate(prompts)], SAMPLING))
+    groups = list(engine.generate([plain(prompt, 8, seed) for seed, prompt in enumerate(prompts)], SAMPLING))
     return samples([credited(group, np.zeros(8)) for group in groups])
 
 

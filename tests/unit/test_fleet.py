@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from megatron_efr.config import TimeoutsConfig
+from megatron_efr.rollout.codec import NoText
 from megatron_efr.rollout.sglang.fleet import Fleet
 from megatron_efr.rollout.sglang.server import Server
-from megatron_efr.types import Group, Prompt, Request, Sampling
+from megatron_efr.scripts import plain
+from megatron_efr.types import Group, Prompt, Sampling
 from megatron_efr.weights.publish import LostError, NoEngineError
 
 TOKENS = [3, 4]
@@ -75,8 +77,8 @@ class Placed:
     async def ask(self, samples: int) -> list[list[int]]:
         """Ask for one more group, of a prompt of its own number; whose responses each server has then."""
         number = len(self.asked)
-        request = Request(Prompt(f"p{number}", (number,), "", ""), samples, seed=number)
-        self.asked.append(asyncio.create_task(self.fleet.group(request, Sampling(1.0, 1.0, 8, ()))))
+        request = plain(Prompt(f"p{number}", (number,), "", ""), samples, seed=number)
+        self.asked.append(asyncio.create_task(self.fleet.group(request, Sampling(1.0, 1.0, 8, ()), NoText())))
         return await self.settle()
 
     async def settle(self) -> list[list[int]]:

@@ -12,13 +12,15 @@ PACKAGE = Path(__file__).parents[2] / "megatron_efr"
 
 # A unit is a room (folder) or a module of the package. What is listed it may import, and itself; "weights.mapping" is
 # that module of the room alone.
-BASE = {"errors", "types", "samples", "config", "durable"}
+BASE = {"errors", "types", "steps", "samples", "config", "durable"}
 WEIGHTS = {"weights"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
-    "types": {"errors"},
+    "steps": set(),
+    "types": {"errors", "steps"},
     "samples": {"types"},
+    "scripts": {"errors", "types", "steps", "config"},
     "durable": {"errors"},
     "config": {"errors"},
     "parent": set(),
@@ -27,11 +29,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "algorithms": BASE,
     "kernels": BASE | {"algorithms.objective"},
     "grading": BASE,
-    "methods": BASE,
+    "methods": BASE | {"scripts"},
     "data": BASE,
     "weights": BASE,
     "policy": BASE | WEIGHTS | {"kernels", "algorithms.objective", "transformer_engine"},
     "rollout": BASE
+    | {"scripts"}
     | {"weights.architecture", "weights.frequencies", "weights.mapping", "weights.checked", "weights.publish"}
     | {"weights.reshard", "weights.transports"},
     "report": BASE,
@@ -41,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": BASE
     | WEIGHTS
     | {"algorithms", "arguments", "checkpoint", "data", "grading", "memory", "methods", "observe", "parent"}
-    | {"policy", "report.records", "report.stored", "rollout"},
+    | {"policy", "report.records", "report.stored", "rollout", "scripts"},
     "convert": BASE | WEIGHTS | {"arguments", "checkpoint", "policy"},  # policy, where logits are compared
     "import_gguf": BASE
     | {"arguments", "data.gguf_tokenizer"}

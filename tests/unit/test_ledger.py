@@ -17,11 +17,13 @@ from scipy import stats
 
 from megatron_efr.config import RolloutConfig
 from megatron_efr.data.stream import PromptStream
+from megatron_efr.rollout.codec import NoText
 from megatron_efr.rollout.engine import GroupStream
 from megatron_efr.rollout.ledger import Ledger, request_seed, staleness
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.rollout.production import Production
 from megatron_efr.run.folder import RunFolder
+from megatron_efr.scripts import plain
 from megatron_efr.types import Group, Prompt, Request, Rewarded, Sampling, UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import WeightMapping
@@ -59,8 +61,11 @@ def heavy_tailed_weights() -> Weights:
     return [(name, (values | norms).get(name, torch.zeros(shape))) for name, shape in shapes.items()]
 
 
-def say_length(tokens: Sequence[int]) -> str:
-    return str(len(tokens))
+class SayLength(NoText):
+    """A tokenizer whose texts are their lengths."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(len(tokens))
 
 
 class Loop:
@@ -77,7 +82,7 @@ class Loop:
     ) -> None:
         settings = {"prompts": 4, "samples": 4, "slots": slots, "max_new_tokens": 600} | rollout
         self.config = RolloutConfig.model_validate(settings)
-        self.engine, self.weights = LocalEngine(CONFIG, slots, decode=say_length), heavy_tailed_weights()
+        self.engine, self.weights = LocalEngine(CONFIG, slots, codec=SayLength()), heavy_tailed_weights()
         prompts = PromptStream([Prompt(f"p{i}", (START,), "", gold) for i in range(7)], seed=0)
         sampling = Sampling(1.0, 1.0, self.config.max_new_tokens, (STOP,))
         self.refuses = refuses
@@ -185,7 +190,7 @@ def test_an_iteration_that_lost_its_engine_is_collected_again_and_no_prompt_is_l
     assert [len(groups) for groups in iterations] == [4] * 8
     taken = [group.seed for groups in iterations for group in groups]
     asked = loop.ledger.state_dict()
-    waiting = [request_seed(11, index) for index, _ in asked["in_flight"]]
+    waiting = [request_seed(11, index) for index, *_ in asked["in_flight"]]
     assert sorted([*taken, *waiting]) == sorted(seeds(asked["next_index"]))
 
 
@@ -198,7 +203,7 @@ def test_every_iteration_gets_whole_groups_and_no_prompt_is_lost_or_taken_twice(
     taken = [group.seed for groups in iterations for group in groups]
     assert len(set(taken)) == 48
     asked = loop.ledger.state_dict()
-    waiting = [request_seed(11, index) for index, _ in asked["in_flight"]]
+    waiting = [request_seed(11, index) for index, *_ in asked["in_flight"]]
     assert sorted([*taken, *waiting]) == sorted(seeds(asked["next_index"])), "a prompt was lost"
     for version, groups in enumerate(iterations):
         assert all(len(group.responses) == 4 for group in groups)
@@ -237,7 +242,7 @@ def test_lengths_are_the_samplers_if_the_slow_are_resumed_and_not_if_they_are_dr
     prompt = Prompt("p", (START,), "", "")
 
     def requests(first: int, count: int) -> Iterator[Request]:
-        return (Request(prompt, 4, request_seed(5, first + i)) for i in range(count))
+        return (plain(prompt, 4, request_seed(5, first + i)) for i in range(count))
 
     loop.engine.publish(iter(loop.weights), 0)
     sampled = lengths(list(loop.engine.generate(requests(0, 240), sampling)))
@@ -271,9 +276,9 @@ def test_after_a_kill_prompts_in_flight_come_first_and_finished_groups_are_kept(
         assert [r.tokens for g in groups for r in g.responses] == [r.tokens for g in repeated for r in g.responses]
         assert [r.versions for g in groups for r in g.responses] == [r.versions for g in repeated for r in g.responses]
     taken = [group.seed for groups in [*before, *after] for group in groups]
-    waiting = [request_seed(11, index) for index, _ in again.ledger.state_dict()["in_flight"]]
+    waiting = [request_seed(11, index) for index, *_ in again.ledger.state_dict()["in_flight"]]
     assert sorted([*taken, *waiting]) == sorted(seeds(again.ledger.state_dict()["next_index"]))
-    in_flight_then = [request_seed(11, index) for index, _ in state["in_flight"]]
+    in_flight_then = [request_seed(11, index) for index, *_ in state["in_flight"]]
     assert set(in_flight_then) <= {group.seed for groups in after for group in groups}
 
 
@@ -294,7 +299,7 @@ def test_another_thread_is_answered_between_two_groups(make_loop: MakeLoop) -> N
     loop.iterate()
     with loop.production.held():
         prompt = Prompt("held out", (START,), "", "")
-        answered = list(loop.engine.generate([Request(prompt, 3, 1)], Sampling(0.0, 1.0, 5, (STOP,))))
+        answered = list(loop.engine.generate([plain(prompt, 3, 1)], Sampling(0.0, 1.0, 5, (STOP,))))
     assert len(answered[0].responses) == 3
     assert len(loop.iterate()) == 8
     loop.ledger.close()
@@ -333,7 +338,7 @@ def odd(group: Group) -> bool:
 def all_answers(loop: Loop, count: int) -> list[Group]:
     """Whole groups of the stream's first `count` prompts, in its order."""
     prompts = PromptStream([Prompt(f"p{i}", (START,), "", "") for i in range(7)], seed=0)
-    requests = [Request(visit.prompt, 4, request_seed(11, visit.index)) for visit in prompts.take(count)]
+    requests = [plain(visit.prompt, 4, request_seed(11, visit.index)) for visit in prompts.take(count)]
     loop.engine.publish(iter(loop.weights), 0)
     made = {group.seed: group for group in loop.engine.generate(iter(requests), Sampling(1.0, 1.0, 600, (STOP,)))}
     return [made[request.seed] for request in requests]
@@ -370,7 +375,7 @@ def test_refused_groups_are_replaced_and_no_prompt_is_lost_or_taken_twice(mode: 
     assert not any(odd(group) for groups in iterations for group in groups)
     taken = {group.seed for groups in iterations for group in groups}
     asked = loop.ledger.state_dict()
-    waiting = {request_seed(11, index) for index, _ in asked["in_flight"]}
+    waiting = {request_seed(11, index) for index, *_ in asked["in_flight"]}
     # what a thread has just finished may have been turned away, with the run ending before another was drawn
     gone = turned_away - waiting
     assert len(taken) == 32

@@ -10,7 +10,8 @@ import torch
 from scipy import stats
 
 from megatron_efr.rollout.local.engine import LocalEngine
-from megatron_efr.types import Prompt, Request, Sampling
+from megatron_efr.scripts import plain
+from megatron_efr.types import Prompt, Sampling
 from tests.engine_contract import EngineContract, MakeEngine, Weights
 from tests.small_qwen2 import STOP, answers, differing, exact_logprobs, mixed_requests, model, serving, weights_of
 
@@ -56,7 +57,7 @@ def test_first_tokens_follow_the_models_distribution() -> None:
     prompt = Prompt("p", (5, 9, 3), "", "")
     with torch.no_grad():
         exact = torch.softmax(built(torch.tensor([prompt.tokens])).logits[0, -1].double(), -1).numpy()
-    (group,) = serving(built, slots=256).generate([Request(prompt, 20_000, 5)], Sampling(1.0, 1.0, 1, ()))
+    (group,) = serving(built, slots=256).generate([plain(prompt, 20_000, 5)], Sampling(1.0, 1.0, 1, ()))
     counts = np.bincount([response.tokens[0] for response in group.responses], minlength=32)
     likely = exact * 20_000 >= 5
     observed = np.append(counts[likely], counts[~likely].sum())
@@ -98,7 +99,7 @@ def test_nor_do_long_responses_to_long_prompts() -> None:
     rng = np.random.default_rng(0)
     lengths = (5, 190, 300, 310, 420)
     prompts = [Prompt(f"p{n}", tuple(rng.integers(2, 32, n).tolist()), "", "") for n in lengths]
-    asked, sampling = [Request(prompt, 2, 7) for prompt in prompts], Sampling(1.0, 1.0, 400, ())
+    asked, sampling = [plain(prompt, 2, 7) for prompt in prompts], Sampling(1.0, 1.0, 400, ())
     everything = answers(serving(built, slots=16), asked, sampling)
     for request in asked[1:4]:
         assert differing(everything, answers(serving(built, slots=1), [request], sampling)) == (0, 0)
@@ -137,6 +138,6 @@ def test_a_response_may_be_one_token() -> None:
 
 def test_the_last_position_of_the_model_can_be_used() -> None:
     built = model(max_position_embeddings=40)
-    (group,) = serving(built).generate([Request(Prompt("p", (3, 4), "", ""), 1, 0)], Sampling(1.0, 1.0, 38, ()))
+    (group,) = serving(built).generate([plain(Prompt("p", (3, 4), "", ""), 1, 0)], Sampling(1.0, 1.0, 38, ()))
     exact = exact_logprobs(built, group.prompt, group.responses[0], 1.0)
     assert (exact - torch.tensor(group.responses[0].logprobs)).abs().max() <= 1e-5

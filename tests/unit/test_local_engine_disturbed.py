@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_efr.rollout.local.engine import LocalEngine
+from megatron_efr.scripts import plain
 from megatron_efr.types import Group, Prompt, Request, Response, Sampling
 from tests.engine_contract import Weights, requests
 from tests.small_qwen2 import STOP, answers, differing, exact_logprobs, mixed_requests, model, serving, weights_of
@@ -128,11 +129,11 @@ def test_a_decoding_thread_waits_while_another_has_paused() -> None:
 def test_a_bad_request_is_named_and_the_others_are_still_answered() -> None:
     engine = serving(model())
     bad = {
-        "it has no tokens": Request(Prompt("bad", (), "", ""), 1, 0),
-        r"250 tokens \+ max_new_tokens 20 = 270.*256": Request(Prompt("bad", (3,) * 250, "", ""), 1, 0),
-        "vocabulary of 32": Request(Prompt("bad", (3, 32), "", ""), 1, 0),
-        "samples 0": Request(Prompt("bad", (3,), "", ""), 0, 0),
-        "seed -1": Request(Prompt("bad", (3,), "", ""), 1, -1),
+        "it has no tokens": plain(Prompt("bad", (), "", ""), 1, 0),
+        r"250 tokens \+ max_new_tokens 20 = 270.*256": plain(Prompt("bad", (3,) * 250, "", ""), 1, 0),
+        "vocabulary of 32": plain(Prompt("bad", (3, 32), "", ""), 1, 0),
+        "samples 0": plain(Prompt("bad", (3,), "", ""), 0, 0),
+        "seed -1": plain(Prompt("bad", (3,), "", ""), 1, -1),
     }
     for message, request in bad.items():
         good = mixed_requests(6)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_efr.rollout.local.engine import LocalEngine
+from megatron_efr.scripts import plain
 from megatron_efr.types import Prompt, Request, Response, Sampling
 from tests.families import FAMILIES, make_family_folder
 
@@ -23,7 +24,7 @@ def asked(count: int, samples: int) -> list[Request]:
     """Random prompts of 1 to 40 tokens."""
     rng = np.random.default_rng(0)
     prompts = [tuple(rng.integers(3, 61, rng.integers(1, 41)).tolist()) for _ in range(count)]
-    return [Request(Prompt(f"p{i}", tokens, "", ""), samples, 77 * i) for i, tokens in enumerate(prompts)]
+    return [plain(Prompt(f"p{i}", tokens, "", ""), samples, 77 * i) for i, tokens in enumerate(prompts)]
 
 
 def answers(

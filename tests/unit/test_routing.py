@@ -19,7 +19,7 @@ from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, Paral
 from megatron_efr.errors import UserError
 from megatron_efr.policy import Policy, Ranks, check_fit, policy_loss, supervised_loss
 from megatron_efr.rollout.build import build_engine
-from megatron_efr.rollout.engine import no_text
+from megatron_efr.rollout.codec import NoText
 from megatron_efr.rollout.servers.run_servers import Servers
 from megatron_efr.rollout.sglang.experts import decode_routing
 from megatron_efr.samples import Sample
@@ -208,7 +208,7 @@ def test_what_cannot_be_replayed_is_named(make: MakePolicy, moe: Path, tied_mode
         pytest.raises(ConfigError, match="an engine that says which experts it chose"),
         ExitStack() as stack,
     ):
-        build_engine(ModelConfig(path=str(moe), routing="replay"), RolloutConfig(), Servers(), moe, no_text, stack)
+        build_engine(ModelConfig(path=str(moe), routing="replay"), RolloutConfig(), Servers(), moe, NoText(), stack)
     for field, name in (("moe_router_fusion", "fused router"), ("moe_enable_routing_replay", "set model.routing")):
         with pytest.raises(ConfigError, match=name):
             check_fit(ModelConfig(path=str(moe), routing="replay", megatron={field: True}), ParallelConfig())

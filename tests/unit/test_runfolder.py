@@ -15,7 +15,9 @@ from megatron_efr.durable import UnwritableError, write_atomic
 from megatron_efr.report import summarise
 from megatron_efr.run.folder import Journal, RunFolder, RunFolderError
 from megatron_efr.run.group_json import decode_credited, decode_group, encode_credited, encode_group
-from megatron_efr.types import Credit, Credited, Grade, Graded, Group, Prompt, Response, Rewarded, VersionSpan
+from megatron_efr.scripts import Budget, Forks, Plain
+from megatron_efr.steps import Part
+from megatron_efr.types import Branch, Credit, Credited, Grade, Graded, Group, Prompt, Response, Rewarded, VersionSpan
 
 CONFIG = """
 name: a
@@ -43,10 +45,13 @@ def group(index=0, n=3):
             versions=(VersionSpan(1, 0, 2), VersionSpan(2, 2, 5)),
             text='a "quoted"\ntext',
             routed_experts=None if i == 1 else rng.integers(0, 128, (7, 2, 4)).astype((np.int8, np.int16)[i > 0]),
+            parts=(Part("opening", 0, 2, "chosen"), Part("response", 2, 5, "length")) if i else (),
+            branches=(Branch("probe", 3, (Response((7,), np.zeros(1, np.float32), "stop"),)),) if i else (),
         )
         for i in range(n)
     )
-    return Group(Prompt(f"p{index}", (1, 2, 3), "q", "42", meta), responses, 2**62 + index)
+    scripts = (Plain(), *[Forks(at=(2, 30), tokens=9), Budget(most=7, end="</t>")] * (n // 2))[:n]
+    return Group(Prompt(f"p{index}", (1, 2, 3), "q", "42", meta), responses, 2**62 + index, scripts, {"budget": 7})
 
 
 def credited(index=0):
@@ -80,6 +85,9 @@ def test_a_group_comes_back_exactly():
     assert_same(decode_credited(encode_credited(credited())), credited())
     bare = Group(Prompt("p", (1,), "q", "1"), (Response((1,), np.array([-0.1], dtype=np.float32), "stop"),))
     assert_same(decode_group(encode_group(bare)), bare)
+    before = json.loads(encode_group(bare))  # as it was written before there were scripts
+    del before["scripts"], before["note"], before["responses"][0]["parts"], before["responses"][0]["branches"]
+    assert_same(decode_group(json.dumps(before)), bare)
     assert "\n" not in encode_group(group())
 
 

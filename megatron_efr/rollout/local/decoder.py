@@ -76,6 +76,11 @@ class Cache:
         self.data[:, :, row, :, :tokens] = kv[:, :, :, :tokens]
 
     @torch.inference_mode()
+    def read(self, row: int, tokens: int) -> torch.Tensor:
+        """A copy of the first `tokens` entries of `row`, as `write` takes it."""
+        return self.data[:, :, row, :, :tokens].clone()
+
+    @torch.inference_mode()
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` entries of row `source` over row `target`."""
         self.data[:, :, target, :, :tokens] = self.data[:, :, source, :, :tokens]

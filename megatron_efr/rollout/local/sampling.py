@@ -1,7 +1,8 @@
 """Drawing tokens: counter-based random numbers (Philox) and inverse-CDF sampling, a row at a time.
 
-A token is a function of its logits and of (request seed, sample, position) alone: no generator carries state from one
-draw to the next, so a response does not depend on what else is in the batch or on what was drawn before a restart.
+A token is a function of its logits and of (request seed, sample, branch, position) alone: no generator carries state
+from one draw to the next, so a response does not depend on what else is in the batch or on what was drawn before a
+restart.
 """
 
 from __future__ import annotations
@@ -30,15 +31,20 @@ def philox4x32(counter: NDArray[np.uint64], key: NDArray[np.uint64], rounds: int
 
 
 def uniforms(
-    seeds: NDArray[np.uint64], samples: NDArray[np.int64], positions: NDArray[np.int64]
+    seeds: NDArray[np.uint64],
+    samples: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    branches: NDArray[np.int64] | int = 0,
 ) -> NDArray[np.float64]:
-    """One 53-bit uniform in [0, 1) for each (request seed, sample, position in the response), all [n].
+    """One 53-bit uniform in [0, 1) for each (request seed, sample, branch, position in the response), all [n].
 
-    The seed is Philox's key; the counter is (position, sample, 0, 0), so draws of one request never share a counter.
+    The seed is Philox's key; the counter is (position, sample, branch, 0), so draws of one request never share a
+    counter. Branch 0 is the response itself.
     """
     counter = np.zeros((4, len(seeds)), dtype=np.uint64)
     counter[0] = positions
     counter[1] = samples
+    counter[2] = branches
     words = philox4x32(counter, np.stack([seeds & _LOW, seeds >> _WORD]))
     return ((words[0] >> np.uint64(5)) * 67108864.0 + (words[1] >> np.uint64(6))) / 9007199254740992.0
 

@@ -9,14 +9,13 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
 import torch
 
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.rollout.engine import Decode, no_text
+from megatron_efr.rollout.codec import Codec, NoText, with_text
 from megatron_efr.rollout.requests import check_request, check_sampling
 from megatron_efr.rollout.servers.process import ServerProcess
 from megatron_efr.rollout.sglang.admission import check_server
@@ -58,12 +57,12 @@ class SGLangEngine(ServerUpdates):
         dtype: str = "float32",
         routed_experts: bool = False,
         router: tuple[ServerProcess, int] | None = None,
-        decode: Decode = no_text,
+        codec: Codec | None = None,
     ) -> None:
         super().__init__(urls, limits, key, engine_ranks, architecture if routed_experts else None, router)
         self.architecture, self.bucket_bytes = architecture, bucket_bytes
         self.in_flight = max(1, int(AHEAD * slots * self.count))
-        self._shapes, self._decode = WeightMapping(architecture).shapes(), decode
+        self._shapes, self._codec = WeightMapping(architecture).shapes(), codec or NoText()
         self._streams: list[_Stream] = []
         try:
             for server, info in zip(self._fleet.servers, self._all(Server.info), strict=True):
@@ -163,7 +162,7 @@ class SGLangEngine(ServerUpdates):
     # -- within --------------------------------------------------------------------------------------------------------
 
     def _ask(self, request: Request, sampling: Sampling) -> Future[Group]:
-        return self._thread.start(self._fleet.group(request, sampling))
+        return self._thread.start(self._fleet.group(request, sampling, self._codec))
 
     def _withdraw(self, asked: Iterable[Future[Group]]) -> None:
         """Cancel requests of a stream that ends. Servers see their connections close; with no other stream, at once."""
@@ -214,8 +213,7 @@ class _Stream(Iterator[Group]):
             self.close()
             raise
         # here, in the thread that waits for the group: the thread of all connections must not be held up
-        told = tuple(replace(r, text=engine._decode(r.tokens)) for r in group.responses)
-        return replace(group, responses=told)
+        return with_text(group, engine._codec)
 
     def close(self) -> None:
         """Drop what is unfinished; a thread that waits in `next` gets StopIteration."""
@@ -230,7 +228,7 @@ class _Stream(Iterator[Group]):
             request = next(self._requests, None)
             if request is None:
                 return
-            check_request(request, self._sampling, self._engine.architecture)
+            check_request(request, self._sampling, self._engine.architecture, self._engine._codec)
             future = self._engine._ask(request, self._sampling)
             self.asked[future] = request.samples
             future.add_done_callback(self._done.put)

@@ -12,13 +12,17 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import aiohttp
 
 from megatron_efr.config import TimeoutsConfig
+from megatron_efr.rollout.codec import Codec
+from megatron_efr.rollout.driver import Driver
 from megatron_efr.rollout.sglang.membership import Events, Membership
+from megatron_efr.rollout.sglang.respond import respond
 from megatron_efr.rollout.sglang.server import Answer, BrokenError, Server
-from megatron_efr.types import Group, Request, Sampling
+from megatron_efr.types import Group, Request, Response, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import EngineError, LostError
 
@@ -77,47 +81,67 @@ class Fleet:
         self.membership.close()
         await self._session.close()
 
-    async def group(self, request: Request, sampling: Sampling) -> Group:
+    async def group(self, request: Request, sampling: Sampling, codec: Codec) -> Group:
         """The whole group that answers `request`, from the server with the fewest responses in work."""
         server = await self._choose()
         places = [self._place(server) for _ in range(request.samples)]  # counted before the next group is placed
-        tasks = [asyncio.create_task(self._response(server, place, request, sampling)) for place in places]
+        tasks = [
+            asyncio.create_task(self._response(place, request, Driver(script.steps(sample), sampling, codec), sampling))
+            for sample, (place, script) in enumerate(zip(places, request.scripts, strict=True))
+        ]
         try:
-            answers = await asyncio.gather(*tasks)
+            responses = await asyncio.gather(*tasks)
         finally:
             for task, place in zip(tasks, places, strict=True):
                 task.cancel()
                 self._move(place, None)  # a task that is cancelled before it began does not
-        for answer in answers:
-            self._tally.tokens += answer.response.length
-            self._tally.prompt_tokens += len(request.prompt.tokens)
-            self._tally.cached_tokens += answer.cached_tokens
-        return Group(request.prompt, tuple(answer.response for answer in answers), request.seed)
+        return Group(request.prompt, tuple(responses), request.seed, request.scripts, request.note)
 
-    async def _response(self, server: Server, place: Place, request: Request, sampling: Sampling) -> Answer:
-        """One response; one that was lost is asked for again, under a new name, of the server least loaded then."""
-        sends = 0
+    async def _response(self, place: Place, request: Request, driver: Driver, sampling: Sampling) -> Response:
+        """One response, draw by draw, as its script has it."""
         try:
-            while True:
-                rid = self._new_rid()
-                try:
-                    asked = server.generate(rid, request.prompt.tokens, sampling)
-                    return await self.membership.unless_lost(server, asked)
-                except LostError as error:
-                    await self._judge(server, error)
-                    sends += server in self.membership.serving
-                    if sends == SENDS:
-                        raise EngineError(f"prompt {request.prompt.id}: lost {SENDS} times: {error}") from error
-                self._tally.resent += 1
-                if server in self.membership.serving:
-                    self._rests_until[server] = time.monotonic() + REST_S
-                    with contextlib.suppress(LostError):  # then the request is lost with the connection
-                        await server.abort(rid)
-                    await asyncio.sleep(sends)
-                server = await self._least_loaded()
-                self._move(place, server)
+            ask = partial(self._counted, place, request.prompt.id)
+            return await respond(driver, request.prompt.tokens, sampling, ask)
         finally:
             self._move(place, None)
+
+    async def _counted(self, place: Place, name: str, tokens: tuple[int, ...], sampling: Sampling) -> Response:
+        answer = await self._draw(place, name, tokens, sampling)
+        self._tally.tokens += answer.response.length
+        self._tally.prompt_tokens += len(tokens)
+        self._tally.cached_tokens += answer.cached_tokens
+        return answer.response
+
+    async def _draw(self, place: Place, name: str, tokens: tuple[int, ...], sampling: Sampling) -> Answer:
+        """One draw; one that was lost is asked for again, under a new name, of the server least loaded then."""
+        sends = 0
+        while True:
+            server = await self._serving(place)
+            rid = self._new_rid()
+            try:
+                return await self.membership.unless_lost(server, server.generate(rid, tokens, sampling))
+            except LostError as error:
+                await self._judge(server, error)
+                sends += server in self.membership.serving
+                if sends == SENDS:
+                    raise EngineError(f"prompt {name}: lost {SENDS} times: {error}") from error
+            self._tally.resent += 1
+            if server in self.membership.serving:
+                self._rests_until[server] = time.monotonic() + REST_S
+                with contextlib.suppress(LostError):  # then the request is lost with the connection
+                    await server.abort(rid)
+                await asyncio.sleep(sends)
+            self._move(place, await self._least_loaded())
+
+    async def _serving(self, place: Place) -> Server:
+        """The server that a response is in work at; another if it does not serve any more, once it is known who does.
+
+        A draw that follows another may come while weights are published, or after its server was lost.
+        """
+        if place.server not in await self.membership.settled_serving():
+            self._move(place, await self._least_loaded())
+        assert place.server is not None
+        return place.server
 
     async def _judge(self, server: Server, error: LostError) -> None:
         """Whether a server that failed to give a response serves on."""

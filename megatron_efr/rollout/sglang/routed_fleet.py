@@ -19,7 +19,7 @@ from megatron_efr.rollout.sglang.fleet import Fleet, Place
 from megatron_efr.rollout.sglang.membership import MISSES, unless
 from megatron_efr.rollout.sglang.router import Router
 from megatron_efr.rollout.sglang.server import Answer, Server
-from megatron_efr.types import Request, Sampling
+from megatron_efr.types import Sampling
 from megatron_efr.weights.publish import EngineError
 
 SOON_S = 0.2
@@ -60,22 +60,16 @@ class RoutedFleet(Fleet):
         least_loaded = await super()._choose()  # waits for a publication that is going on
         return self._router if self.routed else least_loaded
 
-    async def _response(self, server: Server, place: Place, request: Request, sampling: Sampling) -> Answer:
-        try:
-            if server is self._router:
-                if (answer := await self._through_router(request, sampling)) is not None:
-                    return answer
-                server = await self._least_loaded()
-                self._move(place, server)
-            return await super()._response(server, place, request, sampling)
-        finally:
-            self._move(place, None)
+    async def _draw(self, place: Place, name: str, tokens: tuple[int, ...], sampling: Sampling) -> Answer:
+        if place.server is self._router and (answer := await self._through_router(tokens, sampling)) is not None:
+            return answer
+        return await super()._draw(place, name, tokens, sampling)
 
-    async def _through_router(self, request: Request, sampling: Sampling) -> Answer | None:
-        """A response, or None where it must be asked for without the router."""
+    async def _through_router(self, tokens: tuple[int, ...], sampling: Sampling) -> Answer | None:
+        """A draw, or None where it must be asked for without the router."""
         if not self.routed:  # any more, since the group was placed
             return None
-        asked = self._router.generate(self._new_rid(), request.prompt.tokens, sampling)
+        asked = self._router.generate(self._new_rid(), tokens, sampling)
         try:
             return await unless(self._broken, asked, f"{self._router.url}: broken off")
         except EngineError:

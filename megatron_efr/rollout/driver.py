@@ -1,0 +1,146 @@
+"""One response's script over an engine: steps in text become orders in tokens, and what was done becomes parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from typing import NamedTuple
+
+from megatron_efr.rollout.codec import Codec
+from megatron_efr.steps import Draw, Ending, Force, Fork, Part, Step
+from megatron_efr.types import Branch, Done, Finish, Response, Sampling
+
+
+class Drawing(NamedTuple):
+    """Draw to a stop id, to one of the tokens `until`, or to `limit` tokens, at least 1. A token of `until` is held
+    back: it is the first token of a drawing that follows, and gives its place to one that is written."""
+
+    limit: int
+    until: tuple[int, ...] = ()
+
+
+class Writing(NamedTuple):
+    """Write these tokens, with these log-probs; `ending` is what `Driver.done` is told of it."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    ending: Ending
+
+
+class Forking(NamedTuple):
+    """From each of the lengths `at`, make `samples` responses, each driven by a `Driver.branch`. What is
+    held back stays so."""
+
+    at: tuple[int, ...]
+    samples: int
+
+
+Order = Drawing | Writing | Forking
+
+
+class Driver:
+    """Drives one response's script: `order` is what the engine is to do now, None when the response is whole.
+
+    The engine carries an order out and calls `done` or `forked`. `parts`, `branches` and `finish` are the response's.
+    All its drawings together have at most `sampling.max_new_tokens` tokens.
+    """
+
+    def __init__(self, steps: Generator[Step, Done, None], sampling: Sampling, codec: Codec) -> None:
+        self.parts: list[Part] = []
+        self.branches: list[Branch] = []
+        self.order: Order | None = None
+        self._steps, self._sampling, self._codec = steps, sampling, codec
+        self._left = sampling.max_new_tokens
+        self._take(next(steps))
+
+    @property
+    def finish(self) -> Finish:
+        """length: the last draw was cut."""
+        drawn = [part.ending for part in self.parts if part.ending in ("stop", "until", "length")]
+        return "length" if drawn[-1:] == ["length"] else "stop"
+
+    @property
+    def holds(self) -> bool:
+        """True while a token is held back."""
+        return bool(self.parts) and self.parts[-1].ending == "until"
+
+    def done(self, length: int, ending: Ending, met: int | None = None) -> None:
+        """The order to draw or to write is carried out: the response has `length` tokens without `met`, the token that
+        is held back."""
+        part = self._note(length, ending)
+        if isinstance(self._step, Draw):
+            self._left -= part.end - part.start
+        self._send(Done(part, "" if met is None else self._text_of(met)))
+
+    def forked(self, responses: Sequence[Response]) -> None:
+        """The order to fork is carried out: the responses of all branches, in the order of their starts."""
+        fork = self._step
+        assert isinstance(fork, Fork)
+        each = [tuple(responses[first : first + fork.samples]) for first in range(0, len(responses), fork.samples)]
+        branches = tuple(Branch(fork.part, at, made) for at, made in zip(fork.at, each, strict=True))
+        self.branches += branches
+        self._send(Done(Part(fork.part, self._length, self._length, "forced"), branches=branches))
+
+    def branch(self) -> Driver:
+        """A driver for one branch of the fork that is the order now."""
+        assert isinstance(self._step, Fork)
+        return Driver(_branch(self._step), self._sampling, self._codec)
+
+    @property
+    def _length(self) -> int:
+        """Tokens that the parts have."""
+        return self.parts[-1].end if self.parts else 0
+
+    def _send(self, done: Done) -> None:
+        """Tell the script what was done, and take its next step."""
+        try:
+            step = self._steps.send(done)
+        except StopIteration:
+            self.order = None
+        else:
+            self._take(step)
+
+    def _take(self, step: Step) -> None:
+        """Make an order of a step. A draw when no token is left is cut at once."""
+        if not isinstance(step, Fork) and self.parts and self.parts[-1].ending == "stop":
+            raise RuntimeError(f"the step {step.part!r} comes after a stop token: a script may only fork there")
+        self._step = step
+        match step:
+            case Draw(_, limit, until):
+                limit = self._left if limit is None else min(limit, self._left)
+                self.order = Drawing(limit, tuple(map(self._token, until)))
+                if not limit:
+                    self.done(self._length, "length")
+            case Force(_, text, chance):
+                tokens = self._codec.encode(text)
+                first = 0.0 if chance is None else math.log(chance)
+                self.order = Writing(
+                    tokens, (first, *[0.0] * (len(tokens) - 1)), "forced" if chance is None else "chosen"
+                )
+            case Fork(_, at, samples):
+                if not all(0 <= start <= self._length for start in at):
+                    raise RuntimeError(
+                        f"the step {step.part!r} forks at {at}, and the response has {self._length} tokens"
+                    )
+                self.order = Forking(at, samples)
+
+    def _note(self, length: int, ending: Ending) -> Part:
+        part = Part(self._step.part, self._length, length, ending)
+        self.parts.append(part)
+        return part
+
+    def _token(self, text: str) -> int:
+        (token,) = self._codec.encode(text)  # checked before work began
+        return token
+
+    def _text_of(self, met: int) -> str:
+        """The text of the present draw's `until` whose token this is."""
+        assert isinstance(self._step, Draw)
+        return next(text for text in self._step.until if self._token(text) == met)
+
+
+def _branch(fork: Fork) -> Generator[Step, Done, None]:
+    """The steps of each of a fork's branches."""
+    if fork.opening:
+        yield Force("opening", fork.opening)
+    yield Draw(fork.part, fork.limit, fork.until)

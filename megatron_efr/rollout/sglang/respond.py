@@ -1,0 +1,117 @@
+"""One response from SGLang: its script driven with one request for each draw, the tokens so far in its prompt."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from megatron_efr.rollout.driver import Drawing, Driver, Forking, Writing
+from megatron_efr.types import Response, Sampling, VersionSpan
+
+Ask = Callable[[tuple[int, ...], Sampling], Awaitable[Response]]
+"""Has a server go on from tokens; a token that stops it is the last of the response."""
+
+
+async def respond(driver: Driver, begun: tuple[int, ...], sampling: Sampling, ask: Ask) -> Response:
+    """What `driver`'s script makes of the tokens `begun`, with `ask` for its draws. Branches are asked for together."""
+    growing = _Growing(begun, driver)
+    while (order := driver.order) is not None:
+        match order:
+            case Drawing():
+                await growing.draw(order, sampling, ask)
+            case Writing():
+                growing.write(order)
+            case Forking(at, samples):
+                starts = [growing.so_far(length) for length in at for _ in range(samples)]
+                driver.forked(await _all(respond(driver.branch(), start, sampling, ask) for start in starts))
+    return await growing.whole(sampling, ask)
+
+
+class _Growing:
+    """A response in the making; `held` is the token that is held back, with its log-prob."""
+
+    def __init__(self, begun: tuple[int, ...], driver: Driver) -> None:
+        self._begun, self._driver = begun, driver
+        self._tokens: list[int] = []
+        self._logprobs: list[float] = []
+        self._held: tuple[int, float] | None = None
+        self._starts: list[tuple[int, int]] = []  # (version, first token)
+        self._routed: np.ndarray | None = None
+
+    def so_far(self, length: int) -> tuple[int, ...]:
+        """The tokens of the prompt and the first `length` of the response."""
+        return (*self._begun, *self._tokens[:length])
+
+    def write(self, order: Writing) -> None:
+        """Let the script write: a token that is held back gives its place up."""
+        self._held = None
+        self._tokens += order.tokens
+        self._logprobs += order.logprobs
+        self._driver.done(len(self._tokens), order.ending)
+
+    async def draw(self, order: Drawing, sampling: Sampling, ask: Ask) -> None:
+        """Have the model go on, first with a token that is held back."""
+        limit, ends = order.limit, (*sampling.stop_ids, *order.until)
+        if self._held is not None:
+            token, logprob = self._held
+            self._tokens.append(token)
+            self._logprobs.append(logprob)
+            self._held, limit = None, limit - 1
+            if token in sampling.stop_ids or not limit:
+                self._end(sampling, ())
+                return
+        first = len(self._tokens)
+        drawn = await ask(self.so_far(first), replace(sampling, max_new_tokens=limit, stop_ids=ends))
+        self._tokens += drawn.tokens
+        self._logprobs += drawn.logprobs.tolist()
+        self._starts += [(span.version, first + span.start) for span in drawn.versions]
+        self._routed = drawn.routed_experts
+        self._end(sampling, order.until)
+
+    def _end(self, sampling: Sampling, until: tuple[int, ...]) -> None:
+        """Say how a draw ended: by its last token, since a server says `length` of whatever stands at the limit."""
+        last = self._tokens[-1]
+        if last in until:
+            self._held = self._tokens.pop(), self._logprobs.pop()
+            self._driver.done(len(self._tokens), "until", last)
+        else:
+            self._driver.done(len(self._tokens), "stop" if last in sampling.stop_ids else "length")
+
+    async def whole(self, sampling: Sampling, ask: Ask) -> Response:
+        """The response, complete."""
+        read = len(self._begun) + len(self._tokens) - 1
+        if self._routed is not None and len(self._routed) < read:  # of what a script wrote behind the last draw
+            self._routed = (
+                await ask(self.so_far(len(self._tokens)), replace(sampling, max_new_tokens=1))
+            ).routed_experts
+        return Response(
+            tuple(self._tokens),
+            np.array(self._logprobs, dtype=np.float32),
+            self._driver.finish,
+            self._versions(),
+            routed_experts=None if self._routed is None else self._routed[:read],
+            parts=tuple(self._driver.parts),
+            branches=tuple(self._driver.branches),
+        )
+
+    def _versions(self) -> tuple[VersionSpan, ...]:
+        """Which weights made which tokens; what a script writes counts as made by those that drew before it."""
+        starts = [start for i, start in enumerate(self._starts) if i == 0 or start[0] != self._starts[i - 1][0]]
+        ends = [first for _, first in starts[1:]] + [len(self._tokens)]
+        return tuple(
+            VersionSpan(version, first if i else 0, end)
+            for i, ((version, first), end) in enumerate(zip(starts, ends, strict=True))
+        )
+
+
+async def _all(responses: Iterable[Awaitable[Response]]) -> list[Response]:
+    """All of them; where one fails the others are given up."""
+    tasks = [asyncio.ensure_future(response) for response in responses]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,59 @@
+"""The steps of which a response is made, and the parts that they leave in it."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+
+class Draw(NamedTuple):
+    """The model goes on: to a stop id, to one of the texts `until`, or to `limit` tokens (None: as many as are left).
+
+    A text of `until` is a single token, and the draw ends before it: the next draw begins with that token, a `Force`
+    takes its place.
+    """
+
+    part: str
+    limit: int | None = None
+    until: tuple[str, ...] = ()
+
+
+class Force(NamedTuple):
+    """The script writes `text` in the model's place. It is trained on only if it was chosen with a known `chance`."""
+
+    part: str
+    text: str
+    chance: float | None = None
+
+
+class Fork(NamedTuple):
+    """From each of the lengths `at` of the response so far, `samples` branches: `opening` is forced, and `limit` tokens
+    are drawn, or fewer, as by `Draw`. The response itself stays as it is."""
+
+    part: str
+    at: tuple[int, ...]
+    samples: int
+    opening: str
+    limit: int
+    until: tuple[str, ...] = ()
+
+
+Step = Draw | Force | Fork
+Ending = Literal["stop", "until", "length", "forced", "chosen"]
+
+
+class Part(NamedTuple):
+    """Tokens [start, end) of a response, made by one step of a script, whose name it has, and how they ended.
+
+    stop, until, length: they were drawn, to a stop id, before a text of `until`, or as far as allowed. forced: the
+    script wrote them. chosen: likewise, with a known chance.
+    """
+
+    name: str
+    start: int
+    end: int
+    ending: Ending
+
+    @property
+    def forced(self) -> bool:
+        """True for tokens that the model had no part in: neither counted nor trained on."""
+        return self.ending == "forced"

@@ -1,0 +1,142 @@
+"""Every kind of script at work, a tokenizer of letters, and what a script makes where everything is read again."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from megatron_efr.rollout.local.sampling import draw, uniforms
+from megatron_efr.scripts import Budget, EarlyExit, Forks, Opened, Plain
+from megatron_efr.steps import Draw, Force, Fork, Part, Step
+from megatron_efr.types import Branch, Done, Response, Sampling, Script
+
+
+class Letters:
+    """A tokenizer whose tokens are letters: A is 1, B is 2; from `a` on, 33 and more."""
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(ord(letter) - 64 for letter in text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return "".join(chr(64 + token) for token in tokens)
+
+
+def every_kind(said: Sequence[int]) -> tuple[Script, ...]:
+    """Scripts of every kind whose turns a greedy model takes that says `said` when it is just asked."""
+    other = Letters().decode([token for token in range(3, 32) if token not in said][:1])
+    late = next((i for i in range(4, len(said)) if said[i] not in said[:i]), None)
+    assert late is not None, f"{said}: nothing new after 4 tokens"
+    end = Letters().decode([said[late]])
+    return (
+        Plain(),
+        Opened(opening="CDE"),
+        Opened(opening="CD", chance=0.25),
+        Budget(most=3, end=end, cut="DE", answer=5),  # cut, and its answer too
+        Budget(most=20, end=end, cut="DE", answer=4),  # ends by itself
+        Budget(most=20, end=end, cut="DE", least=late + 2, wait="CDC", waits=2),
+        EarlyExit(pauses=(end,), probe="CD", tokens=3, sure=1e-9, end=other, exit="FG"),
+        EarlyExit(pauses=(end,), probe="C", tokens=3, sure=1.0, end=other, exit="FG", tries=2),
+        EarlyExit(pauses=(other,), probe="C", tokens=3, end=end, exit="FG"),
+        Forks(at=(2, late, 200), samples=2, tokens=4, opening="GH"),
+        Forks(at=(1, 4), tokens=6, opening="E", end=end),
+    )
+
+
+class Made(NamedTuple):
+    """What a script makes, as `Response` has it."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    parts: list[Part]
+    branches: list[Branch]
+
+
+class Rereading:
+    """A model that reads all there is for each token, as `transformers` has it, and draws with our random numbers."""
+
+    def __init__(self, model: Any, sampling: Sampling, seed: int, sample: int) -> None:
+        self._model, self._sampling, self._seed, self._sample = model, sampling, seed, sample
+        self._branches = 0
+
+    def make(self, steps: Generator[Step, Done, None], begun: Sequence[int], branch: int = 0) -> Made:
+        """Follow a script's steps after the tokens `begun`, one by one."""
+        made, held, left = Made([], [], [], []), None, self._sampling.max_new_tokens
+        step: Step | None = next(steps)
+        while step is not None:
+            first, met, branches = len(made.tokens), "", ()
+            if isinstance(step, Draw):
+                limit = left if step.limit is None else min(step.limit, left)
+                part, held, met = self._draw(step, made, limit, held, [*begun], branch)
+                left -= part.end - part.start
+            elif isinstance(step, Force):
+                written = Letters().encode(step.text)
+                made.tokens.extend(written)
+                made.logprobs.extend([float(np.log(step.chance or 1.0))] + [0.0] * (len(written) - 1))
+                part, held = Part(step.part, first, len(made.tokens), "chosen" if step.chance else "forced"), None
+            else:
+                branches = tuple(self._branch(step, at, [*begun, *made.tokens[:at]]) for at in step.at)
+                made.branches.extend(branches)
+                part = Part(step.part, first, first, "forced")
+            if not isinstance(step, Fork):
+                made.parts.append(part)
+            try:
+                step = steps.send(Done(part, met, branches))
+            except StopIteration:
+                step = None
+        return made
+
+    def _draw(
+        self, step: Draw, made: Made, limit: int, held: tuple[int, float] | None, begun: list[int], branch: int
+    ) -> tuple[Part, tuple[int, float] | None, str]:
+        first = len(made.tokens)
+        for _ in range(limit):
+            begins, (token, logprob) = held is not None, held or self._next(begun, made.tokens, branch)
+            held, letter = None, Letters().decode([token])
+            if letter in step.until and not begins:
+                return Part(step.part, first, len(made.tokens), "until"), (token, logprob), letter
+            made.tokens.append(token)
+            made.logprobs.append(logprob)
+            if token in self._sampling.stop_ids:
+                return Part(step.part, first, len(made.tokens), "stop"), None, ""
+        return Part(step.part, first, len(made.tokens), "length"), None, ""
+
+    def _branch(self, fork: Fork, at: int, begun: list[int]) -> Branch:
+        def steps() -> Generator[Step, Done, None]:
+            yield Force("opening", fork.opening)
+            yield Draw(fork.part, fork.limit, fork.until)
+
+        responses = []
+        for _ in range(fork.samples):
+            self._branches += 1
+            made = self.make(steps(), begun, self._branches)
+            logprobs = np.array(made.logprobs, dtype=np.float32)
+            finish = "length" if made.parts[-1].ending == "length" else "stop"
+            responses.append(Response(tuple(made.tokens), logprobs, finish, parts=tuple(made.parts)))
+        return Branch(fork.part, at, tuple(responses))
+
+    def _next(self, begun: list[int], tokens: list[int], branch: int) -> tuple[int, float]:
+        with torch.no_grad():
+            logits = self._model(torch.tensor([[*begun, *tokens]])).logits[:, -1]
+        sampling, at = self._sampling, np.array([len(tokens)])
+        seed, sample = np.array([self._seed], dtype=np.uint64), np.array([self._sample])
+        uniform = torch.from_numpy(uniforms(seed, sample, at, np.array([branch])))
+        token, logprob = draw(logits, uniform, sampling.temperature, sampling.top_p)
+        return int(token), float(logprob)
+
+
+def assert_made(response: Response, made: Made, tolerance: float = 1e-5) -> None:
+    """Hold an engine's response to what was made by reading everything again, branch by branch."""
+    assert response.tokens == tuple(made.tokens)
+    assert response.parts == tuple(made.parts)
+    assert np.abs(response.logprobs - np.array(made.logprobs)).max() <= tolerance
+    assert response.finish == ("length" if [p for p in made.parts if not p.forced][-1].ending == "length" else "stop")
+    assert response.text == Letters().decode(made.tokens)
+    assert [(branch.part, branch.at) for branch in response.branches] == [(b.part, b.at) for b in made.branches]
+    for branch, ours in zip(response.branches, made.branches, strict=True):
+        for one, other in zip(branch.responses, ours.responses, strict=True):
+            assert (one.tokens, one.parts, one.finish) == (other.tokens, other.parts, other.finish)
+            assert np.abs(one.logprobs - other.logprobs).max() <= tolerance
+            assert one.text == Letters().decode(other.tokens)
