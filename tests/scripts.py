@@ -27,8 +27,7 @@ class Letters:
 def every_kind(said: Sequence[int]) -> tuple[Script, ...]:
     """Scripts of every kind whose turns a greedy model takes that says `said` when it is just asked."""
     other = Letters().decode([token for token in range(3, 32) if token not in said][:1])
-    late = next((i for i in range(4, len(said)) if said[i] not in said[:i]), None)
-    assert late is not None, f"{said}: nothing new after 4 tokens"
+    late = max(i for i in range(1, 12) if said[i] not in said[:i])
     end = Letters().decode([said[late]])
     return (
         Plain(),
@@ -55,11 +54,14 @@ class Made(NamedTuple):
 
 
 class Rereading:
-    """A model that reads all there is for each token, as `transformers` has it, and draws with our random numbers."""
+    """A model that reads all there is for each token, as `transformers` has it, and draws with our random numbers.
 
-    def __init__(self, model: Any, sampling: Sampling, seed: int, sample: int) -> None:
+    `logits` are those that others of one model have found, by all that was read.
+    """
+
+    def __init__(self, model: Any, sampling: Sampling, seed: int, sample: int, logits: dict[Any, torch.Tensor]) -> None:
         self._model, self._sampling, self._seed, self._sample = model, sampling, seed, sample
-        self._branches = 0
+        self._logits, self._branches = logits, 0
 
     def make(self, steps: Generator[Step, Done, None], begun: Sequence[int], branch: int = 0) -> Made:
         """Follow a script's steps after the tokens `begun`, one by one."""
@@ -118,12 +120,14 @@ class Rereading:
         return Branch(fork.part, at, tuple(responses))
 
     def _next(self, begun: list[int], tokens: list[int], branch: int) -> tuple[int, float]:
-        with torch.no_grad():
-            logits = self._model(torch.tensor([[*begun, *tokens]])).logits[:, -1]
+        read = (*begun, *tokens)
+        if read not in self._logits:
+            with torch.no_grad():
+                self._logits[read] = self._model(torch.tensor([read])).logits[:, -1]
         sampling, at = self._sampling, np.array([len(tokens)])
         seed, sample = np.array([self._seed], dtype=np.uint64), np.array([self._sample])
         uniform = torch.from_numpy(uniforms(seed, sample, at, np.array([branch])))
-        token, logprob = draw(logits, uniform, sampling.temperature, sampling.top_p)
+        token, logprob = draw(self._logits[read], uniform, sampling.temperature, sampling.top_p)
         return int(token), float(logprob)
 
 

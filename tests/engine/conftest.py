@@ -11,6 +11,7 @@ import pytest
 from transformers import Qwen2ForCausalLM
 
 from megatron_efr.config import ModelConfig, RolloutConfig, TimeoutsConfig
+from megatron_efr.rollout.codec import Codec
 from megatron_efr.rollout.servers.launcher import Launcher
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.weights.architecture import Architecture
@@ -65,7 +66,11 @@ class MakeSGLang(Protocol):
     """Makes an engine over the session's server, or over what is given."""
 
     def __call__(
-        self, url: str | None = None, key: str | None = None, limits: TimeoutsConfig | None = None
+        self,
+        url: str | None = None,
+        key: str | None = None,
+        limits: TimeoutsConfig | None = None,
+        codec: Codec | None = None,
     ) -> SGLangEngine: ...
 
 
@@ -75,10 +80,14 @@ def make_engine(server: tuple[str, str], folders: tuple[Path, Path]) -> Iterator
     architecture = Architecture.from_folder(folders[0])
     made: list[SGLangEngine] = []
 
-    def make(url: str | None = None, key: str | None = None, limits: TimeoutsConfig | None = None) -> SGLangEngine:
-        made.append(
-            SGLangEngine([url or server[0]], architecture, SLOTS, limits or TimeoutsConfig(), key=key or server[1])
-        )
+    def make(
+        url: str | None = None,
+        key: str | None = None,
+        limits: TimeoutsConfig | None = None,
+        codec: Codec | None = None,
+    ) -> SGLangEngine:
+        at, limits = [url or server[0]], limits or TimeoutsConfig()
+        made.append(SGLangEngine(at, architecture, SLOTS, limits, key=key or server[1], codec=codec))
         return made[-1]
 
     yield make

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
+from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.rollout.sglang.engine import SGLangEngine
-from megatron_efr.scripts import plain
+from megatron_efr.scripts import Budget, plain
 from megatron_efr.types import Prompt, Request, Sampling
 from tests.conftest import VOCAB
 from tests.engine.conftest import STOP, MakeSGLang
 from tests.engine_contract import Weights
+from tests.scripts import Letters, Rereading, assert_made, every_kind
 
 TOLERANCE = 1e-5
 Models = tuple[Qwen2ForCausalLM, Qwen2ForCausalLM]
@@ -106,3 +110,47 @@ def test_weights_in_several_buckets_are_those_in_one(make_engine: MakeSGLang, mo
     several.bucket_bytes = 20_000
     several.publish(weights_of(models[0]), version=3)
     assert several.checksums() == first
+
+
+@pytest.mark.parametrize("prompt", [(5, 9, 3), (4,), (7, 7, 8, 20, 11, 6)])
+def test_every_kind_of_script_says_greedily_what_the_embedded_engine_does(
+    make_engine: MakeSGLang, models: Models, folders: tuple[Path, Path], prompt: tuple[int, ...]
+) -> None:
+    theirs, ours = make_engine(codec=Letters()), LocalEngine(folders[0], 4, codec=Letters())
+    for engine in (theirs, ours):
+        engine.publish(weights_of(models[0]), version=1)
+    sampling, question = Sampling(0.0, 1.0, 30, (STOP,)), Prompt("p", prompt, "", "")
+    (plain_group,) = ours.generate([plain(question, 1, 0)], sampling)
+    request = Request(question, 7, every_kind(plain_group.responses[0].tokens))
+    (here,), (there,) = ours.generate([request], sampling), theirs.generate([request], sampling)
+    logits: dict[Any, torch.Tensor] = {}
+    for sample, script in enumerate(request.scripts):
+        made = Rereading(models[0], sampling, 7, sample, logits).make(script.steps(sample), prompt)
+        assert_made(here.responses[sample], made)
+        assert_made(there.responses[sample], made)
+        assert there.responses[sample].versions == here.responses[sample].versions
+    assert there.scripts == request.scripts
+
+
+def test_a_script_goes_on_across_a_publication(make_engine: MakeSGLang, models: Models) -> None:
+    """Each drawn token has the log-prob that the weights of its span give it, after all that was said before."""
+    engine = make_engine(codec=Letters())
+    engine.publish(weights_of(models[0]), version=1)
+    script = Budget(most=60, end="B", cut="CDE", answer=200)
+    asked = [Request(Prompt(f"p{i}", (5 + i, 6), "", ""), i, (script,) * 2) for i in range(24)]
+    stream = engine.generate(asked, Sampling(1.0, 1.0, 300, (STOP,)))
+    groups = [next(stream)]
+    engine.publish(weights_of(models[1]), version=2)
+    groups += stream
+    worst, kinds = 0.0, set()
+    for group in groups:
+        for response in group.responses:
+            kinds.add(tuple(span.version for span in response.versions))
+            assert [response.versions[0].start, response.versions[-1].end] == [0, len(response.tokens)]
+            assert all(a.end == b.start for a, b in pairwise(response.versions))
+            for version, start, end in response.versions:
+                exact = exact_logprobs(models[version == 2], group.prompt, response.tokens, 1.0)[start:end]
+                difference = (exact - torch.tensor(response.logprobs[start:end])).abs()
+                worst = max(worst, difference[torch.tensor(response.trained[start:end])].max().item())
+    assert worst <= TOLERANCE
+    assert any(len(kind) > 1 for kind in kinds)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.types import Prompt, Request, Sampling
@@ -12,6 +14,7 @@ from tests.scripts import Letters, Rereading, assert_made, every_kind
 from tests.small_qwen2 import STOP, model, weights_of
 
 BUILT = model()
+LOGITS: dict[Any, torch.Tensor] = {}
 BEGUN = [(5, 9, 3), (4,), (7, 7, 8, 20, 11, 6)]
 PROMPTS = [Prompt(f"p{i}", tokens, "", "") for i, tokens in enumerate(BEGUN)]
 
@@ -33,15 +36,15 @@ def asked(prompts: Sequence[Prompt] = PROMPTS) -> list[Request]:
     return [Request(prompt, 100 + i, every_kind(said(prompt)), {"i": i}) for i, prompt in enumerate(prompts)]
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 1.0), (0.7, 0.9)])
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (0.7, 0.9)])
 def test_every_kind_makes_what_a_model_makes_that_reads_everything_again(temperature: float, top_p: float) -> None:
-    requests, sampling = asked(), Sampling(temperature, top_p, 40, (STOP,))
+    requests, sampling = asked(), Sampling(temperature, top_p, 30, (STOP,))
     endings = set()
     for group in serving(slots=5).generate(requests, sampling):
         request = requests[group.note["i"]]
         assert (group.scripts, group.prompt, group.seed) == (request.scripts, request.prompt, request.seed)
         for sample, (script, response) in enumerate(zip(request.scripts, group.responses, strict=True)):
-            steps = script.steps(sample)
-            assert_made(response, Rereading(BUILT, sampling, request.seed, sample).make(steps, request.prompt.tokens))
+            again = Rereading(BUILT, sampling, request.seed, sample, LOGITS)
+            assert_made(response, again.make(script.steps(sample), request.prompt.tokens))
             endings |= {part.ending for part in response.parts}
     assert endings == {"stop", "until", "length", "forced", "chosen"}
