@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_efr.rollout.local.engine import LocalEngine
+from megatron_efr.scripts import plain
 from megatron_efr.types import Prompt, Request, Sampling
 from tests.scripts import Letters, Rereading, assert_made, every_kind
 from tests.small_qwen2 import STOP, model, weights_of
@@ -27,8 +28,7 @@ def serving(slots: int) -> LocalEngine:
 
 def said(prompt: Prompt) -> Sequence[int]:
     """What the model says when it is just asked, greedily."""
-    asked = Request(prompt, 0, (every_kind(range(3, 12))[0],))
-    (group,) = serving(1).generate([asked], Sampling(0.0, 1.0, 24, ()))
+    (group,) = serving(1).generate([plain(prompt, 1, 0)], Sampling(0.0, 1.0, 24, ()))
     return group.responses[0].tokens
 
 
