@@ -1,6 +1,6 @@
 """The paper's method and its family: each one class of options, with the hooks that make rewards of groups."""
 
-from megatron_efr.methods.base import Known, Method, Needs, State
+from megatron_efr.methods.base import Ask, Known, Method, Needs, State, Visit
 from megatron_efr.methods.crediting import credit, reward
 from megatron_efr.methods.efr import EFR, efr_rewards
 from megatron_efr.methods.function import rewards
@@ -12,6 +12,7 @@ from megatron_efr.methods.registry import METHODS, build, resolved
 __all__ = [
     "EFR",
     "METHODS",
+    "Ask",
     "Knowledge",
     "Known",
     "Method",
@@ -20,6 +21,7 @@ __all__ = [
     "Plain",
     "Seen",
     "State",
+    "Visit",
     "build",
     "credit",
     "efr_rewards",

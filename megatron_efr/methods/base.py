@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import ConfigDict
 
 from megatron_efr.config import Section
 from megatron_efr.methods.history import Seen
-from megatron_efr.types import Credit, FloatArray, Graded, Rewarded
+from megatron_efr.types import Credit, FloatArray, Graded, Prompt, Rewarded, Script
 
 Standing = Literal["code", "text", "experimental"]
 State = Mapping[str, Any]
@@ -30,6 +31,26 @@ class Needs(NamedTuple):
     monitor_every: int = 0
     algorithms: frozenset[str] | None = None
     engine: frozenset[str] = frozenset()
+
+
+class Visit(NamedTuple):
+    """One asking of a prompt for `samples` responses; `seed` is that of its request, 63 bits."""
+
+    prompt: Prompt
+    samples: int
+    seed: int
+
+
+class Ask(NamedTuple):
+    """How a prompt is asked.
+
+    suffix: text behind the question. scripts: how each response is made, one for each sample; empty: each is drawn at
+    once. note: what the method wants to find again with the answers, JSON-ready.
+    """
+
+    suffix: str = ""
+    scripts: tuple[Script, ...] = ()
+    note: Mapping[str, Any] = MappingProxyType({})
 
 
 class Known(NamedTuple):
@@ -58,6 +79,10 @@ class Method(Section):
     standing: ClassVar[Standing] = "experimental"  # read in code, in the text, or open in part
     needs: ClassVar[Needs] = Needs()
     wrong_may_win: ClassVar[str] = ""  # when a wrong answer can earn more than a right one of its group; "": never
+
+    def ask(self, visit: Visit, known: Known) -> Ask:
+        """How a prompt is asked; the request is journalled, and never made twice for a visit."""
+        return Ask()
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         """Reward of each response, float64 [n], from a graded group."""

@@ -22,11 +22,13 @@ class Knowledge:
         self._state: State = {}
         self._history: History = {}
         self._begun: dict[int, Known] = {}
+        self.latest = Known(0, limit, self._state, self._history)  # by which prompts are asked: of the last to begin
 
     def begin(self, step: int) -> Known:
         """What iteration `step` may know, from now on."""
-        self._begun[step] = Known(step, self._limit, copy.deepcopy(dict(self._state)), self._history)
-        return self._begun[step]
+        self.latest = Known(step, self._limit, copy.deepcopy(dict(self._state)), self._history)
+        self._begun[step] = self.latest
+        return self.latest
 
     def of(self, step: int) -> Known:
         """What iteration `step` may know; it has begun."""
@@ -47,3 +49,4 @@ class Knowledge:
         self._state = stored.get("state", {})
         self._history = load_history(stored.get("history", {}))
         self._begun = {}
+        self.latest = self.latest._replace(state=self._state, history=self._history)

@@ -52,35 +52,6 @@ class Kimi(Plain):
         return group.right + self.weight * np.where(group.right, brevity, np.minimum(brevity, 0.0))
 
 
-class LAPO(Plain):
-    """LAPO's first stage: a bonus for right answers of middle length.
-
-        r = c + weight R,  R = 1 within the `low` to `high` percentiles of the right lengths (linear), and falls to 0
-        over `slope` tokens outside; R = 0 if both percentiles are equal, as for one right answer
-
-    A wrong or truncated response earns 0. Nothing is remembered. The released code gives every response two rewards,
-    which shifts all of them; that is not copied. The second stage tells the model a length, and is not built.
-    """
-
-    source = "Wu et al. 2025, arXiv 2507.15758; ZJU-REAL/LAPO@bd59dfd reward_func_stage1.py:36-136"
-    standing = "code"
-
-    weight: float = Field(default=0.7, ge=0, description="of the bonus")
-    low: float = Field(default=30.0, ge=0, le=100, description="percentile of the right lengths")
-    high: float = Field(default=70.0, ge=0, le=100, description="percentile of the right lengths")
-    slope: float = Field(default=100.0, gt=0, description="tokens over which the bonus falls to 0")
-
-    def rule(self, group: Outcomes) -> FloatArray:
-        accuracy = group.right.astype(np.float64)
-        if not group.right.any():
-            return accuracy
-        low, high = np.percentile(group.right_lengths, [self.low, self.high])
-        if low >= high:
-            return accuracy
-        outside = np.maximum(low - group.lengths, group.lengths - high)
-        return accuracy * (1.0 + self.weight * np.clip(1.0 - outside / self.slope, 0.0, 1.0))
-
-
 class PrimeRL(Plain):
     """prime-rl's length penalty: a share of the group's mean reward.
 

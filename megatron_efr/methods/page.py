@@ -10,7 +10,18 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_efr.methods import efr, experimental, iteration, lengths, limits, relative, remembering
+from megatron_efr.methods import (
+    efr,
+    experimental,
+    iteration,
+    lengths,
+    limits,
+    modes,
+    relative,
+    remembering,
+    scripted,
+    told,
+)
 from megatron_efr.methods.base import Method
 from megatron_efr.methods.plain import Plain
 from megatron_efr.methods.registry import METHODS
@@ -22,6 +33,9 @@ KINDS: dict[ModuleType, str] = {
     iteration: "Decided by the whole iteration",
     relative: "Credits of their own",
     remembering: "Methods that remember",
+    told: "Budgets told in the prompt",
+    scripted: "Responses made by a script",
+    modes: "Modes that the model chooses",
     experimental: "Experimental",
 }
 """The files of methods, in the page's order, and the heading of each."""

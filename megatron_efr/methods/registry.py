@@ -5,7 +5,18 @@ from __future__ import annotations
 from megatron_efr.config import AlgorithmConfig, ConfigError, MethodConfig, RolloutConfig, TrainConfig
 from megatron_efr.config.file import validate
 from megatron_efr.config.plugins import load_plugin, registered
-from megatron_efr.methods import efr, experimental, iteration, lengths, limits, relative, remembering
+from megatron_efr.methods import (
+    efr,
+    experimental,
+    iteration,
+    lengths,
+    limits,
+    modes,
+    relative,
+    remembering,
+    scripted,
+    told,
+)
 from megatron_efr.methods.base import Method, Needs
 
 ENTRY_POINT = "megatron_efr.methods"
@@ -14,7 +25,6 @@ METHODS: dict[str, type[Method]] = {
     "efr": efr.EFR,
     "shorterbetter": lengths.ShorterBetter,
     "kimi": lengths.Kimi,
-    "lapo": lengths.LAPO,
     "prime_rl": lengths.PrimeRL,
     "overlong": limits.Overlong,
     "thinkprune": limits.ThinkPrune,
@@ -33,6 +43,13 @@ METHODS: dict[str, type[Method]] = {
     "leash": remembering.LEASH,
     "a_dlp": remembering.ADLP,
     "acoer": remembering.Acoer,
+    "l1_exact": told.L1Exact,
+    "l1_max": told.L1Max,
+    "asrr": scripted.ASRR,
+    "elastic": scripted.Elastic,
+    "lapo": scripted.LAPO,
+    "autothink": modes.AutoThink,
+    "adactrl": modes.AdaCtrl,
     "experimental.alp": experimental.ALP,
     "experimental.gr3": experimental.GR3,
 }

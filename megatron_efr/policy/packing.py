@@ -40,8 +40,11 @@ def samples(groups: Sequence[Credited]) -> list[Sample]:
 
 
 def _columns(response: Response, credit: Credit, i: int) -> dict[str, Array]:
-    """The columns of a group's response i, which stand where the response says something of them."""
-    count = len(response.tokens)
+    """The columns of a group's response i, which stand where the response says something of them.
+
+    Tokens that a script forced weigh nothing, and no weights drew what it wrote.
+    """
+    count, written = len(response.tokens), [part for part in response.parts if part.ending in ("forced", "chosen")]
     made: dict[str, Array] = {"engine_logprob": response.logprobs}
     made["advantage"] = np.full(count, credit.advantage[i], np.float64)
     if credit.per_token is not None:
@@ -50,10 +53,14 @@ def _columns(response: Response, credit: Credit, i: int) -> dict[str, Array]:
         made["weight"] = credit.weight[i]
     if credit.masked is not None and credit.masked[i]:
         made["weight"] = np.zeros(count)
+    if any(part.forced for part in written):
+        made["weight"] = made.get("weight", np.ones(count)) * response.trained
     if response.versions:
         made["version"] = np.full(count, NOT_DRAWN)
         for span in response.versions:
             made["version"][span.start : span.end] = span.version
+        for part in written:
+            made["version"][part.start : part.end] = NOT_DRAWN
     return {name: np.asarray(values, COLUMNS[name].dtype) for name, values in made.items()}
 
 

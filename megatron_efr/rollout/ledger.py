@@ -189,8 +189,9 @@ class Ledger:
 
     def _begin(self, step: int, journals: Journals) -> Callable[[], Finished]:
         """Draw what iteration `step` needs, and start to produce it; what is returned waits for it."""
+        accept = self._accept_in(step)  # first: what is known when it begins decides how prompts are asked, too
         self._draw(self._config.prompts + self._config.in_flight_beyond - len(self._in_flight))
-        journal, accept = journals(step), self._accept_in(step)
+        journal = journals(step)
         if self._thread is None:
             return lambda: self._produce(step, journal, accept)
         return self._thread.submit(self._produce, step, journal, accept).result

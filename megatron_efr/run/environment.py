@@ -42,6 +42,7 @@ from megatron_efr.rollout.judging import Accept
 from megatron_efr.rollout.ledger import Ledger, request_seed
 from megatron_efr.rollout.production import Production
 from megatron_efr.rollout.servers.run_servers import Servers
+from megatron_efr.run.asking import Asking
 from megatron_efr.run.folder import Journal, RunFolder
 from megatron_efr.scripts import plain
 from megatron_efr.types import Group, Prompt, Rewarded, Sampling
@@ -70,7 +71,6 @@ class Environment:
         check_prompts(
             rendered.prompts, config.rollout.max_new_tokens, architecture.max_positions, "rollout.max_new_tokens"
         )
-        show(rendered)
         stops = stop_ids(config.model.path, tokenizer)
         self.stream = PromptStream(rendered.prompts, config.seed, config.data.shuffle)
         self._evaluate_every = config.evaluation.every or 0
@@ -81,6 +81,10 @@ class Environment:
         self._method, self._algorithm = method, algorithm
         rollout = config.rollout
         self.knowledge = Knowledge(method, rollout.max_new_tokens)
+        self._asking = Asking(config, method, tokenizer, lambda: self.knowledge.latest)
+        self._asking.check(rendered.prompts, self._codec, architecture.max_positions)
+        shown = [self._asking.example(prompt) for prompt in rendered.prompts[:SHOWN_PROMPTS]]
+        show(Rendered(shown, rendered.left_out))
         self._sampling = Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens, stops)
         self._judgings = judgings_of(config.grading, config.data.datasets)
         held_out = self.evaluator.judgings.verifiers if self.evaluator else []
@@ -93,7 +97,13 @@ class Environment:
         self.engine = build_engine(config.model, config.rollout, servers, logs, self._codec, resources)
         self.production = Production(self.engine, self._sampling)
         self.ledger = Ledger(
-            self.stream, self.judging, self.production, config.rollout, seed=config.seed, last=config.train.iterations
+            self.stream,
+            self.judging,
+            self.production,
+            config.rollout,
+            seed=config.seed,
+            last=config.train.iterations,
+            ask=self._asking.request,
         )
         resources.callback(self.ledger.close)
 

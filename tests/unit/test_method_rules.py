@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ import pytest
 from megatron_efr import methods
 from megatron_efr.algorithms import rloo
 from megatron_efr.config import AlgorithmConfig, ConfigError, MethodConfig, RolloutConfig
-from megatron_efr.methods import METHODS, Known, Method, Outcomes, Seen
+from megatron_efr.methods import METHODS, Ask, Known, Method, Outcomes, Seen, Visit
 from megatron_efr.methods.page import page
 from megatron_efr.methods.relative import GDPO, GFPO, qglas_advantages
-from megatron_efr.types import Finish, Rewarded
+from megatron_efr.scripts import Budget, Opened
+from megatron_efr.types import Finish, Graded, Prompt, Rewarded
 from tests.groups import KNOWN, graded
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data/method_vectors.json").read_text())
 C, L = [1, 0, 1, 1], [300, 900, 500, 120]
+NOTE = {"budget": 400, "exact": True}
+"""What methods that tell a budget find again, beside the answers."""
 REQUIRED: dict[str, dict[str, Any]] = {"efr": {"alpha": 0.2}, "gfpo": {"keep": 2}}
 """Options without which a method cannot be built for groups of four."""
 
@@ -34,20 +38,36 @@ def outputs(name: str) -> dict[str, Any]:
     return VECTORS[name]["outputs"]
 
 
+def asked(
+    right: Sequence[Any],
+    lengths: Sequence[int],
+    finish: Sequence[Finish] | None = None,
+    note: Mapping[str, Any] = NOTE,
+    texts: Sequence[str] = ("",),
+) -> Graded:
+    """A group with a note, and texts one after the other."""
+    made = graded(right, lengths, finish)
+    said = [replace(each, text=texts[i % len(texts)]) for i, each in enumerate(made.group.responses)]
+    return replace(made, group=replace(made.group, responses=tuple(said), note=note))
+
+
 def rewarded(
     method: Method,
     groups: Sequence[tuple[Sequence[Any], Sequence[int]]],
     known: Known = KNOWN,
     finish: Sequence[Finish] | None = None,
+    **changed: Any,
 ) -> list[Rewarded]:
     """An iteration's groups with the rewards that count."""
-    judged = [graded(right, lengths, finish) for right, lengths in groups]
+    judged = [asked(right, lengths, finish, **changed) for right, lengths in groups]
     return list(method.settle([methods.reward(method, group, known) for group in judged], known))
 
 
-def trained_on(method: Method, right: Sequence[Any], lengths: Sequence[int], known: Known = KNOWN) -> np.ndarray:
+def trained_on(
+    method: Method, right: Sequence[Any], lengths: Sequence[int], known: Known = KNOWN, **changed: Any
+) -> np.ndarray:
     """A group's advantages where the method gives them, else its rewards."""
-    groups = rewarded(method, [(right, lengths)], known)
+    groups = rewarded(method, [(right, lengths)], known, **changed)
     credits = method.credits(groups, known)
     return groups[0].rewards if credits is None else credits[0].advantage
 
@@ -69,6 +89,9 @@ def close(values: Any) -> Any:
         ("prime_rl", {}, "prime_rl", "rewards"),
         ("overlong", {"max_tokens": 1000, "cache": 400}, "overlong", "rewards_plus_minus_1"),
         ("thinkprune", {"limit": 400}, "thinkprune", "rewards"),
+        ("asrr", {"tau": 0.5}, "asrr", "rewards"),
+        ("asrr", {}, "asrr", "tau1_p_below"),
+        ("elastic", {}, "elastic", "rewards"),
         ("cosine", {"max_tokens": 1000}, "cosine", "rewards"),
         (
             "cosine",
@@ -105,6 +128,7 @@ def test_worked_rewards_of_groups_of_other_kinds() -> None:
     overlong = {"max_tokens": 1000, "cache": 400}
     longer = [500, 700, 1000, 1100]
     assert methods.rewards("overlong", [1] * 4, longer, **overlong) - 1 == close(outputs("overlong")["second_capped"])
+    assert methods.rewards("asrr", [1] * 4, L) == close(outputs("asrr")["tau1_all_correct_rewards"])
     uncapped = methods.rewards("overlong", [1] * 4, longer, floor=False, **overlong)
     assert uncapped - 1 == close(outputs("overlong")["second_verl_nemo_uncapped"])
 
@@ -163,6 +187,105 @@ def test_brevity_is_normalised_over_the_whole_iteration() -> None:
     flat = np.concatenate([credit.advantage for credit in credits])
     assert [len(credit.advantage) for credit in credits] == [4, 4]
     assert (flat.mean(), flat.std(ddof=1)) == (pytest.approx(0, abs=1e-12), pytest.approx(1, abs=1e-4))
+
+
+# -- what is told, opened and said -------------------------------------------------------------------------------------
+
+
+def visit(seed: int, name: str = "p", samples: int = 4) -> Visit:
+    return Visit(graded([1], [1], prompt=Prompt(name, (1,), "q", "1")).group.prompt, samples, seed)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "exact", "key"),
+    [
+        ("l1_exact", {}, True, "rewards"),
+        ("l1_exact", {"alpha": 1 / 3000}, True, "first_release_alpha_1_over_3000"),
+        ("l1_max", {}, False, "paper"),
+        ("l1_max", {"form": "multiplied"}, False, "code_head_multiplier"),
+        ("l1_max", {"form": "added"}, False, "code_head_added"),
+        ("l1_max", {"form": "multiplied", "alpha": 1 / 500}, False, "code_first_release"),
+    ],
+)
+def test_worked_rewards_of_a_budget(name: str, options: dict[str, Any], exact: bool, key: str) -> None:
+    note = {"budget": 400, "exact": exact}
+    assert trained_on(build(name, **options), C, L, note=note) == close(outputs(name)[key])
+    exactly = trained_on(build("l1_max"), C, L, note={"budget": 400, "exact": True})
+    assert exactly == close(outputs("l1_exact")["rewards"])
+
+
+def test_a_budget_is_told_as_the_seed_of_the_visit_has_it() -> None:
+    method = build("l1_exact", shortest=10, longest=12)
+    asks = [method.ask(visit(seed), KNOWN) for seed in range(300)]
+    assert {ask.note["budget"] for ask in asks} == {10, 11, 12}
+    assert all(ask.suffix == f" Think for {ask.note['budget']} tokens." and not ask.scripts for ask in asks)
+    assert asks == [method.ask(visit(seed), KNOWN) for seed in range(300)]
+    both = [build("l1_max", exact=0.25).ask(visit(seed), KNOWN) for seed in range(1000)]
+    assert np.mean([ask.note["exact"] for ask in both]) == pytest.approx(0.25, abs=0.05)
+    assert all(("maximum" in ask.suffix) != ask.note["exact"] for ask in both)
+    assert all(100 <= ask.note["budget"] <= 4000 for ask in both)
+
+
+def test_a_largest_budget_never_pays_a_wrong_answer_more() -> None:
+    for form in ("paper", "multiplied"):
+        for right, lengths in drawn_groups(4, 40):
+            got = trained_on(build("l1_max", form=form), right, lengths, note={"budget": 400, "exact": False})
+            assert np.all(got[~np.array(right, dtype=bool)] == 0)
+            assert np.all((got >= 0) & (got <= 1))
+
+
+def test_responses_are_opened_and_thoughts_cut() -> None:
+    (*scripts,) = build("asrr").ask(visit(0), KNOWN).scripts
+    assert scripts == [Opened(opening="Okay, I have finished thinking.\n</think>\n\n")] * 4
+    (*scripts,) = build("elastic", thought=10, answer=5).ask(visit(0), KNOWN).scripts
+    assert scripts == [Budget(most=10, answer=5, end="</think>", cut="\n</think>\n\n")] * 4
+
+
+def test_the_second_stage_tells_the_length_that_a_prompt_took() -> None:
+    first, second = KNOWN._replace(step=4), KNOWN._replace(step=5, state={"targets": {"p": 250.0}})
+    method, vector = build("lapo", second_from=5), outputs("lapo_stage2")
+    assert trained_on(method, C, L, first, note={}) == close(outputs("lapo_stage1")["rewards"])
+    assert trained_on(method, C, L, second, note={"target": 250.0}) == close(vector["paper_weight_0_7"])
+    weighed = build("lapo", second_from=5, weight=0.8)
+    assert trained_on(weighed, C, L, second, note={"target": 250.0}) == close(vector["code_weight_0_8"])
+    median = trained_on(method, C, L, second, note={"target": outputs("lapo_stage1")["median_for_stage2"]})
+    assert np.array_equal(trained_on(method, C, L, second, note={}), median)
+
+    assert method.ask(visit(0), first._replace(state=second.state)) == Ask()
+    assert method.ask(visit(0, "other"), second) == Ask()
+    told = method.ask(visit(0), second)
+    assert told.note == {"target": 250.0}
+    assert told.scripts == (Opened(opening="I will answer the question with 250 tokens.\n"),) * 4
+
+    groups = rewarded(method, [(C, L)], note={})
+    assert method.learn({}, groups, first) == {"targets": {"p": 300.0}}
+    assert method.learn({"targets": {"p": 250.0}}, groups, first) == {"targets": {"p": 300.0}}  # the last visit's
+    assert method.learn({"targets": {"p": 250.0}}, groups, second) == {"targets": {"p": 250.0}}  # the lower one
+    assert method.learn({"targets": {"p": 350.0}}, groups, second) == {"targets": {"p": 300.0}}
+    none_right = rewarded(method, [([0] * 4, L)], note={})
+    assert method.learn({"targets": {"p": 350.0}}, none_right, second) == {"targets": {"p": 350.0}}
+
+
+def test_modes_are_read_in_the_text() -> None:
+    vector = VECTORS["autothink"]
+    thinks, closed = "...\nFirst, 2", "...\n\n</think>\n4"
+    base = trained_on(build("autothink", stage=2), C, L, texts=[thinks, closed])
+    assert base == close(vector["outputs"]["base"])
+    assert trained_on(build("autothink", stage=3), C, L, texts=[thinks, closed]) == close(
+        vector["outputs"]["stage3_rewards"]
+    )
+    often = [thinks, thinks, thinks, closed]
+    assert trained_on(build("autothink"), C, L, texts=often) == close(vector["outputs"]["stage1_rewards"])
+    seldom = trained_on(build("autothink"), C, L, texts=[closed, closed, closed, thinks])
+    assert seldom == close([1.5, -1.5, 1.5, 1.0])
+    # the share is the whole iteration's
+    two = rewarded(build("autothink"), [(C, L), (C, L)], texts=[thinks, closed])
+    assert two[0].rewards == close(vector["outputs"]["base"])
+    tags = ["[Easy] 4", "[Hard] 4", " [Easy] 4", "[Easy] 4"]
+    adactrl = VECTORS["adactrl"]["outputs"]
+    assert trained_on(build("adactrl"), C, L, texts=tags) == close(adactrl["rewards"])
+    hard = trained_on(build("adactrl", threshold=0.75), C, L, texts=["[Hard] 4", "4", "[Easy] 4", "[Hard] 4"])
+    assert hard == close([1.5, -0.5, 1.0 + adactrl["length_part"][2] / 2, 1.5])
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -257,7 +380,7 @@ def learn_from(method: Method, knowledge: methods.Knowledge, first: int, last: i
         known = knowledge.begin(step)
         rng = np.random.default_rng(step)
         groups = [(rng.random(4) < 0.5, rng.integers(1, 3000, 4).tolist()) for _ in range(3)]
-        settled = rewarded(method, groups, known)
+        settled = rewarded(method, groups, known, note=method.ask(visit(step), known).note)
         credits = method.credits(settled, known)
         made += [group.rewards for group in settled] if credits is None else [each.advantage for each in credits]
         knowledge.learn(step, settled)
@@ -270,6 +393,7 @@ def test_memory_survives_a_kill_bit_for_bit(name: str) -> None:
         "acoer": {"warmup": 2, "lookback": 2},
         "gfpo": {"keep": 3, "adaptive": True, "warmup": 2},
         "leash": {"target": 500, "rate": 0.1},
+        "lapo": {"second_from": 3},
     }.get(name, {})
     method = build(name, tokens=5000, **options)
     whole, cut, resumed = (methods.Knowledge(method, 5000) for _ in range(3))
@@ -301,12 +425,19 @@ BOUNDS = {
     "experimental.alp": (0.996, 1, -0.004, 0), "experimental.gr3": (0, 1, 0, 0), "grpo_lambda": (0.8, 1, 0, 0),
     "hapo": (0.3, 2, -1, 0), "short_rl": (2.5, 3.5, -0.5, -0.5), "leash": (-1, 1, -1, -1), "a_dlp": (-39, 1, -40, 0),
     "acoer": (1, 1.02, 0, 0), "twyn": (-0.1, 4, -4, 0), "gfpo": (0, 4, -4, 0), "gdpo": (-4, 4, -4, 4),
-    "qglas": (0, 2, -1, 0),
+    "qglas": (0, 2, -1, 0), "l1_exact": (-11, 1, -12, 0), "l1_max": (-11, 1, -12, 0), "asrr": (0.5, 1, 0, 0),
+    "elastic": (1, 1, 0, 0), "autothink": (0, 2, -2, 0), "adactrl": (0.5, 2, -0.5, 0.5),
 }  # fmt: skip
 """Least and most that a right answer may earn, and a wrong one: rewards, or advantages where the method gives them."""
-PRICED = {"shorterbetter", "kimi", "overlong", "cosine", "gdpo", "experimental.alp", "a_dlp"}
+PRICED = {"shorterbetter", "kimi", "overlong", "cosine", "gdpo", "experimental.alp", "a_dlp", "l1_exact", "l1_max"}
 """Methods that tell wrong answers apart by their lengths, whatever else is in the group."""
-NOT_MONOTONE = {"lapo": "a middle length earns most"}
+NOT_MONOTONE = {
+    "lapo": "a middle length earns most",
+    "l1_exact": "the budget earns most",
+    "l1_max": "an exact budget earns most",
+}
+SAID = ["...\nFirst, 2", "...\n</think>\n4", "[Easy] 4", "[Hard] 4"]
+"""What responses say by which modes are told."""
 
 
 def drawn_groups(seed: int, count: int) -> list[tuple[list[int], list[int]]]:
@@ -335,7 +466,7 @@ def test_bounds_and_signs(name: str) -> None:
     method, (low, high, wrong_low, wrong_high) = build(name), BOUNDS[name]
     for right, lengths in [*KINDS.values(), *drawn_groups(1, 80)]:
         for known in knowns(name):
-            got, hit = trained_on(method, right, lengths, known), np.array(right, dtype=bool)
+            got, hit = trained_on(method, right, lengths, known, texts=SAID), np.array(right, dtype=bool)
             assert got.dtype == np.float64
             assert np.all(np.isfinite(got))
             assert np.all((got[hit] >= low - 1e-9) & (got[hit] <= high + 1e-9)), (right, lengths, got)
@@ -360,7 +491,7 @@ def test_a_wrong_answer_earns_more_than_a_right_one_only_where_that_is_said(name
     found = []
     for right, lengths in [*KINDS.values(), *drawn_groups(3, 100)]:
         for known in knowns(name):
-            got, hit = trained_on(method, right, lengths, known), np.array(right, dtype=bool)
+            got, hit = trained_on(method, right, lengths, known, texts=SAID), np.array(right, dtype=bool)
             if hit.any() and not hit.all() and got[~hit].max() > got[hit].min() + 1e-9:
                 found.append((right, lengths, got))
     assert bool(found) == bool(method.wrong_may_win), (method.wrong_may_win, found[:1])
@@ -374,22 +505,14 @@ def test_groups_of_each_kind(name: str, kind: str) -> None:
     got = trained_on(build(name), right, lengths)
     if kind == "equal lengths":
         assert np.ptp(got[[0, 2, 3]]) == pytest.approx(0, abs=1e-9) or name == "gfpo"
-    if kind == "all wrong" and name not in (
-        "shorterbetter",
-        "kimi",
-        "overlong",
-        "cosine",
-        "gdpo",
-        "experimental.alp",
-        "a_dlp",
-    ):
+    if kind == "all wrong" and name not in PRICED:
         assert np.ptp(got) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_what_was_cut_off_is_wrong_whatever_it_says(name: str) -> None:
     method, finish = build(name), ["stop", "stop", "length", "stop"]
-    said = [methods.reward(method, graded(c, L, finish), KNOWN).rewards for c in ([1, 0, 1, 1], [1, 0, 0, 1])]  # type: ignore[arg-type]
+    said = [methods.reward(method, asked(c, L, finish), KNOWN).rewards for c in ([1, 0, 1, 1], [1, 0, 0, 1])]  # type: ignore[arg-type]
     assert np.array_equal(said[0], said[1])
 
 
@@ -441,6 +564,8 @@ def test_the_page_of_methods_is_what_the_classes_say() -> None:
         ("kimi", {"weight": 2}, r"^method\.weight: .*less than or equal to 1 \(got 2\)"),
         ("twyn", {"margins": 2}, r"^method\.margins: unknown key; did you mean margin"),
         ("acoer", {"budget": 0}, r"^method\.budget: .*greater than 0"),
+        ("l1_exact", {}, r"^method\.longest: 4000 tokens"),
+        ("l1_exact", {"shortest": 20, "longest": 10}, r"^method\.shortest: 20 is above method\.longest = 10"),
         ("hapo", {"history": "longest"}, r"^method\.history: .*'shortest' or 'mean'"),
     ],
 )
@@ -450,7 +575,9 @@ def test_options_without_sense_are_refused_by_key(name: str, options: dict[str, 
 
 
 def test_methods_that_need_more_are_no_plain_functions() -> None:
-    with pytest.raises(ConfigError, match=r"^hapo: its rewards need more than .* plain methods are cosine, da_dler"):
+    with pytest.raises(
+        ConfigError, match=r"^hapo: its rewards need more than .* plain methods are asrr, cosine, da_dler"
+    ):
         methods.rewards("hapo", C, L)
 
 

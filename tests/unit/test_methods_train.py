@@ -17,11 +17,19 @@ from megatron_efr.methods import METHODS
 from megatron_efr.observe import deterministic
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.train import train
+from megatron_efr.types import Credited
 
 pytestmark = pytest.mark.heavy
 
 LIMIT = 24
 OPTIONS: dict[str, dict[str, Any]] = {
+    "l1_exact": {"shortest": 4, "longest": 20, "suffix": "={budget};"},
+    "l1_max": {"shortest": 4, "longest": 20, "suffix": "={budget};", "exact_suffix": "+{budget};"},
+    "asrr": {"opening": "1+1;", "tau": 0.25},
+    "elastic": {"thought": 8, "answer": 6, "end": ";", "cut": "="},
+    "lapo": {"second_from": 2, "opening": "{budget};"},
+    "autothink": {"opening": "=", "end": ";"},
+    "adactrl": {"easy": "1", "hard": "2"},
     "efr": {"alpha": 0.4},
     "laser": {"target": 10},
     "da_dler": {"easy": 8, "hard": 16},
@@ -30,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "leash": {"target": 8, "rate": 0.5},
     "acoer": {"budget": 16, "least_budget": 4, "warmup": 1, "lookback": 1},
 }
-"""Options for responses of 24 tokens."""
+"""Options for responses of 24 tokens, of a model that knows digits and a few signs."""
 ALWAYS = {"efr", "short_rl"}
 
 
@@ -78,13 +86,30 @@ def test_every_method_trains(name: str, task: Path, tmp_path: Path) -> None:
     groups = [group for step in (1, 2) for group in RunFolder(tmp_path / name).read_rollouts(step)]
     right = np.concatenate([group.graded.correct & ~group.group.truncated for group in groups])
     assert 0.1 < right.mean() < 0.9, "without both there is nothing to see"
+    _check_what_was_asked(name, groups)
     state = json.loads((tmp_path / name / "checkpoints/step_000002/state.json").read_text())["method"]
     assert len(state["history"]) == 8
     assert sum(seen[2] for seen in state["history"].values()) == right.sum()
 
 
+def _check_what_was_asked(name: str, groups: list[Credited]) -> None:
+    """What a method says to a prompt must be in what the model read, and in its responses."""
+    for group in (each.group for each in groups):
+        if name in ("l1_exact", "l1_max"):
+            assert f"{group.note['budget']};" in group.prompt.text
+        opening = {"asrr": "1+1;", "autothink": "="}.get(name)
+        for response in group.responses:
+            assert opening is None or response.text.startswith(opening)
+            assert opening is None or response.length == len(response.tokens) - len(opening)
+            if name == "elastic":
+                assert response.length <= 14
+    assert name != "elastic" or any(
+        part.ending == "forced" for each in groups for response in each.group.responses for part in response.parts
+    )
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hapo", "short_rl", "leash", "acoer"])
+@pytest.mark.parametrize("name", ["hapo", "short_rl", "leash", "acoer", "lapo"])
 def test_a_method_that_remembers_goes_on_as_if_there_had_been_no_kill(name: str, task: Path, tmp_path: Path) -> None:
     """Two visits of every prompt; the checkpoint is of the first, and the history of prompts must come from it."""
     few = {"path": str(task / "few.jsonl")}

@@ -15,10 +15,13 @@ from transformers import Qwen2ForCausalLM
 
 from megatron_efr.policy import context
 from megatron_efr.policy.layers import PackedAttention, packed_sequences
-from megatron_efr.policy.packing import balance, pack, row_weights, sequence_flops, split_into_updates
+from megatron_efr.policy.packing import balance, pack, row_weights, samples, sequence_flops, split_into_updates
+from megatron_efr.samples import NOT_DRAWN
+from megatron_efr.steps import Part
+from megatron_efr.types import Credit, Credited, Group, Prompt, Response, VersionSpan
 from megatron_efr.weights.architecture import Architecture
 from tests.conftest import ragged_sequences
-from tests.groups import with_columns
+from tests.groups import credited, with_columns
 
 QWEN_1_5B = Architecture.from_config({
     "model_type": "qwen2", "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12,
@@ -189,3 +192,21 @@ def test_context_parts_are_the_batch(ranks: int) -> None:
     assert held == [*range(first, 2 * first), *range((2 * ranks - 2) * first, (2 * ranks - 1) * first)]
     with pytest.raises(ValueError, match=rf"do not divide into {2 * ranks} chunks"):
         context.zigzag([2 * ranks + 1], 0, ranks)
+
+
+def test_tokens_that_a_script_forced_weigh_nothing_and_no_weights_drew_them() -> None:
+    """Two forced, three drawn, one that was written with a known chance, and is trained on."""
+    parts = (Part("opening", 0, 2, "forced"), Part("thought", 2, 5, "until"), Part("mode", 5, 6, "chosen"))
+    logprobs = np.array([0, 0, -1, -2, -3, np.log(0.5)], np.float32)
+    response = Response((1,) * 6, logprobs, "stop", (VersionSpan(7, 0, 6),), parts=parts)
+    plain = Response((1,) * 6, logprobs, "stop", (VersionSpan(7, 0, 6),))
+    group = Group(Prompt("p", (1, 2), "q", "1"), (response, plain))
+    made = credited(group, [0.5, -0.5])
+    scripted, drawn = samples([made])
+    assert scripted.column("weight").tolist() == [0, 0, 1, 1, 1, 1]
+    assert scripted.column("version").tolist() == [NOT_DRAWN, NOT_DRAWN, 7, 7, 7, NOT_DRAWN]
+    assert (scripted.size.trained, drawn.size.trained) == (4, 6)
+    assert drawn.column("version").tolist() == [7] * 6
+    weight = (np.array([9.0, 9, 2, 2, 0, 2]), np.ones(6))
+    weighed, _ = samples([Credited(made.rewarded, Credit(made.credit.advantage, weight=weight))])
+    assert weighed.column("weight").tolist() == [0, 0, 2, 2, 0, 2]

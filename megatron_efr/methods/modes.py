@@ -1,0 +1,106 @@
+"""Modes that the model chooses, as its text shows: whether it thinks, or how hard it says the problem is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from megatron_efr.methods.base import Ask, Known, Method, Visit
+from megatron_efr.methods.plain import Outcomes
+from megatron_efr.scripts import Opened
+from megatron_efr.types import BoolArray, FloatArray, Graded, Group, Rewarded
+
+
+class AutoThink(Method):
+    """AutoThink: a thought that begins with an ellipsis, which the model goes on with or closes at once.
+
+        base = 1 right, 0 wrong if it thinks;  2 right, -1 wrong if it does not
+        stage 1: base of a mode moves to 0, -1 (thinks) or 1, -2 (does not) by clip(slope (share - balance), 0, 1),
+                 share = of the iteration's responses in that mode
+        stage 2: base
+        stage 3: base + exp(-decay z) - 1 if right, base + 1 - exp(-decay z) if wrong,
+                 z = (l - mean) / std among the group's right, or wrong, responses, sample deviation; 0 for a single one
+
+    A truncated response counts as wrong. Nothing is remembered; its stages are runs, each from the model of the one
+    before. The released code takes 2 from repetitive responses of negative reward; that is not built.
+    """
+
+    source = "Tu et al. 2025, arXiv 2505.10832; TU2021/AutoThink@be0bcb0 main_ppo.py:40-130"
+    standing = "code"
+
+    stage: Literal[1, 2, 3] = Field(default=1, description="of its three")
+    balance: float = Field(default=0.5, ge=0, le=1, description="share of a mode above which it earns less in stage 1")
+    slope: float = Field(default=2.0, ge=0, description="how fast it does")
+    decay: float = Field(default=0.05, ge=0, description="weight of the length in stage 3")
+    opening: str = Field(default="...\n", min_length=1, description="what a thought begins with; not trained on")
+    end: str = Field(default="</think>", min_length=1, description="what closes a thought")
+
+    def ask(self, visit: Visit, known: Known) -> Ask:
+        return Ask(scripts=(Opened(opening=self.opening),) * visit.samples)
+
+    def rewards(self, group: Graded, known: Known) -> FloatArray:
+        right = Outcomes.of(group, known.limit).right
+        return np.where(self._thinks(group.group), np.where(right, 1.0, 0.0), np.where(right, 2.0, -1.0))
+
+    def settle(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Rewarded]:
+        if self.stage == 2:
+            return groups
+        if self.stage == 3:
+            return [self._by_length(group, known) for group in groups]
+        share = float(np.concatenate([self._thinks(group.group) for group in groups]).mean())
+        return [self._balanced(group, share, known) for group in groups]
+
+    def _balanced(self, group: Rewarded, share: float, known: Known) -> Rewarded:
+        thinks, right = self._thinks(group.group), Outcomes.of(group.graded, known.limit).right
+        pull = np.clip(self.slope * (np.where(thinks, share, 1.0 - share) - self.balance), 0.0, 1.0)
+        least = np.where(thinks, np.where(right, 0.0, -1.0), np.where(right, 1.0, -2.0))
+        return replace(group, rewards=(1.0 - pull) * group.rewards + pull * least)
+
+    def _by_length(self, group: Rewarded, known: Known) -> Rewarded:
+        seen, made = Outcomes.of(group.graded, known.limit), group.rewards.copy()
+        for among, sign in ((seen.right, 1.0), (~seen.right, -1.0)):
+            if among.sum() > 1:
+                lengths = seen.lengths[among]
+                z = (lengths - lengths.mean()) / max(float(lengths.std(ddof=1)), 1e-6)
+                made[among] += sign * (np.exp(-self.decay * z) - 1.0)
+        return replace(group, rewards=made)
+
+    def _thinks(self, group: Group) -> BoolArray:
+        """Responses whose thought goes on behind the opening, bool [n]."""
+        said = [response.text.removeprefix(self.opening).lstrip() for response in group.responses]
+        return np.array([not text.startswith(self.end) for text in said], dtype=bool)
+
+
+class AdaCtrl(Method):
+    """AdaCtrl: the answer opens with [Easy] or [Hard], and is held to be brief if it says Easy.
+
+        a group is easy if p > threshold,  p = share of right responses
+        r = c + tag T + length S
+        T = 1 if it says what the group is, 0 if it says the other, -1 if it says nothing
+        S = (1 + cos(pi l / lmax)) / 2 if it says Easy and is right, else 0;  lmax = the longest of the group
+
+    A wrong or truncated response gets T alone. Nothing is remembered. The model has to know the tags, by SFT before.
+    """
+
+    source = "Huang et al. 2025, arXiv 2505.18822; JoeYing1019/AdaCtrl@9a0b89f naive.py:85-204"
+    standing = "code"
+
+    threshold: float = Field(default=0.625, ge=0, le=1, description="share of right responses above which one is easy")
+    tag: float = Field(default=0.5, ge=0, description="weight of the tag")
+    length: float = Field(default=0.5, ge=0, description="weight of the length")
+    easy: str = Field(default="[Easy]", min_length=1, description="the tag of easy problems")
+    hard: str = Field(default="[Hard]", min_length=1, description="the tag of hard problems")
+
+    def rewards(self, group: Graded, known: Known) -> FloatArray:
+        seen = Outcomes.of(group, known.limit)
+        said = [response.text.lstrip() for response in group.group.responses]
+        easy = np.array([text.startswith(self.easy) for text in said], dtype=bool)
+        hard = np.array([text.startswith(self.hard) for text in said], dtype=bool)
+        held = easy if seen.accuracy > self.threshold else hard
+        tags = np.where(held, 1.0, np.where(easy | hard, 0.0, -1.0))
+        brief = (1.0 + np.cos(np.pi * seen.lengths / seen.lengths.max())) / 2.0
+        return seen.right + self.tag * tags + self.length * np.where(easy & seen.right, brief, 0.0)

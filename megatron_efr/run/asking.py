@@ -1,0 +1,78 @@
+"""How a run asks its prompts: as they are rendered, or with what its method adds to them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_efr.config import ConfigError, TrainConfig
+from megatron_efr.data.prompts import Renderer
+from megatron_efr.methods import Ask, Known, Method, Visit
+from megatron_efr.rollout import ledger
+from megatron_efr.rollout.codec import Codec
+from megatron_efr.rollout.ledger import request_seed
+from megatron_efr.rollout.requests import check_script, longest
+from megatron_efr.scripts import Plain
+from megatron_efr.types import Prompt, Request
+
+CHECKED = 16
+"""Ways of asking the longest prompt that are checked before a run starts."""
+
+
+class Asking:
+    """Makes the request of a visit, by what the method may know when it is made (`known`)."""
+
+    def __init__(
+        self, config: TrainConfig, method: Method, tokenizer: PreTrainedTokenizerBase, known: Callable[[], Known]
+    ) -> None:
+        self._config, self._method, self._known, self._tokenizer = config, method, known, tokenizer
+
+    def request(self, visit: ledger.Visit) -> Request:
+        """The request of a visit: its prompt with the method's suffix, scripts and note."""
+        return self._request(visit.prompt, request_seed(self._config.seed, visit.index))
+
+    def example(self, prompt: Prompt) -> Prompt:
+        """The prompt as it may be asked."""
+        return self._request(prompt, 0).prompt
+
+    def check(self, prompts: Sequence[Prompt], codec: Codec, positions: int) -> None:
+        """Refuse, with a ConfigError, texts that a script cannot have, and what is longer than the model."""
+        prompt = max(prompts, key=lambda each: len(each.tokens))
+        requests = [self._request(prompt, seed) for seed in range(CHECKED)]
+        for script in {script for request in requests for script in request.scripts}:
+            check_script(script, codec, "method")
+        drawn = self._config.rollout.max_new_tokens
+        for request in requests:
+            written = max(longest(script, 0, codec) for script in request.scripts)
+            tokens = len(request.prompt.tokens) + written
+            if tokens + drawn > positions:
+                raise ConfigError(
+                    f"rollout.max_new_tokens: {drawn} tokens after the longest prompt ({prompt.meta['where']}), which "
+                    f"is {tokens} tokens with what method {self._config.method.name} adds, come to {tokens + drawn}, "
+                    f"and the model has {positions} positions; at most {max(positions - tokens, 0)} would fit"
+                )
+
+    def _request(self, prompt: Prompt, seed: int) -> Request:
+        samples = self._config.rollout.samples
+        asked = self._method.ask(Visit(prompt, samples, seed), self._known())
+        scripts = asked.scripts or (Plain(),) * samples
+        if len(scripts) != samples:
+            raise ConfigError(
+                f"method.name: {self._config.method.name} gave {len(scripts)} scripts for {samples} responses"
+            )
+        return Request(self._told(prompt, asked), seed, scripts, dict(asked.note))
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        """One with a tokenizer of its own: prompts are asked in one thread while responses are read in others."""
+        return Renderer(copy.deepcopy(self._tokenizer), self._config.data.prompt)
+
+    def _told(self, prompt: Prompt, asked: Ask) -> Prompt:
+        if not asked.suffix:
+            return prompt
+        [(text, tokens)] = self._renderer.render([prompt.meta["question"] + asked.suffix], [prompt.meta["where"]])
+        return replace(prompt, text=text, tokens=tokens)

@@ -1,0 +1,101 @@
+"""What a method adds to its prompts: in the request as a run makes it, and refused at the start where it cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_efr import methods
+from megatron_efr.config import ConfigError, TrainConfig
+from megatron_efr.config.file import validate
+from megatron_efr.data.arithmetic import ArithmeticTask, write
+from megatron_efr.data.prompts import load_tokenizer
+from megatron_efr.data.stream import PromptStream
+from megatron_efr.methods import Ask
+from megatron_efr.rollout.codec import TokenizerCodec
+from megatron_efr.rollout.request_json import decode_request, encode_request
+from megatron_efr.run.asking import Asking
+from megatron_efr.run.environment import load_prompts
+from megatron_efr.scripts import Opened, Plain
+from megatron_efr.types import Prompt
+from tests.groups import KNOWN
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    write(folder, 0, ArithmeticTask(max_terms=2, train_rows=4, test_rows=2, sft_rows=2))
+    return folder
+
+
+def asking(task: Path, **method: Any) -> tuple[Asking, list[Prompt], TokenizerCodec]:
+    tree = {
+        "name": "run",
+        "model": {"path": str(task / "model"), "init": "random"},
+        "data": {"datasets": [{"path": str(task / "train.jsonl")}], "prompt": {"template": "{question}"}},
+        "rollout": {"prompts": 2, "samples": 3, "max_new_tokens": 24},
+        "optimizer": {"lr": 1e-3},
+        "method": method,
+    }
+    config = validate(TrainConfig, tree, "test.yaml")
+    tokenizer = load_tokenizer(config.model.path)
+    prompts = load_prompts(config.data.datasets, tokenizer, config.data.prompt).prompts
+    made = methods.build(config.method, config.rollout, config.algorithm)
+    return Asking(config, made, tokenizer, lambda: KNOWN), prompts, TokenizerCodec(tokenizer)
+
+
+def test_a_plain_method_asks_prompts_as_they_are(task: Path) -> None:
+    made, prompts, codec = asking(task, name="efr", alpha=0.1)
+    made.check(prompts, codec, 10_000)
+    visit = PromptStream(prompts, 0).take(1)[0]
+    request = made.request(visit)
+    assert request.prompt is visit.prompt
+    assert request.scripts == (Plain(),) * 3
+    assert request.note == {}
+
+
+def test_a_budget_is_in_the_prompt_that_the_model_reads(task: Path) -> None:
+    made, prompts, codec = asking(task, name="l1_exact", shortest=5, longest=20, suffix="={budget};")
+    made.check(prompts, codec, 10_000)
+    stream = PromptStream(prompts, 0)
+    requests = [made.request(visit) for visit in stream.take(8)]
+    assert len({request.note["budget"] for request in requests}) > 1
+    for request in requests:
+        question = request.prompt.meta["question"]
+        assert request.prompt.text == f"<bos><user>{question}={request.note['budget']};<assistant>"
+        assert codec.decode(request.prompt.tokens) == f"{question}={request.note['budget']};"
+        assert decode_request(encode_request(request)) == request, "it is journalled, and comes back"
+    assert [made.request(stream.visit(index)) for index in range(8)] == requests
+
+
+@pytest.mark.parametrize(
+    ("method", "positions", "message"),
+    [
+        ({"name": "elastic", "end": "12"}, 999, r"^method\.end: '12' is 2 tokens of this model's tokenizer"),
+        (
+            {"name": "asrr", "opening": "1234;"},
+            40,
+            r"^rollout\.max_new_tokens: 24 tokens after the longest prompt \(.*, which is \d+ tokens with what method "
+            r"asrr adds, come to \d+, and the model has 40 positions; at most \d+ would fit",
+        ),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_at_the_start(
+    task: Path, method: dict[str, Any], positions: int, message: str
+) -> None:
+    made, prompts, codec = asking(task, **method)
+    with pytest.raises(ConfigError, match=message):
+        made.check([Prompt("p", (1,) * 12, "q", "1", prompts[0].meta)], codec, positions)
+
+
+def test_a_script_for_each_response_or_none(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Single(methods.EFR):
+        def ask(self, visit: methods.Visit, known: methods.Known) -> Ask:
+            return Ask(scripts=(Opened(opening="1"),))
+
+    monkeypatch.setitem(methods.METHODS, "single", Single)
+    made, prompts, codec = asking(task, name="single", alpha=0.1)
+    with pytest.raises(ConfigError, match=r"^method\.name: single gave 1 scripts for 3 responses"):
+        made.check(prompts, codec, 999)
