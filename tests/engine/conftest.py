@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 from transformers import Qwen2ForCausalLM
@@ -16,6 +16,9 @@ from megatron_efr.rollout.servers.launcher import Launcher
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.weights.architecture import Architecture
 from tests.conftest import make_model_folder
+
+if TYPE_CHECKING:
+    from tests.engine.faults import Servers
 
 PYTHON = Path(__file__).parents[2] / ".venv-sglang/bin/python"
 SLOTS = 32
@@ -60,6 +63,16 @@ def server(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
     launcher, urls = start(tmp_path_factory.mktemp("engines"), rollout(), folders[0])
     with launcher:
         yield urls[0], launcher.key
+
+
+@pytest.fixture(scope="session")
+def servers(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """Two servers for all tests that kill them: starting them is what takes time. They may be found dead."""
+    from tests.engine.faults import Servers  # it starts servers as this module does
+
+    made = Servers(tmp_path_factory.mktemp("engines"), folders[0])
+    yield made
+    made.close()
 
 
 class MakeSGLang(Protocol):

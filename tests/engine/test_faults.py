@@ -36,14 +36,6 @@ LONG = Sampling(1.0, 1.0, 300, (STOP,))
 COUNT = 150
 
 
-@pytest.fixture(scope="module")
-def servers(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """For all tests here: starting them is what takes time."""
-    made = Servers(tmp_path_factory.mktemp("engines"), folders[0])
-    yield made
-    made.close()
-
-
 @pytest.fixture
 def engine(servers: Servers, models: Models) -> Iterator[SGLangEngine]:
     """Over both servers, which serve the first model as version 1."""

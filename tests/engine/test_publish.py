@@ -69,7 +69,7 @@ def engine(
     [
         (1, ["tensor=1:tensor", "tensor=1:distributed", "tensor=1:disk", "tensor=1:direct"]),
         (2, ["tensor=2:distributed", "pipeline=2:tensor", "tensor=2:disk", "pipeline=2,virtual_pipeline=2:direct"]),
-        (4, ["tensor=2,pipeline=2:distributed", "tensor=2,pipeline=2:tensor"]),
+        pytest.param(4, ["tensor=2,pipeline=2:distributed", "tensor=2,pipeline=2:tensor"], marks=pytest.mark.slow),
         pytest.param(2, ["tensor=2:tensor", "pipeline=2:distributed", "pipeline=2:disk"], marks=pytest.mark.slow),
         pytest.param(4, ["tensor=2,pipeline=2:disk", "tensor=2,pipeline=2:direct"], marks=pytest.mark.slow),
     ],

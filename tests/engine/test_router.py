@@ -32,18 +32,16 @@ from tests.engine_contract import requests
 
 
 @pytest.fixture(scope="module")
-def servers(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+def router_here() -> None:
+    """Skips what needs a router where the engines' Python has none."""
     if os.access(PYTHON, os.X_OK):
         found = subprocess.run([PYTHON, "-c", "import sglang_router.launch_router"], capture_output=True)
         if found.returncode:
             pytest.skip(f"{PYTHON} has no sglang_router: bash tools/setup_sglang_cpu.sh installs it")
-    made = Servers(tmp_path_factory.mktemp("engines"), folders[0])
-    yield made
-    made.close()
 
 
 @pytest.fixture
-def router(servers: Servers, tmp_path: Path) -> Iterator[ServerProcess]:
+def router(router_here: None, servers: Servers, tmp_path: Path) -> Iterator[ServerProcess]:
     process = start_router(servers.config, tmp_path, servers.key)
     yield process
     process.end()

@@ -135,6 +135,7 @@ class RefusedTwice(Broadcast):
         super().deliver(wrong if self.begun <= 2 else prepared)
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_two_publications_is_started_again_and_takes_the_third(
     launcher: Launcher, said: Callable[[str], bool], folders: tuple[Path, Path], ranks: Ranks
 ) -> None:
