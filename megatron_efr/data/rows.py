@@ -103,9 +103,21 @@ def _json_lines(path: str, text: str) -> Iterator[Row]:
             yield Row(number, f"{path}:{line}", _record(f"{path}:{line}", record))
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; DatasetError for a key that stands in it twice: which value counts is anybody's guess."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DatasetError(f"the key {twice!r} stands twice in one object; leave one of them")
+    return made
+
+
 def _record(where: str, text: str) -> dict[str, Any]:
     try:
-        record = json.loads(text)
+        record = json.loads(text, object_pairs_hook=_once)
+    except DatasetError as error:
+        raise DatasetError(f"{where}: {error}") from error
     except json.JSONDecodeError as error:
         raise DatasetError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
@@ -134,13 +146,15 @@ def _json_rows(path: str, text: str) -> Iterator[Row]:
     if not text.startswith("[", position):
         yield from _json_lines(path, text)
         return
-    decoder, number, line, counted = json.JSONDecoder(), 0, 1, 0
+    decoder, number, line, counted = json.JSONDecoder(object_pairs_hook=_once), 0, 1, 0
     position = _skip(text, position + 1)
     while not text.startswith("]", position):
         line, counted = line + text.count("\n", counted, position), position
         where = f"{path}:{line}"
         try:
             record, position = decoder.raw_decode(text, position)
+        except DatasetError as error:
+            raise DatasetError(f"{where}: {error}") from error
         except json.JSONDecodeError as error:
             raise DatasetError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
         except (ValueError, RecursionError) as error:

@@ -70,10 +70,14 @@ def same(gold: Form, answer: Form) -> bool:
         return _same_unnamed(gold, answer.items[0])
     if gold.kind == "named":
         return _same_named(gold, answer)
-    if answer.kind == "relation" and gold.kind not in ("relation", "union", "group"):
+    chain = answer.kind == "relation" and set(answer.signs) <= _CHAINED
+    if chain and gold.kind not in ("relation", "union", "group"):
         return _same_as_chain(gold, answer)
     compare = _KINDS[gold.kind]
     return compare(gold, answer)
+
+
+_CHAINED = {"=", "\\approx"}
 
 
 def _same_unnamed(gold: Form, value: Form) -> bool:
@@ -102,7 +106,7 @@ def _same_as_chain(gold: Form, answer: Form, named: bool = False) -> bool:
     The end of the first counts, if what it says is true or it begins with a name (`x = 5 + 6 = 11`). Of the second, the
     exact side counts, and against a decimal gold the last as well.
     """
-    if not set(answer.signs) <= {"=", "\\approx"}:
+    if not set(answer.signs) <= _CHAINED:
         return False
     items = list(map(_value, answer.items))
     if "\\approx" in answer.signs:
@@ -166,6 +170,8 @@ def _same_words(gold: Form, answer: Form) -> bool:
 
 
 def _same_list(gold: Form, answer: Form) -> bool:
+    if gold.items[0].kind == "relation" and _same_region(gold, answer):
+        return True
     names = [item.name for item in gold.items if item.kind == "named"]
     distinct = len(set(names)) == len(gold.items)
     if answer.kind == "named":  # `(p, q) = (5, 8)` or `x = 1, 2` read elsewhere
@@ -182,8 +188,6 @@ def _same_list(gold: Form, answer: Form) -> bool:
         return same_ordered(gold.items, answer.items)
     if answer.kind == "group" and distinct and answer.left == "(":
         return same_ordered(gold.items, answer.items)
-    if answer.kind == "relation" or answer.kind == "union":
-        return _same_region(gold, answer)
     return False
 
 
@@ -245,8 +249,15 @@ def _same_group(gold: Form, answer: Form) -> bool:
     return len(gold.items) == 1 and same(gold.items[0], answer)
 
 
-def _same_union(gold: Form, answer: Form) -> bool:
-    return _same_region(gold, answer)
+def _same_difference(gold: Form, answer: Form) -> bool:
+    """Of two sets: as numbers where both are, or part by part."""
+    pairs = gold.kind == answer.kind and same_ordered(gold.items, answer.items)
+    return pairs or _same_region(gold, answer)
+
+
+def _same_cases(gold: Form, answer: Form) -> bool:
+    """Each case has its own equal, value and condition."""
+    return answer.kind == "cases" and same_unordered(gold.items, answer.items)
 
 
 def _same_region(gold: Form, answer: Form) -> bool:
@@ -376,7 +387,9 @@ _KINDS = {
     "list": _same_list,
     "set": _same_set,
     "group": _same_group,
-    "union": _same_union,
+    "union": _same_region,
+    "difference": _same_difference,
+    "cases": _same_cases,
     "relation": _same_relation,
     "congruence": _same_congruence,
     "ratio": _same_ratio,

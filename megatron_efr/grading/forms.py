@@ -21,7 +21,8 @@ class Form:
 
     kind: expression (mathematics without parts) · words · list (parts without brackets: `ordered` where their order
     counts) · set · group (parts between the brackets `left`, `right`) · named (`name` = items[0]) · relation (items
-    joined by `signs`) · union (items) · congruence (items: residue, modulus) · ratio (items).
+    joined by `signs`) · union (items) · difference (of two sets) · cases (groups of value and condition) · congruence
+    (items: residue, modulus) · ratio (items).
     """
 
     kind: str
@@ -52,7 +53,7 @@ def _read(text: str) -> Form:
         return Form("expression", meaning)
     if is_words(text):
         return _words(text)
-    return _parts(text) or _single(text)
+    return _cases(text) or _parts(text) or _single(text)
 
 
 _PHRASES = {
@@ -129,6 +130,9 @@ def _single(text: str) -> Form:
     pieces = split(text, re.compile(r"\\cup(?![A-Za-z])"))
     if len(pieces) > 1:
         return Form("union", text, tuple(_read(piece.strip()) for piece in pieces))
+    pieces = split(text, re.compile(r"\\setminus(?![A-Za-z])|(?<=\})\s*-(?=\s*\\\{)"))
+    if len(pieces) == 2:
+        return Form("difference", text, tuple(_read(piece.strip()) for piece in pieces))
     sides = split(text, re.compile(":"))
     if len(sides) > 1 and all(side.strip() for side in sides):
         return Form("ratio", text, tuple(_read(side.strip()) for side in sides))
@@ -138,6 +142,35 @@ def _single(text: str) -> Form:
         up, down = _signs(text)
         return Form("list", text, (_read(up), _read(down)), name="\\pm")
     return Form("expression", text)
+
+
+_CASES = re.compile(r"\\begin\{cases\}(.*)\\end\{cases\}")
+_IF = re.compile(r"^\s*(?:if|for|when|where)(?![A-Za-z])")
+_ELSE = ("else", "elsewhere", "otherwise")
+
+
+def _cases(text: str) -> Form | None:
+    """A function by cases, each a group of its value and its condition; or a system, which is a list."""
+    found = _CASES.fullmatch(text)
+    if found is None or "\\begin" in found.group(1):
+        return None
+    rows = [[cell.strip(" ,.;") for cell in split(row, re.compile("&"))] for row in found.group(1).split("\\\\")]
+    rows = [row for row in rows if any(row)]
+    if any(len(row) != 2 or not all(row) or _RELATION.match(row[1]) for row in rows):
+        return _list(text, [_read(" ".join(row).strip()) for row in rows]) if rows else None
+    items = (Form("group", f"{value} : {where}", (_read(value), _condition(where)), left="if") for value, where in rows)
+    return Form("cases", text, tuple(items))
+
+
+def _condition(text: str) -> Form:
+    """Where a case holds: a relation; where there are words in it, its text."""
+    plain = " ".join(_IF.sub("", re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)).split())
+    if plain in _ELSE:
+        return Form("words", _ELSE[0])
+    return Form("words", plain) if _WORD.search(plain) else _read(plain)
+
+
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
 
 _CONGRUENCE = re.compile(

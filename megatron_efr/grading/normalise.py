@@ -41,8 +41,7 @@ _LOOKS = (
     "huge|Huge|LARGE|Large|large|small|footnotesize|scriptsize|tiny|normalsize|bf|rm|it|mathstrut|mathop|mathrel|cancel"
 )
 _LOOKS_ARGUMENT = re.compile(rf"\\(?:{_LOOKS})\s*(?=\{{)")
-_COLOURED = re.compile(r"\\(?:textcolor|colorbox)\s*(?:\[[^\]]*\]\s*)?\{[^{}]*\}\s*")
-_COLOUR = re.compile(r"\\(?:color)\s*(?:\[[^\]]*\]\s*)?\{[^{}]*\}\s*")
+_COLOUR = re.compile(r"\\(?:textcolor|colorbox|color)\s*(?:\[[^\]]*\]\s*)?\{[^{}]*\}\s*")
 _DROPPED = re.compile(
     rf"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|{_LOOKS}|centering|bfseries|itshape|null|strut|relax)"
     r"(?![A-Za-z])|\\(?:phantom|hphantom|vphantom|label|tag\*?|vspace\*?)\s*\{[^{}]*\}"
@@ -55,6 +54,7 @@ _SPACE = re.compile(
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|sc|up|md|normal)?|mbox|hbox|operatorname\*?|mathrm|mathup|emph)\s*\{([^{}]*)\}"
 )
+_WRAPPED_TWICE = re.compile(r"\\(?:text|math)[a-z]*\s*\{\s*(\\text\{[^{}]*\})\s*\}")
 _DOUBLED = re.compile(r"\\\\(?=[A-Za-z]{2})")  # backslashes that were escaped once too often
 _MATH_DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]]")
 
@@ -92,6 +92,11 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:euro|texteuro)(?![A-Za-z])(?:\{\})?", "€"),
         (r"\\(?:pounds|textsterling)(?![A-Za-z])(?:\{\})?", "£"),
         (r"\\(?:yen|textyen)(?![A-Za-z])(?:\{\})?", "¥"),
+        (r"\\(begin|end)\{[dr]cases\}", r"\\\1{cases}"),
+        (
+            r"\\\{\s*\\begin\{(array|aligned)\}(?:\{[clr|\s]*\})?((?:(?!\\begin).)*?)\\end\{\1\}(?!\s*\\\})",
+            r"\\begin{cases}\2\\end{cases}",
+        ),
         (r"[\[(]?\s*\\begin\{(?:array|[bBp]?matrix|smallmatrix)\}(?:\{[clr|\s]*\})?", r"\\begin{pmatrix}"),
         (r"\\end\{(?:array|[bBp]?matrix|smallmatrix)\}\s*[\])]?", r"\\end{pmatrix}"),
         (r"\{\s*,\s*\}", ","),
@@ -133,7 +138,6 @@ def normalise(text: str) -> str:
     if "\\\\" in text and "\\begin" not in text:
         text = _DOUBLED.sub(r"\\", text)
     text = _delimiters(text)
-    text = _COLOURED.sub("", text)
     text = _COLOUR.sub("", text)
     text = _LOOKS_ARGUMENT.sub("", text)
     text = _SIZED.sub(lambda match: "" if match.group(1) is None else " ", text)
@@ -221,7 +225,7 @@ def _texts(text: str) -> str:
 
     previous = ""
     while previous != text:
-        previous, text = text, _TEXT.sub(one, text)
+        previous, text = text, _WRAPPED_TWICE.sub(r"\1", _TEXT.sub(one, text))
     return text
 
 

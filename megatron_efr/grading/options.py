@@ -6,13 +6,16 @@ import re
 
 _MORE = re.compile(r"(?:and|or|to|&|,|[-+*/=^<>])", re.IGNORECASE)  # another letter, or a formula: no option
 _OPTION = re.compile(
-    r"(?:(?:option|choice|answer)\s*)?(?:\(\s*([A-Za-z])\s*\)|([A-Z])(?:\)|[.:](?=[\s\\]|$)|$))[.):]?\s*(.*)",
+    r"(?:(?:option|choice|answer)\s*)?(?:[(\[]\s*([A-Za-z])\s*[)\]]|([A-Z])(?:\)|[.:](?=[\s\\]|$)|$))[.):]?\s*(.*)",
     re.IGNORECASE,
 )
 
 
-def option(text: str) -> tuple[str, str] | None:
-    """(letter, what follows) of an answer such as `C`, `(C)`, `C. 5`, `C) 5`; None for any other."""
+def option(text: str, small: bool = False) -> tuple[str, str] | None:
+    """(letter, what follows) of a normalised answer such as `C`, `(C)`, `[C]`, `C. 5`, `C) 5`; None for any other.
+
+    Without brackets a `small` letter counts where nothing but options is asked for: elsewhere `c` is a variable.
+    """
     plain = text.replace("\\text{", "").replace("}", "", text.count("\\text{"))
     found = _OPTION.fullmatch(plain.strip())
     if not found:
@@ -20,6 +23,6 @@ def option(text: str) -> tuple[str, str] | None:
     if _MORE.match(found.group(3)):
         return None
     letter = found.group(1) or found.group(2)
-    if found.group(2) and not found.group(2).isupper():
+    if found.group(2) and not (small or found.group(2).isupper()):
         return None
     return letter.upper(), found.group(3).strip()

@@ -1,38 +1,91 @@
-"""Reads intervals, unions and inequalities in one variable as sets of real numbers."""
+"""Reads intervals, unions, differences and inequalities in one variable as sets of real numbers."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from itertools import pairwise
 
-from megatron_efr.grading.forms import Form, read
+from megatron_efr.grading import algebra
+from megatron_efr.grading.forms import REALS, Form, read
 from megatron_efr.grading.numbers import read_number
 
 Edge = tuple[Form, bool]  # an end of an interval, and whether it belongs to it
 Interval = tuple[Edge, Edge]
+Region = tuple[str, list[Interval]]
+
+_LOWEST, _HIGHEST = Form("expression", "-\\infty"), Form("expression", "\\infty")
+_ALL: Interval = (_LOWEST, False), (_HIGHEST, False)
 
 
-def region(form: Form) -> tuple[str, list[Interval]] | None:
+def region(form: Form) -> Region | None:
     """(variable or empty, intervals) of a form; None where it is no region of numbers."""
     if form.kind == "group" and len(form.items) == 2:
         low, high = form.items
         return "", [((low, form.left == "["), (high, form.right == "]"))]
     if form.kind == "set":
         return "", [((item, True), (item, True)) for item in form.items]
-    if form.kind == "expression" and form.text == "\\mathbb{R}":
-        return "", [((_LOWEST, False), (_HIGHEST, False))]
-    if form.kind in ("union", "list") and form.name != "\\pm":
-        pieces = [region(item) for item in form.items]
-        if any(piece is None for piece in pieces):
-            return None
-        names = {piece[0] for piece in pieces if piece}
-        return (names.pop() if len(names) == 1 else "?"), [
-            interval for piece in pieces if piece for interval in piece[1]
-        ]
+    if form.kind == "expression" and form.text == REALS:
+        return "", [_ALL]
+    if form.kind == "difference":
+        return _without(form.items[0], form.items[1].items) if form.items[1].kind == "set" else None
+    if form.kind == "list" and (excluded := _excluded(form)):
+        return excluded
+    if form.kind == "union" or (form.kind == "list" and all(item.kind == "relation" for item in form.items)):
+        return _together(form.items)
     return _inequality(form) if form.kind == "relation" else None
 
 
-_LOWEST, _HIGHEST = Form("expression", "-\\infty"), Form("expression", "\\infty")
-_ABSOLUTE = re.compile(r"\| ?([a-z]) ?\|")
+def _together(items: Sequence[Form]) -> Region | None:
+    pieces = [region(item) for item in items]
+    names = {piece[0] for piece in pieces if piece}
+    if None in pieces:
+        return None
+    return (names.pop() if len(names) == 1 else "?"), [interval for piece in pieces if piece for interval in piece[1]]
+
+
+def _excluded(form: Form) -> Region | None:
+    """`x \\ne 1, x \\ne 2`, `x \\ne 1, 2` and `x \\in \\mathbb{R}, x \\ne 1`: all of these hold together."""
+    first = form.items[0]
+    if first.kind != "relation" or first.signs not in (("\\ne",), ("\\in",)):
+        return None
+    if first.signs == ("\\in",) and first.items[1].text != REALS:
+        return None
+    name, points = first.items[0].text, list[Form]()
+    for item in form.items[first.signs == ("\\in",) :]:
+        if item.kind == "expression" and points:
+            points.append(item)
+        elif item.kind == "relation" and item.signs == ("\\ne",) and item.items[0].text == name:
+            points.append(item.items[1])
+        else:
+            return None
+    found = _without(Form("expression", REALS), points)
+    return found and (name, found[1])
+
+
+def _without(whole: Form, points: Sequence[Form]) -> Region | None:
+    """The real numbers but for some points; None where `whole` is less, or the order of the points is not known."""
+    inner = region(whole)
+    if inner is None or [edge.text for edge, _ in inner[1][0]] != [_LOWEST.text, _HIGHEST.text]:
+        return None
+    valued = [(value, point) for point in points if (value := _value(point)) is not None]
+    if len(valued) < len(points):
+        return None
+    ends = [_LOWEST, *(point for _, point in sorted(valued, key=lambda pair: pair[0])), _HIGHEST]
+    return inner[0], [((low, False), (high, False)) for low, high in pairwise(ends)]
+
+
+def _value(form: Form) -> float | None:
+    """About how large a real constant is."""
+    if number := read_number(form.text):
+        return float(number.value)
+    try:
+        return float(algebra.parse(form.text))
+    except (algebra.UnreadableError, TypeError, ValueError, OverflowError, AttributeError):
+        return None
+
+
+_ABSOLUTE = re.compile(r"\| ?([a-z])(?: ?([-+]) ?([^|]+?))? ?\|")
 _CLOSED = {"<": False, "\\le": True, ">": False, "\\ge": True}
 
 
@@ -49,12 +102,8 @@ def _inequality(form: Form) -> tuple[str, list[Interval]] | None:
         items, signs = items[::-1], tuple({">": "<", "\\ge": "\\le"}.get(sign, "") for sign in reversed(signs))
     if not set(signs) <= {"<", "\\le"}:
         return None
-    if len(items) == 3 and (inner := _ABSOLUTE.fullmatch(items[1].text)) and (low := read_number(items[0].text)):
-        if low.value <= 0:
-            return None
-        ends = [(items[0], _CLOSED[signs[0]]), (items[2], _CLOSED[signs[1]])]
-        below = [(read(f"-({end.text})"), closed) for end, closed in reversed(ends)]
-        return inner.group(1), [(below[0], below[1]), (ends[0], ends[1])]
+    if (absolute := _absolute(items, signs)) is not None:
+        return absolute
     if len(items) == 3:
         return items[1].text, [((items[0], _CLOSED[signs[0]]), (items[2], _CLOSED[signs[1]]))]
     if len(items) == 2 and _variable(items[0]):
@@ -62,6 +111,30 @@ def _inequality(form: Form) -> tuple[str, list[Interval]] | None:
     if len(items) == 2 and _variable(items[1]):
         return items[1].text, [((items[0], _CLOSED[signs[0]]), (_HIGHEST, False))]
     return None
+
+
+def _absolute(items: Sequence[Form], signs: Sequence[str]) -> Region | None:
+    """`|x - c| < b`, `a < |x - c| < b`, `|x - c| > a` for positive bounds; `signs` are `<` and `\\le`."""
+    found = {index: match for index, item in enumerate(items) if (match := _ABSOLUTE.fullmatch(item.text))}
+    bounds = [item for index, item in enumerate(items) if index not in found]
+    if len(found) != 1 or not all((_value(bound) or 0) > 0 for bound in bounds):
+        return None
+    [place] = found
+    name, sign, shift = found[place].groups()
+    centre = f"{'-' if sign == '+' else ''}({shift})" if shift else ""
+
+    def edge(bound: Form, side: str, closed: bool) -> Edge:
+        return read(f"{centre}{side}({bound.text})" if centre or side == "-" else bound.text), closed
+
+    below = [(item, _CLOSED[sign]) for item, sign in zip(items[:place], signs[:place], strict=True)]
+    above = [(item, _CLOSED[sign]) for item, sign in zip(items[place + 1 :], signs[place:], strict=True)]
+    if not below:
+        [(high, closed)] = above
+        return name, [(edge(high, "-", closed), edge(high, "+", closed))]
+    [(low, closed)] = below
+    left: Edge = (edge(above[0][0], "-", above[0][1])) if above else (_LOWEST, False)
+    right: Edge = (edge(above[0][0], "+", above[0][1])) if above else (_HIGHEST, False)
+    return name, [(left, edge(low, "-", closed)), (edge(low, "+", closed), right)]
 
 
 def _variable(form: Form) -> bool:

@@ -18,6 +18,8 @@ from functools import lru_cache, partial
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
+from megatron_efr.grading.normalise import normalise
+from megatron_efr.grading.options import option
 from megatron_efr.grading.verdict import BAD_GOLD, CORRECT, CRASH, MEMORY, UNPARSED, WRONG, Question, Verdict, Verifier
 
 ENTRY_POINT = "megatron_efr.verifiers"
@@ -57,19 +59,11 @@ def regex(answer: str, gold: str, search: bool = False, ignore_case: bool = Fals
     return (pattern.search if search else pattern.fullmatch)(answer) is not None
 
 
-_LATEX_TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathit|mathsf|operatorname)\s*\{([^{}]*)\}")
-_LETTER = re.compile(
-    r"(?:(?:option|choice|answer)\b(?:\s+is\b)?\s*:?\s*)?(?:\(([a-z])\).*|\[([a-z])\].*|([a-z])(?:[.:)].*)?)",
-    re.IGNORECASE | re.DOTALL,
-)
-
-
 def _letter(text: str) -> str:
-    bare = _LATEX_TEXT.sub(r"\1", _LATEX_TEXT.sub(r"\1", text)).replace("**", "").strip("$ \t\r\n")
-    found = _LETTER.fullmatch(bare)
+    found = option(normalise(text), small=True)
     if found is None:
         raise UnreadableError("no option letter, such as C, (C) or C. text")
-    return next(filter(None, found.groups())).upper()
+    return found[0]
 
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d{1,4})?"

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -35,6 +37,29 @@ def test_further_pairs_of_the_same_kinds() -> None:
     misjudged = [case for case in OWN if (judge(case["gold"], case["box"]) == "correct") != case["correct"]]
     assert misjudged == []
     assert len(OWN) > 400
+
+
+AGAIN = """
+import json, sys
+from megatron_efr.grading.worker import judge
+pairs = json.load(sys.stdin)
+print(json.dumps([judge(*pair) for pair in pairs]))
+"""
+
+
+def test_a_verdict_depends_on_nothing_but_its_pair() -> None:
+    """The same twice, in another order, after others, and in processes that hash text differently."""
+    pairs = [(case["gold"], case["box"]) for case in (*REPORTED, *OWN[::3])]
+
+    def judged(seed: str, order: list[tuple[str, str]]) -> list[str]:
+        command, environment = [sys.executable, "-c", AGAIN], os.environ | {"PYTHONHASHSEED": seed}
+        done = subprocess.run(command, input=json.dumps(order), env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    forth, back = judged("1", pairs), judged("2", [*pairs[::-1], *pairs[-9:]])
+    assert back[: len(pairs)][::-1] == forth
+    assert back[len(pairs) :] == forth[-9:]
 
 
 PUBLIC = [json.loads(line) for line in (DATA / "math_verify_pairs.jsonl").read_text(encoding="utf-8").splitlines()]
