@@ -81,10 +81,10 @@ def find_checkpoint(path: Path) -> Path | None:
         return path
     for folder in (path, path / "checkpoints"):
         if (latest := folder / LATEST).is_file():
-            named = folder / latest.read_text(encoding="utf-8", errors="replace").strip().replace("\0", "?")
-            if is_checkpoint(named):
-                return named
-            raise UserError(f"{latest}: names {named.name}, which is no checkpoint there; {_those_of(folder)}")
+            name = latest.read_text(encoding="utf-8", errors="replace").strip().replace("\0", "?")
+            if name and is_checkpoint(folder / name):
+                return folder / name
+            raise UserError(f"{latest}: names {name!r}, which is no checkpoint there; {_those_of(folder)}")
     is_model, is_run = (path / "config.json").is_file(), (path / "config.yaml").is_file()
     if is_model or not (is_run or _saved(path) or _saved(path / "checkpoints")):
         return None

@@ -153,7 +153,8 @@ def test_a_checkpoints_damaged_state_is_named(content: bytes, tmp_path: Path, en
 def test_a_run_whose_latest_checkpoint_is_not_there_is_named(latest: bytes, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/latest").write_bytes(latest)
-    with pytest.raises(UserError, match=r"no state\.json and no hugging_face"):
+    missing = r"latest: names '.*', which is no checkpoint there; .* holds none that verifies"
+    with pytest.raises(UserError, match=missing):
         find_model(ModelConfig(path=str(tmp_path)), seed=0)
 
 

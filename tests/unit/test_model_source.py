@@ -105,7 +105,9 @@ def test_a_run_without_a_checkpoint_says_so_and_names_those_that_verify(run: Pat
     with pytest.raises(UserError, match=rf"the newest that verifies is {whole}: name that one"):
         find(begun)
     (begun / "checkpoints/latest").write_text("step_000007")
-    with pytest.raises(UserError, match=rf"latest: names step_000007, which is no checkpoint there; .* {whole}: name"):
+    with pytest.raises(
+        UserError, match=rf"latest: names 'step_000007', which is no checkpoint there; .* {whole}: name"
+    ):
         find(begun)
     shutil.rmtree(begun / "checkpoints")
     (begun / "model").mkdir()
