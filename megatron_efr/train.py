@@ -6,15 +6,14 @@ Every rank runs it. Rank 0 alone owns prompts, engine and graders (`run.environm
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from megatron_efr import arguments, methods
+from megatron_efr import arguments
 from megatron_efr.config import TrainConfig
 from megatron_efr.observe import Observer
-from megatron_efr.policy import policy_loss, split_into_updates
+from megatron_efr.policy import policy_loss
+from megatron_efr.policy.deal import deal
 from megatron_efr.policy.packing import samples
-from megatron_efr.policy.scatter import scatter_samples
 from megatron_efr.report.iteration import check_identities, check_logprobs, check_skipped, iteration_metrics
 from megatron_efr.run.interruption import EXIT_REQUEUE, Interruption
 from megatron_efr.run.replay import replay
@@ -26,7 +25,7 @@ def train(config: TrainConfig, resume: bool = False, replayed: Path | None = Non
     """Run the loop to its end, from the start or from the newest checkpoint that verifies; or only replay a file."""
     with opened(config, resume=resume, asks=replayed is None) as run:
         if replayed is not None:
-            replay(run, replayed, learn)
+            replay(run, replayed, improve)
         else:
             with Interruption() as interruption:
                 loop(run, run.restore() if resume else 0, interruption)
@@ -36,15 +35,18 @@ def loop(run: Run, done: int, interruption: Interruption) -> None:
     """Iterations `done` + 1 to the last, or to the one in which the run was asked to end."""
     config, policy, total = run.config, run.policy, run.config.train.iterations
     with Observer(run.folder, config.observe, total, run.ranks.rank, done, config.name, run.ranks.largest) as observer:
-        run.phases.to_engines(policy, done, observer.phase)
+        # publish: the engines begin with the weights that the policy begins with
+        run.publish(done, observer.phase)
         for step in range(done + 1, total + 1):
             metrics = iterate(run, step, observer)
-            run.phases.to_engines(policy, step, observer.phase)
+            # evaluate: the new weights, on problems that are never trained on
             with observer.phase("evaluate"):
-                metrics |= run.from_engines(partial(evaluation, run, step), "an evaluation", version=step) or {}
+                metrics |= run.evaluate(step)
             observer.log(step, metrics)
+            # check: a run that makes no update any more ends, and says how to look into it
             skipped, kept = policy.optimizer.skipped_in_a_row, run.folder.rollouts_path(step)
             check_skipped(skipped, config.train.max_skipped, f"iteration {step}", kept)
+            # save: every so often, at the end, and when the run is asked to end; the writing goes on meanwhile
             ending = not run.ranks.everywhere(interruption.received is None)
             if step % config.checkpoint.every == 0 or step == total or ending:
                 with observer.phase("checkpoint"):
@@ -56,57 +58,52 @@ def loop(run: Run, done: int, interruption: Interruption) -> None:
 
 
 def iterate(run: Run, step: int, observer: Observer) -> dict[str, float]:
-    """Rollouts, and what is learnt from them; those of a skipped update are always kept, for a replay."""
+    """One iteration, from prompts to published weights; its metrics."""
     with observer.phase("rollout"):
-        groups = run.from_engines(partial(rollouts, run, step), "rollouts", version=step - 1) or []
+        # collect: responses to the next prompts, graded and rewarded as they finish, so that graders do not idle
+        rewarded = run.collect(step)
+        # credit: what each response is trained on, once all are there, since methods may compare whole iterations
+        groups = run.credit(step, rewarded)
+    # engines that share the policy's devices give it their memory
     run.phases.to_policy(run.policy, observer.phase)
-    metrics = learn(run, step, groups, observer)
-    run.remember(step, groups)
+    # improve: deal, score, fill, check, update
+    metrics = improve(run, step, groups, observer)
+    # learn: what the method and the prompts' history take along to later iterations
+    run.learn(step, groups)
     metrics |= run.environment.engine_figures() if run.environment else {}
+    # warn: a run that cannot learn says so, and why
+    run.warn(step, metrics)
+    # keep the responses of a skipped update: only a replay can show what was wrong with it
     if metrics["skipped"]:
         run.ranks.on_main(lambda: run.folder.write_rollouts(step, groups))
+    # publish: the next responses are the new weights'
+    run.publish(step, observer.phase)
     return metrics
 
 
-def rollouts(run: Run, step: int) -> list[Credited]:
-    """prompts -> rollouts -> grades -> rewards -> credits, on rank 0."""
-    assert run.environment is not None
-    rewarded = run.environment.ledger.collect(step, run.folder.journal)
-    groups = methods.credit(run.method, run.algorithm, rewarded, run.environment.knowledge.of(step))
-    if run.config.observe.rollouts:
-        run.folder.write_rollouts(step, groups)
-    return groups
-
-
-def learn(run: Run, step: int, groups: list[Credited], observer: Observer) -> dict[str, float]:
-    """Rank 0's credited groups -> packed micro-batches -> log-probs -> updates; the iteration's metrics."""
+def improve(run: Run, step: int, groups: list[Credited], observer: Observer) -> dict[str, float]:
+    """Update the policy from rank 0's credited groups; the iteration's metrics."""
     config, policy, objective = run.config, run.policy, run.objective
-    drawn = samples(groups)
-    sizes = run.ranks.share(lambda: [sample.size for sample in drawn])
-    plans = [
-        policy.plan_update(sizes, update, config.train.micro_batch_tokens, objective.aggregate, objective.divisor)
-        for update in split_into_updates(len(sizes), config.train.updates, (config.seed, step))
-    ]
-    own = scatter_samples(drawn, plans, run.ranks)
-    updates = [policy.pack(own, plan) for plan in plans]
+    # deal: every response to an update, drawn by the seed; each replica gets its own, in packed micro-batches
+    tokens, seed = config.train.micro_batch_tokens, (config.seed, step)
+    updates = deal(policy, samples(groups), config.train.updates, tokens, objective, seed)
     batches = [batch for update in updates for batch in update]
     with observer.phase("logprobs"):
-        policy.fill_logprobs(batches)
+        # score: log-probs before the first update, which ratios refer to, and the initial model's for the KL
+        policy.score(batches)
+        # fill: importance weights, and advantages less the KL or whitened, both of which need those log-probs
         policy.fill_columns(batches, objective)
+        # check: engine and policy agree, or the advantages would be of another distribution's samples
         drift = policy.compare_logprobs(batches, version=step - 1)
         check_logprobs(drift, config.train, run.ranks.is_main)
     with observer.phase("train"):
+        # update: a step of the optimizer for each
         made = [policy.update(update, policy_loss(objective)) for update in updates]
     seconds = run.environment.ledger.seconds if run.environment else observer.seconds("rollout")
     metrics = iteration_metrics(groups, made, drift, step - 1, seconds)
+    # check: the first update saw the very policy that was scored, its ratio 1 and its KL 0
     check_identities(metrics, config.model, step)
     return metrics
-
-
-def evaluation(run: Run, step: int) -> dict[str, float]:
-    """The held-out problems, every so many iterations, asked and graded on rank 0."""
-    assert run.environment is not None
-    return run.environment.evaluate(step, run.folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -56,7 +56,6 @@ def serve_iteration(settings: Settings, folder: Path) -> None:
         def work() -> dict[str, Any]:
             step, began = next(steps), time.perf_counter()
             metrics = iterate(run, step, observer)
-            run.publisher.publish(run.policy, step)
             phases = {name: observer.seconds(name) for name in ("rollout", "logprobs", "train")}
             seconds = time.perf_counter() - began
             observer.log(step, metrics)
@@ -83,7 +82,7 @@ def serve_policy(settings: Settings, folder: Path) -> None:
         policy = Policy(model, ParallelConfig(), OptimizerConfig(lr=1e-4), ranks, updates=10_000, seed=1)
         sequences = [made(*row) for row in given["sequences"]]
         batches = policy.pack_update(sequences, list(range(len(sequences))), 2 * settings.step_tokens, "sequence")
-        policy.fill_logprobs(batches)
+        policy.score(batches)
         generator = torch.Generator().manual_seed(0)
         for batch in batches:  # ratios off 1: at 1 the loss would not depend on the model
             batch.columns["old_logprob"] += 0.1 * torch.randn(batch.columns["old_logprob"].shape, generator=generator)

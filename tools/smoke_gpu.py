@@ -74,7 +74,7 @@ def step_rows(*, on_gpu: bool) -> Iterator[Row]:
         drawn = sequences(count, longest, policy.architecture.vocab)
         batches = policy.pack_update(drawn, list(range(count)), budget, "sequence")
         loss, flops = policy_loss(Objective()), sum(map(sequence_flops(policy.architecture), map(len, tokens(drawn))))
-        work = {"log-probs": (policy.fill_logprobs, 1), "update": (lambda b: policy.update(b, loss), 3)}
+        work = {"log-probs": (policy.score, 1), "update": (lambda b: policy.update(b, loss), 3)}
         yield "policy", f"{shape} shape, {model.dtype}, {sum(map(len, tokens(drawn)))} tokens in {len(batches)} batches"
         for name, (action, passes) in work.items():
             action(batches)  # compiles and allocates

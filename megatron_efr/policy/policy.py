@@ -161,7 +161,7 @@ class Policy:
 
     # -- forward, backward, step --------------------------------------------------------------------------------------
 
-    def fill_logprobs(self, batches: list[PackedBatch]) -> None:
+    def score(self, batches: list[PackedBatch]) -> None:
         """Fill every micro-batch's column `old_logprob` and, if a reference is kept, `reference_logprob`.
 
         Computed in the micro-batches that will be trained on, so the first update sees a ratio of exactly 1. The

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_efr.config import ModelConfig, TrainingConfig
-from megatron_efr.types import Credited, UserError
+from megatron_efr.types import Credit, Credited, UserError
 
 REPEATED = 8  # tokens
 _POWERS = np.array([0x9E3779B97F4A7C15 ** (i + 1) % 2**64 for i in range(REPEATED)], dtype=np.uint64)
@@ -71,15 +71,34 @@ def rollout_figures(groups: Sequence[Credited], version: int) -> dict[str, float
         "staleness_max": float(max(version - s.version for s in spans)),
         "truncated": float(np.mean([response.truncated for response in responses])),
         "reward_mean": float(rewards.mean()),
-        "groups_without_signal": float(np.mean([not np.any(a) for a in advantages])),
+        "groups_without_signal": float(np.mean([not has_signal(group.credit) for group in groups])),
         "groups_all_right": float(np.mean([share == 1.0 for share in right])),
         "groups_all_wrong": float(np.mean([share == 0.0 for share in right])),
         "right_with_negative_advantage": _mean(np.concatenate(advantages)[correct] < 0),
         "repetition": float(np.mean([repetition(response.tokens) for response in responses])),
     }
+    for name in sorted({group.group.prompt.meta.get("dataset", "") for group in groups} - {""}):
+        figures |= dataset_figures(name, [g for g in groups if g.group.prompt.meta.get("dataset") == name])
     statuses = Counter(grade.status for group in groups for grade in group.graded.grades)
     figures |= {f"graded/{status}": float(count) for status, count in sorted(statuses.items())}
     return figures
+
+
+def has_signal(credit: Credit) -> bool:
+    """True if any response, or any token, of a group has an advantage."""
+    return any(np.any(values) for values in (credit.advantage, *(credit.per_token or ())))
+
+
+def dataset_figures(name: str, groups: Sequence[Credited]) -> dict[str, float]:
+    """Accuracy and lengths of the groups of data set `name`; NaN for a mean of nothing."""
+    correct = np.concatenate([group.graded.correct for group in groups])
+    lengths = np.concatenate([group.group.lengths for group in groups])
+    return {
+        f"accuracy/{name}": float(correct.mean()),
+        f"tokens_mean/{name}": float(lengths.mean()),
+        f"tokens_correct/{name}": _mean(lengths[correct]),
+        f"tokens_wrong/{name}": _mean(lengths[~correct]),
+    }
 
 
 def repetition(tokens: Sequence[int]) -> float:

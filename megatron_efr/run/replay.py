@@ -13,11 +13,11 @@ from megatron_efr.run.folder import metrics_line, read_rollouts
 from megatron_efr.run.run import Run
 from megatron_efr.types import Credited, UserError
 
-Learn = Callable[[Run, int, list[Credited], Observer], dict[str, float]]
+Improve = Callable[[Run, int, list[Credited], Observer], dict[str, float]]
 """What an iteration does with its credited groups; its metrics."""
 
 
-def replay(run: Run, file: Path, learn: Learn) -> None:
+def replay(run: Run, file: Path, improve: Improve) -> None:
     """Bring the policy to where it stood before `file`'s iteration, run the iteration's updates, print its metrics.
 
     It starts from the newest checkpoint before that iteration, or the starting model. The iterations between are
@@ -38,7 +38,7 @@ def replay(run: Run, file: Path, learn: Learn) -> None:
         for path in [*between, file]:
             with observer.phase("rollout"):
                 groups = ranks.on_main(functools.partial(read_rollouts, path), "saved rollouts") or []
-            metrics = learn(run, step_of(path), groups, observer)
+            metrics = improve(run, step_of(path), groups, observer)
         observer.log(step, metrics)
 
 

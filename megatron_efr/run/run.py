@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -21,8 +22,9 @@ from megatron_efr.rollout.servers.seats import Host
 from megatron_efr.run.environment import Environment, date_prompts
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.run.owner import claimed
-from megatron_efr.run.phases import Phases
-from megatron_efr.types import Credited
+from megatron_efr.run.phases import Phases, Timer
+from megatron_efr.run.watch import Watch
+from megatron_efr.types import Credited, Rewarded
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publication import build_publisher
 from megatron_efr.weights.publish import RECOVERIES, Embedded, NoEngineError, Publisher
@@ -44,11 +46,54 @@ class Run:
     phases: Phases
     method: methods.Method
     algorithm: algorithms.Algorithm
+    watch: Watch
 
     @property
     def objective(self) -> algorithms.Objective:
         """What loss and kernels execute."""
         return self.algorithm.objective(self.config.rollout)
+
+    def collect(self, step: int) -> list[Rewarded]:
+        """Iteration `step`'s groups, graded and rewarded as they finish: on rank 0, and none elsewhere."""
+
+        def ask() -> list[Rewarded]:
+            assert self.environment is not None
+            return self.environment.ledger.collect(step, self.folder.journal)
+
+        return self.from_engines(ask, "rollouts", version=step - 1) or []
+
+    def credit(self, step: int, groups: Sequence[Rewarded]) -> list[Credited]:
+        """The iteration's groups with what they are trained on, by method or algorithm: on rank 0, none elsewhere.
+
+        They are written down if the configuration asks for it.
+        """
+
+        def give() -> list[Credited]:
+            assert self.environment is not None
+            credited = methods.credit(self.method, self.algorithm, groups, self.environment.knowledge.of(step))
+            if self.config.observe.rollouts:
+                self.folder.write_rollouts(step, credited)
+            return credited
+
+        return self.ranks.on_main(give, "credits") or []
+
+    def warn(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Let rank 0, which has all figures, say what makes iteration `step` pointless."""
+        for warning in self.watch.see(step, metrics) if self.ranks.is_main else []:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+    def publish(self, step: int, timer: Timer) -> None:
+        """Give the engines the policy's weights as version `step`, and the devices that they share with it."""
+        self.phases.to_engines(self.policy, step, timer)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """The held-out problems' figures, if step `step` is one to ask them: on rank 0, none elsewhere."""
+
+        def ask() -> dict[str, float]:
+            assert self.environment is not None
+            return self.environment.evaluate(step, self.folder)
+
+        return self.from_engines(ask, "an evaluation", version=step) or {}
 
     def save(self, step: int) -> None:
         """Keep all that a resumed run needs. Random numbers need nothing: each is a function of seed and place."""
@@ -56,11 +101,12 @@ class Run:
             "step": step,
             "initial_model": self.policy.initial_model,
             "method": self.environment.knowledge.state_dict() if self.environment else None,
+            "watch": self.watch.state_dict(),
             "stream": self.environment.ledger.state_dict() if self.environment else None,
         }
         self.checkpoints.save(step, self.policy.sharded_state(), state, lambda: self.folder.clear_journals(step))
 
-    def remember(self, step: int, groups: Sequence[Credited]) -> None:
+    def learn(self, step: int, groups: Sequence[Credited]) -> None:
         """Let rank 0 keep what iteration `step` taught about its prompts, and to its method."""
         if self.environment is not None:
             self.environment.knowledge.learn(step, [group.rewarded for group in groups])
@@ -79,6 +125,7 @@ class Run:
         sharded, state = self.checkpoints.load(path, self.policy.sharded_state(loading=True))
         self.policy.load_sharded_state(sharded)
         self.policy.check_initial_model(state["initial_model"], str(path))
+        self.watch.load_state_dict(state.get("watch", {}))
         if self.environment is not None:
             self.environment.knowledge.load_state_dict(state["method"])
             self.environment.ledger.load_state_dict(state["stream"])
@@ -124,7 +171,8 @@ def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> I
         phases = build_phases(config, publisher, environment, servers, ranks, asks)
         policy = Policy.to_train(config, ranks, keep_reference=keep_reference)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
-        yield Run(config, ranks, folder, checkpoints, environment, policy, publisher, phases, method, algorithm)
+        watch = Watch(config.rollout.max_new_tokens)
+        yield Run(config, ranks, folder, checkpoints, environment, policy, publisher, phases, method, algorithm, watch)
 
 
 def written_out(config: TrainConfig) -> str:

@@ -67,7 +67,7 @@ def sampled(engine: SGLangEngine) -> list[Sample]:
 def differences(policy: Policy, sequences: list[Sample]) -> tuple[float, float]:
     """Mean and maximum of |engine - policy|, as training measures them."""
     batches = policy.pack_update(sequences, list(range(len(sequences))), 2000, "token")
-    policy.fill_logprobs(batches)
+    policy.score(batches)
     (version,) = {int(v) for sequence in sequences for v in sequence.columns["version"]}
     found = policy.compare_logprobs(batches, version)
     return found["logprob_diff_mean"], found["logprob_diff_max"]

@@ -76,7 +76,7 @@ def batches(policy: Policy, case: Case) -> list[PackedBatch]:
     found = policy.pack_update(sequences(), list(range(SEQUENCES)), 110 if case.several else 10_000, "sequence")
     if case.several:
         assert len(found) >= 3
-    policy.fill_logprobs(found)
+    policy.score(found)
     for batch in found:
         batch.columns["old_logprob"] = batch.columns["old_logprob"] + 0.3 * (batch.columns["old_logprob"] * 40).sin()
     policy.fill_columns(found, Objective())

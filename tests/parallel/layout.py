@@ -123,7 +123,7 @@ def train(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks, optim
     budget = case.budget if ranks.world_size > 1 else 100_000  # one process takes each update as one pack
     updates = [policy.pack_update(sequences, update, budget, objective.aggregate) for update in UPDATES]
     batches = [batch for update in updates for batch in update]
-    policy.fill_logprobs(batches)
+    policy.score(batches)
     result: dict[str, Any] = {"logprobs": gathered(batches, ranks), "metrics": []}
     result["metrics"].append(policy.compare_logprobs(batches))
     for batch in batches:  # a reference that differs, or the KL would add nothing

@@ -53,7 +53,7 @@ def iterate(policy: Policy, step: int) -> dict[str, float]:
     """One update, after log-probs of the current and of the initial weights."""
     sequences = ragged_sequences(20, seed=step)
     batches = policy.pack_update(sequences, list(range(20)), 300, "sequence")
-    policy.fill_logprobs(batches)
+    policy.score(batches)
     drift = policy.compare_logprobs(batches)
     objective = Objective(kl="reward", beta=0.1)
     policy.fill_columns(batches, objective)

@@ -26,7 +26,7 @@ BEFORE = 2  # updates before the checkpoint; the rest follow it
 def update(policy: Policy, number: int) -> dict[int, torch.Tensor]:
     """Make one update; the log-probs of its sequences before it."""
     batches = policy.pack_update(ragged_sequences(24), UPDATES[number], 200, "sequence")
-    policy.fill_logprobs(batches)
+    policy.score(batches)
     policy.update(batches, supervised_loss)
     return gathered(batches, policy.ranks)
 

@@ -44,7 +44,7 @@ def test_gradients_equal_autograd_through_all_logits(case: head.Case, models: st
 
 def test_the_first_update_is_exact_in_small_chunks_with_rows_left_out(models: str, ranks: Ranks) -> None:
     policy, batches = build(models, ranks)
-    policy.fill_logprobs(batches)
+    policy.score(batches)
     assert any(0 < batch.live_rows < len(batch.targets) for batch in batches), "sequences of advantage 0 are last"
     metrics = policy.update(batches, PPO)
     assert metrics["ratio_max"] == 1.0

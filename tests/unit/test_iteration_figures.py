@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_efr.config import ModelConfig
 from megatron_efr.report.iteration import IdentityError, check_identities, repetition, rollout_figures
-from megatron_efr.types import Credited, Grade, Graded, Group, Prompt, Response, VersionSpan
+from megatron_efr.types import Credited, Grade, Graded, Group, Prompt, Response, Rewarded, VersionSpan
 from tests.groups import credited
 
 
@@ -37,6 +39,35 @@ def test_signal_and_the_sign_of_right_answers() -> None:
     assert figures["repetition"] == 0.0
     nobody = rollout_figures([groups[1]], version=0)
     assert math.isnan(nobody["right_with_negative_advantage"])
+
+
+def test_a_tokens_own_credit_is_a_signal() -> None:
+    silent = group([True, True], [0.0, 0.0], [3, 2])
+    spoken = Credited(silent.rewarded, silent.credit._replace(per_token=(np.zeros(3), np.array([0.0, 0.1]))))
+    assert rollout_figures([silent, spoken], version=0)["groups_without_signal"] == 0.5
+
+
+def test_accuracy_and_lengths_by_data_set() -> None:
+    def of(dataset: str, *given: Any) -> Credited:
+        made = group(*given)
+        prompt = replace(made.group.prompt, meta={"dataset": dataset})
+        graded = replace(made.graded, group=replace(made.group, prompt=prompt))
+        return Credited(Rewarded(graded, made.rewarded.rewards), made.credit)
+
+    figures = rollout_figures(
+        [
+            of("easy", [True, True], [0.5, -0.5], [3, 9]),
+            of("hard", [False, False], [0.0, 0.0], [7, 4]),
+            of("easy", [True, False], [1.0, -1.0], [6, 2]),
+            group([False, True], [0.0, 0.0], [50, 60]),  # of no data set that is known
+        ],
+        version=0,
+    )
+    assert {name: figures[name] for name in figures if "/" in name and not name.startswith("graded/")} == {
+        "accuracy/easy": 0.75, "tokens_mean/easy": 5.0, "tokens_correct/easy": 6.0, "tokens_wrong/easy": 2.0,
+        "accuracy/hard": 0.0, "tokens_mean/hard": 5.5, "tokens_correct/hard": pytest.approx(math.nan, nan_ok=True),
+        "tokens_wrong/hard": 5.5,
+    }  # fmt: skip
 
 
 def test_repetition_is_the_share_of_runs_seen_before() -> None:

@@ -34,7 +34,7 @@ def update(policy: Policy, advantage: float | None = None) -> dict[str, float]:
     batches = policy.pack_update(sequences, list(range(4)), 400, "token")
     if advantage is None:
         return policy.update(batches, supervised_loss)
-    policy.fill_logprobs(batches)
+    policy.score(batches)
     for batch in batches:
         batch.columns["advantage"] = torch.full((len(batch.targets),), advantage)
     return policy.update(batches, policy_loss(Objective()))

@@ -102,7 +102,7 @@ def test_loss_and_gradient_equal_fp64(aggregate: Any, seed: int, tied_model: Pat
     sequences = ragged_sequences(17, seed)
     policy = build(tied_model, ranks)
     batches = policy.pack_update(sequences, list(range(17)), 250, aggregate)
-    policy.fill_logprobs(batches)
+    policy.score(batches)
     generator = torch.Generator().manual_seed(seed)
     for batch in batches:  # old log-probs off by up to several clip widths, so that clipping bites on both sides
         batch.columns["old_logprob"] += 0.3 * torch.randn(len(batch.targets), generator=generator)
@@ -142,7 +142,7 @@ def test_packing_changes_nothing(tied_model: Path, ranks: Ranks) -> None:
     for budget in (90, 300, 100_000):
         policy = build(tied_model, ranks, megatron=SGD)
         batches = policy.pack_update(sequences, list(range(32)), budget, "sequence")
-        policy.fill_logprobs(batches)
+        policy.score(batches)
         logprobs = by_sequence(batches, [b.columns["old_logprob"] for b in batches])
         metrics = policy.update(batches, policy_loss(Objective()))
         results.append((len(batches), logprobs, metrics, dict(policy.named_gradients())))
@@ -161,7 +161,7 @@ def test_identities_of_the_first_update(tied_model: Path, ranks: Ranks) -> None:
     policy = build(tied_model, ranks, keep_reference=True)
     updates = [policy.pack_update(sequences, u, 300, "sequence") for u in split_into_updates(32, 2, (0, 1))]
     batches = [batch for update in updates for batch in update]
-    policy.fill_logprobs(batches)
+    policy.score(batches)
     for batch in batches:
         old, reference = batch.columns["old_logprob"], batch.columns["reference_logprob"]
         assert torch.equal(old, reference), "a fresh reference: KL exactly 0"
@@ -178,12 +178,12 @@ def test_reference_stays_the_initial_model_and_leaves_no_trace(tied_model: Path,
     sequences = ragged_sequences(12)
     policy = build(tied_model, ranks, keep_reference=True, lr=1e-2)
     batches = policy.pack_update(sequences, list(range(12)), 400, "sequence")
-    policy.fill_logprobs(batches)
+    policy.score(batches)
     initial = [batch.columns["reference_logprob"].clone() for batch in batches]
     for _ in range(3):
         policy.update(batches, supervised_loss)
     weights = {name: tensor.clone() for name, tensor in policy.named_weights()}
-    policy.fill_logprobs(batches)
+    policy.score(batches)
     assert all(torch.equal(weights[name], tensor) for name, tensor in policy.named_weights())
     for batch, first in zip(batches, initial, strict=True):
         assert torch.equal(batch.columns["reference_logprob"], first)
@@ -204,7 +204,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_said(tied_model: Path, ran
     sequences = ragged_sequences(6)
     policy = build(tied_model, ranks)
     batches = policy.pack_update(sequences, list(range(6)), 400, "sequence")
-    policy.fill_logprobs(batches)
+    policy.score(batches)
     for batch in batches:
         batch.columns["advantage"] = torch.full((len(batch.targets),), float("nan"))
     before = {name: tensor.clone() for name, tensor in policy.named_weights()}
@@ -218,11 +218,11 @@ def test_compare_logprobs_measures_engine_and_reference(tied_model: Path, ranks:
     policy = build(tied_model, ranks, keep_reference=True)
     plain = ragged_sequences(8)
     batches = policy.pack_update(plain, list(range(8)), 400, "sequence")
-    policy.fill_logprobs(batches)
+    policy.score(batches)
     exact = by_sequence(batches, [b.columns["old_logprob"] for b in batches])
     shifted = [with_columns(s, engine_logprob=(exact[i] + 0.25).numpy()) for i, s in enumerate(plain)]
     batches = policy.pack_update(shifted, list(range(8)), 400, "sequence")
-    policy.fill_logprobs(batches)
+    policy.score(batches)
     drift = policy.compare_logprobs(batches)
     assert drift["logprob_diff_mean"] == pytest.approx(0.25, abs=1e-6)
     assert drift["logprob_diff_max"] == pytest.approx(0.25, abs=1e-5)
@@ -237,7 +237,7 @@ def test_an_empty_micro_batch_adds_nothing(tied_model: Path, ranks: Ranks) -> No
         batches = policy.pack_update(sequences, list(range(6)), 1000, "sequence")
         if empty:
             batches.append(pack(sequences, [], {}, torch.device("cpu")))
-        policy.fill_logprobs(batches)
+        policy.score(batches)
         for batch in batches:
             batch.columns["advantage"] = torch.ones(len(batch.targets))
         drift = policy.compare_logprobs(batches)

@@ -78,7 +78,7 @@ def test_replaying_its_own_choice_changes_no_bit(make: MakePolicy) -> None:
     policy = make(routing="replay", keep_reference=True)
     assert all(torch.equal(a, b) for a, b in zip(logprobs(policy, sequences), own, strict=True))
     batches = policy.pack_update(sequences, list(range(16)), 600, "sequence")
-    policy.fill_logprobs(batches)
+    policy.score(batches)
     assert policy.compare_logprobs(batches)["kl"] == 0, "a fresh reference chooses the same by itself"
     plain, replayed = gradients(make(), sequences), gradients(policy, sequences)
     for name in plain:  # sequences' last tokens, whose gradients are 0, add rows to the first experts' products
@@ -91,7 +91,7 @@ def test_the_first_update_of_a_mixture_sees_a_ratio_of_exactly_1(make: MakePolic
     policy = make(wide)
     sequences = ragged_sequences(24)
     batches = policy.pack_update(sequences, list(range(24)), 600, "sequence")
-    policy.fill_logprobs(batches)
+    policy.score(batches)
     for batch in batches:
         batch.columns["advantage"] = torch.linspace(-1, 1, len(batch.targets))
     first = policy.update(batches, policy_loss(Objective()))
