@@ -49,6 +49,7 @@ def test_the_uninterrupted_run_learns_and_uses_every_prompt_once(whole: Path) ->
     assert {r.versions[0].version for group in groups[12:] for r in group.responses} == {3}
     kept = state(whole, 4)
     assert kept["stream"]["next_index"] == 16
+    assert kept["watch"]["start"] == lines[0]["entropy"]
     assert kept["method"]["state"]["seen"] == 16
     assert len(kept["method"]["history"]) == 16
 
