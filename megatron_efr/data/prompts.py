@@ -33,6 +33,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = kind.from_pretrained(str(place), local_files_only=True)
     except Exception as error:  # tokenizers raises a bare Exception for a file it cannot read
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if (place / name).is_file():
+                read_object(place / name)
         raise PromptError(f"{place}: the tokenizer's files cannot be loaded: {error}") from error
     check_vocabulary(tokenizer, vocabulary_size(place), str(place))
     return tokenizer
@@ -174,7 +177,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object that a file holds; PromptError where it holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PromptError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise PromptError(f"{path}: expected a JSON object, found {type(found).__name__}")
