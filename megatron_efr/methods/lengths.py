@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from pydantic import Field
 
+from megatron_efr.methods.base import Known, Method
 from megatron_efr.methods.plain import Outcomes, Plain
-from megatron_efr.types import FloatArray
+from megatron_efr.types import BoolArray, FloatArray, Graded
 
 
 class ShorterBetter(Plain):
@@ -72,3 +73,53 @@ class PrimeRL(Plain):
     def rule(self, group: Outcomes) -> FloatArray:
         cost = self.length * group.lengths / group.lengths.max() + self.prompt + self.turns
         return group.right - group.accuracy * cost
+
+
+class GRLC(Method):
+    """GRLC, of Nemotron 3: thinking and answer are each measured by those of the group, in characters.
+
+        w = u - mean u,  u = 1 - (length - min) / (max - min);  0 if all are equally long
+        r = c + thinking w_thinking + answer w_answer + bonuses
+        bonus: thinking_bonus for the shortest thinking and answer_bonus for the shortest answer, each if its c is among
+               the `top` share of the group by rank; those that are equally short all get it
+
+    Thinking ends with `end`; a response without it is all thinking. Wrong and truncated responses are measured too, and
+    earn 0 besides. Nothing is remembered. The weights are those that the report names; the code's defaults are 0.
+    """
+
+    source = "NVIDIA-NeMo/Gym@07d6b0d resources_servers/genrm_compare/utils.py:567-677"
+    standing = "code"
+    wrong_may_win = "fewer responses than the `top` share are right, so that a wrong one gets the bonus of the shortest"
+
+    thinking: float = Field(default=0.5, ge=0, description="weight of the thinking's length")
+    answer: float = Field(default=0.5, ge=0, description="weight of the answer's length")
+    thinking_bonus: float = Field(default=0.5, ge=0, description="of the shortest thinking")
+    answer_bonus: float = Field(default=0.5, ge=0, description="of the shortest answer")
+    top: float = Field(default=0.2, ge=0, le=1, description="share of the group that may get a bonus")
+    end: str = Field(default="</think>", min_length=1, description="the text that ends the thinking")
+
+    def rewards(self, group: Graded, known: Known) -> FloatArray:
+        score = Outcomes.of(group, known.limit).right.astype(np.float64)
+        parts = [response.text.partition(self.end) for response in group.group.responses]
+        thinking = np.array([len(thought) for thought, _, _ in parts], dtype=np.float64)
+        answer = np.array([len(rest) for _, _, rest in parts], dtype=np.float64)
+        ranked = np.sort(score)[::-1]
+        among = score >= ranked[max(0, int(self.top * len(score) + 1e-9) - 1)]
+        return (
+            score
+            + self.thinking * _brevity(thinking)
+            + self.answer * _brevity(answer)
+            + self.thinking_bonus * _shortest(thinking, among)
+            + self.answer_bonus * _shortest(answer, among)
+        )
+
+
+def _brevity(lengths: FloatArray) -> FloatArray:
+    """Above 0 for those shorter than the mean, by the range of lengths; 0 if all are equal."""
+    span = float(np.ptp(lengths))
+    return (lengths.mean() - lengths) / span if span > 0 else np.zeros_like(lengths)
+
+
+def _shortest(lengths: FloatArray, among: BoolArray) -> FloatArray:
+    """1 for the shortest of all, if it is `among` those that count."""
+    return (among & (lengths == lengths.min())).astype(np.float64)

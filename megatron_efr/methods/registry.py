@@ -26,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "shorterbetter": lengths.ShorterBetter,
     "kimi": lengths.Kimi,
     "prime_rl": lengths.PrimeRL,
+    "grlc": lengths.GRLC,
     "overlong": limits.Overlong,
     "thinkprune": limits.ThinkPrune,
     "cosine": limits.Cosine,

@@ -21,6 +21,8 @@ from megatron_efr.scripts import Budget, Opened
 from megatron_efr.types import Finish, Graded, Prompt, Rewarded
 from tests.groups import KNOWN, graded
 
+pytestmark = pytest.mark.alike
+
 VECTORS = json.loads((Path(__file__).parents[1] / "data/method_vectors.json").read_text())
 C, L = [1, 0, 1, 1], [300, 900, 500, 120]
 NOTE = {"budget": 400, "exact": True}
@@ -281,6 +283,10 @@ def test_modes_are_read_in_the_text() -> None:
     # the share is the whole iteration's
     two = rewarded(build("autothink"), [(C, L), (C, L)], texts=[thinks, closed])
     assert two[0].rewards == close(vector["outputs"]["base"])
+    grlc = VECTORS["grlc"]
+    parts = zip(grlc["inputs"]["think_len"], grlc["inputs"]["answer_len"], strict=True)
+    texts = ["a" * thinking + "</think>" + "b" * answer for thinking, answer in parts]
+    assert trained_on(build("grlc"), C, L, texts=texts) == close(grlc["outputs"]["scores"])
     tags = ["[Easy] 4", "[Hard] 4", " [Easy] 4", "[Easy] 4"]
     adactrl = VECTORS["adactrl"]["outputs"]
     assert trained_on(build("adactrl"), C, L, texts=tags) == close(adactrl["rewards"])
@@ -427,6 +433,7 @@ BOUNDS = {
     "acoer": (1, 1.02, 0, 0), "twyn": (-0.1, 4, -4, 0), "gfpo": (0, 4, -4, 0), "gdpo": (-4, 4, -4, 4),
     "qglas": (0, 2, -1, 0), "l1_exact": (-11, 1, -12, 0), "l1_max": (-11, 1, -12, 0), "asrr": (0.5, 1, 0, 0),
     "elastic": (1, 1, 0, 0), "autothink": (0, 2, -2, 0), "adactrl": (0.5, 2, -0.5, 0.5),
+    "grlc": (0, 3, -1, 2),
 }  # fmt: skip
 """Least and most that a right answer may earn, and a wrong one: rewards, or advantages where the method gives them."""
 PRICED = {"shorterbetter", "kimi", "overlong", "cosine", "gdpo", "experimental.alp", "a_dlp", "l1_exact", "l1_max"}
@@ -446,7 +453,7 @@ def drawn_groups(seed: int, count: int) -> list[tuple[list[int], list[int]]]:
     made = []
     for _ in range(count):
         n = int(rng.integers(2, 13))
-        longest = int(rng.choice([5, 300, 5000, 39_999]))
+        longest = int(rng.choice([5, 300, 5000, 39_999], p=[0.3, 0.35, 0.3, 0.05]))
         right = rng.random(n) < rng.choice([0.1, 0.5, 0.9])
         lengths = rng.integers(1, longest + 1, n)
         if longest == 39_999:
@@ -489,9 +496,11 @@ def test_a_longer_right_answer_never_earns_more(name: str) -> None:
 def test_a_wrong_answer_earns_more_than_a_right_one_only_where_that_is_said(name: str) -> None:
     method = build(name, beta=1e-4) if name == "experimental.alp" else build(name)
     found = []
-    for right, lengths in [*KINDS.values(), *drawn_groups(3, 100)]:
+    few = ([1] + [0] * 11, [5] * 12, [f"{'t' * 90}</think>{'a' * 90}", *["t</think>a"] * 11])
+    drawn = [(right, lengths, SAID) for right, lengths in [*KINDS.values(), *drawn_groups(3, 100)]]
+    for right, lengths, texts in [few, *drawn]:
         for known in knowns(name):
-            got, hit = trained_on(method, right, lengths, known, texts=SAID), np.array(right, dtype=bool)
+            got, hit = trained_on(method, right, lengths, known, texts=texts), np.array(right, dtype=bool)
             if hit.any() and not hit.all() and got[~hit].max() > got[hit].min() + 1e-9:
                 found.append((right, lengths, got))
     assert bool(found) == bool(method.wrong_may_win), (method.wrong_may_win, found[:1])
