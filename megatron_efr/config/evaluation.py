@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from megatron_efr.config.data import DatasetConfig, check_names
 from megatron_efr.config.section import Section
+
+
+class ScriptConfig(BaseModel):
+    """How a response is made, step by step; the other keys are the script's own, checked by it."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    name: str = "plain"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
 
 
 class EvaluationConfig(Section):
@@ -24,6 +35,10 @@ class EvaluationConfig(Section):
     samples: PositiveInt = Field(default=1, description="responses per problem")
     samples_by_dataset: dict[str, PositiveInt] = Field(default_factory=dict)
     max_new_tokens: PositiveInt = 32768
+    script: ScriptConfig = Field(
+        default_factory=ScriptConfig,
+        description="how a response is made: plain, opened, budget, early_exit, forks, with the options of each",
+    )
 
     @model_validator(mode="after")
     def _names_differ(self) -> EvaluationConfig:

@@ -68,6 +68,8 @@ def check_request(request: Request, sampling: Sampling, model: Architecture, cod
         raise ValueError(f"prompt {prompt.id}: it has no tokens")
     if request.samples < 1:
         raise ValueError(f"prompt {prompt.id}: samples {request.samples}; at least 1 is needed")
+    for script in set(request.scripts):
+        check_script(script, codec, f"prompt {prompt.id}: script")
     written = max(longest(script, 0, codec) for script in set(request.scripts))
     asked = len(prompt.tokens) + sampling.max_new_tokens + written
     if asked > model.max_positions:

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_efr import scripts
 from megatron_efr.algorithms import Algorithm
 from megatron_efr.config import (
     ConfigError,
@@ -41,11 +42,11 @@ from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.judging import Accept
 from megatron_efr.rollout.ledger import Ledger, request_seed
 from megatron_efr.rollout.production import Production
+from megatron_efr.rollout.requests import check_script, longest
 from megatron_efr.rollout.servers.run_servers import Servers
 from megatron_efr.run.asking import Asking
 from megatron_efr.run.folder import Journal, RunFolder
-from megatron_efr.scripts import plain
-from megatron_efr.types import Group, Prompt, Rewarded, Sampling
+from megatron_efr.types import Group, Prompt, Request, Rewarded, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import initial_weights
 
@@ -166,15 +167,23 @@ class Evaluator:
         temperature, top_p = config.sampling
         self.sampling = Sampling(temperature, top_p, config.max_new_tokens, stops)
         self.judgings = judgings_of(grading, config.datasets)
+        self.script, codec = (
+            scripts.build(config.script.name, config.script.options, "evaluation.script"),
+            TokenizerCodec(tokenizer),
+        )
+        check_script(self.script, codec, "evaluation.script")
         rendered = load_prompts(config.datasets, tokenizer, prompt, grading)
-        check_prompts(rendered.prompts, config.max_new_tokens, positions, "evaluation.max_new_tokens")
+        limit = longest(self.script, config.max_new_tokens, codec)
+        written = " and what evaluation.script adds" if limit > config.max_new_tokens else ""
+        check_prompts(rendered.prompts, limit, positions, f"evaluation.max_new_tokens{written}")
         say_overlong(rendered)
         self._left_out = Counter(problem.dataset for problem in rendered.left_out)
         self.prompts = rendered.prompts
         self._seed = seed
+        samples = [config.samples_by_dataset.get(p.meta["dataset"], config.samples) for p in self.prompts]
         self._requests = [
-            plain(p, config.samples_by_dataset.get(p.meta["dataset"], config.samples), request_seed(seed, -1 - i))
-            for i, p in enumerate(self.prompts)
+            Request(prompt, request_seed(seed, -1 - i), (self.script,) * count)
+            for i, (prompt, count) in enumerate(zip(self.prompts, samples, strict=True))
         ]
 
     def asked(self) -> dict[str, Any]:
@@ -186,6 +195,7 @@ class Evaluator:
             "seed": self._seed,
             **asdict(self.sampling),
             "stop_ids": list(self.sampling.stop_ids),
+            **({} if self.script == scripts.Plain() else {"script": scripts.encode(self.script)}),
             "problems": hashlib.sha256(json.dumps(problems).encode()).hexdigest(),
         }
 
@@ -216,7 +226,8 @@ class Evaluator:
         groups = [finished[request.seed] for request in self._requests]
         graded = grade_groups(grader, groups, self.judgings)
         answers = equal_answers(grader, graded, self.judgings)
-        return summarise(graded, name, answers=answers, left_out=self._left_out)
+        record = summarise(graded, name, answers=answers, left_out=self._left_out)
+        return record | {"script": scripts.encode(self.script)}
 
 
 def evaluator_of(

@@ -3,6 +3,7 @@
 from megatron_efr.scripts.kinds import Budget as Budget
 from megatron_efr.scripts.kinds import EarlyExit as EarlyExit
 from megatron_efr.scripts.kinds import Forks as Forks
+from megatron_efr.scripts.kinds import Kind as Kind
 from megatron_efr.scripts.kinds import Opened as Opened
 from megatron_efr.scripts.kinds import Plain as Plain
 from megatron_efr.scripts.named import SCRIPTS as SCRIPTS

@@ -22,8 +22,8 @@ Lengths = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
 Token = Annotated[str, Field(min_length=1)]
 
 
-class _Kind(Section):
-    """What all have; a script that ends at no text, writes none and does not branch says no more than its steps."""
+class Kind(Section):
+    """What all have: a script that ends at no text, writes none and does not branch says no more than its steps."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,14 +40,14 @@ class _Kind(Section):
         return None
 
 
-class Plain(_Kind):
+class Plain(Kind):
     """One draw, to its end."""
 
     def steps(self, sample: int) -> Steps:
         yield Draw("response")
 
 
-class Opened(_Kind):
+class Opened(Kind):
     """A response whose beginning is given: NoThinking's empty thought, AdaptThink's first token.
 
     Sources: arXiv 2504.09858; 2505.13417, where `chance` is the probability with which this opening was chosen.
@@ -65,7 +65,7 @@ class Opened(_Kind):
         yield Draw("response")
 
 
-class Budget(_Kind):
+class Budget(Kind):
     """A thought of at most `most` tokens, and an answer of at most `answer`.
 
     A thought that is longer is cut, and `cut` forced (Elastic Reasoning, arXiv 2505.05315). One that ends before
@@ -110,7 +110,7 @@ class Budget(_Kind):
         yield Draw("answer", self.answer)
 
 
-class EarlyExit(_Kind):
+class EarlyExit(Kind):
     """A thought that is left as soon as the model is sure of its answer (as DEER, arXiv 2504.15895).
 
     Before each of `pauses`, `probe` and up to `tokens` tokens of an answer are tried beside the response. If the mean
@@ -152,7 +152,7 @@ class EarlyExit(_Kind):
         yield Draw("answer")
 
 
-class Forks(_Kind):
+class Forks(Kind):
     """A whole response, and answers from the middle of its thought: what it would have said at each length `at`.
 
     Sources: AnytimeReasoner's budgets (arXiv 2505.13438), MRT's episodes (arXiv 2503.07572). `opening` ends the thought

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import time
@@ -17,18 +18,18 @@ from scipy import stats
 
 from megatron_efr.config import RolloutConfig
 from megatron_efr.data.stream import PromptStream
-from megatron_efr.rollout.codec import NoText
 from megatron_efr.rollout.engine import GroupStream
-from megatron_efr.rollout.ledger import Ledger, request_seed, staleness
+from megatron_efr.rollout.ledger import Ask, Ledger, Visit, request_seed, staleness
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.rollout.production import Production
 from megatron_efr.run.folder import RunFolder
-from megatron_efr.scripts import plain
+from megatron_efr.scripts import Budget, Forks, Plain, plain
 from megatron_efr.types import Group, Prompt, Request, Rewarded, Sampling, UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import WeightMapping
 from megatron_efr.weights.publish import NoEngineError
 from tests.groups import credited
+from tests.scripts import Letters
 
 STOP, START, LEVELS = 1, 2, 6
 CONFIG = {
@@ -61,8 +62,8 @@ def heavy_tailed_weights() -> Weights:
     return [(name, (values | norms).get(name, torch.zeros(shape))) for name, shape in shapes.items()]
 
 
-class SayLength(NoText):
-    """A tokenizer whose texts are their lengths."""
+class SayLength(Letters):
+    """A tokenizer that reads tokens as how many they are."""
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(len(tokens))
@@ -78,6 +79,7 @@ class Loop:
         slots: int = 64,
         gold: str = "",
         refuses: Callable[[Group], bool] = lambda group: False,
+        ask: Ask | None = None,
         **rollout: Any,
     ) -> None:
         settings = {"prompts": 4, "samples": 4, "slots": slots, "max_new_tokens": 600} | rollout
@@ -87,7 +89,9 @@ class Loop:
         sampling = Sampling(1.0, 1.0, self.config.max_new_tokens, (STOP,))
         self.refuses = refuses
         self.production = Production(self.engine, sampling)
-        self.ledger = Ledger(prompts, lambda step: self.accept, self.production, self.config, seed=11, last=last)
+        self.ledger = Ledger(
+            prompts, lambda step: self.accept, self.production, self.config, seed=11, last=last, ask=ask
+        )
         self.folder, self.step, self.last = RunFolder(folder), 0, last
 
     def accept(self, groups: Sequence[Group]) -> list[Rewarded | None]:
@@ -280,6 +284,65 @@ def test_after_a_kill_prompts_in_flight_come_first_and_finished_groups_are_kept(
     assert sorted([*taken, *waiting]) == sorted(seeds(again.ledger.state_dict()["next_index"]))
     in_flight_then = [request_seed(11, index) for index, *_ in state["in_flight"]]
     assert set(in_flight_then) <= {group.seed for groups in after for group in groups}
+
+
+class Asking:
+    """Asks by what it has seen: a budget that is one token more at every visit, and a fork for one sample of four."""
+
+    def __init__(self, asked: int = 0) -> None:
+        self.asked = asked
+
+    def __call__(self, visit: Visit) -> Request:
+        self.asked += 1
+        budget = Budget(most=1 + self.asked, end="Z", cut="GG", answer=30)
+        scripts = (budget, budget, Plain(), Forks(at=(1, 3), tokens=20, opening="H"))
+        return Request(visit.prompt, request_seed(11, visit.index), scripts, {"asked": self.asked})
+
+
+@pytest.mark.parametrize("mode", ["in step", "partial, far ahead, old"])
+def test_after_a_kill_scripts_are_asked_for_as_they_were_and_give_the_same_bits(mode: str, make_loop: MakeLoop) -> None:
+    """Killed without a journal: all of iterations 3 and 4 is generated again, from what the checkpoint says."""
+    asking = Asking()
+    loop = make_loop(ask=asking, **MODES[mode])
+    for _ in range(2):
+        loop.iterate()
+    state, asked = json.loads(json.dumps(loop.ledger.state_dict())), asking.asked
+    assert bool(state["in_flight"]) == loop.config.partial
+    lost = {group.seed: group for _ in range(2) for group in loop.iterate()}
+    loop.ledger.close()
+    loop.folder.clear_journals(10**6)
+
+    again = make_loop(ask=Asking(asked), **MODES[mode])
+    again.restore(state, 2)
+    after = {group.seed: group for _ in range(2) for group in again.iterate()}
+    assert after.keys() == lost.keys()
+    for seed, group in lost.items():
+        assert (after[seed].scripts, after[seed].note) == (group.scripts, group.note)
+        for one, other in zip(group.responses, after[seed].responses, strict=True):
+            assert (one.tokens, one.logprobs.tolist()) == (other.tokens, other.logprobs.tolist())
+            assert (one.parts, one.finish) == (other.parts, other.finish)
+            assert [r.tokens for b in one.branches for r in b.responses] == [
+                r.tokens for b in other.branches for r in b.responses
+            ]
+    parts = [part for group in lost.values() for response in group.responses for part in response.parts]
+    assert any(part.forced for part in parts)
+    assert any(response.branches for group in lost.values() for response in group.responses)
+
+
+def test_a_checkpoint_of_before_requests_were_kept_is_read(make_loop: MakeLoop) -> None:
+    loop = make_loop(partial=True)
+    loop.iterate()
+    state = loop.ledger.state_dict()
+    old = {**state, "in_flight": [[index, since] for index, since, _ in state["in_flight"]]}
+    again = make_loop(partial=True)
+    again.ledger.load_state_dict(old)
+    assert again.ledger.state_dict() == state
+
+
+def test_a_journal_of_what_was_asked_otherwise_is_refused(make_loop: MakeLoop) -> None:
+    make_loop(ask=Asking()).iterate()
+    with pytest.raises(UserError, match=r"prompt p\d: .* asked for otherwise, by Budget\(most="):
+        make_loop(ask=Asking(7)).iterate()
 
 
 def test_async_rollouts_are_made_while_nobody_waits_for_them_and_end_with_the_run(make_loop: MakeLoop) -> None:

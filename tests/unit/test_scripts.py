@@ -1,18 +1,23 @@
-"""Scripts: each kind on the embedded engine, held to a model that reads everything again for every token."""
+"""Scripts: each kind on the embedded engine, held to a model that reads everything again; and what is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_efr.config import ConfigError
 from megatron_efr.rollout.local.engine import LocalEngine
-from megatron_efr.scripts import plain
-from megatron_efr.types import Prompt, Request, Sampling
+from megatron_efr.rollout.requests import check_script, longest
+from megatron_efr.scripts import Budget, EarlyExit, Forks, Opened, Plain, build, plain
+from megatron_efr.steps import Draw, Part, Step
+from megatron_efr.types import Done, Prompt, Request, Response, Sampling
 from tests.scripts import Letters, Rereading, assert_made, every_kind
-from tests.small_qwen2 import STOP, model, weights_of
+from tests.small_qwen2 import STOP, exact_logprobs, model, weights_of
 
 BUILT = model()
 LOGITS: dict[Any, torch.Tensor] = {}
@@ -48,3 +53,127 @@ def test_every_kind_makes_what_a_model_makes_that_reads_everything_again(tempera
             assert_made(response, again.make(script.steps(sample), request.prompt.tokens))
             endings |= {part.ending for part in response.parts}
     assert endings == {"stop", "until", "length", "forced", "chosen"}
+
+
+def test_tokens_and_bits_do_not_depend_on_the_batch() -> None:
+    """Rows that wait for their branches leave the batch and come back."""
+    requests, sampling = asked(), Sampling(1.0, 1.0, 40, (STOP,))
+
+    def made(slots: int, order: int) -> dict[int, str]:
+        groups = serving(slots).generate(requests[::order], sampling)
+        return {group.seed: str([bits(response) for response in group.responses]) for group in groups}
+
+    assert made(64, 1) == made(3, -1) == made(1, 1)
+
+
+def bits(response: Response) -> tuple[Any, ...]:
+    branches = [[bits(each) for each in branch.responses] for branch in response.branches]
+    return response.tokens, response.logprobs.tolist(), response.parts, response.finish, branches
+
+
+def test_after_a_publication_a_script_goes_on_with_the_new_weights() -> None:
+    """Parents that wait for branches, and branches themselves, are read again by the new weights."""
+    other = model(1)
+    engine, sampling = serving(slots=7), Sampling(1.0, 1.0, 60, (STOP,))
+    scripts = (
+        Forks(at=(2, 5), samples=2, tokens=30, opening="GH"),
+        EarlyExit(pauses=("C", "E"), probe="D", end="F"),
+        Budget(most=40, end="@", cut="DE"),
+    )
+    requests = [Request(Prompt(f"p{i}", (5 + i % 9, 6), "", ""), i, scripts) for i in range(24)]
+    stream = engine.generate(requests, sampling)
+    groups = [next(stream), next(stream)]
+    engine.publish(iter(weights_of(other)), version=1)
+    groups += stream
+    kinds = set()
+    for group in groups:
+        for response in group.responses:
+            kinds.add(tuple(span.version for span in response.versions))
+            check_versions(response, group.prompt.tokens, (BUILT, other))
+            for branch in response.branches:
+                for each in branch.responses:
+                    kinds.add(("branch", *[span.version for span in each.versions]))
+                    check_versions(each, (*group.prompt.tokens, *response.tokens[: branch.at]), (BUILT, other))
+    assert {(0, 1), (1,), (0,), ("branch", 0, 1), ("branch", 0), ("branch", 1)} <= kinds
+
+
+def check_versions(response: Response, begun: tuple[int, ...], models: tuple[Any, Any]) -> None:
+    """Every drawn token has the log-prob that its version gives it after all that was said before."""
+    assert [response.versions[0].start, response.versions[-1].end] == [0, len(response.tokens)]
+    assert all(a.end == b.start for a, b in pairwise(response.versions))
+    prompt = Prompt("p", begun, "", "")
+    exact = {version: exact_logprobs(models[version], prompt, response, 1.0) for version, *_ in response.versions}
+    for version, start, end in response.versions:
+        difference = np.abs(exact[version][start:end].numpy() - response.logprobs[start:end])
+        held = [part.start for part in response.parts if part.start == start]  # a token held back is the old weights'
+        assert (difference[response.trained[start:end]] <= 1e-5).sum() >= response.trained[start:end].sum() - len(held)
+
+
+def test_forced_tokens_are_outside_length_and_training_and_chosen_ones_are_not() -> None:
+    parts = (Part("opening", 0, 2, "chosen"), Part("thought", 2, 5, "length"), Part("cut", 5, 6, "forced"))
+    response = Response(tuple(range(9)), np.zeros(9), "stop", parts=(*parts, Part("answer", 6, 9, "stop")))
+    assert response.length == 8
+    assert response.trained.tolist() == [True] * 5 + [False] + [True] * 3
+    assert not response.truncated
+    bare = Response((1, 2), np.zeros(2), "length")
+    assert (bare.length, bare.trained.tolist(), bare.truncated) == (2, [True, True], True)
+
+
+def test_a_thought_that_uses_all_tokens_up_leaves_a_cut_answer_of_none() -> None:
+    never = Letters().decode([next(token for token in range(32) if token not in said(PROMPTS[0]))])
+    request = Request(PROMPTS[0], 0, (Budget(most=6, end=never, cut="CD"),))
+    (group,) = serving(1).generate([request], Sampling(0.0, 1.0, 6, ()))
+    (response,) = group.responses
+    wanted = [("thought", 0, 6, "length"), ("cut", 6, 8, "forced"), ("answer", 8, 8, "length")]
+    assert response.parts == tuple(wanted)
+    assert (response.length, response.finish) == (6, "length")
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_a_text_of_several_tokens_that_is_to_end_a_draw_is_refused_by_its_key() -> None:
+    codec = Letters()
+    check_script(Budget(most=3, end="A"), codec, "evaluation.script")
+    with pytest.raises(
+        ConfigError, match=r"^evaluation\.script\.end: '</think>' is 8 tokens of this model's tokenizer"
+    ):
+        check_script(Budget(most=3), codec, "evaluation.script")
+    with pytest.raises(ConfigError, match=r"^evaluation\.script\.pauses: 'Wait' is 4 tokens"):
+        check_script(EarlyExit(end="A"), codec, "evaluation.script")
+    with pytest.raises(ConfigError, match=r"^prompt p0: script\.end: '</think>' is 8 tokens"):
+        next(serving(1).generate([Request(PROMPTS[0], 0, (Budget(most=3),))], Sampling(1.0, 1.0, 8, ())))
+
+
+def test_what_a_script_writes_must_fit_the_models_positions() -> None:
+    assert longest(Plain(), 100, Letters()) == 100
+    assert longest(Budget(most=9, cut="DEF", least=2, wait="CC", waits=3), 100, Letters()) == 109
+    assert longest(Forks(at=(3,), tokens=20, opening="DE"), 100, Letters()) == 122
+    request = Request(PROMPTS[0], 0, (Opened(opening="C" * 10),))
+    assert len(list(serving(1).generate([request], Sampling(0.0, 1.0, 243, (STOP,))))) == 1
+    with pytest.raises(ValueError, match=r"^prompt p0: 3 tokens \+ max_new_tokens 244 \+ 10 of its script = 257"):
+        next(serving(1).generate([request], Sampling(0.0, 1.0, 244, ())))
+
+
+def test_options_and_names_are_refused_by_their_path() -> None:
+    assert build("budget", {"most": 7, "end": "A"}, "x") == Budget(most=7, end="A")
+    assert build("forks", {"at": [1, 2], "tokens": 3}, "x") == Forks(at=(1, 2), tokens=3)
+    with pytest.raises(ConfigError, match=r"^evaluation\.script\.name: no script 'elastic'; there are plain, opened"):
+        build("elastic", {}, "evaluation.script")
+    with pytest.raises(ConfigError, match=r"evaluation\.script\.most"):
+        build("budget", {"most": 0}, "evaluation.script")
+    with pytest.raises(ConfigError, match="least: 9 is above most = 7"):
+        build("budget", {"most": 7, "least": 9}, "evaluation.script")
+
+
+class Wrong(Plain):
+    """A script that goes on where the response has ended."""
+
+    def steps(self, sample: int) -> Generator[Step, Done, None]:
+        yield Draw("response")
+        yield Draw("more")
+
+
+def test_a_script_that_draws_after_a_stop_token_is_told_so() -> None:
+    with pytest.raises(RuntimeError, match="the step 'more' comes after a stop token"):
+        list(serving(1).generate([Request(PROMPTS[0], 0, (Wrong(),))], Sampling(1.0, 1.0, 200, (STOP,))))

@@ -166,7 +166,7 @@ class Rows:
 
     def going_on(self, index: int) -> bool:
         """True if the row's next token is to be drawn or written."""
-        return isinstance(self[index].driver.order, Drawing | Writing)
+        return isinstance(self[index].driver.order, (Drawing, Writing))
 
     def follow(self, index: int) -> None:
         """Tell row `index`'s script that its order is over, and begin what it orders then, as `obey` does."""
@@ -186,7 +186,7 @@ class Rows:
         written. Its order is then one of these; or to fork, or None, which are not the batch's to carry out."""
         row = self[index]
         driver = row.driver
-        while isinstance(order := driver.order, Drawing | Writing):
+        while isinstance(order := driver.order, (Drawing, Writing)):
             if isinstance(order, Drawing):
                 self.kind[index] = self._kind(order.until)
                 self.limit[index] = self.length[index] + order.limit
