@@ -18,6 +18,7 @@ from megatron_efr.data.arithmetic import ArithmeticTask, write
 from megatron_efr.observe import deterministic
 
 KILLED = Path(__file__).with_name("killed.py")
+LIMIT_S = 900  # of one program, on a machine that others keep busy: starting alone may take minutes there
 
 # A model that has learnt nothing earns nothing from the paper's method: its weights would stand still, and a resume
 # that forgot them would go unnoticed. This one, installed as a third party's, rewards some length over others, and by
@@ -88,7 +89,11 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     ) -> subprocess.CompletedProcess[str]:
         start = ["-m", f"megatron_efr.{name}"] if killed_at is None else [str(KILLED), killed_at, name]
         done = subprocess.run(
-            [sys.executable, *start, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
+            [sys.executable, *start, *map(str, arguments)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
         )
         wanted = expect if expect is not None else 0 if killed_at is None else -signal.SIGKILL
         assert done.returncode == wanted, done.stdout + done.stderr

@@ -213,7 +213,7 @@ def main() -> None:
     MOMENTS[kind](*details)
     importlib.import_module(f"megatron_efr.{sys.argv[2]}").main(sys.argv[3:])
     if kind != "servers":
-        threading.Event().wait(250)  # for a kill that the program was too fast for
+        threading.Event().wait(800)  # for a kill that the program was too fast for
 
 
 if __name__ == "__main__":
