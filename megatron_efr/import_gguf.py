@@ -20,6 +20,7 @@ from megatron_efr import arguments
 from megatron_efr.data.gguf_tokenizer import GGUFTokenizer
 from megatron_efr.durable import writing
 from megatron_efr.errors import UserError
+from megatron_efr.parity import Reference, load, log_probs, random_tokens
 from megatron_efr.weights.folder import save_folder
 from megatron_efr.weights.gguf_file import GGUFFile
 from megatron_efr.weights.gguf_model import EMBEDDING, HEAD, GGUFWeights, read_config
@@ -51,6 +52,37 @@ def import_gguf(source: Path, destination: Path, dtype: str = "float32") -> list
             _write_beside(Path(place), config, tokenizer)
             save_folder(destination, weights.items(), place, shard_bytes=SHARD_BYTES)
     return _notes(file, config)
+
+
+def verify(source: Path, destination: Path) -> str:
+    """A sentence of how far the folder's log-probs are from those of the weights that transformers reads of the file.
+
+    These are rounded to the folder's type and put into its model, so float32's rounding alone is between the two. Where
+    both say a thing of config.json, it must be the same; of rope scaling transformers reads nothing. UserError if one
+    is not so. Memory: the weights three times in float32.
+    """
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    model = load(destination)
+    ids = random_tokens(model.config.vocab_size)
+    found = log_probs(model, ids)
+    theirs: dict[str, Any] = load_gguf_checkpoint(str(source), return_tensors=True, model_to_load=model)
+    ours = json.loads((destination / "config.json").read_text(encoding="utf-8"))
+    for key in sorted(ours.keys() & theirs["config"].keys() - {"architectures", "eos_token_id"}):
+        mine, other = ours[key], theirs["config"][key]
+        if not _alike(mine, other):
+            raise UserError(f"{destination / 'config.json'}: {key} is {mine!r}, and transformers reads {other!r}")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in theirs["tensors"]:
+                raise UserError(f"{source}: transformers reads no {name}")
+            parameter.copy_(theirs["tensors"].pop(name).to(DTYPES[ours["dtype"]]))
+    return Reference.of(model, ids).compare(found, str(destination))
+
+
+def _alike(ours: Any, theirs: Any) -> bool:
+    """The same value; of numbers that are not whole, the same float32."""
+    return torch.tensor(ours).equal(torch.tensor(theirs)) if isinstance(ours, float) else ours == theirs
 
 
 def _write_beside(place: Path, config: dict[str, Any], tokenizer: GGUFTokenizer) -> None:
@@ -91,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="of the weights that are written; float32, the default, is exactly what the file says",
     )
+    made.add_argument(
+        "--verify", action="store_true", help="also compare log-probs with the weights that transformers reads"
+    )
     return made
 
 
@@ -101,6 +136,8 @@ def main(argv: SequenceOf[str] | None = None) -> None:
     for note in import_gguf(given.source, given.destination, given.dtype):
         print(note)
     print(f"{given.destination}: written in {time.perf_counter() - began:.1f} s", flush=True)
+    if given.verify:
+        print(verify(given.source, given.destination), flush=True)
 
 
 if __name__ == "__main__":

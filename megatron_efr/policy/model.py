@@ -132,18 +132,18 @@ def architecture_fields(architecture: Architecture) -> dict[str, Any]:
     return fields
 
 
-def build_chunks(
+def build_models(
     config: TransformerConfig,
     architecture: Architecture,
     parallel: ParallelConfig,
     engine: bool,
     device: torch.device,
-) -> list[DistributedDataParallel]:
-    """This rank's model chunks (one, or one per virtual stage), in DDP, with weights still to be loaded.
+) -> list[PolicyModel]:
+    """This rank's models (one, or one per virtual stage), with weights still to be loaded.
 
     Of Transformer Engine's layers (`engine`), or of Megatron's and our own.
     """
-    chunks = []
+    models = []
     for stage in range(parallel.virtual_pipeline or 1):
         vp_stage = stage if parallel.virtual_pipeline is not None else None
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
@@ -166,10 +166,21 @@ def build_chunks(
         _mark_split_weights(model)
         if device.type == "cuda":
             model.cuda()
-        chunks.append(model)
+        models.append(model)
+    return models
+
+
+def build_chunks(
+    config: TransformerConfig,
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    engine: bool,
+    device: torch.device,
+) -> list[DistributedDataParallel]:
+    """This rank's model chunks (one, or one per virtual stage), in DDP, with weights still to be loaded."""
     ddp = ddp_config(parallel)
     wrapped = []
-    for number, model in enumerate(chunks):
+    for number, model in enumerate(build_models(config, architecture, parallel, engine, device)):
         module = Float16Module(config, model) if config.bf16 else model
         wrapped.append(DistributedDataParallel(config, ddp, module, disable_bucketing=number > 0))
     no_sync: Any = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync

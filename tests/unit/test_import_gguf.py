@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
 from megatron_efr import convert, import_gguf
@@ -184,6 +185,25 @@ def test_the_folder_is_one_of_ours_and_saves_again(tmp_path: Path) -> None:
     assert torch.equal(logits(tmp_path / "again"), logits(folder))
     weights = FolderWeights(tmp_path / "out", convert.Architecture.from_folder(tmp_path / "out"))
     assert weights.dtype("model.norm.weight") == torch.float32
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen2"])
+def test_verification_against_what_transformers_reads(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_model(tmp_path / "x.gguf", small(tmp_path / "model", family), {"attn_q.weight": "Q4_0"})
+    import_gguf.main([str(file), str(tmp_path / "out"), "--verify", "--dtype", "bfloat16"])
+    assert "log-probs of random tokens are " in capsys.readouterr().out
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.self_attn.k_proj.weight"] = tensors["model.layers.0.self_attn.k_proj.weight"].flip(0)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="out: log-probs of random tokens are"):
+        import_gguf.verify(file, tmp_path / "out")
+    config = tmp_path / "out" / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 2e-06'))
+    with pytest.raises(UserError, match=r"config\.json: rms_norm_eps is 2e-06, and transformers reads 9\.99"):
+        import_gguf.verify(file, tmp_path / "out")
 
 
 def test_a_head_of_its_own_is_stated(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "durable": {"errors"},
     "config": {"errors"},
     "parent": set(),
+    "parity": {"errors"},
     "arguments": BASE | {"parent"},
     "transformer_engine": set(),
     "algorithms": BASE,
@@ -45,9 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     | WEIGHTS
     | {"algorithms", "arguments", "checkpoint", "data", "grading", "memory", "methods", "observe", "parent"}
     | {"policy", "report.records", "report.stored", "rollout", "scripts"},
-    "convert": BASE | WEIGHTS | {"arguments", "checkpoint", "policy"},  # policy, where logits are compared
+    "convert": BASE | WEIGHTS | {"arguments", "checkpoint", "parity", "policy"},  # policy, where logits are compared
     "import_gguf": BASE
-    | {"arguments", "data.gguf_tokenizer"}
+    | {"arguments", "data.gguf_tokenizer", "parity"}
     | {"weights.folder", "weights.gguf_file", "weights.gguf_model"},
     "grade": BASE | {"arguments", "data.datasets", "data.rows", "grading"},
     "inspect_checkpoint": BASE | {"arguments", "checkpoint.manifest", "weights.torch_dist"},

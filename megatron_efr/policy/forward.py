@@ -1,0 +1,51 @@
+"""The Megatron model alone, without gradients and optimizer: log-probs in one copy of the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_efr.config import ModelConfig, ParallelConfig
+from megatron_efr.kernels import choose_backend
+from megatron_efr.policy.fit import engine_layers
+from megatron_efr.policy.head import build_head
+from megatron_efr.policy.layers import packed_sequences
+from megatron_efr.policy.model import build_models, transformer_config
+from megatron_efr.policy.packing import pack
+from megatron_efr.policy.ranks import Ranks
+from megatron_efr.samples import Sample
+from megatron_efr.weights.architecture import Architecture
+
+
+@torch.no_grad()
+def checkpoint_log_probs(folder: Path, checkpoint: Path, ids: list[list[int]], ranks: Ranks) -> torch.Tensor:
+    """Log-probs float32 [rows, length - 1] of each row's tokens but the first, in one process.
+
+    The model is `folder`'s; its weights are the Megatron checkpoint's, read by Megatron's own loader.
+    """
+    model, parallel = ModelConfig(path=str(folder)), ParallelConfig()
+    architecture = Architecture.from_folder(folder)
+    config = transformer_config(model, architecture, parallel)
+    [built] = build_models(config, architecture, parallel, engine_layers(model), ranks.device)
+    loaded: Any = dist_checkpointing.load({"model0": built.sharded_state_dict()}, str(checkpoint))
+    built.load_state_dict(loaded["model0"])
+    del loaded
+    built.eval()
+    backend, _ = choose_backend(model.kernels)
+    head = build_head(built, architecture.vocab, model.head_chunk_tokens, ranks, 1.0, backend)
+    assert head is not None  # of one pipeline stage
+    found = []
+    for row in ids:
+        batch = pack([Sample(np.array(row, np.int32), 1)], [0], {0: 1.0}, ranks.device)
+        hidden = built(
+            input_ids=batch.tokens[None],
+            position_ids=batch.positions[None],
+            attention_mask=None,
+            packed_seq_params=packed_sequences(batch.lengths, batch.cu_seqlens),
+        )
+        found.append(head.rows(hidden, batch, 1.0).logprobs().cpu())
+    return torch.stack(found)
