@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 from megatron_efr.rollout.engine import Engine
-from megatron_efr.scripts import plain
-from megatron_efr.types import Group, Prompt, Request, Sampling
+from megatron_efr.scripts import Budget, EarlyExit, Forks, Opened, Plain, plain
+from megatron_efr.types import Group, Prompt, Request, Response, Sampling
+from tests.scripts import Letters
 
-MakeEngine = Callable[[], Engine]
+MakeEngine = Callable[..., Engine]
+"""A fresh engine, with a `codec` if it is to read and write text."""
 Weights = list[tuple[str, torch.Tensor]]
 
 
@@ -23,6 +26,25 @@ def requests(count: int, samples: int = 2, first_token: int = 3) -> list[Request
         plain(Prompt(f"p{i}", tuple(first_token + j % 5 for j in range(1 + i % 7)), "", ""), samples, seed=1000 + i)
         for i in range(count)
     ]
+
+
+def check_parts(response: Response, stop_id: int, limit: int) -> None:
+    """Hold a response to what its parts say of it."""
+    parts, drawn = response.parts, [part for part in response.parts if part.ending not in ("forced", "chosen")]
+    assert [parts[0].start, parts[-1].end] == [0, len(response.tokens)]
+    assert all(one.end == other.start for one, other in pairwise(parts))
+    assert response.length == len(response.tokens) - sum(part.end - part.start for part in parts if part.forced)
+    assert sum(part.end - part.start for part in drawn) <= limit
+    assert response.finish == ("length" if drawn[-1].ending == "length" else "stop")
+    assert response.text == Letters().decode(response.tokens)
+    for part in parts:
+        said = response.logprobs[part.start : part.end].tolist()
+        if part.ending in ("forced", "chosen"):
+            first = 0.0 if part.forced else pytest.approx(math.log(0.25))
+            assert said == [first, *[0.0] * (len(said) - 1)]
+        else:
+            assert all(logprob < 0 for logprob in said)
+            assert (response.tokens[part.start : part.end][-1:] == (stop_id,)) == (part.ending == "stop")
 
 
 class EngineContract:
@@ -180,6 +202,39 @@ class EngineContract:
         assert pulled == 0
         next(stream)
         assert 0 < pulled < 500
+
+    def test_every_kind_of_script_makes_parts_that_tile_its_response(
+        self, make_engine: MakeEngine, weights: tuple[Weights, Weights]
+    ) -> None:
+        engine = make_engine(codec=Letters())
+        engine.publish(iter(weights[0]), version=3)
+        scripts = (
+            Plain(),
+            Opened(opening="CDE"),
+            Opened(opening="CD", chance=0.25),
+            Budget(most=6, end="F", cut="GH", answer=9),
+            EarlyExit(pauses=("C", "D", "E"), probe="I", tokens=4, sure=1e-9, end="F", exit="GH"),
+            Forks(at=(1, 3), samples=2, tokens=5, opening="E"),
+        )
+        asked = [Request(each.prompt, each.seed, scripts, {"why": each.seed}) for each in requests(12)]
+        found = set()
+        for group in engine.generate(asked, self.sampling()):
+            assert (group.scripts, group.note) == (scripts, {"why": group.seed})
+            for response, script in zip(group.responses, scripts, strict=True):
+                found |= {(type(script), part.name, part.ending) for part in response.parts}
+                check_parts(response, self.stop_id, 24)
+                assert response.versions == ((3, 0, len(response.tokens)),)
+                for branch in response.branches:
+                    found.add((type(script), branch.part, len(branch.responses)))
+                    for each in branch.responses:
+                        check_parts(each, self.stop_id, 5)
+        assert found >= {
+            (Plain, "response", "stop"), (Plain, "response", "length"),
+            (Opened, "opening", "forced"), (Opened, "opening", "chosen"), (Opened, "response", "stop"),
+            (Budget, "thought", "length"), (Budget, "cut", "forced"), (Budget, "answer", "length"),
+            (EarlyExit, "thought", "until"), (EarlyExit, "probe", 1), (EarlyExit, "exit", "forced"),
+            (Forks, "response", "stop"), (Forks, "summary", 2),
+        }  # fmt: skip
 
     def test_health_counts_tokens_since_the_last_call(self, engine: Engine) -> None:
         engine.health()

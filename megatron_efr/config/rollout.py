@@ -77,6 +77,10 @@ class EvaluationEnginesConfig(EnginesConfig):
     )
 
 
+PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias")
+"""Ways of sampling, by SGLang's names, that make other tokens likely than the model does."""
+
+
 class RolloutConfig(EnginesConfig):
     """How responses are drawn for training, and by which engine."""
 
@@ -112,6 +116,17 @@ class RolloutConfig(EnginesConfig):
     max_staleness: PositiveInt = Field(
         default=1, description="how many publications a trained token may be behind; what would be older is waited for"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _draws_from_the_models_own_distribution(cls, tree: Any) -> Any:
+        for key in PENALTIES:
+            if isinstance(tree, dict) and key in tree:
+                raise ValueError(
+                    f"rollout.{key}: tokens that were drawn with a penalty are not the policy's own, and their ratio "
+                    "and KL would be wrong; leave it out"
+                )
+        return tree
 
     @model_validator(mode="after")
     def _what_is_in_flight_can_be_waited_for(self) -> RolloutConfig:

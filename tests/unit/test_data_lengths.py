@@ -9,13 +9,27 @@ from typing import Any
 import pytest
 
 from megatron_efr import algorithms, methods, sft, sweep
-from megatron_efr.config import EvaluateConfig, SftConfig, TrainConfig
+from megatron_efr.config import (
+    ConfigError,
+    EvaluateConfig,
+    EvaluationConfig,
+    GradingConfig,
+    ModelConfig,
+    PromptConfig,
+    SftConfig,
+    TrainConfig,
+)
 from megatron_efr.data.byte_model import main as write_byte_model
 from megatron_efr.data.lengths import check_prompts, check_rows
-from megatron_efr.data.prompts import PromptError
+from megatron_efr.data.prompts import PromptError, load_tokenizer
 from megatron_efr.evaluate import evaluate
-from megatron_efr.run.environment import Environment
+from megatron_efr.grading import Grader
+from megatron_efr.rollout.codec import TokenizerCodec
+from megatron_efr.rollout.local.engine import LocalEngine
+from megatron_efr.run.environment import Environment, Evaluator
 from megatron_efr.types import Prompt
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.folder import initial_weights
 
 
 def prompts(*lengths: int) -> list[Prompt]:
@@ -110,3 +124,38 @@ def test_every_program_refuses_what_is_longer_than_the_model(place: Path, monkey
     supervised |= {"data": {"path": str(place / "sft.jsonl")}, "train": {"updates": 1, "batch": 1}}
     with pytest.raises(PromptError, match=r"sft\.jsonl:2: prompt and response have 50\d\d tokens.*; 1 of 2 rows"):
         sft.load_rows(SftConfig.model_validate(supervised))
+
+
+@pytest.mark.heavy
+def test_an_evaluation_asks_by_its_script_and_refuses_one_that_the_tokenizer_or_the_model_cannot_serve(
+    place: Path,
+) -> None:
+    tokenizer, folder = load_tokenizer(str(place / "model")), str(place / "model")
+    codec = TokenizerCodec(tokenizer)
+
+    def evaluator(**script: Any) -> Evaluator:
+        evaluation = {"datasets": [{"path": str(place / "problems.jsonl")}], "max_new_tokens": 30, "script": script}
+        config = EvaluationConfig.model_validate(evaluation)
+        return Evaluator(config, PromptConfig(max_tokens=4000), GradingConfig(), tokenizer, (), 4096, 0)
+
+    with pytest.raises(ConfigError, match=r"^evaluation\.script\.end: '</think>' is 8 tokens of this model's"):
+        evaluator(name="budget", most=7)
+    with pytest.raises(ConfigError, match=r"evaluation\.script\.most"):
+        evaluator(name="budget", most=0)
+    with pytest.raises(PromptError, match=r"^evaluation\.max_new_tokens and what evaluation\.script adds: 5030 tokens"):
+        evaluator(name="opened", opening="x" * 5000)
+    made = evaluator(name="budget", most=7, end="a", cut="ok")
+    assert made.asked()["script"] == made.script.model_dump() | {"name": "budget"}
+    assert "script" not in evaluator().asked()
+    engine = LocalEngine(folder, 4, codec=codec)
+    model = ModelConfig(path=folder, init="random")
+    engine.publish(initial_weights(model, Architecture.from_folder(folder), 0).items(), version=0)
+    with Grader.of(GradingConfig(), made.judgings.verifiers) as grader:
+        record = made.run(engine, grader, "m")
+    assert record["script"] == {"name": "budget", "most": 7, "answer": None, "end": "a", "cut": "ok"} | {
+        "least": 0, "wait": "Wait", "waits": 1,
+    }  # fmt: skip
+    (tokens,) = record["rows"][0]["tokens"]
+    (text,) = record["rows"][0]["responses"]
+    assert tokens == 30
+    assert "ok" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ class TestContract(EngineContract):
 
     @pytest.fixture
     def make_engine(self) -> MakeEngine:
-        return lambda: LocalEngine(model().config.to_dict(), slots=24)
+        return partial(LocalEngine, model().config.to_dict(), slots=24)
 
     @pytest.fixture
     def weights(self) -> tuple[Weights, Weights]:

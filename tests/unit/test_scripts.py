@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_efr.config import ConfigError
+from megatron_efr.config import ConfigError, RolloutConfig
+from megatron_efr.config.file import validate
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.rollout.requests import check_script, longest
 from megatron_efr.scripts import Budget, EarlyExit, Forks, Opened, Plain, build, plain
@@ -164,6 +165,12 @@ def test_options_and_names_are_refused_by_their_path() -> None:
         build("budget", {"most": 0}, "evaluation.script")
     with pytest.raises(ConfigError, match="least: 9 is above most = 7"):
         build("budget", {"most": 7, "least": 9}, "evaluation.script")
+
+
+@pytest.mark.parametrize("key", ["repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias"])
+def test_training_refuses_a_token_penalty_by_its_key(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"rollout\.{key}: tokens that were drawn with a penalty are not"):
+        validate(RolloutConfig, {key: 1.1}, prefix="rollout")
 
 
 class Wrong(Plain):
