@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 from pydantic import Field
 
+from megatron_efr.methods.base import Ask, Known, Method, Visit
+from megatron_efr.methods.efr import efr_rewards
 from megatron_efr.methods.plain import Outcomes, Plain
-from megatron_efr.types import FloatArray
+from megatron_efr.types import FloatArray, Graded
 
 
 class ALP(Plain):
@@ -44,3 +46,30 @@ class GR3(Plain):
 
     def rule(self, group: Outcomes) -> FloatArray:
         return np.where(group.right, 1.0 / (1.0 + self.alpha * group.lengths / group.lengths.mean()), 0.0)
+
+
+class Effort(Method):
+    """Effort levels: one model that is told how much to think, so that the reader chooses alpha at inference.
+
+        r = efr's, with alpha = low, medium or high, each as often, drawn for each visit of a prompt
+
+    The question ends with `suffix`, which says the level; so must the question of a reader (`prompt.template`). A wrong
+    or truncated response earns 0. Nothing is remembered: the level is a function of the run's seed and the visit. Open:
+    it is this project's, and no paper has tried it. Chosen: the paper's range of alpha, low effort being its largest.
+    """
+
+    source = "this project; its reward is Arora & Zanette 2025, arXiv 2502.04463, eq. 4 and 5"
+
+    low: float = Field(default=0.4, ge=0, lt=1, description="alpha of low effort: the briefest")
+    medium: float = Field(default=0.1, ge=0, lt=1, description="alpha of medium effort")
+    high: float = Field(default=0.0, ge=0, lt=1, description="alpha of high effort")
+    suffix: str = Field(default=" Effort: {level}.", description="what is added to the question")
+
+    def ask(self, visit: Visit, known: Known) -> Ask:
+        level = ("low", "medium", "high")[int(np.random.default_rng(visit.seed).integers(3))]
+        return Ask(suffix=self.suffix.replace("{level}", level), note={"level": level})
+
+    def rewards(self, group: Graded, known: Known) -> FloatArray:
+        seen = Outcomes.of(group, known.limit)
+        alpha = {"low": self.low, "medium": self.medium, "high": self.high}[group.group.note["level"]]
+        return efr_rewards(seen.right, seen.lengths, alpha)

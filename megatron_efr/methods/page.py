@@ -109,7 +109,7 @@ def _type(field: FieldInfo) -> str:
     """A field's type as a reader of YAML names it."""
     named: Any = field.annotation
     values = getattr(named, "__args__", ())
-    if values and all(isinstance(value, str) for value in values):
+    if values and all(isinstance(value, str | int) for value in values):
         return " ".join(f"`{value}`" for value in values)
     for kind, name in ((bool, "true or false"), (int, "integer"), (float, "number")):
         if named is kind or kind in values or any(kind in getattr(value, "__args__", ()) for value in values):

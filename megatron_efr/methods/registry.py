@@ -53,6 +53,7 @@ METHODS: dict[str, type[Method]] = {
     "adactrl": modes.AdaCtrl,
     "experimental.alp": experimental.ALP,
     "experimental.gr3": experimental.GR3,
+    "experimental.effort": experimental.Effort,
 }
 
 

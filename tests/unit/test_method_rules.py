@@ -25,7 +25,7 @@ pytestmark = pytest.mark.alike
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data/method_vectors.json").read_text())
 C, L = [1, 0, 1, 1], [300, 900, 500, 120]
-NOTE = {"budget": 400, "exact": True}
+NOTE = {"budget": 400, "exact": True, "level": "low"}
 """What methods that tell a budget find again, beside the answers."""
 REQUIRED: dict[str, dict[str, Any]] = {"efr": {"alpha": 0.2}, "gfpo": {"keep": 2}}
 """Options without which a method cannot be built for groups of four."""
@@ -226,6 +226,17 @@ def test_a_budget_is_told_as_the_seed_of_the_visit_has_it() -> None:
     assert np.mean([ask.note["exact"] for ask in both]) == pytest.approx(0.25, abs=0.05)
     assert all(("maximum" in ask.suffix) != ask.note["exact"] for ask in both)
     assert all(100 <= ask.note["budget"] <= 4000 for ask in both)
+
+
+def test_a_level_of_effort_is_an_alpha() -> None:
+    method = build("experimental.effort", medium=0.2)
+    for level, alpha in (("low", 0.4), ("medium", 0.2), ("high", 0.0)):
+        expected = methods.rewards("efr", C, L, alpha=alpha)
+        assert np.array_equal(trained_on(method, C, L, note={"level": level}), expected)
+    asks = [method.ask(visit(seed), KNOWN) for seed in range(600)]
+    said = [ask.note["level"] for ask in asks]
+    assert all(abs(said.count(level) - 200) < 50 for level in ("low", "medium", "high"))
+    assert all(ask.suffix == f" Effort: {ask.note['level']}." for ask in asks)
 
 
 def test_a_largest_budget_never_pays_a_wrong_answer_more() -> None:
@@ -433,7 +444,7 @@ BOUNDS = {
     "acoer": (1, 1.02, 0, 0), "twyn": (-0.1, 4, -4, 0), "gfpo": (0, 4, -4, 0), "gdpo": (-4, 4, -4, 4),
     "qglas": (0, 2, -1, 0), "l1_exact": (-11, 1, -12, 0), "l1_max": (-11, 1, -12, 0), "asrr": (0.5, 1, 0, 0),
     "elastic": (1, 1, 0, 0), "autothink": (0, 2, -2, 0), "adactrl": (0.5, 2, -0.5, 0.5),
-    "grlc": (0, 3, -1, 2),
+    "grlc": (0, 3, -1, 2), "experimental.effort": (0.6, 1, 0, 0),
 }  # fmt: skip
 """Least and most that a right answer may earn, and a wrong one: rewards, or advantages where the method gives them."""
 PRICED = {"shorterbetter", "kimi", "overlong", "cosine", "gdpo", "experimental.alp", "a_dlp", "l1_exact", "l1_max"}
