@@ -44,7 +44,10 @@ class Engine(Protocol):
         ...
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> GroupStream:
-        """Yield each request's whole group as soon as its last response ends, in order of completion."""
+        """Yield each request's whole group as soon as its last response ends, in order of completion.
+
+        A `Driver` has each response made by its script; at most `sampling.max_new_tokens` tokens are drawn for it.
+        """
         ...
 
     def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
