@@ -78,7 +78,8 @@ class GGUFTokenizer:
         eos, ends = self._token("eos_token_id"), [self._of["eos_token_id"]]
         if self._pre.ends and eos == self._pre.ends[0]:  # a base model's eos ends documents, and is alone
             ends += [self._tokens.index(end) for end in self._pre.ends[1:] if end in self._tokens]
-        return found | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+        found["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        return found
 
     def build(self, positions: int) -> PreTrainedTokenizerFast:
         """The tokenizer with its chat template, for texts of at most `positions` tokens."""

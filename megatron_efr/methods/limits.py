@@ -152,7 +152,7 @@ class DLER(Plain):
 
     def rule(self, group: Outcomes) -> FloatArray:
         within = group.lengths <= limit_of(self.limit, group, "limit")
-        return group.right * np.where(within, 1.0, self.over_limit)
+        return np.where(group.right, np.where(within, 1.0, self.over_limit), 0.0)
 
     def check(self, samples: int, limit: int) -> None:
         check_within(self.limit, limit, "limit")
