@@ -32,7 +32,7 @@ if [ "$mode" = --other ]; then
     python=.venv-other/bin/python
     core=$("$python" -c 'from importlib.metadata import version; print(version("megatron-core"))')
     stage "Python $(python_version "$python") and Megatron-Core $core: unit tests"
-    $python -m pytest tests/unit -m "not slow and not gpu and not alike" -n 2 --dist loadfile
+    $python -m pytest tests/unit -m "not slow and not gpu and not alike" -n 2 --dist loadfile --no-loadscope-reorder
     took
     stage "Megatron-Core $core: several processes over gloo"
     $python -m pytest tests/parallel -m "not slow and not gpu"
@@ -48,17 +48,17 @@ took
 
 if [ "$mode" = --quick ]; then
     stage "unit tests, the fast ones"
-    $python -m pytest tests/unit -m "not slow and not gpu and not heavy" -n 2 --dist loadfile
+    $python -m pytest tests/unit -m "not slow and not gpu and not heavy" -n 2 --dist loadfile --no-loadscope-reorder
     took
     exit 0
 fi
 
 slow=$([ "$mode" = --full ] && echo "not gpu" || echo "not slow and not gpu")
 stage "unit tests"
-$python -m pytest tests/unit tests/gpu -m "$slow" -n 2 --dist loadfile
+$python -m pytest tests/unit tests/gpu -m "$slow" -n 2 --dist loadfile --no-loadscope-reorder
 took
 stage "whole runs: killed, resumed, real input"
-$python -m pytest tests/loop -m "$slow" -n 2 --dist loadfile
+$python -m pytest tests/loop -m "$slow" -n 2 --dist loadfile --no-loadscope-reorder
 took
 stage "several processes over gloo"
 $python -m pytest tests/parallel -m "$slow"

@@ -119,7 +119,10 @@ def test_an_override_that_cannot_be_applied_is_quoted(tmp_path: Path, override: 
         ("rollout.top_p=0.9", "rollout.top_p: Input should be greater than or equal to 1 (got 0.9)"),
         ("data.datasets=[]", "data.datasets: List should have at least 1 item"),
         ("name=../elsewhere", "name: String should match pattern"),
-        ("rollout.logit_bias={'5': 1}", "rollout.logit_bias: unknown key"),
+        (
+            "rollout.logit_bias={'5': 1}",
+            "rollout.logit_bias: tokens that were drawn with a penalty are not the policy's own",
+        ),
         ("rollout.urls=[http://a:1]", "rollout.urls and rollout.server speak of SGLang servers; set rollout.engine"),
         (
             "rollout={engine: sglang, urls: [a:1]}",
