@@ -38,9 +38,11 @@ class Family:
         config.check_world(ranks)
         if len({f"{alpha:g}" for alpha in alphas}) < len(alphas):
             raise ConfigError(f"--alphas: {', '.join(f'{a:g}' for a in alphas)}: each value once; it names the run")
+        algorithm = algorithms.build(config.algorithm, config.rollout)
         for alpha in alphas:
-            methods.build(config.method.model_copy(update={"alpha": alpha}), config.rollout, config.algorithm)
-        algorithms.build(config.algorithm, config.rollout)
+            given = config.method.model_copy(update={"alpha": alpha})
+            method = methods.build(given, config.rollout, config.algorithm)
+            methods.check_together(given.name, method, algorithm)
         self.config, self.ranks = config, ranks
         self.folder = RunFolder(config.folder)
         self.base = Member("base", None, config.model.path)

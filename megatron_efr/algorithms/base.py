@@ -99,7 +99,7 @@ class Algorithm(Section):
     @model_validator(mode="after")
     def _choices_go_together(self) -> Algorithm:
         for key, speaks, reason in self._conditions():
-            if not speaks and getattr(self, key) != type(self).model_fields[key].default:
+            if not speaks and self.changed(key):
                 raise ValueError(f"algorithm.{key}: {getattr(self, key)!r} has no effect where {reason}; leave it out")
         for refusal in self._contradictions():
             raise ValueError(refusal)
@@ -142,6 +142,10 @@ class Algorithm(Section):
         if self.surrogate == "reweight" and self.dual_clip is not None:
             found.append("algorithm.dual_clip: there is no minimum to bound where a ratio only weighs; leave it out")
         return found
+
+    def changed(self, key: str) -> bool:
+        """True if a choice is another than its algorithm's source has."""
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
 
     @property
     def min_samples(self) -> int:

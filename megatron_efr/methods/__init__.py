@@ -8,6 +8,7 @@ from megatron_efr.methods.history import Seen
 from megatron_efr.methods.knowledge import Knowledge
 from megatron_efr.methods.plain import Outcomes, Plain
 from megatron_efr.methods.registry import METHODS, build, resolved
+from megatron_efr.methods.together import check_together
 
 __all__ = [
     "EFR",
@@ -23,6 +24,7 @@ __all__ = [
     "State",
     "Visit",
     "build",
+    "check_together",
     "credit",
     "efr_rewards",
     "resolved",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import ConfigDict
 
-from megatron_efr.config import Section
+from megatron_efr.config import RolloutConfig, Section
 from megatron_efr.methods.history import Seen
 from megatron_efr.types import Credit, FloatArray, Graded, Prompt, Rewarded, Script
 
@@ -66,6 +66,24 @@ class Known(NamedTuple):
     history: Mapping[str, Seen]
 
 
+class Choices(Protocol):
+    """The choices of an algorithm that a method may contradict."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def normalize(self) -> str: ...
+
+    @property
+    def truncated(self) -> str: ...
+
+    @property
+    def dynamic_sampling(self) -> bool: ...
+
+    def changed(self, key: str) -> bool: ...
+
+
 class Method(Section):
     """Turns the groups of an iteration into rewards, and into credits if they are not to be the algorithm's.
 
@@ -100,6 +118,15 @@ class Method(Section):
         """What is remembered after the iteration, from what was remembered before (`state`, left as it is)."""
         return state
 
-    def check(self, samples: int, limit: int) -> None:
-        """Refuse options that make no sense with `samples` responses of at most `limit` tokens; ConfigError."""
+    def check(self, rollout: RolloutConfig) -> None:
+        """Refuse options that make no sense with what is drawn; ConfigError."""
         return
+
+    def check_algorithm(self, algorithm: Choices) -> None:
+        """Refuse choices of an algorithm that undo the method, or do again what it does; ConfigError."""
+        return
+
+    @property
+    def equal_rewards_teach(self) -> bool:
+        """True if `settle` or `credits` may tell apart responses of a prompt that `rewards` pays alike."""
+        return type(self).settle is not Method.settle or type(self).credits is not Method.credits

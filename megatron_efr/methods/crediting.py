@@ -41,6 +41,11 @@ def credit(method: Method, algorithm: Credits, groups: Sequence[Rewarded], known
         rewards, lengths = [each.rewards for each in groups], [each.group.lengths for each in groups]
         made = [Credit(advantage) for advantage in algorithm.credits(rewards, lengths, known.limit)]
     return [
-        Credited(group, each._replace(masked=~algorithm.trains(group.group.truncated)))
+        Credited(group, each._replace(masked=_masked(each, algorithm.trains(group.group.truncated))))
         for group, each in zip(groups, made, strict=True)
     ]
+
+
+def _masked(credit: Credit, trained: BoolArray) -> BoolArray:
+    """Responses that either the method or the algorithm leaves out of the loss, bool [n]."""
+    return ~trained if credit.masked is None else credit.masked | ~trained

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from pydantic import Field
 
+from megatron_efr.config import ConfigError, RolloutConfig
 from megatron_efr.methods.base import Known, Method
 from megatron_efr.methods.efr import efr_rewards
 from megatron_efr.methods.plain import Outcomes
@@ -35,8 +36,18 @@ class GRPOLambda(Method):
 
     def settle(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Rewarded]:
         solved = np.array([group.rewards.mean() for group in groups])
-        best = np.argsort(-solved, kind="stable")[: int(self.share * len(groups) + 1e-9)]
+        best = np.argsort(-solved, kind="stable")[: self._shortens(len(groups))]
         return [self._shortened(group, known) if i in best else group for i, group in enumerate(groups)]
+
+    def check(self, rollout: RolloutConfig) -> None:
+        if self._shortens(rollout.prompts) == 0:
+            raise ConfigError(
+                f"method.share: {self.share:g} of rollout.prompts = {rollout.prompts} groups is less than one, so that "
+                f"none would be shortened; set it to 1/{rollout.prompts} or more, or ask more prompts"
+            )
+
+    def _shortens(self, groups: int) -> int:
+        return int(self.share * groups + 1e-9)
 
     def _shortened(self, group: Rewarded, known: Known) -> Rewarded:
         seen = Outcomes.of(group.graded, known.limit)

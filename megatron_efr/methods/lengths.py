@@ -81,10 +81,11 @@ class GRLC(Method):
         w = u - mean u,  u = 1 - (length - min) / (max - min);  0 if all are equally long
         r = c + thinking w_thinking + answer w_answer + bonuses
         bonus: thinking_bonus for the shortest thinking and answer_bonus for the shortest answer, each if its c is among
-               the `top` share of the group by rank; those that are equally short all get it
+               the `top` share of the group by rank; those that are equally short all get it, an empty part never does
 
-    Thinking ends with `end`; a response without it is all thinking. Wrong and truncated responses are measured too, and
-    earn 0 besides. Nothing is remembered. The weights are those that the report names; the code's defaults are 0.
+    Thinking ends with `end`; a response without it is all thinking. Space around a part does not count. Wrong and
+    truncated responses are measured too, and earn 0 besides. Nothing is remembered. The weights are those that the
+    report names; the code's defaults are 0.
     """
 
     source = "NVIDIA-NeMo/Gym@07d6b0d resources_servers/genrm_compare/utils.py:567-677"
@@ -101,8 +102,8 @@ class GRLC(Method):
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         score = Outcomes.of(group, known.limit).right.astype(np.float64)
         parts = [response.text.partition(self.end) for response in group.group.responses]
-        thinking = np.array([len(thought) for thought, _, _ in parts], dtype=np.float64)
-        answer = np.array([len(rest) for _, _, rest in parts], dtype=np.float64)
+        thinking = np.array([len(thought.strip()) for thought, _, _ in parts], dtype=np.float64)
+        answer = np.array([len(rest.strip()) for _, _, rest in parts], dtype=np.float64)
         ranked = np.sort(score)[::-1]
         among = score >= ranked[max(0, int(self.top * len(score) + 1e-9) - 1)]
         return (
@@ -121,5 +122,6 @@ def _brevity(lengths: FloatArray) -> FloatArray:
 
 
 def _shortest(lengths: FloatArray, among: BoolArray) -> FloatArray:
-    """1 for the shortest of all, if it is `among` those that count."""
-    return (among & (lengths == lengths.min())).astype(np.float64)
+    """1 for the shortest that is not empty, if it is `among` those that count."""
+    shortest = np.min(lengths, initial=np.inf, where=lengths > 0)
+    return (among & (lengths == shortest)).astype(np.float64)

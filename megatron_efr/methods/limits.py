@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from megatron_efr.config import ConfigError
-from megatron_efr.methods.plain import Outcomes, Plain, check_within, limit_of
+from megatron_efr.config import ConfigError, RolloutConfig
+from megatron_efr.methods.base import Choices
+from megatron_efr.methods.plain import Outcomes, Plain, check_no_soft_penalty, check_within, limit_of
 from megatron_efr.types import FloatArray
 
 WINDOW_SHARE = 5  # DAPO: the last 4,096 of 20,480 tokens
@@ -41,11 +42,14 @@ class Overlong(Plain):
             punishment = np.minimum(punishment, 1.0)
         return np.where(group.right, 1.0, -1.0) - punishment
 
-    def check(self, samples: int, limit: int) -> None:
-        check_within(self.max_tokens, limit, "max_tokens")
-        most = self.max_tokens or limit
+    def check(self, rollout: RolloutConfig) -> None:
+        check_within(self.max_tokens, rollout.max_new_tokens, "max_tokens")
+        most = self.max_tokens or rollout.max_new_tokens
         if self._cache(most) > most:
             raise ConfigError(f"method.cache: {self.cache} tokens are more than the limit, {most}, that they end at")
+
+    def check_algorithm(self, algorithm: Choices) -> None:
+        check_no_soft_penalty(algorithm, "overlong")
 
     def _cache(self, most: int) -> int:
         return self.cache or -(-most // WINDOW_SHARE)
@@ -69,8 +73,8 @@ class ThinkPrune(Plain):
         within = group.lengths <= limit_of(self.limit, group, "limit")
         return (group.right & within).astype(np.float64)
 
-    def check(self, samples: int, limit: int) -> None:
-        check_within(self.limit, limit, "limit")
+    def check(self, rollout: RolloutConfig) -> None:
+        check_within(self.limit, rollout.max_new_tokens, "limit")
 
 
 class Cosine(Plain):
@@ -104,8 +108,8 @@ class Cosine(Plain):
         made = last + (first - last) * (1.0 + np.cos(np.pi * progress)) / 2.0
         return made if self.exceeded is None else np.where(group.lengths + self.margin >= most, self.exceeded, made)
 
-    def check(self, samples: int, limit: int) -> None:
-        check_within(self.max_tokens, limit, "max_tokens")
+    def check(self, rollout: RolloutConfig) -> None:
+        check_within(self.max_tokens, rollout.max_new_tokens, "max_tokens")
 
 
 class Laser(Plain):
@@ -128,8 +132,8 @@ class Laser(Plain):
         wrong = np.where(group.answered, self.wrong, self.unanswered)
         return np.where(group.right, 1.0 + self.bonus * (group.lengths <= self.target), wrong)
 
-    def check(self, samples: int, limit: int) -> None:
-        check_within(self.target, limit, "target", strictly=True)
+    def check(self, rollout: RolloutConfig) -> None:
+        check_within(self.target, rollout.max_new_tokens, "target", strictly=True)
 
 
 class DLER(Plain):
@@ -138,7 +142,8 @@ class DLER(Plain):
         r = c if l <= limit, else over_limit c
 
     A wrong or truncated response earns 0. Nothing is remembered. The paper gives right answers over the limit 0, its
-    released code 0.1 (`over_limit`). The rest of the recipe is an algorithm: rewards less the group's mean, normalised
+    released code 0.1 (`over_limit`, which needs a `limit` below rollout.max_new_tokens: a response that reaches that
+    is cut off, and wrong). The rest of the recipe is an algorithm: rewards less the group's mean, normalised
     over the batch (`dr_grpo` with `normalize: batch`, `aggregate: token`, `clip_high: 0.28`, `dynamic_sampling`).
     """
 
@@ -154,8 +159,14 @@ class DLER(Plain):
         within = group.lengths <= limit_of(self.limit, group, "limit")
         return np.where(group.right, np.where(within, 1.0, self.over_limit), 0.0)
 
-    def check(self, samples: int, limit: int) -> None:
-        check_within(self.limit, limit, "limit")
+    def check(self, rollout: RolloutConfig) -> None:
+        check_within(self.limit, rollout.max_new_tokens, "limit")
+        if self.over_limit and (self.limit or rollout.max_new_tokens) == rollout.max_new_tokens:
+            raise ConfigError(
+                f"method.over_limit: {self.over_limit:g} for right answers over the limit, and the limit is "
+                f"rollout.max_new_tokens = {rollout.max_new_tokens}, where a response is cut off and wrong; set "
+                "method.limit below that, or leave over_limit out"
+            )
 
 
 class DADLER(Plain):
@@ -178,9 +189,9 @@ class DADLER(Plain):
         limit = self.easy if group.accuracy > self.threshold else self.hard
         return (group.right & (group.lengths <= limit)).astype(np.float64)
 
-    def check(self, samples: int, limit: int) -> None:
-        check_within(self.hard, limit, "hard")
-        check_within(self.easy, limit, "easy")
+    def check(self, rollout: RolloutConfig) -> None:
+        check_within(self.hard, rollout.max_new_tokens, "hard")
+        check_within(self.easy, rollout.max_new_tokens, "easy")
 
 
 class StopProperly(Plain):
@@ -198,3 +209,11 @@ class StopProperly(Plain):
 
     def rule(self, group: Outcomes) -> FloatArray:
         return np.where(group.truncated, self.truncated, group.right.astype(np.float64))
+
+    def check_algorithm(self, algorithm: Choices) -> None:
+        check_no_soft_penalty(algorithm, "stop_properly")
+        if algorithm.truncated == "masked":
+            raise ConfigError(
+                "algorithm.truncated: masked leaves responses that were cut off out of the loss, and method "
+                "stop_properly is to teach by them; set algorithm.truncated: wrong"
+            )

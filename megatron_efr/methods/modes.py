@@ -54,6 +54,10 @@ class AutoThink(Method):
         share = float(np.concatenate([self._thinks(group.group) for group in groups]).mean())
         return [self._balanced(group, share, known) for group in groups]
 
+    @property
+    def equal_rewards_teach(self) -> bool:
+        return self.stage == 3
+
     def _balanced(self, group: Rewarded, share: float, known: Known) -> Rewarded:
         thinks, right = self._thinks(group.group), Outcomes.of(group.graded, known.limit).right
         pull = np.clip(self.slope * (np.where(thinks, share, 1.0 - share) - self.balance), 0.0, 1.0)

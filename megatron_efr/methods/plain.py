@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_efr.config import ConfigError
-from megatron_efr.methods.base import Known, Method
+from megatron_efr.methods.base import Choices, Known, Method
 from megatron_efr.types import BoolArray, FloatArray, Graded
 
 UNANSWERED = frozenset({"no_answer", "truncated"})
@@ -71,4 +71,13 @@ def check_within(value: int | None, limit: int, key: str, *, strictly: bool = Fa
         raise ConfigError(
             f"method.{key}: {value} tokens, and no response has more than rollout.max_new_tokens = {limit}: it would "
             f"change nothing; set it to {least} that"
+        )
+
+
+def check_no_soft_penalty(algorithm: Choices, name: str) -> None:
+    """Refuse an algorithm that punishes long responses beside a method that does so itself; ConfigError."""
+    if algorithm.truncated == "soft":
+        raise ConfigError(
+            f"algorithm.truncated: soft punishes what comes near the limit, and method {name} does so already; set "
+            "algorithm.truncated: wrong"
         )

@@ -77,7 +77,7 @@ def build(config: MethodConfig, rollout: RolloutConfig, algorithm: AlgorithmConf
     kind = find(config.name)
     made = validate(kind, config.options, prefix="method")
     _check_needs(config.name, made.needs, rollout, algorithm)
-    made.check(rollout.samples, rollout.max_new_tokens)
+    made.check(rollout)
     return made
 
 

@@ -1,4 +1,8 @@
-"""Credits of a group's own: advantages that are no function of one reward per response and a baseline."""
+"""Credits of a group's own: advantages that are no function of one reward per response and a baseline.
+
+The algorithm's `baseline` has no effect on them, nor has `normalize: group` or `batch`. `normalize: tokens` whitens
+them over the iteration's tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,8 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from megatron_efr.config import ConfigError
-from megatron_efr.methods.base import Known, Method, State
+from megatron_efr.config import ConfigError, RolloutConfig
+from megatron_efr.methods.base import Choices, Known, Method, State
 from megatron_efr.methods.plain import Outcomes, check_within
 from megatron_efr.types import Credit, FloatArray, Graded, Rewarded
 
@@ -99,11 +103,16 @@ class GFPO(Relative):
             "solved": [*state.get("solved", []), *solved][-REMEMBERED:],
         }
 
-    def check(self, samples: int, limit: int) -> None:
-        if self.keep >= samples:
+    def check(self, rollout: RolloutConfig) -> None:
+        if self.keep >= rollout.samples:
             raise ConfigError(
-                f"method.keep: {self.keep} of rollout.samples = {samples} responses leaves none out; set it lower"
+                f"method.keep: {self.keep} of rollout.samples = {rollout.samples} responses leaves none out; set it "
+                "lower"
             )
+
+    @property
+    def equal_rewards_teach(self) -> bool:
+        return False
 
     def _kept(self, accuracy: float, known: Known) -> int:
         if not self.adaptive or known.state.get("iterations", 0) < self.warmup:
@@ -149,8 +158,15 @@ class GDPO(Relative):
         brief = (group.lengths <= self.limit).astype(np.float64)
         return self.correct * _z(group.right.astype(np.float64)) + self.short * _z(brief)
 
-    def check(self, samples: int, limit: int) -> None:
-        check_within(self.limit, limit, "limit", strictly=True)
+    def check(self, rollout: RolloutConfig) -> None:
+        check_within(self.limit, rollout.max_new_tokens, "limit", strictly=True)
+
+    def check_algorithm(self, algorithm: Choices) -> None:
+        if algorithm.normalize == "tokens" and self.over != "nothing":
+            raise ConfigError(
+                f"algorithm.normalize: tokens would normalise over the iteration what method gdpo has normalised over "
+                f"its {self.over}; set method.over: nothing, or algorithm.normalize: none"
+            )
 
 
 class QGLAS(Relative):
@@ -171,6 +187,10 @@ class QGLAS(Relative):
     low: float = Field(default=0.3, ge=0, description="least weight of the bonus")
     high: float = Field(default=0.6, ge=0, description="largest weight of the bonus")
     clip: float = Field(default=0.5, gt=0, le=1, description="saving, as a share of the mean, with the whole bonus")
+
+    @property
+    def equal_rewards_teach(self) -> bool:
+        return False
 
     def advantages(self, group: Outcomes, known: Known) -> FloatArray:
         return qglas_advantages(group.right.astype(np.float64), group.lengths, self.low, self.high, self.clip)

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, PositiveInt
 
+from megatron_efr.config import RolloutConfig
 from megatron_efr.methods.base import Known, Method, State
 from megatron_efr.methods.plain import Outcomes, check_within
 from megatron_efr.types import FloatArray, Graded, Rewarded
@@ -124,8 +125,8 @@ class LEASH(Method):
         price = state.get("lambda", self.start) + self.rate * (length / self.target - 1.0)
         return {"lambda": float(np.clip(price, self.least, self.most))}
 
-    def check(self, samples: int, limit: int) -> None:
-        check_within(self.target, limit, "target", strictly=True)
+    def check(self, rollout: RolloutConfig) -> None:
+        check_within(self.target, rollout.max_new_tokens, "target", strictly=True)
 
 
 class ADLP(Method):

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import Field, PositiveInt
 
+from megatron_efr.config import ConfigError, RolloutConfig
 from megatron_efr.methods.base import Ask, Known, State, Visit
 from megatron_efr.methods.plain import Outcomes, Plain
 from megatron_efr.scripts import Budget, Opened
-from megatron_efr.types import FloatArray, Graded, Rewarded
+from megatron_efr.types import FloatArray, Graded, Response, Rewarded
 
 
 class ASRR(Plain):
@@ -52,8 +53,10 @@ class Elastic(Plain):
 
         r = c,  of responses whose thought is cut at its budget, closed, and answered all the same
 
-    A wrong response earns 0, and a truncated one too: its answer was cut. Nothing is remembered. The text that closes a
-    thought is written, and not trained on; the released code trains on it.
+    A wrong response earns 0, and so does a truncated one, whose answer was cut, and one that ends within its thought.
+    Nothing is remembered. The verifier reads the whole response, so that a box in the thought counts where the answer
+    has none; the released code reads the answer alone. The text that closes a thought is written, and not trained on;
+    the released code trains on it.
     """
 
     source = "Xu et al. 2025, arXiv 2505.05315; SalesforceAIResearch/Elastic-Reasoning@8871a3c vllm_rollout.py"
@@ -68,8 +71,24 @@ class Elastic(Plain):
         script = Budget(most=self.thought, answer=self.answer, end=self.end, cut=self.cut)
         return Ask(scripts=(script,) * visit.samples)
 
+    def rewards(self, group: Graded, known: Known) -> FloatArray:
+        answers = np.array([not _ends_in_thought(response) for response in group.group.responses], dtype=bool)
+        return self.rule(Outcomes.of(group, known.limit)) * answers
+
     def rule(self, group: Outcomes) -> FloatArray:
         return group.right.astype(np.float64)
+
+    def check(self, rollout: RolloutConfig) -> None:
+        if self.thought + self.answer > rollout.max_new_tokens:
+            raise ConfigError(
+                f"method.thought: {self.thought} tokens and method.answer = {self.answer} are more than "
+                f"rollout.max_new_tokens = {rollout.max_new_tokens}, and a thought that is cut would leave less for "
+                f"its answer; set max_new_tokens to {self.thought + self.answer} or more, or one of them lower"
+            )
+
+
+def _ends_in_thought(response: Response) -> bool:
+    return bool(response.parts) and response.parts[-1].name == "thought"
 
 
 class LAPO(Plain):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
+from megatron_efr.config import RolloutConfig
 from megatron_efr.methods.base import Ask, Known, Method, Visit
 from megatron_efr.methods.plain import Outcomes, check_within
 from megatron_efr.types import FloatArray, Graded
@@ -25,8 +26,8 @@ class _Told(Method):
             raise ValueError(f"method.shortest: {self.shortest} is above method.longest = {self.longest}")
         return self
 
-    def check(self, samples: int, limit: int) -> None:
-        check_within(self.longest, limit, "longest")
+    def check(self, rollout: RolloutConfig) -> None:
+        check_within(self.longest, rollout.max_new_tokens, "longest")
 
     def _budget(self, visit: Visit) -> tuple[int, np.random.Generator]:
         """The visit's budget, and what draws on: functions of the visit's seed alone."""
@@ -67,8 +68,8 @@ class L1Max(_Told):
 
     N as in l1_exact. Of a share `exact` of the visits the question ends with `exact_suffix`, and l1_exact's reward
     holds. A wrong or truncated response earns 0, but under `added` and for exact budgets. Nothing is remembered. The
-    released code has `multiplied` and `added`; its first release is `multiplied` with alpha 1/500. Training starts from
-    a model of l1_exact.
+    released code has `multiplied` and `added`; its first release is `multiplied` with alpha 1/500, and exact_alpha
+    1/3000. Training starts from a model of l1_exact.
     """
 
     source = "Aggarwal & Welleck 2025, arXiv 2503.04697; cmu-l3/l1@93dd330 and 966f7a1 math_reward.py"
@@ -76,6 +77,9 @@ class L1Max(_Told):
     wrong_may_win = "the budget is exact, as in l1_exact; under `added`, if a right answer is longer than a wrong one"
 
     form: Literal["paper", "multiplied", "added"] = Field(default="paper", description="of the three rules")
+    exact_alpha: float | None = Field(
+        default=None, gt=0, description="what a token of difference costs if the budget is exact; alpha when left out"
+    )
     exact: float = Field(default=0.5, ge=0, le=1, description="share of visits whose budget is exact")
     suffix: str = Field(default=" Think for maximum {budget} tokens.", description="what is added to the question")
     exact_suffix: str = Field(default=" Think for {budget} tokens.", description="the same, of an exact budget")
@@ -89,9 +93,9 @@ class L1Max(_Told):
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         seen, note = Outcomes.of(group, known.limit), group.group.note
-        left = self.alpha * (note["budget"] - seen.lengths)
         if note["exact"]:
-            return seen.right - np.abs(left)
+            return seen.right - (self.exact_alpha or self.alpha) * np.abs(note["budget"] - seen.lengths)
+        left = self.alpha * (note["budget"] - seen.lengths)
         if self.form == "paper":
             return seen.right * np.clip(left + 0.5, 0.0, 1.0)
         share = (np.clip(left, -1.0, 1.0) + 1.0) / 2.0

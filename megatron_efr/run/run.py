@@ -155,6 +155,7 @@ def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> I
     """
     method = methods.build(config.method, config.rollout, config.algorithm)
     algorithm = algorithms.build(config.algorithm, config.rollout)
+    methods.check_together(config.method.name, method, algorithm)
     keep_reference = algorithm.objective(config.rollout).needs_reference
     config.check_world(arguments.world_size())
     Host.of_this_process().seats(config.rollout)

@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "grlc": {"end": ";"},
     "adactrl": {"easy": "1", "hard": "2"},
     "efr": {"alpha": 0.4},
+    "grpo_lambda": {"share": 0.5},
     "laser": {"target": 10},
     "da_dler": {"easy": 8, "hard": 16},
     "gfpo": {"keep": 2},

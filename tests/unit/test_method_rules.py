@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_efr import methods
+from megatron_efr import algorithms, methods
 from megatron_efr.algorithms import rloo
 from megatron_efr.config import AlgorithmConfig, ConfigError, MethodConfig, RolloutConfig
 from megatron_efr.methods import METHODS, Ask, Known, Method, Outcomes, Seen, Visit
 from megatron_efr.methods.page import page
 from megatron_efr.methods.relative import GDPO, GFPO, qglas_advantages
 from megatron_efr.scripts import Budget, Opened
-from megatron_efr.types import Finish, Graded, Prompt, Rewarded
+from megatron_efr.types import Credit, Finish, Graded, Part, Prompt, Rewarded
 from tests.groups import KNOWN, graded
 
 pytestmark = pytest.mark.alike
@@ -31,9 +31,10 @@ REQUIRED: dict[str, dict[str, Any]] = {"efr": {"alpha": 0.2}, "gfpo": {"keep": 2
 """Options without which a method cannot be built for groups of four."""
 
 
-def build(name: str, samples: int = 4, tokens: int = 40_000, **options: Any) -> Method:
+def build(name: str, samples: int = 4, tokens: int = 40_000, prompts: int = 32, **options: Any) -> Method:
     config = MethodConfig.model_validate({"name": name, **REQUIRED.get(name, {}), **options})
-    return methods.build(config, RolloutConfig(samples=samples, max_new_tokens=tokens), AlgorithmConfig())
+    rollout = RolloutConfig(prompts=prompts, samples=samples, max_new_tokens=tokens)
+    return methods.build(config, rollout, AlgorithmConfig())
 
 
 def outputs(name: str) -> dict[str, Any]:
@@ -212,6 +213,8 @@ def visit(seed: int, name: str = "p", samples: int = 4) -> Visit:
 def test_worked_rewards_of_a_budget(name: str, options: dict[str, Any], exact: bool, key: str) -> None:
     note = {"budget": 400, "exact": exact}
     assert trained_on(build(name, **options), C, L, note=note) == close(outputs(name)[key])
+    first_release = build("l1_max", form="multiplied", alpha=1 / 500, exact_alpha=1 / 3000)
+    assert trained_on(first_release, [1], [900], note={"budget": 400, "exact": True}) == close([1 - 500 / 3000])
     exactly = trained_on(build("l1_max"), C, L, note={"budget": 400, "exact": True})
     assert exactly == close(outputs("l1_exact")["rewards"])
 
@@ -252,6 +255,16 @@ def test_responses_are_opened_and_thoughts_cut() -> None:
     assert scripts == [Opened(opening="Okay, I have finished thinking.\n</think>\n\n")] * 4
     (*scripts,) = build("elastic", thought=10, answer=5).ask(visit(0), KNOWN).scripts
     assert scripts == [Budget(most=10, answer=5, end="</think>", cut="\n</think>\n\n")] * 4
+
+
+def test_a_response_that_ends_within_its_thought_has_no_answer() -> None:
+    thought, cut = Part("thought", 0, 4, "stop"), Part("cut", 4, 5, "forced")
+    ways = [(thought,), (thought._replace(ending="length"), cut, Part("answer", 5, 7, "stop")), ()]
+    group = graded([1, 1, 1], [4, 7, 7])
+    pairs = zip(group.group.responses, ways, strict=True)
+    responses = tuple(replace(each, parts=parts) for each, parts in pairs)
+    judged = replace(group, group=replace(group.group, responses=responses))
+    assert build("elastic").rewards(judged, KNOWN).tolist() == [0.0, 1.0, 1.0]
 
 
 def test_the_second_stage_tells_the_length_that_a_prompt_took() -> None:
@@ -298,6 +311,12 @@ def test_modes_are_read_in_the_text() -> None:
     parts = zip(grlc["inputs"]["think_len"], grlc["inputs"]["answer_len"], strict=True)
     texts = ["a" * thinking + "</think>" + "b" * answer for thinking, answer in parts]
     assert trained_on(build("grlc"), C, L, texts=texts) == close(grlc["outputs"]["scores"])
+    # the third was cut off in its thought: an empty answer is not the shortest, and space is no answer
+    pairs = zip([400, 500, 1000, 600], [100, 200, 0, 150], strict=True)
+    parts = ["t" * thinking + "</think>\n\n" + "a" * answer + " " for thinking, answer in pairs]
+    weights = np.array([1, 5 / 6, 0, 2 / 3]) - 0.625 + np.array([0.5, 0, 1, 0.25]) - 0.4375
+    cut_off = trained_on(build("grlc"), [1, 1, 0, 0], [500, 700, 1000, 750], texts=parts)
+    assert cut_off == close(np.array([2, 1, 0, 0]) + weights / 2)
     tags = ["[Easy] 4", "[Hard] 4", " [Easy] 4", "[Easy] 4"]
     adactrl = VECTORS["adactrl"]["outputs"]
     assert trained_on(build("adactrl"), C, L, texts=tags) == close(adactrl["rewards"])
@@ -580,6 +599,10 @@ def test_the_page_of_methods_is_what_the_classes_say() -> None:
         ("laser", {"target": 1000}, r"^method\.target: 1000 tokens.* set it to less than that"),
         ("leash", {}, r"^method\.target: 4096 tokens"),
         ("gdpo", {}, r"^method\.limit: 4000 tokens"),
+        ("elastic", {"thought": 700, "answer": 301}, r"^method\.thought: 700 .* set max_new_tokens to 1001 or more"),
+        ("grpo_lambda", {"share": 0.2, "prompts": 4}, r"^method\.share: 0\.2 of rollout\.prompts = 4 .* 1/4 or more"),
+        ("dler", {"over_limit": 0.1}, r"^method\.over_limit: 0\.1 .* set method\.limit below that"),
+        ("dler", {"over_limit": 0.1, "limit": 1000}, r"^method\.over_limit: 0\.1"),
         ("gfpo", {"keep": 4}, r"^method\.keep: 4 of rollout\.samples = 4 responses leaves none out"),
         ("kimi", {"weight": 2}, r"^method\.weight: .*less than or equal to 1 \(got 2\)"),
         ("twyn", {"margins": 2}, r"^method\.margins: unknown key; did you mean margin"),
@@ -592,6 +615,75 @@ def test_the_page_of_methods_is_what_the_classes_say() -> None:
 def test_options_without_sense_are_refused_by_key(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(name, tokens=1000, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "choices", "message"),
+    [
+        (
+            "grpo_lambda",
+            {},
+            {"name": "dapo"},
+            r"^algorithm\.dynamic_sampling: .*set .*: false",
+        ),
+        ("short_rl", {}, {"dynamic_sampling": True}, r"^algorithm\.dynamic_sampling: "),
+        ("autothink", {"stage": 3}, {"dynamic_sampling": True}, r"^algorithm\.dynamic_sampling: "),
+        ("twyn", {}, {"dynamic_sampling": True}, r"^algorithm\.dynamic_sampling: "),
+        ("gdpo", {}, {"name": "dapo"}, r"^algorithm\.dynamic_sampling: .*\nalgorithm\.truncated: soft"),
+        ("gfpo", {}, {"name": "dapo"}, r"^algorithm\.truncated: soft .*set algorithm\.truncated: wrong"),
+        ("qglas", {}, {"baseline": "mean"}, r"^algorithm\.baseline: .*gives credits of its own.*leave it out"),
+        ("twyn", {}, {"normalize": "batch"}, r"^algorithm\.normalize: batch .*it has no effect; leave it out"),
+        ("gdpo", {}, {"normalize": "tokens"}, r"^algorithm\.normalize: tokens .*set method\.over: nothing"),
+        ("overlong", {}, {"name": "dapo"}, r"^algorithm\.truncated: soft .*overlong does so already"),
+        ("stop_properly", {}, {"truncated": "soft"}, r"^algorithm\.truncated: soft .*stop_properly does so already"),
+        ("stop_properly", {}, {"truncated": "masked"}, r"^algorithm\.truncated: masked .*is to teach by them"),
+    ],
+)
+def test_choices_of_an_algorithm_that_undo_a_method_are_refused(
+    name: str, options: dict[str, Any], choices: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        methods.check_together(name, build(name, **options), algorithm(**choices))
+
+
+def algorithm(**choices: Any) -> algorithms.Algorithm:
+    return algorithms.build(AlgorithmConfig.model_validate(choices), RolloutConfig())
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_goes_with_every_algorithm_that_leaves_prompts_and_penalties_to_it(name: str) -> None:
+    """As their sources have them: nobody need set what is not refused by name."""
+    for other in algorithms.ALGORITHMS:
+        choices = {"dapo": {"dynamic_sampling": False, "truncated": "wrong"}}.get(other, {})
+        options = {"over": "nothing"} if name == "gdpo" else {}
+        methods.check_together(name, build(name, **options), algorithm(name=other, **choices))
+    methods.check_together(name, build(name), algorithm())
+    if not build(name).equal_rewards_teach and name not in ("gfpo", "qglas", "overlong", "stop_properly"):
+        methods.check_together(name, build(name), algorithm(name="dapo"))
+
+
+def test_prompts_are_replaced_where_equal_rewards_teach_nothing() -> None:
+    """The property against the credits: of groups that are all right, of different lengths."""
+    for name in sorted(METHODS):
+        method = build(name, **({"stage": 3, "decay": 0.5} if name == "autothink" else {}))
+        (group,) = (methods.reward(method, asked([1] * 4, L), KNOWN),)
+        if np.ptp(group.rewards) == 0 and not method.equal_rewards_teach:
+            assert np.ptp(trained_on(method, [1] * 4, L)) == 0, name
+
+
+def test_what_a_method_leaves_out_of_the_loss_stays_out() -> None:
+    class Masking(methods.Plain):
+        def rule(self, group: Outcomes) -> np.ndarray:
+            return group.right.astype(np.float64)
+
+        def credits(self, groups: Sequence[Rewarded], known: Known) -> list[Credit]:
+            return [Credit(group.rewards, masked=np.array([True, False, False])) for group in groups]
+
+    (group,) = rewarded(Masking(), [([1, 0, 1], [5, 6, 7])], finish=["stop", "stop", "length"])
+    for choices, masked in (({}, [True, False, False]), ({"truncated": "masked"}, [True, False, True])):
+        (made,) = methods.credit(Masking(), algorithm(**choices), [group], KNOWN)
+        assert made.credit.masked is not None
+        assert made.credit.masked.tolist() == masked
 
 
 def test_methods_that_need_more_are_no_plain_functions() -> None:
