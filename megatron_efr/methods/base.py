@@ -102,6 +102,18 @@ class Method(Section):
         """How a prompt is asked; the request is journalled, and never made twice for a visit."""
         return Ask()
 
+    def longest_asks(self, visit: Visit, known: Known) -> Sequence[Ask]:
+        """The longest ways in which a prompt may ever be asked, as far as `ask` does not give them at first.
+
+        They are checked before work starts, with a few of `ask`.
+        """
+        return ()
+
+    @property
+    def sought(self) -> Mapping[str, str]:
+        """The texts that it looks for in a response, by the option that says each."""
+        return {}
+
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         """Reward of each response, float64 [n], from a graded group."""
         raise TypeError(f"{type(self).__name__} defines no rewards")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Annotated
+
 import numpy as np
 from pydantic import Field
 
 from megatron_efr.methods.base import Ask, Known, Method, Visit
 from megatron_efr.methods.efr import efr_rewards
-from megatron_efr.methods.plain import Outcomes, Plain
+from megatron_efr.methods.plain import Outcomes, Plain, tells
 from megatron_efr.types import FloatArray, Graded
+
+LEVELS = ("low", "medium", "high")
 
 
 class ALP(Plain):
@@ -63,10 +68,17 @@ class Effort(Method):
     low: float = Field(default=0.4, ge=0, lt=1, description="alpha of low effort: the briefest")
     medium: float = Field(default=0.1, ge=0, lt=1, description="alpha of medium effort")
     high: float = Field(default=0.0, ge=0, lt=1, description="alpha of high effort")
-    suffix: str = Field(default=" Effort: {level}.", description="what is added to the question")
+    suffix: Annotated[str, tells("level")] = Field(
+        default=" Effort: {level}.", description="what is added to the question"
+    )
 
     def ask(self, visit: Visit, known: Known) -> Ask:
-        level = ("low", "medium", "high")[int(np.random.default_rng(visit.seed).integers(3))]
+        return self._asked(LEVELS[int(np.random.default_rng(visit.seed).integers(len(LEVELS)))])
+
+    def longest_asks(self, visit: Visit, known: Known) -> Sequence[Ask]:
+        return [self._asked(level) for level in LEVELS]
+
+    def _asked(self, level: str) -> Ask:
         return Ask(suffix=self.suffix.replace("{level}", level), note={"level": level})
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:

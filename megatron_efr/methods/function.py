@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_efr.config import ConfigError
+from megatron_efr.config import ConfigError, RolloutConfig
 from megatron_efr.config.file import validate
 from megatron_efr.methods.plain import Outcomes, Plain
 from megatron_efr.methods.registry import METHODS, find
@@ -34,8 +35,8 @@ def rewards(
     tokens of a response, which some methods take for a limit that is not set. options: the method's own, as in the
     section `method` of a configuration.
 
-    ConfigError for an unknown method or a wrong option, and for a method whose rewards need more than this. ValueError
-    for arrays that do not fit together.
+    ConfigError for an unknown method, a wrong option, options that make no sense together or with the limit, and a
+    method whose rewards need more than this. ValueError for arrays that do not fit together.
     """
     kind = find(name)
     if not issubclass(kind, Plain):
@@ -48,7 +49,9 @@ def rewards(
     if max_new_tokens is not None and tokens.max() > max_new_tokens:
         raise ValueError(f"lengths: {tokens.max():g} tokens, and max_new_tokens is {max_new_tokens}")
     method = validate(kind, options, prefix=name)
-    return method.rule(Outcomes(right & ~cut, tokens, cut, found & ~cut, max_new_tokens))
+    made = method.rule(Outcomes(right & ~cut, tokens, cut, found & ~cut, max_new_tokens))
+    method.check(RolloutConfig(samples=len(tokens), max_new_tokens=max_new_tokens or sys.maxsize))
+    return made
 
 
 def _lengths(lengths: npt.ArrayLike) -> FloatArray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from pydantic import Field
 
@@ -98,6 +100,10 @@ class GRLC(Method):
     answer_bonus: float = Field(default=0.5, ge=0, description="of the shortest answer")
     top: float = Field(default=0.2, ge=0, le=1, description="share of the group that may get a bonus")
     end: str = Field(default="</think>", min_length=1, description="the text that ends the thinking")
+
+    @property
+    def sought(self) -> Mapping[str, str]:
+        return {"end": self.end}
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         score = Outcomes.of(group, known.limit).right.astype(np.float64)

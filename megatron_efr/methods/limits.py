@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from megatron_efr.config import ConfigError, RolloutConfig
-from megatron_efr.methods.base import Choices
+from megatron_efr.methods.base import Choices, Needs
 from megatron_efr.methods.plain import Outcomes, Plain, check_no_soft_penalty, check_within, limit_of
 from megatron_efr.types import FloatArray
 
@@ -25,6 +25,8 @@ class Overlong(Plain):
 
     source = "Yu et al. 2025, arXiv 2503.14476, eq. 13"
     standing = "code"
+
+    needs = Needs(samples=1)
 
     max_tokens: PositiveInt | None = Field(
         default=None, description="where the punishment is 1; rollout.max_new_tokens when left out"
@@ -67,6 +69,8 @@ class ThinkPrune(Plain):
     source = "Hou et al. 2025, arXiv 2504.01296; UCSB-NLP-Chang/ThinkPrune@0f7449b local_scripts"
     standing = "code"
 
+    needs = Needs(samples=1)
+
     limit: PositiveInt | None = Field(default=None, description="tokens; rollout.max_new_tokens when left out")
 
     def rule(self, group: Outcomes) -> FloatArray:
@@ -92,6 +96,8 @@ class Cosine(Plain):
     standing = "code"
     wrong_may_win = "a right answer exceeds the limit, and a wrong one is close to it"
 
+    needs = Needs(samples=1)
+
     max_tokens: PositiveInt | None = Field(default=None, description="rollout.max_new_tokens when left out")
     right_short: float = Field(default=2.0, description="a right answer of no length")
     right_long: float = Field(default=1.0, description="a right answer at the limit")
@@ -110,6 +116,12 @@ class Cosine(Plain):
 
     def check(self, rollout: RolloutConfig) -> None:
         check_within(self.max_tokens, rollout.max_new_tokens, "max_tokens")
+        most = self.max_tokens or rollout.max_new_tokens
+        if self.exceeded is not None and self.margin >= most:
+            raise ConfigError(
+                f"method.margin: {self.margin} tokens before the limit, {most}, are all of it, and every response "
+                "would count as exceeded; set it lower"
+            )
 
 
 class Laser(Plain):
@@ -122,6 +134,8 @@ class Laser(Plain):
 
     source = "Liu et al. 2025, arXiv 2505.15612; hkust-nlp/Laser@c9e7c4e reward_score/length_penalty.py"
     standing = "code"
+
+    needs = Needs(samples=1)
 
     target: PositiveInt = Field(default=4096, description="tokens; the scripts: 2048, 4096, 8192")
     bonus: float = Field(default=0.5, ge=0, description="of a right answer within the target")
@@ -149,6 +163,8 @@ class DLER(Plain):
 
     source = "Liu et al. 2025, arXiv 2510.15110, section 3; NVlabs/DLER@ea7d4f7 recipe/dapo"
     standing = "code"
+
+    needs = Needs(samples=1)
 
     limit: PositiveInt | None = Field(
         default=None, description="tokens; rollout.max_new_tokens when left out; the source: 4000"
@@ -185,6 +201,14 @@ class DADLER(Plain):
     hard: PositiveInt = Field(default=4000, description="limit in tokens for the others")
     threshold: float = Field(default=0.5, ge=0, le=1, description="share of right responses above which one is easy")
 
+    @model_validator(mode="after")
+    def _easy_is_not_above_hard(self) -> DADLER:
+        if self.easy > self.hard:
+            raise ValueError(
+                f"method.easy: {self.easy} tokens for easy prompts are more than method.hard = {self.hard}"
+            )
+        return self
+
     def rule(self, group: Outcomes) -> FloatArray:
         limit = self.easy if group.accuracy > self.threshold else self.hard
         return (group.right & (group.lengths <= limit)).astype(np.float64)
@@ -197,7 +221,7 @@ class DADLER(Plain):
 class StopProperly(Plain):
     """Stop properly: accuracy, and a price on being cut off.
 
-        r = c, and `truncated` for a response that was cut off
+        r = c, and `cut_off` for a truncated response
 
     A wrong response earns 0. Nothing is remembered. ProRLv2 gives a cut response 0; OpenRLHF a fixed value below.
     """
@@ -205,10 +229,12 @@ class StopProperly(Plain):
     source = "NVIDIA-NeMo/RL@7ea279a reward_functions.py; OpenRLHF@3c3be62"
     standing = "code"
 
-    truncated: float = Field(default=0.0, le=0, description="reward of a response that was cut off")
+    needs = Needs(samples=1)
+
+    cut_off: float = Field(default=0.0, le=0, description="reward of a response that was cut off")
 
     def rule(self, group: Outcomes) -> FloatArray:
-        return np.where(group.truncated, self.truncated, group.right.astype(np.float64))
+        return np.where(group.truncated, self.cut_off, group.right.astype(np.float64))
 
     def check_algorithm(self, algorithm: Choices) -> None:
         check_no_soft_penalty(algorithm, "stop_properly")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_efr.methods.base import Ask, Known, Method, Visit
 from megatron_efr.methods.plain import Outcomes
@@ -38,6 +38,10 @@ class AutoThink(Method):
     decay: float = Field(default=0.05, ge=0, description="weight of the length in stage 3")
     opening: str = Field(default="...\n", min_length=1, description="what a thought begins with; not trained on")
     end: str = Field(default="</think>", min_length=1, description="what closes a thought")
+
+    @property
+    def sought(self) -> Mapping[str, str]:
+        return {"opening": self.opening, "end": self.end}
 
     def ask(self, visit: Visit, known: Known) -> Ask:
         return Ask(scripts=(Opened(opening=self.opening),) * visit.samples)
@@ -98,6 +102,16 @@ class AdaCtrl(Method):
     length: float = Field(default=0.5, ge=0, description="weight of the length")
     easy: str = Field(default="[Easy]", min_length=1, description="the tag of easy problems")
     hard: str = Field(default="[Hard]", min_length=1, description="the tag of hard problems")
+
+    @model_validator(mode="after")
+    def _tags_differ(self) -> AdaCtrl:
+        if self.easy.startswith(self.hard) or self.hard.startswith(self.easy):
+            raise ValueError(f"method.hard: {self.hard!r} cannot be told from method.easy = {self.easy!r}")
+        return self
+
+    @property
+    def sought(self) -> Mapping[str, str]:
+        return {"easy": self.easy, "hard": self.hard}
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         seen = Outcomes.of(group, known.limit)

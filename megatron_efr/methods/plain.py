@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from pydantic import AfterValidator
 
 from megatron_efr.config import ConfigError
 from megatron_efr.methods.base import Choices, Known, Method
@@ -54,6 +55,17 @@ class Plain(Method):
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         return self.rule(Outcomes.of(group, known.limit))
+
+
+def tells(name: str) -> AfterValidator:
+    """A text must hold `{name}`, which is replaced by what is told."""
+
+    def check(text: str) -> str:
+        if f"{{{name}}}" not in text:
+            raise ValueError(f"the text tells nothing without {{{name}}}; put that where it is to stand")
+        return text
+
+    return AfterValidator(check)
 
 
 def limit_of(option: int | None, group: Outcomes, key: str) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from megatron_efr.config import ConfigError, RolloutConfig
 from megatron_efr.methods.base import Choices, Known, Method, State
@@ -187,6 +187,12 @@ class QGLAS(Relative):
     low: float = Field(default=0.3, ge=0, description="least weight of the bonus")
     high: float = Field(default=0.6, ge=0, description="largest weight of the bonus")
     clip: float = Field(default=0.5, gt=0, le=1, description="saving, as a share of the mean, with the whole bonus")
+
+    @model_validator(mode="after")
+    def _low_is_not_above_high(self) -> QGLAS:
+        if self.low > self.high:
+            raise ValueError(f"method.low: {self.low:g} is above method.high = {self.high:g}")
+        return self
 
     @property
     def equal_rewards_teach(self) -> bool:

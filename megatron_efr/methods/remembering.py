@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Literal
 
 import numpy as np
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from megatron_efr.config import RolloutConfig
-from megatron_efr.methods.base import Known, Method, State
+from megatron_efr.methods.base import Known, Method, Needs, State
 from megatron_efr.methods.plain import Outcomes, check_within
 from megatron_efr.types import FloatArray, Graded, Rewarded
 
@@ -27,11 +27,14 @@ class HAPO(Method):
         r = c + weight max(least, f) if right, c + weight min(0, f) if wrong;  r = c if there was no right one yet
 
     A wrong or truncated response pays for being longer than h, and earns nothing for being shorter. The history of
-    prompts is remembered. `history: mean` measures by the mean of all right ones, an option of the source.
+    prompts is remembered, and a prompt that a run visits once is never shortened. `history: mean` measures by the mean
+    of all right ones, an option of the source.
     """
 
     source = "Huang et al. 2025, arXiv 2505.11225; HCY123902/HAPO@c91ae3b utils.py:34-52"
     standing = "code"
+
+    needs = Needs(samples=1)
 
     weight: float = Field(default=1.0, ge=0, description="of the length's part")
     least: float = Field(default=-0.7, ge=-1, le=0, description="the least that a right answer's length may earn")
@@ -107,12 +110,23 @@ class LEASH(Method):
     source = "Li et al. 2025, arXiv 2512.21540; YanhaoLi-Cc/LEASH@bb5aa65 recipe/leash/leash_reward_manager.py"
     standing = "code"
 
+    needs = Needs(samples=1)
+
     target: PositiveInt = Field(default=4096, description="tokens")
     start: float = Field(default=0.1, ge=0, description="lambda at first")
     rate: float = Field(default=0.005, ge=0, description="how fast lambda follows")
     least: float = Field(default=0.0, ge=0, description="lambda's lower bound")
     most: float = Field(default=1.0, ge=0, description="lambda's upper bound")
     over: Literal["mean", "max"] = Field(default="mean", description="the length that the target is held against")
+
+    @model_validator(mode="after")
+    def _bounds_hold_the_start(self) -> LEASH:
+        if not self.least <= self.start <= self.most:
+            raise ValueError(
+                f"method.start: {self.start:g} is not between method.least = {self.least:g} and method.most = "
+                f"{self.most:g}"
+            )
+        return self
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         seen = Outcomes.of(group, known.limit)
@@ -143,6 +157,8 @@ class ADLP(Method):
     standing = "code"
     wrong_may_win = "a right answer is 1 / lambda tokens (1,000 at first) longer than a wrong one"
 
+    needs = Needs(samples=1)
+
     start: float = Field(default=1e-3, ge=0, description="lambda at first")
     rate: float = Field(default=1e-3, ge=0, description="how fast lambda follows")
     reference: float = Field(default=0.62, ge=0, le=1, description="accuracy that is held: the starting model's")
@@ -172,11 +188,19 @@ class Acoer(Method):
     source = "arXiv 2606.22716; js-lee-AI/ACOER@d13bb6b acoer/reward.py"
     standing = "code"
 
+    needs = Needs(samples=1)
+
     start: float = Field(default=0.02, ge=0, description="alpha at first")
     budget: PositiveInt = Field(default=4096, description="tokens at first")
     least_budget: PositiveInt = Field(default=512, description="tokens that the budget keeps at least")
     warmup: int = Field(default=200, ge=0, description="iterations before anything follows")
     lookback: PositiveInt = Field(default=100, description="iterations back with which accuracy is compared")
+
+    @model_validator(mode="after")
+    def _budget_is_not_below_its_least(self) -> Acoer:
+        if self.budget < self.least_budget:
+            raise ValueError(f"method.budget: {self.budget} is below method.least_budget = {self.least_budget}")
+        return self
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         seen = Outcomes.of(group, known.limit)

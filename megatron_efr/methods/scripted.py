@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from megatron_efr.config import ConfigError, RolloutConfig
-from megatron_efr.methods.base import Ask, Known, State, Visit
-from megatron_efr.methods.plain import Outcomes, Plain
+from megatron_efr.methods.base import Ask, Known, Needs, State, Visit
+from megatron_efr.methods.plain import Outcomes, Plain, tells
 from megatron_efr.scripts import Budget, Opened
 from megatron_efr.types import FloatArray, Graded, Response, Rewarded
+
+TRIED = 16
+"""Targets whose sentence LAPO has checked: numbers of as many digits may be of more or fewer tokens."""
 
 
 class ASRR(Plain):
@@ -62,6 +66,8 @@ class Elastic(Plain):
     source = "Xu et al. 2025, arXiv 2505.05315; SalesforceAIResearch/Elastic-Reasoning@8871a3c vllm_rollout.py"
     standing = "code"
 
+    needs = Needs(samples=1)
+
     thought: PositiveInt = Field(default=1024, description="tokens of the thought at most")
     answer: PositiveInt = Field(default=1024, description="tokens of the answer at most")
     end: str = Field(default="</think>", min_length=1, description="the single token that ends a thought")
@@ -101,8 +107,9 @@ class LAPO(Plain):
     The second stage begins with iteration `second_from`, and opens every response with a sentence that says N: the
     median right length of the prompt's last visit in the first stage, or a smaller one since. A prompt without a target
     has no such sentence, and the median of the group's right lengths for N. A wrong or truncated response earns 0. The
-    targets are remembered. The released code weighs the second stage by 0.8, and gives every response of the first two
-    rewards, which shifts all of them; that is not copied.
+    targets are remembered: a run that visits no prompt twice, or has fewer iterations, never meets one. The released
+    code weighs the second stage by 0.8, and gives every response of the first two rewards, which shifts all of them;
+    that is not copied.
     """
 
     source = "Wu et al. 2025, arXiv 2507.15758; ZJU-REAL/LAPO@bd59dfd reward_func_stage1.py, reward_func_stage2.py"
@@ -116,18 +123,30 @@ class LAPO(Plain):
         default=None, description="iteration with which the second stage begins; without it there is none"
     )
     sigma: float = Field(default=120.0, gt=0, description="tokens, in the second stage")
-    opening: str = Field(
+    opening: Annotated[str, tells("budget")] = Field(
         default="I will answer the question with {budget} tokens.\n",
-        min_length=1,
         description="what responses of the second stage begin with, neither counted nor trained on",
     )
+
+    @model_validator(mode="after")
+    def _low_is_below_high(self) -> LAPO:
+        if self.low >= self.high:
+            raise ValueError(
+                f"method.low: {self.low:g} is not below method.high = {self.high:g}: no response would get the bonus"
+            )
+        return self
 
     def ask(self, visit: Visit, known: Known) -> Ask:
         target = known.state.get("targets", {}).get(visit.prompt.id)
         if not self._is_second(known.step) or target is None:
             return Ask()
-        told = self.opening.replace("{budget}", f"{target:.0f}")
-        return Ask(scripts=(Opened(opening=told),) * visit.samples, note={"target": target})
+        return self._opened(visit, target)
+
+    def longest_asks(self, visit: Visit, known: Known) -> Sequence[Ask]:
+        """The second stage's, with targets of the most digits."""
+        if self.second_from is None:
+            return ()
+        return [self._opened(visit, target) for target in range(max(1, known.limit - TRIED + 1), known.limit + 1)]
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         seen = Outcomes.of(group, known.limit)
@@ -158,6 +177,10 @@ class LAPO(Plain):
             before = targets.get(name) if self._is_second(known.step) else None
             targets[name] = median if before is None else min(before, median)
         return {"targets": targets}
+
+    def _opened(self, visit: Visit, target: float) -> Ask:
+        told = self.opening.replace("{budget}", f"{target:.0f}")
+        return Ask(scripts=(Opened(opening=told),) * visit.samples, note={"target": target})
 
     def _is_second(self, step: int) -> bool:
         return self.second_from is not None and step >= self.second_from

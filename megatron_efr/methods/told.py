@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
 from megatron_efr.config import RolloutConfig
-from megatron_efr.methods.base import Ask, Known, Method, Visit
-from megatron_efr.methods.plain import Outcomes, check_within
+from megatron_efr.methods.base import Ask, Known, Method, Needs, Visit
+from megatron_efr.methods.plain import Outcomes, check_within, tells
 from megatron_efr.types import FloatArray, Graded
+
+Text = Annotated[str, tells("budget")]
 
 
 class _Told(Method):
     """Draws a number of tokens for each visit of a prompt, and tells it after the question."""
+
+    needs = Needs(samples=1)
 
     alpha: float = Field(default=3e-4, gt=0, description="what a token of difference costs")
     shortest: PositiveInt = Field(default=100, description="least number of tokens that is told")
@@ -48,11 +53,14 @@ class L1Exact(_Told):
     standing = "code"
     wrong_may_win = "a right answer is 1 / alpha tokens (3,333) further from its budget than a wrong one"
 
-    suffix: str = Field(default=" Think for {budget} tokens.", description="what is added to the question")
+    suffix: Text = Field(default=" Think for {budget} tokens.", description="what is added to the question")
+
+    def longest_asks(self, visit: Visit, known: Known) -> Sequence[Ask]:
+        return [_asked(self.suffix, self.longest)]
 
     def ask(self, visit: Visit, known: Known) -> Ask:
         budget, _ = self._budget(visit)
-        return Ask(suffix=self.suffix.replace("{budget}", str(budget)), note={"budget": budget})
+        return _asked(self.suffix, budget)
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         seen = Outcomes.of(group, known.limit)
@@ -81,15 +89,17 @@ class L1Max(_Told):
         default=None, gt=0, description="what a token of difference costs if the budget is exact; alpha when left out"
     )
     exact: float = Field(default=0.5, ge=0, le=1, description="share of visits whose budget is exact")
-    suffix: str = Field(default=" Think for maximum {budget} tokens.", description="what is added to the question")
-    exact_suffix: str = Field(default=" Think for {budget} tokens.", description="the same, of an exact budget")
+    suffix: Text = Field(default=" Think for maximum {budget} tokens.", description="what is added to the question")
+    exact_suffix: Text = Field(default=" Think for {budget} tokens.", description="the same, of an exact budget")
 
     def ask(self, visit: Visit, known: Known) -> Ask:
         budget, drawing = self._budget(visit)
         exact = bool(drawing.random() < self.exact)
-        suffix = self.exact_suffix if exact else self.suffix
-        note: dict[str, Any] = {"budget": budget, "exact": exact}
-        return Ask(suffix=suffix.replace("{budget}", str(budget)), note=note)
+        return _asked(self.exact_suffix if exact else self.suffix, budget, exact=exact)
+
+    def longest_asks(self, visit: Visit, known: Known) -> Sequence[Ask]:
+        said = [self.suffix] * (self.exact < 1) + [self.exact_suffix] * (self.exact > 0)
+        return [_asked(suffix, self.longest) for suffix in said]
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         seen, note = Outcomes.of(group, known.limit), group.group.note
@@ -100,3 +110,7 @@ class L1Max(_Told):
             return seen.right * np.clip(left + 0.5, 0.0, 1.0)
         share = (np.clip(left, -1.0, 1.0) + 1.0) / 2.0
         return seen.right * share if self.form == "multiplied" else seen.right + share
+
+
+def _asked(suffix: str, budget: int, **noted: Any) -> Ask:
+    return Ask(suffix=suffix.replace("{budget}", str(budget)), note={"budget": budget, **noted})

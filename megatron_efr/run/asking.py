@@ -20,7 +20,7 @@ from megatron_efr.scripts import Plain
 from megatron_efr.types import Prompt, Request
 
 CHECKED = 16
-"""Ways of asking the longest prompt that are checked before a run starts."""
+"""Ways of asking the longest prompt that are checked before a run starts, besides those that a method names."""
 
 
 class Asking:
@@ -42,7 +42,10 @@ class Asking:
     def check(self, prompts: Sequence[Prompt], codec: Codec, positions: int) -> None:
         """Refuse, with a ConfigError, texts that a script cannot have, and what is longer than the model."""
         prompt = max(prompts, key=lambda each: len(each.tokens))
+        self._check_sought(codec)
         requests = [self._request(prompt, seed) for seed in range(CHECKED)]
+        visit = Visit(prompt, self._config.rollout.samples, 0)
+        requests += [self._asked(visit, asked) for asked in self._method.longest_asks(visit, self._known())]
         for script in {script for request in requests for script in request.scripts}:
             check_script(script, codec, "method")
         drawn = self._config.rollout.max_new_tokens
@@ -57,8 +60,20 @@ class Asking:
                 )
 
     def _request(self, prompt: Prompt, seed: int) -> Request:
-        samples = self._config.rollout.samples
-        asked = self._method.ask(Visit(prompt, samples, seed), self._known())
+        visit = Visit(prompt, self._config.rollout.samples, seed)
+        return self._asked(visit, self._method.ask(visit, self._known()))
+
+    def _check_sought(self, codec: Codec) -> None:
+        """Refuse texts that a method looks for in responses, and that no response's text can hold."""
+        for key, text in self._method.sought.items():
+            if text.strip() not in (read := codec.decode(codec.encode(text))):
+                raise ConfigError(
+                    f"method.{key}: {text!r} would never be found in a response: with this model's tokenizer it reads "
+                    f"{read!r}; name a text of ordinary tokens"
+                )
+
+    def _asked(self, visit: Visit, asked: Ask) -> Request:
+        prompt, samples, seed = visit
         scripts = asked.scripts or (Plain(),) * samples
         if len(scripts) != samples:
             raise ConfigError(

@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "elastic": {"thought": 8, "answer": 6, "end": ";", "cut": "="},
     "lapo": {"second_from": 2, "opening": "{budget};"},
     "autothink": {"opening": "=", "end": ";"},
-    "experimental.effort": {"suffix": "="},
+    "experimental.effort": {"suffix": "={level}"},
     "grlc": {"end": ";"},
     "adactrl": {"easy": "1", "hard": "2"},
     "efr": {"alpha": 0.4},

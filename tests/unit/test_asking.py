@@ -70,16 +70,37 @@ def test_a_budget_is_in_the_prompt_that_the_model_reads(task: Path) -> None:
     assert [made.request(stream.visit(index)) for index in range(8)] == requests
 
 
+FEW = {"thought": 8, "answer": 8}
+"""Budgets that fit into a response of 24 tokens."""
+
+
 @pytest.mark.parametrize(
     ("method", "positions", "message"),
     [
-        ({"name": "elastic", "end": "12"}, 999, r"^method\.end: '12' is 2 tokens of this model's tokenizer"),
+        ({"name": "elastic", "end": "12", **FEW}, 999, r"^method\.end: '12' is 2 tokens of this model's tokenizer"),
         (
             {"name": "asrr", "opening": "1234;"},
             40,
             r"^rollout\.max_new_tokens: 24 tokens after the longest prompt \(.*, which is \d+ tokens with what method "
             r"asrr adds, come to \d+, and the model has 40 positions; at most \d+ would fit",
         ),
+        # later on: in the second stage, or a seldom suffix
+        ({"name": "lapo", "second_from": 9, "opening": "={budget};"}, 42, r"^rollout.* is 19 tokens with"),
+        (
+            {
+                "name": "l1_max",
+                "exact": 0.001,
+                "longest": 20,
+                "shortest": 2,
+                "suffix": "{budget}",
+                "exact_suffix": "1+1+1+1+1+1+1+1+1+1+1={budget}",
+            },
+            45,
+            "^rollout.max_new_tokens: ",
+        ),
+        ({"name": "grlc"}, 999, r"^method\.end: '</think>' would never be found in a response: .* reads ''"),
+        ({"name": "autothink", "opening": "1"}, 999, r"^method\.end: '</think>' would never be found"),
+        ({"name": "adactrl", "easy": "1"}, 999, r"^method\.hard: '\[Hard\]' would never be found"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_at_the_start(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -599,6 +600,18 @@ def test_the_page_of_methods_is_what_the_classes_say() -> None:
         ("laser", {"target": 1000}, r"^method\.target: 1000 tokens.* set it to less than that"),
         ("leash", {}, r"^method\.target: 4096 tokens"),
         ("gdpo", {}, r"^method\.limit: 4000 tokens"),
+        ("l1_exact", {"suffix": " Be brief."}, r"^method\.suffix: the text tells nothing without \{budget\}"),
+        ("l1_max", {"exact_suffix": ""}, r"^method\.exact_suffix: the text tells nothing without \{budget\}"),
+        ("lapo", {"opening": "Briefly. "}, r"^method\.opening: the text tells nothing without \{budget\}"),
+        ("experimental.effort", {"suffix": "!"}, r"^method\.suffix: the text tells nothing without \{level\}"),
+        ("lapo", {"low": 70.0, "high": 30.0}, r"^method\.low: 70 is not below method\.high = 30"),
+        ("cosine", {"max_tokens": 16}, r"^method\.margin: 16 tokens before the limit, 16, are all of it"),
+        ("leash", {"target": 400, "least": 0.5}, r"^method\.start: 0\.1 is not between method\.least = 0\.5"),
+        ("leash", {"target": 400, "start": 2.0}, r"^method\.start: 2 is not between .* method\.most = 1"),
+        ("da_dler", {"easy": 300, "hard": 200}, r"^method\.easy: 300 tokens for easy prompts are more than .* = 200"),
+        ("qglas", {"low": 0.9}, r"^method\.low: 0\.9 is above method\.high = 0\.6"),
+        ("acoer", {"budget": 100}, r"^method\.budget: 100 is below method\.least_budget = 512"),
+        ("adactrl", {"easy": "[H"}, r"^method\.hard: '\[Hard\]' cannot be told from method\.easy = '\[H'"),
         ("elastic", {"thought": 700, "answer": 301}, r"^method\.thought: 700 .* set max_new_tokens to 1001 or more"),
         ("grpo_lambda", {"share": 0.2, "prompts": 4}, r"^method\.share: 0\.2 of rollout\.prompts = 4 .* 1/4 or more"),
         ("dler", {"over_limit": 0.1}, r"^method\.over_limit: 0\.1 .* set method\.limit below that"),
@@ -691,6 +704,36 @@ def test_methods_that_need_more_are_no_plain_functions() -> None:
         ConfigError, match=r"^hapo: its rewards need more than .* plain methods are asrr, cosine, da_dler"
     ):
         methods.rewards("hapo", C, L)
+
+
+def test_the_function_takes_every_option_and_refuses_what_a_run_does() -> None:
+    taken = set(inspect.signature(methods.rewards).parameters)
+    for name, kind in METHODS.items():
+        assert not issubclass(kind, methods.Plain) or not taken & set(kind.model_fields), name
+    cut = methods.rewards("stop_properly", C, L, truncated=[0, 0, 1, 0], cut_off=-0.5)
+    assert cut.tolist() == [1.0, 0.0, -0.5, 1.0]
+    with pytest.raises(ConfigError, match=r"^method\.cache: 2000 tokens are more than the limit, 1000"):
+        methods.rewards("overlong", C, L, max_tokens=1000, cache=2000)
+    with pytest.raises(ConfigError, match=r"^method\.target: 4096 tokens, and no response has more"):
+        methods.rewards("laser", C, L, max_new_tokens=1000)
+
+
+GROUP_FREE = {
+    "overlong", "thinkprune", "cosine", "laser", "dler", "stop_properly", "hapo", "leash", "a_dlp", "acoer", "l1_exact",
+    "l1_max", "elastic",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_single_response_is_enough_where_nothing_is_compared(name: str) -> None:
+    """And there a response earns what it would without the others."""
+    if name not in GROUP_FREE:
+        with pytest.raises(ConfigError, match=r"^rollout\.samples: 1 response\(s\) per prompt, and .* compares"):
+            build(name, samples=1)
+        return
+    method = build(name, samples=1)
+    together = trained_on(method, C, L)
+    assert [trained_on(method, [c], [n])[0] for c, n in zip(C, L, strict=True)] == together.tolist()
 
 
 def test_the_papers_numbers_under_its_own_algorithm() -> None:
