@@ -137,7 +137,10 @@ def main(argv: SequenceOf[str] | None = None) -> None:
     given = _parser().parse_args(argv)
     began = time.perf_counter()
     forth = given.direction == "hf-to-megatron"
-    folder, checkpoint = (given.source, given.destination) if forth else (given.destination, given.source)
+    if forth:
+        folder, checkpoint = given.source, given.destination
+    else:  # of a run its newest: the one that is written is the one that is verified
+        folder, checkpoint = given.destination, find_checkpoint(given.source) or given.source
     if given.verify and not forth:
         from megatron_efr.checkpoint.shards import check_readable  # Megatron's own loader will be asked
 

@@ -24,7 +24,7 @@ from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.run.environment import Evaluator, date_prompts
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.run.owner import owned
-from megatron_efr.run.unfinished import ASKED, Unfinished, finished
+from megatron_efr.run.unfinished import ASKED, Unfinished, finished, forget
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import TensorSource, as_folder
 from megatron_efr.weights.publish import RECOVERIES, EngineError, LostError, NoEngineError
@@ -55,12 +55,11 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
     with ExitStack() as resources:
         resources.enter_context(owned(folder.evaluation_lock(record_name), f"{folder.path}: evaluation {record_name}"))
         judged = {**asked, **evaluator.judged()}
-        kept = finished(path, judged, replace)
-        unfinished = Unfinished(path, asked)
-        if kept is not None:
+        if (kept := finished(path, judged, replace)) is not None:
             print(f"{path}: is there already, of this very evaluation; to make it again, delete it", flush=True)
-            unfinished.clear()  # a kill may have left it
+            forget(path, asked)
             return kept
+        unfinished = Unfinished(path, asked, replace)
         grader = resources.enter_context(Grader.of(config.grading, evaluator.judgings.verifiers))
         # servers begin their random numbers anew: not with those that the journal's answers were drawn with
         seed = request_seed(config.seed, len(unfinished.journal.read().groups))

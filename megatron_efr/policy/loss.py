@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,9 @@ Metrics = dict[str, torch.Tensor]
 MEANS = ("clip_fraction", "clip_above", "clip_below", "kl_to_old", "kl_to_reference", "entropy")
 """Figures that are means over tokens once they are divided by the sum of the weights."""
 
+ROUNDING = 1e-4
+"""How far fp32 weights that are to sum to 1 may be from it."""
+
 Loss = Callable[[HeadRows], tuple[torch.Tensor, Metrics]]
 """Asks for `policy_loss` where each token's log-prob is enough by itself, else for `logprobs`."""
 
@@ -28,8 +32,8 @@ def policy_loss(objective: Objective) -> Loss:
 
     Ratios are against the policy's own log-probs before its first update of the iteration; advantages and importance
     weights are constants. Figures, weighted as the loss is: `loss`, `clip_fraction`, `clip_above`, `clip_below`,
-    `kl_to_old` (k1), `kl_to_reference` (where a KL is in the loss), `entropy`, `ratio_max`; and `weight`, the sum of
-    the weights, where that is not 1.
+    `kl_to_old` (k1), `kl_to_reference` (if a KL is in the loss), `entropy`, `ratio_max`; and `weight`, the sum of the
+    weights.
     """
 
     def loss(rows: HeadRows) -> tuple[torch.Tensor, Metrics]:
@@ -37,11 +41,24 @@ def policy_loss(objective: Objective) -> Loss:
             value, figures = rows.policy_loss(objective)
         else:
             value, figures = sequence_policy_loss(objective, rows)
-        if objective.aggregate == "constant":
-            figures["weight"] = rows.batch.columns["weight"].sum()
+        figures["weight"] = rows.batch.columns["weight"].sum()
         return value, figures
 
     return loss
+
+
+def as_means(figures: dict[str, float]) -> dict[str, float]:
+    """An update's figures with those of MEANS divided by the sum of its weights, which is left out.
+
+    A mean's weights sum to 1 but for rounding, and are left as they are; a constant divisor's and a method's own do
+    not. If nothing was trained on, the sum is 0, and there is no entropy (nan).
+    """
+    weight = figures.pop("weight", 1.0)
+    if weight == 0.0:
+        return figures | {"entropy": math.nan}
+    if abs(weight - 1.0) <= ROUNDING:
+        return figures
+    return figures | {name: figures[name] / weight for name in MEANS if name in figures}
 
 
 def sequence_policy_loss(objective: Objective, rows: HeadRows) -> tuple[torch.Tensor, Metrics]:

@@ -24,7 +24,7 @@ from megatron_efr.policy.drift import drift_figures, drift_sums, fill_importance
 from megatron_efr.policy.fit import check_fit, engine_layers
 from megatron_efr.policy.head import HeadRows, build_head, loss_scaling
 from megatron_efr.policy.layers import packed_sequences
-from megatron_efr.policy.loss import MEANS, Loss, Metrics
+from megatron_efr.policy.loss import Loss, Metrics, as_means
 from megatron_efr.policy.model import PolicyModel, build_chunks, transformer_config
 from megatron_efr.policy.optimizer import Optimizer
 from megatron_efr.policy.packing import (
@@ -221,8 +221,7 @@ class Policy:
         made, norm = self.optimizer.step()
         metrics = self._over_replicas(_combine(outputs) | self._work(batches))
         total, busiest, longest = (metrics.pop(name) for name in ("flops", "flops_max", "longest_max"))
-        weight = metrics.pop("weight", 1.0) or 1.0  # 0 if every sequence is masked
-        metrics |= {name: metrics[name] / weight for name in MEANS if name in metrics}
+        metrics = as_means(metrics)
         metrics["imbalance"] = busiest / max(total / self.ranks.replicas, longest) - 1.0
         return metrics | {"grad_norm": norm, "lr": self.optimizer.lr, "skipped": 0.0 if made else 1.0}
 

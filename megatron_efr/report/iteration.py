@@ -55,6 +55,7 @@ def rollout_figures(groups: Sequence[Credited], version: int) -> dict[str, float
     """Of credited groups. `staleness`: by how many publications a token is behind `version`, over tokens."""
     responses = [response for group in groups for response in group.group.responses]
     spans = [span for response in responses for span in response.versions]
+    behind = [(version - span.version, span.end - span.start) for span in spans]
     correct = np.concatenate([group.graded.correct for group in groups])
     lengths = np.concatenate([group.group.lengths for group in groups])
     rewards = np.concatenate([group.rewarded.rewards for group in groups])
@@ -67,8 +68,8 @@ def rollout_figures(groups: Sequence[Credited], version: int) -> dict[str, float
         "tokens_wrong": _mean(lengths[~correct]),
         "tokens_max": float(lengths.max()),
         "tokens_total": float(lengths.sum()),
-        "staleness_mean": sum((version - s.version) * (s.end - s.start) for s in spans) / float(lengths.sum()),
-        "staleness_max": float(max(version - s.version for s in spans)),
+        "staleness_mean": sum(lag * tokens for lag, tokens in behind) / float(sum(tokens for _, tokens in behind)),
+        "staleness_max": float(max(lag for lag, _ in behind)),
         "truncated": float(np.mean([response.truncated for response in responses])),
         "reward_mean": float(rewards.mean()),
         "groups_without_signal": float(np.mean([not has_signal(group.credit) for group in groups])),

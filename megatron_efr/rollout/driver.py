@@ -123,6 +123,8 @@ class Driver:
                         f"the step {step.part!r} forks at {at}, and the response has {self._length} tokens"
                     )
                 self.order = Forking(at, samples)
+                if not at:
+                    self.forked([])
 
     def _note(self, length: int, ending: Ending) -> Part:
         part = Part(self._step.part, self._length, length, ending)

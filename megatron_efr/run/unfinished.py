@@ -39,20 +39,22 @@ def finished(record: Path, asked: Mapping[str, Any], replace: bool) -> dict[str,
 class Unfinished:
     """Beside the record that an evaluation will write: `unfinished/<its name>.jsonl`, and `.json` with what is asked.
 
-    `asked` says which model is asked what, and how, by name. RunFolderError where a journal of something else lies
-    there: it names what differs.
+    `asked` says which model is asked what, and how, by name. A journal of something else that lies there is forgotten
+    if it is to `replace`; otherwise RunFolderError names what differs.
     """
 
-    def __init__(self, record: Path, asked: Mapping[str, Any]) -> None:
-        place = record.parent / "unfinished" / record.stem
+    def __init__(self, record: Path, asked: Mapping[str, Any], replace: bool = False) -> None:
+        place = _place(record)
         self.journal, self._asked = Journal(f"{place}.jsonl"), Path(f"{place}.json")
-        there = json.loads(self._asked.read_text(encoding="utf-8")) if self._asked.exists() else {}
+        there = _read_asked(place)
         if self.journal.path.exists() and there != asked:
-            raise RunFolderError(
-                f"{self.journal.path}: holds answers of an evaluation that was not finished, and was another; "
-                f"it differs in\n{_differences(there, asked)}"
-                f"give this one another name (--record), set these as they are there, or delete {self.journal.path}"
-            )
+            if not replace:
+                raise RunFolderError(
+                    f"{self.journal.path}: holds answers of an evaluation that was not finished, and was another; "
+                    f"it differs in\n{_differences(there, asked)}give this one another name (--record), set these as "
+                    "they are there, or forget those answers (--replace)"
+                )
+            self.journal.clear()
         remove_torn_writes(record.parent, record.name)
         remove_torn_writes(place.parent, self._asked.name)
         write_atomic(self._asked, json.dumps(asked, indent=1) + "\n")
@@ -61,6 +63,22 @@ class Unfinished:
         """The record is written: forget the answers, and then what they answer."""
         self.journal.clear()
         self._asked.unlink()
+
+
+def forget(record: Path, asked: Mapping[str, Any]) -> None:
+    """Remove the answers to `asked` that a kill left beside its finished record; another evaluation's stay."""
+    if _read_asked(_place(record)) == asked:
+        Unfinished(record, asked).clear()
+
+
+def _place(record: Path) -> Path:
+    return record.parent / "unfinished" / record.stem
+
+
+def _read_asked(place: Path) -> dict[str, Any]:
+    """What the answers at a place answer; empty if there are none."""
+    path = Path(f"{place}.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

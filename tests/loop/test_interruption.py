@@ -114,11 +114,12 @@ def test_a_sweep_that_is_asked_to_end_saves_its_runs_and_goes_on_bit_for_bit(
     family = tmp_path / "family.yaml"
     family.write_text(config.read_text() + held_out)
     whole, run, member = tmp_path / "whole/run", tmp_path / "asked/run", "alpha-0.5"
-    arguments = ["--alphas=0.5", str(family)]
+    arguments = ["--alphas=0.5", str(family), "train.iterations=8", "checkpoint.every=1000"]
     running = start(["megatron_efr.sweep", *arguments, f"runs={run.parent}"])
     wait_for(run / member / "journal/step_000001.jsonl", running)
     assert f"sweep: SIGTERM: {member} asked to end" in end(running, signal.SIGTERM)
-    assert (run / member / "checkpoints/latest").read_text() == "step_000001", "no checkpoint was due: it was asked to"
+    saved = (run / member / "checkpoints/latest").read_text()
+    assert "step_000001" <= saved < "step_000008", "no checkpoint was due: it was asked to"
     assert not (run / "eval").exists()
     program("sweep", "--resume", *arguments, f"runs={run.parent}")
     program("sweep", *arguments, f"runs={whole.parent}")

@@ -144,8 +144,10 @@ def test_what_libraries_say_about_themselves_does_not_reach_stderr(
 ) -> None:
     """A run, and what resumes it, with Megatron's distributed optimizer: nothing that a user must wonder about."""
     overrides = [f"runs={tmp_path}", "checkpoint.every=1", "parallel.ddp={use_distributed_optimizer: true}"]
-    assert program("train", config, *overrides, "train.iterations=1").stderr == ""
-    assert program("train", "--resume", config, *overrides, "train.iterations=2").stderr == ""
+    for arguments in (["train.iterations=1"], ["train.iterations=2", "--resume"]):
+        said = program("train", config, *overrides, *arguments).stderr.splitlines()
+        # a model that has learnt nothing does not end its responses, of which the run itself warns
+        assert [line for line in said if not line.startswith("warning: iteration 1: 56% of")] == []
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_gives_the_same_run(

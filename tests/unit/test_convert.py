@@ -183,6 +183,16 @@ def test_commands(tmp_path: Path) -> None:
     assert f"state.json: {longer} bytes" in done.stderr
 
 
+def test_of_a_run_the_checkpoint_that_is_written_is_verified(tmp_path: Path, tied_model: Path) -> None:
+    step = tmp_path / "run/checkpoints/step_000000"
+    step.parent.mkdir(parents=True)
+    convert.hf_to_megatron(tied_model, step)
+    (step.parent / "latest").write_text(step.name)
+    convert.main(["megatron-to-hf", str(tmp_path / "run"), str(tmp_path / "back"), "--verify-bytes"])
+    wanted = len(FolderWeights(tied_model, Architecture.from_folder(tied_model)).shapes)
+    assert convert.compare_bytes(tmp_path / "back", step) == wanted
+
+
 def test_conversion_imports_neither_megatron_nor_triton() -> None:
     code = (
         "import sys, megatron_efr.convert, megatron_efr.inspect_checkpoint;"

@@ -11,7 +11,7 @@ import pytest
 from megatron_efr.evaluate import answered, taking_in
 from megatron_efr.report.records import Record, summarise
 from megatron_efr.run.folder import RunFolder, RunFolderError
-from megatron_efr.run.unfinished import finished
+from megatron_efr.run.unfinished import Unfinished, finished, forget
 from megatron_efr.weights.publish import EngineError, LostError, NoEngineError
 from tests.groups import graded
 
@@ -89,3 +89,21 @@ def test_the_record_of_another_evaluation_is_refused_with_what_differs_or_writte
     assert finished(path, other, True) is None
     with pytest.raises(RunFolderError, match=r"model.json: is a record that does not say what was asked\n.*--replace"):
         finished(record_of(tmp_path), ASKED, False)
+
+
+def test_answers_of_another_evaluation_are_refused_or_replaced_and_forgotten_by_their_own(tmp_path: Path) -> None:
+    path, other = tmp_path / "eval/model.json", ASKED | {"seed": 4}
+    group = graded([True], [2]).group
+    begun = Unfinished(path, ASKED)
+    begun.journal.append(group)
+    begun.journal.close()
+    with pytest.raises(RunFolderError, match=r"(?s)was another; it differs in\n  seed: there 3, here 4\n.*--replace"):
+        Unfinished(path, other)
+    forget(path, other)
+    assert len(Unfinished(path, ASKED).journal.read().groups) == 1
+    forget(path, ASKED)
+    assert not list((path.parent / "unfinished").iterdir())
+    begun = Unfinished(path, ASKED)
+    begun.journal.append(group)
+    begun.journal.close()
+    assert Unfinished(path, other, replace=True).journal.read().groups == []

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_efr.config import ModelConfig
 from megatron_efr.report.iteration import IdentityError, check_identities, repetition, rollout_figures
+from megatron_efr.steps import Part
 from megatron_efr.types import Credited, Grade, Graded, Group, Prompt, Response, Rewarded, VersionSpan
 from tests.groups import credited
 
@@ -68,6 +69,15 @@ def test_accuracy_and_lengths_by_data_set() -> None:
         "accuracy/hard": 0.0, "tokens_mean/hard": 5.5, "tokens_correct/hard": pytest.approx(math.nan, nan_ok=True),
         "tokens_wrong/hard": 5.5,
     }  # fmt: skip
+
+
+def test_staleness_is_a_mean_over_the_tokens_that_versions_drew() -> None:
+    """Forced ones before and after them count on neither side."""
+    spans = (VersionSpan(4, 2, 4), VersionSpan(5, 4, 8))
+    parts = (Part("opening", 0, 2, "forced"), Part("response", 2, 8, "stop"))
+    response = Response(tuple(range(8)), np.zeros(8, np.float32), "stop", spans, parts=parts)
+    found = rollout_figures([credited(Group(Prompt("p", (1,), "", ""), (response,) * 2), np.array([1.0, -1.0]))], 5)
+    assert (found["staleness_mean"], found["staleness_max"]) == (2 / 6, 1.0)
 
 
 def test_repetition_is_the_share_of_runs_seen_before() -> None:

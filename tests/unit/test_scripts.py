@@ -15,7 +15,7 @@ from megatron_efr.config.file import validate
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.rollout.requests import check_script, longest
 from megatron_efr.scripts import Budget, EarlyExit, Forks, Opened, Plain, build, plain
-from megatron_efr.steps import Draw, Part, Step
+from megatron_efr.steps import Draw, Fork, Part, Step
 from megatron_efr.types import Done, Prompt, Request, Response, Sampling
 from tests.scripts import Letters, Rereading, assert_made, every_kind
 from tests.small_qwen2 import STOP, exact_logprobs, model, weights_of
@@ -129,6 +129,20 @@ def test_a_thought_that_uses_all_tokens_up_leaves_a_cut_answer_of_none() -> None
     assert (response.length, response.finish) == (6, "length")
 
 
+def test_a_pause_that_is_the_last_token_allowed_ends_the_response() -> None:
+    """It is held back, tried, and then drawn after all: there the response has all its tokens."""
+    prompt = PROMPTS[0]
+    other = Letters().decode([next(token for token in range(3, 32) if token not in said(prompt))])
+    at = max(i for i in range(1, 12) if said(prompt)[i] not in said(prompt)[:i])
+    sampling = Sampling(0.0, 1.0, at + 1, ())
+    pause = Letters().decode([said(prompt)[at]])
+    script = EarlyExit(pauses=(pause,), probe="C", tokens=3, sure=1.0, end=other, exit="FG", tries=1)
+    (group,) = serving(2).generate([Request(prompt, 0, (script,))], sampling)
+    (response,) = group.responses
+    assert_made(response, Rereading(BUILT, sampling, 0, 0, LOGITS).make(script.steps(0), prompt.tokens))
+    assert (response.tokens, response.finish) == (tuple(said(prompt)[: at + 1]), "length")
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +184,19 @@ def test_options_and_names_are_refused_by_their_path() -> None:
 def test_training_refuses_a_token_penalty_by_its_key(key: str) -> None:
     with pytest.raises(ConfigError, match=rf"rollout\.{key}: tokens that were drawn with a penalty are not"):
         validate(RolloutConfig, {key: 1.1}, prefix="rollout")
+
+
+class Nowhere(Plain):
+    """A script that forks at none of its lengths."""
+
+    def steps(self, sample: int) -> Generator[Step, Done, None]:
+        yield Draw("response", 3)
+        yield Fork("summary", (), 2, "C", 4)
+
+
+def test_a_fork_without_places_leaves_the_response_as_it_is() -> None:
+    (group,) = serving(1).generate([Request(PROMPTS[0], 0, (Nowhere(),))], Sampling(0.0, 1.0, 24, ()))
+    assert (group.responses[0].tokens, group.responses[0].branches) == (tuple(said(PROMPTS[0])[:3]), ())
 
 
 class Wrong(Plain):

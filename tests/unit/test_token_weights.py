@@ -10,7 +10,7 @@ import torch
 
 from megatron_efr.algorithms import Objective
 from megatron_efr.policy.head import Head, HeadRows
-from megatron_efr.policy.loss import policy_loss
+from megatron_efr.policy.loss import as_means, policy_loss
 from megatron_efr.policy.packing import pack, row_weights
 from megatron_efr.samples import PackedBatch, Sample
 from tests.conftest import VOCAB, ragged_sequences
@@ -128,3 +128,12 @@ def by_sequence(
         i: token_losses(objective, part["logprob"], part["entropy"], part)
         for i, part in zip(batch.indices, parts, strict=True)
     }
+
+
+def test_figures_are_means_whatever_the_weights_sum_to() -> None:
+    figures = {"loss": 3.0, "entropy": 0.5, "clip_fraction": 0.1}
+    assert as_means(figures | {"weight": 0.25}) == {"loss": 3.0, "entropy": 2.0, "clip_fraction": 0.4}
+    assert as_means(figures | {"weight": 1.0 + 3e-7}) == figures, "rounding of weights is no weight"
+    nothing = as_means({"loss": 0.0, "entropy": 0.0, "clip_fraction": 0.0, "weight": 0.0})
+    assert np.isnan(nothing.pop("entropy"))
+    assert nothing == {"loss": 0.0, "clip_fraction": 0.0}

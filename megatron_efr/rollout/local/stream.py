@@ -175,6 +175,8 @@ class Stream(Iterator[Group]):
             self._pull(free)
             started = [self._start(self._waiting[0]) for _ in range(min(free, self._samples_waiting()))]
             if not started:
+                if self._ended:
+                    continue
                 return
             indices, logits = zip(*started, strict=True)
             going = [i for i, index in enumerate(indices) if self._rows.going_on(index)]
@@ -228,6 +230,7 @@ class Stream(Iterator[Group]):
         index = self._rows.add(entry)
         if entry.kv is not None:
             cache.write(index, len(known), entry.kv)
+        self._look_at(index)  # a token that was held back may be the last that is allowed
 
     def _pull(self, free: int) -> None:
         """Pull and prefill requests until `free` samples wait; if any must be pulled, slots/16 at least."""
