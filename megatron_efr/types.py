@@ -90,6 +90,10 @@ class Script(Protocol):
         """The opening of its branches, and how many tokens they draw at most."""
         ...
 
+    def check(self, limit: int, path: str) -> None:
+        """Refuse, with a ConfigError that names the key within `path`, what `limit` tokens cannot do."""
+        ...
+
     def steps(self, sample: int) -> Generator[Step, Done, None]:
         """The steps of sample number `sample` of a group. After a draw that ended with `stop` it may only fork."""
         ...

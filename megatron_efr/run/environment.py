@@ -167,10 +167,9 @@ class Evaluator:
         temperature, top_p = config.sampling
         self.sampling = Sampling(temperature, top_p, config.max_new_tokens, stops)
         self.judgings = judgings_of(grading, config.datasets)
-        self.script, codec = (
-            scripts.build(config.script.name, config.script.options, "evaluation.script"),
-            TokenizerCodec(tokenizer),
-        )
+        self.script = scripts.build(config.script.name, config.script.options, "evaluation.script")
+        self.script.check(config.max_new_tokens, "evaluation.script")
+        codec = TokenizerCodec(tokenizer)
         check_script(self.script, codec, "evaluation.script")
         rendered = load_prompts(config.datasets, tokenizer, prompt, grading)
         limit = longest(self.script, config.max_new_tokens, codec)

@@ -12,7 +12,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
-from megatron_efr.config import Section
+from megatron_efr.config import ConfigError, Section
 from megatron_efr.steps import Draw, Force, Fork, Step
 from megatron_efr.types import Branch, Done
 
@@ -38,6 +38,9 @@ class Kind(Section):
     @property
     def branches(self) -> tuple[str, int] | None:
         return None
+
+    def check(self, limit: int, path: str) -> None:
+        return
 
 
 class Plain(Kind):
@@ -93,6 +96,13 @@ class Budget(Kind):
     @property
     def forced(self) -> tuple[str, ...]:
         return (self.cut, *([self.wait] * self.waits if self.least else []))
+
+    def check(self, limit: int, path: str) -> None:
+        if self.most >= limit:
+            raise ConfigError(
+                f"{path}.most: a thought of {self.most} tokens uses up max_new_tokens = {limit}, and one that is cut "
+                "has no answer; lower it, or raise max_new_tokens"
+            )
 
     def steps(self, sample: int) -> Steps:
         left, waits = self.most, self.waits

@@ -142,6 +142,8 @@ def test_an_evaluation_asks_by_its_script_and_refuses_one_that_the_tokenizer_or_
         evaluator(name="budget", most=7)
     with pytest.raises(ConfigError, match=r"evaluation\.script\.most"):
         evaluator(name="budget", most=0)
+    with pytest.raises(ConfigError, match=r"^evaluation\.script\.most: a thought of 30 tokens uses up max_new"):
+        evaluator(name="budget", most=30, end="a")
     with pytest.raises(PromptError, match=r"^evaluation\.max_new_tokens and what evaluation\.script adds: 5030 tokens"):
         evaluator(name="opened", opening="x" * 5000)
     made = evaluator(name="budget", most=7, end="a", cut="ok")
