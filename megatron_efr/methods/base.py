@@ -96,7 +96,8 @@ class Method(Section):
     source: ClassVar[str] = ""  # where the rule stands: paper and equation, or a file of released code
     standing: ClassVar[Standing] = "experimental"  # read in code, in the text, or open in part
     needs: ClassVar[Needs] = Needs()
-    wrong_may_win: ClassVar[str] = ""  # when a wrong answer can earn more than a right one of its group; "": never
+    wrong_may_win: ClassVar[str] = ""  # when a wrong answer can earn more than a right one of its group, by default
+    wrong_may_win_if: ClassVar[str] = ""  # the same, of options that are not the defaults; both "": never
 
     def ask(self, visit: Visit, known: Known) -> Ask:
         """How a prompt is asked; the request is journalled, and never made twice for a visit."""

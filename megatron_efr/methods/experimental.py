@@ -1,4 +1,4 @@
-"""Methods whose sources leave something open: each says what, and what is chosen here."""
+"""Open in part: methods whose sources leave something out. Each says what is open, and what is chosen here."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ class Effort(Method):
 
     The question ends with `suffix`, which says the level; so must the question of a reader (`prompt.template`). A wrong
     or truncated response earns 0. Nothing is remembered: the level is a function of the run's seed and the visit. Open:
-    it is this project's, and no paper has tried it. Chosen: the paper's range of alpha, low effort being its largest.
+    how it compares with a model for each alpha; it is this project's own. Chosen: the paper's range of alpha, low
+    effort being its largest.
     """
 
     source = "this project; its reward is Arora & Zanette 2025, arXiv 2502.04463, eq. 4 and 5"

@@ -93,6 +93,7 @@ class GRLC(Method):
     source = "NVIDIA-NeMo/Gym@07d6b0d resources_servers/genrm_compare/utils.py:567-677"
     standing = "code"
     wrong_may_win = "fewer responses than the `top` share are right, so that a wrong one gets the bonus of the shortest"
+    wrong_may_win_if = "`thinking` and `answer` are above 1 together"
 
     thinking: float = Field(default=0.5, ge=0, description="weight of the thinking's length")
     answer: float = Field(default=0.5, ge=0, description="weight of the answer's length")

@@ -25,6 +25,7 @@ class Overlong(Plain):
 
     source = "Yu et al. 2025, arXiv 2503.14476, eq. 13"
     standing = "code"
+    wrong_may_win_if = "`floor` is false and `max_tokens` is below rollout.max_new_tokens"
 
     needs = Needs(samples=1)
 
@@ -89,12 +90,14 @@ class Cosine(Plain):
 
     first and last are right_short and right_long, or wrong_short and wrong_long. A truncated response counts as wrong,
     and exceeds. Nothing is remembered. The paper's max_tokens is 14,336. TRL's version: right_short 1, right_long 0.5,
-    wrong_short -1, wrong_long -0.5, exceeded left out (`null`).
+    wrong_short -1, wrong_long -0.5, exceeded left out (`null`). The paper's penalty on repetitive wrong answers is not
+    built.
     """
 
     source = "Yeo et al. 2025, arXiv 2502.03373; eddycmu/demystify-long-cot@e90cf9b reward/cosine.py:50-110"
     standing = "code"
-    wrong_may_win = "a right answer exceeds the limit, and a wrong one is close to it"
+    wrong_may_win = "a right answer exceeds the limit, and a wrong one does not"
+    wrong_may_win_if = "`wrong_short` or `wrong_long` is above `right_short` or `right_long`"
 
     needs = Needs(samples=1)
 
@@ -158,7 +161,8 @@ class DLER(Plain):
     A wrong or truncated response earns 0. Nothing is remembered. The paper gives right answers over the limit 0, its
     released code 0.1 (`over_limit`, which needs a `limit` below rollout.max_new_tokens: a response that reaches that
     is cut off, and wrong). The rest of the recipe is an algorithm: rewards less the group's mean, normalised
-    over the batch (`dr_grpo` with `normalize: batch`, `aggregate: token`, `clip_high: 0.28`, `dynamic_sampling`).
+    over the batch (`dr_grpo` with `normalize: batch`, `aggregate: token`, `clip_high: 0.28`, `dual_clip: 10`, `kl: k3`,
+    `beta: 0.0005`, `dynamic_sampling: true`).
     """
 
     source = "Liu et al. 2025, arXiv 2510.15110, section 3; NVlabs/DLER@ea7d4f7 recipe/dapo"

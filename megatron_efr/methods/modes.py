@@ -31,6 +31,7 @@ class AutoThink(Method):
 
     source = "Tu et al. 2025, arXiv 2505.10832; TU2021/AutoThink@be0bcb0 main_ppo.py:40-130"
     standing = "code"
+    wrong_may_win_if = "`stage` is 3, and `decay` times the root of rollout.samples is above 0.69"
 
     stage: Literal[1, 2, 3] = Field(default=1, description="of its three")
     balance: float = Field(default=0.5, ge=0, le=1, description="share of a mode above which it earns less in stage 1")
@@ -96,6 +97,7 @@ class AdaCtrl(Method):
 
     source = "Huang et al. 2025, arXiv 2505.18822; JoeYing1019/AdaCtrl@9a0b89f naive.py:85-204"
     standing = "code"
+    wrong_may_win_if = "`tag` is above 0.5"
 
     threshold: float = Field(default=0.625, ge=0, le=1, description="share of right responses above which one is easy")
     tag: float = Field(default=0.5, ge=0, description="weight of the tag")

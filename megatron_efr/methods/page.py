@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -49,7 +50,11 @@ A method says what it earns to be right and brief; an [algorithm](algorithms.md)
 from the classes in `megatron_efr/methods/`, by `python -m megatron_efr.methods > docs/methods.md`.
 
 In the formulas c is 1 for a right answer and 0 for a wrong one, and l is the number of generated tokens. A response
-that was cut off counts as wrong. A default is the source's, if nothing else is said.
+that was cut off counts as wrong. Many a source also counts an answer as wrong without a closing `</think>`, or without
+another form; here the verifier alone decides. A default is the source's, if nothing else is said.
+
+The table's last column says when a wrong answer can earn more than a right one; with a `-` it never can, whatever the
+options.
 
 Plain methods are also functions of who was right and how long each response is:
 
@@ -73,8 +78,14 @@ def _overview() -> Iterator[str]:
         for name, method in _methods(kind):
             link = f"[`{name}`](#{name.replace('.', '')})"
             plain = ", plain" if issubclass(method, Plain) else ""
-            yield f"| {link} | {title.lower()}{plain} | {method.source} | {method.wrong_may_win or '-'} |"
+            yield f"| {link} | {title.lower()}{plain} | {method.source} | {_wrong_may_win(method)} |"
     yield ""
+
+
+def _wrong_may_win(method: type[Method]) -> str:
+    """When a wrong answer can earn more than a right one; `-` if it never can."""
+    chosen = f"(not by default) {method.wrong_may_win_if}" if method.wrong_may_win_if else ""
+    return "; or ".join(filter(None, (method.wrong_may_win, chosen))) or "-"
 
 
 def _section(kind: ModuleType) -> Iterator[str]:
@@ -123,4 +134,4 @@ def _default(field: FieldInfo) -> str:
         return "required"
     if field.default is None:
         return "left out"
-    return f"`{str(field.default).lower()}`"
+    return f"`{json.dumps(field.default)}`"

@@ -77,12 +77,12 @@ def limit_of(option: int | None, group: Outcomes, key: str) -> int:
 
 
 def check_within(value: int | None, limit: int, key: str, *, strictly: bool = False) -> None:
-    """Refuse an option in tokens that no response reaches; ConfigError. `strictly`: nor may it equal the limit."""
+    """Refuse an option in tokens that is above any response's; ConfigError. `strictly`: nor may it equal the limit."""
     if value is not None and (value > limit or (strictly and value == limit)):
         least = "less than" if strictly else "at most"
         raise ConfigError(
-            f"method.{key}: {value} tokens, and no response has more than rollout.max_new_tokens = {limit}: it would "
-            f"change nothing; set it to {least} that"
+            f"method.{key}: {value} tokens, and no response has more than rollout.max_new_tokens = {limit}; set it "
+            f"to {least} that"
         )
 
 

@@ -74,7 +74,8 @@ class GFPO(Relative):
     A wrong or truncated response earns 0, and may be kept. `adaptive`: hard prompts keep `keep`, those of the easier
     two quarters 3/4 and 1/2 of it; the quarters are those of the accuracies of the groups of all iterations before,
     which are remembered (the latest 10,000), once there were `warmup` iterations. The source: 8 of 16, 6 of 16, 4 of 16
-    (keep of samples), and its own reward. TRL drops the other responses from the batch; they stay in its means here.
+    (keep of samples), and its own reward; `warmup` is this project's. TRL drops the other responses from the batch;
+    they stay in its means here.
     """
 
     source = "Shrivastava et al. 2025, arXiv 2508.09726"
@@ -129,12 +130,16 @@ class GDPO(Relative):
 
     Brevity is paid to wrong responses too. A truncated response is wrong. Nothing is remembered. So neither reward
     drowns the other. TRL and the authors' TRL fork normalise over responses, verl and the authors' verl fork over
-    tokens (`over: tokens`).
+    tokens (`over: tokens`). The limit of 4,000 is this project's.
     """
 
     source = "arXiv 2601.05242; NVlabs/GDPO@b080e63"
     standing = "code"
-    wrong_may_win = "a wrong answer is within the limit, a right one is not, and short ones are rarer than right ones"
+    wrong_may_win = (
+        "a wrong answer is within the limit, a right one is not, and the share of those within it is further from 1/2 "
+        "than that of the right ones"
+    )
+    wrong_may_win_if = "`short` is above `correct`"
 
     limit: PositiveInt = Field(default=4000, description="tokens of a brief response")
     correct: float = Field(default=1.0, ge=0, description="weight of accuracy")

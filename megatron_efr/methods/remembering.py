@@ -33,6 +33,7 @@ class HAPO(Method):
 
     source = "Huang et al. 2025, arXiv 2505.11225; HCY123902/HAPO@c91ae3b utils.py:34-52"
     standing = "code"
+    wrong_may_win_if = "`weight` times -`least` is above 1"
 
     needs = Needs(samples=1)
 
@@ -64,6 +65,7 @@ class ShortRL(Method):
 
     source = "Yuan et al. 2025, arXiv 2505.12284; lblankl/Short-RL@07cea8a rewards/ShortRL.py:229-282"
     standing = "code"
+    wrong_may_win_if = "`right` is less than 0.5 above `wrong` or `missing`"
 
     tolerance: int = Field(default=100, ge=0, description="tokens above the shortest right answer that cost nothing")
     slack: float = Field(default=0.05, ge=0, le=1, description="accuracy below the best that still shortens")
@@ -80,7 +82,7 @@ class ShortRL(Method):
     def settle(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Rewarded]:
         seen = outcomes(groups, known)
         accuracy = _accuracy(seen)
-        if accuracy < max(known.state.get("best", 0.0), accuracy) - self.slack:
+        if accuracy < known.state.get("best", 0.0) - self.slack - 1e-9:  # shares that differ by the slack do not round
             return groups
         pairs = zip(groups, seen, strict=True)
         return [replace(group, rewards=group.rewards + self._brevity(each)) for group, each in pairs]
@@ -182,7 +184,8 @@ class Acoer(Method):
 
     A wrong or truncated response earns 0. alpha, budget, both means and the last accuracies are remembered. The
     released code counts characters of the thinking part, 4 to a token: 16,384 at first and 2,048 at least. An iteration
-    without a right answer leaves the mean length as it is; the released code takes in a 0.
+    without a right answer leaves the mean length as it is; the released code takes in a 0, and is trained with a
+    reward of 0 or 1 for form besides, which is not built.
     """
 
     source = "arXiv 2606.22716; js-lee-AI/ACOER@d13bb6b acoer/reward.py"

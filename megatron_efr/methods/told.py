@@ -82,7 +82,7 @@ class L1Max(_Told):
 
     source = "Aggarwal & Welleck 2025, arXiv 2503.04697; cmu-l3/l1@93dd330 and 966f7a1 math_reward.py"
     standing = "code"
-    wrong_may_win = "the budget is exact, as in l1_exact; under `added`, if a right answer is longer than a wrong one"
+    wrong_may_win = "the budget is exact, as in l1_exact"
 
     form: Literal["paper", "multiplied", "added"] = Field(default="paper", description="of the three rules")
     exact_alpha: float | None = Field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -346,10 +347,12 @@ def test_worked_rewards_against_a_prompts_history() -> None:
 def test_right_answers_are_shortened_while_the_iteration_is_accurate() -> None:
     method, vector = build("short_rl"), outputs("short_rl")
     assert rewarded(method, [(C, L)])[0].rewards == close(vector["rewards_gate_open"])
-    # best 0.8, here 0.75: exactly the slack below
     assert rewarded(method, [(C, L)], KNOWN._replace(state={"best": 0.79}))[0].rewards == close(
         vector["rewards_gate_open"]
     )
+    # 0.35 is exactly the slack below 0.4, where 0.4 - 0.05 is 0.35000000000000003
+    (least,) = rewarded(method, [([1] * 7 + [0] * 13, list(range(1, 21)))], KNOWN._replace(state={"best": 0.4}))
+    assert least.rewards[0] == 3.5
     closed = KNOWN._replace(state={"best": 0.81})
     assert rewarded(method, [(C, L)], closed)[0].rewards == close(vector["rewards_gate_closed"])
     assert method.learn({}, rewarded(method, [(C, L)]), KNOWN) == {"best": 0.75}
@@ -537,6 +540,46 @@ def test_a_wrong_answer_earns_more_than_a_right_one_only_where_that_is_said(name
     assert bool(found) == bool(method.wrong_may_win), (method.wrong_may_win, found[:1])
 
 
+CHOSEN: dict[str, list[dict[str, Any]]] = {
+    "hapo": [{"weight": 2.0}], "adactrl": [{"tag": 1.0}], "overlong": [{"floor": False, "max_tokens": 100}],
+    "short_rl": [{"right": -2.0}, {"wrong": 1.9}], "autothink": [{"stage": 3, "decay": 3.0}],
+    "grlc": [{"thinking": 3.0, "answer": 3.0, "thinking_bonus": 0.0, "answer_bonus": 0.0}],
+    "cosine": [{"wrong_long": 3.0, "exceeded": None}], "gdpo": [{"short": 3.0}],
+    "efr": [{"alpha": 0.99}], "kimi": [{}], "prime_rl": [{"length": 1.0, "prompt": 1.0, "turns": 1.0}],
+    "laser": [{"wrong": 0.99, "unanswered": 0.99}], "dler": [{"limit": 50}], "da_dler": [{"easy": 5, "hard": 50}],
+    "thinkprune": [{"limit": 50}], "stop_properly": [{"cut_off": -9.0}], "grpo_lambda": [{"share": 1.0, "alpha": 0.99}],
+    "twyn": [{"margin": 1.0}], "gfpo": [{"keep": 1}, {"keep": 3, "by": "reward_per_token"}],
+    "qglas": [{"low": 5.0, "high": 9.0}, {"low": 0.0, "high": 0.0}], "leash": [{"target": 1, "start": 1.0}],
+    "acoer": [{"start": 9.0, "budget": 512}], "asrr": [{"beta": 1.0, "tau": 0.0, "window": 1.0}],
+    "elastic": [{}], "lapo": [{"weight": 9.0}], "experimental.gr3": [{"alpha": 99.0}],
+    "experimental.effort": [{"low": 0.99}],
+}  # fmt: skip
+"""Options away from the defaults, of every method that does not let a wrong answer win by its nature."""
+
+
+@pytest.mark.parametrize("name", sorted(CHOSEN))
+def test_other_options_let_a_wrong_answer_win_only_where_that_is_said(name: str) -> None:
+    for options in CHOSEN[name]:
+        method, found = build(name, **options), False
+        for right, lengths in [*KINDS.values(), *drawn_groups(5, 100)]:
+            for known in knowns(name):
+                texts = [f"{'t' * n}</think>{'a' * n}" for n in lengths] if name == "grlc" else SAID
+                got, hit = trained_on(method, right, lengths, known, texts=texts), np.array(right, dtype=bool)
+                found |= bool(hit.any() and not hit.all() and got[~hit].max() > got[hit].min() + 1e-9)
+        assert found == bool(method.wrong_may_win_if), (options, method.wrong_may_win_if)
+
+
+def test_the_added_form_pays_a_wrong_answer_at_most_as_much() -> None:
+    for right, lengths in drawn_groups(6, 100):
+        got = trained_on(build("l1_max", form="added"), right, lengths, note={"budget": 400, "exact": False})
+        assert got[np.array(right) == 1].min(initial=1.0) >= 1.0 >= got[np.array(right) == 0].max(initial=0.0)
+
+
+def test_an_over_long_right_answer_of_the_cosine_loses_to_any_wrong_one() -> None:
+    late, early = methods.rewards("cosine", [1, 0], [990, 100], max_tokens=1000)
+    assert (late, early) == (-10.0, pytest.approx(-9.7553, abs=1e-4))
+
+
 @pytest.mark.parametrize("name", sorted(METHODS))
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_groups_of_each_kind(name: str, kind: str) -> None:
@@ -582,6 +625,28 @@ def test_the_page_of_methods_is_what_the_classes_say() -> None:
     """If not: `python -m megatron_efr.methods > docs/methods.md`."""
     assert (Path(__file__).parents[2] / "docs/methods.md").read_text(encoding="utf-8") == page()
     assert all(f"### {name}\n" in page() for name in METHODS)
+
+
+def test_the_page_names_every_option_with_a_default_that_reads_back() -> None:
+    for name, kind in METHODS.items():
+        (_, rest) = page().split(f"### {name}\n")
+        rows = [line for line in re.split("^##", rest, flags=re.MULTILINE)[0].splitlines() if line.startswith("| `")]
+        cells = [[cell.strip() for cell in row.split("|")] for row in rows]
+        assert [row[1] for row in cells] == [f"`{key}`" for key in kind.model_fields]
+        for row, field in zip(cells, kind.model_fields.values(), strict=True):
+            assert len(row) == 6
+            if row[3] == "required":
+                assert field.is_required(), (name, row)
+            else:
+                assert ("null" if row[3] == "left out" else row[3].strip("`")) == json.dumps(field.default), (name, row)
+
+
+def test_dlers_recipe_is_an_algorithm() -> None:
+    recipe = algorithm(
+        name="dr_grpo", normalize="batch", aggregate="token", clip_high=0.28, dual_clip=10.0, kl="k3", beta=0.0005,
+        dynamic_sampling=True,
+    )  # fmt: skip
+    methods.check_together("dler", build("dler", limit=4000), recipe)
 
 
 @pytest.mark.parametrize(
