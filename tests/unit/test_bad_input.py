@@ -118,6 +118,15 @@ def test_nothing_is_wrong_with_the_configurations_that_are_spoilt_below(program:
         ("train", ["method.alpha=-0.1"], ["method.alpha", "greater than or equal to 0", "-0.1"]),
         ("train", ["method.alpha=.nan"], ["method.alpha", "finite number", "nan"]),
         ("train", ["method.alpha=high"], ["method.alpha", "valid number", "'high'"]),
+        (
+            "train",
+            ["method={name: gdpo, limit: 4}", "algorithm.name=dapo"],
+            [
+                "algorithm.dynamic_sampling: true throws away",
+                "train.yaml: algorithm.truncated: soft",
+                "truncated: wrong",
+            ],
+        ),
         ("train", ["method.name=grpo"], ["method.name: no method 'grpo'; there are ", "efr"]),
         ("train", ["rollout.samples=1"], ["rollout.samples: 1 response(s) per prompt", "at least 2"]),
         ("train", ["train.updates=3"], ["4 x 4 = 16 responses do not split over train.updates = 3"]),
