@@ -118,10 +118,9 @@ class _Header:
         return self._file.tell()
 
     def take(self, count: int, what: str) -> bytes:
-        found = self._file.read(min(count, self._size))
-        if len(found) < count:
+        if count > self._size - self.position:  # a damaged length must not have the whole file read
             raise UserError(f"{self._path}: the file is cut off: it ends within {what}; fetch it again")
-        return found
+        return self._file.read(count)
 
     def number(self, letter: str, what: str) -> Any:
         return struct.unpack(f"<{letter}", self.take(struct.calcsize(f"<{letter}"), what))[0]
