@@ -275,6 +275,7 @@ def test_a_server_frozen_in_a_broadcast_is_left_out_after_its_limit_and_takes_pa
     engine.close()
 
 
+@pytest.mark.slow
 def test_with_no_server_left_generation_breaks_off_and_a_publication_waits_for_one(
     servers: Servers, engine: SGLangEngine, models: Models
 ) -> None:

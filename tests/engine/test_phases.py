@@ -105,6 +105,7 @@ def test_responses_in_flight_survive_the_sleep_and_each_part_matches_its_own_wei
     assert {(1,), (1, 2)} <= kinds
 
 
+@pytest.mark.slow
 def test_after_a_publication_that_failed_twice_the_server_is_paused_and_answers_nothing(
     engine: SGLangEngine, folders: tuple[Path, Path], ranks: Ranks
 ) -> None:
