@@ -130,7 +130,9 @@ def test_a_sweep_that_is_asked_to_end_saves_its_runs_and_goes_on_bit_for_bit(
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize("launcher", ["megatron_efr.torchrun", "torch.distributed.run"])
+@pytest.mark.parametrize(
+    "launcher", ["megatron_efr.torchrun", pytest.param("torch.distributed.run", marks=pytest.mark.slow)]
+)
 def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_is_free_at_once(
     config: Path, program: Program, tmp_path: Path, launcher: str
 ) -> None:
