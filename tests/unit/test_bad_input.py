@@ -24,6 +24,8 @@ from megatron_efr.run.folder import RunFolder
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import RandomWeights, save_folder
 
+pytestmark = pytest.mark.alike
+
 PROGRAMS = {"train": train, "sft": sft, "evaluate": evaluate, "sweep": sweep}
 Refused = Callable[..., str]
 

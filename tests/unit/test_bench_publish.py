@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.alike
+
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 

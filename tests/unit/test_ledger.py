@@ -31,6 +31,8 @@ from megatron_efr.weights.publish import NoEngineError
 from tests.groups import credited
 from tests.scripts import Letters
 
+pytestmark = pytest.mark.alike
+
 STOP, START, LEVELS = 1, 2, 6
 CONFIG = {
     "model_type": "qwen2", "vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,

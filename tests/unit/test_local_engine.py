@@ -16,6 +16,8 @@ from megatron_efr.types import Prompt, Sampling
 from tests.engine_contract import EngineContract, MakeEngine, Weights
 from tests.small_qwen2 import STOP, answers, differing, exact_logprobs, mixed_requests, model, serving, weights_of
 
+pytestmark = pytest.mark.alike
+
 
 class TestContract(EngineContract):
     stop_id = STOP

@@ -15,6 +15,8 @@ from megatron_efr.types import Group, Prompt, Request, Response, Sampling
 from tests.engine_contract import Weights, requests
 from tests.small_qwen2 import STOP, answers, differing, exact_logprobs, mixed_requests, model, serving, weights_of
 
+pytestmark = pytest.mark.alike
+
 # Publications ------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,8 @@ from megatron_efr.scripts import plain
 from megatron_efr.types import Prompt, Request, Response, Sampling
 from tests.families import FAMILIES, make_family_folder
 
+pytestmark = pytest.mark.alike
+
 SAMPLING = Sampling(0.8, 1.0, 40, (2,))
 DECODED = [family for family in FAMILIES if family != "qwen2"]  # which has tests of its own
 

@@ -20,6 +20,8 @@ from megatron_efr.types import Done, Prompt, Request, Response, Sampling
 from tests.scripts import Letters, Rereading, assert_made, every_kind
 from tests.small_qwen2 import STOP, exact_logprobs, model, weights_of
 
+pytestmark = pytest.mark.alike
+
 BUILT = model()
 LOGITS: dict[Any, torch.Tensor] = {}
 BEGUN = [(5, 9, 3), (4,), (7, 7, 8, 20, 11, 6)]

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
+pytestmark = [
+    pytest.mark.alike,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device"),
+]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
