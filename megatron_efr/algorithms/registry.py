@@ -6,7 +6,7 @@ from megatron_efr.algorithms import named
 from megatron_efr.algorithms.base import Algorithm
 from megatron_efr.config import AlgorithmConfig, ConfigError, RolloutConfig, TrainConfig
 from megatron_efr.config.file import validate
-from megatron_efr.config.plugins import load_plugin, registered
+from megatron_efr.config.plugins import find_class
 
 ENTRY_POINT = "megatron_efr.algorithms"
 
@@ -25,13 +25,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 
 def find(name: str) -> type[Algorithm]:
     """The algorithm of that name, ours or an installed third party's; ConfigError if there is none."""
-    if name in ALGORITHMS:
-        return ALGORITHMS[name]
-    others = registered(ENTRY_POINT)
-    if name not in others:
-        there = ", ".join(sorted({*ALGORITHMS, *others}))
-        raise ConfigError(f"algorithm.name: no algorithm {name!r}; there are {there}")
-    return load_plugin(others[name], Algorithm, "algorithm.name")
+    return find_class(name, ALGORITHMS, ENTRY_POINT, Algorithm, "algorithm")
 
 
 def build(config: AlgorithmConfig, rollout: RolloutConfig) -> Algorithm:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 from megatron_efr.config.section import ConfigError
 
 Kind = TypeVar("Kind")
+
+
+def find_class(name: str, ours: Mapping[str, type[Kind]], group: str, base: type[Kind], section: str) -> type[Kind]:
+    """The class of that name, ours or an installed third party's of the entry points `group`.
+
+    ConfigError, under `section`.name, if there is none, or if a third party's does not load or is no `base`.
+    """
+    if name in ours:
+        return ours[name]
+    others = registered(group)
+    if name not in others:
+        raise ConfigError(f"{section}.name: no {section} {name!r}; there are {', '.join(sorted({*ours, *others}))}")
+    return load_plugin(others[name], base, f"{section}.name")
 
 
 def registered(group: str) -> dict[str, EntryPoint]:

@@ -4,40 +4,28 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_efr.methods import (
-    efr,
-    experimental,
-    iteration,
-    lengths,
-    limits,
-    modes,
-    relative,
-    remembering,
-    scripted,
-    told,
-)
 from megatron_efr.methods.base import Method
 from megatron_efr.methods.plain import Plain
 from megatron_efr.methods.registry import METHODS
 
-KINDS: dict[ModuleType, str] = {
-    efr: "The paper's",
-    lengths: "Lengths within a group",
-    limits: "Limits and targets",
-    iteration: "Decided by the whole iteration",
-    relative: "Credits of their own",
-    remembering: "Methods that remember",
-    told: "Budgets told in the prompt",
-    scripted: "Responses made by a script",
-    modes: "Modes that the model chooses",
-    experimental: "Experimental",
+KINDS = {
+    "efr": "The paper's",
+    "lengths": "Lengths within a group",
+    "limits": "Limits and targets",
+    "iteration": "Decided by the whole iteration",
+    "relative": "Credits of their own",
+    "remembering": "Methods that remember",
+    "told": "Budgets told in the prompt",
+    "scripted": "Responses made by a script",
+    "modes": "Modes that the model chooses",
+    "experimental": "Experimental",
 }
 """The files of methods, in the page's order, and the heading of each."""
 
@@ -88,10 +76,10 @@ def _wrong_may_win(method: type[Method]) -> str:
     return "; or ".join(filter(None, (method.wrong_may_win, chosen))) or "-"
 
 
-def _section(kind: ModuleType) -> Iterator[str]:
+def _section(kind: str) -> Iterator[str]:
     yield f"## {KINDS[kind]}"
     yield ""
-    summary = (kind.__doc__ or "").strip().partition(": ")[2]
+    summary = (sys.modules[f"{__package__}.{kind}"].__doc__ or "").strip().partition(": ")[2]
     yield summary[:1].upper() + summary[1:]
     yield ""
     for name, method in _methods(kind):
@@ -112,8 +100,8 @@ def _options(method: type[Method]) -> Iterator[str]:
     yield ""
 
 
-def _methods(kind: ModuleType) -> list[tuple[str, type[Method]]]:
-    return [(name, method) for name, method in METHODS.items() if method.__module__ == kind.__name__]
+def _methods(kind: str) -> list[tuple[str, type[Method]]]:
+    return [(name, method) for name, method in METHODS.items() if method.__module__ == f"{__package__}.{kind}"]
 
 
 def _type(field: FieldInfo) -> str:

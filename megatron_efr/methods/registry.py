@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_efr.config import AlgorithmConfig, ConfigError, MethodConfig, RolloutConfig, TrainConfig
 from megatron_efr.config.file import validate
-from megatron_efr.config.plugins import load_plugin, registered
+from megatron_efr.config.plugins import find_class
 from megatron_efr.methods import (
     efr,
     experimental,
@@ -57,19 +57,9 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def names() -> list[str]:
-    """Every method's name: ours, and those of installed third parties."""
-    return sorted({*METHODS, *registered(ENTRY_POINT)})
-
-
 def find(name: str) -> type[Method]:
     """The method of that name; ConfigError if there is none."""
-    if name in METHODS:
-        return METHODS[name]
-    others = registered(ENTRY_POINT)
-    if name not in others:
-        raise ConfigError(f"method.name: no method {name!r}; there are {', '.join(names())}")
-    return load_plugin(others[name], Method, "method.name")
+    return find_class(name, METHODS, ENTRY_POINT, Method, "method")
 
 
 def build(config: MethodConfig, rollout: RolloutConfig, algorithm: AlgorithmConfig) -> Method:

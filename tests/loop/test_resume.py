@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -147,7 +148,7 @@ def test_what_libraries_say_about_themselves_does_not_reach_stderr(
     for arguments in (["train.iterations=1"], ["train.iterations=2", "--resume"]):
         said = program("train", config, *overrides, *arguments).stderr.splitlines()
         # a model that has learnt nothing does not end its responses, of which the run itself warns
-        assert [line for line in said if not line.startswith("warning: iteration 1: 56% of")] == []
+        assert [line for line in said if not re.match(r"warning: iteration 1: \d+% of the starting", line)] == []
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_gives_the_same_run(
