@@ -37,7 +37,7 @@ def side_by_side(commands: Sequence[tuple[str, list[str]]], logs: Path, jobs: in
     with ThreadPoolExecutor(jobs) as pool, Interruption(signal.SIGINT) as interruption:
         started = [pool.submit(programs.run, name, command) for name, command in commands]
         try:
-            _follow(started, programs, interruption)
+            _follow(started, [name for name, _ in commands], programs, interruption)
         except BaseException:  # such as a terminal that is gone: the pool waits for what runs
             programs.end(signal.SIGINT)
             raise
@@ -54,8 +54,13 @@ def side_by_side(commands: Sequence[tuple[str, list[str]]], logs: Path, jobs: in
         raise SystemExit(EXIT_REQUEUE)
 
 
-def _follow(started: Sequence[Future[int | None]], programs: Programs, interruption: Interruption) -> None:
-    """Wait for all, and pass on what comes in the meantime; raises what one of them raised."""
+def _follow(
+    started: Sequence[Future[int | None]], names: Sequence[str], programs: Programs, interruption: Interruption
+) -> None:
+    """Wait for all, and pass on what comes in the meantime; raises what one of them raised.
+
+    Programs are named in the order of `names`, whichever thread began its own first.
+    """
     limit, left = float("inf"), set(started)
     while left:
         done, left = wait(left, _POLL_S, FIRST_EXCEPTION)
@@ -63,7 +68,9 @@ def _follow(started: Sequence[Future[int | None]], programs: Programs, interrupt
             each.result()
         if interruption.received and not programs.ending:
             limit = time.monotonic() + END_WITHIN_S
-            said = f"sweep: {interruption.received.name}: {', '.join(programs.end(signal.SIGTERM)) or 'none'} asked to"
+            asked = programs.end(signal.SIGTERM)
+            named = ", ".join(name for name in names if name in asked) or "none"
+            said = f"sweep: {interruption.received.name}: {named} asked to"
             print(f"{said} end, and waited for {END_WITHIN_S:g} s; a second signal kills", file=sys.stderr, flush=True)
         if interruption.insisted or time.monotonic() > limit:
             programs.end(signal.SIGKILL)
@@ -76,13 +83,13 @@ class Programs:
         self.ending = self.killed = False
         self._logs, self._running, self._lock = logs, dict[str, "subprocess.Popen[str]"](), threading.Lock()
 
-    def end(self, number: signal.Signals) -> list[str]:
-        """Send a signal to those that run, which are named, and let no other begin."""
+    def end(self, number: signal.Signals) -> set[str]:
+        """Send a signal to those that run, whose names it returns, and let no other begin."""
         with self._lock:
             self.ending, self.killed = True, number == signal.SIGKILL
             for process in self._running.values():
                 process.send_signal(number)  # does nothing where it has ended
-            return [name for name, process in self._running.items() if process.poll() is None]
+            return {name for name, process in self._running.items() if process.poll() is None}
 
     def run(self, name: str, command: list[str]) -> int | None:
         """One command, with its name before each line of output: its exit code, None where it was not begun."""
