@@ -39,6 +39,7 @@ COLUMNS: dict[str, Column] = {
         Column("weight", np.float32, 1.0),
         Column("engine_logprob", np.float32),
         Column("old_logprob", np.float32),
+        Column("behaviour_logprob", np.float32),
         Column("reference_logprob", np.float32),
         Column("version", np.int32),
         Column("importance", np.float32),
@@ -48,8 +49,9 @@ COLUMNS: dict[str, Column] = {
 
 `advantage`: the response's and the token's own. `weight` of the token in the loss, at least 0; 0 leaves it out.
 `engine_logprob` as sampled. `old_logprob` under the policy before its first update of the iteration,
-`reference_logprob` under the initial model. `version` of the weights that drew the token, or NOT_DRAWN. `importance`
-weighs a token that other weights drew.
+`reference_logprob` under the initial model. `behaviour_logprob` is what ratios refer to in a micro-batch with a token
+that a script chose with a known chance: the log of that chance for such a token, `old_logprob` for the others.
+`version` of the weights that drew the token, or NOT_DRAWN. `importance` weighs a token that other weights drew.
 """
 
 

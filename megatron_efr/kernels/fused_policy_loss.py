@@ -16,7 +16,7 @@ from megatron_efr.algorithms.objective import Objective
 from megatron_efr.kernels.backend import Backend
 from megatron_efr.kernels.linear_logprob import CHUNK_TOKENS, Shard, logits_buffer, prepare
 from megatron_efr.kernels.products import accumulate_weight_gradient
-from megatron_efr.kernels.rows import FIGURES, PolicyRows, chunks, sum_figures
+from megatron_efr.kernels.rows import FIGURES, PolicyRows, chunks, refer_to_policy, sum_figures
 
 _FACTOR_TOLERANCE = 1e-6  # fp32 products of the same factors in another order
 
@@ -78,8 +78,11 @@ def fused_policy_loss(
         gradients = _Gradients(torch.zeros_like(hidden), total.detach(), factor)
     with torch.no_grad():
         tokens = len(hidden) if live is None or objective.every_token else live
-        logprobs, figures = _sweep(hidden, weight, local, rows.plain(), objective, shard, gradients, tokens)
-        sums = sum_figures(figures, objective)
+        plain = rows.plain()
+        logprobs, figures = _sweep(hidden, weight, local, plain, objective, shard, gradients, tokens)
+        if plain.before is not None:
+            refer_to_policy(figures, logprobs - plain.before, plain.weights)
+        sums = sum_figures(figures, plain.weights, objective)
     loss = sums["loss"]
     if gradients is not None:
         weight_gradient = gradients.weight.to(weight.dtype) if main_grad is None else None

@@ -26,6 +26,7 @@ FIGURES = (
 `clip_above`, `clip_below`: the ratio was too large or too small, and the token has no gradient of its surrogate (or,
 where ratios only weigh, another weight); `clip_fraction` is either.
 """
+_KL_TO_OLD, _RATIO = FIGURES.index("kl_to_old"), FIGURES.index("ratio_max")
 
 ELSEWHERE, OUTSIDE = -1, -2  # a target's column where another rank holds it; where the vocabulary does not
 
@@ -70,7 +71,9 @@ class Softmax(NamedTuple):
 class PolicyRows:
     """What the loss reads beside log-probs: fp32 [rows] each.
 
-    `reference` for a KL in the loss; `importance`, constants to the gradient, where tokens are not weighed alike.
+    `old` is what ratios refer to. `reference` for a KL in the loss; `importance`, constants to the gradient, where
+    tokens are not weighed alike. `before`: the policy's own log-probs before the update, where `old` has others too:
+    figures of how far the policy has moved refer to these, and no kernel reads them.
     """
 
     old: torch.Tensor
@@ -78,6 +81,7 @@ class PolicyRows:
     weights: torch.Tensor
     reference: torch.Tensor | None = None
     importance: torch.Tensor | None = None
+    before: torch.Tensor | None = None
 
     def __getitem__(self, rows: slice) -> PolicyRows:
         return self._each(lambda part: part[rows])
@@ -93,13 +97,27 @@ class PolicyRows:
             change(self.weights),
             None if self.reference is None else change(self.reference),
             None if self.importance is None else change(self.importance),
+            None if self.before is None else change(self.before),
         )
 
 
-def sum_figures(figures: torch.Tensor, objective: Objective) -> dict[str, torch.Tensor]:
-    """Sums over rows of FIGURES [8, rows], by name, and the largest ratio (0 without rows), fp32; those that are on."""
+def refer_to_policy(figures: torch.Tensor, moved: torch.Tensor, weights: torch.Tensor) -> None:
+    """Make `kl_to_old` and `ratio_max` of FIGURES [8, rows] say how far the policy itself has moved, in place.
+
+    `moved` [rows]: its log-probs less those before the update, or their sequence's mean, as the ratio has it.
+    """
+    figures[_KL_TO_OLD] = torch.where(weights != 0.0, -weights * moved, 0.0)
+    figures[_RATIO] = moved.exp()
+
+
+def sum_figures(figures: torch.Tensor, weights: torch.Tensor, objective: Objective) -> dict[str, torch.Tensor]:
+    """Sums over rows of FIGURES [8, rows], by name, fp32; those that are on.
+
+    And the largest ratio of the rows that are trained on, 0 if none are.
+    """
     sums: dict[str, torch.Tensor] = dict(zip(FIGURES, figures.double().sum(1).float(), strict=True))
-    sums["ratio_max"] = torch.cat([figures[-1], figures.new_zeros(1)]).max()  # an empty micro-batch has none
+    trained = torch.where(weights != 0.0, figures[_RATIO], 0.0)
+    sums["ratio_max"] = torch.cat([trained, figures.new_zeros(1)]).max()  # an empty micro-batch has none
     if objective.loss_kl == "none":
         del sums["kl_to_reference"]
     return sums

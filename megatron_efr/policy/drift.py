@@ -31,6 +31,21 @@ def fill_importance(batches: list[PackedBatch], importance: Importance) -> None:
             batch.columns["importance"] = torch.where(inside, rho, 0.0)
 
 
+def fill_behaviour(batches: list[PackedBatch]) -> None:
+    """Fill column `behaviour_logprob` of the micro-batches that train on a token which a script chose, if any do.
+
+    The policy did not draw that token, so its ratio is to the chance with which it was chosen (AdaptThink, arXiv
+    2505.13417, eq. 6, whose sampling distribution that is): what the response holds as the engine's log-prob.
+    """
+    for batch in batches:
+        columns = batch.columns
+        if "version" not in columns:
+            continue
+        chosen = (columns["version"] == NOT_DRAWN) & (columns["weight"] > 0)
+        if chosen.any():
+            columns["behaviour_logprob"] = torch.where(chosen, columns["engine_logprob"], columns["old_logprob"])
+
+
 def _log_rho(batch: PackedBatch) -> torch.Tensor:
     """Proximal less engine log-probs [R]; 0 for a token that no engine drew."""
     columns = batch.columns

@@ -97,9 +97,14 @@ class HeadRows:
     def given(self, objective: Objective) -> PolicyRows:
         """What the loss reads beside log-probs, as the kernels take it."""
         columns = self.batch.columns
-        reference = None if objective.loss_kl == "none" else columns.get("reference_logprob")
+        old, behaviour = columns["old_logprob"], columns.get("behaviour_logprob")
         return PolicyRows(
-            columns["old_logprob"], columns["advantage"], columns["weight"], reference, columns.get("importance")
+            old=old if behaviour is None else behaviour,
+            advantages=columns["advantage"],
+            weights=columns["weight"],
+            reference=None if objective.loss_kl == "none" else columns.get("reference_logprob"),
+            importance=columns.get("importance"),
+            before=None if behaviour is None else old,
         )
 
     def policy_loss(self, objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_efr.algorithms.objective import Objective
 from megatron_efr.kernels import token_terms
-from megatron_efr.kernels.rows import sum_figures
+from megatron_efr.kernels.rows import refer_to_policy, sum_figures
 from megatron_efr.policy.head import HeadRows
 from megatron_efr.samples import PackedBatch
 
@@ -30,10 +30,11 @@ Loss = Callable[[HeadRows], tuple[torch.Tensor, Metrics]]
 def policy_loss(objective: Objective) -> Loss:
     """The loss of `Objective`: in one sweep if each token's log-prob is enough, else in two.
 
-    Ratios are against the policy's own log-probs before its first update of the iteration; advantages and importance
-    weights are constants. Figures, weighted as the loss is: `loss`, `clip_fraction`, `clip_above`, `clip_below`,
-    `kl_to_old` (k1), `kl_to_reference` (if a KL is in the loss), `entropy`, `ratio_max`; and `weight`, the sum of the
-    weights.
+    Ratios are against the policy's own log-probs before its first update of the iteration, and of a token that a script
+    chose against the chance of that; advantages and importance weights are constants. Figures, weighted as the loss is:
+    `loss`, `clip_fraction`, `clip_above`, `clip_below`, `kl_to_old` (k1), `kl_to_reference` (if a KL is in the loss),
+    `entropy`; `ratio_max` of tokens that are trained on; and `weight`, the sum of the weights. `kl_to_old` and
+    `ratio_max` say how far the policy has moved, of chosen tokens too.
     """
 
     def loss(rows: HeadRows) -> tuple[torch.Tensor, Metrics]:
@@ -72,7 +73,10 @@ def sequence_policy_loss(objective: Objective, rows: HeadRows) -> tuple[torch.Te
     with torch.no_grad():
         log_ratio = sequence_means(logprobs - given.old, rows.batch, rows.head.context_group)
         terms, slope = token_terms(logprobs, log_ratio, entropies, given, objective)
-        figures = sum_figures(terms, objective)
+        if given.before is not None:
+            moved = sequence_means(logprobs - given.before, rows.batch, rows.head.context_group)
+            refer_to_policy(terms, moved, given.weights)
+        figures = sum_figures(terms, given.weights, objective)
     # the value is there; what autograd sees adds 0 to it, and has its gradient
     value = figures["loss"] + _nothing(given.weights * slope, logprobs)
     if objective.bonus != 0.0:

@@ -20,7 +20,7 @@ from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, Tr
 from megatron_efr.kernels import Backend, choose_backend
 from megatron_efr.policy import context
 from megatron_efr.policy.credits import fill_advantages
-from megatron_efr.policy.drift import drift_figures, drift_sums, fill_importance
+from megatron_efr.policy.drift import drift_figures, drift_sums, fill_behaviour, fill_importance
 from megatron_efr.policy.fit import check_fit, engine_layers
 from megatron_efr.policy.head import HeadRows, build_head, loss_scaling
 from megatron_efr.policy.layers import packed_sequences
@@ -176,7 +176,11 @@ class Policy:
                 batch.columns["reference_logprob"] = logprobs
 
     def fill_columns(self, batches: list[PackedBatch], objective: Objective) -> None:
-        """Fill `importance`, and make of `advantage` what the loss reads, log-probs being there: `drift`, `credits`."""
+        """Fill `behaviour_logprob` and `importance`, and make of `advantage` what the loss reads: `drift`, `credits`.
+
+        The log-probs must be there.
+        """
+        fill_behaviour(batches)
         fill_importance(batches, objective.importance)
         fill_advantages(batches, objective, self.ranks.sum_over_replicas, self._kernels)
 

@@ -115,10 +115,11 @@ def check_identities(metrics: Mapping[str, float], model: ModelConfig, step: int
     """Stop a run whose first update does not see the policy that it updates: ratio 1, KL 0.
 
     Before iteration 1 the policy is the initial model besides, so that its KL to that one is 0; where experts are
-    replayed the initial model routes for itself. A figure that is not finite is left to `check_skipped`.
+    replayed the initial model routes for itself. A figure that is not finite is left to `check_skipped`. An update that
+    trains on nothing has no ratio, which is written as 0.
     """
-    tolerance = IDENTITY_TOLERANCE[model.dtype]
-    found = {"first_ratio_max": metrics["first_ratio_max"] - 1.0, "first_kl_to_old": metrics["first_kl_to_old"]}
+    tolerance, ratio = IDENTITY_TOLERANCE[model.dtype], metrics["first_ratio_max"]
+    found = {"first_ratio_max": ratio - 1.0 if ratio != 0.0 else 0.0, "first_kl_to_old": metrics["first_kl_to_old"]}
     if step == 1 and model.routing != "replay" and "kl" in metrics:
         found["kl"] = metrics["kl"]
     for name, off in found.items():

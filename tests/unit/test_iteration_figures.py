@@ -119,3 +119,4 @@ def test_what_is_no_identity_stops_nothing() -> None:
     check_identities(figures(kl=0.3), model.model_copy(update={"routing": "replay"}), 1)
     check_identities({key: value for key, value in figures().items() if key != "kl"}, model, 1)
     check_identities(figures(first_ratio_max=math.nan), model, 1)  # a skipped update's
+    check_identities(figures(first_ratio_max=0.0), model, 1)  # of an update that trains on nothing

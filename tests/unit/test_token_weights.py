@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,11 @@ import pytest
 import torch
 
 from megatron_efr.algorithms import Objective
+from megatron_efr.policy.drift import fill_behaviour
 from megatron_efr.policy.head import Head, HeadRows
 from megatron_efr.policy.loss import as_means, policy_loss
 from megatron_efr.policy.packing import pack, row_weights
-from megatron_efr.samples import PackedBatch, Sample
+from megatron_efr.samples import NOT_DRAWN, PackedBatch, Sample
 from tests.conftest import VOCAB, ragged_sequences
 from tests.groups import with_columns
 
@@ -106,6 +109,62 @@ def test_loss_and_gradients_equal_fp64(name: str, aggregate: Any) -> None:
     for batch, state in zip(batches, states, strict=True):
         assert state.grad is not None
         assert torch.all(state.grad[batch.columns["weight"] == 0] == 0)
+
+
+@pytest.mark.parametrize("name", ["clip", "whole"])
+def test_the_ratio_of_a_chosen_token_is_to_its_chance(name: str) -> None:
+    """AdaptThink's opening: the policy's probability over 0.5, in fp64; how far the policy moved is not to that."""
+    objective, chance = OBJECTIVES[name], 0.5
+    drawn = ragged_sequences(6, seed=8)
+    versions = [[NOT_DRAWN] * (i % 2) + [4] * (s.response_length - i % 2) for i, s in enumerate(drawn)]
+    drawn = [with_columns(s, version=version) for s, version in zip(drawn, versions, strict=True)]
+    factors = row_weights([s.size for s in drawn], list(range(6)), "sequence")
+    batch = pack(drawn, list(range(6)), factors, torch.device("cpu"))
+    torch.manual_seed(1)
+    weight, states = torch.nn.Parameter(torch.randn(VOCAB, HIDDEN)), torch.randn(len(batch.targets), HIDDEN)
+    states.requires_grad_()
+    now = log_probs(states.detach(), weight.detach()).gather(1, batch.targets[:, None])[:, 0]
+    before = now + 0.1 * torch.randn(len(now))
+    chosen = batch.columns["version"] == NOT_DRAWN
+    assert int(chosen.sum()) == 3
+    batch.columns["engine_logprob"] = torch.where(chosen, math.log(chance), before)
+    batch.columns["old_logprob"], batch.columns["reference_logprob"] = before, before
+    fill_behaviour([batch])
+    head = Head(weight, VOCAB, 1.0, None, sequence_parallel=False, chunk=16, backend="torch")
+    value, figures = policy_loss(objective)(HeadRows(head, states, batch, 1.0))
+    value.backward()
+
+    wide, wide_states = (each.detach().double().requires_grad_() for each in (weight, states))
+    ratios_to = torch.where(chosen, math.log(chance), before.double())
+    exact = replace(batch, columns={**batch.columns, "old_logprob": ratios_to, "weight": torch.ones(len(now))})
+    losses = by_sequence(objective, exact, wide_states, wide)
+    want = torch.stack([loss.mean() for loss in losses.values()]).mean()
+    want.backward()
+    assert float(value.detach()) == pytest.approx(float(want.detach()), rel=1e-5)
+    for mine, theirs in ((weight, wide), (states, wide_states)):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert float((mine.grad - theirs.grad).norm() / theirs.grad.norm()) <= 1e-5
+    moved = [part.double() for part in (now - before).split(batch.row_lengths)]
+    means = torch.stack([part.mean() for part in moved])
+    top = means.max() if name == "whole" else torch.cat(moved).max()
+    assert float(figures["ratio_max"]) == pytest.approx(float(top.exp()), rel=1e-5)
+    assert float(figures["kl_to_old"]) == pytest.approx(float(-means.mean()), rel=1e-4)
+
+
+def test_the_largest_ratio_is_of_trained_tokens() -> None:
+    (one,) = ragged_sequences(1)
+    off = np.arange(one.response_length) % 2
+    batch = pack([with_columns(one, weight=off)], [0], {0: 1.0}, torch.device("cpu"))
+    torch.manual_seed(2)
+    weight, states = torch.nn.Parameter(torch.randn(VOCAB, HIDDEN)), torch.randn(len(batch.targets), HIDDEN)
+    now = log_probs(states, weight.detach()).gather(1, batch.targets[:, None])[:, 0]
+    batch.columns["old_logprob"] = now - torch.where(batch.columns["weight"] > 0, 0.25, 3.0)
+    head = Head(weight, VOCAB, 1.0, None, sequence_parallel=False, chunk=16, backend="torch")
+    for objective in (OBJECTIVES["clip"], Objective(ratio="sequence")):
+        with torch.no_grad():
+            _, figures = policy_loss(objective)(HeadRows(head, states, batch, 1.0))
+        assert float(figures["ratio_max"]) == pytest.approx(math.exp(0.25), rel=1e-5)
 
 
 def log_probs(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
