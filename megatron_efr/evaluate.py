@@ -13,18 +13,19 @@ from megatron_efr.config import EnginesConfig, EvaluateConfig, ModelConfig
 from megatron_efr.data.prompts import load_tokenizer
 from megatron_efr.data.stop_tokens import stop_ids
 from megatron_efr.errors import UserError
+from megatron_efr.evaluation.evaluator import Evaluator
+from megatron_efr.evaluation.journal import ASKED, Unfinished, finished, forget
+from megatron_efr.evaluation.records import Record, describe
 from megatron_efr.grading import Grader
-from megatron_efr.report.records import Record, describe
 from megatron_efr.rollout.build import local_engine, sglang_engine
 from megatron_efr.rollout.codec import Codec, TokenizerCodec
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.ledger import request_seed
 from megatron_efr.rollout.servers.arguments import check_server_arguments
 from megatron_efr.rollout.sglang.engine import SGLangEngine
-from megatron_efr.run.environment import Evaluator, date_prompts
+from megatron_efr.run.environment import date_prompts
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.run.owner import owned
-from megatron_efr.run.unfinished import ASKED, Unfinished, finished, forget
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import TensorSource, as_folder
 from megatron_efr.weights.publish import RECOVERIES, EngineError, LostError, NoEngineError

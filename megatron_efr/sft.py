@@ -16,10 +16,10 @@ from megatron_efr.data.prompts import load_tokenizer
 from megatron_efr.data.sft import load_sft
 from megatron_efr.observe import Observer
 from megatron_efr.policy import Policy, check_policy, joined_ranks, supervised_loss
-from megatron_efr.report.iteration import check_skipped
 from megatron_efr.run.environment import date_prompts
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.run.interruption import EXIT_REQUEUE, Interruption
+from megatron_efr.run.iteration import check_skipped
 from megatron_efr.run.owner import claimed
 from megatron_efr.samples import Sample
 from megatron_efr.types import UserError

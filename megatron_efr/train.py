@@ -14,8 +14,8 @@ from megatron_efr.observe import Observer
 from megatron_efr.policy import policy_loss
 from megatron_efr.policy.deal import deal
 from megatron_efr.policy.packing import samples
-from megatron_efr.report.iteration import check_identities, check_logprobs, check_skipped, iteration_metrics
 from megatron_efr.run.interruption import EXIT_REQUEUE, Interruption
+from megatron_efr.run.iteration import check_identities, check_logprobs, check_skipped, iteration_metrics
 from megatron_efr.run.replay import replay
 from megatron_efr.run.run import Run, opened
 from megatron_efr.types import Credited

@@ -263,7 +263,7 @@ def task_rows(settings: Settings, folder: Path) -> list[dict[str, Any]]:
     from megatron_efr.data.prompts import load_tokenizer
     from megatron_efr.data.stop_tokens import stop_ids
     from megatron_efr.data.stream import PromptStream
-    from megatron_efr.run.environment import load_prompts
+    from megatron_efr.evaluation.problems import load_prompts
 
     config = configuration(settings, folder, 1)
     tokenizer = load_tokenizer(settings.model)

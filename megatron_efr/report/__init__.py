@@ -1,6 +1,6 @@
-"""What came of it: statistics of graded groups, evaluation records, plots, and one self-contained page."""
+"""What came of it: summaries of evaluations, plots, and one self-contained page."""
 
 from megatron_efr.report.page import write_report
-from megatron_efr.report.records import build_summary, over_seeds, summarise, summary_markdown
+from megatron_efr.report.records import build_summary, over_seeds, summary_markdown
 
-__all__ = ["build_summary", "over_seeds", "summarise", "summary_markdown", "write_report"]
+__all__ = ["build_summary", "over_seeds", "summary_markdown", "write_report"]

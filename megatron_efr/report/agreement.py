@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from megatron_efr.errors import UserError
-from megatron_efr.report.records import FIGURES, Record, figure, label
+from megatron_efr.evaluation.records import Record
+from megatron_efr.report.records import FIGURES, figure, label
 
 WRITTEN = {"accuracy": (lambda value: f"{100 * value:.1f}", "%"), "tokens": (lambda value: f"{value:.1f}", "")}
 

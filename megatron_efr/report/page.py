@@ -12,8 +12,10 @@ from markupsafe import Markup
 from matplotlib.colors import to_hex, to_rgb
 
 from megatron_efr.durable import write_atomic
-from megatron_efr.report import plots, sentences, statistics
-from megatron_efr.report.records import Record, figure, label, relative, spread_note
+from megatron_efr.evaluation import statistics
+from megatron_efr.evaluation.records import Record
+from megatron_efr.report import plots, sentences
+from megatron_efr.report.records import figure, label, relative, spread_note
 
 Metrics = Mapping[str, Sequence[Mapping[str, Any]]]
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_efr.report import statistics
-from megatron_efr.report.records import Record, label
+from megatron_efr.evaluation import statistics
+from megatron_efr.evaluation.records import Record
+from megatron_efr.report.records import label
 
 
 def base_of(models: Sequence[Record]) -> Record | None:

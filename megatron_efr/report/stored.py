@@ -1,60 +1,14 @@
-"""Reads evaluation records and summaries back; a file that is damaged, or another program's, is named with its key."""
+"""Reads summaries back; a file that is damaged, or another program's, is named with its key."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from megatron_efr.errors import UserError
-
-Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+from megatron_efr.evaluation.stored import Interval, Part, read_tree
 
 
-class _Part(BaseModel):
-    """What a report reads of a file; there may be more."""
-
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
-
-
-class _Figures(_Part):
-    problems: int
-    samples: int
-    accuracy: float
-    accuracy_ci: Interval
-    tokens: float
-    tokens_ci: Interval
-    tokens_right: float | None
-    tokens_wrong: float | None
-    tokens_by_difficulty: dict[str, float]
-    accuracy_by_difficulty: dict[str, float]
-    truncated: float
-    pass_at_k: dict[str, float]
-    majority: float | None
-    tokens_per_right_answer: float | None
-
-
-class _Row(_Part):
-    id: str
-    dataset: str
-    difficulty: str | None
-    question: str
-    gold: str
-    correct: Annotated[list[bool], Field(min_length=1)]
-    tokens: Annotated[list[int], Field(min_length=1)]
-    truncated: Annotated[list[bool], Field(min_length=1)]
-    responses: list[str]
-
-
-class _Evaluation(_Figures):
-    name: str
-    datasets: dict[str, _Figures]
-    rows: list[_Row]
-
-
-class _Model(_Part):
+class Model(Part):
     name: str
     alpha: float | None
     accuracy: float
@@ -64,33 +18,12 @@ class _Model(_Part):
     tokens_by_difficulty: dict[str, float]
 
 
-class _Summary(_Part):
-    models: list[_Model]
+class Summary(Part):
+    models: list[Model]
     seconds: dict[str, float | None]
     note: str = ""
 
 
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """An evaluation's record, as `records.summarise` made it; UserError where the file holds no such thing."""
-    return _read(path, _Evaluation, "evaluation record", "move it out of this folder, or evaluate again")
-
-
 def read_summary(path: Path) -> dict[str, Any]:
     """A family's summary.json; UserError where the file holds no such thing."""
-    return _read(path, _Summary, "family's summary", "move it out of this folder; `efr sweep` writes it at its end")
-
-
-def _read(path: Path, kind: type[BaseModel], what: str, advice: str) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_bytes())
-        kind.model_validate(tree)
-    except ValidationError as error:
-        [problem, *_] = error.errors()
-        where = ".".join(map(str, problem["loc"]))
-        said = "an object belongs here" if problem["type"] == "model_type" else problem["msg"]
-        raise UserError(f"{path}: no {what}: {where + ': ' if where else ''}{said}; {advice}") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # no JSON, or no text at all
-        raise UserError(f"{path}: damaged, not JSON: {error}; {advice}") from error
-    return tree
+    return read_tree(path, Summary, "family's summary", "move it out of this folder; `efr sweep` writes it at its end")

@@ -2,55 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_efr import scripts
 from megatron_efr.algorithms import Algorithm
-from megatron_efr.config import (
-    ConfigError,
-    DatasetConfig,
-    EvaluationConfig,
-    GradingConfig,
-    PromptConfig,
-    TrainConfig,
-)
-from megatron_efr.data.datasets import dataset_name, load_problems
+from megatron_efr.config import PromptConfig, TrainConfig
 from megatron_efr.data.lengths import check_prompts
-from megatron_efr.data.prompts import Rendered, load_tokenizer, render_all
+from megatron_efr.data.prompts import Rendered, load_tokenizer
 from megatron_efr.data.stop_tokens import stop_ids
 from megatron_efr.data.stream import PromptStream
+from megatron_efr.evaluation.evaluator import Evaluator
+from megatron_efr.evaluation.problems import SHOWN_PROMPTS, judgings_of, load_prompts, show
 from megatron_efr.grading import Grader
-from megatron_efr.grading.equality import equal_answers
-from megatron_efr.grading.gold_checks import check_for
 from megatron_efr.grading.groups import grade_groups
-from megatron_efr.grading.judging import Judgings
 from megatron_efr.methods import Knowledge, Known, Method, reward
-from megatron_efr.observe.progress import followed
-from megatron_efr.report.records import Record, summarise
 from megatron_efr.rollout.build import build_engine
 from megatron_efr.rollout.codec import TokenizerCodec
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.judging import Accept
-from megatron_efr.rollout.ledger import Ledger, request_seed
+from megatron_efr.rollout.ledger import Ledger
 from megatron_efr.rollout.production import Production
-from megatron_efr.rollout.requests import check_script, longest
 from megatron_efr.rollout.servers.run_servers import Servers
 from megatron_efr.run.asking import Asking
-from megatron_efr.run.folder import Journal, RunFolder
-from megatron_efr.types import Group, Prompt, Request, Rewarded, Sampling
+from megatron_efr.run.folder import RunFolder
+from megatron_efr.types import Group, Rewarded, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import initial_weights
-
-SHOWN_PROMPTS = 3
 
 
 class Environment:
@@ -144,91 +124,6 @@ class Environment:
         self.grader.close()
 
 
-class Evaluator:
-    """Held-out problems and how they are sampled; gives an engine's evaluation record."""
-
-    def __init__(
-        self,
-        config: EvaluationConfig,
-        prompt: PromptConfig,
-        grading: GradingConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        stops: tuple[int, ...],
-        positions: int,
-        seed: int,
-    ) -> None:
-        if not config.datasets:
-            raise ConfigError("evaluation.datasets: empty, and an evaluation needs at least one data set of problems")
-        names = {dataset_name(dataset) for dataset in config.datasets}
-        if unknown := sorted(config.samples_by_dataset.keys() - names):
-            raise ConfigError(
-                f"evaluation.samples_by_dataset.{unknown[0]}: no such data set; there are {', '.join(sorted(names))}"
-            )
-        temperature, top_p = config.sampling
-        self.sampling = Sampling(temperature, top_p, config.max_new_tokens, stops)
-        self.judgings = judgings_of(grading, config.datasets)
-        self.script = scripts.build(config.script.name, config.script.options, "evaluation.script")
-        self.script.check(config.max_new_tokens, "evaluation.script")
-        codec = TokenizerCodec(tokenizer)
-        check_script(self.script, codec, "evaluation.script")
-        rendered = load_prompts(config.datasets, tokenizer, prompt, grading)
-        limit = longest(self.script, config.max_new_tokens, codec)
-        written = " and what evaluation.script adds" if limit > config.max_new_tokens else ""
-        check_prompts(rendered.prompts, limit, positions, f"evaluation.max_new_tokens{written}")
-        say_overlong(rendered)
-        self._left_out = Counter(problem.dataset for problem in rendered.left_out)
-        self.prompts = rendered.prompts
-        self._seed = seed
-        samples = [config.samples_by_dataset.get(p.meta["dataset"], config.samples) for p in self.prompts]
-        self._requests = [
-            Request(prompt, request_seed(seed, -1 - i), (self.script,) * count)
-            for i, (prompt, count) in enumerate(zip(self.prompts, samples, strict=True))
-        ]
-
-    def asked(self) -> dict[str, Any]:
-        """What is asked, and how: equal where two evaluations of one model may share their answers."""
-        problems = [
-            [r.prompt.id, r.prompt.tokens, r.prompt.gold, dict(r.prompt.meta), r.samples] for r in self._requests
-        ]
-        return {
-            "seed": self._seed,
-            **asdict(self.sampling),
-            "stop_ids": list(self.sampling.stop_ids),
-            **({} if self.script == scripts.Plain() else {"script": scripts.encode(self.script)}),
-            "problems": hashlib.sha256(json.dumps(problems).encode()).hexdigest(),
-        }
-
-    def judged(self) -> dict[str, Any]:
-        """How answers are judged, by data set: equal where the same answers make the same record."""
-        judgings = {name: self.judgings.of_dataset(name) for name in {p.meta["dataset"] for p in self.prompts}}
-        return {f"grading of {name}": json.loads(json.dumps(asdict(judgings[name]))) for name in sorted(judgings)}
-
-    def run(
-        self,
-        engine: Engine,
-        grader: Grader,
-        name: str,
-        journal: Journal | None = None,
-        after_each: Callable[[], None] = lambda: None,
-    ) -> Record:
-        """Answer and grade every problem; those that `journal` holds are taken from there, and the others added."""
-        finished = {group.seed: group for group in (journal.read().groups if journal else [])}
-        if finished:
-            print(f"{name}: {len(finished)} of {len(self._requests)} problems were answered before", flush=True)
-        left = [request for request in self._requests if request.seed not in finished]
-        with closing(engine.generate(left, self.sampling)) as answers:
-            for group in followed(answers, name, len(self._requests), len(finished)):
-                if journal:
-                    journal.append(group)
-                finished[group.seed] = group
-                after_each()
-        groups = [finished[request.seed] for request in self._requests]
-        graded = grade_groups(grader, groups, self.judgings)
-        answers = equal_answers(grader, graded, self.judgings)
-        record = summarise(graded, name, answers=answers, left_out=self._left_out)
-        return record | {"script": scripts.encode(self.script)}
-
-
 def evaluator_of(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...], positions: int
 ) -> Evaluator:
@@ -246,43 +141,3 @@ def check_evaluation(config: TrainConfig) -> None:
 def date_prompts(prompt: PromptConfig, folder: RunFolder) -> None:
     """Let prompts that tell a date tell the day on which work in `folder` began, where `prompt` names none."""
     prompt.date = prompt.date or folder.began()
-
-
-def load_prompts(
-    datasets: Sequence[DatasetConfig],
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: PromptConfig,
-    grading: GradingConfig | None = None,
-) -> Rendered:
-    """Every problem of the data sets as a prompt. Gold answers that a data set's own verifiers cannot judge against,
-    and verifiers that cannot be loaded, stop here."""
-    grading = grading or GradingConfig()
-    judgings = judgings_of(grading, datasets)
-    problems = [
-        problem
-        for dataset in datasets
-        for problem in load_problems(dataset, partial(check_for, judgings.of_dataset(dataset_name(dataset)), grading))
-    ]
-    return render_all(problems, tokenizer, prompt)
-
-
-def judgings_of(grading: GradingConfig, datasets: Sequence[DatasetConfig]) -> Judgings:
-    """How each data set's answers are judged."""
-    return Judgings.of(grading, [(dataset_name(dataset), dataset.grading) for dataset in datasets])
-
-
-def show(rendered: Rendered) -> None:
-    """Print the first prompts as the model will read them, and how many were too long."""
-    for prompt in rendered.prompts[:SHOWN_PROMPTS]:
-        print(_framed(prompt), flush=True)
-    say_overlong(rendered)
-
-
-def say_overlong(rendered: Rendered) -> None:
-    """Print how many prompts were left out, where any were."""
-    if rendered.overlong:
-        print(f"{rendered.overlong} prompts are longer than prompt.max_tokens and were left out", flush=True)
-
-
-def _framed(prompt: Prompt) -> str:
-    return f"prompt {prompt.id} ({len(prompt.tokens)} tokens, answer {prompt.gold}): {prompt.text!r}"

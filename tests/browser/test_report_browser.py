@@ -8,7 +8,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from megatron_efr.report import build_summary, summarise, write_report
+from megatron_efr.evaluation.records import summarise
+from megatron_efr.report import build_summary, write_report
 from megatron_efr.types import Prompt
 from tests.groups import graded
 

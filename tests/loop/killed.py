@@ -45,32 +45,32 @@ def at_answer(groups: str) -> None:
 def at_servers(groups: str) -> None:
     import psutil
 
-    from megatron_efr.run import folder as runfolder
+    from megatron_efr.rollout import journal
 
-    append = runfolder.Journal.append
+    append = journal.Journal.append
 
-    def hooked(self: runfolder.Journal, group: Any) -> None:
+    def hooked(self: journal.Journal, group: Any) -> None:
         append(self, group)
         if self.path.match("unfinished/*.jsonl") and self.path.read_bytes().count(b"\n") == int(groups):
             for child in psutil.Process().children():
                 if "sglang.launch_server" in child.cmdline():
                     child.kill()  # a supervisor, and the kernel what it runs
 
-    runfolder.Journal.append = hooked
+    journal.Journal.append = hooked
 
 
 def at_journal(pattern: str, groups: str) -> None:
-    from megatron_efr.run import folder as runfolder
+    from megatron_efr.rollout import journal
 
-    append = runfolder.Journal.append
+    append = journal.Journal.append
 
-    def hooked(self: runfolder.Journal, group: Any) -> None:
+    def hooked(self: journal.Journal, group: Any) -> None:
         if self.path.match(pattern) and self.path.exists() and self.path.read_bytes().count(b"\n") == int(groups):
-            write_half(self.path, runfolder.encode_group(group))
+            write_half(self.path, journal.encode_group(group))
             die()
         append(self, group)
 
-    runfolder.Journal.append = hooked
+    journal.Journal.append = hooked
 
 
 def at_update(number: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_efr.run.folder import Journal
+from megatron_efr.rollout.journal import Journal
 from tests.loop.conftest import Program
 
 CONFIG = """

@@ -13,11 +13,11 @@ from megatron_efr.config.file import validate
 from megatron_efr.data.arithmetic import ArithmeticTask, write
 from megatron_efr.data.prompts import load_tokenizer
 from megatron_efr.data.stream import PromptStream
+from megatron_efr.evaluation.problems import load_prompts
 from megatron_efr.methods import Ask
 from megatron_efr.rollout.codec import TokenizerCodec
 from megatron_efr.rollout.request_json import decode_request, encode_request
 from megatron_efr.run.asking import Asking
-from megatron_efr.run.environment import load_prompts
 from megatron_efr.scripts import Opened, Plain
 from megatron_efr.types import Prompt
 from tests.groups import KNOWN

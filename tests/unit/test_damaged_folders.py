@@ -15,9 +15,10 @@ from megatron_efr import arguments, inspect_checkpoint
 from megatron_efr.checkpoint.model_source import find_model
 from megatron_efr.config import ModelConfig
 from megatron_efr.errors import UserError
-from megatron_efr.report import summarise
+from megatron_efr.evaluation.records import summarise
+from megatron_efr.evaluation.stored import read_evaluation
 from megatron_efr.report.__main__ import main as report
-from megatron_efr.report.stored import read_evaluation, read_summary
+from megatron_efr.report.stored import read_summary
 from megatron_efr.run.folder import RunFolder, read_rollouts
 from megatron_efr.types import Credited, Prompt
 from tests.groups import credited, graded

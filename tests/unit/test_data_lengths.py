@@ -23,10 +23,11 @@ from megatron_efr.data.byte_model import main as write_byte_model
 from megatron_efr.data.lengths import check_prompts, check_rows
 from megatron_efr.data.prompts import PromptError, load_tokenizer
 from megatron_efr.evaluate import evaluate
+from megatron_efr.evaluation.evaluator import Evaluator
 from megatron_efr.grading import Grader
 from megatron_efr.rollout.codec import TokenizerCodec
 from megatron_efr.rollout.local.engine import LocalEngine
-from megatron_efr.run.environment import Environment, Evaluator
+from megatron_efr.run.environment import Environment
 from megatron_efr.types import Prompt
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import initial_weights

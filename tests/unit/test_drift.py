@@ -17,7 +17,7 @@ from megatron_efr.policy.drift import drift_figures, drift_sums, fill_importance
 from megatron_efr.policy.head import Head, HeadRows
 from megatron_efr.policy.loss import policy_loss
 from megatron_efr.policy.packing import pack
-from megatron_efr.report.iteration import LogprobMismatchError, check_logprobs
+from megatron_efr.run.iteration import LogprobMismatchError, check_logprobs
 from megatron_efr.samples import NOT_DRAWN, PackedBatch, Sample
 from tests.conftest import VOCAB, ragged_sequences
 from tests.groups import with_columns

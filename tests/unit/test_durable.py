@@ -14,9 +14,9 @@ import torch
 
 from megatron_efr.config import ObserveConfig
 from megatron_efr.durable import UnwritableError, append_line, remove_torn_writes, standing
+from megatron_efr.evaluation.journal import Unfinished
 from megatron_efr.observe import Observer
 from megatron_efr.run.folder import RunFolder
-from megatron_efr.run.unfinished import Unfinished
 from megatron_efr.weights.folder import save_folder
 from tests.groups import credited, graded
 

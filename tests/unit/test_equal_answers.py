@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from megatron_efr.config import GradingConfig, JudgingConfig
+from megatron_efr.evaluation.records import summarise
 from megatron_efr.grading import Grader
 from megatron_efr.grading.equality import equal_answers
 from megatron_efr.grading.groups import grade_groups
 from megatron_efr.grading.judging import Judging, Judgings
-from megatron_efr.report import summarise
 from megatron_efr.types import Grade, Graded, Group, Prompt
 from tests.groups import response
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_efr.evaluate import answered, taking_in
-from megatron_efr.report.records import Record, summarise
-from megatron_efr.run.folder import RunFolder, RunFolderError
-from megatron_efr.run.unfinished import Unfinished, finished, forget
+from megatron_efr.evaluation.journal import EvaluationError, Unfinished, finished, forget
+from megatron_efr.evaluation.records import Record, summarise
+from megatron_efr.run.folder import RunFolder
 from megatron_efr.weights.publish import EngineError, LostError, NoEngineError
 from tests.groups import graded
 
@@ -77,7 +77,7 @@ def test_a_finished_evaluation_is_not_made_again(tmp_path: Path) -> None:
 def test_the_record_of_another_evaluation_is_refused_with_what_differs_or_written_over(tmp_path: Path) -> None:
     path = record_of(tmp_path, asked=ASKED)
     other = ASKED | {"seed": 4, "grading of test": {"parts": [{"weight": 2.0}]}, "top_p": 0.95}
-    with pytest.raises(RunFolderError) as refused:
+    with pytest.raises(EvaluationError) as refused:
         finished(path, other, False)
     assert str(refused.value) == (
         f"{path}: is the record of another evaluation than this; it differs in\n"
@@ -87,7 +87,7 @@ def test_the_record_of_another_evaluation_is_refused_with_what_differs_or_writte
         "give this one another name (--record), or write over that one (--replace)"
     )
     assert finished(path, other, True) is None
-    with pytest.raises(RunFolderError, match=r"model.json: is a record that does not say what was asked\n.*--replace"):
+    with pytest.raises(EvaluationError, match=r"model.json: is a record that does not say what was asked\n.*--replace"):
         finished(record_of(tmp_path), ASKED, False)
 
 
@@ -97,7 +97,7 @@ def test_answers_of_another_evaluation_are_refused_or_replaced_and_forgotten_by_
     begun = Unfinished(path, ASKED)
     begun.journal.append(group)
     begun.journal.close()
-    with pytest.raises(RunFolderError, match=r"(?s)was another; it differs in\n  seed: there 3, here 4\n.*--replace"):
+    with pytest.raises(EvaluationError, match=r"(?s)was another; it differs in\n  seed: there 3, here 4\n.*--replace"):
         Unfinished(path, other)
     forget(path, other)
     assert len(Unfinished(path, ASKED).journal.read().groups) == 1

@@ -38,14 +38,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"scripts"}
     | {"weights.architecture", "weights.frequencies", "weights.mapping", "weights.checked", "weights.publish"}
     | {"weights.reshard", "weights.transports"},
-    "report": BASE,
+    "evaluation": BASE
+    | {"data", "grading", "observe.progress", "scripts"}
+    | {"rollout.codec", "rollout.engine", "rollout.journal", "rollout.ledger", "rollout.requests"},
+    "report": BASE | {"evaluation.records", "evaluation.statistics", "evaluation.stored"},
     "observe": BASE,
     "checkpoint": BASE | WEIGHTS | {"transformer_engine"},
     "memory": BASE | {"weights.architecture", "weights.mapping", "kernels"},
     "run": BASE
     | WEIGHTS
-    | {"algorithms", "arguments", "checkpoint", "data", "grading", "memory", "methods", "observe", "parent"}
-    | {"policy", "report.records", "report.stored", "rollout", "scripts"},
+    | {"algorithms", "arguments", "checkpoint", "data", "evaluation", "grading", "memory", "methods", "observe"}
+    | {"parent", "policy", "rollout", "scripts"},
     "convert": BASE | WEIGHTS | {"arguments", "checkpoint", "parity", "policy"},  # policy, where logits are compared
     "import_gguf": BASE
     | {"arguments", "data.gguf_tokenizer", "parity"}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_efr.errors import UserError
+from megatron_efr.evaluation.statistics import interval
 from megatron_efr.report.agreement import agreement_markdown, compare
-from megatron_efr.report.statistics import interval
 
 pytestmark = pytest.mark.alike
 

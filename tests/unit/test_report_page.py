@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from megatron_efr.report import build_summary, summarise, write_report
+from megatron_efr.evaluation.records import summarise
+from megatron_efr.report import build_summary, write_report
 from megatron_efr.report.sentences import chosen_problem, difficulty_sentences, headline
 from megatron_efr.types import Prompt
 from tests.groups import graded

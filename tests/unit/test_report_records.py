@@ -5,7 +5,8 @@ import json
 import pytest
 
 from megatron_efr.evaluate import describe
-from megatron_efr.report import build_summary, over_seeds, summarise, summary_markdown
+from megatron_efr.evaluation.records import summarise
+from megatron_efr.report import build_summary, over_seeds, summary_markdown
 from megatron_efr.types import Prompt
 from tests.groups import graded
 

@@ -9,7 +9,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_efr.report import statistics as measure
+from megatron_efr.evaluation import statistics as measure
 from tests.groups import graded
 
 pytestmark = pytest.mark.alike

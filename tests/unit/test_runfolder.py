@@ -12,9 +12,10 @@ import pytest
 import zstandard
 
 from megatron_efr.durable import UnwritableError, write_atomic
-from megatron_efr.report import summarise
-from megatron_efr.run.folder import Journal, RunFolder, RunFolderError
-from megatron_efr.run.group_json import decode_credited, decode_group, encode_credited, encode_group
+from megatron_efr.evaluation.records import summarise
+from megatron_efr.rollout.group_json import decode_credited, decode_group, encode_credited, encode_group
+from megatron_efr.rollout.journal import Journal, JournalError
+from megatron_efr.run.folder import RunFolder, RunFolderError
 from megatron_efr.scripts import Budget, Forks, Plain
 from megatron_efr.steps import Part
 from megatron_efr.types import Branch, Credit, Credited, Grade, Graded, Group, Prompt, Response, Rewarded, VersionSpan
@@ -332,7 +333,7 @@ def test_a_journal_torn_at_any_byte_gives_back_the_whole_groups_and_can_go_on(tm
 def test_a_journal_damaged_in_the_middle_is_an_error(tmp_path):
     journal = Journal(tmp_path / "x.jsonl")
     journal.path.write_text('{"prompt": 1}\n' + encode_group(group()) + "\n")
-    with pytest.raises(RunFolderError, match=r"x\.jsonl:1: not a finished group"):
+    with pytest.raises(JournalError, match=r"x\.jsonl:1: not a finished group"):
         journal.read()
 
 
@@ -350,7 +351,7 @@ def test_any_bit_of_a_journal_that_flips_is_noticed(tmp_path):
         if place == ends[-1]:
             assert (len(journal.read().groups), journal.read().torn) == (1, 1)
         else:
-            with pytest.raises(RunFolderError, match=r"x\.jsonl:[12]: not a finished group"):
+            with pytest.raises(JournalError, match=r"x\.jsonl:[12]: not a finished group"):
                 journal.read()
 
 

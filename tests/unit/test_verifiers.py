@@ -20,7 +20,7 @@ from megatron_efr.grading.groups import grade_groups
 from megatron_efr.grading.judging import Judging, Judgings
 from megatron_efr.grading.verdict import BAD_GOLD, CORRECT, UNPARSED, WRONG, Question, Verifier
 from megatron_efr.grading.verifiers import ask
-from megatron_efr.run.group_json import decode_credited, encode_credited
+from megatron_efr.rollout.group_json import decode_credited, encode_credited
 from megatron_efr.types import Graded, Group, Prompt
 from tests.groups import credited, response
 

@@ -11,8 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_efr.durable import remove_torn_writes, write_atomic
-from megatron_efr.report.stored import read_evaluation
-from megatron_efr.run.folder import Journal, RunFolderError
+from megatron_efr.errors import UserError
+from megatron_efr.evaluation.stored import read_evaluation
+from megatron_efr.rollout.journal import Journal
+
+
+class EvaluationError(UserError):
+    """Another evaluation lies under the same name. The message says what differs, and what would be right."""
+
 
 ASKED = "asked"  # the key of a record that says what was asked, and how it was judged
 
@@ -20,7 +26,7 @@ ASKED = "asked"  # the key of a record that says what was asked, and how it was 
 def finished(record: Path, asked: Mapping[str, Any], replace: bool) -> dict[str, Any] | None:
     """The record that is there, where it is of this very evaluation; None where none is, or one to `replace`.
 
-    RunFolderError where it is another evaluation's: it names what differs.
+    EvaluationError where it is another evaluation's: it names what differs.
     """
     if not record.exists():
         return None
@@ -33,14 +39,14 @@ def finished(record: Path, asked: Mapping[str, Any], replace: bool) -> dict[str,
         why = f"is the record of another evaluation than this; it differs in\n{_differences(there[ASKED], asked)}"
     else:
         why = "is a record that does not say what was asked\n"
-    raise RunFolderError(f"{record}: {why}give this one another name (--record), or write over that one (--replace)")
+    raise EvaluationError(f"{record}: {why}give this one another name (--record), or write over that one (--replace)")
 
 
 class Unfinished:
     """Beside the record that an evaluation will write: `unfinished/<its name>.jsonl`, and `.json` with what is asked.
 
     `asked` says which model is asked what, and how, by name. A journal of something else that lies there is forgotten
-    if it is to `replace`; otherwise RunFolderError names what differs.
+    if it is to `replace`; otherwise EvaluationError names what differs.
     """
 
     def __init__(self, record: Path, asked: Mapping[str, Any], replace: bool = False) -> None:
@@ -49,7 +55,7 @@ class Unfinished:
         there = _read_asked(place)
         if self.journal.path.exists() and there != asked:
             if not replace:
-                raise RunFolderError(
+                raise EvaluationError(
                     f"{self.journal.path}: holds answers of an evaluation that was not finished, and was another; "
                     f"it differs in\n{_differences(there, asked)}give this one another name (--record), set these as "
                     "they are there, or forget those answers (--replace)"

@@ -1,0 +1,115 @@
+"""Asks an engine the held-out problems, grades its answers and gives their record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_efr import scripts
+from megatron_efr.config import ConfigError, EvaluationConfig, GradingConfig, PromptConfig
+from megatron_efr.data.datasets import dataset_name
+from megatron_efr.data.lengths import check_prompts
+from megatron_efr.evaluation.problems import judgings_of, load_prompts, say_overlong
+from megatron_efr.evaluation.records import Record, summarise
+from megatron_efr.grading import Grader
+from megatron_efr.grading.equality import equal_answers
+from megatron_efr.grading.groups import grade_groups
+from megatron_efr.observe.progress import followed
+from megatron_efr.rollout.codec import TokenizerCodec
+from megatron_efr.rollout.engine import Engine
+from megatron_efr.rollout.journal import Journal
+from megatron_efr.rollout.ledger import request_seed
+from megatron_efr.rollout.requests import check_script, longest
+from megatron_efr.types import Request, Sampling
+
+
+class Evaluator:
+    """Held-out problems and how they are sampled; gives an engine's evaluation record."""
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        prompt: PromptConfig,
+        grading: GradingConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: tuple[int, ...],
+        positions: int,
+        seed: int,
+    ) -> None:
+        if not config.datasets:
+            raise ConfigError("evaluation.datasets: empty, and an evaluation needs at least one data set of problems")
+        names = {dataset_name(dataset) for dataset in config.datasets}
+        if unknown := sorted(config.samples_by_dataset.keys() - names):
+            raise ConfigError(
+                f"evaluation.samples_by_dataset.{unknown[0]}: no such data set; there are {', '.join(sorted(names))}"
+            )
+        temperature, top_p = config.sampling
+        self.sampling = Sampling(temperature, top_p, config.max_new_tokens, stops)
+        self.judgings = judgings_of(grading, config.datasets)
+        self.script = scripts.build(config.script.name, config.script.options, "evaluation.script")
+        self.script.check(config.max_new_tokens, "evaluation.script")
+        codec = TokenizerCodec(tokenizer)
+        check_script(self.script, codec, "evaluation.script")
+        rendered = load_prompts(config.datasets, tokenizer, prompt, grading)
+        limit = longest(self.script, config.max_new_tokens, codec)
+        written = " and what evaluation.script adds" if limit > config.max_new_tokens else ""
+        check_prompts(rendered.prompts, limit, positions, f"evaluation.max_new_tokens{written}")
+        say_overlong(rendered)
+        self._left_out = Counter(problem.dataset for problem in rendered.left_out)
+        self.prompts = rendered.prompts
+        self._seed = seed
+        samples = [config.samples_by_dataset.get(p.meta["dataset"], config.samples) for p in self.prompts]
+        self._requests = [
+            Request(prompt, request_seed(seed, -1 - i), (self.script,) * count)
+            for i, (prompt, count) in enumerate(zip(self.prompts, samples, strict=True))
+        ]
+
+    def asked(self) -> dict[str, Any]:
+        """What is asked, and how: equal where two evaluations of one model may share their answers."""
+        problems = [
+            [r.prompt.id, r.prompt.tokens, r.prompt.gold, dict(r.prompt.meta), r.samples] for r in self._requests
+        ]
+        return {
+            "seed": self._seed,
+            **asdict(self.sampling),
+            "stop_ids": list(self.sampling.stop_ids),
+            **({} if self.script == scripts.Plain() else {"script": scripts.encode(self.script)}),
+            "problems": hashlib.sha256(json.dumps(problems).encode()).hexdigest(),
+        }
+
+    def judged(self) -> dict[str, Any]:
+        """How answers are judged, by data set: equal where the same answers make the same record."""
+        judgings = {name: self.judgings.of_dataset(name) for name in {p.meta["dataset"] for p in self.prompts}}
+        return {f"grading of {name}": json.loads(json.dumps(asdict(judgings[name]))) for name in sorted(judgings)}
+
+    def run(
+        self,
+        engine: Engine,
+        grader: Grader,
+        name: str,
+        journal: Journal | None = None,
+        after_each: Callable[[], None] = lambda: None,
+    ) -> Record:
+        """Answer and grade every problem; those that `journal` holds are taken from there, and the others added."""
+        finished = {group.seed: group for group in (journal.read().groups if journal else [])}
+        if finished:
+            print(f"{name}: {len(finished)} of {len(self._requests)} problems were answered before", flush=True)
+        left = [request for request in self._requests if request.seed not in finished]
+        with closing(engine.generate(left, self.sampling)) as answers:
+            for group in followed(answers, name, len(self._requests), len(finished)):
+                if journal:
+                    journal.append(group)
+                finished[group.seed] = group
+                after_each()
+        groups = [finished[request.seed] for request in self._requests]
+        graded = grade_groups(grader, groups, self.judgings)
+        answers = equal_answers(grader, graded, self.judgings)
+        record = summarise(graded, name, answers=answers, left_out=self._left_out)
+        return record | {"script": scripts.encode(self.script)}

@@ -1,0 +1,76 @@
+"""Reads evaluation records back; a file that is damaged, or another program's, is named with its key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_efr.errors import UserError
+
+Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class Part(BaseModel):
+    """The keys of a file that are read; there may be more."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class Figures(Part):
+    problems: int
+    samples: int
+    accuracy: float
+    accuracy_ci: Interval
+    tokens: float
+    tokens_ci: Interval
+    tokens_right: float | None
+    tokens_wrong: float | None
+    tokens_by_difficulty: dict[str, float]
+    accuracy_by_difficulty: dict[str, float]
+    truncated: float
+    pass_at_k: dict[str, float]
+    majority: float | None
+    tokens_per_right_answer: float | None
+
+
+class Row(Part):
+    id: str
+    dataset: str
+    difficulty: str | None
+    question: str
+    gold: str
+    correct: Annotated[list[bool], Field(min_length=1)]
+    tokens: Annotated[list[int], Field(min_length=1)]
+    truncated: Annotated[list[bool], Field(min_length=1)]
+    responses: list[str]
+
+
+class Evaluation(Figures):
+    name: str
+    datasets: dict[str, Figures]
+    rows: list[Row]
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """An evaluation's record, as `records.summarise` made it; UserError where the file holds no such thing."""
+    return read_tree(path, Evaluation, "evaluation record", "move it out of this folder, or evaluate again")
+
+
+def read_tree(path: Path, kind: type[BaseModel], what: str, advice: str) -> dict[str, Any]:
+    """The JSON of a file that holds a `kind`; UserError, which calls it `what` and ends with `advice`, otherwise."""
+    try:
+        tree = json.loads(path.read_bytes())
+        kind.model_validate(tree)
+    except ValidationError as error:
+        [problem, *_] = error.errors()
+        where = ".".join(map(str, problem["loc"]))
+        said = "an object belongs here" if problem["type"] == "model_type" else problem["msg"]
+        raise UserError(f"{path}: no {what}: {where + ': ' if where else ''}{said}; {advice}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # no JSON, or no text at all
+        raise UserError(f"{path}: damaged, not JSON: {error}; {advice}") from error
+    return tree
