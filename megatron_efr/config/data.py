@@ -58,14 +58,16 @@ class PromptConfig(Section):
         default="Please reason step by step, and put your final answer within \\boxed{{}}. Question: {question}",
         description="the user turn; a str.format template with {question}",
     )
-    system: str | None = None
+    system: str | None = Field(default=None, description="the system turn; none when left out")
     prefill: str = Field(
         default="template",
         description="what stands after the assistant tag: 'template' (as the chat template has it), 'none' (refuse a "
         "template that adds more), or a text to append",
     )
-    max_tokens: PositiveInt = 512
-    overlong: Literal["skip", "error"] = "skip"
+    max_tokens: PositiveInt = Field(default=512, description="the longest prompt, its template included")
+    overlong: Literal["skip", "error"] = Field(
+        default="skip", description="a longer prompt is left out and counted, or refused"
+    )
     date: str | None = Field(
         default=None,
         pattern=r"^\d{4}-\d\d-\d\d$",
@@ -97,9 +99,11 @@ class PromptConfig(Section):
 class DataConfig(Section):
     """The stream of training prompts."""
 
-    datasets: list[DatasetConfig] = Field(min_length=1)
+    datasets: list[DatasetConfig] = Field(min_length=1, description="their rows make one stream of prompts")
     prompt: PromptConfig = Field(default_factory=PromptConfig)
-    shuffle: bool = True
+    shuffle: bool = Field(
+        default=True, description="a new order in every pass, drawn from the seed; else the files' order"
+    )
 
     @model_validator(mode="after")
     def _names_differ(self) -> DataConfig:
@@ -110,7 +114,7 @@ class DataConfig(Section):
 class SftDataConfig(Section):
     """Rows of question and response text: `{"question", "response"}` by default."""
 
-    path: str
-    question: str = "question"
-    response: str = "response"
-    limit: PositiveInt | None = None
+    path: str = Field(description="a .jsonl / .json / .parquet file, a folder saved by datasets, or a hub name")
+    question: str = Field(default="question", description="column of the question")
+    response: str = Field(default="response", description="column of the response")
+    limit: PositiveInt | None = Field(default=None, description="first rows only")

@@ -14,7 +14,7 @@ class ScriptConfig(BaseModel):
     """How a response is made, step by step; the other keys are the script's own, checked by it."""
 
     model_config = ConfigDict(extra="allow", strict=True)
-    name: str = "plain"
+    name: str = Field(default="plain", description="which script; `plain` draws to the end")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -24,17 +24,19 @@ class ScriptConfig(BaseModel):
 class EvaluationConfig(Section):
     """Held-out problems, graded during training (`every`) or by `efr evaluate`."""
 
-    datasets: list[DatasetConfig] = Field(default_factory=list)
+    datasets: list[DatasetConfig] = Field(default_factory=list, description="each is reported by its name")
     every: PositiveInt | None = Field(default=None, description="iterations between evaluations inside a training run")
     preset: Literal["paper", "r1", "custom"] = Field(
         default="paper",
         description="paper: temperature 0.6, top-p 1; r1: temperature 0.6, top-p 0.95; custom: as given here",
     )
     temperature: float | None = Field(default=None, ge=0, description="custom preset only; 0 is greedy")
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: float | None = Field(default=None, gt=0, le=1, description="custom preset only; 1 when left out")
     samples: PositiveInt = Field(default=1, description="responses per problem")
-    samples_by_dataset: dict[str, PositiveInt] = Field(default_factory=dict)
-    max_new_tokens: PositiveInt = 32768
+    samples_by_dataset: dict[str, PositiveInt] = Field(
+        default_factory=dict, description="responses per problem of single data sets, by their names"
+    )
+    max_new_tokens: PositiveInt = Field(default=32768, description="the longest response")
     script: ScriptConfig = Field(
         default_factory=ScriptConfig,
         description="how a response is made: plain, opened, budget, early_exit, forks, with the options of each",

@@ -12,21 +12,21 @@ from megatron_efr.config.section import Section
 class ExactOptions(Section):
     """Options of the verifier `exact`."""
 
-    ignore_case: bool = False
+    ignore_case: bool = Field(default=False, description="capital and small letters are the same")
 
 
 class NumericOptions(Section):
     """Options of the verifier `numeric`: how far an answer may lie from the gold; the wider of the two counts."""
 
-    relative: float = Field(default=1e-6, ge=0)
-    absolute: float = Field(default=0.0, ge=0)
+    relative: float = Field(default=1e-6, ge=0, description="of the gold's size")
+    absolute: float = Field(default=0.0, ge=0, description="in the gold's unit")
 
 
 class RegexOptions(Section):
     """Options of the verifier `regex`."""
 
     search: bool = Field(default=False, description="the pattern may match anywhere, not only the whole answer")
-    ignore_case: bool = False
+    ignore_case: bool = Field(default=False, description="capital and small letters are the same")
 
 
 OPTIONS: dict[str, type[Section]] = {
@@ -84,7 +84,7 @@ class VerifierConfig(Section):
 class PartConfig(VerifierConfig):
     """A further verifier, whose score counts beside the first one's."""
 
-    weight: float = Field(gt=0)
+    weight: float = Field(gt=0, description="its share of the score, beside the others'")
 
 
 class JudgingConfig(VerifierConfig):
@@ -111,6 +111,6 @@ class JudgingConfig(VerifierConfig):
 class GradingConfig(JudgingConfig):
     """Judging, in processes that can be killed; a data set may have a `grading` of its own."""
 
-    workers: PositiveInt = 1
+    workers: PositiveInt = Field(default=1, description="grading processes")
     timeout_s: float = Field(default=5.0, gt=0, description="CPU seconds for one response")
     memory_mib: PositiveInt = Field(default=2048, description="memory of one grading process")

@@ -10,10 +10,10 @@ from megatron_efr.config.section import Section
 
 
 class MethodConfig(BaseModel):
-    """Which rule turns groups into rewards; the other keys are the method's own, checked by it."""
+    """The rule that turns groups into rewards; the other keys are the method's own, checked by it."""
 
     model_config = ConfigDict(extra="allow", strict=True)
-    name: str = "efr"
+    name: str = Field(default="efr", description="which method")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -21,10 +21,10 @@ class MethodConfig(BaseModel):
 
 
 class AlgorithmConfig(BaseModel):
-    """How rewards become updates; the other keys are the algorithm's own, checked by it."""
+    """The way from rewards to updates; the other keys are the algorithm's own, checked by it."""
 
     model_config = ConfigDict(extra="allow", strict=True)
-    name: str = "rloo"
+    name: str = Field(default="rloo", description="which algorithm")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -45,15 +45,17 @@ MOVED = {
 class OptimizerConfig(Section):
     """Adam and its learning-rate schedule."""
 
-    lr: float = Field(gt=0)
-    min_lr: float = Field(default=0.0, ge=0)
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_updates: int = Field(default=0, ge=0)
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    clip_grad: float = Field(default=1.0, ge=0, description="0 turns clipping off")
+    lr: float = Field(gt=0, description="learning rate after the warm-up")
+    min_lr: float = Field(default=0.0, ge=0, description="where a cosine schedule ends")
+    schedule: Literal["constant", "cosine"] = Field(
+        default="constant", description="of the learning rate, over all updates of the run"
+    )
+    warmup_updates: int = Field(default=0, ge=0, description="first updates, over which the rate rises evenly")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of Adam's mean of gradients")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of Adam's mean of squares")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of Adam's mean of squares")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled from the gradient, as in AdamW")
+    clip_grad: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 turns clipping off")
     megatron: dict[str, Any] = Field(default_factory=dict, description="any field of Megatron's OptimizerConfig")
 
     @model_validator(mode="after")
@@ -69,7 +71,7 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """The loop: how many iterations, how many updates in each, how work is packed."""
 
-    iterations: PositiveInt = 100
+    iterations: PositiveInt = Field(default=100, description="iterations in all, those before a resume included")
     updates: PositiveInt = Field(default=2, description="optimizer updates per iteration, over equal shares of it")
     micro_batch_tokens: PositiveInt = Field(default=16384, description="token budget of one packed micro-batch")
     max_logprob_diff: float = Field(
@@ -98,12 +100,14 @@ class TrainingConfig(Section):
 
 
 class SftTrainingConfig(Section):
-    updates: PositiveInt
+    """The loop of supervised fine-tuning: how many updates, of how many sequences."""
+
+    updates: PositiveInt = Field(description="updates in all, those before a resume included")
     batch: PositiveInt = Field(default=64, description="sequences per optimizer update")
-    micro_batch_tokens: PositiveInt = 16384
+    micro_batch_tokens: PositiveInt = Field(default=16384, description="token budget of one packed micro-batch")
     bucket: PositiveInt = Field(
         default=1,
         description="updates drawn together and sorted by length before they are split, so that batches waste little",
     )
-    log_every: PositiveInt = 10
+    log_every: PositiveInt = Field(default=10, description="updates from one line of metrics to the next")
     max_skipped: PositiveInt = Field(default=3, description="stop when so many updates in a row had to be skipped")

@@ -14,7 +14,9 @@ class ModelConfig(Section):
 
     path: str = Field(description="folder with config.json, tokenizer and, unless init is random, safetensors")
     init: Literal["load", "random"] = Field(default="load", description="load safetensors, or draw from the seed")
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the weights in training; the optimizer's copy is float32"
+    )
     layers: Literal["auto", "local", "transformer_engine"] = Field(
         default="auto",
         description="auto takes Transformer Engine's layers in bfloat16, where they import and CUDA is present",
@@ -34,12 +36,14 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     """How the model is split; data parallelism is what remains of the world size."""
 
-    tensor: PositiveInt = 1
-    pipeline: PositiveInt = 1
-    virtual_pipeline: PositiveInt | None = None
-    context: PositiveInt = 1
-    expert: PositiveInt = 1
-    sequence: bool = False
+    tensor: PositiveInt = Field(default=1, description="ranks that split every layer's matrices")
+    pipeline: PositiveInt = Field(default=1, description="stages, each with a share of the layers")
+    virtual_pipeline: PositiveInt | None = Field(
+        default=None, description="chunks of layers in each stage, interleaved"
+    )
+    context: PositiveInt = Field(default=1, description="ranks that split a sequence's tokens")
+    expert: PositiveInt = Field(default=1, description="ranks that split a mixture's experts")
+    sequence: bool = Field(default=False, description="split norms and dropout over the tensor ranks too")
     wait_limit_s: float = Field(
         default=21600, gt=0, description="how long ranks wait on the CPU for rank 0: for rollouts, above all"
     )

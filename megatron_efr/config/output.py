@@ -8,6 +8,8 @@ from megatron_efr.config.section import Section
 
 
 class CheckpointConfig(Section):
+    """Checkpoints: how often, and which of them are kept."""
+
     every: PositiveInt = Field(default=10, description="iterations (SFT: updates) from one to the next, and the last")
     keep: PositiveInt = Field(default=2, description="how many of the newest to keep")
     keep_every: PositiveInt | None = Field(
@@ -25,7 +27,9 @@ class CheckpointConfig(Section):
 
 
 class ObserveConfig(Section):
-    tensorboard: bool = True
+    """Metrics and rollouts: where they go, and a limit on silence."""
+
+    tensorboard: bool = Field(default=True, description="write the metrics to `tensorboard/` in the run folder too")
     wandb: str | None = Field(default=None, description="project name; needs the wandb extra")
     watchdog_s: float | None = Field(
         default=None, gt=0, description="end the run when one phase lasts longer than this many seconds"

@@ -1,4 +1,4 @@
-"""The configurations of whole programs, and what holds between their sections."""
+"""The configurations of whole programs, and the conditions between their sections."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ from megatron_efr.config.section import ConfigError, Section
 
 
 class RunConfig(Section):
-    """What every program's configuration begins with."""
+    """The keys that every program's configuration begins with."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$",
+        description="the run's, and its folder's; `/` puts it into a family",
+    )
     runs: str = Field(default="runs", description="the folder of all runs; this one is runs/name")
-    seed: int = Field(default=42, ge=0, le=2**63 - 1)
+    seed: int = Field(default=42, ge=0, le=2**63 - 1, description="every random number is a function of it and a place")
     model: ModelConfig
 
     @property
@@ -38,7 +41,7 @@ class RunConfig(Section):
 
 
 class TrainConfig(RunConfig):
-    """`efr train`."""
+    """The configuration of `efr train`."""
 
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     data: DataConfig
@@ -95,14 +98,16 @@ class TrainConfig(RunConfig):
 
 
 class SftConfig(RunConfig):
-    """`efr sft`."""
+    """The configuration of `efr sft`."""
 
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     data: SftDataConfig
     prompt: PromptConfig = Field(default_factory=PromptConfig)
     optimizer: OptimizerConfig
     train: SftTrainingConfig
-    loss_aggregate: Literal["sequence", "token"] = "token"
+    loss_aggregate: Literal["sequence", "token"] = Field(
+        default="token", description="the mean over all tokens, or over each sequence's and then over sequences"
+    )
     checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(every=500, keep=1))
     observe: ObserveConfig = Field(default_factory=ObserveConfig)
 
@@ -118,7 +123,10 @@ class SftConfig(RunConfig):
 
 
 class EvaluateConfig(RunConfig):
-    """`efr evaluate`; `model.path` may be a Megatron checkpoint, or a run's folder, whose newest is taken."""
+    """The configuration of `efr evaluate`.
+
+    `model.path` may be a Megatron checkpoint, or a run's folder, whose newest is taken.
+    """
 
     template: str | None = Field(
         default=None,

@@ -10,7 +10,7 @@ from megatron_efr.config.section import Section
 
 
 class TimeoutsConfig(Section):
-    """How long to wait for SGLang servers, in seconds, each by the name that its error message gives."""
+    """Limits of waiting for SGLang servers, in seconds, each by the name that its error message gives."""
 
     start_s: float = Field(
         default=900, gt=0, description="a launched server, until it is ready; all having been lost, until one is back"
@@ -86,9 +86,9 @@ class RolloutConfig(EnginesConfig):
 
     prompts: PositiveInt = Field(default=32, description="prompts per iteration")
     samples: PositiveInt = Field(default=8, description="responses per prompt")
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, description="of sampling; the policy's log-probs are taken at it too")
     top_p: float = Field(default=1.0, ge=1, le=1, description="training needs the sampler's own distribution")
-    max_new_tokens: PositiveInt = 32000
+    max_new_tokens: PositiveInt = Field(default=32000, description="the longest response; a longer one is cut off")
     placement: Literal["apart", "colocated"] = Field(
         default="apart",
         description="servers on the GPUs after the trainer's, or on the trainer's own: there they release their memory "
