@@ -144,6 +144,11 @@ class Response:
     branches: tuple[Branch, ...] = ()
 
     @property
+    def answers(self) -> tuple[tuple[int, Response], ...]:
+        """The responses of its branches, all in one row, each with the length from which it goes on."""
+        return tuple((branch.at, each) for branch in self.branches for each in branch.responses)
+
+    @property
     def trained(self) -> BoolArray:
         """The tokens that the policy may be trained on, bool [tokens]: all but those that a script forced."""
         trained = np.ones(len(self.tokens), dtype=bool)
@@ -215,10 +220,14 @@ class Grade:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Graded:
-    """A group and the verdicts on its responses, [n]."""
+    """A group and the verdicts on its responses, [n].
+
+    `branches`: for each response the verdicts on the answers of its branches, in their order; empty: not asked for.
+    """
 
     group: Group
     grades: tuple[Grade, ...]
+    branches: tuple[tuple[Grade, ...], ...] = ()
 
     @property
     def correct(self) -> BoolArray:
@@ -249,12 +258,18 @@ class Credit(NamedTuple):
     `advantage` float64 [n]; `per_token`, added to it, and `weight` in the loss, at least 0, have an array for each
     response: one number for each of its tokens, those included that a script wrote. None: nothing is added, and each
     token weighs 1. `masked`, bool [n], are responses that are left out of the loss; None: none.
+
+    `branches`: for each response the advantages of its `answers`, float64, which are then trained on as samples of
+    their own; an empty array: not those of this response. None: no branch is trained on. `beginnings`: what an answer
+    goes on from is trained on with it, and not merely read.
     """
 
     advantage: FloatArray
     per_token: tuple[FloatArray, ...] | None = None
     weight: tuple[FloatArray, ...] | None = None
     masked: BoolArray | None = None
+    branches: tuple[FloatArray, ...] | None = None
+    beginnings: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -291,6 +306,10 @@ def _check_credit(credit: Credit, group: Group) -> None:
         if values is not None and [np.shape(each) for each in values] != [(length,) for length in lengths]:
             found = ", ".join(str(list(np.shape(each))) for each in values)
             raise UserError(f"{where}: {name} is {found}, and the responses have {lengths} tokens")
+    if credit.branches is not None:
+        given, there = [len(each) for each in credit.branches], [len(each.answers) for each in group.responses]
+        if len(given) != len(there) or any(g not in (0, t) for g, t in zip(given, there, strict=True)):
+            raise UserError(f"{where}: branches is of {given} advantages, and the responses' branches have {there}")
     for number, weight in enumerate(credit.weight or ()):
         if not np.all(np.isfinite(weight) & (np.asarray(weight) >= 0)):
             raise UserError(f"{where}: a weight of response {number} is negative or not finite; 0 leaves a token out")

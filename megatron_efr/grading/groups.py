@@ -13,26 +13,39 @@ from megatron_efr.types import Grade, Graded, Group, Response
 TRUNCATED = Grade("truncated")
 
 
-def grade_groups(grader: Grader, groups: Sequence[Group], judgings: Judgings | None = None) -> list[Graded]:
-    """The verdicts on every group's responses, all asked of the `grader` at once.
+def grade_groups(
+    grader: Grader, groups: Sequence[Group], judgings: Judgings | None = None, *, branches: bool = False
+) -> list[Graded]:
+    """The verdicts on every group's responses, and on the answers of their `branches`, all asked of `grader` at once.
 
-    The data set's first verifier says what is correct. A score is the mean of its verifiers' scores by weight.
+    The data set's first verifier says what is correct. A score is the mean of its verifiers' scores by weight. A
+    branch's answer is judged by its own text, and also if it was cut off: its few tokens end when they are used up.
     """
     judgings = judgings or Judgings()
     asked = [(group, judging_of(group, judgings)) for group in groups]
     questions = [
         _question(response, group, judging, k)
         for group, judging in asked
-        for response in group.responses
-        if not response.truncated
+        for response in _judged(group, branches)
         for k in range(len(judging.parts))
     ]
     grades = iter(grader.ask(questions))
+
+    def verdict(judging: Judging) -> Grade:
+        return _together([next(grades) for _ in judging.parts], judging)
+
     graded = []
     for group, judging in asked:
-        said = [None if r.truncated else [next(grades) for _ in judging.parts] for r in group.responses]
-        graded.append(Graded(group, tuple(TRUNCATED if each is None else _together(each, judging) for each in said)))
+        said = tuple(TRUNCATED if response.truncated else verdict(judging) for response in group.responses)
+        tried = tuple(tuple(verdict(judging) for _ in response.answers) for response in group.responses if branches)
+        graded.append(Graded(group, said, tried))
     return graded
+
+
+def _judged(group: Group, branches: bool) -> list[Response]:
+    """The responses that a grader is asked about: the group's, and behind them the answers of branches."""
+    ended = [response for response in group.responses if not response.truncated]
+    return ended + [each for response in group.responses if branches for _, each in response.answers]
 
 
 def judging_of(group: Group, judgings: Judgings) -> Judging:

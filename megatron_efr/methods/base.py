@@ -22,7 +22,8 @@ class Needs(NamedTuple):
 
     samples: responses per prompt, at least. thinking: marks around the thinking part of a response. reference:
     responses per prompt of the starting model, sampled before. monitor_every: iterations between samplings of a monitor
-    set. algorithms: those that it works with; None: all. engine: abilities of the engine.
+    set. algorithms: those that it works with; None: all. engine: abilities of the engine. branches: verdicts on the
+    answers of branches too.
     """
 
     samples: int = 2
@@ -31,6 +32,7 @@ class Needs(NamedTuple):
     monitor_every: int = 0
     algorithms: frozenset[str] | None = None
     engine: frozenset[str] = frozenset()
+    branches: bool = False
 
 
 class Visit(NamedTuple):

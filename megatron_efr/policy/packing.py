@@ -10,7 +10,7 @@ import torch
 
 from megatron_efr.algorithms.objective import Aggregate
 from megatron_efr.samples import COLUMNS, NOT_DRAWN, Array, PackedBatch, Sample, SequenceSize
-from megatron_efr.types import ByIndex, Credit, Credited, Response, UserError
+from megatron_efr.types import ByIndex, Credit, Credited, FloatArray, Response, UserError
 from megatron_efr.weights.architecture import Architecture
 
 MicroBatches = list[list[int]]  # indices of sequences, micro-batch by micro-batch
@@ -28,31 +28,56 @@ class UpdatePlan(NamedTuple):
 
 
 def samples(groups: Sequence[Credited]) -> list[Sample]:
-    """The responses of credited groups as samples to train on."""
+    """The responses of credited groups as samples to train on, each with the answers of its branches behind it."""
     made = []
     for credited in groups:
         group, credit = credited.group, credited.credit
         prompt = np.array(group.prompt.tokens, np.int32)
         for i, response in enumerate(group.responses):
+            advantage = credit.advantage[i] if credit.per_token is None else credit.advantage[i] + credit.per_token[i]
+            columns = _columns(response, advantage, _weight(credit, i, len(response.tokens)))
             tokens = np.concatenate([prompt, np.array(response.tokens, np.int32)])
-            made.append(Sample(tokens, len(prompt), _columns(response, credit, i), response.routed_experts))
+            made.append(Sample(tokens, len(prompt), columns, response.routed_experts))
+            if credit.branches is not None and len(credit.branches[i]):
+                made += _branch_samples(made[-1], response, credit.branches[i], credit.beginnings)
     return made
 
 
-def _columns(response: Response, credit: Credit, i: int) -> dict[str, Array]:
-    """The columns of a group's response i, which stand where the response says something of them.
+def _branch_samples(of: Sample, response: Response, advantages: FloatArray, beginnings: bool) -> list[Sample]:
+    """The answers of a response's branches, each behind prompt and beginning, of which `of` is the response's sample.
+
+    With `beginnings` a beginning is trained on with the answer's advantage, but for what a script forced in it.
+    """
+    made = []
+    for (at, answer), advantage in zip(response.answers, advantages, strict=True):
+        start = of.prompt_length + at
+        own = Sample(np.array(answer.tokens, np.int32), 0, _columns(answer, advantage))
+        prompt, columns = start, own.columns
+        if beginnings:
+            begun = {name: values[:at] for name, values in _columns(response, advantage).items()}
+            prompt = of.prompt_length
+            columns = _joined_columns([Sample(of.tokens[prompt:start], 0, begun), own])
+        tokens = np.concatenate([of.tokens[:start], own.tokens])
+        made.append(Sample(tokens, prompt, columns, answer.routed_experts))
+    return made
+
+
+def _weight(credit: Credit, i: int, count: int) -> Array | None:
+    """The weights [count] in the loss that a credit gives response i; None: 1 each."""
+    if credit.masked is not None and credit.masked[i]:
+        return np.zeros(count)
+    return None if credit.weight is None else credit.weight[i]
+
+
+def _columns(response: Response, advantage: float | FloatArray, weight: Array | None = None) -> dict[str, Array]:
+    """The columns of a response, which stand where it says something of them; one advantage, or one for each token.
 
     Tokens that a script forced weigh nothing, and no weights drew what it wrote.
     """
     count, written = len(response.tokens), [part for part in response.parts if part.ending in ("forced", "chosen")]
-    made: dict[str, Array] = {"engine_logprob": response.logprobs}
-    made["advantage"] = np.full(count, credit.advantage[i], np.float64)
-    if credit.per_token is not None:
-        made["advantage"] += credit.per_token[i]
-    if credit.weight is not None:
-        made["weight"] = credit.weight[i]
-    if credit.masked is not None and credit.masked[i]:
-        made["weight"] = np.zeros(count)
+    made: dict[str, Array] = {"engine_logprob": response.logprobs, "advantage": np.full(count, advantage, np.float64)}
+    if weight is not None:
+        made["weight"] = weight
     if any(part.forced for part in written):
         made["weight"] = made.get("weight", np.ones(count)) * response.trained
     if response.versions:
@@ -65,12 +90,12 @@ def _columns(response: Response, credit: Credit, i: int) -> dict[str, Array]:
 
 
 def split_into_updates(sequences: int, updates: int, seed: Sequence[int]) -> list[list[int]]:
-    """Deal `sequences` indices into `updates` equal parts, at random from `seed`.
+    """Deal `sequences` indices into `updates` parts, equal or differing by one, at random from `seed`.
 
     Drawn before anything is split over ranks, so which sequences form an update is the same in every layout.
     """
     order = np.random.default_rng(seed).permutation(sequences)
-    return [part.tolist() for part in np.split(order, updates)]
+    return [part.tolist() for part in np.array_split(order, updates)]
 
 
 def sequence_flops(architecture: Architecture) -> Callable[[int], float]:

@@ -33,6 +33,8 @@ def encode_credited(group: Credited) -> str:
         "rewards": group.rewarded.rewards.tolist(),
         **{name: _encode_credit(getattr(group.credit, name)) for name in Credit._fields},
     }
+    if group.graded.branches:
+        tree["verdicts"] = [[[grade.status, grade.score] for grade in each] for each in group.graded.branches]
     return _line(tree)
 
 
@@ -40,22 +42,25 @@ def decode_credited(line: str | bytes) -> Credited:
     """The group that `encode_credited` wrote, stage by stage. Raises ValueError, KeyError or TypeError elsewhere."""
     tree = json.loads(line)
     grades = tuple(Grade(*said) for said in zip(tree["statuses"], tree["scores"], strict=True))
-    graded = Graded(_decode_group(tree), grades)
+    verdicts = tuple(tuple(Grade(*said) for said in each) for each in tree.get("verdicts", ()))
+    graded = Graded(_decode_group(tree), grades, verdicts)
     rewarded = Rewarded(graded, np.array(tree["rewards"], dtype=np.float64))
     # a file that was written before a field was has none of it
     credit = {name: _decode_credit(tree[name]) for name in Credit._fields if tree.get(name) is not None}
     return Credited(rewarded, Credit(**credit))
 
 
-def _encode_credit(values: np.ndarray | Sequence[np.ndarray] | None) -> list[Any] | None:
-    """A field of a credit: an array, one for each response, or nothing."""
-    if values is None:
-        return None
+def _encode_credit(values: np.ndarray | Sequence[np.ndarray] | bool | None) -> list[Any] | bool | None:
+    """A field of a credit: an array, one for each response, yes or no, or nothing."""
+    if values is None or isinstance(values, bool):
+        return values
     return values.tolist() if isinstance(values, np.ndarray) else [np.asarray(each).tolist() for each in values]
 
 
-def _decode_credit(values: list[Any]) -> Any:
+def _decode_credit(values: list[Any] | bool) -> Any:
     """What `_encode_credit` wrote: bool for a mask, else float64."""
+    if isinstance(values, bool):
+        return values
     if values and isinstance(values[0], list):
         return tuple(np.array(each, dtype=np.float64) for each in values)
     return np.array(values, dtype=bool if values and isinstance(values[0], bool) else np.float64)

@@ -94,7 +94,7 @@ class Environment:
 
     def _accept(self, known: Known, groups: Sequence[Group]) -> list[Rewarded | None]:
         """Grade and reward finished groups; None in the place of one that the algorithm does not keep."""
-        graded = grade_groups(self.grader, groups, self._judgings)
+        graded = grade_groups(self.grader, groups, self._judgings, branches=self._method.needs.branches)
         rewarded = [reward(self._method, group, known) for group in graded]
         return [group if self._algorithm.keeps(group.rewards) else None for group in rewarded]
 

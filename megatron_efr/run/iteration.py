@@ -78,6 +78,7 @@ def rollout_figures(groups: Sequence[Credited], version: int) -> dict[str, float
         "right_with_negative_advantage": _mean(np.concatenate(advantages)[correct] < 0),
         "repetition": float(np.mean([repetition(response.tokens) for response in responses])),
     }
+    figures |= branch_figures(groups)
     for name in sorted({group.group.prompt.meta.get("dataset", "") for group in groups} - {""}):
         figures |= dataset_figures(name, [g for g in groups if g.group.prompt.meta.get("dataset") == name])
     statuses = Counter(grade.status for group in groups for grade in group.graded.grades)
@@ -85,9 +86,22 @@ def rollout_figures(groups: Sequence[Credited], version: int) -> dict[str, float
     return figures
 
 
+def branch_figures(groups: Sequence[Credited]) -> dict[str, float]:
+    """How many answers the branches of groups have, their tokens, and the share of right ones, if they were judged."""
+    grades = [grade for group in groups for each in group.graded.branches for grade in each]
+    if not grades:
+        return {}
+    answers = [answer for group in groups for response in group.group.responses for _, answer in response.answers]
+    return {
+        "branches/answers": float(len(answers)),
+        "branches/tokens": float(sum(answer.length for answer in answers)),
+        "branches/accuracy": float(np.mean([grade.correct for grade in grades])),
+    }
+
+
 def has_signal(credit: Credit) -> bool:
-    """True if any response, or any token, of a group has an advantage."""
-    return any(np.any(values) for values in (credit.advantage, *(credit.per_token or ())))
+    """True if any response, token or branch of a group has an advantage."""
+    return any(np.any(values) for values in (credit.advantage, *(credit.per_token or ()), *(credit.branches or ())))
 
 
 def dataset_figures(name: str, groups: Sequence[Credited]) -> dict[str, float]:

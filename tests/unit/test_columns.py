@@ -13,7 +13,7 @@ from megatron_efr.policy import context
 from megatron_efr.policy.packing import pack, samples
 from megatron_efr.policy.scatter import flatten, unflatten
 from megatron_efr.samples import COLUMNS, NOT_DRAWN, Column, Sample, SequenceSize
-from megatron_efr.types import Credit, Credited, Group, Prompt, Response, Rewarded, VersionSpan
+from megatron_efr.types import Branch, Credit, Credited, Group, Part, Prompt, Response, Rewarded, VersionSpan
 from tests.conftest import ragged_sequences
 from tests.groups import credited, sample, with_columns
 
@@ -111,6 +111,41 @@ def test_credits_become_columns() -> None:
     assert set(plain.columns["advantage"].tolist()) == {float(np.float32(0.1 + 0.2))}
 
 
+def test_answers_of_branches_become_samples() -> None:
+    """Behind prompt and beginning, which is read alone, or trained on but for what a script forced."""
+    parts = (Part("opening", 0, 1, "forced"), Part("thought", 1, 4, "stop"))
+    answers = [
+        Response((20 + k, 30 + k), np.array([0.0, -0.5 - k], np.float32), "length", (VersionSpan(6, 0, 2),),
+                 parts=(Part("exit", 0, 1, "forced"), Part("answer", 1, 2, "length")))
+        for k in range(3)
+    ]  # fmt: skip
+    branches = (Branch("exit", 2, (answers[0], answers[1])), Branch("exit", 3, (answers[2],)))
+    logprobs = np.array([0.0, -1.0, -2.0, -3.0], np.float32)
+    whole = Response((5, 6, 7, 8), logprobs, "stop", (VersionSpan(5, 0, 4),), parts=parts, branches=branches)
+    base = credited(Group(Prompt("p", (1, 2), "q", "1"), (whole, whole)), [0.5, 0.0]).rewarded
+    given = Credit(np.array([0.5, 0.0]), branches=(np.array([1.0, 2.0, 3.0]), np.zeros(0)))
+
+    made = samples([Credited(base, given)])
+    assert len(made) == 5, "the second response's answers are left out"
+    assert made[0].columns["advantage"].tolist() == [0.5] * 4
+    for k, at in enumerate((2, 2, 3)):
+        one = made[1 + k]
+        assert one.tokens.tolist() == [1, 2, *(5, 6, 7, 8)[:at], 20 + k, 30 + k]
+        assert (one.prompt_length, one.size) == (2 + at, SequenceSize(2 + at, 2, 1))
+        assert {name: one.column(name).tolist() for name in one.columns} == {
+            "advantage": [k + 1.0] * 2, "weight": [0.0, 1.0], "engine_logprob": [0.0, -0.5 - k],
+            "version": [NOT_DRAWN, 6],
+        }  # fmt: skip
+
+    made = samples([Credited(base, given._replace(beginnings=True))])
+    one = made[3]
+    assert (one.prompt_length, one.size) == (2, SequenceSize(2, 5, 3))
+    assert {name: one.column(name).tolist() for name in one.columns} == {
+        "advantage": [3.0] * 5, "weight": [0.0, 1.0, 1.0, 0.0, 1.0], "engine_logprob": [0.0, -1.0, -2.0, 0.0, -2.5],
+        "version": [NOT_DRAWN, 5, 5, NOT_DRAWN, 6],
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -118,6 +153,7 @@ def test_credits_become_columns() -> None:
         ({"masked": np.zeros(1, bool)}, r"masked is \[1\]"),
         ({"per_token": (np.zeros(3),)}, r"per_token is \[3\], and the responses have \[3, 2\] tokens"),
         ({"weight": (np.zeros(3), np.zeros(3))}, r"weight is \[3\], \[3\], and the responses have \[3, 2\] tokens"),
+        ({"branches": (np.zeros(1), np.zeros(0))}, r"branches is of \[1, 0\] advantages, and the .* have \[0, 0\]"),
         ({"weight": (np.ones(3), np.array([1.0, -0.5]))}, r"a weight of response 1 is negative or not finite"),
         ({"weight": (np.array([1.0, np.nan, 1.0]), np.ones(2))}, r"a weight of response 0 is negative or not finite"),
     ],

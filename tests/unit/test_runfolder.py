@@ -57,11 +57,13 @@ def group(index=0, n=3):
 
 def credited(index=0):
     rng = np.random.default_rng(index)
-    graded = Graded(group(index), (Grade("correct", 1.0), Grade("timeout", 0.0), Grade("wrong", 0.1 + 0.2)))
+    verdicts = ((), (Grade("wrong", 0.0),), (Grade("correct", 1.0),))
+    graded = Graded(group(index), (Grade("correct", 1.0), Grade("timeout", 0.0), Grade("wrong", 0.1 + 0.2)), verdicts)
     rewards, masked = rng.random(3), rng.random(3) < 0.5
     lengths = [len(response.tokens) for response in graded.group.responses]
     per_token, weight = (tuple(rng.random(length) for length in lengths) for _ in range(2))
-    credit = Credit(np.array([0.1 + 0.2, math.pi, -1e-300]), per_token, weight, masked)
+    branches = (np.zeros(0), np.zeros(0), np.array([-0.1 - 0.2]))
+    credit = Credit(np.array([0.1 + 0.2, math.pi, -1e-300]), per_token, weight, masked, branches, beginnings=True)
     return Credited(Rewarded(graded, rewards), credit)
 
 
@@ -94,9 +96,11 @@ def test_a_group_comes_back_exactly():
 
 def test_rollouts_of_before_a_field_was_there_are_read():
     tree = json.loads(encode_credited(credited()))
-    del tree["per_token"], tree["weight"]
-    found = decode_credited(json.dumps(tree)).credit
-    assert_same(found, credited().credit._replace(per_token=None, weight=None))
+    del tree["per_token"], tree["weight"], tree["branches"], tree["beginnings"], tree["verdicts"]
+    found = decode_credited(json.dumps(tree))
+    without = {"per_token": None, "weight": None, "branches": None, "beginnings": False}
+    assert_same(found.credit, credited().credit._replace(**without))
+    assert found.graded.branches == ()
 
 
 def test_every_field_of_a_group_is_kept():
@@ -105,7 +109,7 @@ def test_every_field_of_a_group_is_kept():
     assert set(tree["prompt"]) == {field.name for field in dataclasses.fields(Prompt)}
     assert set(tree["responses"][0]) == {field.name for field in dataclasses.fields(Response)}
     later = set(json.loads(encode_credited(credited()))) - set(tree)
-    assert later == {"statuses", "scores", "rewards", *Credit._fields}
+    assert later == {"statuses", "scores", "rewards", "verdicts", *Credit._fields}
 
 
 def test_rollouts_come_back_exactly_and_are_named_by_step(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from megatron_efr.grading.judging import Judging, Judgings
 from megatron_efr.grading.verdict import BAD_GOLD, CORRECT, UNPARSED, WRONG, Question, Verifier
 from megatron_efr.grading.verifiers import ask
 from megatron_efr.rollout.group_json import decode_credited, encode_credited
-from megatron_efr.types import Graded, Group, Prompt
+from megatron_efr.types import Branch, Graded, Group, Prompt, Response
 from tests.groups import credited, response
 
 pytestmark = pytest.mark.alike
@@ -382,6 +383,21 @@ def test_scores_are_the_mean_by_weight_and_the_first_verifier_alone_says_what_is
     np.testing.assert_allclose(graded.scores, [1.0, (0 + 0.75 + 0) / 6, (0 + 0 + 2) / 6, 0.0], rtol=1e-15)
     read = decode_credited(encode_credited(credited(graded, np.zeros(4))))
     assert read.graded.scores.tolist() == graded.scores.tolist()
+
+
+def test_the_answers_of_branches_are_judged_beside_their_responses(grader: Grader) -> None:
+    """By their own text, and also where they were cut off; a response that was cut off keeps its branches."""
+    asked = group("10", r"\boxed{10}", r"\boxed{11}", cut=1)
+    texts = [[], [r"\boxed{11}", r"\boxed{10}"], [r"\boxed{10}"]]
+    responses = []
+    for each, own in zip(asked.responses, texts, strict=True):
+        answers = (Response((1,), np.zeros(1, np.float32), "length", text=text) for text in own)
+        responses.append(replace(each, branches=tuple(Branch("exit", 1, (answer,)) for answer in answers)))
+    asked = replace(asked, responses=tuple(responses))
+    (plain,), (graded,) = grade_groups(grader, [asked]), grade_groups(grader, [asked], branches=True)
+    assert statuses(plain) == statuses(graded) == ["correct", "wrong", "truncated"]
+    assert plain.branches == ()
+    assert [[grade.correct for grade in each] for each in graded.branches] == [[], [False, True], [True]]
 
 
 def test_each_data_set_is_judged_its_own_way() -> None:
