@@ -9,12 +9,14 @@ class Draw(NamedTuple):
     """The model goes on: to a stop id, to one of the texts `until`, or to `limit` tokens (None: as many as are left).
 
     A text of `until` is a single token, and the draw ends before it: the next draw begins with that token, a `Force`
-    takes its place.
+    takes its place. One that is several tokens for this model's tokenizer ends no draw. `temperature` is the draw's
+    own; None: that of the sampling.
     """
 
     part: str
     limit: int | None = None
     until: tuple[str, ...] = ()
+    temperature: float | None = None
 
 
 class Force(NamedTuple):
@@ -27,7 +29,10 @@ class Force(NamedTuple):
 
 class Fork(NamedTuple):
     """From each of the lengths `at` of the response so far, `samples` branches: `opening` is forced, and `limit` tokens
-    are drawn, or fewer, as by `Draw`. The response itself stays as it is."""
+    are drawn, or fewer, as by `Draw`. The response itself stays as it is.
+
+    `ends` end a branch too, each a single token that is drawn as its last, in a part `end` of its own.
+    """
 
     part: str
     at: tuple[int, ...]
@@ -35,6 +40,8 @@ class Fork(NamedTuple):
     opening: str
     limit: int
     until: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+    temperature: float | None = None
 
 
 Step = Draw | Force | Fork

@@ -64,12 +64,13 @@ class Branch(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What a script hears of its step: the part (of a fork an empty one, and the branches), and the text of `until`
-    before which a draw ended."""
+    """What a script hears of its step: the part (of a fork an empty one, and the branches), the text of `until` before
+    which a draw ended, and `tail`, the text of the response's last token."""
 
     part: Part
     met: str = ""
     branches: tuple[Branch, ...] = ()
+    tail: str = ""
 
 
 class Script(Protocol):
@@ -77,7 +78,12 @@ class Script(Protocol):
 
     @property
     def until(self) -> tuple[str, ...]:
-        """The texts before which its draws end."""
+        """The texts before which its draws end. Each must be a single token."""
+        ...
+
+    @property
+    def until_any(self) -> tuple[str, ...]:
+        """More such texts: those that are single tokens end a draw, as at least one must be, if there are any."""
         ...
 
     @property
@@ -88,6 +94,15 @@ class Script(Protocol):
     @property
     def branches(self) -> tuple[str, int] | None:
         """The opening of its branches, and how many tokens they draw at most."""
+        ...
+
+    @property
+    def behind(self) -> str:
+        """What an evaluation writes behind each question."""
+        ...
+
+    def within(self, limit: int) -> Script:
+        """The script with what it takes from `limit`, the tokens of a response at most."""
         ...
 
     def check(self, limit: int, path: str) -> None:

@@ -8,20 +8,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from megatron_efr.rollout.driver import branch_steps
 from megatron_efr.rollout.local.sampling import draw, uniforms
 from megatron_efr.scripts import Budget, EarlyExit, Forks, Opened, Plain
+from megatron_efr.scripts.probed import Deer, EarlyStop, Subthoughts
+from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Told
 from megatron_efr.steps import Draw, Force, Fork, Part, Step
 from megatron_efr.types import Branch, Done, Response, Sampling, Script
 
 
 class Letters:
-    """A tokenizer whose tokens are letters: A is 1, B is 2; from `a` on, 33 and more."""
+    """A tokenizer whose tokens are letters: A is 1, B is 2; 31 is a new line; from `a` on, 33 and more."""
 
     def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(ord(letter) - 64 for letter in text)
+        return tuple(31 if letter == "\n" else ord(letter) - 64 for letter in text)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return "".join(chr(64 + token) for token in tokens)
+        return "".join("\n" if token == 31 else chr(64 + token) for token in tokens)
 
 
 def every_kind(said: Sequence[int]) -> tuple[Script, ...]:
@@ -41,6 +44,30 @@ def every_kind(said: Sequence[int]) -> tuple[Script, ...]:
         EarlyExit(pauses=(other,), probe="C", tokens=3, end=end, exit="FG"),
         Forks(at=(2, late, 200), samples=2, tokens=4, opening="GH"),
         Forks(at=(1, 4), tokens=6, opening="E", end=end),
+    )
+
+
+def every_rule(said: Sequence[int], trial: float | None = None) -> tuple[Script, ...]:
+    """The published rules likewise; `trial` is the temperature of their trial answers, None the sampling's."""
+    other = Letters().decode([token for token in range(3, 32) if token not in said][:1])
+    late = max(i for i in range(1, 12) if said[i] not in said[:i])
+    pause, end = Letters().decode([said[1]]), Letters().decode([said[late]])
+    shared: dict[str, Any] = {"temperature": 0.0 if trial is None else trial, "probe": "C", "exit": "FG"}
+    letters = tuple(Letters().decode(range(3, 32)))
+    return (
+        CutOff(most=4),
+        NoThinking(opening="CDE"),
+        Elastic(most=3, answer=4, end=end, cut="D"),
+        S1(most=3, end=end, header="D", final="EF"),  # cut
+        S1(most=40, end=end, header="D", final="EF", wait="C", waits=2),  # ends by itself, at last
+        S1(end=end, header="D", final="EF", waits=0),
+        Deer(pauses=(pause,), end=other, sure=1e-9, probe_end=letters[:3], **shared),
+        Deer(pauses=(pause,), end=end, sure=1.0, tries=2, most=9, near=0, probe_end=("JK",), **shared),
+        Deer(form="transformers", leaves=(end,), pauses=(pause,), end=other, probe_end=letters, **shared),
+        Deer(form="qwen3", pauses=(pause,), end=other, sure=1e-9, probe_end=letters, **shared),
+        EarlyStop(every=3, agree=2, tokens=4, end=end, unsure=("L",), **shared),
+        Subthoughts(markers=(*letters[:9], "JKL"), tokens=5, end=other, most=2),
+        Told(suffix="C"),
     )
 
 
@@ -85,7 +112,7 @@ class Rereading:
             if not isinstance(step, Fork):
                 made.parts.append(part)
             try:
-                step = steps.send(Done(part, met, branches))
+                step = steps.send(Done(part, met, branches, Letters().decode(made.tokens[-1:])))
             except StopIteration:
                 step = None
         return made
@@ -95,7 +122,8 @@ class Rereading:
     ) -> tuple[Part, tuple[int, float] | None, str]:
         first = len(made.tokens)
         for _ in range(limit):
-            begins, (token, logprob) = held is not None, held or self._next(begun, made.tokens, branch)
+            drawn = held or self._next(begun, made.tokens, branch, step.temperature)
+            begins, (token, logprob) = held is not None, drawn
             held, letter = None, Letters().decode([token])
             if letter in step.until and not begins:
                 return Part(step.part, first, len(made.tokens), "until"), (token, logprob), letter
@@ -106,20 +134,17 @@ class Rereading:
         return Part(step.part, first, len(made.tokens), "length"), None, ""
 
     def _branch(self, fork: Fork, at: int, begun: list[int]) -> Branch:
-        def steps() -> Generator[Step, Done, None]:
-            yield Force("opening", fork.opening)
-            yield Draw(fork.part, fork.limit, fork.until)
-
         responses = []
         for _ in range(fork.samples):
             self._branches += 1
-            made = self.make(steps(), begun, self._branches)
+            made = self.make(branch_steps(fork), begun, self._branches)
             logprobs = np.array(made.logprobs, dtype=np.float32)
             finish = "length" if made.parts[-1].ending == "length" else "stop"
-            responses.append(Response(tuple(made.tokens), logprobs, finish, parts=tuple(made.parts)))
+            text = Letters().decode(made.tokens)
+            responses.append(Response(tuple(made.tokens), logprobs, finish, text=text, parts=tuple(made.parts)))
         return Branch(fork.part, at, tuple(responses))
 
-    def _next(self, begun: list[int], tokens: list[int], branch: int) -> tuple[int, float]:
+    def _next(self, begun: list[int], tokens: list[int], branch: int, temperature: float | None) -> tuple[int, float]:
         read = (*begun, *tokens)
         if read not in self._logits:
             with torch.no_grad():
@@ -127,7 +152,8 @@ class Rereading:
         sampling, at = self._sampling, np.array([len(tokens)])
         seed, sample = np.array([self._seed], dtype=np.uint64), np.array([self._sample])
         uniform = torch.from_numpy(uniforms(seed, sample, at, np.array([branch])))
-        token, logprob = draw(self._logits[read], uniform, sampling.temperature, sampling.top_p)
+        temperature = sampling.temperature if temperature is None else temperature
+        token, logprob = draw(self._logits[read], uniform, temperature, sampling.top_p)
         return int(token), float(logprob)
 
 

@@ -39,7 +39,7 @@ class EvaluationConfig(Section):
     max_new_tokens: PositiveInt = Field(default=32768, description="the longest response")
     script: ScriptConfig = Field(
         default_factory=ScriptConfig,
-        description="how a response is made: plain, opened, budget, early_exit, forks, with the options of each",
+        description="how a response is made, by a name of docs/scripts.md, with the options of that script",
     )
 
     @model_validator(mode="after")

@@ -133,12 +133,16 @@ def render(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: PromptC
     return _prompt(problem, text, tokens)
 
 
-def render_all(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> Rendered:
-    """Every problem as a prompt; those over `config.max_tokens` are counted and left out, or an error, as configured.
+def render_all(
+    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, config: PromptConfig, behind: str = ""
+) -> Rendered:
+    """Every problem as a prompt, with the text `behind` its question.
+
+    Those over `config.max_tokens` are counted and left out, or an error, as configured.
 
     PromptError also when no prompt is left.
     """
-    questions, places = [problem.question for problem in problems], [problem.where for problem in problems]
+    questions, places = [problem.question + behind for problem in problems], [problem.where for problem in problems]
     rendered = Renderer(tokenizer, config).render(questions, places)
     prompts, left_out = [], []
     for problem, (text, tokens) in zip(problems, rendered, strict=True):

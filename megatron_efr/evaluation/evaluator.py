@@ -53,11 +53,12 @@ class Evaluator:
         temperature, top_p = config.sampling
         self.sampling = Sampling(temperature, top_p, config.max_new_tokens, stops)
         self.judgings = judgings_of(grading, config.datasets)
-        self.script = scripts.build(config.script.name, config.script.options, "evaluation.script")
+        script = scripts.build(config.script.name, config.script.options, "evaluation.script")
+        self.script = script.within(config.max_new_tokens)
         self.script.check(config.max_new_tokens, "evaluation.script")
         codec = TokenizerCodec(tokenizer)
         check_script(self.script, codec, "evaluation.script")
-        rendered = load_prompts(config.datasets, tokenizer, prompt, grading)
+        rendered = load_prompts(config.datasets, tokenizer, prompt, grading, self.script.behind)
         limit = longest(self.script, config.max_new_tokens, codec)
         written = " and what evaluation.script adds" if limit > config.max_new_tokens else ""
         check_prompts(rendered.prompts, limit, positions, f"evaluation.max_new_tokens{written}")

@@ -22,9 +22,10 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     prompt: PromptConfig,
     grading: GradingConfig | None = None,
+    behind: str = "",
 ) -> Rendered:
-    """Every problem of the data sets as a prompt. Gold answers that a data set's own verifiers cannot judge against,
-    and verifiers that cannot be loaded, stop here."""
+    """Every problem of the data sets as a prompt, with the text `behind` its question. Gold answers that a data set's
+    own verifiers cannot judge against, and verifiers that cannot be loaded, stop here."""
     grading = grading or GradingConfig()
     judgings = judgings_of(grading, datasets)
     problems = [
@@ -32,7 +33,7 @@ def load_prompts(
         for dataset in datasets
         for problem in load_problems(dataset, partial(check_for, judgings.of_dataset(dataset_name(dataset)), grading))
     ]
-    return render_all(problems, tokenizer, prompt)
+    return render_all(problems, tokenizer, prompt, behind)
 
 
 def judgings_of(grading: GradingConfig, datasets: Sequence[DatasetConfig]) -> Judgings:

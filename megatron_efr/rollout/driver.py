@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_efr.rollout.codec import Codec
@@ -13,10 +14,12 @@ from megatron_efr.types import Branch, Done, Finish, Response, Sampling
 
 class Drawing(NamedTuple):
     """Draw to a stop id, to one of the tokens `until`, or to `limit` tokens, at least 1. A token of `until` is held
-    back: it is the first token of a drawing that follows, and gives its place to one that is written."""
+    back: it is the first token of a drawing that follows, and gives its place to one that is written. `temperature`:
+    the drawing's own; None: that of the sampling."""
 
     limit: int
     until: tuple[int, ...] = ()
+    temperature: float | None = None
 
 
 class Writing(NamedTuple):
@@ -50,7 +53,7 @@ class Driver:
         self.branches: list[Branch] = []
         self.order: Order | None = None
         self._steps, self._sampling, self._codec = steps, sampling, codec
-        self._left = sampling.max_new_tokens
+        self._left, self._tail = sampling.max_new_tokens, ""
         self._take(next(steps))
 
     @property
@@ -64,27 +67,30 @@ class Driver:
         """True while a token is held back."""
         return bool(self.parts) and self.parts[-1].ending == "until"
 
-    def done(self, length: int, ending: Ending, met: int | None = None) -> None:
+    def done(self, length: int, ending: Ending, met: int | None = None, last: int | None = None) -> None:
         """The order to draw or to write is carried out: the response has `length` tokens without `met`, the token that
-        is held back."""
+        is held back; `last` is the last of them, None if there is none."""
         part = self._note(length, ending)
         if isinstance(self._step, Draw):
             self._left -= part.end - part.start
-        self._send(Done(part, "" if met is None else self._text_of(met)))
+        self._tail = "" if last is None else self._codec.decode([last])
+        self._send(Done(part, "" if met is None else self._text_of(met), tail=self._tail))
 
     def forked(self, responses: Sequence[Response]) -> None:
         """The order to fork is carried out: the responses of all branches, in the order of their starts."""
         fork = self._step
         assert isinstance(fork, Fork)
-        each = [tuple(responses[first : first + fork.samples]) for first in range(0, len(responses), fork.samples)]
+        told = [replace(response, text=self._codec.decode(response.tokens)) for response in responses]
+        each = [tuple(told[first : first + fork.samples]) for first in range(0, len(told), fork.samples)]
         branches = tuple(Branch(fork.part, at, made) for at, made in zip(fork.at, each, strict=True))
         self.branches += branches
-        self._send(Done(Part(fork.part, self._length, self._length, "forced"), branches=branches))
+        part = Part(fork.part, self._length, self._length, "forced")
+        self._send(Done(part, branches=branches, tail=self._tail))
 
     def branch(self) -> Driver:
         """A driver for one branch of the fork that is the order now."""
         assert isinstance(self._step, Fork)
-        return Driver(_branch(self._step), self._sampling, self._codec)
+        return Driver(branch_steps(self._step), self._sampling, self._codec)
 
     @property
     def _length(self) -> int:
@@ -106,11 +112,12 @@ class Driver:
             raise RuntimeError(f"the step {step.part!r} comes after a stop token: a script may only fork there")
         self._step = step
         match step:
-            case Draw(_, limit, until):
+            case Draw(_, limit, until, temperature):
                 limit = self._left if limit is None else min(limit, self._left)
-                self.order = Drawing(limit, tuple(map(self._token, until)))
+                tokens = tuple(token for text in until if (token := self._token(text)) is not None)
+                self.order = Drawing(limit, tokens, temperature)
                 if not limit:
-                    self.done(self._length, "length")
+                    self._send(Done(self._note(self._length, "length"), tail=self._tail))
             case Force(_, text, chance):
                 tokens = self._codec.encode(text)
                 first = 0.0 if chance is None else math.log(chance)
@@ -131,9 +138,10 @@ class Driver:
         self.parts.append(part)
         return part
 
-    def _token(self, text: str) -> int:
-        (token,) = self._codec.encode(text)  # checked before work began
-        return token
+    def _token(self, text: str) -> int | None:
+        """The token of a text that is a single one; those that must be were checked before work began."""
+        tokens = self._codec.encode(text)
+        return tokens[0] if len(tokens) == 1 else None
 
     def _text_of(self, met: int) -> str:
         """The text of the present draw's `until` whose token this is."""
@@ -141,8 +149,10 @@ class Driver:
         return next(text for text in self._step.until if self._token(text) == met)
 
 
-def _branch(fork: Fork) -> Generator[Step, Done, None]:
+def branch_steps(fork: Fork) -> Generator[Step, Done, None]:
     """The steps of each of a fork's branches."""
     if fork.opening:
         yield Force("opening", fork.opening)
-    yield Draw(fork.part, fork.limit, fork.until)
+    done = yield Draw(fork.part, fork.limit, (*fork.until, *fork.ends), fork.temperature)
+    if done.part.ending == "until" and done.met in fork.ends:
+        yield Draw("end", 1, (), fork.temperature)

@@ -56,8 +56,13 @@ def check_script(script: Script, codec: Codec, path: str) -> None:
                 f"{_key(script, text, path)}: {text!r} is {len(tokens)} tokens of this model's tokenizer, and a draw "
                 "can end only before a text that is a single one; name one of the tokenizer's own tokens"
             )
+    if script.until_any and not any(len(codec.encode(text)) == 1 for text in script.until_any):
+        raise ConfigError(
+            f"{_key(script, script.until_any[0], path)}: none of {', '.join(map(repr, script.until_any))} is a single "
+            "token of this model's tokenizer, and a draw can end only before one; name some of the tokenizer's own"
+        )
     for text in (*script.forced, *(script.branches or ())[:1]):
-        if not codec.encode(text):
+        if text and not codec.encode(text):
             raise ConfigError(f"{_key(script, text, path)}: {text!r} is no token of this model's tokenizer")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
-from typing import Annotated
+from typing import Annotated, Self
 
 import numpy as np
 from pydantic import ConfigDict, Field, PositiveInt, model_validator
@@ -32,12 +32,23 @@ class Kind(Section):
         return ()
 
     @property
+    def until_any(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def forced(self) -> tuple[str, ...]:
         return ()
 
     @property
     def branches(self) -> tuple[str, int] | None:
         return None
+
+    @property
+    def behind(self) -> str:
+        return ""
+
+    def within(self, limit: int) -> Self:
+        return self
 
     def check(self, limit: int, path: str) -> None:
         return

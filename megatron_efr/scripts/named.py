@@ -8,6 +8,8 @@ from typing import Any
 from megatron_efr.config import ConfigError, Section
 from megatron_efr.config.file import validate
 from megatron_efr.scripts.kinds import Budget, EarlyExit, Forks, Opened, Plain
+from megatron_efr.scripts.probed import Deer, EarlyStop, Subthoughts
+from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Sketch, ThinkFor, Told
 from megatron_efr.types import Prompt, Request, Script
 
 SCRIPTS: dict[str, type[Any]] = {
@@ -16,8 +18,19 @@ SCRIPTS: dict[str, type[Any]] = {
     "budget": Budget,
     "early_exit": EarlyExit,
     "forks": Forks,
+    "cut_off": CutOff,
+    "no_thinking": NoThinking,
+    "elastic": Elastic,
+    "s1": S1,
+    "deer": Deer,
+    "early_stop": EarlyStop,
+    "subthoughts": Subthoughts,
+    "told": Told,
+    "think_for": ThinkFor,
+    "sketch": Sketch,
 }
-"""Every kind, a frozen `Section` that is a `Script`, by the name that a configuration and a journal give it."""
+"""Every kind and published rule, a frozen `Section` that is a `Script`, by the name that a configuration and a journal
+give it."""
 
 
 def plain(prompt: Prompt, samples: int, seed: int) -> Request:

@@ -18,7 +18,7 @@ from megatron_efr.types import Prompt, Request, Sampling
 from tests.conftest import VOCAB
 from tests.engine.conftest import STOP, MakeSGLang
 from tests.engine_contract import Weights
-from tests.scripts import Letters, Rereading, assert_made, every_kind
+from tests.scripts import Letters, Rereading, assert_made, every_kind, every_rule
 
 TOLERANCE = 1e-5
 Models = tuple[Qwen2ForCausalLM, Qwen2ForCausalLM]
@@ -121,7 +121,8 @@ def test_every_kind_of_script_says_greedily_what_the_embedded_engine_does(
         engine.publish(weights_of(models[0]), version=1)
     sampling, question = Sampling(0.0, 1.0, 30, (STOP,)), Prompt("p", prompt, "", "")
     (plain_group,) = ours.generate([plain(question, 1, 0)], sampling)
-    request = Request(question, 7, every_kind(plain_group.responses[0].tokens))
+    said = plain_group.responses[0].tokens
+    request = Request(question, 7, every_kind(said) + every_rule(said))
     (here,), (there,) = ours.generate([request], sampling), theirs.generate([request], sampling)
     logits: dict[Any, torch.Tensor] = {}
     for sample, script in enumerate(request.scripts):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron_efr.rollout.requests import check_script, longest
 from megatron_efr.scripts import Budget, EarlyExit, Forks, Opened, Plain, build, plain
 from megatron_efr.steps import Draw, Fork, Part, Step
 from megatron_efr.types import Done, Prompt, Request, Response, Sampling
-from tests.scripts import Letters, Rereading, assert_made, every_kind
+from tests.scripts import Letters, Rereading, assert_made, every_kind, every_rule
 from tests.small_qwen2 import STOP, exact_logprobs, model, weights_of
 
 pytestmark = pytest.mark.alike
@@ -44,8 +44,16 @@ def asked(prompts: Sequence[Prompt] = PROMPTS) -> list[Request]:
     return [Request(prompt, 100 + i, every_kind(said(prompt)), {"i": i}) for i, prompt in enumerate(prompts)]
 
 
+def rules(prompts: Sequence[Prompt] = PROMPTS) -> list[Request]:
+    trial = 0.9  # of trial answers, beside responses at the sampling's
+    return [Request(prompt, 100 + i, every_rule(said(prompt), trial), {"i": i}) for i, prompt in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("asked", [asked, rules])
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (0.7, 0.9)])
-def test_every_kind_makes_what_a_model_makes_that_reads_everything_again(temperature: float, top_p: float) -> None:
+def test_every_kind_makes_what_a_model_makes_that_reads_everything_again(
+    asked: Callable[[], list[Request]], temperature: float, top_p: float
+) -> None:
     requests, sampling = asked(), Sampling(temperature, top_p, 30, (STOP,))
     endings = set()
     for group in serving(slots=5).generate(requests, sampling):
@@ -55,7 +63,25 @@ def test_every_kind_makes_what_a_model_makes_that_reads_everything_again(tempera
             again = Rereading(BUILT, sampling, request.seed, sample, LOGITS)
             assert_made(response, again.make(script.steps(sample), request.prompt.tokens))
             endings |= {part.ending for part in response.parts}
-    assert endings == {"stop", "until", "length", "forced", "chosen"}
+    assert endings - {"chosen"} == {"stop", "until", "length", "forced"}
+
+
+def test_published_rules_take_the_turns_that_are_compared() -> None:
+    parts = {
+        (type(script).__name__, part.name, part.ending)
+        for group in serving(slots=5).generate(rules(), Sampling(0.0, 1.0, 30, (STOP,)))
+        for script, response in zip(group.scripts, group.responses, strict=True)
+        for each in (response, *(made for branch in response.branches for made in branch.responses))
+        for part in each.parts
+    }
+    assert parts >= {
+        ("CutOff", "response", "length"), ("NoThinking", "opening", "forced"), ("Elastic", "cut", "forced"),
+        ("S1", "wait", "forced"), ("S1", "header", "forced"), ("S1", "answer", "length"),
+        ("Deer", "thought", "until"), ("Deer", "thought", "length"), ("Deer", "probe", "until"),
+        ("Deer", "end", "length"), ("Deer", "probe", "length"), ("Deer", "exit", "forced"),
+        ("EarlyStop", "thought", "until"), ("EarlyStop", "probe", "length"), ("EarlyStop", "answer", "length"),
+        ("Subthoughts", "subthought", "length"), ("Told", "response", "stop"),
+    }  # fmt: skip
 
 
 def test_tokens_and_bits_do_not_depend_on_the_batch() -> None:
@@ -174,8 +200,8 @@ def test_what_a_script_writes_must_fit_the_models_positions() -> None:
 def test_options_and_names_are_refused_by_their_path() -> None:
     assert build("budget", {"most": 7, "end": "A"}, "x") == Budget(most=7, end="A")
     assert build("forks", {"at": [1, 2], "tokens": 3}, "x") == Forks(at=(1, 2), tokens=3)
-    with pytest.raises(ConfigError, match=r"^evaluation\.script\.name: no script 'elastic'; there are plain, opened"):
-        build("elastic", {}, "evaluation.script")
+    with pytest.raises(ConfigError, match=r"^evaluation\.script\.name: no script 'elastik'; there are plain, opened"):
+        build("elastik", {}, "evaluation.script")
     with pytest.raises(ConfigError, match=r"evaluation\.script\.most"):
         build("budget", {"most": 0}, "evaluation.script")
     with pytest.raises(ConfigError, match="least: 9 is above most = 7"):

@@ -11,7 +11,7 @@ import torch
 
 from megatron_efr.rollout.driver import Drawing, Driver, Writing
 from megatron_efr.steps import Ending
-from megatron_efr.types import Prompt, Response, VersionSpan
+from megatron_efr.types import Prompt, Response, Sampling, VersionSpan
 
 WRITTEN = 0
 """The kind of rows whose next token their script writes; other kinds say which tokens end a drawing."""
@@ -89,7 +89,7 @@ class Rows:
     A row holds prompt and response as `tokens[row, :length]`, of which the first `prompt` were there at its beginning.
     """
 
-    def __init__(self, count: int, vocab: int, stop_ids: tuple[int, ...]) -> None:
+    def __init__(self, count: int, vocab: int, sampling: Sampling) -> None:
         self.active = 0
         self.rows: list[Row | None] = [None] * count
         self.length = np.ones(count, dtype=np.int64)
@@ -99,9 +99,10 @@ class Rows:
         self.sample = np.zeros(count, dtype=np.int64)
         self.branch = np.zeros(count, dtype=np.int64)
         self.kind = np.zeros(count, dtype=np.int64)
+        self.temperature = np.full(count, sampling.temperature)
         self.tokens = np.zeros((count, 0), dtype=np.int64)
         self.logprobs = np.zeros((count, 0), dtype=np.float32)
-        self._stop_ids = list(stop_ids)
+        self._stop_ids, self._temperature = list(sampling.stop_ids), sampling.temperature
         self._kinds: dict[tuple[int, ...], int] = {}
         self._effect = np.zeros((1, vocab), dtype=np.int8)  # [kind, token]
 
@@ -139,8 +140,8 @@ class Rows:
     def move(self, source: int, target: int) -> None:
         """Copy row `source` over row `target`."""
         length = self.length[source]
-        arrays = (self.length, self.prompt, self.limit, self.seed, self.sample, self.branch, self.kind)
-        for array in arrays:
+        numbers = (self.length, self.prompt, self.limit, self.seed, self.sample, self.branch)
+        for array in (*numbers, self.kind, self.temperature):
             array[target] = array[source]
         self.tokens[target, :length] = self.tokens[source, :length]
         self.logprobs[target, :length] = self.logprobs[source, :length]
@@ -190,6 +191,8 @@ class Rows:
             if isinstance(order, Drawing):
                 self.kind[index] = self._kind(order.until)
                 self.limit[index] = self.length[index] + order.limit
+                own = order.temperature
+                self.temperature[index] = self._temperature if own is None else own
             else:
                 self.kind[index] = WRITTEN
                 self.limit[index] = self.length[index] + len(order.tokens)
@@ -206,7 +209,9 @@ class Rows:
             self._done(index, order.ending if isinstance(order, Writing) else "stop" if stops else "length")
 
     def _done(self, index: int, ending: Ending, met: int | None = None) -> None:
-        self[index].driver.done(int(self.length[index] - self.prompt[index]), ending, met)
+        length = int(self.length[index] - self.prompt[index])
+        last = int(self.tokens[index, self.length[index] - 1]) if length else None
+        self[index].driver.done(length, ending, met, last)
 
     def _kind(self, until: tuple[int, ...]) -> int:
         """The number of the drawings that end at stop ids and before the tokens `until`."""

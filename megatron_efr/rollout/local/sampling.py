@@ -76,6 +76,22 @@ def draw(
     return tokens, logprobs
 
 
+@torch.inference_mode()
+def draw_rows(
+    logits: torch.Tensor, uniform: torch.Tensor, temperatures: NDArray[np.float64], top_p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`draw` for rows that have a temperature each, [n]."""
+    found = np.unique(temperatures)
+    if len(found) == 1:
+        return draw(logits, uniform, float(found[0]), top_p)
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    logprobs = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    for temperature in found.tolist():
+        rows = torch.from_numpy(np.flatnonzero(temperatures == temperature)).to(logits.device)
+        tokens[rows], logprobs[rows] = draw(logits[rows], uniform[rows], temperature, top_p)
+    return tokens, logprobs
+
+
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     """Zero all but the smallest set of most probable tokens that holds `top_p` of the mass; the lower id wins ties."""
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)

@@ -16,7 +16,7 @@ from megatron_efr.rollout.driver import Driver, Forking
 from megatron_efr.rollout.local.core import Core, Tally
 from megatron_efr.rollout.local.decoder import CHUNK, ROWS, Cache, Decoder, round_up
 from megatron_efr.rollout.local.rows import WRITTEN, Entry, Row, Rows
-from megatron_efr.rollout.local.sampling import draw, uniforms
+from megatron_efr.rollout.local.sampling import draw_rows, uniforms
 from megatron_efr.rollout.requests import check_request
 from megatron_efr.types import Group, Request, Response, Sampling
 
@@ -47,7 +47,7 @@ class Stream(Iterator[Group]):
         self._done: deque[Group] = deque()
         self.closed = False
         self._publication = core.publications
-        self._rows = Rows(round_up(core.slots, ROWS), core.architecture.vocab, sampling.stop_ids)
+        self._rows = Rows(round_up(core.slots, ROWS), core.architecture.vocab, sampling)
         self._ended: list[int] = []  # active rows whose response has ended, or waits for its branches
 
     def __iter__(self) -> Self:
@@ -92,7 +92,8 @@ class Stream(Iterator[Group]):
         rows, sampling = self._rows, self._sampling
         at = rows.positions(indices)
         uniform = uniforms(rows.seed[indices], rows.sample[indices], at, rows.branch[indices])
-        found = draw(logits[: len(indices)], self._to_device(uniform), sampling.temperature, sampling.top_p)
+        temperatures = rows.temperature[indices]
+        found = draw_rows(logits[: len(indices)], self._to_device(uniform), temperatures, sampling.top_p)
         tokens, logprobs = (each.cpu().numpy() for each in found)
         if not np.isfinite(logprobs).all():
             self._core.cache, self.closed = None, True  # what is not finite is not hidden by a mask

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_efr.rollout.driver import Drawing, Driver, Forking, Writing
+from megatron_efr.steps import Ending
 from megatron_efr.types import Response, Sampling, VersionSpan
 
 Ask = Callable[[tuple[int, ...], Sampling], Awaitable[Response]]
@@ -50,7 +51,7 @@ class _Growing:
         self._held = None
         self._tokens += order.tokens
         self._logprobs += order.logprobs
-        self._driver.done(len(self._tokens), order.ending)
+        self._done(order.ending)
 
     async def draw(self, order: Drawing, sampling: Sampling, ask: Ask) -> None:
         """Have the model go on, first with a token that is held back."""
@@ -64,7 +65,9 @@ class _Growing:
                 self._end(sampling, ())
                 return
         first = len(self._tokens)
-        drawn = await ask(self.so_far(first), replace(sampling, max_new_tokens=limit, stop_ids=ends))
+        temperature = sampling.temperature if order.temperature is None else order.temperature
+        asked = replace(sampling, temperature=temperature, max_new_tokens=limit, stop_ids=ends)
+        drawn = await ask(self.so_far(first), asked)
         self._tokens += drawn.tokens
         self._logprobs += drawn.logprobs.tolist()
         self._starts += [(span.version, first + span.start) for span in drawn.versions]
@@ -76,9 +79,12 @@ class _Growing:
         last = self._tokens[-1]
         if last in until:
             self._held = self._tokens.pop(), self._logprobs.pop()
-            self._driver.done(len(self._tokens), "until", last)
+            self._done("until", last)
         else:
-            self._driver.done(len(self._tokens), "stop" if last in sampling.stop_ids else "length")
+            self._done("stop" if last in sampling.stop_ids else "length")
+
+    def _done(self, ending: Ending, met: int | None = None) -> None:
+        self._driver.done(len(self._tokens), ending, met, self._tokens[-1] if self._tokens else None)
 
     async def whole(self, sampling: Sampling, ask: Ask) -> Response:
         """The response, complete."""

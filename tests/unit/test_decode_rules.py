@@ -1,0 +1,172 @@
+"""Published decode-time rules: their sources' defaults and worked numbers, and the turns that they take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_efr.config import ConfigError
+from megatron_efr.rollout.requests import check_script, longest
+from megatron_efr.scripts import SCRIPTS, build, decode, encode
+from megatron_efr.scripts.probed import Deer, EarlyStop, Subthoughts
+from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Sketch, ThinkFor, Told
+from megatron_efr.steps import Draw, Force, Fork, Part, Step
+from megatron_efr.types import Branch, Done, Response, Script
+from tests.scripts import Letters
+
+pytestmark = pytest.mark.alike
+
+VECTORS = json.loads((Path(__file__).parents[1] / "data" / "decode_vectors.json").read_text())
+
+
+def trial(probabilities: list[float], *parts: Part, text: str = "") -> Branch:
+    logprobs = np.log(np.array(probabilities, dtype=np.float64)).astype(np.float32)
+    return Branch("probe", 5, (Response(tuple(range(len(probabilities))), logprobs, "stop", text=text, parts=parts),))
+
+
+def follow(script: Script, *done: tuple[int, str, str, str]) -> list[Step]:
+    """The steps that a script takes, told of each draw: its tokens, how it ended, at what, and the last one's text."""
+    steps, taken, length, told = script.steps(0), [], 0, list(done)
+    step = next(steps)
+    while True:
+        taken.append(step)
+        try:
+            if isinstance(step, Draw):
+                if not told:
+                    return taken
+                drawn, ending, met, tail = told.pop(0)
+                part: Any = Part(step.part, length, length + drawn, ending)
+                length += drawn
+                step = steps.send(Done(part, met, tail=tail))
+            elif isinstance(step, Force):
+                part = Part(step.part, length, length + 1, "forced")
+                length += 1
+                step = steps.send(Done(part))
+            else:
+                return taken
+        except StopIteration:
+            return taken
+
+
+def test_confidence_of_a_trial_answer_is_the_worked_one() -> None:
+    given = VECTORS["deer_confidence"]
+    probabilities = given["inputs"]["probabilities_of_trial_answer_tokens"]
+    branch = trial(probabilities, Part("probe", 0, 5, "until"), Part("end", 5, 6, "length"))
+    arithmetic, geometric = Deer().confidence(branch), Deer(form="qwen3").confidence(branch)
+    assert arithmetic == pytest.approx(given["outputs"]["avg1_skips_first"], abs=1e-4)
+    assert geometric == pytest.approx(given["outputs"]["avg2_geometric_skips_first"], abs=1e-4)
+    assert [arithmetic > 0.95, geometric > 0.95] == given["outputs"]["exits"]
+    assert Deer(form="transformers").confidence(branch) == pytest.approx(0.9999, abs=1e-6)  # nor the last
+    assert Deer(form="qwen3").confidence(trial(probabilities, Part("probe", 0, 6, "length"))) == 0.0  # not closed
+    assert Deer().confidence(trial([0.9])) == 0.0
+
+
+def test_forms_of_deer_have_the_defaults_of_their_files() -> None:
+    vllm, transformers, qwen3 = (build("deer", {"form": form}, "x") for form in ("vllm", "transformers", "qwen3"))
+    said = [(d.tokens, d.temperature, d.mean, d.tries, d.share, d.sure) for d in (vllm, transformers, qwen3)]  # type: ignore[attr-defined]
+    assert said == [
+        (20, 1.0, "arithmetic", 10, 0.6, 0.95),
+        (21, 0.0, "arithmetic", None, 0.9, 0.95),
+        (20, 1.0, "geometric", 10, 0.8, 0.95),
+    ]
+    assert build("deer", {"form": "qwen3", "share": 0.5}, "x").within(1000).most == 500  # type: ignore[attr-defined]
+    assert decode(encode(transformers)) == transformers
+    with pytest.raises(ConfigError, match=r"x\.form"):
+        build("deer", {"form": "vlm"}, "x")
+
+
+def test_deer_leaves_a_thought_near_its_limit_and_passes_pauses_after_its_tries() -> None:
+    script = Deer(most=100, near=50, tries=2)
+    assert [type(step) for step in follow(script, (50, "until", "Wait", "."))] == [Draw, Force, Draw]
+    assert isinstance(follow(script, (49, "until", "Wait", "."))[-1], Fork)
+    one = Deer(tries=1).steps(0)
+    next(one)
+    fork = one.send(Done(Part("thought", 0, 4, "until"), "Wait"))
+    assert isinstance(fork, Fork)
+    again = one.send(Done(Part("probe", 4, 4, "forced"), branches=(trial([0.5, 0.5]),)))
+    assert isinstance(again, Draw)
+    assert again.until == ("</think>",)
+
+
+def test_s1_shares_one_budget_and_ends_it_on_a_new_line() -> None:
+    script = build("s1", {"waits": 1}, "x").within(1000)
+    assert script == S1(waits=1, most=900)
+    cut = follow(script, (300, "until", "</think>", "."), (600, "length", "", "x"))
+    assert [getattr(step, "text", getattr(step, "limit", None)) for step in cut] == [
+        900, "Wait", 600, "\n</think>\n\nFinal Answer:", None,
+    ]  # fmt: skip
+    on_a_line = follow(S1(most=9, waits=0), (9, "length", "", "\n\n"))
+    assert on_a_line[1] == Force("header", "</think>\n\nFinal Answer:")
+    by_itself = follow(S1(most=9, waits=0), (4, "until", "</think>", "x"))
+    assert by_itself[1] == Force("header", "</think>\n\n")
+    assert len(follow(S1(most=9), (4, "stop", "", ""))) == 1
+    with pytest.raises(ConfigError, match=r"x\.most: a thought of 50 tokens uses up max_new_tokens = 50"):
+        S1(most=50).check(50, "x")
+
+
+def test_early_stop_wants_the_same_answer_in_a_row_without_a_word_of_doubt() -> None:
+    script = EarlyStop(agree=2)
+    assert script.answer(f"{script.probe}\\frac{{1}}{{2}}}}\n\\]") == "\\frac{1}{2}"
+    assert script.answer(f"{script.probe}7}} hmm, wait") == ""
+    assert script.answer(f"{script.probe}12") == ""
+
+    def stops(*answers: str) -> int:
+        """At which probe the thought is left."""
+        steps = script.steps(0)
+        next(steps)
+        for number, answer in enumerate(answers, start=1):
+            fork = steps.send(Done(Part("thought", 64 * number - 64, 64 * number, "length")))
+            assert fork == Fork("probe", (64 * number,), 1, script.probe, 20, temperature=0.6)
+            step = steps.send(Done(Part("probe", 0, 0, "forced"), branches=(trial([0.5], text=answer),)))
+            if isinstance(step, Force):
+                return number
+        return 0
+
+    assert stops("7}", "8}", "7}", "7}") == 4
+    assert stops("7", "7", "7") == 0
+    assert stops("7}", "7} but", "7}", "7}") == 4
+
+
+def test_subthoughts_go_on_from_where_each_begins() -> None:
+    script = Subthoughts(samples=3, tokens=9)
+    taken = follow(
+        script, (5, "until", "Wait", ""), (7, "until", "So", ""), (4, "until", "</think>", ""), (3, "stop", "", "")
+    )
+    assert taken[-1] == Fork("subthought", (5, 12), 3, "", 9)
+    evenly = follow(Subthoughts(most=2), *[(1, "until", "Wait", "")] * 5, (1, "stop", "", ""))
+    assert isinstance(evenly[-1], Fork)
+    assert evenly[-1].at == (1, 3)
+    check_script(Subthoughts(markers=("AB", "C"), end="D"), Letters(), "x")
+    with pytest.raises(ConfigError, match=r"^x\.markers: none of 'AB', 'BC' is a single token"):
+        check_script(Subthoughts(markers=("AB", "BC"), end="D"), Letters(), "x")
+
+
+def test_wishes_stand_behind_the_question() -> None:
+    assert ThinkFor(tokens=512).behind == "\n\nThink for 512 tokens."
+    assert Told(suffix=" Be brief.").behind == " Be brief."
+    assert "equation" in Sketch().behind
+    assert CutOff(most=3).behind == ""
+    with pytest.raises(ConfigError, match=r"x\.suffix"):
+        build("think_for", {"tokens": 5, "suffix": "Think."}, "x")
+
+
+def test_budgets_are_the_sources() -> None:
+    elastic = Elastic()
+    assert (elastic.most, elastic.answer, elastic.cut) == (1024, 1024, "</think>")
+    assert longest(Elastic(cut="AB"), 100, Letters()) == 102
+    assert NoThinking().opening.endswith("</think>\n\n")
+    assert follow(CutOff(most=7))[0] == Draw("response", 7)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_says_what_it_is_and_is_written_and_read_again(name: str) -> None:
+    kind = SCRIPTS[name]
+    assert kind.__doc__
+    needed = {field: 3 for field, info in kind.model_fields.items() if info.is_required()}
+    texts = {"opening": "A", "suffix": "A", "at": [3]}
+    script = build(name, {field: texts.get(field, value) for field, value in needed.items()}, "x")
+    assert decode(encode(script)) == script
