@@ -1,13 +1,14 @@
-"""Files that are written whole or not at all, and the sentence where a disk does not take them."""
+"""Files, and lines of files, that are written whole or not at all, and the sentence where a disk does not take them."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from megatron_efr.errors import UserError
 
@@ -110,3 +111,76 @@ def remove_torn_writes(folder: Path, files: str = "*") -> None:
     with writing(folder):
         for left in folder.glob(f".{files}.*.tmp"):
             left.unlink(missing_ok=True)
+
+
+class Lines(NamedTuple):
+    """What such a file holds: the whole lines' texts, and how many torn last lines (0, 1)."""
+
+    texts: list[bytes]
+    torn: int
+
+
+class LineFile:
+    """A file of lines of text, each behind its CRC-32.
+
+    Every line is flushed to the operating system: it outlives a killed process. With `fsync` it outlives the machine
+    too, at the price of one disk sync per line. One writer at a time.
+    """
+
+    def __init__(self, path: str | Path, fsync: bool = False) -> None:
+        self.path = Path(path)
+        self.fsync = fsync
+        self._file: BinaryIO | None = None
+
+    def add(self, text: str) -> None:
+        """Add one line. A torn line left by a crash is cut off first. UnwritableError leaves it out whole."""
+        with writing(self.path, GOES_ON):
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._cut_torn_line()
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (held open over appends)
+            write_whole(self._file, checked_line(text))
+            if self.fsync:
+                os.fsync(self._file.fileno())
+
+    def lines(self) -> Lines:
+        """The file as it stands, checksums included: `checked` gives a line's text. Empty if there is no file."""
+        if not self.path.exists():
+            return Lines([], 0)
+        *whole, rest = self.path.read_bytes().split(b"\n")
+        return Lines(whole, int(bool(rest)))
+
+    def clear(self) -> None:
+        """Forget everything: what the lines say is kept elsewhere."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Stop writing; a later `add` opens the file again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _cut_torn_line(self) -> None:
+        """A line is whole when its newline is there; what follows the last newline was torn."""
+        if self.path.exists():
+            data = self.path.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data):
+                os.truncate(self.path, whole)
+
+
+def checked_line(text: str) -> bytes:
+    """A line: the text behind its CRC-32."""
+    data = text.encode("utf-8")
+    return f"{zlib.crc32(data):08x} ".encode("ascii") + data + b"\n"
+
+
+def checked(line: bytes) -> bytes:
+    """The text of a line of `checked_line`; ValueError where it is not what was written. One without is from before."""
+    if line.startswith(b"{"):
+        return line
+    checksum, _, data = line.partition(b" ")
+    if checksum != f"{zlib.crc32(data):08x}".encode("ascii"):
+        raise ValueError("its checksum differs")
+    return data

@@ -37,8 +37,12 @@ def loop(run: Run, done: int, interruption: Interruption) -> None:
     with Observer(run.folder, config.observe, total, run.ranks.rank, done, config.name, run.ranks.largest) as observer:
         # publish: the engines begin with the weights that the policy begins with
         run.publish(done, observer.phase)
+        # sample: what the method wants to know of the starting model, before anything is learnt
+        run.sample(done, observer.phase)
         for step in range(done + 1, total + 1):
             metrics = iterate(run, step, observer)
+            # sample: the new weights' answers to a monitor set, if the method follows one
+            metrics |= run.sample(step, observer.phase)
             # evaluate: the new weights, on problems that are never trained on
             with observer.phase("evaluate"):
                 metrics |= run.evaluate(step)

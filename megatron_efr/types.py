@@ -44,6 +44,13 @@ class Prompt:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Marks(NamedTuple):
+    """The texts around a thought, as responses have them. `opens` is empty where the chat template alone opens it."""
+
+    opens: str
+    closes: str
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How responses are drawn. A response ends with (and includes) the first of `stop_ids`, or at `max_new_tokens`."""

@@ -38,9 +38,12 @@ def asked(
     note: Mapping[str, Any] = NOTE,
     texts: Sequence[str] = ("",),
 ) -> Graded:
-    """A group with a note, and texts one after the other."""
+    """A group with a note, and texts one after the other; no token comes twice in a response."""
     made = graded(right, lengths, finish)
-    said = [replace(each, text=texts[i % len(texts)]) for i, each in enumerate(made.group.responses)]
+    said = [
+        replace(each, text=texts[i % len(texts)], tokens=tuple(range(each.length)))
+        for i, each in enumerate(made.group.responses)
+    ]
     return replace(made, group=replace(made.group, responses=tuple(said), note=note))
 
 

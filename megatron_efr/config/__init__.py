@@ -16,6 +16,7 @@ from megatron_efr.config.learning import SftTrainingConfig as SftTrainingConfig
 from megatron_efr.config.learning import TrainingConfig as TrainingConfig
 from megatron_efr.config.model import ModelConfig as ModelConfig
 from megatron_efr.config.model import ParallelConfig as ParallelConfig
+from megatron_efr.config.model import ThinkingConfig as ThinkingConfig
 from megatron_efr.config.model import check_parallel as check_parallel
 from megatron_efr.config.output import CheckpointConfig as CheckpointConfig
 from megatron_efr.config.output import ObserveConfig as ObserveConfig

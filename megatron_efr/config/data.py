@@ -104,6 +104,11 @@ class DataConfig(Section):
     shuffle: bool = Field(
         default=True, description="a new order in every pass, drawn from the seed; else the files' order"
     )
+    reference: str | None = Field(
+        default=None,
+        description="the starting model's responses, for methods that want them: another run's reference.jsonl; the "
+        "run samples them itself when left out",
+    )
 
     @model_validator(mode="after")
     def _names_differ(self) -> DataConfig:

@@ -9,6 +9,17 @@ from pydantic import Field, PositiveInt
 from megatron_efr.config.section import ConfigError, Section
 
 
+class ThinkingConfig(Section):
+    """The texts around a thought in this model's responses."""
+
+    opens: str | None = Field(
+        default=None, min_length=1, description="`<think>` when left out, if the tokenizer has it as a token of text"
+    )
+    closes: str | None = Field(
+        default=None, min_length=1, description="`</think>` when left out, if the tokenizer has it as a token of text"
+    )
+
+
 class ModelConfig(Section):
     """The starting model, a Hugging Face folder, and the width it trains in."""
 
@@ -29,6 +40,10 @@ class ModelConfig(Section):
     )
     head_chunk_tokens: PositiveInt | None = Field(
         default=None, description="tokens whose logits the head holds at a time; 2048 x parallel.tensor when left out"
+    )
+    thinking: ThinkingConfig = Field(
+        default_factory=ThinkingConfig,
+        description="the texts around a thought, for methods that tell it from the answer",
     )
     megatron: dict[str, Any] = Field(default_factory=dict, description="any field of Megatron's TransformerConfig")
 

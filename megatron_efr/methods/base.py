@@ -10,7 +10,8 @@ from pydantic import ConfigDict
 
 from megatron_efr.config import RolloutConfig, Section
 from megatron_efr.methods.history import Seen
-from megatron_efr.types import Credit, FloatArray, Graded, Prompt, Rewarded, Script
+from megatron_efr.methods.samplings import NONE, ByPrompt, Samplings
+from megatron_efr.types import Credit, FloatArray, Graded, Marks, Prompt, Rewarded, Script
 
 Standing = Literal["code", "text", "experimental"]
 State = Mapping[str, Any]
@@ -20,16 +21,14 @@ State = Mapping[str, Any]
 class Needs(NamedTuple):
     """What a method asks of a run. A run that cannot give it is refused at the start.
 
-    samples: responses per prompt, at least. thinking: marks around the thinking part of a response. reference:
-    responses per prompt of the starting model, sampled before. monitor_every: iterations between samplings of a monitor
-    set. algorithms: those that it works with; None: all. engine: abilities of the engine. branches: verdicts on the
-    answers of branches too.
+    samples: responses per prompt, at least. thinking: marks around the thinking part of a response, which it finds in
+    `Known.marks`. algorithms: those that it works with; None: all. engine: abilities of the engine, by the names of
+    `rollout.engine.ABILITIES`. branches: verdicts on the answers of branches too. What it wants to have sampled
+    depends on its options: `Method.samplings`.
     """
 
     samples: int = 2
     thinking: bool = False
-    reference: int = 0
-    monitor_every: int = 0
     algorithms: frozenset[str] | None = None
     engine: frozenset[str] = frozenset()
     branches: bool = False
@@ -59,13 +58,18 @@ class Known(NamedTuple):
     """What a method may know when it judges the groups of iteration `step`: frozen when the iteration begins.
 
     limit: the most tokens of a response (rollout.max_new_tokens). state: what `learn` returned last; empty at first.
-    history: what was seen of each prompt, by its id. A prompt that was never visited has no entry.
+    history: what was seen of each prompt, by its id. A prompt that was never visited has no entry. reference: the
+    starting model's responses to every training prompt; monitor: the monitor set's, as last sampled; both empty where
+    `samplings` asks for none. marks: around a thought, where the model has them.
     """
 
     step: int
     limit: int
     state: State
     history: Mapping[str, Seen]
+    reference: ByPrompt = NONE
+    monitor: ByPrompt = NONE
+    marks: Marks | None = None
 
 
 class Choices(Protocol):
@@ -111,6 +115,11 @@ class Method(Section):
         They are checked before work starts, with a few of `ask`.
         """
         return ()
+
+    @property
+    def samplings(self) -> Samplings:
+        """What the run is to sample for it beside its rollouts."""
+        return Samplings()
 
     @property
     def sought(self) -> Mapping[str, str]:

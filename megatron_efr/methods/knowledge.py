@@ -8,25 +8,36 @@ from typing import Any
 
 from megatron_efr.methods.base import Known, Method, State
 from megatron_efr.methods.history import History, dump_history, load_history, visited
-from megatron_efr.types import Rewarded
+from megatron_efr.methods.samplings import NONE, ByPrompt, dump, load
+from megatron_efr.types import Marks, Rewarded
 
 
 class Knowledge:
-    """Keeps what is known between iterations; `limit` is the most tokens of a response.
+    """Keeps what is known between iterations; `limit` is the most tokens of a response, `marks` stand around a thought.
 
     An iteration sees what was known when it began (`begin`), however many iterations are under way.
     """
 
-    def __init__(self, method: Method, limit: int) -> None:
-        self._method, self._limit = method, limit
+    def __init__(self, method: Method, limit: int, marks: Marks | None = None) -> None:
+        self._method = method
         self._state: State = {}
         self._history: History = {}
         self._begun: dict[int, Known] = {}
-        self.latest = Known(0, limit, self._state, self._history)  # by which prompts are asked: of the last to begin
+        self._monitored: int | None = None
+        # by which prompts are asked: of the last iteration to begin
+        self.latest = Known(0, limit, self._state, self._history, marks=marks)
+        self.reference: ByPrompt = NONE  # of the starting model: the run folder keeps it
+        self._monitor: ByPrompt = NONE
 
     def begin(self, step: int) -> Known:
         """What iteration `step` may know, from now on."""
-        self.latest = Known(step, self._limit, copy.deepcopy(dict(self._state)), self._history)
+        self.latest = self.latest._replace(
+            step=step,
+            state=copy.deepcopy(dict(self._state)),
+            history=self._history,
+            reference=self.reference,
+            monitor=self._monitor,
+        )
         self._begun[step] = self.latest
         return self.latest
 
@@ -40,13 +51,27 @@ class Knowledge:
         self._state = self._method.learn(self._state, groups, known)
         self._history = visited(self._history, [group.graded for group in groups], step)
 
+    @property
+    def monitored(self) -> int | None:
+        """How many iterations were over when the monitor set was last sampled; None: it was not."""
+        return self._monitored
+
+    def monitor(self, step: int, sampled: ByPrompt) -> None:
+        """Take in what the monitor set answered after iteration `step`."""
+        self._monitored, self._monitor = step, sampled
+
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart, JSON-ready."""
-        return {"state": dict(self._state), "history": dump_history(self._history)}
+        kept: dict[str, Any] = {"state": dict(self._state), "history": dump_history(self._history)}
+        if self._monitored is not None:
+            kept["monitor"] = {"step": self._monitored, "sampled": dump(self._monitor)}
+        return kept
 
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
         """Take up what `state_dict` gave; nothing is known where it is empty."""
         self._state = stored.get("state", {})
         self._history = load_history(stored.get("history", {}))
         self._begun = {}
-        self.latest = self.latest._replace(state=self._state, history=self._history)
+        monitor = stored.get("monitor", {"step": None, "sampled": {}})
+        self._monitored, self._monitor = monitor["step"], load(monitor["sampled"])
+        self.latest = self.latest._replace(state=self._state, history=self._history, monitor=self._monitor)

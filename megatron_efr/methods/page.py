@@ -19,6 +19,7 @@ KINDS = {
     "efr": "The paper's",
     "lengths": "Lengths within a group",
     "limits": "Limits and targets",
+    "monitored": "Targets by difficulty",
     "iteration": "Decided by the whole iteration",
     "relative": "Credits of their own",
     "remembering": "Methods that remember",

@@ -12,6 +12,7 @@ from megatron_efr.methods import (
     lengths,
     limits,
     modes,
+    monitored,
     relative,
     remembering,
     scripted,
@@ -31,6 +32,8 @@ METHODS: dict[str, type[Method]] = {
     "thinkprune": limits.ThinkPrune,
     "cosine": limits.Cosine,
     "laser": limits.Laser,
+    "laser_d": monitored.LaserD,
+    "laser_de": monitored.LaserDE,
     "dler": limits.DLER,
     "da_dler": limits.DADLER,
     "stop_properly": limits.StopProperly,
@@ -88,12 +91,3 @@ def _check_needs(name: str, needs: Needs, rollout: RolloutConfig, algorithm: Alg
         raise ConfigError(
             f"algorithm.name: {algorithm.name}, and method {name} works with {', '.join(sorted(needs.algorithms))}"
         )
-    wanted = {
-        "marks around the thinking part of a response": needs.thinking,
-        "responses of the starting model, sampled before": needs.reference > 0,
-        "samplings of a monitor set": needs.monitor_every > 0,
-        f"an engine that can do {', '.join(sorted(needs.engine))}": bool(needs.engine),
-    }
-    for what, is_needed in wanted.items():
-        if is_needed:
-            raise ConfigError(f"method.name: {name} needs {what}, which a run does not give")

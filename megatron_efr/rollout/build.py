@@ -24,6 +24,9 @@ from megatron_efr.rollout.sglang.router import start_router
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import EngineError
 
+ENGINES: dict[str, type[LocalEngine] | type[SGLangEngine]] = {"local": LocalEngine, "sglang": SGLangEngine}
+"""By the name that `rollout.engine` gives them."""
+
 
 def build_engine(
     model: ModelConfig, rollout: RolloutConfig, servers: Servers, folder: Path, codec: Codec, resources: ExitStack
@@ -36,7 +39,7 @@ def build_engine(
                 "rollout.async: the embedded engine would decode on the GPU that trains, from another thread; set "
                 "rollout.engine: sglang, or leave async out"
             )
-        if model.routing == "replay":
+        if model.routing == "replay" and "routing" not in LocalEngine.abilities:
             raise ConfigError(
                 "model.routing: replay needs an engine that says which experts it chose; set rollout.engine: sglang"
             )

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 
 from megatron_efr.types import Group, Request, Sampling
+
+ABILITIES = {
+    "forks": "answers from the middle of a response",
+    "routing": "says which experts a mixture chose",
+    "seeds": "draws the same tokens again for a request's seed",
+}
+"""What an engine may be able to do beyond what all do, by name."""
 
 
 class GroupStream(Protocol):
@@ -37,6 +44,9 @@ class Engine(Protocol):
     pauses and gives up weights and caches: `wake` takes memory for weights, `publish` fills it, and `resume` takes the
     caches' and goes on; nothing is served before. Misuse raises RuntimeError, bad input ValueError.
     """
+
+    abilities: ClassVar[frozenset[str]]
+    """Those of ABILITIES that engines of this class have."""
 
     @property
     def version(self) -> int:

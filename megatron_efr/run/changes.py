@@ -16,7 +16,7 @@ Completed = Callable[[dict[str, Any]], str]
 
 MAY_CHANGE = (
     *("runs", "observe", "checkpoint", "evaluation", "train.iterations", "train.max_skipped"),
-    "parallel.wait_limit_s",
+    *("parallel.wait_limit_s", "data.reference"),
     *("rollout.urls", "rollout.python", "rollout.timeouts", "rollout.max_new_tokens"),
 )
 """Keys, or sections, that a resumed run may set anew."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,12 +16,14 @@ from megatron_efr.data.lengths import check_prompts
 from megatron_efr.data.prompts import Rendered, load_tokenizer
 from megatron_efr.data.stop_tokens import stop_ids
 from megatron_efr.data.stream import PromptStream
+from megatron_efr.data.thinking import thinking_marks
+from megatron_efr.durable import write_atomic
 from megatron_efr.evaluation.evaluator import Evaluator
 from megatron_efr.evaluation.problems import SHOWN_PROMPTS, judgings_of, load_prompts, show
 from megatron_efr.grading import Grader
 from megatron_efr.grading.groups import grade_groups
-from megatron_efr.methods import Knowledge, Known, Method, reward
-from megatron_efr.rollout.build import build_engine
+from megatron_efr.methods import Given, Knowledge, Known, Method, check_given, reward
+from megatron_efr.rollout.build import ENGINES, build_engine
 from megatron_efr.rollout.codec import TokenizerCodec
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.judging import Accept
@@ -28,6 +32,7 @@ from megatron_efr.rollout.production import Production
 from megatron_efr.rollout.servers.run_servers import Servers
 from megatron_efr.run.asking import Asking
 from megatron_efr.run.folder import RunFolder
+from megatron_efr.run.samplings import Sampler, check_there, figures
 from megatron_efr.types import Group, Rewarded, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import initial_weights
@@ -60,8 +65,11 @@ class Environment:
         )
         self._config, self._codec = config, TokenizerCodec(tokenizer)
         self._method, self._algorithm = method, algorithm
-        rollout = config.rollout
-        self.knowledge = Knowledge(method, rollout.max_new_tokens)
+        rollout, marks = config.rollout, thinking_marks(config.model.thinking, tokenizer)
+        check_given(config.method.name, method.needs, Given(rollout.engine, ENGINES[rollout.engine].abilities, marks))
+        if method.samplings.reference:
+            check_there(config.data.reference)
+        self.knowledge = Knowledge(method, rollout.max_new_tokens, marks)
         self._asking = Asking(config, method, tokenizer, lambda: self.knowledge.latest)
         self._asking.check(rendered.prompts, self._codec, architecture.max_positions)
         shown = [self._asking.example(prompt) for prompt in rendered.prompts[:SHOWN_PROMPTS]]
@@ -70,6 +78,7 @@ class Environment:
         self._judgings = judgings_of(config.grading, config.data.datasets)
         held_out = self.evaluator.judgings.verifiers if self.evaluator else []
         self.grader = Grader.of(config.grading, [*self._judgings.verifiers, *held_out])
+        self._prompts = rendered.prompts
 
     def connect(self, servers: Servers, resources: ExitStack) -> None:
         """Take the engine into use, over `servers` or embedded; `resources` end it, and the thread of rollouts."""
@@ -97,6 +106,36 @@ class Environment:
         graded = grade_groups(self.grader, groups, self._judgings, branches=self._method.needs.branches)
         rewarded = [reward(self._method, group, known) for group in graded]
         return [group if self._algorithm.keeps(group.rewards) else None for group in rewarded]
+
+    def sample(self, step: int, folder: RunFolder, model: str) -> dict[str, float]:
+        """Sample what the method wants to know beside rollouts, with the weights of iteration `step`; figures of it.
+
+        `model` is the starting model's checksum. What is known already is not sampled again.
+        """
+        wanted, found = self._method.samplings, dict[str, float]()
+        sampler = self._sampler(model)
+        with self.production.held():
+            if wanted.reference and not self.knowledge.reference:
+                given = self._config.data.reference
+                if given and not folder.reference.exists():
+                    sampler.check(Path(given), wanted.reference)
+                    write_atomic(folder.reference, Path(given).read_bytes())
+                self.knowledge.reference = sampler.reference(self.engine, wanted.reference, folder.reference)
+            if wanted.monitor and step % wanted.monitor.every == 0 and self.knowledge.monitored != step:
+                sampled = sampler.monitor(self.engine, wanted.monitor, step, folder.monitor(step))
+                self.knowledge.monitor(step, sampled)
+                found = figures(sampled)
+        return found
+
+    def _sampler(self, model: str) -> Sampler:
+        """Samples training prompts as rollouts are sampled, and grades them alike."""
+        datasets = {prompt.meta["dataset"] for prompt in self._prompts}
+        asked = {
+            "model": model,
+            **asdict(self._sampling),
+            **{f"grading of {name}": asdict(self._judgings.of_dataset(name)) for name in sorted(datasets)},
+        }
+        return Sampler(self._prompts, self._sampling, self.grader, self._judgings, self._config.seed, asked)
 
     def evaluate(self, step: int, folder: RunFolder) -> dict[str, float]:
         """Ask and grade the held-out problems with the weights being served, where step `step` is one to do so.

@@ -1,7 +1,7 @@
 """The run folder: what a run writes, where it lies, and how it survives a fault.
 
 runs/<name>/ config.yaml · began · metrics.jsonl · checkpoints/ · journal/ · rollouts/step_000010.jsonl.zst
-             eval/<name>.json · eval/unfinished/ · report/ · summary.json
+             reference.jsonl · eval/<name>.json · eval/unfinished/ · report/ · summary.json
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class RunFolder:
         self.first_day = self.path / "began"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self.reference = self.path / "reference.jsonl"  # the starting model's responses, where a method wants them
         self.rollouts = self.path / "rollouts"
         self.evaluations = self.path / "eval"
         self.report = self.path / "report"
@@ -50,7 +51,7 @@ class RunFolder:
         """True when a run has left something that starting over would lose or mix up."""
         written = self.metrics.exists() and self.metrics.stat().st_size > 0
         kept = (self.checkpoints, self.rollouts, self.path / "journal")
-        return written or any(folder.is_dir() and any(folder.iterdir()) for folder in kept)
+        return written or self.reference.exists() or any(folder.is_dir() and any(folder.iterdir()) for folder in kept)
 
     def claim(self, resolved_yaml: str, resume: bool = False, completed: Completed = yaml.safe_dump) -> None:
         """Make the folder this run's own and save its configuration there. Rank 0 calls it before any work starts.
@@ -146,10 +147,14 @@ class RunFolder:
         """The journal of iteration `step`: a file per iteration, so that a resume never takes another one's groups."""
         return Journal(self.path / "journal" / f"step_{step:06d}.jsonl")
 
+    def monitor(self, step: int) -> Path:
+        """The journal of the monitor set's responses after iteration `step`."""
+        return self.path / "journal" / f"monitor_{step:06d}.jsonl"
+
     def clear_journals(self, step: int) -> None:
         """Remove the journals of iterations up to `step`: a checkpoint covers them."""
-        for path in sorted((self.path / "journal").glob("step_*.jsonl")):
-            if int(path.stem.removeprefix("step_")) <= step:
+        for path in sorted((self.path / "journal").glob("*_*.jsonl")):
+            if int(path.stem.rpartition("_")[2]) <= step:
                 with writing(path):
                     path.unlink()
 

@@ -86,6 +86,18 @@ class Run:
         """Give the engines the policy's weights as version `step`, and the devices that they share with it."""
         self.phases.to_engines(self.policy, step, timer)
 
+    def sample(self, step: int, timer: Timer) -> dict[str, float]:
+        """What the method wants to know beside rollouts after step `step`: figures of it on rank 0, none elsewhere."""
+        if self.method.samplings == methods.Samplings():
+            return {}
+
+        def ask() -> dict[str, float]:
+            assert self.environment is not None
+            return self.environment.sample(step, self.folder, self.policy.initial_model["sha256"])
+
+        with timer("sample"):
+            return self.from_engines(ask, "a sampling", version=step) or {}
+
     def evaluate(self, step: int) -> dict[str, float]:
         """The held-out problems' figures, if step `step` is one to ask them: on rank 0, none elsewhere."""
 

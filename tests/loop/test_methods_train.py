@@ -35,6 +35,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "efr": {"alpha": 0.4},
     "grpo_lambda": {"share": 0.5},
     "laser": {"target": 10},
+    "laser_d": {"lowest": 2, "step": 2, "monitored": 6, "monitor_samples": 4, "every": 1},
+    "laser_de": {"lowest": 2, "step": 2, "monitored": 6, "monitor_samples": 4, "every": 2},
     "da_dler": {"easy": 8, "hard": 16},
     "gfpo": {"keep": 2},
     "gdpo": {"limit": 10},
@@ -42,7 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "acoer": {"budget": 16, "least_budget": 4, "warmup": 1, "lookback": 1},
 }
 """Options for responses of 24 tokens, of a model that knows digits and a few signs."""
-ALWAYS = {"efr", "short_rl"}
+ALWAYS = {"efr", "short_rl", "laser_d"}
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,11 @@ def test_every_method_trains(name: str, task: Path, tmp_path: Path) -> None:
     state = json.loads((tmp_path / name / "checkpoints/step_000002/state.json").read_text())["method"]
     assert len(state["history"]) == 8
     assert sum(seen[2] for seen in state["history"].values()) == right.sum()
+    if name == "laser_d":  # of the new weights, after each iteration
+        assert state["monitor"]["step"] == 2
+        assert [len(lengths) for lengths, _ in state["monitor"]["sampled"].values()] == [4] * 6
+        assert {line["monitor/tokens"] > 0 for line in made} == {True}
+        assert [path.name for path in (tmp_path / name / "journal").glob("*")] == [], "the checkpoint covers them"
 
 
 def _check_what_was_asked(name: str, groups: list[Credited]) -> None:
@@ -112,7 +119,7 @@ def _check_what_was_asked(name: str, groups: list[Credited]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hapo", "short_rl", "leash", "acoer", "lapo"])
+@pytest.mark.parametrize("name", ["hapo", "short_rl", "leash", "acoer", "lapo", "laser_d"])
 def test_a_method_that_remembers_goes_on_as_if_there_had_been_no_kill(name: str, task: Path, tmp_path: Path) -> None:
     """Two visits of every prompt; the checkpoint is of the first, and the history of prompts must come from it."""
     few = {"path": str(task / "few.jsonl")}

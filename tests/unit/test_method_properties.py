@@ -15,7 +15,7 @@ import pytest
 from megatron_efr import algorithms, methods
 from megatron_efr.algorithms import rloo
 from megatron_efr.config import AlgorithmConfig, ConfigError, RolloutConfig
-from megatron_efr.methods import METHODS, Known, Outcomes, Seen
+from megatron_efr.methods import METHODS, Known, Outcomes, Sampled, Seen
 from megatron_efr.methods.page import page
 from megatron_efr.types import Credit, Rewarded
 from tests.groups import KNOWN, graded
@@ -42,10 +42,22 @@ BOUNDS = {
     "acoer": (1, 1.02, 0, 0), "twyn": (-0.1, 4, -4, 0), "gfpo": (0, 4, -4, 0), "gdpo": (-4, 4, -4, 4),
     "qglas": (0, 2, -1, 0), "l1_exact": (-11, 1, -12, 0), "l1_max": (-11, 1, -12, 0), "asrr": (0.5, 1, 0, 0),
     "elastic": (1, 1, 0, 0), "autothink": (0, 2, -2, 0), "adactrl": (0.5, 2, -0.5, 0.5),
-    "grlc": (0, 3, -1, 2), "experimental.effort": (0.6, 1, 0, 0),
+    "grlc": (0, 3, -1, 2), "experimental.effort": (0.6, 1, 0, 0), "laser_d": (1, 1.5, -0.5, -0.5),
+    "laser_de": (1, 1.5, -0.5, 0),
 }  # fmt: skip
 """Least and most that a right answer may earn, and a wrong one: rewards, or advantages where the method gives them."""
-PRICED = {"shorterbetter", "kimi", "overlong", "cosine", "gdpo", "experimental.alp", "a_dlp", "l1_exact", "l1_max"}
+PRICED = {
+    "laser_de",
+    "shorterbetter",
+    "kimi",
+    "overlong",
+    "cosine",
+    "gdpo",
+    "experimental.alp",
+    "a_dlp",
+    "l1_exact",
+    "l1_max",
+}
 """Methods that tell wrong answers apart by their lengths, whatever else is in the group."""
 NOT_MONOTONE = {
     "lapo": "a middle length earns most",
@@ -58,6 +70,12 @@ SAID = ["...\nFirst, 2", "...\n</think>\n4", "[Easy] 4", "[Hard] 4"]
 
 def knowns(name: str) -> list[Known]:
     """What a method may meet: nothing known, and a history of which it makes use."""
+    if name in ("laser_d", "laser_de"):
+        monitored = {
+            "hard": Sampled((700, 900, 2000, 9000), (True, False, False, False)),
+            "easy": Sampled((90,), (True,)),
+        }
+        return [KNOWN, KNOWN._replace(monitor=monitored)]
     seen = Seen(visits=1, responses=4, right=2, right_tokens=1200, shortest_right=250, last_step=1)
     return [KNOWN, KNOWN._replace(history={"p": seen})] if name == "hapo" else [KNOWN]
 
@@ -106,7 +124,8 @@ CHOSEN: dict[str, list[dict[str, Any]]] = {
     "grlc": [{"thinking": 3.0, "answer": 3.0, "thinking_bonus": 0.0, "answer_bonus": 0.0}],
     "cosine": [{"wrong_long": 3.0, "exceeded": None}], "gdpo": [{"short": 3.0}],
     "efr": [{"alpha": 0.99}], "kimi": [{}], "prime_rl": [{"length": 1.0, "prompt": 1.0, "turns": 1.0}],
-    "laser": [{"wrong": 0.99, "unanswered": 0.99}], "dler": [{"limit": 50}], "da_dler": [{"easy": 5, "hard": 50}],
+    "laser": [{"wrong": 0.99, "unanswered": 0.99}], "laser_d": [{"wrong": 0.99, "unanswered": 0.99, "bonus": 9.0}],
+    "laser_de": [{"wrong": 0.6, "lowest": 60}], "dler": [{"limit": 50}], "da_dler": [{"easy": 5, "hard": 50}],
     "thinkprune": [{"limit": 50}], "stop_properly": [{"cut_off": -9.0}], "grpo_lambda": [{"share": 1.0, "alpha": 0.99}],
     "twyn": [{"margin": 1.0}], "gfpo": [{"keep": 1}, {"keep": 3, "by": "reward_per_token"}],
     "qglas": [{"low": 5.0, "high": 9.0}, {"low": 0.0, "high": 0.0}], "leash": [{"target": 1, "start": 1.0}],
@@ -222,6 +241,7 @@ def test_dlers_recipe_is_an_algorithm() -> None:
         ("thinkprune", {"limit": 1001}, r"^method\.limit: 1001 tokens.* set it to at most that"),
         ("dler", {"limit": 1001}, r"^method\.limit: 1001 tokens"),
         ("da_dler", {"easy": 10}, r"^method\.hard: 4000 tokens"),
+        ("laser_d", {}, r"^method\.lowest: 1024 tokens, .* set it to less than that"),
         ("laser", {"target": 1000}, r"^method\.target: 1000 tokens.* set it to less than that"),
         ("leash", {}, r"^method\.target: 4096 tokens"),
         ("gdpo", {}, r"^method\.limit: 4000 tokens"),

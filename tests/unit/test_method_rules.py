@@ -11,7 +11,8 @@ import pytest
 
 from megatron_efr import methods
 from megatron_efr.config import ConfigError
-from megatron_efr.methods import METHODS, Ask, Method, Seen, Visit
+from megatron_efr.methods import METHODS, Ask, Method, Monitor, Sampled, Seen, Visit
+from megatron_efr.methods.monitored import LaserD, repetitive
 from megatron_efr.methods.relative import GDPO, GFPO, qglas_advantages
 from megatron_efr.scripts import Budget, Opened
 from megatron_efr.types import Part, Prompt
@@ -89,6 +90,67 @@ def test_limits_are_the_rollouts_where_they_are_left_out() -> None:
     for name in ("overlong", "cosine", "thinkprune", "dler"):
         with pytest.raises(ConfigError, match="not set, and no max_new_tokens is given"):
             methods.rewards(name, C, L)
+
+
+def monitored(**lengths: list[int]) -> dict[str, Sampled]:
+    """A monitor set whose prompts are solved as their bands say, with right responses of these lengths."""
+    others = {"high": 0, "medium": 1, "low": 3}  # wrong ones to each right one, far too long
+    return {
+        f"{band}-{i}": Sampled((length, *[16_000] * others[band]), (True, *[False] * others[band]))
+        for band, each in lengths.items()
+        for i, length in enumerate(each)
+    }
+
+
+def test_targets_follow_the_monitor_set() -> None:
+    vector = VECTORS["laser_d_targets"]
+    lengths, method = vector["inputs"]["monitor_lengths_by_band"], build("laser_d")
+    assert isinstance(method, LaserD)
+    assert method.targets(monitored(**lengths), 16_384) == vector["outputs"]["targets"]
+    assert method.samplings.monitor == Monitor(500, 8, 20)
+    # the released code takes the wrong ones' lengths too, which are a half of those of medium, and most of low
+    released = build("laser_d", coverage="all")
+    assert isinstance(released, LaserD)
+    made = released.targets(monitored(**lengths), 16_384)
+    assert made == {"high": 1024, "medium": 9216, "low": 16_384}
+    assert method.targets({}, 16_384) == {"high": None, "medium": None, "low": None}
+    assert method.targets(monitored(low=[20_000]), 16_384)["low"] is None
+
+
+@pytest.mark.parametrize("name", ["laser_d", "laser_de"])
+def test_worked_rewards_of_a_target_by_difficulty(name: str) -> None:
+    targets, expected = VECTORS[name]["inputs"]["targets"], VECTORS[name]["outputs"]["rewards"]
+    method = build(name, lowest=50, step=50)
+    known = KNOWN._replace(monitor=monitored(**{band: [target] for band, target in targets.items()}))
+    assert trained_on(method, C, L, known) == close(expected)
+    repeating = method.rewards(graded(C, L), known)  # one token, 900 times
+    assert repeating == close(VECTORS["laser_d"]["outputs"]["rewards"])
+    assert trained_on(method, C, L) == close([1.5, -0.5, 1.5, 1.5]), "no target: each right answer is within it"
+    cut = trained_on(method, [1, 0, 0, 0], [300, 900, 500, 120], known, finish=["length", "stop", "stop", "stop"])
+    assert cut == close([-1.0, expected[1], -0.5, -0.5]), "none is right: the target is that of low"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (range(300), False),
+        ([*range(300), *range(296, 300)], False),  # four tokens twice: in a long response thrice is needed
+        ([*range(300), *range(292, 300)], True),  # eight tokens twice
+        ([*range(300), 296, 297, 298, 299, 999, 296, 297, 298, 299], True),
+        ([*range(4), *range(100, 220), *range(4), *range(220, 340), *range(4)], False),  # thrice, but far apart
+        ([7] * 300, True),  # eight times one token, twice
+        ([*range(150), *range(146, 150)], True),  # four tokens twice in fewer than 200
+        ([*range(50), 47, 48, 49], True),
+        ([*range(50), 48, 49], False),
+        ([1, 2, 3, 4, 5, 1, 2, 6, 7], False),  # a third of 9 apart
+        ([1, 2, 1, 2, 5, 6, 7, 8, 9], True),
+        ([1, 1, 1, 1], False),  # too short to tell
+        ([1, 1, 1, 1, 2], False),  # of 5 // 3 = 1 tokens, and next to each other is 1
+        ([], False),
+    ],
+)
+def test_repetitive_responses(tokens: list[int], expected: bool) -> None:
+    assert repetitive(list(tokens)) == expected
 
 
 def test_the_best_solved_groups_alone_are_shortened() -> None:

@@ -186,10 +186,6 @@ def test_bad_input_of_the_function_is_named(
     [
         (methods.Needs(samples=9), r"^rollout\.samples: 8 response\(s\) per prompt.*needs at least 9"),
         (methods.Needs(algorithms=frozenset({"grpo"})), r"^algorithm\.name: rloo, and method asking works with grpo"),
-        (methods.Needs(thinking=True), r"^method\.name: asking needs marks around the thinking part"),
-        (methods.Needs(reference=16), r"^method\.name: asking needs responses of the starting model"),
-        (methods.Needs(monitor_every=20), r"^method\.name: asking needs samplings of a monitor set"),
-        (methods.Needs(engine=frozenset({"forks"})), r"^method\.name: asking needs an engine that can do forks"),
     ],
 )
 def test_what_a_run_cannot_give_is_refused(needs: methods.Needs, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,6 +35,8 @@ class LocalEngine:
     decodes while another has paused waits for `resume`; decoding in the very thread that paused is an error, since it
     would wait for ever. Misuse raises RuntimeError, a bad request, sampling or tensor ValueError.
     """
+
+    abilities: ClassVar[frozenset[str]] = frozenset({"forks", "seeds"})
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 
@@ -43,6 +43,8 @@ class SGLangEngine(ServerUpdates):
     waits until that is over; waiting in the very thread that paused is an error, since it would wait for ever. Misuse
     raises RuntimeError, a bad request, sampling or tensor ValueError, a server EngineError.
     """
+
+    abilities: ClassVar[frozenset[str]] = frozenset({"forks", "routing"})
 
     def __init__(
         self,

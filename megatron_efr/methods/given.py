@@ -1,0 +1,31 @@
+"""What a run has to give a method: refuses, by name, a method that needs what is not there."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from megatron_efr.config import ConfigError
+from megatron_efr.methods.base import Needs
+from megatron_efr.types import Marks
+
+
+class Given(NamedTuple):
+    """What a run has: the name of its engine and what that can do, and the marks around a thought, if there are."""
+
+    engine: str
+    abilities: frozenset[str]
+    marks: Marks | None
+
+
+def check_given(name: str, needs: Needs, given: Given) -> None:
+    """Refuse, with a ConfigError, method `name`, whose `needs` go beyond what is given."""
+    if missing := sorted(needs.engine - given.abilities):
+        can = ", ".join(sorted(given.abilities)) or "none of what a method may need"
+        raise ConfigError(
+            f"rollout.engine: {given.engine} cannot do what method {name} needs ({', '.join(missing)}); it can: {can}"
+        )
+    if needs.thinking and given.marks is None:
+        raise ConfigError(
+            f"model.thinking.closes: method {name} has to tell a thought from its answer, and this model's tokenizer "
+            "has no </think> that is one token and stays in the text of a response; name the text that closes a thought"
+        )

@@ -1,0 +1,199 @@
+"""The responses that a run samples for its method, kept one by one: a kill loses none, and other runs may read them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_efr.durable import LineFile, checked
+from megatron_efr.errors import UserError
+from megatron_efr.grading import Grader
+from megatron_efr.grading.groups import grade_groups
+from megatron_efr.grading.judging import Judgings
+from megatron_efr.methods.samplings import ByPrompt, Monitor, Sampled, dump, restored
+from megatron_efr.observe.progress import followed
+from megatron_efr.rollout.engine import Engine
+from megatron_efr.scripts import plain
+from megatron_efr.types import Prompt, Request, Sampling
+
+MAY_SHRINK = frozenset({"max_new_tokens"})
+"""What a resumed run may have changed since its own responses were sampled."""
+
+MONITORED = 1
+"""Tells the draw of the monitor set from others of the run's seed."""
+
+
+class SamplingError(UserError):
+    """Sampled responses that are damaged, missing, or others than the run's."""
+
+
+def check_there(path: str | None) -> None:
+    """Refuse, with a SamplingError, a key `data.reference` that names no file."""
+    if path is not None and not Path(path).is_file():
+        raise SamplingError(
+            f"data.reference: {path}: no such file; it is a run's reference.jsonl, which a run whose method wants it "
+            "writes before its first iteration; or leave data.reference out"
+        )
+
+
+class Sampler:
+    """Samples and grades responses to training prompts. Each request's seed is a function of the run's and the prompt.
+
+    `asked` is how they are sampled and graded, JSON-ready: a file says it in its first line, and is refused elsewhere.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        grader: Grader,
+        judgings: Judgings,
+        seed: int,
+        asked: Mapping[str, Any],
+    ) -> None:
+        self._prompts, self._sampling, self._seed = prompts, sampling, seed
+        self._grader, self._judgings, self._asked = grader, judgings, dict(asked)
+
+    def reference(self, engine: Engine, samples: int, path: Path) -> ByPrompt:
+        """`samples` responses of the starting model, version 0, to every prompt; those that `path` holds are kept.
+
+        SamplingError where later weights are served already, and some are missing.
+        """
+        file = SampledFile(path, self._described(samples))
+        finished, left = self._found(file, self._prompts, MAY_SHRINK)
+        if left and engine.version != 0:
+            raise SamplingError(
+                f"{path}: {len(left)} of {len(self._prompts)} prompts are missing, and the starting model that their "
+                "responses are of is not served any more; put the file back, or start a new run"
+            )
+        said = f"{len(self._prompts)} prompts x {samples} responses of the starting model, before the first iteration"
+        return self._sampled(engine, file, finished, left, "reference", samples, said)
+
+    def check(self, path: Path, samples: int) -> None:
+        """Refuse, with a SamplingError, another run's file that lacks what `reference` would sample."""
+        _, left = self._found(SampledFile(path, self._described(samples)), self._prompts)
+        if left:
+            raise SamplingError(
+                f"data.reference: {path} holds no responses to {len(left)} of {len(self._prompts)} prompts as this run "
+                f"asks them, the first {left[0].id}; give the file of a run with this data and prompt template that "
+                "got to its first iteration, or leave data.reference out"
+            )
+
+    def monitor(self, engine: Engine, monitor: Monitor, step: int, path: Path) -> ByPrompt:
+        """What the weights after iteration `step` answer to the monitor set; what `path` holds of it is kept."""
+        drawn = np.random.default_rng([self._seed, MONITORED]).permutation(len(self._prompts))[: monitor.prompts]
+        prompts = [self._prompts[i] for i in sorted(drawn)]
+        file = SampledFile(path, self._described(monitor.samples) | {"step": step})
+        finished, left = self._found(file, prompts)
+        said = f"{len(prompts)} prompts x {monitor.samples} responses, after iteration {step}"
+        return self._sampled(engine, file, finished, left, f"monitor/{step}", monitor.samples, said)
+
+    def _described(self, samples: int) -> dict[str, Any]:
+        return {**self._asked, "samples": samples}
+
+    def _found(
+        self, file: SampledFile, prompts: Sequence[Prompt], unlike: frozenset[str] = frozenset()
+    ) -> tuple[dict[str, Sampled], list[Prompt]]:
+        """What the file holds of these prompts, and those that it does not hold, or otherwise asked."""
+        held = file.read(unlike)
+        finished = {
+            prompt.id: held[prompt.id][1]
+            for prompt in prompts
+            if prompt.id in held and held[prompt.id][0] == _asked(prompt)
+        }
+        return finished, [prompt for prompt in prompts if prompt.id not in finished]
+
+    def _sampled(
+        self,
+        engine: Engine,
+        file: SampledFile,
+        finished: dict[str, Sampled],
+        left: Sequence[Prompt],
+        name: str,
+        samples: int,
+        said: str,
+    ) -> ByPrompt:
+        """`finished`, and what is `left`, each written to the file as it is answered."""
+        if not left:
+            return finished
+        before = f"; {len(finished)} prompts are finished already" if finished else ""
+        print(f"{name}: samples {said}{before}", flush=True)
+        requests = [_request(prompt, samples, self._seed, name) for prompt in left]
+        try:
+            with closing(engine.generate(requests, self._sampling)) as answers:
+                for group in followed(answers, name, len(left) + len(finished), len(finished)):
+                    (graded,) = grade_groups(self._grader, [group], self._judgings)
+                    finished[group.prompt.id] = made = Sampled.of(graded)
+                    file.append(group.prompt, made)
+        finally:
+            file.close()
+        return finished
+
+
+class SampledFile:
+    """Responses by prompt, a line each, behind a first line that says how they were sampled (`described`)."""
+
+    def __init__(self, path: Path, described: Mapping[str, Any]) -> None:
+        self._file, self._described = LineFile(path), json.loads(json.dumps(described))
+        self._begun = False
+
+    def append(self, prompt: Prompt, sampled: Sampled) -> None:
+        """Add one prompt's responses."""
+        if not self._begun and not self._file.lines().texts:
+            self._file.add(json.dumps(self._described))
+        self._begun = True
+        self._file.add(json.dumps({"prompt": prompt.id, "asked": _asked(prompt), "sampled": dump({"": sampled})[""]}))
+
+    def read(self, unlike: frozenset[str] = frozenset()) -> dict[str, tuple[str, Sampled]]:
+        """What it holds, by the prompt's id: how the prompt was asked, and its responses. Nothing if there is no file.
+
+        SamplingError where a line is damaged, or where they were sampled otherwise, but for what is named `unlike`.
+        """
+        held: dict[str, tuple[str, Sampled]] = {}
+        for number, line in enumerate(self._file.lines().texts, start=1):
+            where = f"{self._file.path}:{number}"
+            try:
+                tree = json.loads(checked(line))
+                if number > 1:
+                    held[tree["prompt"]] = (tree["asked"], restored(*tree["sampled"]))
+                elif not isinstance(tree, dict):
+                    raise TypeError("no description")
+            except (ValueError, KeyError, TypeError) as error:
+                raise SamplingError(
+                    f"{where}: damaged: no sampled responses ({error}); put a copy of the file back, or delete it"
+                ) from error
+            if number == 1 and (differing := self._differing(tree, unlike)):
+                raise SamplingError(f"{where}: these responses were sampled otherwise: {'; '.join(differing)}")
+        return held
+
+    def close(self) -> None:
+        """Stop writing."""
+        self._file.close()
+
+    def _differing(self, tree: dict[str, Any], unlike: frozenset[str]) -> list[str]:
+        here = self._described
+        keys = [key for key in {**tree, **here} if key not in unlike and tree.get(key) != here.get(key)]
+        return [f"{key}: there {tree.get(key)!r}, here {here.get(key)!r}" for key in keys]
+
+
+def figures(sampled: ByPrompt) -> dict[str, float]:
+    """Accuracy and mean tokens of the monitor set, as an iteration's metrics have them."""
+    lengths = [length for each in sampled.values() for length in each.lengths]
+    right = [each.solved for each in sampled.values()]
+    return {"monitor/accuracy": float(np.mean(right)), "monitor/tokens": float(np.mean(lengths))}
+
+
+def _asked(prompt: Prompt) -> str:
+    """The checksum of a prompt as it is asked and judged."""
+    return hashlib.sha256(repr((prompt.tokens, prompt.gold)).encode()).hexdigest()[:32]
+
+
+def _request(prompt: Prompt, samples: int, seed: int, name: str) -> Request:
+    digest = hashlib.sha256(f"{seed}/{name}/{prompt.id}".encode()).digest()
+    return plain(prompt, samples, int.from_bytes(digest[:8], "little") >> 1)
