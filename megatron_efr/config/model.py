@@ -39,7 +39,9 @@ class ModelConfig(Section):
         default="own", description="whose choice of experts a mixture follows: its own, or the engine's at sampling"
     )
     head_chunk_tokens: PositiveInt | None = Field(
-        default=None, description="tokens whose logits the head holds at a time; 2048 x parallel.tensor when left out"
+        default=None,
+        description="tokens whose logits the head holds at a time; 2048 x parallel.tensor when left out, on a CPU 256 "
+        "MiB of logits at most",
     )
     thinking: ThinkingConfig = Field(
         default_factory=ThinkingConfig,

@@ -2,7 +2,7 @@
 
 from megatron_efr.kernels.backend import Backend, choose_backend
 from megatron_efr.kernels.fused_policy_loss import FusedLoss, fused_policy_loss
-from megatron_efr.kernels.linear_logprob import CHUNK_TOKENS, linear_logprob
+from megatron_efr.kernels.linear_logprob import CHUNK_TOKENS, default_chunk, linear_logprob
 from megatron_efr.kernels.rows import PolicyRows
 from megatron_efr.kernels.token_credits import TokenCredits, token_credits
 from megatron_efr.kernels.torch_rows import token_terms
@@ -14,6 +14,7 @@ __all__ = [
     "PolicyRows",
     "TokenCredits",
     "choose_backend",
+    "default_chunk",
     "fused_policy_loss",
     "linear_logprob",
     "token_credits",

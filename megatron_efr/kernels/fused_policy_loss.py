@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_efr.algorithms.objective import Objective
 from megatron_efr.kernels.backend import Backend
-from megatron_efr.kernels.linear_logprob import CHUNK_TOKENS, Shard, logits_buffer, prepare
+from megatron_efr.kernels.linear_logprob import Shard, logits_buffer, prepare
 from megatron_efr.kernels.products import accumulate_weight_gradient
 from megatron_efr.kernels.rows import FIGURES, PolicyRows, chunks, refer_to_policy, sum_figures
 
@@ -53,7 +53,7 @@ def fused_policy_loss(
     true_vocab: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
     sum_hidden: bool = True,
-    chunk: int = CHUNK_TOKENS,
+    chunk: int | None = None,
     live: int | None = None,
     backend: Backend = "torch",
 ) -> FusedLoss:

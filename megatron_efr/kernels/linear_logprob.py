@@ -11,7 +11,8 @@ from megatron_efr.kernels.backend import Backend, row_kernels
 from megatron_efr.kernels.products import accumulate_weight_gradient, logits_into
 from megatron_efr.kernels.rows import ELSEWHERE, OUTSIDE, Logits, RowKernels, Softmax, chunks, merge
 
-CHUNK_TOKENS = 2048  # fp32 logits held at once: [2048, V / TP], 1.2 GB at V = 152k
+CHUNK_TOKENS = 2048  # for each tensor-parallel rank: fp32 logits held at once, 1.2 GB at V = 152k
+CHUNK_BYTES_CPU = 2**28  # of them at most on a CPU, whose products are as fast with fewer rows
 
 
 class Shard(NamedTuple):
@@ -48,7 +49,7 @@ def linear_logprob(
     tp_group: dist.ProcessGroup | None = None,
     sum_hidden: bool = True,
     entropy: bool = False,
-    chunk: int = CHUNK_TOKENS,
+    chunk: int | None = None,
     live: int | None = None,
     backend: Backend = "torch",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -75,7 +76,7 @@ def prepare(
     true_vocab: int | None,
     tp_group: dist.ProcessGroup | None,
     sum_hidden: bool,
-    chunk: int,
+    chunk: int | None,
     backend: Backend,
 ) -> tuple[Shard, torch.Tensor]:
     """This rank's shard of the head, and the targets [T] as `Logits` has them."""
@@ -86,7 +87,14 @@ def prepare(
     local = torch.where((targets >= first) & (targets < first + columns), targets - first, ELSEWHERE)
     local.masked_fill_((targets < 0) | (targets >= vocabulary), OUTSIDE)
     group = tp_group if ranks > 1 else None
-    return Shard(row_kernels(backend), 1.0 / temperature, columns, group, sum_hidden, chunk), local
+    size = chunk or default_chunk(weight.shape[0], ranks, weight.device)
+    return Shard(row_kernels(backend), 1.0 / temperature, columns, group, sum_hidden, size), local
+
+
+def default_chunk(rows: int, ranks: int, device: torch.device) -> int:
+    """How many tokens' logits exist at a time, for `rows` of the weight on each of `ranks` tensor-parallel ranks."""
+    tokens = CHUNK_TOKENS * ranks
+    return tokens if device.type == "cuda" else max(1, min(tokens, CHUNK_BYTES_CPU // (4 * rows)))
 
 
 def logits_buffer(rows: int, weight: torch.Tensor, chunk: int) -> torch.Tensor:

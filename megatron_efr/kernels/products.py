@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-_UPCAST_ROWS = 8192  # rows of the weight turned to fp32 at a time where 16-bit operands have no fp32 product
+_UPCAST_ROWS = 4096  # rows of the weight turned to fp32 at a time where 16-bit operands have no fp32 product
 
 
 def logits_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -42,7 +42,7 @@ def has_fp32_products(operand: torch.Tensor) -> bool:
 def _upcast_logits_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     wide = hidden.float()
     for part in _parts(len(weight)):
-        out[:, part] = wide @ weight[part].float().t()
+        torch.mm(wide, weight[part].float().t(), out=out[:, part])
     return out
 
 

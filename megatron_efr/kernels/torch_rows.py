@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from megatron_efr.algorithms.objective import Objective
-from megatron_efr.kernels.rows import Logits, PolicyRows, Softmax, Statistics
+from megatron_efr.kernels.rows import Logits, PolicyRows, Softmax, Statistics, chunks
 
-_LOWEST = -1e30
+_LOWEST = -1e30  # a logit of -inf adds nothing, where (-inf) * 0 would be nan
+_BLOCK_BYTES = 2**21  # of fp32 logits worked on at a time, in a CPU's cache
+_BLOCK_BYTES_CUDA = 2**28
 
 
 def statistics(logits: Logits, entropy: bool) -> Statistics:
     """Peak, sums and target of each row."""
-    z = _scaled(logits.values[:, : logits.columns].float(), logits.scale)
+    found = torch.zeros(4, len(logits.values), dtype=torch.float32, device=logits.values.device)
     if not logits.columns:  # this rank holds nothing but padding
-        zero = z.new_zeros(len(z))
-        return Statistics(torch.full_like(zero, -torch.inf), zero, zero, zero)
-    peak = z.max(dim=1).values
-    target = z.gather(1, logits.targets.clamp(min=0)[:, None])[:, 0]
-    shifted = z - peak[:, None]
-    exp = shifted.exp()
-    # in one sweep, since every training step takes it; a logit of -inf adds nothing, where (-inf) * 0 would be nan
-    moment = torch.linalg.vecdot(shifted.clamp_(min=_LOWEST), exp) if entropy else torch.zeros_like(peak)
-    return Statistics(peak, exp.sum(1), moment, target)
+        return Statistics(found[0].fill_(-torch.inf), found[1], found[2], found[3])
+    for rows, z, other in _blocks(logits):
+        peak, total, moment, target = (each[rows] for each in found)
+        torch.gather(z, 1, logits.targets[rows].clamp(min=0)[:, None], out=target[:, None])
+        torch.amax(z, 1, out=peak)
+        torch.sum(torch.exp(z.sub_(peak[:, None]), out=other), 1, out=total)
+        if entropy:
+            torch.sum(z.clamp_(min=_LOWEST).mul_(other), 1, out=moment)
+    return Statistics(*found)
 
 
 def write_gradient(
@@ -33,23 +37,42 @@ def write_gradient(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """d logprob = onehot - p and d entropy = -p (log p + entropy), each times what comes in, over temperature."""
-    work = logits.values.float()  # the very memory, where it is fp32
-    work[:, logits.columns :] = 0.0
-    z = work[:, : logits.columns]
-    log_p = z.mul_(logits.scale).sub_(softmax.peak[:, None]).sub_(softmax.log_total[:, None])
-    p = log_p.exp()
-    live = grad_logprob != 0
-    gradient = p.mul(-grad_logprob[:, None])
-    if grad_entropy is not None:
-        assert softmax.entropy is not None
-        live |= grad_entropy != 0
-        term = torch.where(p > 0, p * (log_p + softmax.entropy[:, None]), 0.0)
-        gradient -= grad_entropy[:, None] * term
-    if logits.columns:
-        owned = torch.where(logits.targets >= 0, grad_logprob, 0.0)
-        gradient.scatter_add_(1, logits.targets.clamp(min=0)[:, None], owned[:, None])
-    z.copy_(_scaled(gradient, logits.scale).masked_fill_(~live[:, None], 0.0))
-    return work.to(dtype)
+    out = _room(logits.values, dtype)
+    dead = grad_logprob == 0 if grad_entropy is None else (grad_logprob == 0) & (grad_entropy == 0)
+    owned = torch.where(logits.targets >= 0, grad_logprob, 0.0)[:, None]
+    for rows, z, p in _blocks(logits):
+        z.sub_(softmax.peak[rows, None]).sub_(softmax.log_total[rows, None]).clamp_(min=_LOWEST)
+        torch.exp(z, out=p)
+        if grad_entropy is not None:
+            assert softmax.entropy is not None
+            z.add_(softmax.entropy[rows, None]).mul_(grad_entropy[rows, None]).add_(grad_logprob[rows, None]).mul_(p)
+        else:
+            torch.mul(p, grad_logprob[rows, None], out=z)
+        z.neg_().scatter_add_(1, logits.targets[rows].clamp(min=0)[:, None], owned[rows])
+        out[rows, : logits.columns] = z.mul_(logits.scale).masked_fill_(dead[rows, None], 0.0)
+    out[:, logits.columns :] = 0.0
+    return out
+
+
+def _blocks(logits: Logits) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Runs of rows: which, their logits over temperature, fp32 [rows, columns], and room for as much.
+
+    The same memory each time: a fresh tensor for each block leaves holes in the heap that the next does not fit in.
+    """
+    values, columns = logits.values, logits.columns
+    size = max(1, (_BLOCK_BYTES_CUDA if values.is_cuda else _BLOCK_BYTES) // (4 * max(1, columns)))
+    room = torch.empty(2, min(size, len(values)), columns, dtype=torch.float32, device=values.device)
+    for rows in chunks(len(values) if columns else 0, size):
+        z, other = room[:, : rows.stop - rows.start]
+        z.copy_(values[rows, :columns])
+        yield rows, z if logits.scale == 1.0 else z.mul_(logits.scale), other
+
+
+def _room(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Where [rows, columns] of `dtype` are written, each row over what it is made of, unless they are wider."""
+    if dtype.itemsize > values.element_size():
+        return torch.empty_like(values, dtype=dtype)
+    return values.view(dtype)[:, : values.shape[1]]
 
 
 def policy_rows(
@@ -125,7 +148,3 @@ def _kl(logprob: torch.Tensor, rows: PolicyRows, objective: Objective) -> tuple[
     if objective.loss_kl == "k2":
         return 0.5 * d * d, -d
     return torch.expm1(d) - d, -torch.expm1(d)
-
-
-def _scaled(values: torch.Tensor, scale: float) -> torch.Tensor:
-    return values if scale == 1.0 else values * scale

@@ -12,9 +12,9 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_efr.algorithms.objective import Objective
 from megatron_efr.kernels import (
-    CHUNK_TOKENS,
     Backend,
     PolicyRows,
+    default_chunk,
     fused_policy_loss,
     linear_logprob,
 )
@@ -128,13 +128,14 @@ def build_head(
     """The head of this rank's last chunk, on the last stage; None elsewhere."""
     if not ranks.is_last_stage:
         return None
+    weight = model.head_weight
     return Head(
-        weight=model.head_weight,
+        weight=weight,
         vocab=vocab,
         temperature=temperature,
         tensor_group=ranks.tensor_group if ranks.tensor_ranks > 1 else None,
         sequence_parallel=model.config.sequence_parallel,
-        chunk=chunk_tokens or CHUNK_TOKENS * ranks.tensor_ranks,
+        chunk=chunk_tokens or default_chunk(weight.shape[0], ranks.tensor_ranks, weight.device),
         backend=backend,
         context_group=ranks.context_group if ranks.context_ranks > 1 else None,
     )
