@@ -45,10 +45,18 @@ def parser(program: str, description: str, *, resumes: bool = False) -> argparse
 def configured(kind: type[ConfigT], arguments: argparse.Namespace) -> Iterator[ConfigT]:
     """The configuration that the arguments name, checked; a ConfigError within the block says which file it is of."""
     config = load(kind, arguments.config, arguments.overrides)
-    try:
+    with named(arguments.config):
         yield config
+
+
+@contextlib.contextmanager
+def named(file: str) -> Iterator[None]:
+    """Put the file's name before every line of a ConfigError that does not begin with it."""
+    try:
+        yield
     except ConfigError as error:
-        raise ConfigError("\n".join(f"{arguments.config}: {line}" for line in str(error).splitlines())) from error
+        lines = [line if line.startswith(f"{file}:") else f"{file}: {line}" for line in str(error).splitlines()]
+        raise ConfigError("\n".join(lines)) from error
 
 
 def world_size() -> int:

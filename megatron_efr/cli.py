@@ -13,7 +13,7 @@ PROGRAMS = {
     "train": "reinforcement learning, the main job",
     "sft": "supervised fine-tuning on responses",
     "evaluate": "accuracy and tokens of a model folder",
-    "sweep": "a family: train, evaluate and report one model per alpha",
+    "sweep": "a family: train, evaluate and report models by what varies",
     "grade": "a file of responses: who is judged how, and why",
     "report": "the HTML page of a run folder",
     "import": "a model folder from a GGUF file",

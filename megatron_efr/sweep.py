@@ -1,132 +1,149 @@
-"""`efr sweep`: one model per alpha of the same configuration, trained side by side, evaluated, reported."""
+"""`efr sweep`: a family of models from one configuration and what varies of it, trained, evaluated and reported."""
 
 from __future__ import annotations
 
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import suppress
 
-from megatron_efr import algorithms, arguments, methods
-from megatron_efr.config import ConfigError, EvaluateConfig, TrainConfig
-from megatron_efr.config.file import dump
+from megatron_efr import arguments
+from megatron_efr.cluster.array import array_script
+from megatron_efr.config import ConfigError
+from megatron_efr.config.sweep import Sweep, SweepConfig, is_sweep, load_alphas, load_sweep, varied
 from megatron_efr.durable import write_atomic
-from megatron_efr.report.records import build_summary
-from megatron_efr.report.run_page import write_run_page
-from megatron_efr.run.environment import check_evaluation, date_prompts
+from megatron_efr.report.family import Evaluated, write_family
+from megatron_efr.run.checks import check_members
+from megatron_efr.run.family import Family, Program, Task, chosen
 from megatron_efr.run.folder import RunFolder
-from megatron_efr.run.owner import owned
-from megatron_efr.run.side_by_side import side_by_side
+from megatron_efr.run.interruption import EXIT_REQUEUE
+from megatron_efr.run.owner import OwnedError, owned
+from megatron_efr.run.side_by_side import FailedError, side_by_side
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One model of the family; the base, which all start from, has no alpha."""
+def sweep(made: Sweep, given: Namespace, seconds: dict[str, float]) -> None:
+    """Make the models that were asked for, or list them, or write their script; `seconds` is what was spent before."""
+    file, family = made.file, Family(made.config, made.members, made.file.ranks, given.resume)
+    tasks = chosen(family.tasks(), given.only)
+    if given.list:
+        print("\n".join(f"{number:4} {task.name}" for number, task in enumerate(tasks)))
+        return
+    check_members([task.member for task in tasks if task.member is not None], file.ranks, file.jobs)
+    family.date_prompts()
+    tasks = chosen(family.tasks(), given.only)
+    if given.slurm:
+        write_script(file, family, len(tasks), given)
+    elif given.member is not None:
+        make_one(file, family, tasks, given.member)
+    else:
+        with owned(family.folder.lock, str(family.folder.path)):
+            family.check_resumed(tasks)
+            failed = make(family, tasks, file.jobs, seconds)
+            write_results(family, seconds, file.note)
+        if failed is not None:
+            raise failed
 
-    name: str
-    alpha: float | None
-    model: str  # folder of its weights
+
+def make(family: Family, tasks: Sequence[Task], jobs: int, seconds: dict[str, float]) -> FailedError | None:
+    """Train, then evaluate, `jobs` programs at once; `seconds` gets the time of both. The failed ones are returned."""
+    began = time.monotonic()
+    failed = _run(family, [task.training for task in tasks if task.training is not None], jobs)
+    seconds["rl"] = time.monotonic() - began
+    began = time.monotonic()
+    failed += _run(family, [task.evaluation for task in tasks if task.name not in failed], jobs)
+    seconds["evaluate"] = time.monotonic() - began
+    seconds["total"] = sum(seconds.values())
+    return FailedError(failed, family.logs) if failed else None
 
 
-class Family:
-    """The runs of one sweep: `runs/<name>/alpha-<value>` each, every evaluation in `runs/<name>/eval`."""
+def _run(family: Family, programs: Sequence[Program], jobs: int) -> list[str]:
+    """Run those that have not finished; returns the names of those that failed."""
+    left = {program.name: program for program in family.begin(programs)}
+    commands = [(name, program.command) for name, program in left.items()]
+    try:
+        side_by_side(commands, family.logs, jobs, lambda name: family.finish(left[name]))
+    except FailedError as error:
+        return list(error.names)
+    return []
 
-    def __init__(self, config: TrainConfig, alphas: Sequence[float], ranks: int) -> None:
-        if not config.evaluation.datasets:
-            raise ConfigError("evaluation.datasets: a sweep evaluates every model, and needs held-out problems")
-        config.check_world(ranks)
-        if len({f"{alpha:g}" for alpha in alphas}) < len(alphas):
-            raise ConfigError(f"--alphas: {', '.join(f'{a:g}' for a in alphas)}: each value once; it names the run")
-        algorithm = algorithms.build(config.algorithm, config.rollout)
-        for alpha in alphas:
-            given = config.method.model_copy(update={"alpha": alpha})
-            method = methods.build(given, config.rollout, config.algorithm)
-            methods.check_together(given.name, method, algorithm)
-        self.config, self.ranks = config, ranks
-        self.folder = RunFolder(config.folder)
-        self.base = Member("base", None, config.model.path)
-        self.trained = [Member(f"alpha-{a:g}", a, str(config.folder / f"alpha-{a:g}" / "model")) for a in alphas]
 
-    def run(self, jobs: int, seconds: dict[str, float], note: str, resume: bool) -> None:
-        """Train, evaluate and report, at most `jobs` processes at once; `seconds` is what was spent before.
+def make_one(file: SweepConfig, family: Family, tasks: Sequence[Task], number: int) -> None:
+    """Train and evaluate one model; the one that is the last to be made writes the table and the report."""
+    if number >= len(tasks):
+        raise ConfigError(f"--member {number}: there are {len(tasks)} models, 0 to {len(tasks) - 1}")
+    if failed := make(family, [tasks[number]], 1, {}):
+        raise failed
+    if all(family.has_finished(task.evaluation) for task in tasks):
+        with suppress(OwnedError), owned(family.folder.lock, str(family.folder.path)):  # another's are the same
+            write_results(family, {}, file.note)
 
-        To `resume`, runs go on from their checkpoints and evaluations from their journals; what is finished stays.
-        """
-        if jobs > 1 and self.config.rollout.urls:
-            raise ConfigError(
-                f"--jobs {jobs} with rollout.urls: runs at the same time would publish different weights to the same "
-                "servers; --jobs 1, or leave urls out, and each run starts its own"
-            )
-        check_evaluation(self.config)
-        with owned(self.folder.lock, str(self.folder.path)):
-            self._run(jobs, seconds, note, resume)
 
-    def _run(self, jobs: int, seconds: dict[str, float], note: str, resume: bool) -> None:
-        date_prompts(self.config.data.prompt, self.folder)
-        logs, began = self.folder.path / "logs", time.monotonic()
-        side_by_side([(member.name, self._training(member, resume)) for member in self.trained], logs, jobs)
-        seconds["rl"] = time.monotonic() - began
-        began = time.monotonic()
-        members = [self.base, *self.trained]
-        evaluations = [(f"eval {member.name}", self._evaluation(member, resume)) for member in members]
-        side_by_side(evaluations, logs, jobs)
-        seconds["evaluate"] = time.monotonic() - began
-        seconds["total"] = sum(seconds.values())
-        alphas = {member.name: member.alpha for member in members}
-        summary = build_summary(self.folder.read_evaluations(), alphas, seconds)
-        self.folder.write_summary(summary | {"note": note})
-        write_run_page(self.folder, [RunFolder(self.folder.path / member.name) for member in self.trained])
+def write_results(family: Family, seconds: dict[str, float], note: str) -> None:
+    """Write the table, summary.json and the report of all models that are evaluated by now."""
+    tasks = [task for task in family.tasks() if family.has_finished(task.evaluation)]
+    members = {task.name: task.member for task in tasks if task.member is not None}
+    if not tasks:
+        return
+    keys = varied(list(members.values()))
+    runs = [
+        Evaluated(task.name, *task.listed_as, task.base, keys.get(task.name, {}), str(task.weights)) for task in tasks
+    ]
+    folders = [RunFolder(member.config.folder) for member in members.values()]
+    table, page = write_family(family.folder, runs, folders, seconds, note)
+    print(f"table: {table}\nreport: {page}", flush=True)
 
-    def _training(self, member: Member, resume: bool) -> list[str]:
-        config = self.config.model_copy(deep=True)
-        config.name = f"{self.config.name}/{member.name}"
-        config.method = config.method.model_copy(update={"alpha": member.alpha})
-        path = self._write(f"{member.name}.yaml", dump(config))
-        torchrun = [sys.executable, "-m", "megatron_efr.torchrun", "--standalone", f"--nproc-per-node={self.ranks}"]
-        return [*torchrun, "-m", "megatron_efr.train", str(path), *(["--resume"] if resume else [])]
 
-    def _evaluation(self, member: Member, resume: bool) -> list[str]:
-        """The command of one evaluation, which makes none again that is finished."""
-        update = {"path": member.model} | ({} if member.alpha is None else {"init": "load"})
-        config = EvaluateConfig(
-            name=self.config.name,
-            runs=self.config.runs,
-            seed=self.config.seed,
-            model=self.config.model.model_copy(update=update),
-            prompt=self.config.data.prompt,
-            evaluation=self.config.evaluation,
-            grading=self.config.grading,
-            rollout=self.config.rollout.for_evaluation(self.ranks),
-        )
-        path = self._write(f"eval-{member.name}.yaml", dump(config))
-        replace = ["--replace"] if resume else []  # evaluation.* may change on resuming
-        return [sys.executable, "-m", "megatron_efr.evaluate", str(path), f"--record={member.name}", *replace]
+def write_script(file: SweepConfig, family: Family, tasks: int, given: Namespace) -> None:
+    """Write a SLURM script with a task for each model, and print how to submit it."""
+    flags = [f"--only={pattern}" for pattern in given.only]
+    flags += [
+        f"--{key}={getattr(given, key)}" for key in ("alphas", "ranks", "note") if getattr(given, key) is not None
+    ]
+    command = [sys.executable, "-m", "megatron_efr.sweep", given.config, *given.overrides, *flags, "--resume"]
+    path = family.folder.path / "sweep.sbatch"
+    script = array_script(family.name, tasks, command, family.logs, file.slurm, EXIT_REQUEUE)
+    family.logs.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, script)
+    print(f"{tasks} models; submit them with\n    sbatch {path}", flush=True)
 
-    def _write(self, name: str, text: str) -> Path:
-        path = self.folder.path / "configs" / name
-        write_atomic(path, text)
-        return path
+
+def read(given: Namespace) -> Sweep:
+    """The sweep of the file, or of a training configuration and --alphas; flags go before what the file says."""
+    if is_sweep(given.config):
+        if given.alphas:
+            raise ConfigError(f"--alphas {given.alphas}: {given.config} says itself what varies, such as method.alpha")
+        found = load_sweep(given.config, given.overrides)
+    elif given.alphas:
+        found = load_alphas(given.config, given.overrides, given.alphas)
+    else:
+        raise ConfigError(f"{given.config}: no sweep's file, which names a `base`: say what varies with --alphas")
+    flags = {key: getattr(given, key) for key in ("jobs", "ranks", "note") if getattr(given, key) is not None}
+    return found._replace(file=found.file.model_copy(update=flags))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr sweep`."""
-    parser = arguments.parser("sweep", "Train, evaluate and report one model per alpha.", resumes=True)
-    parser.add_argument("--alphas", required=True, help="comma-separated, such as 0,0.1,0.4")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of each run (torchrun --nproc-per-node)")
+    parser = arguments.parser("sweep", "Train, evaluate and report a family of models.", resumes=True)
+    parser.add_argument("--alphas", help="of a training configuration: comma-separated, such as 0,0.1,0.4")
+    parser.add_argument("--jobs", type=int, help="programs at once; 1 unless the file says otherwise")
+    parser.add_argument("--ranks", type=int, help="processes of each run (torchrun --nproc-per-node)")
     parser.add_argument("--seconds", action="append", default=[], metavar="PART=S", help="time spent before, to report")
-    parser.add_argument("--note", default="", help="what the report's reader must know about these figures")
+    parser.add_argument("--note", help="what the report's reader must know about these figures")
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="members by name, as in 'efr*'")
+    parser.add_argument("--list", action="store_true", help="print the models, numbered, and end")
+    parser.add_argument("--slurm", action="store_true", help="write a script for sbatch instead of running here")
+    parser.add_argument("--member", type=int, metavar="N", help="make the model of that number alone")
     given = parser.parse_intermixed_args(argv)
     try:
-        alphas = [float(text) for text in given.alphas.split(",")]
         seconds = {part: float(value) for part, value in (text.split("=") for text in given.seconds)}
     except ValueError as error:
-        raise ConfigError(f"--alphas {given.alphas!r}, --seconds {given.seconds!r}: {error}") from error
-    if min(given.jobs, given.ranks) < 1:
-        raise ConfigError(f"--jobs {given.jobs}, --ranks {given.ranks}: at least 1 of each")
-    with arguments.configured(TrainConfig, given) as config:
-        Family(config, alphas, given.ranks).run(given.jobs, seconds, given.note, given.resume)
+        raise ConfigError(f"--seconds {given.seconds!r}: {error}") from error
+    for flag, least in (("jobs", 1), ("ranks", 1), ("member", 0)):
+        if (value := getattr(given, flag)) is not None and value < least:
+            raise ConfigError(f"--{flag} {value}: at least {least}")
+    with arguments.named(given.config):
+        sweep(read(given), given, seconds)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,14 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 def load(kind: type[ConfigT], path: str | Path, overrides: Iterable[str] = ()) -> ConfigT:
     """Read `path` as a `kind`, with `section.key=value` overrides applied; ConfigError says what is wrong and where."""
+    tree = read_tree(path)
+    for override in overrides:
+        apply(tree, override)
+    return validate(kind, tree, str(path))
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """The sections of a YAML file, not yet checked against a kind of configuration; ConfigError if it has none."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
@@ -29,9 +37,7 @@ def load(kind: type[ConfigT], path: str | Path, overrides: Iterable[str] = ()) -
     if not isinstance(tree, dict):
         found = "nothing" if tree is None else f"a {type(tree).__name__}"
         raise ConfigError(f"{path}: expected a mapping of sections, found {found}; see examples/")
-    for override in overrides:
-        _apply(tree, override)
-    return validate(kind, tree, str(path))
+    return tree
 
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
@@ -51,12 +57,18 @@ def dump(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply(tree: dict[str, Any], override: str) -> None:
+    """Set the value of an override `section.key=value` in `tree`; ConfigError if it is none, or has no place there."""
     key, equals, text = override.partition("=")
-    *path, last = key.split(".")
-    if not equals or not all((*path, last)):
+    if not equals or not all(key.split(".")):
         raise ConfigError(f"{override!r}: an override reads section.key=value")
-    value = parse(text, repr(override), key, "the value is not valid YAML")
+    put(tree, key, parse(text, repr(override), key, "the value is not valid YAML"), override)
+
+
+def put(tree: dict[str, Any], key: str, value: Any, override: str = "") -> None:
+    """Set `section.key` in `tree`, a section as a whole; a ConfigError names the `override` that asked for it."""
+    override = override or key
+    *path, last = key.split(".")
     node: Any = tree
     for name in path:
         if isinstance(node, dict):

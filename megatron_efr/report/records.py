@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,34 +18,50 @@ class FamilyError(UserError, ValueError):
     """Families that cannot be put together; the message says how they differ."""
 
 
+class Listed(NamedTuple):
+    """One model of a family as its tables list it; runs that differ in their seed alone are one model."""
+
+    name: str
+    label: str
+    runs: tuple[str, ...]  # names of its runs, which are those of their evaluation records
+    base: str  # name of the model that it begins with; a base's is its own
+    alpha: float | None = None
+
+
 def build_summary(
     evaluations: Mapping[str, Record], alphas: Mapping[str, float | None], seconds: Mapping[str, float]
 ) -> Record:
-    """summary.json: the family, base (alpha None) first and then by alpha, and the seconds each part took.
+    """summary.json of models that differ in alpha alone: base (alpha None) first and then by alpha.
 
     `evaluations` and `alphas` are keyed by the model's name. ValueError where a model has no evaluation.
     """
-    missing = sorted(set(alphas) - set(evaluations))
+    names = sorted(alphas, key=lambda name: -1.0 if alphas[name] is None else alphas[name])
+    base = next((name for name in names if alphas[name] is None), "")
+    listed = [Listed(name, _label(name, alphas[name]), (name,), base, alphas[name]) for name in names]
+    return family_summary(evaluations, listed, seconds)
+
+
+def family_summary(evaluations: Mapping[str, Record], models: Sequence[Listed], seconds: Mapping[str, float]) -> Record:
+    """summary.json: each model's figures, over its seeds where it has several, and the seconds each part took.
+
+    ValueError where a run has no evaluation.
+    """
+    missing = sorted({run for model in models for run in model.runs} - set(evaluations))
     if missing:
         raise ValueError(
             f"no evaluation of {', '.join(missing)}; there are: {', '.join(sorted(evaluations)) or 'none'}"
         )
+    return {"models": [_model(model, evaluations) for model in models], "seconds": dict(seconds)}
+
+
+def _model(model: Listed, evaluations: Mapping[str, Record]) -> Record:
     keys = ("problems", "samples", "accuracy", "accuracy_ci", "tokens", "tokens_ci", "tokens_by_difficulty")
-    names = sorted(alphas, key=lambda name: _base_first(alphas[name]))
-    models = [
-        {
-            "name": name,
-            "alpha": alphas[name],
-            **{key: evaluations[name][key] for key in keys},
-            "left_out": evaluations[name].get("left_out", {}),
-        }
-        for name in names
+    named = {**model._asdict(), "runs": list(model.runs)}
+    figures = [
+        {**named, **{key: evaluations[run][key] for key in keys}, "left_out": evaluations[run].get("left_out", {})}
+        for run in model.runs
     ]
-    return {"models": models, "seconds": dict(seconds)}
-
-
-def _base_first(alpha: float | None) -> float:
-    return -1.0 if alpha is None else alpha
+    return figures[0] if len(figures) == 1 else named | _over_seeds(figures)
 
 
 def over_seeds(summaries: Sequence[Record]) -> Record:
@@ -67,7 +83,7 @@ def over_seeds(summaries: Sequence[Record]) -> Record:
 def _over_seeds(models: Sequence[Record]) -> Record:
     first = models[0]
     merged: Record = {"name": first["name"], "alpha": first["alpha"]}
-    for key in ("problems", "samples", "left_out"):
+    for key in ("label", "base", "problems", "samples", "left_out"):
         if key in first:
             merged[key] = first[key]
     for key in FIGURES:
@@ -86,9 +102,10 @@ def _over_seeds(models: Sequence[Record]) -> Record:
 
 def summary_markdown(summary: Record) -> str:
     """The family as a markdown table for the README, and a line saying what the brackets or ± are."""
-    base = next((model for model in summary["models"] if model["alpha"] is None), None)
+    by_name = {model["name"]: model for model in summary["models"]}
     lines = ["| model | accuracy | mean tokens | tokens against base |", "|---|---:|---:|---:|"]
     for model in summary["models"]:
+        base = by_name.get(base_name(model, summary["models"]))
         accuracy = figure(model, "accuracy", lambda v: f"{100 * v:.1f}", "%")
         tokens = figure(model, "tokens", lambda v: f"{v:.1f}")
         against = "" if base is None or model is base else f"{relative(model['tokens'], base['tokens'])}"
@@ -113,10 +130,19 @@ def relative(value: float, base: float) -> str:
 
 
 def label(model: Mapping[str, Any]) -> str:
-    """`base`, or `alpha 0.1`, or the model's own name where it has neither."""
-    if model["alpha"] is None:
-        return str(model["name"])
-    return f"alpha {model['alpha']:g}"
+    """The model's name for people: `base`, `alpha 0.1`, `laser`."""
+    return model.get("label") or _label(model["name"], model["alpha"])  # a summary of before has no labels
+
+
+def _label(name: str, alpha: float | None) -> str:
+    return name if alpha is None else f"alpha {alpha:g}"
+
+
+def base_name(model: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> str:
+    """The name of the model that this one begins with; a base's is its own."""
+    if "base" in model:
+        return model["base"]
+    return next((one["name"] for one in models if one["alpha"] is None), "")  # of a summary of before
 
 
 def spread_note(summary: Mapping[str, Any]) -> str:
@@ -126,10 +152,12 @@ def spread_note(summary: Mapping[str, Any]) -> str:
 
 
 def _spread(summary: Mapping[str, Any]) -> str:
-    if summary.get("seeds"):
-        return f"Mean ± standard deviation over {summary['seeds']} seeds."
+    seeds = {len(model["accuracy_by_seed"]) for model in summary["models"] if "accuracy_by_seed" in model}
     problems = {model["problems"] for model in summary["models"] if "problems" in model}
     count = f" on {problems.pop():,} held-out problems" if len(problems) == 1 else ""
-    return (
-        f"In brackets: 95% intervals{count}, for accuracy Wilson's, for tokens by bootstrap; both know problems apart."
-    )
+    brackets = f"95% intervals{count}, for accuracy Wilson's, for tokens by bootstrap; both know problems apart."
+    if not seeds:
+        return f"In brackets: {brackets}"
+    over = f"Mean ± standard deviation over {' or '.join(map(str, sorted(seeds)))} seeds."
+    single = any(model.get("accuracy_ci") for model in summary["models"])
+    return f"{over} In brackets, of one run: {brackets}" if single else over

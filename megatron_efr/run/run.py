@@ -15,10 +15,9 @@ from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.config import TrainConfig
 from megatron_efr.config.file import dump, validate
 from megatron_efr.memory import BYTES, parameter_count
-from megatron_efr.policy import Policy, Ranks, check_policy, joined_ranks
-from megatron_efr.rollout.servers.arguments import check_server_arguments
+from megatron_efr.policy import Policy, Ranks, joined_ranks
 from megatron_efr.rollout.servers.run_servers import Servers, serving
-from megatron_efr.rollout.servers.seats import Host
+from megatron_efr.run.checks import check_configuration
 from megatron_efr.run.environment import Environment, date_prompts
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.run.owner import claimed
@@ -165,14 +164,8 @@ def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> I
 
     Where it `asks` no engine, it claims no folder and has no environment: its rollouts come from elsewhere.
     """
-    method = methods.build(config.method, config.rollout, config.algorithm)
-    algorithm = algorithms.build(config.algorithm, config.rollout)
-    methods.check_together(config.method.name, method, algorithm)
+    method, algorithm = check_configuration(config, arguments.world_size())
     keep_reference = algorithm.objective(config.rollout).needs_reference
-    config.check_world(arguments.world_size())
-    Host.of_this_process().seats(config.rollout)
-    check_policy(config.model, config.parallel, config.optimizer)
-    check_server_arguments(config.rollout)
     with joined_ranks(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
         folder, environment, servers = RunFolder(config.folder), None, Servers()
         if asks:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -27,15 +27,34 @@ _POLL_S = 0.1
 _AS_ASKED = {EXIT_REQUEUE, *(code for number in SIGNALS for code in (-number, 128 + number))}  # ended by the signal
 
 
-def side_by_side(commands: Sequence[tuple[str, list[str]]], logs: Path, jobs: int) -> None:
-    """Run named commands, `jobs` at a time; those that fail are named with their logs, and the run ends.
+class FailedError(UserError):
+    """Programs that failed, `names`, after all others have ended."""
+
+    def __init__(self, names: Sequence[str], logs: Path) -> None:
+        super().__init__(f"{', '.join(names)} failed; see {logs}")
+        self.names = names
+
+
+def side_by_side(
+    commands: Sequence[tuple[str, list[str]]], logs: Path, jobs: int, ended: Callable[[str], None] = lambda name: None
+) -> None:
+    """Run named commands, `jobs` at a time, and call `ended` with the name of each that has ended well.
+
+    FailedError names those that failed, once all have ended.
 
     SIGTERM, SIGUSR1 or Ctrl-C: no other begins, those that run are asked to end and waited for, at most END_WITHIN_S,
     and the process ends by EXIT_REQUEUE (Ctrl-C: KeyboardInterrupt). A second signal kills them.
     """
     programs = Programs(logs)
+
+    def run(name: str, command: list[str]) -> int | None:
+        code = programs.run(name, command)
+        if code == 0:
+            ended(name)
+        return code
+
     with ThreadPoolExecutor(jobs) as pool, Interruption(signal.SIGINT) as interruption:
-        started = [pool.submit(programs.run, name, command) for name, command in commands]
+        started = [pool.submit(run, name, command) for name, command in commands]
         try:
             _follow(started, [name for name, _ in commands], programs, interruption)
         except BaseException:  # such as a terminal that is gone: the pool waits for what runs
@@ -46,8 +65,10 @@ def side_by_side(commands: Sequence[tuple[str, list[str]]], logs: Path, jobs: in
     killed = {-signal.SIGKILL} if programs.killed else set[int]()
     fine = {0, None, *killed, *(_AS_ASKED if interruption.received else ())}
     failed = [name for (name, _), each in zip(commands, started, strict=True) if each.result() not in fine]
+    if failed and interruption.received:
+        raise UserError(str(FailedError(failed, logs)))
     if failed:
-        raise UserError(f"{', '.join(failed)} failed; see {logs}")
+        raise FailedError(failed, logs)
     if interruption.received == signal.SIGINT:
         raise KeyboardInterrupt
     if interruption.received:

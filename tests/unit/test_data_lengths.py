@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_efr import algorithms, methods, sft, sweep
 from megatron_efr.config import (
@@ -115,8 +116,9 @@ def test_every_program_refuses_what_is_longer_than_the_model(place: Path, monkey
     with pytest.raises(PromptError, match=rf"^evaluation.max_new_tokens: 4000 tokens after .*{said}"):
         Environment(evaluated, *how(evaluated))
     monkeypatch.setattr(sweep, "side_by_side", lambda *args: pytest.fail("a member was started"))
-    with pytest.raises(PromptError, match=rf"^evaluation.max_new_tokens: 4000 tokens after .*{said}"):
-        sweep.Family(TrainConfig.model_validate(held_out), [0.1], 1).run(1, {}, "", resume=False)
+    (place / "rl.yaml").write_text(yaml.safe_dump(held_out))
+    with pytest.raises(ConfigError, match=rf"rl.yaml: evaluation.max_new_tokens: 4000 tokens after .*{said}"):
+        sweep.main([str(place / "rl.yaml"), "--alphas=0.1"])
     keys = ("name", "runs", "model", "evaluation")
     evaluation = {key: held_out[key] for key in keys} | {"prompt": held_out["data"]["prompt"]}
     with pytest.raises(PromptError, match=rf"^evaluation.max_new_tokens: 4000 tokens after .*{said}"):

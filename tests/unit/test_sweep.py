@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_efr import sweep
-from megatron_efr.config import EvaluateConfig, EvaluationEnginesConfig, RolloutConfig, TrainConfig
+from megatron_efr.config import EvaluateConfig, EvaluationEnginesConfig, RolloutConfig
 from megatron_efr.config.file import load
 from megatron_efr.errors import UserError
 from megatron_efr.run import side_by_side
@@ -31,10 +32,11 @@ def evaluations(place: Path, monkeypatch: pytest.MonkeyPatch, rollout: dict[str,
         "optimizer": {"lr": 1e-3},
         "evaluation": {"datasets": [{"path": "test.jsonl"}]},
     }
-    monkeypatch.setattr(sweep, "check_evaluation", lambda config: None)  # there are no files
+    (place / "rl.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.setattr(sweep, "check_members", lambda *_: None)  # there are no files
     monkeypatch.setattr(side_by_side.Programs, "run", lambda _, name, command: name.startswith("eval"))
     with pytest.raises(UserError, match=r"eval base, eval alpha-0\.1 failed"):
-        sweep.Family(TrainConfig.model_validate(tree), [0.1], 2).run(1, {}, "", resume=False)
+        sweep.main([str(place / "rl.yaml"), "--alphas=0.1", "--ranks=2"])
     names = ("base", "alpha-0.1")
     return [load(EvaluateConfig, place / f"family/configs/eval-{name}.yaml") for name in names]
 

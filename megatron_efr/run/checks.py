@@ -1,0 +1,74 @@
+"""Everything that can be found wrong with runs before any of them begins."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+
+from megatron_efr import algorithms, methods
+from megatron_efr.config import ConfigError, TrainConfig
+from megatron_efr.config.sweep import Member, of_members
+from megatron_efr.errors import UserError
+from megatron_efr.policy.check import check_policy
+from megatron_efr.rollout.servers.arguments import check_server_arguments
+from megatron_efr.rollout.servers.seats import Host
+from megatron_efr.run.environment import Environment, check_evaluation
+
+_ELSEWHERE = {"name", "runs", "seed", "optimizer", "train", "checkpoint", "observe"}  # no data is read by these
+
+
+def check_configuration(config: TrainConfig, ranks: int) -> tuple[methods.Method, algorithms.Algorithm]:
+    """The method and the algorithm of a run of `ranks` ranks; ConfigError for what its configuration shows is wrong."""
+    method = methods.build(config.method, config.rollout, config.algorithm)
+    algorithm = algorithms.build(config.algorithm, config.rollout)
+    methods.check_together(config.method.name, method, algorithm)
+    config.check_world(ranks)
+    Host.of_this_process().seats(config.rollout)
+    check_policy(config.model, config.parallel, config.optimizer)
+    check_server_arguments(config.rollout)
+    return method, algorithm
+
+
+def check_members(members: Sequence[Member], ranks: int, jobs: int = 1) -> None:
+    """Check configuration, model folder and data of every member of a sweep; one ConfigError for all that is wrong.
+
+    Members that ask the same of the same data are checked once. `jobs` of them run at once.
+    """
+    if jobs > 1 and any(member.config.rollout.urls for member in members):
+        raise ConfigError(
+            f"--jobs {jobs} with rollout.urls: runs at the same time would publish different weights to the same "
+            "servers; --jobs 1, or leave urls out, and each run starts its own"
+        )
+    alike: dict[str, list[Member]] = {}
+    problems: dict[str, list[str]] = {}
+    for member in members:
+        if not member.config.evaluation.datasets:
+            raise ConfigError("evaluation.datasets: a sweep evaluates every model, and needs held-out problems")
+        try:
+            check_configuration(member.config, ranks)
+        except UserError as error:
+            problems.setdefault(str(error), []).append(member.name)
+        else:
+            read = member.config.model_dump_json(exclude=_ELSEWHERE)
+            alike.setdefault(read, []).append(member)
+    for same in alike.values():
+        try:
+            _check_data(same[0].config)
+        except UserError as error:
+            problems.setdefault(str(error), []).extend(member.name for member in same)
+    if problems:
+        raise ConfigError("\n".join(_said(text, names, len(members)) for text, names in problems.items()))
+
+
+def _check_data(config: TrainConfig) -> None:
+    """Read the model's folder, the training and the held-out problems, and take none into use."""
+    method = methods.build(config.method, config.rollout, config.algorithm)
+    algorithm = algorithms.build(config.algorithm, config.rollout)
+    with contextlib.redirect_stdout(io.StringIO()):  # each run shows its prompts itself
+        Environment(config, method, algorithm).close()
+        check_evaluation(config)
+
+
+def _said(text: str, names: Sequence[str], count: int) -> str:
+    return text if len(names) == count else f"{of_members(names)}: {text}"
