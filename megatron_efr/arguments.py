@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import TypeVar
 
+from megatron_efr import log
 from megatron_efr.config import ConfigError, RunConfig
 from megatron_efr.config.file import load
 from megatron_efr.durable import reason
@@ -38,12 +39,14 @@ def parser(program: str, description: str, *, resumes: bool = False) -> argparse
     made.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
     if resumes:
         made.add_argument("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
+    made.add_argument("--log-level", choices=log.LEVELS, help="from which level on the terminal shows the log: info")
     return made
 
 
 @contextlib.contextmanager
 def configured(kind: type[ConfigT], arguments: argparse.Namespace) -> Iterator[ConfigT]:
     """The configuration that the arguments name, checked; a ConfigError within the block says which file it is of."""
+    log.to_terminal(arguments.log_level)
     config = load(kind, arguments.config, arguments.overrides)
     with named(arguments.config):
         yield config
@@ -82,6 +85,7 @@ def _ended(program: Callable[[Sequence[str] | None], None], argv: Sequence[str] 
     """The program's exit code."""
     try:
         try:
+            log.to_terminal()
             program(argv)
         finally:
             if sys.stdout is not None:  # it is where the program was started without one

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from megatron_efr import arguments
+from megatron_efr import arguments, log
 from megatron_efr.checkpoint.model_source import find_model
 from megatron_efr.config import EnginesConfig, EvaluateConfig, ModelConfig
 from megatron_efr.data.prompts import load_tokenizer
@@ -108,7 +108,7 @@ def answered(publish: Callable[[], None], ask: Callable[[], Record]) -> Record:
             publish()
             return ask()
         except (LostError, NoEngineError) as error:
-            print(f"{error}; publishing to those that answer, or come back", flush=True)
+            log.warning(f"{error}; publishing to those that answer, or come back")
     publish()
     return ask()
 

@@ -13,6 +13,8 @@ import sys
 
 import torch  # noqa: F401 - loads the libraries that Transformer Engine's own look for
 
+from megatron_efr import log
+
 NAME = "transformer_engine"
 
 
@@ -26,12 +28,10 @@ def _imports() -> bool:
             del sys.modules[name]
         sys.modules[NAME] = None  # type: ignore[assignment] - from now on importing it is an ImportError
         if os.environ.get("RANK", "0") == "0":
-            print(
+            log.warning(
                 f"Transformer Engine is installed, but does not import ({type(error).__name__}: {error}); this process "
                 f"goes on without it. Install its part for torch (bash launch/install_h100.sh), or uninstall the rest: "
-                f"pip uninstall transformer-engine transformer-engine-cu12 transformer-engine-cu13",
-                file=sys.stderr,
-                flush=True,
+                f"pip uninstall transformer-engine transformer-engine-cu12 transformer-engine-cu13"
             )
         return False
     return True

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_efr import log
 from megatron_efr.config import ParallelConfig
 from megatron_efr.policy.ranks import Ranks, joined_ranks
 from megatron_efr.samples import Sample
 from tests.groups import sample
 
 torch.set_num_threads(1)
+log.to_terminal()
 
 VOCAB = 61
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import megatron_efr.transformer_engine  # noqa: F401 - before Megatron
 
 # isort: split
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Protocol, cast
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
+from megatron_efr import log
 from megatron_efr.checkpoint.manifest import (
     LATEST,
     STATE,
@@ -121,6 +123,7 @@ class Checkpoints:
         sync_folder(self.folder)
         verify(final)
         replace_file(self.folder / LATEST, final.name)
+        log.event("saved", f"{final} verifies", logging.DEBUG)
         self._drop_superseded(final)
 
     def _drop_superseded(self, newest: Path) -> None:
@@ -153,7 +156,7 @@ class Checkpoints:
                 continue
             check_readable(path)
             for other, error in damaged.items():
-                print(f"checkpoint set aside: {error}", file=sys.stderr, flush=True)
+                log.warning(f"checkpoint set aside: {error}")
                 if last is None:
                     _set_aside(other)
             if last is None:
@@ -196,7 +199,7 @@ def _set_aside(path: Path) -> None:
     with writing(path.parent):
         place = next(place for each in names if not (place := path.with_name(each)).exists())
         os.rename(path, place)
-    print(f"  it is {place} now, and nothing reads it there", file=sys.stderr, flush=True)
+    log.warning(f"  it is {place} now, and nothing reads it there")
 
 
 def _step(path: Path) -> int:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 
+from megatron_efr import log
 from megatron_efr.algorithms.objective import Aggregate, Objective
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_efr.kernels import Backend, choose_backend
@@ -78,7 +79,7 @@ class Policy:
         self._kernels: Backend
         self._kernels, reason = choose_backend(model.kernels)
         if ranks.is_main:
-            print(f"kernels: {self._kernels} ({reason})", flush=True)
+            log.info(f"kernels: {self._kernels} ({reason})")
         last, vocab = _unwrapped(self.chunks[-1]), self.architecture.vocab
         self._head = build_head(last, vocab, model.head_chunk_tokens, ranks, temperature, self._kernels)
         # each sequence divides into 2 chunks per context rank, a context rank's slice over the sequence-parallel ones

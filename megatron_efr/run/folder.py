@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from datetime import date, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import yaml
 import zstandard
 
+from megatron_efr import log
 from megatron_efr.durable import append_line, remove_torn_writes, write_atomic, writing
 from megatron_efr.evaluation.stored import read_evaluation
 from megatron_efr.rollout.group_json import decode_credited, encode_credited
@@ -36,6 +36,7 @@ class RunFolder:
         self.path = Path(path)
         self.lock = self.path / ".lock"  # while a run works here
         self.config = self.path / "config.yaml"
+        self.log = self.path / "log.txt"
         self.first_day = self.path / "began"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
@@ -129,11 +130,9 @@ class RunFolder:
         remove_torn_writes(self.evaluations, "step_*")  # the others are of evaluations of their own
         held = {line["step"] for line in self.read_metrics()}
         if missing := [number for number in range(every, step + 1, every) if number not in held]:
-            print(
+            log.warning(
                 f"{self.metrics}: {len(missing)} lines are missing, the first of {unit} {missing[0]}; "
-                "the run goes on, and its report will be without them",
-                file=sys.stderr,
-                flush=True,
+                "the run goes on, and its report will be without them"
             )
         if step >= total:
             said = f"finished: its {total} {unit}s are made, and nothing is left to do but to write {self.model}"
@@ -141,7 +140,7 @@ class RunFolder:
             said = f"goes on after {unit} {step} of {total}"
         else:
             said = f"no checkpoint yet: begins with {unit} 1 of {total}"
-        print(f"{self.path}: {said}", flush=True)
+        log.event("resume", f"{self.path}: {said}")
 
     def journal(self, step: int) -> Journal:
         """The journal of iteration `step`: a file per iteration, so that a resume never takes another one's groups."""

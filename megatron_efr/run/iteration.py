@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from megatron_efr import log
 from megatron_efr.config import ModelConfig, TrainingConfig
 from megatron_efr.types import Credit, Credited, UserError
 
@@ -159,11 +159,9 @@ def check_logprobs(drift: Mapping[str, float], config: TrainingConfig, loud: boo
             "weights, another temperature or another precision than the policy"
         )
     if found > config.warns_above and loud:
-        print(
-            f"warning: {disagree}, more than train.warn_logprob_diff = {config.warns_above:g}; the run stops at "
-            f"{config.max_logprob_diff}",
-            file=sys.stderr,
-            flush=True,
+        log.warning(
+            f"{disagree}, more than train.warn_logprob_diff = {config.warns_above:g}; the run stops at "
+            f"{config.max_logprob_diff}"
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import psutil
 import yaml
 
+from megatron_efr import log
 from megatron_efr.durable import writing
 from megatron_efr.errors import UserError
 from megatron_efr.run.changes import Completed
@@ -52,10 +53,16 @@ def owned(lock: Path, what: str) -> Iterator[None]:
 def claimed(
     folder: RunFolder, resolved_yaml: str, resume: bool, completed: Completed = yaml.safe_dump
 ) -> Iterator[None]:
-    """Own a run's folder, and claim it for its configuration, as `RunFolder.claim` has it, within the block."""
+    """Own a run's folder, and claim it for its configuration, as `RunFolder.claim` has it, within the block.
+
+    Its log is kept there meanwhile.
+    """
     with owned(folder.lock, str(folder.path)):
         folder.claim(resolved_yaml, resume, completed)
-        yield
+        with log.kept(folder.log):
+            if not resume:
+                log.event("start", f"{folder.path}: {' '.join(sys.argv)}")
+            yield
 
 
 def _locked(lock: Path, what: str) -> BinaryIO:
@@ -126,7 +133,7 @@ def _check_alive(lock: Path, what: str, owner: dict[str, Any]) -> None:
 
 def _say_left_behind(what: str, owner: dict[str, Any]) -> None:
     if owner and owner.get("host") != socket.gethostname():
-        print(f"{what}: taken over from {_named(owner)}, which has ended without giving it up", file=sys.stderr)
+        log.warning(f"{what}: taken over from {_named(owner)}, which has ended without giving it up")
 
 
 def _named(owner: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from megatron_efr import algorithms, arguments, methods
+from megatron_efr import algorithms, arguments, log, methods
 from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.config import TrainConfig
 from megatron_efr.config.file import dump, validate
@@ -79,7 +78,7 @@ class Run:
     def warn(self, step: int, metrics: Mapping[str, float]) -> None:
         """Let rank 0, which has all figures, say what makes iteration `step` pointless."""
         for warning in self.watch.see(step, metrics) if self.ranks.is_main else []:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+            log.warning(warning)
 
     def publish(self, step: int, timer: Timer) -> None:
         """Give the engines the policy's weights as version `step`, and the devices that they share with it."""
@@ -153,7 +152,7 @@ class Run:
                 return self.ranks.on_main(ask, what)
             except NoEngineError as error:
                 if self.ranks.is_main:
-                    print(f"{error}; publishing to those that come back", flush=True)
+                    log.warning(f"{error}; publishing to those that come back")
                 self.publisher.publish(self.policy, version)
         return self.ranks.on_main(ask, what)
 

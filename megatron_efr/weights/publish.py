@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_efr import log
 from megatron_efr.weights.reshard import Parcel
 
 
@@ -140,6 +142,7 @@ class Embedded:
         tensors = (pair for parcel in weights.parcels(flat=False, everywhere=False) for pair in parcel.tensors)
         if self._receiver is not None:
             self._receiver.publish(tensors, version)
+            log.event("published", f"version {version}", logging.DEBUG)
         else:
             for _ in tensors:
                 pass
@@ -221,11 +224,13 @@ class Publisher:
             failure = self._attempt(weights, version)
             if failure is None:
                 self._published += 1
+                if self._engines is not None:
+                    log.event("published", f"version {version}", logging.DEBUG)
                 return
             if attempt == ATTEMPTS or isinstance(failure, WeightMismatchError):
                 raise failure
             if self._engines is not None:
-                print(f"version {version} was not published, and is sent again: {failure}", flush=True)
+                log.warning(f"version {version} was not published, and is sent again: {failure}")
             self._restart_failing()
 
     def _attempt(self, weights: Weights, version: int) -> EngineError | None:

@@ -99,7 +99,7 @@ def test_a_server_that_restarts_empty_between_health_checks_is_found_out_by_its_
     assert figures(engine) == (2, 0, 0)  # nobody has looked
     assert_each_came_once(list(engine.generate(requests(COUNT), LONG)), 1)
     assert figures(engine) == (1, 1, 0)
-    assert f"{servers.urls[0]} is lost: it has restarted, with weights 'default' and not '1'" in capfd.readouterr().out
+    assert f"{servers.urls[0]} is lost: it has restarted, with weights 'default' and not '1'" in capfd.readouterr().err
     engine.close()
 
 

@@ -148,7 +148,8 @@ def test_what_libraries_say_about_themselves_does_not_reach_stderr(
     for arguments in (["train.iterations=1"], ["train.iterations=2", "--resume"]):
         said = program("train", config, *overrides, *arguments).stderr.splitlines()
         # a model that has learnt nothing does not end its responses, of which the run itself warns
-        assert [line for line in said if not re.match(r"warning: iteration 1: \d+% of the starting", line)] == []
+        own = r"\d\d:\d\d:\d\d rank 0 (INFO|WARNING \[warned\] iteration 1: \d+% of the starting)"
+        assert [line for line in said if not re.match(own, line)] == []
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_gives_the_same_run(
@@ -162,7 +163,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_gives_the_same_
     victim.write_bytes(data)
     done = program("train", "--resume", config, f"runs={tmp_path}")
     assert str(victim) in done.stderr
-    assert f"{run}: goes on after iteration 2 of 4" in done.stdout
+    assert f"{run}: goes on after iteration 2 of 4" in done.stderr
     assert [line.split("/4")[0] for line in done.stdout.splitlines() if "/4" in line] == ["3", "4"]
     assert_equal(run, whole)
 
@@ -173,9 +174,9 @@ def test_resuming_a_finished_run_changes_nothing_and_another_configuration_is_re
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     done = program("train", "--resume", config, f"runs={tmp_path}")
-    assert f"{run}: finished: its 4 iterations are made" in done.stdout
+    assert f"{run}: finished: its 4 iterations are made" in done.stderr
     changed = {name for name, digest in digests(run).items() if digests(whole).get(name) != digest}
-    assert changed == {"config.yaml"}  # it names the folder of all runs
+    assert changed == {"config.yaml", "log.txt"}  # the one names the folder of all runs
     assert len(digests(run)) == len(digests(whole))
     refused = program("train", "--resume", config, f"runs={tmp_path}", "optimizer.lr=2e-3", expect=2)
     assert "optimizer.lr: there 0.001, here 0.002" in refused.stderr
@@ -199,7 +200,7 @@ def test_a_killed_warm_start_equals_one_that_was_not(task: Path, program: Progra
     assert f"data.path: {task}/sft.jsonl: not the rows that {run}/checkpoints/step_000004 was trained on" in refused
     (task / "sft.jsonl").write_text(rows)
     resumed = program("sft", "--resume", config, f"runs={run.parent}")
-    assert f"{run}: goes on after update 4 of 8" in resumed.stdout
+    assert f"{run}: goes on after update 4 of 8" in resumed.stderr
     assert metrics(run) == metrics(whole)
     assert digests(run / "model") == digests(whole / "model")
 

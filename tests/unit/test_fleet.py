@@ -173,7 +173,7 @@ def test_a_server_that_restarts_empty_between_health_checks_is_found_out_by_its_
             await placed.fleet.membership.settled_serving()
 
     run(test, count=2)
-    assert "http://server-0:1 is lost: it has restarted, with weights 'default' and not '1'" in capfd.readouterr().out
+    assert "http://server-0:1 is lost: it has restarted, with weights 'default' and not '1'" in capfd.readouterr().err
 
 
 def test_a_health_check_finds_out_a_server_that_restarted_empty_and_the_next_publication_takes_it_in(

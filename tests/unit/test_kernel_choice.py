@@ -41,7 +41,7 @@ def test_auto_with_cuda_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 @without_cuda
 def test_a_policy_says_its_choice_once(tied_model: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
     Policy(ModelConfig(path=str(tied_model)), ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0)
-    assert capsys.readouterr().out.count("kernels: torch (auto: there is no CUDA device)") == 1
+    assert capsys.readouterr().err.count("kernels: torch (auto: there is no CUDA device)") == 1
 
 
 @pytest.mark.parametrize("blocked", [False, True], ids=["triton at hand", "no triton"])

@@ -246,18 +246,18 @@ def test_missing_metrics_are_named_and_a_resumed_run_says_where_it_goes_on(tmp_p
     for step in (1, 2, 3, 5):
         folder.append_metrics(step, {"accuracy": 0.5})
     folder.go_on_from(5, 8)
-    said = capsys.readouterr()
-    assert "metrics.jsonl: 1 lines are missing, the first of iteration 4" in said.err
-    assert f"{tmp_path}: goes on after iteration 5 of 8" in said.out
+    said = capsys.readouterr().err
+    assert "metrics.jsonl: 1 lines are missing, the first of iteration 4" in said
+    assert f"{tmp_path}: goes on after iteration 5 of 8" in said
     folder.metrics.unlink()
     folder.go_on_from(8, 8, "update", every=4)
-    said = capsys.readouterr()
-    assert "metrics.jsonl: 2 lines are missing, the first of update 4" in said.err
-    assert f"{tmp_path}: finished: its 8 updates are made" in said.out
+    said = capsys.readouterr().err
+    assert "metrics.jsonl: 2 lines are missing, the first of update 4" in said
+    assert f"{tmp_path}: finished: its 8 updates are made" in said
     folder.go_on_from(0, 8)
-    said = capsys.readouterr()
-    assert said.err == ""
-    assert "no checkpoint yet: begins with iteration 1 of 8" in said.out
+    said = capsys.readouterr().err
+    assert "lines are missing" not in said
+    assert "no checkpoint yet: begins with iteration 1 of 8" in said
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "- 1", "\x00"])

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from megatron_efr import log
 from megatron_efr.config import EnginesConfig, ModelConfig, TimeoutsConfig
 from megatron_efr.errors import UserError
 from megatron_efr.rollout.requests import check_servable
@@ -187,7 +188,7 @@ class Launcher:
                     raise UserError(f"{late}; {server.tail()}")
             if time.monotonic() - said > SAYS_EVERY_S:
                 said = time.monotonic()
-                print(f"waiting for {len(waiting)} SGLang servers ({waited:.0f} s); logs: {self.folder}", flush=True)
+                log.info(f"waiting for {len(waiting)} SGLang servers ({waited:.0f} s); logs: {self.folder}")
             time.sleep(0.5)
             waiting = [server for server in waiting if not is_ready(server.url)]
         return [server.url for server in self.servers]

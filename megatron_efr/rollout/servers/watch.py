@@ -5,11 +5,12 @@ It looks at processes and speaks HTTP, and never touches CUDA or a collective.
 
 from __future__ import annotations
 
-import sys
+import logging
 import threading
 import time
 from collections.abc import Sequence
 
+from megatron_efr import log
 from megatron_efr.config import TimeoutsConfig
 from megatron_efr.rollout.servers.addresses import is_ready, status
 from megatron_efr.rollout.servers.process import ServerProcess
@@ -113,7 +114,7 @@ class Watch:
 
     def _end(self, server: ServerProcess, fault: str, then: str) -> None:
         server.end()
-        print(f"{server.name} at {server.url} {fault}; it {then}; {server.tail()}", file=sys.stderr, flush=True)
+        log.event("lost", f"{server.name} at {server.url} {fault}; it {then}; {server.tail()}", logging.WARNING)
 
     def _bring_back(self, server: ServerProcess) -> str | None:
         """Start a server that has ended, when that is allowed: what went wrong, or None when it is ready, or closed."""
@@ -143,7 +144,7 @@ class Watch:
             if (code := server.process.poll()) is not None:
                 return self._unless_closed(f"ended with exit code {code} before it was ready")
             if is_ready(server.url):
-                print(f"{server.name} is back at {server.url}", file=sys.stderr, flush=True)
+                log.event("back", f"{server.name} is back at {server.url}")
                 return None
             if time.monotonic() - began > self._limits.start_s:
                 return f"is not ready after rollout.timeouts.start_s = {self._limits.start_s:g} s"

@@ -10,12 +10,14 @@ Everything here runs in one asyncio loop.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
+from megatron_efr import log
 from megatron_efr.config import TimeoutsConfig
 from megatron_efr.rollout.sglang.server import WEIGHTS, Server
 from megatron_efr.weights.publish import EngineError, LostError, NoEngineError
@@ -122,7 +124,7 @@ class Membership:
         if self._state[server] in (State.SERVING, State.UPDATING):
             self.events.lost += 1
             self._returning.add(server)
-            print(f"engine {server.url} is lost: {why}", flush=True)
+            log.event("lost", f"engine {server.url} is lost: {why}", logging.WARNING)
         self._state[server] = State.LOST
         self._same.discard(server)
         self._losses[server].set()
@@ -172,7 +174,7 @@ class Membership:
             self._losses[server].clear()
         left_out = [f"{s.url} ({self._state[s].value})" for s in self.servers if s not in self.members]
         if left_out:
-            print(f"publishing to {len(self.members)} engines, without {', '.join(left_out)}", flush=True)
+            log.warning(f"publishing to {len(self.members)} engines, without {', '.join(left_out)}")
         self.changed = not set(self.members) == self._last == self._same
 
     def end(self, version: int) -> None:
@@ -211,9 +213,7 @@ class Membership:
     async def _open_returning(self) -> list[Server]:
         """Wait until at least one server has come back."""
         began, limit = time.monotonic(), self._limits.start_s
-        print(
-            f"no engine answers: waiting up to rollout.timeouts.start_s = {limit:g} s for one to come back", flush=True
-        )
+        log.warning(f"no engine answers: waiting up to rollout.timeouts.start_s = {limit:g} s for one to come back")
         while time.monotonic() - began < limit:
             await asyncio.sleep(min(self._limits.check_s, limit))
             await self._look(self.servers)
@@ -260,7 +260,7 @@ class Membership:
             self.lose(server, f"it has restarted, with weights {version!r} and not {self._version!r}")
         if self._state[server] is State.LOST:
             self._back(server, version)
-            print(f"engine {server.url} answers again, and serves from the next publication on", flush=True)
+            log.event("back", f"engine {server.url} answers again, and serves from the next publication on")
 
 
 async def unless(happens: asyncio.Event, work: Coroutine[Any, Any, T], said: str) -> T:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_efr import log
 from megatron_efr.config import TimeoutsConfig
 from megatron_efr.rollout.servers.process import ServerProcess
 from megatron_efr.rollout.sglang.fleet import Fleet, Place
@@ -93,7 +94,7 @@ class RoutedFleet(Fleet):
             fault = await self._until_it_fails()
             self._break()
             then = f"it is started again, and {left - 1} times more at most" if left else "it stays down"
-            print(f"router {self._router.url} {fault}: the fleet places its prompts itself; {then}", flush=True)
+            log.warning(f"router {self._router.url} {fault}: the fleet places its prompts itself; {then}")
             await asyncio.to_thread(self._process.end)
             self._offered.clear()
             if left:

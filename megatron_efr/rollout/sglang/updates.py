@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_efr import log
 from megatron_efr.config import TimeoutsConfig
 from megatron_efr.rollout.servers.process import ServerProcess
 from megatron_efr.rollout.sglang.fleet import Fleet
@@ -130,7 +131,7 @@ class ServerUpdates:
             try:
                 await server.leave_group(name)
             except EngineError as error:  # it has restarted since, and never was in the group, or is gone
-                print(f"weights group {name}: {error}", flush=True)
+                log.info(f"weights group {name}: {error}")
 
         async def work() -> None:
             await self._membership.all_answering(leave)
