@@ -13,9 +13,10 @@ import pytest
 
 from megatron_efr import methods
 from megatron_efr.config import AlgorithmConfig, MethodConfig, RolloutConfig
-from megatron_efr.methods import Known, Method
-from megatron_efr.types import Finish, Graded, Rewarded
-from tests.groups import KNOWN, graded
+from megatron_efr.methods import Known, Method, Visit
+from megatron_efr.steps import Draw, Fork, Part
+from megatron_efr.types import Branch, Done, Finish, Grade, Graded, Response, Rewarded, Script
+from tests.groups import KNOWN, graded, response
 
 VECTORS = json.loads((Path(__file__).parent / "data/method_vectors.json").read_text())
 C, L = [1, 0, 1, 1], [300, 900, 500, 120]
@@ -47,6 +48,48 @@ def asked(
     return replace(made, group=replace(made.group, responses=tuple(said), note=note))
 
 
+def branched(group: Graded, method: Method, verdicts: Sequence[Sequence[Any]] | None = None) -> Graded:
+    """The group with the branches that `method` asks for, of responses that are all thought but for an end mark.
+
+    `verdicts` say for each response which answers of branches are right; None: drawn, by its own length and verdict.
+    """
+    visit = Visit(group.group.prompt, len(group.grades), seed=5)
+    scripts = method.ask(visit, KNOWN).scripts
+    pairs = zip(scripts, group.group.responses, strict=True)
+    responses = tuple(followed(script, sample, each) for sample, (script, each) in enumerate(pairs))
+    if verdicts is None:
+        sizes = zip(responses, group.grades, strict=True)
+        rngs = [(np.random.default_rng([len(each.tokens), grade.correct]), len(each.answers)) for each, grade in sizes]
+        verdicts = [(rng.random(count) < 0.5).tolist() for rng, count in rngs]
+    judged = tuple(tuple(Grade("correct" if right else "wrong") for right in each) for each in verdicts)
+    return replace(group, group=replace(group.group, responses=responses), branches=judged)
+
+
+def followed(script: Script, sample: int, whole: Response) -> Response:
+    """A response as its script has it, if its thought is all but its last token."""
+    steps, parts, branches, length = script.steps(sample), [], [], len(whole.tokens)
+    step: Any = next(steps)
+    while step is not None:
+        done = Done(Part(step.part, length, length, "forced"))
+        if isinstance(step, Draw):
+            thinks = not parts
+            end = min(length - 1, step.limit or length) if thinks else length
+            cut = thinks and end == step.limit
+            parts.append(
+                Part(step.part, parts[-1].end if parts else 0, end, "length" if cut else "until" if thinks else "stop")
+            )
+            done = Done(parts[-1])
+        elif isinstance(step, Fork):
+            made = [Branch(step.part, at, tuple(response(step.limit) for _ in range(step.samples))) for at in step.at]
+            branches += made
+            done = done._replace(branches=tuple(made))
+        try:
+            step = steps.send(done)
+        except StopIteration:
+            step = None
+    return replace(whole, parts=tuple(parts), branches=tuple(branches))
+
+
 def rewarded(
     method: Method,
     groups: Sequence[tuple[Sequence[Any], Sequence[int]]],
@@ -56,6 +99,8 @@ def rewarded(
 ) -> list[Rewarded]:
     """An iteration's groups with the rewards that count."""
     judged = [asked(right, lengths, finish, **changed) for right, lengths in groups]
+    if method.needs.branches:
+        judged = [branched(group, method) for group in judged]
     return list(method.settle([methods.reward(method, group, known) for group in judged], known))
 
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron_efr.rollout.driver import branch_steps
 from megatron_efr.rollout.local.sampling import draw, uniforms
-from megatron_efr.scripts import Budget, EarlyExit, Forks, Opened, Plain
+from megatron_efr.scripts import Budget, EarlyExit, Exits, Forks, Opened, Plain
 from megatron_efr.scripts.probed import Deer, EarlyStop, Subthoughts
 from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Told
 from megatron_efr.steps import Draw, Force, Fork, Part, Step
@@ -44,6 +44,8 @@ def every_kind(said: Sequence[int]) -> tuple[Script, ...]:
         EarlyExit(pauses=(other,), probe="C", tokens=3, end=end, exit="FG"),
         Forks(at=(2, late, 200), samples=2, tokens=4, opening="GH"),
         Forks(at=(1, 4), tokens=6, opening="E", end=end),
+        Forks(at=(1, late + 2, 19), samples=2, tokens=3, opening="GH", end=end, ended="FE"),
+        Exits(drawn=3, seed=5, samples=2, tokens=4, opening="G"),
     )
 
 

@@ -25,6 +25,7 @@ KINDS = {
     "remembering": "Methods that remember",
     "told": "Budgets told in the prompt",
     "scripted": "Responses made by a script",
+    "branching": "Answers before a thought has ended",
     "modes": "Modes that the model chooses",
     "experimental": "Experimental",
 }

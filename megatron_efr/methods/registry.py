@@ -6,6 +6,7 @@ from megatron_efr.config import AlgorithmConfig, ConfigError, MethodConfig, Roll
 from megatron_efr.config.file import validate
 from megatron_efr.config.plugins import find_class
 from megatron_efr.methods import (
+    branching,
     efr,
     experimental,
     iteration,
@@ -52,6 +53,10 @@ METHODS: dict[str, type[Method]] = {
     "asrr": scripted.ASRR,
     "elastic": scripted.Elastic,
     "lapo": scripted.LAPO,
+    "anytime": branching.Anytime,
+    "mrt": branching.MRT,
+    "s_grpo": branching.SGRPO,
+    "jet": branching.JET,
     "autothink": modes.AutoThink,
     "adactrl": modes.AdaCtrl,
     "experimental.alp": experimental.ALP,

@@ -1,5 +1,6 @@
 """How a response is made, step by step: drawn by the model, forced by a script, branched; every kind by its name."""
 
+from megatron_efr.scripts.exits import Exits as Exits
 from megatron_efr.scripts.kinds import Budget as Budget
 from megatron_efr.scripts.kinds import EarlyExit as EarlyExit
 from megatron_efr.scripts.kinds import Forks as Forks

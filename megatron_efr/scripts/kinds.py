@@ -176,8 +176,9 @@ class EarlyExit(Kind):
 class Forks(Kind):
     """A whole response, and answers from the middle of its thought: what it would have said at each length `at`.
 
-    Sources: AnytimeReasoner's budgets (arXiv 2505.13438), MRT's episodes (arXiv 2503.07572). `opening` ends the thought
-    of a branch. Lengths that the thought did not reach have no branch.
+    Source: AnytimeReasoner's budgets (arXiv 2505.13438). `opening` ends the thought of a branch. Lengths that the
+    thought did not reach have no branch. With `ended` they have: as many more samples from behind the thought's own
+    end, with `ended` written there; and a thought is then cut at the last length.
     """
 
     at: Lengths = Field(min_length=1)
@@ -185,6 +186,13 @@ class Forks(Kind):
     tokens: PositiveInt = Field(description="tokens of a branch at most")
     opening: Token = "\n</think>\n\n"
     end: Token | None = Field(default=None, description="the single token that ends a thought; none: all is thought")
+    ended: Token | None = Field(default=None, description="opening of the branches of a thought that has ended")
+
+    @model_validator(mode="after")
+    def _ended_needs_end(self) -> Forks:
+        if self.ended and not self.end:
+            raise ValueError("ended: a thought without `end` never ends by itself; say its end, or leave `ended` out")
+        return self
 
     @property
     def until(self) -> tuple[str, ...]:
@@ -192,15 +200,17 @@ class Forks(Kind):
 
     @property
     def branches(self) -> tuple[str, int]:
-        return self.opening, self.tokens
+        return f"{self.opening}{self.ended or ''}", self.tokens  # no branch has more written tokens than both together
 
     def steps(self, sample: int) -> Steps:
-        done = yield Draw("thought" if self.end else "response", None, self.until)
-        thought = done.part.end
-        if done.part.ending == "until":
+        done = yield Draw("thought" if self.end else "response", max(self.at) if self.ended else None, self.until)
+        thought, has_ended = done.part.end, done.part.ending == "until"
+        if has_ended:
             yield Draw("answer")
         if reached := tuple(at for at in self.at if at <= thought):
             yield Fork("summary", reached, self.samples, self.opening, self.tokens)
+        if (missed := len(self.at) - len(reached)) and has_ended and self.ended:
+            yield Fork("ended", (thought + 1,), missed * self.samples, self.ended, self.tokens)
 
 
 def _confidence(branch: Branch) -> float:

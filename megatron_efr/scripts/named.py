@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_efr.config import ConfigError, Section
 from megatron_efr.config.file import validate
+from megatron_efr.scripts.exits import Exits
 from megatron_efr.scripts.kinds import Budget, EarlyExit, Forks, Opened, Plain
 from megatron_efr.scripts.probed import Deer, EarlyStop, Subthoughts
 from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Sketch, ThinkFor, Told
@@ -18,6 +19,7 @@ SCRIPTS: dict[str, type[Any]] = {
     "budget": Budget,
     "early_exit": EarlyExit,
     "forks": Forks,
+    "exits": Exits,
     "cut_off": CutOff,
     "no_thinking": NoThinking,
     "elastic": Elastic,

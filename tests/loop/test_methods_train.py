@@ -15,6 +15,7 @@ from megatron_efr.config.file import validate
 from megatron_efr.data.arithmetic import ArithmeticTask, write
 from megatron_efr.methods import METHODS
 from megatron_efr.observe import deterministic
+from megatron_efr.policy.packing import samples
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.train import train
 from megatron_efr.types import Credited
@@ -41,10 +42,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gfpo": {"keep": 2},
     "gdpo": {"limit": 10},
     "leash": {"target": 8, "rate": 0.5},
+    "anytime": {"budgets": [4, 10, 20], "answers": 2, "answer_tokens": 4, "end": ";", "cut": "=", "ended": "="},
+    "mrt": {"answers": 2, "answer_tokens": 4, "end": ";", "stop": "="},
+    "s_grpo": {"exits": 3, "answer_tokens": 4, "end": ";", "stop": "="},
+    "jet": {"answer_tokens": 4, "end": ";", "stop": "="},
     "acoer": {"budget": 16, "least_budget": 4, "warmup": 1, "lookback": 1},
 }
 """Options for responses of 24 tokens, of a model that knows digits and a few signs."""
-ALWAYS = {"efr", "short_rl", "laser_d"}
+ALWAYS = {"efr", "short_rl", "laser_d", "anytime"}
+BRANCHING = {"anytime", "mrt", "s_grpo", "jet"}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +98,8 @@ def test_every_method_trains(name: str, task: Path, tmp_path: Path) -> None:
     right = np.concatenate([group.graded.correct & ~group.group.truncated for group in groups])
     assert 0.1 < right.mean() < 0.9, "without both there is nothing to see"
     _check_what_was_asked(name, groups)
+    if name in BRANCHING:
+        _check_branches(name, groups, made)
     state = json.loads((tmp_path / name / "checkpoints/step_000002/state.json").read_text())["method"]
     assert len(state["history"]) == 8
     assert sum(seen[2] for seen in state["history"].values()) == right.sum()
@@ -100,6 +108,21 @@ def test_every_method_trains(name: str, task: Path, tmp_path: Path) -> None:
         assert [len(lengths) for lengths, _ in state["monitor"]["sampled"].values()] == [4] * 6
         assert {line["monitor/tokens"] > 0 for line in made} == {True}
         assert [path.name for path in (tmp_path / name / "journal").glob("*")] == [], "the checkpoint covers them"
+
+
+def _check_branches(name: str, groups: list[Credited], made: list[dict[str, Any]]) -> None:
+    """Answers of branches are judged, right and wrong ones, counted, and trained on behind their responses."""
+    answers = [answer for each in groups for response in each.group.responses for answer in response.answers]
+    verdicts = [grade.correct for each in groups for branch in each.graded.branches for grade in branch]
+    assert len(answers) == len(verdicts) == sum(line["branches/answers"] for line in made)
+    assert 0.1 < np.mean(verdicts) < 0.9
+    assert all(0 < line["branches/accuracy"] < 1 for line in made)
+    assert all(line["logprob_diff_max"] < 1e-4 for line in made), (
+        "the policy reads before an answer what the engine did"
+    )
+    given = sum(len(advantages) for each in groups for advantages in each.credit.branches or ())
+    assert len(samples(groups)) == sum(len(each.group.responses) for each in groups) + given
+    assert given == 0 if name == "mrt" else 0 < given <= len(answers)
 
 
 def _check_what_was_asked(name: str, groups: list[Credited]) -> None:

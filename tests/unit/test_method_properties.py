@@ -44,6 +44,7 @@ BOUNDS = {
     "elastic": (1, 1, 0, 0), "autothink": (0, 2, -2, 0), "adactrl": (0.5, 2, -0.5, 0.5),
     "grlc": (0, 3, -1, 2), "experimental.effort": (0.6, 1, 0, 0), "laser_d": (1, 1.5, -0.5, -0.5),
     "laser_de": (1, 1.5, -0.5, 0),
+    "anytime": (-1, 1, -1, 1), "mrt": (0, 1, -1, 0), "s_grpo": (-0.35, 1, -0.5, 0), "jet": (-3, 7, -7, 0),
 }  # fmt: skip
 """Least and most that a right answer may earn, and a wrong one: rewards, or advantages where the method gives them."""
 PRICED = {
@@ -59,10 +60,13 @@ PRICED = {
     "l1_max",
 }
 """Methods that tell wrong answers apart by their lengths, whatever else is in the group."""
+BRANCHING = {"anytime", "mrt", "s_grpo"}
+"""Methods to which what a thought would have answered before tells responses apart, whatever their own answer."""
 NOT_MONOTONE = {
     "lapo": "a middle length earns most",
     "l1_exact": "the budget earns most",
     "l1_max": "an exact budget earns most",
+    **dict.fromkeys(BRANCHING, "what it would have answered before decides"),
 }
 SAID = ["...\nFirst, 2", "...\n</think>\n4", "[Easy] 4", "[Hard] 4"]
 """What responses say by which modes are told."""
@@ -131,7 +135,7 @@ CHOSEN: dict[str, list[dict[str, Any]]] = {
     "qglas": [{"low": 5.0, "high": 9.0}, {"low": 0.0, "high": 0.0}], "leash": [{"target": 1, "start": 1.0}],
     "acoer": [{"start": 9.0, "budget": 512}], "asrr": [{"beta": 1.0, "tau": 0.0, "window": 1.0}],
     "elastic": [{}], "lapo": [{"weight": 9.0}], "experimental.gr3": [{"alpha": 99.0}],
-    "experimental.effort": [{"low": 0.99}],
+    "experimental.effort": [{"low": 0.99}], "mrt": [{"answers": 3}], "jet": [{"form": 1.0, "least": 0.0, "alpha": 9.0}],
 }  # fmt: skip
 """Options away from the defaults, of every method that does not let a wrong answer win by its nature."""
 
@@ -167,7 +171,7 @@ def test_groups_of_each_kind(name: str, kind: str) -> None:
     got = trained_on(build(name), right, lengths)
     if kind == "equal lengths":
         assert np.ptp(got[[0, 2, 3]]) == pytest.approx(0, abs=1e-9) or name == "gfpo"
-    if kind == "all wrong" and name not in PRICED:
+    if kind == "all wrong" and name not in PRICED | BRANCHING | {"jet"}:
         assert np.ptp(got) == pytest.approx(0, abs=1e-9)
 
 
@@ -365,7 +369,7 @@ def test_the_function_takes_every_option_and_refuses_what_a_run_does() -> None:
 
 GROUP_FREE = {
     "overlong", "thinkprune", "cosine", "laser", "dler", "stop_properly", "hapo", "leash", "a_dlp", "acoer", "l1_exact",
-    "l1_max", "elastic",
+    "l1_max", "elastic", "mrt", "s_grpo",
 }  # fmt: skip
 
 

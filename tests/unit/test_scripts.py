@@ -204,6 +204,11 @@ def test_options_and_names_are_refused_by_their_path() -> None:
         build("elastik", {}, "evaluation.script")
     with pytest.raises(ConfigError, match=r"evaluation\.script\.most"):
         build("budget", {"most": 0}, "evaluation.script")
+    for options in ({}, {"shares": [0.5], "drawn": 2}):
+        with pytest.raises(ConfigError, match="shares: give either shares of the thought, or how many exits are drawn"):
+            build("exits", {"tokens": 4, **options}, "evaluation.script")
+    with pytest.raises(ConfigError, match="ended: a thought without `end` never ends by itself"):
+        build("forks", {"at": [1], "tokens": 4, "ended": "E"}, "evaluation.script")
     with pytest.raises(ConfigError, match="least: 9 is above most = 7"):
         build("budget", {"most": 7, "least": 9}, "evaluation.script")
 
