@@ -12,6 +12,7 @@ from megatron_efr.checkpoint.model_source import find_model
 from megatron_efr.config import EnginesConfig, EvaluateConfig, ModelConfig
 from megatron_efr.data.prompts import load_tokenizer
 from megatron_efr.data.stop_tokens import stop_ids
+from megatron_efr.data.thinking import thinking_marks
 from megatron_efr.errors import UserError
 from megatron_efr.evaluation.evaluator import Evaluator
 from megatron_efr.evaluation.journal import ASKED, Unfinished, finished, forget
@@ -46,7 +47,9 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
     stops = stop_ids(source.start.path, tokenizer)
     date_prompts(config.prompt, folder)
     positions = Architecture.from_folder(source.start.path).max_positions
-    evaluator = Evaluator(config.evaluation, config.prompt, config.grading, tokenizer, stops, positions, config.seed)
+    marks = thinking_marks(config.model.thinking, tokenizer)
+    asking = config.evaluation, config.prompt, config.grading
+    evaluator = Evaluator(*asking, tokenizer, stops, positions, config.seed, marks)
     asked = {
         "model": source.fingerprint(),
         "model.dtype": config.model.dtype,

@@ -42,7 +42,7 @@ def every_kind(said: Sequence[int]) -> tuple[Script, ...]:
         EarlyExit(pauses=(end,), probe="CD", tokens=3, sure=1e-9, end=other, exit="FG"),
         EarlyExit(pauses=(end,), probe="C", tokens=3, sure=1.0, end=other, exit="FG", tries=2),
         EarlyExit(pauses=(other,), probe="C", tokens=3, end=end, exit="FG"),
-        Forks(at=(2, late, 200), samples=2, tokens=4, opening="GH"),
+        Forks(at=(0, 2, late, 200), samples=2, tokens=4, opening="GH"),
         Forks(at=(1, 4), tokens=6, opening="E", end=end),
         Forks(at=(1, late + 2, 19), samples=2, tokens=3, opening="GH", end=end, ended="FE"),
         Exits(drawn=3, seed=5, samples=2, tokens=4, opening="G"),

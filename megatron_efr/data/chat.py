@@ -13,11 +13,17 @@ from megatron_efr.errors import UserError
 Messages = list[dict[str, str]]
 
 _SENTINEL = "ANSWERBEGINSHERE"
+_TELLS_DATE = "strftime_now"  # what a template calls
 _DIRECTIVES = "aAbBcdfGHIjmMpSuUVwWxXyYzZeDFhRT"  # of strftime, glibc's too
 
 
 class PromptError(UserError, ValueError):
     """A tokenizer, template or prompt that cannot be used; the message says what would be right."""
+
+
+def tells_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True if prompts of this chat template depend on a date."""
+    return _TELLS_DATE in str(tokenizer.chat_template)
 
 
 class Chat:
@@ -39,7 +45,7 @@ class Chat:
         """
         try:
             template = self._tokenizer.get_chat_template()
-            if self._date and "strftime_now" in template:
+            if self._date and _TELLS_DATE in template:
                 template = _telling(datetime.fromisoformat(self._date)) + template
             texts: Any = self._tokenizer.apply_chat_template(
                 conversations, chat_template=template, tokenize=False, add_generation_prompt=generation

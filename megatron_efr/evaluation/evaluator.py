@@ -8,26 +8,28 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_efr import scripts
 from megatron_efr.config import ConfigError, EvaluationConfig, GradingConfig, PromptConfig
+from megatron_efr.data.chat import tells_date
 from megatron_efr.data.datasets import dataset_name
 from megatron_efr.data.lengths import check_prompts
+from megatron_efr.evaluation.judged import judge
 from megatron_efr.evaluation.problems import judgings_of, load_prompts, say_overlong
 from megatron_efr.evaluation.records import Record, summarise
+from megatron_efr.evaluation.responses import thinking_tokens
 from megatron_efr.grading import Grader
-from megatron_efr.grading.equality import equal_answers
-from megatron_efr.grading.groups import grade_groups
 from megatron_efr.observe.progress import followed
 from megatron_efr.rollout.codec import TokenizerCodec
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.journal import Journal
 from megatron_efr.rollout.ledger import request_seed
 from megatron_efr.rollout.requests import check_script, longest
-from megatron_efr.types import Request, Sampling
+from megatron_efr.types import Marks, Request, Sampling
 
 
 class Evaluator:
@@ -42,6 +44,7 @@ class Evaluator:
         stops: tuple[int, ...],
         positions: int,
         seed: int,
+        marks: Marks | None = None,
     ) -> None:
         if not config.datasets:
             raise ConfigError("evaluation.datasets: empty, and an evaluation needs at least one data set of problems")
@@ -57,12 +60,15 @@ class Evaluator:
         self.script = script.within(config.max_new_tokens)
         self.script.check(config.max_new_tokens, "evaluation.script")
         codec = TokenizerCodec(tokenizer)
+        self._thinking = partial(thinking_tokens, closes=marks.closes, codec=codec) if marks else None
         check_script(self.script, codec, "evaluation.script")
         rendered = load_prompts(config.datasets, tokenizer, prompt, grading, self.script.behind)
         limit = longest(self.script, config.max_new_tokens, codec)
         written = " and what evaluation.script adds" if limit > config.max_new_tokens else ""
         check_prompts(rendered.prompts, limit, positions, f"evaluation.max_new_tokens{written}")
         say_overlong(rendered)
+        self._forced_at = self.script.at if isinstance(self.script, scripts.Forks) else ()
+        self._asking = prompt.model_dump(mode="json", exclude=set() if tells_date(tokenizer) else {"date"})
         self._left_out = Counter(problem.dataset for problem in rendered.left_out)
         self.prompts = rendered.prompts
         self._seed = seed
@@ -90,6 +96,22 @@ class Evaluator:
         judgings = {name: self.judgings.of_dataset(name) for name in {p.meta["dataset"] for p in self.prompts}}
         return {f"grading of {name}": json.loads(json.dumps(asdict(judgings[name]))) for name in sorted(judgings)}
 
+    def protocol(self) -> dict[str, Any]:
+        """How any model is asked and judged: two evaluations can be compared if theirs are equal."""
+        problems = [[r.prompt.id, r.prompt.gold, r.prompt.meta["question"]] for r in self._requests]
+        return {
+            "problems": dict(Counter(r.prompt.meta["dataset"] for r in self._requests)),
+            "questions": hashlib.sha256(json.dumps(problems).encode()).hexdigest(),
+            "left_out": dict(self._left_out),
+            "samples": {r.prompt.meta["dataset"]: r.samples for r in self._requests},
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+            "max_new_tokens": self.sampling.max_new_tokens,
+            "script": scripts.encode(self.script),
+            "prompt": self._asking,
+            **self.judged(),
+        }
+
     def run(
         self,
         engine: Engine,
@@ -110,7 +132,13 @@ class Evaluator:
                 finished[group.seed] = group
                 after_each()
         groups = [finished[request.seed] for request in self._requests]
-        graded = grade_groups(grader, groups, self.judgings)
-        answers = equal_answers(grader, graded, self.judgings)
-        record = summarise(graded, name, answers=answers, left_out=self._left_out)
-        return record | {"script": scripts.encode(self.script)}
+        judged = judge(groups, self._forced_at, grader, self.judgings)
+        return summarise(
+            judged.graded,
+            name,
+            answers=judged.answers,
+            early=judged.early,
+            thinking=self._thinking,
+            protocol=self.protocol(),
+            left_out=self._left_out,
+        )

@@ -1,20 +1,37 @@
-"""An evaluation's record: graded groups in, JSON-ready figures out; read again from its file."""
+"""An evaluation's record: graded groups in, JSON-ready rows and figures out."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from megatron_efr.evaluation import statistics
-from megatron_efr.types import Graded
+from megatron_efr.evaluation.figures import Figure, measured
+from megatron_efr.evaluation.responses import reflections, repetition
+from megatron_efr.evaluation.samples import Samples
+from megatron_efr.evaluation.stored import SCHEMA
+from megatron_efr.types import Graded, Response
 
 _SHOWN_CHARACTERS = 6000  # of a sample response: enough to read, and a record of 32k-token answers stays small
+_FLAT = ("accuracy", "tokens", "tokens_right", "tokens_wrong", "truncated", "majority", "shortest_majority")
+
+_UNANSWERED = ("truncated", "no_answer")
 
 Record = dict[str, Any]
 Answers = Sequence[Sequence[Hashable | None]]
 """For each problem the key of each response's answer."""
+
+
+class Early(NamedTuple):
+    """Answers that were forced at each of the lengths `at`, by problem.
+
+    `right` [problems][samples][lengths] is the share of them that is right; if the thought had ended before, the
+    response's own verdict. `direct` [problems] has keys, as answers do, of those that were forced before any thought;
+    empty: nothing was.
+    """
+
+    at: tuple[int, ...]
+    right: list[list[list[float]]]
+    direct: Answers
 
 
 def summarise(
@@ -22,6 +39,9 @@ def summarise(
     name: str,
     *,
     answers: Answers | None = None,
+    early: Early | None = None,
+    thinking: Callable[[Response], int | None] | None = None,
+    protocol: Mapping[str, Any] | None = None,
     left_out: Mapping[str, int] | None = None,
     seed: int = 0,
     shown: int = 2,
@@ -30,70 +50,66 @@ def summarise(
 
     `groups` are one per problem; dataset and difficulty come from `prompt.meta`, the question
     as people read it from `prompt.meta["question"]` or else `prompt.text`. `answers` [problems][samples] are keys under
-    which equal answers are equal (None: no answer); without them there is no majority vote. `left_out` counts problems
-    of each data set that were not asked, since their prompts are too long. `seed` draws the bootstrap; the text of the
-    first `shown` responses of each problem is kept. ValueError where nothing was evaluated.
+    which equal answers are equal (None: no answer); without them there is no majority vote. `thinking` counts the
+    tokens of a response's thought, None if it does not end one. `protocol` says how the problems were asked and judged.
+    `left_out` counts problems of each data set that were not asked, since their prompts are too long. `seed` draws the
+    bootstrap; the text of the first `shown` responses of each problem is kept. ValueError where nothing was evaluated.
     """
     if not groups:
         raise ValueError(f"evaluation {name}: no problems to summarise")
     if answers is not None and len(answers) != len(groups):
         raise ValueError(f"evaluation {name}: answers to {len(answers)} problems, and {len(groups)} problems")
-    parts: dict[str, list[int]] = {}
-    for index, group in enumerate(groups):
-        parts.setdefault(str(group.group.prompt.meta.get("dataset", "held-out")), []).append(index)
+    rows = [_row(group, shown) for group in groups]
+    _add_answers(rows, answers, early)
+    _add_thoughts(rows, groups, thinking)
+    samples = Samples.of(rows, (protocol or {}).get("max_new_tokens"))
+    figures = _figures(samples, seed)
+    datasets = samples.by_dataset()
     return {
+        "schema": SCHEMA,
         "name": name,
+        "protocol": dict(protocol or {}),
         "left_out": dict(left_out or {}),
-        **_figures(groups, answers, seed),
+        **figures,
         "datasets": {
-            dataset: _figures([groups[i] for i in rows], None if answers is None else [answers[i] for i in rows], seed)
-            for dataset, rows in parts.items()
+            dataset: figures if len(datasets) == 1 else _figures(part, seed) for dataset, part in datasets.items()
         },
-        "rows": [_row(group, shown) for group in groups],
-    }
-
-
-def _figures(groups: Sequence[Graded], answers: Answers | None, seed: int) -> Record:
-    rates, lengths = statistics.pass_rates(groups), statistics.mean_lengths(groups)
-    accuracy, tokens = float(np.mean(rates)), float(np.mean(lengths))
-    right, wrong = statistics.tokens_by_correctness(groups)
-    fewest = min(len(group.grades) for group in groups)
-    ks = [2**power for power in range(fewest.bit_length())]
-    cost = statistics.cost_of_pass(tokens, accuracy)
-    samples = sum(len(group.grades) for group in groups)
-    return {
-        "problems": len(groups),
-        "samples": samples,
-        "accuracy": accuracy,
-        "accuracy_ci": list(statistics.rate_interval(rates, samples)),
-        "tokens": tokens,
-        "tokens_ci": list(statistics.interval(lengths, seed)),
-        "tokens_right": right,
-        "tokens_wrong": wrong,
-        "tokens_by_difficulty": statistics.by_difficulty(groups, statistics.mean_lengths),
-        "accuracy_by_difficulty": statistics.by_difficulty(groups, statistics.pass_rates),
-        "truncated": statistics.truncation_rate(groups),
-        "pass_at_k": {
-            str(k): float(np.mean([statistics.pass_at_k(len(g.grades), int(g.correct.sum()), k) for g in groups]))
-            for k in ks
+        "difficulties": {
+            level: _measures(measured(part, seed=seed)) for level, part in samples.by_difficulty().items()
         },
-        **_votes(groups, answers),
-        "tokens_per_right_answer": cost if np.isfinite(cost) else None,
+        "rows": rows,
     }
 
 
-def _votes(groups: Sequence[Graded], answers: Answers | None) -> Record:
-    """Accuracy of the votes over each problem's responses; None where nobody said which answers are equal."""
-    if answers is None:
-        return {"majority": None, "shortest_majority": None}
-    cast = [(own, graded.correct, graded.group.lengths) for own, graded in zip(answers, groups, strict=True)]
+def samples_of(record: Mapping[str, Any]) -> Samples:
+    """The samples of a record, also of one that was read from its file."""
+    return Samples.of(record["rows"], record.get("protocol", {}).get("max_new_tokens"))
+
+
+def _figures(samples: Samples, seed: int) -> Record:
+    """The figures that reports read by their own keys, and all measures."""
+    found = measured(samples, seed=seed)
+    levels = samples.by_difficulty()
     return {
-        "majority": float(np.mean([statistics.majority(own, right) for own, right, _ in cast])),
-        "shortest_majority": float(np.mean([statistics.shortest_majority(*each) for each in cast])),
+        "problems": len(samples.ids),
+        "samples": len(samples.tokens),
+        **{key: found[key].value if key in found else None for key in _FLAT},
+        "accuracy_ci": list(found["accuracy"][1:]),
+        "tokens_ci": list(found["tokens"][1:]),
+        "tokens_by_difficulty": {level: float(part.mean(part.tokens).mean()) for level, part in levels.items()},
+        "accuracy_by_difficulty": {level: float(part.mean(part.correct).mean()) for level, part in levels.items()},
+        "pass_at_k": {name.removeprefix("pass@"): found[name].value for name in found if name.startswith("pass@")},
+        "tokens_per_right_answer": found["tokens_per_right_answer"].value,
+        "measures": _measures(found),
     }
+
+
+def _measures(found: Mapping[str, Figure]) -> Record:
+    return {name: figure._asdict() for name, figure in found.items()}
 
 
 def _row(graded: Graded, shown: int) -> Record:
+    """What is kept of a problem: its text, a list with an entry for each sample by key, the first responses' texts."""
     group, meta = graded.group, graded.group.prompt.meta
     difficulty = meta.get("difficulty")
     return {
@@ -102,11 +118,43 @@ def _row(graded: Graded, shown: int) -> Record:
         "difficulty": None if difficulty is None else str(difficulty),
         "question": str(meta.get("question", group.prompt.text)),
         "gold": group.prompt.gold,
+        "prompt_tokens": len(group.prompt.tokens),
         "correct": [bool(value) for value in graded.correct],
         "tokens": [response.length for response in group.responses],
         "truncated": [response.truncated for response in group.responses],
+        "answered": [grade.status not in _UNANSWERED for grade in graded.grades],
+        "reflections": [reflections(response.text) for response in group.responses],
+        "repetition": [repetition(response.tokens) for response in group.responses],
         "responses": [_clip(response.text) for response in group.responses[:shown]],
     }
+
+
+def _add_answers(rows: Sequence[Record], answers: Answers | None, early: Early | None) -> None:
+    """Number each problem's answers, and add those that were forced early."""
+    for index, row in enumerate(rows):
+        if answers is not None:
+            direct = early.direct[index] if early and early.direct else []
+            keys = dict.fromkeys([*answers[index], *direct])
+            numbers: dict[Hashable | None, int | None] = {key: code for code, key in enumerate(keys)}
+            numbers[None] = None
+            row["answers"] = [numbers[key] for key in answers[index]]
+            if direct:
+                row["direct"] = [numbers[key] for key in direct]
+        if early:
+            row["early"] = {"at": list(early.at), "right": early.right[index]}
+
+
+def _add_thoughts(
+    rows: Sequence[Record], groups: Sequence[Graded], thinking: Callable[[Response], int | None] | None
+) -> None:
+    """Add the tokens of each thought if any response ends one; one that ends none is all thought."""
+    if thinking is None:
+        return
+    found = [[thinking(response) for response in graded.group.responses] for graded in groups]
+    if all(count is None for counts in found for count in counts):
+        return
+    for row, counts in zip(rows, found, strict=True):
+        row["thinking"] = [whole if own is None else own for own, whole in zip(counts, row["tokens"], strict=True)]
 
 
 def _clip(text: str) -> str:

@@ -1,33 +1,27 @@
-"""The measures of an evaluation: pure functions of graded groups, seeded where they draw.
-
-A figure of a set of problems is the mean over problems of the problem's own mean, so that a problem counts once however
-many samples it was given; with equally many samples each it is the mean over all samples.
-"""
+"""Statistics of numbers: intervals over problems, pass@k, votes, and ratios; seeded where they draw."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from statistics import NormalDist
 
 import numpy as np
-
-from megatron_efr.types import Graded
 
 RESAMPLES = 2000
 LEVEL = 0.95
 _CHUNK = 4_000_000  # draws held at once: 32 MB
 
 
-def pass_rates(groups: Sequence[Graded]) -> np.ndarray:
-    """Fraction of each problem's responses that are right, float64 [problems]."""
-    return np.array([float(np.mean(group.correct)) for group in groups])
-
-
-def mean_lengths(groups: Sequence[Graded]) -> np.ndarray:
-    """Mean generated tokens of each problem's responses, right or wrong, float64 [problems]."""
-    return np.array([float(np.mean(group.group.lengths)) for group in groups])
+def drawn_problems(problems: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    """Draws of the problems' indices with replacement, int64 [some, problems] at a time, `resamples` in all."""
+    if problems == 0:
+        raise ValueError("a bootstrap needs at least one problem")
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK // problems)
+    for start in range(0, resamples, chunk):
+        yield rng.integers(0, problems, (min(chunk, resamples - start), problems))
 
 
 def bootstrap_means(values: np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
@@ -36,14 +30,7 @@ def bootstrap_means(values: np.ndarray, seed: int, resamples: int = RESAMPLES) -
     Resampling problems, not responses, is what makes the interval clustered: the responses to one problem are not
     independent, and enter only through their mean.
     """
-    problems = len(values)
-    if problems == 0:
-        raise ValueError("a bootstrap needs at least one problem")
-    rng = np.random.default_rng(seed)
-    chunk = max(1, _CHUNK // problems)
-    starts = range(0, resamples, chunk)
-    sizes = [min(chunk, resamples - start) for start in starts]
-    return np.concatenate([values[rng.integers(0, problems, (size, problems))].mean(axis=1) for size in sizes])
+    return np.concatenate([values[draws].mean(axis=1) for draws in drawn_problems(len(values), seed, resamples)])
 
 
 def interval(
@@ -131,26 +118,6 @@ def _elected(
     return float(np.mean([np.mean(rights) for rights in of_winner]))
 
 
-def tokens_by_correctness(groups: Sequence[Graded]) -> tuple[float | None, float | None]:
-    """Mean tokens over all right responses, and over all wrong ones; None where there are none."""
-    lengths = np.concatenate([group.group.lengths for group in groups])
-    right = np.concatenate([group.correct for group in groups])
-    return _mean_or_none(lengths[right]), _mean_or_none(lengths[~right])
-
-
-def by_difficulty(groups: Sequence[Graded], measure: Callable[[Sequence[Graded]], np.ndarray]) -> dict[str, float]:
-    """Mean of `measure` (groups -> [problems]) at each `prompt.meta["difficulty"]`, in order of difficulty.
-
-    Problems without one are left out; {} where none has one.
-    """
-    levels: dict[str, list[Graded]] = {}
-    for group in groups:
-        level = group.group.prompt.meta.get("difficulty")
-        if level is not None:
-            levels.setdefault(str(level), []).append(group)
-    return {level: float(np.mean(measure(levels[level]))) for level in in_order(levels)}
-
-
 def in_order(levels: Iterable[str]) -> list[str]:
     """Difficulties sorted by the number in them (`2`, `10`, `Level 3`), by text where one has no number."""
     levels = list(levels)
@@ -167,11 +134,6 @@ def _number(text: str) -> float | None:
         except ValueError:
             continue
     return None
-
-
-def truncation_rate(groups: Sequence[Graded]) -> float:
-    """Fraction of all responses that hit the token limit."""
-    return float(np.mean(np.concatenate([group.group.truncated for group in groups])))
 
 
 def normalised(
@@ -247,7 +209,3 @@ def ratio_of_tokens(
     tail = (1 - level) / 2
     low, high = np.quantile(drawn(easy, 2 * seed) - drawn(hard, 2 * seed + 1), [tail, 1 - tail])
     return ratio(easy), ratio(hard), (float(low), float(high))
-
-
-def _mean_or_none(values: np.ndarray) -> float | None:
-    return float(np.mean(values)) if len(values) else None

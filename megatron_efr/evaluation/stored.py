@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_efr.errors import UserError
+
+SCHEMA = 2
+"""Of the records that are written: 1 had neither protocol nor measures, and less of each sample."""
 
 Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
@@ -17,6 +20,12 @@ class Part(BaseModel):
     """The keys of a file that are read; there may be more."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class _Measure(Part):
+    value: float | None
+    low: float | None
+    high: float | None
 
 
 class Figures(Part):
@@ -34,6 +43,18 @@ class Figures(Part):
     pass_at_k: dict[str, float]
     majority: float | None
     tokens_per_right_answer: float | None
+    measures: dict[str, _Measure] = {}
+
+
+class _Early(Part):
+    at: list[int]
+    right: list[list[float]]
+
+    @model_validator(mode="after")
+    def _has_each_length(self) -> _Early:
+        if any(len(shares) != len(self.at) for shares in self.right):
+            raise ValueError("a list in `right` has another length than `at`")
+        return self
 
 
 class Row(Part):
@@ -46,12 +67,31 @@ class Row(Part):
     tokens: Annotated[list[int], Field(min_length=1)]
     truncated: Annotated[list[bool], Field(min_length=1)]
     responses: list[str]
+    prompt_tokens: int | None = None
+    answered: list[bool] | None = None
+    answers: list[int | None] | None = None
+    direct: list[int | None] | None = None
+    early: _Early | None = None
+    thinking: list[int] | None = None
+    reflections: list[int] | None = None
+    repetition: list[float] | None = None
+
+    @model_validator(mode="after")
+    def _has_all_of_each_sample(self) -> Row:
+        by_sample = ("tokens", "truncated", "answered", "answers", "thinking", "reflections", "repetition")
+        lengths = {len(found) for key in ("correct", *by_sample) if (found := getattr(self, key)) is not None}
+        if len(lengths | ({len(self.early.right)} if self.early else set())) != 1:
+            raise ValueError("its lists are of different lengths, and each has an entry for every response")
+        return self
 
 
 class Evaluation(Figures):
     name: str
+    schema_number: Annotated[int, Field(alias="schema", le=SCHEMA)] = 1
+    protocol: dict[str, Any] = {}
     datasets: dict[str, Figures]
-    rows: list[Row]
+    difficulties: dict[str, dict[str, _Measure]] = {}
+    rows: Annotated[list[Row], Field(min_length=1)]
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:

@@ -167,7 +167,9 @@ def evaluator_of(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...], positions: int
 ) -> Evaluator:
     """The held-out problems of a training run."""
-    return Evaluator(config.evaluation, config.data.prompt, config.grading, tokenizer, stops, positions, config.seed)
+    marks = thinking_marks(config.model.thinking, tokenizer)
+    asking = config.evaluation, config.data.prompt, config.grading
+    return Evaluator(*asking, tokenizer, stops, positions, config.seed, marks)
 
 
 def check_evaluation(config: TrainConfig) -> None:

@@ -10,10 +10,8 @@ import numpy as np
 
 from megatron_efr import log
 from megatron_efr.config import ModelConfig, TrainingConfig
+from megatron_efr.evaluation.responses import repetition
 from megatron_efr.types import Credit, Credited, UserError
-
-REPEATED = 8  # tokens
-_POWERS = np.array([0x9E3779B97F4A7C15 ** (i + 1) % 2**64 for i in range(REPEATED)], dtype=np.uint64)
 
 IDENTITY_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 """How far ratio and KL may be from 1 and 0 before anything was learnt; in one packing they are exact on a CPU."""
@@ -114,15 +112,6 @@ def dataset_figures(name: str, groups: Sequence[Credited]) -> dict[str, float]:
         f"tokens_correct/{name}": _mean(lengths[correct]),
         f"tokens_wrong/{name}": _mean(lengths[~correct]),
     }
-
-
-def repetition(tokens: Sequence[int]) -> float:
-    """Share of a response's runs of REPEATED tokens that stood in it before; 0 if it is shorter than one."""
-    if len(tokens) < REPEATED:
-        return 0.0
-    runs = np.lib.stride_tricks.sliding_window_view(np.asarray(tokens, dtype=np.uint64), REPEATED)
-    hashes = (runs * _POWERS).sum(1)  # modulo 2^64: two others meet as good as never
-    return 1.0 - len(np.unique(hashes)) / len(hashes)
 
 
 def check_identities(metrics: Mapping[str, float], model: ModelConfig, step: int) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Generator
 from typing import Annotated, Self
 
 import numpy as np
-from pydantic import ConfigDict, Field, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from megatron_efr.config import ConfigError, Section
 from megatron_efr.steps import Draw, Force, Fork, Step
@@ -18,7 +18,7 @@ from megatron_efr.types import Branch, Done
 
 Steps = Generator[Step, Done, None]
 Texts = Annotated[tuple[str, ...], Field(strict=False)]  # a list in YAML and JSON
-Lengths = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
+Lengths = Annotated[tuple[NonNegativeInt, ...], Field(strict=False)]
 Token = Annotated[str, Field(min_length=1)]
 
 
@@ -177,8 +177,9 @@ class Forks(Kind):
     """A whole response, and answers from the middle of its thought: what it would have said at each length `at`.
 
     Source: AnytimeReasoner's budgets (arXiv 2505.13438). `opening` ends the thought of a branch. Lengths that the
-    thought did not reach have no branch. With `ended` they have: as many more samples from behind the thought's own
-    end, with `ended` written there; and a thought is then cut at the last length.
+    thought did not reach have no branch; at 0 an answer is direct, without a thought. With `ended` they have: as many
+    more samples from behind the thought's own end, with `ended` written there; and a thought is then cut at the last
+    length.
     """
 
     at: Lengths = Field(min_length=1)

@@ -157,10 +157,18 @@ def test_an_evaluation_asks_by_its_script_and_refuses_one_that_the_tokenizer_or_
     engine.publish(initial_weights(model, Architecture.from_folder(folder), 0).items(), version=0)
     with Grader.of(GradingConfig(), made.judgings.verifiers) as grader:
         record = made.run(engine, grader, "m")
-    assert record["script"] == {"name": "budget", "most": 7, "answer": None, "end": "a", "cut": "ok"} | {
+    assert record["protocol"]["script"] == {"name": "budget", "most": 7, "answer": None, "end": "a", "cut": "ok"} | {
         "least": 0, "wait": "Wait", "waits": 1,
     }  # fmt: skip
     (tokens,) = record["rows"][0]["tokens"]
     (text,) = record["rows"][0]["responses"]
     assert tokens == 30
     assert "ok" in text
+    made = evaluator(name="forks", at=[0, 4], samples=2, tokens=5, opening="\\boxed{7}")
+    with Grader.of(GradingConfig(), made.judgings.verifiers) as grader:
+        record = made.run(engine, grader, "m")
+    (row, *_) = record["rows"]
+    assert row["early"]["at"] == [0, 4]
+    assert row["direct"] == [row["direct"][0]] * 2, "both say 7"
+    assert record["protocol"]["max_new_tokens"] == 30
+    assert record["measures"]["accuracy_within@15"]["value"] == 0.0

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from megatron_efr.config import GradingConfig, JudgingConfig
+from megatron_efr.evaluation.judged import judge
 from megatron_efr.evaluation.records import summarise
 from megatron_efr.grading import Grader
 from megatron_efr.grading.equality import equal_answers
 from megatron_efr.grading.groups import grade_groups
 from megatron_efr.grading.judging import Judging, Judgings
-from megatron_efr.types import Grade, Graded, Group, Prompt
+from megatron_efr.types import Branch, Grade, Graded, Group, Prompt
 from tests.groups import response
 
 pytestmark = pytest.mark.alike
@@ -102,3 +103,33 @@ def test_cut_off_responses_have_no_vote(grader: Grader) -> None:
     cut = replace(whole, responses=(replace(whole.responses[0], finish="length"), whole.responses[1]))
     graded = grade_groups(grader, [cut])
     assert equal_answers(grader, graded) == [[None, 1]]
+
+
+def test_answers_that_were_forced_early_are_judged_and_told_apart_as_the_responses_are(grader: Grader) -> None:
+    def forced(at: int, *answers: str | None) -> Branch:
+        made = group("1/2", list(answers)).responses
+        return Branch("summary", at, tuple(replace(each, finish="length") for each in made))
+
+    whole = group("1/2", ["0.5", "3", None], [9, 20, 3])
+    branches = [
+        (forced(0, "2/4", "3.0"), forced(8, "7", r"\frac12")),
+        (forced(0, "4", None), forced(8, "0.5", "0.50"), forced(16, "3", "3")),
+        (),
+    ]
+    responses = [replace(each, branches=own) for each, own in zip(whole.responses, branches, strict=True)]
+    judged = judge([replace(whole, responses=tuple(responses))], (0, 8, 16), grader, Judgings())
+    assert judged.early is not None
+    assert [grade.correct for grade in judged.graded[0].grades] == [True, False, False]
+    assert judged.early.right == [[[0.5, 0.5, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]]  # its own where none was forced
+    ((right, wrong, none),), (direct,) = judged.answers, judged.early.direct
+    assert none is None
+    assert list(direct) == [right, wrong, max(right or 0, wrong or 0) + 1, None]  # 4 is neither's answer
+    record = summarise(judged.graded, "m", answers=judged.answers, early=judged.early)
+    assert record["rows"][0]["early"] == {"at": [0, 8, 16], "right": judged.early.right[0]}
+    # the right one: one of three direct answers differs not; the wrong one: one of three
+    assert record["measures"]["internal_bias"]["value"] == pytest.approx(2 / 3)
+    assert record["measures"]["early@8"]["value"] == 0.5
+    assert record["measures"]["underthinking"]["value"] == pytest.approx((1 - 8 / 20 + 0) / 2)
+    later = judge([replace(whole, responses=tuple(responses))], (8,), grader, Judgings())
+    assert later.early is not None
+    assert (later.answers, later.early.direct) == (judged.answers, [])

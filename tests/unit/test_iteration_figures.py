@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_efr.config import ModelConfig
-from megatron_efr.run.iteration import IdentityError, check_identities, repetition, rollout_figures
+from megatron_efr.evaluation.responses import repetition
+from megatron_efr.run.iteration import IdentityError, check_identities, rollout_figures
 from megatron_efr.steps import Part
 from megatron_efr.types import Credited, Grade, Graded, Group, Prompt, Response, Rewarded, VersionSpan
 from tests.groups import credited

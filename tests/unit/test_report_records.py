@@ -37,7 +37,7 @@ def test_a_record_holds_the_figures_of_all_and_of_each_dataset():
     assert record["tokens_wrong"] == pytest.approx((30 + 40 + 160) / 6)
     assert record["tokens_by_difficulty"] == {"2": 17.5, "10": 40.0}
     assert record["accuracy_by_difficulty"] == {"2": 0.75, "10": 0.0}
-    assert record["truncated"] == pytest.approx(2 / 12)
+    assert record["truncated"] == pytest.approx((0 + 0 + 2 / 4) / 3)
     assert record["pass_at_k"] == pytest.approx({"1": 0.5, "2": (5 / 6 + 1) / 3, "4": 2 / 3})
     assert record["majority"] == pytest.approx((0.5 + 1 + 0) / 3)
     # by hand: 2 / ln 15 against 2 / ln 35; one answer; 1 / ln 30 each of two wrong ones

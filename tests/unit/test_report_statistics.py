@@ -10,19 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_efr.evaluation import statistics as measure
-from tests.groups import graded
 
 pytestmark = pytest.mark.alike
-
-
-def group(correct, lengths, finish=None, **meta):
-    return graded(correct, lengths, finish, meta=meta)
-
-
-def test_means_count_every_problem_once_however_many_samples_it_has():
-    groups = [group([1, 1, 0, 0], [10, 20, 30, 40]), group([1], [100])]
-    assert measure.pass_rates(groups).tolist() == [0.5, 1.0]
-    assert measure.mean_lengths(groups).tolist() == [25.0, 100.0]
 
 
 @given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
@@ -62,8 +51,7 @@ def test_the_interval_is_seeded_and_does_not_depend_on_how_the_draws_are_chunked
 def test_clustering_widens_the_interval_as_samples_of_one_problem_agree():
     rng = np.random.default_rng(0)
     easy = rng.random(100) < 0.5
-    groups = [group([right] * 16, [10] * 16) for right in easy]  # every problem all right or all wrong
-    low, high = measure.interval(measure.pass_rates(groups))
+    low, high = measure.interval(easy.astype(float))  # every problem all right or all wrong
     rate = easy.mean()
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt(rate * (1 - rate) / 100), rel=0.1)
 
@@ -125,25 +113,10 @@ def test_the_shortest_majority_weighs_votes_by_their_length():
     assert measure.shortest_majority([None], [False], [9]) == 0.0
 
 
-def test_tokens_are_split_by_right_and_wrong_over_all_responses():
-    groups = [group([1, 0], [10, 50]), group([1, 1], [20, 60])]
-    assert measure.tokens_by_correctness(groups) == (30.0, 50.0)
-    assert measure.tokens_by_correctness([group([1], [4])]) == (4.0, None)
-
-
-def test_difficulties_are_grouped_and_in_their_own_order():
-    groups = [group([1], [30], difficulty=10), group([0], [10], difficulty=2), group([1], [20], difficulty=2)]
-    groups.append(group([1], [99]))  # has none
-    tokens = measure.by_difficulty(groups, measure.mean_lengths)
-    assert list(tokens.items()) == [("2", 15.0), ("10", 30.0)]
-    assert measure.by_difficulty(groups, measure.pass_rates) == {"2": 0.5, "10": 1.0}
+def test_difficulties_have_their_own_order():
+    assert measure.in_order(["10", "2"]) == ["2", "10"]
     assert measure.in_order(["Level 10", "Level 2"]) == ["Level 2", "Level 10"]
     assert measure.in_order(["hard", "easy"]) == ["easy", "hard"]
-
-
-def test_truncation_counts_responses():
-    groups = [group([0, 1, 1], [9, 9, 9], ["length", "stop", "stop"]), group([0], [9], ["abort"])]
-    assert measure.truncation_rate(groups) == 0.5
 
 
 def test_normalised_figures_are_the_papers():

@@ -1,0 +1,116 @@
+"""Measures of right and wrong: accuracy, votes, pass@k, and accuracy at budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from megatron_efr.evaluation import statistics
+from megatron_efr.evaluation.measure import NUMBERED, Measure, over_problems, register
+from megatron_efr.evaluation.samples import NO_ANSWER, Samples
+from megatron_efr.types import FloatArray
+
+
+@register("%", "high", rate=True)
+def accuracy(samples: Samples) -> FloatArray:
+    """Share of a problem's responses that are right: avg@k over its k samples, which is pass@1."""
+    return over_problems(samples.mean(samples.correct))
+
+
+@register("%", "high", rate=True)
+def all_right(samples: Samples) -> FloatArray:
+    """Share of problems whose responses are all right: acc@k of S1-Bench (WYRipple/S1_Bench@f33acc7)."""
+    return over_problems((samples.total(samples.correct) == samples.sizes).astype(np.float64))
+
+
+@register("%", "high", rate=True)
+def answered(samples: Samples) -> FloatArray | None:
+    """Share of responses that ended by themselves and have an answer where the verifier looks for it.
+
+    S1-Bench's success rate, by this extractor instead of the source's formats.
+    """
+    return None if samples.answered is None else over_problems(samples.mean(samples.answered))
+
+
+@register("%", "high", rate=True)
+def majority(samples: Samples) -> FloatArray | None:
+    """Chance that the most frequent answer of a problem is right; equal answers vote together, a tie is drawn."""
+    return _votes(samples, lambda answers, right, tokens: statistics.majority(answers, right))
+
+
+@register("%", "high", rate=True)
+def shortest_majority(samples: Samples) -> FloatArray | None:
+    """Chance that the answer with the most votes is right; one has count / ln(mean tokens) (arXiv 2502.12215)."""
+    return _votes(samples, statistics.shortest_majority)
+
+
+def _votes(samples: Samples, elect: Callable[..., float]) -> FloatArray | None:
+    if samples.answer is None:
+        return None
+    ends = np.cumsum(samples.sizes)[:-1]
+    columns = (np.split(column, ends) for column in (samples.answer, samples.correct, samples.tokens))
+    cast = zip(*columns, strict=True)
+    named = (([None if a == NO_ANSWER else int(a) for a in own], right, tokens) for own, right, tokens in cast)
+    return over_problems(np.array([elect(*each) for each in named]))
+
+
+def pass_at(k: int) -> Measure:
+    """Chance that one of k draws without replacement is right: 1 - C(n - c, k) / C(n, k), unbiased (arXiv 2107.03374).
+
+    A problem with fewer than k samples has none.
+    """
+
+    def terms(samples: Samples) -> FloatArray | None:
+        counted = zip(samples.sizes.tolist(), samples.total(samples.correct).astype(int).tolist(), strict=True)
+        values = [statistics.pass_at_k(n, c, k) if n >= k else np.nan for n, c in counted]
+        return over_problems(np.array(values)) if k and np.isfinite(values).any() else None
+
+    return Measure(f"pass@{k}", "%", "high", terms, rate=True, about=pass_at.__doc__ or "")
+
+
+# -- budgets -----------------------------------------------------------------------------------------------------------
+
+
+def accuracy_within(budget: int) -> Measure:
+    """Accuracy if generation is cut off after so many tokens: a response counts if it is right and no longer.
+
+    The paper's baseline (arXiv 2502.04463). One evaluation gives every budget up to its limit.
+    """
+
+    def terms(samples: Samples) -> FloatArray | None:
+        if not 0 < budget <= samples.limit:
+            return None
+        return over_problems(samples.mean(samples.correct & (samples.tokens <= budget)))
+
+    return Measure(f"accuracy_within@{budget}", "%", "high", terms, rate=True, about=accuracy_within.__doc__ or "")
+
+
+@register("%", "high", rate=True)
+def accuracy_area(samples: Samples) -> FloatArray:
+    """Area under accuracy at hard budgets, over that of a model that is right at once: the mean over budgets t of
+    (0, limit] of accuracy_within@t, which is the mean of c (1 - tokens / limit). Of OptimalThinkingBench's AUC_OAA
+    (arXiv 2508.13141), with all tokens in the place of the thinking ones, and the evaluation's limit as t_max."""
+    return over_problems(samples.mean(samples.correct * np.maximum(0.0, 1 - samples.tokens / samples.limit)))
+
+
+def early(budget: int) -> Measure:
+    """Accuracy of answers that were forced after so many tokens of thought, or of the response if it thought less
+    (arXiv 2505.13438). It takes an evaluation with the script `forks` that has this length."""
+
+    def terms(samples: Samples) -> FloatArray | None:
+        if samples.early is None or budget not in samples.budgets:
+            return None
+        return over_problems(samples.mean(samples.early[:, samples.budgets.index(budget)]))
+
+    return Measure(f"early@{budget}", "%", "high", terms, rate=True, about=early.__doc__ or "")
+
+
+@register("%", "high", rate=True)
+def anytime(samples: Samples) -> FloatArray | None:
+    """Mean over the budgets b of the script `forks` of early@b: AnytimeReasoner's score with a uniform prior
+    (arXiv 2505.13438)."""
+    return None if samples.early is None else over_problems(samples.mean(samples.early.mean(axis=1)))
+
+
+NUMBERED |= {"pass": pass_at, "accuracy_within": accuracy_within, "early": early}

@@ -1,0 +1,79 @@
+"""Figures with their intervals: bootstrap over problems, seeded; Wilson's for rates, which knows their ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_efr.evaluation import statistics
+from megatron_efr.evaluation.measure import Measure
+from megatron_efr.evaluation.measures import offered
+from megatron_efr.evaluation.samples import Samples
+from megatron_efr.types import FloatArray
+
+
+class Figure(NamedTuple):
+    """A value and its 95% interval; None if it is not finite, such as a ratio to nothing."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+def measured(samples: Samples, measures: Sequence[Measure] | None = None, seed: int = 0) -> dict[str, Figure]:
+    """The figures of these measures, or of all, by name; those that the samples do not say enough for are missing."""
+    parts = [
+        (measure, terms)
+        for measure in (offered(samples) if measures is None else measures)
+        if (terms := measure.terms(samples)) is not None
+    ]
+    if not parts:
+        return {}
+    drawn = resampled(np.concatenate([terms for _, terms in parts], axis=1), seed)
+    ends = np.cumsum([terms.shape[1] for _, terms in parts])[:-1]
+    return {
+        measure.name: _figure(measure, terms, own, len(samples.tokens))
+        for (measure, terms), own in zip(parts, np.split(drawn, ends, axis=1), strict=True)
+    }
+
+
+def _figure(measure: Measure, terms: FloatArray, drawn: FloatArray, samples: int) -> Figure:
+    value = float(measure.value(summed(terms)))
+    if not np.isfinite(value):
+        return Figure(None)
+    if measure.rate:
+        rates = terms[:, 0][terms[:, 1] > 0]
+        return Figure(value, *statistics.rate_interval(rates, samples))
+    return Figure(value, *spread(measure.value(drawn)))
+
+
+def summed(terms: FloatArray) -> FloatArray:
+    """Sums of `terms` [problems, terms] over the problems, each pairwise as `np.mean` does it."""
+    return np.ascontiguousarray(terms.T).sum(axis=1)
+
+
+def spread(values: FloatArray) -> tuple[float | None, float | None]:
+    """The 95% percentile interval of drawn values; those that are not finite are left out, None if all are."""
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return None, None
+    tail = (1 - statistics.LEVEL) / 2
+    low, high = np.quantile(known, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def resampled(terms: FloatArray, seed: int, resamples: int = statistics.RESAMPLES) -> FloatArray:
+    """Sums of `terms` [problems, terms] over draws of the problems with replacement, [resamples, terms].
+
+    Resampling problems, not responses, makes the interval clustered: responses to one problem are not independent.
+    """
+    return np.concatenate([counts @ terms for counts in _counts(len(terms), seed, resamples)])
+
+
+def _counts(problems: int, seed: int, resamples: int) -> Iterator[FloatArray]:
+    """How often each problem is drawn, [some, problems] at a time."""
+    for draws in statistics.drawn_problems(problems, seed, resamples):
+        places = draws + problems * np.arange(len(draws))[:, None]
+        yield np.bincount(places.ravel(), minlength=draws.size).reshape(draws.shape).astype(np.float64)
