@@ -73,7 +73,7 @@ def iterate(run: Run, step: int, observer: Observer) -> dict[str, float]:
     # improve: deal, score, fill, check, update
     metrics = improve(run, step, groups, observer)
     # learn: what the method and the prompts' history take along to later iterations
-    run.learn(step, groups)
+    metrics |= run.learn(step, groups)
     metrics |= run.environment.engine_figures() if run.environment else {}
     # warn: a run that cannot learn says so, and why
     run.warn(step, metrics)

@@ -60,7 +60,8 @@ class Known(NamedTuple):
     limit: the most tokens of a response (rollout.max_new_tokens). state: what `learn` returned last; empty at first.
     history: what was seen of each prompt, by its id. A prompt that was never visited has no entry. reference: the
     starting model's responses to every training prompt; monitor: the monitor set's, as last sampled; both empty where
-    `samplings` asks for none. marks: around a thought, where the model has them.
+    `samplings` asks for none. marks: around a thought, where the model has them. monitored: the iterations that were
+    over when the monitor set was last sampled; None: it was not.
     """
 
     step: int
@@ -70,6 +71,7 @@ class Known(NamedTuple):
     reference: ByPrompt = NONE
     monitor: ByPrompt = NONE
     marks: Marks | None = None
+    monitored: int | None = None
 
 
 class Choices(Protocol):

@@ -37,6 +37,7 @@ class Knowledge:
             history=self._history,
             reference=self.reference,
             monitor=self._monitor,
+            monitored=self._monitored,
         )
         self._begun[step] = self.latest
         return self.latest
@@ -50,6 +51,11 @@ class Knowledge:
         known = self._begun.pop(step)
         self._state = self._method.learn(self._state, groups, known)
         self._history = visited(self._history, [group.graded for group in groups], step)
+
+    def figures(self) -> dict[str, float]:
+        """The numbers of the method's state, as an iteration's metrics have them: a controller's price, for one."""
+        numbers = {name: value for name, value in self._state.items() if isinstance(value, (int, float))}
+        return {f"method/{name}": float(value) for name, value in numbers.items()}
 
     @property
     def monitored(self) -> int | None:
@@ -74,4 +80,6 @@ class Knowledge:
         self._begun = {}
         monitor = stored.get("monitor", {"step": None, "sampled": {}})
         self._monitored, self._monitor = monitor["step"], load(monitor["sampled"])
-        self.latest = self.latest._replace(state=self._state, history=self._history, monitor=self._monitor)
+        self.latest = self.latest._replace(
+            state=self._state, history=self._history, monitor=self._monitor, monitored=self._monitored
+        )

@@ -62,6 +62,7 @@ METHODS: dict[str, type[Method]] = {
     "experimental.alp": experimental.ALP,
     "experimental.gr3": experimental.GR3,
     "experimental.effort": experimental.Effort,
+    "experimental.target": experimental.Target,
 }
 
 

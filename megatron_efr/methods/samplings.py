@@ -41,11 +41,12 @@ NONE: ByPrompt = MappingProxyType({})
 
 class Monitor(NamedTuple):
     """A monitor set: `prompts` of the training prompts at most, drawn by the run's seed, each asked for `samples`
-    responses before the first iteration, and after every so many."""
+    responses before the first iteration, and after every so many. held_out: of evaluation.datasets' instead."""
 
     prompts: int
     samples: int
     every: int
+    held_out: bool = False
 
 
 class Samplings(NamedTuple):
@@ -53,6 +54,11 @@ class Samplings(NamedTuple):
 
     reference: int = 0
     monitor: Monitor | None = None
+
+    @property
+    def held_out(self) -> bool:
+        """True if problems of evaluation.datasets are sampled."""
+        return self.monitor is not None and self.monitor.held_out
 
 
 def dump(sampled: ByPrompt) -> dict[str, Any]:

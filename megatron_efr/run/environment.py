@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from megatron_efr.algorithms import Algorithm
-from megatron_efr.config import PromptConfig, TrainConfig
+from megatron_efr.config import ConfigError, PromptConfig, TrainConfig
 from megatron_efr.data.lengths import check_prompts
 from megatron_efr.data.prompts import Rendered, load_tokenizer
 from megatron_efr.data.stop_tokens import stop_ids
@@ -22,6 +22,7 @@ from megatron_efr.evaluation.evaluator import Evaluator
 from megatron_efr.evaluation.problems import SHOWN_PROMPTS, judgings_of, load_prompts, show
 from megatron_efr.grading import Grader
 from megatron_efr.grading.groups import grade_groups
+from megatron_efr.grading.judging import Judgings
 from megatron_efr.methods import Given, Knowledge, Known, Method, check_given, reward
 from megatron_efr.rollout.build import ENGINES, build_engine
 from megatron_efr.rollout.codec import TokenizerCodec
@@ -33,7 +34,7 @@ from megatron_efr.rollout.servers.run_servers import Servers
 from megatron_efr.run.asking import Asking
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.run.samplings import Sampler, check_there, figures
-from megatron_efr.types import Group, Rewarded, Sampling
+from megatron_efr.types import Group, Prompt, Rewarded, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import initial_weights
 
@@ -54,15 +55,20 @@ class Environment:
         architecture = Architecture.from_folder(config.model.path)
         initial_weights(config.model, architecture, config.seed)
         rendered = load_prompts(config.data.datasets, tokenizer, config.data.prompt, config.grading)
-        check_prompts(
-            rendered.prompts, config.rollout.max_new_tokens, architecture.max_positions, "rollout.max_new_tokens"
-        )
         stops = stop_ids(config.model.path, tokenizer)
         self.stream = PromptStream(rendered.prompts, config.seed, config.data.shuffle)
-        self._evaluate_every = config.evaluation.every or 0
+        watches = method.samplings.held_out
+        if watches and not config.evaluation.datasets:
+            raise ConfigError(
+                f"evaluation.datasets: empty, and method {config.method.name} watches problems that are not trained on"
+            )
         self.evaluator = (
-            evaluator_of(config, tokenizer, stops, architecture.max_positions) if self._evaluate_every else None
+            evaluator_of(config, tokenizer, stops, architecture.max_positions)
+            if config.evaluation.every or watches
+            else None
         )
+        asked = [*rendered.prompts, *(self.evaluator.prompts if self.evaluator and watches else ())]
+        check_prompts(asked, config.rollout.max_new_tokens, architecture.max_positions, "rollout.max_new_tokens")
         self._config, self._codec = config, TokenizerCodec(tokenizer)
         self._method, self._algorithm = method, algorithm
         rollout, marks = config.rollout, thinking_marks(config.model.thinking, tokenizer)
@@ -76,8 +82,8 @@ class Environment:
         show(Rendered(shown, rendered.left_out))
         self._sampling = Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens, stops)
         self._judgings = judgings_of(config.grading, config.data.datasets)
-        held_out = self.evaluator.judgings.verifiers if self.evaluator else []
-        self.grader = Grader.of(config.grading, [*self._judgings.verifiers, *held_out])
+        others = self.evaluator.judgings.verifiers if self.evaluator else []
+        self.grader = Grader.of(config.grading, [*self._judgings.verifiers, *others])
         self._prompts = rendered.prompts
 
     def connect(self, servers: Servers, resources: ExitStack) -> None:
@@ -113,7 +119,7 @@ class Environment:
         `model` is the starting model's checksum. What is known already is not sampled again.
         """
         wanted, found = self._method.samplings, dict[str, float]()
-        sampler = self._sampler(model)
+        sampler = self._sampler(model, self._prompts, self._judgings)
         with self.production.held():
             if wanted.reference and not self.knowledge.reference:
                 given = self._config.data.reference
@@ -122,27 +128,31 @@ class Environment:
                     write_atomic(folder.reference, Path(given).read_bytes())
                 self.knowledge.reference = sampler.reference(self.engine, wanted.reference, folder.reference)
             if wanted.monitor and step % wanted.monitor.every == 0 and self.knowledge.monitored != step:
+                if wanted.monitor.held_out:
+                    assert self.evaluator is not None
+                    sampler = self._sampler(model, self.evaluator.prompts, self.evaluator.judgings)
                 sampled = sampler.monitor(self.engine, wanted.monitor, step, folder.monitor(step))
                 self.knowledge.monitor(step, sampled)
                 found = figures(sampled)
         return found
 
-    def _sampler(self, model: str) -> Sampler:
-        """Samples training prompts as rollouts are sampled, and grades them alike."""
-        datasets = {prompt.meta["dataset"] for prompt in self._prompts}
+    def _sampler(self, model: str, prompts: Sequence[Prompt], judgings: Judgings) -> Sampler:
+        """Samples these prompts as rollouts are sampled."""
+        datasets = {prompt.meta["dataset"] for prompt in prompts}
         asked = {
             "model": model,
             **asdict(self._sampling),
-            **{f"grading of {name}": asdict(self._judgings.of_dataset(name)) for name in sorted(datasets)},
+            **{f"grading of {name}": asdict(judgings.of_dataset(name)) for name in sorted(datasets)},
         }
-        return Sampler(self._prompts, self._sampling, self.grader, self._judgings, self._config.seed, asked)
+        return Sampler(prompts, self._sampling, self.grader, judgings, self._config.seed, asked)
 
     def evaluate(self, step: int, folder: RunFolder) -> dict[str, float]:
         """Ask and grade the held-out problems with the weights being served, where step `step` is one to do so.
 
         The record goes to `folder`.
         """
-        if self.evaluator is None or step % self._evaluate_every:
+        every = self._config.evaluation.every
+        if self.evaluator is None or not every or step % every:
             return {}
         with self.production.held():
             record = self.evaluator.run(self.engine, self.grader, f"step_{step:06d}")

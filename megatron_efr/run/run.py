@@ -116,10 +116,12 @@ class Run:
         }
         self.checkpoints.save(step, self.policy.sharded_state(), state, lambda: self.folder.clear_journals(step))
 
-    def learn(self, step: int, groups: Sequence[Credited]) -> None:
-        """Let rank 0 keep what iteration `step` taught about its prompts, and to its method."""
-        if self.environment is not None:
-            self.environment.knowledge.learn(step, [group.rewarded for group in groups])
+    def learn(self, step: int, groups: Sequence[Credited]) -> dict[str, float]:
+        """Let rank 0 keep what iteration `step` taught about its prompts, and to its method; figures of the latter."""
+        if self.environment is None:
+            return {}
+        self.environment.knowledge.learn(step, [group.rewarded for group in groups])
+        return self.environment.knowledge.figures()
 
     def restore(self) -> int:
         """Take up the newest checkpoint that verifies: the step it was made after, 0 where there is none."""

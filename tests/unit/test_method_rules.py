@@ -11,7 +11,7 @@ import pytest
 
 from megatron_efr import methods
 from megatron_efr.config import ConfigError
-from megatron_efr.methods import METHODS, Ask, Method, Monitor, Sampled, Seen, Visit
+from megatron_efr.methods import METHODS, Ask, Method, Monitor, Sampled, Seen, State, Visit
 from megatron_efr.methods.monitored import LaserD, repetitive
 from megatron_efr.methods.relative import GDPO, GFPO, qglas_advantages
 from megatron_efr.scripts import Budget, Opened
@@ -246,6 +246,22 @@ def test_a_level_of_effort_is_an_alpha() -> None:
     assert all(ask.suffix == f" Effort: {ask.note['level']}." for ask in asks)
 
 
+def test_alpha_follows_the_accuracy_of_the_start_within_its_tolerance() -> None:
+    """At 1/2 - 1/4 the accuracy is lost; nothing happens between samplings, and one is looked at once."""
+    method = build("experimental.target", alpha=0.1, most=0.4, up=0.2, down=0.25, tolerance=0.25)
+    state: State = {}
+    alphas = []
+    for monitored, right in ((0, 2), (0, 2), (10, 1), (20, 3), (20, 3), (30, 4), (40, 0), (50, 0), (60, 0), (70, 1)):
+        sampled = Sampled((1, 2, 3, 4), tuple(n < right for n in range(4)))
+        known = KNOWN._replace(state=state, monitor={"p": sampled}, monitored=monitored)
+        (given,) = rewarded(method, [(C, L)], known)
+        alphas.append(method.learn(state, [given], known)["alpha"])
+        assert np.array_equal(given.rewards, methods.rewards("efr", C, L, alpha=alphas[-1])), "at once"
+        state = json.loads(json.dumps(method.learn(state, [given], known)))
+    assert alphas == pytest.approx([0.1, 0.1, 0.3, 0.4, 0.4, 0.4, 0.15, 0, 0, 0.2], abs=1e-12)
+    assert state == {"alpha": pytest.approx(0.2), "start": 0.5, "looked": 70}
+
+
 def test_a_largest_budget_never_pays_a_wrong_answer_more() -> None:
     for form in ("paper", "multiplied"):
         for right, lengths in drawn_groups(4, 40):
@@ -419,6 +435,8 @@ def learn_from(method: Method, knowledge: methods.Knowledge, first: int, last: i
     """What iterations `first` to `last` train on, of ever the same groups."""
     made = []
     for step in range(first, last + 1):
+        if method.samplings.monitor:
+            knowledge.monitor(step - 1, {"p": Sampled((700, 900), (step > 2, True))})
         known = knowledge.begin(step)
         rng = np.random.default_rng(step)
         groups = [(rng.random(4) < 0.5, rng.integers(1, 3000, 4).tolist()) for _ in range(3)]

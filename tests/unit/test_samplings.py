@@ -197,7 +197,7 @@ def test_what_was_sampled_is_known_from_the_next_iteration_on_and_survives_a_res
     knowledge.monitor(0, sampled)
     knowledge.begin(1)
     knowledge.monitor(1, {"a": Sampled((7,), (True,))})
-    assert knowledge.of(1) == Known(1, 100, {}, {}, sampled, sampled, marks)
+    assert knowledge.of(1) == Known(1, 100, {}, {}, sampled, sampled, marks, 0)
     stored = json.loads(json.dumps(knowledge.state_dict()))
     resumed = methods.Knowledge(methods.EFR(alpha=0.1), 100, marks)
     resumed.load_state_dict(stored)
