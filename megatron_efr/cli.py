@@ -14,6 +14,7 @@ PROGRAMS = {
     "sft": "supervised fine-tuning on responses",
     "evaluate": "accuracy and tokens of a model folder",
     "sweep": "a family: train, evaluate and report models by what varies",
+    "watch": "a live view of a run in the terminal",
     "grade": "a file of responses: who is judged how, and why",
     "report": "the HTML page of a run folder",
     "import": "a model folder from a GGUF file",

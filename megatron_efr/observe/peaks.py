@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import resource
+import sys
 from pathlib import Path
-
-import torch
+from typing import Any
 
 GIB = 2**30
 PROCESS = Path("/proc/self")
@@ -53,7 +53,8 @@ def _since_last_time() -> dict[str, float]:
     peaks = {}
     if (resident := _resident_peak()) is not None:
         peaks["memory_gib"] = resident
-    if torch.cuda.is_initialized():
+    torch: Any = sys.modules.get("torch")  # a process that never imported it has no tensors
+    if torch is not None and torch.cuda.is_initialized():
         peaks["cuda_memory_gib"] = torch.cuda.max_memory_allocated() / GIB
         torch.cuda.reset_peak_memory_stats()
         free, total = torch.cuda.mem_get_info()

@@ -65,6 +65,20 @@ def claimed(
             yield
 
 
+def is_owned(lock: Path) -> bool:
+    """True if a process owns what `lock` is the lock file of; on a file system without locks, if the file is there."""
+    try:
+        with open(lock, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return lock.exists()
+    return False
+
+
 def _locked(lock: Path, what: str) -> BinaryIO:
     """The open lock file, locked."""
     limit = time.monotonic() + WAIT_S

@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"weights.folder", "weights.gguf_file", "weights.gguf_model"},
     "grade": BASE | {"arguments", "data.datasets", "data.rows", "grading"},
     "inspect_checkpoint": BASE | {"arguments", "checkpoint.manifest", "weights.torch_dist"},
+    "watch": BASE | {"arguments", "observe", "run.folder", "run.owner"},
     "torchrun": {"parent", "run.interruption"},
     "cluster": BASE
     | {"arguments", "weights.architecture"}
