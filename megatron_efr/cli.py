@@ -12,6 +12,7 @@ from megatron_efr.arguments import run
 PROGRAMS = {
     "train": "reinforcement learning, the main job",
     "sft": "supervised fine-tuning on responses",
+    "dpo": "preference optimization: short right answers against long ones",
     "evaluate": "accuracy and tokens of a model folder",
     "sweep": "a family: train, evaluate and report models by what varies",
     "watch": "a live view of a run in the terminal",

@@ -117,9 +117,22 @@ class DataConfig(Section):
 
 
 class SftDataConfig(Section):
-    """Rows of question and response text: `{"question", "response"}` by default."""
+    """Rows of question and response text, `{"question", "response"}` by default; or a run's own judged answers."""
 
-    path: str = Field(description="a .jsonl / .json / .parquet file, a folder saved by datasets, or a hub name")
+    path: str = Field(
+        description="a .jsonl / .json / .parquet file, a folder saved by datasets, or a hub name; or answers: a "
+        ".jsonl.zst file of rollouts/ or eval/, or a folder of them"
+    )
+    pick: Literal["shortest", "right"] = Field(
+        default="shortest", description="of answers: the shortest right one of each prompt, or every right one"
+    )
     question: str = Field(default="question", description="column of the question")
     response: str = Field(default="response", description="column of the response")
     limit: PositiveInt | None = Field(default=None, description="first rows only")
+
+
+class PairsDataConfig(Section):
+    """Pairs of a run's own judged answers: to each prompt its shortest right answer, and its longest."""
+
+    path: str = Field(description="a .jsonl.zst file of rollouts/ or eval/, or a folder of them")
+    limit: PositiveInt | None = Field(default=None, description="first pairs only")

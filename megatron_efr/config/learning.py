@@ -100,10 +100,10 @@ class TrainingConfig(Section):
 
 
 class SftTrainingConfig(Section):
-    """The loop of supervised fine-tuning: how many updates, of how many sequences."""
+    """The loop of training on rows: how many updates, of how many sequences, or pairs of them."""
 
     updates: PositiveInt = Field(description="updates in all, those before a resume included")
-    batch: PositiveInt = Field(default=64, description="sequences per optimizer update")
+    batch: PositiveInt = Field(default=64, description="sequences, or pairs, per optimizer update")
     micro_batch_tokens: PositiveInt = Field(default=16384, description="token budget of one packed micro-batch")
     bucket: PositiveInt = Field(
         default=1,
@@ -111,3 +111,9 @@ class SftTrainingConfig(Section):
     )
     log_every: PositiveInt = Field(default=10, description="updates from one line of metrics to the next")
     max_skipped: PositiveInt = Field(default=3, description="stop when so many updates in a row had to be skipped")
+
+
+class PreferenceConfig(Section):
+    """How strongly one response of a pair is preferred to the other (arXiv 2305.18290)."""
+
+    beta: float = Field(default=0.1, gt=0, description="of the implicit reward: how dear it is to leave the start")

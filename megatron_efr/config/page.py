@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megatron_efr.config.programs import EvaluateConfig, RunConfig, SftConfig, TrainConfig
+from megatron_efr.config.programs import DpoConfig, EvaluateConfig, RunConfig, SftConfig, TrainConfig
 
 PROGRAMS: dict[str, type[RunConfig]] = {
     "efr train": TrainConfig,
     "efr sft": SftConfig,
+    "efr dpo": DpoConfig,
     "efr evaluate": EvaluateConfig,
 }
 """The programs that read a configuration, in the page's order."""

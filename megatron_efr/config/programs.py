@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_efr.config.data import DataConfig, PromptConfig, SftDataConfig
+from megatron_efr.config.data import DataConfig, PairsDataConfig, PromptConfig, SftDataConfig
 from megatron_efr.config.evaluation import EvaluationConfig
 from megatron_efr.config.grading import GradingConfig
 from megatron_efr.config.learning import (
@@ -15,6 +15,7 @@ from megatron_efr.config.learning import (
     AlgorithmConfig,
     MethodConfig,
     OptimizerConfig,
+    PreferenceConfig,
     SftTrainingConfig,
     TrainingConfig,
 )
@@ -119,6 +120,28 @@ class SftConfig(RunConfig):
             raise ConfigError(
                 f"train.batch: {self.train.batch} sequences do not divide over {replicas} data-parallel ranks; "
                 f"make it a multiple of {replicas}"
+            )
+
+
+class DpoConfig(RunConfig):
+    """`efr dpo`."""
+
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    data: PairsDataConfig
+    preference: PreferenceConfig = Field(default_factory=PreferenceConfig)
+    optimizer: OptimizerConfig
+    train: SftTrainingConfig
+    checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(every=500, keep=1))
+    observe: ObserveConfig = Field(default_factory=ObserveConfig)
+
+    def check_world(self, world_size: int) -> None:
+        """Refuse sizes that do not divide over `world_size` ranks."""
+        check_parallel(self.parallel, world_size)
+        replicas = world_size // self.parallel.model_ranks
+        if 2 * self.train.batch % replicas:
+            raise ConfigError(
+                f"train.batch: the 2 x {self.train.batch} sequences of its pairs do not divide over {replicas} "
+                f"data-parallel ranks; make them a multiple of {replicas}"
             )
 
 

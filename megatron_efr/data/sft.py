@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,15 @@ from megatron_efr.data.lengths import check_rows
 from megatron_efr.data.prompts import PromptError, Renderer, fits
 from megatron_efr.data.rows import DatasetError, Row, read_rows
 from megatron_efr.samples import Sample
+
+ANSWERS = ".jsonl.zst"
+"""The end of the name of a file of a run's own judged answers."""
+
+
+def holds_answers(path: str) -> bool:
+    """True for a file of a run's judged answers, or a folder of such files."""
+    place = Path(path).expanduser()
+    return path.endswith(ANSWERS) or (place.is_dir() and any(place.glob(f"*{ANSWERS}")))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from rich.table import Table
 from megatron_efr.arguments import run
 from megatron_efr.checkpoint.model_source import find_model
 from megatron_efr.cluster.placement import RENDEZVOUS_PORT
-from megatron_efr.config import EvaluateConfig, RolloutConfig, RunConfig, SftConfig, TrainConfig
+from megatron_efr.config import DpoConfig, EvaluateConfig, RolloutConfig, RunConfig, SftConfig, TrainConfig
 from megatron_efr.doctor import machine
 from megatron_efr.doctor.engine import check_engine, check_router, check_servers
 from megatron_efr.doctor.finding import Finding, missing
@@ -76,11 +76,11 @@ def check_run(config: RunConfig) -> Iterator[Finding]:
         if checkpoint is None:
             yield check_weights(model, config.seed)
         yield check_prompt(config.model_copy(update={"model": model}))
-        if isinstance(config, TrainConfig | SftConfig):
+        if isinstance(config, TrainConfig | SftConfig | DpoConfig):
             needed += (config.checkpoint.keep + 1) * checkpoint_bytes(architecture, config.model.dtype)
             what = f"{config.checkpoint.keep} checkpoints, one being written, and records"
     yield machine.check_disk(config.folder, needed, what)
-    wandb = config.observe.wandb if isinstance(config, TrainConfig | SftConfig) else None
+    wandb = config.observe.wandb if isinstance(config, TrainConfig | SftConfig | DpoConfig) else None
     if wandb is not None and importlib.util.find_spec("wandb") is None:
         yield missing(
             "wandb", "observe.wandb is set, and it is not installed", "pip install 'megatron-efr[wandb]'", True

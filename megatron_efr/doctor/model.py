@@ -9,6 +9,7 @@ from megatron_efr.config import DatasetConfig, ModelConfig, PromptConfig, RunCon
 from megatron_efr.data.datasets import load_problems
 from megatron_efr.data.prompts import Renderer, load_tokenizer
 from megatron_efr.data.rows import read_rows
+from megatron_efr.data.sft import holds_answers
 from megatron_efr.doctor.finding import Finding
 from megatron_efr.errors import UserError
 from megatron_efr.weights.architecture import Architecture
@@ -44,7 +45,7 @@ def check_prompt(config: RunConfig) -> Finding:
 def _questions(config: RunConfig) -> Iterator[str]:
     """The first question of each data set on this machine; one of a hub would have to be downloaded."""
     if isinstance(config, SftConfig):
-        if Path(config.data.path).expanduser().exists():
+        if Path(config.data.path).expanduser().exists() and not holds_answers(config.data.path):
             [row] = read_rows(config.data.path, limit=1)
             yield str(row.columns.get(config.data.question, _EXAMPLE))
         return

@@ -108,3 +108,9 @@ def supervised_loss(rows: HeadRows) -> tuple[torch.Tensor, Metrics]:
     """Negative log-likelihood of the response tokens."""
     value = -(rows.batch.columns["weight"] * rows.logprobs()).sum()
     return value, {"loss": value.detach()}
+
+
+def weighted_likelihood(rows: HeadRows) -> tuple[torch.Tensor, Metrics]:
+    """Minus the log-probs of the response tokens, each times its advantage and weight, both constants."""
+    columns = rows.batch.columns
+    return -(columns["weight"] * columns["advantage"] * rows.logprobs()).sum(), {}

@@ -24,30 +24,50 @@ def decode_group(line: str | bytes) -> Group:
     return _decode_group(json.loads(line))
 
 
+def encode_graded(group: Graded) -> str:
+    """A group and the verdicts on its responses, likewise."""
+    return _line(_encode_graded(group))
+
+
+def decode_graded(line: str | bytes) -> Graded:
+    """The graded group that `encode_graded` or `encode_credited` wrote. ValueError, KeyError or TypeError elsewhere."""
+    return _decode_graded(json.loads(line))
+
+
 def encode_credited(group: Credited) -> str:
     """A group and all that was made of it, likewise: grades, rewards and credit."""
     tree = {
-        **_encode_group(group.group),
-        "statuses": [grade.status for grade in group.graded.grades],
-        "scores": group.graded.scores.tolist(),
+        **_encode_graded(group.graded),
         "rewards": group.rewarded.rewards.tolist(),
         **{name: _encode_credit(getattr(group.credit, name)) for name in Credit._fields},
     }
-    if group.graded.branches:
-        tree["verdicts"] = [[[grade.status, grade.score] for grade in each] for each in group.graded.branches]
     return _line(tree)
 
 
 def decode_credited(line: str | bytes) -> Credited:
     """The group that `encode_credited` wrote, stage by stage. Raises ValueError, KeyError or TypeError elsewhere."""
     tree = json.loads(line)
-    grades = tuple(Grade(*said) for said in zip(tree["statuses"], tree["scores"], strict=True))
-    verdicts = tuple(tuple(Grade(*said) for said in each) for each in tree.get("verdicts", ()))
-    graded = Graded(_decode_group(tree), grades, verdicts)
-    rewarded = Rewarded(graded, np.array(tree["rewards"], dtype=np.float64))
+    rewarded = Rewarded(_decode_graded(tree), np.array(tree["rewards"], dtype=np.float64))
     # a file that was written before a field was has none of it
     credit = {name: _decode_credit(tree[name]) for name in Credit._fields if tree.get(name) is not None}
     return Credited(rewarded, Credit(**credit))
+
+
+def _encode_graded(group: Graded) -> dict[str, Any]:
+    tree = {
+        **_encode_group(group.group),
+        "statuses": [grade.status for grade in group.grades],
+        "scores": group.scores.tolist(),
+    }
+    if group.branches:
+        tree["verdicts"] = [[[grade.status, grade.score] for grade in each] for each in group.branches]
+    return tree
+
+
+def _decode_graded(tree: dict[str, Any]) -> Graded:
+    grades = tuple(Grade(*said) for said in zip(tree["statuses"], tree["scores"], strict=True))
+    verdicts = tuple(tuple(Grade(*said) for said in each) for each in tree.get("verdicts", ()))
+    return Graded(_decode_group(tree), grades, verdicts)
 
 
 def _encode_credit(values: np.ndarray | Sequence[np.ndarray] | bool | None) -> list[Any] | bool | None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 import zstandard
@@ -23,6 +23,8 @@ from megatron_efr.rollout.group_json import decode_credited, encode_credited
 from megatron_efr.rollout.journal import Journal
 from megatron_efr.run.changes import Completed, refusal
 from megatron_efr.types import Credited, UserError
+
+Stage = TypeVar("Stage")  # of a group
 
 
 class RunFolderError(UserError):
@@ -208,9 +210,14 @@ def metrics_line(step: int, metrics: Mapping[str, Any]) -> str:
 
 def read_rollouts(path: Path) -> list[Credited]:
     """The groups of a rollouts file. RunFolderError where it cannot be read."""
+    return read_groups(path, decode_credited)
+
+
+def read_groups(path: Path, decode: Callable[[bytes], Stage]) -> list[Stage]:
+    """The groups of a compressed file of lines that `decode` reads. RunFolderError where it cannot be read."""
     try:
         text = zstandard.ZstdDecompressor().decompress(path.read_bytes())
-        return [decode_credited(line) for line in text.split(b"\n") if line]
+        return [decode(line) for line in text.split(b"\n") if line]
     except (OSError, zstandard.ZstdError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise RunFolderError(f"{path}: damaged rollouts: {type(error).__name__}: {error}") from error
 

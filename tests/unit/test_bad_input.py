@@ -17,6 +17,7 @@ import yaml
 
 from megatron_efr import arguments, evaluate, sft, sweep, train
 from megatron_efr.data.arithmetic import ArithmeticTask, write
+from megatron_efr.offline import loop
 from megatron_efr.policy import Ranks, policy
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.run import owner, run
@@ -85,7 +86,7 @@ def refused(
             assert joining, "the ranks were joined"
             yield ranks
 
-        for module in (run, sft):
+        for module in (run, loop):
             monkeypatch.setattr(module, "joined_ranks", join)
         monkeypatch.setattr(LocalEngine, "publish", work)
         monkeypatch.setattr(sweep, "side_by_side", work)

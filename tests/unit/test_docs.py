@@ -10,14 +10,14 @@ import pytest
 from pydantic import BaseModel
 
 from megatron_efr.cli import PROGRAMS
-from megatron_efr.config import EvaluateConfig, SftConfig, TrainConfig
+from megatron_efr.config import DpoConfig, EvaluateConfig, SftConfig, TrainConfig
 
 pytestmark = pytest.mark.alike
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-CONFIGS = (TrainConfig, SftConfig, EvaluateConfig)
+CONFIGS = (TrainConfig, SftConfig, DpoConfig, EvaluateConfig)
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 FILE = re.compile(r"\b(?:tests|tools|launch|examples|docs|findings|megatron_efr)/[\w./-]*\w")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_efr import algorithms
-from megatron_efr.config import EvaluateConfig, SftConfig, TrainConfig
+from megatron_efr.config import DpoConfig, EvaluateConfig, SftConfig, TrainConfig
 from megatron_efr.config.file import dump, load
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -18,7 +18,8 @@ FILES = sorted(EXAMPLES.rglob("*.yaml"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(EXAMPLES)))
 def test_example_is_valid_and_runs_again_from_its_dump(path: Path, tmp_path: Path) -> None:
     tree = yaml.safe_load(path.read_text())
-    kind = TrainConfig if "method" in tree else EvaluateConfig if "evaluation" in tree else SftConfig
+    kinds = {"method": TrainConfig, "evaluation": EvaluateConfig, "preference": DpoConfig}
+    kind = next((kinds[section] for section in kinds if section in tree), SftConfig)
     config = load(kind, path)
     again = tmp_path / "config.yaml"
     again.write_text(dump(config))

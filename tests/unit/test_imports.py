@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | WEIGHTS
     | {"algorithms", "arguments", "checkpoint", "data", "evaluation", "grading", "memory", "methods", "observe"}
     | {"parent", "policy", "rollout", "scripts"},
+    "offline": BASE | WEIGHTS | {"arguments", "checkpoint", "data", "observe", "policy", "rollout.group_json", "run"},
     "convert": BASE | WEIGHTS | {"arguments", "checkpoint", "parity", "policy"},  # policy, where logits are compared
     "import_gguf": BASE
     | {"arguments", "data.gguf_tokenizer", "parity"}
@@ -75,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "cli": {"arguments", "__init__"},  # it finds the programs by name, when they are asked for
 }
-PROGRAMS = {"train", "sft", "evaluate", "sweep", "report.__main__"}
+PROGRAMS = {"train", "sft", "dpo", "evaluate", "sweep", "report.__main__"}
 
 LINES, FUNCTION_LINES, PROGRAM_LINES = 400, 60, 150
 PATCHES = {"policy.cpu"}  # the one module that may reach into megatron and torch
