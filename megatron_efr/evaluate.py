@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from megatron_efr import arguments, log
@@ -71,10 +72,13 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
         engine = open_engine(source.start, config.rollout, logs, seed, TokenizerCodec(tokenizer), resources)
         publish = publication(weights, engine, config.rollout.transport, logs / "weights", source.start.path, resources)
         take_in = taking_in(engine, publish)
+
+        def ask() -> Record:
+            keep = partial(folder.write_answers, record_name) if config.evaluation.keep else lambda graded: None
+            return evaluator.run(engine, grader, record_name, unfinished.journal, take_in, keep)
+
         try:
-            record = answered(
-                publish, lambda: evaluator.run(engine, grader, record_name, unfinished.journal, after_each=take_in)
-            )
+            record = answered(publish, ask)
         except EngineError as error:
             raise UserError(f"{error}; the same command goes on from {unfinished.journal.path}") from error
         folder.write_evaluation(record_name, record | {ASKED: judged})

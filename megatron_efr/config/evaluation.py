@@ -42,6 +42,8 @@ class EvaluationConfig(Section):
         description="how a response is made, by a name of docs/scripts.md, with the options of that script",
     )
 
+    keep: bool = Field(default=False, description="efr evaluate keeps the judged answers too, as eval/RECORD.jsonl.zst")
+
     @model_validator(mode="after")
     def _names_differ(self) -> EvaluationConfig:
         check_names(self.datasets, "evaluation.datasets")

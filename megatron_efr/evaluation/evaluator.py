@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -29,7 +29,7 @@ from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.journal import Journal
 from megatron_efr.rollout.ledger import request_seed
 from megatron_efr.rollout.requests import check_script, longest
-from megatron_efr.types import Marks, Request, Sampling
+from megatron_efr.types import Graded, Marks, Request, Sampling
 
 
 class Evaluator:
@@ -119,8 +119,12 @@ class Evaluator:
         name: str,
         journal: Journal | None = None,
         after_each: Callable[[], None] = lambda: None,
+        keep: Callable[[Sequence[Graded]], None] = lambda graded: None,
     ) -> Record:
-        """Answer and grade every problem; those that `journal` holds are taken from there, and the others added."""
+        """Answer and grade every problem; those that `journal` holds are taken from there, and the others added.
+
+        `keep` is given the judged answers, in the order of the problems.
+        """
         finished = {group.seed: group for group in (journal.read().groups if journal else [])}
         if finished:
             print(f"{name}: {len(finished)} of {len(self._requests)} problems were answered before", flush=True)
@@ -133,6 +137,7 @@ class Evaluator:
                 after_each()
         groups = [finished[request.seed] for request in self._requests]
         judged = judge(groups, self._forced_at, grader, self.judgings)
+        keep(judged.graded)
         return summarise(
             judged.graded,
             name,

@@ -19,10 +19,10 @@ import zstandard
 from megatron_efr import log
 from megatron_efr.durable import append_line, remove_torn_writes, write_atomic, writing
 from megatron_efr.evaluation.stored import read_evaluation
-from megatron_efr.rollout.group_json import decode_credited, encode_credited
+from megatron_efr.rollout.group_json import decode_credited, encode_credited, encode_graded
 from megatron_efr.rollout.journal import Journal
 from megatron_efr.run.changes import Completed, refusal
-from megatron_efr.types import Credited, UserError
+from megatron_efr.types import Credited, Graded, UserError
 
 Stage = TypeVar("Stage")  # of a group
 
@@ -164,8 +164,7 @@ class RunFolder:
 
     def write_rollouts(self, step: int, groups: Iterable[Credited]) -> None:
         """Keep iteration `step`'s groups, losslessly, as zstd-compressed JSON lines."""
-        text = "".join(encode_credited(group) + "\n" for group in groups)
-        write_atomic(self.rollouts_path(step), zstandard.ZstdCompressor(level=3).compress(text.encode("utf-8")))
+        _write_lines(self.rollouts_path(step), map(encode_credited, groups))
 
     def read_rollouts(self, step: int) -> list[Credited]:
         """Iteration `step`'s groups as they were written. RunFolderError where they were not kept or are damaged."""
@@ -181,6 +180,10 @@ class RunFolder:
         if not name or "/" in name or name.startswith("."):
             raise RunFolderError(f"evaluation name {name!r}: a file name without '/' and not beginning with '.'")
         return self.evaluations / f"{name}.json"
+
+    def write_answers(self, name: str, groups: Iterable[Graded]) -> None:
+        """Keep an evaluation's judged groups, likewise, as eval/<name>.jsonl.zst."""
+        _write_lines(self.evaluation_path(name).with_suffix(".jsonl.zst"), map(encode_graded, groups))
 
     def evaluation_lock(self, name: str) -> Path:
         """The lock of an evaluation that will write eval/<name>.json."""
@@ -206,6 +209,11 @@ def metrics_line(step: int, metrics: Mapping[str, Any]) -> str:
     """A line of metrics.jsonl, without its end."""
     tree = {"step": int(step)} | {key: _plain(value) for key, value in metrics.items() if key != "step"}
     return json.dumps(tree, allow_nan=False)
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    text = "".join(line + "\n" for line in lines)
+    write_atomic(path, zstandard.ZstdCompressor(level=3).compress(text.encode("utf-8")))
 
 
 def read_rollouts(path: Path) -> list[Credited]:
