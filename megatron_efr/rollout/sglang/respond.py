@@ -90,9 +90,9 @@ class _Growing:
         """The response, complete."""
         read = len(self._begun) + len(self._tokens) - 1
         if self._routed is not None and len(self._routed) < read:  # of what a script wrote behind the last draw
-            self._routed = (
-                await ask(self.so_far(len(self._tokens)), replace(sampling, max_new_tokens=1))
-            ).routed_experts
+            # the last token is left to be drawn again: behind it there may be no position in the context
+            again = await ask(self.so_far(len(self._tokens) - 1), replace(sampling, max_new_tokens=1))
+            self._routed = again.routed_experts
         return Response(
             tuple(self._tokens),
             np.array(self._logprobs, dtype=np.float32),
