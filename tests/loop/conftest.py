@@ -24,8 +24,11 @@ LIMIT_S = 900  # of one program, on a machine that others keep busy: starting al
 # that forgot them would go unnoticed. This one, installed as a third party's, rewards some length over others, and by
 # what it saw before: its state must survive too.
 METHOD = """
+from typing import Any
+
 import numpy as np
-from megatron_efr.methods import Method
+from megatron_efr import scripts
+from megatron_efr.methods import Ask, Method, Needs
 from megatron_efr.types import Credit
 
 class Typical(Method):
@@ -44,6 +47,21 @@ class Typical(Method):
 class Failing(Typical):
     def credits(self, groups, known):
         return [Credit(group.rewards * np.nan) for group in groups] if known.state else None
+
+class Scripted(Typical):
+    script: dict[str, Any]
+    needs = Needs(branches=True)
+
+    def ask(self, visit, known):
+        options = dict(self.script)
+        return Ask(scripts=(scripts.build(options.pop("name"), options, "method.script"),) * visit.samples)
+
+    def credits(self, groups, known):
+        made = []
+        for group in groups:
+            answers = tuple(np.array([-a.length / 24 for _, a in r.answers]) for r in group.group.responses)
+            made.append(Credit(group.rewards - group.rewards.mean(), branches=answers, beginnings=True))
+        return made
 """
 
 CONFIG = """
@@ -71,7 +89,7 @@ def install_method(folder: Path) -> None:
     registration = folder / "typical-1.0.dist-info"
     registration.mkdir()
     (registration / "METADATA").write_text("Metadata-Version: 2.1\nName: typical\nVersion: 1.0\n")
-    entries = "typical = typical:Typical\nfailing = typical:Failing\n"
+    entries = "typical = typical:Typical\nfailing = typical:Failing\nscripted = typical:Scripted\n"
     (registration / "entry_points.txt").write_text(f"[megatron_efr.methods]\n{entries}")
 
 

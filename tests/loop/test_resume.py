@@ -12,6 +12,7 @@ import pytest
 
 from megatron_efr.observe import EXIT_STUCK
 from megatron_efr.run.folder import RunFolder
+from megatron_efr.types import Response
 from tests.loop.conftest import Program, digests, metrics, state
 
 SFT = """
@@ -214,6 +215,47 @@ def test_a_warm_start_that_only_skips_updates_stops(task: Path, program: Program
     assert f"update {last}: the last 2 updates had a gradient that is not finite and were skipped" in stopped.stderr
     assert lines[-1]["skipped"] == 1
     assert last < 8
+
+
+SCRIPTS = {
+    "forks": {"name": "forks", "at": [2, 6, 12], "samples": 2, "tokens": 4, "opening": "=", "end": ";", "ended": "+"},
+    "exits": {"name": "exits", "drawn": 2, "seed": 5, "tokens": 4, "opening": "="},
+    "opened": {"name": "opened", "opening": "1+", "chance": 0.25},
+    "budget": {"name": "budget", "most": 8, "end": ";", "cut": "=", "least": 4, "wait": "+"},
+    "early_exit": {"name": "early_exit", "pauses": ["1", "2"], "probe": "=", "tokens": 3, "sure": 0.2, "exit": ";",
+                   "end": "="},
+}  # fmt: skip
+ALWAYS = "forks"
+
+
+@pytest.mark.parametrize("kind", [ALWAYS, *(pytest.param(k, marks=pytest.mark.slow) for k in SCRIPTS if k != ALWAYS)])
+def test_a_script_that_is_killed_is_made_again_bit_for_bit(
+    kind: str, config: Path, program: Program, tmp_path: Path
+) -> None:
+    """Killed while responses are being made: two groups are in the journal, and the others were on their way."""
+    method = f"method={json.dumps({'name': 'scripted', 'script': SCRIPTS[kind]})}"
+    overrides = [method, "train.iterations=2", "train.updates=1", "checkpoint.every=1"]
+    whole, run = tmp_path / "whole/run", tmp_path / "killed/run"
+    program("train", config, *overrides, f"runs={whole.parent}")
+    program("train", config, *overrides, f"runs={run.parent}", killed_at="rollout:2:2")
+    *finished, torn = (run / "journal/step_000002.jsonl").read_bytes().split(b"\n")
+    assert (len(finished), bool(torn)) == (2, True)
+    program("train", "--resume", config, *overrides, f"runs={run.parent}")
+    assert metrics(run) == metrics(whole)
+    assert digests(run / "rollouts") == digests(whole / "rollouts")
+    assert digests(run / "model") == digests(whole / "model")
+    assert state(run, 2) == state(whole, 2)
+    responses = [r for each in RunFolder(run).read_rollouts(2) for r in each.group.responses]
+    _check_kind(kind, responses)
+
+
+def _check_kind(kind: str, responses: list[Response]) -> None:
+    """The script did what it is for: it wrote, or branched."""
+    endings = {part.ending for response in responses for part in response.parts}
+    if kind in ("opened", "budget"):
+        assert ("chosen" if kind == "opened" else "forced") in endings
+    else:
+        assert any(response.branches for response in responses)
 
 
 @pytest.mark.slow

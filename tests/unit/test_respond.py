@@ -110,7 +110,12 @@ class Signed(Plain):
     [
         ("CDE", "", "CDE", []),
         ("CZ", "", "C", []),  # of a token that was held back and dropped they are cut off
-        ("CDE", "HI", "CDEHI", [("EFCDEH", 1, "A")]),  # of what was written the server is asked, within the response's length
+        (
+            "CDE",
+            "HI",
+            "CDEHI",
+            [("EFCDEH", 1, "A")],
+        ),  # of what was written the server is asked, within the response's length
     ],
 )
 def test_routed_experts_are_those_of_every_token_that_was_read(
