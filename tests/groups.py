@@ -8,12 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from megatron_efr.methods import Known
+from megatron_efr.methods import Known, Sampled
 from megatron_efr.samples import COLUMNS, Sample
-from megatron_efr.types import Credit, Credited, Finish, Grade, Graded, Group, Prompt, Response, Rewarded
+from megatron_efr.types import Credit, Credited, Finish, Grade, Graded, Group, Marks, Prompt, Response, Rewarded
 
-KNOWN = Known(step=1, limit=40_000, state={}, history={})
-"""What a method knows in its first iteration."""
+KNOWN = Known(
+    step=1,
+    limit=40_000,
+    state={},
+    history={},
+    reference={"p": Sampled((400, 600), (True, False))},
+    marks=Marks("<think>", "</think>"),
+)
+"""What a method knows in its first iteration, of a prompt that the starting model gets half right."""
 
 
 def response(length: int, finish: Finish = "stop", text: str = "", logprob: float = 0.0) -> Response:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import Field
+
 from megatron_efr.algorithms.base import Algorithm, Normalize, Positive, Share, Truncated, Weight
 from megatron_efr.algorithms.baselines import Baseline
 from megatron_efr.algorithms.objective import KL, Aggregate, Deviation, Guard, Ratio, Surrogate
@@ -125,6 +127,22 @@ class CISPO(GRPO):
     kl: KL = "none"
     beta: Weight = 1e-3
     aggregate: Aggregate = "token"
+
+
+class Likelihood(Algorithm):
+    """Log-likelihood weighed by the rewards as they are: no ratio, no clip, no baseline, no KL.
+
+    With rewards of 0 and 1 it is filtered fine-tuning on a policy's own right answers (Dong et al. 2023, arXiv
+    2304.06767). DRPO's credits are made for it (arXiv 2510.04474).
+    """
+
+    surrogate: ClassVar[Surrogate] = "reweight"
+
+    name: str = "likelihood"
+    baseline: Baseline = "none"
+    kl: KL = "none"
+    clip_low: float = Field(default=0.0, ge=0, le=0, description="there is no ratio")
+    clip_high: float = Field(default=0.0, ge=0, le=0, description="there is no ratio")
 
 
 class OPO(Algorithm):

@@ -20,6 +20,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "gspo": named.GSPO,
     "cispo": named.CISPO,
     "opo": named.OPO,
+    "likelihood": named.Likelihood,
 }
 
 

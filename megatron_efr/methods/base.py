@@ -23,7 +23,8 @@ class Needs(NamedTuple):
 
     samples: responses per prompt, at least. thinking: marks around the thinking part of a response, which it finds in
     `Known.marks`. algorithms: those that it works with; None: all. engine: abilities of the engine, by the names of
-    `rollout.engine.ABILITIES`. branches: verdicts on the answers of branches too. What it wants to have sampled
+    `rollout.engine.ABILITIES`. branches: verdicts on the answers of branches too. offline: all its
+    responses are the starting model's, so that there is one iteration. What it wants to have sampled
     depends on its options: `Method.samplings`.
     """
 
@@ -32,6 +33,7 @@ class Needs(NamedTuple):
     algorithms: frozenset[str] | None = None
     engine: frozenset[str] = frozenset()
     branches: bool = False
+    offline: bool = False
 
 
 class Visit(NamedTuple):

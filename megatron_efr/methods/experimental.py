@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
-from megatron_efr.methods.base import Ask, Known, Method, State, Visit
+from megatron_efr.methods.base import Ask, Known, Method, Needs, State, Visit
+from megatron_efr.methods.compared import gain
 from megatron_efr.methods.efr import efr_rewards
 from megatron_efr.methods.plain import Outcomes, Plain, tells
 from megatron_efr.methods.samplings import Monitor, Samplings
-from megatron_efr.types import FloatArray, Graded, Rewarded
+from megatron_efr.types import BoolArray, FloatArray, Graded, Rewarded
 
 LEVELS = ("low", "medium", "high")
 
@@ -106,6 +108,105 @@ class Target(Method):
             held = accuracy >= start - self.tolerance
             alpha = min(alpha + self.up, self.most) if held else max(alpha - self.down, 0.0)
         return {"alpha": alpha, "start": start, "looked": known.monitored}
+
+
+class O1PrunerOnline(Method):
+    """O1-Pruner on-line: the policy's own responses, against the starting model's lengths and accuracy.
+
+        r = clip((L - l) / l + alpha (c - p), least, most),  L, p = mean length and share of right of the starting model
+
+    A wrong or truncated response has c = 0, and its length counts. Nothing is remembered but L and p, of `reference`
+    responses before the first iteration, which the run keeps. Open: the paper says so, its code learns off-line alone.
+    Chosen: the off-line form's reward and bounds, with the algorithm's own baseline and loss.
+    """
+
+    source = "Luo et al. 2025, arXiv 2501.12570, with StarDewXXX/O1-Pruner@04c0863 construct_dataset.py"
+    wrong_may_win = "it is shorter, by so much that L / l is more than alpha (5) above the right one's"
+
+    alpha: float = Field(default=5.0, ge=0, description="weight of accuracy beside length")
+    least: float = Field(default=-2.0, description="bound of the reward")
+    most: float = Field(default=4.0, description="bound of the reward")
+    reference: PositiveInt = Field(default=12, description="responses of the starting model to each prompt")
+
+    @property
+    def samplings(self) -> Samplings:
+        return Samplings(reference=self.reference)
+
+    def rewards(self, group: Graded, known: Known) -> FloatArray:
+        before = known.reference[group.group.prompt.id]
+        gained = gain(Outcomes.of(group, known.limit), before.mean_length, before.solved, self.alpha)
+        return np.clip(gained, self.least, self.most)
+
+
+class SelfBudgeter(Method):
+    """SelfBudgeter: a response first says how many tokens it will take, and is held to that.
+
+        r = over [b > most] + low + (high - low) (1 + cos(pi |l - b| / (b slack))) / 2 if |l - b| <= slack b, else low
+        b = the budget that it says;  low, high = 0.5, 1 if right, -0.5, 0 if wrong;  r = unformed if it says none
+
+    A truncated response counts as wrong. Nothing is remembered. The model has to know the tag, by SFT before. Open: the
+    cosine's argument, the slack, and the largest budget. Chosen: the relative difference over the slack, 1, and no
+    largest budget.
+    """
+
+    source = "Li et al. 2025, arXiv 2505.11274 v6, second-hand"
+    wrong_may_win = "the right one says no budget"
+
+    slack: float = Field(default=1.0, gt=0, description="difference from the budget, in budgets, that earns least")
+    most: PositiveInt | None = Field(default=None, description="the largest budget in tokens; none when left out")
+    over: float = Field(default=-0.4, le=0, description="for a larger one")
+    unformed: float = Field(default=-1.0, le=0, description="for a response that says no budget")
+    tag: Annotated[str, tells("budget")] = Field(
+        default="<budget>{budget}</budget>", description="what a response begins with"
+    )
+
+    @property
+    def sought(self) -> Mapping[str, str]:
+        return {"tag": self.tag.replace("{budget}", "5")}
+
+    def rewards(self, group: Graded, known: Known) -> FloatArray:
+        seen, opens, closes = Outcomes.of(group, known.limit), *self.tag.split("{budget}", 1)
+        pattern = re.compile(rf"\s*{re.escape(opens)}\s*([1-9]\d{{0,8}})\s*{re.escape(closes)}")
+        found = [pattern.match(response.text) for response in group.group.responses]
+        said = np.array([0.0 if match is None else float(match[1]) for match in found])
+        away = np.abs(seen.lengths - said) / np.maximum(said, 1.0) / self.slack
+        kept = np.where(away <= 1.0, (1.0 + np.cos(np.pi * np.minimum(away, 1.0))) / 4.0, 0.0)
+        over = 0.0 if self.most is None else self.over * (said > self.most)
+        return np.where(said > 0, np.where(seen.right, 0.5, -0.5) + kept + over, self.unformed)
+
+
+class AdaCoT(Method):
+    """AdaCoT: to think costs where it is not needed, and not to think where it is.
+
+        r = c - missed if it does not think and the prompt needs it, c - needless if it thinks and it does not, else c
+        a prompt needs it if fewer than `enough` of the group's responses that do not think are right, or none is there
+
+    A response does not think if its thought is closed at once. A wrong or truncated response has c = 0. Nothing is
+    remembered. Open: the coefficients, and which prompts need a thought, for which the source asks another model.
+    Chosen: 0.3 and 0.1, and the group itself; no price on form, which the verifier judges; no critic; and the token
+    that decides stays in the loss, which the source leaves out at a later stage.
+    """
+
+    source = "Lou et al. 2025, arXiv 2505.11896, second-hand"
+    wrong_may_win_if = "`missed` or `needless` is above 1"
+
+    needs = Needs(thinking=True)
+
+    missed: float = Field(default=0.3, ge=0, description="what a missing thought costs")
+    needless: float = Field(default=0.1, ge=0, description="what a needless thought costs")
+    enough: float = Field(default=0.5, ge=0, le=1, description="share of right answers without a thought")
+
+    def rewards(self, group: Graded, known: Known) -> FloatArray:
+        right, thinks = Outcomes.of(group, known.limit).right, self._thinks(group, known)
+        needed = thinks.all() or float(right[~thinks].mean()) < self.enough
+        return right - (self.missed * ~thinks if needed else self.needless * thinks)
+
+    def _thinks(self, group: Graded, known: Known) -> BoolArray:
+        """Responses whose thought is not closed at once, bool [n]."""
+        assert known.marks is not None  # or the run would have been refused
+        opens, closes = known.marks
+        said = [response.text.lstrip().removeprefix(opens).lstrip() for response in group.group.responses]
+        return np.array([not text.startswith(closes) for text in said], dtype=bool)
 
 
 class Effort(Method):

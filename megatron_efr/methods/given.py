@@ -10,11 +10,12 @@ from megatron_efr.types import Marks
 
 
 class Given(NamedTuple):
-    """What a run has: the name of its engine and what that can do, and the marks around a thought, if there are."""
+    """What a run has: the name of its engine and what that can do, the marks around a thought, and its iterations."""
 
     engine: str
     abilities: frozenset[str]
     marks: Marks | None
+    iterations: int
 
 
 def check_given(name: str, needs: Needs, given: Given) -> None:
@@ -23,6 +24,11 @@ def check_given(name: str, needs: Needs, given: Given) -> None:
         can = ", ".join(sorted(given.abilities)) or "none of what a method may need"
         raise ConfigError(
             f"rollout.engine: {given.engine} cannot do what method {name} needs ({', '.join(missing)}); it can: {can}"
+        )
+    if needs.offline and given.iterations > 1:
+        raise ConfigError(
+            f"train.iterations: {given.iterations}, and method {name} learns from the starting model's responses "
+            "alone; set it to 1, with all prompts in it (rollout.prompts), and train.updates to those of one pass"
         )
     if needs.thinking and given.marks is None:
         raise ConfigError(

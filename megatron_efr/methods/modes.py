@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from megatron_efr.methods.base import Ask, Known, Method, Visit
 from megatron_efr.methods.plain import Outcomes
 from megatron_efr.scripts import Opened
-from megatron_efr.types import BoolArray, FloatArray, Graded, Group, Rewarded
+from megatron_efr.types import BoolArray, Credit, FloatArray, Graded, Group, Rewarded
 
 
 class AutoThink(Method):
@@ -84,6 +84,56 @@ class AutoThink(Method):
         return np.array([not text.startswith(self.end) for text in said], dtype=bool)
 
 
+class Thinkless(Method):
+    """Thinkless (DeGRPO): the first token says whether to think, and is trained apart from the rest.
+
+        r = 1 if right and short, thinking if right and it thinks, -1 if wrong, or without either token
+        A = r - mean r of the group
+        loss = control times the mean over first tokens + the mean over all others
+
+    A truncated response counts as wrong. Nothing is remembered. The model has to know both tokens, by SFT before. The
+    weights make this of a mean over tokens (`algorithm.aggregate: token`), with the iteration's mean length for that of
+    each of its updates. The source clips at 0.2, and has a KL of 0.001 in the loss.
+    """
+
+    source = "Fang et al. 2025, arXiv 2505.13379; VainF/Thinkless@aa225d2 math_reward.py:36-110, core_algos.py:112-214"
+    standing = "code"
+    wrong_may_win_if = "`thinking` is below -1"
+
+    thinking: float = Field(default=0.5, le=1, description="what a right answer earns that thought before")
+    control: float = Field(default=0.001, gt=0, description="weight of the first tokens beside all others")
+    short: str = Field(default="<short>", min_length=1, description="the token that opens a brief answer")
+    think: str = Field(default="<think>", min_length=1, description="the token that opens a thought")
+
+    @model_validator(mode="after")
+    def _tokens_differ(self) -> Thinkless:
+        check_differ(self.short, self.think, "short", "think")
+        return self
+
+    @property
+    def sought(self) -> Mapping[str, str]:
+        return {"short": self.short, "think": self.think}
+
+    @property
+    def equal_rewards_teach(self) -> bool:
+        return False
+
+    def rewards(self, group: Graded, known: Known) -> FloatArray:
+        right = Outcomes.of(group, known.limit).right
+        said = [response.text.lstrip() for response in group.group.responses]
+        short = np.array([text.startswith(self.short) for text in said], dtype=bool)
+        think = np.array([text.startswith(self.think) for text in said], dtype=bool)
+        return np.where(right & short, 1.0, np.where(right & think, self.thinking, -1.0))
+
+    def credits(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Credit]:
+        responses = [response for group in groups for response in group.group.responses]
+        tokens, first = sum(response.length for response in responses), len(responses)
+        control, rest = self.control * tokens / first, tokens / max(tokens - first, 1)
+        centred = [group.rewards - group.rewards.mean() for group in groups]
+        weights = [_weights(group.group, control, rest) for group in groups]
+        return [Credit(advantage, weight=weight) for advantage, weight in zip(centred, weights, strict=True)]
+
+
 class AdaCtrl(Method):
     """AdaCtrl: the answer opens with [Easy] or [Hard], and is held to be brief if it says Easy.
 
@@ -107,8 +157,7 @@ class AdaCtrl(Method):
 
     @model_validator(mode="after")
     def _tags_differ(self) -> AdaCtrl:
-        if self.easy.startswith(self.hard) or self.hard.startswith(self.easy):
-            raise ValueError(f"method.hard: {self.hard!r} cannot be told from method.easy = {self.easy!r}")
+        check_differ(self.easy, self.hard, "easy", "hard")
         return self
 
     @property
@@ -124,3 +173,17 @@ class AdaCtrl(Method):
         tags = np.where(held, 1.0, np.where(easy | hard, 0.0, -1.0))
         brief = (1.0 + np.cos(np.pi * seen.lengths / seen.lengths.max())) / 2.0
         return seen.right + self.tag * tags + self.length * np.where(easy & seen.right, brief, 0.0)
+
+
+def check_differ(one: str, other: str, key: str, other_key: str) -> None:
+    """Refuse, with a ValueError, two texts of which a response may begin with both."""
+    if one.startswith(other) or other.startswith(one):
+        raise ValueError(f"method.{other_key}: {other!r} cannot be told from method.{key} = {one!r}")
+
+
+def _weights(group: Group, first: float, rest: float) -> tuple[FloatArray, ...]:
+    """The weight of each response's first token, and of its others."""
+    made = [np.full(len(response.tokens), rest) for response in group.responses]
+    for weights in made:
+        weights[0] = first
+    return tuple(made)

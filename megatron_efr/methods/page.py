@@ -22,6 +22,7 @@ KINDS = {
     "monitored": "Targets by difficulty",
     "iteration": "Decided by the whole iteration",
     "relative": "Credits of their own",
+    "compared": "Compared with the starting model",
     "remembering": "Methods that remember",
     "told": "Budgets told in the prompt",
     "scripted": "Responses made by a script",
@@ -52,7 +53,16 @@ Plain methods are also functions of who was right and how long each response is:
     methods.rewards("efr", correct=[1, 0, 1], lengths=[300, 900, 500], alpha=0.2)  # float64 [samples]
 
 What the others remember is in the run's checkpoints, with what was seen of every prompt: a run that is killed and
-resumed goes on with it. A method of your own: [CONTRIBUTING](../CONTRIBUTING.md#a-new-method).
+resumed goes on with it.
+
+Some have the run sample more than its rollouts. The starting model's responses to every training prompt are drawn
+before the first iteration, which the run says with their number, and kept in its folder as `reference.jsonl`, prompt by
+prompt: after a kill it goes on where it was. `data.reference` names another run's file, so that the members of a family
+share one. A monitor set is drawn by the seed from the training prompts (by one method from the held-out problems), and
+asked anew every so many iterations (`monitor/accuracy`, `monitor/tokens`); the checkpoints have what it answered.
+Methods that tell a thought from its answer look for the model's `</think>`, or for `model.thinking.closes`.
+
+A method of your own: [CONTRIBUTING](../CONTRIBUTING.md#a-new-method).
 """
 
 

@@ -7,6 +7,7 @@ from megatron_efr.config.file import validate
 from megatron_efr.config.plugins import find_class
 from megatron_efr.methods import (
     branching,
+    compared,
     efr,
     experimental,
     iteration,
@@ -43,6 +44,9 @@ METHODS: dict[str, type[Method]] = {
     "gfpo": relative.GFPO,
     "gdpo": relative.GDPO,
     "qglas": relative.QGLAS,
+    "drpo": relative.DRPO,
+    "o1_pruner": compared.O1Pruner,
+    "adapt_think": compared.AdaptThink,
     "hapo": remembering.HAPO,
     "short_rl": remembering.ShortRL,
     "leash": remembering.LEASH,
@@ -59,8 +63,12 @@ METHODS: dict[str, type[Method]] = {
     "jet": branching.JET,
     "autothink": modes.AutoThink,
     "adactrl": modes.AdaCtrl,
+    "thinkless": modes.Thinkless,
     "experimental.alp": experimental.ALP,
     "experimental.gr3": experimental.GR3,
+    "experimental.o1_pruner_online": experimental.O1PrunerOnline,
+    "experimental.self_budgeter": experimental.SelfBudgeter,
+    "experimental.adacot": experimental.AdaCoT,
     "experimental.effort": experimental.Effort,
     "experimental.target": experimental.Target,
 }

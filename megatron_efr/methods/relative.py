@@ -14,8 +14,8 @@ from pydantic import Field, PositiveInt, model_validator
 
 from megatron_efr.config import ConfigError, RolloutConfig
 from megatron_efr.methods.base import Choices, Known, Method, State
-from megatron_efr.methods.plain import Outcomes, check_within
-from megatron_efr.types import Credit, FloatArray, Graded, Rewarded
+from megatron_efr.methods.plain import Outcomes, check_within, limit_of
+from megatron_efr.types import BoolArray, Credit, FloatArray, Graded, Rewarded
 
 EASIER = (1.0, 1.0, 0.75, 0.5)
 """GFPO's adaptive share of `keep`, by quarter of difficulty, the hardest first: 8, 8, 6 and 4 of 16."""
@@ -122,6 +122,46 @@ class GFPO(Relative):
         return max(1, round(EASIER[quarter] * self.keep))
 
 
+class DRPO(Relative):
+    """DRPO: right answers pull by their brevity, wrong ones push by their likelihood, each among their own.
+
+        A_i = n w_i if right,  w_i = exp((1 - l_i / max_tokens) / spread) over its sum over the right
+        A_i = -n softmax(s / tau)_i over the wrong,  s = mean log-prob of a response's tokens
+        0 if all are right, or all wrong
+
+    A truncated response counts as wrong. Nothing is remembered. The source's loss has s in place of a ratio, as has
+    `algorithm.name: likelihood`; the factor n makes of its mean over responses the source's mean over prompts. s is
+    taken when a response is drawn: tau makes little of what an update changes. The source's penalty on the KL between
+    updates of an iteration is not built.
+    """
+
+    source = "Optimization-AI, arXiv 2510.04474; Optimization-AI/DRPO@405f702 core_algos.py:337-436"
+    standing = "code"
+
+    spread: float = Field(default=0.1, gt=0, description="less prefers short answers more; the source's lambda")
+    tau: float = Field(default=10.0, gt=0, description="less pushes the likeliest wrong answers alone")
+    max_tokens: PositiveInt | None = Field(default=None, description="rollout.max_new_tokens when left out")
+
+    def credits(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Credit]:
+        return [Credit(self._pulled(group, Outcomes.of(group.graded, known.limit))) for group in groups]
+
+    @property
+    def equal_rewards_teach(self) -> bool:
+        return False
+
+    def check(self, rollout: RolloutConfig) -> None:
+        check_within(self.max_tokens, rollout.max_new_tokens, "max_tokens")
+
+    def _pulled(self, group: Rewarded, seen: Outcomes) -> FloatArray:
+        count, right = len(seen.right), seen.right
+        if right.all() or not right.any():
+            return np.zeros(count)
+        brevity = -seen.lengths / (limit_of(self.max_tokens, seen, "max_tokens") * self.spread)
+        drawn = [response.logprobs[response.trained] for response in group.group.responses]
+        likely = np.array([each.mean(dtype=np.float64) for each in drawn]) / self.tau
+        return count * (_softmax(brevity, right) - _softmax(likely, ~right))
+
+
 class GDPO(Relative):
     """GDPO: accuracy and brevity are normalised each for itself before they are added.
 
@@ -222,3 +262,9 @@ def qglas_advantages(rewards: FloatArray, lengths: FloatArray, low: float, high:
 
 def _z(values: FloatArray) -> FloatArray:
     return (values - values.mean()) / (values.std(ddof=1) + 1e-6)
+
+
+def _softmax(values: FloatArray, among: BoolArray) -> FloatArray:
+    """The softmax among some of the values, at least one; 0 elsewhere."""
+    made = np.where(among, np.exp(values - values[among].max()), 0.0)
+    return made / made.sum()

@@ -72,7 +72,8 @@ class Environment:
         self._config, self._codec = config, TokenizerCodec(tokenizer)
         self._method, self._algorithm = method, algorithm
         rollout, marks = config.rollout, thinking_marks(config.model.thinking, tokenizer)
-        check_given(config.method.name, method.needs, Given(rollout.engine, ENGINES[rollout.engine].abilities, marks))
+        abilities, iterations = ENGINES[rollout.engine].abilities, config.train.iterations
+        check_given(config.method.name, method.needs, Given(rollout.engine, abilities, marks, iterations))
         if method.samplings.reference:
             check_there(config.data.reference)
         self.knowledge = Knowledge(method, rollout.max_new_tokens, marks)

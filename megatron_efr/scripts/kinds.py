@@ -69,6 +69,7 @@ class Opened(Kind):
 
     opening: Token
     chance: float | None = Field(default=None, gt=0, le=1)
+    limit: PositiveInt | None = Field(default=None, description="tokens that are drawn, at most")
 
     @property
     def forced(self) -> tuple[str, ...]:
@@ -76,7 +77,7 @@ class Opened(Kind):
 
     def steps(self, sample: int) -> Steps:
         yield Force("opening", self.opening, self.chance)
-        yield Draw("response")
+        yield Draw("response", self.limit)
 
 
 class Budget(Kind):

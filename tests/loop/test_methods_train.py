@@ -38,6 +38,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "grpo_lambda": {"share": 0.5},
     "laser": {"target": 10},
     "laser_d": {"lowest": 2, "step": 2, "monitored": 6, "monitor_samples": 4, "every": 1},
+    "adapt_think": {"word": "1", "brief": 8, "reference": 2},
+    "thinkless": {"short": "1", "think": "2"},
+    "experimental.o1_pruner_online": {"reference": 2},
+    "experimental.self_budgeter": {"tag": "{budget};"},
     "laser_de": {"lowest": 2, "step": 2, "monitored": 6, "monitor_samples": 4, "every": 2},
     "da_dler": {"easy": 8, "hard": 16},
     "gfpo": {"keep": 2},
@@ -50,7 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "acoer": {"budget": 16, "least_budget": 4, "warmup": 1, "lookback": 1},
 }
 """Options for responses of 24 tokens, of a model that knows digits and a few signs."""
-ALWAYS = {"efr", "short_rl", "laser_d", "anytime"}
+ALWAYS = {"efr", "short_rl", "laser_d", "adapt_think", "anytime"}
 BRANCHING = {"anytime", "mrt", "s_grpo", "jet"}
 
 
@@ -70,7 +74,7 @@ def configured(task: Path, runs: Path, name: str, iterations: int, **changed: An
         "name": name,
         "runs": str(runs),
         "seed": 3,
-        "model": {"path": str(task / "model"), "init": "random"},
+        "model": {"path": str(task / "model"), "init": "random", "thinking": {"closes": ";"}},
         "data": {"datasets": [{"path": str(task / "digits.jsonl")}], "prompt": {"template": "{question}"}},
         "rollout": {"prompts": 4, "samples": 4, "max_new_tokens": LIMIT},
         "evaluation": {"datasets": [{"path": str(task / "digits.jsonl")}], "max_new_tokens": LIMIT},
@@ -92,19 +96,25 @@ def lines(runs: Path, name: str) -> list[dict[str, Any]]:
     "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in sorted(METHODS)]
 )
 def test_every_method_trains(name: str, task: Path, tmp_path: Path) -> None:
-    train(configured(task, tmp_path, name, 2))
+    iterations = 1 if METHODS[name].needs.offline else 2
+    train(configured(task, tmp_path, name, iterations, checkpoint={"every": iterations}))
     made = lines(tmp_path, name)
-    assert [line["step"] for line in made] == [1, 2]
+    steps = [line["step"] for line in made]
+    assert steps == list(range(1, iterations + 1))
     assert all(np.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in made)
-    groups = [group for step in (1, 2) for group in RunFolder(tmp_path / name).read_rollouts(step)]
+    groups = [group for step in steps for group in RunFolder(tmp_path / name).read_rollouts(step)]
     right = np.concatenate([group.graded.correct & ~group.group.truncated for group in groups])
     assert 0.1 < right.mean() < 0.9, "without both there is nothing to see"
     _check_what_was_asked(name, groups)
     if name in BRANCHING:
         _check_branches(name, groups, made)
-    state = json.loads((tmp_path / name / "checkpoints/step_000002/state.json").read_text())["method"]
-    assert len(state["history"]) == 8
+    checkpoint = tmp_path / name / f"checkpoints/step_{iterations:06d}"
+    state = json.loads((checkpoint / "state.json").read_text())["method"]
+    assert len(state["history"]) == 4 * iterations
     assert sum(seen[2] for seen in state["history"].values()) == right.sum()
+    if name == "adapt_think":
+        kept = (tmp_path / name / "reference.jsonl").read_bytes().splitlines()
+        assert len(kept) == 1 + 24, "every prompt, once"
     if name == "laser_d":  # of the new weights, after each iteration
         assert state["monitor"]["step"] == 2
         assert [len(lengths) for lengths, _ in state["monitor"]["sampled"].values()] == [4] * 6
@@ -133,6 +143,10 @@ def _check_what_was_asked(name: str, groups: list[Credited]) -> None:
         if name in ("l1_exact", "l1_max"):
             assert f"{group.note['budget']};" in group.prompt.text
         opening = {"asrr": "1+1;", "autothink": "="}.get(name)
+        if name == "adapt_think":
+            assert [response.text[0] for response in group.responses] == [";", ";", "1", "1"]
+            assert all(response.logprobs[0] == np.float32(np.log(0.5)) for response in group.responses)
+            assert max(response.length for response in group.responses[:2]) <= 9 < LIMIT
         for response in group.responses:
             assert opening is None or response.text.startswith(opening)
             assert opening is None or response.length == len(response.tokens) - len(opening)

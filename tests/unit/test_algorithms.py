@@ -341,6 +341,10 @@ def exact_opo(given: Given) -> torch.Tensor:
     return token_mean(ppo(given, per_token(given, given.rewards - baseline[:, None]), 0.2, 0.2))
 
 
+def exact_likelihood(given: Given) -> torch.Tensor:
+    return sequence_mean([-r * new for r, new in zip(given.rewards.flatten(), given.logprobs, strict=True)])
+
+
 def drawn(seed: int) -> list[Rewarded]:
     """Three prompts' rewarded groups of very different lengths, with engine log-probs."""
     rng = np.random.default_rng(seed)
@@ -392,6 +396,7 @@ WIDE = {"clip_low": 0.05, "clip_high": 0.05, "kl": "k3", "beta": 0.1, "entropy_b
         ("gspo", WIDE, exact_wide_gspo),
         ("cispo", {}, exact_cispo),
         ("opo", {}, exact_opo),
+        ("likelihood", {}, exact_likelihood),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("seed", [0, 1])

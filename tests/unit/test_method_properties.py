@@ -46,10 +46,17 @@ BOUNDS = {
     "laser_d": (1, 1.5, -0.5, -0.5),
     "laser_de": (1, 1.5, -0.5, 0),
     "anytime": (-1, 1, -1, 1), "mrt": (0, 1, -1, 0), "s_grpo": (-0.35, 1, -0.5, 0), "jet": (-3, 7, -7, 0),
+    "drpo": (0, 12, -12, 0), "o1_pruner": (-np.inf, np.inf, -np.inf, np.inf),
+    "adapt_think": (-0.5, 0.55, -0.5, -0.45), "thinkless": (-0.5, 2, -2, 0),
+    "experimental.o1_pruner_online": (-2, 4, -2, 4), "experimental.self_budgeter": (-1, 1, -1, 0),
+    "experimental.adacot": (0.7, 1, -0.3, 0),
 }  # fmt: skip
 """Least and most that a right answer may earn, and a wrong one: rewards, or advantages where the method gives them."""
 PRICED = {
     "laser_de",
+    "o1_pruner",
+    "experimental.o1_pruner_online",
+    "adapt_think",
     "shorterbetter",
     "kimi",
     "overlong",
@@ -65,12 +72,20 @@ BRANCHING = {"anytime", "mrt", "s_grpo"}
 """Methods to which what a thought would have answered before tells responses apart, whatever their own answer."""
 NOT_MONOTONE = {
     "lapo": "a middle length earns most",
+    "adapt_think": "one that does not think earns more, however long",
     "l1_exact": "the budget earns most",
     "l1_max": "an exact budget earns most",
     **dict.fromkeys(BRANCHING, "what it would have answered before decides"),
 }
 SAID = ["...\nFirst, 2", "...\n</think>\n4", "[Easy] 4", "[Hard] 4"]
 """What responses say by which modes are told."""
+TEXTS = {
+    "adapt_think": ["</think>4", "</think>4", "Alright</think>4", "Alright</think>4"],
+    "thinkless": ["<short>4", "<think>2</think>4"],
+    "experimental.adacot": ["</think>4", "So 2</think>4"],
+    "experimental.self_budgeter": ["<budget>300</budget>4", "4", "<budget>9</budget>4"],
+}
+"""The same, of methods that look for others."""
 
 
 def knowns(name: str) -> list[Known]:
@@ -90,7 +105,8 @@ def test_bounds_and_signs(name: str) -> None:
     method, (low, high, wrong_low, wrong_high) = build(name), BOUNDS[name]
     for right, lengths in [*KINDS.values(), *drawn_groups(1, 80)]:
         for known in knowns(name):
-            got, hit = trained_on(method, right, lengths, known, texts=SAID), np.array(right, dtype=bool)
+            said = TEXTS.get(name, SAID)
+            got, hit = trained_on(method, right, lengths, known, texts=said), np.array(right, dtype=bool)
             assert got.dtype == np.float64
             assert np.all(np.isfinite(got))
             assert np.all((got[hit] >= low - 1e-9) & (got[hit] <= high + 1e-9)), (right, lengths, got)
@@ -114,7 +130,7 @@ def test_a_wrong_answer_earns_more_than_a_right_one_only_where_that_is_said(name
     method = build(name, beta=1e-4) if name == "experimental.alp" else build(name)
     found = []
     few = ([1] + [0] * 11, [5] * 12, [f"{'t' * 90}</think>{'a' * 90}", *["t</think>a"] * 11])
-    drawn = [(right, lengths, SAID) for right, lengths in [*KINDS.values(), *drawn_groups(3, 100)]]
+    drawn = [(right, lengths, TEXTS.get(name, SAID)) for right, lengths in [*KINDS.values(), *drawn_groups(3, 100)]]
     for right, lengths, texts in [few, *drawn]:
         for known in knowns(name):
             got, hit = trained_on(method, right, lengths, known, texts=texts), np.array(right, dtype=bool)
@@ -130,6 +146,8 @@ CHOSEN: dict[str, list[dict[str, Any]]] = {
     "cosine": [{"wrong_long": 3.0, "exceeded": None}], "gdpo": [{"short": 3.0}],
     "efr": [{"alpha": 0.99}], "kimi": [{}], "prime_rl": [{"length": 1.0, "prompt": 1.0, "turns": 1.0}],
     "laser": [{"wrong": 0.99, "unanswered": 0.99}], "laser_d": [{"wrong": 0.99, "unanswered": 0.99, "bonus": 9.0}],
+    "drpo": [{"spread": 0.001}, {"tau": 0.001}], "adapt_think": [{"delta": 2.0}], "thinkless": [{"thinking": -3.0}],
+    "experimental.adacot": [{"missed": 1.5}, {"needless": 1.5}],
     "laser_de": [{"wrong": 0.6, "lowest": 60}], "dler": [{"limit": 50}], "da_dler": [{"easy": 5, "hard": 50}],
     "thinkprune": [{"limit": 50}], "stop_properly": [{"cut_off": -9.0}], "grpo_lambda": [{"share": 1.0, "alpha": 0.99}],
     "twyn": [{"margin": 1.0}], "gfpo": [{"keep": 1}, {"keep": 3, "by": "reward_per_token"}],
@@ -147,7 +165,7 @@ def test_other_options_let_a_wrong_answer_win_only_where_that_is_said(name: str)
         method, found = build(name, **options), False
         for right, lengths in [*KINDS.values(), *drawn_groups(5, 100)]:
             for known in knowns(name):
-                texts = [f"{'t' * n}</think>{'a' * n}" for n in lengths] if name == "grlc" else SAID
+                texts = [f"{'t' * n}</think>{'a' * n}" for n in lengths] if name == "grlc" else TEXTS.get(name, SAID)
                 got, hit = trained_on(method, right, lengths, known, texts=texts), np.array(right, dtype=bool)
                 found |= bool(hit.any() and not hit.all() and got[~hit].max() > got[hit].min() + 1e-9)
         assert found == bool(method.wrong_may_win_if), (options, method.wrong_may_win_if)
@@ -171,7 +189,7 @@ def test_groups_of_each_kind(name: str, kind: str) -> None:
     right, lengths = KINDS[kind]
     got = trained_on(build(name), right, lengths)
     if kind == "equal lengths":
-        assert np.ptp(got[[0, 2, 3]]) == pytest.approx(0, abs=1e-9) or name == "gfpo"
+        assert np.ptp(got[[0, 2, 3]]) == pytest.approx(0, abs=1e-9) or name in ("gfpo", "adapt_think")
     if kind == "all wrong" and name not in PRICED | BRANCHING | {"jet"}:
         assert np.ptp(got) == pytest.approx(0, abs=1e-9)
 
@@ -321,8 +339,12 @@ def test_every_method_goes_with_every_algorithm_that_leaves_prompts_and_penaltie
         options = {"over": "nothing"} if name == "gdpo" else {}
         methods.check_together(name, build(name, **options), algorithm(name=other, **choices))
     methods.check_together(name, build(name), algorithm())
-    if not build(name).equal_rewards_teach and name not in ("gfpo", "qglas", "overlong", "stop_properly"):
+    if not build(name).equal_rewards_teach and name not in OWN:
         methods.check_together(name, build(name), algorithm(name="dapo"))
+
+
+OWN = {"gfpo", "qglas", "overlong", "stop_properly", "drpo", "thinkless"}
+"""Methods that DAPO's soft penalty does not go with."""
 
 
 def test_prompts_are_replaced_where_equal_rewards_teach_nothing() -> None:

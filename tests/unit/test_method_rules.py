@@ -457,14 +457,16 @@ def test_memory_survives_a_kill_bit_for_bit(name: str) -> None:
         "anytime": {"budgets": [500, 1000]},
     }.get(name, {})
     method = build(name, tokens=5000, **options)
-    whole, cut, resumed = (methods.Knowledge(method, 5000) for _ in range(3))
+    whole, cut, resumed, none = (methods.Knowledge(method, 5000, KNOWN.marks) for _ in range(4))
+    for each in (whole, cut, resumed, none):
+        each.reference = KNOWN.reference  # the run folder keeps it
     expected = learn_from(method, whole, 1, 8)
     first = learn_from(method, cut, 1, 4)
     resumed.load_state_dict(json.loads(json.dumps(cut.state_dict())))
     again = first + learn_from(method, resumed, 5, 8)
     assert all(np.array_equal(one, other) for one, other in zip(again, expected, strict=True))
     assert json.dumps(resumed.state_dict()) == json.dumps(whole.state_dict())
-    forgot = first + learn_from(method, methods.Knowledge(method, 5000), 5, 8)
+    forgot = first + learn_from(method, none, 5, 8)
     same = all(np.array_equal(one, other) for one, other in zip(forgot, expected, strict=True))
     remembers = type(method).learn is not Method.learn or name == "hapo"
     assert same != remembers, "memory must matter, or the test says nothing"

@@ -210,7 +210,7 @@ def test_what_was_sampled_is_known_from_the_next_iteration_on_and_survives_a_res
 
 
 def test_what_a_run_does_not_have_is_refused_by_name() -> None:
-    local = Given("local", LocalEngine.abilities, None)
+    local = Given("local", LocalEngine.abilities, None, 3)
     methods.check_given("m", Needs(engine=frozenset({"forks"})), local)
     with pytest.raises(
         ConfigError, match=r"^rollout\.engine: local cannot do what method m needs \(routing\); it can: f"
@@ -218,6 +218,9 @@ def test_what_a_run_does_not_have_is_refused_by_name() -> None:
         methods.check_given("m", Needs(engine=frozenset({"forks", "routing"})), local)
     with pytest.raises(ConfigError, match=r"^model\.thinking\.closes: method m has to tell a thought from its answer"):
         methods.check_given("m", Needs(thinking=True), local)
+    with pytest.raises(ConfigError, match=r"^train\.iterations: 3, and method m learns .* set it to 1"):
+        methods.check_given("m", Needs(offline=True), local)
+    methods.check_given("m", Needs(offline=True), local._replace(iterations=1))
     methods.check_given("m", Needs(thinking=True), local._replace(marks=Marks("", ";")))
     assert set(ENGINES) == {"local", "sglang"}
     assert all(engine.abilities <= set(ABILITIES) for engine in ENGINES.values())

@@ -1,0 +1,159 @@
+"""Methods that compare with the starting model, that weigh tokens, and experimental ones: against worked numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_efr import methods
+from megatron_efr.config import ConfigError
+from megatron_efr.methods import Known, Method, Sampled, Samplings, Visit
+from megatron_efr.scripts import Opened
+from megatron_efr.types import Part, Prompt, Rewarded
+from tests.groups import KNOWN
+from tests.judged import VECTORS, C, L, build, close, outputs, rewarded, trained_on
+
+pytestmark = pytest.mark.alike
+
+
+def solved(*right: int, lengths: tuple[int, ...] = ()) -> Known:
+    """What is known of a prompt that the starting model got so right."""
+    before = Sampled(lengths or (100,) * len(right), tuple(map(bool, right)))
+    return KNOWN._replace(reference={"p": before})
+
+
+def test_each_response_gains_over_the_starting_models_accuracy() -> None:
+    vector, method = VECTORS["adapt_think"], build("adapt_think")
+    texts = ["</think>4", "</think>5", "Alright</think>4", "Alright</think>4"]
+    known = solved(1, 1, 1, 0, 0)
+    assert vector["inputs"]["ref_acc"] == 0.6
+    assert trained_on(method, C, L, known, texts=texts) == close(vector["outputs"]["advantage"])
+    assert method.samplings == Samplings(reference=16)
+    # not closed, closed twice, and opened as well: all wrong, whatever the verifier says
+    malformed = ["</think>4", "</think>a</think>4", "Alright, 4", "<think>Alright</think>4"]
+    assert trained_on(method, [1] * 4, L, known, texts=malformed) == close([0.45, -0.55, -0.6, -0.6])
+    cut = trained_on(method, [1] * 4, L, known, texts=texts, finish=["length", "stop", "stop", "stop"])
+    assert cut == close([-0.55, 0.45, 0.4, 0.4])
+    without = known._replace(marks=KNOWN.marks._replace(opens="") if KNOWN.marks else None)
+    assert trained_on(method, [1] * 4, L, without, texts=malformed) == close([0.45, -0.55, -0.6, 0.4])
+
+
+def test_half_of_a_prompts_responses_are_told_not_to_think() -> None:
+    ask = build("adapt_think", samples=8).ask(Visit(Prompt("p", (1,), "q", "1"), 8, 0), KNOWN)
+    closed, thinks = Opened(opening="</think>", chance=0.5, limit=4096), Opened(opening="Alright", chance=0.5)
+    assert ask.scripts == (closed,) * 4 + (thinks,) * 4
+    few = build("adapt_think", samples=8, share=0.25, word="So", brief=9)
+    closed, thinks = Opened(opening="</think>", chance=0.25, limit=9), Opened(opening="So", chance=0.75)
+    assert few.ask(Visit(Prompt("p", (1,), "q", "1"), 8, 0), KNOWN).scripts == (closed,) * 2 + (thinks,) * 6
+    with pytest.raises(ConfigError, match=r"^method\.share: 0\.1 of rollout\.samples = 4 .* leaves none"):
+        build("adapt_think", share=0.1)
+
+
+def test_worked_weights_of_the_starting_models_own_responses() -> None:
+    vector = outputs("o1_pruner")
+    (group,) = rewarded(build("o1_pruner"), [(C, L)])
+    assert group.rewards == close(vector["weight"])
+    assert trained_on(build("o1_pruner", trained=4), C, L) == close(vector["standardised_population"])
+    method = build("o1_pruner")
+    groups = rewarded(method, [(C, L), ([0, 1, 1, 1], [40, 80, 60, 20])])
+    first, second = method.credits(groups, KNOWN) or ()
+    trained = np.concatenate([group.rewards[:2] for group in groups])
+    standard = (trained - trained.mean()) / trained.std()
+    assert np.concatenate([first.advantage[:2], second.advantage[:2]]) == close(standard)
+    assert [each.masked.tolist() for each in (first, second) if each.masked is not None] == [
+        [False, False, True, True]
+    ] * 2
+    assert trained_on(method, [1] * 4, [7] * 4).tolist() == [0.0] * 4
+    online = build("experimental.o1_pruner_online")
+    known = solved(1, 1, 1, 0, lengths=(455, 400, 510, 455))
+    assert trained_on(online, C, L, known) == close(vector["weight"])
+    assert online.samplings == Samplings(reference=12)
+    assert trained_on(online, C, L, solved(0, lengths=(910,)))[0] == close(4.0)  # 610 / 300 + 5, bounded
+    with pytest.raises(ConfigError, match=r"^method\.trained: 5 responses of a prompt, and rollout\.samples = 4"):
+        build("o1_pruner", trained=5)
+    with pytest.raises(ConfigError, match=r"^method\.least: 5 is not below method\.most = 4"):
+        build("o1_pruner", least=5.0)
+
+
+def drawn(method: Method, right: list[int], logprobs: list[float]) -> Rewarded:
+    """A group whose responses' tokens have these log-probs, and one that a script forced has another."""
+    (group,) = rewarded(method, [(right, L)])
+    responses = []
+    for response, logprob in zip(group.group.responses, logprobs, strict=True):
+        values = np.full(response.length, logprob, dtype=np.float32)
+        values[0] = -50.0
+        ends = response.length
+        parts = (Part("opening", 0, 1, "forced"), Part("response", 1, ends, "stop"))
+        responses.append(replace(response, logprobs=values, parts=parts))
+    return replace(group, graded=replace(group.graded, group=replace(group.group, responses=tuple(responses))))
+
+
+def test_worked_coefficients_of_likelihood() -> None:
+    """Lengths count drawn tokens: the limit gives way by as much, so that the worked shares hold."""
+    vector, method = VECTORS["drpo"], build("drpo", max_tokens=1000)
+    given, expected = vector["inputs"], vector["outputs"]
+    for right, key in ((given["c"], "gradient_coefficients"), (given["second_c"], "second_gradient_coefficients")):
+        (credit,) = method.credits([drawn(method, right, given["s_mean_logp"])], KNOWN) or ()
+        assert credit.advantage / 4 == close(expected[key])
+    for right in ([1] * 4, [0] * 4):
+        assert trained_on(method, right, L).tolist() == [0.0] * 4
+    whole = build("drpo", tokens=1000)
+    assert np.array_equal(trained_on(whole, C, L, KNOWN._replace(limit=1000)), trained_on(method, C, L)), (
+        "the limit is the rollouts' where it is left out"
+    )
+    assert trained_on(build("drpo", spread=1e-4), C, L) == close([0.0, -4.0, 0.0, 4.0])
+
+
+def test_the_first_token_is_weighed_apart() -> None:
+    method, vector = build("thinkless"), VECTORS["thinkless"]
+    texts = ["<short>4" if short else "<think>4" for short in vector["inputs"]["short_mode"]]
+    groups = rewarded(method, [(C, L)], texts=texts) + rewarded(method, [([1, 1, 0, 0], [5, 6, 7, 8])], texts=["4"])
+    assert groups[0].rewards == close(vector["outputs"]["rewards"])
+    assert groups[1].rewards == close([-1.0] * 4), "neither token"
+    credits = method.credits(groups, KNOWN) or ()
+    assert credits[0].advantage == close(vector["outputs"]["advantage"])
+    # a mean over all tokens of these weights is control times the mean over first tokens + the mean over the others
+    rng = np.random.default_rng(0)
+    weights = [each for credit in credits for each in credit.weight or ()]
+    losses = [rng.random(len(each)) for each in weights]
+    made = sum(float(weight @ loss) for weight, loss in zip(weights, losses, strict=True)) / sum(map(len, losses))
+    apart = 0.001 * np.mean([each[0] for each in losses]) + np.concatenate([each[1:] for each in losses]).mean()
+    assert made == pytest.approx(apart, rel=1e-12)
+    with pytest.raises(ConfigError, match=r"^method\.think: '<short>er' cannot be told from method\.short = '<short>'"):
+        build("thinkless", think="<short>er")
+
+
+def test_a_response_is_held_to_the_budget_that_it_says() -> None:
+    texts = ["<budget>300</budget>4", "<budget>600</budget>4", " <budget> 400 </budget>4", "<budget></budget>4"]
+    # as it says; half of the budget away; a quarter away; no budget
+    half, quarter = (1 + math.cos(math.pi / 2)) / 4, (1 + math.cos(math.pi / 4)) / 4
+    got = trained_on(build("experimental.self_budgeter"), C, L, texts=texts)
+    assert got == close([1.0, -0.5 + half, 0.5 + quarter, -1.0])
+    strict = trained_on(build("experimental.self_budgeter", slack=0.2, most=350), C, L, texts=texts)
+    assert strict == close([1.0, -0.5 - 0.4, 0.5 - 0.4, -1.0])
+    none = trained_on(build("experimental.self_budgeter"), C, L, texts=["<budget>0</budget>4", "4"])
+    assert none.tolist() == [-1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["</think>4", "So</think>4", "So</think>4", "<think>\n</think>4"], [1.0, -0.1, 0.9, 1.0]),  # both right
+        (["So</think>4", "</think>4", "So</think>4", "</think>4"], [0.9, 0.0, 0.9, 1.0]),  # half of them
+        (["So</think>4", "</think>4", "So</think>4", "So</think>4"], [1.0, -0.3, 1.0, 1.0]),  # none of one
+        (["So</think>4"], [1.0, 0.0, 1.0, 1.0]),  # nobody tried
+    ],
+)
+def test_a_thought_costs_where_the_group_does_without(texts: list[str], expected: list[float]) -> None:
+    assert trained_on(build("experimental.adacot"), C, L, texts=texts) == close(expected)
+
+
+def test_what_a_method_samples_follows_its_options() -> None:
+    wanted: Any = {name: build(name, tokens=40_000).samplings for name in methods.METHODS}
+    assert {name for name, each in wanted.items() if each.reference} == {"adapt_think", "experimental.o1_pruner_online"}
+    assert {name for name, each in wanted.items() if each.monitor} >= {"laser_d", "laser_de"}
+    assert build("adapt_think", reference=3).samplings.reference == 3
