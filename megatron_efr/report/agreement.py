@@ -43,9 +43,9 @@ class Compared(NamedTuple):
 
 def compare(one: Record, other: Record) -> list[Compared]:
     """Every figure of every model, from two families' summaries; UserError where they are of other models."""
-    alphas = [[model["alpha"] for model in summary["models"]] for summary in (one, other)]
-    if alphas[0] != alphas[1]:
-        raise UserError(f"two families of other models cannot be compared: alphas {alphas[0]} and {alphas[1]}")
+    ours, theirs = ([label(model) for model in summary["models"]] for summary in (one, other))
+    if ours != theirs:
+        raise UserError(f"families of other models cannot be compared: {', '.join(ours)}; and {', '.join(theirs)}")
     pairs = list(zip(one["models"], other["models"], strict=True))
     if any(f"{key}_ci" not in model for pair in pairs for model in pair for key in FIGURES):
         raise UserError("families over several seeds have no intervals; compare those of single seeds")

@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -17,8 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
-
-from megatron_efr.report.records import label
 
 # Each colour is a CSS variable on the page, so that one drawing serves light and dark; a PNG shows the light values.
 INK, MUTED, GRID, BASE = "#1b1f24", "#5b636d", "#dfe3e8", "#6e7781"
@@ -62,29 +60,43 @@ CURVES = (
 )
 
 
-def colours(models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Model name -> hex colour: grey for a model without alpha, the others along the ramp in their order."""
-    trained = [model["name"] for model in models if model["alpha"] is not None]
+def colours(models: Sequence[tuple[str, bool]]) -> dict[str, str]:
+    """Model name -> hex colour, from (name, whether it is a base): bases grey, the others along a ramp in order."""
+    trained = [name for name, is_base in models if not is_base]
     last = len(trained) - 1
     ramp = {name: to_hex(_RAMP(index / last if last else 0.35)) for index, name in enumerate(trained)}
-    return {model["name"]: ramp.get(model["name"], BASE) for model in models}
+    return {name: ramp.get(name, BASE) for name, _ in models}
 
 
-def draw_family(axis: Axes, models: Sequence[Mapping[str, Any]]) -> None:
-    """Accuracy (%) against mean tokens, a point a model, bars for the interval (or the deviation over seeds)."""
-    hues = colours(models)
-    x, y = [model["tokens"] for model in models], [100 * model["accuracy"] for model in models]
-    axis.plot(x, y, color=GRID, linewidth=1.6, zorder=1)
-    for model, tokens, accuracy in zip(models, x, y, strict=True):
-        hue = hues[model["name"]]
-        x_bar, y_bar = _bars(model, "tokens", 1.0), _bars(model, "accuracy", 100.0)
-        axis.errorbar(tokens, accuracy, xerr=x_bar, yerr=y_bar, color=hue, elinewidth=1.5, capsize=2.5, zorder=2)
-        axis.plot([tokens], [accuracy], "o", color=hue, markersize=7.5, zorder=3)
+def draw_family(axis: Axes, points: Sequence[Point], front: Sequence[Point]) -> None:
+    """Accuracy (%) against mean tokens, a point a model with bars; a line through the `front`."""
+    axis.plot([p.tokens for p in front], [p.accuracy for p in front], color=GRID, linewidth=1.6, zorder=1)
+    for p in points:
+        axis.errorbar(
+            p.tokens, p.accuracy, p.accuracy_bars, p.token_bars, color=p.hue, elinewidth=1.5, capsize=2.5, zorder=2
+        )
+        axis.plot([p.tokens], [p.accuracy], "o", color=p.hue, markersize=7.5, zorder=3)
     axis.set_xlabel("mean tokens per response")
     axis.set_ylabel("accuracy (%)")
     axis.margins(x=0.14, y=0.16)
-    reach = [_bars(model, "accuracy", 100.0) for model in models]
-    _place_labels(axis, x, y, reach, [label(model) for model in models])
+    _place_labels(axis, points)
+
+
+class Point(NamedTuple):
+    """A model on the plane of tokens and accuracy (%); `bars` are distances below and above, [2, 1]."""
+
+    text: str
+    hue: str
+    tokens: float
+    accuracy: float
+    token_bars: np.ndarray | None
+    accuracy_bars: np.ndarray | None
+
+    @classmethod
+    def of(cls, model: Mapping[str, Any], text: str, hue: str) -> Point:
+        """The point of a model of a summary."""
+        bars = _bars(model, "tokens", 1.0), _bars(model, "accuracy", 100.0)
+        return cls(text, hue, model["tokens"], 100 * model["accuracy"], *bars)
 
 
 def _bars(model: Mapping[str, Any], key: str, scale: float) -> np.ndarray | None:
@@ -96,24 +108,23 @@ def _bars(model: Mapping[str, Any], key: str, scale: float) -> np.ndarray | None
     return None if spread is None else scale * np.array([[spread], [spread]])
 
 
-def _place_labels(
-    axis: Axes, x: Sequence[float], y: Sequence[float], reach: Sequence[np.ndarray | None], texts: Sequence[str]
-) -> None:
+def _place_labels(axis: Axes, points: Sequence[Point]) -> None:
     """Put each text beside its point, at the first place on the axis that no other text, point or bar has."""
     figure = axis.get_figure(root=True)
     assert figure is not None
     canvas = FigureCanvasAgg(figure)
     figure.draw_without_rendering()  # settles the layout, so that pixels mean something
-    ends = [(0.0, 0.0) if bars is None else (bars[0, 0], bars[1, 0]) for bars in reach]
-    low = axis.transData.transform([(px, py - below) for px, py, (below, _) in zip(x, y, ends, strict=True)]) - 9
-    high = axis.transData.transform([(px, py + above) for px, py, (_, above) in zip(x, y, ends, strict=True)]) + 9
+    ends = [(0.0, 0.0) if p.accuracy_bars is None else (p.accuracy_bars[0, 0], p.accuracy_bars[1, 0]) for p in points]
+    low = axis.transData.transform([(p.tokens, p.accuracy - e[0]) for p, e in zip(points, ends, strict=True)]) - 9
+    high = axis.transData.transform([(p.tokens, p.accuracy + e[1]) for p, e in zip(points, ends, strict=True)]) + 9
     taken = [Bbox(corners) for corners in np.stack([low, high], axis=1)]
     places = [(9, 7, "left", "bottom"), (-9, 7, "right", "bottom"), (9, -7, "left", "top"), (-9, -7, "right", "top")]
     places += [(0, 22, "center", "bottom"), (0, -22, "center", "top")]
-    for own, (px, py, text) in enumerate(zip(x, y, texts, strict=True)):
+    for own, p in enumerate(points):
         others = [box for index, box in enumerate(taken) if index != own]
         for last, (dx, dy, ha, va) in enumerate(places, start=1):
-            note = axis.annotate(text, (px, py), (dx, dy), textcoords="offset points", ha=ha, va=va, fontweight="bold")
+            place = {"xytext": (dx, dy), "textcoords": "offset points", "ha": ha, "va": va}
+            note = axis.annotate(p.text, (p.tokens, p.accuracy), fontweight="bold", **place)
             box = note.get_window_extent(canvas.get_renderer())
             inside = axis.bbox.containsx(box.x0) and axis.bbox.containsx(box.x1)
             if last == len(places) or (inside and not any(box.overlaps(other) for other in others)):
@@ -122,32 +133,65 @@ def _place_labels(
             note.remove()
 
 
-def draw_difficulty(axis: Axes, models: Sequence[Mapping[str, Any]], levels: Sequence[str], relative: bool) -> None:
-    """Mean tokens at each difficulty, a line a model; `relative`: in per cent of the first model's, the base."""
-    hues, base = colours(models), models[0]["tokens_by_difficulty"]
-    for model in models:
-        tokens = model["tokens_by_difficulty"]
-        known = [level for level in levels if level in tokens and (not relative or base.get(level))]
-        values = [100 * tokens[level] / base[level] if relative else tokens[level] for level in known]
-        places = [levels.index(level) for level in known]
-        axis.plot(places, values, "o-", color=hues[model["name"]], markersize=4.5, label=label(model))
-    axis.set_xticks(range(len(levels)), levels)
-    axis.set_xlabel("difficulty")
-    axis.set_ylabel(f"tokens (% of {label(models[0])})" if relative else "mean tokens")
-    axis.set_ylim(bottom=0)
+class Line(NamedTuple):
+    """A line of a plot: its colour, its points, and the ends of their intervals where they have them."""
+
+    hue: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
 
 
-def draw_curve(axis: Axes, runs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, hues: Mapping[str, str]) -> None:
-    """One metric of every run against the step: each step's value faint, their running mean over it."""
-    for name, metrics in runs.items():
+def draw_lines(
+    axis: Axes, lines: Sequence[Line], x: str, y: str, ticks: Sequence[str] = (), from_zero: bool = False
+) -> None:
+    """Marked lines with bands for their intervals; `x` and `y` name the axes, `ticks` the places 0, 1, ... of x."""
+    for line in lines:
+        if line.low:
+            axis.fill_between(line.x, line.low, line.high, color=line.hue, alpha=0.15, linewidth=0)
+        axis.plot(line.x, line.y, "o-", color=line.hue, markersize=4.5)
+    if ticks:
+        axis.set_xticks(range(len(ticks)), ticks)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    if from_zero:
+        axis.set_ylim(bottom=0)
+
+
+class Range(NamedTuple):
+    """Where lengths lie: the 10th, 25th, 50th, 75th and 90th percentile; empty if there are none."""
+
+    text: str
+    hue: str
+    percentiles: Sequence[float]
+
+
+def draw_ranges(axis: Axes, ranges: Sequence[Range], x: str, most: float) -> None:
+    """A row for each range, the first on top: thin from the 10th percentile to the 90th, thick between quartiles."""
+    for row, each in enumerate(ranges):
+        if len(each.percentiles):
+            p10, p25, p50, p75, p90 = each.percentiles
+            axis.plot([p10, p90], [row, row], color=each.hue, linewidth=1.4, solid_capstyle="round")
+            axis.plot([p25, p75], [row, row], color=each.hue, linewidth=5, solid_capstyle="butt", alpha=0.55)
+            axis.plot([p50], [row], "o", color=each.hue, markersize=6)
+    axis.set_yticks(range(len(ranges)), [each.text for each in ranges])
+    axis.set_ylim(len(ranges) - 0.5, -0.5)
+    axis.set_xlim(0, 1.04 * most)
+    axis.set_xlabel(x)
+
+
+def draw_curve(axis: Axes, runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], key: str) -> None:
+    """One metric of (colour, metrics) runs against the step: each value faint, their running mean over it."""
+    for hue, metrics in runs:
         known = [line for line in metrics if isinstance(line.get(key), int | float)]
         if not known:
             continue
         steps = np.array([line["step"] for line in known])
         values = np.array([line[key] for line in known], dtype=float) * (100 if key == "accuracy" else 1)
         smooth = running_mean(values, max(1, len(values) // 12))
-        axis.plot(steps, values, color=hues[name], linewidth=0.9, alpha=0.3)
-        axis.plot(steps, smooth, color=hues[name])
+        axis.plot(steps, values, color=hue, linewidth=0.9, alpha=0.3)
+        axis.plot(steps, smooth, color=hue)
     axis.set_xlabel("iteration")
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -189,8 +233,14 @@ def _attribute(text: str) -> str:
     return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
 
 
-def save_png(draws: Sequence[tuple[str, Draw]], path: Path, size: tuple[float, float], columns: int, key: Any) -> None:
-    """Save titled axes side by side, `size` inches each, as one PNG; `key` [(label, colour)] becomes a legend."""
+def save(
+    draws: Sequence[tuple[str, Draw]],
+    path: Path,
+    size: tuple[float, float],
+    columns: int = 1,
+    key: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Save titled axes side by side, `size` inches each, as path.png and path.svg; `key` is a legend: label, colour."""
     rows = -(-len(draws) // columns)
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(size[0] * columns, size[1] * rows), facecolor="white")
@@ -198,8 +248,13 @@ def save_png(draws: Sequence[tuple[str, Draw]], path: Path, size: tuple[float, f
         for axis, (title, draw) in zip(axes, draws, strict=False):
             draw(axis)
             axis.set_title(title, loc="left", fontweight="bold", fontsize=11)
+        for axis in list(axes):  # what is left over has nothing to show
+            axis.set_axis_off()
         if key:
             handles = [Line2D([], [], color=hue, marker="o", markersize=5) for _, hue in key]
-            figure.legend(handles, [text for text, _ in key], loc="outside lower center", ncols=len(key), frameon=False)
+            texts, wide = [text for text, _ in key], min(len(key), 4 * columns)
+            figure.legend(handles, texts, loc="outside lower center", ncols=wide, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png", dpi=200)
+        figure.savefig(path.with_suffix(".png"), format="png", dpi=200)
+        figure.set_layout_engine("none")  # as it was laid out just now
+        figure.savefig(path.with_suffix(".svg"), format="svg", metadata={"Date": None})

@@ -12,17 +12,31 @@ from megatron_efr.evaluation.records import Record
 from megatron_efr.report.records import label
 
 
+def is_base(model: Mapping[str, Any]) -> bool:
+    """True for a model that others begin with; in a summary of before, one without alpha."""
+    return model["name"] == model["base"] if "base" in model else model["alpha"] is None
+
+
 def base_of(models: Sequence[Record]) -> Record | None:
-    """The starting model (alpha None) of a family, or None where there is none to compare with."""
+    """The first starting model of a family, or None where there is none to compare with."""
     first = models[0] if models else None
-    return first if first is not None and first["alpha"] is None and len(models) > 1 else None
+    return first if first is not None and is_base(first) and len(models) > 1 else None
+
+
+def front(models: Sequence[Record]) -> list[Record]:
+    """The Pareto front, briefest first: models than which no other is as brief and more accurate, or the reverse."""
+    found: list[Record] = []
+    for model in sorted(models, key=lambda one: (one["tokens"], -one["accuracy"])):
+        if not found or model["accuracy"] > found[-1]["accuracy"]:
+            found.append(model)
+    return found
 
 
 def headline(models: Sequence[Record], metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """The result in a sentence: the briefest model that is no less accurate than the base, else the briefest at all."""
     base = base_of(models)
     if base is not None:
-        return _against_base(base, [model for model in models if model["alpha"] is not None])
+        return _against_base(base, [model for model in models if not is_base(model)])
     if models:
         model = min(models, key=lambda one: one["tokens"])
         return f"{label(model)} is right {_accuracy(model)} of the time with {model['tokens']:.1f} tokens on average."
@@ -158,29 +172,40 @@ class Chosen(NamedTuple):
     rows: dict[str, Record]
 
 
-def chosen_problem(names: Sequence[str], evaluations: Mapping[str, Record]) -> Chosen | None:
-    """A problem to show answered by every model: chosen by rule from the first model's evaluation, never by hand.
+def chosen_problems(names: Sequence[str], evaluations: Mapping[str, Record]) -> list[Chosen]:
+    """Problems to show answered by every model: chosen by rule from the first model's evaluation, never by hand.
 
-    The first problem of median difficulty that the first model gets right in its first sample; failing that, of any
-    difficulty; failing that, the first problem. None where no problem was answered by all.
+    Of median difficulty, then of the lowest and the highest one, the first problem that the first model gets right in
+    its first sample. Without difficulties, or if it gets none of the median right, the first one that it gets right at
+    all; failing that, the first problem. Empty if no problem was answered by all.
     """
     tables = {name: {row["id"]: row for row in evaluations[name]["rows"]} for name in names if name in evaluations}
     if not tables:
-        return None
-    first, *others = tables.values()
+        return []
+    who, (first, *others) = next(iter(tables)), tables.values()
     shared = [row for id, row in first.items() if all(id in table for table in others)]
     if not shared:
-        return None
+        return []
+    picked = _picked(shared, who)
+    return [Chosen(rule, {name: table[row["id"]] for name, table in tables.items()}) for row, rule in picked]
+
+
+def _picked(shared: Sequence[Record], who: str) -> list[tuple[Record, str]]:
+    """(row, rule) of each problem that is shown."""
+    right = [row for row in shared if row["correct"][0]]
     levels = statistics.in_order({row["difficulty"] for row in shared if row["difficulty"] is not None})
     by_level = [row["difficulty"] for level in levels for row in shared if row["difficulty"] == level]
     median = by_level[(len(by_level) - 1) // 2] if by_level else None
-    right = [row for row in shared if row["correct"][0]]
-    typical = [row for row in right if median is not None and row["difficulty"] == median]
-    who = next(iter(tables))
-    if typical:
-        row, rule = typical[0], f"the first problem of median difficulty ({median}) that {who} gets right at first try"
-    elif right:
-        row, rule = right[0], f"the first problem that {who} gets right at first try"
-    else:
-        row, rule = shared[0], f"the first problem ({who} gets none right at first try)"
-    return Chosen(rule, {name: table[row["id"]] for name, table in tables.items()})
+    named = {f"median difficulty ({median})": median}
+    if levels:
+        named |= {f"the lowest difficulty ({levels[0]})": levels[0], f"the highest ({levels[-1]})": levels[-1]}
+    found: dict[str, tuple[Record, str]] = {}
+    for text, level in named.items():
+        row = next((row for row in right if level is not None and row["difficulty"] == level), None)
+        if row is not None:
+            found.setdefault(row["id"], (row, f"the first problem of {text} that {who} gets right at first try"))
+    if found:
+        return list(found.values())
+    if right:
+        return [(right[0], f"the first problem that {who} gets right at first try")]
+    return [(shared[0], f"the first problem ({who} gets none right at first try)")]

@@ -46,7 +46,7 @@ def test_figures_agree_exactly_where_intervals_touch() -> None:
 
 
 def test_other_families_are_not_compared() -> None:
-    with pytest.raises(UserError, match=r"alphas \[None, 0.4\] and \[None\]"):
+    with pytest.raises(UserError, match=r"base, alpha 0\.4; and base"):
         compare(ONE, family((None, (0.7, 0.8), (60, 61))))
     over_seeds = family((None, (0.7, 0.8), (60, 61)))
     del over_seeds["models"][0]["tokens_ci"]

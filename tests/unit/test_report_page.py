@@ -2,13 +2,14 @@
 
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from megatron_efr.evaluation.records import summarise
 from megatron_efr.report import build_summary, write_report
-from megatron_efr.report.sentences import chosen_problem, difficulty_sentences, headline
+from megatron_efr.report.sentences import chosen_problems, difficulty_sentences, headline
 from megatron_efr.types import Prompt
 from tests.groups import graded
 
@@ -95,7 +96,8 @@ def test_the_page_holds_the_figures_and_refers_to_nothing_outside(tmp_path, fami
     assert tags.open == []
     assert len(tags.ids) == len(set(tags.ids))
     assert all(value.startswith("#") for value in tags.loads)
-    assert "http" not in html
+    assert "://" not in html
+    assert "default-src 'none'" in html, "and a browser would load nothing from outside"
     assert "@import" not in html
     assert "warm-start" not in text
     assert "A tiny model on a toy task." in text
@@ -104,9 +106,12 @@ def test_the_page_holds_the_figures_and_refers_to_nothing_outside(tmp_path, fami
         assert f"{100 * model['accuracy']:.1f}%" in text
         assert f"[{100 * low:.1f}, {100 * high:.1f}]" in text
         assert f"{model['tokens']:.1f}" in text
-    for name in ("family.png", "difficulty.png", "curves.png"):
-        assert (tmp_path / "report" / name).read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in path.parent.iterdir()) == ["curves.png", "difficulty.png", "family.png", "index.html"]
+    pictures = ("curves", "difficulty", "family", "lengths")
+    for name in pictures:
+        assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert ElementTree.parse(tmp_path / "report" / f"{name}.svg").getroot().tag.endswith("svg")
+    kinds = [f"{name}.{kind}" for name in pictures for kind in ("png", "svg")]
+    assert sorted(p.name for p in path.parent.iterdir()) == sorted([*kinds, "index.html"])
 
 
 def test_everything_that_came_from_outside_is_escaped(tmp_path, family):
@@ -136,7 +141,6 @@ def test_a_single_model_and_an_empty_folder_still_make_a_page(tmp_path, family):
     alone = build_summary({"m": {**evaluations["base"], "name": "m"}}, {"m": None}, {})
     html = write_report(alone, {"m": evaluations["base"]}, {}, tmp_path / "one").read_text()
     assert "No training metrics" in html
-    assert "answered by the model" in html
     trained = write_report({"models": [], "seconds": {}}, {}, {"run": metrics["alpha-0"]}, tmp_path / "run").read_text()
     assert "training accuracy went from 51.5% to 78.5%" in trained  # steps 1, 2 and 28, 29
     assert "No evaluation on held-out problems" in trained
@@ -207,17 +211,18 @@ def test_the_shown_problem_is_the_first_of_median_difficulty_that_the_base_gets_
         ]
         return {"rows": rows}
 
-    chosen = chosen_problem(["base", "x"], {"base": record([1, 0, 0, 1, 1]), "x": record([0] * 5)})
-    assert chosen is not None
+    chosen, *more = chosen_problems(["base", "x"], {"base": record([1, 0, 0, 1, 1]), "x": record([0] * 5)})
     assert chosen.rows["base"]["id"] == "3"
     assert "median difficulty (3)" in chosen.rule
-    fallback = chosen_problem(["base"], {"base": record([0, 0, 0, 0, 1])})
-    assert fallback is not None
+    assert [(each.rows["x"]["id"], each.rule.split(" that ")[0]) for each in more] == [
+        ("0", "the first problem of the lowest difficulty (2)"),
+        ("4", "the first problem of the highest (10)"),
+    ]
+    [fallback] = chosen_problems(["base"], {"base": record([0, 0, 0, 0, 1])})
     assert fallback.rows["base"]["id"] == "4"
-    none = chosen_problem(["base"], {"base": record([0] * 5)})
-    assert none is not None
+    [none] = chosen_problems(["base"], {"base": record([0] * 5)})
     assert none.rows["base"]["id"] == "0"
-    assert chosen_problem(["base"], {}) is None
+    assert chosen_problems(["base"], {}) == []
 
 
 def test_several_data_sets_are_shown_with_normalised_figures(tmp_path):

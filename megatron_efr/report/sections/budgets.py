@@ -1,0 +1,52 @@
+"""Accuracy where a response that is longer than a budget counts as wrong."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from megatron_efr.report import plots
+from megatron_efr.report.records import label
+from megatron_efr.report.results import PANEL, Results, Spread
+
+_PREFIX = "accuracy_within@"
+
+
+def build(results: Results) -> dict[str, Any] | str:
+    """A line for each model over the budgets that all records have, and the table."""
+    records = [record for model in results.models for record in results.records(model)]
+    measured = [{n for n in record.get("measures", {}) if n.startswith(_PREFIX)} for record in records]
+    budgets = sorted(int(name.removeprefix(_PREFIX)) for name in (set.intersection(*measured) if measured else set()))
+    if not budgets:
+        return "The evaluations here have no figures at hard budgets in common."
+    found = {m["name"]: [results.measure(m, f"{_PREFIX}{budget}") for budget in budgets] for m in results.models}
+    lines = [
+        _line(results.hues[m["name"]], budgets, [each for each in found[m["name"]] if each is not None])
+        for m in results.shown
+        if all(each is not None for each in found[m["name"]])
+    ]
+    draw = partial(plots.draw_lines, lines=lines, x="budget (tokens)", y="accuracy (%)", from_zero=True)
+    key = results.key(results.shown)
+    alt = "Accuracy at each budget, the figures are in the table below"
+    return {
+        "plots": results.draw("budgets", [("", draw)], PANEL, alt, key=results.coloured(key)),
+        "key": key,
+        "choice": results.choice,
+        "budgets": budgets,
+        "rows": [[label(m), *(_written(each) for each in found[m["name"]])] for m in results.models],
+    }
+
+
+def _line(hue: str, budgets: list[int], values: list[Spread]) -> plots.Line:
+    known = all(each.low is not None and each.high is not None for each in values)
+    low = [100 * each.low for each in values if each.low is not None] if known else []
+    high = [100 * each.high for each in values if each.high is not None] if known else []
+    return plots.Line(hue, budgets, [100 * each.value for each in values], low, high)
+
+
+def _written(value: Spread | None) -> str:
+    if value is None:
+        return "–"
+    if value.low is None or value.high is None:
+        return f"{value.value:.1%}"
+    return f"{value.value:.1%} [{100 * value.low:.1f}, {100 * value.high:.1f}]"

@@ -1,0 +1,67 @@
+"""Tokens and accuracy at each difficulty, and whether easy problems shrink more than hard ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from megatron_efr.evaluation import statistics
+from megatron_efr.evaluation.records import Record
+from megatron_efr.report import plots
+from megatron_efr.report.records import label
+from megatron_efr.report.results import PANEL, Results
+from megatron_efr.report.sentences import base_of, difficulty_sentences, is_base
+
+
+def build(results: Results) -> dict[str, Any] | str:
+    """Plots of tokens, of tokens relative to the base and of accuracy; what they say; the table."""
+    models = results.models
+    levels = statistics.in_order({level for model in models for level in model["tokens_by_difficulty"]})
+    if not levels:
+        return "The evaluated problems carry no difficulty, or none were evaluated."
+    records = {m["name"]: record for m in models if (record := results.record(m)) is not None}
+    key = results.key(results.shown)
+    drawn = _drawn(results, levels)
+    alt = "against difficulty; tokens are in the table below"
+    return {
+        "sentences": difficulty_sentences(results.shown, records),
+        "choice": results.choice,
+        "plots": results.draw("difficulty", drawn, PANEL, alt, columns=2, key=results.coloured(key)),
+        "key": key,
+        "levels": levels,
+        "rows": [[label(m), *(_number(m["tokens_by_difficulty"].get(level)) for level in levels)] for m in models],
+    }
+
+
+def _drawn(results: Results, levels: Sequence[str]) -> list[tuple[str, plots.Draw]]:
+    draw = partial(plots.draw_lines, x="difficulty", ticks=levels, from_zero=True)
+    lines = [_line(results, m, levels, m["tokens_by_difficulty"]) for m in results.shown]
+    drawn: list[tuple[str, plots.Draw]] = [("Mean tokens", partial(draw, lines=lines, y="mean tokens"))]
+    if (base := base_of(results.models)) is not None and sum(map(is_base, results.models)) == 1:
+        start = base["tokens_by_difficulty"]
+        shares = [
+            {
+                level: 100 * tokens / start[level]
+                for level, tokens in m["tokens_by_difficulty"].items()
+                if start.get(level)
+            }
+            for m in results.shown
+        ]
+        lines = [_line(results, m, levels, share) for m, share in zip(results.shown, shares, strict=True)]
+        drawn.append((f"Relative to {label(base)}", partial(draw, lines=lines, y=f"tokens (% of {label(base)})")))
+    lines = [
+        _line(results, m, levels, {level: 100 * rate for level, rate in record["accuracy_by_difficulty"].items()})
+        for m in results.shown
+        if (record := results.record(m)) is not None
+    ]
+    return [*drawn, ("Accuracy", partial(draw, lines=lines, y="accuracy (%)"))] if lines else drawn
+
+
+def _line(results: Results, model: Record, levels: Sequence[str], values: dict[str, float]) -> plots.Line:
+    known = [level for level in levels if level in values]
+    return plots.Line(results.hues[model["name"]], [levels.index(level) for level in known], [values[k] for k in known])
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"

@@ -1,0 +1,132 @@
+"""The family: the front of accuracy against tokens, the table of all models, and each data set."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from megatron_efr.evaluation import statistics
+from megatron_efr.evaluation.records import Record
+from megatron_efr.report import plots
+from megatron_efr.report.records import base_name, figure, label, relative, spread_note
+from megatron_efr.report.results import Results
+from megatron_efr.report.sentences import front, is_base
+
+_SIZE = (5.2, 3.7)  # inches
+_LARGE = (6.4, 5.0)
+_MOST_NAMES = 10  # that a plot has room for; points of larger families are numbered
+
+
+def build(results: Results) -> dict[str, Any] | str:
+    """The plot of all models, its front in words, the tables."""
+    models = results.models
+    if not models:
+        return "No evaluation on held-out problems is in this folder yet: `efr evaluate` makes one."
+    numbered = len(models) > _MOST_NAMES
+    texts = {m["name"]: str(number) if numbered else label(m) for number, m in enumerate(models, start=1)}
+    points = {m["name"]: plots.Point.of(m, texts[m["name"]], results.hues[m["name"]]) for m in models}
+    best = front(models)
+    draw = partial(plots.draw_family, points=list(points.values()), front=[points[m["name"]] for m in best])
+    told = "; ".join(f"{label(m)} {m['accuracy']:.1%} at {m['tokens']:.1f} tokens" for m in models)
+    alt = f"Accuracy against mean tokens: {told}"
+    [(_, plot)] = results.draw("family", [("", draw)], _LARGE if numbered else _SIZE, alt)
+    return {
+        "plot": plot,
+        "front": _front(best) if len(models) > 1 else "",
+        "numbered": numbered,
+        "rows": _rows(results),
+        "spread": spread_note(results.summary),
+        "datasets": _datasets(results),
+    }
+
+
+def _front(best: list[Record]) -> str:
+    names = ", ".join(label(model) for model in best)
+    return (
+        f"The line is the front: {names}. To each of them no other model is both at least as accurate and at least as "
+        "brief. What lies within the bars may be chance."
+    )
+
+
+def _rows(results: Results) -> list[dict[str, Any]]:
+    """A row per model: the family's figures, and under `more` whatever its evaluation's record adds."""
+    by_name = {model["name"]: model for model in results.models}
+    best = {model["name"] for model in front(results.models)}
+    rows: list[dict[str, Any]] = []
+    for number, model in enumerate(results.models, start=1):
+        base = by_name.get(base_name(model, results.models))
+        against = base if base is not None and base is not model else None
+        rows.append(
+            {
+                "number": number,
+                "name": model["name"],
+                "label": label(model),
+                "on_front": model["name"] in best and len(by_name) > 1,
+                "accuracy": _split(figure(model, "accuracy", lambda v: f"{100 * v:.1f}", "%")),
+                "tokens": _split(figure(model, "tokens", lambda v: f"{v:.1f}")),
+                "against": "" if against is None else relative(model["tokens"], against["tokens"]),
+                "more": _more(results.record(model)) | _score(model, against),
+            }
+        )
+    return rows
+
+
+def _score(model: Record, base: Record | None) -> dict[str, str]:
+    if base is None or not base["accuracy"] > 0:
+        return {}
+    figures = (model["accuracy"], model["tokens"], base["accuracy"], base["tokens"])
+    return {"AES": f"{statistics.accuracy_efficiency_score(*figures):+.2f}".replace("-", "−")}
+
+
+def _split(text: str) -> tuple[str, str]:
+    """The figure and its spread, which takes a line of its own on a phone."""
+    value, _, spread = text.partition(" ")
+    return value, spread
+
+
+def _more(record: Record | None) -> dict[str, str]:
+    """Further figures of a model's first run."""
+    if record is None:
+        return {}
+    cells = {
+        "tokens when right": _number(record["tokens_right"]),
+        "when wrong": _number(record["tokens_wrong"]),
+        "per right answer": _number(record["tokens_per_right_answer"]),
+        "truncated": f"{record['truncated']:.1%}",
+    }
+    cells |= {f"pass@{k}": f"{value:.1%}" for k, value in record["pass_at_k"].items() if k != "1"}
+    for key, name in (("majority", "majority"), ("shortest_majority", "shortest majority")):
+        if record.get(key) is not None:
+            cells[name] = f"{record[key]:.1%}"
+    return cells
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _datasets(results: Results) -> dict[str, Any] | None:
+    """Accuracy and tokens of each data set, with the paper's normalised figures; None where there is only one set."""
+    records = {m["name"]: record for m in results.models if (record := results.record(m)) is not None}
+    names = list(dict.fromkeys(name for record in records.values() for name in record["datasets"]))
+    if len(names) < 2:
+        return None
+    rows = []
+    for model in results.models:
+        if (record := records.get(model["name"])) is None:
+            continue
+        start = None if is_base(model) and len(records) == 1 else records.get(base_name(model, results.models))
+        parts = [record["datasets"].get(name) for name in names]
+        try:
+            ratio = None if start is None else statistics.normalised(record["datasets"], start["datasets"])
+        except ValueError:  # a start that solves nothing has no ratio to it
+            ratio = None
+        rows.append(
+            {
+                "name": model["name"],
+                "label": label(model),
+                "cells": ["–" if part is None else f"{part['accuracy']:.1%} / {part['tokens']:,.0f}" for part in parts],
+                "normalised": "–" if ratio is None else f"{ratio['accuracy']:.1%} / {ratio['tokens']:.1%}",
+            }
+        )
+    return {"names": names, "rows": rows}
