@@ -70,7 +70,7 @@ def colours(models: Sequence[tuple[str, bool]]) -> dict[str, str]:
 
 def draw_family(axis: Axes, points: Sequence[Point], front: Sequence[Point]) -> None:
     """Accuracy (%) against mean tokens, a point a model with bars; a line through the `front`."""
-    axis.plot([p.tokens for p in front], [p.accuracy for p in front], color=GRID, linewidth=1.6, zorder=1)
+    axis.plot([p.tokens for p in front], [p.accuracy for p in front], color=MUTED, linewidth=1.2, alpha=0.6, zorder=1)
     for p in points:
         axis.errorbar(
             p.tokens, p.accuracy, p.accuracy_bars, p.token_bars, color=p.hue, elinewidth=1.5, capsize=2.5, zorder=2

@@ -10,12 +10,9 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import csv, parquet
 
-from megatron_efr.config.sweep import leaves
 from megatron_efr.durable import write_atomic
 
 Row = Mapping[str, Any]
-
-_NOT_FIGURES = ("rows", "left_out", "asked", "script", "name")  # of an evaluation's record
 
 
 def write_table(rows: Sequence[Row], folder: Path) -> Path:
@@ -30,17 +27,32 @@ def write_table(rows: Sequence[Row], folder: Path) -> Path:
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, float | None]:
-    """Every figure of an evaluation's record by its dotted name; of an interval `_ci` the ends `_low` and `_high`."""
+    """Every measure of an evaluation's record by its name, and the ends of its interval as NAME_low and NAME_high.
+
+    Those of a data set, if there are several, stand behind its name, as in `aime24.accuracy`.
+    """
+    parts = {"": record}
+    if len(record["datasets"]) > 1:
+        parts |= {f"{name}.": part for name, part in record["datasets"].items()}
     found: dict[str, float | None] = {}
-    kept = {key: value for key, value in record.items() if key not in _NOT_FIGURES}
-    if len(kept.get("datasets", ())) < 2:  # its figures are those of all problems
-        kept.pop("datasets", None)
-    for key, value in leaves("", kept):
-        if key.endswith("_ci") and value is not None:
-            found[f"{key[:-3]}_low"], found[f"{key[:-3]}_high"] = value
-        elif value is None or isinstance(value, int | float):
-            found[key] = value
+    for prefix, part in parts.items():
+        found |= {f"{prefix}problems": part["problems"], f"{prefix}samples": part["samples"]}
+        for name, measure in _measures(part).items():
+            found[f"{prefix}{name}"] = measure["value"]
+            for end in ("low", "high"):
+                if measure[end] is not None:
+                    found[f"{prefix}{name}_{end}"] = measure[end]
     return found
+
+
+def _measures(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Measures by name; of a record that an older version wrote, accuracy and tokens."""
+    if "measures" in part:
+        return part["measures"]
+    return {
+        key: {"value": part[key], "low": part[f"{key}_ci"][0], "high": part[f"{key}_ci"][1]}
+        for key in ("accuracy", "tokens")
+    }
 
 
 def _column(values: Sequence[Any]) -> pa.Array:

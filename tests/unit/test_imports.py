@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": BASE
     | {"data", "grading", "observe.progress", "scripts"}
     | {"rollout.codec", "rollout.engine", "rollout.journal", "rollout.ledger", "rollout.requests"},
-    "report": BASE | {"evaluation.records", "evaluation.statistics", "evaluation.stored"},
+    "report": BASE | {"evaluation.measures", "evaluation.records", "evaluation.statistics", "evaluation.stored"},
     "observe": BASE,
     "checkpoint": BASE | WEIGHTS | {"transformer_engine"},
     "memory": BASE | {"weights.architecture", "weights.mapping", "kernels"},

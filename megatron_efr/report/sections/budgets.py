@@ -7,19 +7,24 @@ from typing import Any
 
 from megatron_efr.report import plots
 from megatron_efr.report.records import label
-from megatron_efr.report.results import PANEL, Results, Spread
+from megatron_efr.report.results import Results, Spread
 
 _PREFIX = "accuracy_within@"
+_SIZE = (5.2, 3.4)  # inches
 
 
 def build(results: Results) -> dict[str, Any] | str:
     """A line for each model over the budgets that all records have, and the table."""
     records = [record for model in results.models for record in results.records(model)]
     measured = [{n for n in record.get("measures", {}) if n.startswith(_PREFIX)} for record in records]
-    budgets = sorted(int(name.removeprefix(_PREFIX)) for name in (set.intersection(*measured) if measured else set()))
-    if not budgets:
+    names = {int(n.removeprefix(_PREFIX)): n for n in (set.intersection(*measured) if measured else ())}
+    limits = {record.get("protocol", {}).get("max_new_tokens") for record in records}
+    if len(limits) == 1 and None not in limits:
+        names[limits.pop()] = "accuracy"
+    if len(names) < 2:
         return "The evaluations here have no figures at hard budgets in common."
-    found = {m["name"]: [results.measure(m, f"{_PREFIX}{budget}") for budget in budgets] for m in results.models}
+    budgets = sorted(names)
+    found = {m["name"]: [results.measure(m, names[budget]) for budget in budgets] for m in results.models}
     lines = [
         _line(results.hues[m["name"]], budgets, [each for each in found[m["name"]] if each is not None])
         for m in results.shown
@@ -29,7 +34,7 @@ def build(results: Results) -> dict[str, Any] | str:
     key = results.key(results.shown)
     alt = "Accuracy at each budget, the figures are in the table below"
     return {
-        "plots": results.draw("budgets", [("", draw)], PANEL, alt, key=results.coloured(key)),
+        "plots": results.draw("budgets", [("", draw)], _SIZE, alt, key=results.coloured(key)),
         "key": key,
         "choice": results.choice,
         "budgets": budgets,

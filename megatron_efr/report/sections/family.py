@@ -6,10 +6,11 @@ from functools import partial
 from typing import Any
 
 from megatron_efr.evaluation import statistics
+from megatron_efr.evaluation.measures import named
 from megatron_efr.evaluation.records import Record
 from megatron_efr.report import plots
 from megatron_efr.report.records import base_name, figure, label, relative, spread_note
-from megatron_efr.report.results import Results
+from megatron_efr.report.results import Results, Spread
 from megatron_efr.report.sentences import front, is_base
 
 _SIZE = (5.2, 3.7)  # inches
@@ -36,6 +37,7 @@ def build(results: Results) -> dict[str, Any] | str:
         "numbered": numbered,
         "rows": _rows(results),
         "spread": spread_note(results.summary),
+        "measures": _measures(results),
         "datasets": _datasets(results),
     }
 
@@ -99,6 +101,27 @@ def _more(record: Record | None) -> dict[str, str]:
         if record.get(key) is not None:
             cells[name] = f"{record[key]:.1%}"
     return cells
+
+
+def _measures(results: Results) -> dict[str, Any] | None:
+    """A row for each measure of the registry, a column for each model that is shown; None without records."""
+    names = dict.fromkeys(
+        n for m in results.shown if (r := results.record(m)) is not None for n in r.get("measures", {})
+    )
+    if not names:
+        return None
+    rows = [[name, *(_measured(results.measure(m, name), named(name).unit) for m in results.shown)] for name in names]
+    return {"columns": [label(model) for model in results.shown], "rows": rows}
+
+
+def _measured(found: Spread | None, unit: str) -> str:
+    if found is None:
+        return "–"
+    scale, sign = (100, "%") if unit == "%" else (1, "")
+    text = f"{scale * found.value:.4g}{sign}"
+    if found.low is None or found.high is None:
+        return text
+    return f"{text} [{scale * found.low:.4g}, {scale * found.high:.4g}]"
 
 
 def _number(value: float | None) -> str:

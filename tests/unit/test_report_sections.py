@@ -1,0 +1,141 @@
+"""The report's sections: the front, budgets, lengths, what differs between runs; each from the records alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_efr.evaluation.records import Record, summarise
+from megatron_efr.report.records import Listed, family_summary, summary_markdown
+from megatron_efr.report.results import Results
+from megatron_efr.report.sections import budgets, difficulty, family, lengths, made, problem, training
+from megatron_efr.report.sentences import front
+from megatron_efr.types import Prompt
+from tests.groups import graded
+
+pytestmark = pytest.mark.alike
+
+LIMIT = 64
+SAMPLES = {
+    "base": [([1, 0], [60, 64]), ([1, 1], [30, 40]), ([0, 1], [64, 20])],
+    "a_seed-1": [([1, 1], [10, 33]), ([1, 0], [8, 60]), ([1, 1], [30, 30])],
+    "a_seed-2": [([1, 1], [5, 30]), ([1, 1], [9, 40]), ([0, 1], [33, 30])],
+    "b": [([0, 0], [4, 4]), ([1, 0], [4, 8]), ([0, 0], [3, 2])],
+}
+MODELS = [
+    Listed("base", "base", ("base",), "base"),
+    Listed("a", "method a", ("a_seed-1", "a_seed-2"), "base"),
+    Listed("b", "b", ("b",), "base"),
+]
+
+
+def record(name: str) -> Record:
+    groups = [
+        graded(rights, tokens, text=f"{name} </think>so", prompt=Prompt(f"p{i}", (1,), "", "7", {"difficulty": i % 2}))
+        for i, (rights, tokens) in enumerate(SAMPLES[name])
+    ]
+    return summarise(groups, name, protocol={"max_new_tokens": LIMIT, "temperature": 1.0})
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    records = {name: record(name) for name in SAMPLES}
+    lines = [{"step": s, "accuracy": 0.5, "tokens_mean": 9.0} for s in (1, 2)]
+    configs = {name: f"name: {name}\nseed: {i}\nmethod: {{name: efr}}\n" for i, name in enumerate(list(SAMPLES)[1:])}
+    summary = family_summary(records, MODELS, {"total": 3.0})
+    return Results(summary, records, dict.fromkeys(configs, lines), tmp_path, configs)
+
+
+def block(found: dict[str, Any] | str) -> dict[str, Any]:
+    assert isinstance(found, dict), found
+    return found
+
+
+def within(name: str, budget: int) -> float:
+    """Mean over problems of the share that is right and no longer."""
+    shares = [np.mean([r and t <= budget for r, t in zip(*each, strict=True)]) for each in SAMPLES[name]]
+    return float(np.mean(shares))
+
+
+def test_budgets_are_the_shares_that_are_right_and_no_longer(results: Results) -> None:
+    found = block(budgets.build(results))
+    assert found["budgets"] == [4, 8, 16, 32, LIMIT]
+    rows = {row[0]: row[1:] for row in found["rows"]}
+    for name in ("base", "b"):
+        shown = [float(text.partition("%")[0]) for text in rows[name]]
+        assert shown == pytest.approx([100 * within(name, budget) for budget in found["budgets"]], abs=0.05)
+    for text, budget in zip(rows["method a"], found["budgets"], strict=True):
+        both = [100 * within(f"a_seed-{seed}", budget) for seed in (1, 2)]
+        expected = [np.mean(both), np.mean(both) - np.std(both, ddof=1), np.mean(both) + np.std(both, ddof=1)]
+        assert [float(n) for n in re.findall(r"-?\d+\.\d", text)] == pytest.approx(expected, abs=0.06)
+    older = Results(
+        results.summary, {n: {**r, "measures": {}} for n, r in results.evaluations.items()}, {}, results.out
+    )
+    assert "no figures at hard budgets" in str(budgets.build(older))
+
+
+def test_the_front_has_whom_nobody_beats_in_both(results: Results) -> None:
+    assert [model["name"] for model in front(results.models)] == ["b", "a"]
+    equal = [{"accuracy": accuracy, "tokens": tokens} for accuracy, tokens in ((0.5, 9), (0.7, 9), (0.7, 12), (0.6, 8))]
+    assert front(equal) == [equal[3], equal[1]]
+    found = block(family.build(results))
+    assert found["front"].startswith("The line is the front: b, method a.")
+    assert [row["on_front"] for row in found["rows"]] == [False, True, True]
+    base, trained = found["rows"][0], found["rows"][1]
+    assert base["against"] == ""
+    tokens = [np.mean([np.mean(each) for _, each in SAMPLES[name]]) for name in ("base", "a_seed-1", "a_seed-2")]
+    share = np.mean(tokens[1:]) / tokens[0] - 1
+    assert trained["against"] == f"{100 * share:+.0f}%".replace("-", "−")
+    assert trained["tokens"][1] == f"± {np.std(tokens[1:], ddof=1):.1f}"
+    assert "Mean ± standard deviation over 2 seeds. In brackets, of one run: 95%" in found["spread"]
+    assert "| method a | " in summary_markdown(results.summary)
+
+
+def test_lengths_are_told_of_right_and_of_wrong_responses_of_all_seeds(results: Results) -> None:
+    rows = {row[0]: row[1:] for row in block(lengths.build(results))["rows"]}
+    pairs = [pair for name in ("a_seed-1", "a_seed-2") for each in SAMPLES[name] for pair in zip(*each, strict=True)]
+    for text, right in zip(rows["method a"], (1, 0), strict=True):
+        own = [tokens for value, tokens in pairs if value == right]
+        low, middle, high = np.percentile(own, [10, 50, 90])
+        assert text == f"{middle:.0f} [{low:.0f}, {high:.0f}] of {len(own)}"
+
+
+def test_a_large_family_is_numbered_and_its_lines_are_those_of_the_front(results: Results) -> None:
+    more = [Listed(f"m{i}", f"m{i}", (f"m{i}",), "base") for i in range(9)]
+    records = {**results.evaluations, **{model.name: results.evaluations["b"] for model in more}}
+    summary = family_summary(records, [*MODELS, *more], {})
+    for place, model in enumerate(summary["models"][3:]):
+        model["accuracy"], model["tokens"] = 0.01, 500.0 + place
+    large = Results(summary, records, results.metrics, results.out, results.configs)
+    assert [model["name"] for model in large.shown] == ["base", "a", "b"]
+    assert large.choice.endswith("on the front: base, method a, b. The tables have all.")
+    found = block(family.build(large))
+    assert found["numbered"]
+    assert [row["number"] for row in found["rows"]] == list(range(1, 13))
+    assert len(block(difficulty.build(large))["rows"]) == 12
+    assert [text for text, _ in block(training.build(large))["key"]] == ["method a", "b"]
+
+
+def test_what_differs_between_runs_is_said_and_nothing_else(results: Results) -> None:
+    assert made.differences(results.configs) == [("a_seed-1", "seed = 0"), ("a_seed-2", "seed = 1"), ("b", "seed = 2")]
+    assert made.differences({"a": "x: 1", "b": "x: [", "c": "x: 1\ny: {z: t}"}) == [("a", ""), ("c", 'y.z = "t"')]
+    assert made.differences({"a": "x: 1"}) == []
+    [protocol] = block(made.build(results))["protocols"]
+    assert protocol == f"max_new_tokens = {LIMIT}, temperature = 1.0"
+
+
+def test_thinking_ends_with_its_mark_or_before_the_last_box(results: Results) -> None:
+    assert problem.split("a </think>\n\nb \\boxed{1}") == ("a </think>", "b \\boxed{1}")
+    assert problem.split("1 \\boxed{2} wait \\boxed{3}.") == ("1 \\boxed{2} wait ", "\\boxed{3}.")
+    assert problem.split("\\boxed{3}") == ("", "\\boxed{3}")
+    assert problem.split("no answer") == ("", "no answer")
+    answers = block(problem.build(results))["problems"][0]["answers"]
+    assert [(each["label"], each["thinking"], each["text"]) for each in answers][1] == (
+        "method a",
+        "a_seed-1 </think>",
+        "so",
+    )
