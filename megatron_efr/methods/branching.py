@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
 from megatron_efr.config import ConfigError, RolloutConfig
-from megatron_efr.methods.base import Ask, Known, Method, Needs, Visit
+from megatron_efr.methods.base import Ask, Choices, Known, Method, Needs, Visit
 from megatron_efr.methods.plain import Outcomes
 from megatron_efr.scripts import Exits, Forks
 from megatron_efr.types import BoolArray, Credit, FloatArray, Graded, Response, Rewarded
@@ -23,7 +23,9 @@ class Branching(Method):
 
     needs = Needs(branches=True)
 
-    answer_tokens: PositiveInt = Field(default=256, description="tokens of an early answer at most")
+    answer_tokens: PositiveInt = Field(
+        default=256, description="tokens of an early answer at most; it is judged by what it has if that cuts it off"
+    )
     end: Token = Field(default="</think>", description="the single token that ends a thought")
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
@@ -57,7 +59,9 @@ class Anytime(Branching):
         default="uniform", description="how likely a budget is: all alike, by its number of tokens, or the last alone"
     )
     answers: PositiveInt = Field(default=4, description="answers at each budget")
-    answer_tokens: PositiveInt = Field(default=118, description="tokens of an early answer at most")
+    answer_tokens: PositiveInt = Field(
+        default=118, description="tokens of an early answer at most; it is judged by what it has if that cuts it off"
+    )
     cut: Token = Field(
         default="...\n\n...\n\n</think>\n\n**Final Answer**\n",
         description="what opens an answer of a thought cut short",
@@ -94,6 +98,13 @@ class Anytime(Branching):
             raise ConfigError(
                 f"method.budgets: no thought reaches {self.budgets[-1]} tokens with rollout.max_new_tokens = "
                 f"{rollout.max_new_tokens}; raise that to {self.budgets[-1]} or more, or lower the budgets"
+            )
+
+    def check_algorithm(self, algorithm: Choices) -> None:
+        if algorithm.truncated == "masked":
+            raise ConfigError(
+                "algorithm.truncated: masked leaves out thoughts that are cut at the last budget, and method anytime "
+                "is to teach by them; set algorithm.truncated: wrong"
             )
 
     @property
@@ -235,7 +246,8 @@ class JET(Branching):
     A shortened response is a share of the thought, a text that stops it, and an answer; it is trained on whole, but for
     that text, which the released code trains on too. A wrong or truncated response earns `form` at most. Nothing is
     remembered. Lengths are drawn tokens. The released code takes lmin and lmax over the whole batch, and shares of a
-    response's characters; neither is copied. Source: 3 whole responses of each prompt, and 9 shortened ones.
+    response's characters; neither is copied. There an answer ends with the sentence of its box, and is made to stop
+    there; here it goes on to its own end. Source: 3 whole responses of each prompt, and 9 shortened ones.
     """
 
     source = "Han et al. 2025, arXiv 2509.23392; JinyiHan99/Just-Enough-Think@89cf33e vllm_rollout_spmd.py, math.py"
@@ -244,7 +256,9 @@ class JET(Branching):
     shares: Annotated[tuple[Share, ...], Field(strict=False, min_length=1)] = Field(
         default=(0.25, 0.5, 0.75), description="of the thought, that shortened responses keep"
     )
-    answer_tokens: PositiveInt = Field(default=50, description="tokens of an early answer at most")
+    answer_tokens: PositiveInt = Field(
+        default=50, description="tokens of an early answer at most; it is judged by what it has if that cuts it off"
+    )
     stop: Token = Field(
         default="\n\nWait, I have enough information to get the final answer.</think>"
         "\n\nTherefore, the final answer is \\boxed{",

@@ -125,3 +125,30 @@ def test_four_ranks(layout: str, four: Path, one: Path) -> None:
 
 def test_two_ranks_that_share_experts(two: Path, one: Path) -> None:
     assert_same(measured(two, "expert=2"), measured(one, "expert=1"))
+
+
+SCRIPTED = {
+    "branches": {"name": "forks", "at": [2, 6, 12], "samples": 2, "tokens": 4, "opening": "=", "end": ";"},
+    "chosen": {"name": "opened", "opening": "1+", "chance": 0.25},
+}
+"""Scripts whose answers are samples of their own, and whose first tokens have a ratio to their chance."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SCRIPTED)
+def test_scripts_are_trained_alike_in_every_layout(
+    kind: str, configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Branches in updates of unlike size; a chosen token within a ratio that a whole sequence has."""
+    tree = yaml.safe_load(configs["dense"].read_text())
+    tree["method"] = {"name": "scripted", "script": SCRIPTED[kind]}
+    tree["algorithm"] = {"name": "gspo" if kind == "chosen" else "dr_grpo", "kl": "k3", "beta": 0.1}
+    path, layouts = configs["dense"].with_name(f"{kind}.yaml"), ["", "context=2", "pipeline=2"]
+    path.write_text(yaml.safe_dump(tree))
+    alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
+    run(alone, [f"{path} "], 1)
+    run(together, [f"{path} {layout}" for layout in layouts], 2)
+    wanted = measured(alone, "")
+    assert wanted[0]["grad_norm"] > 0.01
+    for layout in layouts:
+        assert_same(measured(together, layout), wanted)

@@ -317,6 +317,7 @@ def test_options_without_sense_are_refused_by_key(name: str, options: dict[str, 
         ("gdpo", {}, {"normalize": "tokens"}, r"^algorithm\.normalize: tokens .*set method\.over: nothing"),
         ("overlong", {}, {"name": "dapo"}, r"^algorithm\.truncated: soft .*overlong does so already"),
         ("stop_properly", {}, {"truncated": "soft"}, r"^algorithm\.truncated: soft .*stop_properly does so already"),
+        ("anytime", {}, {"truncated": "masked"}, r"^algorithm\.truncated: masked leaves out thoughts .* set .*: wrong"),
         ("stop_properly", {}, {"truncated": "masked"}, r"^algorithm\.truncated: masked .*is to teach by them"),
     ],
 )
