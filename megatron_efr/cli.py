@@ -14,6 +14,7 @@ PROGRAMS = {
     "sft": "supervised fine-tuning on responses",
     "dpo": "preference optimization: short right answers against long ones",
     "evaluate": "accuracy and tokens of a model folder",
+    "compare": "two evaluations of the same problems: paired intervals and tests",
     "sweep": "a family: train, evaluate and report models by what varies",
     "watch": "a live view of a run in the terminal",
     "grade": "a file of responses: who is judged how, and why",

@@ -43,6 +43,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"data", "grading", "observe.progress", "scripts"}
     | {"rollout.codec", "rollout.engine", "rollout.journal", "rollout.ledger", "rollout.requests"},
     "report": BASE | {"evaluation.measures", "evaluation.records", "evaluation.statistics", "evaluation.stored"},
+    "compare": BASE
+    | {"arguments", "evaluation.comparison", "evaluation.figures", "evaluation.measures"}
+    | {"evaluation.relative", "evaluation.stored"},
     "observe": BASE,
     "checkpoint": BASE | WEIGHTS | {"transformer_engine"},
     "memory": BASE | {"weights.architecture", "weights.mapping", "kernels"},

@@ -1,0 +1,114 @@
+"""`efr compare`: two evaluations of the same problems beside each other, with paired intervals and tests."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_efr import arguments
+from megatron_efr.errors import UserError
+from megatron_efr.evaluation.comparison import Comparison, Paired, compare
+from megatron_efr.evaluation.figures import Figure
+from megatron_efr.evaluation.measures import named
+from megatron_efr.evaluation.relative import RELATIVE
+from megatron_efr.evaluation.stored import read_evaluation
+
+_COLUMNS = ("measure", "one", "other", "difference", "p", "test")
+
+
+def record_path(given: Path) -> Path:
+    """The record that a person names: its file, or the folder of a run that has one; UserError otherwise."""
+    if not given.is_dir():
+        return given
+    found = sorted((given / "eval").glob("*.json"))
+    if len(found) != 1:
+        said = f"several evaluations: {', '.join(path.name for path in found)}" if found else "no evaluation"
+        raise UserError(f"{given}: has {said}; name the file of one, RUN/eval/NAME.json")
+    return found[0]
+
+
+def priced(text: str) -> tuple[float, float]:
+    """Prices of a token read and of one drawn, from those of a million: `0.5,2`; UserError for anything else."""
+    try:
+        read, drawn = (float(price) / 1e6 for price in text.split(","))
+        if min(read, drawn) < 0:
+            raise ValueError("a price is negative")
+    except ValueError as error:
+        raise UserError(f"--prices {text!r}: {error}; give two, of a million tokens read and drawn: 0.5,2") from error
+    return read, drawn
+
+
+def table(comparison: Comparison) -> str:
+    """The comparison for a terminal: a line for each measure, data set and difficulty."""
+    rows = [_COLUMNS, *map(_cells, comparison.figures)]
+    for kind, parts in (("", comparison.datasets), ("difficulty ", comparison.difficulties)):
+        for part, figures in parts.items():
+            rows += [(f"{row.name}, {kind}{part}", *_cells(row)[1:]) for row in figures]
+    for name, figure in comparison.relative.items():
+        rows.append((name, "", write(figure, RELATIVE[name].unit), "", "", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    said = (
+        f"{comparison.problems:,} problems. In brackets: 95% intervals over problems, of the difference with both "
+        "models' answers\nto a problem together. p: the chance of such a difference if the models were the same."
+    )
+    unlike = "".join(f"\n  {line}" for line in comparison.unlike)
+    return "\n".join([*lines, "", said]) + (f"\nNot asked or judged alike:{unlike}" if unlike else "")
+
+
+def _cells(row: Paired) -> tuple[str, ...]:
+    p = "" if row.p is None else f"{row.p:.4f}"
+    figures = write(row.one, row.unit), write(row.other, row.unit), write(row.difference, row.unit, sign="+")
+    return (row.name, *figures, p, row.test)
+
+
+def write(figure: Figure, unit: str, sign: str = "") -> str:
+    """`72.3% [69.5, 74.9]`; with a `sign`, for a difference, `+4.0 [1.2, 6.8]`; a dash for what is not finite."""
+    if figure.value is None:
+        return "–"
+    scale, spec = (100, ".1f") if unit == "%" else (1, ".3g" if unit in ("r", "x", "", "money") else ".1f")
+    bounds = [f"{scale * end:{spec}}" for end in figure[1:] if end is not None]
+    text = f"{scale * figure.value:{sign}{spec}}{'%' if unit == '%' and not sign else ''}"
+    return f"{text} [{', '.join(bounds)}]" if bounds else text
+
+
+def as_json(comparison: Comparison) -> str:
+    """The comparison as JSON: its fields by name."""
+
+    def plain(rows: Sequence[Paired]) -> list[dict[str, object]]:
+        ends = ("one", "other", "difference")
+        return [row._asdict() | {end: getattr(row, end)._asdict() for end in ends} for row in rows]
+
+    tree = comparison._asdict() | {
+        "figures": plain(comparison.figures),
+        "relative": {name: figure._asdict() for name, figure in comparison.relative.items()},
+        "datasets": {name: plain(rows) for name, rows in comparison.datasets.items()},
+        "difficulties": {name: plain(rows) for name, rows in comparison.difficulties.items()},
+    }
+    return json.dumps(tree, indent=1, allow_nan=False, ensure_ascii=False)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of `efr compare`."""
+    parser = argparse.ArgumentParser(prog="efr compare", description="Two evaluations of the same problems.")
+    parser.add_argument("one", type=Path, help="RUN/eval/NAME.json, or a run with one evaluation; the base")
+    parser.add_argument("other", type=Path, help="likewise, the one that is compared with it")
+    parser.add_argument(
+        "--measures", metavar="NAME,...", help="these alone, such as accuracy,pass@4,accuracy_within@512"
+    )
+    parser.add_argument("--prices", metavar="IN,OUT", help="of a million tokens read and drawn, for cost_of_pass")
+    parser.add_argument("--unlike", action="store_true", help="compare what was not asked or judged alike, and say so")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws of problems")
+    parser.add_argument("--json", action="store_true", help="print JSON in the place of the table")
+    given = parser.parse_args(argv)
+    one, other = (read_evaluation(record_path(path)) for path in (given.one, given.other))
+    measures = [named(name.strip()) for name in given.measures.split(",")] if given.measures else []
+    prices = priced(given.prices) if given.prices else None
+    found = compare(one, other, measures, prices=prices, seed=given.seed, unlike=given.unlike)
+    print(as_json(found) if given.json else table(found), flush=True)
+
+
+if __name__ == "__main__":
+    arguments.run(main)
