@@ -98,7 +98,7 @@ class RolloutConfig(EnginesConfig):
         default="auto",
         description="how weights reach the servers. tensor: GPU memory by handle, or on a CPU within the request; "
         "direct: each rank of a server gets its own slices alone, within the request; distributed: a process group; "
-        "disk: a shared file system. auto: distributed to other GPUs, else tensor",
+        "disk: a shared file system. auto: tensor to the trainer's own GPUs, else distributed",
     )
     verify_every: PositiveInt = Field(
         default=50, description="publications between comparisons of the servers' checksums; the first is compared"

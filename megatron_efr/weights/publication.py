@@ -10,7 +10,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from megatron_efr.config import ConfigError, TrainConfig
+from megatron_efr.config import ConfigError, RolloutConfig, TrainConfig
 from megatron_efr.errors import UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.checksums import ChecksumCheck, Hashing
@@ -52,9 +52,7 @@ def _transport(
     config: TrainConfig, engines: Engines | None, cpu_world: dist.ProcessGroup, layout: EngineLayout, on_gpu: bool
 ) -> Transport:
     rollout = config.rollout
-    kind = rollout.transport
-    if kind == "auto":
-        kind = "distributed" if on_gpu and rollout.placement == "apart" else "tensor"
+    kind = transport_of(rollout, on_gpu)
     if kind == "disk":
         return Disk(engines, config.folder / "engines" / "weights", Path(config.model.path))
     if kind == "distributed":
@@ -78,6 +76,14 @@ def _transport(
         return InBand(engines)
     check_allocator(os.environ)
     return Handles(engines, cpu_world)
+
+
+def transport_of(rollout: RolloutConfig, on_gpu: bool) -> str:
+    """`rollout.transport`, or what `auto` is: without a GPU there are no handles, and requests carry weights as text,
+    which takes ten times as long as a broadcast over gloo."""
+    if rollout.transport != "auto":
+        return rollout.transport
+    return "tensor" if on_gpu and rollout.placement == "colocated" else "distributed"
 
 
 def check_allocator(environment: Mapping[str, str]) -> None:
