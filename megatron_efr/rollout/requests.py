@@ -66,8 +66,9 @@ def check_script(script: Script, codec: Codec, path: str) -> None:
             raise ConfigError(f"{_key(script, text, path)}: {text!r} is no token of this model's tokenizer")
 
 
-def check_request(request: Request, sampling: Sampling, model: Architecture, codec: Codec) -> None:
-    """Refuse, with a ValueError that names the prompt, a request that `model` cannot answer."""
+def check_request(request: Request, sampling: Sampling, model: Architecture, codec: Codec) -> int:
+    """The tokens that prompt and response have at most. ValueError names the prompt of a request that `model` cannot
+    answer."""
     prompt = request.prompt
     if not prompt.tokens:
         raise ValueError(f"prompt {prompt.id}: it has no tokens")
@@ -87,6 +88,7 @@ def check_request(request: Request, sampling: Sampling, model: Architecture, cod
         raise ValueError(f"prompt {prompt.id}: a token is outside the model's vocabulary of {model.vocab} tokens")
     if not 0 <= request.seed < 2**64:
         raise ValueError(f"prompt {prompt.id}: seed {request.seed} is not an unsigned 64-bit number")
+    return asked
 
 
 def _key(script: Script, text: str, path: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 
 from megatron_efr.rollout.local.engine import LocalEngine
+from megatron_efr.rollout.local.stream import Stream
 from megatron_efr.scripts import plain
 from megatron_efr.types import Prompt, Sampling
 from tests.engine_contract import EngineContract, MakeEngine, Weights
@@ -114,6 +115,17 @@ def test_a_used_engine_answers_as_a_fresh_one() -> None:
     first = answers(engine, mixed_requests(30), sampling)
     answers(engine, mixed_requests(50, 2, seed=9), sampling)
     assert differing(first, answers(engine, mixed_requests(30), sampling)) == (0, 0)
+
+
+def test_few_responses_take_few_rows_and_none_take_no_memory() -> None:
+    engine, prompt = serving(model(), slots=256), Prompt("p", (3, 4, 5), "", "")
+    stream, cache = engine.generate([plain(prompt, 33, 1)], Sampling(1.0, 1.0, 90, ())), []
+    reserve = Stream._reserve
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stream, "_reserve", lambda *given: cache.append(reserve(*given)) or cache[-1])
+        assert len(list(stream)) == 1
+    assert (cache[-1].rows, cache[-1].capacity) == (64, 96), "33 rows of 3 + 90 tokens, in blocks of 32"
+    assert engine._core.cache is None
 
 
 # Ends of responses -------------------------------------------------------------------------------------------------

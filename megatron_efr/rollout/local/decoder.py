@@ -26,7 +26,7 @@ ROWS = 32  # two AVX-512 vectors: also keeps element-wise kernels out of their s
 KEYS = 32
 CHUNK = 64  # rows whose attention runs over as many keys as the longest of them has
 SUMMED = 256  # keys summed in one product: beyond 384 MKL splits the sum where it likes
-PREFILL_TOKENS = 4096  # padded tokens of one prefill: bounds its activations
+PREFILL_TOKENS = 2048  # padded tokens of one prefill: bounds its activations
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -35,37 +35,47 @@ def round_up(number: int, multiple: int) -> int:
 
 
 class Cache:
-    """Keys and values of `rows` sequences, [layers, 2, rows, kv heads, capacity, head dim], keys before values.
+    """Keys and values of sequences, one a row: `layers` each [2, rows, kv heads, capacity, head dim], keys first.
 
-    Capacity grows by doubling as sequences do. Unused entries are zero or left over from an earlier sequence; both
-    are finite, so that masked attention gives them exactly nothing.
+    Rows are added, and capacity doubles, as they are needed. Unused entries are zero or left over from an earlier
+    sequence; both are finite, so that masked attention gives them exactly nothing.
     """
 
-    def __init__(self, architecture: Architecture, rows: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, architecture: Architecture, device: torch.device, dtype: torch.dtype) -> None:
         a = architecture
-        self._limit = round_up(a.max_positions, KEYS)
-        self.data = torch.zeros(a.layers, 2, rows, a.kv_heads, 0, a.head_dim, device=device, dtype=dtype)
+        shape = (2, 0, a.kv_heads, 0, a.head_dim)
+        self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(a.layers)]
+
+    @property
+    def rows(self) -> int:
+        return self.layers[0].shape[1]
 
     @property
     def capacity(self) -> int:
         """Tokens a row can hold."""
-        return self.data.shape[4]
+        return self.layers[0].shape[3]
 
     @torch.inference_mode()
-    def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` in every row."""
-        if tokens > self.capacity:
-            capacity = max(round_up(tokens, KEYS), min(2 * self.capacity, self._limit))
-            grown = self.data.new_zeros(*self.data.shape[:4], capacity, self.data.shape[5])
-            grown[:, :, :, :, : self.capacity] = self.data
-            self.data = grown
+    def reserve(self, rows: int, tokens: int, most: int) -> None:
+        """Make room for `rows` of `tokens` each, which will never be more than `most`."""
+        if rows <= self.rows and tokens <= self.capacity:
+            return
+        capacity = self.capacity
+        if tokens > capacity:
+            capacity = max(round_up(tokens, KEYS), min(2 * capacity, round_up(most, KEYS)))
+        for number, old in enumerate(self.layers):  # at most one layer is there twice
+            two, held, heads, filled, width = old.shape
+            grown = old.new_zeros(two, max(rows, held), heads, capacity, width)
+            grown[:, :held, :, :filled] = old
+            self.layers[number] = grown
+            del old
 
     def entries(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Where keys and values of `positions` [n] in `rows` [n] lie in one layer seen as vectors [.., head dim].
 
         In the order [n, keys then values, kv heads], flat.
         """
-        _, two, all_rows, heads, capacity, _ = self.data.shape
+        two, all_rows, heads, capacity, _ = self.layers[0].shape
         parts = torch.arange(two, device=rows.device)[:, None] * all_rows
         head = torch.arange(heads, device=rows.device)
         return (((parts + rows[:, None, None]) * heads + head) * capacity + positions[:, None, None]).flatten()
@@ -73,17 +83,19 @@ class Cache:
     @torch.inference_mode()
     def write(self, row: int, tokens: int, kv: torch.Tensor) -> None:
         """Fill the first `tokens` entries of `row` from `kv` [layers, 2, kv heads, >= tokens, head dim]."""
-        self.data[:, :, row, :, :tokens] = kv[:, :, :, :tokens]
+        for layer, given in zip(self.layers, kv, strict=True):
+            layer[:, row, :, :tokens] = given[:, :, :tokens]
 
     @torch.inference_mode()
     def read(self, row: int, tokens: int) -> torch.Tensor:
         """A copy of the first `tokens` entries of `row`, as `write` takes it."""
-        return self.data[:, :, row, :, :tokens].clone()
+        return torch.stack([layer[:, row, :, :tokens] for layer in self.layers])
 
     @torch.inference_mode()
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` entries of row `source` over row `target`."""
-        self.data[:, :, target, :, :tokens] = self.data[:, :, source, :, :tokens]
+        for layer in self.layers:
+            layer[:, target, :, :tokens] = layer[:, source, :, :tokens]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +222,7 @@ class Decoder:
         blocks = [(block, k, self._mask(positions[block], k)) for block, k in _blocks(n, keys)]
         cos, sin = self._rotation(positions)
         x = F.embedding(tokens, self._embedding)
-        for layer, cached in zip(self._layers, cache.data, strict=True):
+        for layer, cached in zip(self._layers, cache.layers, strict=True):
             qkv = self._qkv(layer, x, cos, sin)
             cached.view(-1, a.head_dim).index_copy_(0, entries, qkv[:, a.heads :].reshape(-1, a.head_dim))
             q = qkv[:, : a.heads] * a.head_dim**-0.5

@@ -48,6 +48,7 @@ class Stream(Iterator[Group]):
         self.closed = False
         self._publication = core.publications
         self._rows = Rows(round_up(core.slots, ROWS), core.architecture.vocab, sampling)
+        self._most = 1  # tokens of a sequence
         self._ended: list[int] = []  # active rows whose response has ended, or waits for its branches
 
     def __iter__(self) -> Self:
@@ -62,6 +63,7 @@ class Stream(Iterator[Group]):
                 self._fill()
                 if self._rows.active:
                     self._step(tally)
+                    self._give_back()
                 elif not self._done:
                     raise StopIteration
         return self._done.popleft()
@@ -80,7 +82,7 @@ class Stream(Iterator[Group]):
         rows = np.arange(padded)
         positions = self._rows.length[:padded] - 1
         last = self._rows.tokens[rows, positions]
-        cache = self._reserve(int(positions.max()) + 2)
+        cache = self._reserve(padded, int(positions.max()) + 2)
         keys = [int(positions[first : first + CHUNK].max()) + 1 for first in range(0, padded, CHUNK)]
         logits = self._decoder.step(self._to_device(last), self._to_device(positions), cache, keys)
         tally.steps += 1
@@ -211,7 +213,7 @@ class Stream(Iterator[Group]):
         deliver = partial(self._deliver, owner, sample)
         row = Row(request.prompt, request.seed, sample, driver, deliver, [(self._core.version, 0)])
         tokens = np.array(request.prompt.tokens, dtype=np.int64)
-        cache = self._reserve(len(tokens) + 1)
+        cache = self._reserve(self._rows.active + self._samples_waiting(), len(tokens) + 1)
         index = self._rows.add(Entry(row, tokens, np.zeros(0, dtype=np.float32)))
         cache.write(index, len(tokens), owner.kv)
         owner.started += 1
@@ -227,7 +229,7 @@ class Stream(Iterator[Group]):
         if entry.publication != self._publication and len(known):
             [(_, entry.kv, _)] = self._decoder.read([known])
         entry.row.serve(self._core.version, len(entry.logprobs))
-        cache = self._reserve(len(entry.tokens) + 1)
+        cache = self._reserve(self._rows.active + 1 + len(self._ready), len(entry.tokens) + 1)
         index = self._rows.add(entry)
         if entry.kv is not None:
             cache.write(index, len(known), entry.kv)
@@ -238,7 +240,8 @@ class Stream(Iterator[Group]):
         waiting = self._samples_waiting()
         if waiting < free:
             for request in self._requests:
-                check_request(request, self._sampling, self._core.architecture, self._core.codec)
+                most = check_request(request, self._sampling, self._core.architecture, self._core.codec)
+                self._most = max(self._most, most)
                 self._waiting.append(_Open(request, [None] * request.samples))
                 waiting += request.samples
                 if waiting >= max(free, self._core.slots // 16):
@@ -259,7 +262,7 @@ class Stream(Iterator[Group]):
             return
         rows = self._rows
         live = [i for i in range(rows.active) if i not in self._ended]
-        cache = self._reserve(int(rows.length[live].max(initial=1)))
+        cache = self._reserve(rows.active, int(rows.length[live].max(initial=1)))
         known = [rows.tokens[i, : rows.length[i] - 1] for i in live]
         for which, kv, _ in self._decoder.read(known):
             cache.write(live[which], len(known[which]), kv)
@@ -270,15 +273,23 @@ class Stream(Iterator[Group]):
     def _move(self, source: int, target: int) -> None:
         """Move an active row; its last token is not in the cache yet, so that all but it is copied."""
         length = int(self._rows.length[source])
-        self._reserve(length).move(source, target, length - 1)
+        self._reserve(self._rows.active, length).move(source, target, length - 1)
         self._rows.move(source, target)
 
-    def _reserve(self, tokens: int) -> Cache:
-        """The engine's cache, with room for `tokens` in every row, here and there."""
+    def _give_back(self) -> None:
+        """Free the cache where nothing is unfinished: training has its memory until the next request."""
+        if len(self._ended) == self._rows.active and not self._ready and not self._waiting:
+            self._core.cache = None
+
+    def _reserve(self, rows: int, tokens: int) -> Cache:
+        """The engine's cache, with room for `tokens` in every row, here and there; for `rows`, or all that there are.
+
+        Few responses take few rows, however many there might be.
+        """
         core = self._core
         if core.cache is None:
-            core.cache = Cache(core.architecture, len(self._rows.rows), core.device, core.dtype)
-        core.cache.reserve(tokens)
+            core.cache = Cache(core.architecture, core.device, core.dtype)
+        core.cache.reserve(min(round_up(rows, ROWS), len(self._rows.rows)), tokens, self._most)
         self._rows.widen(core.cache.capacity)
         return core.cache
 
