@@ -44,6 +44,7 @@ stage "style and types"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check --quiet .
 .venv/bin/pyright --pythonpath "$python"
+$python tools/words.py --total
 took
 
 if [ "$mode" = --quick ]; then

@@ -230,7 +230,7 @@ def _ours_alone(name: str, answers: list[dict[str, Any]], note: str) -> Row:
 
 
 def phases(answers: Iterable[dict[str, Any]]) -> str:
-    """Where our iteration's seconds go, as medians."""
+    """Our iteration's seconds by phase, as medians."""
     kept = [answer["phases"] for answer in answers]
     return "ours: " + ", ".join(f"{name} {median(p[name] for p in kept):.2f} s" for name in kept[0])
 

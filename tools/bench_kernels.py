@@ -72,7 +72,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one head took for one shape; seconds, bytes. `note` where it could not be measured."""
+    """The cost of one head for one shape; seconds, bytes. `note` if it could not be measured."""
 
     shape: Shape
     head: str

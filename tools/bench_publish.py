@@ -58,7 +58,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Statement:
-    """What the model of time says of a machine that is not here; its bandwidths are inputs, not measurements."""
+    """A prediction, by the model of time, for a machine that is not here: its bandwidths are inputs."""
 
     name: str
     shape: str
@@ -83,7 +83,7 @@ STATEMENTS = [
 
 
 def held(mapping: WeightMapping, tensor: int, pipeline: int) -> dict[int, Held]:
-    """What every rank of a split holds in bf16: layers in equal runs, the embedding first, final norm and head last."""
+    """The bytes that every rank of a split holds in bf16: equal runs of layers, embedding first, head last."""
     layers = mapping.architecture.layers
     found: dict[int, Held] = {}
     for stage in range(pipeline):

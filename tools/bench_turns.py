@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What to measure, how often."""
+    """The measurements to make, and how often."""
 
     model: str
     train: str

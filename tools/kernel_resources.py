@@ -57,7 +57,7 @@ class Configuration:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one compiled kernel takes: per thread, per thread block, and how many warps a multiprocessor holds."""
+    """The resources of one compiled kernel: per thread, per thread block, and how many warps a multiprocessor holds."""
 
     name: str
     warps: int

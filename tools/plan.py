@@ -1,4 +1,4 @@
-"""What a run takes on each GPU, phase by phase of a colocated step, before any GPU is asked for.
+"""Computes what a run takes on each GPU, phase by phase of a colocated step, before any GPU is asked for.
 
     python tools/plan.py examples/paper_7b.yaml --nodes 1 --gpus 8 --memory-gib 80 [section.key=value ...]
 
@@ -98,12 +98,12 @@ class Case:
 
     @property
     def fits(self) -> bool:
-        """Whether every phase is within the GPU, and the KV cache holds at least one whole sequence."""
+        """True if every phase is within the GPU, and the KV cache holds at least one whole sequence."""
         return all(p.total <= self.gpu_bytes for p in self.plan.phases) and self.plan.kv_tokens >= self.longest
 
 
 def levers(case: Case) -> Iterator[list[list[str]]]:
-    """What saves memory: for each lever its settings that save more than today's, as overrides."""
+    """Levers that save memory: for each its settings that save more than today's, as overrides."""
     parallel, rollout = case.config.parallel, case.config.rollout
     if case.config.model.megatron.get("recompute_granularity") != "full":
         yield [[f"model.megatron={RECOMPUTE}"]]

@@ -32,7 +32,7 @@ from megatron_efr.durable import reason, remove_torn_writes, replace_file, sync_
 
 
 class World(Protocol):
-    """What saving needs of the ranks."""
+    """The ranks, as far as saving needs them."""
 
     @property
     def is_main(self) -> bool: ...

@@ -1,4 +1,4 @@
-"""Where a model lies: a Hugging Face folder, or a Megatron checkpoint and the Hugging Face folder it began with."""
+"""The source of a model: a Hugging Face folder, or a Megatron checkpoint and the Hugging Face folder it began with."""
 
 from __future__ import annotations
 

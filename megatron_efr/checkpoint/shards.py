@@ -40,7 +40,7 @@ def check_readable(checkpoint: Path) -> None:
 
 
 class Shards(torch_format.TorchDistSaveShardedStrategy):
-    """What `dist_checkpointing.save(..., async_sharded_save=True)` is given; it returns the request to carry out.
+    """Strategy for `dist_checkpointing.save(..., async_sharded_save=True)`; it returns the request to carry out.
 
     The request's function writes this rank's file, calls no collective and may run in a thread; its finalize functions
     are for all ranks together, once it has returned on each, and raise OSError on all where one could not write. With

@@ -1,4 +1,4 @@
-"""What each host of a placement starts: command lines and the environment that differs from the host's own."""
+"""The commands of each host of a placement: command lines and the environment that differs from the host's own."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ TRAINER_ENVIRONMENT = {
 }
 
 NCCL_OF_SGLANG = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
-"""What SGLang (0.5.23, `_set_envs_and_config`) sets for itself where it is not set: NCCL wants all ranks of a group to
-agree on it, and otherwise fails with "invalid argument", or hangs."""
+"""Settings that SGLang (0.5.23, `_set_envs_and_config`) makes for itself if they are not set: NCCL wants all ranks of
+a group to agree on them, and otherwise fails with "invalid argument", or hangs."""
 
 UNSET = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Taken out of the trainer's environment: memory in expandable segments cannot be shared by CUDA IPC."""
@@ -74,7 +74,7 @@ def over(interface: str) -> dict[str, str]:
 
 
 def commands(placement: Placement, config: str, overrides: Sequence[str], run: str) -> Iterator[Command]:
-    """What is started on every host: torchrun where there are ranks, elsewhere one process for each engine."""
+    """The programs of every host: torchrun if it has ranks, else one process for each engine."""
     for host in placement.hosts:
         if host in placement.trainer_hosts:
             yield trainer(placement, host, config, overrides, run)

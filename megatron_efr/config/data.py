@@ -15,7 +15,7 @@ from megatron_efr.config.section import Section
 
 
 class DatasetConfig(Section):
-    """Where questions come from and how a row is read."""
+    """A source of questions, and how its rows are read."""
 
     path: str = Field(description="a .jsonl / .json / .parquet file, a folder saved by datasets, or a hub name")
     format: Literal["auto", "gsm8k", "math", "columns"] = Field(

@@ -39,7 +39,7 @@ MOVED = {
         for key in ("beta", "aggregate", "importance", "importance_cap", "importance_low", "importance_high")
     },
 }
-"""Where the keys of the section `loss` went."""
+"""The keys that took the place of those of the section `loss`."""
 
 
 class OptimizerConfig(Section):

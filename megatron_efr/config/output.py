@@ -1,4 +1,4 @@
-"""What a run keeps and shows: checkpoints and observations."""
+"""The sections of a run's output: checkpoints and observations."""
 
 from __future__ import annotations
 

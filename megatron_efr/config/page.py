@@ -32,7 +32,7 @@ PAGES = {
     "checkpoint": "run-folder.md",
     "observe": "run-folder.md",
 }
-"""Where more is said of a section."""
+"""Pages that say more of a section."""
 
 INTRODUCTION = """# Configuration
 

@@ -169,5 +169,5 @@ class RolloutConfig(EnginesConfig):
 
     @property
     def off_policy(self) -> bool:
-        """Whether tokens may be older than the weights of the iteration that trains on them."""
+        """True if tokens may be older than the weights of the iteration that trains on them."""
         return self.partial or self.overlap

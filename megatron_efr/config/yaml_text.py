@@ -130,7 +130,7 @@ class _Check:
         return self._about_scalar(key)
 
     def _about_scalar(self, node: ScalarNode) -> str | None:
-        """What is wrong with a text, number, boolean or null."""
+        """Name what is wrong with a text, number, boolean or null."""
         written, kind = node.value, node.tag.removeprefix(_TAG)
         if kind == "str":
             if written == "None" and node.style is None:
@@ -161,7 +161,7 @@ class _Check:
 
 
 def about_text(text: str) -> str | None:
-    """What keeps `text` out of files and paths; None where nothing does."""
+    """Name what keeps `text` out of files and paths; None if nothing does."""
     if "\0" in text:
         return "a text with the character U+0000, which nothing can be named"
     try:

@@ -99,7 +99,7 @@ class Chat:
             )
 
     def added(self, conversation: Messages) -> str:
-        """What the template writes between the assistant's tag and the model's own first token.
+        """The text that the template writes between the assistant's tag and the model's own first token.
 
         The tag is what stands before an assistant turn's text in a finished conversation, found with a marker in that
         text's place. R1-Distill ends its generation prompt with `<think>\\n`, and a finished turn has no such thing. A

@@ -22,7 +22,7 @@ _LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 @dataclass(frozen=True, slots=True)
 class _Pre:
-    """What `tokenizer.ggml.pre` names: how the models of that name cut text, by the tokenizer.json of their makers."""
+    """The values of `tokenizer.ggml.pre`: how its models cut text, by the tokenizer.json of their makers."""
 
     split: str | None = None  # a pattern, in place of GPT-2's
     digits: bool = False  # digits stand alone before that

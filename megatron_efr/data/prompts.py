@@ -156,7 +156,7 @@ def render_all(
 
 
 def fits(length: int, config: PromptConfig, where: str) -> bool:
-    """Whether a prompt of `length` tokens may be used; PromptError where `prompt.overlong` is error."""
+    """True if a prompt of `length` tokens may be used; PromptError if it may not and `prompt.overlong` is error."""
     if length <= config.max_tokens:
         return True
     if config.overlong == "error":

@@ -28,7 +28,7 @@ _KINDS = {
     b"<!DOCTYPE": ("a web page", "download the file itself"),
     b"<html": ("a web page", "download the file itself"),
 }
-"""What a file begins with that is none of ours, what it then is, and what to do."""
+"""First bytes of files that are none of ours, what each then is, and what to do."""
 
 
 class DatasetError(UserError, ValueError):

@@ -75,7 +75,7 @@ class PromptStream:
         return self._prompts[int(self._order[1][position])]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: plain numbers and strings."""
+        """The state that a checkpoint keeps: plain numbers and strings."""
         return {
             "next_index": self._next,
             "seed": self._seed,

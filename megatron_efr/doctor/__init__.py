@@ -1,1 +1,1 @@
-"""What this machine has and lacks for a run, and what to do about it."""
+"""Finds out what this machine has and lacks for a run, and says what to do about it."""

@@ -61,7 +61,7 @@ def examine(config: RunConfig | None, ports: Sequence[int]) -> Iterator[Finding]
 
 
 def check_run(config: RunConfig) -> Iterator[Finding]:
-    """What this run, or this evaluation, reads and writes."""
+    """Look at what this run, or this evaluation, reads and writes."""
     needed, what = ROOM, "records"
     model, checkpoint = config.model, None
     try:

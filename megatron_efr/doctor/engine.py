@@ -40,7 +40,7 @@ print(metadata.version("sglang-router"))
 
 
 class Versions(TypedDict):
-    """What an interpreter answers to the probe; `nccl` is known where a GPU is."""
+    """An interpreter's answer to the probe; `nccl` is known if there is a GPU."""
 
     sglang: str | None
     torch: str
@@ -87,7 +87,7 @@ def check_router(python: str, pin: str | None) -> Finding:
 
 
 def check_servers(urls: Sequence[str], key: str | None) -> Iterator[Finding]:
-    """Whether servers that run already answer, and to this key.
+    """Ask servers that run already if they answer, and to this key.
 
     /server_info asks a server's scheduler, be it paused, and wants the key; /health and /ready let everyone in.
     """
@@ -112,7 +112,7 @@ def own_versions() -> Versions:
 
 
 def compare(engine: Versions, trainer: Versions, needed: bool) -> Iterator[Finding]:
-    """Whether weights can pass between two interpreters: by CUDA IPC (one driver), by NCCL (one version)."""
+    """Check that weights can pass between two interpreters: by CUDA IPC (one driver), by NCCL (one version)."""
     theirs, ours = engine["cuda"], trainer["cuda"]
     if (theirs is None) != (ours is None):
         seen = f"trainer: {ours or 'a CPU build'}, engine: {theirs or 'a CPU build'}"

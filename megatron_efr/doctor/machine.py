@@ -82,7 +82,7 @@ def check_threads(environment: Mapping[str, str], cores: int) -> Finding:
 
 
 def check_nccl_settings(environment: Mapping[str, str]) -> Finding:
-    """Whether trainer and SGLang agree on NCCL where weights go over it: `megatron_efr.cluster` sees to it."""
+    """Check that trainer and SGLang agree on NCCL if weights go over it: `megatron_efr.cluster` sees to it."""
     unset = {name: value for name, value in NCCL_OF_SGLANG.items() if name not in environment}
     if not unset:
         return Finding("NCCL settings", "ok", " ".join(f"{name}={environment[name]}" for name in NCCL_OF_SGLANG))
@@ -92,7 +92,7 @@ def check_nccl_settings(environment: Mapping[str, str]) -> Finding:
 
 
 def check_port(port: int, what: str, host: str = "") -> Finding:
-    """Whether `port` is free on this machine."""
+    """Check that `port` is free on this machine."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one in TIME_WAIT is free
         try:
@@ -104,7 +104,7 @@ def check_port(port: int, what: str, host: str = "") -> Finding:
 
 
 def check_disk(folder: Path, needed_bytes: int, what: str) -> Finding:
-    """Whether the file system of `folder` (which need not be there yet) has room."""
+    """Check that the file system of `folder` (which need not be there yet) has room."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(there).free
     seen = f"{free / 2**30:.1f} GiB free at {there}, {needed_bytes / 2**30:.1f} GiB for {what}"

@@ -1,4 +1,4 @@
-"""What a run reads of its model folder, tried as the run would: the weights opened, one prompt rendered."""
+"""Reads a model folder as the run would: the weights opened, one prompt rendered."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EXAMPLE = "What is 1 + 1?"
 
 
 def check_weights(model: ModelConfig, seed: int) -> Finding:
-    """Whether the weights are there, whole by their headers, and those that config.json describes."""
+    """Check that the weights are there, whole by their headers, and those that config.json describes."""
     try:
         weights = initial_weights(model, Architecture.from_folder(model.path), seed)
     except UserError as error:

@@ -125,5 +125,5 @@ def check_transformer_engine(needed: bool) -> Iterator[Finding]:
 
 
 def last_line(text: str) -> str:
-    """What an error says, from its traceback."""
+    """The message of an error, from its traceback."""
     return (text.strip().splitlines() or ["no message"])[-1]

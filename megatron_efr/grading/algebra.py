@@ -100,7 +100,7 @@ def decimal_digits(text: str) -> int | None:
 
 
 def equal(gold: str, answer: str) -> bool:
-    """Whether two normalised expressions are equal; UnreadableError when `answer` is none."""
+    """True if two normalised expressions are equal; UnreadableError if `answer` is none."""
     one, two = read_number(gold), read_number(answer)
     if one is not None and two is not None:
         return same_number(one, two)
@@ -170,7 +170,7 @@ def _rational(value: Any) -> Fraction:
 
 
 def different(left: Any, right: Any) -> bool:
-    """Whether a value of `left` - `right` is known to be other than 0; False says nothing.
+    """True if a value of `left` - `right` is known to be other than 0; False says nothing.
 
     Variables take a few fixed values; cancellation is followed to 400 digits.
     """
@@ -204,7 +204,7 @@ def _verified(left: Any, right: Any) -> bool:
 
 
 def proportional(gold: tuple[str, str], answer: tuple[str, str], signed: bool) -> bool:
-    """Whether two relations `left ? right` say one thing: their differences' ratio is constant, positive if `signed`.
+    """True if two relations `left ? right` say one thing: their differences' ratio is constant, positive if `signed`.
 
     Without a sign (`=`, `\\ne`) numerators are compared, so that `y = 1/x` is `xy = 1`.
     """

@@ -25,7 +25,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _content(text: str, start: int) -> str | None:
-    """What stands between the brace that opened just before `start` and the one that closes it."""
+    """The text between the brace that opened just before `start` and the one that closes it."""
     depth = 1
     for brace in _BRACE.finditer(text, start):
         if brace.group() == "{":

@@ -19,7 +19,7 @@ from megatron_efr.grading.units import split_unit
 
 
 def same_answer(gold: str, answer: str) -> bool:
-    """Whether `answer` says what `gold` says; UnreadableError when it is no answer of any form."""
+    """True if `answer` says what `gold` says; UnreadableError if it is no answer of any form."""
     one, two = normalise(gold), normalise(answer)
     if one == two:
         return True
@@ -38,7 +38,7 @@ def same_answer(gold: str, answer: str) -> bool:
 
 @lru_cache(maxsize=16384)
 def is_answer(gold: str) -> bool:
-    """Whether `gold` can be an answer: every part of it is words or reads as mathematics."""
+    """True if `gold` can be an answer: every part of it is words or reads as mathematics."""
     if read_number(gold) or option(normalise(gold)):
         return True
     try:
@@ -63,7 +63,7 @@ def _readable(form: Form) -> bool:
 
 
 def same(gold: Form, answer: Form) -> bool:
-    """Whether two forms are equal."""
+    """True if two forms are equal."""
     if gold.text == answer.text and gold.kind == answer.kind:
         return True
     if answer.kind == "named" and gold.kind not in ("named", "relation", "list"):
@@ -117,7 +117,7 @@ def _same_as_chain(gold: Form, answer: Form, named: bool = False) -> bool:
 
 
 def _contradicts(items: list[Form]) -> bool:
-    """Whether a chain of equalities, such as `3 = 5`, holds two constants that differ."""
+    """True if a chain of equalities, such as `3 = 5`, holds two constants that differ."""
     return any(_constant(one) and _constant(two) and not _equal_quantity(one, two) for one, two in pairwise(items))
 
 
@@ -196,7 +196,7 @@ def same_ordered(gold: tuple[Form, ...], answer: tuple[Form, ...]) -> bool:
 
 
 def same_unordered(gold: tuple[Form, ...], answer: tuple[Form, ...]) -> bool:
-    """Whether each part of one has its own equal in the other; a part given twice counts once."""
+    """True if each part of one has its own equal in the other; a part given twice counts once."""
     gold, answer = _distinct(gold), _distinct(answer)
     if len(gold) != len(answer):
         return False
@@ -361,7 +361,7 @@ def _same_ratio(gold: Form, answer: Form) -> bool:
 
 
 def _clock(form: Form) -> bool:
-    """Whether a ratio may be a time of day: `7:32`, `12:30:00`."""
+    """True if a ratio may be a time of day: `7:32`, `12:30:00`."""
     return _TIME.fullmatch(form.text) is not None
 
 

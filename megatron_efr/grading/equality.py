@@ -53,7 +53,7 @@ class _Classes:
         return self._verifier.name in _GOLDS_ARE_ANSWERS
 
     def questions(self) -> Iterable[Question]:
-        """What has to be known to place the next spelling."""
+        """The comparisons that are still needed to place the next spelling."""
         text = self.waiting[0]
         if text not in self._judged:  # unreadable, or too long to judge: it equals its own spelling alone
             return

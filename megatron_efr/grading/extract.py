@@ -18,7 +18,7 @@ _DECORATION = " \t\r*`"  # Markdown's emphasis, which a marker often stands in
 
 @dataclass(frozen=True, slots=True)
 class Extractor:
-    """Where a response's answer stands; `marker` is the text that it follows, for that place alone."""
+    """The place of a response's answer; `marker` is the text that it follows, for that place alone."""
 
     place: Place = "last_box"
     marker: str = ""
@@ -40,7 +40,7 @@ LAST_BOX = Extractor()
 
 
 def after_marker(text: str, marker: str) -> str | None:
-    """What follows the last `marker`: the rest of its line, or, where nothing is left of it, the next line."""
+    """The text after the last `marker`: the rest of its line, or, if nothing is left of it, the next line."""
     _, found, rest = text.rpartition(marker)
     if not found:
         return None

@@ -70,7 +70,7 @@ _PHRASES = {
 
 
 def is_words(text: str) -> bool:
-    """Whether letters are all there is, and not those of a product such as `xy`."""
+    """True if letters are all there is, and not those of a product such as `xy`."""
     plain = text.replace("\\text{", "").replace("}", "") if "\\text{" in text else text
     if not _LETTERS.fullmatch(plain.strip()):
         return _LABEL.fullmatch(plain.strip()) is not None
@@ -163,7 +163,7 @@ def _cases(text: str) -> Form | None:
 
 
 def _condition(text: str) -> Form:
-    """Where a case holds: a relation; where there are words in it, its text."""
+    """The condition of a case: a relation; if there are words in it, its text."""
     plain = " ".join(_IF.sub("", re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)).split())
     if plain in _ELSE:
         return Form("words", _ELSE[0])
@@ -294,7 +294,7 @@ def _depths(text: str) -> Iterator[tuple[int, int, int]]:
 
 
 def places(text: str, pattern: re.Pattern[str], keep: re.Pattern[str] | None = None) -> list[tuple[int, int]]:
-    """Where `pattern` matches outside all brackets, and outside what matches `keep`."""
+    """The places at which `pattern` matches outside all brackets, and outside what matches `keep`."""
     kept = [match.span() for match in keep.finditer(text)] if keep else []
     changes = [(0, 0), *((start, depth) for start, _, depth in _depths(text))]
     found = []

@@ -35,7 +35,7 @@ def check_golds(golds: Iterable[tuple[str, str]], timeout_s: float = 5.0, worker
 
 
 def is_note(gold: str) -> bool:
-    """Whether `gold` says something about an answer (`see solution`, `n/a`, a proof, a long sentence) and is none."""
+    """True if `gold` says something about an answer (`see solution`, `n/a`, a proof, a long sentence) and is none."""
     text = " ".join(gold.split()).strip(" .:;!")
     if text in _NULLS or _NOTE.fullmatch(text):
         return True

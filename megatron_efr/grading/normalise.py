@@ -179,7 +179,7 @@ def _characters(text: str) -> str:
 
 
 def _announced(text: str) -> str:
-    """What a sentence gives as the answer: after its last `is`, or its last formula; other text stays as it is."""
+    """The answer that a sentence gives: after its last `is`, or its last formula; other text stays as it is."""
     if not _SENTENCE.match(text):
         return text
     text = _HOPE.sub("", text)

@@ -107,7 +107,7 @@ def same_number(gold: Number, answer: Number) -> bool:
 
 
 def agrees(decimal: Number, exact: Fraction) -> bool:
-    """Whether `decimal` is `exact` to the digits it writes, and to 6 significant ones at least."""
+    """True if `decimal` is `exact` to the digits it writes, and to 6 significant ones at least."""
     if exact == 0 or decimal.value == 0 or (exact > 0) != (decimal.value > 0):
         return exact == decimal.value
     written = decimal.digits or 0

@@ -309,7 +309,7 @@ class _Worker:
         return Verdict(CRASH, None, f"no CPU used for {limits.stall_s:g} s") if stalled else None
 
     def bloated(self, limits: _Limits) -> bool:
-        """Whether what earlier responses left in sympy's caches would count against the next one."""
+        """True if what earlier responses left in sympy's caches would count against the next one."""
         if not self.answered:
             return False  # a fresh process holds no leftovers, however small the limit
         try:

@@ -1,4 +1,4 @@
-"""What is asked of a grading process, and what it says."""
+"""The question to a grading process, and its answer."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Question(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a grading process says: one of STATUSES, a score where the verifier gave one, and why."""
+    """A grading process's answer: one of STATUSES, a score if the verifier gave one, and why."""
 
     status: str
     score: float | None = None

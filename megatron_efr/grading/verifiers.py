@@ -156,7 +156,7 @@ def _bound(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..
 
 
 def _plugin(name: str) -> Any:
-    """What `name` leads to: a registered entry point, or module:function."""
+    """The object that `name` leads to: a registered entry point, or module:function."""
     found = [entry for entry in entry_points(group=ENTRY_POINT) if entry.name == name]
     if not found and ":" not in name:
         registered = ", ".join(sorted({entry.name for entry in entry_points(group=ENTRY_POINT)})) or "none"
@@ -211,7 +211,7 @@ def _bad_gold(loaded: Loaded, gold: str) -> Verdict | None:
 
 
 def _verdict(said: Any, verifier: Verifier) -> Verdict:
-    """What a verifier returned, as a status and a score."""
+    """A verifier's result, as a status and a score."""
     if isinstance(said, bool) or type(said).__name__ in ("bool_", "bool"):  # numpy's too
         return Verdict(CORRECT if said else WRONG)
     try:

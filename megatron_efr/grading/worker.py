@@ -54,7 +54,7 @@ def judge(gold: str, answer: str) -> str:
 
 
 def verdict(question: Question) -> Verdict:
-    """What the question's verifier says; may hang or die, which is the parent's business."""
+    """The verdict of the question's verifier; may hang or die, which is the parent's business."""
     if question.verifier.name == MATH.name:  # a gold is held against itself, and an answer is a gold for another one
         return Verdict(judge(question.gold, question.gold if question.kind == "gold" else question.answer))
     return verifiers.ask(question)

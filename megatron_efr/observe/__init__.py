@@ -1,4 +1,4 @@
-"""What a run tells: metrics, progress, peak memory, and when it is stuck."""
+"""Metrics, progress and peak memory of a run, and a watchdog for one that is stuck."""
 
 from megatron_efr.observe.observer import (
     EXIT_STUCK as EXIT_STUCK,

@@ -56,7 +56,7 @@ _STYLES = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "bold red"}
 
 
 class Watched(NamedTuple):
-    """What is known of a run: its name, its last step (0: unknown), its metrics and log, and if a process has it."""
+    """A run as it stands: its name, its last step (0: unknown), its metrics and log, and if a process has it."""
 
     name: str
     total: int

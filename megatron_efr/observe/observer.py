@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, wandb, the terminal; phase timers; a watchdog.
+"""Takes a run's metrics to metrics.jsonl, TensorBoard, wandb and the terminal; times phases; has a watchdog.
 
 Convention: a metric under `time/` depends on the machine (seconds, speeds, memory), one under `engine/` on what befell
 it (servers lost); every other metric is a function of configuration and seed alone. `deterministic` keeps the latter:

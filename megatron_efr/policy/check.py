@@ -1,4 +1,4 @@
-"""What a policy would stop at while it is built, asked before any rank joins."""
+"""Checks, before any rank joins, all that a policy would stop at while it is built."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def zigzag(lengths: Sequence[int], rank: int, ranks: int) -> torch.Tensor:
 
 
 def rank_order(lengths: Sequence[int], ranks: int) -> torch.Tensor:
-    """Where every token of the pack stands once all ranks' slices are laid one after the other: int64 [tokens]."""
+    """The place of every token of the pack once all ranks' slices are laid one after the other: int64 [tokens]."""
     order = torch.cat([zigzag(lengths, rank, ranks) for rank in range(ranks)])
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
 
@@ -45,7 +45,7 @@ def own_rows(batch: PackedBatch, rank: int, ranks: int) -> torch.Tensor:
 
 
 def part(batch: PackedBatch, rank: int, ranks: int) -> PackedBatch:
-    """What context rank `rank` works on: its tokens, and the rows among them with their targets and columns.
+    """The share of context rank `rank`: its tokens, and the rows among them with their targets and columns.
 
     `lengths` and `cu_seqlens` stay those of whole sequences, as Megatron wants them. Targets were shifted in the whole
     sequence, so a row at the end of a chunk still predicts its successor.

@@ -78,7 +78,7 @@ def cuda_type_names() -> Iterator[None]:
 
 
 def _counts_on_host(dispatcher: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
-    """What the dispatcher's copy to the host leaves behind: how many tokens go where, as collectives take it."""
+    """The counts of the dispatcher's copy to the host: tokens to each rank, as collectives take them."""
     if point == dispatcher.cuda_dtoh_point:
         for name in ("input_splits", "output_splits", "output_splits_tp"):
             if isinstance(counts := getattr(dispatcher, name), torch.Tensor):

@@ -1,4 +1,4 @@
-"""Whether a model divides over a split, asked before anything is built: the answer names the key and what would fit."""
+"""Checks that a model divides over a split before anything is built: the answer names the key and what would fit."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_fit(model: ModelConfig, parallel: ParallelConfig, architecture: Archit
 
 
 def engine_layers(model: ModelConfig) -> bool:
-    """Whether Transformer Engine's layers are used; ConfigError where they are asked for and cannot be.
+    """True if Transformer Engine's layers are used; ConfigError if they are asked for and cannot be.
 
     Its attention over packed sequences (flash attention or cuDNN's) knows 16-bit numbers alone.
     """

@@ -107,7 +107,7 @@ def transformer_config(model: ModelConfig, architecture: Architecture, parallel:
 
 
 def architecture_fields(architecture: Architecture) -> dict[str, Any]:
-    """What Megatron's TransformerConfig says of this model alone, however it is split."""
+    """Fields of Megatron's TransformerConfig that this model decides alone, however it is split."""
     fields: dict[str, Any] = {
         "num_layers": architecture.layers,
         "hidden_size": architecture.hidden,

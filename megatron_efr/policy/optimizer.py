@@ -161,7 +161,7 @@ class Optimizer:
         self.skipped_in_a_row = state["skipped_in_a_row"]
 
     def _in_our_form(self, loaded: dict[Any, Any]) -> dict[Any, Any]:
-        """What was loaded, as our optimizers take it, whichever way the ranks that saved it were split.
+        """Arrange what was loaded as our optimizers take it, whichever way the ranks that saved it were split.
 
         Megatron gives experts that are split over ranks an optimizer of their own, so what a checkpoint says beside
         its tensors comes in another form with `parallel.expert` > 1 than without. None of that is the checkpoint's to

@@ -166,7 +166,7 @@ def round_up(number: int, multiple: int) -> int:
 def row_weights(
     sizes: ByIndex[SequenceSize], update: list[int], aggregate: Aggregate, divisor: int | None = None
 ) -> dict[int, float]:
-    """What the loss of one update multiplies each sample's column `weight` by (indices over all replicas).
+    """Factors by which the loss of one update multiplies each sample's column `weight` (indices over all replicas).
 
     `sequence`: the mean over a sample's trained tokens, then over samples. `token`: the mean over all trained tokens.
     `constant`: a sample's sum over `divisor` (None: the update's longest response), then the mean over samples. Samples

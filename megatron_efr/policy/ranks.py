@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands. `cpu_world` and `cpu_pipeline` are gloo groups, for waits that outlast NCCL's.
+    """This process's place among the ranks. `cpu_world` and `cpu_pipeline` are gloo groups: their waits outlast NCCL's.
 
     `all_replicas`: which replica each rank belongs to.
     """
@@ -166,7 +166,7 @@ class Ranks:
             raise UserError(f"rank {self.rank} waited {waited:.0f} s for {what} of rank 0: {why} ({error})") from error
 
     def everywhere(self, holds: bool) -> bool:
-        """Whether it holds on every rank."""
+        """True if it holds on every rank."""
         held = torch.tensor(int(holds))
         if self.world_size > 1:
             dist.all_reduce(held, op=dist.ReduceOp.MIN, group=self.cpu_world)

@@ -1,4 +1,4 @@
-"""What Megatron's optimizers lack to be saved and taken up again exactly.
+"""Adds what Megatron's optimizers lack to be saved and taken up again exactly.
 
 In Megatron-Core 0.16.1 the DistributedOptimizer mixes up a checkpoint's tensors where a bucket ends in padding. With
 torch's Adam, where neither Transformer Engine nor apex is there, it cannot resume at all: it asks for the state of
@@ -73,7 +73,7 @@ def put_tensors(part: DistributedOptimizer, tensors: Tensors) -> None:
 
 
 def _stepped_by_torch(part: MegatronOptimizer) -> list[torch.Tensor]:
-    """What torch's Adam steps in this part; nothing where there is another optimizer, or none."""
+    """The parameters that torch's Adam steps in this part; none if there is another optimizer, or none."""
     if not isinstance(part.optimizer, torch.optim.Adam):
         return []
     return [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
