@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_efr import arguments, log
 from megatron_efr.checkpoint.model_source import find_model
-from megatron_efr.config import EnginesConfig, EvaluateConfig, ModelConfig
+from megatron_efr.config import EvaluateConfig
 from megatron_efr.data.prompts import load_tokenizer
 from megatron_efr.data.stop_tokens import stop_ids
 from megatron_efr.data.thinking import thinking_marks
@@ -19,8 +19,8 @@ from megatron_efr.evaluation.evaluator import Evaluator
 from megatron_efr.evaluation.journal import ASKED, Unfinished, finished, forget
 from megatron_efr.evaluation.records import Record, describe
 from megatron_efr.grading import Grader
-from megatron_efr.rollout.build import local_engine, sglang_engine
-from megatron_efr.rollout.codec import Codec, TokenizerCodec
+from megatron_efr.rollout.build import open_engine
+from megatron_efr.rollout.codec import TokenizerCodec
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.ledger import request_seed
 from megatron_efr.rollout.servers.arguments import check_server_arguments
@@ -69,7 +69,8 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
         # servers begin their random numbers anew: not with those that the journal's answers were drawn with
         seed = request_seed(config.seed, len(unfinished.journal.read().groups))
         logs = folder.path / "engines" / f"eval-{record_name}"
-        engine = open_engine(source.start, config.rollout, logs, seed, TokenizerCodec(tokenizer), resources)
+        codec, penalties = TokenizerCodec(tokenizer), bool(evaluator.script.penalised)
+        engine = open_engine(source.start, config.rollout, logs, seed, codec, resources, penalties)
         publish = publication(weights, engine, config.rollout.transport, logs / "weights", source.start.path, resources)
         take_in = taking_in(engine, publish)
 
@@ -84,15 +85,6 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
         folder.write_evaluation(record_name, record | {ASKED: judged})
         unfinished.clear()
     return record
-
-
-def open_engine(
-    model: ModelConfig, engines: EnginesConfig, logs: Path, seed: int, codec: Codec, resources: ExitStack
-) -> Engine:
-    """The embedded engine, or SGLang's servers, for the shape of `model`; without weights yet."""
-    if engines.engine == "local":
-        return local_engine(model.path, engines.slots, model.dtype, codec)
-    return sglang_engine(model, engines, logs, seed, codec, resources)
 
 
 def publication(

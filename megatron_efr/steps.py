@@ -5,18 +5,28 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 
+class Penalty(NamedTuple):
+    """Takes `amount` from the logits of the tokens `texts` in the first `window` tokens of each thought: a thought
+    begins with the response, and with each of these tokens."""
+
+    texts: tuple[str, ...]
+    amount: float
+    window: int
+
+
 class Draw(NamedTuple):
     """The model goes on: to a stop id, to one of the texts `until`, or to `limit` tokens (None: as many as are left).
 
     A text of `until` is a single token, and the draw ends before it: the next draw begins with that token, a `Force`
     takes its place. One that is several tokens for this model's tokenizer ends no draw. `temperature` is the draw's
-    own; None: that of the sampling.
+    own; None: that of the sampling. With a `penalty` log-probs are of what it left: such tokens are not trained on.
     """
 
     part: str
     limit: int | None = None
     until: tuple[str, ...] = ()
     temperature: float | None = None
+    penalty: Penalty | None = None
 
 
 class Force(NamedTuple):

@@ -104,6 +104,11 @@ class Script(Protocol):
         ...
 
     @property
+    def penalised(self) -> tuple[str, ...]:
+        """The texts that its draws take from; each must be a single token. With any it is no script to train with."""
+        ...
+
+    @property
     def behind(self) -> str:
         """What an evaluation writes behind each question."""
         ...

@@ -12,7 +12,7 @@ from megatron_efr.rollout.driver import branch_steps
 from megatron_efr.rollout.local.sampling import draw, uniforms
 from megatron_efr.scripts import Budget, EarlyExit, Exits, Forks, Opened, Plain
 from megatron_efr.scripts.probed import Deer, EarlyStop, Subthoughts
-from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Told
+from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Tip, Told
 from megatron_efr.steps import Draw, Force, Fork, Part, Step
 from megatron_efr.types import Branch, Done, Response, Sampling, Script
 
@@ -70,6 +70,8 @@ def every_rule(said: Sequence[int], trial: float | None = None) -> tuple[Script,
         EarlyStop(every=3, agree=2, tokens=4, end=end, unsure=("L",), **shared),
         Subthoughts(markers=(*letters[:9], "JKL"), tokens=5, end=other, most=2),
         Told(suffix="C"),
+        Tip(switch=(pause, end), amount=3.0, window=5),
+        Tip(switch=letters[:12], amount=0.5, window=300),
     )
 
 
@@ -124,7 +126,7 @@ class Rereading:
     ) -> tuple[Part, tuple[int, float] | None, str]:
         first = len(made.tokens)
         for _ in range(limit):
-            drawn = held or self._next(begun, made.tokens, branch, step.temperature)
+            drawn = held or self._next(begun, made.tokens, branch, step)
             begins, (token, logprob) = held is not None, drawn
             held, letter = None, Letters().decode([token])
             if letter in step.until and not begins:
@@ -146,7 +148,7 @@ class Rereading:
             responses.append(Response(tuple(made.tokens), logprobs, finish, text=text, parts=tuple(made.parts)))
         return Branch(fork.part, at, tuple(responses))
 
-    def _next(self, begun: list[int], tokens: list[int], branch: int, temperature: float | None) -> tuple[int, float]:
+    def _next(self, begun: list[int], tokens: list[int], branch: int, step: Draw) -> tuple[int, float]:
         read = (*begun, *tokens)
         if read not in self._logits:
             with torch.no_grad():
@@ -154,8 +156,14 @@ class Rereading:
         sampling, at = self._sampling, np.array([len(tokens)])
         seed, sample = np.array([self._seed], dtype=np.uint64), np.array([self._sample])
         uniform = torch.from_numpy(uniforms(seed, sample, at, np.array([branch])))
-        temperature = sampling.temperature if temperature is None else temperature
-        token, logprob = draw(self._logits[read], uniform, temperature, sampling.top_p)
+        temperature = sampling.temperature if step.temperature is None else step.temperature
+        logits = self._logits[read].clone()
+        if step.penalty is not None:
+            switch = [token for text in step.penalty.texts for token in Letters().encode(text)]
+            began = max((place for place, token in enumerate(tokens) if token in switch), default=0)
+            if len(tokens) < began + step.penalty.window:
+                logits[:, switch] -= step.penalty.amount
+        token, logprob = draw(logits, uniform, temperature, sampling.top_p)
         return int(token), float(logprob)
 
 

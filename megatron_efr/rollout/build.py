@@ -20,6 +20,7 @@ from megatron_efr.rollout.servers.launcher import Launcher
 from megatron_efr.rollout.servers.process import ServerProcess
 from megatron_efr.rollout.servers.run_servers import Servers
 from megatron_efr.rollout.sglang.engine import SGLangEngine
+from megatron_efr.rollout.sglang.penalty import SERVER
 from megatron_efr.rollout.sglang.router import start_router
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import EngineError
@@ -47,24 +48,49 @@ def build_engine(
     return _connected(model, rollout, servers.urls, servers.key, folder, codec, resources)
 
 
+def open_engine(
+    model: ModelConfig,
+    engines: EnginesConfig,
+    logs: Path,
+    seed: int,
+    codec: Codec,
+    resources: ExitStack,
+    penalties: bool = False,
+) -> Engine:
+    """The embedded engine, or SGLang's servers, for the shape of `model`; without weights yet. Servers take scripts
+    that penalise tokens only if they are told to."""
+    if engines.engine == "local":
+        return local_engine(model.path, engines.slots, model.dtype, codec)
+    return sglang_engine(model, engines, logs, seed, codec, resources, penalties)
+
+
 def sglang_engine(
-    model: ModelConfig, engines: EnginesConfig, folder: Path, seed: int, codec: Codec, resources: ExitStack
+    model: ModelConfig,
+    engines: EnginesConfig,
+    folder: Path,
+    seed: int,
+    codec: Codec,
+    resources: ExitStack,
+    penalties: bool = False,
 ) -> SGLangEngine:
-    """Servers that this process alone starts, on the first GPUs, or those in `urls`, as one engine.
+    """Servers that this process alone starts, on the first GPUs, or those in `urls`, as one engine. With `penalties`
+    scripts may penalise tokens.
 
     They write to `folder`, and take random numbers from `seed` and those after it. One that ends or hangs is started
     again, without weights.
     """
     if engines.urls:
-        return _connected(model, engines, engines.urls, os.environ.get(KEY), folder, codec, resources)
+        key = os.environ.get(KEY)
+        return _connected(model, engines, engines.urls, key, folder, codec, resources, penalties)
     launcher = resources.enter_context(Launcher(folder, engines.timeouts.stop_s))
     for index in range(engines.engines or 1):
         launcher.start_engine(
-            model, engines, index, seed=seed, on_gpu=torch.cuda.is_available(), first_gpu=index * engines.tp
-        )
+            model, engines, index, seed=seed, on_gpu=torch.cuda.is_available(), first_gpu=index * engines.tp,
+            extra=SERVER if penalties else {},
+        )  # fmt: skip
     urls = launcher.wait(engines.timeouts.start_s)
     launcher.watch(engines.timeouts, engines.restarts)
-    return _connected(model, engines, urls, launcher.key, folder, codec, resources)
+    return _connected(model, engines, urls, launcher.key, folder, codec, resources, penalties)
 
 
 def _connected(
@@ -75,8 +101,14 @@ def _connected(
     folder: Path,
     codec: Codec,
     resources: ExitStack,
+    penalties: bool = False,
 ) -> SGLangEngine:
     """Running servers as one engine, behind a router if one is asked for."""
+    if engines.router and penalties:
+        raise ConfigError(
+            "rollout.router: evaluation.script penalises tokens, and sglang-router does not pass that on; leave "
+            "router out"
+        )
     if engines.router and model.routing == "replay":
         raise ConfigError(
             "rollout.router: sglang-router does not pass on the wish for routed experts, which model.routing: replay "
@@ -97,6 +129,7 @@ def _connected(
             bucket_bytes=engines.bucket_mib * 2**20,
             dtype=model.dtype,
             routed_experts=model.routing == "replay",
+            penalties=penalties,
             router=router and (router, engines.restarts),
             codec=codec,
         )

@@ -12,14 +12,29 @@ from megatron_efr.steps import Draw, Ending, Force, Fork, Part, Step
 from megatron_efr.types import Branch, Done, Finish, Response, Sampling
 
 
+class TokenPenalty(NamedTuple):
+    """`Penalty`, in tokens."""
+
+    tokens: tuple[int, ...]
+    amount: float
+    window: int
+
+    def applies(self, said: Sequence[int]) -> bool:
+        """True for the token behind `said`, all that the response has: its thought is younger than the window."""
+        if len(said) < self.window:
+            return True
+        return not set(self.tokens).isdisjoint(said[len(said) - self.window + 1 :])
+
+
 class Drawing(NamedTuple):
     """Draw to a stop id, to one of the tokens `until`, or to `limit` tokens, at least 1. A token of `until` is held
     back: it is the first token of a drawing that follows, and gives its place to one that is written. `temperature`:
-    the drawing's own; None: that of the sampling."""
+    the drawing's own; None: that of the sampling. Then what its logits lose."""
 
     limit: int
     until: tuple[int, ...] = ()
     temperature: float | None = None
+    penalty: TokenPenalty | None = None
 
 
 class Writing(NamedTuple):
@@ -112,10 +127,10 @@ class Driver:
             raise RuntimeError(f"the step {step.part!r} comes after a stop token: a script may only fork there")
         self._step = step
         match step:
-            case Draw(_, limit, until, temperature):
+            case Draw(_, limit, until, temperature, penalty):
                 limit = self._left if limit is None else min(limit, self._left)
-                tokens = tuple(token for text in until if (token := self._token(text)) is not None)
-                self.order = Drawing(limit, tokens, temperature)
+                lowered = penalty and TokenPenalty(self._tokens(penalty.texts), penalty.amount, penalty.window)
+                self.order = Drawing(limit, self._tokens(until), temperature, lowered)
                 if not limit:
                     self._send(Done(self._note(self._length, "length"), tail=self._tail))
             case Force(_, text, chance):
@@ -137,6 +152,9 @@ class Driver:
         part = Part(self._step.part, self._length, length, ending)
         self.parts.append(part)
         return part
+
+    def _tokens(self, texts: Sequence[str]) -> tuple[int, ...]:
+        return tuple(token for text in texts if (token := self._token(text)) is not None)
 
     def _token(self, text: str) -> int | None:
         """The token of a text that is a single one; those that must be were checked before work began."""

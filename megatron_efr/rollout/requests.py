@@ -56,6 +56,12 @@ def check_script(script: Script, codec: Codec, path: str) -> None:
                 f"{_key(script, text, path)}: {text!r} is {len(tokens)} tokens of this model's tokenizer, and a draw "
                 "can end only before a text that is a single one; name one of the tokenizer's own tokens"
             )
+    for text in script.penalised:
+        if len(tokens := codec.encode(text)) != 1:
+            raise ConfigError(
+                f"{_key(script, text, path)}: {text!r} is {len(tokens)} tokens of this model's tokenizer, and only a "
+                "single one can be penalised; name one of the tokenizer's own tokens"
+            )
     if script.until_any and not any(len(codec.encode(text)) == 1 for text in script.until_any):
         raise ConfigError(
             f"{_key(script, script.until_any[0], path)}: none of {', '.join(map(repr, script.until_any))} is a single "

@@ -48,6 +48,12 @@ class Asking:
         requests += [self._asked(visit, asked) for asked in self._method.longest_asks(visit, self._known())]
         for script in {script for request in requests for script in request.scripts}:
             check_script(script, codec, "method")
+            if script.penalised:
+                raise ConfigError(
+                    f"method.name: {self._config.method.name} asks with a script that penalises tokens "
+                    f"({type(script).__name__}): tokens that were drawn so are not the policy's own, and their ratio "
+                    "and KL would be wrong; such scripts are for evaluations"
+                )
         drawn = self._config.rollout.max_new_tokens
         for request in requests:
             written = max(longest(script, 0, codec) for script in request.scripts)

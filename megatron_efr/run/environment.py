@@ -67,6 +67,12 @@ class Environment:
             if config.evaluation.every or watches
             else None
         )
+        if self.evaluator and self.evaluator.script.penalised and config.rollout.engine == "sglang":
+            raise ConfigError(
+                f"evaluation.script.name: {config.evaluation.script.name} penalises tokens, and the servers of a run "
+                "take no penalty: their log-probs must be the sampler's; leave evaluation.every out, and ask by "
+                "efr evaluate"
+            )
         asked = [*rendered.prompts, *(self.evaluator.prompts if self.evaluator and watches else ())]
         check_prompts(asked, config.rollout.max_new_tokens, architecture.max_positions, "rollout.max_new_tokens")
         self._config, self._codec = config, TokenizerCodec(tokenizer)

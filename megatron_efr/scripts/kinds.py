@@ -44,6 +44,10 @@ class Kind(Section):
         return None
 
     @property
+    def penalised(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def behind(self) -> str:
         return ""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -43,14 +43,17 @@ def models(folders: tuple[Path, Path]) -> tuple[Qwen2ForCausalLM, Qwen2ForCausal
     return tuple(Qwen2ForCausalLM.from_pretrained(folder).eval() for folder in folders)
 
 
-def start(folder: Path, config: RolloutConfig, model: Path, **changes: Any) -> tuple[Launcher, list[str]]:
-    """Servers of their own, ready; `changes` are of the model's section."""
+def start(
+    folder: Path, config: RolloutConfig, model: Path, extra: Mapping[str, Any] | None = None, **changes: Any
+) -> tuple[Launcher, list[str]]:
+    """Servers of their own, ready, with `extra` arguments; `changes` are of the model's section."""
     if not os.access(PYTHON, os.X_OK):
         pytest.skip(f"{PYTHON} is not there: bash tools/setup_sglang_cpu.sh makes it")
     launcher = Launcher(folder, config.timeouts.stop_s)
     try:
         for index in range(config.engines or 1):
-            launcher.start_engine(ModelConfig(path=str(model), **changes), config, index, seed=0, on_gpu=False)
+            shape = ModelConfig(path=str(model), **changes)
+            launcher.start_engine(shape, config, index, seed=0, on_gpu=False, extra=extra or {})
         return launcher, launcher.wait(config.timeouts.start_s)
     except BaseException:
         launcher.close()

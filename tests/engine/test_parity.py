@@ -11,12 +11,16 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
+from megatron_efr.config import TimeoutsConfig
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.rollout.sglang.engine import SGLangEngine
+from megatron_efr.rollout.sglang.penalty import SERVER
 from megatron_efr.scripts import Budget, plain
 from megatron_efr.types import Prompt, Request, Sampling
+from megatron_efr.weights.architecture import Architecture
 from tests.conftest import VOCAB
-from tests.engine.conftest import STOP, MakeSGLang
+from tests.engine import conftest
+from tests.engine.conftest import SLOTS, STOP, MakeSGLang
 from tests.engine_contract import Weights
 from tests.scripts import Letters, Rereading, assert_made, every_kind, every_rule
 
@@ -116,13 +120,37 @@ def test_weights_in_several_buckets_are_those_in_one(make_engine: MakeSGLang, mo
 def test_every_kind_of_script_says_greedily_what_the_embedded_engine_does(
     make_engine: MakeSGLang, models: Models, folders: tuple[Path, Path], prompt: tuple[int, ...]
 ) -> None:
-    theirs, ours = make_engine(codec=Letters()), LocalEngine(folders[0], 4, codec=Letters())
+    assert_same_as_embedded(make_engine(codec=Letters()), models, folders[0], prompt, penalised=False)
+
+
+@pytest.mark.slow
+def test_a_penalty_on_tokens_is_the_embedded_engines(
+    models: Models, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """On servers that take a logit processor, which are an evaluation's own."""
+    launcher, urls = conftest.start(tmp_path, conftest.rollout(), folders[0], SERVER)
+    architecture = Architecture.from_folder(folders[0])
+    with launcher:
+        theirs = SGLangEngine(
+            urls, architecture, SLOTS, TimeoutsConfig(), key=launcher.key, penalties=True, codec=Letters()
+        )
+        for prompt in ((5, 9, 3), (4,), (7, 7, 8, 20, 11, 6)):
+            assert_same_as_embedded(theirs, models, folders[0], prompt, penalised=True)
+        theirs.close()
+
+
+def assert_same_as_embedded(
+    theirs: SGLangEngine, models: Models, folder: Path, prompt: tuple[int, ...], *, penalised: bool
+) -> None:
+    """Both engines make, token for token, what a model makes that reads everything again."""
+    ours = LocalEngine(folder, 4, codec=Letters())
     for engine in (theirs, ours):
         engine.publish(weights_of(models[0]), version=1)
     sampling, question = Sampling(0.0, 1.0, 30, (STOP,)), Prompt("p", prompt, "", "")
     (plain_group,) = ours.generate([plain(question, 1, 0)], sampling)
     said = plain_group.responses[0].tokens
-    request = Request(question, 7, every_kind(said) + every_rule(said))
+    scripts = [script for script in every_kind(said) + every_rule(said) if bool(script.penalised) == penalised]
+    request = Request(question, 7, tuple(scripts))
     (here,), (there,) = ours.generate([request], sampling), theirs.generate([request], sampling)
     logits: dict[Any, torch.Tensor] = {}
     for sample, script in enumerate(request.scripts):
@@ -130,6 +158,7 @@ def test_every_kind_of_script_says_greedily_what_the_embedded_engine_does(
         assert_made(here.responses[sample], made)
         assert_made(there.responses[sample], made)
         assert there.responses[sample].versions == here.responses[sample].versions
+        assert not penalised or made.tokens != list(said), "a penalty that changes nothing would show nothing"
     assert there.scripts == request.scripts
 
 

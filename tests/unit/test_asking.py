@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_efr import methods
+from megatron_efr import algorithms, methods
 from megatron_efr.config import ConfigError, TrainConfig
 from megatron_efr.config.file import validate
 from megatron_efr.data.arithmetic import ArithmeticTask, write
@@ -18,7 +19,9 @@ from megatron_efr.methods import Ask
 from megatron_efr.rollout.codec import TokenizerCodec
 from megatron_efr.rollout.request_json import decode_request, encode_request
 from megatron_efr.run.asking import Asking
+from megatron_efr.run.environment import Environment
 from megatron_efr.scripts import Opened, Plain
+from megatron_efr.scripts.published import Tip
 from megatron_efr.types import Prompt
 from tests.groups import KNOWN
 
@@ -120,3 +123,30 @@ def test_a_script_for_each_response_or_none(task: Path, monkeypatch: pytest.Monk
     made, prompts, codec = asking(task, name="single", alpha=0.1)
     with pytest.raises(ConfigError, match=r"^method\.name: single gave 1 scripts for 3 responses"):
         made.check(prompts, codec, 999)
+
+
+def test_training_refuses_scripts_that_penalise_tokens_by_their_names(
+    task: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, prompts, codec = asking(task, name="efr", alpha=0.1)
+    monkeypatch.setattr(type(made._method), "ask", lambda *_: Ask(scripts=(Tip(switch=("1",)),) * 3))
+    with pytest.raises(ConfigError, match=r"^method\.name: efr asks with a script that penalises tokens \(Tip\)"):
+        made.check(prompts, codec, 10_000)
+
+
+def test_a_run_on_servers_refuses_to_evaluate_with_a_penalty(task: Path) -> None:
+    made, _, _ = asking(task, name="efr", alpha=0.1)
+    tree = made._config.model_dump(mode="json", by_alias=True)
+    tree["evaluation"] |= {
+        "datasets": [{"path": str(task / "test.jsonl")}], "every": 1, "max_new_tokens": 8,
+        "script": {"name": "tip", "switch": ["1"]},
+    }  # fmt: skip
+    for engine in ("local", "sglang"):
+        config = validate(TrainConfig, tree | {"rollout": {**tree["rollout"], "engine": engine}})
+        algorithm = algorithms.build(config.algorithm, config.rollout)
+        build = partial(Environment, config, made._method, algorithm)
+        if engine == "local":
+            build().close()
+        else:
+            with pytest.raises(ConfigError, match=r"^evaluation\.script\.name: tip penalises tokens, and the servers"):
+                build()

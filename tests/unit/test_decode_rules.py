@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import pickle
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_efr.config import ConfigError
+from megatron_efr.rollout.driver import TokenPenalty
+from megatron_efr.rollout.local.sampling import lowered
 from megatron_efr.rollout.requests import check_script, longest
+from megatron_efr.rollout.sglang.admission import check_server
+from megatron_efr.rollout.sglang.penalty import SwitchPenalty, processor
 from megatron_efr.scripts import SCRIPTS, build, decode, encode
 from megatron_efr.scripts.probed import Deer, EarlyStop, Subthoughts
-from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Sketch, ThinkFor, Told
-from megatron_efr.steps import Draw, Force, Fork, Part, Step
-from megatron_efr.types import Branch, Done, Response, Script
+from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Sketch, ThinkFor, Tip, Told
+from megatron_efr.steps import Draw, Force, Fork, Part, Penalty, Step
+from megatron_efr.types import Branch, Done, Response, Script, UserError
 from tests.scripts import Letters
 
 pytestmark = pytest.mark.alike
@@ -168,5 +176,55 @@ def test_every_script_says_what_it_is_and_is_written_and_read_again(name: str) -
     assert kind.__doc__
     needed = {field: 3 for field, info in kind.model_fields.items() if info.is_required()}
     texts = {"opening": "A", "suffix": "A", "at": [3]}
+    needed |= {"exits": {"shares": 1}}.get(name, {})
+    texts["shares"] = [0.5]
     script = build(name, {field: texts.get(field, value) for field, value in needed.items()}, "x")
     assert decode(encode(script)) == script
+
+
+def test_a_penalty_holds_for_the_first_tokens_of_each_thought() -> None:
+    given, said = VECTORS["tip"]["inputs"], VECTORS["tip"]["outputs"]
+    tip = Tip(switch=("A",), amount=given["alpha"], window=given["beta"])
+    (draw,) = follow(tip)
+    assert draw == Draw("response", penalty=Penalty(("A",), 3.0, 600))
+    penalty = TokenPenalty((given["switch_token"],), 3.0, 600)
+    start, logits = given["thought_start"], torch.tensor([given["logits"]])
+    response = [5] * start + [given["switch_token"]] + [5] * 700
+    for length, wanted in ((699, said["at_t_699"]), (700, said["at_t_700"])):
+        took = [(0, penalty)] if penalty.applies(response[:length]) else []
+        assert lowered(logits, took).tolist() == [pytest.approx(wanted)]
+        request = SimpleNamespace(origin_input_ids=[1, 1, *response[:50]], output_ids=response[50:length])
+        told = {"__req__": request, "tokens": [1], "amount": 3.0, "window": 600, "begun": 2}
+        assert SwitchPenalty()(logits.clone(), [told]).tolist() == [pytest.approx(wanted)]
+    assert [penalty.applies([5] * length) for length in (0, 599, 600)] == [True, True, False]
+
+
+def test_servers_get_the_penalty_as_source() -> None:
+    """What they unpickle is a class that knows nothing of this package."""
+    made = pickle.loads(bytes.fromhex(json.loads(processor())["callable"]))
+    assert (made.__name__, made.__module__) == ("SwitchPenalty", "builtins")
+    request = SimpleNamespace(origin_input_ids=[7], output_ids=[])
+    told = {"__req__": request, "tokens": [1], "amount": 3.0, "window": 5, "begun": 1}
+    assert made()(torch.zeros(1, 3), [told]).tolist() == [[0.0, -3.0, 0.0]]
+
+
+def test_a_penalty_is_of_single_tokens() -> None:
+    check_script(Tip(switch=("A",)), Letters(), "x")
+    with pytest.raises(ConfigError, match=r"^x\.switch: 'Alternatively' is 13 tokens .* only a single one can be"):
+        check_script(Tip(), Letters(), "x")
+
+
+def test_servers_of_an_evaluation_with_a_penalty_must_take_it() -> None:
+    info = {
+        "tp_size": 1, "dtype": "float32", "enable_custom_logit_processor": True, "preferred_sampling_params": None,
+        "disable_overlap_schedule": True,
+    }  # fmt: skip
+    check = partial(check_server, "http://a:1", ranks=1, dtype="float32", routed_experts=False)
+    check(info, penalties=True)
+    with pytest.raises(UserError, match="runs with --enable-custom-logit-processor"):
+        check(info)
+    for flag in ("enable_custom_logit_processor", "disable_overlap_schedule"):
+        with pytest.raises(
+            UserError, match=f"evaluation.script: it penalises tokens, .* without --{flag.replace('_', '-')}"
+        ):
+            check(info | {flag: False}, penalties=True)

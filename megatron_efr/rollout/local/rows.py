@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from megatron_efr.rollout.driver import Drawing, Driver, Writing
+from megatron_efr.rollout.driver import Drawing, Driver, TokenPenalty, Writing
 from megatron_efr.steps import Ending
 from megatron_efr.types import Prompt, Response, Sampling, VersionSpan
 
@@ -100,6 +100,7 @@ class Rows:
         self.branch = np.zeros(count, dtype=np.int64)
         self.kind = np.zeros(count, dtype=np.int64)
         self.temperature = np.full(count, sampling.temperature)
+        self.penalised = np.zeros(count, dtype=bool)
         self.tokens = np.zeros((count, 0), dtype=np.int64)
         self.logprobs = np.zeros((count, 0), dtype=np.float32)
         self._stop_ids, self._temperature = list(sampling.stop_ids), sampling.temperature
@@ -141,7 +142,7 @@ class Rows:
         """Copy row `source` over row `target`."""
         length = self.length[source]
         numbers = (self.length, self.prompt, self.limit, self.seed, self.sample, self.branch)
-        for array in (*numbers, self.kind, self.temperature):
+        for array in (*numbers, self.kind, self.temperature, self.penalised):
             array[target] = array[source]
         self.tokens[target, :length] = self.tokens[source, :length]
         self.logprobs[target, :length] = self.logprobs[source, :length]
@@ -150,6 +151,15 @@ class Rows:
     def positions(self, indices: np.ndarray) -> np.ndarray:
         """Where in its response the next token of each row stands, [indices]."""
         return self.length[indices] - self.prompt[indices]
+
+    def penalties(self, indices: np.ndarray) -> Iterator[tuple[int, TokenPenalty]]:
+        """Which of the rows `indices`, by their place there, have what taken from the logits of their next token."""
+        for place in np.flatnonzero(self.penalised[indices]).tolist():
+            row = int(indices[place])
+            order = self[row].driver.order
+            said = self.tokens[row, self.prompt[row] : self.length[row]]
+            if isinstance(order, Drawing) and order.penalty is not None and order.penalty.applies(said.tolist()):
+                yield place, order.penalty
 
     def append(self, indices: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
         """Give each row its next token: the one drawn, or one that its script writes.
@@ -193,6 +203,7 @@ class Rows:
                 self.limit[index] = self.length[index] + order.limit
                 own = order.temperature
                 self.temperature[index] = self._temperature if own is None else own
+                self.penalised[index] = order.penalty is not None
             else:
                 self.kind[index] = WRITTEN
                 self.limit[index] = self.length[index] + len(order.tokens)

@@ -7,9 +7,13 @@ restart.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from megatron_efr.rollout.driver import TokenPenalty
 
 _MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
 _WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
@@ -90,6 +94,15 @@ def draw_rows(
         rows = torch.from_numpy(np.flatnonzero(temperatures == temperature)).to(logits.device)
         tokens[rows], logprobs[rows] = draw(logits[rows], uniform[rows], temperature, top_p)
     return tokens, logprobs
+
+
+@torch.inference_mode()
+def lowered(logits: torch.Tensor, penalties: Iterable[tuple[int, TokenPenalty]]) -> torch.Tensor:
+    """Logits [n, vocab] less what these rows' penalties take; the same tensor if there are none."""
+    for number, (row, penalty) in enumerate(penalties):
+        logits = logits if number else logits.clone()
+        logits[row, list(penalty.tokens)] -= penalty.amount
+    return logits
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -16,7 +16,7 @@ from megatron_efr.rollout.driver import Driver, Forking
 from megatron_efr.rollout.local.core import Core, Tally
 from megatron_efr.rollout.local.decoder import CHUNK, ROWS, Cache, Decoder, round_up
 from megatron_efr.rollout.local.rows import WRITTEN, Entry, Row, Rows
-from megatron_efr.rollout.local.sampling import draw_rows, uniforms
+from megatron_efr.rollout.local.sampling import draw_rows, lowered, uniforms
 from megatron_efr.rollout.requests import check_request
 from megatron_efr.types import Group, Request, Response, Sampling
 
@@ -95,7 +95,8 @@ class Stream(Iterator[Group]):
         at = rows.positions(indices)
         uniform = uniforms(rows.seed[indices], rows.sample[indices], at, rows.branch[indices])
         temperatures = rows.temperature[indices]
-        found = draw_rows(logits[: len(indices)], self._to_device(uniform), temperatures, sampling.top_p)
+        logits = lowered(logits[: len(indices)], rows.penalties(indices))
+        found = draw_rows(logits, self._to_device(uniform), temperatures, sampling.top_p)
         tokens, logprobs = (each.cpu().numpy() for each in found)
         if not np.isfinite(logprobs).all():
             self._core.cache, self.closed = None, True  # what is not finite is not hidden by a mask

@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -137,14 +138,16 @@ class Launcher:
         shared: bool = False,
         host: str = LOOPBACK,
         port: int | None = None,
+        extra: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Start engine number `index` of a run, with random numbers of its own; returns before it is ready.
 
-        It takes `tp` GPUs from `first_gpu` on, `shared` with a trainer where they are.
+        It takes `tp` GPUs from `first_gpu` on, `shared` with a trainer where they are. `extra` are more arguments of
+        the server.
         """
         architecture = Architecture.from_folder(model.path)
         arguments = server_arguments(model, engines, architecture, on_gpu, first_gpu, shared)
-        arguments["random_seed"] = (seed + index) % 2**31
+        arguments |= {"random_seed": (seed + index) % 2**31, **extra}
         environment = server_environment(os.environ, on_gpu, engines.tp)
         self.start_one(f"engine-{index}", engines.python, arguments, environment, host=host, port=port)
 

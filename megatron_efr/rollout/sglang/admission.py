@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_efr.rollout.sglang.penalty import SERVER
 from megatron_efr.types import UserError
 
 _DTYPES = {"float": "float32", "half": "float16"}  # SGLang's other names
 
 
-def check_server(url: str, info: Mapping[str, Any], *, ranks: int, dtype: str, routed_experts: bool) -> None:
+def check_server(
+    url: str, info: Mapping[str, Any], *, ranks: int, dtype: str, routed_experts: bool, penalties: bool = False
+) -> None:
     """UserError says in what the server at `url` differs from a run's; `info` is what /server_info answers.
 
     `ranks`: its tensor-parallel ranks. `dtype`: the policy's. `routed_experts`: responses must say which they had.
+    `penalties`: it must take a penalty on tokens, as no server of a training run may.
     """
     if info["tp_size"] != ranks:
         raise UserError(f"rollout.tp: {ranks}, but {url} has --tp-size {info['tp_size']}")
@@ -33,7 +37,10 @@ def check_server(url: str, info: Mapping[str, Any], *, ranks: int, dtype: str, r
             f"model.routing: replay needs the experts that engines choose, and {url} was started without "
             "--enable-return-routed-experts"
         )
-    if info["enable_custom_logit_processor"] or info["preferred_sampling_params"]:
+    if penalties and (missing := [name for name in SERVER if not info[name]]):
+        flag = "--" + missing[0].replace("_", "-")
+        raise UserError(f"evaluation.script: it penalises tokens, and {url} was started without {flag}")
+    if (info["enable_custom_logit_processor"] and not penalties) or info["preferred_sampling_params"]:
         raise UserError(
             f"rollout.urls: {url} runs with --enable-custom-logit-processor or --preferred-sampling-params; its "
             "log-probs would not be the sampler's"

@@ -36,6 +36,8 @@ class SGLangEngine(ServerUpdates):
     """An `Engine` over running servers, each of `engine_ranks` tensor-parallel ranks and `slots` places, that compute
     in the policy's `dtype`; UserError where one was started otherwise.
 
+    With `penalties`, scripts may penalise tokens: for evaluations.
+
     With `routed_experts`, responses of a mixture of experts say which of them read their tokens. After a publication in
     mid-generation these are the new weights' choice for the whole response, since its tokens are read again.
 
@@ -58,6 +60,7 @@ class SGLangEngine(ServerUpdates):
         bucket_bytes: int = 2**29,
         dtype: str = "float32",
         routed_experts: bool = False,
+        penalties: bool = False,
         router: tuple[ServerProcess, int] | None = None,
         codec: Codec | None = None,
     ) -> None:
@@ -65,10 +68,14 @@ class SGLangEngine(ServerUpdates):
         self.architecture, self.bucket_bytes = architecture, bucket_bytes
         self.in_flight = max(1, int(AHEAD * slots * self.count))
         self._shapes, self._codec = WeightMapping(architecture).shapes(), codec or NoText()
+        self._penalties = penalties
         self._streams: list[_Stream] = []
         try:
             for server, info in zip(self._fleet.servers, self._all(Server.info), strict=True):
-                check_server(server.url, info, ranks=engine_ranks, dtype=dtype, routed_experts=routed_experts)
+                check_server(
+                    server.url, info, ranks=engine_ranks, dtype=dtype, routed_experts=routed_experts,
+                    penalties=penalties,
+                )  # fmt: skip
         except BaseException:
             self.close()
             raise
@@ -231,6 +238,8 @@ class _Stream(Iterator[Group]):
             if request is None:
                 return
             check_request(request, self._sampling, self._engine.architecture, self._engine._codec)
+            if not self._engine._penalties and any(script.penalised for script in request.scripts):
+                raise ValueError(f"prompt {request.prompt.id}: these servers take no penalty on tokens")
             future = self._engine._ask(request, self._sampling)
             self.asked[future] = request.samples
             future.add_done_callback(self._done.put)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 
 from megatron_efr.rollout.driver import Drawing, Driver, Forking, Writing
+from megatron_efr.rollout.sglang.penalty import PenalisedSampling
 from megatron_efr.steps import Ending
 from megatron_efr.types import Response, Sampling, VersionSpan
 
@@ -67,6 +68,8 @@ class _Growing:
         first = len(self._tokens)
         temperature = sampling.temperature if order.temperature is None else order.temperature
         asked = replace(sampling, temperature=temperature, max_new_tokens=limit, stop_ids=ends)
+        if order.penalty is not None:
+            asked = PenalisedSampling(**asdict(asked), penalty=order.penalty, begun=len(self._begun))
         drawn = await ask(self.so_far(first), asked)
         self._tokens += drawn.tokens
         self._logprobs += drawn.logprobs.tolist()

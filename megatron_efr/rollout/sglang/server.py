@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_efr.config import TimeoutsConfig
 from megatron_efr.rollout.sglang.experts import decode_routing
+from megatron_efr.rollout.sglang.penalty import PenalisedSampling, processor
 from megatron_efr.types import Finish, Response, Sampling, VersionSpan
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import EngineError, LostError
@@ -66,13 +67,16 @@ class Server:
 
         Ids outside the vocabulary end the server: check them first. Log-probs are after temperature, before top-p.
         """
-        body = {
+        body: dict[str, Any] = {
             "rid": rid,
             "input_ids": list(tokens),
             "return_logprob": True,
             "return_routed_experts": self._mixture is not None,
             "sampling_params": _sampling_params(sampling),
         }
+        if isinstance(sampling, PenalisedSampling):
+            body["custom_logit_processor"] = processor()
+            body["sampling_params"]["custom_params"] = sampling.parameters()
         answered = await self._post("/generate", body, "response_s")
         answer = _answer(answered, sampling, self.url)
         if self._mixture is not None:
