@@ -142,10 +142,11 @@ def paired(one: Samples, other: Samples, measures: Sequence[Measure], seed: int 
     ]
     if not parts:
         return []
-    a, b = (np.concatenate([part[side] for part in parts], axis=1) for side in (1, 2))
+    a = np.concatenate([mine for _, mine, _ in parts], axis=1)
+    b = np.concatenate([theirs for _, _, theirs in parts], axis=1)
     sums, flipped = _Sums(summed(a), summed(b)), _flipped(a, b, seed)
     drawn = _Sums(*np.split(resampled(np.concatenate([a, b], axis=1), seed), 2, axis=1))
-    figures = [measured(samples, [part[0] for part in parts], seed) for samples in (one, other)]
+    figures = [measured(samples, [measure for measure, _, _ in parts], seed) for samples in (one, other)]
     rows, first = [], 0
     for measure, terms, _ in parts:
         columns = slice(first, first + terms.shape[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from megatron_efr.evaluation import statistics
 from megatron_efr.evaluation.measure import NUMBERED, Measure, over_problems, register
 from megatron_efr.evaluation.samples import NO_ANSWER, Samples
-from megatron_efr.types import FloatArray
+from megatron_efr.types import BoolArray, FloatArray, IntArray
 
 
 @register("%", "high", rate=True)
@@ -46,13 +47,33 @@ def shortest_majority(samples: Samples) -> FloatArray | None:
 
 
 def _votes(samples: Samples, elect: Callable[..., float]) -> FloatArray | None:
+    """Terms of the mean over problems of `elect`'s verdict on each one's answers, rightness and tokens."""
     if samples.answer is None:
         return None
-    ends = np.cumsum(samples.sizes)[:-1]
-    columns = (np.split(column, ends) for column in (samples.answer, samples.correct, samples.tokens))
-    cast = zip(*columns, strict=True)
-    named = (([None if a == NO_ANSWER else int(a) for a in own], right, tokens) for own, right, tokens in cast)
-    return over_problems(np.array([elect(*each) for each in named]))
+    columns = (samples.split(column) for column in (samples.answer, samples.correct, samples.tokens))
+    cast = (([None if a == NO_ANSWER else int(a) for a in own], *more) for own, *more in zip(*columns, strict=True))
+    return over_problems(np.array([elect(*each) for each in cast]))
+
+
+def short(most: int) -> Measure:
+    """Chance that short-m@k is right: of a problem's k samples the first m that end their thought vote, and of equals
+    the shortest wins (arXiv 2505.17813, section 4.1). Without thoughts, those that end first."""
+
+    def terms(samples: Samples) -> FloatArray | None:
+        if samples.answer is None or not 0 < most <= samples.sizes.min():
+            return None
+        lengths = samples.tokens if samples.thinking is None else samples.thinking
+        columns = (samples.split(column) for column in (samples.answer, samples.correct, lengths))
+        return over_problems(np.array([_short(*each, most) for each in zip(*columns, strict=True)]))
+
+    return Measure(f"short@{most}", "%", "high", terms, rate=True, about=short.__doc__ or "")
+
+
+def _short(answers: IntArray, correct: BoolArray, lengths: IntArray, most: int) -> float:
+    first = np.argsort(lengths, kind="stable")[:most]
+    votes = Counter(int(answers[index]) for index in first if answers[index] != NO_ANSWER)
+    winners = [index for index in first if votes and votes[int(answers[index])] == max(votes.values())]
+    return float(correct[winners[0]]) if winners else 0.0
 
 
 def pass_at(k: int) -> Measure:
@@ -107,10 +128,30 @@ def early(budget: int) -> Measure:
 
 
 @register("%", "high", rate=True)
+def subthought_mode(samples: Samples) -> FloatArray | None:
+    """Share of responses whose subthoughts' most frequent answer is right, the earliest of equals (arXiv 2504.20708).
+
+    It takes the script `subthoughts`. A response without one counts by its own answer.
+    """
+    if samples.later is None:
+        return None
+    shares = [_mode(own) if own else float(right) for own, right in zip(samples.later, samples.correct, strict=True)]
+    return over_problems(samples.mean(np.array(shares)))
+
+
+def _mode(answers: tuple[tuple[int, bool], ...]) -> float:
+    votes = Counter(code for code, _ in answers if code != NO_ANSWER)
+    if not votes:
+        return 0.0
+    chosen = max(votes, key=lambda code: votes[code])  # the first of equals, in the order in which they were given
+    return float(next(right for code, right in answers if code == chosen))
+
+
+@register("%", "high", rate=True)
 def anytime(samples: Samples) -> FloatArray | None:
     """Mean over the budgets b of the script `forks` of early@b: AnytimeReasoner's score with a uniform prior
     (arXiv 2505.13438)."""
     return None if samples.early is None else over_problems(samples.mean(samples.early.mean(axis=1)))
 
 
-NUMBERED |= {"pass": pass_at, "accuracy_within": accuracy_within, "early": early}
+NUMBERED.update({"pass": pass_at, "accuracy_within": accuracy_within, "early": early, "short": short})

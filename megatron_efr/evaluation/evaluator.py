@@ -67,7 +67,6 @@ class Evaluator:
         written = " and what evaluation.script adds" if limit > config.max_new_tokens else ""
         check_prompts(rendered.prompts, limit, positions, f"evaluation.max_new_tokens{written}")
         say_overlong(rendered)
-        self._forced_at = self.script.at if isinstance(self.script, scripts.Forks) else ()
         self._asking = prompt.model_dump(mode="json", exclude=set() if tells_date(tokenizer) else {"date"})
         self._left_out = Counter(problem.dataset for problem in rendered.left_out)
         self.prompts = rendered.prompts
@@ -136,13 +135,14 @@ class Evaluator:
                 finished[group.seed] = group
                 after_each()
         groups = [finished[request.seed] for request in self._requests]
-        judged = judge(groups, self._forced_at, grader, self.judgings)
+        judged = judge(groups, self.script, grader, self.judgings)
         keep(judged.graded)
         return summarise(
             judged.graded,
             name,
             answers=judged.answers,
             early=judged.early,
+            subthoughts=judged.subthoughts,
             thinking=self._thinking,
             protocol=self.protocol(),
             left_out=self._left_out,

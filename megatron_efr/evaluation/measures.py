@@ -32,12 +32,13 @@ def named(name: str) -> Measure:
 
 def offered(samples: Samples) -> list[Measure]:
     """All measures, some of which these samples may lack what they need for: of those with a number pass@k for powers
-    of two, and hard budgets of a sixteenth to a half of the limit."""
+    of two, short-m@k for 1 and 3, and hard budgets of a sixteenth to a half of the limit."""
     fewest = int(samples.sizes.min())
     numbers = {
         "pass": [2**power for power in range(fewest.bit_length())],
         "accuracy_within": sorted({samples.limit // part for part in (16, 8, 4, 2)} - {0}),
         "early": list(samples.budgets),
         "thinking_area": [thinking.OAA_TOKENS],
+        "short": [most for most in (1, 3) if most < fewest],
     }
     return [*MEASURES.values(), *(NUMBERED[base](number) for base in NUMBERED for number in numbers[base])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from megatron_efr.evaluation.figures import Figure, measured
@@ -34,12 +35,21 @@ class Early(NamedTuple):
     direct: Answers
 
 
+class Subthoughts(NamedTuple):
+    """The answers from where each subthought of a response begins, [problems][samples][subthoughts]: their keys, as
+    answers have them, and whether they are right."""
+
+    answers: Sequence[Answers]
+    right: list[list[list[bool]]]
+
+
 def summarise(
     groups: Sequence[Graded],
     name: str,
     *,
     answers: Answers | None = None,
     early: Early | None = None,
+    subthoughts: Subthoughts | None = None,
     thinking: Callable[[Response], int | None] | None = None,
     protocol: Mapping[str, Any] | None = None,
     left_out: Mapping[str, int] | None = None,
@@ -60,7 +70,7 @@ def summarise(
     if answers is not None and len(answers) != len(groups):
         raise ValueError(f"evaluation {name}: answers to {len(answers)} problems, and {len(groups)} problems")
     rows = [_row(group, shown) for group in groups]
-    _add_answers(rows, answers, early)
+    _add_answers(rows, answers, early, subthoughts)
     _add_thoughts(rows, groups, thinking)
     samples = Samples.of(rows, (protocol or {}).get("max_new_tokens"))
     figures = _figures(samples, seed)
@@ -129,19 +139,25 @@ def _row(graded: Graded, shown: int) -> Record:
     }
 
 
-def _add_answers(rows: Sequence[Record], answers: Answers | None, early: Early | None) -> None:
-    """Number each problem's answers, and add those that were forced early."""
+def _add_answers(
+    rows: Sequence[Record], answers: Answers | None, early: Early | None, subthoughts: Subthoughts | None
+) -> None:
+    """Number each problem's answers, and those of what was tried beside them."""
     for index, row in enumerate(rows):
+        direct = early.direct[index] if early and early.direct else []
+        later = subthoughts.answers[index] if subthoughts else []
+        keys = dict.fromkeys([*(answers[index] if answers else []), *direct, *chain.from_iterable(later)])
+        numbers: dict[Hashable | None, int | None] = {key: code for code, key in enumerate(keys)}
+        numbers[None] = None
         if answers is not None:
-            direct = early.direct[index] if early and early.direct else []
-            keys = dict.fromkeys([*answers[index], *direct])
-            numbers: dict[Hashable | None, int | None] = {key: code for code, key in enumerate(keys)}
-            numbers[None] = None
             row["answers"] = [numbers[key] for key in answers[index]]
-            if direct:
-                row["direct"] = [numbers[key] for key in direct]
         if early:
             row["early"] = {"at": list(early.at), "right": early.right[index]}
+        if direct:
+            row["direct"] = [numbers[key] for key in direct]
+        if subthoughts:
+            codes = [[numbers[key] for key in own] for own in later]
+            row["subthoughts"] = {"answers": codes, "right": subthoughts.right[index]}
 
 
 def _add_thoughts(

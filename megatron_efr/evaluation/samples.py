@@ -22,8 +22,9 @@ class Samples:
     of one problem, NO_ANSWER is none or cut off. `thinking`: the tokens up to the end of the thought. `reflections`
     counts reflection words, `repetition` is the share of runs of tokens that stood in the response before. `early`
     [samples, budgets] is the share of answers that were right when forced after so many tokens; `direct` the answers of
-    each problem that were forced before any, numbered as `answer` is. `limit`: no response could be longer. None: the
-    record does not say.
+    each problem that were forced before any, numbered as `answer` is. `later` [samples] are the answers from where
+    each subthought begins, numbered likewise, and whether they are right. `limit`: no response could be longer. None:
+    the record does not say.
     """
 
     ids: tuple[str, ...]
@@ -42,6 +43,7 @@ class Samples:
     budgets: tuple[int, ...]
     early: FloatArray | None
     direct: tuple[tuple[int, ...], ...] | None
+    later: tuple[tuple[tuple[int, bool], ...], ...] | None
     limit: int
 
     @classmethod
@@ -68,6 +70,7 @@ class Samples:
             budgets=early[0] if early else (),
             early=early[1] if early else None,
             direct=_direct(rows),
+            later=_later(rows),
             limit=limit or int(tokens.max()),
         )
 
@@ -95,6 +98,10 @@ class Samples:
     def _parts(self, keys: Sequence[str | None], names: Iterable[str]) -> dict[str, Samples]:
         return {name: self.take([index for index, key in enumerate(keys) if key == name]) for name in names}
 
+    def split(self, values: np.ndarray) -> list[np.ndarray]:
+        """`values` [samples] by problem."""
+        return np.split(values, np.cumsum(self.sizes)[:-1])
+
     def take(self, problems: Sequence[int]) -> Samples:
         """The samples of these problems, in this order."""
         sizes = self.sizes
@@ -112,6 +119,7 @@ class Samples:
             difficulties=tuple(self.difficulties[index] for index in problems),
             prompt_tokens=None if self.prompt_tokens is None else self.prompt_tokens[list(problems)],
             problem=np.repeat(np.arange(len(places)), [len(each) for each in places]),
+            later=None if self.later is None else tuple(self.later[index] for index in of),
             direct=None if self.direct is None else tuple(self.direct[index] for index in problems),
             **{name: some(getattr(self, name)) for name in ("correct", "tokens", "truncated", "answered", "answer")},
             **{name: some(getattr(self, name)) for name in ("thinking", "reflections", "repetition", "early")},
@@ -135,14 +143,26 @@ def _coded(row: Mapping[str, Any]) -> dict[str, list[int] | None]:
 
 
 def _early(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, ...], FloatArray] | None:
-    found = [row.get("early") for row in rows]
-    if any(each is None for each in found) or len({tuple(each["at"]) for each in found if each is not None}) != 1:
+    found = [row["early"] for row in rows if row.get("early") is not None]
+    if len(found) < len(rows) or len({tuple(each["at"]) for each in found}) != 1:
         return None
-    return tuple(found[0]["at"]), np.concatenate([np.array(each["right"], np.float64) for each in found if each])
+    return tuple(found[0]["at"]), np.concatenate([np.array(each["right"], np.float64) for each in found])
 
 
 def _direct(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, ...], ...] | None:
-    found = [row.get("direct") for row in rows]
-    if any(each is None for each in found):
+    found = [row["direct"] for row in rows if row.get("direct") is not None]
+    if len(found) < len(rows):
         return None
-    return tuple(tuple(NO_ANSWER if code is None else code for code in each) for each in found if each is not None)
+    return tuple(tuple(NO_ANSWER if code is None else code for code in each) for each in found)
+
+
+def _later(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[tuple[int, bool], ...], ...] | None:
+    found = [row["subthoughts"] for row in rows if row.get("subthoughts") is not None]
+    if len(found) < len(rows):
+        return None
+    coded = [
+        tuple((NO_ANSWER if code is None else code, right) for code, right in zip(codes, rights, strict=True))
+        for each in found
+        for codes, rights in zip(each["answers"], each["right"], strict=True)
+    ]
+    return tuple(coded)

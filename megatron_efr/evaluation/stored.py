@@ -57,6 +57,17 @@ class _Early(Part):
         return self
 
 
+class _Subthoughts(Part):
+    answers: list[list[int | None]]
+    right: list[list[bool]]
+
+    @model_validator(mode="after")
+    def _has_both_of_each(self) -> _Subthoughts:
+        if [len(codes) for codes in self.answers] != [len(rights) for rights in self.right]:
+            raise ValueError("`answers` and `right` are of different lengths")
+        return self
+
+
 class Row(Part):
     id: str
     dataset: str
@@ -72,6 +83,7 @@ class Row(Part):
     answers: list[int | None] | None = None
     direct: list[int | None] | None = None
     early: _Early | None = None
+    subthoughts: _Subthoughts | None = None
     thinking: list[int] | None = None
     reflections: list[int] | None = None
     repetition: list[float] | None = None
@@ -80,7 +92,8 @@ class Row(Part):
     def _has_all_of_each_sample(self) -> Row:
         by_sample = ("tokens", "truncated", "answered", "answers", "thinking", "reflections", "repetition")
         lengths = {len(found) for key in ("correct", *by_sample) if (found := getattr(self, key)) is not None}
-        if len(lengths | ({len(self.early.right)} if self.early else set())) != 1:
+        lengths |= {len(branched.right) for branched in (self.early, self.subthoughts) if branched is not None}
+        if len(lengths) != 1:
             raise ValueError("its lists are of different lengths, and each has an entry for every response")
         return self
 

@@ -17,6 +17,7 @@ from megatron_efr.grading import Grader
 from megatron_efr.grading.equality import equal_answers
 from megatron_efr.grading.groups import grade_groups
 from megatron_efr.grading.judging import Judging, Judgings
+from megatron_efr.scripts import SCRIPTS, Forks
 from megatron_efr.types import Branch, Grade, Graded, Group, Prompt
 from tests.groups import response
 
@@ -117,7 +118,7 @@ def test_answers_that_were_forced_early_are_judged_and_told_apart_as_the_respons
         (),
     ]
     responses = [replace(each, branches=own) for each, own in zip(whole.responses, branches, strict=True)]
-    judged = judge([replace(whole, responses=tuple(responses))], (0, 8, 16), grader, Judgings())
+    judged = judge([replace(whole, responses=tuple(responses))], Forks(at=(0, 8, 16), tokens=5), grader, Judgings())
     assert judged.early is not None
     assert [grade.correct for grade in judged.graded[0].grades] == [True, False, False]
     assert judged.early.right == [[[0.5, 0.5, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]]  # its own where none was forced
@@ -130,6 +131,27 @@ def test_answers_that_were_forced_early_are_judged_and_told_apart_as_the_respons
     assert record["measures"]["internal_bias"]["value"] == pytest.approx(2 / 3)
     assert record["measures"]["early@8"]["value"] == 0.5
     assert record["measures"]["underthinking"]["value"] == pytest.approx((1 - 8 / 20 + 0) / 2)
-    later = judge([replace(whole, responses=tuple(responses))], (8,), grader, Judgings())
+    later = judge([replace(whole, responses=tuple(responses))], Forks(at=(8,), tokens=5), grader, Judgings())
     assert later.early is not None
     assert (later.answers, later.early.direct) == (judged.answers, [])
+
+
+def test_the_mode_of_a_responses_subthoughts_is_its_answer(grader: Grader) -> None:
+    def later(*answers: str | None) -> tuple[Branch, ...]:
+        """A branch for each."""
+        made = group("1/2", list(answers)).responses
+        return tuple(Branch("subthought", 3 * at, (each,)) for at, each in enumerate(made, 1))
+
+    whole = group("1/2", ["3", "0.5", "3", "1/2"])
+    branches = [later("3", "1/2", "3.0", "0.5", "2/4"), later("4", "0.5", "1/2", "4.0"), later(None, None), ()]
+    responses = tuple(replace(each, branches=own) for each, own in zip(whole.responses, branches, strict=True))
+    script = SCRIPTS["subthoughts"]()
+    judged = judge([replace(whole, responses=responses)], script, grader, Judgings())
+    record = summarise(judged.graded, "m", answers=judged.answers, subthoughts=judged.subthoughts)
+    row = record["rows"][0]
+    assert row["subthoughts"]["right"][1] == [False, True, True, False]
+    codes = row["subthoughts"]["answers"]
+    assert codes[0] == [row["answers"][i] for i in (0, 1, 0, 1, 1)]
+    assert codes[2:] == [[None, None], []]
+    # right by 3 to 2; a tie, whose earliest is wrong; no answer; none tried: the response's own
+    assert record["measures"]["subthought_mode"]["value"] == 2 / 4

@@ -56,6 +56,10 @@ def rows(seed: int, problems: int = 12, uneven: bool = True) -> list[Row]:
                 "reflections": rng.integers(0, 9, n).tolist(),
                 "repetition": rng.random(n).tolist(),
                 "early": {"at": [0, 8, 32], "right": rng.choice([0.0, 0.25, 0.5, 1.0], (n, 3)).tolist()},
+                "subthoughts": {
+                    "answers": (codes := [[[None, 0, 1, 2][c] for c in rng.integers(0, 4, index % 4)] for _ in tokens]),
+                    "right": [[code == 0 for code in own] for own in codes],
+                },
                 "direct": [None if code == 3 else int(code) for code in rng.integers(0, 4, 3)],
             }
         )
@@ -120,6 +124,21 @@ def of_correct(made: list[Row], key: str, wanted: bool) -> float:
     return mean(row[key][i] for row, i in responses(made) if row["correct"][i] is wanted)
 
 
+def first_votes(row: Row, most: int) -> bool:
+    """The shortest thoughts vote; of the answers with most votes the one of the shortest thought."""
+    ended = sorted(zip(row["thinking"], row["answers"], strict=True), key=lambda pair: pair[0])[:most]
+    counts = Counter(answer for _, answer in ended if answer is not None)
+    best = [answer for _, answer in ended if answer is not None and counts[answer] == max(counts.values())]
+    return best[:1] == [0]
+
+
+def mode(row: Row, i: int) -> bool:
+    """The most frequent answer of the subthoughts, the earliest of equals; without any the response's own."""
+    tried = row["subthoughts"]["answers"][i]
+    given = [code for code in tried if code is not None]
+    return (bool(given) and max(given, key=given.count) == 0) if tried else row["correct"][i]
+
+
 BRUTE: dict[str, Any] = {
     "accuracy": lambda made: over(made, lambda row, i: row["correct"][i]),
     "all_right": lambda made: mean(all(row["correct"]) for row in made),
@@ -151,6 +170,9 @@ BRUTE: dict[str, Any] = {
     ),
     "internal_bias_length": correlation,
     "cost_of_pass": lambda made: mean(mean(row["tokens"]) / mean(row["correct"]) for row in made),
+    "short@1": lambda made: mean(first_votes(row, 1) for row in made),
+    "short@2": lambda made: mean(first_votes(row, 2) for row in made),
+    "subthought_mode": lambda made: over(made, mode),
     "pass@1": lambda made: mean(subsets(row, 1) for row in made),
     "pass@2": lambda made: mean(subsets(row, 2) for row in made if len(row["correct"]) >= 2),
     "pass@3": lambda made: mean(subsets(row, 3) for row in made if len(row["correct"]) >= 3),
@@ -165,6 +187,8 @@ BRUTE: dict[str, Any] = {
 def test_a_measure_is_what_brute_force_finds(name: str) -> None:
     for seed in range(6):
         made = rows(seed)
+        if name == "short@2":
+            made = [row for row in made if len(row["correct"]) > 1]
         if name == "cost_of_pass":  # infinite if a problem is never solved
             made = [row for row in made if any(row["correct"])]
         figure = measured(Samples.of(made, LIMIT), [named(name)])[name]
@@ -236,10 +260,9 @@ def test_intervals_are_seeded_and_those_of_a_loop() -> None:
 
 
 def test_the_cost_of_a_right_answer_has_the_prices_of_reading_and_writing() -> None:
-    made = [{**rows(0)[0], "prompt_tokens": 100, "correct": [True, False, False, False], "tokens": [10, 20, 30, 40]}]
-    for key in ("truncated", "answered", "answers", "thinking", "reflections", "repetition", "early", "direct"):
-        made[0].pop(key, None)
-    made[0]["truncated"] = [False] * 4
+    kept = {key: rows(0)[0][key] for key in ("id", "dataset", "difficulty")}
+    said = {"correct": [True, False, False, False], "tokens": [10, 20, 30, 40], "truncated": [False] * 4}
+    made = [{**kept, **said, "prompt_tokens": 100}]
     measure = cost_of_pass((1e-6, 4e-6), "dollars")
     found = measured(Samples.of(made), [measure])["cost_of_pass"]
     assert (found.value, measure.unit) == (pytest.approx((100e-6 + 25 * 4e-6) / 0.25), "dollars")
