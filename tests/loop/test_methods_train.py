@@ -18,7 +18,7 @@ from megatron_efr.observe import deterministic
 from megatron_efr.policy.packing import samples
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.train import train
-from megatron_efr.types import Credited
+from megatron_efr.types import Credited, UserError
 
 pytestmark = pytest.mark.heavy
 
@@ -178,3 +178,29 @@ def test_a_method_that_remembers_goes_on_as_if_there_had_been_no_kill(name: str,
         for run in ("whole", "cut")
     ]
     assert ends[0]["method"] == ends[1]["method"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_samples_the_starting_model_goes_on(task: Path, tmp_path: Path) -> None:
+    """Its numbers are the whole run's, and so are those of a run that reads the whole one's file."""
+    name = "adapt_think"
+    train(configured(task, tmp_path / "whole", name, 2))
+    expected, kept = lines(tmp_path / "whole", name), tmp_path / "whole" / name / "reference.jsonl"
+    cut, data = tmp_path / "cut" / name, kept.read_bytes()
+    cut.mkdir(parents=True)
+    tree = (tmp_path / "whole" / name / "config.yaml").read_text()
+    (cut / "config.yaml").write_text(tree.replace(str(tmp_path / "whole"), str(tmp_path / "cut")))
+    (cut / "reference.jsonl").write_bytes(data[: len(data) // 2])  # in the middle of a line
+    with pytest.raises(UserError, match="this very run has been started before and has work here"):
+        train(configured(task, tmp_path / "cut", name, 2))
+    train(configured(task, tmp_path / "cut", name, 2), resume=True)
+    assert lines(tmp_path / "cut", name) == expected
+    assert sorted((cut / "reference.jsonl").read_bytes().splitlines()) == sorted(data.splitlines())
+    shared = {"datasets": [{"path": str(task / "digits.jsonl")}], "prompt": {"template": "{question}"}}
+    shared["reference"] = str(kept)
+    train(configured(task, tmp_path / "reads", name, 2, data=shared))
+    assert lines(tmp_path / "reads", name) == expected
+    assert (tmp_path / "reads" / name / "reference.jsonl").read_bytes() == data, "its own, for when it is resumed"
+    other = configured(task, tmp_path / "other", name, 2, data=shared, seed=4)  # other random weights
+    with pytest.raises(UserError, match="these responses were sampled otherwise: model: there"):
+        train(other)
