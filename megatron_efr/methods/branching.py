@@ -142,7 +142,7 @@ class Anytime(Branching):
         """Which answers are right, by response, budget and answer, float64 [n, S, answers]; 0 where there is none."""
         made = np.zeros((len(graded.grades), len(self.budgets) * self.answers))
         opened = {"summary": self.cut.count(self.end), "ended": self.ended.count(self.end)}
-        for row, response, right in zip(made, graded.group.responses, _tried(graded), strict=True):
+        for row, response, right in zip(made, graded.group.responses, tried_answers(graded), strict=True):
             answers = [(branch.part, each.text) for branch in response.branches for each in branch.responses]
             once = [text.count(self.end) <= opened[part] for part, text in answers]
             row[: len(right)] = right & np.array(once[: len(right)], dtype=bool)
@@ -181,7 +181,7 @@ class MRT(Branching):
         return Ask(scripts=(script,) * visit.samples)
 
     def credits(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Credit]:
-        return [Credit(group.rewards - [_share(right) for right in _tried(group.graded)]) for group in groups]
+        return [Credit(group.rewards - [_share(right) for right in tried_answers(group.graded)]) for group in groups]
 
 
 class SGRPO(Branching):
@@ -233,7 +233,7 @@ class SGRPO(Branching):
     def _serial(self, group: Graded, known: Known) -> list[BoolArray]:
         """Of each response, which of its exits are right, and last whether it is itself."""
         right = Outcomes.of(group, known.limit).right
-        return [np.append(tried, whole) for tried, whole in zip(_tried(group), right, strict=True)]
+        return [np.append(tried, whole) for tried, whole in zip(tried_answers(group), right, strict=True)]
 
 
 class JET(Branching):
@@ -289,7 +289,7 @@ class JET(Branching):
 
     def _all(self, group: Graded, known: Known) -> FloatArray:
         """Rewards of the whole responses, and behind them those of all shortened ones."""
-        whole, tried = Outcomes.of(group, known.limit), _tried(group)
+        whole, tried = Outcomes.of(group, known.limit), tried_answers(group)
         answers = [answer for response in group.group.responses for answer in response.answers if group.branches]
         lengths = [at + answer.length for at, answer in answers]
         answered = [grade.status != "no_answer" for each in group.branches for grade in each]
@@ -303,7 +303,7 @@ class JET(Branching):
         rewards, count = self._all(group, known), len(group.grades)
         spread = rewards.std(ddof=1) if len(rewards) > 1 else 0.0
         advantages = (rewards - rewards.mean()) / (spread + 1e-6)
-        ends = np.cumsum([count, *(len(each) for each in _tried(group))])
+        ends = np.cumsum([count, *(len(each) for each in tried_answers(group))])
         return Credit(advantages[:count], branches=tuple(np.split(advantages, ends)[1:-1]), beginnings=True)
 
 
@@ -332,7 +332,7 @@ def _thought(response: Response, *, closed: bool) -> int:
     return first.end + (closed and first.ending == "until")
 
 
-def _tried(group: Graded) -> list[BoolArray]:
+def tried_answers(group: Graded) -> list[BoolArray]:
     """Which of each response's early answers are right."""
     verdicts = group.branches or ((),) * len(group.grades)
     return [np.array([grade.correct for grade in each], dtype=bool) for each in verdicts]

@@ -14,7 +14,7 @@ from megatron_efr.methods.compared import gain
 from megatron_efr.methods.efr import efr_rewards
 from megatron_efr.methods.plain import Outcomes, Plain, tells
 from megatron_efr.methods.samplings import Monitor, Samplings
-from megatron_efr.types import BoolArray, FloatArray, Graded, Rewarded
+from megatron_efr.types import BoolArray, FloatArray, Graded, IntArray, Rewarded
 
 LEVELS = ("low", "medium", "high")
 
@@ -207,6 +207,79 @@ class AdaCoT(Method):
         opens, closes = known.marks
         said = [response.text.lstrip().removeprefix(opens).lstrip() for response in group.group.responses]
         return np.array([not text.startswith(closes) for text in said], dtype=bool)
+
+
+class MemoryR(Method):
+    """Memory-R+: a response earns for being near to what was right before, and unlike what was wrong.
+
+        r = c + exploit scaled(-|e - mean of the prompt's right e|) + explore scaled(1 - largest cosine to its wrong e)
+        e = a response's embedding;  scaled(x) = where x lies between least and most of the last `window` values, 0 to 1
+
+    Either part is 0 until the prompt has had a right, or a wrong, response in an earlier iteration, and the second
+    until iteration `explore_from`. A truncated response counts as wrong; a wrong one gets both parts. The mean of each
+    prompt's right embeddings, its last `kept` wrong ones, and the last values are remembered. It is not about length.
+    Open: little; the source embeds with a model of sentences. Chosen: counts of runs of three tokens, hashed, so that
+    nothing is to be loaded, and a memory that takes a response in after it was judged, not before.
+    """
+
+    source = "Le et al. 2025, arXiv 2504.02273, sections 2.2 and 2.3; thaihungle/Memory-R@a193f4f"
+    wrong_may_win = "it is less like earlier wrong ones, or nearer to earlier right ones"
+
+    exploit: float = Field(default=1.0, ge=0, description="weight of being near to right ones")
+    explore: float = Field(default=1.0, ge=0, description="weight of being unlike wrong ones")
+    explore_from: PositiveInt = Field(default=50, description="iteration from which the second counts")
+    window: PositiveInt = Field(default=100, description="values that each part is scaled by")
+    kept: PositiveInt = Field(default=8, description="wrong responses that are kept of a prompt")
+    size: PositiveInt = Field(default=64, description="numbers of an embedding")
+
+    def rewards(self, group: Graded, known: Known) -> FloatArray:
+        near, unlike = self._parts(group, known.state)
+        explore = self.explore if known.step >= self.explore_from else 0.0
+        scaled = [self._scaled(each, known.state.get(name, [])) for name, each in (("near", near), ("unlike", unlike))]
+        return Outcomes.of(group, known.limit).right + self.exploit * scaled[0] + explore * scaled[1]
+
+    def learn(self, state: State, groups: Sequence[Rewarded], known: Known) -> State:
+        near, unlike = list(state.get("near", [])), list(state.get("unlike", []))
+        right, wrong = dict(state.get("right", {})), dict(state.get("wrong", {}))
+        for group in groups:
+            for values, held in zip(self._parts(group.graded, state), (near, unlike), strict=True):
+                held += values[~np.isnan(values)].tolist()
+            name, hit = group.group.prompt.id, Outcomes.of(group.graded, known.limit).right
+            made = self._embedded(group.graded)
+            if hit.any():
+                count, total = right.get(name, (0, [0] * self.size))
+                right[name] = [count + int(hit.sum()), (np.array(total) + made[hit].sum(0)).tolist()]
+            if not hit.all():
+                wrong[name] = [*wrong.get(name, []), *made[~hit].tolist()][-self.kept :]
+        return {"right": right, "wrong": wrong, "near": near[-self.window :], "unlike": unlike[-self.window :]}
+
+    def _parts(self, group: Graded, state: State) -> tuple[FloatArray, FloatArray]:
+        """How near each response is to right ones, and how unlike wrong ones, [n] each; nan where there is none."""
+        made, name = self._embedded(group).astype(np.float64), group.group.prompt.id
+        near = unlike = np.full(len(made), np.nan)
+        if name in state.get("right", {}):
+            count, total = state["right"][name]
+            near = -np.linalg.norm(made - np.array(total) / count, axis=1)
+        if name in state.get("wrong", {}):
+            wrong = np.array(state["wrong"][name], dtype=np.float64)
+            lengths = np.linalg.norm(made, axis=1)[:, None] * np.linalg.norm(wrong, axis=1)
+            unlike = 1.0 - np.max(made @ wrong.T / np.maximum(lengths, 1e-9), axis=1)
+        return near, unlike
+
+    def _scaled(self, values: FloatArray, window: Sequence[float]) -> FloatArray:
+        if not window or max(window) == min(window):
+            return np.zeros(len(values))
+        share = (values - min(window)) / (max(window) - min(window))
+        return np.nan_to_num(np.clip(share, 0.0, 1.0))
+
+    def _embedded(self, group: Graded) -> IntArray:
+        """The embedding of each response, integers [n, size] of norm 1000, so that JSON keeps them as they are."""
+        made = np.zeros((len(group.grades), self.size))
+        for row, response in zip(made, group.group.responses, strict=True):
+            tokens = np.pad(np.array(response.tokens, dtype=np.int64), (2, 0))
+            runs = (tokens[:-2] * 31 + tokens[1:-1]) * 31 + tokens[2:]
+            row += np.bincount(runs * 2_654_435_761 % 2**32 % self.size, minlength=self.size)
+        return np.rint(1000 * made / np.linalg.norm(made, axis=1, keepdims=True)).astype(np.int64)
 
 
 class Effort(Method):

@@ -29,6 +29,7 @@ KINDS = {
     "branching": "Answers before a thought has ended",
     "modes": "Modes that the model chooses",
     "experimental": "Experimental",
+    "prefixes": "Experimental, on the way",
 }
 """The files of methods, in the page's order, and the heading of each."""
 

@@ -15,6 +15,7 @@ from megatron_efr.methods import (
     limits,
     modes,
     monitored,
+    prefixes,
     relative,
     remembering,
     scripted,
@@ -69,6 +70,9 @@ METHODS: dict[str, type[Method]] = {
     "experimental.o1_pruner_online": experimental.O1PrunerOnline,
     "experimental.self_budgeter": experimental.SelfBudgeter,
     "experimental.adacot": experimental.AdaCoT,
+    "experimental.memory_r": experimental.MemoryR,
+    "experimental.sgpo": prefixes.SGPO,
+    "experimental.l2t": prefixes.L2T,
     "experimental.effort": experimental.Effort,
     "experimental.target": experimental.Target,
 }

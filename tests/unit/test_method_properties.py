@@ -49,7 +49,8 @@ BOUNDS = {
     "drpo": (0, 12, -12, 0), "o1_pruner": (-np.inf, np.inf, -np.inf, np.inf),
     "adapt_think": (-0.5, 0.55, -0.5, -0.45), "thinkless": (-0.5, 2, -2, 0),
     "experimental.o1_pruner_online": (-2, 4, -2, 4), "experimental.self_budgeter": (-1, 1, -1, 0),
-    "experimental.adacot": (0.7, 1, -0.3, 0),
+    "experimental.adacot": (0.7, 1, -0.3, 0), "experimental.memory_r": (1, 3, 0, 2),
+    "experimental.sgpo": (1, 1, 0, 1), "experimental.l2t": (0, 1, -1, 0),
 }  # fmt: skip
 """Least and most that a right answer may earn, and a wrong one: rewards, or advantages where the method gives them."""
 PRICED = {
@@ -68,11 +69,12 @@ PRICED = {
     "l1_max",
 }
 """Methods that tell wrong answers apart by their lengths, whatever else is in the group."""
-BRANCHING = {"anytime", "mrt", "s_grpo"}
+BRANCHING = {"anytime", "mrt", "s_grpo", "experimental.sgpo"}
 """Methods to which what a thought would have answered before tells responses apart, whatever their own answer."""
 NOT_MONOTONE = {
     "lapo": "a middle length earns most",
     "adapt_think": "one that does not think earns more, however long",
+    "experimental.memory_r": "what is nearer to earlier answers earns more",
     "l1_exact": "the budget earns most",
     "l1_max": "an exact budget earns most",
     **dict.fromkeys(BRANCHING, "what it would have answered before decides"),
@@ -90,6 +92,10 @@ TEXTS = {
 
 def knowns(name: str) -> list[Known]:
     """What a method may meet: nothing known, and a history of which it makes use."""
+    if name == "experimental.memory_r":
+        before = build(name).learn({}, rewarded(build(name), [(C, L), ([0, 0], [7, 80])]), KNOWN)
+        near = KNOWN._replace(step=60, state={**before, "near": [-110.0, 0.0], "unlike": [0.0, 0.001]})
+        return [KNOWN, near]
     if name in ("laser_d", "laser_de"):
         monitored = {
             "hard": Sampled((700, 900, 2000, 9000), (True, False, False, False)),
@@ -146,6 +152,7 @@ CHOSEN: dict[str, list[dict[str, Any]]] = {
     "cosine": [{"wrong_long": 3.0, "exceeded": None}], "gdpo": [{"short": 3.0}],
     "efr": [{"alpha": 0.99}], "kimi": [{}], "prime_rl": [{"length": 1.0, "prompt": 1.0, "turns": 1.0}],
     "laser": [{"wrong": 0.99, "unanswered": 0.99}], "laser_d": [{"wrong": 0.99, "unanswered": 0.99, "bonus": 9.0}],
+    "experimental.sgpo": [{"slope": 99.0}], "experimental.l2t": [{"alpha": 9.0}],
     "drpo": [{"spread": 0.001}, {"tau": 0.001}], "adapt_think": [{"delta": 2.0}], "thinkless": [{"thinking": -3.0}],
     "experimental.adacot": [{"missed": 1.5}, {"needless": 1.5}],
     "laser_de": [{"wrong": 0.6, "lowest": 60}], "dler": [{"limit": 50}], "da_dler": [{"easy": 5, "hard": 50}],
@@ -344,7 +351,7 @@ def test_every_method_goes_with_every_algorithm_that_leaves_prompts_and_penaltie
         methods.check_together(name, build(name), algorithm(name="dapo"))
 
 
-OWN = {"gfpo", "qglas", "overlong", "stop_properly", "drpo", "thinkless"}
+OWN = {"gfpo", "qglas", "overlong", "stop_properly", "drpo", "thinkless", "experimental.l2t"}
 """Methods that DAPO's soft penalty does not go with."""
 
 

@@ -454,6 +454,7 @@ def test_memory_survives_a_kill_bit_for_bit(name: str) -> None:
         "gfpo": {"keep": 3, "adaptive": True, "warmup": 2},
         "leash": {"target": 500, "rate": 0.1},
         "lapo": {"second_from": 3},
+        "experimental.memory_r": {"explore_from": 2},
         "anytime": {"budgets": [500, 1000]},
     }.get(name, {})
     method = build(name, tokens=5000, **options)

@@ -15,7 +15,7 @@ from megatron_efr.methods import Known, Method, Sampled, Samplings, Visit
 from megatron_efr.scripts import Opened
 from megatron_efr.types import Part, Prompt, Rewarded
 from tests.groups import KNOWN
-from tests.judged import VECTORS, C, L, build, close, outputs, rewarded, trained_on
+from tests.judged import VECTORS, C, L, asked, branched, build, close, outputs, rewarded, trained_on
 
 pytestmark = pytest.mark.alike
 
@@ -150,6 +150,64 @@ def test_a_response_is_held_to_the_budget_that_it_says() -> None:
 )
 def test_a_thought_costs_where_the_group_does_without(texts: list[str], expected: list[float]) -> None:
     assert trained_on(build("experimental.adacot"), C, L, texts=texts) == close(expected)
+
+
+def left(method: Method, right: list[int], verdicts: list[list[int]]) -> Rewarded:
+    """A group of which the answers at exits are as `verdicts` say, two of each exit one after the other."""
+    group = branched(asked(right, [100] * len(right)), method, verdicts)
+    return methods.reward(method, group, KNOWN)
+
+
+def test_a_wrong_response_earns_by_how_far_it_was_right() -> None:
+    """Thoughts of 99 tokens, left after 24, 49 and 74 of them."""
+    method = build("experimental.sgpo", exits=3)
+    none, late, early = [0] * 6, [0, 0, 0, 0, 1, 0], [1, 1, 0, 0, 0, 0]
+    got = left(method, [0, 0, 0], [none, late, early]).rewards
+    assert got == close([1 / (1 + math.exp(-10 * (x / 99 - 0.5))) for x in (0, 74, 24)])
+    assert left(method, [0, 1, 0], [none, late, early]).rewards.tolist() == [0.0, 1.0, 0.0]
+    assert left(method, [0], [late]).group.responses[0].branches[0].at == 24
+    flat = left(build("experimental.sgpo", exits=3, slope=1.0, middle=0.0), [0], [early]).rewards
+    assert flat == close([1 / (1 + math.exp(-24 / 99))])
+
+
+def test_a_stretch_earns_what_it_adds_to_the_chance_of_a_right_answer() -> None:
+    method = build("experimental.l2t", exits=3, alpha=0.5)
+    groups = [left(method, [1, 0], [[0, 0, 1, 0, 1, 1], [1, 1, 1, 0, 0, 0]])]
+    (credit,) = method.credits(groups, KNOWN) or ()
+    assert credit.advantage.tolist() == [0.5, -0.5]
+    first, second = credit.per_token or ()
+    expected = np.zeros(100)
+    expected[24:49], expected[49:74] = 0.25, 0.25
+    assert np.array_equal(first, expected)
+    assert np.array_equal(second, -expected)
+
+
+def test_answers_near_to_right_ones_and_unlike_wrong_ones_earn_more() -> None:
+    method: Any = build("experimental.memory_r", size=8)
+    first = KNOWN._replace(step=49)
+    (group,) = rewarded(method, [([1, 0], [30, 200])], first)
+    assert group.rewards.tolist() == [1.0, 0.0], "nothing is known"
+    state = method.learn({}, [group], first)
+    made = method._embedded(group.graded)
+    assert np.linalg.norm(made, axis=1) == pytest.approx(1000, rel=2e-3)
+    assert (state["right"], state["wrong"]) == ({"p": [1, made[0].tolist()]}, {"p": [made[1].tolist()]})
+    assert (state["near"], state["unlike"]) == ([], [])
+    # the very answers again: no way to the right one, and none of the wrong one's novelty
+    (again,) = rewarded(method, [([1, 0], [30, 200])], first)
+    after = method.learn(state, [again], first)
+    far = float(np.linalg.norm(made[1] - made[0]))
+    cosine = float(made[0] @ made[1] / np.linalg.norm(made[0]) / np.linalg.norm(made[1]))
+    assert after["near"] == pytest.approx([0.0, -far])
+    assert after["unlike"] == pytest.approx([1 - cosine, 0.0], abs=1e-9)
+    assert after["right"] == {"p": [2, (2 * made[0]).tolist()]}
+    later = KNOWN._replace(step=50, state=after)
+    assert trained_on(method, [1, 0], [30, 200], later) == close([3.0, 0.0])
+    assert trained_on(method, [0, 0], [30, 200], later._replace(step=49)) == close([1.0, 0.0])
+    few: Any = build("experimental.memory_r", kept=2, window=3)
+    state = {}
+    for _ in range(4):
+        state = few.learn(state, rewarded(few, [([1, 0, 0], [5, 6, 7])]), KNOWN)
+    assert (len(state["wrong"]["p"]), len(state["near"]), len(state["unlike"])) == (2, 3, 3)
 
 
 def test_what_a_method_samples_follows_its_options() -> None:
