@@ -22,6 +22,7 @@ PROGRAMS = {
     "import": "a model folder from a GGUF file",
     "convert": "Hugging Face folder to Megatron checkpoint, and back",
     "inspect": "what is in a checkpoint, and whether it verifies",
+    "plan": "what a run will take in memory and time, before anything is downloaded",
     "doctor": "what this machine has and lacks for a run, and what to do",
 }
 
@@ -50,6 +51,7 @@ _MODULES = {
     "import": "import_gguf",
     "inspect": "inspect_checkpoint",
     "doctor": "doctor.__main__",
+    "plan": "planning.__main__",
 }
 
 

@@ -77,6 +77,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "weights.architecture",
         "weights.folder",
     },
+    "planning": BASE
+    | WEIGHTS
+    | {"algorithms", "arguments", "kernels", "memory", "policy", "rollout.local.engine", "scripts"},
     "cli": {"arguments", "__init__"},  # it finds the programs by name, when they are asked for
 }
 PROGRAMS = {"train", "sft", "dpo", "evaluate", "sweep", "report.__main__"}

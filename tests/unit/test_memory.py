@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.data.arithmetic import ArithmeticTask, write
 from megatron_efr.memory import (
     BYTES,
@@ -23,6 +23,8 @@ from megatron_efr.memory import (
     parameter_count,
     stage_parameters,
 )
+from megatron_efr.planning.__main__ import main as plan_program
+from megatron_efr.planning.shapes import shape_of
 from megatron_efr.policy import Policy, supervised_loss
 from megatron_efr.policy.ranks import Ranks
 from megatron_efr.weights.architecture import Architecture
@@ -147,6 +149,36 @@ def test_a_checkpoint_a_cached_token_and_the_largest_tensor_of_7b() -> None:
     assert largest_tensor_bytes(a, "bfloat16") == 152064 * 3584 * BYTES["bfloat16"]
 
 
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("DeepSeek-R1-Distill-Qwen-1.5B", 1_777_088_000),
+        ("DeepSeek-R1-Distill-Qwen-7B", 7_615_616_512),
+        ("DeepSeek-R1-Distill-Qwen-32B", 32_763_876_352),
+        ("Qwen2.5-0.5B-Instruct", 494_032_768),
+        ("SmolLM2-135M-Instruct", 134_515_008),
+    ],
+)
+def test_published_shapes_have_the_published_counts(name: str, count: int) -> None:
+    assert parameter_count(Architecture.from_config(shape_of(f"models/{name}"))) == count
+
+
+def test_a_shape_is_read_from_a_config_alone_and_unknown_ones_are_refused(model_7b: Path) -> None:
+    assert shape_of(str(model_7b)) == shape_of(str(model_7b / "config.json")) == QWEN_7B
+    with pytest.raises(ConfigError, match=r"^model\.path: models/own: no model folder .* model\.path=FILE"):
+        shape_of("models/own")
+
+
+@pytest.mark.parametrize("name", ["paper_1.5b", "paper_7b", "r1_32b_4nodes"])
+def test_examples_are_planned_before_anything_is_downloaded(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = Path(__file__).parents[2] / "examples" / f"{name}.yaml"
+    plan_program([str(example), "--nodes", "4" if "4nodes" in name else "1"])
+    assert "KV cache of one engine" in capsys.readouterr().out
+
+
 @pytest.fixture
 def model_7b(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
@@ -154,7 +186,7 @@ def model_7b(tmp_path: Path) -> Path:
 
 
 def test_the_plan_says_what_would_fit_and_it_does(model_7b: Path) -> None:
-    from tools.plan import Case, remedies
+    from megatron_efr.planning.gpus import Case, remedies
 
     overrides = (f"model.path={model_7b}", "model.megatron={}", "parallel.ddp={}")
     example = str(Path(__file__).parents[2] / "examples/paper_7b.yaml")
@@ -168,7 +200,7 @@ def test_the_plan_says_what_would_fit_and_it_does(model_7b: Path) -> None:
 
 
 def test_phases_hold_what_their_names_say(model_7b: Path) -> None:
-    from tools.plan import Case
+    from megatron_efr.planning.gpus import Case
 
     example = str(Path(__file__).parents[2] / "examples/paper_7b.yaml")
     case = Case(example, (f"model.path={model_7b}",), world=8, gpu_bytes=80 * 2**30)

@@ -1,31 +1,24 @@
-"""Computes what a run takes on each GPU, phase by phase of a colocated step, before any GPU is asked for.
+"""What a run takes on each GPU, phase by phase of a colocated step, before any GPU is asked for.
 
-    python tools/plan.py examples/paper_7b.yaml --nodes 1 --gpus 8 --memory-gib 80 [section.key=value ...]
-
-A table of phases and parts in GiB, how many tokens the engines' KV cache holds, and, where something does not fit, the
-fewest changes of the configuration that make it fit. Exit status 1 where it does not. A run says what each phase did
-take as `time/<phase>_device_gib`. The formulas and their sources are in megatron_efr/memory.py: they count tensors, and
-have not been compared with a card yet.
+The formulas and their sources are in megatron_efr/memory.py: they count tensors, and have not been compared with a card
+yet. A run says what each phase did take as `time/<phase>_device_gib`.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_efr import algorithms
-from megatron_efr.arguments import run
 from megatron_efr.config import ConfigError, TrainConfig
 from megatron_efr.config.file import load
 from megatron_efr.memory import MemoryPlan, Shape, parameter_count, plan
+from megatron_efr.planning.shapes import shape_of
 from megatron_efr.policy.fit import check_fit
 from megatron_efr.weights.architecture import Architecture
 
@@ -53,7 +46,7 @@ class Case:
 
     @cached_property
     def architecture(self) -> Architecture:
-        return Architecture.from_folder(self.config.model.path)
+        return Architecture.from_config(shape_of(self.config.model.path))
 
     @cached_property
     def static_fraction(self) -> float:
@@ -168,33 +161,3 @@ def describe(case: Case) -> Iterator[str | Table]:
         f"{case.architecture.max_positions:,} positions"
     )
     yield f"host memory of one rank: {made.host_bytes / GIB:.1f} GiB (reference, offloaded gradients and optimizer)"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the plan, and what would fit where it does not."""
-    parser = argparse.ArgumentParser(description="Memory of a run on each GPU, phase by phase.")
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs of a node")
-    parser.add_argument("--memory-gib", type=float, default=80, help="memory of a GPU")
-    given = parser.parse_intermixed_args(argv)
-    case = Case(given.config, tuple(given.overrides), given.nodes * given.gpus, int(given.memory_gib * GIB))
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    for line in describe(case):
-        console.print(line)
-    if case.fits:
-        return
-    choices = remedies(case)
-    console.print(
-        "It does not fit. Any of these lines would:" if choices else "It does not fit, nor would three changes"
-    )
-    for choice in choices:
-        console.print(
-            "  " + " ".join(f"'{override}'" if " " in override else override for override in choice), markup=False
-        )
-    sys.exit(1)
-
-
-if __name__ == "__main__":
-    run(main)
