@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megatron_efr.config.programs import DpoConfig, EvaluateConfig, RunConfig, SftConfig, TrainConfig
+from megatron_efr.config.programs import DpoConfig, EvaluateConfig, SftConfig, TrainConfig
+from megatron_efr.config.section import Section
+from megatron_efr.config.sweep import SweepConfig
 
-PROGRAMS: dict[str, type[RunConfig]] = {
+PROGRAMS: dict[str, type[Section]] = {
     "efr train": TrainConfig,
     "efr sft": SftConfig,
     "efr dpo": DpoConfig,
     "efr evaluate": EvaluateConfig,
+    "efr sweep": SweepConfig,
 }
 """The programs that read a configuration, in the page's order."""
 
@@ -31,6 +34,7 @@ PAGES = {
     "evaluation.script": "scripts.md",
     "checkpoint": "run-folder.md",
     "observe": "run-folder.md",
+    "efr sweep": "sweeps.md",
 }
 """Pages that say more of a section."""
 
@@ -67,7 +71,7 @@ def page() -> str:
     return "\n".join(lines)
 
 
-def _places(program: str, config: type[RunConfig]) -> Iterator[Place]:
+def _places(program: str, config: type[Section]) -> Iterator[Place]:
     """Every section of a program, the outer ones first."""
     waiting = [Place(program, "", config)]
     while waiting:
@@ -106,11 +110,12 @@ def _link(section: type[BaseModel], shown: dict[type[BaseModel], Place]) -> str:
 def _overview(places: list[Place], shown: dict[type[BaseModel], Place]) -> Iterator[str]:
     """A table: which program has which section."""
     keys = dict.fromkeys(place.path for place in places if place.path and "." not in place.path)
-    yield f"| section | {' | '.join(f'`{program}`' for program in PROGRAMS)} |"
-    yield "|---|" + "---|" * len(PROGRAMS)
+    programs = dict.fromkeys(place.program for place in places if place.path)
+    yield f"| section | {' | '.join(_link(PROGRAMS[program], shown) for program in programs)} |"
+    yield "|---|" + "---|" * len(programs)
     for key in keys:
         found = {place.program: place.section for place in places if place.path == key}
-        cells = [_link(found[program], shown) if program in found else "" for program in PROGRAMS]
+        cells = [_link(found[program], shown) if program in found else "" for program in programs]
         yield f"| `{key}` | {' | '.join(cells)} |"
     yield ""
 
@@ -139,8 +144,8 @@ def _section(place: Place, places: list[Place], shown: dict[type[BaseModel], Pla
         for key, field in rest:
             yield _row(key, field, schema["properties"][key], shown)
         yield ""
-    if place.path in PAGES and _title(place, shown) == place.path:
-        yield f"More: [{PAGES[place.path].removesuffix('.md').replace('-', ' ')}]({PAGES[place.path]})."
+    if more := PAGES.get(_title(place, shown)):
+        yield f"More: [{more.removesuffix('.md').replace('-', ' ')}]({more})."
         yield ""
 
 

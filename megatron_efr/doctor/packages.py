@@ -19,6 +19,7 @@ from megatron_efr.doctor.finding import Finding, missing
 PACKAGE = "megatron-efr"
 CORE = ("torch", "megatron-core", "triton", "transformers")
 IMPORT_LIMIT_S = 300
+REPOSITORY = Path(__file__).resolve().parents[2]  # or the folder of packages, if this one is installed
 UNINSTALL = "pip uninstall transformer-engine transformer-engine-cu12 transformer-engine-cu13"
 
 # Imports Transformer Engine in a process of its own: an import that fails half-way must not take the doctor with it.
@@ -39,6 +40,9 @@ def check_packages() -> Iterator[Finding]:
         yield Finding("Python", "ok", f"{version} in {sys.prefix}")
     else:
         yield Finding("Python", "problem", f"{version}, and {PACKAGE} asks for {asked}", "bash launch/setup.sh")
+    if not (REPOSITORY / "launch/setup.sh").is_file():
+        advice = "what is said here of launch/ and tools/ is done in the repository, or in the source distribution"
+        yield Finding("launch scripts", "note", "not in an installed package", advice)
     for requirement in requirements():
         if requirement.name in CORE:
             yield check_version(requirement)

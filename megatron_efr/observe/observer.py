@@ -277,8 +277,10 @@ class _Wandb(_Output):
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
+            absent = isinstance(error, ModuleNotFoundError) and error.name == "wandb"
+            found = "is not installed" if absent else f"does not import ({error})"
             raise ConfigError(
-                f"observe.wandb: {project!r} asks for wandb, which is not installed; "
+                f"observe.wandb: {project!r} asks for wandb, which {found}; "
                 f"pip install 'megatron-efr[wandb]', or set observe.wandb: null"
             ) from error
         # one id per run name, so that a resumed run goes on in the same chart

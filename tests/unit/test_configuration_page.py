@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import Field, PositiveInt
 
-from megatron_efr.config import Section
-from megatron_efr.config.page import page, section_of, undescribed, values
+from megatron_efr.config import RunConfig, Section
+from megatron_efr.config.page import PROGRAMS, page, section_of, undescribed, values
 
 pytestmark = pytest.mark.alike
 
@@ -34,6 +34,10 @@ class Outer(Section):
 
 def test_every_field_has_a_description_and_every_section_a_docstring() -> None:
     assert undescribed() == []
+
+
+def test_every_program_that_reads_a_configuration_is_on_the_page() -> None:
+    assert set(RunConfig.__subclasses__()) <= set(PROGRAMS.values())
 
 
 def test_the_page_is_up_to_date() -> None:

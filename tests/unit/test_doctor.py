@@ -18,7 +18,7 @@ from megatron_efr.config import ConfigError, EvaluateConfig, RunConfig, SftConfi
 from megatron_efr.data.arithmetic import ArithmeticTask, write
 from megatron_efr.data.byte_model import BYTE_MODEL, byte_tokenizer
 from megatron_efr.data.model_folder import write_model_folder
-from megatron_efr.doctor import machine
+from megatron_efr.doctor import machine, packages
 from megatron_efr.doctor.__main__ import examine
 from megatron_efr.doctor.engine import Versions, check_engine, check_router, compare
 from megatron_efr.doctor.finding import Finding
@@ -99,6 +99,16 @@ def test_versions_are_held_to_the_ranges_of_the_installed_package(tmp_path: Path
     assert f"=={pin}" in old.found
     absent = check_version(Requirement("no-such-thing>=1"), [str(tmp_path)], needed=False)
     assert (absent.verdict, absent.found) == ("note", "not installed")
+
+
+def test_an_installed_package_says_where_the_scripts_are_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "launch scripts" not in {finding.subject for finding in check_packages()}
+    monkeypatch.setattr(packages, "REPOSITORY", tmp_path)
+    [found] = [finding for finding in check_packages() if finding.subject == "launch scripts"]
+    assert found.verdict == "note"
+    assert "source distribution" in found.advice
 
 
 # -- the engine's interpreter ------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -129,6 +130,32 @@ def test_wandb_that_is_not_installed_is_a_clear_error(tmp_path, monkeypatch):
         Observer(RunFolder(tmp_path), ObserveConfig(tensorboard=False, wandb="efr"), 1)
 
 
+def test_wandb_that_is_installed_by_half_says_what_it_lacks(tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text("import no_such_part_of_it\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"which does not import \(No module named 'no_such_part_of_it'\); pip"):
+        Observer(RunFolder(tmp_path / "run"), ObserveConfig(tensorboard=False, wandb="efr"), 1)
+
+
+def test_all_outputs_get_the_same_figures_from_one_place(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    told = {}
+    run = SimpleNamespace(log=lambda figures, step: told.update({step: figures}), finish=lambda: told.update(end=True))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **named: told.update(named) or run))
+    folder = RunFolder(tmp_path)
+    with Observer(folder, ObserveConfig(wandb="efr"), 2, name="family/run") as observer:
+        for step in (1, 2):
+            observer.log(step, {"accuracy": 0.25 * step, "what": "text"})
+    assert (told["project"], told["id"], told["resume"], told["end"]) == ("efr", "family-run", "allow", True)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for line in folder.read_metrics():
+        numbers = {key: value for key, value in line.items() if key not in ("step", "what")}
+        assert told[line["step"]] == numbers
+        scalars = {key: events.Scalars(key)[line["step"] - 1].value for key in numbers}
+        assert scalars == pytest.approx(numbers)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0s"), (59.4, "59s"), (59.6, "1m00s"), (67, "1m07s"), (3600, "1h00m"), (7503, "2h05m")]
 )
@@ -139,6 +166,7 @@ def test_durations_read_easily(seconds, text):
 HANGS = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from megatron_efr.config import ObserveConfig
 from megatron_efr.observe import Observer
 from megatron_efr.run.folder import RunFolder
