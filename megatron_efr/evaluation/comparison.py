@@ -64,13 +64,17 @@ def compare(
     """Compare two records on the problems that both have, by these measures, or by all that apply to both.
 
     `prices` are of a token read and of one drawn, for the cost of a right answer. UserError if their protocols differ,
-    which names the keys, unless `unlike` ones are to be compared; and if they have no problem in common.
+    which names the keys, unless `unlike` ones are to be compared; if they have no problem in common; and for one of
+    `measures` that either says nothing of.
     """
     differences = differing(one, other)
     if differences and not unlike:
         said = "".join(f"  {line}\n" for line in differences)
         raise UserError(f"the two were not asked or judged alike:\n{said}to compare them all the same, give --unlike")
     a, b = matched(one, other)
+    for measure in measures:
+        if measure.terms(a) is None or measure.terms(b) is None:
+            raise UserError(f"measure {measure.name}: one of the two records does not say what it needs")
     shown = {measure.name: measure for measure in measures or _offered(a, b)}
     if prices is not None:
         shown |= {"cost_of_pass": cost_of_pass(prices, "money")}

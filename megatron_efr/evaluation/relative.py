@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_efr.evaluation import statistics
 from megatron_efr.evaluation.measure import Better, Terms
 from megatron_efr.evaluation.samples import Samples
 from megatron_efr.types import FloatArray
@@ -61,9 +62,7 @@ def aes(own: FloatArray, base: FloatArray) -> FloatArray:
     """Accuracy-efficiency score of O1-Pruner (arXiv 2501.12570): dL + 3 |dA| if accuracy rose, dL - 5 |dA| if it fell;
     dL and dA are the shares of the base's tokens that are saved and of its accuracy that is won. The weights
     (1, 3, 5) are known from others' accounts alone. 0 is the base."""
-    shorter = 1 - _divided(own[..., 1], base[..., 1])
-    better = _divided(own[..., 0], base[..., 0]) - 1
-    return shorter + np.where(better >= 0, 3.0, 5.0) * better
+    return statistics.accuracy_efficiency_score(own[..., 0], own[..., 1], base[..., 0], base[..., 1])
 
 
 @_register("%", "high", _of_datasets("correct"))

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -155,25 +156,24 @@ def normalised(
 
 
 def accuracy_efficiency_score(
-    accuracy: float,
-    tokens: float,
-    start_accuracy: float,
-    start_tokens: float,
+    accuracy: ArrayLike,
+    tokens: ArrayLike,
+    start_accuracy: ArrayLike,
+    start_tokens: ArrayLike,
     weights: tuple[float, float, float] = (1.0, 3.0, 5.0),
-) -> float:
+) -> np.ndarray:
     """AES of O1-Pruner (2501.12570): w dL + b |dA| where accuracy rose, w dL - g |dA| where it fell.
 
     dL = (start_tokens - tokens) / start_tokens and dA = (accuracy - start_accuracy) / start_accuracy; `weights` are
-    (w, b, g). 0 is the starting model; higher is better. ValueError where the start is 0 in either.
+    (w, b, g), known from others' accounts alone. 0 is the starting model; higher is better; nan where the start is 0 in
+    either. Numbers, or arrays of one shape, which is the result's.
     """
-    if not (start_accuracy > 0 and start_tokens > 0):
-        raise ValueError(
-            f"AES is relative to a start with accuracy {start_accuracy} and {start_tokens} tokens: both > 0"
-        )
     w, b, g = weights
-    shorter = (start_tokens - tokens) / start_tokens
-    better = (accuracy - start_accuracy) / start_accuracy
-    return w * shorter + (b if better >= 0 else g) * better
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shorter = 1 - np.divide(tokens, start_tokens)
+        better = np.divide(accuracy, start_accuracy) - 1
+    known = np.isfinite(shorter) & np.isfinite(better)
+    return np.where(known, w * shorter + np.where(better >= 0, b, g) * better, np.nan)[()]
 
 
 def cost_of_pass(cost_per_attempt: float, pass_rate: float) -> float:

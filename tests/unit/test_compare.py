@@ -142,10 +142,9 @@ def test_a_model_does_not_differ_from_itself_and_the_other_way_round_the_signs_t
 
 def test_figures_against_the_base_are_those_of_the_plain_formulas(base: Record, brief: Record) -> None:
     found = compare(base, brief).relative
-    score = statistics.accuracy_efficiency_score(
-        brief["accuracy"], brief["tokens"], base["accuracy"], base["tokens"]
-    )  # on samples of equal number
-    assert found["aes"].value == pytest.approx(score)
+    saved, won = 1 - brief["tokens"] / base["tokens"], brief["accuracy"] / base["accuracy"] - 1
+    assert won > 0
+    assert found["aes"].value == pytest.approx(saved + 3 * won)
     plain = statistics.normalised(brief["datasets"], base["datasets"])
     assert found["accuracy_normalised"].value == pytest.approx(plain["accuracy"])
     assert found["tokens_normalised"].value == pytest.approx(plain["tokens"])
@@ -234,6 +233,7 @@ def test_the_program_prints_a_table_or_json_and_takes_a_run_for_its_one_evaluati
         ([str(tmp_path), str(paths[1])], "has no evaluation"),
         ([str(tmp_path / "x.json"), str(paths[1])], "x.json: cannot be read: No such file"),
         ([*map(str, paths), "--measures", "tokenz"], "did you mean tokens"),
+        ([*map(str, paths), "--measures", "tokens,anytime"], "measure anytime: one of the two records does not say"),
         ([*map(str, paths), "--prices", "1"], "--prices '1': not enough values"),
         ([*map(str, paths), "--prices", "1,-2"], "a price is negative"),
     ]:

@@ -146,8 +146,9 @@ def test_aes_rewards_brevity_and_punishes_lost_accuracy_more_than_it_rewards_gai
     assert aes(0.5, 100, 0.5, 100) == 0
     assert aes(0.55, 60, 0.5, 100) == pytest.approx(0.4 + 3 * 0.1)
     assert aes(0.45, 60, 0.5, 100) == pytest.approx(0.4 - 5 * 0.1)
-    with pytest.raises(ValueError, match="relative to a start"):
-        aes(0.5, 10, 0.0, 10)
+    assert math.isnan(aes(0.5, 10, 0.0, 10))
+    assert math.isnan(aes(0.5, 10, 0.5, 0))
+    assert aes(np.array([0.55, 0.45]), 60, 0.5, np.array([100, 60])) == pytest.approx([0.7, -0.5])
 
 
 def test_cost_of_pass():

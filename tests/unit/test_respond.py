@@ -78,8 +78,8 @@ def test_versions_of_all_draws_tile_the_response() -> None:
 
 def test_branches_are_asked_from_where_they_begin_and_the_response_stays_as_it_is() -> None:
     server = Saying("CDEA", "GG", "HA", "KK", "LL")
-    response = made(Forks(at=(1, 3, 9), samples=2, tokens=2, opening="W"), server)
-    assert server.asked[1:] == [("EFCW", 2, "A")] * 2 + [("EFCDEW", 2, "A")] * 2
+    response = made(Forks(at=(0, 3, 9), samples=2, tokens=2, opening="W"), server)
+    assert server.asked[1:] == [("EFW", 2, "A")] * 2 + [("EFCDEW", 2, "A")] * 2
     said = [[Letters().decode(each.tokens) for each in branch.responses] for branch in response.branches]
     assert said == [["WGG", "WHA"], ["WKK", "WLL"]]
     assert [each.length for branch in response.branches for each in branch.responses] == [2] * 4
