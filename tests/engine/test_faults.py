@@ -164,7 +164,7 @@ def test_a_server_killed_in_a_publication_is_left_out_of_it_and_generation_goes_
     groups += stream
     assert sorted(group.seed for group in groups) == [request.seed for request in requests(COUNT)]
     assert distance(engine, folders[1]) <= 1e-5
-    assert f"without {servers.urls[0]} (lost)" in capfd.readouterr().out
+    assert f"without {servers.urls[0]} (lost)" in capfd.readouterr().err
     servers.restart(0)
     wait_until(lambda: publisher.publish(policy, 3) or engine.count == 2, "the restarted server takes part")
     assert engine.checksums()[0] == engine.checksums()[1]

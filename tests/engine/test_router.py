@@ -131,12 +131,12 @@ def test_a_router_killed_in_the_middle_loses_no_response_and_is_started_again(
     assert (health["serving"], health["lost"]) == (2, 0)
     assert health["resent"] > 0
     wait_until(lambda: workers(router, servers) == set(servers.urls), "the router is back")
-    said = capfd.readouterr().out
+    said = capfd.readouterr().err
     assert said.count(f"router {router.url} ended with exit code") == 1
     assert "it is started again, and 0 times more at most" in said
     kill(router)
     assert_each_came_once(list(engine.generate(requests(COUNT), LONG)), 1)
-    wait_until(lambda: "it stays down" in capfd.readouterr().out, "the router stays down")
+    wait_until(lambda: "it stays down" in capfd.readouterr().err, "the router stays down")
     assert router.process.poll() is not None
 
 
@@ -152,7 +152,7 @@ def test_a_router_that_hangs_loses_no_response_and_is_started_again(
     assert_each_came_once(groups, 1)
     assert figures(engine) == (2, 0, 0)
     wait_until(lambda: workers(router, servers) == set(servers.urls), "the router is back")
-    assert f"router {router.url} does not answer" in capfd.readouterr().out
+    assert f"router {router.url} does not answer" in capfd.readouterr().err
 
 
 def kill(router: ServerProcess) -> None:

@@ -150,7 +150,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_is_free_at_
     _, alive = psutil.wait_procs(ranks, timeout=10)
     assert not alive
     done = program("train", "--resume", config, f"runs={tmp_path}", "train.iterations=1")
-    assert f"{tmp_path / 'run'}: " in done.stdout
+    assert f"{tmp_path / 'run'}: " in done.stderr
 
 
 @pytest.mark.parallel

@@ -205,11 +205,14 @@ def test_a_terminal_gets_a_line_per_step_and_a_bar(tmp_path, monkeypatch, capsys
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
+    out, limit = "", time.monotonic() + 20
     with Observer(RunFolder(tmp_path), QUIET, 3) as observer:
         with observer.phase("rollout"):
-            time.sleep(0.15)
+            while "rollout" not in out and time.monotonic() < limit:  # the bar is drawn ten times a second
+                time.sleep(0.05)
+                out += capsys.readouterr().out
         observer.log(1, METRICS)
-    out = capsys.readouterr().out
+    out += capsys.readouterr().out
     assert "\x1b[" in out
     assert "rollout" in out
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
