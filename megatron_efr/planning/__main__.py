@@ -9,22 +9,39 @@ from rich.console import Console
 
 from megatron_efr import arguments
 from megatron_efr.config import TrainConfig
+from megatron_efr.planning import host
 from megatron_efr.planning.gpus import GIB, Case, describe, remedies
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the plan; exit code 1 where it does not fit, after what would."""
-    parser = arguments.parser("plan", "Memory of a run on each GPU, phase by phase, before anything is downloaded.")
+    parser = arguments.parser("plan", "Memory and time of a run, phase by phase, before anything is downloaded.")
     parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs of a node")
+    parser.add_argument("--gpus", type=int, help="GPUs of a node: 8; 0 with the embedded engine, a plan for this CPU")
     parser.add_argument("--memory-gib", type=float, default=80, help="memory of a GPU")
+    parser.add_argument("--tokens", type=int, help="on a CPU: a response's, in the mean; rollout.max_new_tokens")
+    parser.add_argument("--prompt", type=int, help="on a CPU: a prompt's tokens, in the mean; 128 at most")
     given = parser.parse_intermixed_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    with arguments.configured(TrainConfig, given):
-        world, memory = given.nodes * given.gpus, int(given.memory_gib * GIB)
-        fits = on_gpus(Case(given.config, tuple(given.overrides), world, memory), console)
+    with arguments.configured(TrainConfig, given) as config:
+        gpus = (0 if config.rollout.engine == "local" else 8) if given.gpus is None else given.gpus
+        if gpus == 0:
+            prompt = given.prompt or min(128, config.data.prompt.max_tokens)
+            fits = on_cpu(host.HostPlan(config, prompt, given.tokens or config.rollout.max_new_tokens), console)
+        else:
+            world, memory = given.nodes * gpus, int(given.memory_gib * GIB)
+            fits = on_gpus(Case(given.config, tuple(given.overrides), world, memory), console)
     if not fits:
         sys.exit(1)
+
+
+def on_cpu(plan: host.HostPlan, console: Console) -> bool:
+    """Print what an iteration takes on this machine."""
+    for line in host.describe(plan):
+        console.print(line)
+    if not (fits := host.fits(plan)):
+        console.print("It does not fit. A smaller train.micro_batch_tokens or rollout.slots, or bfloat16, takes less")
+    return fits
 
 
 def on_gpus(case: Case, console: Console) -> bool:

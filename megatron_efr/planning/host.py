@@ -1,0 +1,175 @@
+"""What an iteration takes on this machine's CPU, with the embedded engine: memory by counting, time by measuring."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from megatron_efr import algorithms
+from megatron_efr.config import ConfigError, TrainConfig
+from megatron_efr.kernels import default_chunk
+from megatron_efr.memory import (
+    BYTES,
+    activation_bytes,
+    gradient_bytes,
+    kv_bytes_per_token,
+    optimizer_bytes,
+    parameter_count,
+)
+from megatron_efr.planning.probe import Seconds, Work, measured
+from megatron_efr.planning.shapes import shape_of
+from megatron_efr.policy.fit import check_fit
+from megatron_efr.weights.architecture import Architecture
+
+GIB = 2**30
+PROBED = 512  # response tokens of the measured sequences at most
+DRAWING = (
+    28  # bytes for each logit while tokens are drawn: fp32 logits and log-probs, fp64 probabilities and their sums
+)
+ROWS = 32  # the embedded engine's rows and keys come in blocks of as many
+
+
+@dataclass(frozen=True)
+class HostPlan:
+    """An iteration of `config` in one process, whose prompts and responses have so many tokens in the mean."""
+
+    config: TrainConfig
+    prompt: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if self.config.rollout.engine != "local":
+            raise ConfigError(
+                "rollout.engine: sglang is not planned on a CPU; set rollout.engine: local, or give --gpus"
+            )
+        if self.config.parallel.model_ranks > 1:
+            raise ConfigError("parallel: on a CPU one process is planned; leave parallel out, or give --gpus")
+        check_fit(self.config.model, self.config.parallel, self.architecture)
+
+    @cached_property
+    def raw(self) -> dict[str, Any]:
+        return shape_of(self.config.model.path)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return Architecture.from_config(self.raw)
+
+    @property
+    def responses(self) -> int:
+        return self.config.rollout.prompts * self.config.rollout.samples
+
+    @property
+    def rows(self) -> int:
+        """Responses that are decoded at once."""
+        return min(self.config.rollout.slots, self.responses)
+
+    @cached_property
+    def needs_reference(self) -> bool:
+        algorithm = algorithms.build(self.config.algorithm, self.config.rollout)
+        return algorithm.objective(self.config.rollout).needs_reference
+
+    # -- memory --------------------------------------------------------------------------------------------------------
+
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Bytes of each part, by phase."""
+        a, config, dtype = self.architecture, self.config, self.config.model.dtype
+        count = parameter_count(a)
+        always = {
+            "process": resident_bytes(),
+            "weights": count * BYTES[dtype],
+            "gradients": gradient_bytes(count),
+            "optimizer": optimizer_bytes(count, dtype),
+            "engine": count * BYTES[dtype] + (4 * a.vocab * a.hidden if dtype != "float32" else 0),
+        }
+        if self.needs_reference:
+            always["reference"] = count * BYTES[dtype]
+        longest = -(-(self.prompt + config.rollout.max_new_tokens) // ROWS) * ROWS
+        cached = -(-self.rows // ROWS) * ROWS * longest + config.rollout.prompts * self.prompt
+        tokens = self.responses * (self.prompt + self.tokens) // config.train.updates
+        own = min(config.train.micro_batch_tokens, tokens)
+        chunk = config.model.head_chunk_tokens or default_chunk(a.vocab, 1, torch.device("cpu"))
+        recompute = config.model.megatron.get("recompute_granularity") == "full"
+        kept = activation_bytes(a, config.parallel, dtype, own, recompute=recompute, local=True)
+        head = 4 * min(chunk, own) * a.vocab + 2 * own * a.hidden * BYTES[dtype]
+        return {
+            "rollout": always
+            | {"KV cache": cached * kv_bytes_per_token(a, 1, dtype), "drawing": DRAWING * self.rows * a.vocab},
+            "train": always | {"activations": kept, "head": head},
+        }
+
+    # -- time ----------------------------------------------------------------------------------------------------------
+
+    def seconds(self) -> dict[str, float]:
+        """Of each phase of an iteration, from what is measured now."""
+        rollout, updates = self.config.rollout, self.config.train.updates
+        probed = min(self.tokens, PROBED)
+        groups = -(-self.rows // rollout.samples)
+        samples = min(rollout.samples, self.rows)
+        work = Work(groups, samples, self.prompt, probed, self.config.train.micro_batch_tokens)
+        found: Seconds = measured(self.raw, self.config.model, work)
+        longer = (self.prompt + self.tokens) / (self.prompt + probed)  # sequences than the measured ones
+        scored = self.responses * found.score * longer
+        steps = self.responses * self.tokens / (groups * samples)
+        return {
+            "rollout": rollout.prompts * found.prefill + steps * found.step,
+            "logprobs": scored * (2 if self.needs_reference else 1),
+            "train": self.responses * found.train * longer + updates * found.update,
+        }
+
+
+def describe(plan: HostPlan) -> Iterator[str | Table]:
+    """The plan as it is printed."""
+    config, memory = plan.config, plan.memory()
+    yield (
+        f"{parameter_count(plan.architecture) / 1e6:,.3g} million parameters, {config.model.dtype}; a CPU, "
+        f"{torch.get_num_threads()} threads, {host_bytes() / GIB:.1f} GiB of memory; {plan.responses} responses of "
+        f"{plan.tokens} tokens to prompts of {plan.prompt}"
+    )
+    parts = list(dict.fromkeys(part for each in memory.values() for part in each))
+    table = Table("phase", *parts, "total", title="GiB at the phase's peak", title_justify="left")
+    for phase, each in memory.items():
+        cells = [f"{each[part] / GIB:.2f}" if part in each else "" for part in parts]
+        table.add_row(phase, *cells, f"{sum(each.values()) / GIB:.2f}")
+    yield table
+    seconds = plan.seconds()
+    total = sum(seconds.values())
+    each = ", ".join(f"{phase} {value:.3g} s" for phase, value in seconds.items())
+    whole = spelt(total * config.train.iterations)
+    yield f"an iteration: about {total:.3g} s ({each}); {config.train.iterations} of them: {whole}"
+
+
+def spelt(seconds: float) -> str:
+    """A duration in the unit that people would say it in."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:,.1f} hours"
+
+
+def fits(plan: HostPlan) -> bool:
+    """Whether every phase is within the machine's memory."""
+    return max(sum(each.values()) for each in plan.memory().values()) <= host_bytes()
+
+
+def host_bytes() -> int:
+    """Memory of this machine, or what its control group may take of it."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        return min(whole, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return whole
+
+
+def resident_bytes() -> int:
+    """What this process holds with all libraries loaded, as a run does; 0 where the kernel does not say."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii")):
+            return int(found[1]) * 1024
+    return 0

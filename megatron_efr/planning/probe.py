@@ -1,0 +1,131 @@
+"""Seconds of the parts of an iteration on this CPU, measured with a model of the same widths and one and two layers.
+
+The engine and the policy themselves are timed, not products alone: what is not a product takes its share of a small
+model's time. All that a layer adds is the difference of the two; the vocabulary's part is in both.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from megatron_efr.algorithms.objective import Objective
+from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.policy import Policy, joined_ranks, policy_loss
+from megatron_efr.rollout.local.engine import LocalEngine
+from megatron_efr.samples import PackedBatch, Sample
+from megatron_efr.scripts import plain
+from megatron_efr.types import Prompt, Sampling
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.folder import RandomWeights
+
+TURNS = 3  # of which the fastest counts: what else the machine does only adds to a time
+STEPS = 6  # decoded to time one
+FEW, MANY = 512, 2048  # tokens of the two batches whose difference is a sequence's time
+
+
+class Work(NamedTuple):
+    """What is timed: `groups` prompts of `prompt` tokens with `samples` responses of `response` tokens each."""
+
+    groups: int
+    samples: int
+    prompt: int
+    response: int
+    budget: int  # tokens of a micro-batch
+
+
+class Seconds(NamedTuple):
+    """Of a prompt, a step of all rows, a sequence's log-probs, its part of an update, an update's rest."""
+
+    prefill: float
+    step: float
+    score: float
+    train: float
+    update: float
+
+
+def measured(raw: Mapping[str, Any], model: ModelConfig, work: Work) -> Seconds:
+    """For the model of config.json `raw`, in the type and with the layers that `model` names."""
+    layers = int(raw["num_hidden_layers"])
+    one, two = (_seconds(_cut(raw, depth), model, work) for depth in (1, 2))
+    return Seconds(*(max(a, a + (layers - 1) * (b - a)) for a, b in zip(one, two, strict=True)))
+
+
+def _cut(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The same with so many layers."""
+    kinds = {"layer_types": raw["layer_types"][:layers]} if raw.get("layer_types") else {}
+    return {**raw, "num_hidden_layers": layers, **kinds}
+
+
+def _seconds(raw: dict[str, Any], model: ModelConfig, work: Work) -> Seconds:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+        small = model.model_copy(update={"path": folder, "init": "random"})
+        return Seconds(*_engine(small, work), *_policy(small, work))
+
+
+def _fastest(action: Callable[[], object]) -> float:
+    times = []
+    for _ in range(TURNS):
+        began = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _engine(model: ModelConfig, work: Work) -> tuple[float, float]:
+    """Of a prompt's prefill, and a step of all rows when their responses are half there."""
+    architecture = Architecture.from_folder(model.path)
+    engine = LocalEngine(architecture, work.groups * work.samples, dtype=getattr(torch, model.dtype))
+    engine.publish(RandomWeights(architecture, 0).items(), 0)
+
+    def generate(prompt: int, tokens: int) -> None:
+        ids = np.random.default_rng(0).integers(0, architecture.vocab, (work.groups, prompt)).tolist()
+        asked = [plain(Prompt(str(i), tuple(each), "", ""), work.samples, i) for i, each in enumerate(ids)]
+        for _ in engine.generate(asked, Sampling(1.0, 1.0, tokens, ())):
+            pass
+
+    generate(work.prompt, 1)
+    prefill = _fastest(lambda: generate(work.prompt, 1)) / work.groups
+    middle = work.prompt + work.response // 2
+    began, further = (_fastest(lambda tokens=tokens: generate(middle, tokens)) for tokens in (2, 2 + STEPS))
+    return prefill, max(further - began, 0.0) / STEPS
+
+
+def _policy(model: ModelConfig, work: Work) -> tuple[float, float, float]:
+    """Of a sequence's log-probs, its forward and backward pass, and what an update takes beside them."""
+    length = work.prompt + work.response
+    few = max(1, FEW // length)
+    many = max(few + 1, min(MANY, work.budget) // length)
+    with joined_ranks(ParallelConfig(), seed=0) as ranks:
+        policy = Policy(model, ParallelConfig(), OptimizerConfig(lr=1e-9), ranks, updates=1_000_000, seed=0)
+        small, large = (_packed(policy, work, count) for count in (few, many))
+        times = []
+        for batches in (small, large):
+            policy.score(batches)
+            policy.update(batches, policy_loss(Objective()))
+            times.append(
+                (
+                    _fastest(lambda batches=batches: policy.score(batches)),
+                    _fastest(lambda batches=batches: policy.update(batches, policy_loss(Objective()))),
+                )
+            )
+    (score_few, train_few), (score_many, train_many) = times
+    train = max(train_many - train_few, 0.0) / (many - few)
+    return max(score_many - score_few, 0.0) / (many - few), train, max(train_few - few * train, 0.0)
+
+
+def _packed(policy: Policy, work: Work, count: int) -> list[PackedBatch]:
+    rng, vocab = np.random.default_rng(count), policy.architecture.vocab
+    samples = [
+        Sample(rng.integers(0, vocab, work.prompt + work.response), work.prompt, {"advantage": np.ones(work.response)})
+        for _ in range(count)
+    ]
+    return policy.pack_update(samples, list(range(count)), max(work.budget, work.prompt + work.response), "sequence")

@@ -1,0 +1,83 @@
+"""`efr plan` on a CPU: what it counts, and what it makes of the seconds that it measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_efr.config import ConfigError, ModelConfig, TrainConfig
+from megatron_efr.memory import BYTES, kv_bytes_per_token, parameter_count
+from megatron_efr.planning import host, probe
+from megatron_efr.planning.__main__ import main
+from megatron_efr.planning.probe import Seconds, Work, measured
+from megatron_efr.planning.shapes import shape_of
+
+MODEL = "models/SmolLM2-135M-Instruct"
+
+
+def config(**rollout: Any) -> TrainConfig:
+    tree: dict[str, Any] = {"name": "plan", "model": {"path": MODEL}, "data": {"datasets": [{"path": "none"}]}}
+    tree |= {"rollout": {"prompts": 8, "samples": 8, "slots": 40, "max_new_tokens": 128} | rollout}
+    tree |= {"algorithm": {"beta": 0.0}, "optimizer": {"lr": 1e-5}}
+    tree |= {"train": {"iterations": 10, "updates": 2, "micro_batch_tokens": 1000}}
+    return TrainConfig.model_validate(tree)
+
+
+def test_each_layer_beyond_the_first_adds_what_the_second_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    depths: list[int] = []
+
+    def seconds(raw: dict[str, Any], model: ModelConfig, work: Work) -> Seconds:
+        depths.append(raw["num_hidden_layers"])
+        return Seconds(*(number + 0.5 * depths[-1] for number in range(5)))
+
+    monkeypatch.setattr(probe, "_seconds", seconds)
+    found = measured(shape_of(MODEL), ModelConfig(path=MODEL), Work(1, 1, 1, 1, 1))
+    assert depths == [1, 2]
+    assert found == tuple(number + 0.5 * 30 for number in range(5))
+
+
+def test_an_iteration_is_the_sum_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Work] = []
+    seconds = Seconds(prefill=0.5, step=0.1, score=0.25, train=1.0, update=3.0)
+    monkeypatch.setattr(host, "measured", lambda raw, model, work: asked.append(work) or seconds)
+    found = host.HostPlan(config(), 56, 100).seconds()
+    assert asked == [Work(groups=5, samples=8, prompt=56, response=100, budget=1000)]
+    assert found == pytest.approx(
+        {"rollout": 8 * 0.5 + 64 * 100 / 40 * 0.1, "logprobs": 64 * 0.25, "train": 64 * 1.0 + 2 * 3.0}
+    )
+
+
+def test_memory_is_counted_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = host.HostPlan(config(), 56, 100)
+    count, memory = parameter_count(plan.architecture), plan.memory()
+    assert count == 134_515_008
+    for phase in memory.values():
+        assert (phase["weights"], phase["gradients"], phase["optimizer"]) == (4 * count, 4 * count, 8 * count)
+        assert phase["engine"] == BYTES["float32"] * count
+    assert memory["rollout"]["KV cache"] == (64 * 192 + 8 * 56) * kv_bytes_per_token(plan.architecture, 1, "float32")
+    assert memory["train"]["head"] == 4 * 1000 * 49152 + 2 * 1000 * 576 * 4
+    assert host.fits(plan)
+    monkeypatch.setattr(host, "host_bytes", lambda: 2**31)
+    assert not host.fits(plan)
+
+
+def test_what_a_cpu_does_not_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^rollout\.engine: sglang is not planned on a CPU"):
+        host.HostPlan(config(engine="sglang", slots=8), 56, 100)
+
+
+@pytest.mark.slow
+def test_a_small_model_is_measured_and_the_iteration_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "TURNS", 1)
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 61,'
+        '"num_key_value_heads": 2,'
+        '"intermediate_size": 96, "max_position_embeddings": 512}'
+    )
+    example = Path(__file__).parents[2] / "examples/quickstart/rl.yaml"
+    main([str(example), f"model.path={tmp_path}/config.json", "--tokens", "40"])
+    assert "an iteration: about " in capsys.readouterr().out
