@@ -126,7 +126,7 @@ def _say(line: str) -> None:
 
 
 def _is_unread() -> bool:
-    """Whether standard output is a pipe that nobody reads; what is still to be written then goes nowhere."""
+    """True if standard output is a pipe that nobody reads; what is still to be written then goes nowhere."""
     output = select.poll()
     output.register(sys.stdout.fileno(), 0)  # 0: errors and hang-ups alone
     if not any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0)):

@@ -14,7 +14,7 @@ from megatron_efr.weights.torch_dist import COMMON_FILE, read_metadata
 
 
 def describe(checkpoint: Path) -> list[str]:
-    """What is in a checkpoint, line by line, without reading a tensor."""
+    """Describe a checkpoint, line by line, without reading a tensor."""
     lines = []
     if (checkpoint / STATE).is_file():
         state = read_state(checkpoint)

@@ -1,4 +1,4 @@
-"""Whether two computations of a model's log-probs agree as closely as float32 can: both against transformers' float64.
+"""Checks that two computations of log-probs agree as closely as float32 can: both against transformers' float64.
 
 How far float32 is from float64 grows with the model (2.8e-5 at 135M parameters, 3.2e-4 at 0.5B), so no fixed number
 tells a wrong model from a rounded one.
@@ -73,7 +73,7 @@ def _in_float64(model: Any) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What float64 says of some tokens, and how far transformers' own float32 is from it."""
+    """Log-probs of some tokens in float64, and how far transformers' own float32 is from it."""
 
     exact: torch.Tensor
     worst: float

@@ -33,7 +33,7 @@ def forward(number: int, frame: FrameType | None) -> None:
 
 
 def exit_code(code: int) -> int:
-    """What to answer for a worker's `code`, which is minus the signal where one ended it.
+    """The answer for a worker's `code`, which is minus the signal if one ended it.
 
     SIGUSR1 asks for requeuing even where it met a worker that was still importing. SIGTERM does not: it also comes to
     all when one of them failed, and the failed run must not be queued again and again.

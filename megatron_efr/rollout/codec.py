@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Codec(Protocol):
-    """What an engine needs of a tokenizer."""
+    """A tokenizer, as far as an engine needs it."""
 
     def encode(self, text: str) -> tuple[int, ...]:
         """The tokens of a text within a response; special tokens by their names."""

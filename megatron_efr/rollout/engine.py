@@ -14,7 +14,7 @@ ABILITIES = {
     "routing": "says which experts a mixture chose",
     "seeds": "draws the same tokens again for a request's seed",
 }
-"""What an engine may be able to do beyond what all do, by name."""
+"""Abilities that an engine may have beyond those of all, by name."""
 
 
 class GroupStream(Protocol):

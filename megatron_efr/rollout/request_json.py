@@ -1,4 +1,4 @@
-"""What is asked, as JSON: prompts, and whole requests with their scripts and notes."""
+"""Requests as JSON: prompts, and whole requests with their scripts and notes."""
 
 from __future__ import annotations
 

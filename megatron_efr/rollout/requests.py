@@ -1,4 +1,4 @@
-"""What an engine is asked: refuses requests and ways of sampling that have no answer, before work starts."""
+"""Refuses requests and ways of sampling that have no answer, before work starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What config.json says a model is: the facts that building, mapping and decoding need, or a refusal."""
+"""Reads what config.json says a model is: the facts that building, mapping and decoding need; refuses others."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def _refuse_unknown(raw: dict[str, Any], model_type: str, source: str) -> None:
 
 
 def _same(value: Any, wanted: Any) -> bool:
-    """Whether JSON's `value` is `wanted`; Python takes true for 1."""
+    """True if JSON's `value` is `wanted`; Python takes true for 1."""
     return value == wanted and isinstance(value, bool) == isinstance(wanted, bool)
 
 

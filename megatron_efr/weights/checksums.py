@@ -1,4 +1,4 @@
-"""What engines say of their weights, held to what they were sent: SGLang's checksums of it, computed here."""
+"""Holds what engines say of their weights to what they were sent: SGLang's checksums of it, computed here."""
 
 from __future__ import annotations
 

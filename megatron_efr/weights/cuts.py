@@ -22,7 +22,7 @@ Split = Literal["whole", "column", "row", "vocab", "qkv", "gate_up", "grouped_ga
 
 
 class Cut(NamedTuple):
-    """What is cut, over how many ranks; `experts`: how many of each layer's a rank holds."""
+    """The model that is cut, and over how many ranks; `experts`: how many of each layer's a rank holds."""
 
     architecture: Architecture
     ranks: int

@@ -26,7 +26,7 @@ _CHUNK = 2**22  # numbers of a tensor that are dequantised at once
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Where a tensor lies in the file; `shape` is PyTorch's, the slowest dimension first."""
+    """The place of a tensor in the file; `shape` is PyTorch's, the slowest dimension first."""
 
     kind: str
     shape: tuple[int, ...]

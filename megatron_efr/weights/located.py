@@ -17,7 +17,7 @@ _POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Where a tensor lies, with the type and shape that its file's header says."""
+    """The place of a tensor, with the type and shape that its file's header says."""
 
     file: Path
     dtype: str  # safetensors' name of it: F32, BF16, I8, F8_E4M3, ...

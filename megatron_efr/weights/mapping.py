@@ -253,7 +253,7 @@ class WeightMapping:
             place.copy_(part)
 
     def is_sharded(self, name: str) -> bool:
-        """Whether tensor-parallel ranks hold different parts of parameter `name`."""
+        """True if tensor-parallel ranks hold different parts of parameter `name`."""
         return self._row(name).split != "whole"
 
     def _row(self, name: str) -> Row:

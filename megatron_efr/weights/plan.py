@@ -50,7 +50,7 @@ class Bucket:
         return sum(entry.nbytes for entry in self.entries)
 
     def messages(self, main: int | None) -> dict[int, list[Entry]]:
-        """What each rank but `main` hands over, in ascending order of ranks."""
+        """The shards that each rank but `main` hands over, in ascending order of ranks."""
         found: dict[int, list[Entry]] = {}
         for entry in self.entries:
             for holder in entry.holders:
@@ -68,12 +68,12 @@ class Bucket:
         return sum(entry.shard_bytes for entry in self.entries for holder in entry.holders if holder == main)
 
     def is_at(self, main: int | None) -> bool:
-        """Whether it is one parameter, whole where it is wanted."""
+        """True if it is one parameter, whole on the rank that wants it."""
         return len(self.entries) == 1 and self.entries[0].holders == (main,)
 
 
 class Held(NamedTuple):
-    """What one rank holds: which shard of what is split, and every parameter's (shape of the shard, type)."""
+    """The holdings of one rank: which shard of what is split, and every parameter's (shape of the shard, type)."""
 
     tensor_rank: int
     shards: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -141,7 +141,7 @@ class Plan:
         return bucket.nbytes + (bucket.staged(main) if main is not None else 0)
 
     def overlaps(self, bucket: Bucket, following: Bucket, main: int | None) -> bool:
-        """Whether the next bucket may arrive while this one is in use."""
+        """True if the next bucket may arrive while this one is in use."""
         return self.room(bucket, main) + self.room(following, main) <= 2 * self.limit + self.largest
 
     def peak(self, main: int) -> int:

@@ -65,7 +65,7 @@ class Engines(Protocol):
 
     @property
     def changed(self) -> bool:
-        """Whether other servers take part than in the last update, or one that was lost since."""
+        """True if other servers take part than in the last update, or one that was lost since."""
         ...
 
     @property
@@ -117,7 +117,7 @@ class Engines(Protocol):
         ...
 
     def checksums(self) -> list[dict[str, str]]:
-        """What each server says of its weights, by SGLang's own parameter names."""
+        """Each server's checksums of its weights, by SGLang's own parameter names."""
         ...
 
     def take_failing(self) -> list[str]:
@@ -155,7 +155,7 @@ class Transport(Protocol):
     """Every rank's parcels are needed, and kept until `deliver` has returned on rank 0."""
 
     def prepare(self, parcel: Parcel) -> Any:
-        """What rank 0 will deliver; every rank calls it."""
+        """The bytes that rank 0 will deliver; every rank calls it."""
         ...
 
     def begin(self) -> None:
@@ -176,7 +176,7 @@ class Transport(Protocol):
 
 
 class Check(Protocol):
-    """What the engines must say of their weights after a publication."""
+    """A check of what the engines say of their weights after a publication."""
 
     def add(self, parcel: Parcel) -> None: ...
 
@@ -289,7 +289,7 @@ class Publisher:
 
 
 class _Steps:
-    """What rank 0 does with the engines, up to the first failure."""
+    """The steps that rank 0 takes with the engines, up to the first failure."""
 
     def __init__(self, engines: Engines | None) -> None:
         self._acts = engines is not None

@@ -179,7 +179,7 @@ class Reshard:
         return room.parcel
 
     def _room(self, bucket: Bucket, raw: torch.Tensor, views: Shards | None = None) -> _Room:
-        """Where a bucket's whole tensors come to lie in `raw`; with `views`, those that main holds whole stay there."""
+        """The places of a bucket's whole tensors in `raw`; with `views`, those that main holds whole stay there."""
         lie = {e: views[e.name] for e in bucket.entries if e.holders == (self._main,)} if views is not None else {}
         tensors = [pair for e, view in lie.items() for pair in self._mapping.to_hugging_face(e.name, [view])]
         # wide types first: every tensor then begins at a multiple of its own width, without gaps

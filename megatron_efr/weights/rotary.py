@@ -1,4 +1,4 @@
-"""What config.json's rope fields mean, as transformers 5 reads them, or a refusal that names the field to change."""
+"""Reads config.json's rope fields as transformers 5 does, or refuses them and names the field to change."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _section(raw: dict[str, Any], key: str, where: str) -> dict[str, Any]:
 
 
 def _read(raw: dict[str, Any], section: str | None, where: str) -> Rotary:
-    """What transformers makes of one of the fields (None: of neither) and what stands beside it."""
+    """The embedding that transformers makes of one of the fields (None: of neither) and what stands beside it."""
     rope = Fields(dict(raw[section]) if section else {}, f"{where}{section}." if section else where)
     theta = rope if "rope_theta" in rope else Fields(raw, where)
     if rope.values.pop("partial_rotary_factor", 1) not in (1, None):

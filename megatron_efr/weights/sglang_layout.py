@@ -44,7 +44,7 @@ class EngineLayout:
 
     @property
     def padded_on_cpu(self) -> bool:
-        """Whether engines on a CPU hold a wider model than this table says: they add heads, and MLP columns in runs of
+        """True if engines on a CPU hold a wider model than this table says: they add heads, and MLP columns in runs of
         32 a rank, until all ranks have as many (`adjust_config_with_unaligned_cpu_tp`). The columns that they add to
         experts are in this table."""
         a = self.architecture
@@ -66,7 +66,7 @@ class EngineLayout:
             yield target, [self._slice(target, found, rank) for rank in range(self.ranks)]
 
     def expert_part(self, name: str, tensor: torch.Tensor) -> ExpertPart | None:
-        """Where an expert's matrix lies in SGLang's parameter on a CPU, with its zeros; None where it is not one."""
+        """The place of an expert's matrix in SGLang's parameter on a CPU, with its zeros; None where it is not one."""
         experts, match = self.architecture.experts, self._expert(name)
         if experts is None or match is None:
             return None

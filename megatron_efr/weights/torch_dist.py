@@ -53,7 +53,7 @@ _FORMAT = {
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter stands in the checkpoint: its tensor's name, and (index, count) along each leading axis."""
+    """The place of a parameter in the checkpoint: its tensor's name, and (index, count) along each leading axis."""
 
     key: str
     axes: tuple[tuple[int, int], ...]
@@ -155,7 +155,7 @@ class _Writer(torch_checkpoint.DefaultSavePlanner):
             yield item
 
     def _extra_state(self, name: str) -> WriteItem:
-        """What Megatron stores for a linear layer beside its weight: nothing, but it must be there."""
+        """The entry that Megatron stores for a linear layer beside its weight: nothing, but it must be there."""
         place = _place(name.removesuffix("weight") + "_extra_state", self._architecture)
         first, counts = (".".join(str(n) for n in axis) for axis in zip(*place.axes, strict=True))
         return WriteItem(index=MetadataIndex(f"{place.key}/shard_{first}_{counts}"), type=WriteItemType.BYTE_IO)
@@ -278,12 +278,12 @@ class _Into:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether tensors in this format lie there."""
+    """True if tensors in this format lie there."""
     return (folder / ".metadata").is_file()
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What a checkpoint folder stores, as torch describes it; ConfigError where it is none."""
+    """Read what a checkpoint folder stores, as torch describes it; ConfigError where it is none."""
     if not is_checkpoint(folder):
         raise ConfigError(
             f"{folder}: no checkpoint: no .metadata there; a folder like checkpoints/step_000010 is expected"

@@ -1,4 +1,4 @@
-"""What all streams of one embedded engine share: the model, weights and cache, and whose turn it is to use them."""
+"""The core that all streams of an embedded engine share: model, weights, cache, and whose turn it is to use them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_efr.weights.architecture import Architecture
 
 @dataclass(slots=True)
 class Tally:
-    """What an engine's `health` reports."""
+    """The figures of an engine's `health`."""
 
     tokens: int = 0
     steps: int = 0

@@ -71,7 +71,7 @@ class Cache:
             del old
 
     def entries(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Where keys and values of `positions` [n] in `rows` [n] lie in one layer seen as vectors [.., head dim].
+        """The places of keys and values of `positions` [n] in `rows` [n] in one layer, seen as vectors [.., head dim].
 
         In the order [n, keys then values, kv heads], flat.
         """
@@ -231,7 +231,7 @@ class Decoder:
         return self._logits(x)
 
     def _mask(self, positions: torch.Tensor, keys: int) -> torch.Tensor:
-        """What attention adds to its scores, [n, 1, keys]: 0 up to each row's position, -inf beyond."""
+        """The mask that attention adds to its scores, [n, 1, keys]: 0 up to each row's position, -inf beyond."""
         beyond = torch.arange(keys, device=self.device) > positions[:, None]
         mask = torch.zeros(beyond.shape, device=self.device, dtype=self.dtype)
         return mask.masked_fill_(beyond, float("-inf"))[:, None]
@@ -250,7 +250,7 @@ class Decoder:
         return qkv
 
     def _rest(self, layer: _Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """What follows attention in a layer: output projection, residual, SwiGLU, residual."""
+        """The rest of a layer after attention: output projection, residual, SwiGLU, residual."""
         x = F.linear(attended, layer.o).add_(x)
         normed = self._rms(x, layer.post_norm)
         if layer.router is None:

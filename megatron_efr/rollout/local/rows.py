@@ -17,7 +17,7 @@ WRITTEN = 0
 """The kind of rows whose next token their script writes; other kinds say which tokens end a drawing."""
 
 GOES_ON, STOPS, HELD = 0, 1, 2
-"""What a token does to a drawing: nothing, end it and belong to it, end it and be held back."""
+"""Effects of a token on a drawing: nothing, end it and belong to it, end it and be held back."""
 
 
 @dataclass(slots=True)
@@ -66,7 +66,7 @@ class Entry:
         return len(self.tokens) - self.row.driver.holds
 
     def response(self, decode: Callable[[tuple[int, ...]], str]) -> Response:
-        """What the row has become."""
+        """The response that the row has become."""
         end = self.length - self.prompt
         tokens, spans = tuple(self.tokens[self.prompt : self.length].tolist()), self.row.spans
         ends = [start for _, start in spans[1:]] + [end]
@@ -149,7 +149,7 @@ class Rows:
         self.rows[target] = self.rows[source]
 
     def positions(self, indices: np.ndarray) -> np.ndarray:
-        """Where in its response the next token of each row stands, [indices]."""
+        """The position in its response of each row's next token, [indices]."""
         return self.length[indices] - self.prompt[indices]
 
     def penalties(self, indices: np.ndarray) -> Iterator[tuple[int, TokenPenalty]]:

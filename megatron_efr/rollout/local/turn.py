@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 class Closable(Protocol):
-    """What decodes, as far as turns are concerned."""
+    """A decoder, as far as turns are concerned."""
 
     closed: bool
 

@@ -1,4 +1,4 @@
-"""Where servers listen, who may reach them there, and whether they answer."""
+"""Addresses of servers: where they listen, who may reach them there, and if they answer."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def status(url: str, timeout_s: float, key: str | None = None) -> int | None:
 
 
 def is_ready(url: str) -> bool:
-    """Whether the server takes requests."""
+    """True if the server takes requests."""
     return status(f"{url}/ready", timeout_s=5) == 200
 
 

@@ -85,7 +85,7 @@ def server_arguments(
     first_gpu: int = 0,
     shared: bool = False,
 ) -> dict[str, Any]:
-    """What the servers of a run are started with, by SGLang's names; `rollout.server` has the last word.
+    """Arguments that the servers of a run are started with, by SGLang's names; `rollout.server` has the last word.
 
     `first_gpu` is the first server's, which is `shared` with a trainer where it is.
     """

@@ -67,7 +67,7 @@ class ServerProcess:
         self.wait()
 
     def tail(self) -> str:
-        """Where its log is, and the end of it, without the line that holds the key."""
+        """The place of its log, and the end of it, without the line that holds the key."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         shown = [line[:500] for line in lines[-TAIL:] if "server_args=" not in line]
         return "\n  ".join([f"the end of {self.log}:", *shown])

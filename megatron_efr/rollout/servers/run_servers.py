@@ -104,7 +104,7 @@ def _start(
 
 
 def _address(host: Host, cpu_world: dist.ProcessGroup) -> str:
-    """Where this host's servers listen: one host keeps to itself; of several, each where it reaches rank 0's.
+    """The address of this host's servers: one host keeps to itself; of several, each where it reaches rank 0's.
 
     Rank 0's host itself may know its name as 127.0.1.1, so it takes the last rank's word for its address.
     """

@@ -1,4 +1,4 @@
-"""Whether a running SGLang server is what the configuration says, by the arguments that it was started with."""
+"""Checks that a running SGLang server is what the configuration says, by the arguments that it was started with."""
 
 from __future__ import annotations
 

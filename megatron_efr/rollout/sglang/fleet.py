@@ -38,7 +38,7 @@ IDLE_S = 3.0
 
 @dataclass(slots=True)
 class Tally:
-    """What was done since it was last read."""
+    """Counts of what was done since they were last read."""
 
     tokens: int = 0
     prompt_tokens: int = 0
@@ -53,7 +53,7 @@ class Tally:
 
 @dataclass(slots=True)
 class Place:
-    """Where one response is in work."""
+    """The place at which one response is in work."""
 
     server: Server | None = None
 
@@ -144,7 +144,7 @@ class Fleet:
         return place.server
 
     async def _judge(self, server: Server, error: LostError) -> None:
-        """Whether a server that failed to give a response serves on."""
+        """Find out if a server that failed to give a response serves on."""
         if isinstance(error, BrokenError):
             self.membership.lose(server, str(error))
         else:
@@ -182,7 +182,7 @@ class Fleet:
         place.server = server
 
     async def read_tally(self) -> Tally:
-        """What was done since the last call."""
+        """Counts of what was done since the last call."""
         tally, self._tally = self._tally, Tally()
         events, self.membership.events = self.membership.events, Events()
         tally.serving, tally.empty = len(self.membership.serving), len(self.membership.empty)

@@ -40,7 +40,7 @@ class State(Enum):
 
 @dataclass(slots=True)
 class Events:
-    """What happened to servers since it was last read."""
+    """Counts of what befell servers since they were last read."""
 
     lost: int = 0
     back: int = 0  # lost ones that a publication took in again

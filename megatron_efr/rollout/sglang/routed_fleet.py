@@ -54,7 +54,7 @@ class RoutedFleet(Fleet):
 
     @property
     def routed(self) -> bool:
-        """Whether the next group goes through the router."""
+        """True if the next group goes through the router."""
         return self._usable and self._workers == self.membership.serving_urls and not self._keeper.done()
 
     async def _choose(self) -> Server:
@@ -101,7 +101,7 @@ class RoutedFleet(Fleet):
                 self._process.start()
 
     async def _until_it_fails(self) -> str:
-        """What is wrong with it at last."""
+        """Watch it until something is wrong with it, and name that."""
         began, missed, error = time.monotonic(), 0, "it never answered"
         ready = False
         while (code := self._process.process.poll()) is None:
@@ -121,7 +121,7 @@ class RoutedFleet(Fleet):
         return f"ended with exit code {code}"
 
     async def _tend(self) -> bool:
-        """Whether its workers are the servers that serve; if not, have it change them."""
+        """True if its workers are the servers that serve; if not, have it change them."""
         if not self._workers <= self.membership.current_urls:
             self._break()  # what a lost server had will not be answered by it, or not with known weights
         names = await self._router.workers()

@@ -27,7 +27,7 @@ from sglang_router.launch_router import launch_router, parse_router_args
 key = os.environ.pop("{KEY}", None)
 launch_router(parse_router_args([*sys.argv[1:], *(["--api-key", key] if key else [])]))
 """
-"""What its interpreter runs: the key comes by the environment, since `ps` shows arguments."""
+"""The program that its interpreter runs: the key comes by the environment, since `ps` shows arguments."""
 
 POLICY = {
     "policy": "cache_aware",

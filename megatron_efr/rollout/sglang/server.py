@@ -58,7 +58,7 @@ class Server:
         self.url = url.rstrip("/")
         self._session, self._limits, self._mixture = session, limits, mixture
         self.released: set[str] = set()
-        """What of WEIGHTS and CACHES it has given up: to take again what it has ends a server. Empty once restarted."""
+        """Those of WEIGHTS and CACHES that it has given up; taking what it has ends a server. Empty once restarted."""
 
     # -- responses -----------------------------------------------------------------------------------------------------
 

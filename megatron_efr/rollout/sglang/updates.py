@@ -1,4 +1,4 @@
-"""What a publication asks of SGLang's servers: the `Engines` of `weights.publish`.
+"""A publication's calls to SGLang's servers: the `Engines` of `weights.publish`.
 
 Every call goes to the servers that take part in the update that is going on (`membership`).
 """
@@ -73,7 +73,7 @@ class ServerUpdates:
 
     @property
     def changed(self) -> bool:
-        """Whether other servers take part than in the last update, or one that was lost since."""
+        """True if other servers take part than in the last update, or one that was lost since."""
         return self._membership.changed
 
     def begin_update(self) -> None:
@@ -165,7 +165,7 @@ class ServerUpdates:
         self._version, self._updated_by = version, None
 
     def checksums(self) -> list[dict[str, str]]:
-        """What each server says of its weights, by SGLang's own parameter names."""
+        """Each server's checksums of its weights, by SGLang's own parameter names."""
         return self._all(Server.checksums)
 
     # -- within --------------------------------------------------------------------------------------------------------
