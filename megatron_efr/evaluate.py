@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from megatron_efr import arguments, log
+from megatron_efr import arguments
 from megatron_efr.checkpoint.model_source import find_model
 from megatron_efr.config import EvaluateConfig
 from megatron_efr.data.prompts import load_tokenizer
@@ -18,6 +18,7 @@ from megatron_efr.errors import UserError
 from megatron_efr.evaluation.evaluator import Evaluator
 from megatron_efr.evaluation.journal import ASKED, Unfinished, finished, forget
 from megatron_efr.evaluation.records import Record, describe
+from megatron_efr.evaluation.recovery import ask_with_recovery, take_in_returned
 from megatron_efr.grading import Grader
 from megatron_efr.rollout.build import open_engine
 from megatron_efr.rollout.codec import TokenizerCodec
@@ -30,7 +31,7 @@ from megatron_efr.run.folder import RunFolder
 from megatron_efr.run.owner import owned
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import TensorSource, as_folder
-from megatron_efr.weights.publish import RECOVERIES, EngineError, LostError, NoEngineError
+from megatron_efr.weights.publish import EngineError
 
 
 def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) -> Record:
@@ -72,14 +73,14 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
         codec, penalties = TokenizerCodec(tokenizer), bool(evaluator.script.penalised)
         engine = open_engine(source.start, config.rollout, logs, seed, codec, resources, penalties)
         publish = publication(weights, engine, config.rollout.transport, logs / "weights", source.start.path, resources)
-        take_in = taking_in(engine, publish)
+        take_in = take_in_returned(engine, publish)
 
         def ask() -> Record:
             keep = partial(folder.write_answers, record_name) if config.evaluation.keep else lambda graded: None
             return evaluator.run(engine, grader, record_name, unfinished.journal, take_in, keep)
 
         try:
-            record = answered(publish, ask)
+            record = ask_with_recovery(publish, ask)
         except EngineError as error:
             raise UserError(f"{error}; the same command goes on from {unfinished.journal.path}") from error
         folder.write_evaluation(record_name, record | {ASKED: judged})
@@ -97,30 +98,6 @@ def publication(
     folder = as_folder(weights, place, template)
     resources.callback(shutil.rmtree, place, ignore_errors=True)
     return lambda: engine.publish_folder(folder, version=0)
-
-
-def answered(publish: Callable[[], None], ask: Callable[[], Record]) -> Record:
-    """What `ask` returns, after `publish`. Where servers are lost so that it cannot go on, both are called again, which
-    waits for one to come back, at most RECOVERIES times."""
-    for _ in range(RECOVERIES):
-        try:
-            publish()
-            return ask()
-        except (LostError, NoEngineError) as error:
-            log.warning(f"{error}; publishing to those that answer, or come back")
-    publish()
-    return ask()
-
-
-def taking_in(engine: Engine, publish: Callable[[], None]) -> Callable[[], None]:
-    """Publishes where servers that were lost are back, which do not serve before, at most RECOVERIES times."""
-    times = iter(range(RECOVERIES))
-
-    def take_in() -> None:
-        if engine.health().get("empty") and next(times, None) is not None:
-            publish()
-
-    return take_in
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -47,14 +47,11 @@ NUMBERED: dict[str, Callable[[int], Measure]] = {}
 """Measures that take a number, written NAME@NUMBER."""
 
 
-def register(
-    unit: str, better: Better, value: Value = ratio, *, rate: bool = False, name: str | None = None
-) -> Callable[[Terms], Terms]:
+def register(unit: str, better: Better, value: Value = ratio, *, rate: bool = False) -> Callable[[Terms], Terms]:
     """Give a function of samples its place in MEASURES, under its own name; its docstring is what is said about it."""
 
     def add(terms: Terms) -> Terms:
-        called = name or terms.__name__
-        MEASURES[called] = Measure(called, unit, better, terms, value, rate, terms.__doc__ or "")
+        MEASURES[terms.__name__] = Measure(terms.__name__, unit, better, terms, value, rate, terms.__doc__ or "")
         return terms
 
     return add

@@ -71,7 +71,7 @@ class Samples:
             early=early[1] if early else None,
             direct=_direct(rows),
             later=_later(rows),
-            limit=limit or int(tokens.max()),
+            limit=limit or max(1, int(tokens.max())),
         )
 
     @property

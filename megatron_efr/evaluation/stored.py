@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from megatron_efr.errors import UserError
 
@@ -98,10 +98,14 @@ class Row(Part):
         return self
 
 
+class _Protocol(Part):
+    max_new_tokens: PositiveInt | None = None
+
+
 class Evaluation(Figures):
     name: str
     schema_number: Annotated[int, Field(alias="schema", le=SCHEMA)] = 1
-    protocol: dict[str, Any] = {}
+    protocol: _Protocol = _Protocol()
     datasets: dict[str, Figures]
     difficulties: dict[str, dict[str, _Measure]] = {}
     rows: Annotated[list[Row], Field(min_length=1)]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from megatron_efr.data.arithmetic import ArithmeticTask, write
-from megatron_efr.evaluate import taking_in
+from megatron_efr.evaluation.recovery import take_in_returned
 from megatron_efr.policy.ranks import Ranks
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.run.folder import RunFolder
@@ -74,7 +74,8 @@ def test_a_server_killed_in_generation_loses_no_response_and_serves_again_only_w
     servers.restart(0)
     assert_each_came_once(list(engine.generate(requests(COUNT), LONG)), 1)  # of version 1, which the other has alone
     assert figures(engine) == (1, 0, 0)
-    take_in = taking_in(engine, lambda: engine.publish(weights_of(models[0]), version=2))  # as an evaluation does
+    # as an evaluation does
+    take_in = take_in_returned(engine, lambda: engine.publish(weights_of(models[0]), version=2))
     wait_until(lambda: take_in() or engine.count == 2, "the restarted server takes part")
     assert engine.checksums()[0] == engine.checksums()[1]
     assert distance(engine, servers.model) <= 1e-5

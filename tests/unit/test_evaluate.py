@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_efr.evaluate import answered, taking_in
 from megatron_efr.evaluation.journal import EvaluationError, Unfinished, finished, forget
 from megatron_efr.evaluation.records import Record, summarise
+from megatron_efr.evaluation.recovery import ask_with_recovery, take_in_returned
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.weights.publish import EngineError, LostError, NoEngineError
 from tests.groups import graded
@@ -38,21 +38,21 @@ class Servers:
 def test_servers_that_are_lost_are_published_to_three_times_more_and_what_they_refuse_is_not_asked_again() -> None:
     gone = NoEngineError("none is left: http://a:1")
     lost = Servers(None, gone, LostError("http://a:1"), None, gone)  # asked, published to, asked
-    assert answered(lost.publish, lost.next) == {}
+    assert ask_with_recovery(lost.publish, lost.next) == {}
     assert lost.published == 4
     never = Servers(*[None, gone] * 5)
     with pytest.raises(NoEngineError, match="http://a:1"):
-        answered(never.publish, never.next)
+        ask_with_recovery(never.publish, never.next)
     assert never.published == 4
     refusing = Servers(EngineError("http://a:1 answered 400"))
     with pytest.raises(EngineError, match="answered 400"):
-        answered(refusing.publish, refusing.next)
+        ask_with_recovery(refusing.publish, refusing.next)
     assert refusing.published == 1
 
 
 def test_servers_that_are_back_are_published_to_three_times() -> None:
     servers: Any = Servers()
-    take_in = taking_in(servers, servers.publish)
+    take_in = take_in_returned(servers, servers.publish)
     for _ in range(5):
         take_in()
     assert servers.published == 3

@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"weights.architecture", "weights.frequencies", "weights.mapping", "weights.checked", "weights.publish"}
     | {"weights.reshard", "weights.transports"},
     "evaluation": BASE
-    | {"data", "grading", "observe.progress", "scripts"}
+    | {"data", "grading", "observe.progress", "scripts", "weights.publish"}
     | {"rollout.codec", "rollout.engine", "rollout.journal", "rollout.ledger", "rollout.requests"},
     "report": BASE | {"evaluation.measures", "evaluation.records", "evaluation.statistics", "evaluation.stored"},
     "compare": BASE
