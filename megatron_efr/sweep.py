@@ -40,7 +40,7 @@ def sweep(made: Sweep, given: Namespace, seconds: dict[str, float]) -> None:
         with owned(family.folder.lock, str(family.folder.path)):
             family.check_resumed(tasks)
             failed = make(family, tasks, file.jobs, seconds)
-            write_results(family, seconds, file.note)
+            write_results(family, seconds, file)
         if failed is not None:
             raise failed
 
@@ -76,10 +76,10 @@ def make_one(file: SweepConfig, family: Family, tasks: Sequence[Task], number: i
         raise failed
     if all(family.has_finished(task.evaluation) for task in tasks):
         with suppress(OwnedError), owned(family.folder.lock, str(family.folder.path)):  # another's are the same
-            write_results(family, {}, file.note)
+            write_results(family, {}, file)
 
 
-def write_results(family: Family, seconds: dict[str, float], note: str) -> None:
+def write_results(family: Family, seconds: dict[str, float], file: SweepConfig) -> None:
     """Write the table, summary.json and the report of all models that are evaluated by now."""
     tasks = [task for task in family.tasks() if family.has_finished(task.evaluation)]
     members = {task.name: task.member for task in tasks if task.member is not None}
@@ -90,7 +90,7 @@ def write_results(family: Family, seconds: dict[str, float], note: str) -> None:
         Evaluated(task.name, *task.listed_as, task.base, keys.get(task.name, {}), str(task.weights)) for task in tasks
     ]
     folders = [RunFolder(member.config.folder) for member in members.values()]
-    table, page = write_family(family.folder, runs, folders, seconds, note)
+    table, page = write_family(family.folder, runs, folders, seconds, file.note, file.against)
     print(f"table: {table}\nreport: {page}", flush=True)
 
 

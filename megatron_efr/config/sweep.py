@@ -38,6 +38,9 @@ class SweepConfig(Section):
     jobs: PositiveInt = Field(default=1, description="programs at once")
     ranks: PositiveInt = Field(default=1, description="processes of each run (torchrun --nproc-per-node)")
     note: str = Field(default="", description="what the report's reader must know about these figures")
+    against: Name | None = Field(
+        default=None, description="model that the report compares all others with; the first one when left out"
+    )
     slurm: list[str] = Field(default_factory=list, description="options of sbatch for `--slurm`, such as --gpus=8")
 
 
@@ -113,7 +116,11 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
         if hidden := next((name for name in varied if _overlap(name, key)), None):
             raise ConfigError(f"{override!r}: members of {path} set {hidden} themselves; --only chooses among them")
         apply(tree, override)
-    return Sweep(file, validate(TrainConfig, tree, str(base)), _members(file, tree, str(path)))
+    made = Sweep(file, validate(TrainConfig, tree, str(base)), _members(file, tree, str(path)))
+    models = dict.fromkeys(member.model for member in made.members)
+    if file.against is not None and file.against not in models:
+        raise ConfigError(f"{path}: against: no model is named {file.against}; there are {', '.join(models)}")
+    return made
 
 
 def load_alphas(path: str | Path, overrides: Iterable[str], written: str) -> Sweep:

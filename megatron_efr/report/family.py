@@ -39,15 +39,18 @@ def write_family(
     members: Sequence[Folder],
     seconds: Mapping[str, float],
     note: str = "",
+    against: str | None = None,
 ) -> tuple[Path, Path]:
     """Write table.parquet, table.csv, summary.json and the report; returns the paths of table and page.
 
-    `members` are the folders of the runs that were trained; `seconds` says how long each part took.
+    `members` are the folders of the runs that were trained; `seconds` says how long each part took; `against` is the
+    model that the others are compared with, the first one by default.
     """
     records = folder.read_evaluations()
     keys = {key: None for run in runs for key in run.keys}
     table = write_table([_row(run, keys, records[run.name]) for run in runs], folder.path)
-    folder.write_summary({**family_summary(records, _listed(runs), seconds), "note": note})
+    said = {"note": note} if against is None else {"note": note, "against": against}
+    folder.write_summary({**family_summary(records, _listed(runs), seconds), **said})
     return table, write_run_page(folder, members)
 
 

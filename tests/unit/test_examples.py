@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_efr import algorithms
+from megatron_efr import algorithms, methods
 from megatron_efr.config import DpoConfig, EvaluateConfig, SftConfig, TrainConfig
 from megatron_efr.config.file import dump, load
+from megatron_efr.config.sweep import is_sweep, load_sweep
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-FILES = sorted(EXAMPLES.rglob("*.yaml"))
+FILES = sorted(path for path in EXAMPLES.rglob("*.yaml") if not is_sweep(path))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(EXAMPLES)))
@@ -45,3 +46,19 @@ def test_paper_hyperparameters(file: str, lr: float) -> None:
     assert config.evaluation.samples_by_dataset == {"gsm8k_test": 1, "math500": 3, "aime24": 10}
     assert config.seed == 42
     assert config.train.micro_batch_tokens >= config.rollout.max_new_tokens + config.data.prompt.max_tokens
+
+
+def test_the_family_has_rloo_grpo_and_sixteen_methods_or_more_of_three_seeds() -> None:
+    made = load_sweep(EXAMPLES / "family.yaml")
+    built = []
+    for member in made.members:
+        config = member.config
+        method = methods.build(config.method, config.rollout, config.algorithm)
+        algorithm = algorithms.build(config.algorithm, config.rollout)
+        methods.check_together(config.method.name, method, algorithm)
+        priced = config.method.name if config.method.options.get("alpha") != 0 else "none"
+        built.append((member.model, priced, algorithm.name, config.seed))
+    names = list(dict.fromkeys(built[i][:3] for i in range(len(built))))
+    assert names[:2] == [("rloo", "none", "rloo"), ("grpo", "none", "grpo")], "without a price on length"
+    assert len({method for _, method, _ in names[2:]}) == len(names) - 2 >= 16
+    assert [seed for *_, seed in built] == [1, 2, 3] * len(names)

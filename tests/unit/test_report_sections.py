@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from megatron_efr.evaluation.records import Record, summarise
+from megatron_efr.report.differences import differences, student
 from megatron_efr.report.records import Listed, family_summary, summary_markdown
 from megatron_efr.report.results import Results
-from megatron_efr.report.sections import budgets, difficulty, family, lengths, made, problem, training
+from megatron_efr.report.sections import apart, budgets, difficulty, family, lengths, made, problem, training
 from megatron_efr.report.sentences import front
 from megatron_efr.types import Prompt
 from tests.groups import graded
@@ -139,3 +141,58 @@ def test_thinking_ends_with_its_mark_or_before_the_last_box(results: Results) ->
         "a_seed-1 </think>",
         "so",
     )
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 10, 54, 400])
+@pytest.mark.parametrize("chance", [0.9, 0.975, 0.9995])
+def test_student_s_quantiles_are_scipy_s(chance: float, freedom: int) -> None:
+    assert student(chance, freedom) == pytest.approx(stats.t.ppf(chance, freedom), rel=1e-4)
+
+
+def test_intervals_of_differences_are_those_of_pooled_deviations() -> None:
+    values = {"r": [1.0, 2.0, 4.0], "a": [5.0, 5.5], "b": [1.0, 3.0, 2.0]}
+    found = differences(values, "r", 4)
+    pooled = sum(np.var(own, ddof=1) * (len(own) - 1) for own in values.values()) / 5
+    for name in ("a", "b"):
+        middle = np.mean(values[name]) - np.mean(values["r"])
+        reach = stats.t.ppf(1 - 0.05 / 8, 5) * np.sqrt(pooled * (1 / len(values[name]) + 1 / 3))
+        assert found[name] == pytest.approx((middle, middle - reach, middle + reach), rel=1e-4)
+    two = differences({"r": [1.0, 2.0, 4.0], "b": [2.0, 3.5, 7.0]}, "r", 1)["b"]
+    p = stats.ttest_ind([2.0, 3.5, 7.0], [1.0, 2.0, 4.0]).confidence_interval(0.95)
+    assert two[1:] == pytest.approx((p.low, p.high), rel=1e-4)
+
+
+def test_equal_models_are_told_apart_as_seldom_as_it_is_said() -> None:
+    rng = np.random.default_rng(0)
+    families = [{f"m{i}": list(rng.normal(size=3)) for i in range(6)} for _ in range(400)]
+    wrong = [any(each.side for each in differences(family, "m0", 5).values()) for family in families]
+    assert 0.0 < np.mean(wrong) < 0.08
+
+
+def test_what_is_apart_is_said_of_models_of_several_seeds(tmp_path: Path) -> None:
+    def model(name: str, accuracy: list[float], tokens: list[float]) -> Record:
+        means = {"accuracy": np.mean(accuracy), "tokens": np.mean(tokens), "tokens_by_difficulty": {}}
+        return {
+            "name": name,
+            "label": name,
+            "base": "base",
+            "accuracy_by_seed": accuracy,
+            "tokens_by_seed": tokens,
+            **means,
+        }
+
+    models = [
+        {"name": "base", "label": "base", "base": "base", "accuracy": 0.5, "tokens": 60.0, "tokens_by_difficulty": {}},
+        model("plain", [0.80, 0.82, 0.81], [50.0, 51.0, 52.0]),
+        model("brief", [0.80, 0.81, 0.82], [30.0, 31.0, 32.0]),
+        model("worse", [0.60, 0.62, 0.61], [50.0, 52.0, 51.0]),
+    ]
+    found = block(apart.build(Results({"models": models, "seconds": {}}, {}, {}, tmp_path)))
+    assert found["reference"] == "plain"
+    assert found["sentence"].startswith("Of 2 models, 1 are briefer than plain beyond chance and 0 longer; 0 are more")
+    ends = [[text.rpartition(": ")[2] for text in row[1:]] for row in found["rows"]]
+    assert ends == [["not told apart", "briefer"], ["less accurate", "not told apart"]]
+    assert found["rows"][1][1].startswith("−20.0 points [")
+    against = Results({"models": models, "seconds": {}, "against": "brief"}, {}, {}, tmp_path)
+    assert [row[2].rpartition(": ")[2] for row in block(apart.build(against))["rows"]] == ["longer", "longer"]
+    assert "several seeds" in str(apart.build(Results({"models": models[:2], "seconds": {}}, {}, {}, tmp_path)))

@@ -118,6 +118,7 @@ def test_values_give_names_and_may_be_given_names(write: Write) -> None:
         ({"members": {"a": {"method.name.x": 1}}}, "member a: method.name.x': name is a value"),
         ({"members": {"a/b": {}}}, "members"),
         ({"vary": {"seed": [1]}, "jobs": 0}, "jobs"),
+        ({"vary": {"method.alpha": [0, 0.5]}, "against": "efr"}, "no model is named efr; there are alpha-0, alpha-0.5"),
     ],
 )
 def test_what_a_file_cannot_mean_is_said(keys: dict[str, Any], part: str, write: Write) -> None:
@@ -187,7 +188,7 @@ FAMILY = {"members": {"efr": {"method.alpha": 0.4}, "grpo": METHODS["grpo"]}, "v
 def test_every_model_is_made_and_the_table_has_a_row_for_each(
     write: Write, programs: Programs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sweep.main([str(write(**FAMILY, note="A toy.")), "--seconds=sft=3"])
+    sweep.main([str(write(**FAMILY, note="A toy.", against="grpo")), "--seconds=sft=3"])
     assert programs.ran == [*ALL, "eval base", *(f"eval {name}" for name in ALL)]
     folder = tmp_path / "runs/family"
     assert f"report: {folder}/report/index.html" in capsys.readouterr().out
@@ -210,7 +211,7 @@ def test_every_model_is_made_and_the_table_has_a_row_for_each(
     two = [record(f"grpo_seed-{seed}")["tokens"] for seed in (1, 2)]
     assert (grpo["runs"], grpo["tokens_by_seed"], grpo["tokens"]) == (ALL[2:], two, sum(two) / 2)
     assert grpo["tokens_sd"] == pytest.approx(abs(two[0] - two[1]) / math.sqrt(2))
-    assert (summary["note"], summary["seconds"]["sft"]) == ("A toy.", 3.0)
+    assert (summary["note"], summary["against"], summary["seconds"]["sft"]) == ("A toy.", "grpo", 3.0)
 
 
 def test_after_a_kill_finished_programs_stay_and_the_others_run(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from megatron_efr.report.results import Results
-from megatron_efr.report.sections import budgets, difficulty, family, lengths, made, problem, training
+from megatron_efr.report.sections import apart, budgets, difficulty, family, lengths, made, problem, training
 
 Block = dict[str, Any]
 """What a section's template shows."""
@@ -22,6 +22,7 @@ class Section(NamedTuple):
 
 SECTIONS = (
     Section("family", "Accuracy against tokens", family.build),
+    Section("apart", "Apart beyond chance", apart.build),
     Section("budgets", "Accuracy at hard budgets", budgets.build),
     Section("difficulty", "Tokens by difficulty", difficulty.build),
     Section("lengths", "Lengths of right and wrong responses", lengths.build),
