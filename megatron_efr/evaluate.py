@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from megatron_efr import arguments
+from megatron_efr import arguments, log
 from megatron_efr.checkpoint.model_source import find_model
 from megatron_efr.config import EvaluateConfig
 from megatron_efr.data.prompts import load_tokenizer
@@ -66,6 +66,7 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
             forget(path, asked)
             return kept
         unfinished = Unfinished(path, asked, replace)
+        resources.enter_context(log.kept(folder.log, f"evaluation {record_name}"))
         grader = resources.enter_context(Grader.of(config.grading, evaluator.judgings.verifiers))
         # servers begin their random numbers anew: not with those that the journal's answers were drawn with
         seed = request_seed(config.seed, len(unfinished.journal.read().groups))

@@ -74,29 +74,30 @@ def to_terminal(level: Level | None = None) -> None:
 
 
 @contextlib.contextmanager
-def kept(path: Path) -> Iterator[None]:
-    """Add the records of this block to the file `path`, and why it ended: rank 0's, whose folder it is.
+def kept(path: Path, work: str = "") -> Iterator[None]:
+    """Add the records of this block to the file `path`, and how it ended: rank 0's, whose folder it is.
 
+    `work` names what is done in the block, if it is not the run itself.
     The file has every event, and all else from `info` on, or from the terminal's level on if that is lower.
     """
-    handler = _File(path)
+    handler, of = _File(path), f"{work}: " if work else ""
     LOG.addHandler(handler)
     try:
         yield
     except UserError as error:
-        _end(f"with an error: {error}", logging.ERROR)
+        _end(f"{of}with an error: {error}", logging.ERROR)
         raise
     except KeyboardInterrupt:
-        _end("interrupted", logging.WARNING)
+        _end(f"{of}interrupted", logging.WARNING)
         raise
     except SystemExit as end:
-        _end(f"with exit code {end.code}", logging.INFO)
+        _end(f"{of}with exit code {end.code}", logging.INFO)
         raise
     except BaseException as error:
-        LOG.critical("[end] with a fault: %r", error, exc_info=True, extra={"event": "end", "printed": True})
+        LOG.critical("[end] %swith a fault: %r", of, error, exc_info=True, extra={"event": "end", "printed": True})
         raise
     else:
-        _end("finished", logging.INFO)
+        _end(f"{of}finished", logging.INFO)
     finally:
         LOG.removeHandler(handler)
         handler.close()
@@ -125,7 +126,7 @@ class _Formatter(logging.Formatter):
     """`TIME rank R LEVEL text`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        record.rank = os.environ.get("RANK", "0")
+        record.__dict__["rank"] = os.environ.get("RANK", "0")
         return super().format(record)
 
 

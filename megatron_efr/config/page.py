@@ -151,7 +151,11 @@ def _section(place: Place, places: list[Place], shown: dict[type[BaseModel], Pla
 
 def _elsewhere(section: type[BaseModel], shown: dict[type[BaseModel], Place]) -> type[BaseModel] | None:
     """A section that stands earlier on the page and shares a base with this one, and so some keys."""
-    bases = {base for base in section.__mro__ if base.__module__.startswith(__package__ or "") and base.model_fields}
+    bases = {
+        base
+        for base in section.__mro__
+        if base.__module__.startswith(__package__ or "") and getattr(base, "model_fields", None)
+    }
     for other in shown:
         if other is section:
             return None

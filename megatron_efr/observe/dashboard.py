@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -125,7 +125,7 @@ def _curves(chart: Chart, metrics: Metrics) -> list[tuple[Series, Curve]]:
     return found
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

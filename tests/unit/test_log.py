@@ -85,6 +85,12 @@ def test_the_file_says_how_a_run_ended(
     assert capsys.readouterr().err == ""
 
 
+def test_the_file_says_what_ended_if_it_is_not_the_run(tmp_path: Path) -> None:
+    with log.kept(tmp_path / "log.txt", "evaluation base"):
+        pass
+    assert told(tmp_path / "log.txt") == [("INFO", "end", "evaluation base: finished")]
+
+
 def test_a_fault_is_in_the_file_with_its_traceback(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), log.kept(tmp_path / "log.txt"):
         print(1 // 0)
