@@ -92,8 +92,11 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
 def publication(
     weights: TensorSource, engine: Engine, transport: str, place: Path, template: str, resources: ExitStack
 ) -> Callable[[], None]:
-    """What gives the engine the weights. Servers read them from a folder: for a checkpoint's, one written to `place`,
-    with all else from `template`, that `resources` remove."""
+    """Make a function that gives the engine the weights.
+
+    Servers read them from a folder: for a checkpoint's, one written to `place`, with all else from `template`, that
+    `resources` remove.
+    """
     if transport == "tensor" or not isinstance(engine, SGLangEngine):
         return lambda: engine.publish(weights.items(), version=0)
     folder = as_folder(weights, place, template)

@@ -102,7 +102,7 @@ def _by_part(one: Mapping[str, Samples], other: Mapping[str, Samples], seed: int
 
 
 def differing(one: Record, other: Record) -> list[str]:
-    """What two records' protocols differ in, as `key: there, here`; a record without one differs in all."""
+    """List the keys that two records' protocols differ in, as `key: one, and other`; one without any differs in all."""
     a, b = (dict(_leaves("", record.get("protocol", {}))) for record in (one, other))
     if not (a and b):
         return ["protocol: a record that says none was made by an older version; evaluate again to have it say so"]

@@ -78,7 +78,7 @@ class Evaluator:
         ]
 
     def asked(self) -> dict[str, Any]:
-        """What is asked, and how: equal where two evaluations of one model may share their answers."""
+        """Questions and sampling, by name: equal if two evaluations of one model may share their answers."""
         problems = [
             [r.prompt.id, r.prompt.tokens, r.prompt.gold, dict(r.prompt.meta), r.samples] for r in self._requests
         ]
@@ -96,7 +96,7 @@ class Evaluator:
         return {f"grading of {name}": json.loads(json.dumps(asdict(judgings[name]))) for name in sorted(judgings)}
 
     def protocol(self) -> dict[str, Any]:
-        """How any model is asked and judged: two evaluations can be compared if theirs are equal."""
+        """Problems, sampling and verifiers, by name: equal if two evaluations, of any models, can be compared."""
         problems = [[r.prompt.id, r.prompt.gold, r.prompt.meta["question"]] for r in self._requests]
         return {
             "problems": dict(Counter(r.prompt.meta["dataset"] for r in self._requests)),

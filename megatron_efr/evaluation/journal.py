@@ -1,4 +1,4 @@
-"""What an evaluation finds under its name: its finished record, or the answers that it was killed with.
+"""Finds what lies under an evaluation's name: its finished record, or the answers that it was killed with.
 
 Both say what was asked, and of another evaluation neither is taken.
 """
@@ -82,7 +82,7 @@ def _place(record: Path) -> Path:
 
 
 def _read_asked(place: Path) -> dict[str, Any]:
-    """What the answers at a place answer; empty if there are none."""
+    """Read which questions the answers at a place answer; empty if there are none."""
     path = Path(f"{place}.json")
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 

@@ -63,7 +63,7 @@ def summarise(
     which equal answers are equal (None: no answer); without them there is no majority vote. `thinking` counts the
     tokens of a response's thought, None if it does not end one. `protocol` says how the problems were asked and judged.
     `left_out` counts problems of each data set that were not asked, since their prompts are too long. `seed` draws the
-    bootstrap; the text of the first `shown` responses of each problem is kept. ValueError where nothing was evaluated.
+    bootstrap; the text of the first `shown` responses of each problem is kept. ValueError if nothing was evaluated.
     """
     if not groups:
         raise ValueError(f"evaluation {name}: no problems to summarise")
@@ -119,7 +119,7 @@ def _measures(found: Mapping[str, Figure]) -> Record:
 
 
 def _row(graded: Graded, shown: int) -> Record:
-    """What is kept of a problem: its text, a list with an entry for each sample by key, the first responses' texts."""
+    """Keep of a problem its text, a list with an entry for each sample by key, the first responses' texts."""
     group, meta = graded.group, graded.group.prompt.meta
     difficulty = meta.get("difficulty")
     return {
@@ -194,7 +194,7 @@ def describe(record: Record) -> str:
 
 
 def left_out_note(left_out: Mapping[str, int]) -> str:
-    """A sentence on the problems that were not asked; empty where all were."""
+    """A sentence on the problems that were not asked; empty if all were."""
     if not left_out:
         return ""
     total = sum(left_out.values())

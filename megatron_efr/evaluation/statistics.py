@@ -1,4 +1,4 @@
-"""Statistics of numbers: intervals over problems, pass@k, votes, and ratios; seeded where they draw."""
+"""Statistics of numbers: intervals over problems, pass@k, votes, and ratios; seeded if they draw."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def rate_interval(rates: np.ndarray, samples: int, level: float = LEVEL) -> tupl
 
     Responses to one problem are not independent, so the count in Wilson's formula is the effective one,
     p (1 - p) / (variance between problems / problems), no fewer than the problems and no more than the responses (Korn
-    & Graubard 1998; Dean & Pagano 2015). At 0% and 100%, where there is no variance, it is the problems. With one
+    & Graubard 1998; Dean & Pagano 2015). At 0% and 100%, with no variance, it is the problems. With one
     response each this is Wilson's interval itself.
     """
     problems = len(rates)
@@ -120,7 +120,7 @@ def _elected(
 
 
 def in_order(levels: Iterable[str]) -> list[str]:
-    """Difficulties sorted by the number in them (`2`, `10`, `Level 3`), by text where one has no number."""
+    """Difficulties sorted by the number in them (`2`, `10`, `Level 3`), by text if one has no number."""
     levels = list(levels)
     numbers = {level: _number(level) for level in levels}
     if any(number is None for number in numbers.values()):
@@ -142,7 +142,7 @@ def normalised(
 ) -> dict[str, float]:
     """Mean over datasets of the ratio to the starting model (Arora & Zanette 2025, section 5; 1.0 = as the start).
 
-    Both map dataset -> {"accuracy", "tokens"}. ValueError where the datasets differ or the start scores 0 on one.
+    Both map dataset -> {"accuracy", "tokens"}. ValueError if the datasets differ or the start scores 0 on one.
     """
     if set(figures) != set(start) or not start:
         raise ValueError(f"normalised figures need the same datasets: {sorted(figures)} against {sorted(start)}")
@@ -162,10 +162,10 @@ def accuracy_efficiency_score(
     start_tokens: ArrayLike,
     weights: tuple[float, float, float] = (1.0, 3.0, 5.0),
 ) -> np.ndarray:
-    """AES of O1-Pruner (2501.12570): w dL + b |dA| where accuracy rose, w dL - g |dA| where it fell.
+    """AES of O1-Pruner (2501.12570): w dL + b |dA| if accuracy rose, w dL - g |dA| if it fell.
 
     dL = (start_tokens - tokens) / start_tokens and dA = (accuracy - start_accuracy) / start_accuracy; `weights` are
-    (w, b, g), known from others' accounts alone. 0 is the starting model; higher is better; nan where the start is 0 in
+    (w, b, g), known from others' accounts alone. 0 is the starting model; higher is better; nan if the start is 0 in
     either. Numbers, or arrays of one shape, which is the result's.
     """
     w, b, g = weights
