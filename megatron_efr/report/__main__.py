@@ -10,6 +10,7 @@ from typing import Any
 from megatron_efr import arguments
 from megatron_efr.report.agreement import agreement_markdown, compare
 from megatron_efr.report.records import over_seeds, summary_markdown
+from megatron_efr.report.results import runs_of
 from megatron_efr.report.run_page import write_run_page
 from megatron_efr.report.stored import read_summary
 from megatron_efr.run.folder import RunFolder
@@ -43,7 +44,7 @@ def _family(folder: RunFolder) -> dict[str, Any]:
 def _members(folder: RunFolder, summary: dict[str, Any]) -> list[RunFolder]:
     """The runs behind a family's models, in the first seed's folder where there are several."""
     first = folder.path / "seed-1" if summary.get("seeds") else folder.path
-    runs = [RunFolder(first / model["name"]) for model in summary["models"]]
+    runs = [RunFolder(first / name) for model in summary["models"] for name in runs_of(model)]
     return [run for run in runs if run.config.exists()]
 
 

@@ -105,6 +105,37 @@ def how(config: TrainConfig) -> tuple[methods.Method, algorithms.Algorithm]:
 
 
 @pytest.mark.heavy
+def test_a_sweep_says_what_is_wrong_with_all_its_members_before_one_begins(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "side_by_side", lambda *args: pytest.fail("a member was started"))
+    (place / "base.yaml").write_text(yaml.safe_dump(tree(place)))
+    members = {
+        "fine": {"method.alpha": 0.2},
+        "long": {"rollout.max_new_tokens": 4000},
+        "gone": {"data.datasets.0.path": str(place / "gone.jsonl")},
+        "option": {"method": {"name": "laser", "traget": 4}},
+        "needs": {"algorithm": {"name": "grpo", "baseline": "none"}, "method": {"name": "dler", "limit": 4000}},
+    }
+    file = {"base": "base.yaml", "name": "family", "members": members, "vary": {"seed": [1, 2]}}
+    (place / "family.yaml").write_text(yaml.safe_dump(file, sort_keys=False))
+    with pytest.raises(ConfigError) as found:
+        sweep.main([str(place / "family.yaml")])
+    said = str(found.value).splitlines()
+    starts = [f"{place}/family.yaml: members {name}_seed-1, {name}_seed-2: " for name in members if name != "fine"]
+    parts = [
+        "max_new_tokens: 4000 tokens after",
+        "gone.jsonl",
+        "method.traget: unknown key; did you mean target",
+        "limit",
+    ]
+    for start, part in zip(starts, parts, strict=True):
+        assert any(line.startswith(start) and part in line for line in said), (start, part, said)
+    assert len(said) == len(starts), said
+    assert not (place / "runs/family").exists()
+
+
+@pytest.mark.heavy
 def test_every_program_refuses_what_is_longer_than_the_model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = r"problems\.jsonl:2\), come to .* the model has 4096 positions"
     training = TrainConfig.model_validate(tree(place, rollout={"max_new_tokens": 4000}))

@@ -42,7 +42,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": BASE
     | {"data", "grading", "observe.progress", "scripts", "weights.publish"}
     | {"rollout.codec", "rollout.engine", "rollout.journal", "rollout.ledger", "rollout.requests"},
-    "report": BASE | {"evaluation.measures", "evaluation.records", "evaluation.statistics", "evaluation.stored"},
+    "report": BASE
+    | {"evaluation.comparison", "evaluation.measures", "evaluation.records", "evaluation.statistics"}
+    | {"evaluation.stored"},
     "compare": BASE
     | {"arguments", "evaluation.comparison", "evaluation.figures", "evaluation.measures"}
     | {"evaluation.relative", "evaluation.stored"},

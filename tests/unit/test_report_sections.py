@@ -195,4 +195,20 @@ def test_what_is_apart_is_said_of_models_of_several_seeds(tmp_path: Path) -> Non
     assert found["rows"][1][1].startswith("−20.0 points [")
     against = Results({"models": models, "seconds": {}, "against": "brief"}, {}, {}, tmp_path)
     assert [row[2].rpartition(": ")[2] for row in block(apart.build(against))["rows"]] == ["longer", "longer"]
-    assert "several seeds" in str(apart.build(Results({"models": models[:2], "seconds": {}}, {}, {}, tmp_path)))
+    assert "no base" in str(apart.build(Results({"models": models[1:2], "seconds": {}}, {}, {}, tmp_path)))
+
+
+def test_models_of_one_run_are_compared_with_the_base_problem_by_problem(results: Results) -> None:
+    found = block(apart.build(results))
+    assert found["reference"] == "base"
+    assert "training's chance is not in them" in found["sentence"]
+    rows = {row[0]: row[1:] for row in found["rows"]}
+    for name, run in (("method a", "a_seed-1"), ("b", "b")):
+        for text, column, scale in zip(rows[name], (0, 1), (100, 1), strict=True):
+            means = [np.mean([np.mean(each[column]) for each in SAMPLES[key]]) for key in (run, "base")]
+            value, low, high = (float(n.replace("−", "-")) for n in re.findall(r"[+−]\d+\.\d", text))
+            assert value == pytest.approx(scale * (means[0] - means[1]), abs=0.06)
+            assert low <= value <= high
+    assert rows["b"][1].endswith("briefer")
+    older = {name: {**record, "protocol": {}} for name, record in results.evaluations.items()}
+    assert "older version" in str(apart.build(Results(results.summary, older, {}, results.out)))

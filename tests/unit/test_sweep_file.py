@@ -19,6 +19,7 @@ from megatron_efr.config import ConfigError
 from megatron_efr.config.sweep import load_sweep, varied
 from megatron_efr.errors import UserError
 from megatron_efr.evaluation.records import summarise
+from megatron_efr.report import __main__ as report
 from megatron_efr.report import family
 from megatron_efr.report.stored import read_summary
 from megatron_efr.report.table import write_table
@@ -239,6 +240,20 @@ def test_after_a_kill_finished_programs_stay_and_the_others_run(
     (programs.folder / "eval/base.json").unlink()
     sweep.main([path, "--resume", "train.iterations=200"])
     assert programs.ran == [*ALL, "eval base"], "another configuration has not finished; evaluations are as they were"
+
+
+def test_the_page_can_be_written_again_with_all_runs_of_a_model(
+    write: Write, programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep.main([str(write(**FAMILY))])
+    for name in ALL:
+        (programs.folder / name / "config.yaml").write_text("seed: 1\n")
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        report, "write_run_page", lambda _, members: seen.append([member.path.name for member in members])
+    )
+    assert "| grpo | " in report.report(programs.folder, seeds=False)
+    assert seen == [ALL]
 
 
 def test_a_folder_with_work_is_not_begun_anew(write: Write, programs: Programs) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_efr.evaluation.comparison import differing, matched, paired
+from megatron_efr.evaluation.measures import named
 from megatron_efr.report.differences import Difference, differences
 from megatron_efr.report.records import label
 from megatron_efr.report.results import Results
-from megatron_efr.report.sentences import is_base
+from megatron_efr.report.sentences import base_of, is_base
 
 _WORDS = {
     "accuracy": {1: "more accurate", -1: "less accurate", 0: "not told apart"},
@@ -16,13 +18,13 @@ _WORDS = {
 
 
 def build(results: Results) -> dict[str, Any] | str:
-    """A row for each model of several seeds: its differences from the reference, and what they say."""
+    """A row for each model: its differences from the reference, and what they say.
+
+    Models of several seeds are compared by these; those of one run each problem by problem.
+    """
     models = [model for model in results.models if len(model.get("accuracy_by_seed", ())) > 1 and not is_base(model)]
     if len(models) < 2:
-        return (
-            "Only runs of several seeds show what training's chance does, and two such models are needed; "
-            "`efr sweep` makes them with vary: {seed: [1, 2, 3]}."
-        )
+        return _of_one_run(results)
     by_name = {model["name"]: model for model in models}
     reference = by_name.get(results.summary.get("against", ""), models[0])
     comparisons = 2 * (len(models) - 1)
@@ -35,10 +37,40 @@ def build(results: Results) -> dict[str, Any] | str:
         for model in models
         if model is not reference
     ]
-    return {"sentence": _sentence(label(reference), found, comparisons), "rows": rows, "reference": label(reference)}
+    brackets = (
+        f"intervals that hold for all {comparisons} differences together in 95% of cases, from the spread over seeds, "
+        "pooled over all models. They are of training's chance alone, on these problems."
+    )
+    sentence = _sentence(label(reference), found, brackets)
+    return {"sentence": sentence, "rows": rows, "reference": label(reference)}
 
 
-def _sentence(reference: str, found: dict[str, dict[str, Difference]], comparisons: int) -> str:
+def _of_one_run(results: Results) -> dict[str, Any] | str:
+    """The same of each shown model's first run against the base's, paired over the problems that both answered."""
+    base = base_of(results.models)
+    start = results.record(base) if base is not None else None
+    if base is None or start is None:
+        return "There is no base, and no family of several seeds, to compare models with."
+    found: dict[str, dict[str, Difference]] = {key: {} for key in _WORDS}
+    for model in results.shown:
+        record = results.record(model)
+        if model is base or record is None or differing(start, record):
+            continue
+        for each in paired(*matched(start, record), [named(key) for key in _WORDS]):
+            if None not in each.difference:
+                found[each.name][model["name"]] = Difference(*each.difference)
+    kept = [model for model in results.shown if all(model["name"] in own for own in found.values())]
+    if not kept:
+        return f"No evaluation here was asked as that of {label(base)} was, or they are an older version's."
+    brackets = (
+        "95% intervals of each difference for itself, paired over the problems. A model is one run here: training's "
+        "chance is not in them."
+    )
+    rows = [[label(model), *(_cell(key, found[key][model["name"]]) for key in _WORDS)] for model in kept]
+    return {"sentence": _sentence(label(base), found, brackets), "rows": rows, "reference": label(base)}
+
+
+def _sentence(reference: str, found: dict[str, dict[str, Difference]], brackets: str) -> str:
     count = len(found["tokens"])
     briefer = sum(each.side < 0 for each in found["tokens"].values())
     longer = sum(each.side > 0 for each in found["tokens"].values())
@@ -46,9 +78,7 @@ def _sentence(reference: str, found: dict[str, dict[str, Difference]], compariso
     worse = sum(each.side < 0 for each in found["accuracy"].values())
     return (
         f"Of {count} models, {briefer} are briefer than {reference} beyond chance and {longer} longer; {better} are "
-        f"more accurate and {worse} less. In brackets: intervals that hold for all {comparisons} differences together "
-        "in 95% of cases, from the spread over seeds, pooled over all models. They are of training's chance alone, on "
-        "these problems."
+        f"more accurate and {worse} less. In brackets: {brackets}"
     )
 
 
