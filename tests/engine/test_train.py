@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -31,6 +33,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     config["train"]["iterations"] = config["checkpoint"]["every"] = 2
     config["rollout"] |= {"engine": "sglang", "python": str(PYTHON), "prompts": 8, "samples": 4, "max_new_tokens": 40}
     config["rollout"]["placement"] = "colocated"  # without a GPU too, servers sleep while the policy trains
+    return trained(place, config)
+
+
+def trained(place: Path, config: dict[str, Any]) -> RunFolder:
+    """The run of a configuration, in a process of its own; its `runs` is `place`."""
     (place / "config.yaml").write_text(yaml.safe_dump(config))
     done = subprocess.run(
         [sys.executable, "-m", "megatron_efr.train", str(place / "config.yaml")],
@@ -39,10 +46,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return RunFolder(place / "sglang")
+    return RunFolder(place / config["name"])
 
 
 def test_engine_and_policy_agree_in_every_iteration(run: RunFolder) -> None:
@@ -61,6 +68,48 @@ def test_each_iteration_was_answered_by_the_weights_before_it(run: RunFolder) ->
         responses = [response for each in run.read_rollouts(step) for response in each.group.responses]
         assert len(responses) == 32
         assert {span.version for response in responses for span in response.versions} == {step - 1}
+
+
+METHODS = {
+    "told": {"name": "l1_exact", "shortest": 4, "longest": 20, "suffix": "={budget};"},
+    "opened": {"name": "asrr", "opening": "1+1;", "tau": 0.25},
+    "cut": {"name": "elastic", "thought": 8, "answer": 6, "end": ";", "cut": "="},
+    "budgets": {"name": "anytime", "budgets": [4, 10, 20], "answers": 2, "answer_tokens": 4, "end": ";", "cut": "=",
+                "ended": "="},
+    "exits": {"name": "s_grpo", "exits": 3, "answer_tokens": 4, "end": ";", "stop": "="},
+}  # fmt: skip
+"""A method of every kind that asks for something of an engine."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", METHODS)
+def test_every_kind_of_method_trains(kind: str, tmp_path: Path) -> None:
+    """A model that has learnt nothing, of whose answers about half are right: any text with a low digit."""
+    write(tmp_path / "task", 0, ArithmeticTask(max_terms=3, train_rows=24, test_rows=4, sft_rows=4))
+    rows = [{"question": f"{n} + 1", "answer": "[0-2]"} for n in range(24)]
+    (tmp_path / "digits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config: dict[str, Any] = {
+        "name": kind,
+        "runs": str(tmp_path),
+        "model": {"path": str(tmp_path / "task/model"), "init": "random"},
+        "data": {"datasets": [{"path": str(tmp_path / "digits.jsonl")}], "prompt": {"template": "{question}"}},
+        "rollout": {
+            "engine": "sglang", "python": str(PYTHON), "prompts": 4, "samples": 4, "max_new_tokens": 24,
+            "placement": "colocated",
+        },
+        "grading": {"verifier": "regex", "answer": "whole", "options": {"search": True}, "workers": 1},
+        "method": METHODS[kind],
+        "optimizer": {"lr": 1e-3},
+        "train": {"iterations": 2},
+        "observe": {"tensorboard": False},
+    }  # fmt: skip
+    lines = trained(tmp_path, config).read_metrics()
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert line["first_ratio_max"] == pytest.approx(1, abs=1e-6)
+        assert 0 < line["logprob_diff_max"] <= 1e-4
+        assert line["grad_norm"] > 0
+        assert ("branches/accuracy" in line) == (kind in ("budgets", "exits"))
 
 
 def test_nothing_of_the_servers_is_left_and_only_the_owner_reads_their_folder(run: RunFolder) -> None:
