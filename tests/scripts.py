@@ -11,7 +11,7 @@ import torch
 from megatron_efr.rollout.driver import branch_steps
 from megatron_efr.rollout.local.sampling import draw, uniforms
 from megatron_efr.scripts import Budget, EarlyExit, Exits, Forks, Opened, Plain
-from megatron_efr.scripts.probed import Deer, EarlyStop, Subthoughts
+from megatron_efr.scripts.probed import Concise, Deer, EarlyStop, Subthoughts
 from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Tip, Told
 from megatron_efr.steps import Draw, Force, Fork, Part, Step
 from megatron_efr.types import Branch, Done, Response, Sampling, Script
@@ -69,6 +69,7 @@ def every_rule(said: Sequence[int], trial: float | None = None) -> tuple[Script,
         Deer(form="qwen3", pauses=(pause,), end=other, sure=1e-9, probe_end=letters, **shared),
         EarlyStop(every=3, agree=2, tokens=4, end=end, unsure=("L",), **shared),
         Subthoughts(markers=(*letters[:9], "JKL"), tokens=5, end=other, most=2),
+        Concise(pauses=(pause,), end=other, sure=1.0, tokens=3, probe="C", exit="FG", phrases=("HI", "J"), tries=2),
         Told(suffix="C"),
         Tip(switch=(pause, end), amount=3.0, window=5),
         Tip(switch=letters[:12], amount=0.5, window=300),

@@ -172,7 +172,7 @@ class EarlyExit(Kind):
             if done.met == self.end:
                 break
             tried = yield Fork("probe", (done.part.end,), 1, self.probe, self.tokens, self.probe_end)
-            if _confidence(tried.branches[0]) >= self.sure:
+            if confidence(tried.branches[0]) >= self.sure:
                 yield Force("exit", self.exit)
                 break
         yield Draw("answer")
@@ -219,7 +219,7 @@ class Forks(Kind):
             yield Fork("ended", (thought + 1,), missed * self.samples, self.ended, self.tokens)
 
 
-def _confidence(branch: Branch) -> float:
+def confidence(branch: Branch) -> float:
     """The geometric mean of the probabilities of a branch's drawn tokens; 0 without any."""
     response = branch.responses[0]
     drawn = response.logprobs[response.trained]

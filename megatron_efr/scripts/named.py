@@ -9,7 +9,7 @@ from megatron_efr.config import ConfigError, Section
 from megatron_efr.config.file import validate
 from megatron_efr.scripts.exits import Exits
 from megatron_efr.scripts.kinds import Budget, EarlyExit, Forks, Opened, Plain
-from megatron_efr.scripts.probed import Deer, EarlyStop, Subthoughts
+from megatron_efr.scripts.probed import Concise, Deer, EarlyStop, Subthoughts
 from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Sketch, ThinkFor, Tip, Told
 from megatron_efr.types import Prompt, Request, Script
 
@@ -27,6 +27,7 @@ SCRIPTS: dict[str, type[Any]] = {
     "deer": Deer,
     "early_stop": EarlyStop,
     "subthoughts": Subthoughts,
+    "concise": Concise,
     "tip": Tip,
     "told": Told,
     "think_for": ThinkFor,

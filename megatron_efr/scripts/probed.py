@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
-from megatron_efr.scripts.kinds import Kind, Steps, Texts, Token
+from megatron_efr.scripts.kinds import EarlyExit, Kind, Steps, Texts, Token, confidence
 from megatron_efr.steps import Draw, Force, Fork
 from megatron_efr.types import Branch
 
@@ -235,3 +235,36 @@ class Subthoughts(Kind):
             places = [places[i * len(places) // self.most] for i in range(self.most)]
         if places:
             yield Fork("subthought", tuple(places), self.samples, "", self.tokens, temperature=self.temperature)
+
+
+class Concise(EarlyExit):
+    """Short thoughts to learn from: doubts give way to words of confidence, and the thought ends once it is sure.
+
+    Before each of `pauses`, `probe` is tried as `early_exit` does. If the model is sure of its answer, `exit` takes the
+    pause's place; if not, one of `phrases` does, in turn. After ConCISE (arXiv 2505.04881), of which only the abstract
+    and summaries were read: that it injects phrases of confidence where doubt would come, stops early on a probe, and
+    learns from what is right. Phrases, probe and threshold are ours.
+    """
+
+    pauses: Texts = Field(default=("Wait", "Alternatively", "Hmm"), min_length=1, description="single tokens")
+    phrases: Texts = Field(
+        default=("This step is right. ", "I am confident in this. ", "That is clear. "), min_length=1
+    )
+
+    @property
+    def forced(self) -> tuple[str, ...]:
+        return (self.exit, *[max(self.phrases, key=len)] * self.tries)
+
+    def steps(self, sample: int) -> Steps:
+        for number in range(self.tries):
+            done = yield Draw("thought", None, (*self.pauses, self.end))
+            if done.part.ending != "until":
+                return
+            if done.met == self.end:
+                break
+            tried = yield Fork("probe", (done.part.end,), 1, self.probe, self.tokens, self.probe_end)
+            if confidence(tried.branches[0]) >= self.sure:
+                yield Force("exit", self.exit)
+                break
+            yield Force("phrase", self.phrases[(sample + number) % len(self.phrases)])
+        yield Draw("answer")

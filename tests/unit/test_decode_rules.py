@@ -20,7 +20,7 @@ from megatron_efr.rollout.requests import check_script, longest
 from megatron_efr.rollout.sglang.admission import check_server
 from megatron_efr.rollout.sglang.penalty import SwitchPenalty, processor
 from megatron_efr.scripts import SCRIPTS, build, decode, encode
-from megatron_efr.scripts.probed import Deer, EarlyStop, Subthoughts
+from megatron_efr.scripts.probed import Concise, Deer, EarlyStop, Subthoughts
 from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Sketch, ThinkFor, Tip, Told
 from megatron_efr.steps import Draw, Force, Fork, Part, Penalty, Step
 from megatron_efr.types import Branch, Done, Response, Script, UserError
@@ -228,3 +228,18 @@ def test_servers_of_an_evaluation_with_a_penalty_must_take_it() -> None:
             UserError, match=f"evaluation.script: it penalises tokens, .* without --{flag.replace('_', '-')}"
         ):
             check(info | {flag: False}, penalties=True)
+
+
+def test_doubts_give_way_to_confidence_and_the_thought_ends_once_it_is_sure() -> None:
+    script = Concise(phrases=("A", "B"), sure=0.9, tries=3)
+    steps = script.steps(1)
+    next(steps)
+    assert isinstance(steps.send(Done(Part("thought", 0, 4, "until"), "Wait")), Fork)
+    unsure = Done(Part("probe", 4, 4, "forced"), branches=(trial([0.5, 0.5]),))
+    assert steps.send(unsure) == Force("phrase", "B")
+    steps.send(Done(Part("phrase", 4, 5, "forced")))
+    assert isinstance(steps.send(Done(Part("thought", 5, 9, "until"), "Hmm")), Fork)
+    sure = Done(Part("probe", 9, 9, "forced"), branches=(trial([0.99, 0.95]),))
+    assert steps.send(sure) == Force("exit", "\n</think>\n\n")
+    assert steps.send(Done(Part("exit", 9, 10, "forced"))) == Draw("answer")
+    assert longest(Concise(phrases=("A", "BCD"), exit="E", probe="F", tokens=4, tries=3), 100, Letters()) == 115

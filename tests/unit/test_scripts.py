@@ -80,7 +80,7 @@ def test_published_rules_take_the_turns_that_are_compared() -> None:
         ("Deer", "thought", "until"), ("Deer", "thought", "length"), ("Deer", "probe", "until"),
         ("Deer", "end", "length"), ("Deer", "probe", "length"), ("Deer", "exit", "forced"),
         ("EarlyStop", "thought", "until"), ("EarlyStop", "probe", "length"), ("EarlyStop", "answer", "length"),
-        ("Subthoughts", "subthought", "length"), ("Told", "response", "stop"),
+        ("Subthoughts", "subthought", "length"), ("Told", "response", "stop"), ("Concise", "phrase", "forced"),
     }  # fmt: skip
 
 
