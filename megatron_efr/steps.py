@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 
 class Penalty(NamedTuple):
@@ -41,7 +42,8 @@ class Fork(NamedTuple):
     """From each of the lengths `at` of the response so far, `samples` branches: `opening` is forced, and `limit` tokens
     are drawn, or fewer, as by `Draw`. The response itself stays as it is.
 
-    `ends` end a branch too, each a single token that is drawn as its last, in a part `end` of its own.
+    `ends` end a branch too, each a single token that is drawn as its last, in a part `end` of its own. `after` are
+    tokens that stand behind each of `at`, before the opening: such branches are the script's alone, and are not kept.
     """
 
     part: str
@@ -52,9 +54,30 @@ class Fork(NamedTuple):
     until: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
     temperature: float | None = None
+    after: tuple[tuple[int, ...], ...] = ()
 
 
-Step = Draw | Force | Fork
+class Take(NamedTuple):
+    """The response goes on with tokens that branches have drawn, and their log-probs; `ending` is how the last ended.
+
+    They count as drawn: what is more than may be drawn is left out.
+    """
+
+    part: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    ending: Literal["stop", "length"]
+
+
+class Score(NamedTuple):
+    """How good `texts` are as beginnings of a response: `scorer` is asked of the prompt and of them, not in the way of
+    other responses."""
+
+    texts: tuple[str, ...]
+    scorer: Callable[[Any, Sequence[str]], Sequence[float]]
+
+
+Step = Draw | Force | Fork | Take | Score
 Ending = Literal["stop", "until", "length", "forced", "chosen"]
 
 

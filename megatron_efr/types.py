@@ -72,12 +72,13 @@ class Branch(NamedTuple):
 
 class Done(NamedTuple):
     """What a script hears of its step: the part (of a fork an empty one, and the branches), the text of `until` before
-    which a draw ended, and `tail`, the text of the response's last token."""
+    which a draw ended, `tail`, the text of the response's last token, and the scores that were asked for."""
 
     part: Part
     met: str = ""
     branches: tuple[Branch, ...] = ()
     tail: str = ""
+    scores: tuple[float, ...] = ()
 
 
 class Script(Protocol):
@@ -105,7 +106,12 @@ class Script(Protocol):
 
     @property
     def penalised(self) -> tuple[str, ...]:
-        """The texts that its draws take from; each must be a single token. With any it is no script to train with."""
+        """The texts whose logits its draws lower; each must be a single token."""
+        ...
+
+    @property
+    def trainable(self) -> bool:
+        """True if what it draws is the model's own: then it may be trained on."""
         ...
 
     @property

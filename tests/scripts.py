@@ -10,11 +10,12 @@ import torch
 
 from megatron_efr.rollout.driver import branch_steps
 from megatron_efr.rollout.local.sampling import draw, uniforms
-from megatron_efr.scripts import Budget, EarlyExit, Exits, Forks, Opened, Plain
+from megatron_efr.scripts import Budget, EarlyExit, Exits, Forks, Opened, Plain, search
 from megatron_efr.scripts.probed import Concise, Deer, EarlyStop, Subthoughts
 from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Tip, Told
-from megatron_efr.steps import Draw, Force, Fork, Part, Step
-from megatron_efr.types import Branch, Done, Response, Sampling, Script
+from megatron_efr.scripts.search import VgSearch
+from megatron_efr.steps import Draw, Force, Fork, Part, Score, Step, Take
+from megatron_efr.types import Branch, Done, Prompt, Response, Sampling, Script
 
 
 class Letters:
@@ -25,6 +26,14 @@ class Letters:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return "".join("\n" if token == 31 else chr(64 + token) for token in tokens)
+
+
+def letters(prompt: Prompt, texts: Sequence[str]) -> list[float]:
+    """A scorer that likes late letters and short texts, and some prompts better than others."""
+    return [sum(map(ord, text)) / (1 + len(text)) + len(prompt.tokens) for text in texts]
+
+
+search.SCORERS = {**search.SCORERS, "letters": "tests.scripts:letters"}
 
 
 def every_kind(said: Sequence[int]) -> tuple[Script, ...]:
@@ -70,6 +79,8 @@ def every_rule(said: Sequence[int], trial: float | None = None) -> tuple[Script,
         EarlyStop(every=3, agree=2, tokens=4, end=end, unsure=("L",), **shared),
         Subthoughts(markers=(*letters[:9], "JKL"), tokens=5, end=other, most=2),
         Concise(pauses=(pause,), end=other, sure=1.0, tokens=3, probe="C", exit="FG", phrases=("HI", "J"), tries=2),
+        VgSearch(scorer="letters", beams=4, width=2, iterations=4, ends=(pause, end), tokens=4),
+        VgSearch(scorer="letters", beams=2, width=2, every=2, iterations=3, ends=letters[:7], tokens=3),
         Told(suffix="C"),
         Tip(switch=(pause, end), amount=3.0, window=5),
         Tip(switch=letters[:12], amount=0.5, window=300),
@@ -95,29 +106,47 @@ class Rereading:
         self._model, self._sampling, self._seed, self._sample = model, sampling, seed, sample
         self._logits, self._branches = logits, 0
 
-    def make(self, steps: Generator[Step, Done, None], begun: Sequence[int], branch: int = 0) -> Made:
+    def make(
+        self, steps: Generator[Step, Done, None], begun: Sequence[int], branch: int = 0, left: int | None = None
+    ) -> Made:
         """Follow a script's steps after the tokens `begun`, one by one."""
-        made, held, left = Made([], [], [], []), None, self._sampling.max_new_tokens
+        made, held, left = Made([], [], [], []), None, self._sampling.max_new_tokens if left is None else left
+        if not branch:
+            self._prompt = Prompt("p", tuple(begun), "", "")
         step: Step | None = next(steps)
         while step is not None:
-            first, met, branches = len(made.tokens), "", ()
+            first, met, branches, scores = len(made.tokens), "", (), ()
             if isinstance(step, Draw):
                 limit = left if step.limit is None else min(step.limit, left)
                 part, held, met = self._draw(step, made, limit, held, [*begun], branch)
                 left -= part.end - part.start
+            elif isinstance(step, Take):
+                made.tokens.extend(step.tokens[:left])
+                made.logprobs.extend(step.logprobs[:left])
+                ending = step.ending if len(step.tokens) <= left else "length"
+                part, held = Part(step.part, first, len(made.tokens), ending), None
+                left -= part.end - part.start
+            elif isinstance(step, Score):
+                part, scores = Part("score", first, first, "forced"), step.scorer(self._prompt, step.texts)
             elif isinstance(step, Force):
                 written = Letters().encode(step.text)
                 made.tokens.extend(written)
                 made.logprobs.extend([float(np.log(step.chance or 1.0))] + [0.0] * (len(written) - 1))
                 part, held = Part(step.part, first, len(made.tokens), "chosen" if step.chance else "forced"), None
             else:
-                branches = tuple(self._branch(step, at, [*begun, *made.tokens[:at]]) for at in step.at)
-                made.branches.extend(branches)
+                after = step.after or ((),) * len(step.at)
+                most = left if step.after else self._sampling.max_new_tokens
+                starts = [
+                    (at, [*begun, *made.tokens[:at], *more], most - len(more))
+                    for at, more in zip(step.at, after, strict=True)
+                ]
+                branches = tuple(self._branch(step, *start) for start in starts)
+                made.branches.extend(() if step.after else branches)
                 part = Part(step.part, first, first, "forced")
-            if not isinstance(step, Fork):
+            if not isinstance(step, Fork | Score):
                 made.parts.append(part)
             try:
-                step = steps.send(Done(part, met, branches, Letters().decode(made.tokens[-1:])))
+                step = steps.send(Done(part, met, branches, Letters().decode(made.tokens[-1:]), tuple(scores)))
             except StopIteration:
                 step = None
         return made
@@ -138,11 +167,11 @@ class Rereading:
                 return Part(step.part, first, len(made.tokens), "stop"), None, ""
         return Part(step.part, first, len(made.tokens), "length"), None, ""
 
-    def _branch(self, fork: Fork, at: int, begun: list[int]) -> Branch:
+    def _branch(self, fork: Fork, at: int, begun: list[int], left: int) -> Branch:
         responses = []
         for _ in range(fork.samples):
             self._branches += 1
-            made = self.make(branch_steps(fork), begun, self._branches)
+            made = self.make(branch_steps(fork), begun, self._branches, max(0, left))
             logprobs = np.array(made.logprobs, dtype=np.float32)
             finish = "length" if made.parts[-1].ending == "length" else "stop"
             text = Letters().decode(made.tokens)

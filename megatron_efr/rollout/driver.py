@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from megatron_efr.rollout.codec import Codec
-from megatron_efr.steps import Draw, Ending, Force, Fork, Part, Step
-from megatron_efr.types import Branch, Done, Finish, Response, Sampling
+from megatron_efr.steps import Draw, Ending, Force, Fork, Part, Score, Step, Take
+from megatron_efr.types import Branch, Done, Finish, Prompt, Response, Sampling
 
 
 class TokenPenalty(NamedTuple):
@@ -46,29 +47,44 @@ class Writing(NamedTuple):
 
 
 class Forking(NamedTuple):
-    """From each of the lengths `at`, make `samples` responses, each driven by a `Driver.branch`. What is
-    held back stays so."""
+    """From each of the lengths `at`, and the tokens that stand behind it, make `samples` responses, each driven by a
+    `Driver.branch`. What is held back stays so."""
 
     at: tuple[int, ...]
     samples: int
+    after: tuple[tuple[int, ...], ...]
+
+    @property
+    def starts(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Each response's length of the present one, and the tokens behind it."""
+        return [start for start in zip(self.at, self.after, strict=True) for _ in range(self.samples)]
 
 
-Order = Drawing | Writing | Forking
+class Scoring(NamedTuple):
+    """Call `scores`, which may take long, and tell `Driver.scored` what it gives."""
+
+    scores: Callable[[], Sequence[float]]
+
+
+Order = Drawing | Writing | Forking | Scoring
 
 
 class Driver:
     """Drives one response's script: `order` is what the engine is to do now, None when the response is whole.
 
-    The engine carries an order out and calls `done` or `forked`. `parts`, `branches` and `finish` are the response's.
+    The engine carries an order out and calls `done`, `forked` or `scored`. `parts`, `branches` and `finish` are the
+    response's.
     All its drawings together have at most `sampling.max_new_tokens` tokens.
     """
 
-    def __init__(self, steps: Generator[Step, Done, None], sampling: Sampling, codec: Codec) -> None:
+    def __init__(
+        self, steps: Generator[Step, Done, None], sampling: Sampling, codec: Codec, prompt: Prompt | None = None
+    ) -> None:
         self.parts: list[Part] = []
         self.branches: list[Branch] = []
         self.order: Order | None = None
         self._steps, self._sampling, self._codec = steps, sampling, codec
-        self._left, self._tail = sampling.max_new_tokens, ""
+        self._left, self._tail, self._prompt = sampling.max_new_tokens, "", prompt
         self._take(next(steps))
 
     @property
@@ -86,7 +102,7 @@ class Driver:
         """The order to draw or to write is carried out: the response has `length` tokens without `met`, the token that
         is held back; `last` is the last of them, None if there is none."""
         part = self._note(length, ending)
-        if isinstance(self._step, Draw):
+        if isinstance(self._step, Draw | Take):
             self._left -= part.end - part.start
         self._tail = "" if last is None else self._codec.decode([last])
         self._send(Done(part, "" if met is None else self._text_of(met), tail=self._tail))
@@ -98,14 +114,22 @@ class Driver:
         told = [replace(response, text=self._codec.decode(response.tokens)) for response in responses]
         each = [tuple(told[first : first + fork.samples]) for first in range(0, len(told), fork.samples)]
         branches = tuple(Branch(fork.part, at, made) for at, made in zip(fork.at, each, strict=True))
-        self.branches += branches
-        part = Part(fork.part, self._length, self._length, "forced")
-        self._send(Done(part, branches=branches, tail=self._tail))
+        if not fork.after:
+            self.branches += branches
+        self._send(Done(self._nothing(fork.part), branches=branches, tail=self._tail))
 
-    def branch(self) -> Driver:
-        """A driver for one branch of the fork that is the order now."""
-        assert isinstance(self._step, Fork)
-        return Driver(branch_steps(self._step), self._sampling, self._codec)
+    def scored(self, scores: Sequence[float]) -> None:
+        """The order to score is carried out."""
+        self._send(Done(self._nothing("score"), tail=self._tail, scores=tuple(scores)))
+
+    def branch(self, number: int) -> Driver:
+        """A driver for one branch of the fork that is the order now, by its place among `Forking.starts`."""
+        fork, sampling = self._step, self._sampling
+        assert isinstance(fork, Fork)
+        if fork.after:  # what stands behind the response may become the response's own
+            left = max(0, self._left - len(fork.after[number // fork.samples]))
+            sampling = replace(sampling, max_new_tokens=left)
+        return Driver(branch_steps(fork), sampling, self._codec)
 
     @property
     def _length(self) -> int:
@@ -123,7 +147,7 @@ class Driver:
 
     def _take(self, step: Step) -> None:
         """Make an order of a step. A draw when no token is left is cut at once."""
-        if not isinstance(step, Fork) and self.parts and self.parts[-1].ending == "stop":
+        if not isinstance(step, Fork | Score) and self.parts and self.parts[-1].ending == "stop":
             raise RuntimeError(f"the step {step.part!r} comes after a stop token: a script may only fork there")
         self._step = step
         match step:
@@ -139,14 +163,24 @@ class Driver:
                 self.order = Writing(
                     tokens, (first, *[0.0] * (len(tokens) - 1)), "forced" if chance is None else "chosen"
                 )
+            case Take(_, tokens, logprobs, ending):
+                ending = ending if len(tokens) <= self._left else "length"
+                self.order = Writing(tokens[: self._left], logprobs[: self._left], ending)
+                if not self.order.tokens:
+                    self._send(Done(self._note(self._length, "length"), tail=self._tail))
+            case Score(texts, scorer):
+                self.order = Scoring(partial(scorer, self._prompt, texts))
             case Fork(_, at, samples):
                 if not all(0 <= start <= self._length for start in at):
                     raise RuntimeError(
                         f"the step {step.part!r} forks at {at}, and the response has {self._length} tokens"
                     )
-                self.order = Forking(at, samples)
+                self.order = Forking(at, samples, step.after or ((),) * len(at))
                 if not at:
                     self.forked([])
+
+    def _nothing(self, name: str) -> Part:
+        return Part(name, self._length, self._length, "forced")
 
     def _note(self, length: int, ending: Ending) -> Part:
         part = Part(self._step.part, self._length, length, ending)

@@ -48,11 +48,11 @@ class Asking:
         requests += [self._asked(visit, asked) for asked in self._method.longest_asks(visit, self._known())]
         for script in {script for request in requests for script in request.scripts}:
             check_script(script, codec, "method")
-            if script.penalised:
+            if not script.trainable:
                 raise ConfigError(
-                    f"method.name: {self._config.method.name} asks with a script that penalises tokens "
-                    f"({type(script).__name__}): tokens that were drawn so are not the policy's own, and their ratio "
-                    "and KL would be wrong; such scripts are for evaluations"
+                    f"method.name: {self._config.method.name} asks with {type(script).__name__}, a script for "
+                    "evaluations: tokens that were penalised or searched for are not the policy's own, and their ratio "
+                    "and KL would be wrong"
                 )
         drawn = self._config.rollout.max_new_tokens
         for request in requests:

@@ -48,6 +48,10 @@ class Kind(Section):
         return ()
 
     @property
+    def trainable(self) -> bool:
+        return not self.penalised
+
+    @property
     def behind(self) -> str:
         return ""
 

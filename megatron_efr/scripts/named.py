@@ -11,6 +11,7 @@ from megatron_efr.scripts.exits import Exits
 from megatron_efr.scripts.kinds import Budget, EarlyExit, Forks, Opened, Plain
 from megatron_efr.scripts.probed import Concise, Deer, EarlyStop, Subthoughts
 from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Sketch, ThinkFor, Tip, Told
+from megatron_efr.scripts.search import VgSearch
 from megatron_efr.types import Prompt, Request, Script
 
 SCRIPTS: dict[str, type[Any]] = {
@@ -29,6 +30,7 @@ SCRIPTS: dict[str, type[Any]] = {
     "subthoughts": Subthoughts,
     "concise": Concise,
     "tip": Tip,
+    "vg_search": VgSearch,
     "told": Told,
     "think_for": ThinkFor,
     "sketch": Sketch,

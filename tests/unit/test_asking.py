@@ -22,6 +22,7 @@ from megatron_efr.run.asking import Asking
 from megatron_efr.run.environment import Environment
 from megatron_efr.scripts import Opened, Plain
 from megatron_efr.scripts.published import Tip
+from megatron_efr.scripts.search import VgSearch
 from megatron_efr.types import Prompt
 from tests.groups import KNOWN
 
@@ -125,13 +126,14 @@ def test_a_script_for_each_response_or_none(task: Path, monkeypatch: pytest.Monk
         made.check(prompts, codec, 999)
 
 
-def test_training_refuses_scripts_that_penalise_tokens_by_their_names(
+def test_training_refuses_scripts_that_are_for_evaluations_by_their_names(
     task: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, prompts, codec = asking(task, name="efr", alpha=0.1)
-    monkeypatch.setattr(type(made._method), "ask", lambda *_: Ask(scripts=(Tip(switch=("1",)),) * 3))
-    with pytest.raises(ConfigError, match=r"^method\.name: efr asks with a script that penalises tokens \(Tip\)"):
-        made.check(prompts, codec, 10_000)
+    for script in (Tip(switch=("1",)), VgSearch(ends=("1",))):
+        monkeypatch.setattr(type(made._method), "ask", lambda *_, script=script: Ask(scripts=(script,) * 3))
+        with pytest.raises(ConfigError, match=rf"^method\.name: efr asks with {type(script).__name__}, a script for"):
+            made.check(prompts, codec, 10_000)
 
 
 def test_a_run_on_servers_refuses_to_evaluate_with_a_penalty(task: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +23,9 @@ from megatron_efr.rollout.sglang.penalty import SwitchPenalty, processor
 from megatron_efr.scripts import SCRIPTS, build, decode, encode
 from megatron_efr.scripts.probed import Concise, Deer, EarlyStop, Subthoughts
 from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Sketch, ThinkFor, Tip, Told
-from megatron_efr.steps import Draw, Force, Fork, Part, Penalty, Step
-from megatron_efr.types import Branch, Done, Response, Script, UserError
+from megatron_efr.scripts.search import VgSearch, scorer_of
+from megatron_efr.steps import Draw, Force, Fork, Part, Penalty, Score, Step, Take
+from megatron_efr.types import Branch, Done, Prompt, Response, Script, UserError
 from tests.scripts import Letters
 
 pytestmark = pytest.mark.alike
@@ -243,3 +245,52 @@ def test_doubts_give_way_to_confidence_and_the_thought_ends_once_it_is_sure() ->
     assert steps.send(sure) == Force("exit", "\n</think>\n\n")
     assert steps.send(Done(Part("exit", 9, 10, "forced"))) == Draw("answer")
     assert longest(Concise(phrases=("A", "BCD"), exit="E", probe="F", tokens=4, tries=3), 100, Letters()) == 115
+
+
+def test_a_search_keeps_the_best_beams_and_answers_with_the_best_that_ended() -> None:
+    """Three rounds of four beams, two of which go on: every step is one token, and the score is the last one drawn."""
+    script = VgSearch(scorer="letters", beams=4, width=2, iterations=3, ends=(".",), tokens=1, most=9)
+
+    def last(prompt: Prompt, texts: Sequence[str]) -> list[float]:
+        return [ord(text[-1]) for text in texts]
+
+    def grown(fork: Step, *steps: str) -> Done:
+        """Each beam's step; in lower case it ends the response."""
+        assert isinstance(fork, Fork)
+        made = []
+        for step in steps:
+            part = Part("step", 0, 1, "stop") if step.islower() else Part("end", 0, 1, "length")
+            made.append(
+                Branch("step", 0, (Response((ord(step),), np.full(1, -0.5), "stop", text=step, parts=(part,)),))
+            )
+        return Done(Part("step", 0, 0, "forced"), branches=tuple(made))
+
+    def scored(score: Step) -> Done:
+        assert isinstance(score, Score)
+        return Done(Part("score", 0, 0, "forced"), scores=tuple(last(Prompt("p", (1,), "", ""), score.texts)))
+
+    steps = script.steps(0)
+    fork = next(steps)
+    assert fork == Fork("step", (0,) * 4, 1, "", 1, ends=(".",), after=((),) * 4)
+    fork = steps.send(scored(steps.send(grown(fork, "B", "D", "A", "C"))))
+    assert isinstance(fork, Fork)
+    assert fork.after == ((68,), (67,), (68,), (67,))  # D and C, twice each
+    score = steps.send(grown(fork, "E", "f", "G", "H"))
+    assert isinstance(score, Score)
+    assert score.texts == ("DE", "Cf", "DG", "CH")
+    fork = steps.send(scored(score))
+    assert isinstance(fork, Fork)
+    assert (fork.after[:2], fork.ends, fork.limit) == (((67, 72), (68, 71)), (), 9)  # the last goes to the end
+    score = steps.send(grown(fork, "z", "a", "b", "c"))
+    assert steps.send(scored(score)) == Take("search", (67, 72, 122), (-0.5,) * 3, "stop")
+
+
+def test_scorers_are_known_by_name() -> None:
+    prompt = Prompt("p", (1,), "q", "1/2")
+    assert scorer_of("verifier")(prompt, [r"so \boxed{0.5}", r"\boxed{2}", "half"]) == [1.0, 0.0, 0.0]
+    with pytest.raises(ConfigError, match=r"x\.scorer: no scorer 'prm'; there are .*verifier"):
+        build("vg_search", {"scorer": "prm"}, "x")
+    with pytest.raises(ConfigError, match="beams: 6 is no multiple of width = 4"):
+        build("vg_search", {"beams": 6}, "x")
+    with pytest.raises(ConfigError, match=r"^x\.ends: none of "):
+        check_script(VgSearch(), Letters(), "x")

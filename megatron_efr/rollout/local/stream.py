@@ -6,13 +6,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from typing import Self
 
 import numpy as np
 import torch
 
-from megatron_efr.rollout.driver import Driver, Forking
+from megatron_efr.rollout.driver import Driver, Forking, Scoring
 from megatron_efr.rollout.local.core import Core, Tally
 from megatron_efr.rollout.local.decoder import CHUNK, ROWS, Cache, Decoder, round_up
 from megatron_efr.rollout.local.rows import WRITTEN, Entry, Row, Rows
@@ -112,7 +111,7 @@ class Stream(Iterator[Group]):
         if self._rows.going_on(index):
             return
         entry = self._rows.take_out(index)
-        if isinstance(entry.row.driver.order, Forking):
+        if isinstance(entry.row.driver.order, Forking | Scoring):
             assert self._core.cache is not None
             entry.kv = self._core.cache.read(index, len(entry.tokens) - 1)
             entry.publication = self._publication
@@ -128,26 +127,31 @@ class Stream(Iterator[Group]):
                 entry.row.deliver(entry.response(self._core.codec.decode))
             case Forking() as fork:
                 self._fork(entry, fork)
+            case Scoring(scores):
+                entry.row.driver.scored(scores())
+                self._go_on(entry)
             case _:
                 self._ready.append(entry)
 
     def _fork(self, entry: Entry, fork: Forking) -> None:
         """Have branches made of the beginnings of a response, which share its cache."""
-        row, starts = entry.row, list(product(fork.at, range(fork.samples)))
+        row, starts = entry.row, fork.starts
         responses: list[Response | None] = [None] * len(starts)
-        for number, (at, _) in enumerate(starts):
+        for number, (at, after) in enumerate(starts):
             row.branches += 1
             branch = Row(
                 row.prompt,
                 row.seed,
                 row.sample,
-                row.driver.branch(),
+                row.driver.branch(number),
                 partial(self._join, entry, responses, number),
                 [(self._core.version, 0)],
                 branch=row.branches,
             )
-            begun = entry.tokens[: entry.prompt + at]
-            self._ready.append(Entry(branch, begun, entry.logprobs[:0], entry.kv, entry.publication))
+            begun = Entry(branch, entry.tokens[: entry.prompt + at], entry.logprobs[:0], entry.kv, entry.publication)
+            if after:  # to be read: no cache has them
+                begun = Entry(branch, np.append(begun.tokens, after), begun.logprobs)
+            self._ready.append(begun)
 
     def _join(self, entry: Entry, responses: list[Response | None], number: int, response: Response) -> None:
         """Take a branch's response; with the last of them its own goes on."""
@@ -210,7 +214,7 @@ class Stream(Iterator[Group]):
         assert owner.kv is not None
         assert owner.logits is not None
         request, sample, logits = owner.request, owner.started, owner.logits
-        driver = Driver(request.scripts[sample].steps(sample), self._sampling, self._core.codec)
+        driver = Driver(request.scripts[sample].steps(sample), self._sampling, self._core.codec, request.prompt)
         deliver = partial(self._deliver, owner, sample)
         row = Row(request.prompt, request.seed, sample, driver, deliver, [(self._core.version, 0)])
         tokens = np.array(request.prompt.tokens, dtype=np.int64)

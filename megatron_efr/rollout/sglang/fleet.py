@@ -85,9 +85,11 @@ class Fleet:
         """The whole group that answers `request`, from the server with the fewest responses in work."""
         server = await self._choose()
         places = [self._place(server) for _ in range(request.samples)]  # counted before the next group is placed
+        made = enumerate(request.scripts)
+        drivers = [Driver(script.steps(sample), sampling, codec, request.prompt) for sample, script in made]
         tasks = [
-            asyncio.create_task(self._response(place, request, Driver(script.steps(sample), sampling, codec), sampling))
-            for sample, (place, script) in enumerate(zip(places, request.scripts, strict=True))
+            asyncio.create_task(self._response(place, request, driver, sampling))
+            for place, driver in zip(places, drivers, strict=True)
         ]
         try:
             responses = await asyncio.gather(*tasks)

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from megatron_efr.rollout.driver import Drawing, Driver, Forking, Writing
+from megatron_efr.rollout.driver import Drawing, Driver, Forking, Scoring, Writing
 from megatron_efr.rollout.sglang.penalty import PenalisedSampling
 from megatron_efr.steps import Ending
 from megatron_efr.types import Response, Sampling, VersionSpan
@@ -26,9 +26,12 @@ async def respond(driver: Driver, begun: tuple[int, ...], sampling: Sampling, as
                 await growing.draw(order, sampling, ask)
             case Writing():
                 growing.write(order)
-            case Forking(at, samples):
-                starts = [growing.so_far(length) for length in at for _ in range(samples)]
-                driver.forked(await _all(respond(driver.branch(), start, sampling, ask) for start in starts))
+            case Forking():
+                starts = [(*growing.so_far(length), *after) for length, after in order.starts]
+                branches = [respond(driver.branch(i), start, sampling, ask) for i, start in enumerate(starts)]
+                driver.forked(growing.seen(await _all(branches)))
+            case Scoring(scores):
+                driver.scored(await asyncio.to_thread(scores))
     return await growing.whole(sampling, ask)
 
 
@@ -42,14 +45,22 @@ class _Growing:
         self._held: tuple[int, float] | None = None
         self._starts: list[tuple[int, int]] = []  # (version, first token)
         self._routed: np.ndarray | None = None
+        self._seen = 0  # the version that drew the latest branches
 
     def so_far(self, length: int) -> tuple[int, ...]:
         """The tokens of the prompt and the first `length` of the response."""
         return (*self._begun, *self._tokens[:length])
 
+    def seen(self, branches: list[Response]) -> list[Response]:
+        """The branches, whose version is noted: the response may go on with their tokens."""
+        self._seen = max((span.version for made in branches for span in made.versions), default=self._seen)
+        return branches
+
     def write(self, order: Writing) -> None:
         """Let the script write: a token that is held back gives its place up."""
         self._held = None
+        if order.ending not in ("forced", "chosen"):
+            self._starts.append((self._seen, len(self._tokens)))
         self._tokens += order.tokens
         self._logprobs += order.logprobs
         self._done(order.ending)
