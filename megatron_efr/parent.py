@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 
+import psutil
+
 LAUNCHER = "MEGATRON_EFR_LAUNCHER"  # the id of the process that started this one to be ended with it
 _PR_SET_PDEATHSIG = 1
 
@@ -19,11 +21,21 @@ def is_rank() -> bool:
 def end_with_parent() -> None:
     """Have the kernel kill this process when its parent has ended, where torchrun or LAUNCHER started it (Linux).
 
-    torchrun leaves its ranks behind when it is killed; they would work on, and keep the run folder and the GPUs. A rank
-    that misses its parent's end while it starts cannot join the others: the parent kept their meeting place.
+    torchrun leaves its ranks behind when it is killed; they would work on, and keep the run folder and the GPUs. A
+    process whose launcher ended while it was starting is another's child by now, and ends at once.
     """
-    parent = os.getppid()
-    if sys.platform == "linux" and (is_rank() or os.environ.get(LAUNCHER) == str(parent)):
+    parent, launcher = os.getppid(), os.environ.get(LAUNCHER)
+    if sys.platform == "linux" and (is_rank() or launcher == str(parent)):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
+    if launcher is not None and not _lives(int(launcher)):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _lives(process: int) -> bool:
+    """True unless the process has ended, whether or not anybody has asked for its exit code."""
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

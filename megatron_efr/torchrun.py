@@ -8,6 +8,7 @@ Everything else is torchrun's.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from megatron_efr.parent import end_with_parent
+from megatron_efr.parent import LAUNCHER, end_with_parent
 from megatron_efr.run.interruption import EXIT_REQUEUE, SIGNALS
 
 
@@ -46,6 +47,7 @@ def exit_code(code: int) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """torchrun with its own arguments."""
     end_with_parent()
+    os.environ[LAUNCHER] = str(os.getpid())  # the workers', which are to end with it
     for number in SIGNALS:
         signal.signal(number, forward)
     try:

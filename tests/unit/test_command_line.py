@@ -132,6 +132,20 @@ time.sleep(600)
 """
 
 
+@pytest.mark.parametrize("reaped", [True, False])
+@pytest.mark.parametrize("rank", [{}, {"TORCHELASTIC_RUN_ID": "x"}])
+def test_a_program_whose_launcher_ended_before_it_could_look_ends_at_once(rank: dict[str, str], reaped: bool) -> None:
+    """It is another process's child by then; a rank would wait half an hour for a meeting place that is gone."""
+    launcher = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)
+    if reaped:
+        launcher.wait()
+    environment = os.environ | rank | {"MEGATRON_EFR_LAUNCHER": str(launcher.pid)}
+    orphan = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, timeout=60)
+    assert (orphan.returncode, orphan.stdout) == (-signal.SIGKILL, b"")
+    launcher.wait()
+
+
 @pytest.mark.parametrize(
     ("extra", "survives"),
     [
