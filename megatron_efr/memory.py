@@ -16,6 +16,8 @@ from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import WeightMapping
 
 BYTES = {"float32": 4, "bfloat16": 2}
+MICRO_BATCH_TOKENS = 16384
+ACTIVATIONS_CPU = 2**30  # of a micro-batch on a CPU, whose products are as fast with fewer rows
 OVERHEAD = int(1.5 * 2**30)  # CUDA context, NCCL buffers, workspaces, of each process: an assumption
 
 
@@ -102,6 +104,14 @@ def activation_bytes(
         return int(own * layers * layer * in_flight)
     entry = architecture.hidden * BYTES[dtype] / (parallel.tensor if parallel.sequence else 1)
     return int(own * (layers * entry * in_flight + layer))
+
+
+def micro_batch_tokens(architecture: Architecture, parallel: ParallelConfig, dtype: str, on_gpu: bool) -> int:
+    """The token budget of a micro-batch where none is configured."""
+    if on_gpu:
+        return MICRO_BATCH_TOKENS
+    token = activation_bytes(architecture, parallel, dtype, 1, recompute=False, local=True)
+    return max(1, min(MICRO_BATCH_TOKENS, ACTIVATIONS_CPU // token))
 
 
 def head_bytes(architecture: Architecture, parallel: ParallelConfig, dtype: str, tokens: int, training: bool) -> int:

@@ -73,7 +73,11 @@ class TrainingConfig(Section):
 
     iterations: PositiveInt = Field(default=100, description="iterations in all, those before a resume included")
     updates: PositiveInt = Field(default=2, description="optimizer updates per iteration, over equal shares of it")
-    micro_batch_tokens: PositiveInt = Field(default=16384, description="token budget of one packed micro-batch")
+    micro_batch_tokens: PositiveInt | None = Field(
+        default=None,
+        description="token budget of one packed micro-batch; 16384 when left out, on a CPU as many as leave 1 GiB "
+        "behind for the backward pass",
+    )
     max_logprob_diff: float = Field(
         default=0.5,
         gt=0,
@@ -104,7 +108,11 @@ class SftTrainingConfig(Section):
 
     updates: PositiveInt = Field(description="updates in all, those before a resume included")
     batch: PositiveInt = Field(default=64, description="sequences, or pairs, per optimizer update")
-    micro_batch_tokens: PositiveInt = Field(default=16384, description="token budget of one packed micro-batch")
+    micro_batch_tokens: PositiveInt | None = Field(
+        default=None,
+        description="token budget of one packed micro-batch; 16384 when left out, on a CPU as many as leave 1 GiB "
+        "behind for the backward pass",
+    )
     bucket: PositiveInt = Field(
         default=1,
         description="updates drawn together and sorted by length before they are split, so that batches waste little",

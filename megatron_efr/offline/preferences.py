@@ -21,7 +21,7 @@ class PreferenceUpdate:
     samples of a pair may lie in different micro-batches, and on different replicas.
     """
 
-    def __init__(self, beta: float, micro_batch_tokens: int) -> None:
+    def __init__(self, beta: float, micro_batch_tokens: int | None) -> None:
         self._beta, self._micro_batch_tokens = beta, micro_batch_tokens
 
     def __call__(self, policy: Policy, samples: Sequence[Sample], update: list[int]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from rich.table import Table
 from megatron_efr import algorithms
 from megatron_efr.config import ConfigError, TrainConfig
 from megatron_efr.config.file import load
-from megatron_efr.memory import MemoryPlan, Shape, parameter_count, plan
+from megatron_efr.memory import MICRO_BATCH_TOKENS, MemoryPlan, Shape, parameter_count, plan
 from megatron_efr.planning.shapes import shape_of
 from megatron_efr.policy.fit import check_fit
 from megatron_efr.weights.architecture import Architecture
@@ -72,7 +72,7 @@ class Case:
                 parallel=config.parallel,
                 dtype=config.model.dtype,
                 world=self.world,
-                micro_batch_tokens=config.train.micro_batch_tokens,
+                micro_batch_tokens=self.micro_batch_tokens,
                 recompute=config.model.megatron.get("recompute_granularity") == "full",
                 local_layers=config.model.layers == "local" or config.model.dtype != "bfloat16",
                 sharded_optimizer=bool(config.parallel.ddp.get("use_distributed_optimizer", False)),
@@ -83,6 +83,10 @@ class Case:
                 keeps_reference=objective.needs_reference,
             )
         )
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        return self.config.train.micro_batch_tokens or MICRO_BATCH_TOKENS
 
     @property
     def longest(self) -> int:
@@ -107,7 +111,7 @@ def levers(case: Case) -> Iterator[list[list[str]]]:
     yield [[f"parallel.context={n}"] for n in sizes if n > parallel.context]
     yield [[f"rollout.tp={n}"] for n in sizes if n > rollout.tp]
     yield [[f"rollout.server.mem_fraction_static={f}"] for f in (0.5, 0.4, 0.3) if f < case.static_fraction]
-    yield [[f"train.micro_batch_tokens={case.longest}"]] if case.longest < case.config.train.micro_batch_tokens else []
+    yield [[f"train.micro_batch_tokens={case.longest}"]] if case.longest < case.micro_batch_tokens else []
 
 
 def remedies(case: Case, most: int = 3) -> list[list[str]]:

@@ -22,6 +22,7 @@ from megatron_efr.memory import (
     activation_bytes,
     gradient_bytes,
     kv_bytes_per_token,
+    micro_batch_tokens,
     optimizer_bytes,
     parameter_count,
 )
@@ -72,6 +73,14 @@ class HostPlan:
         """Responses that are decoded at once."""
         return min(self.config.rollout.slots, self.responses)
 
+    @property
+    def budget(self) -> int:
+        """Tokens of a micro-batch."""
+        config = self.config
+        return config.train.micro_batch_tokens or micro_batch_tokens(
+            self.architecture, config.parallel, config.model.dtype, on_gpu=False
+        )
+
     @cached_property
     def needs_reference(self) -> bool:
         algorithm = algorithms.build(self.config.algorithm, self.config.rollout)
@@ -95,7 +104,7 @@ class HostPlan:
         longest = -(-(self.prompt + config.rollout.max_new_tokens) // ROWS) * ROWS
         cached = -(-self.rows // ROWS) * ROWS * longest + config.rollout.prompts * self.prompt
         tokens = self.responses * (self.prompt + self.tokens) // config.train.updates
-        own = min(config.train.micro_batch_tokens, tokens)
+        own = min(self.budget, tokens)
         chunk = config.model.head_chunk_tokens or default_chunk(a.vocab, 1, torch.device("cpu"))
         recompute = config.model.megatron.get("recompute_granularity") == "full"
         kept = activation_bytes(a, config.parallel, dtype, own, recompute=recompute, local=True)
@@ -114,7 +123,7 @@ class HostPlan:
         probed = min(self.tokens, PROBED)
         groups = -(-self.rows // rollout.samples)
         samples = min(rollout.samples, self.rows)
-        work = Work(groups, samples, self.prompt, probed, self.config.train.micro_batch_tokens)
+        work = Work(groups, samples, self.prompt, probed, self.budget)
         found: Seconds = measured(self.raw, self.config.model, work)
         longer = (self.prompt + self.tokens) / (self.prompt + probed)  # sequences than the measured ones
         scored = self.responses * found.score * longer

@@ -15,7 +15,7 @@ def deal(
     policy: Policy,
     samples: Sequence[Sample],
     updates: int,
-    micro_batch_tokens: int,
+    micro_batch_tokens: int | None,
     objective: Objective,
     seed: Sequence[int],
 ) -> list[list[PackedBatch]]:

@@ -19,6 +19,7 @@ from megatron_efr import log
 from megatron_efr.algorithms.objective import Aggregate, Objective
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_efr.kernels import Backend, choose_backend
+from megatron_efr.memory import micro_batch_tokens
 from megatron_efr.policy import context
 from megatron_efr.policy.credits import fill_advantages
 from megatron_efr.policy.drift import drift_figures, drift_sums, fill_behaviour, fill_importance
@@ -74,6 +75,8 @@ class Policy:
         check_fit(model, parallel, self.architecture)
         self.config = transformer_config(model, self.architecture, parallel)
         self._flops = sequence_flops(self.architecture)
+        on_gpu = ranks.device.type == "cuda"
+        self._micro_batch_tokens = micro_batch_tokens(self.architecture, parallel, model.dtype, on_gpu)
         self.chunks = build_chunks(self.config, self.architecture, parallel, engine_layers(model), ranks.device)
         self._routing = RoutingReplay(self.config, [_unwrapped(chunk) for chunk in self.chunks], ranks)
         self._kernels: Backend
@@ -123,16 +126,18 @@ class Policy:
         self,
         sizes: ByIndex[SequenceSize],
         update: list[int],
-        micro_batch_tokens: int,
+        micro_batch_tokens: int | None,
         aggregate: Aggregate,
         divisor: int | None = None,
     ) -> UpdatePlan:
         """Which replica takes which of the sequences `i in update`, in which micro-batches: the same on every rank.
 
-        `aggregate` and `divisor` as `Objective` has them.
+        A micro-batch has `micro_batch_tokens` at most, or as many as suit the device. `aggregate` and `divisor` as
+        `Objective` has them.
         """
         lengths = {i: round_up(sizes[i].length, self._sequence_multiple) for i in update}
-        shares = balance(lengths, self.ranks.replicas, micro_batch_tokens, self._batch_multiple, self._flops)
+        budget = micro_batch_tokens or self._micro_batch_tokens
+        shares = balance(lengths, self.ranks.replicas, budget, self._batch_multiple, self._flops)
         return UpdatePlan(shares, row_weights(sizes, update, aggregate, divisor))
 
     def pack(self, samples: ByIndex[Sample], plan: UpdatePlan) -> list[PackedBatch]:
@@ -153,7 +158,7 @@ class Policy:
         self,
         samples: Sequence[Sample],
         update: list[int],
-        micro_batch_tokens: int,
+        micro_batch_tokens: int | None,
         aggregate: Aggregate,
     ) -> list[PackedBatch]:
         """`plan_update` and `pack` in one, where every rank has all samples."""

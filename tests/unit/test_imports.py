@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": BASE | {"scripts"},
     "data": BASE,
     "weights": BASE,
-    "policy": BASE | WEIGHTS | {"kernels", "algorithms.objective", "transformer_engine"},
+    "policy": BASE | WEIGHTS | {"kernels", "algorithms.objective", "memory", "transformer_engine"},
     "rollout": BASE
     | {"scripts"}
     | {"weights.architecture", "weights.frequencies", "weights.mapping", "weights.checked", "weights.publish"}

@@ -19,6 +19,7 @@ from megatron_efr.memory import (
     kv_bytes_per_token,
     largest_tensor_bytes,
     layer_activation_bytes,
+    micro_batch_tokens,
     optimizer_bytes,
     parameter_count,
     stage_parameters,
@@ -167,6 +168,18 @@ def test_a_shape_is_read_from_a_config_alone_and_unknown_ones_are_refused(model_
     assert shape_of(str(model_7b)) == shape_of(str(model_7b / "config.json")) == QWEN_7B
     with pytest.raises(ConfigError, match=r"^model\.path: models/own: no model folder .* model\.path=FILE"):
         shape_of("models/own")
+
+
+@pytest.mark.parametrize(
+    ("name", "on_gpu", "tokens"),
+    [("DeepSeek-R1-Distill-Qwen-7B", True, 16384), ("SmolLM2-135M-Instruct", False, 637), ("own", False, 16384)],
+)
+def test_a_cpus_micro_batch_leaves_a_gib_behind(name: str, on_gpu: bool, tokens: int) -> None:
+    small = QWEN_7B | {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 192, "num_attention_heads": 4}
+    a = Architecture.from_config(small if name == "own" else shape_of(f"models/{name}"))
+    assert micro_batch_tokens(a, ParallelConfig(), "float32", on_gpu) == tokens
+    kept = activation_bytes(a, ParallelConfig(), "float32", tokens, recompute=False, local=True)
+    assert on_gpu or kept <= 2**30
 
 
 @pytest.mark.parametrize("name", ["paper_1.5b", "paper_7b", "r1_32b_4nodes"])
