@@ -20,7 +20,8 @@ class Draw(NamedTuple):
 
     A text of `until` is a single token, and the draw ends before it: the next draw begins with that token, a `Force`
     takes its place. One that is several tokens for this model's tokenizer ends no draw. `temperature` is the draw's
-    own; None: that of the sampling. With a `penalty` log-probs are of what it left: such tokens are not trained on.
+    own; None: that of the sampling. With a `penalty` log-probs are of what it left: such tokens are not trained on. The
+    script hears the text of a draw that is to be `told`.
     """
 
     part: str
@@ -28,6 +29,7 @@ class Draw(NamedTuple):
     until: tuple[str, ...] = ()
     temperature: float | None = None
     penalty: Penalty | None = None
+    told: bool = False
 
 
 class Force(NamedTuple):

@@ -72,13 +72,15 @@ class Branch(NamedTuple):
 
 class Done(NamedTuple):
     """What a script hears of its step: the part (of a fork an empty one, and the branches), the text of `until` before
-    which a draw ended, `tail`, the text of the response's last token, and the scores that were asked for."""
+    which a draw ended, `tail`, the text of the response's last token, the scores that were asked for, and the text of a
+    draw that was to be told."""
 
     part: Part
     met: str = ""
     branches: tuple[Branch, ...] = ()
     tail: str = ""
     scores: tuple[float, ...] = ()
+    text: str = ""
 
 
 class Script(Protocol):

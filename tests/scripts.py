@@ -10,7 +10,7 @@ import torch
 
 from megatron_efr.rollout.driver import branch_steps
 from megatron_efr.rollout.local.sampling import draw, uniforms
-from megatron_efr.scripts import Budget, EarlyExit, Exits, Forks, Opened, Plain, search
+from megatron_efr.scripts import Budget, EarlyExit, Exits, Forks, Opened, Plain, Rounds, search
 from megatron_efr.scripts.probed import Concise, Deer, EarlyStop, Subthoughts
 from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Tip, Told
 from megatron_efr.scripts.search import VgSearch
@@ -55,7 +55,14 @@ def every_kind(said: Sequence[int]) -> tuple[Script, ...]:
         Forks(at=(1, 4), tokens=6, opening="E", end=end),
         Forks(at=(1, late + 2, 19), samples=2, tokens=3, opening="GH", end=end, ended="FE"),
         Exits(drawn=3, seed=5, samples=2, tokens=4, opening="G"),
+        rounds(said),
     )
+
+
+def rounds(said: Sequence[int]) -> Rounds:
+    """Rounds of 8 tokens, of which the first has a summary: what stands between two pairs of letters."""
+    opens, closes = (Letters().decode(said[first : first + 2]) for first in (0, 5))
+    return Rounds(tokens=8, most=3, opens=opens, closes=closes, history="G{summary}HG")
 
 
 def every_rule(said: Sequence[int], trial: float | None = None) -> tuple[Script, ...]:
@@ -115,11 +122,12 @@ class Rereading:
             self._prompt = Prompt("p", tuple(begun), "", "")
         step: Step | None = next(steps)
         while step is not None:
-            first, met, branches, scores = len(made.tokens), "", (), ()
+            first, met, text, branches, scores = len(made.tokens), "", "", (), ()
             if isinstance(step, Draw):
                 limit = left if step.limit is None else min(step.limit, left)
                 part, held, met = self._draw(step, made, limit, held, [*begun], branch)
                 left -= part.end - part.start
+                text = Letters().decode(made.tokens[first:]) if step.told else ""
             elif isinstance(step, Take):
                 made.tokens.extend(step.tokens[:left])
                 made.logprobs.extend(step.logprobs[:left])
@@ -146,7 +154,8 @@ class Rereading:
             if not isinstance(step, Fork | Score):
                 made.parts.append(part)
             try:
-                step = steps.send(Done(part, met, branches, Letters().decode(made.tokens[-1:]), tuple(scores)))
+                told = Letters().decode(made.tokens[-1:])
+                step = steps.send(Done(part, met, branches, told, tuple(scores), text))
             except StopIteration:
                 step = None
         return made

@@ -27,6 +27,7 @@ KINDS = {
     "told": "Budgets told in the prompt",
     "scripted": "Responses made by a script",
     "branching": "Answers before a thought has ended",
+    "rounds": "Thoughts in rounds",
     "modes": "Modes that the model chooses",
     "experimental": "Experimental",
     "prefixes": "Experimental, on the way",

@@ -18,6 +18,7 @@ from megatron_efr.methods import (
     prefixes,
     relative,
     remembering,
+    rounds,
     scripted,
     told,
 )
@@ -62,6 +63,7 @@ METHODS: dict[str, type[Method]] = {
     "mrt": branching.MRT,
     "s_grpo": branching.SGRPO,
     "jet": branching.JET,
+    "infty_think": rounds.InftyThink,
     "autothink": modes.AutoThink,
     "adactrl": modes.AdaCtrl,
     "thinkless": modes.Thinkless,

@@ -98,14 +98,18 @@ class Driver:
         """True while a token is held back."""
         return bool(self.parts) and self.parts[-1].ending == "until"
 
-    def done(self, length: int, ending: Ending, met: int | None = None, last: int | None = None) -> None:
-        """The order to draw or to write is carried out: the response has `length` tokens without `met`, the token that
-        is held back; `last` is the last of them, None if there is none."""
-        part = self._note(length, ending)
+    def done(self, tokens: Sequence[int], ending: Ending, met: int | None = None) -> None:
+        """The order to draw or to write is carried out: the response has these tokens, without `met`, which is held
+        back."""
+        part, text = self._note(len(tokens), ending), ""
         if isinstance(self._step, Draw | Take):
             self._left -= part.end - part.start
-        self._tail = "" if last is None else self._codec.decode([last])
-        self._send(Done(part, "" if met is None else self._text_of(met), tail=self._tail))
+            text = self._decoded(tokens[part.start :]) if isinstance(self._step, Draw) and self._step.told else ""
+        self._tail = self._decoded(tokens[-1:])
+        self._send(Done(part, "" if met is None else self._text_of(met), tail=self._tail, text=text))
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        return self._codec.decode([int(token) for token in tokens]) if len(tokens) else ""
 
     def forked(self, responses: Sequence[Response]) -> None:
         """The order to fork is carried out: the responses of all branches, in the order of their starts."""
@@ -151,7 +155,7 @@ class Driver:
             raise RuntimeError(f"the step {step.part!r} comes after a stop token: a script may only fork there")
         self._step = step
         match step:
-            case Draw(_, limit, until, temperature, penalty):
+            case Draw(_, limit, until, temperature, penalty, _):
                 limit = self._left if limit is None else min(limit, self._left)
                 lowered = penalty and TokenPenalty(self._tokens(penalty.texts), penalty.amount, penalty.window)
                 self.order = Drawing(limit, self._tokens(until), temperature, lowered)

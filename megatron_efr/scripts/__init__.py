@@ -12,3 +12,4 @@ from megatron_efr.scripts.named import build as build
 from megatron_efr.scripts.named import decode as decode
 from megatron_efr.scripts.named import encode as encode
 from megatron_efr.scripts.named import plain as plain
+from megatron_efr.scripts.rounds import Rounds as Rounds

@@ -11,6 +11,7 @@ from megatron_efr.scripts.exits import Exits
 from megatron_efr.scripts.kinds import Budget, EarlyExit, Forks, Opened, Plain
 from megatron_efr.scripts.probed import Concise, Deer, EarlyStop, Subthoughts
 from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Sketch, ThinkFor, Tip, Told
+from megatron_efr.scripts.rounds import Rounds
 from megatron_efr.scripts.search import VgSearch
 from megatron_efr.types import Prompt, Request, Script
 
@@ -21,6 +22,7 @@ SCRIPTS: dict[str, type[Any]] = {
     "early_exit": EarlyExit,
     "forks": Forks,
     "exits": Exits,
+    "rounds": Rounds,
     "cut_off": CutOff,
     "no_thinking": NoThinking,
     "elastic": Elastic,

@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "experimental.memory_r": {"explore_from": 2},
     "experimental.sgpo": {"exits": 3, "answers": 2, "answer_tokens": 3, "end": ";", "stop": "="},
     "experimental.l2t": {"exits": 3, "answers": 2, "answer_tokens": 3, "end": ";", "stop": "="},
+    "infty_think": {"round_tokens": 24, "rounds": 3, "opens": " \\boxed{", "closes": "}", "history": "1+{summary}"},
     "thinkless": {"short": "1", "think": "2"},
     "experimental.o1_pruner_online": {"reference": 2},
     "experimental.self_budgeter": {"tag": "{budget};"},
@@ -155,6 +156,8 @@ def _check_what_was_asked(name: str, groups: list[Credited]) -> None:
             assert opening is None or response.length == len(response.tokens) - len(opening)
             if name == "elastic":
                 assert response.length <= 14
+    rounds = [len(response.branches) for each in groups for response in each.group.responses]
+    assert name != "infty_think" or {0, 1, 2} >= set(rounds) > {0}
     assert name != "elastic" or any(
         part.ending == "forced" for each in groups for response in each.group.responses for part in response.parts
     )

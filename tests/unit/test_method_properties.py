@@ -50,7 +50,7 @@ BOUNDS = {
     "adapt_think": (-0.5, 0.55, -0.5, -0.45), "thinkless": (-0.5, 2, -2, 0),
     "experimental.o1_pruner_online": (-2, 4, -2, 4), "experimental.self_budgeter": (-1, 1, -1, 0),
     "experimental.adacot": (0.7, 1, -0.3, 0), "experimental.memory_r": (1, 3, 0, 2),
-    "experimental.sgpo": (1, 1, 0, 1), "experimental.l2t": (0, 1, -1, 0),
+    "infty_think": (0, 1, -1, 0), "experimental.sgpo": (1, 1, 0, 1), "experimental.l2t": (0, 1, -1, 0),
 }  # fmt: skip
 """Least and most that a right answer may earn, and a wrong one: rewards, or advantages where the method gives them."""
 PRICED = {
@@ -152,7 +152,7 @@ CHOSEN: dict[str, list[dict[str, Any]]] = {
     "cosine": [{"wrong_long": 3.0, "exceeded": None}], "gdpo": [{"short": 3.0}],
     "efr": [{"alpha": 0.99}], "kimi": [{}], "prime_rl": [{"length": 1.0, "prompt": 1.0, "turns": 1.0}],
     "laser": [{"wrong": 0.99, "unanswered": 0.99}], "laser_d": [{"wrong": 0.99, "unanswered": 0.99, "bonus": 9.0}],
-    "experimental.sgpo": [{"slope": 99.0}], "experimental.l2t": [{"alpha": 9.0}],
+    "infty_think": [{}], "experimental.sgpo": [{"slope": 99.0}], "experimental.l2t": [{"alpha": 9.0}],
     "drpo": [{"spread": 0.001}, {"tau": 0.001}], "adapt_think": [{"delta": 2.0}], "thinkless": [{"thinking": -3.0}],
     "experimental.adacot": [{"missed": 1.5}, {"needless": 1.5}],
     "laser_de": [{"wrong": 0.6, "lowest": 60}], "dler": [{"limit": 50}], "da_dler": [{"easy": 5, "hard": 50}],
@@ -351,7 +351,7 @@ def test_every_method_goes_with_every_algorithm_that_leaves_prompts_and_penaltie
         methods.check_together(name, build(name), algorithm(name="dapo"))
 
 
-OWN = {"gfpo", "qglas", "overlong", "stop_properly", "drpo", "thinkless", "experimental.l2t"}
+OWN = {"gfpo", "qglas", "overlong", "stop_properly", "drpo", "thinkless", "experimental.l2t", "infty_think"}
 """Methods that DAPO's soft penalty does not go with."""
 
 

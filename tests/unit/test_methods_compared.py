@@ -12,9 +12,9 @@ import pytest
 from megatron_efr import methods
 from megatron_efr.config import ConfigError
 from megatron_efr.methods import Known, Method, Sampled, Samplings, Visit
-from megatron_efr.scripts import Opened
-from megatron_efr.types import Part, Prompt, Rewarded
-from tests.groups import KNOWN
+from megatron_efr.scripts import Opened, Rounds
+from megatron_efr.types import Branch, Finish, Grade, Part, Prompt, Rewarded
+from tests.groups import KNOWN, response
 from tests.judged import VECTORS, C, L, asked, branched, build, close, outputs, rewarded, trained_on
 
 pytestmark = pytest.mark.alike
@@ -83,12 +83,12 @@ def drawn(method: Method, right: list[int], logprobs: list[float]) -> Rewarded:
     """A group whose responses' tokens have these log-probs, and one that a script forced has another."""
     (group,) = rewarded(method, [(right, L)])
     responses = []
-    for response, logprob in zip(group.group.responses, logprobs, strict=True):
-        values = np.full(response.length, logprob, dtype=np.float32)
+    for made, logprob in zip(group.group.responses, logprobs, strict=True):
+        values = np.full(made.length, logprob, dtype=np.float32)
         values[0] = -50.0
-        ends = response.length
+        ends = made.length
         parts = (Part("opening", 0, 1, "forced"), Part("response", 1, ends, "stop"))
-        responses.append(replace(response, logprobs=values, parts=parts))
+        responses.append(replace(made, logprobs=values, parts=parts))
     return replace(group, graded=replace(group.graded, group=replace(group.group, responses=tuple(responses))))
 
 
@@ -180,6 +180,26 @@ def test_a_stretch_earns_what_it_adds_to_the_chance_of_a_right_answer() -> None:
     expected[24:49], expected[49:74] = 0.25, 0.25
     assert np.array_equal(first, expected)
     assert np.array_equal(second, -expected)
+
+
+def test_the_last_round_decides_for_all_of_them() -> None:
+    method = build("infty_think", round_tokens=64, rounds=3)
+    (script, *_) = method.ask(Visit(Prompt("p", (1,), "q", "1"), 4, 0), KNOWN).scripts
+    assert script == Rounds(tokens=64, most=3)
+    group = asked([1, 0, 1, 0], [10, 20, 30, 40])
+    rounds: list[list[Finish]] = [[], ["stop", "stop"], ["stop"], ["stop", "length"]]
+    responses = tuple(
+        replace(each, branches=tuple(Branch("round", 0, (response(5, finish),)) for finish in ends))
+        for each, ends in zip(group.group.responses, rounds, strict=True)
+    )
+    right, wrong = Grade("correct"), Grade("wrong")
+    verdicts = ((), (wrong, right), (wrong,), (right, right))
+    judged = replace(group, group=replace(group.group, responses=responses), branches=verdicts)
+    rewarded = methods.reward(method, judged, KNOWN)
+    assert rewarded.rewards.tolist() == [1.0, 1.0, 0.0, 0.0], "the last of the fourth was cut"
+    (credit,) = method.credits([rewarded], KNOWN) or ()
+    assert credit.advantage.tolist() == [0.5, 0.5, -0.5, -0.5]
+    assert [each.tolist() for each in credit.branches or ()] == [[], [0.5, 0.5], [-0.5], [-0.5, -0.5]]
 
 
 def test_answers_near_to_right_ones_and_unlike_wrong_ones_earn_more() -> None:

@@ -17,7 +17,7 @@ from megatron_efr.rollout.requests import check_script, longest
 from megatron_efr.scripts import Budget, EarlyExit, Forks, Opened, Plain, build, plain
 from megatron_efr.steps import Draw, Fork, Part, Step
 from megatron_efr.types import Done, Prompt, Request, Response, Sampling
-from tests.scripts import Letters, Rereading, assert_made, every_kind, every_rule
+from tests.scripts import Letters, Rereading, assert_made, every_kind, every_rule, rounds
 from tests.small_qwen2 import STOP, exact_logprobs, model, weights_of
 
 pytestmark = pytest.mark.alike
@@ -64,6 +64,35 @@ def test_every_kind_makes_what_a_model_makes_that_reads_everything_again(
             assert_made(response, again.make(script.steps(sample), request.prompt.tokens))
             endings |= {part.ending for part in response.parts}
     assert endings - {"chosen"} == {"stop", "until", "length", "forced"}
+
+
+def test_a_round_begins_anew_with_the_summary_alone() -> None:
+    """Greedily: each further round is what the model says after the prompt, and the summary of the round before."""
+    found = 0
+    for prompt in PROMPTS:
+        script = rounds(said(prompt))
+        (group,) = serving(2).generate([Request(prompt, 1, (script,))], Sampling(0.0, 1.0, 30, ()))
+        response = group.responses[0]
+        texts = [response.text, *(each.text for _, each in response.answers)]
+        assert response.length == 8
+        for before, (at, each) in zip(texts, response.answers, strict=False):
+            opening = Letters().encode(f"G{script.summary(before)}HG")
+            assert (at, each.tokens[: len(opening)], each.length) == (0, opening, 8)
+            anew = Prompt("", (*prompt.tokens, *opening), "", "")
+            assert each.tokens[len(opening) :] == tuple(said(anew)[:8])
+        assert len(texts) == 3 or not script.summary(texts[-1])
+        found += len(response.answers)
+    assert found >= 2
+    with pytest.raises(ConfigError, match=r"tells no round of the one before; put \{summary\} where"):
+        build("rounds", {"tokens": 4, "history": "so"}, "method")
+    with pytest.raises(ConfigError, match="holds '<summary>', and each round would have a summary"):
+        build("rounds", {"tokens": 4, "history": "<summary>{summary}"}, "method")
+    with pytest.raises(ConfigError, match=r"^evaluation\.script\.name: rounds are for training"):
+        rounds(said(PROMPTS[0])).check(30, "evaluation.script")
+    made: Any = build("rounds", {"tokens": 4}, "method")
+    assert made.summary("a<summary> b </summary>c") == "b"
+    for text in ("<summary>b", "<summary></summary>", "b</summary>", "<summary>a</summary><summary>b"):
+        assert made.summary(text) == ""
 
 
 def test_published_rules_take_the_turns_that_are_compared() -> None:

@@ -220,9 +220,8 @@ class Rows:
             self._done(index, order.ending if isinstance(order, Writing) else "stop" if stops else "length")
 
     def _done(self, index: int, ending: Ending, met: int | None = None) -> None:
-        length = int(self.length[index] - self.prompt[index])
-        last = int(self.tokens[index, self.length[index] - 1]) if length else None
-        self[index].driver.done(length, ending, met, last)
+        tokens = self.tokens[index, self.prompt[index] : self.length[index]]
+        self[index].driver.done(tokens, ending, met)
 
     def _kind(self, until: tuple[int, ...]) -> int:
         """The number of the drawings that end at stop ids and before the tokens `until`."""

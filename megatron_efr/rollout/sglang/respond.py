@@ -98,7 +98,7 @@ class _Growing:
             self._done("stop" if last in sampling.stop_ids else "length")
 
     def _done(self, ending: Ending, met: int | None = None) -> None:
-        self._driver.done(len(self._tokens), ending, met, self._tokens[-1] if self._tokens else None)
+        self._driver.done(self._tokens, ending, met)
 
     async def whole(self, sampling: Sampling, ask: Ask) -> Response:
         """The response, complete."""
