@@ -75,8 +75,8 @@ class TrainingConfig(Section):
     updates: PositiveInt = Field(default=2, description="optimizer updates per iteration, over equal shares of it")
     micro_batch_tokens: PositiveInt | None = Field(
         default=None,
-        description="token budget of one packed micro-batch; 16384 when left out, on a CPU as many as leave 1 GiB "
-        "behind for the backward pass",
+        description="token budget of one packed micro-batch; 16384 when left out, on a CPU as many as leave 768 "
+        "MiB behind for the backward pass",
     )
     max_logprob_diff: float = Field(
         default=0.5,
@@ -110,8 +110,8 @@ class SftTrainingConfig(Section):
     batch: PositiveInt = Field(default=64, description="sequences, or pairs, per optimizer update")
     micro_batch_tokens: PositiveInt | None = Field(
         default=None,
-        description="token budget of one packed micro-batch; 16384 when left out, on a CPU as many as leave 1 GiB "
-        "behind for the backward pass",
+        description="token budget of one packed micro-batch; 16384 when left out, on a CPU as many as leave 768 "
+        "MiB behind for the backward pass",
     )
     bucket: PositiveInt = Field(
         default=1,

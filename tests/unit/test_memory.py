@@ -172,14 +172,14 @@ def test_a_shape_is_read_from_a_config_alone_and_unknown_ones_are_refused(model_
 
 @pytest.mark.parametrize(
     ("name", "on_gpu", "tokens"),
-    [("DeepSeek-R1-Distill-Qwen-7B", True, 16384), ("SmolLM2-135M-Instruct", False, 637), ("own", False, 16384)],
+    [("DeepSeek-R1-Distill-Qwen-7B", True, 16384), ("SmolLM2-135M-Instruct", False, 478), ("own", False, 16384)],
 )
-def test_a_cpus_micro_batch_leaves_a_gib_behind(name: str, on_gpu: bool, tokens: int) -> None:
+def test_a_cpus_micro_batch_is_bounded_by_what_it_leaves_behind(name: str, on_gpu: bool, tokens: int) -> None:
     small = QWEN_7B | {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 192, "num_attention_heads": 4}
     a = Architecture.from_config(small if name == "own" else shape_of(f"models/{name}"))
     assert micro_batch_tokens(a, ParallelConfig(), "float32", on_gpu) == tokens
     kept = activation_bytes(a, ParallelConfig(), "float32", tokens, recompute=False, local=True)
-    assert on_gpu or kept <= 2**30
+    assert on_gpu or kept <= 768 * 2**20
 
 
 @pytest.mark.parametrize("name", ["paper_1.5b", "paper_7b", "r1_32b_4nodes"])
