@@ -64,7 +64,8 @@ def short(most: int) -> Measure:
             return None
         lengths = samples.tokens if samples.thinking is None else samples.thinking
         columns = (samples.split(column) for column in (samples.answer, samples.correct, lengths))
-        return over_problems(np.array([_short(*each, most) for each in zip(*columns, strict=True)]))
+        voted = [_short(answers, right, tokens, most) for answers, right, tokens in zip(*columns, strict=True)]
+        return over_problems(np.array(voted))
 
     return Measure(f"short@{most}", "%", "high", terms, rate=True, about=short.__doc__ or "")
 

@@ -72,7 +72,10 @@ def hard_easy_ratio(samples: Samples) -> FloatArray | None:
         return None
     half = len(levels) // 2
     spent = samples.mean(samples.tokens)
-    hard, easy = (np.isin(samples.difficulties, part) for part in (levels[-half:], levels[:half]))
+    hard, easy = (
+        np.array([level in part for level in samples.difficulties], dtype=np.float64)
+        for part in (levels[-half:], levels[:half])
+    )
     return np.stack([spent * hard, hard, spent * easy, easy], axis=1)
 
 

@@ -81,7 +81,8 @@ class Samples:
 
     def total(self, values: np.ndarray) -> FloatArray:
         """Sums of `values` [samples] over each problem's, float64 [problems]."""
-        return np.bincount(self.problem, np.asarray(values, dtype=np.float64), len(self.ids))
+        sums = np.bincount(self.problem, weights=np.asarray(values, dtype=np.float64), minlength=len(self.ids))
+        return sums.astype(np.float64, copy=False)
 
     def mean(self, values: np.ndarray) -> FloatArray:
         """Means of `values` [samples] over each problem's, float64 [problems]."""

@@ -35,7 +35,7 @@ def build_summary(
 
     `evaluations` and `alphas` are keyed by the model's name. ValueError where a model has no evaluation.
     """
-    names = sorted(alphas, key=lambda name: -1.0 if alphas[name] is None else alphas[name])
+    names = sorted(alphas, key=lambda name: -1.0 if (alpha := alphas[name]) is None else alpha)
     base = next((name for name in names if alphas[name] is None), "")
     listed = [Listed(name, _label(name, alphas[name]), (name,), base, alphas[name]) for name in names]
     return family_summary(evaluations, listed, seconds)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from megatron_efr.rollout.codec import Codec
 from megatron_efr.steps import Draw, Ending, Force, Fork, Part, Score, Step, Take
-from megatron_efr.types import Branch, Done, Finish, Prompt, Response, Sampling
+from megatron_efr.types import Branch, Done, Finish, IntArray, Prompt, Response, Sampling
 
 
 class TokenPenalty(NamedTuple):
@@ -98,7 +98,7 @@ class Driver:
         """True while a token is held back."""
         return bool(self.parts) and self.parts[-1].ending == "until"
 
-    def done(self, tokens: Sequence[int], ending: Ending, met: int | None = None) -> None:
+    def done(self, tokens: Sequence[int] | IntArray, ending: Ending, met: int | None = None) -> None:
         """The order to draw or to write is carried out: the response has these tokens, without `met`, which is held
         back."""
         part, text = self._note(len(tokens), ending), ""
@@ -108,7 +108,7 @@ class Driver:
         self._tail = self._decoded(tokens[-1:])
         self._send(Done(part, "" if met is None else self._text_of(met), tail=self._tail, text=text))
 
-    def _decoded(self, tokens: Sequence[int]) -> str:
+    def _decoded(self, tokens: Sequence[int] | IntArray) -> str:
         return self._codec.decode([int(token) for token in tokens]) if len(tokens) else ""
 
     def forked(self, responses: Sequence[Response]) -> None:
@@ -187,6 +187,7 @@ class Driver:
         return Part(name, self._length, self._length, "forced")
 
     def _note(self, length: int, ending: Ending) -> Part:
+        assert not isinstance(self._step, Score)
         part = Part(self._step.part, self._length, length, ending)
         self.parts.append(part)
         return part

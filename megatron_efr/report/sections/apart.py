@@ -57,8 +57,9 @@ def _of_one_run(results: Results) -> dict[str, Any] | str:
         if model is base or record is None or differing(start, record):
             continue
         for each in paired(*matched(start, record), [named(key) for key in _WORDS]):
-            if None not in each.difference:
-                found[each.name][model["name"]] = Difference(*each.difference)
+            value, low, high = each.difference
+            if value is not None and low is not None and high is not None:
+                found[each.name][model["name"]] = Difference(value, low, high)
     kept = [model for model in results.shown if all(model["name"] in own for own in found.values())]
     if not kept:
         return f"No evaluation here was asked as that of {label(base)} was, or they are an older version's."

@@ -26,7 +26,7 @@ def build(results: Results) -> dict[str, Any] | str:
     for side, title in enumerate(("Right", "Wrong")):
         texts = [label(model) if side == 0 else "" for model in models]
         ranges = [
-            plots.Range(text, results.hues[model["name"]], pair[side][1])
+            plots.Range(text, results.hues[model["name"]], pair[side][1].tolist())
             for text, model, pair in zip(texts, models, found, strict=True)
         ]
         drawn.append((title, partial(plots.draw_ranges, ranges=ranges, x="tokens", most=most)))

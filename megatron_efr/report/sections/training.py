@@ -30,7 +30,7 @@ def build(results: Results) -> dict[str, Any] | str:
     if not drawn:
         return "No training metrics are in this folder."
     labels = {name: text for text, name in results.key(results.models)}
-    key = [(labels.get(name, name), name) for name in dict.fromkeys(name for name, _ in runs)]
+    key = [(labels.get(name) or name, name) for name in dict.fromkeys(name for name, _ in runs)]
     alt = "against the iteration, a line for each run"
     return {
         "plots": results.draw("curves", drawn, PANEL, alt, columns=2, key=results.coloured(key)),
