@@ -28,7 +28,7 @@ from megatron_efr.weights.folder import RandomWeights
 
 TURNS = 3  # of which the fastest counts: what else the machine does only adds to a time
 STEPS = 6  # decoded to time one
-FEW, MANY = 512, 2048  # tokens of the two batches whose difference is a sequence's time
+FEW, TIMES = 512, 4  # tokens of a batch, and how much larger the other is: their difference is its sequences' time
 
 
 class Work(NamedTuple):
@@ -102,8 +102,8 @@ def _engine(model: ModelConfig, work: Work) -> tuple[float, float]:
 def _policy(model: ModelConfig, work: Work) -> tuple[float, float, float]:
     """Of a sequence's log-probs, its forward and backward pass, and what an update takes beside them."""
     length = work.prompt + work.response
-    few = max(1, FEW // length)
-    many = max(few + 1, min(MANY, work.budget) // length)
+    few = max(1, min(FEW, work.budget) // length)  # in one micro-batch
+    many = few * TIMES
     with joined_ranks(ParallelConfig(), seed=0) as ranks:
         policy = Policy(model, ParallelConfig(), OptimizerConfig(lr=1e-9), ranks, updates=1_000_000, seed=0)
         small, large = (_packed(policy, work, count) for count in (few, many))
