@@ -17,7 +17,7 @@ from megatron_efr.weights.mapping import WeightMapping
 
 BYTES = {"float32": 4, "bfloat16": 2}
 MICRO_BATCH_TOKENS = 16384
-ACTIVATIONS_CPU = 3 * 2**28  # of a micro-batch on a CPU, whose products are as fast with fewer rows
+ACTIVATIONS_CPU = 3 * 2**28  # of a micro-batch on a CPU: an update takes about a tenth longer than with larger ones
 OVERHEAD = int(1.5 * 2**30)  # CUDA context, NCCL buffers, workspaces, of each process: an assumption
 
 
