@@ -84,3 +84,24 @@ def test_the_readme_is_one_screen_of_short_paragraphs() -> None:
     assert len(text.splitlines()) <= 150
     prose = [block for block in text.split("\n\n") if not block.startswith(("|", "    ", "#"))]
     assert max(len(block.split()) for block in prose) <= 60
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs/programs.md"], ids=lambda page: page.name)
+def test_every_program_has_a_row(page: Path) -> None:
+    rows = re.findall(r"^\| `efr ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(rows) == set(PROGRAMS)
+
+
+def test_every_room_is_in_the_table_of_rooms() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms = {path.parent.name for path in (ROOT / "megatron_efr").glob("*/__init__.py")}
+    assert {room for room in rooms if f"`{room}/`" not in text} == set()
+
+
+def test_the_readme_counts_the_methods() -> None:
+    """Those that are not experimental: the page has a row for each."""
+    names = re.findall(r"^\| \[`([\w.]+)`\]", (ROOT / "docs/methods.md").read_text(encoding="utf-8"), re.MULTILINE)
+    count = sum(not name.startswith("experimental.") for name in names)
+    text = README.read_text(encoding="utf-8")
+    assert f"[{count - 1} others](docs/methods.md)" in text
+    assert f"| methods are values | {count} by name" in text
