@@ -162,7 +162,7 @@ class _File(logging.Handler):
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(self._path, "ab", buffering=0) as file:
-                file.write(f"{self.format(record)}\n".encode())
+                file.write(f"{self.format(record)}\n".encode(errors="backslashreplace"))
         except OSError as error:
             self._failed = True
             warning(f"{self._path}: cannot be written: {error.strerror}; the run goes on without it")

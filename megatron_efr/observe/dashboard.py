@@ -85,7 +85,7 @@ def state(run: Watched) -> str:
     ends = [line for line in run.log if line.event in ("start", "resume", "end")]
     if not ends:
         return "nobody works on it"
-    return ends[-1].text.splitlines()[0] if ends[-1].event == "end" else "ended without a word: killed, or its machine"
+    return _first(ends[-1].text) if ends[-1].event == "end" else "ended without a word: killed, or its machine"
 
 
 def seconds_left(run: Watched) -> float | None:
@@ -169,7 +169,12 @@ def _log(lines: Sequence[Line]) -> list[RenderableType]:
     """The newest lines, the routine of publications and checkpoints left out."""
     told = [line for line in lines if line.level != "DEBUG"][-LOG_LINES:]
     return [
-        Text(f"{line.time:%H:%M:%S} {f'[{line.event}] ' if line.event else ''}{line.text.splitlines()[0]}",
+        Text(f"{line.time:%H:%M:%S} {f'[{line.event}] ' if line.event else ''}{_first(line.text)}",
              _STYLES.get(line.level, "dim"), no_wrap=True, overflow="ellipsis")
         for line in told
     ]  # fmt: skip
+
+
+def _first(text: str) -> str:
+    """The first line of a record, without the colours that a server's own log may bring into it."""
+    return Text.from_ansi(text).plain.partition("\n")[0]

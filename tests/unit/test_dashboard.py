@@ -108,6 +108,13 @@ def test_a_run_that_works_has_time_left_and_one_that_was_killed_says_so(folder: 
     )
 
 
+def test_the_log_is_shown_without_a_servers_colours_and_without_text_too(folder: RunFolder) -> None:
+    told = ["\x1b[31mred\x1b[0m end\nmore", ""]
+    run = read(folder.path)._replace(log=[Line(NOW, 0, "INFO", "end", text) for text in told])
+    shown_lines = [line.rstrip() for line in shown(run).splitlines()]
+    assert shown_lines[-2:] == ["03:04:05 [end] red end", "03:04:05 [end]"]
+
+
 def test_time_left_counts_steps_that_are_not_logged(folder: RunFolder) -> None:
     lines = [{"step": 10 * number, "time/total": 50.0} for number in range(1, 13)]  # a warm start: each tenth update
     assert seconds_left(Watched("sft", 200, lines, [], True)) == 5.0 * 80
@@ -146,7 +153,8 @@ def test_in_a_terminal_it_follows_the_run_to_its_end(folder: RunFolder, terminal
         limit = time.monotonic() + 60
         while text not in said:
             assert time.monotonic() < limit, said.decode(errors="replace")[-2000:]
-            said += os.read(user, 65536)
+            if select.select([user], [], [], 1)[0]:
+                said += os.read(user, 65536)
 
     with claimed(folder, "train: {iterations: 10}\n", True):
         folder.go_on_from(4, 10)
@@ -155,7 +163,9 @@ def test_in_a_terminal_it_follows_the_run_to_its_end(folder: RunFolder, terminal
         folder.append_metrics(5, step(5))
         wait_for(b"step 5 of 10")
     wait_for(b"finished")
+    limit = time.monotonic() + 60
     while watching.poll() is None:  # it writes on, and would wait for a reader
+        assert time.monotonic() < limit
         if select.select([user], [], [], 0.1)[0]:
             os.read(user, 65536)
     assert watching.returncode == 0

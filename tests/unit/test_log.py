@@ -100,6 +100,12 @@ def test_a_fault_is_in_the_file_with_its_traceback(tmp_path: Path) -> None:
     assert "Traceback (most recent call last):\n" in text
 
 
+def test_what_no_file_takes_as_text_is_written_as_an_escape(tmp_path: Path) -> None:
+    with log.kept(tmp_path / "log.txt"):
+        log.info("a name of other bytes: \udcff")
+    assert told(tmp_path / "log.txt")[0] == ("INFO", "", "a name of other bytes: \\udcff")
+
+
 def test_a_disk_that_takes_no_line_is_named_once_and_stops_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
