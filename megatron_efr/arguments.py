@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import math
 import os
 import select
 import signal
@@ -23,8 +24,10 @@ from megatron_efr.errors import UserError
 from megatron_efr.parent import end_with_parent, is_rank
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
+NumberT = TypeVar("NumberT", int, float)
 
 EXIT_USER_ERROR = 2
+PORTS = (1, 65535)
 PATIENCE_S = 20.0  # for rank 0, which meets the same error
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -41,6 +44,20 @@ def parser(program: str, description: str, *, resumes: bool = False) -> argparse
         made.add_argument("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
     made.add_argument("--log-level", choices=log.LEVELS, help="from which level on the terminal shows the log: info")
     return made
+
+
+def within(kind: type[NumberT], least: float, most: float = math.inf) -> Callable[[str], NumberT]:
+    """A flag's type for argparse: an int or a float from `least` to `most`. It refuses others and names the flag."""
+
+    def read(text: str) -> NumberT:
+        value = kind(text)
+        if not least <= value <= most or value == math.inf:
+            limits = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text}: {limits}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse says "invalid int value"
+    return read
 
 
 @contextlib.contextmanager

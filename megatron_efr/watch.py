@@ -57,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr watch`."""
     parser = argparse.ArgumentParser(prog="efr watch", description="A live view of a run in the terminal.")
     parser.add_argument("folder", type=Path, help="runs/NAME")
-    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two views: 2")
+    parser.add_argument(
+        "--every", type=arguments.within(float, 0.1), default=2.0, metavar="SECONDS", help="between two views: 2"
+    )
     parser.add_argument("--once", action="store_true", help="one view, even if the run goes on")
     given = parser.parse_args(argv)
     console = Console(highlight=False, force_terminal=False if given.once else None)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_efr.arguments import run
+from megatron_efr.arguments import PORTS, run, within
 from megatron_efr.cluster.commands import Command, commands, describe, over
 from megatron_efr.cluster.network import interface_towards
 from megatron_efr.cluster.placement import RENDEZVOUS_PORT, place, place_engines
@@ -49,9 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--hosts", required=True, help="every host of the run, with commas, by their private names")
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs of each host")
+    parser.add_argument("--gpus", type=within(int, 1), default=8, help="GPUs of each host")
     parser.add_argument("--host", help="the one of them that this is; needed to start anything")
-    parser.add_argument("--port", type=int, default=RENDEZVOUS_PORT, help="of torchrun's rendezvous on the first host")
+    parser.add_argument(
+        "--port", type=within(int, *PORTS), default=RENDEZVOUS_PORT, help="of torchrun's rendezvous on the first host"
+    )
     parser.add_argument("--only-engines", action="store_true", help="on every GPU; the trainer is elsewhere")
     parser.add_argument("--print", choices=["engines", "trainer"], dest="hosts_of")
     parser.add_argument("--dry-run", action="store_true")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_efr.arguments import run
+from megatron_efr.arguments import PORTS, run, within
 from megatron_efr.config import TrainConfig
 from megatron_efr.config.file import load
 from megatron_efr.errors import UserError
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--host", required=True, help="this machine's name or address on the private network")
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--port", type=within(int, *PORTS), required=True)
     parser.add_argument("--index", type=int, default=0, help="which of the run's engines this is")
     given = parser.parse_intermixed_args(argv)
     sys.exit(serve(load(TrainConfig, given.config, given.overrides), given.host, given.port, given.index))

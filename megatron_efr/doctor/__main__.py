@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_efr.arguments import run
+from megatron_efr.arguments import PORTS, run, within
 from megatron_efr.checkpoint.model_source import find_model
 from megatron_efr.cluster.placement import RENDEZVOUS_PORT
 from megatron_efr.config import DpoConfig, EvaluateConfig, RolloutConfig, RunConfig, SftConfig, TrainConfig
@@ -102,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="efr doctor", description="What this machine has and lacks for a run.")
     parser.add_argument("config", nargs="?", help="YAML file of the run; what it needs and is missing exits with 1")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
-    parser.add_argument("--port", type=int, action="append", help=f"a port to look at (default: {RENDEZVOUS_PORT})")
+    port = within(int, *PORTS)
+    parser.add_argument("--port", type=port, action="append", help=f"a port to look at (default: {RENDEZVOUS_PORT})")
     given = parser.parse_intermixed_args(argv)
     config = None if given.config is None else load_any(given.config, given.overrides)
     findings = list(examine(config, given.port or [RENDEZVOUS_PORT]))

@@ -16,11 +16,15 @@ from megatron_efr.planning.gpus import GIB, Case, describe, remedies
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the plan; exit code 1 where it does not fit, after what would."""
     parser = arguments.parser("plan", "Memory and time of a run, phase by phase, before anything is downloaded.")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus", type=int, help="GPUs of a node: 8; 0 with the embedded engine, a plan for this CPU")
-    parser.add_argument("--memory-gib", type=float, default=80, help="memory of a GPU")
-    parser.add_argument("--tokens", type=int, help="on a CPU: a response's, in the mean; rollout.max_new_tokens")
-    parser.add_argument("--prompt", type=int, help="on a CPU: a prompt's tokens, in the mean; 128 at most")
+    some = arguments.within(int, 1)
+    parser.add_argument("--nodes", type=some, default=1, help="machines: 1")
+    parser.add_argument(
+        "--gpus", type=arguments.within(int, 0), help="of a node: 8; 0 with the embedded engine, a plan for this CPU"
+    )
+    parser.add_argument("--memory-gib", type=arguments.within(float, 1), default=80, help="of a GPU: 80")
+    parser.add_argument("--tokens", type=some, help="on a CPU: a response's, in the mean; rollout.max_new_tokens")
+    parser.add_argument("--prompt", type=some, help="on a CPU: a prompt's, in the mean; 128, or data.prompt.max_tokens")
+    parser.set_defaults(log_level="warning")  # what the measured models log is no part of the plan
     given = parser.parse_intermixed_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     with arguments.configured(TrainConfig, given) as config:
@@ -36,10 +40,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def on_cpu(plan: host.HostPlan, console: Console) -> bool:
-    """Print what an iteration takes on this machine."""
+    """Print what an iteration takes on this machine: its time too, if it fits."""
+    fits = host.fits(plan)  # before anything is measured, which leaves memory behind in this process
     for line in host.describe(plan):
         console.print(line)
-    if not (fits := host.fits(plan)):
+    if fits:
+        console.print(host.told(plan))
+    else:
         console.print("It does not fit. A smaller train.micro_batch_tokens or rollout.slots, or bfloat16, takes less")
     return fits
 

@@ -55,6 +55,14 @@ class HostPlan:
         if self.config.parallel.model_ranks > 1:
             raise ConfigError("parallel: on a CPU one process is planned; leave parallel out, or give --gpus")
         check_fit(self.config.model, self.config.parallel, self.architecture)
+        limit, positions = self.config.rollout.max_new_tokens, self.architecture.max_positions
+        if self.tokens > limit:
+            raise ConfigError(f"--tokens {self.tokens}: rollout.max_new_tokens cuts a response off at {limit}")
+        if self.prompt + limit > positions:
+            raise ConfigError(
+                f"rollout.max_new_tokens: {limit} behind a prompt of {self.prompt} tokens (--prompt) come to "
+                f"{self.prompt + limit}, and the model has {positions} positions"
+            )
 
     @cached_property
     def raw(self) -> dict[str, Any]:
@@ -136,7 +144,7 @@ class HostPlan:
 
 
 def describe(plan: HostPlan) -> Iterator[str | Table]:
-    """The plan as it is printed."""
+    """The plan's memory as it is printed."""
     config, memory = plan.config, plan.memory()
     yield (
         f"{parameter_count(plan.architecture) / 1e6:,.3g} million parameters, {config.model.dtype}; a CPU, "
@@ -149,11 +157,15 @@ def describe(plan: HostPlan) -> Iterator[str | Table]:
         cells = [f"{each[part] / GIB:.2f}" if part in each else "" for part in parts]
         table.add_row(phase, *cells, f"{sum(each.values()) / GIB:.2f}")
     yield table
-    seconds = plan.seconds()
+
+
+def told(plan: HostPlan) -> str:
+    """The time of an iteration and of the run, in words, after some seconds of measuring."""
+    config, seconds = plan.config, plan.seconds()
     total = sum(seconds.values())
     each = ", ".join(f"{phase} {value:.3g} s" for phase, value in seconds.items())
     whole = spelt(total * config.train.iterations)
-    yield f"an iteration: about {total:.3g} s ({each}); {config.train.iterations} of them: {whole}"
+    return f"an iteration: about {total:.3g} s ({each}); {config.train.iterations} of them: {whole}"
 
 
 def spelt(seconds: float) -> str:
@@ -164,7 +176,7 @@ def spelt(seconds: float) -> str:
 
 
 def fits(plan: HostPlan) -> bool:
-    """Whether every phase is within the machine's memory."""
+    """True if every phase is within the machine's memory."""
     return max(sum(each.values()) for each in plan.memory().values()) <= host_bytes()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -11,6 +12,9 @@ from functools import partial
 
 import psutil
 import pytest
+
+from megatron_efr.arguments import PORTS, within
+from megatron_efr.watch import main as watch
 
 RUN = """
 import argparse, os, sys, time
@@ -117,6 +121,23 @@ def test_the_exit_codes_of_programs_are_their_own() -> None:
     assert ended("sys.exit(75)")[0] == 75
     assert ended("pass")[0] == 0
     assert ended("sys.exit('said')")[::2] == (1, "said\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("0.05", "0.05: at least 0.1"), ("nan", "nan: at least 0.1"), ("inf", "inf: at least 0.1")]
+)
+def test_a_number_out_of_range_is_refused_by_its_flag(text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        watch(["runs/a", "--every", text])
+    assert capsys.readouterr().err.endswith(f"efr watch: error: argument --every: {said}\n")
+
+
+def test_a_range_has_both_ends() -> None:
+    port = within(int, *PORTS)
+    assert (port("1"), port("65535")) == (1, 65535)
+    for text in ("0", "65536"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^{text}: from 1 to 65535$"):
+            port(text)
 
 
 LAUNCHED = """

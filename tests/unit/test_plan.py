@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from megatron_efr.config import ConfigError, ModelConfig, TrainConfig
 from megatron_efr.memory import BYTES, kv_bytes_per_token, parameter_count
 from megatron_efr.planning import host, probe
+from megatron_efr.planning.__main__ import main, on_cpu
 from megatron_efr.planning.probe import Seconds, Work, measured
 from megatron_efr.planning.shapes import shape_of
 
@@ -69,6 +72,57 @@ def test_memory_is_counted_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_cpu_does_not_run_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^rollout\.engine: sglang is not planned on a CPU"):
         host.HostPlan(config(engine="sglang", slots=8), 56, 100)
+
+
+def test_lengths_that_the_run_or_the_model_does_not_allow_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^--tokens 129: rollout\.max_new_tokens cuts a response off at 128$"):
+        host.HostPlan(config(), 56, 129)
+    with pytest.raises(ConfigError, match=r"^rollout\.max_new_tokens: 8137 .* come to 8193, and the model has 8192"):
+        host.HostPlan(config(max_new_tokens=8137), 56, 100)
+    assert host.HostPlan(config(max_new_tokens=8136), 56, 100).tokens == 100
+
+
+def test_what_does_not_fit_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "host_bytes", lambda: 2**31)
+    monkeypatch.setattr(host, "measured", lambda *_: pytest.fail("a model of the same width may not fit either"))
+    out = io.StringIO()
+    assert not on_cpu(host.HostPlan(config(), 56, 100), Console(file=out, width=160))
+    assert "It does not fit." in out.getvalue()
+
+
+def test_measuring_does_not_change_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    resident, plan = [2**28], host.HostPlan(config(), 56, 100)
+    monkeypatch.setattr(host, "resident_bytes", lambda: resident[0])
+
+    def measured(*_: object) -> Seconds:
+        resident[0] = 2**50  # what the measured models leave behind
+        return Seconds(0.5, 0.1, 0.25, 1.0, 3.0)
+
+    monkeypatch.setattr(host, "host_bytes", lambda: 2**40)
+    monkeypatch.setattr(host, "measured", measured)
+    out = io.StringIO()
+    assert on_cpu(plan, Console(file=out, width=160))
+    assert "an iteration: about " in out.getvalue()
+    assert "It does not fit" not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "limits"),
+    [
+        ("--nodes", "0", "0: at least 1"),
+        ("--gpus", "-8", "-8: at least 0"),
+        ("--prompt", "-5", "-5: at least 1"),
+        ("--tokens", "0", "0: at least 1"),
+        ("--memory-gib", "nan", "nan: at least 1"),
+        ("--nodes", "two", "invalid int value: 'two'"),
+    ],
+)
+def test_numbers_that_make_no_plan_are_refused_by_flag(
+    flag: str, text: str, limits: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["a.yaml", f"{flag}={text}"])
+    assert f"error: argument {flag}: {limits}\n" in capsys.readouterr().err
 
 
 @pytest.mark.slow
