@@ -42,17 +42,18 @@ class Force(NamedTuple):
 
 class Fork(NamedTuple):
     """From each of the lengths `at` of the response so far, `samples` branches: `opening` is forced, and `limit` tokens
-    are drawn, or fewer, as by `Draw`. The response itself stays as it is.
+    (None: as many as are left) are drawn, or fewer, as by `Draw`. The response itself stays as it is.
 
     `ends` end a branch too, each a single token that is drawn as its last, in a part `end` of its own. `after` are
-    tokens that stand behind each of `at`, before the opening: such branches are the script's alone, and are not kept.
+    tokens that stand behind each of `at`, before the opening: such branches are the script's alone, are not kept, and
+    with these tokens draw no more than the response may.
     """
 
     part: str
     at: tuple[int, ...]
     samples: int
     opening: str
-    limit: int
+    limit: int | None
     until: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
     temperature: float | None = None
@@ -72,8 +73,8 @@ class Take(NamedTuple):
 
 
 class Score(NamedTuple):
-    """How good `texts` are as beginnings of a response: `scorer` is asked of the prompt and of them, not in the way of
-    other responses."""
+    """How good `texts` are as beginnings of a response: `scorer` is asked of the prompt and of them. Servers answer
+    others meanwhile; the embedded engine waits."""
 
     texts: tuple[str, ...]
     scorer: Callable[[Any, Sequence[str]], Sequence[float]]

@@ -103,7 +103,8 @@ class Script(Protocol):
 
     @property
     def branches(self) -> tuple[str, int] | None:
-        """The opening of its branches, and how many tokens they draw at most."""
+        """The opening of its branches, and how many tokens they draw at most; None if no branch is longer than the
+        response may be."""
         ...
 
     @property

@@ -21,7 +21,8 @@ class TokenPenalty(NamedTuple):
     window: int
 
     def applies(self, said: Sequence[int]) -> bool:
-        """True for the token behind `said`, all that the response has: its thought is younger than the window."""
+        """True for the token behind `said`, which is all that the response has, or its last `window` tokens at least:
+        its thought is younger than the window."""
         if len(said) < self.window:
             return True
         return not set(self.tokens).isdisjoint(said[len(said) - self.window + 1 :])

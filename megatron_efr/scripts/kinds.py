@@ -118,11 +118,7 @@ class Budget(Kind):
         return (self.cut, *([self.wait] * self.waits if self.least else []))
 
     def check(self, limit: int, path: str) -> None:
-        if self.most >= limit:
-            raise ConfigError(
-                f"{path}.most: a thought of {self.most} tokens uses up max_new_tokens = {limit}, and one that is cut "
-                "has no answer; lower it, or raise max_new_tokens"
-            )
+        check_answered(self.most, limit, path)
 
     def steps(self, sample: int) -> Steps:
         left, waits = self.most, self.waits
@@ -221,6 +217,15 @@ class Forks(Kind):
             yield Fork("summary", reached, self.samples, self.opening, self.tokens)
         if (missed := len(self.at) - len(reached)) and has_ended and self.ended:
             yield Fork("ended", (thought + 1,), missed * self.samples, self.ended, self.tokens)
+
+
+def check_answered(most: int | None, limit: int, path: str) -> None:
+    """Refuse, with a ConfigError that names the key within `path`, a limit of the thought that leaves no answer."""
+    if most is not None and most >= limit:
+        raise ConfigError(
+            f"{path}.most: a thought of {most} tokens uses up max_new_tokens = {limit}, and one that is cut has no "
+            "answer; lower it, or raise max_new_tokens"
+        )
 
 
 def confidence(branch: Branch) -> float:

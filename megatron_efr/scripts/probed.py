@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
-from megatron_efr.scripts.kinds import EarlyExit, Kind, Steps, Texts, Token, confidence
+from megatron_efr.scripts.kinds import EarlyExit, Kind, Steps, Texts, Token, check_answered, confidence
 from megatron_efr.steps import Draw, Force, Fork
 from megatron_efr.types import Branch
 
@@ -100,6 +100,9 @@ class Deer(Kind):
     def within(self, limit: int) -> Self:
         return self if self.most else self.model_copy(update={"most": max(1, int(limit * self.share))})
 
+    def check(self, limit: int, path: str) -> None:
+        check_answered(self.most, limit, path)
+
     def confidence(self, branch: Branch) -> float:
         """The mean probability of a trial answer's tokens that count; 0 without any."""
         response = branch.responses[0]
@@ -142,7 +145,8 @@ class EarlyStop(Kind):
     model goes on from there: with the answer, as it has given it before.
 
     Source: hao-ai-lab/Dynasor@0d2f1b9 core/cot.py, whose efforts (agree, every) are mild (8, 64), low (5, 64), mid
-    (3, 64), high (2, 64) and crazy (2, 32). It writes the answer itself, and counts equal values as the same.
+    (3, 64), high (2, 64) and crazy (2, 32). It writes the answer itself, counts equal values as the same, and probes
+    `every` tokens earlier, from the very start, and with top-p 0.95.
     """
 
     every: PositiveInt = 64
@@ -170,10 +174,10 @@ class EarlyStop(Kind):
         answers: deque[str] = deque(maxlen=self.agree)
         while True:
             done = yield Draw("thought", self.every, self.until)
+            if done.part.ending == "until":  # also right behind a probe, as the first token of its draw
+                break
             if done.part.ending == "stop" or done.part.start == done.part.end:
                 return
-            if done.part.ending == "until":
-                break
             fork = Fork("probe", (done.part.end,), 1, self.probe, self.tokens, temperature=self.temperature)
             answers.append(self.answer((yield fork).branches[0].responses[0].text))
             if len(answers) == self.agree and answers[0] and len(set(answers)) == 1:
@@ -247,13 +251,14 @@ class Concise(EarlyExit):
     """
 
     pauses: Texts = Field(default=("Wait", "Alternatively", "Hmm"), min_length=1, description="single tokens")
-    phrases: Texts = Field(
+    phrases: Annotated[tuple[Token, ...], Field(strict=False)] = Field(
         default=("This step is right. ", "I am confident in this. ", "That is clear. "), min_length=1
     )
 
     @property
     def forced(self) -> tuple[str, ...]:
-        return (self.exit, *[max(self.phrases, key=len)] * self.tries)
+        each = -(-self.tries // len(self.phrases))  # they take turns
+        return (self.exit, *self.phrases * each)
 
     def steps(self, sample: int) -> Steps:
         for number in range(self.tries):

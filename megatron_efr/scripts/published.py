@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveInt
 
 from megatron_efr.config import ConfigError
-from megatron_efr.scripts.kinds import Budget, Kind, Opened, Steps, Texts, Token
+from megatron_efr.scripts.kinds import Budget, Kind, Opened, Steps, Texts, Token, check_answered
 from megatron_efr.steps import Draw, Force, Penalty
 
 
@@ -53,7 +53,8 @@ class S1(Kind):
     The end of a thought is replaced by `wait`, `waits` times, whatever its length. A thought of `most` tokens in all is
     ended by `header` and `final`, on a new line; one that ends before by `header` alone. Without `most`, `leave` tokens
     of max_new_tokens are left for the answer. s1's own models have `end: "<|im_start|>"` and `header:
-    "<|im_start|>answer\\n"`. The source also forbids that an end comes directly after `wait`.
+    "<|im_start|>answer\\n"`. The source also forbids that an end comes directly after `wait`. A stop token within the
+    thought ends the response; the source goes on.
     """
 
     most: PositiveInt | None = None
@@ -74,14 +75,15 @@ class S1(Kind):
         return (f"\n{self.header}{self.final}", *[self.wait] * self.waits)
 
     def within(self, limit: int) -> Self:
-        return self if self.most else self.model_copy(update={"most": max(1, limit - self.leave)})
+        return self if self.most else self.model_copy(update={"most": limit - self.leave})
 
     def check(self, limit: int, path: str) -> None:
-        if (self.most or 1) >= limit:
+        if self.most is not None and self.most < 1:
             raise ConfigError(
-                f"{path}.most: a thought of {self.most} tokens uses up max_new_tokens = {limit}, and one that is cut "
-                "has no answer; lower it, or raise max_new_tokens"
+                f"{path}.leave: {self.leave} tokens for the answer leave none of max_new_tokens = {limit} for a "
+                "thought; lower it, or raise max_new_tokens"
             )
+        check_answered(self.most, limit, path)
 
     def steps(self, sample: int) -> Steps:
         left, waits = self.most, self.waits

@@ -35,11 +35,11 @@ class _Beam(NamedTuple):
 class VgSearch(Kind):
     """Beam search with a scorer every `every` steps (variable granularity; hmarkc/VG-Search@1698233 beam_search.py).
 
-    A step ends with one of `ends`, or after `tokens` tokens. The best `beams` / `width` go on for `every` - 1 steps
-    each, are copied to `beams`, take one step more, and are scored; in the last of `iterations`, 12 / `every` if not
-    given, they go on to their end. The search is over when `beams` have ended, or all; the response is the ended one
-    with the best score, the first of equals. Its length is its own: what the others drew is in no figure. It is for
-    evaluations: what was chosen is no draw of the model's.
+    A step ends with one of `ends`; a beam that has none within `tokens` tokens is cut there, and has ended. The best
+    `beams` / `width` go on for `every` - 1 steps each, are copied to `beams`, take one step more, and are scored; in
+    the last of `iterations`, 12 / `every` if not given, they go on to their end. The search is over when `beams` have
+    ended, or all; the response is the ended one with the best score, the first of equals. Its length is its own: what
+    the others drew is in no figure. It is for evaluations: what was chosen is no draw of the model's.
 
     `scorer`: `verifier` scores a text whose answer is right by 1 and others by 0, which is an upper bound, not a rule
     that could be used; or the name of an entry point of the group `megatron_efr.scorers`, a function of the prompt and
@@ -53,7 +53,6 @@ class VgSearch(Kind):
     iterations: PositiveInt | None = None
     ends: Texts = Field(default=("\n\n", ".\n\n", ":\n\n", " \n\n"), min_length=1, description="ends of a step")
     tokens: PositiveInt = Field(default=2048, description="tokens of a step at most")
-    most: PositiveInt | None = Field(default=None, description="tokens of a response; by default max_new_tokens")
 
     @field_validator("scorer")
     @classmethod
@@ -73,15 +72,8 @@ class VgSearch(Kind):
         return self.ends
 
     @property
-    def branches(self) -> tuple[str, int]:
-        return "", self.tokens
-
-    @property
     def trainable(self) -> bool:
         return False
-
-    def within(self, limit: int) -> Self:
-        return self if self.most else self.model_copy(update={"most": limit})
 
     def steps(self, sample: int) -> Steps:
         scorer, rounds = scorer_of(self.scorer), self.iterations or max(1, 12 // self.every)
@@ -111,7 +103,7 @@ class VgSearch(Kind):
         going = [beam for beam in beams if not beam.ending]
         if not going:
             return beams
-        limit = self.tokens if ends else max(self.tokens, self.most or 0)
+        limit = self.tokens if ends else None
         after = tuple(beam.tokens for beam in going)
         done = yield Fork("step", (0,) * len(going), 1, "", limit, ends=ends, after=after)
         grown = iter(done.branches)

@@ -100,6 +100,8 @@ def test_deer_leaves_a_thought_near_its_limit_and_passes_pauses_after_its_tries(
     again = one.send(Done(Part("probe", 4, 4, "forced"), branches=(trial([0.5, 0.5]),)))
     assert isinstance(again, Draw)
     assert again.until == ("</think>",)
+    with pytest.raises(ConfigError, match=r"x\.most: a thought of 100 tokens uses up max_new_tokens = 90"):
+        script.check(90, "x")
 
 
 def test_s1_shares_one_budget_and_ends_it_on_a_new_line() -> None:
@@ -116,6 +118,9 @@ def test_s1_shares_one_budget_and_ends_it_on_a_new_line() -> None:
     assert len(follow(S1(most=9), (4, "stop", "", ""))) == 1
     with pytest.raises(ConfigError, match=r"x\.most: a thought of 50 tokens uses up max_new_tokens = 50"):
         S1(most=50).check(50, "x")
+    with pytest.raises(ConfigError, match=r"x\.leave: 100 tokens for the answer leave none of max_new_tokens = 100 "):
+        S1().within(100).check(100, "x")
+    S1().within(102).check(102, "x")
 
 
 def test_early_stop_wants_the_same_answer_in_a_row_without_a_word_of_doubt() -> None:
@@ -139,6 +144,8 @@ def test_early_stop_wants_the_same_answer_in_a_row_without_a_word_of_doubt() -> 
     assert stops("7}", "8}", "7}", "7}") == 4
     assert stops("7", "7", "7") == 0
     assert stops("7}", "7} but", "7}", "7}") == 4
+    assert follow(script, (0, "until", "</think>", ""))[1:] == [Draw("answer")], "right behind a probe, it ends as ever"
+    assert len(follow(script, (0, "length", "", ""))) == 1
 
 
 def test_subthoughts_go_on_from_where_each_begins() -> None:
@@ -194,6 +201,7 @@ def test_a_penalty_holds_for_the_first_tokens_of_each_thought() -> None:
     response = [5] * start + [given["switch_token"]] + [5] * 700
     for length, wanted in ((699, said["at_t_699"]), (700, said["at_t_700"])):
         took = [(0, penalty)] if penalty.applies(response[:length]) else []
+        assert penalty.applies(response[:length][-600:]) is bool(took)
         assert lowered(logits, took).tolist() == [pytest.approx(wanted)]
         request = SimpleNamespace(origin_input_ids=[1, 1, *response[:50]], output_ids=response[50:length])
         told = {"__req__": request, "tokens": [1], "amount": 3.0, "window": 600, "begun": 2}
@@ -244,12 +252,14 @@ def test_doubts_give_way_to_confidence_and_the_thought_ends_once_it_is_sure() ->
     sure = Done(Part("probe", 9, 9, "forced"), branches=(trial([0.99, 0.95]),))
     assert steps.send(sure) == Force("exit", "\n</think>\n\n")
     assert steps.send(Done(Part("exit", 9, 10, "forced"))) == Draw("answer")
-    assert longest(Concise(phrases=("A", "BCD"), exit="E", probe="F", tokens=4, tries=3), 100, Letters()) == 115
+    assert longest(Concise(phrases=("A", "BCD"), exit="E", probe="F", tokens=4, tries=3), 100, Letters()) == 114
+    with pytest.raises(ConfigError, match=r"x\.phrases"):
+        build("concise", {"phrases": ["A", ""]}, "x")
 
 
 def test_a_search_keeps_the_best_beams_and_answers_with_the_best_that_ended() -> None:
     """Three rounds of four beams, two of which go on: every step is one token, and the score is the last one drawn."""
-    script = VgSearch(scorer="letters", beams=4, width=2, iterations=3, ends=(".",), tokens=1, most=9)
+    script = VgSearch(scorer="letters", beams=4, width=2, iterations=3, ends=(".",), tokens=1)
 
     def last(prompt: Prompt, texts: Sequence[str]) -> list[float]:
         return [ord(text[-1]) for text in texts]
@@ -280,9 +290,10 @@ def test_a_search_keeps_the_best_beams_and_answers_with_the_best_that_ended() ->
     assert score.texts == ("DE", "Cf", "DG", "CH")
     fork = steps.send(scored(score))
     assert isinstance(fork, Fork)
-    assert (fork.after[:2], fork.ends, fork.limit) == (((67, 72), (68, 71)), (), 9)  # the last goes to the end
+    assert (fork.after[:2], fork.ends, fork.limit) == (((67, 72), (68, 71)), (), None)  # the last goes to the end
     score = steps.send(grown(fork, "z", "a", "b", "c"))
     assert steps.send(scored(score)) == Take("search", (67, 72, 122), (-0.5,) * 3, "stop")
+    assert longest(script, 100, Letters()) == 100, "a beam is no longer than the response may be"
 
 
 def test_scorers_are_known_by_name() -> None:

@@ -11,7 +11,7 @@ import pytest
 from megatron_efr.rollout.driver import Driver
 from megatron_efr.rollout.sglang.respond import respond
 from megatron_efr.scripts import Budget, EarlyExit, Forks, Plain
-from megatron_efr.steps import Draw, Force, Step
+from megatron_efr.steps import Draw, Force, Fork, Step, Take
 from megatron_efr.types import Done, Response, Sampling, Script, VersionSpan
 from tests.scripts import Letters
 
@@ -92,6 +92,23 @@ def test_a_probe_that_is_sure_has_the_pause_left_and_one_that_is_not_has_it_said
     assert Letters().decode(made(script, unsure).tokens) == "CWDDA"  # exp(-1.5) = 0.22
     assert Letters().decode(made(EarlyExit(**{**script.model_dump(), "sure": 0.2}), sure).tokens) == "CXDDA"
     assert sure.asked == [("EF", 12, "AWZ"), ("EFCP", 2, "A"), ("EFCX", 11, "A")]
+
+
+class Full(Plain):
+    """A branch behind as many tokens as a response may have, which then are the response's own."""
+
+    def steps(self, sample: int) -> Generator[Step, Done, None]:
+        made = Letters().encode("CDEFGHIJKLMN")
+        done = yield Fork("step", (0,), 1, "", None, after=(made,))
+        assert done.branches[0].responses[0].tokens == ()
+        yield Take("search", made, (-1.0,) * 12, "length")
+
+
+def test_a_branch_without_room_for_a_token_has_none() -> None:
+    server = Saying()
+    response = made(Full(), server)
+    assert (server.asked, Letters().decode(response.tokens)) == ([], "CDEFGHIJKLMN")
+    assert (response.length, response.finish, response.branches) == (12, "length", ())
 
 
 class Signed(Plain):

@@ -157,9 +157,10 @@ class Rows:
         for place in np.flatnonzero(self.penalised[indices]).tolist():
             row = int(indices[place])
             order = self[row].driver.order
-            said = self.tokens[row, self.prompt[row] : self.length[row]]
-            if isinstance(order, Drawing) and order.penalty is not None and order.penalty.applies(said.tolist()):
-                yield place, order.penalty
+            if isinstance(order, Drawing) and (penalty := order.penalty) is not None:
+                first = max(self.prompt[row], self.length[row] - penalty.window)
+                if penalty.applies(self.tokens[row, first : self.length[row]].tolist()):
+                    yield place, penalty
 
     def append(self, indices: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
         """Give each row its next token: the one drawn, or one that its script writes.

@@ -33,9 +33,8 @@ class SwitchPenalty:
 
     def __call__(self, logits, custom_param_list):
         for row, given in enumerate(custom_param_list):
-            request = given["__req__"]
-            said = [*request.origin_input_ids[given["begun"] :], *request.output_ids]
-            window, tokens = given["window"], given["tokens"]
+            request, window, tokens = given["__req__"], given["window"], given["tokens"]
+            said = [*request.origin_input_ids[given["begun"] :][-window:], *request.output_ids[-window:]]
             if len(said) < window or not set(tokens).isdisjoint(said[len(said) - window + 1 :]):
                 logits[row, tokens] -= given["amount"]
         return logits

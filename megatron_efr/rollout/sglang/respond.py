@@ -118,7 +118,10 @@ class _Growing:
         )
 
     def _versions(self) -> tuple[VersionSpan, ...]:
-        """Which weights made which tokens; what a script writes counts as made by those that drew before it."""
+        """Which weights made which tokens; what a script writes counts as made by those that drew before it. None
+        without a draw."""
+        if not self._starts:
+            return ()
         starts = [start for i, start in enumerate(self._starts) if i == 0 or start[0] != self._starts[i - 1][0]]
         ends = [first for _, first in starts[1:]] + [len(self._tokens)]
         return tuple(
