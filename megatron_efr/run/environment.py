@@ -134,10 +134,11 @@ class Environment:
                     sampler.check(Path(given), wanted.reference)
                     write_atomic(folder.reference, Path(given).read_bytes())
                 self.knowledge.reference = sampler.reference(self.engine, wanted.reference, folder.reference)
+            if wanted.monitor and wanted.held_out:
+                assert self.evaluator is not None
+                sampler = self._sampler(model, self.evaluator.prompts, self.evaluator.judgings)
+                sampler.check_held_out(wanted.monitor, self.knowledge.latest.monitor)
             if wanted.monitor and step % wanted.monitor.every == 0 and self.knowledge.monitored != step:
-                if wanted.monitor.held_out:
-                    assert self.evaluator is not None
-                    sampler = self._sampler(model, self.evaluator.prompts, self.evaluator.judgings)
                 sampled = sampler.monitor(self.engine, wanted.monitor, step, folder.monitor(step))
                 self.knowledge.monitor(step, sampled)
                 found = figures(sampled)

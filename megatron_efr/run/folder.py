@@ -153,9 +153,9 @@ class RunFolder:
         return self.path / "journal" / f"monitor_{step:06d}.jsonl"
 
     def clear_journals(self, step: int) -> None:
-        """Remove the journals of iterations up to `step`: a checkpoint covers them."""
+        """Remove the journals of iterations up to `step`: a checkpoint covers them. There is none of step 0."""
         for path in sorted((self.path / "journal").glob("*_*.jsonl")):
-            if int(path.stem.rpartition("_")[2]) <= step:
+            if int(path.stem.rpartition("_")[2]) <= step > 0:
                 with writing(path):
                     path.unlink()
 

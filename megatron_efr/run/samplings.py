@@ -87,12 +87,24 @@ class Sampler:
 
     def monitor(self, engine: Engine, monitor: Monitor, step: int, path: Path) -> ByPrompt:
         """What the weights after iteration `step` answer to the monitor set; what `path` holds of it is kept."""
-        drawn = np.random.default_rng([self._seed, MONITORED]).permutation(len(self._prompts))[: monitor.prompts]
-        prompts = [self._prompts[i] for i in sorted(drawn)]
+        prompts = self._drawn(monitor)
         file = SampledFile(path, self._described(monitor.samples) | {"step": step})
-        finished, left = self._found(file, prompts)
+        finished, left = self._found(file, prompts, MAY_SHRINK)
         said = f"{len(prompts)} prompts x {monitor.samples} responses, after iteration {step}"
         return self._sampled(engine, file, finished, left, f"monitor/{step}", monitor.samples, said)
+
+    def check_held_out(self, monitor: Monitor, before: ByPrompt) -> None:
+        """Refuse, with a SamplingError, to watch other held-out problems than `before`: their accuracy says nothing."""
+        if before and before.keys() != {prompt.id for prompt in self._drawn(monitor)}:
+            raise SamplingError(
+                f"evaluation.datasets: the method watches {len(before)} of these problems, and now they would be "
+                "others, whose accuracy is not comparable; set it as it was when the run began, or start a new run"
+            )
+
+    def _drawn(self, monitor: Monitor) -> list[Prompt]:
+        """The prompts of a monitor set."""
+        drawn = np.random.default_rng([self._seed, MONITORED]).permutation(len(self._prompts))[: monitor.prompts]
+        return [self._prompts[i] for i in sorted(drawn)]
 
     def _described(self, samples: int) -> dict[str, Any]:
         return {**self._asked, "samples": samples}
@@ -169,7 +181,10 @@ class SampledFile:
                     f"{where}: damaged: no sampled responses ({error}); put a copy of the file back, or delete it"
                 ) from error
             if number == 1 and (differing := self._differing(tree, unlike)):
-                raise SamplingError(f"{where}: these responses were sampled otherwise: {'; '.join(differing)}")
+                raise SamplingError(
+                    f"{where}: these responses were sampled otherwise: {'; '.join(differing)}; set that as it is "
+                    "there, or go without this file"
+                )
         return held
 
     def close(self) -> None:

@@ -388,8 +388,13 @@ def test_journals_are_kept_per_iteration_until_a_checkpoint_covers_them(tmp_path
     folder = RunFolder(tmp_path)
     for step in (1, 2, 3):
         folder.journal(step).append(group(step))
+    folder.monitor(0).write_text("half of the monitor set, before the first iteration\n")
+    folder.go_on_from(0, 5)
+    assert folder.monitor(0).exists(), "there is no checkpoint that has it"
+    assert [len(folder.journal(step).read().groups) for step in (1, 2, 3)] == [1, 1, 1]
     folder.clear_journals(2)
     assert [len(folder.journal(step).read().groups) for step in (1, 2, 3)] == [0, 0, 1]
+    assert not folder.monitor(0).exists()
 
 
 def test_evaluations_come_back_by_name(tmp_path):

@@ -178,8 +178,16 @@ def test_a_monitor_set_is_fixed_and_its_responses_are_not(engine: LocalEngine, g
         sampler(grader).monitor(Failing(engine, 3), wanted, 5, tmp_path / "cut")
     assert sampler(grader).monitor(engine, wanted, 5, tmp_path / "cut") == later
     assert len(sampler(grader).monitor(engine, Monitor(99, 1, 1), 0, tmp_path / "all")) == 6
-    with pytest.raises(SamplingError, match="step: there 5, here 6"):
+    with pytest.raises(SamplingError, match="step: there 5, here 6; set that as it is there, or go without this file"):
         sampler(grader).monitor(engine, wanted, 6, tmp_path / "cut")
+    # a resumed run may have a lower limit than those that a kill left
+    lower = sampler(grader, max_new_tokens=9)
+    assert lower.monitor(Failing(engine, 0), wanted, 5, tmp_path / "cut") == later
+    # problems that are held out may be changed on resuming, but not under a method that compares their accuracies
+    sampler(grader).check_held_out(wanted, {})
+    sampler(grader).check_held_out(wanted, first)
+    with pytest.raises(SamplingError, match=r"^evaluation\.datasets: the method watches 4 of these problems, and now"):
+        sampler(grader, [*PROMPTS[:5], replace(PROMPTS[0], id="q")]).check_held_out(Monitor(99, 3, 5), first)
 
 
 def test_figures_of_a_monitor_set() -> None:
