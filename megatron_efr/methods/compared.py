@@ -47,7 +47,7 @@ class O1Pruner(Method):
     def credits(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Credit]:
         trained = np.concatenate([group.rewards[: self.trained] for group in groups])
         mean, std = trained.mean(), trained.std()
-        scale = 1.0 / std if std > 0 else 0.0
+        scale = 1.0 / std if std > 1e-9 else 0.0  # equal ones differ by rounding
         return [
             Credit((group.rewards - mean) * scale, masked=np.arange(len(group.rewards)) >= self.trained)
             for group in groups
@@ -77,6 +77,7 @@ class AdaptThink(Method):
 
     source = "Zhang et al. 2025, arXiv 2505.13417; THU-KEG/AdaptThink@84cf948 adapt_think_reward_manager.py:172-211"
     standing = "code"
+    wrong_may_win = "it does not think, and the right one does, and closes its thought not once or opens one"
     wrong_may_win_if = "`delta` is above 1"
 
     needs = Needs(thinking=True)

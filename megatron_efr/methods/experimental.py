@@ -84,7 +84,7 @@ class Target(Method):
     @model_validator(mode="after")
     def _begins_below_the_most(self) -> Target:
         if self.alpha > self.most:
-            raise ValueError(f"alpha: {self.alpha} is above most = {self.most}")
+            raise ValueError(f"method.alpha: {self.alpha:g} is above method.most = {self.most:g}")
         return self
 
     @property
@@ -105,7 +105,7 @@ class Target(Method):
         accuracy = float(np.mean([each.solved for each in known.monitor.values()]))
         alpha, start = state.get("alpha", self.alpha), state.get("start", accuracy)
         if "start" in state:
-            held = accuracy >= start - self.tolerance
+            held = accuracy >= start - self.tolerance - 1e-9  # shares that differ by the tolerance do not round
             alpha = min(alpha + self.up, self.most) if held else max(alpha - self.down, 0.0)
         return {"alpha": alpha, "start": start, "looked": known.monitored}
 

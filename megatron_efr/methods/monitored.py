@@ -98,14 +98,15 @@ class LaserDE(LaserD):
 
         r = that of laser_d + bonus if wrong, l > target(band), and not repetitive
 
-    A truncated response that is not repetitive gets the bonus too. Repetitive is a response that says the same four
-    tokens in a row three times, two of them within a third of its length, or the same eight twice. In fewer than 200
-    tokens twice is enough, and below 100 tokens three in a row count (six twice), below 30 two (four twice). Nothing is
-    remembered but the monitor set's responses.
+    A truncated response that is not repetitive gets the bonus too, and so does any without an answer; in the released
+    code none of these does. Repetitive is a response that says the same four tokens in a row three times, two of them
+    within a third of its length, or the same eight twice. In fewer than 200 tokens twice is enough, and below 100
+    tokens three in a row count (six twice), below 30 two (four twice). Nothing is remembered but the monitor set's
+    responses.
     """
 
     source = "Liu et al. 2025, arXiv 2505.15612; hkust-nlp/Laser@c9e7c4e length_penalty.py, compute_unique_tokens.py"
-    wrong_may_win_if = "`wrong` is above 1 - `bonus`"
+    wrong_may_win_if = "`wrong` or `unanswered` is above 1 - `bonus`"
 
     def _explored(self, group: Graded, seen: Outcomes, target: int | None) -> FloatArray:
         if target is None:

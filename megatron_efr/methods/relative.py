@@ -266,5 +266,5 @@ def _z(values: FloatArray) -> FloatArray:
 
 def _softmax(values: FloatArray, among: BoolArray) -> FloatArray:
     """The softmax among some of the values, at least one; 0 elsewhere."""
-    made = np.where(among, np.exp(values - values[among].max()), 0.0)
+    made = np.exp(np.where(among, values - values[among].max(), -np.inf))
     return made / made.sum()

@@ -17,7 +17,7 @@ from megatron_efr.algorithms import rloo
 from megatron_efr.config import AlgorithmConfig, ConfigError, RolloutConfig
 from megatron_efr.methods import METHODS, Known, Outcomes, Sampled, Seen
 from megatron_efr.methods.page import page
-from megatron_efr.types import Credit, Rewarded
+from megatron_efr.types import Credit, Finish, Rewarded
 from tests.groups import KNOWN, graded
 from tests.judged import C, L, asked, build, close, drawn_groups, outputs, rewarded, trained_on
 
@@ -82,7 +82,7 @@ NOT_MONOTONE = {
 SAID = ["...\nFirst, 2", "...\n</think>\n4", "[Easy] 4", "[Hard] 4"]
 """What responses say by which modes are told."""
 TEXTS = {
-    "adapt_think": ["</think>4", "</think>4", "Alright</think>4", "Alright</think>4"],
+    "adapt_think": ["</think>4", "</think>4", "Alright</think>4", "Alright 4"],
     "thinkless": ["<short>4", "<think>2</think>4"],
     "experimental.adacot": ["</think>4", "So 2</think>4"],
     "experimental.self_budgeter": ["<budget>300</budget>4", "4", "<budget>9</budget>4"],
@@ -155,7 +155,8 @@ CHOSEN: dict[str, list[dict[str, Any]]] = {
     "infty_think": [{}], "experimental.sgpo": [{"slope": 99.0}], "experimental.l2t": [{"alpha": 9.0}],
     "drpo": [{"spread": 0.001}, {"tau": 0.001}], "adapt_think": [{"delta": 2.0}], "thinkless": [{"thinking": -3.0}],
     "experimental.adacot": [{"missed": 1.5}, {"needless": 1.5}],
-    "laser_de": [{"wrong": 0.6, "lowest": 60}], "dler": [{"limit": 50}], "da_dler": [{"easy": 5, "hard": 50}],
+    "laser_de": [{"wrong": 0.6, "lowest": 60}, {"unanswered": 0.6, "lowest": 60}],
+    "dler": [{"limit": 50}], "da_dler": [{"easy": 5, "hard": 50}],
     "thinkprune": [{"limit": 50}], "stop_properly": [{"cut_off": -9.0}], "grpo_lambda": [{"share": 1.0, "alpha": 0.99}],
     "twyn": [{"margin": 1.0}], "gfpo": [{"keep": 1}, {"keep": 3, "by": "reward_per_token"}],
     "qglas": [{"low": 5.0, "high": 9.0}, {"low": 0.0, "high": 0.0}], "leash": [{"target": 1, "start": 1.0}],
@@ -170,10 +171,12 @@ CHOSEN: dict[str, list[dict[str, Any]]] = {
 def test_other_options_let_a_wrong_answer_win_only_where_that_is_said(name: str) -> None:
     for options in CHOSEN[name]:
         method, found = build(name, **options), False
-        for right, lengths in [*KINDS.values(), *drawn_groups(5, 100)]:
+        for number, (right, lengths) in enumerate([*KINDS.values(), *drawn_groups(5, 100)]):
+            ends: list[Finish] = ["stop" if good or number % 2 else "length" for good in right]  # wrong ones may be cut
             for known in knowns(name):
                 texts = [f"{'t' * n}</think>{'a' * n}" for n in lengths] if name == "grlc" else TEXTS.get(name, SAID)
-                got, hit = trained_on(method, right, lengths, known, texts=texts), np.array(right, dtype=bool)
+                got = trained_on(method, right, lengths, known, finish=ends, texts=texts)
+                hit = np.array(right, dtype=bool)
                 found |= bool(hit.any() and not hit.all() and got[~hit].max() > got[hit].min() + 1e-9)
         assert found == bool(method.wrong_may_win_if), (options, method.wrong_may_win_if)
 
@@ -281,6 +284,7 @@ def test_dlers_recipe_is_an_algorithm() -> None:
         ("experimental.effort", {"suffix": "!"}, r"^method\.suffix: the text tells nothing without \{level\}"),
         ("lapo", {"low": 70.0, "high": 30.0}, r"^method\.low: 70 is not below method\.high = 30"),
         ("cosine", {"max_tokens": 16}, r"^method\.margin: 16 tokens before the limit, 16, are all of it"),
+        ("experimental.target", {"alpha": 0.95}, r"^method\.alpha: 0\.95 is above method\.most = 0\.9"),
         ("leash", {"target": 400, "least": 0.5}, r"^method\.start: 0\.1 is not between method\.least = 0\.5"),
         ("leash", {"target": 400, "start": 2.0}, r"^method\.start: 2 is not between .* method\.most = 1"),
         ("da_dler", {"easy": 300, "hard": 200}, r"^method\.easy: 300 tokens for easy prompts are more than .* = 200"),

@@ -128,6 +128,9 @@ def test_worked_rewards_of_a_target_by_difficulty(name: str) -> None:
     assert trained_on(method, C, L) == close([1.5, -0.5, 1.5, 1.5]), "no target: each right answer is within it"
     cut = trained_on(method, [1, 0, 0, 0], [300, 900, 500, 120], known, finish=["length", "stop", "stop", "stop"])
     assert cut == close([-1.0, expected[1], -0.5, -0.5]), "none is right: the target is that of low"
+    low = KNOWN._replace(monitor=monitored(low=[200]))
+    cut = trained_on(method, [1, 0, 0, 0], [300, 900, 500, 120], low, finish=["length", "stop", "stop", "stop"])
+    assert cut == close([-0.5, 0, 0, -0.5] if name == "laser_de" else [-1.0, -0.5, -0.5, -0.5])
 
 
 @pytest.mark.parametrize(
@@ -260,6 +263,12 @@ def test_alpha_follows_the_accuracy_of_the_start_within_its_tolerance() -> None:
         state = json.loads(json.dumps(method.learn(state, [given], known)))
     assert alphas == pytest.approx([0.1, 0.1, 0.3, 0.4, 0.4, 0.4, 0.15, 0, 0, 0.2], abs=1e-12)
     assert state == {"alpha": pytest.approx(0.2), "start": 0.5, "looked": 70}
+    # 12 of 50 is 0.02 below 13 of 50, though 0.26 - 0.02 > 0.24 in floating point; 11 of 50 is lost
+    for right, alpha in ((12, 0.55), (11, 0.4)):
+        before = {"alpha": 0.5, "start": 13 / 50, "looked": 0}
+        sampled = Sampled((1,) * 50, tuple(n < right for n in range(50)))
+        known = KNOWN._replace(state=before, monitor={"p": sampled}, monitored=10)
+        assert build("experimental.target").learn(before, [], known)["alpha"] == pytest.approx(alpha)
 
 
 def test_a_largest_budget_never_pays_a_wrong_answer_more() -> None:

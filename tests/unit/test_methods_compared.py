@@ -68,6 +68,10 @@ def test_worked_weights_of_the_starting_models_own_responses() -> None:
         [False, False, True, True]
     ] * 2
     assert trained_on(method, [1] * 4, [7] * 4).tolist() == [0.0] * 4
+    # the spread of five equal weights is 4e-16 in floating point, and not a spread
+    one = build("o1_pruner", samples=3, trained=1)
+    alike = one.credits(rewarded(one, [([1, 0, 0], [7, 7, 7])] * 5), KNOWN) or ()
+    assert [each.advantage[0] for each in alike] == close([0.0] * 5)
     online = build("experimental.o1_pruner_online")
     known = solved(1, 1, 1, 0, lengths=(455, 400, 510, 455))
     assert trained_on(online, C, L, known) == close(vector["weight"])
@@ -105,7 +109,9 @@ def test_worked_coefficients_of_likelihood() -> None:
     assert np.array_equal(trained_on(whole, C, L, KNOWN._replace(limit=1000)), trained_on(method, C, L)), (
         "the limit is the rollouts' where it is left out"
     )
-    assert trained_on(build("drpo", spread=1e-4), C, L) == close([0.0, -4.0, 0.0, 4.0])
+    with np.errstate(all="raise", under="ignore"):  # a wrong answer that is far shorter does not overflow
+        assert trained_on(build("drpo", spread=1e-4), C, L) == close([0.0, -4.0, 0.0, 4.0])
+        assert trained_on(build("drpo", spread=1e-4), [1, 0], [39_000, 5]) == close([2.0, -2.0])
 
 
 def test_the_first_token_is_weighed_apart() -> None:
