@@ -177,7 +177,7 @@ def test_a_server_that_restarts_empty_between_health_checks_is_found_out_by_its_
 
 
 def test_a_health_check_finds_out_a_server_that_restarted_empty_and_the_next_publication_takes_it_in(
-    run: Callable[..., None],
+    run: Callable[..., None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     async def test(placed: Placed) -> None:
         a, b = placed.servers
@@ -195,6 +195,9 @@ def test_a_health_check_finds_out_a_server_that_restarted_empty_and_the_next_pub
         assert (tally.serving, tally.lost, tally.back, tally.resent) == (2, 1, 1, 0)
 
     run(test, count=2, limits=TimeoutsConfig(check_s=0.02))
+    err = capfd.readouterr().err
+    assert [err.count(f"[{event}] engine http://server-0:1 ") for event in ("lost", "back")] == [1, 1]
+    assert [err.count(f"[{event}]") for event in ("lost", "back")] == [1, 1]
 
 
 def test_no_requests_id_begins_with_another() -> None:

@@ -5,7 +5,6 @@ It looks at processes and speaks HTTP, and never touches CUDA or a collective.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -114,7 +113,7 @@ class Watch:
 
     def _end(self, server: ServerProcess, fault: str, then: str) -> None:
         server.end()
-        log.event("lost", f"{server.name} at {server.url} {fault}; it {then}; {server.tail()}", logging.WARNING)
+        log.warning(f"{server.name} at {server.url} {fault}; it {then}; {server.tail()}")
 
     def _bring_back(self, server: ServerProcess) -> str | None:
         """Start a server that has ended, when that is allowed: what went wrong, or None when it is ready, or closed."""
@@ -144,7 +143,7 @@ class Watch:
             if (code := server.process.poll()) is not None:
                 return self._unless_closed(f"ended with exit code {code} before it was ready")
             if is_ready(server.url):
-                log.event("back", f"{server.name} is back at {server.url}")
+                log.info(f"{server.name} is back at {server.url}")
                 return None
             if time.monotonic() - began > self._limits.start_s:
                 return f"is not ready after rollout.timeouts.start_s = {self._limits.start_s:g} s"

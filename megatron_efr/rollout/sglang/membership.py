@@ -184,7 +184,9 @@ class Membership:
         for server in self._same:
             self._state[server] = State.SERVING
             self._failures[server] = 0
-        self.events.back += len(self._returning & self._same)
+        for server in sorted(self._returning & self._same, key=lambda server: server.url):
+            self.events.back += 1
+            log.event("back", f"engine {server.url} serves again, with version {version}")
         self._returning -= self._same
         self._settled.set()
         self.told.set()
@@ -260,7 +262,7 @@ class Membership:
             self.lose(server, f"it has restarted, with weights {version!r} and not {self._version!r}")
         if self._state[server] is State.LOST:
             self._back(server, version)
-            log.event("back", f"engine {server.url} answers again, and serves from the next publication on")
+            log.info(f"engine {server.url} answers again, and serves from the next publication on")
 
 
 async def unless(happens: asyncio.Event, work: Coroutine[Any, Any, T], said: str) -> T:
