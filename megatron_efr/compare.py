@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,8 +34,8 @@ def priced(text: str) -> tuple[float, float]:
     """Prices of a token read and of one drawn, from those of a million: `0.5,2`; UserError for anything else."""
     try:
         read, drawn = (float(price) / 1e6 for price in text.split(","))
-        if min(read, drawn) < 0:
-            raise ValueError("a price is negative")
+        if not all(0 <= price < math.inf for price in (read, drawn)):
+            raise ValueError("a price is negative, or no number")
     except ValueError as error:
         raise UserError(f"--prices {text!r}: {error}; give two, of a million tokens read and drawn: 0.5,2") from error
     return read, drawn

@@ -25,6 +25,7 @@ from megatron_efr.types import FloatArray
 
 FLIPS = 10_000
 _CHUNK = 4_000_000  # flips held at once: 32 MB
+_ROUNDING = 1e-12  # of a figure
 
 
 class Paired(NamedTuple):
@@ -65,19 +66,18 @@ def compare(
 
     `prices` are of a token read and of one drawn, for the cost of a right answer. UserError if their protocols differ,
     which names the keys, unless `unlike` ones are to be compared; if they have no problem in common; and for one of
-    `measures` that either says nothing of.
+    `measures`, or the cost, that either says nothing of.
     """
     differences = differing(one, other)
     if differences and not unlike:
         said = "".join(f"  {line}\n" for line in differences)
         raise UserError(f"the two were not asked or judged alike:\n{said}to compare them all the same, give --unlike")
     a, b = matched(one, other)
-    for measure in measures:
+    asked = [*measures, *([cost_of_pass(prices, "money")] if prices is not None else [])]
+    for measure in asked:
         if measure.terms(a) is None or measure.terms(b) is None:
             raise UserError(f"measure {measure.name}: one of the two records does not say what it needs")
-    shown = {measure.name: measure for measure in measures or _offered(a, b)}
-    if prices is not None:
-        shown |= {"cost_of_pass": cost_of_pass(prices, "money")}
+    shown = {measure.name: measure for measure in [*(measures or _offered(a, b)), *asked]}
     return Comparison(
         len(a.ids),
         differences,
@@ -158,9 +158,11 @@ def paired(one: Samples, other: Samples, measures: Sequence[Measure], seed: int 
         found = float(sums.difference(measure, columns))
         head = measure.name, measure.unit, measure.better, figures[0][measure.name], figures[1][measure.name]
         if math.isfinite(found):
+            rounding = sums.rounding(measure, columns)
+            found = 0.0 if abs(found) <= rounding else found
             difference = Figure(found, *spread(drawn.difference(measure, columns)))
             by_chance = flipped.difference(measure, columns)
-            rows.append(Paired(*head, difference, *_test(measure, one, other, found, by_chance)))
+            rows.append(Paired(*head, difference, *_test(measure, one, other, by_chance, abs(found) - rounding)))
         else:
             rows.append(Paired(*head, Figure(None), None, ""))
     return rows
@@ -177,18 +179,25 @@ class _Sums(NamedTuple):
         with np.errstate(invalid="ignore"):  # infinite less infinite
             return measure.value(self.other[..., columns]) - measure.value(self.one[..., columns])
 
+    def rounding(self, measure: Measure, columns: slice) -> float:
+        """The difference that two figures which are equal may have, since their sums are of another order."""
+        return _ROUNDING * max(abs(float(measure.value(sums[..., columns]))) for sums in self)
 
-def _test(measure: Measure, one: Samples, other: Samples, found: float, by_chance: FloatArray) -> tuple[float, str]:
-    """The p of a difference, and the name of its test: McNemar's if every problem is right or wrong, else sign-flip."""
+
+def _test(measure: Measure, one: Samples, other: Samples, by_chance: FloatArray, least: float) -> tuple[float, str]:
+    """The p of a difference, and the name of its test: McNemar's if every problem is right or wrong, else sign-flip.
+
+    Of the differences `by_chance` those count that are `least` or larger.
+    """
     if measure.name == "accuracy" and np.all(one.sizes == 1) and np.all(other.sizes == 1):
         return mcnemar(int((one.correct & ~other.correct).sum()), int((other.correct & ~one.correct).sum())), "McNemar"
-    return _chance(found, by_chance), "sign-flip"
+    return _chance(by_chance, least), "sign-flip"
 
 
-def _chance(found: float, by_chance: FloatArray) -> float:
-    """The share of differences that are as large as the one found, itself among them."""
+def _chance(by_chance: FloatArray, least: float) -> float:
+    """The share of differences that are at least so large, the one found among them."""
     known = np.abs(by_chance[np.isfinite(by_chance)])
-    return float((1 + (known >= abs(found) * (1 - 1e-9)).sum()) / (1 + len(known)))
+    return float((1 + (known >= least).sum()) / (1 + len(known)))
 
 
 def _flipped(a: FloatArray, b: FloatArray, seed: int) -> _Sums:

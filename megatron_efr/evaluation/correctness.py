@@ -85,8 +85,8 @@ def pass_at(k: int) -> Measure:
 
     def terms(samples: Samples) -> FloatArray | None:
         counted = zip(samples.sizes.tolist(), samples.total(samples.correct).astype(int).tolist(), strict=True)
-        values = [statistics.pass_at_k(n, c, k) if n >= k else np.nan for n, c in counted]
-        return over_problems(np.array(values)) if k and np.isfinite(values).any() else None
+        values = [statistics.pass_at_k(n, c, k) if n >= k > 0 else np.nan for n, c in counted]
+        return over_problems(np.array(values)) if np.isfinite(values).any() else None
 
     return Measure(f"pass@{k}", "%", "high", terms, rate=True, about=pass_at.__doc__ or "")
 

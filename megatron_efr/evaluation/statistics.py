@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from statistics import NormalDist
@@ -13,6 +14,7 @@ from numpy.typing import ArrayLike
 RESAMPLES = 2000
 LEVEL = 0.95
 _CHUNK = 4_000_000  # draws held at once: 32 MB
+_NUMBER = re.compile(r"(?:(?<![\w.])-)?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")  # no minus in `L-4`
 
 
 def drawn_problems(problems: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
@@ -120,7 +122,7 @@ def _elected(
 
 
 def in_order(levels: Iterable[str]) -> list[str]:
-    """Difficulties sorted by the number in them (`2`, `10`, `Level 3`), by text if one has no number."""
+    """Difficulties sorted by the first number in them (`2`, `10`, `Level 3`, `L4`), by text if one has no number."""
     levels = list(levels)
     numbers = {level: _number(level) for level in levels}
     if any(number is None for number in numbers.values()):
@@ -129,12 +131,8 @@ def in_order(levels: Iterable[str]) -> list[str]:
 
 
 def _number(text: str) -> float | None:
-    for word in text.split():
-        try:
-            return float(word)
-        except ValueError:
-            continue
-    return None
+    found = _NUMBER.search(text)
+    return None if found is None else float(found[0])
 
 
 def normalised(

@@ -114,6 +114,23 @@ def test_the_sign_flip_test_is_that_of_all_swaps(name: str) -> None:
     assert row.p == pytest.approx(np.mean(np.array(differences) >= differences[0] - 1e-12), abs=0.02)
 
 
+def test_a_difference_of_rounding_alone_is_none() -> None:
+    shares = np.random.default_rng(8).integers(0, 4, 9)
+    of = [shares.copy(), shares.copy()]
+    of[0][[2, 7]], of[1][[2, 7]] = [1, 2], [2, 1]  # the sums are of the same numbers, in another order
+    one, other = (samples_of(record([graded([i < n for i in range(3)], [9] * 3) for n in own.tolist()])) for own in of)
+    for measure in ("accuracy", "accuracy_area", "tokens_per_right_answer"):
+        (row,) = paired(one, other, [named(measure)])
+        assert (row.difference.value, row.p) == (0.0, 1.0), measure
+
+
+def test_a_cost_that_a_record_says_nothing_of_is_refused(base: Record, brief: Record) -> None:
+    old = base | {"rows": [{k: v for k, v in row.items() if k != "prompt_tokens"} for row in base["rows"]]}
+    with pytest.raises(UserError, match="measure cost_of_pass: one of the two records does not say what it needs"):
+        compare(old, brief, prices=(1.0, 4.0))
+    assert by_name(compare(old, brief, prices=(0.0, 4.0)).figures)["cost_of_pass"].unit == "money"
+
+
 def test_one_sample_of_each_problem_is_mcnemars_exact_test() -> None:
     for one, other in [(0, 0), (3, 9), (12, 1), (40, 40), (0, 6)]:
         known = scipy.stats.binomtest(one, one + other).pvalue if one + other else 1.0
@@ -236,6 +253,8 @@ def test_the_program_prints_a_table_or_json_and_takes_a_run_for_its_one_evaluati
         ([*map(str, paths), "--measures", "tokens,anytime"], "measure anytime: one of the two records does not say"),
         ([*map(str, paths), "--prices", "1"], "--prices '1': not enough values"),
         ([*map(str, paths), "--prices", "1,-2"], "a price is negative"),
+        ([*map(str, paths), "--prices", "nan,1"], "'nan,1': a price is negative, or no number"),
+        ([*map(str, paths), "--measures", "pass@0"], "measure pass@0: one of the two records does not say"),
     ]:
         with pytest.raises(UserError, match=said):
             cli._dispatch(["compare", *given])

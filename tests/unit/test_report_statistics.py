@@ -116,7 +116,10 @@ def test_the_shortest_majority_weighs_votes_by_their_length():
 def test_difficulties_have_their_own_order():
     assert measure.in_order(["10", "2"]) == ["2", "10"]
     assert measure.in_order(["Level 10", "Level 2"]) == ["Level 2", "Level 10"]
+    assert measure.in_order(["L10", "L-2", "L9"]) == ["L-2", "L9", "L10"]
+    assert measure.in_order(["0.5", "-1", "1e-05", "-0.5"]) == ["-1", "-0.5", "1e-05", "0.5"]
     assert measure.in_order(["hard", "easy"]) == ["easy", "hard"]
+    assert measure.in_order(["nan", "10", "9"]) == ["10", "9", "nan"]
 
 
 def test_normalised_figures_are_the_papers():
