@@ -20,6 +20,8 @@ Values = Mapping[str, Any]
 
 _TAKEN = re.compile(r"base(-\d+)?|configs|eval(-.*)?|finished|logs|report")  # names within a sweep's folder
 _OWN = ("name", "runs")  # keys that the sweep sets for its members
+_MOST_CHARACTERS = 200  # of a member's name, which is a file's with something added
+_ABSENT = object()
 
 
 class SweepConfig(Section):
@@ -76,12 +78,26 @@ class Sweep(NamedTuple):
 def varied(members: Sequence[Member]) -> dict[str, dict[str, Any]]:
     """By member: the value of every key that any member sets, as far as its configuration has that key."""
     changed = [pair for member in members for pair in member.changed.items()]
-    names = [name for key, value in changed for name, _ in leaves(key, value)]
+    names = dict.fromkeys(name for key, value in changed for name, _ in leaves(key, value))
     found: dict[str, dict[str, Any]] = {}
     for member in members:
-        values = dict(leaves("", member.config.model_dump(mode="json", by_alias=True)))
-        found[member.name] = {name: values[name] for name in dict.fromkeys(names) if name in values}
+        tree = member.config.model_dump(mode="json", by_alias=True)
+        values = dict(leaves("", tree))
+        values |= {name: _within(tree, name) for name in names if name not in values}
+        found[member.name] = {name: values[name] for name in names if values[name] is not _ABSENT}
     return found
+
+
+def _within(tree: Any, key: str) -> Any:
+    """What a key into lists leads to, such as `data.datasets.0.limit`; _ABSENT if it leads to no value."""
+    for name in key.split("."):
+        if isinstance(tree, list) and name.isdecimal() and int(name) < len(tree):
+            tree = tree[int(name)]
+        elif isinstance(tree, Mapping) and name in tree:
+            tree = tree[name]
+        else:
+            return _ABSENT
+    return _ABSENT if isinstance(tree, Mapping) else tree
 
 
 def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -160,7 +176,7 @@ def _members(file: SweepConfig, tree: Mapping[str, Any], source: str) -> list[Me
         except ConfigError as error:
             problems.setdefault(str(error), []).append(name)
             continue
-        but_seed = [part for part in parts if "seed" not in part.changed]
+        but_seed = _but_seed(parts)
         label = ", ".join(part.label for part in but_seed) or "trained"
         made.append(Member(name, changed, config, _name(but_seed) or "trained", label))
     if problems:
@@ -190,14 +206,27 @@ def _products(file: SweepConfig, source: str) -> Iterator[Sequence[_Part]]:
         name = _name(parts)
         if name in seen:
             raise ConfigError(f"{source}: two members are named {name}; name the values: vary.KEY: {{NAME: value}}")
-        if _TAKEN.fullmatch(name):
-            raise ConfigError(f"{source}: no member may be named {name}: a sweep's folder has that name already")
+        for taken in (name, _name(_but_seed(parts))):
+            if _TAKEN.fullmatch(taken):
+                raise ConfigError(
+                    f"{source}: no member may be named {taken}: a sweep has something of that name already"
+                )
+        if len(name) > _MOST_CHARACTERS:
+            raise ConfigError(
+                f"{source}: member {name[:60]}...: its name has {len(name)} characters, and a folder's at most "
+                f"{_MOST_CHARACTERS}; name the values: vary.KEY: {{NAME: value}}"
+            )
         seen.add(name)
         yield parts
 
 
 def _name(parts: Sequence[_Part]) -> str:
     return "_".join(part.name for part in parts)
+
+
+def _but_seed(parts: Sequence[_Part]) -> list[_Part]:
+    """The parts that make another model: all but those that set the seed and nothing else."""
+    return [part for part in parts if part.changed.keys() != {"seed"}]
 
 
 def _values(key: str, values: Sequence[Any] | Mapping[str, Any], source: str) -> Iterator[_Part]:

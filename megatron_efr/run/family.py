@@ -17,13 +17,17 @@ from megatron_efr.run.folder import RunFolder, RunFolderError
 
 
 class Program(NamedTuple):
-    """A program of a sweep: its command, its configuration's file and text, and the file that it makes."""
+    """A program of a sweep: its command, its configuration's file and text, and the file that it makes.
+
+    `of` is the configuration of the training whose model it evaluates: another one makes another evaluation.
+    """
 
     name: str  # of its log
     command: list[str]
     path: Path
     text: str
     makes: Path
+    of: str = ""
 
 
 class Task(NamedTuple):
@@ -67,7 +71,8 @@ class Family:
                 bases[begins] = Task(name, None, name, Path(start.path), None, self._evaluation(name, begins))
             weights = self.folder.path / member.name / "model"
             training = self._training(member, weights)
-            evaluation = self._evaluation(member.name, dump(self._asked(member, str(weights), "load")))
+            asked = dump(self._asked(member, str(weights), "load"))
+            evaluation = self._evaluation(member.name, asked)._replace(of=training.text)
             trained.append(Task(member.name, member, bases[begins].name, weights, training, evaluation))
         return [*bases.values(), *trained]
 
@@ -88,7 +93,7 @@ class Family:
     def has_finished(self, program: Program) -> bool:
         """True if this very program has finished, and what it made is there."""
         mark = self._mark(program)
-        return program.makes.exists() and mark.exists() and mark.read_text(encoding="utf-8") == program.text
+        return program.makes.exists() and mark.exists() and mark.read_text(encoding="utf-8") == _finished(program)
 
     def begin(self, programs: Sequence[Program]) -> list[Program]:
         """Write the configurations of the programs that are left to run, and return those."""
@@ -99,7 +104,7 @@ class Family:
 
     def finish(self, program: Program) -> None:
         """Remember that this program has finished, with this configuration."""
-        write_atomic(self._mark(program), program.text)
+        write_atomic(self._mark(program), _finished(program))
 
     def _mark(self, program: Program) -> Path:
         return self.folder.path / "finished" / program.path.name
@@ -133,6 +138,11 @@ class Family:
 
     def _config_path(self, name: str) -> Path:
         return self.folder.path / "configs" / f"{name}.yaml"
+
+
+def _finished(program: Program) -> str:
+    """What the mark of a program that has finished holds."""
+    return program.text + (f"---\n{program.of}" if program.of else "")
 
 
 def chosen(tasks: Sequence[Task], patterns: Sequence[str]) -> list[Task]:

@@ -96,6 +96,16 @@ def test_values_give_names_and_may_be_given_names(write: Write) -> None:
     assert names[-1] == "dr-grpo_shuffle-true_free_alpha-0.25"
     only_seeds = load_sweep(write(vary={"seed": [3]})).members
     assert [(member.name, member.model) for member in only_seeds] == [("seed-3", "trained")]
+    own = {name: {"seed": seed, "method.alpha": seed} for seed, name in enumerate("ab")}
+    assert [member.model for member in load_sweep(write(members=own)).members] == ["a", "b"], "no seeds of one model"
+
+
+def test_a_key_into_a_list_is_among_those_that_vary(write: Write) -> None:
+    vary = {"data.datasets.0.limit": [8, 9], "evaluation.datasets": {"own": [{"path": "x.jsonl"}]}}
+    keys = varied(load_sweep(write(vary=vary, members={"a": {}, "b": {"method.beta": 1}})).members)
+    assert [keys[f"{name}_limit-{n}_own"]["data.datasets.0.limit"] for name in "ab" for n in (8, 9)] == [8, 9, 8, 9]
+    assert [each["path"] for each in keys["a_limit-8_own"]["evaluation.datasets"]] == ["x.jsonl"]
+    assert ("method.beta" in keys["a_limit-8_own"], keys["b_limit-8_own"]["method.beta"]) == (False, 1)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +117,8 @@ def test_values_give_names_and_may_be_given_names(write: Write) -> None:
         ({"vary": {"optimizer": [{"lr": 1}]}}, "vary.optimizer: a list or a section has no name of its own"),
         ({"vary": {"seed": [1, 1]}}, "two members are named seed-1"),
         ({"vary": {"data.verifier": {"eval": 1}}}, "no member may be named eval"),
+        ({"members": {"base": {}}, "vary": {"seed": [1, 2]}}, "no member may be named base"),
+        ({"vary": {"model.path": ["a/" * 120]}}, "its name has 244 characters, and a folder's at most 200"),
         ({"members": {"a": {"name": "x"}}}, "member a: name: the sweep gives each member its own"),
         (
             {"vary": {"method.alpha": [0], "method": {"m": {"name": "kimi"}}}},
@@ -239,7 +251,7 @@ def test_after_a_kill_finished_programs_stay_and_the_others_run(
     assert programs.ran == [], "all have finished"
     (programs.folder / "eval/base.json").unlink()
     sweep.main([path, "--resume", "train.iterations=200"])
-    assert programs.ran == [*ALL, "eval base"], "another configuration has not finished; evaluations are as they were"
+    assert programs.ran == [*ALL, "eval base", *(f"eval {name}" for name in ALL)], "they have been trained on"
 
 
 def test_the_page_can_be_written_again_with_all_runs_of_a_model(
