@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_efr.types import Group, Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+KEPT = 256
+"""Texts whose tokens are kept: more than a script repeats, and a run's summaries, each another, do not add up."""
 
 
 class Codec(Protocol):
@@ -26,11 +30,11 @@ class Codec(Protocol):
 
 
 class TokenizerCodec:
-    """A tokenizer's codec. It keeps the tokens of the texts that it was asked for: scripts repeat a few."""
+    """A tokenizer's codec. It keeps the tokens of the KEPT texts that it was asked for last: scripts repeat a few."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self.encode = cache(self._encode)
+        self.encode = lru_cache(KEPT)(self._encode)
 
     def decode(self, tokens: Sequence[int]) -> str:
         text: Any = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -16,7 +16,7 @@ from megatron_efr.data.prompts import load_tokenizer
 from megatron_efr.data.stream import PromptStream
 from megatron_efr.evaluation.problems import load_prompts
 from megatron_efr.methods import Ask
-from megatron_efr.rollout.codec import TokenizerCodec
+from megatron_efr.rollout.codec import KEPT, TokenizerCodec
 from megatron_efr.rollout.request_json import decode_request, encode_request
 from megatron_efr.run.asking import Asking
 from megatron_efr.run.environment import Environment
@@ -113,6 +113,13 @@ def test_what_cannot_be_asked_is_refused_at_the_start(
     made, prompts, codec = asking(task, **method)
     with pytest.raises(ConfigError, match=message):
         made.check([Prompt("p", (1,) * 12, "q", "1", prompts[0].meta)], codec, positions)
+
+
+def test_the_tokens_of_a_runs_many_summaries_are_not_all_kept(task: Path) -> None:
+    _, _, codec = asking(task, name="efr", alpha=0.1)
+    for number in range(KEPT + 44):
+        assert codec.decode(codec.encode(f"{number}")) == f"{number}"
+    assert codec.encode.cache_info().currsize == KEPT
 
 
 def test_a_script_for_each_response_or_none(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:

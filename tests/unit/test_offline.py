@@ -20,7 +20,7 @@ from megatron_efr.offline.preferences import PreferenceUpdate
 from megatron_efr.policy import Policy, Ranks, supervised_loss
 from megatron_efr.rollout.group_json import decode_graded, encode_graded
 from megatron_efr.samples import Sample
-from megatron_efr.types import Grade, Graded, Group, Prompt, Response
+from megatron_efr.types import Grade, Graded, Group, Prompt, Response, UserError
 from tests.conftest import ragged_sequences
 
 
@@ -77,10 +77,10 @@ def test_answers_that_cannot_be_learnt_from_are_named(kept: str, tied_model: Pat
         answers.shortest(str(tmp_path / "absent.jsonl.zst"), 100)
     damaged = tmp_path / "damaged.jsonl.zst"
     damaged.write_bytes(b"no")
-    with pytest.raises(Exception, match=r"damaged\.jsonl\.zst: damaged rollouts"):
+    with pytest.raises(UserError, match=r"damaged\.jsonl\.zst: damaged rollouts"):
         answers.pairs(str(damaged), 100)
     with pytest.raises(
-        Exception, match="prompt p0: prompt and response have 14 tokens, and the model has 10 positions"
+        UserError, match="prompt p0: prompt and response have 14 tokens, and the model has 10 positions"
     ):
         answers.pairs(kept, 10)
     tree: dict[str, Any] = {
