@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_efr import algorithms, methods
+from megatron_efr.cluster.placement import place
 from megatron_efr.config import DpoConfig, EvaluateConfig, SftConfig, TrainConfig
 from megatron_efr.config.file import dump, load
 from megatron_efr.config.sweep import is_sweep, load_sweep
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(path for path in EXAMPLES.rglob("*.yaml") if not is_sweep(path))
+TREES = {path: yaml.safe_load(path.read_text(encoding="utf-8")) for path in FILES}
+ON_SERVERS = [path for path, tree in TREES.items() if "method" in tree and tree["rollout"].get("engine") == "sglang"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(EXAMPLES)))
@@ -46,6 +50,15 @@ def test_paper_hyperparameters(file: str, lr: float) -> None:
     assert config.evaluation.samples_by_dataset == {"gsm8k_test": 1, "math500": 3, "aime24": 10}
     assert config.seed == 42
     assert config.train.micro_batch_tokens >= config.rollout.max_new_tokens + config.data.prompt.max_tokens
+
+
+@pytest.mark.parametrize("path", ON_SERVERS, ids=lambda path: path.name)
+def test_a_training_run_on_servers_divides_over_nodes_of_eight_gpus(path: Path) -> None:
+    """One node, unless the file's name says how many."""
+    config, nodes = load(TrainConfig, path), int((re.findall(r"(\d+)nodes", path.name) or ["1"])[0])
+    placement = place([f"node{number}" for number in range(nodes)], 8, config.rollout)
+    config.check_world(len(placement.ranks))
+    assert len(placement.ranks) == 8 * nodes
 
 
 def test_the_family_has_rloo_grpo_and_sixteen_methods_or_more_of_three_seeds() -> None:
