@@ -79,10 +79,11 @@ def view(run: Watched, width: int, now: datetime) -> RenderableType:
 
 
 def state(run: Watched) -> str:
-    """How the run stands: `running`, or how it ended. A killed one wrote no end."""
+    """How the run stands: `running`, or how it ended. A killed one wrote no end; an evaluation's is not the run's."""
     if run.running:
         return "running"
     ends = [line for line in run.log if line.event in ("start", "resume", "end")]
+    ends = [line for line in ends if not line.text.startswith("evaluation ")] or ends
     if not ends:
         return "nobody works on it"
     return _first(ends[-1].text) if ends[-1].event == "end" else "ended without a word: killed, or its machine"

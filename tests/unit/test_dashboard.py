@@ -103,6 +103,10 @@ def test_a_run_that_works_has_time_left_and_one_that_was_killed_says_so(folder: 
     assert state(read(folder.path)) == "finished"
     assert state(run._replace(running=False)) == "ended without a word: killed, or its machine"
     assert state(Watched("a", 0, [], [], False)) == "nobody works on it"
+    evaluated = Line(NOW, 0, "INFO", "end", "evaluation base: finished")
+    killed = [Line(NOW, 0, "INFO", "start", "runs/mine: efr train a.yaml"), evaluated]
+    assert state(run._replace(running=False, log=killed)) == "ended without a word: killed, or its machine"
+    assert state(run._replace(running=False, log=[evaluated])) == "evaluation base: finished"
     assert state(run._replace(running=False, log=[Line(NOW, 0, "ERROR", "end", "with an error: no\nroom")])) == (
         "with an error: no"
     )
