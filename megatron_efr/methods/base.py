@@ -130,6 +130,11 @@ class Method(Section):
         """The texts that it looks for in a response, by the option that says each."""
         return {}
 
+    @property
+    def single(self) -> Mapping[str, str]:
+        """The texts that must be one token each, by the option that says each."""
+        return {}
+
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         """Reward of each response, float64 [n], from a graded group."""
         raise TypeError(f"{type(self).__name__} defines no rewards")

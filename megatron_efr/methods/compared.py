@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from pydantic import Field, PositiveInt
@@ -91,6 +91,10 @@ class AdaptThink(Method):
     @property
     def samplings(self) -> Samplings:
         return Samplings(reference=self.reference)
+
+    @property
+    def single(self) -> Mapping[str, str]:
+        return {"word": self.word}
 
     def ask(self, visit: Visit, known: Known) -> Ask:
         assert known.marks is not None  # or the run would have been refused

@@ -115,6 +115,10 @@ class Thinkless(Method):
         return {"short": self.short, "think": self.think}
 
     @property
+    def single(self) -> Mapping[str, str]:
+        return self.sought
+
+    @property
     def equal_rewards_teach(self) -> bool:
         return False
 

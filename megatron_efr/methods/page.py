@@ -59,9 +59,10 @@ resumed goes on with it.
 
 Some have the run sample more than its rollouts. The starting model's responses to every training prompt are drawn
 before the first iteration, which the run says with their number, and kept in its folder as `reference.jsonl`, prompt by
-prompt: after a kill it goes on where it was. `data.reference` names another run's file, so that the members of a family
-share one. A monitor set is drawn by the seed from the training prompts (by one method from the held-out problems), and
-asked anew every so many iterations (`monitor/accuracy`, `monitor/tokens`); the checkpoints have what it answered.
+prompt: after a kill it goes on where it was. `data.reference` names another run's file, so that runs share one; it has
+to be there and complete when a run, or a sweep, begins. A monitor set is drawn by the seed from the training prompts
+(by one method from the held-out problems), and asked anew every so many iterations (`monitor/accuracy`,
+`monitor/tokens`); the checkpoints have what it answered.
 Methods that tell a thought from its answer look for the model's `</think>`, or for `model.thinking.closes`.
 
 A method of your own: [CONTRIBUTING](../CONTRIBUTING.md#a-new-method).

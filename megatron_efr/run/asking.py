@@ -70,12 +70,18 @@ class Asking:
         return self._asked(visit, self._method.ask(visit, self._known()))
 
     def _check_sought(self, codec: Codec) -> None:
-        """Refuse texts that a method looks for in responses, and that no response's text can hold."""
+        """Refuse texts that a method looks for in responses, and no response's text can hold, or are not one token."""
         for key, text in self._method.sought.items():
             if text.strip() not in (read := codec.decode(codec.encode(text))):
                 raise ConfigError(
                     f"method.{key}: {text!r} would never be found in a response: with this model's tokenizer it reads "
                     f"{read!r}; name a text of ordinary tokens"
+                )
+        for key, text in self._method.single.items():
+            if (count := len(codec.encode(text))) != 1:
+                raise ConfigError(
+                    f"method.{key}: {text!r} is {count} tokens of this model's tokenizer, and method "
+                    f"{self._config.method.name} wants a single one; name one of the tokenizer's own tokens"
                 )
 
     def _asked(self, visit: Visit, asked: Ask) -> Request:

@@ -81,7 +81,7 @@ class Environment:
         abilities, iterations = ENGINES[rollout.engine].abilities, config.train.iterations
         check_given(config.method.name, method.needs, Given(rollout.engine, abilities, marks, iterations))
         if method.samplings.reference:
-            check_there(config.data.reference)
+            check_there(config.data.reference, RunFolder(config.folder).reference)
         self.knowledge = Knowledge(method, rollout.max_new_tokens, marks)
         self._asking = Asking(config, method, tokenizer, lambda: self.knowledge.latest)
         self._asking.check(rendered.prompts, self._codec, architecture.max_positions)

@@ -33,9 +33,9 @@ class SamplingError(UserError):
     """Sampled responses that are damaged, missing, or others than the run's."""
 
 
-def check_there(path: str | None) -> None:
-    """Refuse, with a SamplingError, a key `data.reference` that names no file."""
-    if path is not None and not Path(path).is_file():
+def check_there(path: str | None, own: Path) -> None:
+    """Refuse, with a SamplingError, a key `data.reference` that names no file, if the run has no copy of its `own`."""
+    if path is not None and not own.exists() and not Path(path).is_file():
         raise SamplingError(
             f"data.reference: {path}: no such file; it is a run's reference.jsonl, which a run whose method wants it "
             "writes before its first iteration; or leave data.reference out"

@@ -159,3 +159,17 @@ def test_a_run_on_servers_refuses_to_evaluate_with_a_penalty(task: Path) -> None
         else:
             with pytest.raises(ConfigError, match=r"^evaluation\.script\.name: tip penalises tokens, and the servers"):
                 build()
+
+
+@pytest.mark.parametrize(
+    ("key", "options"),
+    [("short", {"name": "thinkless", "short": "11", "think": "2"}), ("word", {"name": "adapt_think", "word": "11"})],
+)
+def test_a_text_that_must_be_one_token_is_refused_if_it_is_more(task: Path, key: str, options: dict[str, Any]) -> None:
+    made, prompts, codec = asking(task, **options)
+    with pytest.raises(
+        ConfigError, match=rf"^method\.{key}: '11' is 2 tokens .* method {options['name']} wants a single"
+    ):
+        made.check(prompts, codec, 10_000)
+    made, prompts, codec = asking(task, **options | {key: "1"})
+    made.check(prompts, codec, 10_000)

@@ -146,7 +146,8 @@ def test_another_runs_file_serves_where_it_is_of_the_same(engine: LocalEngine, g
     # a resumed run may have a lower limit than its own responses had
     assert len(sampler(grader, PROMPTS[:5], max_new_tokens=9).reference(Failing(engine, 0), 2, path)) == 5
     with pytest.raises(SamplingError, match=r"^data\.reference: .*gone: no such file; it is a run's reference\.jsonl"):
-        check_there(str(tmp_path / "gone"))
+        check_there(str(tmp_path / "gone"), tmp_path / "own.jsonl")
+    check_there(str(tmp_path / "gone"), path)  # of a resumed run, which has its own copy
 
 
 def test_a_damaged_line_is_named(engine: LocalEngine, grader: Grader, tmp_path: Path) -> None:
