@@ -15,7 +15,7 @@ import yaml
 import zstandard
 
 from megatron_efr import arguments
-from megatron_efr.config import GradingConfig, TrainConfig
+from megatron_efr.config import ConfigError, GradingConfig, TrainConfig
 from megatron_efr.config.file import load, validate
 from megatron_efr.data.datasets import dataset_name
 from megatron_efr.data.rows import DatasetError, read_rows
@@ -203,7 +203,12 @@ def _judgings(given: argparse.Namespace) -> tuple[Judgings, GradingConfig]:
 
 def _option(text: str) -> tuple[str, Any]:
     key, _, value = text.partition("=")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"--option {text}: {value!r} is no value as YAML has them: quote it, '\"{value}\"'"
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -219,8 +224,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--marker", help="as grading.marker")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the first verifier")
     parser.add_argument("--config", help="a run's configuration, to judge as it does; rollouts in a run folder have it")
-    parser.add_argument("--workers", type=int)
-    parser.add_argument("--timeout-s", type=float, help="CPU seconds for one response")
+    parser.add_argument("--workers", type=arguments.within(int, 1), help="grading processes")
+    parser.add_argument("--timeout-s", type=arguments.within(float, 0.001), help="CPU seconds for one response")
     parser.add_argument("--totals", action="store_true", help="no line for each response")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of lines")
     given = parser.parse_args(argv)

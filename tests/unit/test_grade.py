@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_efr import arguments, grade
+from megatron_efr.config import ConfigError
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.types import Grade, Graded, Group, Prompt
 from tests.groups import credited, response
@@ -145,3 +146,23 @@ def test_damaged_rollouts_are_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         arguments.run(grade.main, [str(path)])
     assert f"{path}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--workers", "0"], "argument --workers: 0: at least 1"),
+        (["--timeout-s", "-1"], "argument --timeout-s: -1: at least 0.001"),
+    ],
+)
+def test_limits_that_are_none_are_refused_by_flag(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        grade.main(["responses.jsonl", *flags])
+    assert said in capsys.readouterr().err
+
+
+def test_an_option_that_is_no_yaml_is_refused_by_its_words() -> None:
+    with pytest.raises(ConfigError, match=r"--option search=\[: '\[' is no value as YAML has them"):
+        grade.main(["responses.jsonl", "--option", "search=["])
