@@ -108,7 +108,7 @@ def accuracy_within(budget: int) -> Measure:
     return Measure(f"accuracy_within@{budget}", "%", "high", terms, rate=True, about=accuracy_within.__doc__ or "")
 
 
-@register("%", "high", rate=True)
+@register("%", "high", rate=True, fractional=True)
 def accuracy_area(samples: Samples) -> FloatArray:
     """Area under accuracy at hard budgets, over that of a model that is right at once: the mean over budgets t of
     (0, limit] of accuracy_within@t, which is the mean of c (1 - tokens / limit). Of OptimalThinkingBench's AUC_OAA
@@ -125,7 +125,7 @@ def early(budget: int) -> Measure:
             return None
         return over_problems(samples.mean(samples.early[:, samples.budgets.index(budget)]))
 
-    return Measure(f"early@{budget}", "%", "high", terms, rate=True, about=early.__doc__ or "")
+    return Measure(f"early@{budget}", "%", "high", terms, rate=True, about=early.__doc__ or "", fractional=True)
 
 
 @register("%", "high", rate=True)
@@ -148,7 +148,7 @@ def _mode(answers: tuple[tuple[int, bool], ...]) -> float:
     return float(next(right for code, right in answers if code == chosen))
 
 
-@register("%", "high", rate=True)
+@register("%", "high", rate=True, fractional=True)
 def anytime(samples: Samples) -> FloatArray | None:
     """Mean over the budgets b of the script `forks` of early@b: AnytimeReasoner's score with a uniform prior
     (arXiv 2505.13438)."""

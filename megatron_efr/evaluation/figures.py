@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ def _figure(measure: Measure, terms: FloatArray, drawn: FloatArray, samples: int
         return Figure(None)
     if measure.rate:
         rates = terms[:, 0][terms[:, 1] > 0]
-        return Figure(value, *statistics.rate_interval(rates, samples))
+        return Figure(value, *statistics.rate_interval(rates, math.inf if measure.fractional else samples))
     return Figure(value, *spread(measure.value(drawn)))
 
 

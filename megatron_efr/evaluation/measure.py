@@ -27,8 +27,9 @@ def ratio(sums: FloatArray) -> FloatArray:
 class Measure(NamedTuple):
     """A figure of samples: `value` [..., terms] -> [...] of the sums of `terms` [problems, terms] over problems.
 
-    `terms` gives None if the samples do not say what it needs. A `rate` is a mean over problems of values in [0, 1].
-    `better` says which way is better. `about` is the formula, with source and unit.
+    `terms` gives None if the samples do not say what it needs. A `rate` is a mean over problems of values in [0, 1]; it
+    is `fractional` if one response may have any of them, and not 0 or 1 alone. `better` says which way is better.
+    `about` is the formula, with source and unit.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Measure(NamedTuple):
     value: Value = ratio
     rate: bool = False
     about: str = ""
+    fractional: bool = False
 
 
 MEASURES: dict[str, Measure] = {}
@@ -47,11 +49,14 @@ NUMBERED: dict[str, Callable[[int], Measure]] = {}
 """Measures that take a number, written NAME@NUMBER."""
 
 
-def register(unit: str, better: Better, value: Value = ratio, *, rate: bool = False) -> Callable[[Terms], Terms]:
+def register(
+    unit: str, better: Better, value: Value = ratio, *, rate: bool = False, fractional: bool = False
+) -> Callable[[Terms], Terms]:
     """Give a function of samples its place in MEASURES, under its own name; its docstring is what is said about it."""
 
     def add(terms: Terms) -> Terms:
-        MEASURES[terms.__name__] = Measure(terms.__name__, unit, better, terms, value, rate, terms.__doc__ or "")
+        about = terms.__doc__ or ""
+        MEASURES[terms.__name__] = Measure(terms.__name__, unit, better, terms, value, rate, about, fractional)
         return terms
 
     return add

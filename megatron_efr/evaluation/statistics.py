@@ -48,12 +48,13 @@ def interval(
     return float(low), float(high)
 
 
-def rate_interval(rates: np.ndarray, samples: int, level: float = LEVEL) -> tuple[float, float]:
+def rate_interval(rates: np.ndarray, samples: float, level: float = LEVEL) -> tuple[float, float]:
     """Wilson's interval of the mean of `rates` [problems], each in [0, 1], over `samples` responses in all.
 
     Responses to one problem are not independent, so the count in Wilson's formula is the effective one,
     p (1 - p) / (variance between problems / problems), no fewer than the problems and no more than the responses (Korn
-    & Graubard 1998; Dean & Pagano 2015). At 0% and 100%, with no variance, it is the problems. With one
+    & Graubard 1998; Dean & Pagano 2015). Responses of values between 0 and 1 may be worth more than as many of 0 and 1:
+    for those `samples` is infinite. At 0% and 100%, with no variance, it is the problems. With one
     response each this is Wilson's interval itself.
     """
     problems = len(rates)

@@ -35,7 +35,9 @@ def thinking_area(most: int) -> Measure:
             return None
         return over_problems(samples.mean(samples.correct * np.maximum(0.0, 1 - samples.thinking / most)))
 
-    return Measure(f"thinking_area@{most}", "%", "high", terms, rate=True, about=thinking_area.__doc__ or "")
+    return Measure(
+        f"thinking_area@{most}", "%", "high", terms, rate=True, about=thinking_area.__doc__ or "", fractional=True
+    )
 
 
 @register("%", "low", rate=True)
@@ -44,7 +46,7 @@ def truncated(samples: Samples) -> FloatArray:
     return over_problems(samples.mean(samples.truncated))
 
 
-@register("%", "low", rate=True)
+@register("%", "low", rate=True, fractional=True)
 def repetition(samples: Samples) -> FloatArray | None:
     """Share of a response's runs of 8 tokens that stood in it before."""
     return None if samples.repetition is None else over_problems(samples.mean(samples.repetition))
@@ -82,7 +84,7 @@ def underthinking(samples: Samples) -> FloatArray | None:
     return pooled(samples, np.clip(score, 0.0, 1.0), ~samples.correct)
 
 
-@register("%", "neither", rate=True)
+@register("%", "neither", rate=True, fractional=True)
 def internal_bias(samples: Samples) -> FloatArray | None:
     """Share of direct answers that differ from the response's: the inconsistency rate of arXiv 2505.16448.
 

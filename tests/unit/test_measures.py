@@ -246,6 +246,19 @@ def test_at_no_and_at_every_right_answer_the_intervals_say_how_little_that_is() 
     assert every["cost_of_pass"].value == pytest.approx(every["tokens"].value)
 
 
+def test_values_between_0_and_1_are_known_as_their_spread_is() -> None:
+    made = [row | {"correct": [True] * len(row["correct"])} for row in rows(3, problems=60)]
+    made = [row | {"tokens": [30 + tokens % 5 for tokens in row["tokens"]]} for row in made]
+    figure = measured(Samples.of(made, LIMIT))["accuracy_area"]
+    values = [1 - mean(row["tokens"]) / LIMIT for row in made]
+    reach = 1.96 * np.std(values, ddof=1) / math.sqrt(60)
+    assert reach < 0.01
+    assert figure[1:] == pytest.approx([np.mean(values) - reach, np.mean(values) + reach], abs=1e-4)
+    assert {name for name in BRUTE if named(name).fractional} == {
+        *("accuracy_area", "anytime", "early@8", "internal_bias", "repetition", "thinking_area@20")
+    }
+
+
 def test_intervals_are_seeded_and_those_of_a_loop() -> None:
     made = rows(2, problems=60)
     samples = Samples.of(made, LIMIT)
