@@ -41,7 +41,8 @@ class SweepConfig(Section):
     ranks: PositiveInt = Field(default=1, description="processes of each run (torchrun --nproc-per-node)")
     note: str = Field(default="", description="what the report's reader must know about these figures")
     against: Name | None = Field(
-        default=None, description="model that the report compares all others with; the first one when left out"
+        default=None,
+        description="model that all others are compared with; when left out the first one, or the base of one run each",
     )
     slurm: list[str] = Field(default_factory=list, description="options of sbatch for `--slurm`, such as --gpus=8")
 

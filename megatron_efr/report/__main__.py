@@ -54,7 +54,8 @@ def _gather_seeds(folder: RunFolder) -> None:
     if not paths:
         raise UserError(f"{folder.path}: no seed-*/summary.json; run `efr sweep` with name=.../seed-1 and so on first")
     summaries = [read_summary(path) for path in paths]
-    folder.write_summary(over_seeds(summaries) | {"note": summaries[0].get("note", "")})
+    said = {key: summaries[0][key] for key in ("note", "against") if key in summaries[0]}
+    folder.write_summary(over_seeds(summaries) | said)
     for name, record in RunFolder(paths[0].parent).read_evaluations().items():
         folder.write_evaluation(name, record)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_efr.evaluation import statistics
 from megatron_efr.evaluation.records import Record
-from megatron_efr.report.records import label
+from megatron_efr.report.records import base_name, label
 
 
 def is_base(model: Mapping[str, Any]) -> bool:
@@ -21,6 +21,11 @@ def base_of(models: Sequence[Record]) -> Record | None:
     """The first starting model of a family, or None where there is none to compare with."""
     first = models[0] if models else None
     return first if first is not None and is_base(first) and len(models) > 1 else None
+
+
+def begun_with(base: Record, models: Sequence[Record]) -> list[Record]:
+    """The models that begin with this base, which are asked what it is; it is none of them."""
+    return [model for model in models if not is_base(model) and base_name(model, models) == base["name"]]
 
 
 def front(models: Sequence[Record]) -> list[Record]:
@@ -36,7 +41,9 @@ def headline(models: Sequence[Record], metrics: Mapping[str, Sequence[Mapping[st
     """The result in a sentence: the briefest model that is no less accurate than the base, else the briefest at all."""
     base = base_of(models)
     if base is not None:
-        return _against_base(base, [model for model in models if not is_base(model)])
+        bases = [model for model in models if is_base(model)]
+        base = next((each for each in bases if begun_with(each, models)), base)
+        return _against_base(base, begun_with(base, models))
     if models:
         model = min(models, key=lambda one: one["tokens"])
         return f"{label(model)} is right {_accuracy(model)} of the time with {model['tokens']:.1f} tokens on average."
@@ -123,7 +130,7 @@ def difficulty_sentences(models: Sequence[Record], evaluations: Mapping[str, Rec
         return []
     sides: list[int] = []
     sentences: list[str] = []
-    for model in models[1:]:
+    for model in begun_with(base, models):
         records = evaluations.get(model["name"]), evaluations[base["name"]]
         on_easy, on_hard = _pairs(*records, split.easy), _pairs(*records, split.hard)
         if not len(on_easy) or not len(on_hard):

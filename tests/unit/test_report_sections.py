@@ -15,7 +15,7 @@ from megatron_efr.report.differences import differences, student
 from megatron_efr.report.records import Listed, family_summary, summary_markdown
 from megatron_efr.report.results import Results
 from megatron_efr.report.sections import apart, budgets, difficulty, family, lengths, made, problem, training
-from megatron_efr.report.sentences import front
+from megatron_efr.report.sentences import front, headline
 from megatron_efr.types import Prompt
 from tests.groups import graded
 
@@ -212,3 +212,62 @@ def test_models_of_one_run_are_compared_with_the_base_problem_by_problem(results
     assert rows["b"][1].endswith("briefer")
     older = {name: {**record, "protocol": {}} for name, record in results.evaluations.items()}
     assert "older version" in str(apart.build(Results(results.summary, older, {}, results.out)))
+
+
+def test_one_run_each_is_compared_with_the_model_that_the_sweep_names(results: Results) -> None:
+    named = Results({**results.summary, "against": "b"}, results.evaluations, {}, results.out)
+    found = block(apart.build(named))
+    assert found["reference"] == "b"
+    assert [row[0] for row in found["rows"]] == ["base", "method a"]
+    assert found["rows"][0][2].endswith("longer")
+
+
+def test_models_of_several_seeds_that_were_asked_otherwise_are_left_out_and_named(results: Results) -> None:
+    records = dict(results.evaluations)
+    for name in ("c", "d"):
+        records |= {f"{name}_seed-{seed}": record(f"a_seed-{seed}") for seed in (1, 2)}
+    records["d_seed-1"] = {**records["d_seed-1"], "protocol": {"max_new_tokens": LIMIT, "temperature": 0.5}}
+    listed = [*MODELS, *(Listed(n, f"method {n}", (f"{n}_seed-1", f"{n}_seed-2"), "base") for n in ("c", "d"))]
+    found = block(apart.build(Results(family_summary(records, listed, {}), records, {}, results.out)))
+    assert [row[0] for row in found["rows"]] == ["method c"]
+    assert found["sentence"].startswith("Of 1 models")
+    assert found["sentence"].endswith("Not among them, since they were asked otherwise: method d.")
+    few = Results(family_summary(records, [*MODELS, listed[-1]], {}), records, {}, results.out)
+    assert apart.build(few) == "No other model of several seeds was asked as method a was."
+
+
+def test_parts_of_a_model_of_several_seeds_are_the_means_over_these(results: Results) -> None:
+    records = {}
+    for name, own in results.evaluations.items():
+        halves = {part: {"accuracy": own["accuracy"], "tokens": own["tokens"] * k} for k, part in ((1, "A"), (2, "B"))}
+        records[name] = {**own, "datasets": halves}
+    both = Results(results.summary, records, {}, results.out)
+    cells = {row["label"]: row["cells"] for row in block(family.build(both))["datasets"]["rows"]}
+    model, ends = results.models[1], results.evaluations
+    assert cells["method a"] == [f"{model['accuracy']:.1%} / {k * model['tokens']:,.0f}" for k in (1, 2)]
+    pair = [ends[f"a_seed-{seed}"]["accuracy_by_difficulty"] for seed in (1, 2)]
+    expected = {level: pytest.approx(50 * (pair[0][level] + pair[1][level])) for level in ("0", "1")}
+    assert difficulty._accuracy(both.records(model)) == expected
+    together = {row["id"]: row["tokens"] for row in difficulty._together(both.records(model))["rows"]}
+    assert together == {"p0": [10, 33, 5, 30], "p1": [8, 60, 9, 40], "p2": [30, 30, 33, 30]}
+
+
+def test_a_measure_that_somebody_registered_for_an_evaluation_alone_is_shown(results: Results) -> None:
+    own = {"mine": {"value": 0.25, "low": None, "high": None}}
+    records = {n: {**r, "measures": {**r["measures"], **own}} for n, r in results.evaluations.items()}
+    found = block(family.build(Results(results.summary, records, {}, results.out)))
+    assert found["measures"]["rows"][-1] == ["mine", "0.25", "0.25 [0.25, 0.25]", "0.25"]
+
+
+def test_models_are_told_against_the_base_that_they_begin_with() -> None:
+    def model(name: str, base: str, accuracy: float, tokens: float) -> Record:
+        return {"name": name, "label": name, "base": base, "accuracy": accuracy, "tokens": tokens}
+
+    small, large = model("base", "base", 0.5, 50.0), model("base-2", "base-2", 0.9, 100.0)
+    brief = model("brief", "base-2", 0.9, 40.0)
+    own = model("own", "base", 0.6, 45.0)
+    assert headline([small, large, own, brief], {}).startswith(
+        "With own, the model uses 10% fewer tokens than the base"
+    )
+    assert headline([small, large, brief], {}).startswith("With brief, the model uses 60% fewer tokens than the base-2")
+    assert headline([small, large], {}).startswith("Only starting models")

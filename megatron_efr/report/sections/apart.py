@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_efr.evaluation.comparison import differing, matched, paired
 from megatron_efr.evaluation.measures import named
+from megatron_efr.evaluation.records import Record
 from megatron_efr.report.differences import Difference, differences
 from megatron_efr.report.records import label
 from megatron_efr.report.results import Results
@@ -27,6 +28,11 @@ def build(results: Results) -> dict[str, Any] | str:
         return _of_one_run(results)
     by_name = {model["name"]: model for model in models}
     reference = by_name.get(results.summary.get("against", ""), models[0])
+    unlike = {model["name"]: label(model) for model in models if _unlike(results, reference, model)}
+    models = [model for model in models if model["name"] not in unlike]
+    if len(models) < 2:
+        return f"No other model of several seeds was asked as {label(reference)} was."
+    by_name = {model["name"]: model for model in models}
     comparisons = 2 * (len(models) - 1)
     found = {
         key: differences({name: m[f"{key}_by_seed"] for name, m in by_name.items()}, reference["name"], comparisons)
@@ -42,12 +48,21 @@ def build(results: Results) -> dict[str, Any] | str:
         "pooled over all models. They are of training's chance alone, on these problems."
     )
     sentence = _sentence(label(reference), found, brackets)
+    if unlike:
+        sentence += f" Not among them, since they were asked otherwise: {', '.join(unlike.values())}."
     return {"sentence": sentence, "rows": rows, "reference": label(reference)}
 
 
+def _unlike(results: Results, one: Record, other: Record) -> bool:
+    """True if the two were asked or judged otherwise, as far as their records say how."""
+    records = [found for model in (one, other) if (found := results.record(model)) and found.get("protocol")]
+    return len(records) == 2 and bool(differing(*records))
+
+
 def _of_one_run(results: Results) -> dict[str, Any] | str:
-    """The same of each shown model's first run against the base's, paired over the problems that both answered."""
-    base = base_of(results.models)
+    """The same of each shown model's first run, against the base's or that of the model which the sweep names."""
+    named_one = [model for model in results.models if model["name"] == results.summary.get("against")]
+    base = named_one[0] if named_one else base_of(results.models)
     start = results.record(base) if base is not None else None
     if base is None or start is None:
         return "There is no base, and no family of several seeds, to compare models with."

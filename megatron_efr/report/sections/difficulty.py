@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from megatron_efr.evaluation import statistics
@@ -20,7 +21,7 @@ def build(results: Results) -> dict[str, Any] | str:
     levels = statistics.in_order({level for model in models for level in model["tokens_by_difficulty"]})
     if not levels:
         return "The evaluated problems carry no difficulty, or none were evaluated."
-    records = {m["name"]: record for m in models if (record := results.record(m)) is not None}
+    records = {m["name"]: _together(found) for m in models if (found := results.records(m))}
     key = results.key(results.shown)
     drawn = _drawn(results, levels)
     alt = "against difficulty; tokens are in the table below"
@@ -50,12 +51,23 @@ def _drawn(results: Results, levels: Sequence[str]) -> list[tuple[str, plots.Dra
         ]
         lines = [_line(results, m, levels, share) for m, share in zip(results.shown, shares, strict=True)]
         drawn.append((f"Relative to {label(base)}", partial(draw, lines=lines, y=f"tokens (% of {label(base)})")))
-    lines = [
-        _line(results, m, levels, {level: 100 * rate for level, rate in record["accuracy_by_difficulty"].items()})
-        for m in results.shown
-        if (record := results.record(m)) is not None
-    ]
+    lines = [_line(results, m, levels, _accuracy(found)) for m in results.shown if (found := results.records(m))]
     return [*drawn, ("Accuracy", partial(draw, lines=lines, y="accuracy (%)"))] if lines else drawn
+
+
+def _accuracy(records: Sequence[Record]) -> dict[str, float]:
+    """Accuracy (%) at each difficulty, the mean over a model's runs."""
+    rates = [record["accuracy_by_difficulty"] for record in records]
+    return {level: 100 * fmean(each[level] for each in rates) for level in rates[0] if all(level in r for r in rates)}
+
+
+def _together(records: Sequence[Record]) -> Record:
+    """A model's runs as one record, whose rows have the tokens of all runs' responses to a problem."""
+    rows: dict[str, Record] = {}
+    for row in (row for record in records for row in record["rows"]):
+        before = rows[row["id"]]["tokens"] if row["id"] in rows else []
+        rows[row["id"]] = {"id": row["id"], "difficulty": row["difficulty"], "tokens": [*before, *row["tokens"]]}
+    return {"rows": list(rows.values())}
 
 
 def _line(results: Results, model: Record, levels: Sequence[str], values: dict[str, float]) -> plots.Line:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
+from statistics import fmean
 from typing import Any
 
+from megatron_efr.errors import UserError
 from megatron_efr.evaluation import statistics
 from megatron_efr.evaluation.measures import named
 from megatron_efr.evaluation.records import Record
 from megatron_efr.report import plots
-from megatron_efr.report.records import base_name, figure, label, relative, spread_note
+from megatron_efr.report.records import FIGURES, base_name, figure, label, relative, spread_note
 from megatron_efr.report.results import Results, Spread
 from megatron_efr.report.sentences import front, is_base
 
@@ -110,8 +112,16 @@ def _measures(results: Results) -> dict[str, Any] | None:
     )
     if not names:
         return None
-    rows = [[name, *(_measured(results.measure(m, name), named(name).unit) for m in results.shown)] for name in names]
+    rows = [[name, *(_measured(results.measure(m, name), _unit(name)) for m in results.shown)] for name in names]
     return {"columns": [label(model) for model in results.shown], "rows": rows}
+
+
+def _unit(name: str) -> str:
+    """The unit of a measure; none of one that the program which evaluated had registered, and this one has not."""
+    try:
+        return named(name).unit
+    except UserError:
+        return ""
 
 
 def _measured(found: Spread | None, unit: str) -> str:
@@ -129,19 +139,22 @@ def _number(value: float | None) -> str:
 
 
 def _datasets(results: Results) -> dict[str, Any] | None:
-    """Accuracy and tokens of each data set, with the paper's normalised figures; None where there is only one set."""
-    records = {m["name"]: record for m in results.models if (record := results.record(m)) is not None}
-    names = list(dict.fromkeys(name for record in records.values() for name in record["datasets"]))
+    """Accuracy and tokens of each data set, with the paper's normalised figures; None where there is only one set.
+
+    Of a model of several seeds they are the means over these.
+    """
+    found = {m["name"]: _by_dataset(records) for m in results.models if (records := results.records(m))}
+    names = list(dict.fromkeys(name for own in found.values() for name in own))
     if len(names) < 2:
         return None
     rows = []
     for model in results.models:
-        if (record := records.get(model["name"])) is None:
+        if (own := found.get(model["name"])) is None:
             continue
-        start = None if is_base(model) and len(records) == 1 else records.get(base_name(model, results.models))
-        parts = [record["datasets"].get(name) for name in names]
+        start = None if is_base(model) and len(found) == 1 else found.get(base_name(model, results.models))
+        parts = [own.get(name) for name in names]
         try:
-            ratio = None if start is None else statistics.normalised(record["datasets"], start["datasets"])
+            ratio = None if start is None else statistics.normalised(own, start)
         except ValueError:  # a start that solves nothing has no ratio to it
             ratio = None
         rows.append(
@@ -153,3 +166,13 @@ def _datasets(results: Results) -> dict[str, Any] | None:
             }
         )
     return {"names": names, "rows": rows}
+
+
+def _by_dataset(records: list[Record]) -> dict[str, dict[str, float]]:
+    """Accuracy and tokens of each data set that all these records have, each the mean over them."""
+    first, *others = (record["datasets"] for record in records)
+    return {
+        name: {key: fmean(each[name][key] for each in (first, *others)) for key in FIGURES}
+        for name in first
+        if all(name in each for each in others)
+    }
