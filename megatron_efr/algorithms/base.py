@@ -137,7 +137,7 @@ class Algorithm(Section):
         if self.normalize == "group" and self.baseline == "none":
             found.append(
                 "algorithm.normalize: group divides by a prompt's spread what has no baseline of that prompt; set "
-                "algorithm.baseline: mean, or normalize: batch"
+                "algorithm.baseline: mean, or normalize: none or batch"
             )
         if self.surrogate == "reweight" and self.dual_clip is not None:
             found.append("algorithm.dual_clip: there is no minimum to bound where a ratio only weighs; leave it out")

@@ -35,7 +35,7 @@ def build(config: AlgorithmConfig, rollout: RolloutConfig) -> Algorithm:
     if rollout.samples < made.min_samples:
         raise ConfigError(
             f"rollout.samples: {rollout.samples} response(s) per prompt, and algorithm {config.name} compares "
-            f"responses of one prompt: it needs at least {made.min_samples}"
+            f"responses of one prompt: it needs at least {made.min_samples}, or algorithm.baseline: none"
         )
     if made.truncated == "soft" and (made.overlong_tokens or 0) > rollout.max_new_tokens:
         raise ConfigError(

@@ -83,6 +83,9 @@ class Choices(Protocol):
     def name(self) -> str: ...
 
     @property
+    def baseline(self) -> str: ...
+
+    @property
     def normalize(self) -> str: ...
 
     @property

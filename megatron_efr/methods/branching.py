@@ -192,9 +192,9 @@ class SGRPO(Branching):
 
     A wrong or truncated response, and a wrong answer at an exit, earn 0. A response without any right answer is left
     out, with its exits. Nothing is remembered. Each response is a group with its own exits, so one for each prompt is
-    enough, as in the source. An exit is trained on with the thought up to it, but for the text that leaves it. The
-    number of tokens of an answer is this project's. The source averages over each sequence first:
-    `algorithm.aggregate: sequence`.
+    enough, as in the source (`algorithm: {name: grpo, baseline: none, normalize: none}`). An exit is trained on with
+    the thought up to it, but for the text that leaves it. The number of tokens of an answer is this project's. The
+    source averages over each sequence first: `algorithm.aggregate: sequence`.
     """
 
     source = "Dai et al. 2025, arXiv 2505.07686, algorithm 1"

@@ -26,7 +26,7 @@ def _in_vain(name: str, method: Method, algorithm: Choices) -> Iterator[str]:
     own = f"{name} gives credits of its own"
     if algorithm.truncated == "soft":
         yield f"algorithm.truncated: soft takes from rewards, and {own}: no effect; set algorithm.truncated: wrong"
-    if algorithm.changed("baseline"):
+    if algorithm.changed("baseline") and algorithm.baseline != "none":  # one response of a prompt has no other
         yield f"algorithm.baseline: it is taken from rewards, and {own}: it has no effect; leave it out"
     if algorithm.normalize in ("group", "batch") and algorithm.changed("normalize"):
         yield (

@@ -339,6 +339,16 @@ def test_choices_of_an_algorithm_that_undo_a_method_are_refused(
         methods.check_together(name, build(name, **options), algorithm(**choices))
 
 
+@pytest.mark.parametrize("name", ["s_grpo", "mrt"])
+def test_one_response_of_a_prompt_goes_with_an_algorithm_without_baseline(name: str) -> None:
+    rollout = RolloutConfig(samples=1)
+    for choices in ({"name": "grpo", "normalize": "none"}, {"name": "rloo"}, {"name": "dr_grpo"}):
+        with pytest.raises(ConfigError, match=r"^rollout\.samples: 1 .*, or algorithm\.baseline: none$"):
+            algorithms.build(AlgorithmConfig.model_validate(choices), rollout)
+        one = algorithms.build(AlgorithmConfig.model_validate(choices | {"baseline": "none"}), rollout)
+        methods.check_together(name, build(name, samples=1), one)
+
+
 def algorithm(**choices: Any) -> algorithms.Algorithm:
     return algorithms.build(AlgorithmConfig.model_validate(choices), RolloutConfig())
 
