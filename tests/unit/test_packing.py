@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2ForCausalLM
 
-from megatron_efr.policy import context
+from megatron_efr.policy import context, packing
 from megatron_efr.policy.layers import PackedAttention, packed_sequences
 from megatron_efr.policy.packing import balance, pack, row_weights, samples, sequence_flops, split_into_updates
 from megatron_efr.samples import NOT_DRAWN
@@ -142,6 +142,15 @@ def test_flops_count_what_torch_multiplies(tied_model: Path) -> None:
 def test_interleaved_counts_and_replicas_without_a_sequence() -> None:
     assert balance({0: 5}, 2, 100, multiple=2) == [[[0], []], [[], []]]
     assert [len(share) for share in balance(dict.fromkeys(range(5), 60), 2, 100, multiple=4)] == [4, 4]
+
+
+@pytest.mark.parametrize(("length", "needed"), [(300, 200), (200, 100), (150, 67), (110, 50)])
+def test_sequences_that_are_alike_take_one_try(length: int, needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those a little over half of the budget each has a micro-batch of its own, which their tokens do not tell."""
+    tried, spread = [], packing._spread
+    monkeypatch.setattr(packing, "_spread", lambda *asked: tried.append(asked[2]) or spread(*asked))
+    (share,) = balance(dict.fromkeys(range(200), length), 1, 478)
+    assert [len(share)] == tried == [needed]
 
 
 def test_pack_pads_every_sequence_for_context_ranks() -> None:
