@@ -29,12 +29,18 @@ class Journal(LineFile):
         self.add(encode_group(group))
 
     def read(self) -> JournalContents:
-        """The finished groups. JournalError where a line other than the last is damaged: that is no torn write."""
+        """The finished groups. JournalError where a line other than the last is damaged: that is no torn write; or
+        where a group was asked for by a script that is not known here."""
         whole, torn = self.lines()
         groups: list[Group] = []
         for number, line in enumerate(whole, start=1):
             try:
                 groups.append(decode_group(checked(line)))
+            except UserError as error:
+                raise JournalError(
+                    f"{self.path}:{number}: a group that this version does not know: {error}. Go on with the version "
+                    "that wrote it, or delete the file to generate its responses again"
+                ) from error
             except (ValueError, KeyError, TypeError) as error:
                 raise JournalError(
                     f"{self.path}:{number}: not a finished group ({error}); the file is damaged beyond a torn last "

@@ -226,6 +226,8 @@ def read_groups(path: Path, decode: Callable[[bytes], Stage]) -> list[Stage]:
     try:
         text = zstandard.ZstdDecompressor().decompress(path.read_bytes())
         return [decode(line) for line in text.split(b"\n") if line]
+    except UserError as error:
+        raise RunFolderError(f"{path}: rollouts that this version does not know: {error}") from error
     except (OSError, zstandard.ZstdError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise RunFolderError(f"{path}: damaged rollouts: {type(error).__name__}: {error}") from error
 

@@ -341,6 +341,24 @@ def test_a_journal_damaged_in_the_middle_is_an_error(tmp_path):
         journal.read()
 
 
+def test_scripts_of_another_version_are_named_with_their_file(tmp_path):
+    folder, journal = RunFolder(tmp_path), Journal(tmp_path / "x.jsonl")
+    folder.write_rollouts(1, [credited()])
+    path = folder.rollouts_path(1)
+    for made, before, known in (("budget", "budget", "no script"), ("most", '"most"', "most")):
+        text = encode_group(group()).replace(before, before.replace(made, "later"))
+        assert text != encode_group(group())
+        journal.path.write_text(text + "\n")
+        with pytest.raises(
+            JournalError, match=rf"x\.jsonl:1: a group that this version does not know: script.*{known}"
+        ):
+            journal.read()
+        rollouts = encode_credited(credited()).replace(before, before.replace(made, "later"))
+        path.write_bytes(zstandard.compress(rollouts.encode()))
+        with pytest.raises(RunFolderError, match=rf"zst: rollouts that this version does not know: script.*{known}"):
+            folder.read_rollouts(1)
+
+
 def test_any_bit_of_a_journal_that_flips_is_noticed(tmp_path):
     journal = Journal(tmp_path / "x.jsonl")
     for number in (0, 1):
