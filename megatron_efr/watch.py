@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -41,8 +44,8 @@ def _total(folder: RunFolder) -> int:
 def watch(path: Path, console: Console, every_s: float) -> None:
     """Show the run anew every so many seconds until it ends, or Ctrl-C; then leave the last view in the terminal."""
     run = read(path)
-    if console.is_terminal and run.running:
-        with Live(console=console, screen=True, auto_refresh=False) as live:
+    if console.is_terminal and not console.is_dumb_terminal and run.running:
+        with _tidy(), Live(console=console, screen=True, auto_refresh=False) as live:
             try:
                 while run.running:
                     live.update(view(run, console.width, datetime.now()), refresh=True)
@@ -51,6 +54,16 @@ def watch(path: Path, console: Console, every_s: float) -> None:
             except KeyboardInterrupt:
                 run = read(path)
     console.print(view(run, console.width, datetime.now()))
+
+
+@contextlib.contextmanager
+def _tidy() -> Iterator[None]:
+    """Have SIGTERM end the program by an exception within the block, so that the terminal is itself again."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -130,10 +131,28 @@ def test_what_is_no_runs_folder_is_refused_and_a_familys_members_are_named(folde
         read(folder.path.parent)
 
 
-def test_outside_a_terminal_there_is_one_view(folder: RunFolder) -> None:
+@pytest.mark.parametrize("terminal", [False, True])
+def test_outside_a_terminal_and_in_a_dumb_one_there_is_one_view(
+    folder: RunFolder, terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
     with claimed(folder, "train: {iterations: 10}\n", True), closing(io.StringIO()) as file:
-        watch(folder.path, Console(file=file, width=100), every_s=60)
+        watch(folder.path, Console(file=file, width=100, force_terminal=terminal), every_s=60)
         assert file.getvalue().count("step 4 of 10") == 1
+        assert "\x1b[?" not in file.getvalue()
+
+
+def test_a_view_that_is_ended_leaves_the_terminal_as_it_was(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
+    with claimed(folder, "train: {iterations: 10}\n", True), closing(io.StringIO()) as file:
+        with pytest.raises(SystemExit, match="143"):
+            watch(folder.path, Console(file=file, width=100, height=40, force_terminal=True), every_s=60)
+        shown = file.getvalue()
+    for entered, left in (("\x1b[?1049h", "\x1b[?1049l"), ("\x1b[?25l", "\x1b[?25h")):  # the other screen, no cursor
+        assert 0 <= shown.find(entered) < shown.rfind(left)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.fixture
