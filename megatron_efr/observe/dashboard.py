@@ -106,12 +106,13 @@ def _head(run: Watched, now: datetime) -> RenderableType:
         said.append(f"left {duration(left)}")
     if run.log:
         said.append(f"last line of the log {duration(max((now - run.log[-1].time).total_seconds(), 0))} ago")
-    title = Text.assemble((run.name, "bold"), "  ", (state(run), "green" if run.running else ""), "  ", "  ".join(said))
+    title = Text.assemble((run.name, "bold"), "  ", (state(run), "green" if run.running else ""))
+    figures = Text("  ".join(said))  # on a line of their own: a folder's name may be as wide as the terminal
     if not run.total:
-        return title
+        return Group(title, figures)
     bar = Table.grid(expand=True)
     bar.add_row(ProgressBar(total=run.total, completed=step))
-    return Group(title, bar)
+    return Group(title, figures, bar)
 
 
 def _curves(chart: Chart, metrics: Metrics) -> list[tuple[Series, Curve]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,7 +99,8 @@ def refused(
         with pytest.raises(SystemExit) as ended:
             arguments.run(PROGRAMS[program].main, [str(path), *values, *options])
         assert ended.value.code == 2
-        message = capsys.readouterr().err
+        said = capsys.readouterr().err.splitlines(keepends=True)
+        message = "".join(line for line in said if not re.match(r"\d\d:\d\d:\d\d rank 0 INFO \[start\] ", line))
         assert message.startswith("error: ")
         return message
 
