@@ -45,6 +45,7 @@ def build_engine(
                 "model.routing: replay needs an engine that says which experts it chose; set rollout.engine: sglang"
             )
         return local_engine(model.path, rollout.slots, model.dtype, codec)
+    _check_router(model, rollout)
     return _connected(model, rollout, servers.urls, servers.key, folder, codec, resources)
 
 
@@ -77,8 +78,9 @@ def sglang_engine(
     scripts may penalise tokens.
 
     They write to `folder`, and take random numbers from `seed` and those after it. One that ends or hangs is started
-    again, without weights.
+    again, without weights. ConfigError before any is started for what a router does not pass on.
     """
+    _check_router(model, engines, penalties)
     if engines.urls:
         key = os.environ.get(KEY)
         return _connected(model, engines, engines.urls, key, folder, codec, resources, penalties)
@@ -104,16 +106,6 @@ def _connected(
     penalties: bool = False,
 ) -> SGLangEngine:
     """Running servers as one engine, behind a router if one is asked for."""
-    if engines.router and penalties:
-        raise ConfigError(
-            "rollout.router: evaluation.script penalises tokens, and sglang-router does not pass that on; leave "
-            "router out"
-        )
-    if engines.router and model.routing == "replay":
-        raise ConfigError(
-            "rollout.router: sglang-router does not pass on the wish for routed experts, which model.routing: replay "
-            "needs; leave router out"
-        )
     architecture = Architecture.from_folder(model.path)
     check_servable(architecture)
     router = _router(engines, key, folder, resources)
@@ -138,6 +130,20 @@ def _connected(
         raise UserError(f"{error}{hint}") from error
     resources.callback(engine.close)
     return engine
+
+
+def _check_router(model: ModelConfig, engines: EnginesConfig, penalties: bool = False) -> None:
+    """Refuse, with a ConfigError, a router that does not pass on what is asked of servers."""
+    if engines.router and penalties:
+        raise ConfigError(
+            "rollout.router: evaluation.script penalises tokens, and sglang-router does not pass that on; leave "
+            "router out"
+        )
+    if engines.router and model.routing == "replay":
+        raise ConfigError(
+            "rollout.router: sglang-router does not pass on the wish for routed experts, which model.routing: replay "
+            "needs; leave router out"
+        )
 
 
 def _router(engines: EnginesConfig, key: str | None, folder: Path, resources: ExitStack) -> ServerProcess | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_efr.config import ConfigError
+from megatron_efr.config import ConfigError, EnginesConfig, ModelConfig
+from megatron_efr.rollout import build as build_module
 from megatron_efr.rollout.driver import TokenPenalty
 from megatron_efr.rollout.local.sampling import lowered
 from megatron_efr.rollout.requests import check_script, longest
@@ -238,6 +240,16 @@ def test_servers_of_an_evaluation_with_a_penalty_must_take_it() -> None:
             UserError, match=f"evaluation.script: it penalises tokens, .* without --{flag.replace('_', '-')}"
         ):
             check(info | {flag: False}, penalties=True)
+
+
+def test_a_router_that_passes_no_penalty_on_is_refused_before_servers_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "Launcher", None)
+    router = EnginesConfig(engine="sglang", router=True)
+    for model, penalties in ((ModelConfig(path="x"), True), (ModelConfig(path="x", routing="replay"), False)):
+        with ExitStack() as resources, pytest.raises(ConfigError, match=r"^rollout\.router: .* leave router out"):
+            build_module.sglang_engine(model, router, tmp_path, 0, Letters(), resources, penalties)
 
 
 def test_doubts_give_way_to_confidence_and_the_thought_ends_once_it_is_sure() -> None:
