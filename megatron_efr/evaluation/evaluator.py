@@ -14,10 +14,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_efr import scripts
-from megatron_efr.config import ConfigError, EvaluationConfig, GradingConfig, PromptConfig
+from megatron_efr.config import ConfigError, EvaluationConfig, GradingConfig, PromptConfig, ThinkingConfig
 from megatron_efr.data.chat import tells_date
 from megatron_efr.data.datasets import dataset_name
 from megatron_efr.data.lengths import check_prompts
+from megatron_efr.data.thinking import thinking_marks
 from megatron_efr.evaluation.judged import judge
 from megatron_efr.evaluation.problems import judgings_of, load_prompts, say_overlong
 from megatron_efr.evaluation.records import Record, summarise
@@ -60,6 +61,7 @@ class Evaluator:
         self.script = script.within(config.max_new_tokens)
         self.script.check(config.max_new_tokens, "evaluation.script")
         codec = TokenizerCodec(tokenizer)
+        self._closes = marks.closes if marks and marks != thinking_marks(ThinkingConfig(), tokenizer) else None
         self._thinking = partial(thinking_tokens, closes=marks.closes, codec=codec) if marks else None
         check_script(self.script, codec, "evaluation.script")
         rendered = load_prompts(config.datasets, tokenizer, prompt, grading, self.script.behind)
@@ -91,9 +93,11 @@ class Evaluator:
         }
 
     def judged(self) -> dict[str, Any]:
-        """How answers are judged, by data set: equal where the same answers make the same record."""
+        """How answers are judged, by data set, and what ends a thought if it is not the tokenizer's mark: equal if the
+        same answers make the same record."""
         judgings = {name: self.judgings.of_dataset(name) for name in {p.meta["dataset"] for p in self.prompts}}
-        return {f"grading of {name}": json.loads(json.dumps(asdict(judgings[name]))) for name in sorted(judgings)}
+        judged = {f"grading of {name}": json.loads(json.dumps(asdict(judgings[name]))) for name in sorted(judgings)}
+        return judged if self._closes is None else judged | {"model.thinking.closes": self._closes}
 
     def protocol(self) -> dict[str, Any]:
         """Problems, sampling and verifiers, by name: equal if two evaluations, of any models, can be compared."""

@@ -135,6 +135,12 @@ class Programs:
             if self.ending:
                 return None
             self._running[name] = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, process_group=0
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="utf-8",
+                errors="replace",  # a library's bytes that are no text end no sweep
+                env=environment,
+                process_group=0,
             )
             return self._running[name]

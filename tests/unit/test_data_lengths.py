@@ -29,7 +29,7 @@ from megatron_efr.grading import Grader
 from megatron_efr.rollout.codec import TokenizerCodec
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.run.environment import Environment
-from megatron_efr.types import Prompt
+from megatron_efr.types import Marks, Prompt
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import initial_weights
 
@@ -167,10 +167,10 @@ def test_an_evaluation_asks_by_its_script_and_refuses_one_that_the_tokenizer_or_
     tokenizer, folder = load_tokenizer(str(place / "model")), str(place / "model")
     codec = TokenizerCodec(tokenizer)
 
-    def evaluator(**script: Any) -> Evaluator:
+    def evaluator(marks: Marks | None = None, **script: Any) -> Evaluator:
         evaluation = {"datasets": [{"path": str(place / "problems.jsonl")}], "max_new_tokens": 30, "script": script}
         config = EvaluationConfig.model_validate(evaluation)
-        return Evaluator(config, PromptConfig(max_tokens=4000), GradingConfig(), tokenizer, (), 4096, 0)
+        return Evaluator(config, PromptConfig(max_tokens=4000), GradingConfig(), tokenizer, (), 4096, 0, marks)
 
     with pytest.raises(ConfigError, match=r"^evaluation\.script\.end: '</think>' is 8 tokens of this model's"):
         evaluator(name="budget", most=7)
@@ -183,6 +183,7 @@ def test_an_evaluation_asks_by_its_script_and_refuses_one_that_the_tokenizer_or_
     made = evaluator(name="budget", most=7, end="a", cut="ok")
     assert made.asked()["script"] == made.script.model_dump() | {"name": "budget"}
     assert "script" not in evaluator().asked()
+    assert evaluator(Marks("", "##")).judged() == evaluator().judged() | {"model.thinking.closes": "##"}
     engine = LocalEngine(folder, 4, codec=codec)
     model = ModelConfig(path=folder, init="random")
     engine.publish(initial_weights(model, Architecture.from_folder(folder), 0).items(), version=0)

@@ -127,6 +127,12 @@ def test_programs_that_do_not_end_in_time_are_killed_and_go_on_from_their_last_c
     assert asked_to_end(tmp_path, STAYS.replace("None", "time.sleep(60)"), signal.SIGTERM, seconds=0.3)[0] == 75
 
 
+def test_bytes_that_are_no_text_end_no_sweep(tmp_path: Path) -> None:
+    told = ["-S", "-c", "import os; os.write(1, b'a \\xff\\n')"]
+    side_by_side.side_by_side([("one", [sys.executable, *told])], tmp_path, 1)
+    assert (tmp_path / "one.txt").read_text(encoding="utf-8") == "a \ufffd\n"
+
+
 def test_a_program_that_fails_as_it_ends_is_named(tmp_path: Path) -> None:
     code, err, _ = asked_to_end(tmp_path, FAILS, signal.SIGTERM)
     assert code == 2
