@@ -138,9 +138,13 @@ def matched(one: Record, other: Record) -> tuple[Samples, Samples]:
 
 
 def paired(one: Samples, other: Samples, measures: Sequence[Measure], seed: int = 0) -> list[Paired]:
-    """Each measure of both, which have the same problems; those that either says nothing of are left out."""
+    """Each measure of both, which have the same problems; those that either says nothing of are left out.
+
+    Of a rate that says nothing of some problems, such as pass@k of those with fewer samples, the difference is over
+    the problems that it says something of for both.
+    """
     parts = [
-        (measure, mine, theirs)
+        (measure, *_of_both(measure, mine, theirs))
         for measure in measures
         if (mine := measure.terms(one)) is not None and (theirs := measure.terms(other)) is not None
     ]
@@ -166,6 +170,14 @@ def paired(one: Samples, other: Samples, measures: Sequence[Measure], seed: int 
         else:
             rows.append(Paired(*head, Figure(None), None, ""))
     return rows
+
+
+def _of_both(measure: Measure, one: FloatArray, other: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """The terms of both, without the problems that do not count for one of them."""
+    if not measure.rate:
+        return one, other
+    both = (one[:, 1:] > 0) & (other[:, 1:] > 0)
+    return one * both, other * both
 
 
 class _Sums(NamedTuple):

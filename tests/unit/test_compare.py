@@ -124,6 +124,17 @@ def test_a_difference_of_rounding_alone_is_none() -> None:
         assert (row.difference.value, row.p) == (0.0, 1.0), measure
 
 
+def test_problems_that_count_for_one_alone_are_not_in_the_difference() -> None:
+    def samples(sizes: Sequence[int], right: int) -> Samples:
+        made = [graded([i < right for i in range(n)], [9] * n) for n in sizes]
+        return samples_of(record(made))
+
+    one, other = samples([4, 4, 1, 1], 1), samples([4, 4, 4, 2], 2)
+    (row,) = paired(one, other, [named("pass@2")])
+    assert (row.one.value, row.other.value) == pytest.approx((1 / 2, (3 * 5 / 6 + 1) / 4))
+    assert row.difference == pytest.approx((1 / 3, 1 / 3, 1 / 3)), "5 / 6 less 1 / 2, of the first two"
+
+
 def test_a_cost_that_a_record_says_nothing_of_is_refused(base: Record, brief: Record) -> None:
     old = base | {"rows": [{k: v for k, v in row.items() if k != "prompt_tokens"} for row in base["rows"]]}
     with pytest.raises(UserError, match="measure cost_of_pass: one of the two records does not say what it needs"):
