@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,11 @@ import pytest
 from megatron_efr.observe import deterministic
 from megatron_efr.run.folder import RunFolder
 from tests.loop.conftest import Program, digests, state
+
+
+def of_updates(metrics: Mapping[str, object]) -> dict[str, object]:
+    """The figures that a replay gives too: it makes updates, and teaches the method nothing."""
+    return {key: value for key, value in deterministic(metrics).items() if not key.startswith("method/")}
 
 
 def replayed(program: Program, config: Path, run: Path, step: int) -> tuple[str, dict[str, object]]:
@@ -23,7 +29,7 @@ def replayed(program: Program, config: Path, run: Path, step: int) -> tuple[str,
 
 
 def test_a_replayed_iteration_gives_the_runs_metrics_bit_for_bit(config: Path, whole: Path, program: Program) -> None:
-    lines = [deterministic(line) for line in RunFolder(whole).read_metrics()]
+    lines = [of_updates(line) for line in RunFolder(whole).read_metrics()]
     for step, start in ((1, "the start"), (3, "the checkpoint of iteration 2")):
         printed, metrics = replayed(program, config, whole, step)
         assert f"replaying iteration {step} from {start}\n" in printed
@@ -36,7 +42,7 @@ def test_iterations_between_the_checkpoint_and_the_file_are_replayed_first(
 ) -> None:
     printed, metrics = replayed(program, config, whole, 4)
     assert "replaying iteration 4 from the checkpoint of iteration 2\n" in printed
-    assert metrics == deterministic(RunFolder(whole).read_metrics()[3])
+    assert metrics == of_updates(RunFolder(whole).read_metrics()[3])
 
 
 @pytest.mark.slow
@@ -74,4 +80,4 @@ def test_a_run_that_only_skips_updates_stops_and_keeps_the_rollouts_to_replay(
     done = program("train", config, *overrides, "--replay", run.rollouts_path(3))
     assert digests(run.path) == before
     [line] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert deterministic(line) == deterministic(run.read_metrics()[2])
+    assert of_updates(line) == of_updates(run.read_metrics()[2])
