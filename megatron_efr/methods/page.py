@@ -65,7 +65,8 @@ to be there and complete when a run, or a sweep, begins. A monitor set is drawn 
 `monitor/tokens`); the checkpoints have what it answered.
 Methods that tell a thought from its answer look for the model's `</think>`, or for `model.thinking.closes`.
 
-A method of your own: [CONTRIBUTING](../CONTRIBUTING.md#a-new-method).
+`examples/kinds.yaml` has one of every kind, to be run on two cores. A method of your own:
+[CONTRIBUTING](../CONTRIBUTING.md#a-new-method).
 """
 
 

@@ -13,6 +13,7 @@ from megatron_efr.cluster.placement import place
 from megatron_efr.config import DpoConfig, EvaluateConfig, SftConfig, TrainConfig
 from megatron_efr.config.file import dump, load
 from megatron_efr.config.sweep import is_sweep, load_sweep
+from megatron_efr.methods.page import KINDS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(path for path in EXAMPLES.rglob("*.yaml") if not is_sweep(path))
@@ -75,3 +76,13 @@ def test_the_family_has_rloo_grpo_and_sixteen_methods_or_more_of_three_seeds() -
     assert names[:2] == [("rloo", "none", "rloo"), ("grpo", "none", "grpo")], "without a price on length"
     assert len({method for _, method, _ in names[2:]}) == len(names) - 2 >= 16
     assert [seed for *_, seed in built] == [1, 2, 3] * len(names)
+
+
+def test_there_is_an_example_of_every_kind_of_method() -> None:
+    kinds = {}
+    for member in load_sweep(EXAMPLES / "kinds.yaml").members:
+        config = member.config
+        method = methods.build(config.method, config.rollout, config.algorithm)
+        methods.check_together(config.method.name, method, algorithms.build(config.algorithm, config.rollout))
+        kinds[member.model] = type(method).__module__.rpartition(".")[2]
+    assert kinds == {"paper" if kind == "efr" else kind: kind for kind in KINDS}

@@ -100,7 +100,8 @@ def test_a_fault_is_in_the_file_with_its_traceback(tmp_path: Path) -> None:
     assert "Traceback (most recent call last):\n" in text
 
 
-def test_what_no_file_takes_as_text_is_written_as_an_escape(tmp_path: Path) -> None:
+def test_what_no_file_takes_as_text_is_written_as_an_escape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log.LOG, "propagate", False)  # what pytest keeps of it could not be sent from worker to worker
     with log.kept(tmp_path / "log.txt"):
         log.info("a name of other bytes: \udcff")
     assert told(tmp_path / "log.txt")[0] == ("INFO", "", "a name of other bytes: \\udcff")
