@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,11 +101,20 @@ def test_a_fault_is_in_the_file_with_its_traceback(tmp_path: Path) -> None:
     assert "Traceback (most recent call last):\n" in text
 
 
-def test_what_no_file_takes_as_text_is_written_as_an_escape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log.LOG, "propagate", False)  # what pytest keeps of it could not be sent from worker to worker
-    with log.kept(tmp_path / "log.txt"):
-        log.info("a name of other bytes: \udcff")
-    assert told(tmp_path / "log.txt")[0] == ("INFO", "", "a name of other bytes: \\udcff")
+HALF = """
+import sys
+from pathlib import Path
+from megatron_efr import log
+log.to_terminal()
+with log.kept(Path(sys.argv[1])):
+    log.event("lost", "a name of other bytes: \\udcff")
+"""
+
+
+def test_what_no_file_takes_as_text_is_written_as_an_escape(tmp_path: Path) -> None:
+    """In a process of its own: pytest's workers cannot send what pytest keeps of such a line."""
+    subprocess.run([sys.executable, "-c", HALF, str(tmp_path / "log.txt")], check=True, capture_output=True)
+    assert told(tmp_path / "log.txt")[0] == ("INFO", "lost", "a name of other bytes: \\udcff")
 
 
 def test_a_disk_that_takes_no_line_is_named_once_and_stops_nothing(
