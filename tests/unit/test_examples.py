@@ -50,7 +50,7 @@ def test_paper_hyperparameters(file: str, lr: float) -> None:
     assert config.evaluation.sampling == (0.6, 1.0)
     assert config.evaluation.samples_by_dataset == {"gsm8k_test": 1, "math500": 3, "aime24": 10}
     assert config.seed == 42
-    assert config.train.micro_batch_tokens >= config.rollout.max_new_tokens + config.data.prompt.max_tokens
+    assert (config.train.micro_batch_tokens or 0) >= config.rollout.max_new_tokens + config.data.prompt.max_tokens
 
 
 @pytest.mark.parametrize("path", ON_SERVERS, ids=lambda path: path.name)
