@@ -381,8 +381,9 @@ def test_a_run_whose_servers_all_die_in_mid_generation_goes_on_where_it_was(
     lines = folder.read_metrics()
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert sum(line["engine/lost"] for line in lines) == 2
-    assert sum(line["engine/back"] for line in lines) == 2
-    assert lines[-1]["engine/serving"] == 2
+    back = sum(line["engine/back"] for line in lines)
+    assert 1 <= back <= 2, "the second may start after the last publication"
+    assert lines[-1]["engine/serving"] == back
     for step, line in enumerate(lines, start=1):
         assert line["first_ratio_max"] == 1
         spans = [span for group in groups[step] for response in group.responses for span in response.versions]
