@@ -83,6 +83,7 @@ def test_each_of_two_hosts_starts_an_engine_and_rank_0_asks_both(config: Path) -
     assert started_for(run.path) == []
 
 
+@pytest.mark.slow
 def test_engines_on_the_ranks_own_places_end_when_any_rank_is_killed(config: Path) -> None:
     run = config.parent / "run"
     overrides = ["rollout.placement=colocated", "train.iterations=1000"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = pytest.mark.heavy
+pytestmark = [pytest.mark.alike, pytest.mark.heavy]
 ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
