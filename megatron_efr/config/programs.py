@@ -88,14 +88,12 @@ class TrainConfig(RunConfig):
     def check_world(self, world_size: int) -> None:
         """Refuse sizes that do not divide over `world_size` ranks; call once the number of ranks is known."""
         check_parallel(self.parallel, world_size)
-        replicas = world_size // self.parallel.model_ranks
         per_update = self.rollout.prompts * self.rollout.samples // self.train.updates
-        if per_update % replicas:
-            raise ConfigError(
-                f"train.updates: {per_update} responses per update (rollout.prompts {self.rollout.prompts} x "
-                f"rollout.samples {self.rollout.samples} / train.updates {self.train.updates}) do not divide over "
-                f"{replicas} data-parallel ranks; make them a multiple of {replicas}"
-            )
+        said = (
+            f"train.updates: {per_update} responses per update (rollout.prompts {self.rollout.prompts} x "
+            f"rollout.samples {self.rollout.samples} / train.updates {self.train.updates})"
+        )
+        _check_divides(per_update, said, self.parallel, world_size)
 
 
 class SftConfig(RunConfig):
@@ -115,12 +113,7 @@ class SftConfig(RunConfig):
     def check_world(self, world_size: int) -> None:
         """Refuse sizes that do not divide over `world_size` ranks."""
         check_parallel(self.parallel, world_size)
-        replicas = world_size // self.parallel.model_ranks
-        if self.train.batch % replicas:
-            raise ConfigError(
-                f"train.batch: {self.train.batch} sequences do not divide over {replicas} data-parallel ranks; "
-                f"make it a multiple of {replicas}"
-            )
+        _check_divides(self.train.batch, f"train.batch: {self.train.batch} sequences", self.parallel, world_size)
 
 
 class DpoConfig(RunConfig):
@@ -137,12 +130,8 @@ class DpoConfig(RunConfig):
     def check_world(self, world_size: int) -> None:
         """Refuse sizes that do not divide over `world_size` ranks."""
         check_parallel(self.parallel, world_size)
-        replicas = world_size // self.parallel.model_ranks
-        if 2 * self.train.batch % replicas:
-            raise ConfigError(
-                f"train.batch: the 2 x {self.train.batch} sequences of its pairs do not divide over {replicas} "
-                f"data-parallel ranks; make them a multiple of {replicas}"
-            )
+        said = f"train.batch: the 2 x {self.train.batch} sequences of its pairs"
+        _check_divides(2 * self.train.batch, said, self.parallel, world_size)
 
 
 class EvaluateConfig(RunConfig):
@@ -159,3 +148,12 @@ class EvaluateConfig(RunConfig):
     prompt: PromptConfig = Field(default_factory=PromptConfig)
     evaluation: EvaluationConfig
     grading: GradingConfig = Field(default_factory=GradingConfig)
+
+
+def _check_divides(sequences: int, said: str, parallel: ParallelConfig, world_size: int) -> None:
+    """Refuse the sequences of an update, as they are `said`, that do not divide over the replicas of the model."""
+    replicas = world_size // parallel.model_ranks
+    if sequences % replicas:
+        raise ConfigError(
+            f"{said} do not divide over {replicas} data-parallel ranks; make them a multiple of {replicas}"
+        )

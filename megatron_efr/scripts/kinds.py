@@ -165,7 +165,7 @@ class EarlyExit(Kind):
         return self.probe, self.tokens
 
     def steps(self, sample: int) -> Steps:
-        for _ in range(self.tries):
+        for number in range(self.tries):
             done = yield Draw("thought", None, (*self.pauses, self.end))
             if done.part.ending != "until":
                 return
@@ -175,7 +175,13 @@ class EarlyExit(Kind):
             if confidence(tried.branches[0]) >= self.sure:
                 yield Force("exit", self.exit)
                 break
+            if text := self.unsure(sample, number):
+                yield Force("phrase", text)
         yield Draw("answer")
+
+    def unsure(self, sample: int, number: int) -> str:
+        """The text that takes the place of pause `number` if the model is not sure; empty: the pause stays."""
+        return ""
 
 
 class Forks(Kind):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
-from megatron_efr.scripts.kinds import EarlyExit, Kind, Steps, Texts, Token, check_answered, confidence
+from megatron_efr.scripts.kinds import EarlyExit, Kind, Steps, Texts, Token, check_answered
 from megatron_efr.steps import Draw, Force, Fork
 from megatron_efr.types import Branch
 
@@ -260,16 +260,5 @@ class Concise(EarlyExit):
         each = -(-self.tries // len(self.phrases))  # they take turns
         return (self.exit, *self.phrases * each)
 
-    def steps(self, sample: int) -> Steps:
-        for number in range(self.tries):
-            done = yield Draw("thought", None, (*self.pauses, self.end))
-            if done.part.ending != "until":
-                return
-            if done.met == self.end:
-                break
-            tried = yield Fork("probe", (done.part.end,), 1, self.probe, self.tokens, self.probe_end)
-            if confidence(tried.branches[0]) >= self.sure:
-                yield Force("exit", self.exit)
-                break
-            yield Force("phrase", self.phrases[(sample + number) % len(self.phrases)])
-        yield Draw("answer")
+    def unsure(self, sample: int, number: int) -> str:
+        return self.phrases[(sample + number) % len(self.phrases)]

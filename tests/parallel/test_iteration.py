@@ -60,7 +60,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def run(runs: Path, asked: list[str], processes: int) -> None:
     """Start the ranks once; they train in one layout after the other."""
     install_method(runs)
-    run_ranks(processes, "tests.parallel.iteration", runs, *asked, path=runs)
+    run_ranks(processes, "tests.parallel.programs", "train", runs, *asked, path=runs)
 
 
 @pytest.fixture(scope="module")

@@ -35,8 +35,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(place, 0, ArithmeticTask(train_rows=4, test_rows=4, sft_rows=24, model=ModelSize(layers=4)))
     config = place / "dpo.yaml"
     config.write_text(CONFIG.format(task=place, path=write_answers(place, place / "answers.jsonl.zst")))
-    run_ranks(1, "tests.parallel.preference", place / "one", f"{config} ")
-    run_ranks(2, "tests.parallel.preference", place, *(f"{config} {layout}" for layout in LAYOUTS))
+    run_ranks(1, "tests.parallel.programs", "dpo", place / "one", f"{config} ")
+    run_ranks(2, "tests.parallel.programs", "dpo", place, *(f"{config} {layout}" for layout in LAYOUTS))
     return place
 
 
