@@ -2,7 +2,7 @@
 # The tests, after making .venv where it is missing.
 #
 #   bash launch/test.sh            lint, types, unit, loop, parallel, engine and browser tests, and the quickstart's figures
-#   bash launch/test.sh --quick    lint, types and the fast unit tests: about four minutes once .venv is there
+#   bash launch/test.sh --quick    lint, types and the fast unit tests: about six minutes once .venv is there
 #   bash launch/test.sh --full     also the tests marked slow, and the quickstart on SGLang's servers beside it
 #   bash launch/test.sh --other    unit and parallel tests on the other Megatron-Core: under Python 3.12 or 3.13, if .venv
 #                                  has 3.11, and the other way round; made in .venv-other

@@ -123,13 +123,11 @@ class Lines(NamedTuple):
 class LineFile:
     """A file of lines of text, each behind its CRC-32.
 
-    Every line is flushed to the operating system: it outlives a killed process. With `fsync` it outlives the machine
-    too, at the price of one disk sync per line. One writer at a time.
+    Every line is flushed to the operating system: it outlives a killed process. One writer at a time.
     """
 
-    def __init__(self, path: str | Path, fsync: bool = False) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.fsync = fsync
         self._file: BinaryIO | None = None
 
     def add(self, text: str) -> None:
@@ -140,8 +138,6 @@ class LineFile:
                 self._cut_torn_line()
                 self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (held open over appends)
             write_whole(self._file, checked_line(text))
-            if self.fsync:
-                os.fsync(self._file.fileno())
 
     def lines(self) -> Lines:
         """The file as it stands, checksums included: `checked` gives a line's text. Empty if there is no file."""

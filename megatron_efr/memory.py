@@ -10,8 +10,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from megatron_efr.config import ParallelConfig
-from megatron_efr.kernels.linear_logprob import CHUNK_TOKENS
+from megatron_efr.kernels.linear_logprob import default_chunk
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import WeightMapping
 
@@ -117,13 +119,14 @@ def micro_batch_tokens(architecture: Architecture, parallel: ParallelConfig, dty
 def head_bytes(architecture: Architecture, parallel: ParallelConfig, dtype: str, tokens: int, training: bool) -> int:
     """The log-prob head (`kernels.linear_logprob`) on the last stage, over a micro-batch of `tokens`.
 
-    One chunk of fp32 logits [CHUNK_TOKENS, vocabulary / tensor ranks] and the hidden states [tokens, hidden], gathered
+    One chunk of fp32 logits (`default_chunk` tokens on a GPU) and the hidden states [tokens, hidden], gathered
     from the sequence-parallel ranks; in training also the latter's gradient, and the weight's in fp32 and as it leaves.
     """
     a, width = architecture, BYTES[dtype]
     vocab = WeightMapping(a, parallel.tensor).padded_vocab // parallel.tensor
     own = tokens // parallel.context
-    forward = 4 * min(CHUNK_TOKENS, own) * vocab + own * a.hidden * width
+    chunk = default_chunk(vocab, parallel.tensor, torch.device("cuda"))
+    forward = 4 * min(chunk, own) * vocab + own * a.hidden * width
     return forward + (own * a.hidden * width + vocab * a.hidden * (4 + width) if training else 0)
 
 

@@ -124,24 +124,22 @@ def read(given: Namespace) -> Sweep:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr sweep`."""
+    positive, number = arguments.within(int, 1), arguments.within(int, 0)
     parser = arguments.parser("sweep", "Train, evaluate and report a family of models.", resumes=True)
     parser.add_argument("--alphas", help="of a training configuration: comma-separated, such as 0,0.1,0.4")
-    parser.add_argument("--jobs", type=int, help="programs at once; 1 unless the file says otherwise")
-    parser.add_argument("--ranks", type=int, help="processes of each run (torchrun --nproc-per-node)")
+    parser.add_argument("--jobs", type=positive, help="programs at once; 1 unless the file says otherwise")
+    parser.add_argument("--ranks", type=positive, help="processes of each run (torchrun --nproc-per-node)")
     parser.add_argument("--seconds", action="append", default=[], metavar="PART=S", help="time spent before, to report")
     parser.add_argument("--note", help="what the report's reader must know about these figures")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="members by name, as in 'efr*'")
     parser.add_argument("--list", action="store_true", help="print the models, numbered, and end")
     parser.add_argument("--slurm", action="store_true", help="write a script for sbatch instead of running here")
-    parser.add_argument("--member", type=int, metavar="N", help="make the model of that number alone")
+    parser.add_argument("--member", type=number, metavar="N", help="make the model of that number alone")
     given = parser.parse_intermixed_args(argv)
     try:
         seconds = {part: float(value) for part, value in (text.split("=") for text in given.seconds)}
     except ValueError as error:
         raise ConfigError(f"--seconds {given.seconds!r}: {error}") from error
-    for flag, least in (("jobs", 1), ("ranks", 1), ("member", 0)):
-        if (value := getattr(given, flag)) is not None and value < least:
-            raise ConfigError(f"--{flag} {value}: at least {least}")
     with arguments.named(given.config):
         sweep(read(given), given, seconds)
 

@@ -173,9 +173,9 @@ def _row(key: str, field: FieldInfo, schema: dict[str, Any], shown: dict[type[Ba
     inner = section_of(field.annotation)
     described = (field.description or "").replace("|", "\\|")
     if inner is None:
-        return f"| `{key}` | {values(schema)} | {_default(field)} | {described} |"
+        return f"| `{key}` | {values(schema)} | {default_of(field)} | {described} |"
     kind = {"array": "list of sections", "object": "mapping to sections"}.get(schema.get("type", ""), "section")
-    default = "" if kind == "section" and field.default_factory else _default(field)
+    default = "" if kind == "section" and field.default_factory else default_of(field)
     purpose = described or (inner.__doc__ or "").strip().splitlines()[0].rstrip(".")
     return f"| `{key}` | {kind} {_link(inner, shown)} | {default} | {purpose} |"
 
@@ -212,7 +212,7 @@ def _limits(schema: dict[str, Any]) -> Iterator[str]:
         yield f"below {high:g}"
 
 
-def _default(field: FieldInfo) -> str:
+def default_of(field: FieldInfo) -> str:
     """A field's default as YAML writes it."""
     if field.is_required():
         return "required"

@@ -175,19 +175,6 @@ def accuracy_efficiency_score(
     return np.where(known, w * shorter + np.where(better >= 0, b, g) * better, np.nan)[()]
 
 
-def cost_of_pass(cost_per_attempt: float, pass_rate: float) -> float:
-    """Expected cost of one right answer, v = cost / pass rate, infinite at rate 0 (2504.13359, eq. 1).
-
-    The cost is n_in c_in + n_out c_out in any currency; with prices 0 and 1 it is generated tokens.
-    """
-    return math.inf if pass_rate == 0 else cost_per_attempt / pass_rate
-
-
-def frontier_cost_of_pass(costs: np.ndarray) -> np.ndarray:
-    """The cheapest model's cost of pass for each problem: `costs` [models, problems] -> [problems] (2504.13359)."""
-    return np.min(costs, axis=0)
-
-
 def ratio_of_tokens(
     easy: np.ndarray, hard: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
 ) -> tuple[float, float, tuple[float, float]]:

@@ -2,13 +2,12 @@
 
 from megatron_efr.kernels.backend import Backend, choose_backend
 from megatron_efr.kernels.fused_policy_loss import FusedLoss, fused_policy_loss
-from megatron_efr.kernels.linear_logprob import CHUNK_TOKENS, default_chunk, linear_logprob
+from megatron_efr.kernels.linear_logprob import default_chunk, linear_logprob
 from megatron_efr.kernels.rows import PolicyRows
 from megatron_efr.kernels.token_credits import TokenCredits, token_credits
 from megatron_efr.kernels.torch_rows import token_terms
 
 __all__ = [
-    "CHUNK_TOKENS",
     "Backend",
     "FusedLoss",
     "PolicyRows",

@@ -124,7 +124,7 @@ class Anytime(Branching):
             tokens = np.arange(len(response.tokens))
             budget = np.minimum(np.searchsorted(self.budgets, tokens, side="right"), len(self.budgets) - 1)
             per_token.append(advantages[i, budget] - advantages[i, 0])
-            weight.append((tokens < _thought(response, closed=True)).astype(np.float64))
+            weight.append((tokens < thought(response, closed=True)).astype(np.float64))
             branches.append(self._answer_advantages(scores, i, response))
         return Credit(advantages[:, 0], tuple(per_token), tuple(weight), branches=tuple(branches))
 
@@ -324,7 +324,7 @@ def s_grpo_rewards(right: BoolArray) -> FloatArray:
     return right * 2.0 ** (1 - np.cumsum(right))
 
 
-def _thought(response: Response, *, closed: bool) -> int:
+def thought(response: Response, *, closed: bool = False) -> int:
     """The tokens of its thought, with the one that ends it if it is `closed`; all, if it was drawn at once."""
     if not response.parts:
         return len(response.tokens)

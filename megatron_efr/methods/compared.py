@@ -54,12 +54,17 @@ class O1Pruner(Method):
         ]
 
     def check(self, rollout: RolloutConfig) -> None:
-        if self.least >= self.most:
-            raise ConfigError(f"method.least: {self.least:g} is not below method.most = {self.most:g}")
+        check_bounds(self.least, self.most)
         if self.trained > rollout.samples:
             raise ConfigError(
                 f"method.trained: {self.trained} responses of a prompt, and rollout.samples = {rollout.samples}"
             )
+
+
+def check_bounds(least: float, most: float) -> None:
+    """Refuse, with a ConfigError, bounds between which nothing lies."""
+    if least >= most:
+        raise ConfigError(f"method.least: {least:g} is not below method.most = {most:g}")
 
 
 class AdaptThink(Method):

@@ -9,8 +9,9 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
+from megatron_efr.config import RolloutConfig
 from megatron_efr.methods.base import Ask, Known, Method, Needs, State, Visit
-from megatron_efr.methods.compared import gain
+from megatron_efr.methods.compared import check_bounds, gain
 from megatron_efr.methods.efr import efr_rewards
 from megatron_efr.methods.plain import Outcomes, Plain, tells
 from megatron_efr.methods.samplings import Monitor, Samplings
@@ -136,6 +137,9 @@ class O1PrunerOnline(Method):
         before = known.reference[group.group.prompt.id]
         gained = gain(Outcomes.of(group, known.limit), before.mean_length, before.solved, self.alpha)
         return np.clip(gained, self.least, self.most)
+
+    def check(self, rollout: RolloutConfig) -> None:
+        check_bounds(self.least, self.most)
 
 
 class SelfBudgeter(Method):

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from collections.abc import Iterator
-from typing import Any
 
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
-
+from megatron_efr.config.page import default_of, values
 from megatron_efr.methods.base import Method
 from megatron_efr.methods.plain import Plain
 from megatron_efr.methods.registry import METHODS
@@ -63,7 +59,8 @@ prompt: after a kill it goes on where it was. `data.reference` names another run
 to be there and complete when a run, or a sweep, begins. A monitor set is drawn by the seed from the training prompts
 (by one method from the held-out problems), and asked anew every so many iterations (`monitor/accuracy`,
 `monitor/tokens`); the checkpoints have what it answered.
-Methods that tell a thought from its answer look for the model's `</think>`, or for `model.thinking.closes`.
+`adapt_think` and `experimental.adacot` tell a thought from its answer by the model's `</think>`, or by
+`model.thinking.closes`; all others by their own key `end`.
 
 `examples/kinds.yaml` has one of every kind, to be run on two cores. A method of your own:
 [CONTRIBUTING](../CONTRIBUTING.md#a-new-method).
@@ -111,31 +108,11 @@ def _section(kind: str) -> Iterator[str]:
 def _options(method: type[Method]) -> Iterator[str]:
     yield "| key | type | default | |"
     yield "|---|---|---|---|"
+    schema = method.model_json_schema()
     for key, field in method.model_fields.items():
-        yield f"| `{key}` | {_type(field)} | {_default(field)} | {field.description} |"
+        yield f"| `{key}` | {values(schema['properties'][key])} | {default_of(field)} | {field.description} |"
     yield ""
 
 
 def _methods(kind: str) -> list[tuple[str, type[Method]]]:
     return [(name, method) for name, method in METHODS.items() if method.__module__ == f"{__package__}.{kind}"]
-
-
-def _type(field: FieldInfo) -> str:
-    """A field's type as a reader of YAML names it."""
-    named: Any = field.annotation
-    values = getattr(named, "__args__", ())
-    if values and all(isinstance(value, str | int) for value in values):
-        return " ".join(f"`{value}`" for value in values)
-    for kind, name in ((bool, "true or false"), (int, "integer"), (float, "number")):
-        if named is kind or kind in values or any(kind in getattr(value, "__args__", ()) for value in values):
-            return name
-    return "text"
-
-
-def _default(field: FieldInfo) -> str:
-    """A field's default as YAML writes it."""
-    if field.default is PydanticUndefined:
-        return "required"
-    if field.default is None:
-        return "left out"
-    return f"`{json.dumps(field.default)}`"

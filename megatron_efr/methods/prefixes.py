@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field, PositiveInt
 
 from megatron_efr.methods.base import Ask, Known, Visit
-from megatron_efr.methods.branching import Branching, tried_answers
+from megatron_efr.methods.branching import Branching, thought, tried_answers
 from megatron_efr.methods.plain import Outcomes
 from megatron_efr.scripts import Exits
 from megatron_efr.types import Credit, FloatArray, Graded, Response, Rewarded
@@ -95,8 +95,3 @@ class L2T(Prefixes):
         for start, end, gained in zip(places, places[1:], np.diff(solved), strict=False):
             made[start:end] = self.alpha * gained
         return made
-
-
-def thought(response: Response) -> int:
-    """The tokens of a response's thought."""
-    return response.parts[0].end if response.parts else len(response.tokens)

@@ -116,7 +116,7 @@ class Driver:
         """The order to fork is carried out: the responses of all branches, in the order of their starts."""
         fork = self._step
         assert isinstance(fork, Fork)
-        told = [replace(response, text=self._codec.decode(response.tokens)) for response in responses]
+        told = [each if each.text else replace(each, text=self._codec.decode(each.tokens)) for each in responses]
         each = [tuple(told[first : first + fork.samples]) for first in range(0, len(told), fork.samples)]
         branches = tuple(Branch(fork.part, at, made) for at, made in zip(fork.at, each, strict=True))
         if not fork.after:

@@ -24,6 +24,7 @@ from megatron_efr.grading import Grader
 from megatron_efr.grading.groups import grade_groups
 from megatron_efr.grading.judging import Judgings
 from megatron_efr.methods import Given, Knowledge, Known, Method, check_given, reward
+from megatron_efr.methods.samplings import ByPrompt
 from megatron_efr.rollout.build import ENGINES, build_engine
 from megatron_efr.rollout.codec import TokenizerCodec
 from megatron_efr.rollout.engine import Engine
@@ -125,24 +126,32 @@ class Environment:
 
         `model` is the starting model's checksum. What is known already is not sampled again.
         """
-        wanted, found = self._method.samplings, dict[str, float]()
-        sampler = self._sampler(model, self._prompts, self._judgings)
+        wanted, monitor = self._method.samplings, self._method.samplings.monitor
+        lacks = bool(wanted.reference) and not self.knowledge.reference
+        due = monitor is not None and step % monitor.every == 0 and self.knowledge.monitored != step
+        watching = self._sampler(model, self._prompts, self._judgings)
+        if monitor and wanted.held_out:
+            assert self.evaluator is not None
+            watching = self._sampler(model, self.evaluator.prompts, self.evaluator.judgings)
+            watching.check_held_out(monitor, self.knowledge.latest.monitor)
+        if not (lacks or due):  # rollouts of later iterations go on
+            return {}
         with self.production.held():
-            if wanted.reference and not self.knowledge.reference:
-                given = self._config.data.reference
-                if given and not folder.reference.exists():
-                    sampler.check(Path(given), wanted.reference)
-                    write_atomic(folder.reference, Path(given).read_bytes())
-                self.knowledge.reference = sampler.reference(self.engine, wanted.reference, folder.reference)
-            if wanted.monitor and wanted.held_out:
-                assert self.evaluator is not None
-                sampler = self._sampler(model, self.evaluator.prompts, self.evaluator.judgings)
-                sampler.check_held_out(wanted.monitor, self.knowledge.latest.monitor)
-            if wanted.monitor and step % wanted.monitor.every == 0 and self.knowledge.monitored != step:
-                sampled = sampler.monitor(self.engine, wanted.monitor, step, folder.monitor(step))
-                self.knowledge.monitor(step, sampled)
-                found = figures(sampled)
-        return found
+            if lacks:
+                self.knowledge.reference = self._reference(wanted.reference, folder, model)
+            if not (monitor and due):
+                return {}
+            sampled = watching.monitor(self.engine, monitor, step, folder.monitor(step))
+        self.knowledge.monitor(step, sampled)
+        return figures(sampled)
+
+    def _reference(self, samples: int, folder: RunFolder, model: str) -> ByPrompt:
+        """The starting model's responses: another run's, where they are configured, or this run's own."""
+        sampler, given = self._sampler(model, self._prompts, self._judgings), self._config.data.reference
+        if given and not folder.reference.exists():
+            sampler.check(Path(given), samples)
+            write_atomic(folder.reference, Path(given).read_bytes())
+        return sampler.reference(self.engine, samples, folder.reference)
 
     def _sampler(self, model: str, prompts: Sequence[Prompt], judgings: Judgings) -> Sampler:
         """Samples these prompts as rollouts are sampled."""

@@ -135,6 +135,7 @@ def test_thinking_ends_with_its_mark_or_before_the_last_box(results: Results) ->
     assert problem.split("1 \\boxed{2} wait \\boxed{3}.") == ("1 \\boxed{2} wait ", "\\boxed{3}.")
     assert problem.split("\\boxed{3}") == ("", "\\boxed{3}")
     assert problem.split("no answer") == ("", "no answer")
+    assert problem.split("a </think> b [done] c", "[done]") == ("a </think> b [done]", " c")
     answers = block(problem.build(results))["problems"][0]["answers"]
     assert [(each["label"], each["thinking"], each["text"]) for each in answers][1] == (
         "method a",

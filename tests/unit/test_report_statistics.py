@@ -154,12 +154,6 @@ def test_aes_rewards_brevity_and_punishes_lost_accuracy_more_than_it_rewards_gai
     assert aes(np.array([0.55, 0.45]), 60, 0.5, np.array([100, 60])) == pytest.approx([0.7, -0.5])
 
 
-def test_cost_of_pass():
-    assert measure.cost_of_pass(30.0, 0.6) == pytest.approx(50.0)
-    assert measure.cost_of_pass(30.0, 0.0) == math.inf
-    assert measure.frontier_cost_of_pass(np.array([[1.0, math.inf], [2.0, 5.0]])).tolist() == [1.0, 5.0]
-
-
 def test_the_ratio_of_tokens_and_its_interval_against_a_loop():
     rng = np.random.default_rng(7)
     base = rng.uniform(50, 100, size=(2, 80))

@@ -324,7 +324,7 @@ def test_a_journal_torn_at_any_byte_gives_back_the_whole_groups_and_can_go_on(tm
         groups, torn = journal.read()
         assert len(groups) == data[:cut].count(b"\n")
         assert torn == int(cut not in (0, first, len(data)))
-        resumed = Journal(journal.path, fsync=True)
+        resumed = Journal(journal.path)
         resumed.append(group(9))
         resumed.close()
         after = resumed.read()

@@ -34,7 +34,6 @@ def build(results: Results) -> dict[str, Any] | str:
     size = (4.4, 1.2 + 0.32 * len(models))
     return {
         "plots": results.draw("lengths", drawn, size, alt, columns=2),
-        "key": results.key(models),
         "rows": [[label(m), *(_written(*each) for each in pair)] for m, pair in zip(models, found, strict=True)],
     }
 

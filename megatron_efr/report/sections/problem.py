@@ -9,7 +9,7 @@ from megatron_efr.report.records import label
 from megatron_efr.report.results import Results
 from megatron_efr.report.sentences import Chosen, chosen_problems
 
-_ENDS = "</think>"
+_ENDS = "</think>"  # unless the record says what closes a thought
 _BOX = "\\boxed{"
 
 
@@ -20,22 +20,23 @@ def build(results: Results) -> dict[str, Any] | str:
     if not chosen:
         return "No problem was answered by every model here."
     labels = {model["name"]: label(model) for model in results.models}
-    return {"problems": [_problem(each, labels) for each in chosen]}
+    ends = {name: (each.get("protocol") or {}).get("model.thinking.closes", _ENDS) for name, each in records.items()}
+    return {"problems": [_problem(each, labels, ends) for each in chosen]}
 
 
-def _problem(chosen: Chosen, labels: dict[str, str]) -> dict[str, Any]:
+def _problem(chosen: Chosen, labels: dict[str, str], ends: dict[str, str]) -> dict[str, Any]:
     row = next(iter(chosen.rows.values()))
     longest = max(answer["tokens"][0] for answer in chosen.rows.values())
     return {
         "rule": chosen.rule,
         "question": row["question"],
         "gold": row["gold"],
-        "answers": [_answer(name, labels[name], answer, longest) for name, answer in chosen.rows.items()],
+        "answers": [_answer(name, labels[name], ends[name], answer, longest) for name, answer in chosen.rows.items()],
     }
 
 
-def _answer(name: str, text: str, answer: Record, longest: int) -> dict[str, Any]:
-    thinking, said = split(answer["responses"][0] if answer["responses"] else "")
+def _answer(name: str, text: str, ends: str, answer: Record, longest: int) -> dict[str, Any]:
+    thinking, said = split(answer["responses"][0] if answer["responses"] else "", ends)
     return {
         "name": name,
         "label": text,
@@ -48,10 +49,10 @@ def _answer(name: str, text: str, answer: Record, longest: int) -> dict[str, Any
     }
 
 
-def split(response: str) -> tuple[str, str]:
-    """The thinking of a response and its answer: what follows `</think>`, or else what begins with the last box."""
-    at = response.rfind(_ENDS)
+def split(response: str, ends: str = _ENDS) -> tuple[str, str]:
+    """The thinking of a response and its answer: what follows `ends`, or else what begins with the last box."""
+    at = response.rfind(ends)
     if at >= 0:
-        return response[: at + len(_ENDS)], response[at + len(_ENDS) :].strip("\n")
+        return response[: at + len(ends)], response[at + len(ends) :].strip("\n")
     at = response.rfind(_BOX)
     return (response[:at], response[at:]) if at > 0 else ("", response)
