@@ -196,7 +196,6 @@ def test_nothing_is_wrong_with_the_configurations_that_are_spoilt_below(program:
         ("sweep", ["--alphas=0,1.5"], ["method.alpha", "1.5"]),
         ("sweep", ["--alphas=0,x"], ["--alphas '0,x'"]),
         ("sweep", ["--alphas=0.1,0.10"], ["--alphas: 0.1, 0.1: each value once"]),
-        ("sweep", ["--alphas=0", "--jobs=0"], ["--jobs 0"]),
         (
             "sweep",
             ["--alphas=0", "--jobs=2", "rollout.engine=sglang", "rollout.urls=[http://a:1]"],

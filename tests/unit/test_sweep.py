@@ -51,6 +51,13 @@ def test_the_base_is_evaluated_as_the_runs_begin_with_it_and_the_others_as_they_
     assert (trained.rollout.engine, trained.rollout.engines, trained.rollout.router) == ("sglang", 2, True)
 
 
+@pytest.mark.parametrize("flag", ["--jobs", "--ranks"])
+def test_numbers_that_make_no_sweep_are_refused_by_flag(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        sweep.main(["a.yaml", f"{flag}=0"])
+    assert f"error: argument {flag}: 0: at least 1\n" in capsys.readouterr().err
+
+
 def test_weights_go_by_a_folder_but_to_servers_that_may_not_see_it() -> None:
     def transport(**rollout: Any) -> str:
         return RolloutConfig(engine="sglang", **rollout).for_evaluation(1).transport
