@@ -11,7 +11,7 @@ project = "megatron_efr"
 release = re.findall('__version__ = "(.+)"', (Path(__file__).parents[1] / "megatron_efr/__init__.py").read_text())[0]
 extensions = ["myst_parser"]
 root_doc = "README"
-include_patterns = ["*.md", "docs/*.md"]
+include_patterns = ["*.md", "docs/**/*.md"]
 html_theme = "furo"
 html_title = f"megatron_efr {release}"
 html_show_copyright = html_show_sphinx = html_copy_source = False
@@ -19,6 +19,7 @@ highlight_language = "none"
 myst_heading_anchors = 4
 
 _LINK = re.compile(r"\]\(((?:docs/)?[\w-]+)\.md\)")
+_KIND = re.compile(r"\]\((methods/[\w-]+)\.md\)")
 
 
 def menu(readme: str) -> str:
@@ -27,17 +28,20 @@ def menu(readme: str) -> str:
     parts = [(part.partition(":")[0], _LINK.findall(part)) for part in index.strip().split("\n- ")]
     listed = {page for _, pages in parts for page in pages}
     parts.append(("Project", [page for page in dict.fromkeys(_LINK.findall(readme)) if page not in listed]))
-    blocks = [
-        "\n".join(["```{toctree}", ":hidden:", f":caption: {name.strip('- ')}", "", *pages, "```"])
-        for name, pages in parts
-    ]
-    return "\n\n".join(blocks)
+    return "\n\n".join(_toctree(pages, f":caption: {name.strip('- ')}") for name, pages in parts)
+
+
+def _toctree(pages: list[str], *options: str) -> str:
+    """A part of Sphinx's menu, not shown on the page that it stands on."""
+    return "\n".join(["```{toctree}", ":hidden:", *options, "", *pages, "```"])
 
 
 def add_menu(app: Sphinx, page: str, source: list[str]) -> None:
-    """Append the menu to the front page as it is read."""
+    """Append the menu to the front page as it is read, and the pages of kinds to that of methods."""
     if page == root_doc:
         source[0] += f"\n\n{menu(source[0])}\n"
+    if page == "docs/methods":
+        source[0] += f"\n\n{_toctree(_KIND.findall(source[0]))}\n"
 
 
 def setup(app: Sphinx) -> None:

@@ -1,4 +1,4 @@
-"""Responses that are also left early: what they would have answered there is judged, and trained on."""
+"""Responses that are also left early: the answer that a thought gives before its end is judged, and trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compared with the starting model: what it answers to the same prompt says what a response gains."""
+"""Compared with the starting model: a response is measured by what that model answers to the same prompt."""
 
 from __future__ import annotations
 

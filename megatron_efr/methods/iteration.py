@@ -1,4 +1,4 @@
-"""Rewards that only the whole iteration decides: its prompts are compared with each other."""
+"""Rewards that only the whole iteration decides: the prompts of an iteration are compared with each other."""
 
 from __future__ import annotations
 

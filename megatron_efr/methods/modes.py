@@ -1,4 +1,4 @@
-"""Modes that the model chooses, as its text shows: whether it thinks, or how hard it says the problem is."""
+"""Modes that the model chooses: the text shows if a response thinks, or how hard it says the problem is."""
 
 from __future__ import annotations
 

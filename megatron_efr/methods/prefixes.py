@@ -1,4 +1,4 @@
-"""Open in part, on the way: what the beginning of a response is worth, by answers from there. What is open is said."""
+"""Open in part, by prefixes: the beginning of a response is judged by answers that are drawn from there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods that remember: what a prompt took before, the best accuracy so far, or a price that follows the batch."""
+"""Methods that remember: earlier lengths of a prompt, earlier accuracies, or a price on tokens that follows both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Thoughts in rounds: a response begins anew when it has told what it thought so far."""
+"""Thoughts in rounds: a response begins anew once it has summed up what it thought so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Responses made by a script: their beginning is given, or their thought is cut."""
+"""Responses made by a script: the beginning of a response is given, or its thought is cut."""
 
 from __future__ import annotations
 

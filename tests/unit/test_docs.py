@@ -16,7 +16,7 @@ pytestmark = pytest.mark.alike
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CONFIGS = (TrainConfig, SftConfig, DpoConfig, EvaluateConfig)
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")

@@ -16,7 +16,8 @@ from megatron_efr import algorithms, methods
 from megatron_efr.algorithms import rloo
 from megatron_efr.config import AlgorithmConfig, ConfigError, RolloutConfig
 from megatron_efr.methods import METHODS, Known, Outcomes, Sampled, Seen
-from megatron_efr.methods.page import page
+from megatron_efr.methods.__main__ import write
+from megatron_efr.methods.page import pages
 from megatron_efr.types import Credit, Finish, Rewarded
 from tests.groups import KNOWN, graded
 from tests.judged import C, L, asked, build, close, drawn_groups, outputs, rewarded, trained_on
@@ -235,16 +236,35 @@ def test_every_method_says_what_it_is(name: str) -> None:
         assert "Chosen:" in text
 
 
-def test_the_page_of_methods_is_what_the_classes_say() -> None:
-    """If not: `python -m megatron_efr.methods > docs/methods.md`."""
-    assert (Path(__file__).parents[2] / "docs/methods.md").read_text(encoding="utf-8") == page()
-    assert all(f"### {name}\n" in page() for name in METHODS)
+def sections() -> dict[str, str]:
+    """What the pages of kinds say of each method, by its name."""
+    kinds = [text for path, text in pages().items() if path.startswith("methods/")]
+    parts = [part.partition("\n") for text in kinds for part in text.split("\n## ")[1:]]
+    return {name: text for name, _, text in parts}
 
 
-def test_the_page_names_every_option_with_a_default_that_reads_back() -> None:
+def test_the_pages_of_methods_are_what_the_classes_say() -> None:
+    """If not: `python -m megatron_efr.methods`."""
+    docs = Path(__file__).parents[2] / "docs"
+    stored = [docs / "methods.md", *(docs / "methods").iterdir()]
+    assert {str(path.relative_to(docs)): path.read_text(encoding="utf-8") for path in stored} == pages()
+    assert set(sections()) == set(METHODS)
+    rows = re.findall(r"^\| \[`([\w.]+)`\]", pages()["methods.md"], re.MULTILINE)
+    assert sorted(rows) == sorted(METHODS)
+
+
+def test_a_folder_of_pages_is_written_whole_and_has_no_page_of_a_kind_that_went(tmp_path: Path) -> None:
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods/gone.md").write_text("# Gone\n")
+    write(tmp_path)
+    found = {str(path.relative_to(tmp_path)): path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.md")}
+    assert found == pages()
+
+
+def test_the_pages_name_every_option_with_a_default_that_reads_back() -> None:
+    texts = sections()
     for name, kind in METHODS.items():
-        (_, rest) = page().split(f"### {name}\n")
-        rows = [line for line in re.split("^##", rest, flags=re.MULTILINE)[0].splitlines() if line.startswith("| `")]
+        rows = [line for line in texts[name].splitlines() if line.startswith("| `")]
         cells = [[cell.strip() for cell in row.split("|")] for row in rows]
         assert [row[1] for row in cells] == [f"`{key}`" for key in kind.model_fields]
         for row, field in zip(cells, kind.model_fields.values(), strict=True):
