@@ -33,7 +33,8 @@ _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 
 
 def parser(program: str, description: str, *, resumes: bool = False) -> argparse.ArgumentParser:
-    """A program's parser, with the configuration file, the overrides and, where it `resumes`, that flag.
+    """A program's parser, with the configuration file, the overrides and, if it `resumes`, that
+    flag.
 
     Overrides may stand after flags: parse with `parse_intermixed_args`.
     """
@@ -80,7 +81,7 @@ def named(file: str) -> Iterator[None]:
 
 
 def world_size() -> int:
-    """How many ranks torchrun started; 1 without it. Known before they join."""
+    """Number of ranks that torchrun started; 1 without it. Known before they join."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -105,7 +106,7 @@ def _ended(program: Callable[[Sequence[str] | None], None], argv: Sequence[str] 
             log.to_terminal()
             program(argv)
         finally:
-            if sys.stdout is not None:  # it is where the program was started without one
+            if sys.stdout is not None:  # it has no handler if the program was started without one
                 sys.stdout.flush()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":

@@ -21,7 +21,9 @@ def dpo(config: DpoConfig, resume: bool = False) -> None:
 
 
 def load_pairs(config: DpoConfig) -> list[Sample]:
-    """The pairs' samples, the preferred one first; ConfigError where they are fewer than an update takes."""
+    """The pairs' samples, the preferred one first; ConfigError if they are fewer than an update
+    takes.
+    """
     architecture = Architecture.from_folder(config.model.path)
     initial_weights(config.model, architecture, config.seed)  # refused here if missing
     samples = answers.pairs(config.data.path, architecture.max_positions, config.data.limit)

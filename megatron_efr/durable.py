@@ -1,4 +1,4 @@
-"""Files, and lines of files, that are written whole or not at all, and the sentence where a disk does not take them."""
+"""Files and lines that are written whole or not at all, and the sentence if a disk is full."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def writing(path: str | Path, remains: str = "what was there before is whole") -
 
 
 def reason(path: str | Path, error: Exception) -> str:
-    """Why `path` cannot be written, and how much room there is."""
+    """The sentence why `path` cannot be written, and how much room there is."""
     why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     place = standing(Path(path).parent)
     try:
@@ -47,7 +47,7 @@ def standing(folder: Path) -> Path:
 def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Replace `path` by `content` (text as UTF-8): after a crash it holds the old content or the new, never a part.
 
-    Parent folders are made. UnwritableError where the disk does not take it.
+    Parent folders are made. UnwritableError if the disk does not take it.
     """
     with writing(path):
         replace_file(path, content)
@@ -69,7 +69,7 @@ def replace_file(path: str | Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):  # gone where it was renamed; a read-only disk keeps what it has
+        with contextlib.suppress(OSError):  # gone if it was renamed; a read-only disk keeps what it has
             temporary.unlink()
     sync_folder(path.parent)
 
@@ -95,7 +95,9 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 def write_whole(file: BinaryIO, data: bytes) -> None:
-    """Write at the end of a file without a buffer; where the disk takes a part of it, take that back. OSError."""
+    """Write at the end of a file without a buffer; if the disk takes a part of it, take that back.
+    OSError.
+    """
     before, rest = file.seek(0, os.SEEK_END), memoryview(data)
     try:
         while rest:
@@ -114,7 +116,7 @@ def remove_torn_writes(folder: Path, files: str = "*") -> None:
 
 
 class Lines(NamedTuple):
-    """What such a file holds: the whole lines' texts, and how many torn last lines (0, 1)."""
+    """Read such a file: the whole lines' texts, and the number of torn last lines (0, 1)."""
 
     texts: list[bytes]
     torn: int
@@ -173,7 +175,9 @@ def checked_line(text: str) -> bytes:
 
 
 def checked(line: bytes) -> bytes:
-    """The text of a line of `checked_line`; ValueError where it is not what was written. One without is from before."""
+    """The text of a line of `checked_line`; ValueError if it is not what was written. One without
+    is from before.
+    """
     if line.startswith(b"{"):
         return line
     checksum, _, data = line.partition(b" ")

@@ -37,8 +37,9 @@ from megatron_efr.weights.publish import EngineError
 def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) -> Record:
     """Answer and grade every problem; the record is kept as eval/<record_name>.json of the run folder.
 
-    Answered problems are journalled there: an evaluation that was killed goes on where it was. One that is finished is
-    not made again; the record of another under this name is refused, or written over where it is to `replace`.
+    Answered problems are journalled there: an evaluation that was killed goes on where it was. One
+    that is finished is not made again; the record of another under this name is refused, or written
+    over if it is to `replace`.
     """
     folder = RunFolder(config.folder)
     path = folder.evaluation_path(record_name)  # a name that cannot be a file's is refused before any work

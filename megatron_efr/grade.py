@@ -56,7 +56,7 @@ class Judged:
 
     @property
     def disagreement(self) -> str:
-        """How the verifiers, and what was recorded, differ on whether it is correct; empty where they agree."""
+        """The line on how verifiers, and the record, differ on it; empty if they agree."""
         said = {name: grade.status for name, grade in self.grades.items()}
         if self.entry.recorded is not None:
             said = {"recorded": self.entry.recorded, **said}
@@ -169,7 +169,7 @@ def _named(entry: Entry, judgings: Judgings) -> dict[str, Part]:
 
 
 def totals(judged: Sequence[Judged]) -> dict[str, dict[str, int]]:
-    """How many responses have each status, for each verifier; statuses that nobody has are left out."""
+    """Number of responses with each status, for each verifier; without statuses nobody has."""
     counts: dict[str, Counter[str]] = {}
     for one in judged:
         for name, grade in one.grades.items():
@@ -184,7 +184,7 @@ def _short(text: str) -> str:
 
 
 def _judgings(given: argparse.Namespace) -> tuple[Judgings, GradingConfig]:
-    """How to judge: as the options say, else as the configuration does, which a run's rollouts bring with them."""
+    """The judging: by the options, else by the configuration, which a run's rollouts bring."""
     limits = {key: value for key in ("workers", "timeout_s") if (value := getattr(given, key)) is not None}
     beside = Path(given.file).resolve().parent.parent / "config.yaml"
     path = given.config or (beside if given.file.endswith(".zst") and beside.is_file() else None)

@@ -1,7 +1,8 @@
 """`efr import`: a GGUF file as a Hugging Face model folder, one tensor in memory at a time.
 
-The folder holds config.json, generation_config.json, safetensors, and the tokenizer with its chat template. Memory: one
-file of the weights (512 MiB, or one tensor where that is larger) and one tensor, whatever the size of the model.
+The folder holds config.json, generation_config.json, safetensors, and the tokenizer with its chat
+template. Memory: one file of the weights (512 MiB, or one tensor if that is larger) and one tensor,
+whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -57,9 +58,10 @@ def import_gguf(source: Path, destination: Path, dtype: str = "float32") -> list
 def verify(source: Path, destination: Path) -> str:
     """A sentence of how far the folder's log-probs are from those of the weights that transformers reads of the file.
 
-    These are rounded to the folder's type and put into its model, so float32's rounding alone is between the two. Where
-    both say a thing of config.json, it must be the same; of rope scaling transformers reads nothing. UserError if one
-    is not so. Memory: the weights three times in float32.
+    These are rounded to the folder's type and put into its model, so float32's rounding alone is
+    between the two. If both say a thing of config.json, it must be the same; of rope scaling
+    transformers reads nothing. UserError if one is not so. Memory: the weights three times in
+    float32.
     """
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 

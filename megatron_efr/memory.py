@@ -1,4 +1,4 @@
-"""How many bytes a run takes on each GPU, part by part and phase by phase of a colocated step: formulas, no measuring.
+"""Bytes that a run takes on each GPU, by part and phase of a colocated step: formulas alone.
 
 They say what tensors must be there at once. Fragmentation, workspaces and what a library keeps for itself are not in
 them, but for OVERHEAD, which is an assumption.
@@ -54,7 +54,8 @@ def stage_parameters(architecture: Architecture, parallel: ParallelConfig) -> li
 
 
 def optimizer_bytes(parameters: int, dtype: str, shards: int = 1) -> int:
-    """Adam's two moments in fp32, and the fp32 weights where the model's are bf16, over `shards` ranks.
+    """Adam's two moments in fp32, and the fp32 weights if the model's are bf16, over `shards`
+    ranks.
 
     12 or 8 bytes a parameter: Rajbhandari et al. 2020 (ZeRO), section 3.1; sharded as Megatron's distributed optimizer.
     """
@@ -69,7 +70,7 @@ def gradient_bytes(parameters: int) -> int:
 def layer_activation_bytes(
     architecture: Architecture, parallel: ParallelConfig, dtype: str, local: bool = False
 ) -> float:
-    """What one token leaves behind in one layer for its backward pass, on one rank, in bytes.
+    """Bytes that one token leaves in one layer for its backward pass, on one rank.
 
     Counted as Korthikanti et al. 2022 (section 4) count, for this layer: RMSNorm, grouped queries, SwiGLU, attention
     that keeps no scores (Dao et al. 2022). Kept are: both norms' inputs and outputs (4 hidden); rotated queries and
@@ -95,8 +96,9 @@ def activation_bytes(
     recompute: bool,
     local: bool = False,
 ) -> int:
-    """What one micro-batch of `tokens` leaves on the first stage while the pipeline is full (1F1B: as many
-    micro-batches as there are stages). With full recompute each layer keeps its input alone, and one is whole.
+    """Bytes that a micro-batch of `tokens` leaves on a full pipeline's first stage (1F1B: as many
+    micro-batches as there are stages). With full recompute each layer keeps its input alone, and
+    one is whole.
     """
     own = tokens / parallel.context
     layers = architecture.layers / parallel.pipeline
@@ -109,7 +111,7 @@ def activation_bytes(
 
 
 def micro_batch_tokens(architecture: Architecture, parallel: ParallelConfig, dtype: str, on_gpu: bool) -> int:
-    """The token budget of a micro-batch where none is configured."""
+    """The token budget of a micro-batch if none is configured."""
     if on_gpu:
         return MICRO_BATCH_TOKENS
     token = activation_bytes(architecture, parallel, dtype, 1, recompute=False, local=True)
@@ -149,7 +151,7 @@ def largest_tensor_bytes(architecture: Architecture, dtype: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the plan of a colocated step is a function of. Bytes are of one GPU, MiB and GiB are powers of two."""
+    """Arguments of a colocated step's plan. Bytes are of one GPU; MiB, GiB are powers of two."""
 
     architecture: Architecture
     parallel: ParallelConfig
@@ -184,7 +186,7 @@ class MemoryPlan:
     """The phases of a colocated step on one GPU, and what lies outside it."""
 
     phases: list[Phase]
-    kv_tokens: int  # that one engine's KV cache holds; negative where its weights alone pass the static fraction
+    kv_tokens: int  # that one engine's KV cache holds; negative if its weights alone pass the static fraction
     host_bytes: int  # of one rank: the reference, the weights it changes places with, gradients and optimizer offloaded
 
 

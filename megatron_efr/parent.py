@@ -19,7 +19,8 @@ def is_rank() -> bool:
 
 
 def end_with_parent() -> None:
-    """Have the kernel kill this process when its parent has ended, where torchrun or LAUNCHER started it (Linux).
+    """Have the kernel kill this process when its parent has ended, if torchrun or LAUNCHER started
+    it (Linux).
 
     torchrun leaves its ranks behind when it is killed; they would work on, and keep the run folder and the GPUs. A
     process whose launcher ended while it was starting is another's child by now, and ends at once.

@@ -87,7 +87,9 @@ class Reference:
         return cls(exact, float(off.max()), float(off.mean()))
 
     def compare(self, found: torch.Tensor, what: str) -> str:
-        """A sentence of how far `found` is from float64; UserError where float32's rounding does not explain it."""
+        """A sentence of how far `found` is from float64; UserError if float32's rounding does not
+        explain it.
+        """
         off = (found.double() - self.exact).abs()
         worst, mean = float(off.max()), float(off.mean())
         most, most_mean = max(FLOOR, FACTOR * self.worst), max(FLOOR / 10, FACTOR * self.mean)

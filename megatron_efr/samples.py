@@ -1,4 +1,4 @@
-"""What is trained on: samples, the quantities that each of their response tokens has, and packed micro-batches."""
+"""Training data: samples, the columns that their response tokens have, packed micro-batches."""
 
 from __future__ import annotations
 
@@ -140,5 +140,5 @@ class PackedBatch:
 
     @property
     def live_rows(self) -> int:
-        """The rows from here on have advantage 0."""
+        """Number of leading rows; those behind them have advantage 0."""
         return sum(self.row_lengths[: self.live])

@@ -27,7 +27,7 @@ def sft(config: SftConfig, resume: bool = False) -> None:
 
 
 def load_rows(config: SftConfig) -> list[Sample]:
-    """The rows as samples to train on; ConfigError where they are fewer than one update takes."""
+    """The rows as samples to train on; ConfigError if they are fewer than one update takes."""
     architecture = Architecture.from_folder(config.model.path)
     initial_weights(config.model, architecture, config.seed)  # refused here if missing
     data, positions = config.data, architecture.max_positions

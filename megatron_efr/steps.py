@@ -73,8 +73,11 @@ class Take(NamedTuple):
 
 
 class Score(NamedTuple):
-    """How good `texts` are as beginnings of a response: `scorer` is asked of the prompt and of them. Servers answer
-    others meanwhile; the embedded engine waits."""
+    """Ask `scorer` how good `texts` are as beginnings of a response to the prompt.
+
+    Servers answer
+    others meanwhile; the embedded engine waits.
+    """
 
     texts: tuple[str, ...]
     scorer: Callable[[Any, Sequence[str]], Sequence[float]]

@@ -24,7 +24,7 @@ from megatron_efr.run.interruption import EXIT_REQUEUE, SIGNALS
 
 
 def forward(number: int, frame: FrameType | None) -> None:
-    """Hand a signal on to this process's workers; where there are none, there is nothing to save."""
+    """Hand a signal on to this process's workers; if there are none, there is nothing to save."""
     workers = psutil.Process().children()
     if not workers:
         sys.exit(exit_code(-number))
@@ -36,8 +36,9 @@ def forward(number: int, frame: FrameType | None) -> None:
 def exit_code(code: int) -> int:
     """The answer for a worker's `code`, which is minus the signal if one ended it.
 
-    SIGUSR1 asks for requeuing even where it met a worker that was still importing. SIGTERM does not: it also comes to
-    all when one of them failed, and the failed run must not be queued again and again.
+    SIGUSR1 asks for requeuing even if it met a worker that was still importing. SIGTERM does not:
+    it also comes to all when one of them failed, and the failed run must not be queued again and
+    again.
     """
     if code == -signal.SIGUSR1:
         return EXIT_REQUEUE

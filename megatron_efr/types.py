@@ -1,4 +1,4 @@
-"""What the rooms hand to each other: prompts, requests, responses, groups, grades and credits."""
+"""Types that rooms hand to each other: prompts, requests, responses, groups, grades, credits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ class Prompt:
 
 
 class Marks(NamedTuple):
-    """The texts around a thought, as responses have them. `opens` is empty where the chat template alone opens it."""
+    """The texts around a thought, as responses have them. `opens` is empty if the chat template
+    alone opens it.
+    """
 
     opens: str
     closes: str
@@ -53,7 +55,10 @@ class Marks(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How responses are drawn. A response ends with (and includes) the first of `stop_ids`, or at `max_new_tokens`."""
+    """Options of drawing. A response ends with the first of `stop_ids`, or at `max_new_tokens`.
+
+    The stop id is part of the response. `temperature` 0 is greedy; `top_p` is in (0, 1].
+    """
 
     temperature: float
     top_p: float
@@ -71,9 +76,13 @@ class Branch(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What a script hears of its step: the part (of a fork an empty one, and the branches), the text of `until` before
-    which a draw ended, `tail`, the text of the response's last token, the scores that were asked for, and the text of a
-    draw that was to be told."""
+    """Outcome of a step, as its script hears it.
+
+    The part (of a fork an empty one, and the branches), the text of `until` before
+    which a draw ended, `tail`, the text of the response's last token, the scores that were asked
+    for, and the text of a
+    draw that was to be told.
+    """
 
     part: Part
     met: str = ""
@@ -84,7 +93,7 @@ class Done(NamedTuple):
 
 
 class Script(Protocol):
-    """How one response is made. Frozen, with a name and options, so that it is journalled, compared and printed."""
+    """A recipe for one response. Frozen, so that it is journalled, compared and printed."""
 
     @property
     def until(self) -> tuple[str, ...]:
@@ -119,7 +128,7 @@ class Script(Protocol):
 
     @property
     def behind(self) -> str:
-        """What an evaluation writes behind each question."""
+        """The text that an evaluation writes behind each question."""
         ...
 
     def within(self, limit: int) -> Script:
@@ -232,11 +241,12 @@ class Group:
 class Grade:
     """The verdict on one response; `status` is one of `grading.STATUSES`, or `truncated`.
 
-    correct, wrong: the verifier compared the answer with the gold. no_answer: the response has none where it is looked
-    for (with last_box: no box, an empty one, or a last box that never closes). unparsed: the verifier cannot read the
-    answer. timeout: the CPU limit. memory: the memory limit. crash: the verifier raised, or its process died or hung
-    without using CPU. bad_gold: the verifier cannot read the gold. `answer` is what was found, `reason` what the
-    verifier said; `partial` its score where it gave one, or the mean of several verifiers' scores by weight.
+    correct, wrong: the verifier compared the answer with the gold. no_answer: the response has none
+    where it is looked for (with last_box: no box, an empty one, or a last box that never closes).
+    unparsed: the verifier cannot read the answer. timeout: the CPU limit. memory: the memory limit.
+    crash: the verifier raised, or its process died or hung without using CPU. bad_gold: the
+    verifier cannot read the gold. `answer` is what was found, `reason` what the verifier said;
+    `partial` its score if it gave one, or the mean of several verifiers' scores by weight.
     """
 
     status: str
@@ -250,7 +260,7 @@ class Grade:
 
     @property
     def score(self) -> float:
-        """From 0 to 1: the verifiers' own, or 1 where the answer is correct."""
+        """From 0 to 1: the verifiers' own, or 1 if the answer is correct."""
         return float(self.correct) if self.partial is None else self.partial
 
 
@@ -272,7 +282,7 @@ class Graded:
 
     @property
     def scores(self) -> FloatArray:
-        """The verifiers' scores, 0 to 1, float64 [n]; 1 or 0 where they say yes or no."""
+        """The verifiers' scores, 0 to 1, float64 [n]; 1 or 0 if they say yes or no."""
         return np.array([grade.score for grade in self.grades], dtype=np.float64)
 
 
@@ -289,7 +299,7 @@ class Rewarded:
 
 
 class Credit(NamedTuple):
-    """What a group's n responses are trained on.
+    """Credit of a group's n responses: what the loss multiplies their log-probs with.
 
     `advantage` float64 [n]; `per_token`, added to it, and `weight` in the loss, at least 0, have an array for each
     response: one number for each of its tokens, those included that a script wrote. None: nothing is added, and each

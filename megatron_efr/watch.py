@@ -23,7 +23,9 @@ from megatron_efr.run.owner import is_owned
 
 
 def read(path: Path) -> Watched:
-    """The run in folder `path` as it stands. UserError where there is none, or only a family's members below it."""
+    """The run in folder `path` as it stands. UserError if there is none, or only a family's members
+    below it.
+    """
     folder = RunFolder(path)
     if not (folder.config.is_file() or folder.metrics.is_file() or folder.log.is_file()):
         below = sorted(str(found.parent) for found in path.glob("*/metrics.jsonl"))

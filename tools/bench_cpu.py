@@ -122,7 +122,9 @@ def sampled_sequences(settings: Settings, rows: list[dict[str, Any]]) -> list[li
 
 
 def step_row(settings: Settings, sequences: list[list[Any]], size: tuple[int, int], folder: Path) -> Row:
-    """A policy step at one size; the model's own weights where it has that size, random ones elsewhere."""
+    """A policy step at one size; the model's own weights if it has that size, random ones
+    elsewhere.
+    """
     import torch
 
     hidden, layers = size

@@ -4,14 +4,16 @@
     python tools/bench_kernels.py --json heads.json
     python tools/bench_kernels.py --device cpu --quick   # proves that it starts; the figures mean nothing
 
-Every head gives the summed log-prob loss of T tokens and its gradients by hidden [T, H] and weight [V / TP, H] (a
-tensor-parallel shard's shape, on one card). `fused` is `fused_policy_loss` with advantages that make it the same loss,
-`head` is `linear_logprob`. Times are medians. "of GEMMs" is the time over that of the products alone (one for forward,
-three for both) as the same card does them in the same run. Extra memory is the peak beyond inputs, less the weight's
-gradient, which every head must put somewhere. Errors are against fp64 over a few rows: the largest of the log-probs
-where a head gives them, and the gradient of hidden by its norm.
+Every head gives the summed log-prob loss of T tokens and its gradients by hidden [T, H] and weight
+[V / TP, H] (a tensor-parallel shard's shape, on one card). `fused` is `fused_policy_loss` with
+advantages that make it the same loss, `head` is `linear_logprob`. Times are medians. "of GEMMs" is
+the time over that of the products alone (one for forward, three for both) as the same card does
+them in the same run. Extra memory is the peak beyond inputs, less the weight's gradient, which
+every head must put somewhere. Errors are against fp64 over a few rows: the largest of the log-probs
+if a head gives them, and the gradient of hidden by its norm.
 
-Peers are measured where they import: Liger (liger-kernel), verl, cut-cross-entropy. What is missing is named.
+Peers are measured if they import: Liger (liger-kernel), verl, cut-cross-entropy. What is missing is
+named.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ CHECKED = 16  # rows compared with fp64
 SECONDS = 450.0
 
 Head = Callable[["Problem"], tuple[torch.Tensor, torch.Tensor | None]]
-"""Gives the summed loss and, where it has them, log-probs [T]."""
+"""Gives the summed loss and, if it has them, log-probs [T]."""
 
 
 @dataclass(frozen=True, slots=True)

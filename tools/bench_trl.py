@@ -46,7 +46,7 @@ class Turns(TrainerCallback):
             print(ANSWER + json.dumps(report), flush=True)
 
     def reward(self, prompts: Any, completions: list[str], completion_ids: Any, answer: list[str], **_: Any) -> Any:
-        """1 where the last box holds the gold answer; notes the lengths."""
+        """1 if the last box holds the gold answer; notes the lengths."""
         self.lengths += [len(ids) for ids in completion_ids]
         right = [float(last_box(text) == gold) for text, gold in zip(completions, answer, strict=True)]
         self.right += right

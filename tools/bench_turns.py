@@ -75,7 +75,7 @@ def serve(work: Callable[[], dict[str, Any]]) -> None:
 def peak_mib() -> float:
     """The process's largest resident memory so far.
 
-    Linux's own count where there is one: getrusage's starts, in a child, with what its parent held.
+    Linux's own count if there is one: getrusage's starts, in a child, with what its parent held.
     """
     status = Path("/proc/self/status")
     if status.is_file():

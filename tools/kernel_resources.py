@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of every shipped Triton kernel, compiled for a GPU that need not be here.
 
-    python tools/kernel_resources.py               # a table; exit status 1 where a kernel spills or does not fit
+    python tools/kernel_resources.py               # a table; exit status 1 if a kernel spills or does not fit
     python tools/kernel_resources.py --arch 100 --json resources.json
 
 Each configuration is compiled as the launcher would: pointers to logits aligned; rows of logits and the vocabulary
@@ -133,7 +133,9 @@ def _row(
 
 
 def measure(configuration: Configuration, arch: int = 90) -> Resources:
-    """Compile for sm_`arch` and read the machine code. RuntimeError with the tool's words where a tool fails."""
+    """Compile for sm_`arch` and read the machine code. RuntimeError with the tool's words if a tool
+    fails.
+    """
     names = configuration.kernel.arg_names
     source = ASTSource(
         fn=configuration.kernel,

@@ -65,7 +65,7 @@ def sequences(count: int, longest: int, vocab: int) -> list[Sample]:
 
 
 def step_rows(*, on_gpu: bool) -> Iterator[Row]:
-    """The time of a step, and its share of the card's peak where that is known."""
+    """The time of a step, and its share of the card's peak if that is known."""
     shape, count, longest, budget = ("1.5B", 24, 4096, 8192) if on_gpu else ("tiny", 4, 64, 128)
     with tempfile.TemporaryDirectory() as folder, joined_ranks(ParallelConfig(), seed=0) as ranks:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
@@ -152,7 +152,7 @@ class Opener(pickle.Unpickler):
 
 
 def by_uuid(*given: Any) -> torch.Tensor:
-    """torch's `rebuild_cuda_tensor`, with a UUID where it takes the device's number."""
+    """torch's `rebuild_cuda_tensor`, with a UUID if it takes the device's number."""
     uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
     return cast(Any, reductions.rebuild_cuda_tensor)(*given[:6], uuids.index(given[6]), *given[7:])
 

@@ -1,6 +1,9 @@
-"""Reports docstrings that begin with no verb or noun, and files that say "where" too often: `words.py FOLDER ...`.
+"""Reports docstrings that begin with a question word, and files that say "where" too often.
 
-A condition is an `if`; a docstring names the thing or the act first. It reports, and fails nothing.
+    python tools/words.py FOLDER ...
+
+A condition is an `if`; a docstring names the thing or the act first. `tests/unit/test_imports.py`
+refuses such openings in the package and in tools; the share of "where" is reported alone.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-FIRST_WORDS = ("What", "Where", "Whether")
+FIRST_WORDS = ("What", "Where", "Whether", "How", "When", "Which", "Who", "Why")
 WHERE_PER_1000 = 2.0
 FEWEST_WORDS = 200  # of a file whose share of a word means something
 
@@ -47,12 +50,19 @@ def prose(source: str) -> Prose:
     return Prose(sorted(docstrings), words)
 
 
+def questions(found: Prose) -> Iterator[tuple[int, str]]:
+    """(line, first line) of each docstring that begins with one of FIRST_WORDS."""
+    for line, text in found.docstrings:
+        first = text.strip().splitlines()[0]
+        if re.split(r"\W", first, maxsplit=1)[0] in FIRST_WORDS:
+            yield line, first
+
+
 def report(path: Path) -> Iterator[str]:
     """A file's faults of both kinds, a line each."""
     found = prose(path.read_text(encoding="utf-8"))
-    for line, text in found.docstrings:
-        if text.lstrip().partition(" ")[0] in FIRST_WORDS:
-            yield f"{path}:{line}: {text.strip().splitlines()[0]}"
+    for line, first in questions(found):
+        yield f"{path}:{line}: {first}"
     share = 1000 * sum(word.lower() == "where" for word in found.words) / max(len(found.words), 1)
     if share > WHERE_PER_1000 and len(found.words) >= FEWEST_WORDS:
         yield f"{path}: {share:.1f} where in 1,000 words"

@@ -100,7 +100,7 @@ class Algorithm(Section):
     def _choices_go_together(self) -> Algorithm:
         for key, speaks, reason in self._conditions():
             if not speaks and self.changed(key):
-                raise ValueError(f"algorithm.{key}: {getattr(self, key)!r} has no effect where {reason}; leave it out")
+                raise ValueError(f"algorithm.{key}: {getattr(self, key)!r} has no effect while {reason}; leave it out")
         for refusal in self._contradictions():
             raise ValueError(refusal)
         return self
@@ -122,7 +122,7 @@ class Algorithm(Section):
         ]
 
     def _contradictions(self) -> list[str]:
-        """What makes no sense together, with the reason."""
+        """Choices that contradict each other: one refusal for each, with the reason."""
         found = []
         if self.deviation == "others" and self.normalize != "group":
             found.append(
@@ -140,7 +140,7 @@ class Algorithm(Section):
                 "algorithm.baseline: mean, or normalize: none or batch"
             )
         if self.surrogate == "reweight" and self.dual_clip is not None:
-            found.append("algorithm.dual_clip: there is no minimum to bound where a ratio only weighs; leave it out")
+            found.append("algorithm.dual_clip: a ratio that only weighs has no minimum to bound; leave it out")
         return found
 
     def changed(self, key: str) -> bool:
@@ -168,7 +168,7 @@ class Algorithm(Section):
         return whitened(made, self._spread) if self.normalize == "batch" else made
 
     def _paid(self, rewards: np.ndarray, lengths: np.ndarray, limit: int) -> np.ndarray:
-        """Rewards, less the soft overlong penalty where it is on (DAPO, arXiv 2503.14476, eq. 13)."""
+        """Rewards, less the soft overlong penalty if it is on (DAPO, arXiv 2503.14476, eq. 13)."""
         rewards = np.asarray(rewards, dtype=np.float64)
         if self.truncated != "soft":
             return rewards
@@ -184,7 +184,7 @@ class Algorithm(Section):
         return not self.dynamic_sampling or bool(np.ptp(rewards) > 0.0)
 
     def objective(self, rollout: RolloutConfig) -> Objective:
-        """What loss and kernels execute, for responses that are drawn as `rollout` says."""
+        """The objective that loss and kernels execute, for responses drawn as `rollout` says."""
         rule = self.importance
         if rule == "auto":
             rule = "truncate" if rollout.off_policy else "none"

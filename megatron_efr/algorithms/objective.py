@@ -14,7 +14,7 @@ Guard = Literal["std", "variance", "floor"]
 
 
 class Importance(NamedTuple):
-    """How a token that other weights drew is weighed, by rho = exp(policy before the update - engine).
+    """Weighs a token that other weights drew, by rho = exp(policy before the update - engine).
 
     truncate: min(rho, cap), truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly
     brings you off-policy RL training"). mask: rho within [low, high], 0 outside (IcePop, Ling team 2025).
@@ -29,9 +29,9 @@ class Importance(NamedTuple):
 class Spread(NamedTuple):
     """The scale that normalised advantages are divided by.
 
-    `deviation`: of the population, of a sample (n - 1), or of the others alone (a sample too; undivided where that is
-    0). `guard` against a spread of 0: std: deviation + epsilon; variance: sqrt(variance + epsilon); floor:
-    sqrt(max(variance, epsilon)).
+    `deviation`: of the population, of a sample (n - 1), or of the others alone (a sample too;
+    undivided if that is 0). `guard` against a spread of 0: std: deviation + epsilon; variance:
+    sqrt(variance + epsilon); floor: sqrt(max(variance, epsilon)).
     """
 
     deviation: Deviation = "population"
@@ -39,7 +39,7 @@ class Spread(NamedTuple):
     epsilon: float = 1e-8
 
     def scale(self, variance: float) -> float:
-        """What to divide by, from a variance."""
+        """Divisor of a value, from a variance."""
         if self.guard == "std":
             return variance**0.5 + self.epsilon
         return (variance + self.epsilon if self.guard == "variance" else max(variance, self.epsilon)) ** 0.5
@@ -53,8 +53,8 @@ class Objective(NamedTuple):
     with ratio = pi / pi_old, of the token or of its whole sequence (exp of the mean log-ratio; its gradient goes
     through the token's own log-prob), A the token's advantage and c its importance weight:
 
-    - `clip`: -c min(ratio A, clip(ratio, 1 - low, 1 + high) A), Schulman et al. 2017, eq. 7; where A < 0 at most
-      -c dual A (Ye et al. 2020).
+    - `clip`: -c min(ratio A, clip(ratio, 1 - low, 1 + high) A), Schulman et al. 2017, eq. 7; if A <
+      0 at most -c dual A (Ye et al. 2020).
     - `reweight`: -c sg(clip(ratio, 1 - low, 1 + high)) A log pi, with sg a constant to the gradient (MiniMax 2025).
 
     `kl` estimates the KL to the initial model with d = log pi_initial - log pi (Schulman 2020, "Approximating KL

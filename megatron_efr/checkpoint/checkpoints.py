@@ -63,9 +63,10 @@ class Checkpoints:
     ) -> Path:
         """Save on all ranks together, verify, move `latest`, call `then` on rank 0, drop what is not to be kept.
 
-        Where `checkpoint.background` is set it returns once tensors are copied to host memory, and the rest happens
-        while training goes on: call `settle` now and then, and before the end. CheckpointError where a file cannot be
-        written: it names the file, and comes from here or from a later `settle`, on every rank.
+        If `checkpoint.background` is set it returns once tensors are copied to host memory, and the
+        rest happens while training goes on: call `settle` now and then, and before the end.
+        CheckpointError if a file cannot be written: it names the file, and comes from here or from
+        a later `settle`, on every rank.
         """
         self.settle(wait=True)
         self._saving = self._save(step, sharded, state, then or (lambda: None))
@@ -76,7 +77,7 @@ class Checkpoints:
     def settle(self, *, wait: bool = False) -> None:
         """Take a save that goes on in the background as far as it goes without waiting, or to its end.
 
-        All ranks together; nothing where none goes on.
+        All ranks together; nothing if none goes on.
         """
         while self._pending is not None and (wait or self._world.everywhere(self._pending.done())):
             self._advance()
@@ -135,12 +136,13 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def newest(self, last: int | None = None) -> Path | None:
-        """The newest checkpoint that verifies, or None where none was ever saved.
+        """The newest checkpoint that verifies, or None if none was ever saved.
 
-        Damaged ones are named on stderr and set aside: renamed, so that they neither count nor are overwritten, and can
-        come back. `latest` then names the one that is taken, and what is not to be kept goes. Where those up to step
-        `last` are asked for, nothing is changed. CheckpointError where there are some and all are damaged: it names
-        every fault, and nothing is changed; or where the one to take is for a newer Megatron-Core.
+        Damaged ones are named on stderr and set aside: renamed, so that they neither count nor are
+        overwritten, and can come back. `latest` then names the one that is taken, and what is not
+        to be kept goes. If those up to step `last` are asked for, nothing is changed.
+        CheckpointError if there are some and all are damaged: it names every fault, and nothing is
+        changed; or if the one to take is for a newer Megatron-Core.
         """
         return self._world.share(lambda: self._newest(last))
 
@@ -194,7 +196,9 @@ def name(step: int) -> str:
 
 
 def _set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint to `step_000010.damaged`, or with a number where there is one already."""
+    """Rename a damaged checkpoint to `step_000010.damaged`, or with a number if there is one
+    already.
+    """
     names = (f"{path.name}.damaged{end}" for end in ("", *(f"-{number}" for number in range(2, 1000))))
     with writing(path.parent):
         place = next(place for each in names if not (place := path.with_name(each)).exists())

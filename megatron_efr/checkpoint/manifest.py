@@ -32,7 +32,9 @@ def verify(path: Path) -> None:
 
 
 def entries(path: Path) -> dict[str, tuple[int, str]]:
-    """(bytes, SHA-256) of every file by name, as the manifest has them; CheckpointError where there is none."""
+    """(bytes, SHA-256) of every file by name, as the manifest has them; CheckpointError if there is
+    none.
+    """
     manifest = path / MANIFEST
     if not manifest.is_file():
         raise CheckpointError(f"{path}: no {MANIFEST}: the save was interrupted")
@@ -44,7 +46,9 @@ def entries(path: Path) -> dict[str, tuple[int, str]]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's own state: its step and the model that it began with; CheckpointError where it is damaged."""
+    """A checkpoint's own state: its step and the model that it began with; CheckpointError if it is
+    damaged.
+    """
     try:
         state = json.loads((path / STATE).read_bytes())
         if not isinstance(state["step"], int) or not all(isinstance(state["initial_model"][k], str) for k in _MODEL):

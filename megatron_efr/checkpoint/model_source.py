@@ -26,7 +26,7 @@ class ModelSource:
     checkpoint: Path | None
 
     def weights(self) -> TensorSource:
-        """The weights, read (or drawn from the seed, where `start` says so) tensor by tensor.
+        """The weights, read (or drawn from the seed, if `start` says so) tensor by tensor.
 
         A checkpoint is verified first; UserError names what is missing or damaged.
         """
@@ -59,7 +59,7 @@ def find_model(model: ModelConfig, seed: int, template: str | None = None) -> Mo
 
 
 def find_template(checkpoint: Path) -> Path:
-    """The Hugging Face folder that a checkpoint was made from; UserError where it is not to be found."""
+    """The Hugging Face folder that a checkpoint was made from; UserError if it is not to be found."""
     if (checkpoint / HUGGING_FACE).is_dir():
         return checkpoint / HUGGING_FACE
     if not (checkpoint / STATE).is_file():
@@ -73,9 +73,9 @@ def find_template(checkpoint: Path) -> Path:
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """The checkpoint at `path`, or the newest of the run there; None where it is neither.
+    """The checkpoint at `path`, or the newest of the run there; None if it is neither.
 
-    UserError where it is a run's that has none to take: it says which of those that lie there verify.
+    UserError if it is a run's that has none to take: it says which of those that lie there verify.
     """
     if is_checkpoint(path):
         return path
@@ -100,7 +100,7 @@ def _saved(folder: Path) -> list[Path]:
 
 
 def _those_of(folder: Path) -> str:
-    """Which of a run's checkpoints verifies, or what is wrong with each."""
+    """Checkpoint of a run that verifies, or what is wrong with each."""
     faults: list[str] = []
     for path in _saved(folder):
         try:

@@ -26,7 +26,7 @@ UNWRITTEN = (OSError, RuntimeError)  # what says that a file cannot be written; 
 
 
 def check_readable(checkpoint: Path) -> None:
-    """CheckpointError where the installed Megatron-Core is too old for a checkpoint.
+    """CheckpointError if the installed Megatron-Core is too old for a checkpoint.
 
     Up to 0.18 it looks for what is common to all ranks in a file of its own, of which newer ones have none.
     """
@@ -42,9 +42,10 @@ def check_readable(checkpoint: Path) -> None:
 class Shards(torch_format.TorchDistSaveShardedStrategy):
     """Strategy for `dist_checkpointing.save(..., async_sharded_save=True)`; it returns the request to carry out.
 
-    The request's function writes this rank's file, calls no collective and may run in a thread; its finalize functions
-    are for all ranks together, once it has returned on each, and raise OSError on all where one could not write. With
-    `copied` the tensors are copied to host memory first, and training may go on meanwhile.
+    The request's function writes this rank's file, calls no collective and may run in a thread; its
+    finalize functions are for all ranks together, once it has returned on each, and raise OSError
+    on all if one could not write. With `copied` the tensors are copied to host memory first, and
+    training may go on meanwhile.
 
     Megatron-Core's own writers are processes: the persistent one is spawned, the other forked (in a process
     with CUDA and gloo threads), and both write through a queue served by a third. They take seconds to start and, when
@@ -69,7 +70,7 @@ class Shards(torch_format.TorchDistSaveShardedStrategy):
 
 
 class _Write:
-    """torch.distributed.checkpoint's save, parted where its ranks meet."""
+    """torch.distributed.checkpoint's save, parted at the point at which its ranks meet."""
 
     def __init__(self, state: dict[str, Any], folder: Path, group: dist.ProcessGroup) -> None:
         self._planner = torch_format.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)

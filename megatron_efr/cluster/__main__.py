@@ -35,7 +35,7 @@ def start(chosen: Sequence[Command]) -> int:
     try:
         for command in chosen:
             children.append(subprocess.Popen(command.words, env=command.within(os.environ)))
-        return max(child.wait() for child in children)  # where one stays down the others go on
+        return max(child.wait() for child in children)  # if one stays down the others go on
     finally:
         for child in children:
             child.terminate()

@@ -11,10 +11,11 @@ from megatron_efr.rollout.servers.addresses import address_towards
 
 
 def interface_towards(host: str) -> str:
-    """This machine's interface by which it reaches `host`; UserError where there is none, or no such host.
+    """This machine's interface by which it reaches `host`; UserError if there is none, or no such
+    host.
 
-    Not the one that its own name stands for: where that is 127.0.1.1, as Debian has it, gloo would take that address,
-    at which no other host finds it.
+    Not the one that its own name stands for: if that is 127.0.1.1, as Debian has it, gloo would
+    take that address, at which no other host finds it.
     """
     try:
         address = address_towards(socket.gethostbyname(host))

@@ -1,4 +1,4 @@
-"""Which rank runs on which GPU, and which GPUs each engine takes: a function of hosts and configuration alone."""
+"""Placement of ranks and engines on GPUs: a function of hosts and configuration alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class Rank:
 
 @dataclass(frozen=True, slots=True)
 class EngineSeat:
-    """One SGLang server on GPUs of one host, at `port`; None where the run itself starts it and takes a free one."""
+    """One SGLang server on GPUs of one host, at `port`; None if the run itself starts it and takes
+    a free one.
+    """
 
     index: int
     host: str
@@ -72,7 +74,7 @@ class Placement:
 
 
 def place(hosts: Sequence[str], gpus: int, rollout: RolloutConfig, port: int = RENDEZVOUS_PORT) -> Placement:
-    """Place a run on `hosts` of `gpus` GPUs each; ConfigError where it does not divide.
+    """Place a run on `hosts` of `gpus` GPUs each; ConfigError if it does not divide.
 
     colocated: ranks and engines on every GPU, an engine over `rollout.tp` neighbouring ones. apart: the last hosts, or
     on a single host its last GPUs, belong to the engines. Hosts are sorted by name, since torchrun's c10d does so.
@@ -100,7 +102,7 @@ def place_engines(hosts: Sequence[str], gpus: int, rollout: RolloutConfig) -> Pl
 
 
 def _apart(hosts: int, gpus: int, rollout: RolloutConfig) -> tuple[int, int]:
-    """How many whole hosts engines apart take, or how many GPUs of a single one."""
+    """Number of whole hosts that engines apart take, or of GPUs of a single one."""
     if rollout.engine == "local" or rollout.urls or rollout.placement == "colocated":
         return 0, 0
     engines = rollout.engines or 1

@@ -40,7 +40,7 @@ class DatasetConfig(Section):
 
 
 def check_names(datasets: Sequence[DatasetConfig], where: str) -> None:
-    """ValueError where two data sets have one name: their problems could not be told apart."""
+    """ValueError if two data sets have one name: their problems could not be told apart."""
     paths: dict[str, str] = {}
     for i, dataset in enumerate(datasets):
         if dataset.known_as in paths:
@@ -52,7 +52,7 @@ def check_names(datasets: Sequence[DatasetConfig], where: str) -> None:
 
 
 class PromptConfig(Section):
-    """How a question becomes token ids."""
+    """Turns a question into token ids."""
 
     template: str = Field(
         default="Please reason step by step, and put your final answer within \\boxed{{}}. Question: {question}",

@@ -11,7 +11,7 @@ from megatron_efr.config.section import Section
 
 
 class ScriptConfig(BaseModel):
-    """How a response is made, step by step; the other keys are the script's own, checked by it."""
+    """The script that makes a response; the other keys are the script's own, checked by it."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     name: str = Field(default="plain", description="which script; `plain` draws to the end")

@@ -1,4 +1,4 @@
-"""How answers are found in responses and judged: for a whole run, or for one data set."""
+"""Keys of grading: how answers are found and judged, for a run or for one data set."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class PartConfig(VerifierConfig):
 
 
 class JudgingConfig(VerifierConfig):
-    """How answers are judged. The first verifier says which are correct; `parts` add to the score alone."""
+    """Judges answers. The first verifier says which are correct; `parts` add to the score alone."""
 
     threshold: float = Field(
         default=1.0,

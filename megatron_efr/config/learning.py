@@ -122,6 +122,6 @@ class SftTrainingConfig(Section):
 
 
 class PreferenceConfig(Section):
-    """How strongly one response of a pair is preferred to the other (arXiv 2305.18290)."""
+    """Preference of one response of a pair to the other (DPO, arXiv 2305.18290)."""
 
     beta: float = Field(default=0.1, gt=0, description="of the implicit reward: how dear it is to leave the start")

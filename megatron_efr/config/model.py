@@ -51,7 +51,7 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the model is split; data parallelism is what remains of the world size."""
+    """Splits the model over ranks; data parallelism is what remains of the world size."""
 
     tensor: PositiveInt = Field(default=1, description="ranks that split every layer's matrices")
     pipeline: PositiveInt = Field(default=1, description="stages, each with a share of the layers")

@@ -28,7 +28,7 @@ class TimeoutsConfig(Section):
 
 
 class EnginesConfig(Section):
-    """Which engine answers; with SGLang, how its servers are started and reached."""
+    """The engine; of SGLang, how its servers are started and reached."""
 
     engine: Literal["local", "sglang"] = Field(
         default="local", description="local: embedded in rank 0, for small models; sglang: servers of their own"
@@ -68,7 +68,7 @@ class EnginesConfig(Section):
 
 
 class EvaluationEnginesConfig(EnginesConfig):
-    """Which engine answers an evaluation."""
+    """The engine that answers an evaluation."""
 
     transport: Literal["disk", "tensor"] = Field(
         default="disk",
@@ -82,7 +82,7 @@ PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty", "log
 
 
 class RolloutConfig(EnginesConfig):
-    """How responses are drawn for training, and by which engine."""
+    """Draws responses for training, by the engine named."""
 
     prompts: PositiveInt = Field(default=32, description="prompts per iteration")
     samples: PositiveInt = Field(default=8, description="responses per prompt")

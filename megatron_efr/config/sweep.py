@@ -61,7 +61,7 @@ class Member(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What one key of `vary`, or one of `members`, gives a member: a part of its name, and keys."""
+    """One value of `vary`, or one of `members`: a part of a member's name, and keys."""
 
     name: str
     label: str
@@ -90,7 +90,7 @@ def varied(members: Sequence[Member]) -> dict[str, dict[str, Any]]:
 
 
 def _within(tree: Any, key: str) -> Any:
-    """What a key into lists leads to, such as `data.datasets.0.limit`; _ABSENT if it leads to no value."""
+    """Value of a key into lists, such as `data.datasets.0.limit`; _ABSENT if there is none."""
     for name in key.split("."):
         if isinstance(tree, list) and name.isdecimal() and int(name) < len(tree):
             tree = tree[int(name)]
@@ -102,7 +102,7 @@ def _within(tree: Any, key: str) -> Any:
 
 
 def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """What a section holds: `method`, {name: laser, target: 40} -> (method.name, laser), (method.target, 40)."""
+    """Flat keys of a section: `method`, {name: laser} -> (method.name, laser)."""
     if isinstance(value, Mapping) and value:
         for name, inner in value.items():
             yield from leaves(f"{key}.{name}" if key else str(name), inner)

@@ -36,7 +36,7 @@ _Loader.add_implicit_resolver(
 
 
 def decoded(data: bytes, source: str) -> str:
-    """A file's bytes as text; ConfigError, with the line, where they are not UTF-8."""
+    """A file's bytes as text; ConfigError, with the line, if they are not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -70,7 +70,7 @@ def question(terms: Sequence[int]) -> str:
 
 
 def attempt(terms: Sequence[int], corruption: float, rng: random.Random) -> tuple[str, int]:
-    """One pass of running sums, `3+5=8+9=17`, and where it ends; a corrupted step is carried on."""
+    """One pass of running sums, `3+5=8+9=17`, and its last sum; a corrupted step is carried on."""
     total, steps = terms[0], [str(terms[0])]
     for term in terms[1:]:
         total += term

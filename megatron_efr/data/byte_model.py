@@ -1,4 +1,5 @@
-"""A byte-level tokenizer and a small Qwen2 to go with it, for real text where no downloaded model is at hand.
+"""A byte-level tokenizer and a small Qwen2 to go with it, for real text if no downloaded model is
+at hand.
 
 python -m megatron_efr.data.byte_model --out runs/byte_model
 """

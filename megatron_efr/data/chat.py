@@ -41,7 +41,8 @@ class Chat:
     def write(self, conversations: list[Messages], generation: bool = True) -> list[str]:
         """The text of each conversation, with the assistant's tag at its end for `generation`.
 
-        PromptError with the template's own words where it refuses, and with the line of a mistake in it.
+        PromptError with the template's own words if it refuses, and with the line of a mistake in
+        it.
         """
         try:
             template = self._tokenizer.get_chat_template()
@@ -86,7 +87,9 @@ class Chat:
             ) from error
 
     def _check_generation_prompt(self, conversation: Messages, prompt: str) -> None:
-        """PromptError where the prompt lacks the tag that stands before an answer in a finished conversation."""
+        """PromptError if the prompt lacks the tag that stands before an answer in a finished
+        conversation.
+        """
         finished = self._or_none([*conversation, {"role": "assistant", "content": _SENTINEL}], generation=False)
         asked = self._or_none(conversation, generation=False)
         if finished is None or asked is None or asked != prompt or _SENTINEL not in finished:
@@ -115,7 +118,7 @@ class Chat:
         return added[added.index("<think") :] if "<think" in added else ""
 
     def _or_none(self, conversation: Messages, generation: bool = True) -> str | None:
-        """The conversation's text; None where the template refuses it."""
+        """The conversation's text; None if the template refuses it."""
         try:
             return self.write([conversation], generation)[0]
         except PromptError:

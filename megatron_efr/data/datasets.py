@@ -27,8 +27,8 @@ GoldCheck = Callable[[Iterable[tuple[str, str]]], None]
 class Problem:
     """One question with its reference answer.
 
-    `id` is "<data set>/<the row's own id, or its number>": the same in every epoch, run and resume. `where` is
-    "file:line". `difficulty` is the value to report by, None where the data has none.
+    `id` is "<data set>/<the row's own id, or its number>": the same in every epoch, run and resume.
+    `where` is "file:line". `difficulty` is the value to report by, None if the data has none.
     """
 
     id: str
@@ -120,16 +120,16 @@ def _gold(row: Row, answer: str, form: Literal["auto", "gsm8k", "math", "columns
 
 
 def _difficulty(row: Row, config: DatasetConfig) -> str | int | float | None:
-    """A text or a number, whatever the column holds; None where it says nothing."""
+    """A text or a number, whatever the column holds; None if it says nothing."""
     if config.difficulty is not None:
         value = row.columns[_column(row, config.difficulty, (), "difficulty")]
     else:
         value = next((row.columns[name] for name in _DIFFICULTY if name in row.columns), None)
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: where a table has nothing
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: if a table has nothing
         return None
     return value if type(value) in (str, int, float) else str(value)
 
 
 def _identity(row: Row) -> str:
-    """The row's own id where it has one, else its number."""
+    """The row's own id if it has one, else its number."""
     return next((str(row.columns[name]) for name in _ID if row.columns.get(name) is not None), str(row.number))

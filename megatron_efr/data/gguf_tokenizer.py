@@ -30,7 +30,7 @@ class _Pre:
     whole_words: bool = False  # a piece that is a token is not merged (`ignore_merges`)
     bos: bool = False  # a text begins with it unless the file says otherwise
     has_bos: bool = True  # False: the file's bos is the separator of documents in training, and no text has it
-    ends: tuple[str, ...] = ()  # that end a response as well, where the file's eos ends a turn
+    ends: tuple[str, ...] = ()  # that end a response as well, if the file's eos ends a turn
 
 
 _PRE = {
@@ -46,7 +46,7 @@ _PRE = {
 
 
 class GGUFTokenizer:
-    """The tokenizer in `metadata`, and the ids that generation needs; `where` is the file, for messages.
+    """The tokenizer in `metadata`, and the ids that generation needs; messages name the file.
 
     UserError names the key that is missing or whose meaning is not known. llama.cpp's type of a token is all that the
     file says of added ones: control tokens become special, user-defined ones are found whole and are not special.

@@ -9,7 +9,8 @@ from megatron_efr.types import Prompt
 
 
 def check_prompts(prompts: Sequence[Prompt], max_new_tokens: int, positions: int, key: str) -> None:
-    """PromptError where a prompt and `max_new_tokens` more tokens are over `positions`; it says what would fit.
+    """PromptError if a prompt and `max_new_tokens` more tokens are over `positions`; it says what
+    would fit.
 
     `key` is the configuration's name of that limit.
     """
@@ -32,7 +33,8 @@ def check_prompts(prompts: Sequence[Prompt], max_new_tokens: int, positions: int
 
 
 def check_rows(lengths: Sequence[int], places: Sequence[str], positions: int) -> None:
-    """PromptError where rows of prompt and response are longer than `positions`; it counts them and names the longest.
+    """PromptError if rows of prompt and response are longer than `positions`; it counts them and
+    names the longest.
 
     `places` are the rows' "file:line".
     """

@@ -93,8 +93,9 @@ class Renderer:
     def render(self, questions: Sequence[str], places: Sequence[str] = ()) -> list[tuple[str, tuple[int, ...]]]:
         """(text, token ids) of each question's prompt, ready for the model to go on from.
 
-        The ids are the chat template's own: its text holds the BOS where the model wants one, so none is added.
-        PromptError for a question that template or tokenizer cannot take, by its place ("file:line") where given.
+        The ids are the chat template's own: its text holds the BOS if the model wants one, so none
+        is added. PromptError for a question that template or tokenizer cannot take, by its place
+        ("file:line") if given.
         """
         results = []
         for start in range(0, len(questions), _BATCH):
@@ -178,7 +179,7 @@ def _prompt(problem: Problem, text: str, tokens: tuple[int, ...]) -> Prompt:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds; PromptError where it holds none."""
+    """The JSON object that a file holds; PromptError if it holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -189,7 +190,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def model_folder(folder: str | Path) -> Path:
-    """`folder` as a path; PromptError where there is none."""
+    """`folder` as a path; PromptError if there is none."""
     place = Path(folder).expanduser()
     if not place.is_dir():
         raise PromptError(f"{place}: no such model folder (expected one with config.json and a tokenizer)")

@@ -36,7 +36,7 @@ class DatasetError(UserError, ValueError):
 
 
 class Row(NamedTuple):
-    """One record: `number` counts from 1, `where` is "file:line" (for tables without lines "source:row N")."""
+    """One record. `number` counts from 1; its place is "file:line", or "source:row N" of a table."""
 
     number: int
     where: str

@@ -38,8 +38,8 @@ def load_sft(
 ) -> SftRows:
     """Rows as prompt + response + EOS; `Sample.prompt_length` marks where the loss begins.
 
-    DatasetError names file and line of a row without question or response; PromptError, of one that is longer than the
-    model's `positions`, where they are given.
+    DatasetError names file and line of a row without question or response; PromptError, of one that
+    is longer than the model's `positions`, if they are given.
     """
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):

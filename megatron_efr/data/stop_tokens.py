@@ -1,4 +1,4 @@
-"""Which tokens end a response, by everything in a model folder that names one."""
+"""Stop tokens: those that end a response, by everything in a model folder that names one."""
 
 from __future__ import annotations
 

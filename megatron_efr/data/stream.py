@@ -55,7 +55,7 @@ class PromptStream:
         return self._next / len(self._prompts)
 
     def take(self, count: int) -> list[Visit]:
-        """The next `count` visits, going on into the following epochs where one runs out."""
+        """The next `count` visits, going on into the following epochs if one runs out."""
         visits = [self.visit(index) for index in range(self._next, self._next + count)]
         self._next += count
         return visits

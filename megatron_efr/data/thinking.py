@@ -11,7 +11,8 @@ OPENS, CLOSES = "<think>", "</think>"
 
 
 def thinking_marks(config: ThinkingConfig, tokenizer: PreTrainedTokenizerBase) -> Marks | None:
-    """The marks; None where nothing closes a thought. ConfigError for a configured one that no response can hold.
+    """The marks; None if nothing closes a thought. ConfigError for a configured one that no
+    response can hold.
 
     One that is not configured is `<think>` or `</think>` if that is a single token, and stays in a response's text. A
     special token does not: text is read without those.
@@ -33,6 +34,6 @@ def _single(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _read(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What is left of a text that becomes tokens and text again."""
+    """The text that is left of `text` once it became tokens and text again."""
     tokens = tokenizer.encode(text, add_special_tokens=False)
     return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))

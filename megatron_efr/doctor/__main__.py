@@ -29,7 +29,7 @@ from megatron_efr.rollout.servers.addresses import KEY
 from megatron_efr.weights.architecture import Architecture
 
 STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
-ROOM = 2 * 2**30  # bytes of disk for a run's records, where the model is not known
+ROOM = 2 * 2**30  # bytes of disk for a run's records, if the model is not known
 
 
 def examine(config: RunConfig | None, ports: Sequence[int]) -> Iterator[Finding]:

@@ -19,5 +19,5 @@ class Finding:
 
 
 def missing(subject: str, found: str, advice: str, needed: bool) -> Finding:
-    """Something that is not as it should be: a problem where it is needed, else a note."""
+    """Something that is not as it should be: a problem if it is needed, else a note."""
     return Finding(subject, "problem" if needed else "note", found, advice)

@@ -51,7 +51,7 @@ def driver() -> str | None:
 
 
 def check_triton(needed: bool) -> Finding:
-    """Compile a small kernel for this GPU, or for an H100 where there is none."""
+    """Compile a small kernel for this GPU, or for an H100 if there is none."""
     try:
         import triton
         from triton.backends.compiler import GPUTarget

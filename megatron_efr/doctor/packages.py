@@ -68,7 +68,7 @@ def check_version(requirement: Requirement, paths: Sequence[str] | None = None, 
 
 
 def installed_version(name: str, paths: Sequence[str] | None = None) -> str | None:
-    """The version of the distribution `name`, None where there is none."""
+    """The version of the distribution `name`, None if there is none."""
     found = next(iter(distributions(name=name, path=list(sys.path if paths is None else paths))), None)
     return None if found is None else found.version
 

@@ -1,4 +1,4 @@
-"""Which program a configuration is of, told by its sections."""
+"""The program that a configuration is of, told by its sections."""
 
 from __future__ import annotations
 

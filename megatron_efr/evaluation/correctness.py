@@ -27,7 +27,7 @@ def all_right(samples: Samples) -> FloatArray:
 
 @register("%", "high", rate=True)
 def answered(samples: Samples) -> FloatArray | None:
-    """Share of responses that ended by themselves and have an answer where the verifier looks for it.
+    """Share of responses that ended by themselves and have an answer that the verifier finds.
 
     S1-Bench's success rate, by this extractor instead of the source's formats.
     """

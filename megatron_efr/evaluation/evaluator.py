@@ -93,7 +93,7 @@ class Evaluator:
         }
 
     def judged(self) -> dict[str, Any]:
-        """How answers are judged, by data set, and what ends a thought if it is not the tokenizer's mark: equal if the
+        """Judging of answers by data set, and a configured end of the thought: equal if the
         same answers make the same record."""
         judgings = {name: self.judgings.of_dataset(name) for name in {p.meta["dataset"] for p in self.prompts}}
         judged = {f"grading of {name}": json.loads(json.dumps(asdict(judgings[name]))) for name in sorted(judgings)}

@@ -74,7 +74,7 @@ def resampled(terms: FloatArray, seed: int, resamples: int = statistics.RESAMPLE
 
 
 def _counts(problems: int, seed: int, resamples: int) -> Iterator[FloatArray]:
-    """How often each problem is drawn, [some, problems] at a time."""
+    """Number of times each problem is drawn, [some, problems] at a time."""
     for draws in statistics.drawn_problems(problems, seed, resamples):
         places = draws + problems * np.arange(len(draws))[:, None]
         yield np.bincount(places.ravel(), minlength=draws.size).reshape(draws.shape).astype(np.float64)

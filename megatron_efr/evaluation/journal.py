@@ -24,9 +24,10 @@ ASKED = "asked"  # the key of a record that says what was asked, and how it was 
 
 
 def finished(record: Path, asked: Mapping[str, Any], replace: bool) -> dict[str, Any] | None:
-    """The record that is there, where it is of this very evaluation; None where none is, or one to `replace`.
+    """The record that is there, if it is of this very evaluation; None if none is, or one to
+    `replace`.
 
-    EvaluationError where it is another evaluation's: it names what differs.
+    EvaluationError if it is another evaluation's: it names what differs.
     """
     if not record.exists():
         return None

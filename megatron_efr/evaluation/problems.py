@@ -37,7 +37,7 @@ def load_prompts(
 
 
 def judgings_of(grading: GradingConfig, datasets: Sequence[DatasetConfig]) -> Judgings:
-    """How each data set's answers are judged."""
+    """Judging of each data set's answers."""
     return Judgings.of(grading, [(dataset_name(dataset), dataset.grading) for dataset in datasets])
 
 
@@ -49,7 +49,7 @@ def show(rendered: Rendered) -> None:
 
 
 def say_overlong(rendered: Rendered) -> None:
-    """Print how many prompts were left out, where any were."""
+    """Print how many prompts were left out, if any were."""
     if rendered.overlong:
         print(f"{rendered.overlong} prompts are longer than prompt.max_tokens and were left out", flush=True)
 

@@ -36,8 +36,9 @@ class Early(NamedTuple):
 
 
 class Subthoughts(NamedTuple):
-    """The answers from where each subthought of a response begins, [problems][samples][subthoughts]: their keys, as
-    answers have them, and whether they are right."""
+    """The answers from each subthought's beginning, [problems][samples][subthoughts]: their keys,
+    as answers have them, and whether they are right.
+    """
 
     answers: Sequence[Answers]
     right: list[list[list[bool]]]

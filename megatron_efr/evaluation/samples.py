@@ -18,13 +18,14 @@ NO_ANSWER = -1
 class Samples:
     """Columns over the problems [problems] and over all of their responses [samples], problem after problem.
 
-    `problem` is the index of a sample's problem; `tokens` are drawn tokens; equal numbers in `answer` are equal answers
-    of one problem, NO_ANSWER is none or cut off. `thinking`: the tokens up to the end of the thought. `reflections`
-    counts reflection words, `repetition` is the share of runs of tokens that stood in the response before. `early`
-    [samples, budgets] is the share of answers that were right when forced after so many tokens; `direct` the answers of
-    each problem that were forced before any, numbered as `answer` is. `later` [samples] are the answers from where
-    each subthought begins, numbered likewise, and whether they are right. `limit`: no response could be longer. None:
-    the record does not say.
+    `problem` is the index of a sample's problem; `tokens` are drawn tokens; equal numbers in
+    `answer` are equal answers of one problem, NO_ANSWER is none or cut off. `thinking`: the tokens
+    up to the end of the thought. `reflections` counts reflection words, `repetition` is the share
+    of runs of tokens that stood in the response before. `early` [samples, budgets] is the share of
+    answers that were right when forced after so many tokens; `direct` the answers of each problem
+    that were forced before any, numbered as `answer` is. `later` [samples] are the answers from the
+    place at which each subthought begins, numbered likewise, and whether they are right. `limit`:
+    no response could be longer. None: the record does not say.
     """
 
     ids: tuple[str, ...]

@@ -178,7 +178,7 @@ def accuracy_efficiency_score(
 def ratio_of_tokens(
     easy: np.ndarray, hard: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
 ) -> tuple[float, float, tuple[float, float]]:
-    """How much of the base's tokens a model uses on easy and on hard problems, and an interval of the difference.
+    """Share of the base's tokens on easy and on hard problems, and an interval of the difference.
 
     `easy`, `hard` are float64 [problems, 2]: mean tokens of (model, base) on each problem. Returns
     (ratio on easy, ratio on hard, interval of easy - hard): below 0, easy problems shrink relatively more. Problems are

@@ -112,7 +112,9 @@ class Evaluation(Figures):
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """An evaluation's record, as `records.summarise` made it; UserError where the file holds no such thing."""
+    """An evaluation's record, as `records.summarise` made it; UserError if the file holds no such
+    thing.
+    """
     return read_tree(path, Evaluation, "evaluation record", "move it out of this folder, or evaluate again")
 
 

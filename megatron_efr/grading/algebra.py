@@ -88,7 +88,7 @@ def _fraction(value: Fraction) -> str:
 
 
 def decimal_digits(text: str) -> int | None:
-    """Significant digits of the shortest decimal written in `text`; None where all is exact."""
+    """Significant digits of the shortest decimal written in `text`; None if all is exact."""
     number = read_number(text)
     if number is not None:
         return number.digits

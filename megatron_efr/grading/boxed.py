@@ -12,7 +12,8 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # `\{` and `\}` are printed braces 
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last `\\boxed{...}` in `text`, braces matched; None where there is none, or nothing in it.
+    """The content of the last `\\boxed{...}` in `text`, braces matched; None if there is none, or
+    nothing in it.
 
     A last box that never closes is no answer: an earlier box is not taken in its place, since the response went on.
     """
@@ -40,8 +41,8 @@ def _content(text: str, start: int) -> str | None:
 def boxes(text: str) -> list[str]:
     """Contents of the boxes of the last statement, in order: the last one, and each close before the next.
 
-    A box that stands after `k =` brings that name along: `k = \\boxed{45}` gives `k = 45`. Empty where `last_boxed`
-    finds nothing.
+    A box that stands after `k =` brings that name along: `k = \\boxed{45}` gives `k = 45`. Empty if
+    `last_boxed` finds nothing.
     """
     if last_boxed(text) is None:
         return []
@@ -65,8 +66,8 @@ def boxes(text: str) -> list[str]:
 def answers(text: str, rule: str, parts: int = 1) -> str | None:
     """The answer of a response by `rule`: "last_box", or "boxes", which joins as many boxes as the gold has `parts`.
 
-    Joined answers are set apart by semicolons. Where the last statement has another number of boxes, or the gold is one
-    value, the last box alone counts.
+    Joined answers are set apart by semicolons. If the last statement has another number of boxes,
+    or the gold is one value, the last box alone counts.
     """
     last = last_boxed(text)
     if rule == "last_box" or parts < 2:

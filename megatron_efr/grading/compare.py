@@ -1,4 +1,6 @@
-"""Compares a gold answer with a given one, form by form; where two readings are sensible the gold's form decides."""
+"""Compares a gold answer with a given one, form by form; if two readings are sensible the gold's
+form decides.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def is_answer(gold: str) -> bool:
 
 
 def count_parts(gold: str) -> int:
-    """How many values a gold answer holds: parts of a list, a set or a pair, or named values; 1 for all others."""
+    """Number of values in a gold answer: parts of a list, set or pair, named values; else 1."""
     form = read(gold)
     several = form.kind in ("list", "set") or (form.kind == "group" and form.left == "(")
     return max(1, len(form.items)) if several else 1
@@ -250,7 +252,7 @@ def _same_group(gold: Form, answer: Form) -> bool:
 
 
 def _same_difference(gold: Form, answer: Form) -> bool:
-    """Of two sets: as numbers where both are, or part by part."""
+    """Of two sets: as numbers if both are, or part by part."""
     pairs = gold.kind == answer.kind and same_ordered(gold.items, answer.items)
     return pairs or _same_region(gold, answer)
 

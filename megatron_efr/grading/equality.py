@@ -17,8 +17,9 @@ _GOLDS_ARE_ANSWERS = ("math", "exact", "choice", "numeric")
 def equal_answers(grader: Grader, groups: Sequence[Graded], judgings: Judgings | None = None) -> list[list[int | None]]:
     """Number the answers of each graded group: equal numbers are equal answers, None is no answer or cut off.
 
-    Right answers are equal where the verifier compares with a gold that is an answer itself. The others go one spelling
-    after the other to the first class whose first spelling they equal, whichever of the two is taken as the gold.
+    Right answers are equal if the verifier compares with a gold that is an answer itself. The
+    others go one spelling after the other to the first class whose first spelling they equal,
+    whichever of the two is taken as the gold.
     """
     judgings = judgings or Judgings()
     classes = [_Classes(group, judgings) for group in groups]

@@ -24,7 +24,7 @@ class Extractor:
     marker: str = ""
 
     def __call__(self, response: str, gold: str) -> str | None:
-        """The answer as it is written; None where there is none."""
+        """The answer as it is written; None if there is none."""
         if self.place == "marker":
             return after_marker(response, self.marker)
         if self.place == "last_number":
@@ -49,7 +49,8 @@ def after_marker(text: str, marker: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number in digits (`-1,234.5`, `3/4`, `1e-3`, `12%`), without its commas; None where there is none.
+    """The last number in digits (`-1,234.5`, `3/4`, `1e-3`, `12%`), without its commas; None if
+    there is none.
 
     A digit that is part of a word (`x2`) is no number, and a dash after a digit, a letter or `)` is no sign.
     """

@@ -19,10 +19,11 @@ REALS = "\\mathbb{R}"
 class Form:
     """One reading of an answer; `text` is what was read.
 
-    kind: expression (mathematics without parts) · words · list (parts without brackets: `ordered` where their order
-    counts) · set · group (parts between the brackets `left`, `right`) · named (`name` = items[0]) · relation (items
-    joined by `signs`) · union (items) · difference (of two sets) · cases (groups of value and condition) · congruence
-    (items: residue, modulus) · ratio (items).
+    kind: expression (mathematics without parts) · words · list (parts without brackets: `ordered`
+    if their order counts) · set · group (parts between the brackets `left`, `right`) · named
+    (`name` = items[0]) · relation (items joined by `signs`) · union (items) · difference (of two
+    sets) · cases (groups of value and condition) · congruence (items: residue, modulus) · ratio
+    (items).
     """
 
     kind: str

@@ -16,7 +16,7 @@ _SHOWN = 20
 def check_for(judging: Judging, config: GradingConfig, golds: Iterable[tuple[str, str]]) -> None:
     """Check ("file:line", gold) pairs by every verifier of `judging`; GoldError lists those that one cannot read.
 
-    GraderError where a verifier cannot be loaded.
+    GraderError if a verifier cannot be loaded.
     """
     rows = list(golds)
     verifiers = list(dict.fromkeys(part.verifier for part in judging.parts))

@@ -49,7 +49,7 @@ def _judged(group: Group, branches: bool) -> list[Response]:
 
 
 def judging_of(group: Group, judgings: Judgings) -> Judging:
-    """How a group's answers are judged: as its data set's are."""
+    """Judgings of a group's answers: those of its data set."""
     return judgings.of_dataset(group.prompt.meta.get("dataset"))
 
 

@@ -1,4 +1,4 @@
-"""How each data set's answers are judged, as configured: extractors, verifiers and their weights."""
+"""Judgings of each data set's answers, as configured: extractors, verifiers, their weights."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ class Judgings:
     def of(cls, default: JudgingConfig, datasets: Sequence[tuple[str, JudgingConfig | None]]) -> Judgings:
         """From the section `grading` and each data set's name and own `grading`.
 
-        ConfigError where two data sets of one name are judged differently: their problems could not be told apart.
+        ConfigError if two data sets of one name are judged differently: their problems could not be
+        told apart.
         """
         found: dict[str, Judging] = {}
         for name, own in datasets:

@@ -246,7 +246,7 @@ def _trim(text: str) -> str:
 
 
 def closing(text: str, start: int) -> int:
-    """The index of the brace that closes the one at `start`; -1 where none does."""
+    """The index of the brace that closes the one at `start`; -1 if none does."""
     depth = 0
     for index in range(start, len(text)):
         if text[index] in "{}" and text[index - 1 : index] != "\\":

@@ -53,7 +53,7 @@ def read_number(text: str) -> Number | None:
 
 
 def read_decimal_comma(text: str) -> Number | None:
-    """`3,14` as 3.14: an answer in the habit of most of Europe; None where the comma groups thousands."""
+    """`3,14` as 3.14: an answer in the habit of most of Europe; None if the comma groups thousands."""
     return read_number(text.replace(",", ".")) if _DECIMAL_COMMA.fullmatch(text) and not read_number(text) else None
 
 

@@ -14,7 +14,8 @@ _OPTION = re.compile(
 def option(text: str, small: bool = False) -> tuple[str, str] | None:
     """(letter, what follows) of a normalised answer such as `C`, `(C)`, `[C]`, `C. 5`, `C) 5`; None for any other.
 
-    Without brackets a `small` letter counts where nothing but options is asked for: elsewhere `c` is a variable.
+    Without brackets a `small` letter counts if nothing but options is asked for: elsewhere `c` is a
+    variable.
     """
     plain = text.replace("\\text{", "").replace("}", "", text.count("\\text{"))
     found = _OPTION.fullmatch(plain.strip())

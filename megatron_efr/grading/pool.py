@@ -46,7 +46,7 @@ _PLAIN_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 
 def count_statuses(grades: Sequence[Grade]) -> dict[str, int]:
-    """How many grades have each status, every status named, for metrics."""
+    """Number of grades with each status, every status named, for metrics."""
     counts = Counter(grade.status for grade in grades)
     return {status: counts[status] for status in STATUSES}
 
@@ -271,7 +271,9 @@ class _Worker:
         self.usage = psutil.Process(self.process.pid)
 
     def receive(self, verdicts: list[Verdict], limits: _Limits) -> bool:
-        """Take one message and store its verdict; False when the process is gone. GraderError where it cannot begin."""
+        """Take one message and store its verdict; False when the process is gone. GraderError if it
+        cannot begin.
+        """
         try:
             said, cpu = self.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -289,7 +291,7 @@ class _Worker:
         return True
 
     def excess(self, limits: _Limits) -> Verdict | None:
-        """Which limit the process is over; None when none."""
+        """The limit that the process is over; None if it is within all."""
         now = time.monotonic()
         try:
             times = self.usage.cpu_times()
@@ -351,7 +353,8 @@ def _grade(question: Question, verdict: Verdict) -> Grade:
 
 
 def _plain_verdict(question: Question) -> str:
-    """The status where it needs no mathematics, else empty: two integers in plain digits, of at most 18.
+    """The status if it needs no mathematics, else empty: two integers in plain digits, of at most
+    18.
 
     math-verify reads each as that sympy Integer, in a box or between dollars, and compares Integers exactly, so the
     verdicts are the same (a test holds them against each other).

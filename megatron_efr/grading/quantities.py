@@ -89,7 +89,7 @@ _BASES = {
 
 
 def split_base(text: str) -> tuple[str, str | None]:
-    """(digits, base) of `1010_2`, `1010_{two}`; the base is None where none is written."""
+    """(digits, base) of `1010_2`, `1010_{two}`; the base is None if none is written."""
     if found := _BASE.fullmatch(text):
         return found.group(1), _BASES.get(found.group(2), found.group(2))
     return text, None

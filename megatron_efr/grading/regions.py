@@ -19,7 +19,7 @@ _ALL: Interval = (_LOWEST, False), (_HIGHEST, False)
 
 
 def region(form: Form) -> Region | None:
-    """(variable or empty, intervals) of a form; None where it is no region of numbers."""
+    """(variable or empty, intervals) of a form; None if it is no region of numbers."""
     if form.kind == "group" and len(form.items) == 2:
         low, high = form.items
         return "", [((low, form.left == "["), (high, form.right == "]"))]
@@ -64,7 +64,9 @@ def _excluded(form: Form) -> Region | None:
 
 
 def _without(whole: Form, points: Sequence[Form]) -> Region | None:
-    """The real numbers but for some points; None where `whole` is less, or the order of the points is not known."""
+    """The real numbers but for some points; None if `whole` is less, or the order of the points is
+    not known.
+    """
     inner = region(whole)
     if inner is None or [edge.text for edge, _ in inner[1][0]] != [_LOWEST.text, _HIGHEST.text]:
         return None

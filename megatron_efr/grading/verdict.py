@@ -40,8 +40,8 @@ MATH = Verifier()
 class Question(NamedTuple):
     """One thing to ask a verifier.
 
-    verify: is `answer` right, where `gold` is? gold: can `gold` be judged against (`answer` is not read)? equal: are
-    `gold` and `answer`, both answers, the same one?
+    verify: is `answer` right, if `gold` is? gold: can `gold` be judged against (`answer` is not
+    read)? equal: are `gold` and `answer`, both answers, the same one?
     """
 
     verifier: Verifier

@@ -143,7 +143,7 @@ def load(name: str, options: str) -> Loaded:
 
 
 def _bound(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    """`function` with its options; TypeError where it does not take (answer, gold) and these."""
+    """`function` with its options; TypeError if it does not take (answer, gold) and these."""
     if callable(function):
         try:
             signature = inspect.signature(function)

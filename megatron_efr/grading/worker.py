@@ -36,7 +36,8 @@ _PARENT_S = 2.0  # how often a worker looks if its parent is there
 def judge(gold: str, answer: str) -> str:
     """Status of `answer`, the content of a box, against `gold`; may hang or die, which is the parent's business.
 
-    The gold comes first, since the comparison is not symmetric: where two readings are sensible, its form decides.
+    The gold comes first, since the comparison is not symmetric: if two readings are sensible, its
+    form decides.
     """
     from megatron_efr.grading.algebra import UnreadableError
     from megatron_efr.grading.compare import is_answer, same_answer
@@ -74,7 +75,9 @@ def serve(connection: Connection, timeout_s: float) -> None:
 
 
 def _load(asked: tuple[Verifier, ...]) -> str:
-    """Load verifiers before any response's clock, math where none is named; what is wrong with one, or nothing."""
+    """Load verifiers before any response's clock, math if none is named; what is wrong with one, or
+    nothing.
+    """
     try:
         for verifier in asked or (MATH,):
             if verifier.name == MATH.name:

@@ -1,4 +1,4 @@
-"""Which implementation of the row kernels a run uses: Triton's, or plain torch."""
+"""Choice of the row kernels' implementation: Triton's, or plain torch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Backend = Literal["triton", "torch"]
 def choose_backend(kernels: Literal["auto", "triton", "torch"]) -> tuple[Backend, str]:
     """The implementation behind `model.kernels`, and why it was taken, for the log.
 
-    `auto` takes Triton where CUDA is present and Triton imports. ConfigError where `triton` is asked for and cannot
-    run; Triton's interpreter (TRITON_INTERPRET=1) counts as able, on any device.
+    `auto` takes Triton if CUDA is present and Triton imports. ConfigError if `triton` is asked for
+    and cannot run; Triton's interpreter (TRITON_INTERPRET=1) counts as able, on any device.
     """
     if kernels == "torch":
         return "torch", "as configured"
@@ -39,7 +39,7 @@ def row_kernels(backend: Backend) -> RowKernels:
 
 
 def _missing() -> str | None:
-    """What Triton kernels lack on this machine."""
+    """Name what Triton kernels lack on this machine; None if they can run."""
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return "there is no CUDA device"
     try:

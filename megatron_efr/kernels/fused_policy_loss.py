@@ -1,8 +1,8 @@
 """The training pass in one sweep over token chunks: loss, figures and gradients from logits that exist once.
 
-Three matrix products where a recomputing backward pass needs four. Chunk by chunk: fp32 logits into one buffer, row
-statistics, their merge over tensor parallelism, then the loss and, over the logits themselves, their gradient; then the
-gradients of hidden and weight.
+Three matrix products; a recomputing backward pass needs four. Chunk by chunk: fp32 logits into one
+buffer, row statistics, their merge over tensor parallelism, then the loss and, over the logits
+themselves, their gradient; then the gradients of hidden and weight.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ class FusedLoss(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """What one sweep leaves: `hidden` [T, H], and `weight` fp32 [V_local, H], to which it adds. Both times `factor`."""
+    """Gradients that one sweep writes, times `factor`.
+
+    `hidden` [T, H] is written; `weight`, fp32 [V_local, H], is added to.
+    """
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -59,15 +62,17 @@ def fused_policy_loss(
 ) -> FusedLoss:
     """Sum over rows of weights * `Objective`, its figures, and, in the same pass, its gradients.
 
-    `hidden` [T, H], `weight` [V_local, H], `targets` int64 [T], `sum_hidden` as in `linear_logprob`; `rows` fp32 [T]
-    each. Rows from `live` on have advantage (or weight) 0, as the caller knows: their figures are made, and their
-    gradients' products left out where no KL or entropy gives them one.
+    `hidden` [T, H], `weight` [V_local, H], `targets` int64 [T], `sum_hidden` as in
+    `linear_logprob`; `rows` fp32 [T] each. Rows from `live` on have advantage (or weight) 0, as the
+    caller knows: their figures are made, and their gradients' products left out if no KL or entropy
+    gives them one.
 
-    Where gradients are on they are written times `factor`, what the caller will scale the loss by afterwards (loss
-    scale, divisions by micro-batches or tokens); RuntimeError in the backward pass, which looks at one number, if
-    another factor arrives. The gradient of `weight` is added to `main_grad` (fp32 [V_local, H]) at once, and autograd
-    gets none. Without a `main_grad` it is gathered in an fp32 tensor of its own, and autograd gets it, in the weight's
-    type. Under no_grad nothing is written. ValueError for a `main_grad` that is not fp32, a KL whose reference is
+    If gradients are on they are written times `factor`, what the caller will scale the loss by
+    afterwards (loss scale, divisions by micro-batches or tokens); RuntimeError in the backward
+    pass, which looks at one number, if another factor arrives. The gradient of `weight` is added to
+    `main_grad` (fp32 [V_local, H]) at once, and autograd gets none. Without a `main_grad` it is
+    gathered in an fp32 tensor of its own, and autograd gets it, in the weight's type. Under no_grad
+    nothing is written. ValueError for a `main_grad` that is not fp32, a KL whose reference is
     missing, or a ratio that one token's log-prob does not give.
     """
     _check(weight, rows, objective, main_grad)
@@ -112,7 +117,9 @@ def _sweep(
     gradients: _Gradients | None,
     live: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs [T] and figures [8, T]; `gradients`, where given, are filled from the first `live` rows."""
+    """Log-probs [T] and figures [8, T]; `gradients`, if given, are filled from the first `live`
+    rows.
+    """
     tokens = hidden.shape[0]
     logprobs = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
     figures = logprobs.new_empty(len(FIGURES), tokens)

@@ -16,25 +16,25 @@ CHUNK_BYTES_CPU = 2**28  # of them at most on a CPU, whose products are as fast 
 
 
 class Shard(NamedTuple):
-    """What a chunk's log-probs depend on besides hidden, weight and targets."""
+    """Shard of the head: all that log-probs depend on besides hidden, weight and targets."""
 
     kernels: RowKernels
     scale: float  # 1 / temperature
     columns: int  # this rank's rows of the weight that lie in the true vocabulary; the rest is padding
-    group: dist.ProcessGroup | None  # None where there is nobody to merge with
+    group: dist.ProcessGroup | None  # None if there is nobody to merge with
     sums_hidden: bool  # whether the gradient of hidden is summed over the group here
     chunk: int
 
     def logits(self, buffer: torch.Tensor, states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Logits:
-        """Of a chunk's states [rows, H], in the buffer."""
+        """Logits of a chunk's states [rows, H], in the buffer."""
         return Logits(logits_into(buffer[: len(states)], states, weight), targets, self.columns, self.scale)
 
     def softmax(self, logits: Logits, entropy: bool) -> Softmax:
-        """Over the whole vocabulary, from this rank's logits."""
+        """Softmax over the whole vocabulary, from this rank's logits; a collective."""
         return merge(self.kernels.statistics(logits, entropy), logits.targets, entropy, self.group)
 
     def sum_hidden(self, gradient: torch.Tensor) -> None:
-        """Every rank has the part of its rows of the weight; the sum is taken in place."""
+        """Sum the gradient of hidden over the ranks, in place: each has its own rows' part."""
         if self.group is not None and self.sums_hidden:
             dist.all_reduce(gradient, group=self.group)
 
@@ -92,7 +92,10 @@ def prepare(
 
 
 def default_chunk(rows: int, ranks: int, device: torch.device) -> int:
-    """How many tokens' logits exist at a time, for `rows` of the weight on each of `ranks` tensor-parallel ranks."""
+    """Tokens whose logits exist at a time.
+
+    `rows`: rows of the weight on each of `ranks` tensor-parallel ranks.
+    """
     tokens = CHUNK_TOKENS * ranks
     return tokens if device.type == "cuda" else max(1, min(tokens, CHUNK_BYTES_CPU // (4 * rows)))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-_UPCAST_ROWS = 4096  # rows of the weight turned to fp32 at a time where 16-bit operands have no fp32 product
+_UPCAST_ROWS = 4096  # rows of the weight turned to fp32 at a time if 16-bit operands have no fp32 product
 
 
 def logits_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -32,7 +32,7 @@ def accumulate_weight_gradient(total: torch.Tensor, d_logits: torch.Tensor, hidd
 
 
 def has_fp32_products(operand: torch.Tensor) -> bool:
-    """Whether `mm(out_dtype=)` and `addmm(out_dtype=)` exist for it: torch has them on CUDA only, from 2.10 or so on.
+    """True if torch has `mm(out_dtype=)` and `addmm(out_dtype=)` for it: on CUDA, from 2.10 on.
 
     Elsewhere the fallback upcasts the operands to fp32, a block of the vocabulary at a time.
     """

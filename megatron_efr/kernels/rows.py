@@ -1,4 +1,4 @@
-"""What the row kernels exchange: statistics of rows of logits, their merge over ranks, the rows of the loss."""
+"""Values that the row kernels exchange: statistics of logits, their merge, rows of the loss."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ FIGURES = (
 )
 """Rows of what `policy_rows` measures; each a term per token, weighted, but for the last, which is the plain ratio.
 
-`clip_above`, `clip_below`: the ratio was too large or too small, and the token has no gradient of its surrogate (or,
-where ratios only weigh, another weight); `clip_fraction` is either.
+`clip_above`, `clip_below`: the ratio was too large or too small, and the token has no gradient of
+its surrogate (or, if ratios only weigh, another weight); `clip_fraction` is either.
 """
 _KL_TO_OLD, _RATIO = FIGURES.index("kl_to_old"), FIGURES.index("ratio_max")
 
-ELSEWHERE, OUTSIDE = -1, -2  # a target's column where another rank holds it; where the vocabulary does not
+ELSEWHERE, OUTSIDE = -1, -2  # a target of another rank; of no rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +46,21 @@ class Logits:
 
 
 class Statistics(NamedTuple):
-    """Of z = logits / temperature over this rank's columns of the true vocabulary; each fp32 [rows].
+    """Statistics of z = logits / temperature over this rank's true columns; each fp32 [rows].
 
-    `moment` is meaningless where entropy was not asked for. Sums are taken relative to `peak`, and so exact for logits
-    of any offset. A rank without a column of the true vocabulary has peak -inf and total 0.
+    `moment` is meaningless if entropy was not asked for. Sums are taken relative to `peak`, and so
+    exact for logits of any offset. A rank without a column of the true vocabulary has peak -inf and
+    total 0.
     """
 
     peak: torch.Tensor  # max z
     total: torch.Tensor  # sum exp(z - peak)
     moment: torch.Tensor  # sum (z - peak) exp(z - peak)
-    target: torch.Tensor  # z of the target, where this rank has it
+    target: torch.Tensor  # z of the target, if this rank has it
 
 
 class Softmax(NamedTuple):
-    """Of rows over the whole vocabulary; each fp32 [rows]."""
+    """Softmax of rows over the whole vocabulary; each fp32 [rows]."""
 
     peak: torch.Tensor
     log_total: torch.Tensor  # log sum exp(z - peak): log p = (z - peak) - log_total
@@ -69,11 +70,12 @@ class Softmax(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PolicyRows:
-    """What the loss reads beside log-probs: fp32 [rows] each.
+    """Values that the loss reads beside log-probs, fp32 [rows] each.
 
-    `old` is what ratios refer to. `reference` for a KL in the loss; `importance`, constants to the gradient, where
-    tokens are not weighed alike. `before`: the policy's own log-probs before the update, where `old` has others too:
-    figures of how far the policy has moved refer to these, and no kernel reads them.
+    `old` is what ratios refer to. `reference` for a KL in the loss; `importance`, constants to the
+    gradient, if tokens are not weighed alike. `before`: the policy's own log-probs before the
+    update, if `old` has others too: figures of how far the policy has moved refer to these, and no
+    kernel reads them.
     """
 
     old: torch.Tensor
@@ -151,14 +153,17 @@ class RowKernels(Protocol):
         factor: float,
         dtype: torch.dtype | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """FIGURES fp32 [8, rows] and, where `dtype` is given, factor * d loss / d logits as `write_gradient` has it."""
+        """FIGURES fp32 [8, rows] and, if `dtype` is given, factor * d loss / d logits as
+        `write_gradient` has it.
+        """
         ...
 
 
 def merge(statistics: Statistics, targets: torch.Tensor, entropy: bool, group: dist.ProcessGroup | None) -> Softmax:
     """The whole vocabulary's softmax from each tensor-parallel rank's statistics: one MAX and one SUM [3, rows].
 
-    `targets` as `Logits` has them; OUTSIDE makes the log-prob nan, where an error would have to wait for the card.
+    `targets` as `Logits` has them; OUTSIDE makes the log-prob nan: an error would have to
+    wait for the card.
     """
     peak, total, moment = statistics.peak, statistics.total, statistics.moment
     if group is not None:

@@ -9,7 +9,7 @@ import torch
 from megatron_efr.algorithms.objective import Objective
 from megatron_efr.kernels.rows import Logits, PolicyRows, Softmax, Statistics, chunks
 
-_LOWEST = -1e30  # a logit of -inf adds nothing, where (-inf) * 0 would be nan
+_LOWEST = -1e30  # for -inf, which is to add nothing: (-inf) * 0 would be nan
 _BLOCK_BYTES = 2**21  # of fp32 logits worked on at a time, in a CPU's cache
 _BLOCK_BYTES_CUDA = 2**28
 
@@ -69,7 +69,7 @@ def _blocks(logits: Logits) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]
 
 
 def _room(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Where [rows, columns] of `dtype` are written, each row over what it is made of, unless they are wider."""
+    """Memory for [rows, columns] of `dtype`: that of `values`, row over row, unless wider."""
     if dtype.itemsize > values.element_size():
         return torch.empty_like(values, dtype=dtype)
     return values.view(dtype)[:, : values.shape[1]]
@@ -124,7 +124,10 @@ def token_terms(
 def _surrogate(
     logprob: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor, objective: Objective
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What is maximised, its derivative by the log-prob, and where a bound has changed either; nan stays nan."""
+    """The surrogate, its derivative by the log-prob, and a mask of the rows that a bound changed.
+
+    nan stays nan.
+    """
     bounded = ratio.clamp(1.0 - objective.low, 1.0 + objective.high)
     if objective.surrogate == "reweight":
         slope = bounded * advantages

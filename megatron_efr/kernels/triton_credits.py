@@ -18,7 +18,7 @@ def credit_kernel(
     advantages, weights, ends, olds, references, per_token, sums, squares, counts, beta,
     KL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The formula of `token_credits`; a response is walked from its end, where nothing is left to pay."""
+    """The formula of `token_credits`, from a response's end, at which no KL is left to pay."""
     response = tl.program_id(0)
     first = tl.load(ends + response)
     last = tl.load(ends + response + 1) - 1

@@ -103,7 +103,7 @@ def gradient_kernel(
 def _surrogate(
     logprob, ratio, advantage, low, high, dual, REWEIGHT: tl.constexpr, DUAL: tl.constexpr
 ):  # fmt: skip
-    """What is maximised, its derivative by the log-prob, and whether a bound has changed either; nan stays nan."""
+    """The surrogate, its derivative by the log-prob, and 1 if a bound changed it; nan stays nan."""
     bounded = tl.minimum(tl.maximum(ratio, low), high)
     if REWEIGHT:
         cut = bounded != ratio
@@ -125,7 +125,7 @@ def _surrogate(
 @triton.jit
 def _kl(d, KL: tl.constexpr):
     """The KL's estimate from d = log pi_reference - log pi, and its derivative by log pi."""
-    # exp(d) - 1 would cancel for small d, where the series' next term is below 3e-9
+    # exp(d) - 1 would cancel for small d; the series' next term is then below 3e-9
     series = d * (1.0 + d * (0.5 + d * (1.0 / 6.0 + d * (1.0 / 24.0 + d * (1.0 / 120.0)))))
     growth = tl.where(tl.abs(d) < 0.05, series, tl.exp(d) - 1.0)
     if KL == 1:
@@ -230,7 +230,7 @@ def policy_rows(
     factor: float,
     dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """FIGURES [8, rows], and the gradient of the logits in their memory where `dtype` is given."""
+    """FIGURES [8, rows], and the gradient of the logits in their memory if `dtype` is given."""
     values = logits.values
     figures = torch.empty(len(FIGURES), len(values), dtype=torch.float32, device=values.device)
     out = None if dtype is None else _narrowed(values, dtype)

@@ -15,11 +15,11 @@ from megatron_efr.types import Credit, FloatArray, Graded, Marks, Prompt, Reward
 
 Standing = Literal["code", "text", "experimental"]
 State = Mapping[str, Any]
-"""What a method remembers between iterations: plain values that JSON keeps."""
+"""A method's memory between iterations: plain values that JSON keeps."""
 
 
 class Needs(NamedTuple):
-    """What a method asks of a run. A run that cannot give it is refused at the start.
+    """Demands of a method on a run. A run that cannot meet them is refused at the start.
 
     samples: responses per prompt, at least. thinking: marks around the thinking part of a response, which it finds in
     `Known.marks`. algorithms: those that it works with; None: all. engine: abilities of the engine, by the names of
@@ -45,7 +45,7 @@ class Visit(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """How a prompt is asked.
+    """The way in which a prompt is asked.
 
     suffix: text behind the question. scripts: how each response is made, one for each sample; empty: each is drawn at
     once. note: what the method wants to find again with the answers, JSON-ready.
@@ -57,13 +57,14 @@ class Ask(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What a method may know when it judges the groups of iteration `step`: frozen when the iteration begins.
+    """Knowledge of a method about iteration `step`: frozen when the iteration begins.
 
-    limit: the most tokens of a response (rollout.max_new_tokens). state: what `learn` returned last; empty at first.
-    history: what was seen of each prompt, by its id. A prompt that was never visited has no entry. reference: the
-    starting model's responses to every training prompt; monitor: the monitor set's, as last sampled; both empty where
-    `samplings` asks for none. marks: around a thought, where the model has them. monitored: the iterations that were
-    over when the monitor set was last sampled; None: it was not.
+    limit: the most tokens of a response (rollout.max_new_tokens). state: what `learn` returned
+    last; empty at first. history: what was seen of each prompt, by its id. A prompt that was never
+    visited has no entry. reference: the starting model's responses to every training prompt;
+    monitor: the monitor set's, as last sampled; both empty if `samplings` asks for none. marks:
+    around a thought, if the model has them. monitored: the iterations that were over when the
+    monitor set was last sampled; None: it was not.
     """
 
     step: int
@@ -113,7 +114,7 @@ class Method(Section):
     wrong_may_win_if: ClassVar[str] = ""  # the same, of options that are not the defaults; both "": never
 
     def ask(self, visit: Visit, known: Known) -> Ask:
-        """How a prompt is asked; the request is journalled, and never made twice for a visit."""
+        """Ask a prompt. The request is journalled, and never made twice for a visit."""
         return Ask()
 
     def longest_asks(self, visit: Visit, known: Known) -> Sequence[Ask]:
@@ -125,7 +126,7 @@ class Method(Section):
 
     @property
     def samplings(self) -> Samplings:
-        """What the run is to sample for it beside its rollouts."""
+        """Responses that the run is to sample for it beside its rollouts."""
         return Samplings()
 
     @property
@@ -147,11 +148,11 @@ class Method(Section):
         return groups
 
     def credits(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Credit] | None:
-        """What each group's responses are trained on; None: as the algorithm has it."""
+        """Credit of each group, if it is not to be the algorithm's; None: it is."""
         return None
 
     def learn(self, state: State, groups: Sequence[Rewarded], known: Known) -> State:
-        """What is remembered after the iteration, from what was remembered before (`state`, left as it is)."""
+        """The memory after the iteration, from that before (`state`, which is left as it is)."""
         return state
 
     def check(self, rollout: RolloutConfig) -> None:

@@ -139,7 +139,7 @@ class Anytime(Branching):
         return made.ravel()[: len(response.answers)]
 
     def _scores(self, graded: Graded) -> FloatArray:
-        """Which answers are right, by response, budget and answer, float64 [n, S, answers]; 0 where there is none."""
+        """Right answers, float64 [n, S, answers] by response and budget; 0: wrong or none."""
         made = np.zeros((len(graded.grades), len(self.budgets) * self.answers))
         opened = {"summary": self.cut.count(self.end), "ended": self.ended.count(self.end)}
         for row, response, right in zip(made, graded.group.responses, tried_answers(graded), strict=True):
@@ -149,7 +149,7 @@ class Anytime(Branching):
         return made.reshape(-1, len(self.budgets), self.answers)
 
     def _reached(self, response: Response) -> int:
-        """How many budgets its thought reached."""
+        """Number of budgets that its thought reached."""
         return sum(branch.part == "summary" for branch in response.branches)
 
 
@@ -158,10 +158,11 @@ class MRT(Branching):
 
         A = c - c_stop,  c_stop = share of right ones among `answers` after a part of the thought
 
-    Where a thought stops is drawn, each of its tokens equally likely; the README does not say where, and this is the
-    paper's way. A thought of a single token has no stop, and c_stop = 0. A wrong or truncated response has c = 0, and
-    so never more than 0. Nothing is remembered. Answers at stops are not trained on. The paper weighs the progress of
-    every episode with alpha; of that no code is released, and it is not in here.
+    The end of a thought is drawn, each of its tokens equally likely; the README is silent, and this
+    is the paper's way. A thought of a single token has no stop, and c_stop = 0. A wrong or
+    truncated response has c = 0, and so never more than 0. Nothing is remembered. Answers at stops
+    are not trained on. The paper weighs the progress of every episode with alpha; of that no code
+    is released, and it is not in here.
     """
 
     source = "Qu et al. 2025, arXiv 2503.07572; CMU-AIRe/MRT@1815a8c train/rl/README.md"
@@ -333,7 +334,7 @@ def thought(response: Response, *, closed: bool = False) -> int:
 
 
 def tried_answers(group: Graded) -> list[BoolArray]:
-    """Which of each response's early answers are right."""
+    """Right ones of each response's early answers."""
     verdicts = group.branches or ((),) * len(group.grades)
     return [np.array([grade.correct for grade in each], dtype=bool) for each in verdicts]
 

@@ -136,5 +136,5 @@ class AdaptThink(Method):
 
 
 def gain(group: Outcomes, length: float, accuracy: float, alpha: float) -> FloatArray:
-    """What responses gain over others of that mean length and accuracy, [n]: O1-Pruner's reward."""
+    """Gain of responses over others of that mean length and accuracy, [n]: O1-Pruner's reward."""
     return (length - group.lengths) / group.lengths + alpha * (group.right - accuracy)

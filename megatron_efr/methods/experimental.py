@@ -180,7 +180,7 @@ class SelfBudgeter(Method):
 
 
 class AdaCoT(Method):
-    """AdaCoT: to think costs where it is not needed, and not to think where it is.
+    """AdaCoT: to think costs if it is not needed, and not to think if it is.
 
         r = c - missed if it does not think and the prompt needs it, c - needless if it thinks and it does not, else c
         a prompt needs it if fewer than `enough` of the group's responses that do not think are right, or none is there
@@ -258,7 +258,7 @@ class MemoryR(Method):
         return {"right": right, "wrong": wrong, "near": near[-self.window :], "unlike": unlike[-self.window :]}
 
     def _parts(self, group: Graded, state: State) -> tuple[FloatArray, FloatArray]:
-        """How near each response is to right ones, and how unlike wrong ones, [n] each; nan where there is none."""
+        """Nearness of each response to right ones, and distance from wrong ones, [n]; nan: none."""
         made, name = self._embedded(group).astype(np.float64), group.group.prompt.id
         near = unlike = np.full(len(made), np.nan)
         if name in state.get("right", {}):

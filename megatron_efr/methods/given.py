@@ -1,4 +1,4 @@
-"""What a run has to give a method: refuses, by name, a method that needs what is not there."""
+"""Checks what a method needs against what a run has: refuses, by name, what is not there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_efr.types import Marks
 
 
 class Given(NamedTuple):
-    """What a run has: the name of its engine and what that can do, the marks around a thought, and its iterations."""
+    """A run's means: its engine and what that can do, marks around a thought, iterations."""
 
     engine: str
     abilities: frozenset[str]

@@ -1,4 +1,4 @@
-"""What a run has seen of each prompt: one store for all methods, in the checkpoint."""
+"""History of each prompt: one store for all methods, in the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_efr.types import Graded
 
 
 class Seen(NamedTuple):
-    """What was seen of one prompt.
+    """History of one prompt.
 
     visits: iterations that trained on it. responses, right: of all visits together. right_tokens: of the right
     responses together. shortest_right: tokens of the shortest right response; None: none was right. last_step: the
@@ -71,5 +71,5 @@ def dump_history(history: History) -> dict[str, list[int | None]]:
 
 
 def load_history(stored: Mapping[str, Iterable[Any]]) -> History:
-    """What `dump_history` gave, as a history."""
+    """The history that `dump_history` wrote."""
     return MappingProxyType({name: Seen(*seen) for name, seen in stored.items()})

@@ -1,4 +1,4 @@
-"""What a run knows: its method's state and the history of its prompts, as each iteration may see them."""
+"""A run's knowledge: its method's state and its prompts' history, as each iteration sees them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Knowledge:
         self._monitor: ByPrompt = NONE
 
     def begin(self, step: int) -> Known:
-        """What iteration `step` may know, from now on."""
+        """Begin iteration `step`: its knowledge is that of now."""
         self.latest = self.latest._replace(
             step=step,
             state=copy.deepcopy(dict(self._state)),
@@ -43,7 +43,7 @@ class Knowledge:
         return self.latest
 
     def of(self, step: int) -> Known:
-        """What iteration `step` may know; it has begun."""
+        """Knowledge of iteration `step`, which has begun; KeyError if it has not."""
         return self._begun[step]
 
     def learn(self, step: int, groups: Sequence[Rewarded]) -> None:
@@ -59,7 +59,7 @@ class Knowledge:
 
     @property
     def monitored(self) -> int | None:
-        """How many iterations were over when the monitor set was last sampled; None: it was not."""
+        """Iterations that were over when the monitor set was last sampled; None: it was not."""
         return self._monitored
 
     def monitor(self, step: int, sampled: ByPrompt) -> None:
@@ -67,14 +67,14 @@ class Knowledge:
         self._monitored, self._monitor = step, sampled
 
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart, JSON-ready."""
+        """State that must survive a restart, JSON-ready."""
         kept: dict[str, Any] = {"state": dict(self._state), "history": dump_history(self._history)}
         if self._monitored is not None:
             kept["monitor"] = {"step": self._monitored, "sampled": dump(self._monitor)}
         return kept
 
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` gave; nothing is known where it is empty."""
+        """Take up what `state_dict` gave; nothing is known if it is empty."""
         self._state = stored.get("state", {})
         self._history = load_history(stored.get("history", {}))
         self._begun = {}

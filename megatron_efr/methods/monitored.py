@@ -89,7 +89,7 @@ class LaserD(Method):
         return None
 
     def _explored(self, group: Graded, seen: Outcomes, target: int | None) -> FloatArray:
-        """What a wrong answer gets beside, [n]."""
+        """Reward of a wrong answer beside correctness, [n]."""
         return np.zeros(len(seen.lengths))
 
 
@@ -119,7 +119,7 @@ class LaserDE(LaserD):
 
 
 def band(solved: float) -> Band:
-    """How well prompts of that share of right responses are solved: the thirds, to rounding."""
+    """Difficulty of prompts by their share of right responses: the thirds, to rounding."""
     return "high" if solved >= 2 / 3 - 1e-9 else "medium" if solved >= 1 / 3 - 1e-9 else "low"
 
 

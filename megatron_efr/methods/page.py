@@ -188,7 +188,7 @@ def _overview() -> Iterator[str]:
 
 
 def _wrong_may_win(method: type[Method]) -> str:
-    """When a wrong answer can earn more than a right one; `-` if it never can."""
+    """Condition under which a wrong answer earns more than a right one; `-` if it never can."""
     chosen = f"(not by default) {method.wrong_may_win_if}" if method.wrong_may_win_if else ""
     return "; or ".join(filter(None, (method.wrong_may_win, chosen))) or "-"
 
@@ -219,7 +219,7 @@ def _options(method: type[Method]) -> Iterator[str]:
 
 
 def _summary(kind: str) -> str:
-    """What a kind is: its module's docstring, after the colon of its first line."""
+    """Description of a kind: its module's docstring, after the colon of its first line."""
     text = (sys.modules[f"{__package__}.{kind}"].__doc__ or "").strip().partition(": ")[2]
     return text[:1].upper() + text[1:]
 

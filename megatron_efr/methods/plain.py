@@ -69,7 +69,9 @@ def tells(name: str) -> AfterValidator:
 
 
 def limit_of(option: int | None, group: Outcomes, key: str) -> int:
-    """A limit in tokens that an option may give, and is the rollouts' otherwise; ConfigError where neither is known."""
+    """A limit in tokens that an option may give, and is the rollouts' otherwise; ConfigError if
+    neither is known.
+    """
     found = option or group.limit
     if found is None:
         raise ConfigError(f"{key}: not set, and no max_new_tokens is given; give one of them")

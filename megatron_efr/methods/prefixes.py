@@ -90,7 +90,7 @@ class L2T(Prefixes):
         return Credit(group.rewards - group.rewards.mean(), per_token=added)
 
     def _added(self, response: Response, solved: FloatArray) -> FloatArray:
-        """What each token of a response has besides, [tokens]."""
+        """Credit that each token of a response has besides, [tokens]."""
         made, places = np.zeros(len(response.tokens)), [branch.at for branch in response.branches]
         for start, end, gained in zip(places, places[1:], np.diff(solved), strict=False):
             made[start:end] = self.alpha * gained

@@ -68,8 +68,9 @@ class TWYN(Relative):
 class GFPO(Relative):
     """GFPO: of many responses the shortest are learnt from, and the others not.
 
-        A = (r - mean) / std over the `keep` responses of least length, or of most reward per token; 0 for the rest
-        r = c; population deviation; all 0 where the kept ones earn the same
+        A = (r - mean) / std over the `keep` responses of least length, or of most reward per token
+        A = 0 for the rest
+        r = c; population deviation; all 0 if the kept ones earn the same
 
     A wrong or truncated response earns 0, and may be kept. `adaptive`: hard prompts keep `keep`, those of the easier
     two quarters 3/4 and 1/2 of it; the quarters are those of the accuracies of the groups of all iterations before,
@@ -218,7 +219,7 @@ class QGLAS(Relative):
     """QGLAS: right answers that are shorter than their mean get a bonus on their advantage.
 
         a = c - mean c;  ref = mean length of those with a > 0
-        h = clip((ref - l) / ref, 0, clip) / clip where a > 0, else 0
+        h = clip((ref - l) / ref, 0, clip) / clip if a > 0, else 0
         A = a + (max c - Q25 c) (low + (high - low) (1 - s)) h
         s = spread of the rewards with a > 0, as a share of max c - Q25 c, at most 1
 

@@ -1,4 +1,4 @@
-"""What a run samples for its method beside its rollouts: the starting model's responses, and a monitor set's."""
+"""Samplings beside rollouts: the starting model's responses, and a monitor set's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Sampled(NamedTuple):
 
     @classmethod
     def of(cls, graded: Graded) -> Sampled:
-        """What is kept of a graded group."""
+        """The part of a graded group that is kept."""
         group = graded.group
         right = graded.correct & ~group.truncated
         return cls(tuple(map(int, group.lengths)), tuple(map(bool, right)))
@@ -50,7 +50,10 @@ class Monitor(NamedTuple):
 
 
 class Samplings(NamedTuple):
-    """What a run is to sample. reference: responses of the starting model to each training prompt; 0: none."""
+    """Samplings that a method wants.
+
+    reference: responses of the starting model to each training prompt; 0: none.
+    """
 
     reference: int = 0
     monitor: Monitor | None = None
@@ -67,7 +70,7 @@ def dump(sampled: ByPrompt) -> dict[str, Any]:
 
 
 def load(stored: Mapping[str, Iterable[Any]]) -> ByPrompt:
-    """What `dump` gave, as samplings. ValueError or TypeError where it is not that."""
+    """The samplings that `dump` wrote. ValueError or TypeError for anything else."""
     return MappingProxyType({name: restored(*each) for name, each in stored.items()})
 
 

@@ -57,10 +57,10 @@ class Elastic(Plain):
 
         r = c,  of responses whose thought is cut at its budget, closed, and answered all the same
 
-    A wrong response earns 0, and so does a truncated one, whose answer was cut, and one that ends within its thought.
-    Nothing is remembered. The verifier reads the whole response, so that a box in the thought counts where the answer
-    has none; the released code reads the answer alone. The text that closes a thought is written, and not trained on;
-    the released code trains on it.
+    A wrong response earns 0, and so does a truncated one, whose answer was cut, and one that ends
+    within its thought. Nothing is remembered. The verifier reads the whole response, so that a box
+    in the thought counts if the answer has none; the released code reads the answer alone. The text
+    that closes a thought is written, and not trained on; the released code trains on it.
     """
 
     source = "Xu et al. 2025, arXiv 2505.05315; SalesforceAIResearch/Elastic-Reasoning@8871a3c vllm_rollout.py"

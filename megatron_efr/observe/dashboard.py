@@ -23,7 +23,7 @@ RECENT = 10
 
 
 class Series(NamedTuple):
-    """One metric of a chart: its key, its name where a chart has several, its style."""
+    """One metric of a chart: its key, its name if a chart has several, its style."""
 
     key: str
     label: str
@@ -79,7 +79,7 @@ def view(run: Watched, width: int, now: datetime) -> RenderableType:
 
 
 def state(run: Watched) -> str:
-    """How the run stands: `running`, or how it ended. A killed one wrote no end; an evaluation's is not the run's."""
+    """State of the run: `running`, or how it ended. A killed one wrote no end."""
     if run.running:
         return "running"
     ends = [line for line in run.log if line.event in ("start", "resume", "end")]
@@ -90,7 +90,9 @@ def state(run: Watched) -> str:
 
 
 def seconds_left(run: Watched) -> float | None:
-    """Seconds to the last step, by the mean of the newest ones; None where no step or no total is known."""
+    """Seconds to the last step, by the mean of the newest ones; None if no step or no total is
+    known.
+    """
     recent = [line["time/total"] for line in run.metrics[-RECENT:] if "time/total" in line]
     steps = run.metrics[-1]["step"] if run.metrics else 0
     if not recent or not run.total:

@@ -193,7 +193,7 @@ class Observer:
             output.phase(phase)
 
     def seconds(self, phase: str) -> float:
-        """Seconds spent in `phase` since the last `log`; 0.0 where it has not been entered."""
+        """Seconds spent in `phase` since the last `log`; 0.0 if it has not been entered."""
         return self._seconds.get(phase, 0.0)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:

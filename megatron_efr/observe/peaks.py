@@ -63,7 +63,9 @@ def _since_last_time() -> dict[str, float]:
 
 
 def _resident_peak() -> float | None:
-    """Highest resident memory since the last call, in GiB; None where the kernel keeps or resets no such figure."""
+    """Highest resident memory since the last call, in GiB; None if the kernel keeps or resets no
+    such figure.
+    """
     try:
         found = re.search(r"VmHWM:\s+(\d+) kB", (PROCESS / "status").read_text(encoding="ascii"))
         (PROCESS / "clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the peak to what is resident now

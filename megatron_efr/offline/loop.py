@@ -114,9 +114,9 @@ def checksum(samples: Sequence[Sample]) -> str:
 
 
 def restore(policy: Policy, checkpoints: Checkpoints, rows: str, data: str) -> int:
-    """Take up the newest checkpoint: the update it was made after, 0 where there is none.
+    """Take up the newest checkpoint: the update it was made after, 0 if there is none.
 
-    UserError where it was trained on other rows than those of checksum `rows`, which come from `data`.
+    UserError if it was trained on other rows than those of checksum `rows`, which come from `data`.
     """
     path = checkpoints.newest()
     if path is None:

@@ -14,7 +14,7 @@ from megatron_efr.planning.gpus import GIB, Case, describe, remedies
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the plan; exit code 1 where it does not fit, after what would."""
+    """Print the plan; exit code 1 if it does not fit, after what would."""
     parser = arguments.parser("plan", "Memory and time of a run, phase by phase, before anything is downloaded.")
     some = arguments.within(int, 1)
     parser.add_argument("--nodes", type=some, default=1, help="machines: 1")
@@ -52,7 +52,7 @@ def on_cpu(plan: host.HostPlan, console: Console) -> bool:
 
 
 def on_gpus(case: Case, console: Console) -> bool:
-    """Print what the run takes on each GPU, and the fewest changes that make it fit where it does not."""
+    """Print what the run takes on each GPU, and the fewest changes that make it fit if it does not."""
     for line in describe(case):
         console.print(line)
     if case.fits:

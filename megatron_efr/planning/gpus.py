@@ -1,4 +1,4 @@
-"""What a run takes on each GPU, phase by phase of a colocated step, before any GPU is asked for.
+"""Memory that a run takes on each GPU, phase by phase, before any GPU is asked for.
 
 The formulas and their sources are in megatron_efr/memory.py: they count tensors, and have not been compared with a card
 yet. A run says what each phase did take as `time/<phase>_device_gib`.
@@ -22,7 +22,7 @@ from megatron_efr.planning.shapes import shape_of
 from megatron_efr.policy.fit import check_fit
 from megatron_efr.weights.architecture import Architecture
 
-STATIC_FRACTION = 0.6  # where rollout.server.mem_fraction_static is left out; SGLang then decides for itself
+STATIC_FRACTION = 0.6  # if rollout.server.mem_fraction_static is left out; SGLang then decides for itself
 GIB = 2**30
 RECOMPUTE = "{recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}"
 
@@ -54,7 +54,7 @@ class Case:
 
     @cached_property
     def plan(self) -> MemoryPlan:
-        """The memory of every phase; ConfigError where the split does not divide."""
+        """The memory of every phase; ConfigError if the split does not divide."""
         config = self.config
         config.check_world(self.world)
         check_fit(config.model, config.parallel, self.architecture)
@@ -115,7 +115,9 @@ def levers(case: Case) -> Iterator[list[list[str]]]:
 
 
 def remedies(case: Case, most: int = 3) -> list[list[str]]:
-    """The fewest levers that make the run fit, in every such combination; none where `most` together do not."""
+    """The fewest levers that make the run fit, in every such combination; none if `most` together
+    do not.
+    """
     for count in range(1, most + 1):
         found = []
         for chosen in itertools.combinations([lever for lever in levers(case) if lever], count):

@@ -1,4 +1,4 @@
-"""What an iteration takes on this machine's CPU, with the embedded engine: memory by counting, time by measuring."""
+"""Memory (counted) and time (measured) of an iteration on this CPU, with the embedded engine."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def host_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """What this process holds with all libraries loaded, as a run does; 0 where the kernel does not say."""
+    """Bytes of this process with all libraries loaded, as a run has; 0 if the kernel is silent."""
     with contextlib.suppress(OSError):
         if found := re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii")):
             return int(found[1]) * 1024

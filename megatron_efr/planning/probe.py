@@ -32,7 +32,7 @@ FEW, TIMES = 512, 4  # tokens of a batch, and how much larger the other is: thei
 
 
 class Work(NamedTuple):
-    """What is timed: `groups` prompts of `prompt` tokens with `samples` responses of `response` tokens each."""
+    """Work that is timed: `groups` prompts, `samples` responses each, both in tokens."""
 
     groups: int
     samples: int

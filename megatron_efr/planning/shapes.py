@@ -36,8 +36,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def shape_of(path: str) -> dict[str, Any]:
-    """config.json of `model.path`: of the folder, or the file itself; where neither is there, of the model published
-    under the path's last part. ConfigError where there is none of that name."""
+    """config.json of `model.path`: of the folder, or the file itself; if neither is there, of the
+    model published under the path's last part. ConfigError if there is none of that name.
+    """
     place = Path(path)
     if place.is_file():
         return read_object(place)

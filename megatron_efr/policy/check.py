@@ -10,7 +10,9 @@ from megatron_efr.weights.architecture import Architecture
 
 
 def check_policy(model: ModelConfig, parallel: ParallelConfig, optimizer: OptimizerConfig) -> None:
-    """ConfigError where the model does not divide over `parallel`, or Megatron refuses what is handed on to it."""
+    """ConfigError if the model does not divide over `parallel`, or Megatron refuses what is handed
+    on to it.
+    """
     architecture = Architecture.from_folder(model.path)
     check_fit(model, parallel, architecture)
     transformer_config(model, architecture, parallel)

@@ -17,9 +17,10 @@ from megatron_efr.samples import PackedBatch
 def zigzag(lengths: Sequence[int], rank: int, ranks: int) -> torch.Tensor:
     """Places in the pack of the tokens that context rank `rank` holds, in its own order: int64 [tokens / ranks].
 
-    Every sequence is cut into 2 * ranks chunks, and rank r holds chunks r and 2 * ranks - 1 - r: all ranks have the
-    same causal work. Megatron's packed rotary embedding and Transformer Engine's attention assume this layout; a
-    contiguous cut would be mis-rotated without a word. ValueError where a length is no multiple of 2 * ranks.
+    Every sequence is cut into 2 * ranks chunks, and rank r holds chunks r and 2 * ranks - 1 - r:
+    all ranks have the same causal work. Megatron's packed rotary embedding and Transformer Engine's
+    attention assume this layout; a contiguous cut would be mis-rotated without a word. ValueError
+    if a length is no multiple of 2 * ranks.
     """
     if any(length % (2 * ranks) for length in lengths):
         raise ValueError(f"sequences of {list(lengths)} tokens do not divide into {2 * ranks} chunks; pack pads them")
@@ -39,7 +40,7 @@ def rank_order(lengths: Sequence[int], ranks: int) -> torch.Tensor:
 
 
 def own_rows(batch: PackedBatch, rank: int, ranks: int) -> torch.Tensor:
-    """Which of the micro-batch's rows stand on tokens of context rank `rank`: int64, indices into [R]."""
+    """Rows of the micro-batch on tokens of context rank `rank`: int64, indices into [R]."""
     place = rank_order(batch.lengths, ranks).to(batch.rows.device)[batch.rows]
     return (place // (batch.tokens.numel() // ranks) == rank).nonzero()[:, 0]
 

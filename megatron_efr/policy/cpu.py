@@ -1,4 +1,5 @@
-"""Megatron-Core on a machine without a GPU: the one module that patches it, and refuses where CUDA is present.
+"""Megatron-Core on a machine without a GPU: the one module that patches it, and refuses if CUDA is
+present.
 
 Megatron-Core 0.16.1 and 0.19.2 name the device "cuda" in places that no option reaches. Each patch below answers one of
 them, in both.
@@ -26,7 +27,7 @@ _WITH_LITERAL_DEVICE = (schedules, optimizer, clip_grads, grad_scaler, megatron_
 
 
 def prepare() -> None:
-    """Patch Megatron for this process, once. RuntimeError where there is a GPU to use instead."""
+    """Patch Megatron for this process, once. RuntimeError if there is a GPU to use instead."""
     if torch.cuda.is_available():
         raise RuntimeError(
             "CPU support was asked for on a machine with CUDA; hide the devices with CUDA_VISIBLE_DEVICES="
@@ -58,7 +59,7 @@ def prepare() -> None:
 def cuda_type_names() -> Iterator[None]:
     """Within it fp32 CPU tensors call themselves 'torch.cuda.FloatTensor', as Megatron's optimizer asserts.
 
-    Does nothing where CUDA is present.
+    Does nothing if CUDA is present.
     """
     if torch.cuda.is_available():
         yield
@@ -87,7 +88,7 @@ def _counts_on_host(dispatcher: Any, point: str, tokens_per_expert: torch.Tensor
 
 
 def _uneven_gather(even: Any) -> Any:
-    """Megatron's gather over dim 0, with a broadcast from every rank where the parts differ in size."""
+    """Megatron's gather over dim 0, with a broadcast from every rank if the parts differ in size."""
 
     def gather(
         tensor: torch.Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None, *args: Any, **kwargs: Any
@@ -104,7 +105,7 @@ def _uneven_gather(even: Any) -> Any:
 
 
 def _uneven_reduce_scatter(even: Any) -> Any:
-    """Megatron's reduce-scatter over dim 0, with a sum over everything where the parts differ in size."""
+    """Megatron's reduce-scatter over dim 0, with a sum over everything if the parts differ in size."""
 
     def scatter(
         tensor: torch.Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None, *args: Any, **kwargs: Any

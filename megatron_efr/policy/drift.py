@@ -87,10 +87,11 @@ def drift_sums(batch: PackedBatch, version: int) -> dict[str, float]:
 def drift_figures(sums: Mapping[str, float]) -> dict[str, float]:
     """Means over tokens and maxima, from the sums of all micro-batches.
 
-    `logprob_diff_mean`, `logprob_diff_max`: |engine - proximal| over tokens that the policy's own version drew (NaN
-    where there are none); `logprob_diff_lag<n>_mean`, `_max`: over those drawn n versions ago, which differ rightly.
-    `kl`: proximal - initial model (k1), where a reference is kept. `importance_mean`, and `importance_cut`: the share
-    of tokens whose weight the cap or the mask changed.
+    `logprob_diff_mean`, `logprob_diff_max`: |engine - proximal| over tokens that the policy's own
+    version drew (NaN if there are none); `logprob_diff_lag<n>_mean`, `_max`: over those drawn n
+    versions ago, which differ rightly. `kl`: proximal - initial model (k1), if a reference is kept.
+    `importance_mean`, and `importance_cut`: the share of tokens whose weight the cap or the mask
+    changed.
     """
     figures = {
         name: sums[name] / max(sums["tokens"], 1.0)

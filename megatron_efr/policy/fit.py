@@ -42,7 +42,9 @@ _UNEVEN_STAGES = (  # with one of these Megatron divides layers over stages by a
 
 
 def check_fit(model: ModelConfig, parallel: ParallelConfig, architecture: Architecture | None = None) -> None:
-    """ConfigError where the model (`model.path`'s, unless `architecture` is given) does not divide over `parallel`."""
+    """ConfigError if the model (`model.path`'s, unless `architecture` is given) does not divide
+    over `parallel`.
+    """
     architecture = architecture or Architecture.from_folder(model.path)
     _check_owned_fields(model.megatron)
     check_split(architecture, parallel.tensor, parallel.expert)

@@ -25,7 +25,9 @@ from megatron_efr.samples import PackedBatch
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """How this rank's rows of the output layer, `weight` [V / TP, hidden], become log-probs. The last stage has one.
+    """The head: makes log-probs from this rank's rows of the output layer; on the last stage.
+
+    `weight` is [V / TP, hidden].
 
     `chunk` is how many tokens' logits exist at a time; `tensor_group` and `context_group`, whose ranks hold a sequence
     together, are None without that parallelism.
@@ -60,14 +62,16 @@ class Head:
 
     @property
     def main_grad(self) -> torch.Tensor | None:
-        """Megatron's gradient of the weight, where it is fp32; else None, and the gradient goes through autograd."""
+        """Megatron's gradient of the weight, if it is fp32; else None, and the gradient goes
+        through autograd.
+        """
         main_grad = getattr(self.weight, "main_grad", None)
         return main_grad if main_grad is not None and main_grad.dtype == torch.float32 else None
 
 
 @dataclass(frozen=True, slots=True)
 class HeadRows:
-    """What a loss is computed from: one micro-batch's rows before the head, `states` [R, hidden], and the batch.
+    """Arguments of a loss: the batch, and its rows before the head, `states` [R, hidden].
 
     A loss takes one of the two ways. `factor` is what the loss will have been scaled by when its backward pass begins.
     """
@@ -80,7 +84,8 @@ class HeadRows:
     def logprobs(self, live: int | None = None) -> torch.Tensor:
         """fp32 [R], for any loss: the backward pass computes the logits again, of the first `live` rows.
 
-        The others have no gradient, as the loss knows (`batch.live_rows`, where it is a multiple of the advantage).
+        The others have no gradient, as the loss knows (`batch.live_rows`, if it is a multiple of
+        the advantage).
         """
         head, batch = self.head, self.batch
         return linear_logprob(self.states, head.weight, batch.targets, live=live, **head.options)[0]
@@ -95,7 +100,7 @@ class HeadRows:
         return logprobs, entropies
 
     def given(self, objective: Objective) -> PolicyRows:
-        """What the loss reads beside log-probs, as the kernels take it."""
+        """Columns that the loss reads beside log-probs, as the kernels take them."""
         columns = self.batch.columns
         old, behaviour = columns["old_logprob"], columns.get("behaviour_logprob")
         return PolicyRows(
@@ -110,7 +115,8 @@ class HeadRows:
     def policy_loss(self, objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of `Objective` and its figures, for what each token's log-prob gives alone: logits exist once.
 
-        The weight's gradient goes into its `main_grad` in this pass, for the factor promised, where that is fp32.
+        The weight's gradient goes into its `main_grad` in this pass, for the factor promised, if
+        that is fp32.
         """
         head, batch = self.head, self.batch
         loss, _, figures = fused_policy_loss(
@@ -142,7 +148,7 @@ def build_head(
 
 
 def loss_scaling(config: TransformerConfig, ranks: Ranks, micro_batches: int) -> tuple[float, float]:
-    """What undoes Megatron's own averaging of our losses, and the factor that these arrive at backward with.
+    """Factor that undoes Megatron's averaging of our losses, and that of the backward pass.
 
     Without `calculate_per_token_loss` the schedule divides a loss by the number of micro-batches, and DDP the
     gradients by that of its ranks. The loss scale comes last.
@@ -158,9 +164,9 @@ def loss_scaling(config: TransformerConfig, ranks: Ranks, micro_batches: int) ->
 class _GradientIsThere(torch.autograd.Function):
     """Tells Megatron's DDP in the backward pass that `main_grad` has the weight's gradient.
 
-    As `tensor_parallel.layers` does it: a flag on the weight, and a gradient without meaning that sets off the hook
-    which reduces. Where the embedding is tied on the same stage (`zero_out_wgrad`), its gradient is added to ours
-    before the hook adds the sum to `main_grad`, so ours is zeros.
+    As `tensor_parallel.layers` does it: a flag on the weight, and a gradient without meaning that
+    sets off the hook which reduces. If the embedding is tied on the same stage (`zero_out_wgrad`),
+    its gradient is added to ours before the hook adds the sum to `main_grad`, so ours is zeros.
     """
 
     @staticmethod

@@ -116,10 +116,11 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 class PackedAttention(MegatronModule):
     """Causal attention within each sequence of a pack, over torch's scaled_dot_product_attention.
 
-    Takes query `[tokens, heads, head_dim]`, key and value `[tokens, kv groups, head_dim]` of this rank, returns
-    `[tokens, heads * head_dim]`. Stands where Megatron's DotProductAttention stands, which knows no packing.
-    Under context parallelism each rank brings its slice of the tokens, trades it for whole sequences of some of the
-    heads (Jacobs et al. 2023, DeepSpeed-Ulysses), and trades the result back.
+    Takes query `[tokens, heads, head_dim]`, key and value `[tokens, kv groups, head_dim]` of this
+    rank, returns `[tokens, heads * head_dim]`. Replaces Megatron's DotProductAttention, which knows
+    no packing. Under context parallelism each rank brings its slice of the tokens, trades it for
+    whole sequences of some of the heads (Jacobs et al. 2023, DeepSpeed-Ulysses), and trades the
+    result back.
     """
 
     context: dist.ProcessGroup | None = None

@@ -15,16 +15,18 @@ from megatron_efr.policy.head import HeadRows
 from megatron_efr.samples import PackedBatch
 
 Metrics = dict[str, torch.Tensor]
-"""Figures of one micro-batch: summed over micro-batches and replicas, or maximised where the name ends in `_max`."""
+"""Figures of one micro-batch: summed over micro-batches and replicas, or maximised if the name ends
+in `_max`.
+"""
 
 MEANS = ("clip_fraction", "clip_above", "clip_below", "kl_to_old", "kl_to_reference", "entropy")
 """Figures that are means over tokens once they are divided by the sum of the weights."""
 
 ROUNDING = 1e-4
-"""How far fp32 weights that are to sum to 1 may be from it."""
+"""Tolerance of the sum of fp32 weights that are to sum to 1."""
 
 Loss = Callable[[HeadRows], tuple[torch.Tensor, Metrics]]
-"""Asks for `policy_loss` where each token's log-prob is enough by itself, else for `logprobs`."""
+"""Asks for `policy_loss` if each token's log-prob is enough by itself, else for `logprobs`."""
 
 
 def policy_loss(objective: Objective) -> Loss:

@@ -55,7 +55,9 @@ class PolicyModel(GPTModel):
 
     @property
     def head_weight(self) -> torch.nn.Parameter:
-        """This rank's rows of the output layer [V / TP, hidden]; the embedding where they are tied. Last stage only."""
+        """This rank's rows of the output layer [V / TP, hidden]; the embedding if they are tied.
+        Last stage only.
+        """
         if self.share_embeddings_and_output_weights:
             return cast(torch.nn.Parameter, self.shared_embedding_or_output_weight())
         return cast(torch.nn.Parameter, self.output_layer.weight)

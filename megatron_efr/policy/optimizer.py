@@ -226,7 +226,7 @@ def _check(fields: Mapping[str, Any], dtype: str) -> None:
 
 
 def _find(tree: Any, key: str) -> Any:
-    """The first value of `key` in nested dictionaries, None where there is none."""
+    """The first value of `key` in nested dictionaries, None if there is none."""
     if not isinstance(tree, dict):
         return None
     if key in tree:

@@ -1,4 +1,4 @@
-"""Which sequences go where: updates, data-parallel replicas, packed micro-batches; and the packs themselves."""
+"""Dealing of sequences to updates, replicas and packed micro-batches; and the packs themselves."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def _weight(credit: Credit, i: int, count: int) -> Array | None:
 
 
 def _columns(response: Response, advantage: float | FloatArray, weight: Array | None = None) -> dict[str, Array]:
-    """The columns of a response, which stand where it says something of them; one advantage, or one for each token.
+    """The columns of a response, which stand if it says something of them; one advantage, or one
+    for each token.
 
     Tokens that a script forced weigh nothing, and no weights drew what it wrote.
     """
@@ -143,8 +144,9 @@ def balance(
 def _fewest(lengths: Sequence[int], budget: int) -> int:
     """A number of micro-batches below which these sequences cannot do: at least 1, and near what they need.
 
-    At most k of those longer than 1 / (k + 1) of the budget fit into one. Without that, trying numbers one by one from
-    what the tokens need takes minutes where a thousand sequences are all a little over half of the budget.
+    At most k of those longer than 1 / (k + 1) of the budget fit into one. Without that, trying
+    numbers one by one from what the tokens need takes minutes if a thousand sequences are all a
+    little over half of the budget.
     """
     over = (-(-sum(length * (k + 1) > budget for length in lengths) // k) for k in range(1, 9))
     return max(1, -(-sum(lengths) // budget), *over)
@@ -153,7 +155,9 @@ def _fewest(lengths: Sequence[int], budget: int) -> int:
 def _spread(
     share: list[int], lengths: Mapping[int, int], count: int, budget: int, cost: Callable[[int], float]
 ) -> MicroBatches | None:
-    """A replica's sequences, costliest first, over `count` similar micro-batches; None where one does not fit."""
+    """A replica's sequences, costliest first, over `count` similar micro-batches; None if one does
+    not fit.
+    """
     batches: MicroBatches = [[] for _ in range(count)]
     tokens, work = [0] * count, [0.0] * count
     for i in share:

@@ -78,7 +78,8 @@ class Parameters:
     def parcels(self, of: Kind = "weights", *, flat: bool = False, everywhere: bool = False) -> Iterator[Parcel]:
         """Whole tensors by Hugging Face name, a bucket at a time, on rank 0 or `everywhere`: see `Reshard.parcels`.
 
-        All ranks iterate together. Gradients are what the last backward pass left, after clipping where that is on.
+        All ranks iterate together. Gradients are what the last backward pass left, after clipping
+        if that is on.
         """
         self.finish_gather()
         local = {

@@ -130,7 +130,7 @@ class Policy:
         aggregate: Aggregate,
         divisor: int | None = None,
     ) -> UpdatePlan:
-        """Which replica takes which of the sequences `i in update`, in which micro-batches: the same on every rank.
+        """Deal the sequences `i in update` to replicas and micro-batches: the same on every rank.
 
         A micro-batch has `micro_batch_tokens` at most, or as many as suit the device. `aggregate` and `divisor` as
         `Objective` has them.
@@ -161,7 +161,7 @@ class Policy:
         micro_batch_tokens: int | None,
         aggregate: Aggregate,
     ) -> list[PackedBatch]:
-        """`plan_update` and `pack` in one, where every rank has all samples."""
+        """`plan_update` and `pack` in one, if every rank has all samples."""
         sizes = {i: samples[i].size for i in update}  # of an update alone: there may be very many samples
         return self.pack(samples, self.plan_update(sizes, update, micro_batch_tokens, aggregate))
 
@@ -212,7 +212,7 @@ class Policy:
         return context.own_rows(batch, self.ranks.context_rank, self.ranks.context_ranks)
 
     def compare_logprobs(self, batches: list[PackedBatch], version: int = 0) -> dict[str, float]:
-        """How far apart the log-probs of the same tokens are, over all replicas: `drift_figures`.
+        """Distance of log-probs of the same tokens, over all replicas: `drift_figures`.
 
         `version` is the policy's: tokens that older weights drew are told apart.
         """
@@ -223,8 +223,9 @@ class Policy:
     def update(self, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:
         """One optimizer update from this replica's micro-batches; the loss's figures over all replicas, and the step's.
 
-        `skipped` is 1 where the gradient was not finite and no step was made. `imbalance` is by how much the busiest
-        replica's FLOPs exceed the least that any split of the sequences could give it: max(mean, longest sequence).
+        `skipped` is 1 if the gradient was not finite and no step was made. `imbalance` is by how
+        much the busiest replica's FLOPs exceed the least that any split of the sequences could give
+        it: max(mean, longest sequence).
         """
         self.optimizer.zero_grad()
         outputs = self._run(batches, loss, forward_only=False)
@@ -301,12 +302,15 @@ class Policy:
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, whole tensor) pairs on rank 0, one bucket in memory at a time; elsewhere empty tensors.
 
-        All ranks iterate together. Where nothing is split the tensors are views of the live parameters.
+        All ranks iterate together. If nothing is split the tensors are views of the live
+        parameters.
         """
         return (pair for parcel in self.parcels() for pair in parcel.tensors)
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Like `named_weights`, of what the last update's backward pass left (after clipping, where that is on)."""
+        """Like `named_weights`, of what the last update's backward pass left (after clipping, if
+        that is on).
+        """
         self.optimizer.gather_gradients()
         return (pair for parcel in self.parameters.parcels("gradients") for pair in parcel.tensors)
 
@@ -338,13 +342,14 @@ class Policy:
     def offload_training_state(self) -> None:
         """Gradients and optimizer state leave the device, for an engine that shares it; weights can still be read.
 
-        Log-probs, publication and a checkpoint need no more. RuntimeError where they have left already.
+        Log-probs, publication and a checkpoint need no more. RuntimeError if they have left
+        already.
         """
         self.parameters.finish_gather()
         self.optimizer.offload()
 
     def restore_training_state(self) -> None:
-        """Take both back, before the next log-probs or update. RuntimeError where they have not left."""
+        """Take both back, before the next log-probs or update. RuntimeError if they have not left."""
         self.optimizer.restore()
 
     # -- the initial model --------------------------------------------------------------------------------------------
@@ -375,7 +380,7 @@ def _unwrapped(chunk: torch.nn.Module) -> PolicyModel:
 
 
 def _only_logprobs(rows: HeadRows) -> tuple[torch.Tensor, Metrics]:
-    """In a loss's place, where nothing is trained."""
+    """In a loss's place, if nothing is trained."""
     logprobs = rows.logprobs()
     return logprobs.new_zeros(()), {"logprobs": logprobs}
 

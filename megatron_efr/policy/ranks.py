@@ -77,7 +77,7 @@ class Ranks:
 
     @property
     def expert_rank(self) -> int:
-        """Which share of every layer's experts this rank holds."""
+        """Number of this rank's share of every layer's experts, from 0."""
         return parallel_state.get_expert_model_parallel_rank()
 
     @property
@@ -90,7 +90,7 @@ class Ranks:
 
     @property
     def replica(self) -> int:
-        """Which data-parallel replica of the model this rank belongs to."""
+        """Number of the data-parallel replica that this rank belongs to, from 0."""
         return parallel_state.get_data_parallel_rank()
 
     @property
@@ -154,7 +154,7 @@ class Ranks:
 
     @contextmanager
     def _waiting_for(self, what: str) -> Iterator[None]:
-        """Says what was waited for, where gloo only says that it waited or that its peer has gone."""
+        """Says what was waited for: gloo says only that it waited, or that its peer has gone."""
         began = time.monotonic()
         try:
             yield
@@ -210,8 +210,9 @@ class Ranks:
 def joined_ranks(parallel: ParallelConfig, seed: int, model: ModelConfig | None = None) -> Iterator[Ranks]:
     """Join the ranks that torchrun started (or be the only one), split them as configured, and leave at the end.
 
-    ConfigError, before anything starts, where the `model` to be trained does not divide over the split.
-    A process that has joined its world already stays in it: it may be split anew, one layout after the other.
+    ConfigError, before anything starts, if the `model` to be trained does not divide over the
+    split. A process that has joined its world already stays in it: it may be split anew, one layout
+    after the other.
     """
     if model is not None:
         check_fit(model, parallel)

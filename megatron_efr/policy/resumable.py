@@ -1,9 +1,10 @@
 """Adds what Megatron's optimizers lack to be saved and taken up again exactly.
 
-In Megatron-Core 0.16.1 the DistributedOptimizer mixes up a checkpoint's tensors where a bucket ends in padding. With
-torch's Adam, where neither Transformer Engine nor apex is there, it cannot resume at all: it asks for the state of
-parameters that have not been stepped yet, copies in place into leaves that require gradients and into a `step` that the
-checkpoint keeps elsewhere, and leaves all parameters with one `step` tensor, which then counts every one of them.
+In Megatron-Core 0.16.1 the DistributedOptimizer mixes up a checkpoint's tensors if a bucket ends in
+padding. With torch's Adam, if neither Transformer Engine nor apex is there, it cannot resume at
+all: it asks for the state of parameters that have not been stepped yet, copies in place into leaves
+that require gradients and into a `step` that the checkpoint keeps elsewhere, and leaves all
+parameters with one `step` tensor, which then counts every one of them.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def prepare(part: MegatronOptimizer) -> None:
 def _count_padding(part: DistributedOptimizer) -> None:
     """Let buffers and buckets be as long in a checkpoint as they are in memory.
 
-    `fully_reshardable` joins the buckets without their padding, and then looks for each parameter where it stands with
-    it. Nothing else reads these lengths.
+    `fully_reshardable` joins the buckets without their padding, and then looks for each parameter
+    at its place with it. Nothing else reads these lengths.
     """
     for buffer in part.buffers:
         buffer.numel_unpadded = buffer.numel
@@ -45,14 +46,18 @@ def _fill_state(part: MegatronOptimizer) -> None:
 
 
 def steps_to_host(part: MegatronOptimizer) -> None:
-    """Put torch's step counts back into host memory, where it wants them, after all state was moved to the GPU."""
+    """Put torch's step counts back into host memory, if it wants them, after all state was moved to
+    the GPU.
+    """
     for parameter in _stepped_by_torch(part):
         state = part.optimizer.state[parameter]
         state["step"] = state["step"].cpu()
 
 
 def set_aside(part: MegatronOptimizer, saved: dict[str, Any]) -> Tensors | None:
-    """Take the tensors out of a loaded checkpoint where Megatron would stumble over them: see `put_tensors`."""
+    """Take the tensors out of a loaded checkpoint if Megatron would stumble over them: see
+    `put_tensors`.
+    """
     if not _stepped_by_torch(part):
         return None
     if isinstance(part, DistributedOptimizer):

@@ -27,9 +27,9 @@ from megatron_efr.weights.architecture import Architecture
 def lay_out_routing(batch: PackedBatch, samples: ByIndex[Sample], architecture: Architecture) -> torch.Tensor:
     """The micro-batch's `routed_experts` [T, layers, experts per token], in the order of its tokens.
 
-    The engine read no sequence's last token, and no padding: these go to the first experts. Nothing depends on them,
-    since no other token sees them and they predict nothing. UserError where a sequence has no routing, or another
-    model's.
+    The engine read no sequence's last token, and no padding: these go to the first experts. Nothing
+    depends on them, since no other token sees them and they predict nothing. UserError if a
+    sequence has no routing, or another model's.
     """
     assert architecture.experts is not None
     per_token, count = architecture.experts.per_token, architecture.experts.count
@@ -92,8 +92,9 @@ class RoutingReplay:
     def replayed(self, chunk: PolicyModel, batch: PackedBatch) -> Iterator[None]:
         """Within it the chunk's routers choose the `routed_experts` of this context rank's part of a micro-batch.
 
-        Where the backward pass runs routers again, they then choose the same: each keeps its micro-batches in a queue,
-        and in every pipeline schedule a chunk's micro-batches come back in the order they went.
+        If the backward pass runs routers again, they then choose the same: each keeps its
+        micro-batches in a queue, and in every pipeline schedule a chunk's micro-batches come back
+        in the order they went.
         """
         if batch.routed_experts is None:
             yield

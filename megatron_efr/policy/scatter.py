@@ -59,7 +59,7 @@ def unflatten(flat: Sequence[torch.Tensor]) -> list[Sample]:
 
 
 def scatter_samples(samples: Sequence[Sample], plans: Sequence[UpdatePlan], ranks: Ranks) -> dict[int, Sample]:
-    """Those of rank 0's `samples` that this rank's replica trains on, by index; other ranks' do not count."""
+    """Rank 0's `samples` that this rank's replica trains on, by index; others' do not count."""
     if ranks.world_size == 1:
         return dict(enumerate(samples))
     own = [[i for plan in plans for i in plan.own(replica)] for replica in range(ranks.replicas)]

@@ -42,7 +42,7 @@ def _family(folder: RunFolder) -> dict[str, Any]:
 
 
 def _members(folder: RunFolder, summary: dict[str, Any]) -> list[RunFolder]:
-    """The runs behind a family's models, in the first seed's folder where there are several."""
+    """The runs behind a family's models, in the first seed's folder if there are several."""
     first = folder.path / "seed-1" if summary.get("seeds") else folder.path
     runs = [RunFolder(first / name) for model in summary["models"] for name in runs_of(model)]
     return [run for run in runs if run.config.exists()]

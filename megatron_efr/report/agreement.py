@@ -1,4 +1,4 @@
-"""Whether two families that should be the same, but for how they were made, have the same figures."""
+"""Agreement of two families that should be the same, however they were made, by their figures."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Compared(NamedTuple):
 
     @property
     def gap(self) -> float:
-        """What lies between the 95% intervals, in the figure's unit; 0 where they overlap."""
+        """Gap between the 95% intervals, in the figure's unit; 0 if they overlap."""
         (low, high), (others_low, others_high) = (model[f"{self.key}_ci"] for model in (self.one, self.other))
         return max(low - others_high, others_low - high, 0.0)
 
     @property
     def agree(self) -> bool:
-        """Whether the 95% intervals overlap.
+        """True if the 95% intervals overlap.
 
         Those of two samples of one distribution, equally wide, do not in 0.6% of cases. What chance does to training
         is not in them.
@@ -42,7 +42,9 @@ class Compared(NamedTuple):
 
 
 def compare(one: Record, other: Record) -> list[Compared]:
-    """Every figure of every model, from two families' summaries; UserError where they are of other models."""
+    """Every figure of every model, from two families' summaries; UserError if they are of other
+    models.
+    """
     ours, theirs = ([label(model) for model in summary["models"]] for summary in (one, other))
     if ours != theirs:
         raise UserError(f"families of other models cannot be compared: {', '.join(ours)}; and {', '.join(theirs)}")

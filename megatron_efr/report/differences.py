@@ -1,4 +1,4 @@
-"""Whether models of several seeds are apart beyond chance: differences of their means with simultaneous intervals."""
+"""Differences of models' means over seeds, with simultaneous intervals: apart beyond chance?"""
 
 from __future__ import annotations
 

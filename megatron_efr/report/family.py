@@ -1,4 +1,4 @@
-"""What a sweep leaves of its models: the table, summary.json and the page."""
+"""A sweep's report of its models: the table, summary.json and the page."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def _place_labels(axis: Axes, points: Sequence[Point]) -> None:
 
 
 class Line(NamedTuple):
-    """A line of a plot: its colour, its points, and the ends of their intervals where they have them."""
+    """A line of a plot: its colour, its points, and the ends of their intervals if they have them."""
 
     hue: str
     x: Sequence[float]
@@ -160,7 +160,9 @@ def draw_lines(
 
 
 class Range(NamedTuple):
-    """Where lengths lie: the 10th, 25th, 50th, 75th and 90th percentile; empty if there are none."""
+    """Percentiles of lengths: the 10th, 25th, 50th, 75th and 90th percentile; empty if there are
+    none.
+    """
 
     text: str
     hue: str

@@ -33,7 +33,8 @@ def build_summary(
 ) -> Record:
     """summary.json of models that differ in alpha alone: base (alpha None) first and then by alpha.
 
-    `evaluations` and `alphas` are keyed by the model's name. ValueError where a model has no evaluation.
+    `evaluations` and `alphas` are keyed by the model's name. ValueError if a model has no
+    evaluation.
     """
     names = sorted(alphas, key=lambda name: -1.0 if (alpha := alphas[name]) is None else alpha)
     base = next((name for name in names if alphas[name] is None), "")
@@ -42,9 +43,10 @@ def build_summary(
 
 
 def family_summary(evaluations: Mapping[str, Record], models: Sequence[Listed], seconds: Mapping[str, float]) -> Record:
-    """summary.json: each model's figures, over its seeds where it has several, and the seconds each part took.
+    """summary.json: each model's figures, over its seeds if it has several, and the seconds each
+    part took.
 
-    ValueError where a run has no evaluation.
+    ValueError if a run has no evaluation.
     """
     missing = sorted({run for model in models for run in model.runs} - set(evaluations))
     if missing:
@@ -67,9 +69,10 @@ def _model(model: Listed, evaluations: Mapping[str, Record]) -> Record:
 def over_seeds(summaries: Sequence[Record]) -> Record:
     """One summary of several seeds' summaries of the same family: each figure's mean and spread over the seeds.
 
-    `accuracy` and `tokens` become means over seeds, `accuracy_sd` and `tokens_sd` the standard deviation (ddof 1, None
-    for one seed), `accuracy_by_seed` and `tokens_by_seed` the values; intervals within a seed are dropped, since they
-    measure something else. FamilyError where the families differ.
+    `accuracy` and `tokens` become means over seeds, `accuracy_sd` and `tokens_sd` the standard
+    deviation (ddof 1, None for one seed), `accuracy_by_seed` and `tokens_by_seed` the values;
+    intervals within a seed are dropped, since they measure something else. FamilyError if the
+    families differ.
     """
     families = [[(model["name"], model["alpha"]) for model in summary["models"]] for summary in summaries]
     if not families or any(family != families[0] for family in families):
@@ -146,7 +149,7 @@ def base_name(model: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> 
 
 
 def spread_note(summary: Mapping[str, Any]) -> str:
-    """What the brackets, or the ±, in a table of this summary mean, and how many problems are not in it."""
+    """Legend of a summary's table: its brackets or ±, and how many problems are not in it."""
     left_out = next((model["left_out"] for model in summary["models"] if model.get("left_out")), {})
     return " ".join(filter(None, [_spread(summary), left_out_note(left_out)]))
 

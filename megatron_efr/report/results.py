@@ -1,4 +1,4 @@
-"""What a report is made of: a family's figures, its evaluations, its runs' metrics, and the pictures drawn of them."""
+"""Material of a report: a family's figures, evaluations, its runs' metrics, and pictures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    """`evaluations` and `metrics` are by run; `out` is where pictures go. `configs` has texts, by what they are of."""
+    """Results of a family: `evaluations`, `metrics` by run, `configs` by source; `out` has
+    pictures.
+    """
 
     summary: Record
     evaluations: Mapping[str, Record]

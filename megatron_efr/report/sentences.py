@@ -1,4 +1,4 @@
-"""What the report says in words: every sentence is computed from the figures, whichever way they fall."""
+"""Sentences of the report, each computed from the figures, whichever way they fall."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def is_base(model: Mapping[str, Any]) -> bool:
 
 
 def base_of(models: Sequence[Record]) -> Record | None:
-    """The first starting model of a family, or None where there is none to compare with."""
+    """The first starting model of a family, or None if there is none to compare with."""
     first = models[0] if models else None
     return first if first is not None and is_base(first) and len(models) > 1 else None
 
@@ -106,7 +106,7 @@ class Halves(NamedTuple):
 
 
 def halves(base: Record) -> Halves | None:
-    """Split the base's difficulties in two; None where there are fewer than two."""
+    """Split the base's difficulties in two; None if there are fewer than two."""
     tokens = base["tokens_by_difficulty"]
     levels = statistics.in_order(tokens)
     if len(levels) < 2:
@@ -119,10 +119,10 @@ def halves(base: Record) -> Halves | None:
 
 
 def difficulty_sentences(models: Sequence[Record], evaluations: Mapping[str, Record]) -> list[str]:
-    """How the shrinking depends on difficulty: a summing-up, then one sentence a model; [] where it cannot be said.
+    """Sentences on shrinking by difficulty: a summing-up, then one for each model; [] if unknown.
 
-    A difference is called one only where its 95% interval (bootstrap over problems, both models' tokens together)
-    leaves out zero.
+    A difference is called one only if its 95% interval (bootstrap over problems, both models'
+    tokens together) leaves out zero.
     """
     base = base_of(models)
     split = halves(base) if base is not None else None

@@ -56,7 +56,9 @@ def _measures(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _column(values: Sequence[Any]) -> pa.Array:
-    """Values of one type: whole numbers, numbers or booleans where all of them are; else texts, JSON for the others."""
+    """Values of one type: whole numbers, numbers or booleans if all of them are; else texts, JSON
+    for the others.
+    """
     kinds = {type(value) for value in values if value is not None}
     if len(kinds) == 1 and kinds <= {bool, int, float, str}:
         return pa.array(values)

@@ -155,6 +155,6 @@ def _router(engines: EnginesConfig, key: str | None, folder: Path, resources: Ex
 
 
 def local_engine(model: str, slots: int, dtype: str, codec: Codec) -> LocalEngine:
-    """The embedded engine for a model folder, on the GPU where there is one."""
+    """The embedded engine for a model folder, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return LocalEngine(model, slots, device, getattr(torch, dtype), codec)

@@ -45,7 +45,9 @@ class TokenizerCodec:
 
 
 class NoText:
-    """Stands in for a tokenizer where nobody reads what is said: in benchmarks, and in tests of tokens alone."""
+    """Stands in for a tokenizer if nobody reads what is said: in benchmarks, and in tests of tokens
+    alone.
+    """
 
     def encode(self, text: str) -> tuple[int, ...]:
         raise ValueError(f"{text!r}: an engine without a tokenizer knows no text")

@@ -39,14 +39,15 @@ class Engine(Protocol):
     One thread at a time asks for groups; another may call everything else while it does. Several streams may be alive:
     what an earlier one has not finished waits, and goes on when that stream is asked again.
 
-    An engine serves nothing before its first `publish`, and nothing after one that failed (version -1). `pause` stops
-    decoding after the current token and keeps what is unfinished; `resume` goes on, where there are weights. `sleep`
-    pauses and gives up weights and caches: `wake` takes memory for weights, `publish` fills it, and `resume` takes the
-    caches' and goes on; nothing is served before. Misuse raises RuntimeError, bad input ValueError.
+    An engine serves nothing before its first `publish`, and nothing after one that failed (version
+    -1). `pause` stops decoding after the current token and keeps what is unfinished; `resume` goes
+    on, if there are weights. `sleep` pauses and gives up weights and caches: `wake` takes memory
+    for weights, `publish` fills it, and `resume` takes the caches' and goes on; nothing is served
+    before. Misuse raises RuntimeError, bad input ValueError.
     """
 
     abilities: ClassVar[frozenset[str]]
-    """Those of ABILITIES that engines of this class have."""
+    """The ABILITIES that engines of this class have."""
 
     @property
     def version(self) -> int:
@@ -73,7 +74,7 @@ class Engine(Protocol):
     def resume(self) -> None: ...
 
     def sleep(self) -> int:
-        """How many servers gave up their memory."""
+        """Give up weights and caches; returns the number of servers that did."""
         ...
 
     def wake(self) -> None: ...

@@ -20,7 +20,9 @@ def encode_group(group: Group) -> str:
 
 
 def decode_group(line: str | bytes) -> Group:
-    """The group that `encode_group` wrote. Raises ValueError or KeyError where the line is no such group."""
+    """The group that `encode_group` wrote. Raises ValueError or KeyError if the line is no such
+    group.
+    """
     return _decode_group(json.loads(line))
 
 
@@ -78,7 +80,7 @@ def _encode_credit(values: np.ndarray | Sequence[np.ndarray] | bool | None) -> l
 
 
 def _decode_credit(values: list[Any] | bool) -> Any:
-    """What `_encode_credit` wrote: bool for a mask, else float64."""
+    """The array that `_encode_credit` wrote: bool for a mask, else float64."""
     if isinstance(values, bool):
         return values
     if values and isinstance(values[0], list):

@@ -15,7 +15,7 @@ class JournalError(UserError):
 
 
 class JournalContents(NamedTuple):
-    """What a journal holds: the finished groups, in the order they finished, and how many torn last lines (0, 1)."""
+    """A journal's content: groups as they finished, and the number of torn last lines (0, 1)."""
 
     groups: list[Group]
     torn: int
@@ -29,8 +29,9 @@ class Journal(LineFile):
         self.add(encode_group(group))
 
     def read(self) -> JournalContents:
-        """The finished groups. JournalError where a line other than the last is damaged: that is no torn write; or
-        where a group was asked for by a script that is not known here."""
+        """The finished groups. JournalError if a line other than the last is damaged: that is no
+        torn write; or if a group was asked for by a script that is not known here.
+        """
         whole, torn = self.lines()
         groups: list[Group] = []
         for number, line in enumerate(whole, start=1):

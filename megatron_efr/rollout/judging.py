@@ -40,7 +40,9 @@ class Judge:
         self._executor.submit(self._judge)
 
     def next(self, *, wait: bool) -> Judged | None:
-        """The next verdict. Without `wait`, None where there is none yet. What `accept` raised is raised here."""
+        """The next verdict. Without `wait`, None if there is none yet. What `accept` raised is
+        raised here.
+        """
         try:
             judged = self._judged.get(block=wait)
         except queue.Empty:

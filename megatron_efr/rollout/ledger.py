@@ -1,4 +1,4 @@
-"""Rank 0's book of rollouts: which prompts are in flight, which groups are finished, and what an iteration gets.
+"""Rank 0's book of rollouts: prompts in flight, finished groups, and those of an iteration.
 
 An iteration gets `rollout.prompts` whole groups. There are three ways to them, and one book:
 
@@ -37,7 +37,7 @@ from megatron_efr.scripts import plain
 from megatron_efr.types import Group, Prompt, Request, Rewarded, UserError
 
 REFUSALS = 20
-"""How many times an iteration's groups may be refused before that is an error: far beyond what harder data needs."""
+"""Refusals per wanted group before that is an error: far beyond what harder data needs."""
 
 
 class Visit(Protocol):
@@ -63,14 +63,14 @@ class Prompts(Protocol):
 
 
 class Contents(Protocol):
-    """What a journal holds."""
+    """A journal's content."""
 
     @property
     def groups(self) -> list[Group]: ...
 
 
 class Journal(Protocol):
-    """Where finished groups that an iteration may take are kept until a checkpoint covers them."""
+    """Keeps the finished groups that an iteration may take until a checkpoint covers them."""
 
     def append(self, group: Group) -> None: ...
 
@@ -84,7 +84,7 @@ Journals = Callable[[int], Journal]
 
 
 Ask = Callable[[Visit], Request]
-"""What is asked of a prompt that is drawn; its seed is `request_seed` of the visit."""
+"""Makes the request of a prompt that is drawn; its seed is `request_seed` of the visit."""
 
 
 class Finished(NamedTuple):
@@ -111,7 +111,7 @@ def request_seed(seed: int, visit: int) -> int:
 
 
 def staleness(group: Group, version: int) -> int:
-    """By how many publications the group's oldest token is behind `version`."""
+    """Publications by which the group's oldest token is behind `version`."""
     return max(version - span.version for response in group.responses for span in response.versions)
 
 
@@ -166,8 +166,9 @@ class Ledger:
         return groups
 
     def state_dict(self) -> dict[str, Any]:
-        """The prompts' own state, and what is in flight: each visit, its version, and the request itself, which the
-        prompts alone do not give again where a method asks by what it has seen."""
+        """The prompts' own state, and what is in flight: each visit, its version, and the request
+        itself, which the prompts alone do not give again if a method asks by what it has seen.
+        """
         with self._drawing:
             flights = [
                 [flight.visit.index, flight.since, encode_request(flight.request)]
@@ -211,7 +212,7 @@ class Ledger:
         return plain(visit.prompt, self._config.samples, request_seed(self._seed, visit.index))
 
     def _restored(self, index: int, since: int, asked: Mapping[str, Any] | None = None) -> tuple[int, InFlight]:
-        """What `state_dict` wrote of a prompt in flight. A state of before requests were kept has none."""
+        """A prompt in flight, of `state_dict`. Older states have no request: it is asked anew."""
         visit = self._prompts.visit(index)
         if asked is None:
             return self._flight(visit, since)
@@ -272,9 +273,10 @@ class Ledger:
     def _check_refused(self, refused: int, step: int) -> None:
         if refused > REFUSALS * self._config.prompts:
             raise UserError(
-                f"iteration {step}: {refused} groups were refused for what they say, where rollout.prompts = "
-                f"{self._config.prompts} are wanted: the prompts teach nothing, since the model gets all responses to "
-                "them right, or all wrong. Give it harder or easier prompts, or an algorithm that takes every group"
+                f"iteration {step}: {refused} groups were refused for their content, and "
+                f"rollout.prompts = {self._config.prompts} are wanted: the prompts teach nothing, since "
+                "the model gets all responses to them right, or all wrong. Give it harder or easier "
+                "prompts, or an algorithm that takes every group"
             )
 
     def _check_staleness(self, groups: list[Group], version: int) -> None:

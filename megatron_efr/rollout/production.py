@@ -55,7 +55,8 @@ class Production:
         self._in_flight |= {request.seed for request in fresh}
 
     def next(self) -> Group:
-        """The next group to be finished. RuntimeError where the stream ends before all that was asked is answered.
+        """The next group to be finished. RuntimeError if the stream ends before all that was asked
+        is answered.
 
         After an EngineError nothing is in flight any more, and can be asked again.
         """

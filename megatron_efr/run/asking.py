@@ -1,4 +1,4 @@
-"""How a run asks its prompts: as they are rendered, or with what its method adds to them."""
+"""A run's requests for its prompts: as rendered, or with what its method adds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which keys of a configuration a resumed run may set anew, and the sentence where others differ."""
+"""Keys of a configuration that a resumed run may change, and the sentence if others differ."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _ABSENT = "(not set)"
 
 
 def refusal(config: Path, ours: str, resume: bool, completed: Completed = yaml.safe_dump) -> str | None:
-    """Why a run of configuration `ours` (YAML) cannot take the folder of `config`; None where it can.
+    """Reason why a run of `ours` (YAML) cannot take the folder of `config`; None if it can.
 
-    It names every key that differs, with both values; or `config` itself, where it is damaged. A key that an older
-    version did not know has its default there: `completed` writes it out.
+    It names every key that differs, with both values; or `config` itself, if it is damaged. A key
+    that an older version did not know has its default there: `completed` writes it out.
     """
     try:
         tree = yaml.safe_load(config.read_bytes())

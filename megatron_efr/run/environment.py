@@ -1,4 +1,4 @@
-"""What rank 0 alone owns in a run: tokenizer, prompts, engine, ledger, graders, held-out problems."""
+"""Rank 0's own part of a run: tokenizer, prompts, engine, ledger, graders, held-out problems."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Environment:
         resources.callback(self.ledger.close)
 
     def judging(self, step: int) -> Accept:
-        """How the groups of iteration `step`, which begins, are judged: by what is known now."""
+        """Judge of iteration `step`'s groups, made as it begins: by what is known now."""
         return partial(self._accept, self.knowledge.begin(step))
 
     def _accept(self, known: Known, groups: Sequence[Group]) -> list[Rewarded | None]:
@@ -146,7 +146,7 @@ class Environment:
         return figures(sampled)
 
     def _reference(self, samples: int, folder: RunFolder, model: str) -> ByPrompt:
-        """The starting model's responses: another run's, where they are configured, or this run's own."""
+        """The starting model's responses: another run's, if they are configured, or this run's own."""
         sampler, given = self._sampler(model, self._prompts, self._judgings), self._config.data.reference
         if given and not folder.reference.exists():
             sampler.check(Path(given), samples)
@@ -164,7 +164,7 @@ class Environment:
         return Sampler(prompts, self._sampling, self.grader, judgings, self._config.seed, asked)
 
     def evaluate(self, step: int, folder: RunFolder) -> dict[str, float]:
-        """Ask and grade the held-out problems with the weights being served, where step `step` is one to do so.
+        """Ask and grade held-out problems with the served weights, if step `step` is one to do so.
 
         The record goes to `folder`.
         """
@@ -177,7 +177,7 @@ class Environment:
         return {"eval/accuracy": record["accuracy"], "eval/tokens": record["tokens"]}
 
     def engine_figures(self) -> dict[str, float]:
-        """How many servers serve, and since the last call: lost, taken in again, responses asked for again.
+        """Servers that serve and, since the last call: lost, back, responses asked for again.
 
         `refused`: the groups that were replaced in the last iteration since the algorithm did not keep them.
         """
@@ -207,5 +207,7 @@ def check_evaluation(config: TrainConfig) -> None:
 
 
 def date_prompts(prompt: PromptConfig, folder: RunFolder) -> None:
-    """Let prompts that tell a date tell the day on which work in `folder` began, where `prompt` names none."""
+    """Let prompts that tell a date tell the day on which work in `folder` began, if `prompt` names
+    none.
+    """
     prompt.date = prompt.date or folder.began()

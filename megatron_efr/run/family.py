@@ -60,7 +60,7 @@ class Family:
         self._members = members
 
     def tasks(self) -> list[Task]:
-        """What there is to do, bases first."""
+        """Work to do, bases first."""
         bases: dict[str, Task] = {}
         trained: list[Task] = []
         for member in self._members:
@@ -82,7 +82,7 @@ class Family:
             date_prompts(member.config.data.prompt, self.folder)
 
     def check_resumed(self, tasks: Sequence[Task]) -> None:
-        """Refuse to start over where members have left work, if they are not to be resumed."""
+        """Refuse to start over if members have left work, if they are not to be resumed."""
         runs = [RunFolder(self.folder.path / task.name) for task in tasks if task.member is not None]
         if not self._resume and (begun := [run.path.name for run in runs if run.has_work]):
             raise RunFolderError(
@@ -141,7 +141,7 @@ class Family:
 
 
 def _finished(program: Program) -> str:
-    """What the mark of a program that has finished holds."""
+    """Content of the mark that a finished program leaves."""
     return program.text + (f"---\n{program.of}" if program.of else "")
 
 

@@ -42,7 +42,7 @@ class RunFolder:
         self.first_day = self.path / "began"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
-        self.reference = self.path / "reference.jsonl"  # the starting model's responses, where a method wants them
+        self.reference = self.path / "reference.jsonl"  # the starting model's responses, if a method wants them
         self.rollouts = self.path / "rollouts"
         self.evaluations = self.path / "eval"
         self.report = self.path / "report"
@@ -83,7 +83,9 @@ class RunFolder:
         write_atomic(self.config, resolved_yaml)
 
     def began(self) -> str:
-        """The day on which work here began, YYYY-MM-DD: today where none is kept yet, and that one for good."""
+        """The day on which work here began, YYYY-MM-DD: today if none is kept yet, and that one for
+        good.
+        """
         if not self.first_day.exists():
             write_atomic(self.first_day, datetime.now().date().isoformat() + "\n")
         text = self.first_day.read_text(encoding="utf-8", errors="replace").strip()
@@ -167,7 +169,9 @@ class RunFolder:
         _write_lines(self.rollouts_path(step), map(encode_credited, groups))
 
     def read_rollouts(self, step: int) -> list[Credited]:
-        """Iteration `step`'s groups as they were written. RunFolderError where they were not kept or are damaged."""
+        """Iteration `step`'s groups as they were written. RunFolderError if they were not kept or
+        are damaged.
+        """
         path = self.rollouts_path(step)
         if not path.exists():
             raise RunFolderError(
@@ -217,12 +221,14 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def read_rollouts(path: Path) -> list[Credited]:
-    """The groups of a rollouts file. RunFolderError where it cannot be read."""
+    """The groups of a rollouts file. RunFolderError if it cannot be read."""
     return read_groups(path, decode_credited)
 
 
 def read_groups(path: Path, decode: Callable[[bytes], Stage]) -> list[Stage]:
-    """The groups of a compressed file of lines that `decode` reads. RunFolderError where it cannot be read."""
+    """The groups of a compressed file of lines that `decode` reads. RunFolderError if it cannot be
+    read.
+    """
     try:
         text = zstandard.ZstdDecompressor().decompress(path.read_bytes())
         return [decode(line) for line in text.split(b"\n") if line]
@@ -233,7 +239,7 @@ def read_groups(path: Path, decode: Callable[[bytes], Stage]) -> list[Stage]:
 
 
 def _metrics(line: bytes, where: str) -> dict[str, Any]:
-    """A line of metrics.jsonl; RunFolderError where it is none."""
+    """A line of metrics.jsonl; RunFolderError if it is none."""
     try:
         found = json.loads(line)
         if not isinstance(found["step"], int):

@@ -14,7 +14,7 @@ from megatron_efr.evaluation.responses import repetition
 from megatron_efr.types import Credit, Credited, UserError
 
 IDENTITY_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-"""How far ratio and KL may be from 1 and 0 before anything was learnt; in one packing they are exact on a CPU."""
+"""Tolerance of ratio 1 and KL 0 before anything was learnt; exact in one packing on a CPU."""
 
 
 class LogprobMismatchError(UserError):
@@ -85,7 +85,7 @@ def rollout_figures(groups: Sequence[Credited], version: int) -> dict[str, float
 
 
 def branch_figures(groups: Sequence[Credited]) -> dict[str, float]:
-    """How many answers the branches of groups have, their tokens, and the share of right ones, if they were judged."""
+    """Number of branches' answers, their tokens and, if judged, the share of right ones."""
     grades = [grade for group in groups for each in group.graded.branches for grade in each]
     if not grades:
         return {}
@@ -117,9 +117,9 @@ def dataset_figures(name: str, groups: Sequence[Credited]) -> dict[str, float]:
 def check_identities(metrics: Mapping[str, float], model: ModelConfig, step: int) -> None:
     """Stop a run whose first update does not see the policy that it updates: ratio 1, KL 0.
 
-    Before iteration 1 the policy is the initial model besides, so that its KL to that one is 0; where experts are
-    replayed the initial model routes for itself. A figure that is not finite is left to `check_skipped`. An update that
-    trains on nothing has no ratio, which is written as 0.
+    Before iteration 1 the policy is the initial model besides, so that its KL to that one is 0; if
+    experts are replayed the initial model routes for itself. A figure that is not finite is left to
+    `check_skipped`. An update that trains on nothing has no ratio, which is written as 0.
     """
     tolerance, ratio = IDENTITY_TOLERANCE[model.dtype], metrics["first_ratio_max"]
     found = {"first_ratio_max": ratio - 1.0 if ratio != 0.0 else 0.0, "first_kl_to_old": metrics["first_kl_to_old"]}
@@ -137,8 +137,9 @@ def check_identities(metrics: Mapping[str, float], model: ModelConfig, step: int
 def check_logprobs(drift: Mapping[str, float], config: TrainingConfig, loud: bool) -> None:
     """Stop a run whose engine and policy disagree: its advantages would be of another distribution's samples.
 
-    Only tokens that the policy's own version drew are judged; the maximum is not, since single tokens may be far off
-    in bf16. Where it does not come to a stop, but is worth a look, rank 0 (`loud`) says so.
+    Only tokens that the policy's own version drew are judged; the maximum is not, since single
+    tokens may be far off in bf16. If it does not come to a stop, but is worth a look, rank 0
+    (`loud`) says so.
     """
     found = drift["logprob_diff_mean"]
     disagree = f"engine and policy disagree on the log-probs of the sampled tokens by {found:.4f} on average"
@@ -155,7 +156,7 @@ def check_logprobs(drift: Mapping[str, float], config: TrainingConfig, loud: boo
 
 
 def check_skipped(skipped_in_a_row: int, limit: int, when: str, rollouts: Path | None = None) -> None:
-    """Stop a run that only skips updates; `rollouts` is where the last iteration's are kept, if it has any."""
+    """Stop a run that only skips updates; `rollouts`: the file of the last iteration's, if any."""
     if skipped_in_a_row >= limit:
         replay = f"efr train CONFIG --replay {rollouts}"
         raise GradientError(

@@ -122,7 +122,7 @@ def _me() -> dict[str, Any]:
 
 
 def _owner(file: BinaryIO) -> dict[str, Any]:
-    """What the lock file says; empty where it says nothing yet."""
+    """Text of the lock file; empty if it says nothing yet."""
     file.seek(0)
     try:
         found = json.loads(file.read())
@@ -132,7 +132,7 @@ def _owner(file: BinaryIO) -> dict[str, Any]:
 
 
 def _check_alive(lock: Path, what: str, owner: dict[str, Any]) -> None:
-    """Where no lock can be had: OwnedError if the process that the file names lives, or is on another host."""
+    """Check without a lock: OwnedError if the named process lives, or is on another host."""
     if not owner:
         return
     if owner["host"] != socket.gethostname():

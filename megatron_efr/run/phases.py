@@ -3,7 +3,8 @@
     to_policy:   release: pause, keep unfinished responses, give up caches and weights    restore: optimizer, gradients
     to_engines:  offload: gradients, optimizer    wake: weights' memory    publish    resume: caches, then go on
 
-Where they share nothing (`rollout.placement: apart`) each keeps what it has: `to_engines` publishes, and that is all.
+If they share nothing (`rollout.placement: apart`) each keeps what it has: `to_engines` publishes,
+and that is all.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Publisher(Protocol):
 
 
 class Restarts(Protocol):
-    """Servers that are started again where they end, which takes memory."""
+    """Servers that are started again if they end, which takes memory."""
 
     def hold(self) -> None: ...
 
@@ -61,7 +62,7 @@ class Restarts(Protocol):
 
 
 class World(Protocol):
-    """What the phases need of the ranks."""
+    """The part of the ranks that the phases need."""
 
     def share(self, make: Callable[[], int], what: str) -> int: ...
 
@@ -73,7 +74,7 @@ class World(Protocol):
 
 
 class State(enum.Enum):
-    """Who has the memory of the devices, and which step comes next."""
+    """State of the devices' memory: its owner, and the step that comes next."""
 
     SERVING = "the engines serve, and gradients and optimizer are in host memory; release is next"
     RELEASED = "the engines sleep, and gradients and optimizer are in host memory; restore is next"
@@ -97,8 +98,9 @@ STEPS = {
 class Phases:
     """The memory of the devices, handed from the engines to the policy and back. `engine` is rank 0's.
 
-    Where it is `shared`, engines sleep from here on: the policy is built next, and `to_engines` makes them serve.
-    `engine_bytes` are the weights of one engine, 0 where there is no GPU to check that they are released.
+    If it is `shared`, engines sleep from here on: the policy is built next, and `to_engines` makes
+    them serve. `engine_bytes` are the weights of one engine, 0 if there is no GPU to check that
+    they are released.
     """
 
     def __init__(
@@ -119,7 +121,9 @@ class Phases:
             self.state = State.TRAINING
 
     def to_policy(self, policy: Trained, timer: Timer) -> None:
-        """From serving to training. RuntimeError in another state, UserError where the engines released nothing."""
+        """From serving to training. RuntimeError in another state, UserError if the engines
+        released nothing.
+        """
         if not self._shared:
             return
         with self._step("release", timer):
@@ -180,7 +184,7 @@ class Phases:
 
 
 def give_back_buckets() -> None:
-    """What the engines have let go of goes back to the GPU, for their caches; nothing where there is no GPU.
+    """Give back to the GPU what the engines let go of, for their caches; a no-op without a GPU.
 
     torch holds a bucket whose handle an engine had until it is asked to look, and `empty_cache` does not ask.
     """
@@ -190,10 +194,10 @@ def give_back_buckets() -> None:
 
 
 def is_freed(freed: int, weights: int) -> bool:
-    """Whether `freed` bytes more on all GPUs are the engines' `weights` that were released, if any were."""
+    """True if `freed` bytes more on all GPUs are the engines' `weights`, if any were released."""
     return not weights or freed >= FREED * weights
 
 
 def free_bytes() -> int:
-    """What is free on this rank's GPU, whichever process has the rest; 0 where there is no GPU."""
+    """Free bytes of this rank's GPU, whichever process has the rest; 0 if there is no GPU."""
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0

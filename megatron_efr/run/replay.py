@@ -14,14 +14,15 @@ from megatron_efr.run.run import Run
 from megatron_efr.types import Credited, UserError
 
 Improve = Callable[[Run, int, list[Credited], Observer], dict[str, float]]
-"""What an iteration does with its credited groups; its metrics."""
+"""Trains on an iteration's credited groups; returns its metrics."""
 
 
 def replay(run: Run, file: Path, improve: Improve) -> None:
     """Bring the policy to where it stood before `file`'s iteration, run the iteration's updates, print its metrics.
 
-    It starts from the newest checkpoint before that iteration, or the starting model. The iterations between are
-    learnt from their own rollouts first, where all of them were kept: only then are these the run's numbers.
+    It starts from the newest checkpoint before that iteration, or the starting model. The
+    iterations between are learnt from their own rollouts first, if all of them were kept: only then
+    are these the run's numbers.
     """
     config, ranks, folder, step = run.config, run.ranks, run.folder, step_of(file)
     start = run.load(step - 1)
@@ -51,7 +52,7 @@ def step_of(file: Path) -> int:
 
 
 class _Printed:
-    """Stands where an observer writes to a run folder, and prints."""
+    """Stands in for an observer that writes to a run folder, and prints."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of. All ranks call its methods alike."""
+    """A run's parts. All ranks call its methods alike."""
 
     config: TrainConfig
     ranks: Ranks
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def objective(self) -> algorithms.Objective:
-        """What loss and kernels execute."""
+        """The objective that loss and kernels execute."""
         return self.algorithm.objective(self.config.rollout)
 
     def collect(self, step: int) -> list[Rewarded]:
@@ -85,7 +85,7 @@ class Run:
         self.phases.to_engines(self.policy, step, timer)
 
     def sample(self, step: int, timer: Timer) -> dict[str, float]:
-        """What the method wants to know beside rollouts after step `step`: figures of it on rank 0, none elsewhere."""
+        """Sample what the method wants beside rollouts after `step`; figures on rank 0, else {}."""
         if self.method.samplings == methods.Samplings():
             return {}
 
@@ -124,7 +124,9 @@ class Run:
         return self.environment.knowledge.figures()
 
     def restore(self) -> int:
-        """Take up the newest checkpoint that verifies: the step it was made after, 0 where there is none."""
+        """Take up the newest checkpoint that verifies: the step it was made after, 0 if there is
+        none.
+        """
         step = self.load()
         self.ranks.on_main(lambda: self.folder.go_on_from(step, self.config.train.iterations))
         return step
@@ -163,7 +165,8 @@ class Run:
 def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> Iterator[Run]:
     """Join the ranks and put the run together; what it started is ended with the block.
 
-    Where it `asks` no engine, it claims no folder and has no environment: its rollouts come from elsewhere.
+    If it `asks` no engine, it claims no folder and has no environment: its rollouts come from
+    elsewhere.
     """
     method, algorithm = check_configuration(config, arguments.world_size())
     keep_reference = algorithm.objective(config.rollout).needs_reference
@@ -222,7 +225,7 @@ def build_phases(
     ranks: Ranks,
     asks: bool,
 ) -> Phases:
-    """How engine and policy share devices. Servers that share GPUs give up theirs here, before a policy is built."""
+    """Phases of engine and policy. Servers on shared GPUs give up theirs before a policy is built."""
     weights = parameter_count(Architecture.from_folder(config.model.path)) * BYTES[config.model.dtype]
     return Phases(
         publisher,

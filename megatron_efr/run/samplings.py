@@ -23,7 +23,7 @@ from megatron_efr.scripts import plain
 from megatron_efr.types import Prompt, Request, Sampling
 
 MAY_SHRINK = frozenset({"max_new_tokens"})
-"""What a resumed run may have changed since its own responses were sampled."""
+"""Keys that a resumed run may have changed since its responses were sampled."""
 
 MONITORED = 1
 """Tells the draw of the monitor set from others of the run's seed."""
@@ -63,7 +63,7 @@ class Sampler:
     def reference(self, engine: Engine, samples: int, path: Path) -> ByPrompt:
         """`samples` responses of the starting model, version 0, to every prompt; those that `path` holds are kept.
 
-        SamplingError where later weights are served already, and some are missing.
+        SamplingError if later weights are served already, and some are missing.
         """
         file = SampledFile(path, self._described(samples))
         finished, left = self._found(file, self._prompts, MAY_SHRINK)
@@ -86,7 +86,7 @@ class Sampler:
             )
 
     def monitor(self, engine: Engine, monitor: Monitor, step: int, path: Path) -> ByPrompt:
-        """What the weights after iteration `step` answer to the monitor set; what `path` holds of it is kept."""
+        """Answers to the monitor set after iteration `step`; those that `path` holds are kept."""
         prompts = self._drawn(monitor)
         file = SampledFile(path, self._described(monitor.samples) | {"step": step})
         finished, left = self._found(file, prompts, MAY_SHRINK)
@@ -112,7 +112,7 @@ class Sampler:
     def _found(
         self, file: SampledFile, prompts: Sequence[Prompt], unlike: frozenset[str] = frozenset()
     ) -> tuple[dict[str, Sampled], list[Prompt]]:
-        """What the file holds of these prompts, and those that it does not hold, or otherwise asked."""
+        """Responses that the file holds of these prompts, and the prompts that are still to ask."""
         held = file.read(unlike)
         finished = {
             prompt.id: held[prompt.id][1]
@@ -163,9 +163,10 @@ class SampledFile:
         self._file.add(json.dumps({"prompt": prompt.id, "asked": _asked(prompt), "sampled": dump({"": sampled})[""]}))
 
     def read(self, unlike: frozenset[str] = frozenset()) -> dict[str, tuple[str, Sampled]]:
-        """What it holds, by the prompt's id: how the prompt was asked, and its responses. Nothing if there is no file.
+        """Read it: by the prompt's id how that was asked, and its responses; {} without a file.
 
-        SamplingError where a line is damaged, or where they were sampled otherwise, but for what is named `unlike`.
+        SamplingError if a line is damaged, or if they were sampled otherwise, but for what is named
+        `unlike`.
         """
         held: dict[str, tuple[str, Sampled]] = {}
         for number, line in enumerate(self._file.lines().texts, start=1):

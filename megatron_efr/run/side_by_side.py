@@ -1,4 +1,4 @@
-"""Programs of a sweep, several at a time: their output told apart, and all of them ended where the sweep is.
+"""Programs of a sweep, several at a time: their output told apart, all ended with the sweep.
 
 Each is in a process group of its own, so that Ctrl-C comes to the sweep alone, which then lets them save.
 """
@@ -21,7 +21,7 @@ from megatron_efr.parent import LAUNCHER
 from megatron_efr.run.interruption import EXIT_REQUEUE, SIGNALS, Interruption
 
 END_WITHIN_S = 1800.0
-"""How long programs that were asked to end may take to finish their iterations and save; then they are killed."""
+"""Seconds in which programs that were asked to end finish and save; then they are killed."""
 
 _POLL_S = 0.1
 _AS_ASKED = {EXIT_REQUEUE, *(code for number in SIGNALS for code in (-number, 128 + number))}  # ended by the signal
@@ -109,11 +109,13 @@ class Programs:
         with self._lock:
             self.ending, self.killed = True, number == signal.SIGKILL
             for process in self._running.values():
-                process.send_signal(number)  # does nothing where it has ended
+                process.send_signal(number)  # does nothing if it has ended
             return {name for name, process in self._running.items() if process.poll() is None}
 
     def run(self, name: str, command: list[str]) -> int | None:
-        """One command, with its name before each line of output: its exit code, None where it was not begun."""
+        """One command, with its name before each line of output: its exit code, None if it was not
+        begun.
+        """
         with writing(self._logs):
             self._logs.mkdir(parents=True, exist_ok=True)
         with open(self._logs / f"{name.replace(' ', '-')}.txt", "w", encoding="utf-8") as log:

@@ -17,7 +17,7 @@ ENTROPY_HIGH, ENTROPY_LOW = 2.0, 0.1
 
 
 class Watch:
-    """What was seen in earlier iterations, as far as a warning needs it; `limit` is `rollout.max_new_tokens`."""
+    """Memory of earlier iterations for warnings; `limit` is `rollout.max_new_tokens`."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -78,7 +78,7 @@ class Watch:
         return "low" if entropy <= ENTROPY_LOW * start else ""
 
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart, JSON-ready."""
+        """State that must survive a restart, JSON-ready."""
         return {"start": self._start, "strayed": self._strayed, "silent": self._silent}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

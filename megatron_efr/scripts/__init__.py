@@ -1,4 +1,4 @@
-"""How a response is made, step by step: drawn by the model, forced by a script, branched; every kind by its name."""
+"""Scripts: a response made step by step, drawn, forced or branched; every kind by its name."""
 
 from megatron_efr.scripts.exits import Exits as Exits
 from megatron_efr.scripts.kinds import Budget as Budget

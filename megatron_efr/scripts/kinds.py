@@ -23,7 +23,7 @@ Token = Annotated[str, Field(min_length=1)]
 
 
 class Kind(Section):
-    """What all have: a script that ends at no text, writes none and does not branch says no more than its steps."""
+    """Base of scripts: by default one ends at no text, writes none and does not branch."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -72,7 +72,8 @@ class Plain(Kind):
 class Opened(Kind):
     """A response whose beginning is given: NoThinking's empty thought, AdaptThink's first token.
 
-    Sources: arXiv 2504.09858; 2505.13417, where `chance` is the probability with which this opening was chosen.
+    Sources: arXiv 2504.09858; 2505.13417: `chance` is the probability with which this opening was
+    chosen.
     """
 
     opening: Token

@@ -42,7 +42,7 @@ DEER: dict[str, dict[str, Any]] = {
     },
     "qwen3": {"probe_end": ("</think>",), "mean": "geometric", "closed": True, "share": 0.8},
 }
-"""What the forms of DEER have other than the first."""
+"""Options of DEER's forms that differ from the first form's."""
 
 
 class Deer(Kind):
@@ -186,7 +186,7 @@ class EarlyStop(Kind):
         yield Draw("answer")
 
     def answer(self, probed: str) -> str:
-        """What a probe's text has in its box; empty for a box that does not close, or a word of doubt."""
+        """The answer in a probe's box; empty for a box that does not close, or a word of doubt."""
         said = probed.removeprefix(self.probe)
         if any(word in said.lower() for word in self.unsure):
             return ""
@@ -199,7 +199,7 @@ class EarlyStop(Kind):
 
 
 class Subthoughts(Kind):
-    """A whole response, and answers from where each of its subthoughts begins (arXiv 2504.20708, sections 3.2-3.5).
+    """A whole response, and answers from each subthought's beginning (arXiv 2504.20708, 3.2-3.5).
 
     A subthought begins with one of `markers`, as far as these are single tokens. From each of these places, at most
     `most` of them, `samples` branches go on to their end, of `tokens` tokens at most. The source draws the response
@@ -244,10 +244,11 @@ class Subthoughts(Kind):
 class Concise(EarlyExit):
     """Short thoughts to learn from: doubts give way to words of confidence, and the thought ends once it is sure.
 
-    Before each of `pauses`, `probe` is tried as `early_exit` does. If the model is sure of its answer, `exit` takes the
-    pause's place; if not, one of `phrases` does, in turn. After ConCISE (arXiv 2505.04881), of which only the abstract
-    and summaries were read: that it injects phrases of confidence where doubt would come, stops early on a probe, and
-    learns from what is right. Phrases, probe and threshold are ours.
+    Before each of `pauses`, `probe` is tried as `early_exit` does. If the model is sure of its
+    answer, `exit` takes the pause's place; if not, one of `phrases` does, in turn. After ConCISE
+    (arXiv 2505.04881), of which only the abstract and summaries were read: that it injects phrases
+    of confidence in place of doubt, stops early on a probe, and learns from what is right. Phrases,
+    probe and threshold are ours.
     """
 
     pauses: Texts = Field(default=("Wait", "Alternatively", "Hmm"), min_length=1, description="single tokens")

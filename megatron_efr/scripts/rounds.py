@@ -12,10 +12,11 @@ from megatron_efr.steps import Draw, Fork
 class Rounds(Kind):
     """A first round, and further ones as long as a round ends with a summary, at most `most` together.
 
-    A round that holds a text between `opens` and `closes` is followed by a branch from the very beginning, which opens
-    with `history` around that text: the model sees the prompt and the summary, and nothing else of what it said before.
-    One without, with an empty one, or with one that is cut, is the last (InftyThink, arXiv 2503.06692; its code begins
-    anew where one is cut, without a summary).
+    A round that holds a text between `opens` and `closes` is followed by a branch from the very
+    beginning, which opens with `history` around that text: the model sees the prompt and the
+    summary, and nothing else of what it said before. One without, with an empty one, or with one
+    that is cut, is the last (InftyThink, arXiv 2503.06692; its code begins anew if one is cut,
+    without a summary).
     """
 
     tokens: PositiveInt = Field(description="tokens of a round at most")
@@ -50,7 +51,7 @@ class Rounds(Kind):
             summary = self.summary(done.branches[0].responses[0].text)
 
     def summary(self, text: str) -> str:
-        """What stands behind the last `opens` of a text, if it is closed; else nothing: a summary may have been cut."""
+        """Text behind the last `opens` if it is closed, else nothing: it may have been cut."""
         _, opened, behind = text.rpartition(self.opens)
         summary, closed, _ = behind.partition(self.closes)
         return summary.strip() if opened and closed else ""

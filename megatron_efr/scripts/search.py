@@ -14,7 +14,7 @@ from megatron_efr.steps import Fork, Score, Step, Take
 from megatron_efr.types import Done, Prompt
 
 Scorer = Callable[[Prompt, Sequence[str]], Sequence[float]]
-"""How good each text is as the beginning of a response to the prompt."""
+"""Score each text as the beginning of a response to the prompt: higher is better."""
 
 GROUP = "megatron_efr.scorers"
 """The entry points of third parties' scorers."""

@@ -53,7 +53,9 @@ class Architecture:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Architecture:
-        """Read `folder`/config.json; ConfigError where it is missing or is not a model this project builds."""
+        """Read `folder`/config.json; ConfigError if it is missing or is not a model this project
+        builds.
+        """
         path = Path(folder) / "config.json"
         if not Path(folder).is_dir():
             raise ConfigError(f"model.path: {folder}: no such folder; a Hugging Face model folder is expected")
@@ -76,7 +78,7 @@ class Architecture:
             hidden=hidden,
             heads=heads,
             kv_heads=fields.count("num_key_value_heads", silent),
-            # Qwen 3's is 128 in transformers where config.json is silent, whatever the hidden size
+            # Qwen 3's is 128 in transformers if config.json is silent, whatever the hidden size
             head_dim=fields.count("head_dim", 128 if model_type == "qwen3" else max(hidden // heads, 1)),
             ffn=fields.count("intermediate_size"),
             vocab=fields.count("vocab_size"),
@@ -93,7 +95,7 @@ class Architecture:
         return made
 
     def _check(self, fields: Fields) -> None:
-        # transformers' Llama wants it even where head_dim is given
+        # transformers' Llama wants it even if head_dim is given
         if self.hidden % self.heads and ("head_dim" not in fields or self.model_type == "llama"):
             raise fields.refusal("hidden_size", f"{self.hidden} does not divide by num_attention_heads {self.heads}")
         if self.heads % self.kv_heads:
@@ -144,7 +146,7 @@ _TYPES: dict[str, tuple[set[str], dict[str, Any]]] = {
     "mistral": (set(), {"sliding_window": None}),
 }  # fmt: skip
 _MOST = 10_000  # layers, or experts of one: each is gone through by name
-# Key-value heads in transformers where config.json is silent; Llama then has as many as heads.
+# Key-value heads in transformers if config.json is silent; Llama then has as many as heads.
 _KV_HEADS = {"qwen2": 32, "qwen3": 32, "qwen3_moe": 4, "mistral": 8}
 
 

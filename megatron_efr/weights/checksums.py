@@ -13,7 +13,7 @@ from megatron_efr.weights.reshard import Parcel
 from megatron_efr.weights.sglang_layout import EngineLayout
 
 Hashing = Literal["sha256", "fmix32"]
-"""How engines hash: SHA-256 on a CPU, a sum of mixed words on a GPU (`fmix32`)."""
+"""Engines' hashes: SHA-256 on a CPU, a sum of mixed words on a GPU (`fmix32`)."""
 
 
 class ChecksumCheck:
@@ -82,7 +82,7 @@ class _Parameter:
 
     @property
     def checksum(self) -> str | None:
-        """None where nothing is known of it."""
+        """None if nothing is known of it."""
         return self._sha.digest()[:8].hex() if self._sha else self._whole
 
     def add(self, place: int, part: torch.Tensor) -> None:

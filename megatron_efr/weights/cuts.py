@@ -1,4 +1,4 @@
-"""How a Megatron parameter is cut over tensor-parallel ranks, and put together again into Hugging Face tensors:
+"""Cuts of a Megatron parameter over tensor-parallel ranks, and the way back to Hugging Face:
 
     whole   the same on every rank                  column  split by rows (dim 0)
     row     split by columns (dim 1)                vocab   rows, padded to divide over the ranks
@@ -97,7 +97,7 @@ def _grouped_row_to_hugging_face(cut: Cut, shards: list[torch.Tensor]) -> list[t
 
 
 def _rows(shards: list[torch.Tensor]) -> torch.Tensor:
-    """Shards one below the other: a view where they lie so in memory already."""
+    """Shards one below the other: a view if they lie so in memory already."""
     first = shards[0]
     ends = [shard.storage_offset() + shard.numel() for shard in shards]
     adjacent = all(

@@ -11,7 +11,7 @@ from megatron_efr.config import ConfigError
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds; ConfigError where it cannot be read as one."""
+    """The JSON object that a file holds; ConfigError if it cannot be read as one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
@@ -33,7 +33,7 @@ class Fields:
         return key in self.values
 
     def count(self, key: str, default: int | None = None, most: int = 2**31) -> int:
-        """An integer from 1 to `most`; where it is absent or null, `default`."""
+        """An integer from 1 to `most`; if it is absent or null, `default`."""
         value = self._given(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.refusal(key, f"an integer is required, found {self._text(key)}; it counts from 1")
@@ -42,14 +42,14 @@ class Fields:
         return value
 
     def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
-        """A finite number greater than `above`; where it is absent or null, `default`."""
+        """A finite number greater than `above`; if it is absent or null, `default`."""
         value = self._given(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < math.inf:
             raise self.refusal(key, f"a number above {above:g} is required, found {self._text(key)}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """`true` or `false`; where it is absent, `default`."""
+        """`true` or `false`; if it is absent, `default`."""
         value = self.values.get(key, default)
         if not isinstance(value, bool):
             raise self.refusal(key, f"true or false is required, found {self._text(key)}")

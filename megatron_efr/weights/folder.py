@@ -105,7 +105,9 @@ class FolderWeights(TensorSource):
                 raise ConfigError(f"model.path: {stored.file}: {name} is {stored.shape}, config.json makes it {shape}")
 
     def _check_head(self) -> None:
-        """Refuse a head of its own where config.json ties it: transformers then unties the two, SGLang drops it."""
+        """Refuse a head of its own if config.json ties it: transformers then unties the two, SGLang
+        drops it.
+        """
         head, embedding = self._stored[HEAD], self._stored[EMBEDDING]
         if head.shape == embedding.shape:
             with safe_open(head.file, framework="pt") as one, safe_open(embedding.file, framework="pt") as other:
@@ -168,8 +170,9 @@ def save_folder(
 ) -> None:
     """Write `tensors` (Hugging Face names, whole) as a model folder, with everything but the weights from `template`.
 
-    config.json names the tensors' type where the template's was another: transformers loads in the type it finds there.
-    Complete or absent: the folder is built beside its place and moved there. At most one shard is held in memory.
+    config.json names the tensors' type if the template's was another: transformers loads in the
+    type it finds there. Complete or absent: the folder is built beside its place and moved there.
+    At most one shard is held in memory.
     """
     destination = Path(destination)
     partial = destination.with_name(destination.name + ".partial")
@@ -183,7 +186,7 @@ def save_folder(
                 shutil.rmtree(destination)
             os.replace(partial, destination)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)  # gone where it was moved; weights that spoilt leave nothing
+            shutil.rmtree(partial, ignore_errors=True)  # gone if it was moved; weights that spoilt leave nothing
 
 
 def copy_all_but_weights(source: Path, destination: Path) -> None:
@@ -202,7 +205,7 @@ def _name_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int) -> set[torch.dtype]:
-    """Write the safetensors, and their index where there are several; returns the types that occur."""
+    """Write the safetensors, and their index if there are several; returns the types that occur."""
     shards: list[list[str]] = []
     dtypes: set[torch.dtype] = set()
     total = 0

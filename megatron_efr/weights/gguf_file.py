@@ -16,7 +16,7 @@ import torch
 
 from megatron_efr.errors import UserError
 
-# What is read, of llama.cpp's types; the files called Q4_K_M hold Q5 and Q8 too, where a row does not divide by 256.
+# What is read, of llama.cpp's types; the files called Q4_K_M hold Q5 and Q8 too, if a row does not divide by 256.
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
@@ -156,7 +156,7 @@ class _Header:
 
 @cache
 def package() -> Any:
-    """The package `gguf`; UserError where it is not installed."""
+    """The package `gguf`; UserError if it is not installed."""
     try:
         return importlib.import_module("gguf")
     except ImportError as error:

@@ -119,7 +119,9 @@ def _scaling(file: GGUFFile, fields: Fields, config: dict[str, Any]) -> dict[str
 
 
 def _llama3(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
-    """The rope_scaling whose divisors of the frequencies the file holds; UserError where Llama 3's are not these."""
+    """The rope_scaling whose divisors of the frequencies the file holds; UserError if Llama 3's are
+    not these.
+    """
     found = file.tensor(FACTORS, torch.float32).flatten()
     factor = round(float(found.max()), 4)
     theta, head_dim = config["rope_theta"], config["head_dim"]
@@ -179,6 +181,6 @@ def stored_name(name: str) -> str:
 
 
 def _turned_heads(name: str, architecture: Architecture) -> int | None:
-    """How many heads of queries or keys the tensor holds; None where it holds neither."""
+    """Number of query or key heads that the tensor holds; None if it holds neither."""
     heads = {"q_proj.weight": architecture.heads, "k_proj.weight": architecture.kv_heads}
     return heads.get(".".join(name.split(".")[-2:]))

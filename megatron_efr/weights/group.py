@@ -23,8 +23,9 @@ class EngineGroup:
     def __init__(
         self, name: str, backend: str, address: str, port: int, world: int, limit: timedelta, joining: Future[None]
     ) -> None:
-        """Wait until the other `world - 1` ranks have entered it, which `joining` has asked of them; dist.DistError
-        where they have not within `limit`, which each broadcast has as well."""
+        """Wait until the other `world - 1` ranks have entered it, which `joining` has asked of
+        them; dist.DistError if they have not within `limit`, which each broadcast has as well.
+        """
         store = dist.TCPStore(address, port, world, is_master=True, timeout=limit, wait_for_workers=False)
         make: Any = distributed_c10d._new_process_group_helper
         kind = distributed_c10d.Backend(backend)
@@ -43,7 +44,7 @@ class EngineGroup:
             self._sending.append(work)
 
     def wait(self) -> None:
-        """Until what `send` began is sent; LostError where a rank has left."""
+        """Until what `send` began is sent; LostError if a rank has left."""
         try:
             while self._sending:
                 self._sending.pop().wait()

@@ -42,7 +42,7 @@ def locate(folder: Path) -> dict[str, Stored]:
 
 
 def _read_index(folder: Path) -> dict[str, Path]:
-    """Which shard holds each tensor, by the index; empty where there is none."""
+    """Shard of each tensor, by the index; empty if there is no index."""
     path = folder / INDEX
     if not path.is_file():
         return {}

@@ -27,7 +27,7 @@ class Row:
     megatron: str
     hugging_face: tuple[str, ...]
     split: Split
-    alias: str | None = None  # another name of the same parameter: Transformer Engine's, where it differs
+    alias: str | None = None  # another name of the same parameter: Transformer Engine's, if it differs
 
     def at(self, n: int, e: int = 0) -> Row:
         """The row of layer `n` (and expert `e`)."""
@@ -98,7 +98,7 @@ class WeightMapping:
     ) -> None:
         """`expert_rank` of `expert_ranks` is whose module names `canonical` takes; `grouped`: experts are a GroupedMLP.
 
-        ConfigError where the model does not divide over the ranks.
+        ConfigError if the model does not divide over the ranks.
         """
         self.architecture = architecture
         self.tensor_ranks = tensor_ranks
@@ -174,7 +174,7 @@ class WeightMapping:
         return self._row(name).megatron
 
     def expert_rank(self, name: str) -> int | None:
-        """The expert-parallel rank that holds parameter `name`; None where it is not an expert's."""
+        """The expert-parallel rank that holds parameter `name`; None if it is not an expert's."""
         match = re.search(r"\.mlp\.experts\.(?:local_experts\.)?(\d+)", name)
         return None if match is None else int(match[1]) // self._per_rank
 
@@ -219,7 +219,7 @@ class WeightMapping:
         return (rows, *shapes[row.hugging_face[0]][1:])
 
     def split(self, name: str) -> Split:
-        """How parameter `name` is made up and split."""
+        """The row of the table that says how parameter `name` is made up and split."""
         return self._row(name).split
 
     def to_megatron(self, name: str, tensors: Mapping[str, torch.Tensor], rank: int) -> torch.Tensor:
@@ -229,14 +229,17 @@ class WeightMapping:
         return TO_MEGATRON[row.split](self._cut, parts, rank)
 
     def to_hugging_face(self, name: str, shards: list[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
-        """Whole Hugging Face tensors of parameter `name`, from every rank's shard in order; views where possible."""
+        """Whole Hugging Face tensors of parameter `name`, from every rank's shard in order; views
+        if possible.
+        """
         row = self._row(name)
         return list(zip(row.hugging_face, TO_HUGGING_FACE[row.split](self._cut, shards), strict=True))
 
     def places(self, name: str, shard: torch.Tensor, rank: int, out: list[torch.Tensor]) -> Pairs | None:
         """The parts of tensor-parallel rank `rank`'s shard, as views, each beside its place in whole tensors `out`.
 
-        None where a rank's shard alone does not say: several experts in one, or KV groups split over ranks.
+        None if a rank's shard alone does not say: several experts in one, or KV groups split over
+        ranks.
         """
         split = self._row(name).split
         if split not in PLACES or (split == "qkv" and self.architecture.kv_heads % self.tensor_ranks):

@@ -1,4 +1,4 @@
-"""Which parameters travel together, from which ranks: derived once, the same on every rank."""
+"""Plan of buckets: parameters that travel together, and from which ranks; alike on all ranks."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Plan:
 
     @classmethod
     def derive(cls, held: Mapping[int, Held], mapping: WeightMapping, limit: int = BUCKET_BYTES) -> Plan:
-        """The plan for what each rank holds. Where several hold the same shard, the first sends it."""
+        """The plan for what each rank holds. If several hold the same shard, the first sends it."""
         holders: dict[tuple[str, int], int] = {}
         shards: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for rank in sorted(held):
@@ -137,7 +137,7 @@ class Plan:
         return sum(bucket.nbytes for bucket in self.buckets)
 
     def room(self, bucket: Bucket, main: int | None) -> int:
-        """Bytes that a bucket takes where it is wanted."""
+        """Bytes that a bucket takes on a rank that wants it."""
         return bucket.nbytes + (bucket.staged(main) if main is not None else 0)
 
     def overlaps(self, bucket: Bucket, following: Bucket, main: int | None) -> bool:

@@ -87,10 +87,11 @@ def transport_of(rollout: RolloutConfig, on_gpu: bool) -> str:
 
 
 def check_allocator(environment: Mapping[str, str]) -> None:
-    """UserError where torch's allocator makes memory that engines cannot open.
+    """UserError if torch's allocator makes memory that engines cannot open.
 
-    An expandable segment is handed over as a file descriptor, which the engine may fetch from this process only where
-    it may trace it: not under Linux's usual ptrace_scope, since this process is not the engine's child.
+    An expandable segment is handed over as a file descriptor, which the engine may fetch from this
+    process only if it may trace it: not under Linux's usual ptrace_scope, since this process is not
+    the engine's child.
     """
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         if "expandable_segments:true" in (value := environment.get(name, "")).replace(" ", "").lower():

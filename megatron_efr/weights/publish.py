@@ -27,7 +27,7 @@ class NoEngineError(EngineError):
 
 
 RECOVERIES = 3
-"""How often engines are published to again, when none was left that served, before it is given up."""
+"""Times that a publication is begun again, if no engine was left that served."""
 
 
 class WeightMismatchError(EngineError):
@@ -43,14 +43,15 @@ class Receiver(Protocol):
 class Engines(Protocol):
     """Servers that hold their own weights, as publication sees them; rank 0 has them.
 
-    Every call goes at once to all servers that take part, waits for all, and raises EngineError where one fails.
-    Between `begin_update` and `end_update` no server serves; after a failure they stay paused until an update, which
-    begins again with `begin_update`, has ended. What is said of servers is said of those that take part.
+    Every call goes at once to all servers that take part, waits for all, and raises EngineError if
+    one fails. Between `begin_update` and `end_update` no server serves; after a failure they stay
+    paused until an update, which begins again with `begin_update`, has ended. What is said of
+    servers is said of those that take part.
     """
 
     @property
     def count(self) -> int:
-        """How many servers there are."""
+        """Number of servers."""
         ...
 
     @property
@@ -74,15 +75,17 @@ class Engines(Protocol):
         ...
 
     def begin_update(self) -> None:
-        """Decide which servers take part: those that answer, without one that has just failed where there are others.
-        Pause them (unfinished responses are kept), drop what is cached, open the update session, if need be after
-        closing one that is open. Where no server answers, wait for one.
+        """Decide which servers take part: those that answer, without one that has just failed if
+        there are others. Pause them (unfinished responses are kept), drop what is cached, open the
+        update session, if need be after closing one that is open. If no server answers, wait for
+        one.
         """
         ...
 
     def update_from_tensor(self, payloads: list[str], load_format: str | None) -> None:
-        """Send one bucket: a base64 payload for each tensor-parallel rank, the same to every server; or, where there
-        are as many as all servers have ranks together, those that take no part included, each server its own.
+        """Send one bucket: a base64 payload for each tensor-parallel rank, the same to every
+        server; or, if there are as many as all servers have ranks together, those that take no part
+        included, each server its own.
         """
         ...
 
@@ -132,7 +135,9 @@ class Weights(Protocol):
 
 
 class Embedded:
-    """Publishes to the engine that lives in rank 0: whole tensors as they come, views where nothing is split."""
+    """Publishes to the engine that lives in rank 0: whole tensors as they come, views if nothing is
+    split.
+    """
 
     def __init__(self, receiver: Receiver | None) -> None:
         self._receiver = receiver
@@ -149,7 +154,7 @@ class Embedded:
 
 
 class Transport(Protocol):
-    """How whole tensors reach the engines. Every rank has one; what says so is called on rank 0 alone."""
+    """Carries whole tensors to the engines. Every rank has one; some methods are rank 0's alone."""
 
     everywhere: bool
     """Every rank's parcels are needed, and kept until `deliver` has returned on rank 0."""
@@ -163,7 +168,7 @@ class Transport(Protocol):
         ...
 
     def deliver(self, prepared: Any) -> None:
-        """Hand one parcel to the engines; EngineError where one refuses. Rank 0."""
+        """Hand one parcel to the engines; EngineError if one refuses. Rank 0."""
         ...
 
     def finish(self) -> None:
@@ -191,11 +196,12 @@ ATTEMPTS = 3
 class Publisher:
     """Brings a policy's weights to engines; every rank has one and calls it alike, `engines` is rank 0's.
 
-    The sequence: pause, flush, open a session with every engine that answers; the parcels; close it, flush, name the
-    version, go on. On any failure the engines stay paused and all of it is done again, without the engine that failed
-    where there are others. One that failed twice in a row is given to `restart`, on every rank: whose process started
-    it starts it again. Every `verify_every`-th publication, the first among them, and each that takes in an engine
-    which took no part in the last, is checked: the engines' checksums are compared with the tensors sent.
+    The sequence: pause, flush, open a session with every engine that answers; the parcels; close
+    it, flush, name the version, go on. On any failure the engines stay paused and all of it is done
+    again, without the engine that failed if there are others. One that failed twice in a row is
+    given to `restart`, on every rank: whose process started it starts it again. Every
+    `verify_every`-th publication, the first among them, and each that takes in an engine which took
+    no part in the last, is checked: the engines' checksums are compared with the tensors sent.
     """
 
     def __init__(
@@ -256,7 +262,9 @@ class Publisher:
         return self._shared(steps.failure)
 
     def _restart_failing(self) -> None:
-        """The engines that failed twice have ended when this returns, where anybody here can start them again."""
+        """The engines that failed twice have ended when this returns, if anybody here can start
+        them again.
+        """
         failing: list[Any] = [self._engines.take_failing() if self._engines is not None else None]
         dist.broadcast_object_list(failing, src=0, group=self._cpu_world)
         if failing[0]:

@@ -3,8 +3,9 @@
 While a bucket is in use at its destination the next is on its way, so one pipeline stage sends while another's weights
 go to the engines. Two ways:
 
-- to one rank, `main`: shards travel from where they lie. What lands (`Entry.lands`) arrives in its place in the whole
-  tensors; the rest arrives beside them and is copied into place, as are main's own shards.
+- to one rank, `main`: shards travel from their own memory. What lands (`Entry.lands`) arrives in
+  its place in the whole tensors; the rest arrives beside them and is copied into place, as are
+  main's own shards.
 - to every rank: each holder packs its shards into one message for all, from which everyone puts them together. More
   than a bucket is not copied once more: a parameter split by rows, as vocabularies are, is whole as it arrives.
 
@@ -29,10 +30,10 @@ Shards = Mapping[str, torch.Tensor]
 
 
 class Parcel(NamedTuple):
-    """One bucket's whole tensors by Hugging Face name, empty where they were not wanted.
+    """One bucket's whole tensors by Hugging Face name, empty if they were not wanted.
 
-    `flat`: the bytes [n] of all of them, one after another without gaps, whose views they are; None where they lie
-    apart.
+    `flat`: the bytes [n] of all of them, one after another without gaps, whose views they are; None
+    if they lie apart.
     """
 
     tensors: list[tuple[str, torch.Tensor]]
@@ -58,9 +59,9 @@ class Reshard:
     def parcels(self, local: Shards, *, flat: bool = False, everywhere: bool = False) -> Iterator[Parcel]:
         """Every bucket in turn; all ranks of the group iterate together.
 
-        `local`: this rank's shards. `everywhere`: every rank of its group gets the tensors, else `main` alone, and the
-        groups without it have nothing to do. Without `flat` tensors are views of live shards where nothing is split.
-        A parcel is good until the next is asked for.
+        `local`: this rank's shards. `everywhere`: every rank of its group gets the tensors, else
+        `main` alone, and the groups without it have nothing to do. Without `flat` tensors are views
+        of live shards if nothing is split. A parcel is good until the next is asked for.
         """
         if not everywhere and not self._member:
             yield from map(self._names, self.plan.buckets)
@@ -106,7 +107,7 @@ class Reshard:
     # -- on the way ---------------------------------------------------------------------------------------------------
 
     def _send(self, bucket: Bucket, local: Shards) -> _Transfer:
-        """This rank's shards to `main`, from where they lie."""
+        """Send this rank's shards to `main`, from their own memory."""
         parts: list[torch.Tensor] = []
         for entry in bucket.messages(self._main).get(self._rank, []):
             shard = local[entry.name]
@@ -164,7 +165,9 @@ class Reshard:
     # -- put together -------------------------------------------------------------------------------------------------
 
     def _put_together(self, bucket: Bucket, arrived: _Transfer, local: Shards, flat: bool) -> Parcel:
-        """The whole tensors of what has arrived; `flat` where that is asked, and they fit a bucket or came in place."""
+        """The whole tensors of what has arrived; `flat` if that is asked, and they fit a bucket or
+        came in place.
+        """
         room = arrived.room
         if room is None:
             if not flat or bucket.nbytes > self.plan.limit:
@@ -220,7 +223,7 @@ class _Laid(NamedTuple):
 
 
 class _Transfer(NamedTuple):
-    """A bucket on its way: the works that move it, shards that will have arrived, and where the others do."""
+    """A bucket on its way: its works, the shards that will arrive, and the place of the others."""
 
     works: Sequence[Any]
     shards: dict[str, dict[int, torch.Tensor]]
@@ -242,7 +245,7 @@ class _Memory:
 
 
 def _apart(tensors: list[tuple[str, torch.Tensor]]) -> Parcel:
-    """A parcel that is flat only where it is one tensor that already is."""
+    """A parcel that is flat only if it is one tensor that already is."""
     if len(tensors) == 1 and tensors[0][1].is_contiguous():
         return Parcel(tensors, tensors[0][1].reshape(-1).view(torch.uint8))
     return Parcel(tensors, None)

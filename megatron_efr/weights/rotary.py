@@ -10,7 +10,7 @@ from typing import Any
 from megatron_efr.config import ConfigError
 from megatron_efr.weights.fields import Fields
 
-DEFAULT_THETA = 10000.0  # of every supported model type where config.json names none
+DEFAULT_THETA = 10000.0  # of every supported model type if config.json names none
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Rotary:
     own_attention_factor: bool = False  # config.json's, and not the one that follows from YaRN's factor
 
     def reach(self, max_positions: int) -> int:
-        """How many positions the model has: YaRN's factor extends the original ones, whatever config.json's limit."""
+        """Positions of the model: YaRN's factor extends the original ones, whatever the limit."""
         return max(max_positions, int(self.factor * self.original_positions)) if self.kind == "yarn" else max_positions
 
 

@@ -37,7 +37,7 @@ class ExpertPart(NamedTuple):
 
 
 class EngineLayout:
-    """How engines of `ranks` tensor-parallel ranks hold a model."""
+    """Layout of a model on engines of `ranks` tensor-parallel ranks."""
 
     def __init__(self, architecture: Architecture, ranks: int) -> None:
         self.architecture, self.ranks = architecture, ranks
@@ -66,7 +66,9 @@ class EngineLayout:
             yield target, [self._slice(target, found, rank) for rank in range(self.ranks)]
 
     def expert_part(self, name: str, tensor: torch.Tensor) -> ExpertPart | None:
-        """The place of an expert's matrix in SGLang's parameter on a CPU, with its zeros; None where it is not one."""
+        """The place of an expert's matrix in SGLang's parameter on a CPU, with its zeros; None if
+        it is not one.
+        """
         experts, match = self.architecture.experts, self._expert(name)
         if experts is None or match is None:
             return None

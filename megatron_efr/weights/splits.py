@@ -1,4 +1,4 @@
-"""Which splits a model's weights divide over, by tensor and by expert; the refusal names the key and what would fit."""
+"""Splits that a model's weights divide over; the refusal names the key and what would fit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from megatron_efr.weights.architecture import Architecture
 
 
 def check_split(architecture: Architecture, tensor: int, expert: int) -> None:
-    """ConfigError where the weights do not divide over these ranks; a vocabulary is padded until it does."""
+    """ConfigError if the weights do not divide over these ranks; a vocabulary is padded until it
+    does.
+    """
     heads, kv_heads = architecture.heads, architecture.kv_heads
     if heads % tensor:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""How long a publication takes: a model of the plan, of which the bandwidths are inputs."""
+"""Time of a publication: a model of the plan, whose inputs are bandwidths."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Bandwidths:
     copy: float  # read here and written there: a shard laid into its place
     send: float  # to the engines
     bucket_s: float = 0.0  # seconds of each bucket's call and answer
-    overlap: float = 1.0  # how much of arriving hides behind sending: less where both need the same processors
+    overlap: float = 1.0  # how much of arriving hides behind sending: less if both need the same processors
 
     @property
     def values(self) -> tuple[float, ...]:
         return self.arrive, self.copy, self.send, self.bucket_s, self.overlap
 
     def bare(self) -> Bandwidths:
-        """The same links, where nothing is packed, put together or answered."""
+        """The same links, if nothing is packed, put together or answered."""
         return replace(self, copy=math.inf, bucket_s=0.0)
 
 

@@ -1,8 +1,9 @@
 """The model part of a Megatron checkpoint (torch_dist), written and read tensor by tensor, without Megatron.
 
-Megatron-Core keeps one global tensor for all layers, and for all experts of all layers: its leading axes count
-them (`TransformerBlock.sharded_state_dict`). Such a tensor is stored in chunks. A process alone writes one chunk per
-parameter, two where gate and up are fused; other layouts cut otherwise, and any of them is read here.
+Megatron-Core keeps one global tensor for all layers, and for all experts of all layers: its leading
+axes count them (`TransformerBlock.sharded_state_dict`). Such a tensor is stored in chunks. A
+process alone writes one chunk per parameter, two if gate and up are fused; other layouts cut
+otherwise, and any of them is read here.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def _place(name: str, a: Architecture) -> _Place:
 def write(folder: Path, source: FolderWeights, architecture: Architecture) -> None:
     """Write `source` as a process alone would save it, into an empty folder; one tensor in memory at a time.
 
-    ConfigError where the tensors that make up one of Megatron's are not of one type, OSError where writing fails.
+    ConfigError if the tensors that make up one of Megatron's are not of one type, OSError if
+    writing fails.
     """
     planner, writer = _Writer(source, architecture), torch_checkpoint.FileSystemWriter(folder)
     try:
@@ -283,7 +285,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Read what a checkpoint folder stores, as torch describes it; ConfigError where it is none."""
+    """Read what a checkpoint folder stores, as torch describes it; ConfigError if it is none."""
     if not is_checkpoint(folder):
         raise ConfigError(
             f"{folder}: no checkpoint: no .metadata there; a folder like checkpoints/step_000010 is expected"

@@ -1,4 +1,4 @@
-"""How whole tensors reach SGLang's servers: in or beside the request (tensor), over a process group, through a disk.
+"""Transports of whole tensors to SGLang's servers: by request, process group or disk.
 
 Nothing here imports SGLang. What is pickled passes its restricted unpickler (0.5.23, `SafeUnpickler`): tensors, plain
 containers, and `types.SimpleNamespace` for a flattened bucket's description, which is read by attribute only.
@@ -73,7 +73,8 @@ class Sliced(InBand):
 
 
 class Handles(InBand):
-    """`tensor` where engines share the trainer's GPUs: every rank's bucket stays where it is, its CUDA handle is sent.
+    """`tensor` for engines on the trainer's GPUs: each rank's bucket stays, its CUDA handle is
+    sent.
 
     Engine rank r of server i runs on the GPU of trainer rank i * engine_ranks + r. A bucket is a fresh allocation:
     torch keeps its memory until the engine, which may copy after it has answered, has let go of its handle. The memory
@@ -223,8 +224,9 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 def _pickled(content: Any) -> str:
     """Pickle, base64, with tensors under the names that every torch knows.
 
-    Importing Megatron-Core from 0.17 on puts a function of its own where torch has `_load_from_bytes`, by whose name
-    tensors in host memory are pickled; an engine has no Megatron. It is given torch's name back.
+    Importing Megatron-Core from 0.17 on replaces torch's `_load_from_bytes` by a function, by whose
+    name tensors in host memory are pickled; an engine has no Megatron. It is given torch's name
+    back.
     """
     loader: Any = torch.storage._load_from_bytes
     loader.__module__, loader.__qualname__ = "torch.storage", "_load_from_bytes"

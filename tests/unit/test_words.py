@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tools.words import main, prose, report
+from tools.words import main, prose, questions, report
 
 pytestmark = pytest.mark.alike
+
+ROOT = Path(__file__).parents[2]
 
 SOURCE = '''"""What a module is."""
 
@@ -53,4 +55,16 @@ def test_the_report_names_the_line_and_the_share(tmp_path: Path, capsys: pytest.
     words = len(prose(path.read_text()).words)
     assert lines[3:] == [f"{path}: {3000 / words:.1f} where in 1,000 words"]
     main([str(tmp_path), "--total"])
-    assert capsys.readouterr().out.startswith("words: 3 docstrings begin with What, Where, Whether; 1 files")
+    printed = capsys.readouterr().out
+    assert printed.endswith("; 1 files say where more than 2 times in 1,000 words\n")
+    assert printed.startswith("words: 3 docstrings begin with What, Where, Whether, ")
+
+
+@pytest.mark.parametrize("folder", ["megatron_efr", "tools"])
+def test_docstrings_begin_with_the_thing_or_the_act(folder: str) -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {first}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for line, first in questions(prose(path.read_text(encoding="utf-8")))
+    ]
+    assert found == []

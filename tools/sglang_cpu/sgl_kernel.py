@@ -1,7 +1,8 @@
 """Stands where SGLang imports its compiled kernels, on a machine without a GPU; calling one is an error.
 
-SGLang imports the names of its CPU kernels even where it then takes plain torch (`--attention-backend torch_native`).
-Only those names exist here, so that whatever else SGLang looks for is still found missing.
+SGLang imports the names of its CPU kernels even if it then takes plain torch (`--attention-backend
+torch_native`). Only those names exist here, so that whatever else SGLang looks for is still found
+missing.
 """
 
 from collections.abc import Callable

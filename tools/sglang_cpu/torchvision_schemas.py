@@ -1,4 +1,5 @@
-"""Lets torchvision import beside a PyTorch without CUDA, where PyPI's build of it cannot load its library.
+"""Lets torchvision import beside a PyTorch without CUDA, if PyPI's build of it cannot load its
+library.
 
 Importing torchvision registers fake versions of two operators that this library would have declared; here they are
 declared, before that import. Nothing in a language model calls them.

@@ -9,7 +9,7 @@ from megatron_efr.report.results import Results
 from megatron_efr.report.sections import apart, budgets, difficulty, family, lengths, made, problem, training
 
 Block = dict[str, Any]
-"""What a section's template shows."""
+"""Values that a section's template shows."""
 
 
 class Section(NamedTuple):

@@ -1,4 +1,4 @@
-"""Which models are apart beyond the chance of training, against one that the sweep names."""
+"""Models apart beyond the chance of training, against one that the sweep names."""
 
 from __future__ import annotations
 

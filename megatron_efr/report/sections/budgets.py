@@ -1,4 +1,4 @@
-"""Accuracy where a response that is longer than a budget counts as wrong."""
+"""Accuracy if a response that is longer than a budget counts as wrong."""
 
 from __future__ import annotations
 

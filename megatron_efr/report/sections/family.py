@@ -139,7 +139,8 @@ def _number(value: float | None) -> str:
 
 
 def _datasets(results: Results) -> dict[str, Any] | None:
-    """Accuracy and tokens of each data set, with the paper's normalised figures; None where there is only one set.
+    """Accuracy and tokens of each data set, with the paper's normalised figures; None if there is
+    only one set.
 
     Of a model of several seeds they are the means over these.
     """

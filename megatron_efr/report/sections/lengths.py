@@ -1,4 +1,4 @@
-"""Where the lengths of right and of wrong responses lie."""
+"""Lengths of right and of wrong responses."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def _read(text: str) -> Any:
 
 
 def _protocols(results: Results) -> list[str]:
-    """How the problems were asked, each way once."""
+    """Ways in which the problems were asked, each once."""
     records = [record for model in results.models for record in results.records(model)]
     texts = [
         ", ".join(f"{key} = {json.dumps(value)}" for key, value in leaves("", record["protocol"]))

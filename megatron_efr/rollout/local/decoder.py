@@ -1,9 +1,10 @@
 """A lean decoder of every family that the policy trains, over one batched KV cache: prefill and steps, no training.
 
-Rows never influence one another, bit for bit, where the libraries below allow it. Matrix products get their rows in
-multiples of `ROWS`, since MKL rounds differently for few rows. A step's attention runs over keys in multiples of
-`KEYS`, whose masked tail contributes exact zeros, summed in blocks of `SUMMED`. A prompt is prefilled at its own
-length, rounded up, only beside others of that length. All else is row-wise.
+Rows never influence one another, bit for bit, if the libraries below allow it. Matrix products get
+their rows in multiples of `ROWS`, since MKL rounds differently for few rows. A step's attention
+runs over keys in multiples of `KEYS`, whose masked tail contributes exact zeros, summed in blocks
+of `SUMMED`. A prompt is prefilled at its own length, rounded up, only beside others of that length.
+All else is row-wise.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megatron_efr.weights.mapping import WeightMapping
 ROWS = 32  # two AVX-512 vectors: also keeps element-wise kernels out of their scalar tails
 KEYS = 32
 CHUNK = 64  # rows whose attention runs over as many keys as the longest of them has
-SUMMED = 256  # keys summed in one product: beyond 384 MKL splits the sum where it likes
+SUMMED = 256  # keys summed in one product: beyond 384 MKL splits the sum anywhere
 PREFILL_TOKENS = 2048  # padded tokens of one prefill: bounds its activations
 
 
@@ -120,7 +121,7 @@ class Decoder:
     def __init__(self, architecture: Architecture, device: torch.device, dtype: torch.dtype) -> None:
         a = self.architecture = architecture
         self.device, self.dtype = device, dtype
-        self._targets: dict[str, torch.Tensor] = {}  # Hugging Face name -> where its values live in our tensors
+        self._targets: dict[str, torch.Tensor] = {}  # Hugging Face name -> place of its values in our tensors
         self._shapes = WeightMapping(a).shapes()
         self._embedding = self._tensor("model.embed_tokens.weight")
         self._layers = [self._layer(f"model.layers.{n}.") for n in range(a.layers)]
@@ -164,7 +165,7 @@ class Decoder:
         for name, tensor in checked(weights, self._shapes):
             with torch.no_grad():
                 self._targets[name].copy_(tensor)
-        self._head_fp32 = self._head.float()  # itself where it is fp32
+        self._head_fp32 = self._head.float()  # itself if it is fp32
 
     def read(self, sequences: list[NDArray[np.int64]]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Prefill sequences together with those of the same padded length, PREFILL_TOKENS tokens (or one) at a time.

@@ -1,13 +1,14 @@
 """The embedded engine: continuous batching over our own decoder, in this process, fed by `publish` like any other.
 
-What does not depend on what. A token is a function of its logits and of (request seed, sample, position in the
-response); what a script writes takes a position too, and goes through the same step as what is drawn. Logits of a
-row do not depend on the other rows, on the number of slots or on the order of requests: in float32 on CPU, with one
-thread, tokens and log-probs are then the same bit for bit whatever shares the batch, which lets a killed run
-generate only its unfinished responses again. Tested on x86 with AVX-512 (MKL) at hidden sizes 64 to 256 and up to 820
-tokens, in tests/unit/test_local_engine.py. Elsewhere (bfloat16, CUDA, another BLAS) log-probs may differ in the
-last bits, and a token only where its uniform falls between two such roundings. Weights published within a response
-make what follows depend on when they came.
+What does not depend on what. A token is a function of its logits and of (request seed, sample,
+position in the response); what a script writes takes a position too, and goes through the same step
+as what is drawn. Logits of a row do not depend on the other rows, on the number of slots or on the
+order of requests: in float32 on CPU, with one thread, tokens and log-probs are then the same bit
+for bit whatever shares the batch, which lets a killed run generate only its unfinished responses
+again. Tested on x86 with AVX-512 (MKL) at hidden sizes 64 to 256 and up to 820 tokens, in
+tests/unit/test_local_engine.py. Elsewhere (bfloat16, CUDA, another BLAS) log-probs may differ in
+the last bits, and a token only if its uniform falls between two such roundings. Weights published
+within a response make what follows depend on when they came.
 """
 
 from __future__ import annotations
@@ -69,9 +70,10 @@ class LocalEngine:
     def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replace all weights by copies of (Hugging Face name, whole tensor) pairs.
 
-        ValueError names a tensor that is unknown, published twice, mis-shaped or missing; the engine then serves
-        nothing until a publication succeeds. Unfinished responses go on with the new weights: what they hold is read
-        again, and their version spans say where the weights changed.
+        ValueError names a tensor that is unknown, published twice, mis-shaped or missing; the
+        engine then serves nothing until a publication succeeds. Unfinished responses go on with the
+        new weights: what they hold is read again, and their version spans name the tokens at which
+        the weights changed.
         """
         with self._core.turn.changing():
             if self._core.asleep:

@@ -22,7 +22,7 @@ GOES_ON, STOPS, HELD = 0, 1, 2
 
 @dataclass(slots=True)
 class Row:
-    """Whose response a row holds, where it goes, and from which token on which version made it.
+    """A row's response: whose it is, how it goes on, and from which token on which version made it.
 
     `branch` numbers the branches of a response from 1; 0 is the response itself.
     """
@@ -153,7 +153,7 @@ class Rows:
         return self.length[indices] - self.prompt[indices]
 
     def penalties(self, indices: np.ndarray) -> Iterator[tuple[int, TokenPenalty]]:
-        """Which of the rows `indices`, by their place there, have what taken from the logits of their next token."""
+        """Penalties on the next token's logits, by place in `indices`."""
         for place in np.flatnonzero(self.penalised[indices]).tolist():
             row = int(indices[place])
             order = self[row].driver.order

@@ -282,7 +282,7 @@ class Stream(Iterator[Group]):
         self._rows.move(source, target)
 
     def _give_back(self) -> None:
-        """Free the cache where nothing is unfinished: training has its memory until the next request."""
+        """Free the cache if nothing is unfinished: training has its memory until the next request."""
         if len(self._ended) == self._rows.active and not self._ready and not self._waiting:
             self._core.cache = None
 

@@ -47,8 +47,9 @@ class Turn:
 
     @contextmanager
     def decoding(self, who: Closable) -> Iterator[None]:
-        """The right to decode one token. Waits while another thread has paused or changes something, unless `who` is
-        closed; RuntimeError where this very thread has paused, since it would wait for ever.
+        """The right to decode one token. Waits while another thread has paused or changes
+        something, unless `who` is closed; RuntimeError if this very thread has paused, since it
+        would wait for ever.
         """
         with self._condition:
             while (self._paused_by is not None or self._wanted_by) and not who.closed:

@@ -22,7 +22,7 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no pro
 
 
 def private_address(host: str) -> str:
-    """The IPv4 address of `host`; UserError where the internet may reach it."""
+    """The IPv4 address of `host`; UserError if the internet may reach it."""
     address = socket.gethostbyname(host)
     if not ipaddress.ip_address(address).is_private:
         raise UserError(
@@ -52,7 +52,7 @@ def free_port(host: str, ports: Sequence[int] = PORTS) -> int:
 
 
 def status(url: str, timeout_s: float, key: str | None = None) -> int | None:
-    """The HTTP status that `url` answers with, None where it does not answer within `timeout_s`."""
+    """The HTTP status that `url` answers with, None if it does not answer within `timeout_s`."""
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
         with _OPENER.open(request, timeout=timeout_s) as answer:

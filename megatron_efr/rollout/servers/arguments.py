@@ -29,7 +29,7 @@ _NAMES: dict[str, Any] = {
 def check_server_arguments(engines: EnginesConfig) -> None:
     """ConfigError for a key of `rollout.server` that SGLang does not know, or of another type than it takes.
 
-    Where there is no such interpreter, or no SGLang in it, whatever starts the servers will say so.
+    If there is no such interpreter, or no SGLang in it, whatever starts the servers will say so.
     """
     if not engines.server or not os.access(engines.python, os.X_OK):
         return
@@ -39,7 +39,8 @@ def check_server_arguments(engines: EnginesConfig) -> None:
 
 
 def check_against(package: Path, given: dict[str, Any]) -> None:
-    """ConfigError where the sources of SGLang in folder `package` have no such argument, or another type for it.
+    """ConfigError if the sources of SGLang in folder `package` have no such argument, or another
+    type for it.
 
     Its dataclass is put together of fields written as `name: A[type, help]`; a flag that is no field (an old name of
     one) is known by its text alone, and of any type.
@@ -64,7 +65,7 @@ def _fields(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _annotation(node: ast.expr) -> Any:
-    """The type that an annotation writes; Any where it is in other names than the plain ones."""
+    """The type that an annotation writes; Any if it is in other names than the plain ones."""
     if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "A" and isinstance(node.slice, ast.Tuple):
         node = node.slice.elts[0]
     try:

@@ -87,7 +87,7 @@ def server_arguments(
 ) -> dict[str, Any]:
     """Arguments that the servers of a run are started with, by SGLang's names; `rollout.server` has the last word.
 
-    `first_gpu` is the first server's, which is `shared` with a trainer where it is.
+    `first_gpu` is the first server's, which may be `shared` with a trainer.
     """
     if refused := sorted(REFUSED.keys() & rollout.server.keys()):
         raise UserError(f"rollout.server.{refused[0]}: {REFUSED[refused[0]]}")
@@ -142,7 +142,8 @@ class Launcher:
     ) -> None:
         """Start engine number `index` of a run, with random numbers of its own; returns before it is ready.
 
-        It takes `tp` GPUs from `first_gpu` on, `shared` with a trainer where they are. `extra` are more arguments of
+        It takes `tp` GPUs from `first_gpu` on, `shared` with a trainer or not.
+        `extra` are more arguments of
         the server.
         """
         architecture = Architecture.from_folder(model.path)
@@ -161,7 +162,7 @@ class Launcher:
         host: str = LOOPBACK,
         port: int | None = None,
     ) -> None:
-        """Start one server, which listens on `host` alone, at any free port where none is given."""
+        """Start one server, which listens on `host` alone, at any free port if none is given."""
         if not os.access(python, os.X_OK):
             raise UserError(
                 f"rollout.python: {python}: no such interpreter; on a machine without a GPU, "

@@ -25,7 +25,7 @@ from megatron_efr.rollout.servers.watch import Watch
 class Servers:
     """The addresses of all servers of a run, in the order of the GPUs that they take, and their key.
 
-    On a host's first rank `watch` starts the host's servers again where they end or hang.
+    On a host's first rank `watch` starts the host's servers again if they end or hang.
     """
 
     urls: Sequence[str] = ()
@@ -54,9 +54,10 @@ def serving(
 ) -> Iterator[Servers]:
     """The servers that a run asks for, ready, and ended with the block; every rank enters it.
 
-    Those in `rollout.urls` are somebody else's. The others write to `folder`, listen on this machine alone or, where
-    there are several hosts, on the private network, and take random numbers from `seed` and those after it. UserError,
-    on every rank, has the words of a host whose servers did not start.
+    Those in `rollout.urls` are somebody else's. The others write to `folder`, listen on this
+    machine alone or, if there are several hosts, on the private network, and take random numbers
+    from `seed` and those after it. UserError, on every rank, has the words of a host whose servers
+    did not start.
     """
     host = Host.of_this_process()
     seats = host.seats(rollout)
@@ -104,7 +105,8 @@ def _start(
 
 
 def _address(host: Host, cpu_world: dist.ProcessGroup) -> str:
-    """The address of this host's servers: one host keeps to itself; of several, each where it reaches rank 0's.
+    """The address of this host's servers: one host keeps to itself; of several, each the one by
+    which it reaches rank 0's.
 
     Rank 0's host itself may know its name as 127.0.1.1, so it takes the last rank's word for its address.
     """

@@ -1,4 +1,4 @@
-"""Which GPUs of a host its engines take: a function of the configuration and of where torchrun put this process."""
+"""The GPUs of a host that its engines take, by the configuration and torchrun's placement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ class Host:
 
     @classmethod
     def of_this_process(cls, environment: Mapping[str, str] = os.environ) -> Host:
-        """As torchrun says; without it, a machine of one rank. ConfigError where hosts have unequally many ranks."""
+        """As torchrun says; without it, a machine of one rank. ConfigError if hosts have unequally
+        many ranks.
+        """
         world = int(environment.get("WORLD_SIZE", "1"))
         ranks = int(environment.get("LOCAL_WORLD_SIZE", world))
         if world % ranks:
@@ -32,7 +34,7 @@ class Host:
         return cls(int(environment.get("RANK", "0")) // ranks, world // ranks, ranks)
 
     def seats(self, rollout: RolloutConfig) -> list[Gpus]:
-        """The GPUs of each engine that this host starts; ConfigError where they do not divide."""
+        """The GPUs of each engine that this host starts; ConfigError if they do not divide."""
         if rollout.engine == "local" or rollout.urls:
             return []
         if rollout.placement == "colocated":

@@ -1,6 +1,6 @@
 """Runs one command, and ends it with all its descendants when it is told to or when the process it works for is gone.
 
-    python supervisor.py PID SECONDS COMMAND...     ends with the command's exit code, 128 + n where signal n ended it
+    python supervisor.py PID SECONDS COMMAND...     ends with the command's exit code, 128 + n if signal n ended it
 
 PID is the process worked for. SIGTERM gives the command SECONDS to end by itself; when PID is gone, it gets none. A
 file of its own for the standard library alone: it starts in no time and has one thread, so that a child may safely be

@@ -21,8 +21,9 @@ EVERY_S = 1.0
 class Watch:
     """A thread for each of `servers`, which are ready; each is started again `restarts` times at most, then stays down.
 
-    A server hangs when its scheduler, which answers `/server_info` also while it is paused or asleep, has not for
-    `limits.hang_s`; while weights are loaded into a paused one, for `limits.update_s` where that is longer.
+    A server hangs when its scheduler, which answers `/server_info` also while it is paused or
+    asleep, has not for `limits.hang_s`; while weights are loaded into a paused one, for
+    `limits.update_s` if that is longer.
     """
 
     def __init__(self, servers: Sequence[ServerProcess], key: str, limits: TimeoutsConfig, restarts: int) -> None:

@@ -33,8 +33,8 @@ AHEAD = 1.25
 
 
 class SGLangEngine(ServerUpdates):
-    """An `Engine` over running servers, each of `engine_ranks` tensor-parallel ranks and `slots` places, that compute
-    in the policy's `dtype`; UserError where one was started otherwise.
+    """An `Engine` over running servers, each of `engine_ranks` tensor-parallel ranks and `slots`
+    places, that compute in the policy's `dtype`; UserError if one was started otherwise.
 
     With `penalties`, scripts may penalise tokens: for evaluations.
 

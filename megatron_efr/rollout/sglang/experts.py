@@ -1,4 +1,4 @@
-"""Which experts an SGLang server sent each token to, from its answer to what a response keeps."""
+"""The experts that an SGLang server chose for each token, from its answer to an array."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megatron_efr.weights.architecture import Architecture
 def decode_routing(encoded: str, tokens: int, architecture: Architecture) -> np.ndarray:
     """`routed_experts` of a `Response` from meta_info's: [tokens, layers, experts per token] as base64 of int32.
 
-    `tokens` are those that were read: prompt and response but for its last token. Kept in the narrowest signed type, a
-    byte up to 128 experts. ValueError where this is not the model's routing.
+    `tokens` are those that were read: prompt and response but for its last token. Kept in the
+    narrowest signed type, a byte up to 128 experts. ValueError if this is not the model's routing.
     """
     experts = architecture.experts
     assert experts is not None

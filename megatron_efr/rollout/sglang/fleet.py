@@ -27,13 +27,13 @@ from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.publish import EngineError, LostError
 
 SENDS = 3
-"""How often one response is asked for of servers that fail to give it, though they serve."""
+"""Times that one response is asked for of servers that fail to give it, though they serve."""
 
 REST_S = 30.0
-"""How long a server that lost a response is passed over, where there are others."""
+"""Seconds that a server which lost a response is passed over, if there are others."""
 
 IDLE_S = 3.0
-"""How long an unused connection is kept: less than the 5 s after which SGLang's web server closes it."""
+"""Seconds that an unused connection is kept: SGLang's web server closes it after 5 s."""
 
 
 @dataclass(slots=True)

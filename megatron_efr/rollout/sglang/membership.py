@@ -1,4 +1,4 @@
-"""Which servers serve: health checks, losses, and who takes part in a publication.
+"""Membership of servers: health checks, losses, and the members of a publication.
 
 A server is `SERVING` the weights published last; `LOST`, when it did not answer or failed; or `EMPTY`, when it answers
 but has not these weights: it has restarted, or was left out. Only a publication makes a server serve: whatever became
@@ -52,7 +52,7 @@ class Membership:
     def __init__(self, servers: Sequence[Server], limits: TimeoutsConfig) -> None:
         self.servers, self.members = list(servers), list(servers)
         self.events = Events()
-        self.told = asyncio.Event()  # set where other servers serve than before, for whom it concerns to clear
+        self.told = asyncio.Event()  # set when the serving servers change; who looks clears it
         self.changed = True  # this publication's servers, or a start of one, are others than the last one's
         self._limits = limits
         self._state = dict.fromkeys(servers, State.EMPTY)
@@ -80,7 +80,7 @@ class Membership:
 
     @property
     def empty(self) -> list[Server]:
-        """Those that answer, and serve once they are published to."""
+        """The servers that answer, and serve once they are published to."""
         return [server for server in self.servers if self._state[server] is State.EMPTY]
 
     @property
@@ -93,7 +93,9 @@ class Membership:
         return {s.url for s in self.servers if self._state[s] in (State.SERVING, State.UPDATING)}
 
     async def settled_serving(self) -> list[Server]:
-        """The servers that serve, after any publication that is going on; NoEngineError where there is none."""
+        """The servers that serve, after any publication that is going on; NoEngineError if there is
+        none.
+        """
         await self._settled.wait()
         if not self.serving:
             urls = ", ".join(server.url for server in self.servers)
@@ -133,9 +135,10 @@ class Membership:
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     async def all_members(self, call: Callable[[Server], Coroutine[Any, Any, T]], together: bool = False) -> list[T]:
-        """Make `call` of all that take part, at once, and wait for all; those that fail are lost, and EngineError, or
-        LostError where none refused, has the words of all of them. Calls that wait for each other on the servers'
-        side, `together`, end with the first that fails."""
+        """Make `call` of all that take part, at once, and wait for all; those that fail are lost,
+        and EngineError, or LostError if none refused, has the words of all of them. Calls that wait
+        for each other on the servers' side, `together`, end with the first that fails.
+        """
         answers, failed = await _each(self.members, call, together)
         for server, error in failed.items():
             self.lose(server, str(error))
@@ -162,8 +165,9 @@ class Membership:
     # -- publication ---------------------------------------------------------------------------------------------------
 
     async def begin(self) -> None:
-        """Decide who takes part, and open a session with each: all that answer, but, where there are others, those
-        that failed in the publication that is begun again. EngineError where none has come back within `start_s`.
+        """Decide who takes part, and open a session with each: all that answer, but, if there are
+        others, those that failed in the publication that is begun again. EngineError if none has
+        come back within `start_s`.
         """
         self._updates += 1
         self._settled.clear()
@@ -203,7 +207,7 @@ class Membership:
         return [server for server in self.servers if self._state[server] is not State.LOST]
 
     async def _open_answering(self) -> list[Server]:
-        """Those of the servers that answer with which a session is open now; those that failed are lost."""
+        """The answering servers with which a session is open now; those that failed are lost."""
         answering = self._not_lost()
         trying = [server for server in answering if server not in self._failed] or answering
         opened, refused = await _each(trying, _open)

@@ -29,7 +29,7 @@ class PenalisedSampling(Sampling):
 
 
 class SwitchPenalty:
-    """What `TokenPenalty` says, for a batch within a server: it knows this class by its source alone."""
+    """`TokenPenalty` for a batch within a server, which knows this class by its source alone."""
 
     def __call__(self, logits, custom_param_list):
         for row, given in enumerate(custom_param_list):
@@ -53,5 +53,5 @@ class _AsSource:
 
 @cache
 def processor() -> str:
-    """What a request names the processor by, as SGLang's `CustomLogitProcessor.to_str` has it."""
+    """Name of the processor in a request, as SGLang's `CustomLogitProcessor.to_str` has it."""
     return json.dumps({"callable": pickle.dumps(_AsSource()).hex()})

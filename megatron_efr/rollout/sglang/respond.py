@@ -18,7 +18,9 @@ Ask = Callable[[tuple[int, ...], Sampling], Awaitable[Response]]
 
 
 async def respond(driver: Driver, begun: tuple[int, ...], sampling: Sampling, ask: Ask) -> Response:
-    """What `driver`'s script makes of the tokens `begun`, with `ask` for its draws. Branches are asked for together."""
+    """Make the response of `driver`'s script from the tokens `begun`, with `ask` for its draws.
+
+    Branches are asked for together."""
     growing = _Growing(begun, driver)
     while (order := driver.order) is not None:
         match order:
@@ -118,8 +120,10 @@ class _Growing:
         )
 
     def _versions(self) -> tuple[VersionSpan, ...]:
-        """Which weights made which tokens; what a script writes counts as made by those that drew before it. None
-        without a draw."""
+        """Spans of tokens by the weights that made them; none without a draw.
+
+        A script's tokens count as made by the weights that drew before them.
+        """
         if not self._starts:
             return ()
         starts = [start for i, start in enumerate(self._starts) if i == 0 or start[0] != self._starts[i - 1][0]]
@@ -131,7 +135,7 @@ class _Growing:
 
 
 async def _all(responses: Iterable[Awaitable[Response]]) -> list[Response]:
-    """All of them; where one fails the others are given up."""
+    """All of them; if one fails the others are given up."""
     tasks = [asyncio.ensure_future(response) for response in responses]
     try:
         return await asyncio.gather(*tasks)

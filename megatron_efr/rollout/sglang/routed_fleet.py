@@ -67,7 +67,7 @@ class RoutedFleet(Fleet):
         return await super()._draw(place, name, tokens, sampling)
 
     async def _through_router(self, tokens: tuple[int, ...], sampling: Sampling) -> Answer | None:
-        """A draw, or None where it must be asked for without the router."""
+        """A draw, or None if it must be asked for without the router."""
         if not self.routed:  # any more, since the group was placed
             return None
         asked = self._router.generate(self._new_rid(), tokens, sampling)

@@ -1,7 +1,8 @@
 """sglang-router 0.3.2 before a run's servers: its process, and its own calls over HTTP.
 
-It sends a prompt where the beginning of it is cached, unless that server has much more in work than another. Here it
-checks no server's health, repeats nothing and shuts nobody out: that is for those who know the weights' versions.
+It sends a prompt to the server that has its beginning cached, unless that server has much more in
+work than another. Here it checks no server's health, repeats nothing and shuts nobody out: that is
+for those who know the weights' versions.
 """
 
 from __future__ import annotations
@@ -31,15 +32,16 @@ launch_router(parse_router_args([*sys.argv[1:], *(["--api-key", key] if key else
 
 POLICY = {
     "policy": "cache_aware",
-    "cache-threshold": 0.8,  # prompts share a template, and shall not all go where the first one went
+    "cache-threshold": 0.8,  # prompts share a template, and shall not all go to one server
     "balance-abs-threshold": 16,  # responses by which the busiest server may be ahead of the idlest
     "balance-rel-threshold": 1.1,
 }
 
 
 def start_router(rollout: EnginesConfig, folder: Path, key: str | None) -> ServerProcess:
-    """Start it on this machine's own address, with no server behind it; its log is in `folder`. Returns before it is
-    ready. UserError where `rollout.python` has it not."""
+    """Start it on this machine's own address, with no server behind it; its log is in `folder`.
+    Returns before it is ready. UserError if `rollout.python` has it not.
+    """
     outer = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     environment = server_environment(outer, on_gpu=True, tp=1)  # no proxy stands between a run's machines
     found = subprocess.run(

@@ -58,7 +58,7 @@ class Server:
         self.url = url.rstrip("/")
         self._session, self._limits, self._mixture = session, limits, mixture
         self.released: set[str] = set()
-        """Those of WEIGHTS and CACHES that it has given up; taking what it has ends a server. Empty once restarted."""
+        """Parts (WEIGHTS, CACHES) that it gave up; taking others ends it. Empty once restarted."""
 
     # -- responses -----------------------------------------------------------------------------------------------------
 
@@ -101,7 +101,8 @@ class Server:
     async def check(self) -> str:
         """The name of the weights, once the scheduler has shown that it answers, as it does while paused too.
 
-        A single attempt: SGLang's own /health wants a token to be generated, and fails where the server is paused.
+        A single attempt: SGLang's own /health wants a token to be generated, and fails if the
+        server is paused.
         """
         await self._request("GET", "/server_info", None, "health_s")
         return (await self._request("GET", "/model_info", None, "health_s"))["weight_version"]
@@ -135,7 +136,9 @@ class Server:
         return bool(held)
 
     async def resume_memory(self, kind: str) -> None:
-        """Take the memory of WEIGHTS or CACHES again, where it was given up; what it holds is undefined."""
+        """Take the memory of WEIGHTS or CACHES again, if it was given up; what it holds is
+        undefined.
+        """
         if kind in self.released:
             self.released.remove(kind)
             await self._post("/resume_memory_occupation", {"tags": [kind]}, "control_s")
@@ -185,7 +188,9 @@ class Server:
         await self._update("/update_weight_version", body, "control_s")
 
     async def checksums(self) -> dict[str, str]:
-        """A checksum of every parameter, by SGLang's own name for it, behind `rankR.` where there are several ranks."""
+        """A checksum of every parameter, by SGLang's own name for it, behind `rankR.` if there are
+        several ranks.
+        """
         answered = await self._post("/weights_checker", {"action": "checksum"}, "update_s")
         ranks = [rank["checksums"] for rank in answered["ranks"]]
         if len(ranks) == 1:
@@ -240,8 +245,8 @@ def tensor_body(payloads: Sequence[str], load_format: str | None) -> bytes:
 def _sampling_params(sampling: Sampling) -> dict[str, Any]:
     """SGLang's words for it; what could change the distribution is set, lest generation_config.json sets it.
 
-    `ignore_eos` switches stop_token_ids off as well, and the model's own end of sequence always stops where it is not
-    set: so it is set where nothing shall stop.
+    `ignore_eos` switches stop_token_ids off as well, and the model's own end of sequence always
+    stops if it is not set: so it is set if nothing shall stop.
     """
     return {
         "temperature": sampling.temperature,

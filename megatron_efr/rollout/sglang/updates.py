@@ -63,7 +63,7 @@ class ServerUpdates:
 
     @property
     def count(self) -> int:
-        """How many servers take part."""
+        """Number of servers that take part."""
         return len(self._membership.members)
 
     @property
@@ -77,16 +77,18 @@ class ServerUpdates:
         return self._membership.changed
 
     def begin_update(self) -> None:
-        """Decide which servers take part; pause them (unfinished responses are kept), drop what is cached, open the
-        update session. Waits where no server answers."""
+        """Decide which servers take part; pause them (unfinished responses are kept), drop what is
+        cached, open the update session. Waits if no server answers.
+        """
         if self._asleep:
             raise RuntimeError("the engine is asleep: wake() it before publish()")
         self._version, self._updated_by = -1, threading.get_ident()
         self._thread.run(self._membership.begin())
 
     def update_from_tensor(self, payloads: list[str], load_format: str | None) -> None:
-        """Send one bucket: a base64 payload for each tensor-parallel rank, the same to every server; or, where there
-        are as many as all servers have ranks together, those that take no part included, each server its own.
+        """Send one bucket: a base64 payload for each tensor-parallel rank, the same to every
+        server; or, if there are as many as all servers have ranks together, those that take no part
+        included, each server its own.
         """
         ranks = self.engine_ranks
         bodies = [tensor_body(payloads[i : i + ranks], load_format) for i in range(0, len(payloads), ranks)]
