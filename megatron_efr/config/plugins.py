@@ -1,10 +1,11 @@
-"""Third parties' classes by entry point: found by name, loaded when they are asked for, and checked."""
+"""Third parties' classes and functions by name: found when they are asked for, loaded, and checked."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatron_efr.config.section import ConfigError
 
@@ -38,4 +39,33 @@ def load_plugin(entry: EntryPoint, base: type[Kind], key: str) -> type[Kind]:
         raise ConfigError(f"{named}, cannot be loaded: {type(error).__name__}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{named}, is no subclass of {base.__module__.rpartition('.')[0]}.{base.__name__}")
+    return found
+
+
+def load_function(name: str, group: str, key: str, arguments: Sequence[str]) -> Callable[..., Any]:
+    """The third party's function that `name` leads to: an entry point of `group`, or module:function.
+
+    ConfigError, under the key that asks for it, if there is none, if it cannot be imported, or if it cannot be called
+    with these positional arguments.
+    """
+    others = registered(group)
+    if name not in others and ":" not in name:
+        there = ", ".join(sorted(others)) or "none"
+        raise ConfigError(f"{key}: no {name!r}; registered under {group}: {there}; or give module:function")
+    try:
+        found = others.get(name, EntryPoint(name, name, group)).load()
+    except (Exception, SystemExit) as error:  # anything may happen in a module of somebody else
+        raise ConfigError(
+            f"{key}: {name} cannot be imported: {type(error).__name__}: {error}; install its package, or put its "
+            "folder on PYTHONPATH"
+        ) from error
+    wanted = f"a function of ({', '.join(arguments)})"
+    if not callable(found):
+        raise ConfigError(f"{key}: {name} is of type {type(found).__name__}, and {wanted} is asked for")
+    try:
+        inspect.signature(found).bind(*arguments)
+    except TypeError as error:
+        raise ConfigError(f"{key}: {name} is not {wanted}: {error}") from error
+    except ValueError:  # some functions in C have no signature
+        pass
     return found

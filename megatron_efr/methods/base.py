@@ -24,8 +24,8 @@ class Needs(NamedTuple):
     samples: responses per prompt, at least. thinking: marks around the thinking part of a response, which it finds in
     `Known.marks`. algorithms: those that it works with; None: all. engine: abilities of the engine, by the names of
     `rollout.engine.ABILITIES`. branches: verdicts on the answers of branches too. offline: all its
-    responses are the starting model's, so that there is one iteration. What it wants to have sampled
-    depends on its options: `Method.samplings`.
+    responses are the starting model's, so that there is one iteration. aggregate: the mean in the algorithm's loss that
+    its credits are made for; None: any. What it wants to have sampled depends on its options: `Method.samplings`.
     """
 
     samples: int = 2
@@ -34,6 +34,7 @@ class Needs(NamedTuple):
     engine: frozenset[str] = frozenset()
     branches: bool = False
     offline: bool = False
+    aggregate: str | None = None
 
 
 class Visit(NamedTuple):
@@ -93,6 +94,9 @@ class Choices(Protocol):
     def truncated(self) -> str: ...
 
     @property
+    def aggregate(self) -> str: ...
+
+    @property
     def dynamic_sampling(self) -> bool: ...
 
     def changed(self, key: str) -> bool: ...
@@ -149,6 +153,10 @@ class Method(Section):
 
     def credits(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Credit] | None:
         """Credit of each group, if it is not to be the algorithm's; None: it is."""
+        return None
+
+    def weights(self, group: Rewarded, known: Known) -> tuple[FloatArray, ...] | None:
+        """What each response's tokens weigh in the loss if the credits are the algorithm's; None: 1 each."""
         return None
 
     def learn(self, state: State, groups: Sequence[Rewarded], known: Known) -> State:

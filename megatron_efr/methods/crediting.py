@@ -39,7 +39,11 @@ def credit(method: Method, algorithm: Credits, groups: Sequence[Rewarded], known
     made = method.credits(groups, known)
     if made is None:
         rewards, lengths = [each.rewards for each in groups], [each.group.lengths for each in groups]
-        made = [Credit(advantage) for advantage in algorithm.credits(rewards, lengths, known.limit)]
+        advantages = algorithm.credits(rewards, lengths, known.limit)
+        made = [
+            Credit(advantage, weight=method.weights(group, known))
+            for group, advantage in zip(groups, advantages, strict=True)
+        ]
     return [
         Credited(group, each._replace(masked=_masked(each, algorithm.trains(group.group.truncated))))
         for group, each in zip(groups, made, strict=True)

@@ -186,9 +186,11 @@ class AdaCoT(Method):
         a prompt needs it if fewer than `enough` of the group's responses that do not think are right, or none is there
 
     A response does not think if its thought is closed at once. A wrong or truncated response has c = 0. Nothing is
-    remembered. Open: the coefficients, and which prompts need a thought, for which the source asks another model.
-    Chosen: 0.3 and 0.1, and the group itself; no price on form, which the verifier judges; no critic; and the token
-    that decides stays in the loss, which the source leaves out at a later stage.
+    remembered. From iteration `masked_from` on, the token that decides is left out of the loss, the others are trained
+    on as before: the source's selective loss masking, which keeps a later stage from deciding always alike. Open: the
+    coefficients, which prompts need a thought, for which the source asks another model, and when the later stage
+    begins. Chosen: 0.3 and 0.1, the group itself, and no later stage; no price on form, which the verifier judges; no
+    critic.
     """
 
     source = "Lou et al. 2025, arXiv 2505.11896, second-hand"
@@ -199,11 +201,34 @@ class AdaCoT(Method):
     missed: float = Field(default=0.3, ge=0, description="what a missing thought costs")
     needless: float = Field(default=0.1, ge=0, description="what a needless thought costs")
     enough: float = Field(default=0.5, ge=0, le=1, description="share of right answers without a thought")
+    masked_from: PositiveInt | None = Field(
+        default=None, description="iteration from which the token that decides is not trained on; never when left out"
+    )
+    decides: int = Field(
+        default=0,
+        ge=0,
+        description="its place in a response: 0 where the chat template opens the thought, 1 behind a `<think>` that "
+        "the model draws",
+    )
+
+    @model_validator(mode="after")
+    def _place_is_asked_for(self) -> AdaCoT:
+        if self.decides and self.masked_from is None:
+            raise ValueError("method.decides: it has no effect without method.masked_from; leave it out")
+        return self
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         right, thinks = Outcomes.of(group, known.limit).right, self._thinks(group, known)
         needed = thinks.all() or float(right[~thinks].mean()) < self.enough
         return right - (self.missed * ~thinks if needed else self.needless * thinks)
+
+    def weights(self, group: Rewarded, known: Known) -> tuple[FloatArray, ...] | None:
+        if self.masked_from is None or known.step < self.masked_from:
+            return None
+        made = tuple(np.ones(len(response.tokens)) for response in group.group.responses)
+        for weights in made:
+            weights[self.decides : self.decides + 1] = 0.0
+        return made
 
     def _thinks(self, group: Graded, known: Known) -> BoolArray:
         """Responses whose thought is not closed at once, bool [n]."""
@@ -221,9 +246,12 @@ class MemoryR(Method):
 
     Either part is 0 until the prompt has had a right, or a wrong, response in an earlier iteration, and the second
     until iteration `explore_from`. A truncated response counts as wrong; a wrong one gets both parts. The mean of each
-    prompt's right embeddings, its last `kept` wrong ones, and the last values are remembered. It is not about length.
-    Open: little; the source embeds with a model of sentences. Chosen: counts of runs of three tokens, hashed, so that
-    nothing is to be loaded, and a memory that takes a response in after it was judged, not before.
+    prompt's right embeddings, its last `kept` wrong ones, and the last values are remembered: 12 MB of a checkpoint by
+    default, of the first `remembered` prompts that have a right, or a wrong, response. For the others such a part stays
+    0. The first are kept, not the latest: an epoch of more prompts would forget each before it comes again. It is not
+    about length. Open: little; the source embeds with a model of sentences. Chosen: counts of runs of three tokens,
+    hashed, so that nothing is to be loaded, a memory that takes a response in after it was judged, not before, and its
+    bound.
     """
 
     source = "Le et al. 2025, arXiv 2504.02273, sections 2.2 and 2.3; thaihungle/Memory-R@a193f4f"
@@ -235,6 +263,7 @@ class MemoryR(Method):
     window: PositiveInt = Field(default=100, description="values that each part is scaled by")
     kept: PositiveInt = Field(default=8, description="wrong responses that are kept of a prompt")
     size: PositiveInt = Field(default=64, description="numbers of an embedding")
+    remembered: PositiveInt = Field(default=4000, description="prompts that are remembered: the first that are seen")
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         near, unlike = self._parts(group, known.state)
@@ -250,12 +279,15 @@ class MemoryR(Method):
                 held += values[~np.isnan(values)].tolist()
             name, hit = group.group.prompt.id, Outcomes.of(group.graded, known.limit).right
             made = self._embedded(group.graded)
-            if hit.any():
+            if hit.any() and self._remembers(name, right):
                 count, total = right.get(name, (0, [0] * self.size))
                 right[name] = [count + int(hit.sum()), (np.array(total) + made[hit].sum(0)).tolist()]
-            if not hit.all():
+            if not hit.all() and self._remembers(name, wrong):
                 wrong[name] = [*wrong.get(name, []), *made[~hit].tolist()][-self.kept :]
         return {"right": right, "wrong": wrong, "near": near[-self.window :], "unlike": unlike[-self.window :]}
+
+    def _remembers(self, prompt: str, memory: Mapping[str, object]) -> bool:
+        return prompt in memory or len(memory) < self.remembered
 
     def _parts(self, group: Graded, state: State) -> tuple[FloatArray, FloatArray]:
         """Nearness of each response to right ones, and distance from wrong ones, [n]; nan: none."""

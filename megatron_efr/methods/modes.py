@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from megatron_efr.methods.base import Ask, Known, Method, Visit
+from megatron_efr.methods.base import Ask, Known, Method, Needs, Visit
 from megatron_efr.methods.plain import Outcomes
 from megatron_efr.scripts import Opened
 from megatron_efr.types import BoolArray, Credit, FloatArray, Graded, Group, Rewarded
@@ -92,13 +92,15 @@ class Thinkless(Method):
         loss = control times the mean over first tokens + the mean over all others
 
     A truncated response counts as wrong. Nothing is remembered. The model has to know both tokens, by SFT before. The
-    weights make this of a mean over tokens (`algorithm.aggregate: token`), with the iteration's mean length for that of
-    each of its updates. The source clips at 0.2, and has a KL of 0.001 in the loss.
+    weights make this of a mean over tokens, which is asked for (`algorithm.aggregate: token`), with the iteration's
+    mean length for that of each of its updates. The source clips at 0.2, and has a KL of 0.001 in the loss.
     """
 
     source = "Fang et al. 2025, arXiv 2505.13379; VainF/Thinkless@aa225d2 math_reward.py:36-110, core_algos.py:112-214"
     standing = "code"
     wrong_may_win_if = "`thinking` is below -1"
+
+    needs = Needs(aggregate="token")
 
     thinking: float = Field(default=0.5, le=1, description="what a right answer earns that thought before")
     control: float = Field(default=0.001, gt=0, description="weight of the first tokens beside all others")

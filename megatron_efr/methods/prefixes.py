@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
+from megatron_efr.config import RolloutConfig
 from megatron_efr.methods.base import Ask, Known, Visit
 from megatron_efr.methods.branching import Branching, thought, tried_answers
+from megatron_efr.methods.judges import judge_of, scores
 from megatron_efr.methods.plain import Outcomes
 from megatron_efr.scripts import Exits
-from megatron_efr.types import Credit, FloatArray, Graded, Response, Rewarded
+from megatron_efr.types import Credit, FloatArray, Graded, Prompt, Response, Rewarded
 
 
 class Prefixes(Branching):
@@ -40,25 +42,67 @@ class SGPO(Prefixes):
 
         r = c if any response of the group is right, else 1 / (1 + exp(-slope (x - middle)))
         x = the largest share of the thought from which an answer is still right; 0 if there is none
+        with a judge: x = the share of the thought's steps before the first that it scores below `sound`
 
     A truncated response counts as wrong. Nothing is remembered. Open: the logistic's constants, and how the first wrong
     step is found: the source has a judge read the reference solution. Chosen: 10 and 0.5, and the verifier alone, which
     reads `answers` of the policy's own at each exit. They are drawn of every response, since nobody knows before
-    whether one will be right, and not trained on.
+    whether one will be right, and not trained on. A `judge` takes their place: a function of a prompt, with its
+    `gold`, and the list of a thought's steps, which returns a number from 0 to 1 for each step. It is called in the
+    run's first process, once for each response of a group that is all wrong, and what it returns is in the rewards that
+    are kept with the rollouts; after a kill, groups that no iteration had used are judged again.
     """
 
     source = "arXiv 2505.11595 v4, second-hand"
 
     slope: float = Field(default=10.0, gt=0, description="of the logistic; the source's beta")
     middle: float = Field(default=0.5, ge=0, le=1, description="share of the thought that is worth 0.5; its gamma")
+    judge: str | None = Field(
+        default=None,
+        min_length=1,
+        description="scores the steps of a thought: module:function, or a name registered under megatron_efr.judges; "
+        "answers at exits are verified when left out",
+    )
+    step: str = Field(default="\n\n", min_length=1, description="what stands between two steps, for a judge")
+    sound: float = Field(default=0.5, gt=0, le=1, description="the least score of a right step, for a judge")
+
+    @model_validator(mode="after")
+    def _options_speak(self) -> SGPO:
+        vain = ("step", "sound") if self.judge is None else ("exits", "answers", "answer_tokens", "stop")
+        reason = "without method.judge" if self.judge is None else "with method.judge: nothing is answered early"
+        for key in vain:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"method.{key}: it has no effect {reason}; leave it out")
+        return self
+
+    @property
+    def sought(self) -> Mapping[str, str]:
+        return {} if self.judge is None else {"end": self.end}
+
+    def check(self, rollout: RolloutConfig) -> None:
+        if self.judge is not None:
+            judge_of(self.judge)
+
+    def ask(self, visit: Visit, known: Known) -> Ask:
+        return super().ask(visit, known) if self.judge is None else Ask()
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         right = Outcomes.of(group, known.limit).right
         if right.any():
             return right.astype(np.float64)
-        pairs = zip(group.group.responses, self.solved(group), strict=True)
-        reached = np.array([self._reached(response, solved) for response, solved in pairs])
+        if self.judge is not None:
+            prompt = group.group.prompt
+            reached = np.array([self._sound(self.judge, prompt, response) for response in group.group.responses])
+        else:
+            pairs = zip(group.group.responses, self.solved(group), strict=True)
+            reached = np.array([self._reached(response, solved) for response, solved in pairs])
         return 1.0 / (1.0 + np.exp(-self.slope * (reached - self.middle)))
+
+    def _sound(self, judge: str, prompt: Prompt, response: Response) -> float:
+        """The share of the thought's steps before the first wrong one."""
+        steps = [step for step in response.text.partition(self.end)[0].split(self.step) if step.strip()]
+        wrong = [score < self.sound for score in scores(judge, prompt, steps)] if steps else []
+        return (wrong.index(True) if True in wrong else len(wrong)) / max(len(wrong), 1)
 
     def _reached(self, response: Response, solved: FloatArray) -> float:
         held = [branch.at for branch, share in zip(response.branches, solved, strict=True) if share > 0]

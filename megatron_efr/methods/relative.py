@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
 from megatron_efr.config import ConfigError, RolloutConfig
-from megatron_efr.methods.base import Choices, Known, Method, State
+from megatron_efr.methods.base import Choices, Known, Method, Needs, State
 from megatron_efr.methods.plain import Outcomes, check_within, limit_of
 from megatron_efr.types import BoolArray, Credit, FloatArray, Graded, Rewarded
 
@@ -131,13 +131,15 @@ class DRPO(Relative):
         0 if all are right, or all wrong
 
     A truncated response counts as wrong. Nothing is remembered. The source's loss has s in place of a ratio, as has
-    `algorithm.name: likelihood`; the factor n makes of its mean over responses the source's mean over prompts. s is
-    taken when a response is drawn: tau makes little of what an update changes. The source's penalty on the KL between
-    updates of an iteration is not built.
+    `algorithm.name: likelihood`; the factor n makes of a mean over responses, which is asked for
+    (`algorithm.aggregate: sequence`), the source's mean over prompts. s is taken when a response is drawn: tau makes
+    little of what an update changes. The source's penalty on the KL between updates of an iteration is not built.
     """
 
     source = "Optimization-AI, arXiv 2510.04474; Optimization-AI/DRPO@405f702 core_algos.py:337-436"
     standing = "code"
+
+    needs = Needs(aggregate="sequence")
 
     spread: float = Field(default=0.1, gt=0, description="less prefers short answers more; the source's lambda")
     tau: float = Field(default=10.0, gt=0, description="less pushes the likeliest wrong answers alone")

@@ -21,6 +21,11 @@ def _in_vain(name: str, method: Method, algorithm: Choices) -> Iterator[str]:
             f"algorithm.dynamic_sampling: true throws away prompts whose responses are all right, and {name} tells "
             "those apart by their lengths afterwards; set algorithm.dynamic_sampling: false"
         )
+    if (mean := method.needs.aggregate) is not None and algorithm.aggregate != mean:
+        yield (
+            f"algorithm.aggregate: {algorithm.aggregate}, and the credits of {name} are made for the mean that {mean} "
+            f"takes; set algorithm.aggregate: {mean}"
+        )
     if type(method).credits is Method.credits:
         return
     own = f"{name} gives credits of its own"

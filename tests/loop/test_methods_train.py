@@ -84,6 +84,7 @@ def configured(task: Path, runs: Path, name: str, iterations: int, **changed: An
         "evaluation": {"datasets": [{"path": str(task / "digits.jsonl")}], "max_new_tokens": LIMIT},
         "grading": grading,
         "method": {"name": name, **OPTIONS.get(name, {})},
+        "algorithm": {"aggregate": METHODS[name].needs.aggregate or "sequence"},
         "optimizer": {"lr": 1e-3},
         "train": {"iterations": iterations, "updates": 1},
         "checkpoint": {"every": 2},

@@ -353,6 +353,20 @@ def test_options_without_sense_are_refused_by_key(name: str, options: dict[str, 
         ("stop_properly", {}, {"truncated": "soft"}, r"^algorithm\.truncated: soft .*stop_properly does so already"),
         ("anytime", {}, {"truncated": "masked"}, r"^algorithm\.truncated: masked leaves out thoughts .* set .*: wrong"),
         ("stop_properly", {}, {"truncated": "masked"}, r"^algorithm\.truncated: masked .*is to teach by them"),
+        (
+            "thinkless",
+            {},
+            {},
+            r"^algorithm\.aggregate: sequence, and .* thinkless .*; set algorithm\.aggregate: token$",
+        ),
+        ("thinkless", {}, {"aggregate": "constant"}, r"^algorithm\.aggregate: constant, and"),
+        (
+            "drpo",
+            {},
+            {"name": "cispo"},
+            r"^algorithm\.aggregate: token, and .* drpo .*set algorithm\.aggregate: sequence$",
+        ),
+        ("drpo", {}, {"name": "dr_grpo"}, r"^algorithm\.aggregate: constant, and"),
     ],
 )
 def test_choices_of_an_algorithm_that_undo_a_method_are_refused(
@@ -379,11 +393,16 @@ def algorithm(**choices: Any) -> algorithms.Algorithm:
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_goes_with_every_algorithm_that_leaves_prompts_and_penalties_to_it(name: str) -> None:
     """As their sources have them: nobody need set what is not refused by name."""
+    mean = METHODS[name].needs.aggregate
     for other in algorithms.ALGORITHMS:
+        if mean is not None and mean != "sequence" and other == "gspo":
+            continue  # which knows one mean alone
         choices = {"dapo": {"dynamic_sampling": False, "truncated": "wrong"}}.get(other, {})
         options = {"over": "nothing"} if name == "gdpo" else {}
-        methods.check_together(name, build(name, **options), algorithm(name=other, **choices))
-    methods.check_together(name, build(name), algorithm())
+        asked_for = {} if mean is None else {"aggregate": mean}
+        methods.check_together(name, build(name, **options), algorithm(name=other, **choices, **asked_for))
+    if mean in (None, "sequence"):
+        methods.check_together(name, build(name), algorithm())
     if not build(name).equal_rewards_teach and name not in OWN:
         methods.check_together(name, build(name), algorithm(name="dapo"))
 

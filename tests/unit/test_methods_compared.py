@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_efr import methods
-from megatron_efr.config import ConfigError
+from megatron_efr import algorithms, methods
+from megatron_efr.config import AlgorithmConfig, ConfigError, RolloutConfig
 from megatron_efr.methods import Known, Method, Sampled, Samplings, Visit
+from megatron_efr.methods.judges import judge_of
 from megatron_efr.scripts import Opened, Rounds
 from megatron_efr.types import Branch, Finish, Grade, Part, Prompt, Rewarded
 from tests.groups import KNOWN, response
@@ -158,6 +161,26 @@ def test_a_thought_costs_where_the_group_does_without(texts: list[str], expected
     assert trained_on(build("experimental.adacot"), C, L, texts=texts) == close(expected)
 
 
+def test_the_token_that_decides_is_left_out_of_a_later_stage() -> None:
+    """Its weight is 0 from that iteration on; the rewards, and the algorithm's advantages of them, stay as they are."""
+    texts = ["</think>4", "So</think>4", "So</think>4", "</think>4"]
+    plain = build("experimental.adacot")
+    later = build("experimental.adacot", masked_from=5, decides=1)
+    rewards = trained_on(plain, C, [3, 1, 2, 4], texts=texts)
+    for step, expected in ((4, None), (5, [[1, 0, 1], [1], [1, 0], [1, 0, 1, 1]])):
+        known = KNOWN._replace(step=step)
+        groups = rewarded(later, [(C, [3, 1, 2, 4])], known, texts=texts)
+        (made,) = methods.credit(later, algorithms.build(AlgorithmConfig(), RolloutConfig(samples=4)), groups, known)
+        assert made.credit.advantage == pytest.approx((rewards - rewards.mean()) * 4 / 3)
+        weights = made.credit.weight
+        assert (weights and [each.tolist() for each in weights]) == expected
+    first = build("experimental.adacot", masked_from=1)
+    (group,) = rewarded(first, [([1], [2])], texts=texts)
+    assert [each.tolist() for each in first.weights(group, KNOWN) or ()] == [[0, 1]]
+    with pytest.raises(ConfigError, match=r"^method\.decides: it has no effect without method\.masked_from"):
+        build("experimental.adacot", decides=1)
+
+
 def left(method: Method, right: list[int], verdicts: list[list[int]]) -> Rewarded:
     """A group of which the answers at exits are as `verdicts` say, two of each exit one after the other."""
     group = branched(asked(right, [100] * len(right)), method, verdicts)
@@ -174,6 +197,98 @@ def test_a_wrong_response_earns_by_how_far_it_was_right() -> None:
     assert left(method, [0], [late]).group.responses[0].branches[0].at == 24
     flat = left(build("experimental.sgpo", exits=3, slope=1.0, middle=0.0), [0], [early]).rewards
     assert flat == close([1 / (1 + math.exp(-24 / 99))])
+
+
+JUDGES = """
+def sound(prompt, steps):
+    return [0.0 if "wrong" in step else 1.0 if prompt.gold in step else 0.5 for step in steps]
+def one(prompt):
+    return [1.0]
+def short(prompt, steps):
+    return [1.0]
+def large(prompt, steps):
+    return [1.5 for _ in steps]
+def nothing(prompt, steps):
+    return [float("nan") for _ in steps]
+def word(prompt, steps):
+    return ["good" for _ in steps]
+def raises(prompt, steps):
+    raise OSError("no answer")
+table = {}
+"""
+
+
+@pytest.fixture
+def judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of judges, one of them registered as `registered`."""
+    (tmp_path / "judges_of_steps.py").write_text(JUDGES)
+    registration = tmp_path / "judges_of_steps-1.0.dist-info"
+    registration.mkdir()
+    (registration / "METADATA").write_text("Metadata-Version: 2.1\nName: judges_of_steps\nVersion: 1.0\n")
+    (registration / "entry_points.txt").write_text("[megatron_efr.judges]\nregistered = judges_of_steps:sound\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    judge_of.cache_clear()
+
+
+WRONG_STEPS = ["so 1\n\nthen\n\nwrong\n\n1</think>4", "wrong</think>4", "so\n\n \n\n1", "</think>4"]
+"""Of four steps the third is wrong; the only one is; none of two; there is none."""
+
+
+@pytest.mark.parametrize("name", ["judges_of_steps:sound", "registered"])
+def test_a_judge_finds_the_first_wrong_step(judges: None, name: str) -> None:
+    method = build("experimental.sgpo", judge=name)
+    assert method.ask(Visit(Prompt("p", (1,), "q", "1"), 4, 0), KNOWN).scripts == (), "nothing is answered early"
+    (group,) = rewarded_plainly(method, [0] * 4)
+    assert group.rewards == close([1 / (1 + math.exp(-10 * (x - 0.5))) for x in (2 / 4, 0, 1, 0)])
+    strict = build("experimental.sgpo", judge=name, sound=0.6)
+    (group,) = rewarded_plainly(strict, [0] * 4)
+    assert group.rewards == close([1 / (1 + math.exp(-10 * (x - 0.5))) for x in (1 / 4, 0, 0, 0)])
+    (group,) = rewarded_plainly(method, [0, 1, 0, 0])
+    assert group.rewards.tolist() == [0, 1, 0, 0], "nobody asks the judge where a response is right"
+    assert method.learn({}, [group], KNOWN) == {}
+    assert build(**{"name": "experimental.sgpo", **method.model_dump()}) == method, "as the run's folder keeps it"
+
+
+def rewarded_plainly(method: Method, right: list[int]) -> list[Rewarded]:
+    """A group that nobody left early, with the texts of wrong steps."""
+    return [methods.reward(method, asked(right, [9] * 4, texts=WRONG_STEPS), KNOWN)]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nobody", r"no 'nobody'; registered under megatron_efr\.judges: registered; or give module:function"),
+        ("no_such_module:judge", r"no_such_module:judge cannot be imported: ModuleNotFoundError: .* on PYTHONPATH"),
+        ("judges_of_steps:gone", r"judges_of_steps:gone cannot be imported: AttributeError"),
+        ("judges_of_steps:table", r".*:table is of type dict, and a function of \(prompt, steps\) is asked for"),
+        ("judges_of_steps:one", r"judges_of_steps:one is not a function of \(prompt, steps\): too many positional"),
+    ],
+)
+def test_a_judge_that_cannot_be_asked_is_refused_before_work_starts(judges: None, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^method\.judge: {message}"):
+        build("experimental.sgpo", judge=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("short", r"returned 1 scores for the 4 steps of a response to prompt p"),
+        ("large", r"returned 1\.5 for step 1 of a response to prompt p, and a score is a number from 0 to 1"),
+        ("nothing", r"returned nan for step 1"),
+        ("word", r"failed on prompt p: ValueError: could not convert .*'good'; it has to return a number"),
+        ("raises", r"failed on prompt p: OSError: no answer"),
+    ],
+)
+def test_a_judge_that_gives_no_score_is_named(judges: None, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^method\.judge: judges_of_steps:{name} {message}"):
+        rewarded_plainly(build("experimental.sgpo", judge=f"judges_of_steps:{name}"), [0] * 4)
+
+
+def test_options_that_do_not_speak_beside_a_judge_are_refused(judges: None) -> None:
+    with pytest.raises(ConfigError, match=r"^method\.exits: it has no effect with method\.judge"):
+        build("experimental.sgpo", judge="registered", exits=3)
+    with pytest.raises(ConfigError, match=r"^method\.sound: it has no effect without method\.judge"):
+        build("experimental.sgpo", sound=0.9)
 
 
 def test_a_stretch_earns_what_it_adds_to_the_chance_of_a_right_answer() -> None:
@@ -234,6 +349,27 @@ def test_answers_near_to_right_ones_and_unlike_wrong_ones_earn_more() -> None:
     for _ in range(4):
         state = few.learn(state, rewarded(few, [([1, 0, 0], [5, 6, 7])]), KNOWN)
     assert (len(state["wrong"]["p"]), len(state["near"]), len(state["unlike"])) == (2, 3, 3)
+
+
+def test_a_memory_of_prompts_is_bounded_and_keeps_those_that_came_first() -> None:
+    method: Any = build("experimental.memory_r", size=8, remembered=2)
+    state: Any = {}
+    groups = []
+    for name, right in (("a", [1, 1]), ("b", [0, 0]), ("c", [1, 0]), ("d", [1, 0])):
+        (group,) = rewarded(method, [(right, [5, 6])])
+        prompt = replace(group.group.prompt, id=name)
+        groups.append(replace(group, graded=replace(group.graded, group=replace(group.group, prompt=prompt))))
+    for _ in range(2):
+        state = method.learn(state, groups, KNOWN)
+    assert (set(state["right"]), set(state["wrong"])) == ({"a", "c"}, {"b", "c"})
+    assert [state["right"][name][0] for name in "ac"] == [4, 2], "what is remembered goes on"
+    later = KNOWN._replace(state=state, step=50)
+    assert method.rewards(groups[3].graded, later).tolist() == [1.0, 0.0], "of the others both parts stay 0"
+    whole: Any = build("experimental.memory_r")
+    (group,) = rewarded(whole, [([1] * 4 + [0] * 8, range(900, 912))])
+    kept = whole.learn({}, [group], KNOWN)
+    size = len(json.dumps({"right": kept["right"], "wrong": kept["wrong"]}))
+    assert 4000 * size < 12e6, "as the docstring says"
 
 
 def test_what_a_method_samples_follows_its_options() -> None:
