@@ -1,6 +1,6 @@
 """Every Triton kernel against fp64, on a card or under Triton's interpreter.
 
-Collected by tests/unit/test_kernels_interpreted.py, in a process of its own with TRITON_INTERPRET=1, and by
+Collected by tests/unit/kernels/test_interpreted.py, in a process of its own with TRITON_INTERPRET=1, and by
 tests/gpu/test_kernels.py. The interpreter computes bf16 wrongly, so 16-bit here is fp16.
 """
 

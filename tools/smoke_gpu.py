@@ -31,7 +31,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from bench_publish import SHAPES
+from bench.publish import SHAPES
 from torch.multiprocessing import reductions
 
 from megatron_efr.algorithms import Objective

@@ -31,4 +31,4 @@ part "the tests that need a card"
 "$python" -m pytest tests/gpu -q -rs
 
 part "the head's kernels"
-"$python" tools/bench_kernels.py "${kernels[@]}"
+"$python" tools/bench/heads.py "${kernels[@]}"

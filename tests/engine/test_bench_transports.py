@@ -1,4 +1,4 @@
-"""tools/bench_transports.py: publications to servers of its own, by each transport."""
+"""tools/bench/transports.py: publications to servers of its own, by each transport."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def test_every_transport_is_timed_beside_a_bare_broadcast() -> None:
     if not os.access(PYTHON, os.X_OK):
         pytest.skip(f"{PYTHON} is not there: bash tools/setup_sglang_cpu.sh makes it")
-    command = [sys.executable, str(ROOT / "tools/bench_transports.py"), "--hidden", "64", "--turns", "1"]
+    command = [sys.executable, str(ROOT / "tools/bench/transports.py"), "--hidden", "64", "--turns", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "--python", str(PYTHON)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600

@@ -26,7 +26,7 @@ from tests.conftest import make_model_folder
 from tests.engine.conftest import PYTHON
 from tests.engine.published import make_publisher
 from tests.engine_contract import requests
-from tests.unit.test_optimizer import SHARDED, build, equal, state, update
+from tests.unit.policy.test_optimizer import SHARDED, build, equal, state, update
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

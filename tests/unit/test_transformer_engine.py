@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_efr.doctor.packages import check_transformer_engine
-from tests.unit.test_doctor import distribution
+from tests.unit.doctor.test_doctor import distribution
 
 ERROR = "Could not find shared object file for Transformer Engine torch lib"
 

@@ -1,0 +1,142 @@
+"""`efr plan` on a CPU: what it counts, and what it makes of the seconds that it measures."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from megatron_efr.config import ConfigError, ModelConfig, TrainConfig
+from megatron_efr.memory import BYTES, kv_bytes_per_token, parameter_count
+from megatron_efr.planning import host, probe
+from megatron_efr.planning.__main__ import main, on_cpu
+from megatron_efr.planning.probe import Seconds, Work, measured
+from megatron_efr.planning.shapes import shape_of
+
+MODEL = "models/SmolLM2-135M-Instruct"
+
+
+def config(**rollout: Any) -> TrainConfig:
+    tree: dict[str, Any] = {"name": "plan", "model": {"path": MODEL}, "data": {"datasets": [{"path": "none"}]}}
+    tree |= {"rollout": {"prompts": 8, "samples": 8, "slots": 40, "max_new_tokens": 128} | rollout}
+    tree |= {"algorithm": {"beta": 0.0}, "optimizer": {"lr": 1e-5}}
+    tree |= {"train": {"iterations": 10, "updates": 2, "micro_batch_tokens": 1000}}
+    return TrainConfig.model_validate(tree)
+
+
+def test_each_layer_beyond_the_first_adds_what_the_second_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    depths: list[int] = []
+
+    def seconds(raw: dict[str, Any], model: ModelConfig, work: Work) -> Seconds:
+        depths.append(raw["num_hidden_layers"])
+        return Seconds(*(number + 0.5 * depths[-1] for number in range(5)))
+
+    monkeypatch.setattr(probe, "_seconds", seconds)
+    found = measured(shape_of(MODEL), ModelConfig(path=MODEL), Work(1, 1, 1, 1, 1))
+    assert depths == [1, 2]
+    assert found == tuple(number + 0.5 * 30 for number in range(5))
+
+
+def test_an_iteration_is_the_sum_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Work] = []
+    seconds = Seconds(prefill=0.5, step=0.1, score=0.25, train=1.0, update=3.0)
+    monkeypatch.setattr(host, "measured", lambda raw, model, work: asked.append(work) or seconds)
+    found = host.HostPlan(config(), 56, 100).seconds()
+    assert asked == [Work(groups=5, samples=8, prompt=56, response=100, budget=1000)]
+    assert found == pytest.approx(
+        {"rollout": 8 * 0.5 + 64 * 100 / 40 * 0.1, "logprobs": 64 * 0.25, "train": 64 * 1.0 + 2 * 3.0}
+    )
+
+
+def test_memory_is_counted_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = host.HostPlan(config(), 56, 100)
+    count, memory = parameter_count(plan.architecture), plan.memory()
+    assert count == 134_515_008
+    for phase in memory.values():
+        assert (phase["weights"], phase["gradients"], phase["optimizer"]) == (4 * count, 4 * count, 8 * count)
+        assert phase["engine"] == BYTES["float32"] * count
+    assert memory["rollout"]["KV cache"] == (64 * 192 + 8 * 56) * kv_bytes_per_token(plan.architecture, 1, "float32")
+    assert memory["train"]["head"] == 4 * 1000 * 49152 + 2 * 1000 * 576 * 4
+    assert host.HostPlan(config(), 56, 100).budget == 1000
+    assert host.fits(plan)
+    monkeypatch.setattr(host, "host_bytes", lambda: 2**31)
+    assert not host.fits(plan)
+
+
+def test_what_a_cpu_does_not_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^rollout\.engine: sglang is not planned on a CPU"):
+        host.HostPlan(config(engine="sglang", slots=8), 56, 100)
+
+
+def test_lengths_that_the_run_or_the_model_does_not_allow_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^--tokens 129: rollout\.max_new_tokens cuts a response off at 128$"):
+        host.HostPlan(config(), 56, 129)
+    with pytest.raises(ConfigError, match=r"^rollout\.max_new_tokens: 8137 .* come to 8193, and the model has 8192"):
+        host.HostPlan(config(max_new_tokens=8137), 56, 100)
+    assert host.HostPlan(config(max_new_tokens=8136), 56, 100).tokens == 100
+
+
+def test_what_does_not_fit_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "host_bytes", lambda: 2**31)
+    monkeypatch.setattr(host, "measured", lambda *_: pytest.fail("a model of the same width may not fit either"))
+    out = io.StringIO()
+    assert not on_cpu(host.HostPlan(config(), 56, 100), Console(file=out, width=160))
+    assert "It does not fit." in out.getvalue()
+
+
+def test_measuring_does_not_change_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    resident, plan = [2**28], host.HostPlan(config(), 56, 100)
+    monkeypatch.setattr(host, "resident_bytes", lambda: resident[0])
+
+    def measured(*_: object) -> Seconds:
+        resident[0] = 2**50  # what the measured models leave behind
+        return Seconds(0.5, 0.1, 0.25, 1.0, 3.0)
+
+    monkeypatch.setattr(host, "host_bytes", lambda: 2**40)
+    monkeypatch.setattr(host, "measured", measured)
+    out = io.StringIO()
+    assert on_cpu(plan, Console(file=out, width=160))
+    assert "an iteration: about " in out.getvalue()
+    assert "It does not fit" not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "limits"),
+    [
+        ("--nodes", "0", "0: at least 1"),
+        ("--gpus", "-8", "-8: at least 0"),
+        ("--prompt", "-5", "-5: at least 1"),
+        ("--tokens", "0", "0: at least 1"),
+        ("--memory-gib", "nan", "nan: at least 1"),
+        ("--nodes", "two", "invalid int value: 'two'"),
+    ],
+)
+def test_numbers_that_make_no_plan_are_refused_by_flag(
+    flag: str, text: str, limits: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["a.yaml", f"{flag}={text}"])
+    assert f"error: argument {flag}: {limits}\n" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_small_model_is_measured_and_the_iteration_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 61,'
+        '"num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 512}'
+    )
+    command = [sys.executable, "-m", "megatron_efr.cli", "plan", "examples/quickstart/rl.yaml", "--tokens", "40"]
+    root = Path(__file__).parents[3]
+    # a process of its own, since Megatron's groups are a process's, and other tests hold some
+    done = subprocess.run(
+        [*command, f"model.path={tmp_path}/config.json"], cwd=root, env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "an iteration: about " in done.stdout

@@ -1,0 +1,58 @@
+"""tools/bench/cpu.py: a smoke run on a model and task of its own, and what it says when they are missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+pytestmark = pytest.mark.alike
+
+ROOT = Path(__file__).resolve().parents[3]
+BENCH = [sys.executable, str(ROOT / "tools" / "bench" / "cpu.py")]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*BENCH, *arguments], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=300)
+
+
+@pytest.mark.heavy
+def test_smoke_run_prints_a_table_and_writes_json(tmp_path: Path) -> None:
+    make = [sys.executable, "-m", "megatron_efr.data.arithmetic", "--out", str(tmp_path)]
+    subprocess.run(make, check=True, env=ENVIRONMENT, cwd=ROOT, capture_output=True)
+    model = tmp_path / "model"
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config.from_pretrained(model)).save_pretrained(model)  # as good as any: nothing is learnt
+    figures = tmp_path / "figures.json"
+    done = run("--quick", "--model", str(model), "--train", str(tmp_path / "train.jsonl"), "--json", str(figures))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(figures.read_text())
+    assert [row["name"].split()[0] for row in rows] == ["engine", "engine", "policy", "iteration"]
+    assert all(row["ours"] > 0 for row in rows)
+    assert all(row["ratio"] > 0 for row in rows[:3])
+    assert rows[2]["our_memory_mib"] > rows[2]["their_memory_mib"] > 0
+    assert rows[3]["theirs"] is None
+    assert "TRL not measured: give --trl-python" in done.stdout
+    assert done.stdout.count("\n| ") == len(rows)
+
+
+def test_missing_model_says_to_run_the_quickstart_first(tmp_path: Path) -> None:
+    done = run("--model", str(tmp_path / "nowhere"))
+    assert done.returncode == 1
+    assert "nowhere: no model folder there" in done.stderr
+    assert "launch/quickstart.sh" in done.stderr
+
+
+def test_missing_problems_say_to_run_the_quickstart_first(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    done = run("--model", str(tmp_path), "--train", str(tmp_path / "nowhere.jsonl"))
+    assert done.returncode == 1
+    assert "nowhere.jsonl: no such file of problems" in done.stderr
+    assert "launch/quickstart.sh" in done.stderr
