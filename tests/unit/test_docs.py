@@ -79,11 +79,22 @@ def test_files_programs_and_keys_exist(page: Path) -> None:
     assert unknown == []
 
 
+def prose(text: str) -> list[str]:
+    """The paragraphs of a page and the points of its lists."""
+    blocks = re.split(r"\n\s*\n|\n(?=\s*(?:[-*] |\d+\. ))", text)
+    return [block for block in blocks if not block.startswith(("|", "    ", "#"))]
+
+
 def test_the_readme_is_one_screen_of_short_paragraphs() -> None:
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
-    prose = [block for block in text.split("\n\n") if not block.startswith(("|", "    ", "#"))]
-    assert max(len(block.split()) for block in prose) <= 60
+    assert [block for block in prose(text) if len(block.split()) > 60] == []
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_the_paragraphs_of_a_page_are_short(page: Path) -> None:
+    """Pages of methods excepted: their texts are docstrings."""
+    assert [block for block in prose(page.read_text(encoding="utf-8")) if len(block.split()) > 90] == []
 
 
 @pytest.mark.parametrize("page", [README, ROOT / "docs/programs.md"], ids=lambda page: page.name)
