@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from megatron_efr import arguments
+from megatron_efr.checkpoint import torch_dist
 from megatron_efr.checkpoint.manifest import STATE, verify, write_manifest
 from megatron_efr.checkpoint.model_source import HUGGING_FACE, find_checkpoint, find_template
 from megatron_efr.durable import replace_file, sync_folder
 from megatron_efr.errors import UserError
 from megatron_efr.parity import Reference, load, random_tokens
-from megatron_efr.weights import torch_dist
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights, copy_all_but_weights, fingerprint, save_folder
 

@@ -14,16 +14,16 @@ from megatron_efr.config import EvaluateConfig
 from megatron_efr.data.prompts import load_tokenizer
 from megatron_efr.data.stop_tokens import stop_ids
 from megatron_efr.data.thinking import thinking_marks
-from megatron_efr.errors import UserError
+from megatron_efr.errors import EngineError, UserError
 from megatron_efr.evaluation.evaluator import Evaluator
 from megatron_efr.evaluation.journal import ASKED, Unfinished, finished, forget
 from megatron_efr.evaluation.records import Record, describe
-from megatron_efr.evaluation.recovery import ask_with_recovery, take_in_returned
 from megatron_efr.grading import Grader
 from megatron_efr.rollout.build import open_engine
 from megatron_efr.rollout.codec import TokenizerCodec
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.ledger import request_seed
+from megatron_efr.rollout.recovery import ask_with_recovery, take_in_returned
 from megatron_efr.rollout.servers.arguments import check_server_arguments
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.run.environment import date_prompts
@@ -31,7 +31,6 @@ from megatron_efr.run.folder import RunFolder
 from megatron_efr.run.owner import owned
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import TensorSource, as_folder
-from megatron_efr.weights.publish import EngineError
 
 
 def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) -> Record:

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_efr import arguments
 from megatron_efr.checkpoint.manifest import STATE, CheckpointError, entries, read_state, verify
-from megatron_efr.weights.torch_dist import COMMON_FILE, read_metadata
+from megatron_efr.checkpoint.torch_dist import COMMON_FILE, read_metadata
 
 
 def describe(checkpoint: Path) -> list[str]:

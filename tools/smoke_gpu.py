@@ -38,11 +38,11 @@ from megatron_efr.algorithms import Objective
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.policy import Policy, joined_ranks, policy_loss
 from megatron_efr.policy.packing import sequence_flops
+from megatron_efr.publication.plan import BUCKET_BYTES
+from megatron_efr.publication.reshard import Parcel
+from megatron_efr.publication.transports import encode
 from megatron_efr.samples import Sample
 from megatron_efr.types import IntArray
-from megatron_efr.weights.plan import BUCKET_BYTES
-from megatron_efr.weights.reshard import Parcel
-from megatron_efr.weights.transports import encode
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # dense bf16 FLOP/s, the makers' data sheets
 TURNS = 5

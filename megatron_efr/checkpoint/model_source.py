@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_efr.checkpoint.manifest import LATEST, MANIFEST, STATE, read_state, verify
+from megatron_efr.checkpoint.torch_dist import CheckpointWeights, is_checkpoint
 from megatron_efr.config import ModelConfig
 from megatron_efr.errors import UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import TensorSource, fingerprint, initial_weights
-from megatron_efr.weights.torch_dist import CheckpointWeights, is_checkpoint
 
 HUGGING_FACE = "hugging_face"  # within a converted checkpoint: the folder it came from, without its weights
 _GIVE_TEMPLATE = "name a folder with its config.json and tokenizer: template=FOLDER (efr convert: --template FOLDER)"

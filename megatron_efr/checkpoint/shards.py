@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 from megatron_efr.checkpoint.manifest import CheckpointError
-from megatron_efr.weights.torch_dist import COMMON_FILE
+from megatron_efr.checkpoint.torch_dist import COMMON_FILE
 
 UNWRITTEN = (OSError, RuntimeError)  # what says that a file cannot be written; torch's archive writer says the latter
 

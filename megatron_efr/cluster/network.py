@@ -6,8 +6,8 @@ import socket
 
 import psutil
 
+from megatron_efr.addresses import address_towards
 from megatron_efr.errors import UserError
-from megatron_efr.rollout.servers.addresses import address_towards
 
 
 def interface_towards(host: str) -> str:

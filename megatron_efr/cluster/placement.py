@@ -82,7 +82,7 @@ def place(hosts: Sequence[str], gpus: int, rollout: RolloutConfig, port: int = R
     hosts = sorted(hosts)
     whole, some = _apart(len(hosts), gpus, rollout)
     trainers, ranks = tuple(hosts[: len(hosts) - whole]), tuple(range(gpus - some))
-    rendezvous, apart = f"{hosts[0]}:{port}", rollout.engine == "sglang" and rollout.placement == "apart"
+    rendezvous, apart = f"{hosts[0]}:{port}", not rollout.embedded and rollout.placement == "apart"
     if whole:
         return Placement(trainers, ranks, place_engines(hosts[-whole:], gpus, rollout).engines, rendezvous, apart)
     seats = Host(count=len(hosts), ranks=len(ranks)).seats(rollout)
@@ -103,7 +103,7 @@ def place_engines(hosts: Sequence[str], gpus: int, rollout: RolloutConfig) -> Pl
 
 def _apart(hosts: int, gpus: int, rollout: RolloutConfig) -> tuple[int, int]:
     """Number of whole hosts that engines apart take, or of GPUs of a single one."""
-    if rollout.engine == "local" or rollout.urls or rollout.placement == "colocated":
+    if rollout.embedded or rollout.urls or rollout.placement == "colocated":
         return 0, 0
     engines = rollout.engines or 1
     wanted = engines * rollout.tp

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_efr.addresses import KEY, private_address
 from megatron_efr.arguments import PORTS, run, within
 from megatron_efr.config import TrainConfig
 from megatron_efr.config.file import load
 from megatron_efr.errors import UserError
-from megatron_efr.rollout.servers.addresses import KEY, private_address
 from megatron_efr.rollout.servers.launcher import Launcher
 
 

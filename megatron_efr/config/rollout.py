@@ -54,13 +54,18 @@ class EnginesConfig(Section):
     bucket_mib: PositiveInt = Field(default=512, description="weights sent to the servers at once")
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
 
+    @property
+    def embedded(self) -> bool:
+        """True if the engine is an object in rank 0, False if it is servers with processes of their own."""
+        return self.engine == "local"
+
     @model_validator(mode="after")
     def _keys_belong_together(self) -> Self:
-        if self.engine == "local" and (self.urls or self.server):
+        if self.embedded and (self.urls or self.server):
             raise ValueError("rollout.urls and rollout.server speak of SGLang servers; set rollout.engine: sglang")
         if self.urls and self.server:
             raise ValueError("rollout.server: with rollout.urls no server is started that could take it")
-        if self.router and self.engine == "local":
+        if self.router and self.embedded:
             raise ValueError(
                 "rollout.router: the embedded engine has no servers to choose from; set rollout.engine: sglang"
             )

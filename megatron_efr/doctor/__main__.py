@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from megatron_efr.addresses import KEY
 from megatron_efr.arguments import PORTS, run, within
 from megatron_efr.checkpoint.model_source import find_model
 from megatron_efr.cluster.placement import RENDEZVOUS_PORT
@@ -25,7 +26,6 @@ from megatron_efr.doctor.packages import check_apex, check_packages, check_trans
 from megatron_efr.doctor.programs import load_any
 from megatron_efr.errors import UserError
 from megatron_efr.memory import checkpoint_bytes
-from megatron_efr.rollout.servers.addresses import KEY
 from megatron_efr.weights.architecture import Architecture
 
 STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
@@ -42,7 +42,7 @@ def examine(config: RunConfig | None, ports: Sequence[int]) -> Iterator[Finding]
     yield check_apex()
     rollout = config.rollout if isinstance(config, TrainConfig | EvaluateConfig) else RolloutConfig()
     pins = {r.name: next(iter(r.specifier)).version for r in requirements() if r.name in ("sglang", "sglang-router")}
-    starts = rollout.engine == "sglang" and not rollout.urls
+    starts = not rollout.embedded and not rollout.urls
     yield from check_engine(rollout.python, pins.get("sglang"), needed=starts)
     if rollout.router:
         yield check_router(rollout.python, pins.get("sglang-router"))
@@ -54,7 +54,7 @@ def examine(config: RunConfig | None, ports: Sequence[int]) -> Iterator[Finding]
     yield machine.check_shared_memory()
     yield machine.check_threads(os.environ, len(os.sched_getaffinity(0)))
     apart = isinstance(rollout, RolloutConfig) and rollout.placement == "apart"
-    if torch.cuda.is_available() and rollout.engine == "sglang" and apart:
+    if torch.cuda.is_available() and not rollout.embedded and apart:
         yield machine.check_nccl_settings(os.environ)
     for port in ports:
         yield machine.check_port(port, "torchrun's rendezvous" if port == RENDEZVOUS_PORT else "asked for")

@@ -12,9 +12,9 @@ from typing import TypedDict
 import torch
 from torch.cuda import nccl
 
+from megatron_efr.addresses import KEY, status
 from megatron_efr.doctor.finding import Finding, missing
 from megatron_efr.doctor.packages import last_line
-from megatron_efr.rollout.servers.addresses import KEY, status
 
 LIMIT_S = 300
 ANSWER_S = 5.0  # for a server that runs already

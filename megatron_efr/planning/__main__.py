@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_intermixed_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     with arguments.configured(TrainConfig, given) as config:
-        gpus = (0 if config.rollout.engine == "local" else 8) if given.gpus is None else given.gpus
+        gpus = (0 if config.rollout.embedded else 8) if given.gpus is None else given.gpus
         if gpus == 0:
             prompt = given.prompt or min(128, config.data.prompt.max_tokens)
             fits = on_cpu(host.HostPlan(config, prompt, given.tokens or config.rollout.max_new_tokens), console)

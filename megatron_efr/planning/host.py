@@ -48,7 +48,7 @@ class HostPlan:
     tokens: int
 
     def __post_init__(self) -> None:
-        if self.config.rollout.engine != "local":
+        if not self.config.rollout.embedded:
             raise ConfigError(
                 "rollout.engine: sglang is not planned on a CPU; set rollout.engine: local, or give --gpus"
             )

@@ -12,10 +12,10 @@ from megatron.core.utils import unwrap_model
 
 from megatron_efr.policy.model import PolicyModel
 from megatron_efr.policy.ranks import Ranks
+from megatron_efr.publication.plan import BUCKET_BYTES, Plan
+from megatron_efr.publication.reshard import Parcel, Reshard
 from megatron_efr.weights.folder import TensorSource
 from megatron_efr.weights.mapping import WeightMapping
-from megatron_efr.weights.plan import BUCKET_BYTES, Plan
-from megatron_efr.weights.reshard import Parcel, Reshard
 
 Kind = Literal["weights", "gradients"]
 

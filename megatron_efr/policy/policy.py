@@ -41,13 +41,13 @@ from megatron_efr.policy.packing import (
 from megatron_efr.policy.parameters import Parameters
 from megatron_efr.policy.ranks import Ranks
 from megatron_efr.policy.routing import RoutingReplay, lay_out_routing
+from megatron_efr.publication.plan import BUCKET_BYTES
+from megatron_efr.publication.reshard import Parcel
 from megatron_efr.samples import PackedBatch, Sample, SequenceSize
 from megatron_efr.types import ByIndex, UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import fingerprint, initial_weights, save_folder
 from megatron_efr.weights.mapping import WeightMapping
-from megatron_efr.weights.plan import BUCKET_BYTES
-from megatron_efr.weights.reshard import Parcel
 
 
 class Policy:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
+from megatron_efr.addresses import KEY, wait_until_ready
 from megatron_efr.config import ConfigError, EnginesConfig, ModelConfig, RolloutConfig
-from megatron_efr.errors import UserError
+from megatron_efr.errors import EngineError, UserError
 from megatron_efr.rollout.codec import Codec
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.rollout.requests import check_servable
-from megatron_efr.rollout.servers.addresses import KEY, wait_until_ready
 from megatron_efr.rollout.servers.launcher import Launcher
 from megatron_efr.rollout.servers.process import ServerProcess
 from megatron_efr.rollout.servers.run_servers import Servers
@@ -23,7 +23,6 @@ from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.rollout.sglang.penalty import SERVER
 from megatron_efr.rollout.sglang.router import start_router
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.publish import EngineError
 
 ENGINES: dict[str, type[LocalEngine] | type[SGLangEngine]] = {"local": LocalEngine, "sglang": SGLangEngine}
 """By the name that `rollout.engine` gives them."""
@@ -34,13 +33,13 @@ def build_engine(
 ) -> Engine:
     """The engine of a run, over its `servers`; what must be closed at its end is given to `resources`. A router's log
     goes to `folder`."""
-    if rollout.engine == "local":
+    if rollout.embedded:
         if rollout.overlap and torch.cuda.is_available():
             raise ConfigError(
                 "rollout.async: the embedded engine would decode on the GPU that trains, from another thread; set "
                 "rollout.engine: sglang, or leave async out"
             )
-        if model.routing == "replay" and "routing" not in LocalEngine.abilities:
+        if model.routing == "replay" and "routing" not in ENGINES[rollout.engine].abilities:
             raise ConfigError(
                 "model.routing: replay needs an engine that says which experts it chose; set rollout.engine: sglang"
             )
@@ -60,7 +59,7 @@ def open_engine(
 ) -> Engine:
     """The embedded engine, or SGLang's servers, for the shape of `model`; without weights yet. Servers take scripts
     that penalise tokens only if they are told to."""
-    if engines.engine == "local":
+    if engines.embedded:
         return local_engine(model.path, engines.slots, model.dtype, codec)
     return sglang_engine(model, engines, logs, seed, codec, resources, penalties)
 

@@ -11,6 +11,7 @@ from megatron_efr.types import Group, Request, Sampling
 
 ABILITIES = {
     "forks": "answers from the middle of a response",
+    "penalties": "penalises tokens as it draws them for a run, and gives log-probs that are the sampler's",
     "routing": "says which experts a mixture chose",
     "seeds": "draws the same tokens again for a request's seed",
 }

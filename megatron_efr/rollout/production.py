@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+from megatron_efr.errors import EngineError
 from megatron_efr.rollout.engine import Engine, GroupStream
 from megatron_efr.rollout.local.turn import Turn
 from megatron_efr.types import Group, Request, Sampling
-from megatron_efr.weights.publish import EngineError
 
 
 class Feed(Iterator[Request]):

@@ -68,7 +68,8 @@ class Environment:
             if config.evaluation.every or watches
             else None
         )
-        if self.evaluator and self.evaluator.script.penalised and config.rollout.engine == "sglang":
+        abilities = ENGINES[config.rollout.engine].abilities
+        if self.evaluator and self.evaluator.script.penalised and "penalties" not in abilities:
             raise ConfigError(
                 f"evaluation.script.name: {config.evaluation.script.name} penalises tokens, and the servers of a run "
                 "take no penalty: their log-probs must be the sampler's; leave evaluation.every out, and ask by "
@@ -79,8 +80,8 @@ class Environment:
         self._config, self._codec = config, TokenizerCodec(tokenizer)
         self._method, self._algorithm = method, algorithm
         rollout, marks = config.rollout, thinking_marks(config.model.thinking, tokenizer)
-        abilities, iterations = ENGINES[rollout.engine].abilities, config.train.iterations
-        check_given(config.method.name, method.needs, Given(rollout.engine, abilities, marks, iterations))
+        given = Given(rollout.engine, abilities, marks, config.train.iterations)
+        check_given(config.method.name, method.needs, given)
         if method.samplings.reference:
             check_there(config.data.reference, RunFolder(config.folder).reference)
         self.knowledge = Knowledge(method, rollout.max_new_tokens, marks)

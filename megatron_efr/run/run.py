@@ -13,8 +13,12 @@ from megatron_efr import algorithms, arguments, log, methods
 from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.config import TrainConfig
 from megatron_efr.config.file import dump, validate
+from megatron_efr.errors import EngineError, NoEngineError
 from megatron_efr.memory import BYTES, parameter_count
 from megatron_efr.policy import Policy, Ranks, joined_ranks
+from megatron_efr.publication.build import build_publisher
+from megatron_efr.publication.publisher import Embedded, Publisher
+from megatron_efr.rollout.recovery import recovering
 from megatron_efr.rollout.servers.run_servers import Servers, serving
 from megatron_efr.run.checks import check_configuration
 from megatron_efr.run.environment import Environment, date_prompts
@@ -24,8 +28,6 @@ from megatron_efr.run.phases import Phases, Timer
 from megatron_efr.run.watch import Watch
 from megatron_efr.types import Credited, Rewarded
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.publication import build_publisher
-from megatron_efr.weights.publish import RECOVERIES, Embedded, NoEngineError, Publisher
 
 T = TypeVar("T")
 
@@ -151,14 +153,13 @@ class Run:
         When no engine is left that serves, the weights, of `version`, are published to those that come back, and it
         goes on: `ask` is called again, at most so many times.
         """
-        for _ in range(RECOVERIES):
-            try:
-                return self.ranks.on_main(ask, what)
-            except NoEngineError as error:
-                if self.ranks.is_main:
-                    log.warning(f"{error}; publishing to those that come back")
-                self.publisher.publish(self.policy, version)
-        return self.ranks.on_main(ask, what)
+
+        def recover(error: EngineError) -> None:
+            if self.ranks.is_main:
+                log.warning(f"{error}; publishing to those that come back")
+            self.publisher.publish(self.policy, version)
+
+        return recovering(lambda: self.ranks.on_main(ask, what), NoEngineError, recover)
 
 
 @contextmanager

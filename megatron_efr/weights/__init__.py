@@ -1,1 +1,1 @@
-"""Weights on the move: one Hugging Face <-> Megatron mapping, model folders, and publication to engines."""
+"""Tensors at rest: what config.json says, the one Hugging Face <-> Megatron mapping, and model folders."""

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from megatron_efr.addresses import wait_until_ready
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.rollout.servers.addresses import wait_until_ready
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.weights.architecture import Architecture
 from tests.engine.conftest import SLOTS, rollout, start

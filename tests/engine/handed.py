@@ -15,12 +15,12 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_efr.policy import joined_ranks
+from megatron_efr.publication import transports
+from megatron_efr.publication.reshard import Parcel
+from megatron_efr.publication.sglang_layout import EngineLayout
+from megatron_efr.publication.transports import Handles, Prepared
 from megatron_efr.rollout.sglang.engine import SGLangEngine
-from megatron_efr.weights import transports
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.reshard import Parcel
-from megatron_efr.weights.sglang_layout import EngineLayout
-from megatron_efr.weights.transports import Handles, Prepared
 from tests.engine.conftest import SLOTS
 from tests.engine.faults import LIMITS
 from tests.engine.published import make_policy, make_publisher

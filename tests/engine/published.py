@@ -21,14 +21,14 @@ from transformers import AutoModelForCausalLM
 from megatron_efr.config import ModelConfig, OptimizerConfig, TimeoutsConfig
 from megatron_efr.policy import Policy, joined_ranks
 from megatron_efr.policy.ranks import Ranks
+from megatron_efr.publication.checksums import ChecksumCheck, Hashing
+from megatron_efr.publication.publisher import Publisher, Transport
+from megatron_efr.publication.sglang_layout import EngineLayout
+from megatron_efr.publication.transports import Broadcast, Disk, InBand, Sliced
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.scripts import plain
 from megatron_efr.types import Prompt, Sampling
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.checksums import ChecksumCheck, Hashing
-from megatron_efr.weights.publish import Publisher, Transport
-from megatron_efr.weights.sglang_layout import EngineLayout
-from megatron_efr.weights.transports import Broadcast, Disk, InBand, Sliced
 from tests.parallel.layout import split
 
 BUCKET = 60_000  # bytes: several buckets, and an embedding of its own

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_efr.weights import checksums
-from megatron_efr.weights.checksums import fmix32
+from megatron_efr.publication import checksums
+from megatron_efr.publication.checksums import fmix32
 from tests.engine import hashed
 from tests.engine.conftest import PYTHON
 

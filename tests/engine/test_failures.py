@@ -12,17 +12,16 @@ from typing import Any
 
 import pytest
 
+from megatron_efr.addresses import KEY
 from megatron_efr.config import EnginesConfig, ModelConfig, TimeoutsConfig
-from megatron_efr.errors import UserError
+from megatron_efr.errors import EngineError, UserError
 from megatron_efr.rollout.build import sglang_engine
-from megatron_efr.rollout.servers.addresses import KEY
 from megatron_efr.rollout.sglang.admission import check_server
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.rollout.sglang.server import Server
 from megatron_efr.scripts import plain
 from megatron_efr.types import Prompt, Sampling
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.publish import EngineError
 from tests.conftest import VOCAB
 from tests.engine.conftest import SLOTS, MakeSGLang
 from tests.engine.published import distance

@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 
 from megatron_efr.data.arithmetic import ArithmeticTask, write
-from megatron_efr.evaluation.recovery import take_in_returned
+from megatron_efr.errors import EngineError, LostError, NoEngineError
 from megatron_efr.policy.ranks import Ranks
+from megatron_efr.publication.sglang_layout import EngineLayout
+from megatron_efr.publication.transports import Broadcast, InBand
+from megatron_efr.rollout.recovery import take_in_returned
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.types import Group, Sampling
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.publish import EngineError, LostError, NoEngineError
-from megatron_efr.weights.sglang_layout import EngineLayout
-from megatron_efr.weights.transports import Broadcast, InBand
 from tests.engine.conftest import STOP
 from tests.engine.faults import LIMITS, Failing, Servers, wait_until
 from tests.engine.published import distance, make_policy, make_publisher

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_efr.publication.sglang_layout import EngineLayout
 from megatron_efr.rollout.servers.launcher import server_environment
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights
-from megatron_efr.weights.sglang_layout import EngineLayout
 from tests.engine.conftest import PYTHON
 from tests.families import make_family_folder
 

@@ -12,8 +12,8 @@ import psutil
 import pytest
 import yaml
 
+from megatron_efr.addresses import free_port
 from megatron_efr.data.arithmetic import ArithmeticTask, write
-from megatron_efr.rollout.servers.addresses import free_port
 from megatron_efr.run.folder import RunFolder
 from tests.engine.conftest import PYTHON
 from tests.loop.test_interruption import wait_for

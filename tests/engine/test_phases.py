@@ -13,16 +13,16 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from megatron_efr.config import TimeoutsConfig
+from megatron_efr.errors import EngineError
 from megatron_efr.policy import Policy, Ranks, supervised_loss
+from megatron_efr.publication.sglang_layout import EngineLayout
+from megatron_efr.publication.transports import InBand
 from megatron_efr.rollout.servers.run_servers import Servers
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.rollout.sglang.server import CACHES, WEIGHTS
 from megatron_efr.run.phases import Phases, State
 from megatron_efr.types import Sampling
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.publish import EngineError
-from megatron_efr.weights.sglang_layout import EngineLayout
-from megatron_efr.weights.transports import InBand
 from tests.conftest import ragged_sequences
 from tests.engine.conftest import STOP, MakeSGLang
 from tests.engine.published import make_policy, make_publisher

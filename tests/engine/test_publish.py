@@ -18,17 +18,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_efr.config import TrainConfig
+from megatron_efr.errors import EngineError, WeightMismatchError
 from megatron_efr.policy import Policy
 from megatron_efr.policy.ranks import Ranks
+from megatron_efr.publication.build import build_publisher
+from megatron_efr.publication.checksums import ChecksumCheck
+from megatron_efr.publication.publisher import Publisher
+from megatron_efr.publication.reshard import Parcel
+from megatron_efr.publication.sglang_layout import EngineLayout
+from megatron_efr.publication.transports import Broadcast, InBand
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.types import Sampling
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.checksums import ChecksumCheck
-from megatron_efr.weights.publication import build_publisher
-from megatron_efr.weights.publish import EngineError, Publisher, WeightMismatchError
-from megatron_efr.weights.reshard import Parcel
-from megatron_efr.weights.sglang_layout import EngineLayout
-from megatron_efr.weights.transports import Broadcast, InBand
 from tests.engine.conftest import SLOTS, STOP, rollout, start
 from tests.engine.published import connect, distance, make_policy, make_publisher
 from tests.engine.test_parity import asked, exact_logprobs

@@ -14,11 +14,11 @@ from urllib.request import urlopen
 import psutil
 import pytest
 
+from megatron_efr.addresses import KEY
 from megatron_efr.config import ConfigError, EnginesConfig, ModelConfig, RolloutConfig
 from megatron_efr.errors import UserError
 from megatron_efr.rollout.build import build_engine, sglang_engine
 from megatron_efr.rollout.codec import NoText
-from megatron_efr.rollout.servers.addresses import KEY
 from megatron_efr.rollout.servers.process import ServerProcess
 from megatron_efr.rollout.servers.run_servers import Servers as RunServers
 from megatron_efr.rollout.sglang.engine import SGLangEngine

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.errors import WeightMismatchError
 from megatron_efr.policy import Policy, Ranks
 from megatron_efr.policy.packing import samples
+from megatron_efr.publication.sglang_layout import EngineLayout
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.samples import Sample
 from megatron_efr.scripts import plain
 from megatron_efr.types import Prompt, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights
-from megatron_efr.weights.publish import WeightMismatchError
-from megatron_efr.weights.sglang_layout import EngineLayout
 from tests.engine.conftest import SLOTS, rollout, start
 from tests.engine.published import make_policy, make_publisher
 from tests.engine.test_publish import Lying, train

@@ -12,17 +12,17 @@ import psutil
 import pytest
 import torch
 
+from megatron_efr.addresses import is_ready, status
 from megatron_efr.config import TimeoutsConfig
 from megatron_efr.policy.ranks import Ranks
-from megatron_efr.rollout.servers.addresses import is_ready, status
+from megatron_efr.publication.checksums import ChecksumCheck
+from megatron_efr.publication.publisher import Publisher
+from megatron_efr.publication.reshard import Parcel
+from megatron_efr.publication.sglang_layout import EngineLayout
+from megatron_efr.publication.transports import Broadcast
 from megatron_efr.rollout.servers.launcher import Launcher
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.checksums import ChecksumCheck
-from megatron_efr.weights.publish import Publisher
-from megatron_efr.weights.reshard import Parcel
-from megatron_efr.weights.sglang_layout import EngineLayout
-from megatron_efr.weights.transports import Broadcast
 from tests.engine.conftest import rollout, start
 from tests.engine.published import distance, make_policy
 

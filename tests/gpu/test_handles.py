@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from megatron_efr.weights.reshard import Parcel
-from megatron_efr.weights.transports import encode
+from megatron_efr.publication.reshard import Parcel
+from megatron_efr.publication.transports import encode
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

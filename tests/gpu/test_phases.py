@@ -14,14 +14,14 @@ import torch
 from megatron_efr.config import ModelConfig, RolloutConfig
 from megatron_efr.memory import gradient_bytes, optimizer_bytes
 from megatron_efr.policy import Policy, Ranks
+from megatron_efr.publication.sglang_layout import EngineLayout
+from megatron_efr.publication.transports import Handles
 from megatron_efr.rollout.servers.launcher import Launcher
 from megatron_efr.rollout.servers.run_servers import Servers
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.run.phases import Phases, free_bytes
 from megatron_efr.types import Sampling
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.sglang_layout import EngineLayout
-from megatron_efr.weights.transports import Handles
 from tests.conftest import make_model_folder
 from tests.engine.conftest import PYTHON
 from tests.engine.published import make_publisher

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM
 from megatron_efr import convert, inspect_checkpoint
 from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.checkpoint.manifest import CheckpointError, verify
+from megatron_efr.checkpoint.torch_dist import COMMON
 from megatron_efr.config import CheckpointConfig, ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.errors import UserError
 from megatron_efr.policy import Policy, Ranks
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights
-from megatron_efr.weights.torch_dist import COMMON
 from tests.families import FAMILIES, make_family_folder
 
 ROOT = Path(__file__).parents[2]

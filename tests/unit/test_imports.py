@@ -33,14 +33,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "grading": BASE,
     "methods": BASE | {"scripts"},
     "data": BASE,
+    "addresses": {"errors"},
     "weights": BASE,
-    "policy": BASE | WEIGHTS | {"kernels", "algorithms.objective", "memory", "transformer_engine"},
+    "publication": BASE | WEIGHTS | {"addresses"},
+    "policy": BASE
+    | WEIGHTS
+    | {"kernels", "algorithms.objective", "memory", "publication.plan", "publication.reshard", "transformer_engine"},
     "rollout": BASE
-    | {"scripts"}
-    | {"weights.architecture", "weights.frequencies", "weights.mapping", "weights.checked", "weights.publish"}
-    | {"weights.reshard", "weights.transports"},
+    | {"addresses", "scripts"}
+    | {"weights.architecture", "weights.frequencies", "weights.mapping"}
+    | {"publication.checked", "publication.reshard", "publication.transports"},
     "evaluation": BASE
-    | {"data", "grading", "observe.progress", "scripts", "weights.publish"}
+    | {"data", "grading", "observe.progress", "scripts"}
     | {"rollout.codec", "rollout.engine", "rollout.journal", "rollout.ledger", "rollout.requests"},
     "report": BASE
     | {"evaluation.comparison", "evaluation.measures", "evaluation.records", "evaluation.statistics"}
@@ -54,28 +58,28 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": BASE
     | WEIGHTS
     | {"algorithms", "arguments", "checkpoint", "data", "evaluation", "grading", "memory", "methods", "observe"}
-    | {"parent", "policy", "rollout", "scripts"},
+    | {"parent", "policy", "publication", "rollout", "scripts"},
     "offline": BASE | WEIGHTS | {"arguments", "checkpoint", "data", "observe", "policy", "rollout.group_json", "run"},
     "convert": BASE | WEIGHTS | {"arguments", "checkpoint", "parity", "policy"},  # policy, where logits are compared
     "import_gguf": BASE
     | {"arguments", "data.gguf_tokenizer", "parity"}
     | {"weights.folder", "weights.gguf_file", "weights.gguf_model"},
     "grade": BASE | {"arguments", "data.datasets", "data.rows", "grading"},
-    "inspect_checkpoint": BASE | {"arguments", "checkpoint.manifest", "weights.torch_dist"},
+    "inspect_checkpoint": BASE | {"arguments", "checkpoint.manifest", "checkpoint.torch_dist"},
     "watch": BASE | {"arguments", "observe", "run.folder", "run.owner"},
     "torchrun": {"parent", "run.interruption"},
     "cluster": BASE
-    | {"arguments", "weights.architecture"}
-    | {"rollout.servers.addresses", "rollout.servers.launcher", "rollout.servers.seats"},
+    | {"addresses", "arguments", "weights.architecture"}
+    | {"rollout.servers.launcher", "rollout.servers.seats"},
     "doctor": BASE
     | {
+        "addresses",
         "arguments",
         "checkpoint.model_source",
         "cluster.commands",
         "cluster.placement",
         "data",
         "memory",
-        "rollout.servers.addresses",
         "weights.architecture",
         "weights.folder",
     },

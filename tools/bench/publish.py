@@ -10,8 +10,8 @@ and copies nothing. Both are measured in turns in one run; a figure is the media
 turns' own ratios. "In processor time" is the same ratio of the seconds that all ranks spent on processors: what else
 runs on the machine changes it little.
 
-The model of time (`megatron_efr.weights.timing`) takes bandwidths that are measured in each turn, on one of the plan's
-buckets. With stated bandwidths it says what a GPU machine would take.
+The model of time (`megatron_efr.publication.timing`) takes bandwidths that are measured in each turn, on one of the
+plan's buckets. With stated bandwidths it says what a GPU machine would take.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from megatron_efr.publication.plan import BUCKET_BYTES, Bucket, Held, Plan
+from megatron_efr.publication.reshard import Reshard
+from megatron_efr.publication.timing import Bandwidths, seconds
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import WeightMapping
-from megatron_efr.weights.plan import BUCKET_BYTES, Bucket, Held, Plan
-from megatron_efr.weights.reshard import Reshard
-from megatron_efr.weights.timing import Bandwidths, seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from megatron_efr.publication.checked import checked
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.checked import checked
 from megatron_efr.weights.frequencies import inverse_frequencies
 from megatron_efr.weights.mapping import WeightMapping
 

@@ -37,7 +37,7 @@ class LocalEngine:
     would wait for ever. Misuse raises RuntimeError, a bad request, sampling or tensor ValueError.
     """
 
-    abilities: ClassVar[frozenset[str]] = frozenset({"forks", "seeds"})
+    abilities: ClassVar[frozenset[str]] = frozenset({"forks", "penalties", "seeds"})
 
     def __init__(
         self,

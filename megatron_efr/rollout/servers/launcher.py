@@ -17,10 +17,10 @@ from typing import Any
 import yaml
 
 from megatron_efr import log
+from megatron_efr.addresses import LOOPBACK, free_port, is_ready
 from megatron_efr.config import EnginesConfig, ModelConfig, TimeoutsConfig
 from megatron_efr.errors import UserError
 from megatron_efr.rollout.requests import check_servable
-from megatron_efr.rollout.servers.addresses import LOOPBACK, free_port, is_ready
 from megatron_efr.rollout.servers.process import ServerProcess
 from megatron_efr.rollout.servers.watch import Watch
 from megatron_efr.weights.architecture import Architecture

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_efr.addresses import KEY, LOOPBACK, address_towards, private_address
 from megatron_efr.config import ConfigError, ModelConfig, RolloutConfig
 from megatron_efr.errors import UserError
-from megatron_efr.rollout.servers.addresses import KEY, LOOPBACK, address_towards, private_address
 from megatron_efr.rollout.servers.launcher import Launcher
 from megatron_efr.rollout.servers.seats import Host
 from megatron_efr.rollout.servers.watch import Watch

@@ -35,7 +35,7 @@ class Host:
 
     def seats(self, rollout: RolloutConfig) -> list[Gpus]:
         """The GPUs of each engine that this host starts; ConfigError if they do not divide."""
-        if rollout.engine == "local" or rollout.urls:
+        if rollout.embedded or rollout.urls:
             return []
         if rollout.placement == "colocated":
             return self._colocated(rollout)

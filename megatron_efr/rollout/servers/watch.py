@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 
 from megatron_efr import log
+from megatron_efr.addresses import is_ready, status
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.rollout.servers.addresses import is_ready, status
 from megatron_efr.rollout.servers.process import ServerProcess
 
 EVERY_S = 1.0

@@ -15,6 +15,9 @@ from typing import ClassVar, Self
 import torch
 
 from megatron_efr.config import TimeoutsConfig
+from megatron_efr.publication.checked import checked
+from megatron_efr.publication.reshard import Parcel
+from megatron_efr.publication.transports import encode
 from megatron_efr.rollout.codec import Codec, NoText, with_text
 from megatron_efr.rollout.requests import check_request, check_sampling
 from megatron_efr.rollout.servers.process import ServerProcess
@@ -23,10 +26,7 @@ from megatron_efr.rollout.sglang.server import WEIGHTS, Server
 from megatron_efr.rollout.sglang.updates import ServerUpdates
 from megatron_efr.types import Group, Request, Sampling
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.checked import checked
 from megatron_efr.weights.mapping import WeightMapping
-from megatron_efr.weights.reshard import Parcel
-from megatron_efr.weights.transports import encode
 
 AHEAD = 1.25
 """Responses asked for at once, over those that the servers decode at once: what starts as soon as a place is free."""

@@ -17,6 +17,7 @@ from functools import partial
 import aiohttp
 
 from megatron_efr.config import TimeoutsConfig
+from megatron_efr.errors import EngineError, LostError
 from megatron_efr.rollout.codec import Codec
 from megatron_efr.rollout.driver import Driver
 from megatron_efr.rollout.sglang.membership import Events, Membership
@@ -24,7 +25,6 @@ from megatron_efr.rollout.sglang.respond import respond
 from megatron_efr.rollout.sglang.server import Answer, BrokenError, Server
 from megatron_efr.types import Group, Request, Response, Sampling
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.publish import EngineError, LostError
 
 SENDS = 3
 """Times that one response is asked for of servers that fail to give it, though they serve."""

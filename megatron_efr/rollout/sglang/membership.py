@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 from megatron_efr import log
 from megatron_efr.config import TimeoutsConfig
+from megatron_efr.errors import EngineError, LostError, NoEngineError
 from megatron_efr.rollout.sglang.server import WEIGHTS, Server
-from megatron_efr.weights.publish import EngineError, LostError, NoEngineError
 
 T = TypeVar("T")
 

@@ -15,13 +15,13 @@ from typing import Any
 
 from megatron_efr import log
 from megatron_efr.config import TimeoutsConfig
+from megatron_efr.errors import EngineError
 from megatron_efr.rollout.servers.process import ServerProcess
 from megatron_efr.rollout.sglang.fleet import Fleet, Place
 from megatron_efr.rollout.sglang.membership import MISSES, unless
 from megatron_efr.rollout.sglang.router import Router
 from megatron_efr.rollout.sglang.server import Answer, Server
 from megatron_efr.types import Sampling
-from megatron_efr.weights.publish import EngineError
 
 SOON_S = 0.2
 """Between two looks at a router whose workers are not yet the servers that serve."""

@@ -13,9 +13,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from megatron_efr.addresses import KEY, LOOPBACK, free_port
 from megatron_efr.config import EnginesConfig
 from megatron_efr.errors import UserError
-from megatron_efr.rollout.servers.addresses import KEY, LOOPBACK, free_port
 from megatron_efr.rollout.servers.launcher import server_environment
 from megatron_efr.rollout.servers.process import ServerProcess
 from megatron_efr.rollout.sglang.server import Server

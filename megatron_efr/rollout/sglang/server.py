@@ -17,11 +17,11 @@ import aiohttp
 import numpy as np
 
 from megatron_efr.config import TimeoutsConfig
+from megatron_efr.errors import EngineError, LostError
 from megatron_efr.rollout.sglang.experts import decode_routing
 from megatron_efr.rollout.sglang.penalty import PenalisedSampling, processor
 from megatron_efr.types import Finish, Response, Sampling, VersionSpan
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.publish import EngineError, LostError
 
 WEIGHTS, CACHES = "weights", "kv_cache"
 """SGLang's names for what a server's memory holds."""

@@ -1,4 +1,4 @@
-"""A publication's calls to SGLang's servers: the `Engines` of `weights.publish`.
+"""A publication's calls to SGLang's servers: the `Engines` of `publication.publisher`.
 
 Every call goes to the servers that take part in the update that is going on (`membership`).
 """
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from megatron_efr import log
 from megatron_efr.config import TimeoutsConfig
+from megatron_efr.errors import EngineError
 from megatron_efr.rollout.servers.process import ServerProcess
 from megatron_efr.rollout.sglang.fleet import Fleet
 from megatron_efr.rollout.sglang.membership import Membership
@@ -20,7 +21,6 @@ from megatron_efr.rollout.sglang.routed_fleet import RoutedFleet
 from megatron_efr.rollout.sglang.server import Server, tensor_body
 from megatron_efr.rollout.sglang.thread import LoopThread
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.publish import EngineError
 
 T = TypeVar("T")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from megatron_efr.errors import EngineError, LostError, NoEngineError
 from megatron_efr.evaluation.journal import EvaluationError, Unfinished, finished, forget
 from megatron_efr.evaluation.records import Record, summarise
-from megatron_efr.evaluation.recovery import ask_with_recovery, take_in_returned
+from megatron_efr.rollout.recovery import ask_with_recovery, take_in_returned
 from megatron_efr.run.folder import RunFolder
-from megatron_efr.weights.publish import EngineError, LostError, NoEngineError
 from tests.groups import graded
 
 

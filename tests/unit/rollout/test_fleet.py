@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from megatron_efr.config import TimeoutsConfig
+from megatron_efr.errors import LostError, NoEngineError
 from megatron_efr.rollout.codec import NoText
 from megatron_efr.rollout.sglang.fleet import Fleet
 from megatron_efr.rollout.sglang.server import Server
 from megatron_efr.scripts import plain
 from megatron_efr.types import Group, Prompt, Sampling
-from megatron_efr.weights.publish import LostError, NoEngineError
 
 TOKENS = [3, 4]
 NEVER = TimeoutsConfig(check_s=1000)

@@ -18,6 +18,7 @@ from scipy import stats
 
 from megatron_efr.config import RolloutConfig
 from megatron_efr.data.stream import PromptStream
+from megatron_efr.errors import NoEngineError
 from megatron_efr.rollout.engine import GroupStream
 from megatron_efr.rollout.ledger import Ask, Ledger, Visit, request_seed, staleness
 from megatron_efr.rollout.local.engine import LocalEngine
@@ -27,7 +28,6 @@ from megatron_efr.scripts import Budget, Forks, Plain, plain
 from megatron_efr.types import Group, Prompt, Request, Rewarded, Sampling, UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import WeightMapping
-from megatron_efr.weights.publish import NoEngineError
 from tests.groups import credited
 from tests.scripts import Letters
 

@@ -11,11 +11,11 @@ import pytest
 
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_efr.policy import Policy, Ranks, supervised_loss
+from megatron_efr.publication.publisher import Embedded
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.rollout.servers.run_servers import Servers
 from megatron_efr.run.phases import FREED, STEPS, Phases, State, is_freed
 from megatron_efr.types import Sampling, UserError
-from megatron_efr.weights.publish import Embedded
 from tests.conftest import ragged_sequences
 from tests.engine_contract import requests
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 
-from megatron_efr.weights.publish import WeightMismatchError
-from megatron_efr.weights.reshard import Parcel
-from megatron_efr.weights.sglang_layout import EngineLayout
+from megatron_efr.errors import WeightMismatchError
+from megatron_efr.publication.reshard import Parcel
+from megatron_efr.publication.sglang_layout import EngineLayout
 
 Hashing = Literal["sha256", "fmix32"]
 """Engines' hashes: SHA-256 on a CPU, a sum of mixed words on a GPU (`fmix32`)."""

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from megatron_efr.publication.plan import Bucket, Entry, Plan
 from megatron_efr.weights.mapping import WeightMapping
-from megatron_efr.weights.plan import Bucket, Entry, Plan
 
 Shards = Mapping[str, torch.Tensor]
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megatron_efr.weights.publish import LostError
+from megatron_efr.errors import LostError
 
 
 class EngineGroup:

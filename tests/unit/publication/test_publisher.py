@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_efr.errors import EngineError
 from megatron_efr.policy.ranks import Ranks
-from megatron_efr.weights.publish import EngineError, Publisher
-from megatron_efr.weights.reshard import Parcel
+from megatron_efr.publication.publisher import Publisher
+from megatron_efr.publication.reshard import Parcel
 
 
 class Engines:

@@ -39,6 +39,18 @@ def address_towards(host: str) -> str:
         return probe.getsockname()[0]
 
 
+def own_address(url: str) -> str:
+    """The address of this machine at which the server at `url` reaches it."""
+    return address_towards(url.split("://")[-1].split(":")[0])
+
+
+def kernels_port(host: str) -> int:
+    """A port of this machine's address `host` that the kernel chooses among those that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
 def free_port(host: str, ports: Sequence[int] = PORTS) -> int:
     """A port of this machine's address `host` that nobody listens on now."""
     for port in random.sample(ports, 100):

@@ -11,27 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_efr import log
-from megatron_efr.weights.reshard import Parcel
-
-
-class EngineError(RuntimeError):
-    """An engine refused, failed or did not answer; the message names the server and what it answered."""
-
-
-class LostError(EngineError):
-    """An engine did not answer: the connection failed or the limit ran out; or it has failed, by its own account."""
-
-
-class NoEngineError(EngineError):
-    """No engine is left that serves; once weights are published to those that come back, it can be asked again."""
-
-
-RECOVERIES = 3
-"""Times that a publication is begun again, if no engine was left that served."""
-
-
-class WeightMismatchError(EngineError):
-    """An engine does not hold the weights that it was sent. Sending them again would not help: the run must stop."""
+from megatron_efr.errors import EngineError, WeightMismatchError
+from megatron_efr.publication.reshard import Parcel
 
 
 class Receiver(Protocol):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from megatron_efr.weights.plan import Bucket, Plan
+from megatron_efr.publication.plan import Bucket, Plan
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,7 @@ import base64
 import io
 import pickle
 import shutil
-import socket
 import uuid
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +21,13 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.multiprocessing import reductions
 
+from megatron_efr.addresses import kernels_port
+from megatron_efr.errors import EngineError, LostError
+from megatron_efr.publication.engine_group import EngineGroup
+from megatron_efr.publication.publisher import Engines
+from megatron_efr.publication.reshard import Parcel
+from megatron_efr.publication.sglang_layout import EngineLayout
 from megatron_efr.weights.folder import copy_all_but_weights
-from megatron_efr.weights.group import EngineGroup
-from megatron_efr.weights.publish import EngineError, Engines, LostError
-from megatron_efr.weights.reshard import Parcel
-from megatron_efr.weights.sglang_layout import EngineLayout
 
 Prepared = tuple[list[str], str | None]
 """Payloads, one for each engine rank, and their `load_format`."""
@@ -128,7 +128,7 @@ class Broadcast:
             self.abandon()
         if self._group is None:
             name = f"weights-{uuid.uuid4().hex[:12]}"  # a dead trainer's group may still bear another
-            port = _free_port(self._address)
+            port = kernels_port(self._address)
             joining = self._engines.join_group(self._address, port, name, self._backend)
             world = 1 + self._engines.count * self._engines.engine_ranks
             try:
@@ -248,17 +248,3 @@ class _Pickler(pickle.Pickler):
 
 
 _DEVICE = 6  # the place of the device among the arguments of torch.multiprocessing.reductions.rebuild_cuda_tensor
-
-
-def _free_port(address: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return probe.getsockname()[1]
-
-
-def own_address(urls: Sequence[str]) -> str:
-    """The address at which servers reach this machine: the one from which the first of them is reached."""
-    host = urls[0].split("://")[-1].split(":")[0]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # sends nothing
-        return probe.getsockname()[0]

@@ -10,13 +10,14 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
+from megatron_efr.addresses import own_address
 from megatron_efr.config import ConfigError, RolloutConfig, TrainConfig
 from megatron_efr.errors import UserError
+from megatron_efr.publication.checksums import ChecksumCheck, Hashing
+from megatron_efr.publication.publisher import Embedded, Engines, Publisher, Receiver, Transport
+from megatron_efr.publication.sglang_layout import EngineLayout
+from megatron_efr.publication.transports import Broadcast, Disk, Handles, InBand, Sliced
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.checksums import ChecksumCheck, Hashing
-from megatron_efr.weights.publish import Embedded, Engines, Publisher, Receiver, Transport
-from megatron_efr.weights.sglang_layout import EngineLayout
-from megatron_efr.weights.transports import Broadcast, Disk, Handles, InBand, Sliced, own_address
 
 
 def build_publisher(
@@ -29,7 +30,7 @@ def build_publisher(
 
     `restart` is given the addresses of servers that have failed twice.
     """
-    if config.rollout.engine == "local":
+    if config.rollout.embedded:
         return Embedded(cast(Receiver | None, engine))
     layout = EngineLayout(Architecture.from_folder(config.model.path), config.rollout.tp)
     on_gpu = torch.cuda.is_available()
@@ -56,7 +57,7 @@ def _transport(
     if kind == "disk":
         return Disk(engines, config.folder / "engines" / "weights", Path(config.model.path))
     if kind == "distributed":
-        address = own_address(engines.urls) if engines else ""
+        address = own_address(engines.urls[0]) if engines else ""
         return Broadcast(engines, address, "nccl" if on_gpu else "gloo", rollout.timeouts.update_s)
     if kind == "direct":
         if layout.architecture.experts:

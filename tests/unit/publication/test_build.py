@@ -8,7 +8,7 @@ import pytest
 
 from megatron_efr.config import RolloutConfig
 from megatron_efr.errors import UserError
-from megatron_efr.weights.publication import check_allocator, transport_of
+from megatron_efr.publication.build import check_allocator, transport_of
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_efr.errors import WeightMismatchError
+from megatron_efr.publication.checksums import ChecksumCheck, Hashing, fmix32
+from megatron_efr.publication.plan import Held, Plan
+from megatron_efr.publication.reshard import Parcel
+from megatron_efr.publication.sglang_layout import EngineLayout
+from megatron_efr.publication.timing import Bandwidths, seconds
+from megatron_efr.publication.transports import encode
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.checksums import ChecksumCheck, Hashing, fmix32
 from megatron_efr.weights.folder import FolderWeights
 from megatron_efr.weights.mapping import WeightMapping
-from megatron_efr.weights.plan import Held, Plan
-from megatron_efr.weights.publish import WeightMismatchError
-from megatron_efr.weights.reshard import Parcel
-from megatron_efr.weights.sglang_layout import EngineLayout
-from megatron_efr.weights.timing import Bandwidths, seconds
-from megatron_efr.weights.transports import encode
 from tests.families import make_family_folder
 
 

@@ -1,0 +1,1 @@
+"""Tensors on the move: shards made whole, bucket by bucket, brought to the engines, and checked there."""
