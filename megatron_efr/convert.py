@@ -145,6 +145,7 @@ def main(argv: SequenceOf[str] | None = None) -> None:
         from megatron_efr.checkpoint.shards import check_readable  # Megatron's own loader will be asked
 
         check_readable(checkpoint)
+    # convert, one way or the other
     try:
         if forth:
             hf_to_megatron(folder, checkpoint)
@@ -153,6 +154,7 @@ def main(argv: SequenceOf[str] | None = None) -> None:
     except OSError as error:
         raise UserError(f"{given.source} to {given.destination}: cannot be read or written: {error}") from error
     print(f"{given.destination}: written in {time.perf_counter() - began:.1f} s")
+    # compare what was written with what was read
     if given.verify or given.verify_bytes:
         print(f"{compare_bytes(folder, checkpoint)} tensors converted both ways: every byte is the same")
     if given.verify:

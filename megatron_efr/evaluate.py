@@ -43,6 +43,7 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
     folder = RunFolder(config.folder)
     path = folder.evaluation_path(record_name)  # a name that cannot be a file's is refused before any work
     check_server_arguments(config.rollout)
+    # the model and everything that decides what is asked of it
     source = find_model(config.model, config.seed, config.template)
     tokenizer = load_tokenizer(source.start.path)
     weights = source.weights()
@@ -58,6 +59,7 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
         "rollout.engine": config.rollout.engine,
         **evaluator.asked(),
     }
+    # one process owns the record; one that is finished is not made again
     with ExitStack() as resources:
         resources.enter_context(owned(folder.evaluation_lock(record_name), f"{folder.path}: evaluation {record_name}"))
         judged = {**asked, **evaluator.judged()}
@@ -67,6 +69,7 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
             return kept
         unfinished = Unfinished(path, asked, replace)
         resources.enter_context(log.kept(folder.log, f"evaluation {record_name}"))
+        # graders, engine, and the weights published to it
         grader = resources.enter_context(Grader.of(config.grading, evaluator.judgings.verifiers))
         # servers begin their random numbers anew: not with those that the journal's answers were drawn with
         seed = request_seed(config.seed, len(unfinished.journal.read().groups))
@@ -80,6 +83,7 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
             keep = partial(folder.write_answers, record_name) if config.evaluation.keep else lambda graded: None
             return evaluator.run(engine, grader, record_name, unfinished.journal, take_in, keep)
 
+        # ask and grade, taking servers in again that come back; keep the record
         try:
             record = ask_with_recovery(publish, ask)
         except EngineError as error:

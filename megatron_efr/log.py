@@ -82,6 +82,7 @@ def kept(path: Path, work: str = "") -> Iterator[None]:
     """
     handler, of = _File(path), f"{work}: " if work else ""
     LOG.addHandler(handler)
+    # the last line says how the work ended
     try:
         yield
     except UserError as error:

@@ -194,21 +194,25 @@ def plan(shape: Shape) -> MemoryPlan:
     """The memory of every phase; the stage with the most parameters stands for all."""
     a, parallel, dtype = shape.architecture, shape.parallel, shape.dtype
     own, experts = max(stage_parameters(a, parallel))
+    # weights, gradients and optimizer: the stage that has most of them
     shared = shape.world // (parallel.tensor * parallel.pipeline)  # data x context ranks
     dense_shards, expert_shards = (shared, shared // parallel.expert) if shape.sharded_optimizer else (1, 1)
     states = optimizer_bytes(own - experts, dtype, dense_shards) + optimizer_bytes(experts, dtype, expert_shards)
     weights = {"parameters": own * BYTES[dtype], "overhead": 2 * OVERHEAD}
     training = weights | {"gradients": gradient_bytes(own), "optimizer": states}
+    # the head and activations of one micro-batch
     scored = training | {"head": head_bytes(a, parallel, dtype, shape.micro_batch_tokens, training=False)}
     trained = training | {"head": head_bytes(a, parallel, dtype, shape.micro_batch_tokens, training=True)}
     tokens, local = shape.micro_batch_tokens, shape.local_layers
     one_layer = layer_activation_bytes(a, parallel, dtype, local) * tokens / parallel.context
     kept = activation_bytes(a, parallel, dtype, tokens, recompute=shape.recompute, local=local)
+    # the engine's part, and the buckets of a publication
     engine = parameter_count(a) * BYTES[dtype] // shape.engine_ranks
     served = weights | {"engine weights": engine}
     cache = int(shape.static_fraction * shape.gpu_bytes) - engine
     serving = served | {"KV cache": max(cache, 0)}
     buckets = {"buckets": 2 * shape.bucket_bytes + largest_tensor_bytes(a, dtype)}
+    # what each phase holds on the GPU when it ends
     phases = [
         Phase("rollout", serving),
         Phase("release", weights),

@@ -136,6 +136,7 @@ def measure(configuration: Configuration, arch: int = 90) -> Resources:
     """Compile for sm_`arch` and read the machine code. RuntimeError with the tool's words if a tool
     fails.
     """
+    # compile for the card's architecture, without a card
     names = configuration.kernel.arg_names
     source = ASTSource(
         fn=configuration.kernel,
@@ -145,12 +146,14 @@ def measure(configuration: Configuration, arch: int = 90) -> Resources:
     )
     options = {"num_warps": configuration.warps}
     compiled: Any = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    # read registers, stack and spills off the machine code
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         code = _tool("cuobjdump", "-sass", file.name)
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    # warps that fit on one multiprocessor
     threads = configuration.warps * 32
     per_thread = -(-found["REG"] // 8) * 8  # registers are handed out in eights
     resident = min(REGISTERS // (per_thread * threads), THREADS // threads, BLOCKS) * configuration.warps

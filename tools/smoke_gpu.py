@@ -117,12 +117,14 @@ def synchronize() -> None:
 def handle_rows() -> Iterator[Row]:
     """Seconds of a bucket from one process to another, and its bytes over that of the copy alone."""
     shape = (BUCKET_BYTES // 2 // 16 // 4096, 4096)
+    # a second process that opens handles
     opener = subprocess.Popen(
         [sys.executable, __file__, "--open"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert opener.stdin is not None
     assert opener.stdout is not None
     turns = []
+    # hand over buckets of known content; the first turn warms up
     for turn in range(TURNS + 1):
         flat = torch.full((16 * shape[0] * shape[1],), float(turn), dtype=torch.bfloat16, device="cuda")
         pairs = [(f"layer{i}", part.view(shape)) for i, part in enumerate(flat.chunk(16))]
@@ -135,6 +137,7 @@ def handle_rows() -> Iterator[Row]:
         turns.append((encoded, answer["open"], answer["copy"], time.perf_counter() - began))
         if answer["sum"] != 16.0 * turn * shape[0] * shape[1]:
             raise SystemExit(f"a bucket of {turn}s came out otherwise: its sum is {answer['sum']}")
+    # the rows
     opener.stdin.close()
     opener.wait()
     encoding, opening, copying, whole = (statistics.median(column) for column in zip(*turns[1:], strict=True))

@@ -148,6 +148,7 @@ class Checkpoints:
 
     def _newest(self, last: int | None) -> Path | None:
         damaged: dict[Path, CheckpointError] = {}
+        # the newest first; those that do not verify are remembered until one does
         for path in reversed(_complete(self.folder)):
             if last is not None and _step(path) > last:
                 continue
@@ -156,6 +157,7 @@ class Checkpoints:
             except CheckpointError as error:
                 damaged[path] = error
                 continue
+            # this one counts: what is newer and damaged is set aside, what is older may go
             check_readable(path)
             for other, error in damaged.items():
                 log.warning(f"checkpoint set aside: {error}")
@@ -165,6 +167,7 @@ class Checkpoints:
                 with writing(self.folder):
                     self._settle_on(path)
             return path
+        # nothing verifies: a run that was saved before must not begin again unasked
         latest = self.folder / LATEST
         if damaged or (last is None and latest.exists()):
             faults = list(map(str, damaged.values())) or [f"{latest}: names a checkpoint, and none is there"]

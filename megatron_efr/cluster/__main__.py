@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--print", choices=["engines", "trainer"], dest="hosts_of")
     parser.add_argument("--dry-run", action="store_true")
     given = parser.parse_intermixed_args(argv)
+    # who runs where
     config = load(TrainConfig, given.config, given.overrides)
     hosts = given.hosts.split(",")
     if given.only_engines:
@@ -65,14 +66,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         placement = place(hosts, given.gpus, config.rollout, given.port)
         config.check_world(len(placement.ranks))
+    # launch scripts ask for the hosts of one kind
     if given.hosts_of is not None:
         trainer = set(placement.trainer_hosts)
         print(",".join(host for host in placement.hosts if (host in trainer) == (given.hosts_of == "trainer")))
         return
+    # what each host starts; this one also says by which interface others reach it
     every = list(commands(placement, given.config, given.overrides, config.name.replace("/", "-")))
     if others := [host for host in placement.hosts if host != given.host and given.host in placement.hosts]:
         meeting = over(interface_towards(others[0]))
         every = [replace(c, defaults={**c.defaults, **meeting}) if c.host == given.host else c for c in every]
+    # print it, or start this host's part
     if given.dry_run:
         print("\n".join([*describe(placement), *(f"{command.host}$ {command}" for command in every)]))
         return

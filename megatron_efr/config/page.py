@@ -122,6 +122,7 @@ def _overview(places: list[Place], shown: dict[type[BaseModel], Place]) -> Itera
 
 def _section(place: Place, places: list[Place], shown: dict[type[BaseModel], Place]) -> Iterator[str]:
     """One section: its heading, what it is, and its keys."""
+    # heading, and the other places that take the same keys
     others = [other for other in places if other.section is place.section and other != place]
     also = dict.fromkeys(f"`{other.path}`" for other in others if other.path != place.path)
     yield f"## {_title(place, shown)}"
@@ -131,12 +132,14 @@ def _section(place: Place, places: list[Place], shown: dict[type[BaseModel], Pla
     if also:
         yield f"The same keys: {', '.join(also)}."
         yield ""
+    # keys that are those of a section shown before are named, not repeated
     schema = place.section.model_json_schema(by_alias=True)
     elsewhere = _elsewhere(place.section, shown)
     repeated = [key for key, field in _fields(place.section) if elsewhere and _is_same(elsewhere, key, field)]
     if elsewhere and repeated:
         yield f"As in {_link(elsewhere, shown)}: {', '.join(f'`{key}`' for key in repeated)}."
         yield ""
+    # the others, a row each
     rest = [(key, field) for key, field in _fields(place.section) if key not in repeated]
     if rest:
         yield "| key | values | default | |"

@@ -58,6 +58,7 @@ def parse(text: str, source: str, prefix: str = "", what: str = "not valid YAML"
 
     try:
         loader = _Loader(text)
+        # the tree first: values that YAML 1.1 would read as something else are refused
         node = loader.get_single_node()
         if node is None:
             return None
@@ -66,6 +67,7 @@ def parse(text: str, source: str, prefix: str = "", what: str = "not valid YAML"
         if check.problems:
             raise ConfigError("\n".join(check.problems))
         return loader.construct_document(node)
+    # each kind of error with its place, in our words
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position)
         character: Any = error.character  # its number, whatever the stub says

@@ -48,6 +48,7 @@ def write_model_folder(folder: Path, backend: Tokenizer, size: ModelSize) -> Non
     `backend` must know the special tokens above. The bytes depend on nothing but the arguments.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # tokenizer and chat template
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=BOS,
@@ -58,6 +59,7 @@ def write_model_folder(folder: Path, backend: Tokenizer, size: ModelSize) -> Non
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(str(folder))
+    # config.json and generation_config.json, with the same special tokens
     ids: dict[str, Any] = {
         "bos_token_id": backend.token_to_id(BOS),
         "eos_token_id": backend.token_to_id(EOS),

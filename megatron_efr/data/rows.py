@@ -142,12 +142,14 @@ def _checked(where: str, record: Any, text: str) -> dict[str, Any]:
 
 def _json_rows(path: str, text: str) -> Iterator[Row]:
     """An array of objects, or JSON lines under a .json name, as hub files often are."""
+    # without a bracket these are JSON lines
     position = _skip(text, 0)
     if not text.startswith("[", position):
         yield from _json_lines(path, text)
         return
     decoder, number, line, counted = json.JSONDecoder(object_pairs_hook=_once), 0, 1, 0
     position = _skip(text, position + 1)
+    # object by object, so that an error names its line
     while not text.startswith("]", position):
         line, counted = line + text.count("\n", counted, position), position
         where = f"{path}:{line}"
@@ -159,6 +161,7 @@ def _json_rows(path: str, text: str) -> Iterator[Row]:
             raise DatasetError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
         except (ValueError, RecursionError) as error:
             raise DatasetError(f"{where}: not JSON that can be read: {error}") from error
+        # a comma, or the end
         number += 1
         yield Row(number, where, _checked(where, record, text[counted:position]))
         position = _skip(text, position)
@@ -166,6 +169,7 @@ def _json_rows(path: str, text: str) -> Iterator[Row]:
             position = _skip(text, position + 1)
         elif not text.startswith("]", position):
             raise DatasetError(f"{where}: not valid JSON: expected ',' or ']' after this object")
+    # nothing may follow the array
     if (rest := _skip(text, position + 1)) < len(text):
         line += text.count("\n", counted, rest)
         raise DatasetError(f"{path}:{line}: not valid JSON: {text[rest : rest + 20]!r} after the array's end")

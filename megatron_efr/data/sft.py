@@ -44,17 +44,20 @@ def load_sft(
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
         raise PromptError(f"{tokenizer.name_or_path}: the tokenizer names no eos token, which ends every response")
+    # read and render all rows
     rows = read_rows(config.path, limit=config.limit)
     questions = [_column(row, config.question) for row in rows]
     responses = [_column(row, config.response) for row in rows]
     rendered = Renderer(tokenizer, prompt).render(questions, [row.where for row in rows])
     batch: Any = tokenizer(responses, add_special_tokens=False, return_attention_mask=False)
+    # prompt + response + EOS, without the rows whose prompt is too long
     samples, places = [], []
     for row, (_, ids), response in zip(rows, rendered, batch["input_ids"], strict=True):
         if fits(len(ids), prompt, row.where):
             end = [] if response and response[-1] == eos else [eos]
             samples.append(Sample(np.array([*ids, *response, *end], np.int32), len(ids)))
             places.append(row.where)
+    # something must be left, and fit the model's positions
     if not samples:
         raise PromptError(f"{config.path}: all {len(rows)} prompts are longer than prompt.max_tokens")
     if positions is not None:

@@ -35,11 +35,13 @@ ROOM = 2 * 2**30  # bytes of disk for a run's records, if the model is not known
 def examine(config: RunConfig | None, ports: Sequence[int]) -> Iterator[Finding]:
     """Every finding, in the order in which they would stop a run; what `config` needs and lacks is a problem."""
     real = config is not None and config.model.dtype == "bfloat16"  # on a CPU only tests train, and they in fp32
+    # what is installed, and what the configuration asks of it
     yield from check_packages()
     yield from machine.check_gpus(needed=real)
     yield machine.check_triton(needed=config is not None and config.model.kernels == "triton")
     yield from check_transformer_engine(needed=config is not None and config.model.layers == "transformer_engine")
     yield check_apex()
+    # the engine, its servers and router
     rollout = config.rollout if isinstance(config, TrainConfig | EvaluateConfig) else RolloutConfig()
     pins = {r.name: next(iter(r.specifier)).version for r in requirements() if r.name in ("sglang", "sglang-router")}
     starts = not rollout.embedded and not rollout.urls
@@ -47,10 +49,12 @@ def examine(config: RunConfig | None, ports: Sequence[int]) -> Iterator[Finding]
     if rollout.router:
         yield check_router(rollout.python, pins.get("sglang-router"))
     yield from check_servers(rollout.urls, os.environ.get(KEY))
+    # the run itself: model, data, disk
     if config is not None:
         yield from check_run(config)
     else:
         yield machine.check_disk(Path("runs"), ROOM, "a small run")
+    # the machine
     yield machine.check_shared_memory()
     yield machine.check_threads(os.environ, len(os.sched_getaffinity(0)))
     apart = isinstance(rollout, RolloutConfig) and rollout.placement == "apart"

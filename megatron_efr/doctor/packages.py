@@ -101,16 +101,19 @@ def check_transformer_engine(needed: bool) -> Iterator[Finding]:
     """Transformer Engine against its range, whether it imports, and which flash attention it would use."""
     [requirement] = [r for r in requirements() if r.name == "transformer-engine"]
     subject, install = "Transformer Engine", "bash launch/install_h100.sh"
+    # absent: Megatron's local layers do
     there = installed_version(requirement.name) is not None
     if not there and PathFinder.find_spec("transformer_engine", sys.path) is None:
         advice = f"Megatron's local layers stand in for it, at a lower speed; {install}"
         yield missing(subject, "not installed", install if needed else advice, needed)
         return
+    # present in another version than pinned
     version = check_version(requirement, needed=needed) if there else None
     if version is not None and version.verdict != "ok":
         yield version
         return
     found = "of no distribution" if version is None else version.found
+    # present, and imported in a process of its own: an import may crash
     done = subprocess.run(
         [sys.executable, "-c", _ENGINE_PROBE], capture_output=True, text=True, timeout=IMPORT_LIMIT_S, check=False
     )
@@ -119,6 +122,7 @@ def check_transformer_engine(needed: bool) -> Iterator[Finding]:
         yield missing(subject, f"{found}, does not import: {last_line(done.stderr)}", advice, needed)
         return
     yield Finding(subject, "ok", found)
+    # the flash attention that it would take
     second, third, newest = json.loads(done.stdout.splitlines()[-1])
     if second or third:
         yield Finding("flash attention", "ok", f"version {'3' if third else '2'}, as Transformer Engine sees it")

@@ -72,11 +72,13 @@ def compare(
     if differences and not unlike:
         said = "".join(f"  {line}\n" for line in differences)
         raise UserError(f"the two were not asked or judged alike:\n{said}to compare them all the same, give --unlike")
+    # problems that both have, and the measures that both can give
     a, b = matched(one, other)
     asked = [*measures, *([cost_of_pass(prices, "money")] if prices is not None else [])]
     for measure in asked:
         if measure.terms(a) is None or measure.terms(b) is None:
             raise UserError(f"measure {measure.name}: one of the two records does not say what it needs")
+    # their differences, on all problems and on parts of them
     shown = {measure.name: measure for measure in [*(measures or _offered(a, b)), *asked]}
     return Comparison(
         len(a.ids),
@@ -143,6 +145,7 @@ def paired(one: Samples, other: Samples, measures: Sequence[Measure], seed: int 
     Of a rate that says nothing of some problems, such as pass@k of those with fewer samples, the difference is over
     the problems that it says something of for both.
     """
+    # measures that both can give, as terms of each problem
     parts = [
         (measure, *_of_both(measure, mine, theirs))
         for measure in measures
@@ -150,11 +153,13 @@ def paired(one: Samples, other: Samples, measures: Sequence[Measure], seed: int 
     ]
     if not parts:
         return []
+    # both models' terms, resampled together: the pairs stay pairs
     a = np.concatenate([mine for _, mine, _ in parts], axis=1)
     b = np.concatenate([theirs for _, _, theirs in parts], axis=1)
     sums, flipped = _Sums(summed(a), summed(b)), _flipped(a, b, seed)
     drawn = _Sums(*np.split(resampled(np.concatenate([a, b], axis=1), seed), 2, axis=1))
     figures = [measured(samples, [measure for measure, _, _ in parts], seed) for samples in (one, other)]
+    # each measure's difference, its interval, and its chance under the null hypothesis
     rows, first = [], 0
     for measure, terms, _ in parts:
         columns = slice(first, first + terms.shape[1])

@@ -54,6 +54,7 @@ class Evaluator:
             raise ConfigError(
                 f"evaluation.samples_by_dataset.{unknown[0]}: no such data set; there are {', '.join(sorted(names))}"
             )
+        # sampling, judging and the script of each response
         temperature, top_p = config.sampling
         self.sampling = Sampling(temperature, top_p, config.max_new_tokens, stops)
         self.judgings = judgings_of(grading, config.datasets)
@@ -64,6 +65,7 @@ class Evaluator:
         self._closes = marks.closes if marks and marks != thinking_marks(ThinkingConfig(), tokenizer) else None
         self._thinking = partial(thinking_tokens, closes=marks.closes, codec=codec) if marks else None
         check_script(self.script, codec, "evaluation.script")
+        # the problems as prompts, of lengths that the model can take
         rendered = load_prompts(config.datasets, tokenizer, prompt, grading, self.script.behind)
         limit = longest(self.script, config.max_new_tokens, codec)
         written = " and what evaluation.script adds" if limit > config.max_new_tokens else ""
@@ -73,6 +75,7 @@ class Evaluator:
         self._left_out = Counter(problem.dataset for problem in rendered.left_out)
         self.prompts = rendered.prompts
         self._seed = seed
+        # one request for each problem, its seed a function of the run's and its place
         samples = [config.samples_by_dataset.get(p.meta["dataset"], config.samples) for p in self.prompts]
         self._requests = [
             Request(prompt, request_seed(seed, -1 - i), (self.script,) * count)
@@ -128,9 +131,11 @@ class Evaluator:
 
         `keep` is given the judged answers, in the order of the problems.
         """
+        # those that an earlier process answered are in the journal
         finished = {group.seed: group for group in (journal.read().groups if journal else [])}
         if finished:
             print(f"{name}: {len(finished)} of {len(self._requests)} problems were answered before", flush=True)
+        # ask for the others; each is journalled as soon as it is whole
         left = [request for request in self._requests if request.seed not in finished]
         with closing(engine.generate(left, self.sampling)) as answers:
             for group in followed(answers, name, len(self._requests), len(finished)):
@@ -138,6 +143,7 @@ class Evaluator:
                     journal.append(group)
                 finished[group.seed] = group
                 after_each()
+        # judge all of them, in the problems' order
         groups = [finished[request.seed] for request in self._requests]
         judged = judge(groups, self.script, grader, self.judgings)
         keep(judged.graded)

@@ -70,9 +70,11 @@ def summarise(
         raise ValueError(f"evaluation {name}: no problems to summarise")
     if answers is not None and len(answers) != len(groups):
         raise ValueError(f"evaluation {name}: answers to {len(answers)} problems, and {len(groups)} problems")
+    # a row for each problem
     rows = [_row(group, shown) for group in groups]
     _add_answers(rows, answers, early, subthoughts)
     _add_thoughts(rows, groups, thinking)
+    # figures over all rows, by data set and by difficulty
     samples = Samples.of(rows, (protocol or {}).get("max_new_tokens"))
     figures = _figures(samples, seed)
     datasets = samples.by_dataset()

@@ -50,6 +50,7 @@ class Samples:
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]], limit: int | None = None) -> Samples:
         """The samples of a record's `rows`; `limit` is the one of its protocol, the longest response without one."""
+        # rows hold lists of samples; here all samples stand in one array
         sizes = [len(row["correct"]) for row in rows]
         tokens = _column(rows, "tokens", np.int64)
         assert tokens is not None

@@ -21,6 +21,7 @@ def grade_groups(
     The data set's first verifier says what is correct. A score is the mean of its verifiers' scores by weight. A
     branch's answer is judged by its own text, and also if it was cut off: its few tokens end when they are used up.
     """
+    # all questions at once, so that the verifiers' processes are busy
     judgings = judgings or Judgings()
     asked = [(group, judging_of(group, judgings)) for group in groups]
     questions = [
@@ -31,9 +32,11 @@ def grade_groups(
     ]
     grades = iter(grader.ask(questions))
 
+    # the answers come in the same order, one for each part of a judging
     def verdict(judging: Judging) -> Grade:
         return _together([next(grades) for _ in judging.parts], judging)
 
+    # a response that was cut off is not asked about
     graded = []
     for group, judging in asked:
         said = tuple(TRUNCATED if response.truncated else verdict(judging) for response in group.responses)

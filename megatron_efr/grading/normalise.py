@@ -312,12 +312,14 @@ _ARGUMENT = re.compile(r"\s*(\\[A-Za-z]+|[^\s{}\\])")
 def _arguments(text: str, command: str, count: int) -> str:
     """`\\frac12` as `\\frac{1}{2}`: the first `count` arguments of `command` in braces."""
     position = 0
+    # every place of the command; a longer word that begins so is another command
     while (found := text.find(command, position)) >= 0:
         position = end = found + len(command)
         if text[end : end + 1].isalpha():
             continue
         if text.startswith("[", end) and (close := text.find("]", end)) > 0:
             end = close + 1
+        # an optional [argument] stays; then `count` arguments, each braced or one character
         head, arguments = text[found:end], []
         if count == 1 and (whole := _DIGITS.match(text, end)):  # who writes `\\sqrt12` means all of it
             arguments, end = [whole.group(1)], whole.end()

@@ -77,10 +77,12 @@ def fused_policy_loss(
     """
     _check(weight, rows, objective, main_grad)
     shard, local = prepare(weight, targets, temperature, true_vocab, tp_group, sum_hidden, chunk, backend)
+    # gradients are written in this pass, if autograd wants them
     gradients = None
     if torch.is_grad_enabled() and hidden.requires_grad:
         total = torch.zeros_like(weight, dtype=torch.float32) if main_grad is None else main_grad
         gradients = _Gradients(torch.zeros_like(hidden), total.detach(), factor)
+    # one sweep over token chunks: log-probs, figures, gradients
     with torch.no_grad():
         tokens = len(hidden) if live is None or objective.every_token else live
         plain = rows.plain()
@@ -88,6 +90,7 @@ def fused_policy_loss(
         if plain.before is not None:
             refer_to_policy(figures, logprobs - plain.before, plain.weights)
         sums = sum_figures(figures, plain.weights, objective)
+    # hang them on the loss, for the backward pass to hand on
     loss = sums["loss"]
     if gradients is not None:
         weight_gradient = gradients.weight.to(weight.dtype) if main_grad is None else None

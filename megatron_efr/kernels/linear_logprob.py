@@ -64,6 +64,7 @@ def linear_logprob(
     The gradient of `hidden` comes back summed over `tp_group`; with `sum_hidden` off it is this rank's part, for a
     caller whose own backward pass sums (the reduce-scatter of sequence parallelism).
     """
+    # targets as columns of this rank; the function makes logits chunk by chunk
     shard, local = prepare(weight, targets, temperature, true_vocab, tp_group, sum_hidden, chunk, backend)
     logprob, entropies = _LinearLogprob.apply(hidden, weight, local, shard, entropy, live)
     return logprob, entropies if entropy else None

@@ -36,10 +36,12 @@ def token_credits(
     """
     if beta == 0.0:
         old = reference = None
+    # Triton: one launch for all responses
     if backend == "triton":
         from megatron_efr.kernels.triton_credits import credit_rows
 
         return TokenCredits(*credit_rows(advantages, weights, row_lengths, old, reference, beta))
+    # plain torch: take off the KL to go, then the sums that whitening needs
     trained = weights > 0
     if old is not None and reference is not None:
         advantages = advantages - beta * kl_to_go(torch.where(trained, old - reference, 0.0), row_lengths)

@@ -105,15 +105,18 @@ def token_terms(
     A row of weight 0 adds exactly 0, whatever it holds: nobody trains it, so nobody has looked. `log_ratio` is the
     token's own, or its sequence's; the ratio's derivative is the ratio in both cases.
     """
+    # the surrogate, by the importance of tokens that other weights drew
     ratio = log_ratio.exp()
     value, slope, cut = _surrogate(logprob, ratio, rows.advantages, objective)
     if rows.importance is not None:
         value, slope = rows.importance * value, rows.importance * slope
+    # KL and entropy in the loss
     kl, kl_slope = _kl(logprob, rows, objective)
     loss, slope = objective.beta * kl - value, objective.beta * kl_slope - slope
     measured = torch.zeros_like(logprob) if entropy is None else entropy
     if objective.bonus != 0.0:
         loss = loss - objective.bonus * measured
+    # figures, weighted; rows of weight 0 add exactly 0
     above, below = cut & (ratio > 1.0), cut & (ratio < 1.0)
     terms = torch.stack([loss, cut.float(), above.float(), below.float(), -log_ratio, kl, measured])
     trained = rows.weights != 0.0

@@ -232,9 +232,11 @@ def policy_rows(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """FIGURES [8, rows], and the gradient of the logits in their memory if `dtype` is given."""
     values = logits.values
+    # without a dtype no gradient is written, and the kernel gets the logits in its place
     figures = torch.empty(len(FIGURES), len(values), dtype=torch.float32, device=values.device)
     out = None if dtype is None else _narrowed(values, dtype)
     written = values if out is None else out
+    # pointers that the kernel does not read need not be valid values
     unused = rows.old
     _launch(
         policy_kernel, values, written, written.stride(0), logits.targets,

@@ -38,16 +38,19 @@ def rewards(
     ConfigError for an unknown method, a wrong option, options that make no sense together or with the limit, and a
     method whose rewards need more than this. ValueError for arrays that do not fit together.
     """
+    # only a plain rule needs no more than this
     kind = find(name)
     if not issubclass(kind, Plain):
         plain = ", ".join(sorted(name for name, each in METHODS.items() if issubclass(each, Plain)))
         raise ConfigError(f"{name}: its rewards need more than who was right and how long; plain methods are {plain}")
+    # arrays as asked for, with the defaults of those that are left out
     tokens = _lengths(lengths)
     right = _flags("correct", correct, tokens)
     cut = _flags("truncated", truncated, tokens, default=np.zeros(len(tokens), dtype=bool))
     found = _flags("answered", answered, tokens, default=~cut)
     if max_new_tokens is not None and tokens.max() > max_new_tokens:
         raise ValueError(f"lengths: {tokens.max():g} tokens, and max_new_tokens is {max_new_tokens}")
+    # the rule, then what it says to the limit
     method = validate(kind, options, prefix=name)
     made = method.rule(Outcomes(right & ~cut, tokens, cut, found & ~cut, max_new_tokens))
     method.check(RolloutConfig(samples=len(tokens), max_new_tokens=max_new_tokens or sys.maxsize))

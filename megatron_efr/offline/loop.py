@@ -49,6 +49,7 @@ def train_on_rows(
         if isinstance(config, SftConfig):
             prompt = config.prompt
             ranks.on_main(lambda: date_prompts(prompt, folder))
+        # rows from rank 0; the policy; the newest checkpoint if it resumes
         samples = ranks.share(load)
         rows = checksum(samples)
         policy = Policy(
@@ -67,6 +68,7 @@ def train_on_rows(
                     continue
                 with observer.phase("train"):
                     metrics = update(policy, samples, items)
+                # any rank's signal ends all, after this update
                 ending = not ranks.everywhere(interruption.received is None)
                 skipped = policy.optimizer.skipped_in_a_row
                 stops = skipped >= config.train.max_skipped
@@ -77,6 +79,7 @@ def train_on_rows(
                     with observer.phase("checkpoint"):
                         state = {"step": step, "initial_model": policy.initial_model, "rows": rows}
                         checkpoints.save(step, policy.sharded_state(), state)
+                # a background save must be whole before the process ends
                 checkpoints.settle(wait=step == total or ending)
                 if ending and step < total:
                     raise SystemExit(EXIT_REQUEUE)

@@ -56,6 +56,7 @@ class Case:
     def plan(self) -> MemoryPlan:
         """The memory of every phase; ConfigError if the split does not divide."""
         config = self.config
+        # refuse what a run would refuse
         config.check_world(self.world)
         check_fit(config.model, config.parallel, self.architecture)
         if self.longest > self.architecture.max_positions:
@@ -65,6 +66,7 @@ class Case:
             )
         if self.world % config.rollout.tp:
             raise ConfigError(f"rollout.tp: {config.rollout.tp} does not divide {self.world} GPUs")
+        # then the memory, as a function of shapes
         objective = algorithms.build(config.algorithm, config.rollout).objective(config.rollout)
         return plan(
             Shape(

@@ -100,6 +100,7 @@ class HostPlan:
         """Bytes of each part, by phase."""
         a, config, dtype = self.architecture, self.config, self.config.model.dtype
         count = parameter_count(a)
+        # tensors that are there in every phase
         always = {
             "process": resident_bytes(),
             "weights": count * BYTES[dtype],
@@ -109,8 +110,10 @@ class HostPlan:
         }
         if self.needs_reference:
             always["reference"] = count * BYTES[dtype]
+        # rollout: the engine's cache, for rows as long as they may become
         longest = -(-(self.prompt + config.rollout.max_new_tokens) // ROWS) * ROWS
         cached = -(-self.rows // ROWS) * ROWS * longest + config.rollout.prompts * self.prompt
+        # training: activations and logits of one micro-batch
         tokens = self.responses * (self.prompt + self.tokens) // config.train.updates
         own = min(self.budget, tokens)
         chunk = config.model.head_chunk_tokens or default_chunk(a.vocab, 1, torch.device("cpu"))

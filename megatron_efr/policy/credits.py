@@ -25,6 +25,7 @@ def fill_advantages(
     beta = objective.beta if objective.kl == "reward" else 0.0
     if beta == 0.0 and objective.tokens is None:
         return
+    # the KL to go comes off token by token
     totals = []
     for batch in batches:
         columns = batch.columns
@@ -35,6 +36,7 @@ def fill_advantages(
         columns["advantage"] = made.advantages
         batch.live = None
         totals.append(made.sums)
+    # whitening needs the sums of all replicas
     if objective.tokens is not None:
         _whiten(batches, sum_over_replicas(torch.stack(totals).sum(0)), objective.tokens)
 

@@ -27,6 +27,7 @@ def checkpoint_log_probs(folder: Path, checkpoint: Path, ids: list[list[int]], r
 
     The model is `folder`'s; its weights are the Megatron checkpoint's, read by Megatron's own loader.
     """
+    # the model as a checkpoint has it, in one process
     model, parallel = ModelConfig(path=str(folder)), ParallelConfig()
     architecture = Architecture.from_folder(folder)
     config = transformer_config(model, architecture, parallel)
@@ -35,6 +36,7 @@ def checkpoint_log_probs(folder: Path, checkpoint: Path, ids: list[list[int]], r
     built.load_state_dict(loaded["model0"])
     del loaded
     built.eval()
+    # the head, and one row at a time through both
     backend, _ = choose_backend(model.kernels)
     head = build_head(built, architecture.vocab, model.head_chunk_tokens, ranks, 1.0, backend)
     assert head is not None  # of one pipeline stage

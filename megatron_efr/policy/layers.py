@@ -157,13 +157,16 @@ class PackedAttention(MegatronModule):
         pack = packed_seq_params
         assert pack.cells is not None
         assert pack.places is not None
+        # rotate, and with context parallelism trade tokens for heads
         if pack.rotary is not None:
             query, key = (_rotate(x, *(angles.to(x.dtype) for angles in pack.rotary)) for x in (query, key))
         if self.context is not None:
             query, key, value = tokens_for_heads(query, key, value, self.context)
+        # pad sequences of similar length to rectangles: few calls, little padding
         repeat = query.shape[1] // key.shape[1]
         padded = [_Pad.apply(x, pack.cells, pack.places) for x in (query, key, value)]
         sizes = [n * longest for n, longest in pack.rectangles]
+        # causal attention, a rectangle at a time
         outputs = []
         for shape, *parts in zip(pack.rectangles, *(x.split(sizes) for x in padded), strict=True):
             q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in parts)  # [n, heads, longest, head_dim]
@@ -171,6 +174,7 @@ class PackedAttention(MegatronModule):
                 k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
             attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
+        # back to packed order, and to this rank's tokens
         attended = torch.cat(outputs).index_select(0, pack.places)
         return (attended if self.context is None else heads_for_tokens(attended, self.context)).flatten(1)
 

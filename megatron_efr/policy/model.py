@@ -147,6 +147,7 @@ def build_models(
     """
     models = []
     for stage in range(parallel.virtual_pipeline or 1):
+        # one model for each virtual stage; only the outer ones have embedding and head
         vp_stage = stage if parallel.virtual_pipeline is not None else None
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)

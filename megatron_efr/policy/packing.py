@@ -126,12 +126,14 @@ def balance(
     Their number is a multiple of `multiple`: the interleaved pipeline schedule takes groups of as many as there are
     stages. A sequence longer than the budget gets a micro-batch of its own; with few sequences some are empty.
     """
+    # longest first, each to the replica that has least to do
     shares: list[list[int]] = [[] for _ in range(replicas)]
     loads = [0.0] * replicas
     for i in sorted(lengths, key=lambda i: (-lengths[i], i)):
         replica = loads.index(min(loads))
         shares[replica].append(i)
         loads[replica] += cost(lengths[i])
+    # the fewest micro-batches that fit the budget, as many on every replica
     count = round_up(max(_fewest([lengths[i] for i in share], budget) for share in shares), multiple)
     while True:
         spread = [_spread(share, lengths, count, budget, cost) for share in shares]
@@ -222,15 +224,18 @@ def pack(
     itself one of `each`. Without indices the pack is padding alone: a replica with less work than the others still
     takes part.
     """
+    # samples without an advantage last: their rows need no gradient
     known = all("advantage" in samples[i].columns for i in indices)
     idle = {i: known and not samples[i].columns["advantage"].any() for i in indices}
     indices = sorted(indices, key=idle.__getitem__)
+    # lay them end to end, each padded, and the whole padded by one more
     chosen = [samples[i] for i in indices]
     lengths = [round_up(sample.length, each) for sample in chosen]
     padding = -sum(lengths) % multiple if chosen else multiple
     if padding:
         lengths = [*lengths, padding]
     starts = np.concatenate([[0], np.cumsum(lengths)])
+    # tokens at their places
     tokens = np.zeros(starts[-1], np.int64)
     for sample, start in zip(chosen, starts, strict=False):
         tokens[start : start + sample.length] = sample.tokens
@@ -243,6 +248,7 @@ def pack(
         ]
     )
     row_lengths = [s.response_length for s in chosen]
+    # each sequence counts positions from 0; the loss's weight goes into a column
     positions = np.arange(len(tokens)) - np.repeat(starts[:-1], lengths)
     columns = _joined_columns(chosen)
     columns["weight"] *= np.repeat(np.array([weights[i] for i in indices], dtype=np.float32), row_lengths)

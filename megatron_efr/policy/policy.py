@@ -77,8 +77,10 @@ class Policy:
         self._flops = sequence_flops(self.architecture)
         on_gpu = ranks.device.type == "cuda"
         self._micro_batch_tokens = micro_batch_tokens(self.architecture, parallel, model.dtype, on_gpu)
+        # Megatron's model chunks, with routers that replay the engine's choices
         self.chunks = build_chunks(self.config, self.architecture, parallel, engine_layers(model), ranks.device)
         self._routing = RoutingReplay(self.config, [_unwrapped(chunk) for chunk in self.chunks], ranks)
+        # the head on the last stage
         self._kernels: Backend
         self._kernels, reason = choose_backend(model.kernels)
         if ranks.is_main:
@@ -91,6 +93,7 @@ class Policy:
             self._sequence_multiple, parallel.context * (parallel.tensor if parallel.sequence else 1)
         )
         self._batch_multiple = parallel.pipeline if parallel.virtual_pipeline is not None else 1
+        # weights in, by the one mapping; the reference is a copy of them
         mapping = WeightMapping(
             self.architecture, parallel.tensor, expert_ranks=parallel.expert, expert_rank=ranks.expert_rank
         )
@@ -102,6 +105,7 @@ class Policy:
             "sha256": ranks.share(lambda: fingerprint(model.path, seed_of_weights)),
         }
         self._reference = self.parameters.copies() if keep_reference else None
+        # the optimizer, whose scale the schedule applies to losses
         self.optimizer = Optimizer(optimizer, model.dtype, updates, self.chunks)
         self.config.grad_scale_func = self.optimizer.megatron.scale_loss
 
@@ -135,6 +139,7 @@ class Policy:
         A micro-batch has `micro_batch_tokens` at most, or as many as suit the device. `aggregate` and `divisor` as
         `Objective` has them.
         """
+        # a sequence takes its padded length, and costs its FLOPs
         lengths = {i: round_up(sizes[i].length, self._sequence_multiple) for i in update}
         budget = micro_batch_tokens or self._micro_batch_tokens
         shares = balance(lengths, self.ranks.replicas, budget, self._batch_multiple, self._flops)
@@ -175,6 +180,7 @@ class Policy:
         """
         for batch, logprobs in zip(batches, self.logprobs(batches), strict=True):
             batch.columns["old_logprob"] = logprobs
+        # the same micro-batches under the initial weights
         if self._reference is not None:
             with self._as_reference():
                 reference = self.logprobs([replace(batch, routed_experts=None) for batch in batches])
@@ -195,6 +201,7 @@ class Policy:
         outputs = self._run(batches, _only_logprobs, forward_only=True)
         if self.ranks.pipeline_ranks == self.ranks.context_ranks == 1:
             return [output["logprobs"] for output in outputs]
+        # each row from the one rank that has it, to all
         sizes = [batch.rows.numel() for batch in batches]
         flat = torch.zeros(sum(sizes), device=self.ranks.device)
         if self.ranks.is_last_stage:
@@ -229,8 +236,10 @@ class Policy:
         """
         self.optimizer.zero_grad()
         outputs = self._run(batches, loss, forward_only=False)
+        # Megatron reduces gradients, clips and steps; figures are summed over replicas
         made, norm = self.optimizer.step()
         metrics = self._over_replicas(_combine(outputs) | self._work(batches))
+        # the work of this update, as it was dealt
         total, busiest, longest = (metrics.pop(name) for name in ("flops", "flops_max", "longest_max"))
         metrics = as_means(metrics)
         metrics["imbalance"] = busiest / max(total / self.ranks.replicas, longest) - 1.0
@@ -246,6 +255,7 @@ class Policy:
         """Drive Megatron's schedule; per micro-batch, on the last stage, what the loss measured."""
         for chunk in self.chunks:
             chunk.train(not forward_only)
+        # Megatron's own schedule; routers forget what they replayed when the pass is over
         schedule = get_forward_backward_func()
         with torch.set_grad_enabled(not forward_only), self._routing.forgotten_at_the_end():
             outputs = schedule(

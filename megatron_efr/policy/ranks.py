@@ -216,6 +216,7 @@ def joined_ranks(parallel: ParallelConfig, seed: int, model: ModelConfig | None 
     """
     if model is not None:
         check_fit(model, parallel)
+    # the world, unless somebody has joined it already
     device = _device()
     joined = dist.is_initialized()
     if not joined:
@@ -226,6 +227,7 @@ def joined_ranks(parallel: ParallelConfig, seed: int, model: ModelConfig | None 
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if device.type == "cpu":
         cpu.prepare()
+    # Megatron's groups, and random numbers
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -235,6 +237,7 @@ def joined_ranks(parallel: ParallelConfig, seed: int, model: ModelConfig | None 
     )
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
     torch.manual_seed(seed)
+    # groups over gloo beside them, for what is no tensor on a GPU
     wait_limit = timedelta(seconds=parallel.wait_limit_s)
     try:
         yield Ranks(

@@ -32,10 +32,12 @@ def build_publisher(
     """
     if config.rollout.embedded:
         return Embedded(cast(Receiver | None, engine))
+    # how tensors travel
     layout = EngineLayout(Architecture.from_folder(config.model.path), config.rollout.tp)
     on_gpu = torch.cuda.is_available()
     transport = _transport(config, cast(Engines | None, engine), cpu_world, layout, on_gpu)
     dtype = getattr(torch, config.model.dtype)
+    # how servers hash what arrived; layouts that they change cannot be compared
     hashing: Hashing | None = "fmix32" if on_gpu else "sha256"
     if config.rollout.server.get("ep_size", 1) > 1 or (layout.padded_on_cpu and not on_gpu):
         hashing = None
@@ -54,6 +56,7 @@ def _transport(
 ) -> Transport:
     rollout = config.rollout
     kind = transport_of(rollout, on_gpu)
+    # by file, process group, or as the engine's own slices
     if kind == "disk":
         return Disk(engines, config.folder / "engines" / "weights", Path(config.model.path))
     if kind == "distributed":
@@ -68,11 +71,13 @@ def _transport(
                 "does not divide its heads, or 32 times which its MLP; tensor leaves that to SGLang"
             )
         return Sliced(engines, layout)
+    # else in or beside the request
     if on_gpu and rollout.placement == "apart":
         raise ConfigError(
             "rollout.transport: tensor hands over GPU memory where it lies: it needs engines that the run itself "
             "starts, with rollout.placement: colocated; distributed does not"
         )
+    # beside the request on a CPU, as handles of GPU memory else
     if not on_gpu:
         return InBand(engines)
     check_allocator(os.environ)

@@ -227,18 +227,22 @@ class Publisher:
         a collective of theirs waits for rank 0. From then on, ranks that hand over shards cannot know that rank 0 has
         failed: the parcels run to their end all the same.
         """
+        # open the session; all ranks must know whether it is open before they send anything
         steps = _Steps(self._engines)
         steps.run(self._open)
         if (failure := self._shared(steps.failure)) is not None:
             return failure
+        # bucket by bucket: whole tensors to rank 0, or wherever the transport wants them
         for parcel in weights.parcels(flat=True, everywhere=self._transport.everywhere):
             prepared = self._transport.prepare(parcel)
             steps.run(lambda prepared=prepared: self._transport.deliver(prepared))
             if (check := self._check) is not None:
                 steps.run(lambda parcel=parcel, check=check: check.add(parcel))
+            # memory that an engine still reads must not be given back
             if self._transport.everywhere:
                 dist.barrier(self._cpu_world)
             del parcel, prepared
+        # close it, and tell every rank what went wrong, if anything did
         steps.run(lambda: self._close(version))
         return self._shared(steps.failure)
 
@@ -260,10 +264,13 @@ class Publisher:
 
     def _open(self) -> None:
         assert self._engines is not None
+        # the last publication failed half way
         if not self._clean:
             self._transport.abandon()
         self._clean = False
+        # from here on it is known which servers take part
         self._engines.begin_update()
+        # checksums now and then, and whenever other servers take part than before
         checked = self._published % self._verify_every == 0 or self._engines.changed
         self._check = self._make_check() if checked else None
         self._transport.begin()
@@ -271,6 +278,7 @@ class Publisher:
     def _close(self, version: int) -> None:
         assert self._engines is not None
         self._transport.finish()
+        # compare before the servers serve: a wrong tensor must not be asked anything
         if self._check is not None:
             self._check.compare(self._engines.checksums())
         self._engines.end_update(version)

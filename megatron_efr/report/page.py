@@ -35,6 +35,7 @@ def write_report(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    # sections build their blocks from the results; the template lays them out
     results = Results(summary, evaluations, metrics, out, configs or {}, versions or {})
     hues = results.hues
     html = (

@@ -124,10 +124,12 @@ def difficulty_sentences(models: Sequence[Record], evaluations: Mapping[str, Rec
     A difference is called one only if its 95% interval (bootstrap over problems, both models'
     tokens together) leaves out zero.
     """
+    # problems split by the base's difficulties
     base = base_of(models)
     split = halves(base) if base is not None else None
     if base is None or split is None or base["name"] not in evaluations:
         return []
+    # each model's share of the base's tokens on both halves
     sides: list[int] = []
     sentences: list[str] = []
     for model in begun_with(base, models):
@@ -136,6 +138,7 @@ def difficulty_sentences(models: Sequence[Record], evaluations: Mapping[str, Rec
         if not len(on_easy) or not len(on_hard):
             continue
         easy, hard, (low, high) = statistics.ratio_of_tokens(on_easy, on_hard)
+        # apart only if the interval leaves out zero
         side = -1 if high < 0 else 1 if low > 0 else 0
         sides.append(side)
         verdict = {

@@ -80,9 +80,11 @@ def sglang_engine(
     again, without weights. ConfigError before any is started for what a router does not pass on.
     """
     _check_router(model, engines, penalties)
+    # servers that run already
     if engines.urls:
         key = os.environ.get(KEY)
         return _connected(model, engines, engines.urls, key, folder, codec, resources, penalties)
+    # or servers of this process's own, watched and started again
     launcher = resources.enter_context(Launcher(folder, engines.timeouts.stop_s))
     for index in range(engines.engines or 1):
         launcher.start_engine(
@@ -105,10 +107,12 @@ def _connected(
     penalties: bool = False,
 ) -> SGLangEngine:
     """Running servers as one engine, behind a router if one is asked for."""
+    # a model that SGLang serves, a router if asked for, and servers that answer
     architecture = Architecture.from_folder(model.path)
     check_servable(architecture)
     router = _router(engines, key, folder, resources)
     wait_until_ready(urls, engines.timeouts.start_s)
+    # one engine over all of them
     try:
         engine = SGLangEngine(
             urls,

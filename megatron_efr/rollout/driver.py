@@ -152,8 +152,10 @@ class Driver:
 
     def _take(self, step: Step) -> None:
         """Make an order of a step. A draw when no token is left is cut at once."""
+        # after a stop token the response is over; only questions about it may follow
         if not isinstance(step, Fork | Score) and self.parts and self.parts[-1].ending == "stop":
             raise RuntimeError(f"the step {step.part!r} comes after a stop token: a script may only fork there")
+        # each kind of step as an order in tokens
         self._step = step
         match step:
             case Draw(_, limit, until, temperature, penalty, _):

@@ -150,15 +150,19 @@ class Ledger:
 
         After an error of the engine it can be called again: it asks for what is not in the journal yet.
         """
+        # what was begun in the background, or what is begun now
         begun, self._begun = self._begun or self._begin(step, journals), None
         finished, self.refused, self.seconds = begun()
         # the late ones first, then the first to be complete
         late = [seed for seed in self._in_flight if seed in self._due(step)]
         others = [seed for seed in finished if seed not in late]
         taken = {*late, *others[: self._config.prompts - len(late)]}
+        # what else is finished belongs to the next iteration's journal
         self._journal(journals(step + 1), [finished[seed].group for seed in finished if seed not in taken])
+        # in the order of their visits, whichever finished first
         flights = sorted((self._in_flight[seed] for seed in taken), key=lambda flight: flight.visit.index)
         groups = [finished[flight.request.seed] for flight in flights]
+        # out of flight; with overlap the next iteration begins at once
         self._in_flight = {seed: flight for seed, flight in self._in_flight.items() if seed not in taken}
         self._check_staleness([rewarded.group for rewarded in groups], step - 1)
         again = self._thread is not None and step < self._last
@@ -222,9 +226,11 @@ class Ledger:
     def _produce(self, step: int, journal: Journal, accept: Accept) -> Finished:
         """Ask until what is finished and accepted is enough for iteration `step`."""
         began = time.perf_counter()
+        # after a kill the journal has some of them already
         held = {group.seed: group for group in journal.read().groups}
         judge, accepted, refused = Judge(accept, self._judging), dict[int, Rewarded](), 0
         try:
+            # judge what is finished, ask for what is missing, replace what is refused
             while not self._suffice(step, accepted.keys()):
                 # nothing is left to generate while those that are being judged may be enough
                 judged = judge.next(wait=self._suffice(step, accepted.keys() | judge.waiting))
@@ -242,11 +248,13 @@ class Ledger:
 
     def _finish_another(self, judge: Judge, finished: Set[int], held: dict[int, Group], journal: Journal) -> None:
         """Hand what is not `finished` to the judge: all that the journal held, else the engine's next group."""
+        # journalled groups first: they are free
         missing = {seed: flight.request for seed, flight in self._in_flight.items() if seed not in finished}
         journalled = [held.pop(seed) for seed in list(held) if seed in missing]
         for group in journalled:
             _check_same(group, missing[group.seed])
             judge.add(group)
+        # then the engine's next one
         if not journalled:
             self._production.ask(missing.values())
             group = self._production.next()

@@ -35,11 +35,13 @@ def check_members(members: Sequence[Member], ranks: int, jobs: int = 1) -> None:
 
     Members that ask the same of the same data are checked once. `jobs` of them run at once.
     """
+    # runs at the same time must not share servers
     if jobs > 1 and any(member.config.rollout.urls for member in members):
         raise ConfigError(
             f"--jobs {jobs} with rollout.urls: runs at the same time would publish different weights to the same "
             "servers; --jobs 1, or leave urls out, and each run starts its own"
         )
+    # each member's configuration; data that several share is read once
     alike: dict[str, list[Member]] = {}
     problems: dict[str, list[str]] = {}
     for member in members:
@@ -57,6 +59,7 @@ def check_members(members: Sequence[Member], ranks: int, jobs: int = 1) -> None:
             _check_data(same[0].config)
         except UserError as error:
             problems.setdefault(str(error), []).extend(member.name for member in same)
+    # all faults in one error, each with its members
     if problems:
         raise ConfigError("\n".join(_said(text, names, len(members)) for text, names in problems.items()))
 

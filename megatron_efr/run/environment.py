@@ -55,9 +55,11 @@ class Environment:
         # refuses a folder whose weights are missing or are others than config.json's, before anything is built
         architecture = Architecture.from_folder(config.model.path)
         initial_weights(config.model, architecture, config.seed)
+        # prompts, and where a response ends
         rendered = load_prompts(config.data.datasets, tokenizer, config.data.prompt, config.grading)
         stops = stop_ids(config.model.path, tokenizer)
         self.stream = PromptStream(rendered.prompts, config.seed, config.data.shuffle)
+        # the held-out problems, if they are evaluated or watched
         watches = method.samplings.held_out
         if watches and not config.evaluation.datasets:
             raise ConfigError(
@@ -75,6 +77,7 @@ class Environment:
                 "take no penalty: their log-probs must be the sampler's; leave evaluation.every out, and ask by "
                 "efr evaluate"
             )
+        # refuse before work starts: too long prompts, and what the method needs and lacks
         asked = [*rendered.prompts, *(self.evaluator.prompts if self.evaluator and watches else ())]
         check_prompts(asked, config.rollout.max_new_tokens, architecture.max_positions, "rollout.max_new_tokens")
         self._config, self._codec = config, TokenizerCodec(tokenizer)
@@ -84,11 +87,13 @@ class Environment:
         check_given(config.method.name, method.needs, given)
         if method.samplings.reference:
             check_there(config.data.reference, RunFolder(config.folder).reference)
+        # what the method knows, and how it asks
         self.knowledge = Knowledge(method, rollout.max_new_tokens, marks)
         self._asking = Asking(config, method, tokenizer, lambda: self.knowledge.latest)
         self._asking.check(rendered.prompts, self._codec, architecture.max_positions)
         shown = [self._asking.example(prompt) for prompt in rendered.prompts[:SHOWN_PROMPTS]]
         show(Rendered(shown, rendered.left_out))
+        # sampling and grading
         self._sampling = Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens, stops)
         self._judgings = judgings_of(config.grading, config.data.datasets)
         others = self.evaluator.judgings.verifiers if self.evaluator else []

@@ -51,6 +51,7 @@ def iteration_metrics(
 
 def rollout_figures(groups: Sequence[Credited], version: int) -> dict[str, float]:
     """Of credited groups. `staleness`: by how many publications a token is behind `version`, over tokens."""
+    # flat arrays over responses
     responses = [response for group in groups for response in group.group.responses]
     spans = [span for response in responses for span in response.versions]
     behind = [(version - span.version, span.end - span.start) for span in spans]
@@ -59,6 +60,7 @@ def rollout_figures(groups: Sequence[Credited], version: int) -> dict[str, float
     rewards = np.concatenate([group.rewarded.rewards for group in groups])
     advantages = [group.credit.advantage for group in groups]
     right = [float(group.graded.correct.mean()) for group in groups]
+    # each figure over all groups
     figures = {
         "accuracy": float(correct.mean()),
         "tokens_mean": float(lengths.mean()),
@@ -77,8 +79,10 @@ def rollout_figures(groups: Sequence[Credited], version: int) -> dict[str, float
         "repetition": float(np.mean([repetition(response.tokens) for response in responses])),
     }
     figures |= branch_figures(groups)
+    # by data set, and by the verifiers' statuses
     for name in sorted({group.group.prompt.meta.get("dataset", "") for group in groups} - {""}):
         figures |= dataset_figures(name, [g for g in groups if g.group.prompt.meta.get("dataset") == name])
+    # the verifiers' statuses, those that are never reached left out
     statuses = Counter(grade.status for group in groups for grade in group.graded.grades)
     figures |= {f"graded/{status}": float(count) for status, count in sorted(statuses.items())}
     return figures

@@ -53,6 +53,7 @@ def side_by_side(
             ended(name)
         return code
 
+    # `jobs` threads, each waits for a program; a signal reaches all programs
     with ThreadPoolExecutor(jobs) as pool, Interruption(signal.SIGINT) as interruption:
         started = [pool.submit(run, name, command) for name, command in commands]
         try:
@@ -60,6 +61,7 @@ def side_by_side(
         except BaseException:  # such as a terminal that is gone: the pool waits for what runs
             programs.end(signal.SIGINT)
             raise
+    # how it ended: a second signal, failures, the first signal
     if interruption.insisted:
         raise SystemExit(128 + interruption.insisted)
     killed = {-signal.SIGKILL} if programs.killed else set[int]()

@@ -69,6 +69,7 @@ class Architecture:
         model_type = str(raw.get("model_type"))
         _refuse_unknown(raw, model_type, source)
         fields = Fields(raw, f"{source}: ")
+        # fields whose default depends on the model's type
         heads, hidden = fields.count("num_attention_heads"), fields.count("hidden_size")
         silent = heads if "num_key_value_heads" in fields else _KV_HEADS.get(model_type, heads)
         rotary = read_rotary(raw, f"{source}: ")
@@ -156,6 +157,7 @@ def _refuse_unknown(raw: dict[str, Any], model_type: str, source: str) -> None:
         raise ConfigError(
             f"{source}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(_TYPES)}"
         )
+    # fields that must have one value; fields that nobody reads
     read, fixed = _TYPES[model_type]
     fixed = _FIXED | fixed
     for field, value in raw.items():
@@ -165,6 +167,7 @@ def _refuse_unknown(raw: dict[str, Any], model_type: str, source: str) -> None:
                 raise ConfigError(
                     f"{source}: {field} {value!r} is not supported; supported: {json.dumps(fixed[field])}{window}"
                 )
+        # silent or null fields change nothing
         elif field not in _READ | _NEUTRAL | read and value is not None and value is not False:
             why = (
                 "quantised weights are not read: take the folder that they were made from"
@@ -173,6 +176,7 @@ def _refuse_unknown(raw: dict[str, Any], model_type: str, source: str) -> None:
                 f"computes, take it out"
             )
             raise ConfigError(f"{source}: {field}: {why}")
+    # sliding windows, by the fields of several families
     if model_type == "mistral" and "sliding_window" not in raw:
         raise ConfigError(f"{source}: sliding_window is missing, which means 4096: null is required, no sliding-window")
     if not isinstance(raw.get("layer_types") or [], list):

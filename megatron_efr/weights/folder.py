@@ -176,6 +176,7 @@ def save_folder(
     """
     destination = Path(destination)
     partial = destination.with_name(destination.name + ".partial")
+    # written beside and renamed: the folder is whole or not there
     with writing(destination):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

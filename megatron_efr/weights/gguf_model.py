@@ -48,15 +48,18 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
         raise UserError(
             f"{file.path}: general.architecture {kind!r} is not imported; imported are {', '.join(ARCHITECTURES)}"
         )
+    # the metadata of this architecture
     own = {key.removeprefix(f"{kind}."): value for key, value in file.metadata.items() if key.startswith(f"{kind}.")}
     if missing := [f"{kind}.{key}" for key in _REQUIRED if key not in own]:
         raise UserError(f"{file.path}: the metadata lacks {', '.join(missing)}")
     fields = Fields(own, f"{file.path}: {kind}.")
     if EMBEDDING not in file.tensors:
         raise UserError(f"{file.path}: there is no tensor {EMBEDDING}; a vocabulary alone is no model")
+    # sizes, checked as config.json's are
     heads, hidden = fields.count("attention.head_count"), fields.count("embedding_length")
     head_dim = fields.count("attention.key_length", max(hidden // heads, 1))
     _refuse_unknown(fields, head_dim)
+    # the fields of config.json
     config = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
@@ -73,6 +76,7 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
         "rope_theta": fields.number("rope.freq_base", DEFAULT_THETA),
         "tie_word_embeddings": HEAD not in file.tensors,
     }
+    # long contexts, and what differs in Qwen 2
     if scaling := _scaling(file, fields, config):
         config["rope_scaling"] = scaling
     if kind == "qwen2":

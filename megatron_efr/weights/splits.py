@@ -12,6 +12,7 @@ def check_split(architecture: Architecture, tensor: int, expert: int) -> None:
     """ConfigError if the weights do not divide over these ranks; a vocabulary is padded until it
     does.
     """
+    # attention heads
     heads, kv_heads = architecture.heads, architecture.kv_heads
     if heads % tensor:
         raise ConfigError(
@@ -23,6 +24,7 @@ def check_split(architecture: Architecture, tensor: int, expert: int) -> None:
             f"parallel.tensor: {kv_heads} key-value heads neither divide over {tensor} ranks nor divide {tensor}; "
             f"{_either(fitting)} would fit"
         )
+    # rows that are cut column-wise
     ffn = architecture.experts.ffn if architecture.experts else architecture.ffn
     qkv = (heads + 2 * kv_heads) * architecture.head_dim
     for rows, what in ((ffn, "the feed-forward width"), (qkv, "the rows of queries, keys and values together,")):
@@ -31,6 +33,7 @@ def check_split(architecture: Architecture, tensor: int, expert: int) -> None:
                 f"parallel.tensor: {what} {rows} does not divide over {tensor} ranks; "
                 f"{divisors(math.gcd(rows, heads))} would fit"
             )
+    # experts
     experts = architecture.experts.count if architecture.experts else 0
     if expert > 1 and not experts:
         raise ConfigError(f"parallel.expert: {expert} ranks are to share experts, and the model has none; set it to 1")

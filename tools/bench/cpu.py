@@ -130,6 +130,7 @@ def step_row(settings: Settings, sequences: list[list[Any]], size: tuple[int, in
     hidden, layers = size
     config = json.loads((Path(settings.model) / "config.json").read_text())
     given: dict[str, Any] = {"sequences": sequences, "model": settings.model, "init": "load"}
+    # another size than the model's is drawn at random
     if (config["hidden_size"], config["num_hidden_layers"]) != size:
         config |= {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 3 * hidden}
         config["layer_types"] = ["full_attention"] * layers
@@ -137,6 +138,7 @@ def step_row(settings: Settings, sequences: list[list[Any]], size: tuple[int, in
         given |= {"model": str(folder), "init": "random"}
     (folder / "sequences.json").write_text(json.dumps(given))
     ours = side("policy", settings, folder)
+    # both sides agree before they are timed
     first = ours.turn()
     theirs = side("plain", settings, folder)
     try:
@@ -147,6 +149,7 @@ def step_row(settings: Settings, sequences: list[list[Any]], size: tuple[int, in
     finally:
         ours.close()
         theirs.close()
+    # the row: medians of alternating turns
     tokens = sum(len(row[0]) for row in sequences)
     mean = sum(len(row[0]) - row[1] for row in sequences) / len(sequences)
     return Row(
@@ -189,6 +192,7 @@ def iteration_row(settings: Settings, rows: list[dict[str, Any]], folder: Path) 
             alone = [ours.turn() for _ in range(turns)]
             note = "TRL not measured: give --trl-python an interpreter that has trl (--help says how to make one)"
             return _ours_alone(name, alone, note)
+        # alternating turns
         theirs = trl_side(settings, rows, folder)
         try:
             theirs.turn()
@@ -197,6 +201,7 @@ def iteration_row(settings: Settings, rows: list[dict[str, Any]], folder: Path) 
             theirs.close()
     finally:
         ours.close()
+    # responses must be of like length for the times to compare
     lengths = [
         statistics.fmean(length for answer in answers for length in answer["lengths"])
         for answers in zip(*taken, strict=True)
@@ -324,6 +329,7 @@ def figure(value: float, unit: str) -> str:
 
 def settings_from(given: argparse.Namespace) -> Settings:
     """Settings, or a SystemExit that says what is missing."""
+    # refuse what is missing
     if not (Path(given.model) / "config.json").is_file():
         raise SystemExit(f"--model {given.model}: no model folder there (config.json is missing); {HINT}")
     if not Path(given.train).is_file():
@@ -333,6 +339,7 @@ def settings_from(given: argparse.Namespace) -> Settings:
     model, train = str(Path(given.model).resolve()), str(Path(given.train).resolve())
     # not resolved: an environment's interpreter is a link, and the link is what makes it that environment's
     trl_python = None if given.trl_python is None else os.path.abspath(given.trl_python)
+    # --quick: sizes that take seconds
     if not given.quick:
         return Settings(model, train, trl_python)
     return Settings(

@@ -128,6 +128,7 @@ def measure(
     turns: int = 2,
 ) -> list[Comparison]:
     """Both comparisons, on the first `count` prompts (the second on a quarter as many, at least one full batch)."""
+    # the model and its questions
     if model is None:
         theirs = synthetic_model()
         questions = synthetic_prompts(count)
@@ -136,10 +137,12 @@ def measure(
             raise ValueError("a model of one's own needs prompts of its own: --prompts FILE")
         theirs = Qwen2ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         questions = read_prompts(prompts, model)[:count]
+    # the same weights in the engine
     engine = LocalEngine(theirs.config.to_dict(), slots)
     tied = theirs.config.tie_word_embeddings
     engine.publish(((n, p) for n, p in theirs.named_parameters() if not (tied and n == "lm_head.weight")), version=0)
     stop_ids = _stop_ids(theirs)
+    # as long as responses become, and all of one length
     fewer = questions[: max(256, count // 4)]
     return [
         _compare("own lengths", engine, theirs, questions, max_new_tokens, stop_ids, turns),

@@ -243,6 +243,7 @@ def measure(shape: Shape, name: str, head: Head, p: Problem, gemm: float, device
             assert p.hidden.grad is not None
             return logprobs, p.hidden.grad
 
+        # times, then peak memory beyond the inputs and the weight's gradient
         row = replace(row, forward=timed(forward, device, turns), both=timed(both, device, turns))
         p.hidden.grad = p.weight.grad = None
         extra, before = None, 0
@@ -254,6 +255,7 @@ def measure(shape: Shape, name: str, head: Head, p: Problem, gemm: float, device
         if device == "cuda":
             own = 0 if p.weight.grad is None else p.weight.grad.nbytes
             extra = torch.cuda.max_memory_allocated() - before - own
+        # errors against fp64
         logprob_error, gradient_error = errors(p, logprobs, gradient)
         assert row.forward is not None
         assert row.both is not None
@@ -297,6 +299,7 @@ def run(device: str, quick: bool, limit_s: float) -> dict[str, Any]:
     """Every row until the time is up, and the facts that they are read against."""
     began = time.perf_counter()
     dtype, turns = (torch.bfloat16, 3) if device == "cuda" else (torch.float32, 1)
+    # every head on every shape, until the time is up
     found, notes = heads(device)
     rows: list[Row] = []
     rates: dict[str, float] = {}
@@ -311,6 +314,7 @@ def run(device: str, quick: bool, limit_s: float) -> dict[str, Any]:
         rates[label(shape)] = 2.0 * p.hidden.numel() * shape.vocab / gemm
         rows += [measure(shape, name, head, p, gemm, device, turns) for name, head in found.items()]
         del p
+    # facts that times are read against
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     return {
         "device": name,

@@ -13,12 +13,14 @@ from turns import Settings, serve, timed_steps
 
 def serve_plain(settings: Settings, folder: Path) -> None:
     """The step of `serve_policy` in plain torch, on its weights and batch."""
+    # weights and batches that the other side left
     given = json.loads((folder / "sequences.json").read_text())
     config = json.loads((Path(given["model"]) / "config.json").read_text())
     model = plain_qwen2(config, torch.load(folder / "weights.pt"))
     batches = [plain_batch(batch, config) for batch in torch.load(folder / "batches.pt")]
     optimizer = torch.optim.AdamW(model.weights.values(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
 
+    # PPO's clip in plain torch
     def step() -> float:
         optimizer.zero_grad()
         total = 0.0
@@ -48,9 +50,11 @@ def plain_batch(batch: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
     """
     dim = config["hidden_size"] // config["num_attention_heads"]
     base = config["rope_parameters"]["rope_theta"]
+    # rotary cosines and sines of every token
     angles = batch["positions"][:, None] * base ** (-torch.arange(0, dim, 2) / dim)
     batch["cos"], batch["sin"] = angles.cos().repeat(1, 2)[:, None], angles.sin().repeat(1, 2)[:, None]
     lengths, starts = batch["lengths"], batch["cu_seqlens"].tolist()
+    # sequences of similar length to rectangles, for attention
     buckets: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not buckets or lengths[i] < 0.8 * lengths[buckets[-1][0]]:
@@ -64,6 +68,7 @@ def plain_batch(batch: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
         real = (columns < length).flatten().nonzero()[:, 0]
         batch["rectangles"].append((rows, real))
         order.append(rows.flatten()[real])
+    # the way back to packed order
     batch["restore"] = torch.cat(order).argsort()
     return batch
 
@@ -73,10 +78,12 @@ def plain_qwen2(config: dict[str, Any], tensors: dict[str, Any]) -> Any:
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     dim, eps = config["hidden_size"] // heads, config["rms_norm_eps"]
 
+    # a Qwen2 block by block; no framework, no padding
     class PlainQwen2:
         def __init__(self) -> None:
             self.weights = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in tensors.items()}
 
+        # embedding, layers, and the head on the response's rows alone
         def logprobs(self, batch: dict[str, Any]) -> torch.Tensor:
             """[R], of the response tokens."""
             w = self.weights
@@ -94,6 +101,7 @@ def plain_qwen2(config: dict[str, Any], tensors: dict[str, Any]) -> Any:
         def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
             return F.rms_norm(x, (x.shape[-1],), self.weights[name], eps)
 
+        # rectangle by rectangle, without a mask for padding: it is cut off afterwards
         def attention(self, h: torch.Tensor, at: str, batch: dict[str, Any]) -> torch.Tensor:
             w = self.weights
             q, k, v = (

@@ -194,6 +194,7 @@ class Rank:
         bucket = max(self.plan.buckets, key=self.arriving)
         moved, whole = self.arriving(bucket), min(bucket.nbytes, self.plan.limit)
 
+        # each action alone
         def arrive() -> None:
             for work in self.messages(bucket) if self.rank != self.engine else []:
                 work.wait()
@@ -212,6 +213,7 @@ class Rank:
             if self.rank == 0:
                 self.buffer("copy", whole).copy_(self.buffer("out", whole))
 
+        # times, and how much of arriving hides behind sending
         arriving, sending, together = timed(arrive), timed(send), timed(both)
         hidden = (arriving + sending - together) / min(arriving, sending)
         return Bandwidths(moved / arriving, whole / timed(copy), whole / sending, overlap=min(max(hidden, 0.0), 1.0))
@@ -250,9 +252,11 @@ def work(shape: str, tensor: int, pipeline: int, limit: int, turns: int, out: Pa
     """One rank's part; rank 0 writes the row."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    # warm up, then memory beyond parameters at the first and a later publication
     rank = Rank(shape, tensor, pipeline, limit)
     rank.bare()
     extra, again = peak_extra(rank.publication), peak_extra(rank.publication)
+    # turns: bandwidths, the bare transfers, the whole publication
     ours, bare, rates, processor = [], [], [], []
     for _ in range(turns):
         rates.append(rank.rates())
@@ -261,6 +265,7 @@ def work(shape: str, tensor: int, pipeline: int, limit: int, turns: int, out: Pa
             found.append(timed(action, 1))
             spent.append(time.process_time())
         processor.append([b - a for a, b in pairwise(spent)])
+    # processor time of all ranks; rank 0 writes the row
     everyone = torch.tensor(processor)
     dist.all_reduce(everyone)
     if rank.rank == 0:

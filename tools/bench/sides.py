@@ -90,6 +90,7 @@ def serve_policy(settings: Settings, folder: Path) -> None:
         torch.save([asdict(batch) for batch in batches], folder / "batches.pt")
         loss = policy_loss(Objective())
 
+        # named_weights reads parameters, so gradients take their place for a moment
         def keep_gradients() -> None:
             parameters = [p for chunk in policy.chunks for p in chunk.parameters()]
             values = [p.data.clone() for p in parameters]

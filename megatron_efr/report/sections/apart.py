@@ -23,16 +23,19 @@ def build(results: Results) -> dict[str, Any] | str:
 
     Models of several seeds are compared by these; those of one run each problem by problem.
     """
+    # models of two seeds or more; without two of them there is nothing to compare
     models = [model for model in results.models if len(model.get("accuracy_by_seed", ())) > 1 and not is_base(model)]
     if len(models) < 2:
         return _of_one_run(results)
     by_name = {model["name"]: model for model in models}
+    # against the sweep's reference, those that were asked alike
     reference = by_name.get(results.summary.get("against", ""), models[0])
     unlike = {model["name"]: label(model) for model in models if _unlike(results, reference, model)}
     models = [model for model in models if model["name"] not in unlike]
     if len(models) < 2:
         return f"No other model of several seeds was asked as {label(reference)} was."
     by_name = {model["name"]: model for model in models}
+    # differences with simultaneous intervals
     comparisons = 2 * (len(models) - 1)
     found = {
         key: differences({name: m[f"{key}_by_seed"] for name, m in by_name.items()}, reference["name"], comparisons)
@@ -43,6 +46,7 @@ def build(results: Results) -> dict[str, Any] | str:
         for model in models
         if model is not reference
     ]
+    # table and sentence
     brackets = (
         f"intervals that hold for all {comparisons} differences together in 95% of cases, from the spread over seeds, "
         "pooled over all models. They are of training's chance alone, on these problems."

@@ -15,6 +15,7 @@ _SIZE = (5.2, 3.4)  # inches
 
 def build(results: Results) -> dict[str, Any] | str:
     """A line for each model over the budgets that all records have, and the table."""
+    # budgets that every record has; the limit is one of them
     records = [record for model in results.models for record in results.records(model)]
     measured = [{n for n in record.get("measures", {}) if n.startswith(_PREFIX)} for record in records]
     names = {int(n.removeprefix(_PREFIX)): n for n in (set.intersection(*measured) if measured else ())}
@@ -23,6 +24,7 @@ def build(results: Results) -> dict[str, Any] | str:
         names[limits.pop()] = "accuracy"
     if len(names) < 2:
         return "The evaluations here have no figures at hard budgets in common."
+    # a line for each model that is shown
     budgets = sorted(names)
     found = {m["name"]: [results.measure(m, names[budget]) for budget in budgets] for m in results.models}
     lines = [

@@ -148,6 +148,7 @@ def _datasets(results: Results) -> dict[str, Any] | None:
     names = list(dict.fromkeys(name for own in found.values() for name in own))
     if len(names) < 2:
         return None
+    # a row for each model, normalised by the model that it began with
     rows = []
     for model in results.models:
         if (own := found.get(model["name"])) is None:

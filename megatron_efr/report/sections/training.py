@@ -12,6 +12,7 @@ from megatron_efr.report.results import PANEL, Results, runs_of
 def build(results: Results) -> dict[str, Any] | str:
     """A line for each run, in its model's colour."""
     shown_keys = [key for key, _ in plots.CURVES]
+    # runs of the models that are shown, in the models' order
     names = {run: model["name"] for model in results.models for run in runs_of(model)}
     shown = {model["name"] for model in results.shown}
     runs = [
@@ -22,6 +23,7 @@ def build(results: Results) -> dict[str, Any] | str:
     ]
     runs.sort(key=lambda each: list(results.hues).index(each[0]))
     coloured = [(results.hues[name], lines) for name, lines in runs]
+    # a panel for each metric that some run has
     drawn = [
         (title[0].upper() + title[1:], partial(plots.draw_curve, runs=coloured, key=key))
         for key, title in plots.CURVES
@@ -29,6 +31,7 @@ def build(results: Results) -> dict[str, Any] | str:
     ]
     if not drawn:
         return "No training metrics are in this folder."
+    # the key, a name for each colour
     labels = {name: text for text, name in results.key(results.models)}
     key = [(labels.get(name) or name, name) for name in dict.fromkeys(name for name, _ in runs)]
     alt = "against the iteration, a line for each run"

@@ -199,6 +199,7 @@ class Rows:
         row = self[index]
         driver = row.driver
         while isinstance(order := driver.order, (Drawing, Writing)):
+            # the order's kind and end, as columns of the row
             if isinstance(order, Drawing):
                 self.kind[index] = self._kind(order.until)
                 self.limit[index] = self.length[index] + order.limit
@@ -209,12 +210,14 @@ class Rows:
                 self.kind[index] = WRITTEN
                 self.limit[index] = self.length[index] + len(order.tokens)
                 row.writing.extend(zip(order.tokens, order.logprobs, strict=True))
+            # a token that was held back is the first of it, unless it is written
             if not driver.holds:
                 return
             at = int(self.length[index])  # its logits have been used, for the token held back
             if row.writing:
                 self.tokens[index, at], self.logprobs[index, at] = row.writing.popleft()
             self.length[index] = at + 1
+            # one token may be all of the order: then ask for the next
             stops = isinstance(order, Drawing) and int(self.tokens[index, at]) in self._stop_ids
             if not stops and at + 1 < self.limit[index]:
                 return

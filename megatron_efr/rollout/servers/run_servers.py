@@ -59,12 +59,14 @@ def serving(
     from `seed` and those after it. UserError, on every rank, has the words of a host whose servers
     did not start.
     """
+    # servers of somebody else's need nothing here
     host = Host.of_this_process()
     seats = host.seats(rollout)
     if not seats:
         yield Servers(rollout.urls, os.environ.get(KEY))
         return
     address, key = _address(host, cpu_world), _from_rank_0(secrets.token_hex(32), cpu_world)
+    # a host's first rank starts the host's servers
     with ExitStack() as resources:
         urls: list[str] = []
         watch, failure = None, None
@@ -75,6 +77,7 @@ def serving(
                 watch = launcher.watch(rollout.timeouts, rollout.restarts)
             except Exception as error:  # the others must not wait for what will never come
                 failure = error
+        # all ranks learn all addresses, or who failed
         everyone: list[Any] = [None] * dist.get_world_size(cpu_world)
         dist.all_gather_object(everyone, (urls, failure and f"host {address}: {failure}"), group=cpu_world)
         if failure is not None:

@@ -66,10 +66,12 @@ class SGLangEngine(ServerUpdates):
     ) -> None:
         super().__init__(urls, limits, key, engine_ranks, architecture if routed_experts else None, router)
         self.architecture, self.bucket_bytes = architecture, bucket_bytes
+        # more responses in flight than slots, so that no slot waits
         self.in_flight = max(1, int(AHEAD * slots * self.count))
         self._shapes, self._codec = WeightMapping(architecture).shapes(), codec or NoText()
         self._penalties = penalties
         self._streams: list[_Stream] = []
+        # refuse servers that were started otherwise, before anything is asked of them
         try:
             for server, info in zip(self._fleet.servers, self._all(Server.info), strict=True):
                 check_server(

@@ -44,6 +44,7 @@ def start_router(rollout: EnginesConfig, folder: Path, key: str | None) -> Serve
     """
     outer = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     environment = server_environment(outer, on_gpu=True, tp=1)  # no proxy stands between a run's machines
+    # it must be importable there
     found = subprocess.run(
         [rollout.python, "-c", "import sglang_router.launch_router"], env=environment, capture_output=True, text=True
     )
@@ -53,6 +54,7 @@ def start_router(rollout: EnginesConfig, folder: Path, key: str | None) -> Serve
             f"rollout.router: {rollout.python} cannot import sglang_router ({''.join(said)}); install it by "
             f"`{rollout.python} -m pip install --no-deps {PIN}`, or leave router out"
         )
+    # prefix caching decides; health and repetition stay with the run
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port(LOOPBACK)
     options: dict[str, object] = POLICY | {
@@ -64,6 +66,7 @@ def start_router(rollout: EnginesConfig, folder: Path, key: str | None) -> Serve
         "shutdown-grace-period-secs": 1,
         "log-level": "warn",
     }
+    # as a process under the supervisor, like servers
     switches = ("--disable-retries", "--disable-circuit-breaker", "--disable-health-check")
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     command = [rollout.python, "-c", MAIN, *arguments, *switches]
