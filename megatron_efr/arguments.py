@@ -43,7 +43,7 @@ def parser(program: str, description: str, *, resumes: bool = False) -> argparse
     made.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
     if resumes:
         made.add_argument("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
-    made.add_argument("--log-level", choices=log.LEVELS, help="from which level on the terminal shows the log: info")
+    made.add_argument("--log-level", choices=log.LEVELS, help="least level that the terminal shows (default: info)")
     return made
 
 

@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prices", metavar="IN,OUT", help="of a million tokens read and drawn, for cost_of_pass")
     parser.add_argument("--unlike", action="store_true", help="compare what was not asked or judged alike, and say so")
     parser.add_argument("--seed", type=arguments.within(int, 0), default=0, help="of the draws of problems")
-    parser.add_argument("--json", action="store_true", help="print JSON in the place of the table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     given = parser.parse_args(argv)
     one, other = (read_evaluation(record_path(path)) for path in (given.one, given.other))
     measures = [named(name.strip()) for name in given.measures.split(",")] if given.measures else []

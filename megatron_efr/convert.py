@@ -69,7 +69,8 @@ def compare_bytes(folder: Path, checkpoint: Path) -> int:
     Returns how many Hugging Face tensors there are. Memory: one tensor at a time.
     """
     architecture = Architecture.from_folder(folder)
-    there, here = FolderWeights(folder, architecture), torch_dist.CheckpointWeights(checkpoint, architecture)
+    there = FolderWeights(folder, architecture)
+    here = torch_dist.CheckpointWeights(checkpoint, architecture)
     mapping = here.mapping
     for name in mapping.parameters():
         parameter = here.parameter(name)
@@ -140,7 +141,8 @@ def main(argv: SequenceOf[str] | None = None) -> None:
     if forth:
         folder, checkpoint = given.source, given.destination
     else:  # of a run its newest: the one that is written is the one that is verified
-        folder, checkpoint = given.destination, find_checkpoint(given.source) or given.source
+        folder = given.destination
+        checkpoint = find_checkpoint(given.source) or given.source
     if given.verify and not forth:
         from megatron_efr.checkpoint.shards import check_readable  # Megatron's own loader will be asked
 

@@ -98,7 +98,8 @@ def write_whole(file: BinaryIO, data: bytes) -> None:
     """Write at the end of a file without a buffer; if the disk takes a part of it, take that back.
     OSError.
     """
-    before, rest = file.seek(0, os.SEEK_END), memoryview(data)
+    before = file.seek(0, os.SEEK_END)
+    rest = memoryview(data)
     try:
         while rest:
             rest = rest[file.write(rest) :]

@@ -64,7 +64,7 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
         resources.enter_context(owned(folder.evaluation_lock(record_name), f"{folder.path}: evaluation {record_name}"))
         judged = {**asked, **evaluator.judged()}
         if (kept := finished(path, judged, replace)) is not None:
-            print(f"{path}: is there already, of this very evaluation; to make it again, delete it", flush=True)
+            print(f"{path}: holds this very evaluation; delete it to evaluate again", flush=True)
             forget(path, asked)
             return kept
         unfinished = Unfinished(path, asked, replace)
@@ -74,7 +74,8 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
         # servers begin their random numbers anew: not with those that the journal's answers were drawn with
         seed = request_seed(config.seed, len(unfinished.journal.read().groups))
         logs = folder.path / "engines" / f"eval-{record_name}"
-        codec, penalties = TokenizerCodec(tokenizer), bool(evaluator.script.penalised)
+        codec = TokenizerCodec(tokenizer)
+        penalties = bool(evaluator.script.penalised)
         engine = open_engine(source.start, config.rollout, logs, seed, codec, resources, penalties)
         publish = publication(weights, engine, config.rollout.transport, logs / "weights", source.start.path, resources)
         take_in = take_in_returned(engine, publish)

@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--response-key", help=f"column of the response; by default the first of {', '.join(_RESPONSE)}"
     )
-    parser.add_argument("--verifier", action="append", help="as grading.verifier; again, to compare several")
+    parser.add_argument("--verifier", action="append", help="as grading.verifier; repeat it to compare")
     parser.add_argument("--answer", help="as grading.answer: last_box (the default), marker, ...")
     parser.add_argument("--marker", help="as grading.marker")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the first verifier")
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=arguments.within(int, 1), help="grading processes")
     parser.add_argument("--timeout-s", type=arguments.within(float, 0.001), help="CPU seconds for one response")
     parser.add_argument("--totals", action="store_true", help="no line for each response")
-    parser.add_argument("--json", action="store_true", help="one JSON object in place of lines")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     given = parser.parse_args(argv)
     judgings, config = _judgings(given)
     judged = judge(read_entries(given.file, given.gold_key, given.response_key), judgings, config)

@@ -80,7 +80,8 @@ def kept(path: Path, work: str = "") -> Iterator[None]:
     `work` names what is done in the block, if it is not the run itself.
     The file has every event, and all else from `info` on, or from the terminal's level on if that is lower.
     """
-    handler, of = _File(path), f"{work}: " if work else ""
+    handler = _File(path)
+    of = f"{work}: " if work else ""
     LOG.addHandler(handler)
     # the last line says how the work ended
     try:
@@ -149,7 +150,8 @@ class _File(logging.Handler):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self._path, self._failed = path, False
+        self._path = path
+        self._failed = False
         self.setFormatter(_Formatter("%(asctime)s rank %(rank)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         self.addFilter(self._takes)
 

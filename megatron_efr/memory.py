@@ -79,7 +79,8 @@ def layer_activation_bytes(
     results before the weight too (6 hidden), keys and values repeated for every query, and the result twice (5 q).
     Tensor ranks divide all but the norms', which sequence parallelism divides too.
     """
-    a, width = architecture, BYTES[dtype]
+    a = architecture
+    width = BYTES[dtype]
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
     ffn = a.experts.ffn * a.experts.per_token if a.experts else a.ffn
     norms = (6 if local else 4) * a.hidden * width / (parallel.tensor if parallel.sequence else 1)
@@ -124,7 +125,8 @@ def head_bytes(architecture: Architecture, parallel: ParallelConfig, dtype: str,
     One chunk of fp32 logits (`default_chunk` tokens on a GPU) and the hidden states [tokens, hidden], gathered
     from the sequence-parallel ranks; in training also the latter's gradient, and the weight's in fp32 and as it leaves.
     """
-    a, width = architecture, BYTES[dtype]
+    a = architecture
+    width = BYTES[dtype]
     vocab = WeightMapping(a, parallel.tensor).padded_vocab // parallel.tensor
     own = tokens // parallel.context
     chunk = default_chunk(vocab, parallel.tensor, torch.device("cuda"))

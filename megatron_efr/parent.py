@@ -25,7 +25,8 @@ def end_with_parent() -> None:
     torchrun leaves its ranks behind when it is killed; they would work on, and keep the run folder and the GPUs. A
     process whose launcher ended while it was starting is another's child by now, and ends at once.
     """
-    parent, launcher = os.getppid(), os.environ.get(LAUNCHER)
+    parent = os.getppid()
+    launcher = os.environ.get(LAUNCHER)
     if sys.platform == "linux" and (is_rank() or launcher == str(parent)):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:

@@ -33,10 +33,12 @@ def load_rows(config: SftConfig) -> list[Sample]:
     data, positions = config.data, architecture.max_positions
     if holds_answers(data.path):
         pick = answers.shortest if data.pick == "shortest" else answers.every_right
-        samples, said = pick(data.path, positions, data.limit), "right answers to train on"
+        samples = pick(data.path, positions, data.limit)
+        said = "right answers to train on"
     else:
         rows = load_sft(data, load_tokenizer(config.model.path), config.prompt, positions)
-        samples, said = rows.samples, f"rows to train on, {rows.overlong} left out: prompt too long"
+        samples = rows.samples
+        said = f"rows to train on, {rows.overlong} left out: prompt too long"
     if len(samples) < config.train.batch:
         raise ConfigError(f"{data.path}: {len(samples)} rows, and train.batch takes {config.train.batch}")
     print(f"{len(samples)} {said}", flush=True)

@@ -24,7 +24,8 @@ from megatron_efr.run.side_by_side import FailedError, side_by_side
 
 def sweep(made: Sweep, given: Namespace, seconds: dict[str, float]) -> None:
     """Make the models that were asked for, or list them, or write their script; `seconds` is what was spent before."""
-    file, family = made.file, Family(made.config, made.members, made.file.ranks, given.resume)
+    file = made.file
+    family = Family(made.config, made.members, made.file.ranks, given.resume)
     tasks = chosen(family.tasks(), given.only)
     if given.list:
         print("\n".join(f"{number:4} {task.name}" for number, task in enumerate(tasks)))
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr sweep`."""
     positive, number = arguments.within(int, 1), arguments.within(int, 0)
     parser = arguments.parser("sweep", "Train, evaluate and report a family of models.", resumes=True)
-    parser.add_argument("--alphas", help="of a training configuration: comma-separated, such as 0,0.1,0.4")
+    parser.add_argument("--alphas", help="values of method.alpha, such as 0,0.1,0.4")
     parser.add_argument("--jobs", type=positive, help="programs at once; 1 unless the file says otherwise")
     parser.add_argument("--ranks", type=positive, help="processes of each run (torchrun --nproc-per-node)")
     parser.add_argument("--seconds", action="append", default=[], metavar="PART=S", help="time spent before, to report")

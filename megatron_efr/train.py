@@ -48,7 +48,8 @@ def loop(run: Run, done: int, interruption: Interruption) -> None:
                 metrics |= run.evaluate(step)
             observer.log(step, metrics)
             # check: a run that makes no update any more ends, and says how to look into it
-            skipped, kept = policy.optimizer.skipped_in_a_row, run.folder.rollouts_path(step)
+            skipped = policy.optimizer.skipped_in_a_row
+            kept = run.folder.rollouts_path(step)
             check_skipped(skipped, config.train.max_skipped, f"iteration {step}", kept)
             # save: every so often, at the end, and when the run is asked to end; the writing goes on meanwhile
             ending = not run.ranks.everywhere(interruption.received is None)
@@ -89,7 +90,8 @@ def improve(run: Run, step: int, groups: list[Credited], observer: Observer) -> 
     """Update the policy from rank 0's credited groups; the iteration's metrics."""
     config, policy, objective = run.config, run.policy, run.objective
     # deal: every response to an update, drawn by the seed; each replica gets its own, in packed micro-batches
-    tokens, seed = config.train.micro_batch_tokens, (config.seed, step)
+    tokens = config.train.micro_batch_tokens
+    seed = (config.seed, step)
     updates = deal(policy, samples(groups), config.train.updates, tokens, objective, seed)
     batches = [batch for update in updates for batch in update]
     with observer.phase("logprobs"):

@@ -73,7 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="efr watch", description="A live view of a run in the terminal.")
     parser.add_argument("folder", type=Path, help="runs/NAME")
     parser.add_argument(
-        "--every", type=arguments.within(float, 0.1), default=2.0, metavar="SECONDS", help="between two views: 2"
+        "--every",
+        type=arguments.within(float, 0.1),
+        default=2.0,
+        metavar="SECONDS",
+        help="seconds between two views (default: 2)",
     )
     parser.add_argument("--once", action="store_true", help="one view, even if the run goes on")
     given = parser.parse_args(argv)

@@ -136,8 +136,9 @@ class Algorithm(Section):
             )
         if self.normalize == "group" and self.baseline == "none":
             found.append(
-                "algorithm.normalize: group divides by a prompt's spread what has no baseline of that prompt; set "
-                "algorithm.baseline: mean, or normalize: none or batch"
+                "algorithm.normalize: group divides by the spread of a prompt's rewards, and "
+                "algorithm.baseline: none leaves their mean in; set algorithm.baseline: mean, or "
+                "normalize: none or batch"
             )
         if self.surrogate == "reweight" and self.dual_clip is not None:
             found.append("algorithm.dual_clip: a ratio that only weighs has no minimum to bound; leave it out")

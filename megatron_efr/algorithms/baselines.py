@@ -52,12 +52,13 @@ def divided_by_spread(values: np.ndarray, rewards: np.ndarray, spread: Spread) -
 
 
 def whitened(groups: Sequence[np.ndarray], spread: Spread) -> list[np.ndarray]:
-    """Values of all responses, less their mean and divided by their spread over the whole batch."""
+    """Values of each group [n], less the batch's mean and divided by its spread, float64."""
     if not groups:
         return []
     values = np.concatenate(groups)
     degrees = 1 if spread.deviation == "sample" and len(values) > 1 else 0
-    mean, scale = values.mean(), spread.scale(float(values.var(ddof=degrees)))
+    mean = values.mean()
+    scale = spread.scale(float(values.var(ddof=degrees)))
     return [(group - mean) / scale for group in groups]
 
 

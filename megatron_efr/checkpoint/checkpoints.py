@@ -53,7 +53,9 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, world: World) -> None:
-        self.folder, self._config, self._world = folder, config, world
+        self.folder = folder
+        self._config = config
+        self._world = world
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
         self._saving: Iterator[futures.Future[Any]] | None = None  # what remains of a save
         self._pending: futures.Future[Any] | None = None  # the part of it that the thread does
@@ -130,7 +132,8 @@ class Checkpoints:
     def _drop_superseded(self, newest: Path) -> None:
         """Remove the checkpoints that are not to be kept, now that `newest` is there and `latest` names it."""
         complete = _complete(self.folder)
-        count, every = complete.index(newest) + 1, self._config.keep_every
+        count = complete.index(newest) + 1
+        every = self._config.keep_every
         for path in complete[: max(count - self._config.keep, 0)]:
             if every is None or _step(path) % every:
                 shutil.rmtree(path)

@@ -85,7 +85,8 @@ def find_checkpoint(path: Path) -> Path | None:
             if name and is_checkpoint(folder / name):
                 return folder / name
             raise UserError(f"{latest}: names {name!r}, which is no checkpoint there; {_those_of(folder)}")
-    is_model, is_run = (path / "config.json").is_file(), (path / "config.yaml").is_file()
+    is_model = (path / "config.json").is_file()
+    is_run = (path / "config.yaml").is_file()
     if is_model or not (is_run or _saved(path) or _saved(path / "checkpoints")):
         return None
     if (path / "model/config.json").is_file():

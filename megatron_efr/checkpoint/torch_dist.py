@@ -73,7 +73,8 @@ def _place(name: str, a: Architecture) -> _Place:
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     if match is None:
         return _Place(name, ())
-    layer, rest = int(match[1]), match[2]
+    layer = int(match[1])
+    rest = match[2]
     # layer norms go by Transformer Engine's names, in which they belong to the linear layer that follows
     rest = rest.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
     rest = rest.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
@@ -94,7 +95,8 @@ def write(folder: Path, source: FolderWeights, architecture: Architecture) -> No
     ConfigError if the tensors that make up one of Megatron's are not of one type, OSError if
     writing fails.
     """
-    planner, writer = _Writer(source, architecture), torch_checkpoint.FileSystemWriter(folder)
+    planner = _Writer(source, architecture)
+    writer = torch_checkpoint.FileSystemWriter(folder)
     try:
         torch_checkpoint.save({}, storage_writer=writer, planner=planner, no_dist=True)
     except torch_checkpoint.CheckpointException as error:
@@ -132,13 +134,15 @@ class _Writer(torch_checkpoint.DefaultSavePlanner):
 
     def _items(self, name: str) -> Iterator[WriteItem]:
         """The chunks of one parameter."""
-        mapping, sources = self._mapping, self._mapping.sources(name)
+        mapping = self._mapping
+        sources = self._mapping.sources(name)
         kinds = {self._source.dtype(source) for source in sources}
         if len(kinds) > 1:
             raise ConfigError(
                 f"{self._source.folder}: {' and '.join(sources)} differ in type; Megatron holds them in one"
             )
-        place, shape = _place(name, self._architecture), mapping.shape(name)
+        place = _place(name, self._architecture)
+        shape = mapping.shape(name)
         alone = mapping.split(name) == "gate_up"  # each half is a chunk, and a tensor of the folder as it stands
         rows = shape[0] // len(sources) if alone else shape[0]
         for number in range(len(sources) if alone else 1):
@@ -188,7 +192,8 @@ class CheckpointWeights(TensorSource):
 
     def __init__(self, folder: str | Path, architecture: Architecture) -> None:
         super().__init__(architecture)
-        self.folder, self.architecture = Path(folder), architecture
+        self.folder = Path(folder)
+        self.architecture = architecture
         self.mapping = WeightMapping(architecture)
         self._owners = {source: name for name in self.mapping.parameters() for source in self.mapping.sources(name)}
         self._reader = torch_checkpoint.FileSystemReader(self.folder)
@@ -206,7 +211,8 @@ class CheckpointWeights(TensorSource):
 
     def parameter(self, name: str) -> torch.Tensor:
         """Megatron parameter `name`, whole; a vocabulary without its padding."""
-        place, shape = self._find(name), self._shape(name)
+        place = self._find(name)
+        shape = self._shape(name)
         wanted = ChunkStorageMetadata(
             offsets=torch.Size((*place.first, *(0 for _ in shape))),
             sizes=torch.Size((*(1 for _ in place.axes), *shape)),
@@ -255,7 +261,8 @@ class CheckpointWeights(TensorSource):
             place = self._find(name)
             if place.key not in self._tensors:
                 raise ConfigError(f"{self.folder}: no tensor {place.key}; config.json makes it a part of the model")
-            found, wanted = tuple(self._tensors[place.key].size), place.whole(self._shape(name))
+            found = tuple(self._tensors[place.key].size)
+            wanted = place.whole(self._shape(name))
             padded = self.mapping.split(name) == "vocab" and found[0] >= wanted[0] and found[1:] == wanted[1:]
             if found != wanted and not padded:
                 raise ConfigError(f"{self.folder}: {place.key} is {found}, config.json makes it {wanted}")

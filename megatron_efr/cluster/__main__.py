@@ -50,13 +50,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--hosts", required=True, help="every host of the run, with commas, by their private names")
     parser.add_argument("--gpus", type=within(int, 1), default=8, help="GPUs of each host")
-    parser.add_argument("--host", help="the one of them that this is; needed to start anything")
+    parser.add_argument("--host", help="this host's name among them; needed to start anything")
     parser.add_argument(
         "--port", type=within(int, *PORTS), default=RENDEZVOUS_PORT, help="of torchrun's rendezvous on the first host"
     )
-    parser.add_argument("--only-engines", action="store_true", help="on every GPU; the trainer is elsewhere")
-    parser.add_argument("--print", choices=["engines", "trainer"], dest="hosts_of")
-    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--only-engines", action="store_true", help="engines on every GPU; the trainer is elsewhere")
+    parser.add_argument(
+        "--print",
+        choices=["engines", "trainer"],
+        dest="hosts_of",
+        help="print the hosts of engines alone, or of the trainer, and end",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print each host's commands and end")
     given = parser.parse_intermixed_args(argv)
     # who runs where
     config = load(TrainConfig, given.config, given.overrides)

@@ -82,7 +82,8 @@ def place(hosts: Sequence[str], gpus: int, rollout: RolloutConfig, port: int = R
     hosts = sorted(hosts)
     whole, some = _apart(len(hosts), gpus, rollout)
     trainers, ranks = tuple(hosts[: len(hosts) - whole]), tuple(range(gpus - some))
-    rendezvous, apart = f"{hosts[0]}:{port}", not rollout.embedded and rollout.placement == "apart"
+    rendezvous = f"{hosts[0]}:{port}"
+    apart = not rollout.embedded and rollout.placement == "apart"
     if whole:
         return Placement(trainers, ranks, place_engines(hosts[-whole:], gpus, rollout).engines, rendezvous, apart)
     seats = Host(count=len(hosts), ranks=len(ranks)).seats(rollout)

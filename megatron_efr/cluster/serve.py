@@ -27,7 +27,8 @@ def serve(config: TrainConfig, host: str, port: int, index: int) -> int:
     if not (key := os.environ.get(KEY)):
         raise UserError(f"{KEY}: not set; the update endpoints unpickle what they receive: no engine without a key")
     address = private_address(host)
-    rollout, on_gpu = config.rollout, torch.cuda.is_available()
+    rollout = config.rollout
+    on_gpu = torch.cuda.is_available()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # SLURM sends it to all, and the iteration at hand needs the engine
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: sys.exit(128 + number))

@@ -95,7 +95,8 @@ def _index(items: list[Any], name: str, override: str) -> int:
 
 def _sentence(kind: type[BaseModel], problem: Any, place: str, prefix: str) -> str:
     location = [part for part in problem["loc"] if not str(part).startswith("function-")]
-    where = ".".join(str(part) for part in ([prefix] if prefix else []) + location)
+    parts = [prefix, *location] if prefix else location
+    where = ".".join(map(str, parts))
     value = problem.get("input")
     if problem["type"] == "extra_forbidden":
         known = _keys_at(kind, location[:-1])

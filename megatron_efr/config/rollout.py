@@ -154,8 +154,9 @@ class RolloutConfig(EnginesConfig):
             )
         if self.partial and self.overlap and self.max_staleness < 2:
             raise ValueError(
-                "rollout.max_staleness: 1 leaves no response to go on in a next iteration where async rollouts are one "
-                "publication behind already; set 2 or more with partial, or leave partial out"
+                "rollout.max_staleness: 1 lets no response go on in a later iteration, since async "
+                "rollouts are one publication behind already; set 2 or more with partial, or leave "
+                "partial out"
             )
         return self
 

@@ -133,7 +133,8 @@ class _Check:
 
     def _about_scalar(self, node: ScalarNode) -> str | None:
         """Name what is wrong with a text, number, boolean or null."""
-        written, kind = node.value, node.tag.removeprefix(_TAG)
+        written = node.value
+        kind = node.tag.removeprefix(_TAG)
         if kind == "str":
             if written == "None" and node.style is None:
                 return "None is a text in YAML; write null for nothing, or put quotes around it"

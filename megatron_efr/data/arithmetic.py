@@ -71,7 +71,8 @@ def question(terms: Sequence[int]) -> str:
 
 def attempt(terms: Sequence[int], corruption: float, rng: random.Random) -> tuple[str, int]:
     """One pass of running sums, `3+5=8+9=17`, and its last sum; a corrupted step is carried on."""
-    total, steps = terms[0], [str(terms[0])]
+    total = terms[0]
+    steps = [str(terms[0])]
     for term in terms[1:]:
         total += term
         if rng.random() < corruption:
@@ -97,7 +98,8 @@ def response(terms: Sequence[int], task: ArithmeticTask, rng: random.Random) -> 
 
 def _quotas(task: ArithmeticTask) -> list[int]:
     """Test problems of each difficulty: even shares, as far as the few short problems allow."""
-    quotas, left = [], task.test_rows
+    quotas = []
+    left = task.test_rows
     sizes = range(task.min_terms, task.max_terms + 1)
     for remaining, terms in zip(range(len(sizes), 0, -1), sizes, strict=True):
         quotas.append(min(-(-left // remaining), int(task.held_out * 9**terms)))
@@ -117,7 +119,8 @@ def split(task: ArithmeticTask, seed: int) -> tuple[list[Terms], list[Terms], li
     rng.shuffle(held_out)
 
     def others(count: int, stream: str) -> list[Terms]:
-        rng, problems = random.Random(f"{seed}/{stream}"), []
+        rng = random.Random(f"{seed}/{stream}")
+        problems = []
         while len(problems) < count:
             terms = _draw(rng.randint(task.min_terms, task.max_terms), rng)
             if terms not in test:

@@ -59,7 +59,7 @@ class GGUFTokenizer:
         self._of = {key.removeprefix(_KEY): value for key, value in metadata.items() if key.startswith(_KEY)}
         self._template = metadata.get("tokenizer.chat_template")
         if self._of["model"] != "gpt2":
-            raise self._refusal("model", "is not imported; imported is 'gpt2', byte-level BPE")
+            raise self._refusal("model", "is not supported; supported: 'gpt2', byte-level BPE")
         if self._of["pre"] not in _PRE:
             raise self._refusal("pre", f"is a way to cut text that is not known; known are {', '.join(_PRE)}")
         self._pre = _PRE[self._of["pre"]]
@@ -75,7 +75,8 @@ class GGUFTokenizer:
             if key in self._of:
                 self._token(key)
                 found[f"{name}_token_id"] = self._of[key]
-        eos, ends = self._token("eos_token_id"), [self._of["eos_token_id"]]
+        eos = self._token("eos_token_id")
+        ends = [self._of["eos_token_id"]]
         if self._pre.ends and eos == self._pre.ends[0]:  # a base model's eos ends documents, and is alone
             ends += [self._tokens.index(end) for end in self._pre.ends[1:] if end in self._tokens]
         found["eos_token_id"] = ends if len(ends) > 1 else ends[0]

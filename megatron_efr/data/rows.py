@@ -147,11 +147,15 @@ def _json_rows(path: str, text: str) -> Iterator[Row]:
     if not text.startswith("[", position):
         yield from _json_lines(path, text)
         return
-    decoder, number, line, counted = json.JSONDecoder(object_pairs_hook=_once), 0, 1, 0
+    decoder = json.JSONDecoder(object_pairs_hook=_once)
+    number = 0
+    line = 1
+    counted = 0
     position = _skip(text, position + 1)
     # object by object, so that an error names its line
     while not text.startswith("]", position):
-        line, counted = line + text.count("\n", counted, position), position
+        line = line + text.count("\n", counted, position)
+        counted = position
         where = f"{path}:{line}"
         try:
             record, position = decoder.raw_decode(text, position)

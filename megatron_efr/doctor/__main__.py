@@ -66,8 +66,10 @@ def examine(config: RunConfig | None, ports: Sequence[int]) -> Iterator[Finding]
 
 def check_run(config: RunConfig) -> Iterator[Finding]:
     """Look at what this run, or this evaluation, reads and writes."""
-    needed, what = ROOM, "records"
-    model, checkpoint = config.model, None
+    needed = ROOM
+    what = "records"
+    model = config.model
+    checkpoint = None
     try:
         if isinstance(config, EvaluateConfig):  # perhaps of a checkpoint, or of a run's newest
             source = find_model(config.model, config.seed, config.template)
@@ -104,7 +106,7 @@ def table(findings: Sequence[Finding]) -> Table:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr doctor`."""
     parser = argparse.ArgumentParser(prog="efr doctor", description="What this machine has and lacks for a run.")
-    parser.add_argument("config", nargs="?", help="YAML file of the run; what it needs and is missing exits with 1")
+    parser.add_argument("config", nargs="?", help="YAML file of the run; 1 if the machine lacks what it needs")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
     port = within(int, *PORTS)
     parser.add_argument("--port", type=port, action="append", help=f"a port to look at (default: {RENDEZVOUS_PORT})")

@@ -73,7 +73,8 @@ def check_engine(python: str, pin: str | None, needed: bool) -> Iterator[Finding
 
 def check_router(python: str, pin: str | None) -> Finding:
     """sglang-router in the interpreter `python`, for a run that asks for it; `pin` is the version that it should be."""
-    subject, wanted = "sglang-router", f"sglang-router=={pin}" if pin else "sglang-router"
+    subject = "sglang-router"
+    wanted = f"sglang-router=={pin}" if pin else "sglang-router"
     advice = f"{python} -m pip install --no-deps {wanted}, or leave rollout.router out"
     if not Path(python).exists():
         return Finding(subject, "problem", f"{python}: no such interpreter", advice)

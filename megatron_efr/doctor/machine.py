@@ -30,7 +30,8 @@ def check_gpus(needed: bool) -> Iterator[Finding]:
         yield missing("GPU", f"none that torch sees ({build})", runs, needed)
         return
     smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / 2**30
-    name, count = torch.cuda.get_device_name(0), torch.cuda.device_count()
+    name = torch.cuda.get_device_name(0)
+    count = torch.cuda.device_count()
     seen = f"{count} x {name}, {smallest:.0f} GiB, driver {driver() or 'unknown'}, CUDA {torch.version.cuda}"
     yield Finding("GPU", "ok", seen)
     if torch.cuda.get_device_capability(0) < (8, 0):

@@ -24,7 +24,8 @@ def _program(path: str, given: set[str]) -> type[RunConfig]:
     except (OSError, ValueError, yaml.YAMLError):
         return TrainConfig  # to load it says what is wrong
     tree = tree if isinstance(tree, dict) else {}
-    data, sections = tree.get("data"), tree.keys() | {key.split(".")[0] for key in given}
+    data = tree.get("data")
+    sections = tree.keys() | {key.split(".")[0] for key in given}
     if (isinstance(data, dict) and "path" in data) or "data.path" in given:
         return DpoConfig if "preference" in sections else SftConfig
     learns = {"data", "optimizer", "train"} & sections

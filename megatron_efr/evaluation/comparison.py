@@ -134,7 +134,8 @@ def matched(one: Record, other: Record) -> tuple[Samples, Samples]:
         mine, theirs = one["rows"][rows[id]], other["rows"][others[id]]
         if (mine["question"], mine["gold"]) != (theirs["question"], theirs["gold"]):
             raise UserError(f"problem {id} is another in each of the two: {mine['question']!r}, {theirs['question']!r}")
-    a, b = samples_of(one).take([rows[id] for id in both]), samples_of(other).take([others[id] for id in both])
+    a = samples_of(one).take([rows[id] for id in both])
+    b = samples_of(other).take([others[id] for id in both])
     limit = min(a.limit, b.limit)
     return replace(a, limit=limit), replace(b, limit=limit, datasets=a.datasets, difficulties=a.difficulties)
 
@@ -156,11 +157,13 @@ def paired(one: Samples, other: Samples, measures: Sequence[Measure], seed: int 
     # both models' terms, resampled together: the pairs stay pairs
     a = np.concatenate([mine for _, mine, _ in parts], axis=1)
     b = np.concatenate([theirs for _, _, theirs in parts], axis=1)
-    sums, flipped = _Sums(summed(a), summed(b)), _flipped(a, b, seed)
+    sums = _Sums(summed(a), summed(b))
+    flipped = _flipped(a, b, seed)
     drawn = _Sums(*np.split(resampled(np.concatenate([a, b], axis=1), seed), 2, axis=1))
     figures = [measured(samples, [measure for measure, _, _ in parts], seed) for samples in (one, other)]
     # each measure's difference, its interval, and its chance under the null hypothesis
-    rows, first = [], 0
+    rows = []
+    first = 0
     for measure, terms, _ in parts:
         columns = slice(first, first + terms.shape[1])
         first = columns.stop

@@ -132,7 +132,8 @@ class Evaluator:
         `keep` is given the judged answers, in the order of the problems.
         """
         # those that an earlier process answered are in the journal
-        finished = {group.seed: group for group in (journal.read().groups if journal else [])}
+        before = journal.read().groups if journal else []
+        finished = {group.seed: group for group in before}
         if finished:
             print(f"{name}: {len(finished)} of {len(self._requests)} problems were answered before", flush=True)
         # ask for the others; each is journalled as soon as it is whole

@@ -25,11 +25,8 @@ class Figure(NamedTuple):
 
 def measured(samples: Samples, measures: Sequence[Measure] | None = None, seed: int = 0) -> dict[str, Figure]:
     """The figures of these measures, or of all, by name; those that the samples do not say enough for are missing."""
-    parts = [
-        (measure, terms)
-        for measure in (offered(samples) if measures is None else measures)
-        if (terms := measure.terms(samples)) is not None
-    ]
+    asked = offered(samples) if measures is None else measures
+    parts = [(measure, terms) for measure in asked if (terms := measure.terms(samples)) is not None]
     if not parts:
         return {}
     drawn = resampled(np.concatenate([terms for _, terms in parts], axis=1), seed)

@@ -52,12 +52,13 @@ class Unfinished:
 
     def __init__(self, record: Path, asked: Mapping[str, Any], replace: bool = False) -> None:
         place = _place(record)
-        self.journal, self._asked = Journal(f"{place}.jsonl"), Path(f"{place}.json")
+        self.journal = Journal(f"{place}.jsonl")
+        self._asked = Path(f"{place}.json")
         there = _read_asked(place)
         if self.journal.path.exists() and there != asked:
             if not replace:
                 raise EvaluationError(
-                    f"{self.journal.path}: holds answers of an evaluation that was not finished, and was another; "
+                    f"{self.journal.path}: holds answers of another evaluation, which was not finished; "
                     f"it differs in\n{_differences(there, asked)}give this one another name (--record), set these as "
                     "they are there, or forget those answers (--replace)"
                 )

@@ -121,7 +121,8 @@ def _same(left: Any, right: Any, digits: tuple[int | None, int | None]) -> bool:
     if not all(plain):
         return any(plain) is False and _verified(left, right)
     if _names(left) != _names(right) and not (left.free_symbols and right.free_symbols):
-        left, right = left.doit(), right.doit()
+        left = left.doit()
+        right = right.doit()
         if bool(left.free_symbols) != bool(right.free_symbols):
             left, right = sympy.simplify(left), sympy.simplify(right)
             if bool(left.free_symbols) != bool(right.free_symbols):

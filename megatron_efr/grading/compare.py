@@ -30,7 +30,8 @@ def same_answer(gold: str, answer: str) -> bool:
         return given is not None and given[0] == letter[0]
     form = read(gold)
     for plain, comma in ((one, two), (two, one)):
-        number, other = read_number(plain), read_decimal_comma(comma)
+        number = read_number(plain)
+        other = read_decimal_comma(comma)
         if number and other and "." in plain and (comma is two or len(comma.partition(",")[2]) > 1):
             return same_number(number, other)
     if (given := option(two)) and given[1]:  # the value after its letter: `(C) 5`
@@ -322,7 +323,8 @@ def _same_chain(gold: Form, answer: Form) -> bool:
 
 
 def _directed(form: Form) -> tuple[str, tuple[str, str]]:
-    sign, (left, right) = form.signs[0], form.items
+    sign = form.signs[0]
+    left, right = form.items
     if sign in (">", "\\ge"):
         return _FLIPPED[sign], (right.text, left.text)
     return sign, (left.text, right.text)

@@ -310,7 +310,8 @@ def places(text: str, pattern: re.Pattern[str], keep: re.Pattern[str] | None = N
 
 def split(text: str, pattern: re.Pattern[str], keep: re.Pattern[str] | None = None) -> list[str]:
     """`text` cut at each match of `pattern` outside all brackets."""
-    pieces, position = [], 0
+    pieces = []
+    position = 0
     for start, end in places(text, pattern, keep):
         pieces.append(text[position:start])
         position = end

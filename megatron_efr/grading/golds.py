@@ -21,11 +21,12 @@ def check_golds(golds: Iterable[tuple[str, str]], timeout_s: float = 5.0, worker
     answers = [gold for _, gold in rows]
     with Grader(workers, timeout_s) as grader:
         grades = grader.compare(answers, answers)
-    bad = [
-        (*row, "note" if is_note(row[1]) else grade.status)
-        for row, grade in zip(rows, grades, strict=True)
-        if is_note(row[1]) or not grade.correct
-    ]
+    bad: list[tuple[str, str, str]] = []
+    for (where, gold), grade in zip(rows, grades, strict=True):
+        if is_note(gold):
+            bad.append((where, gold, "note"))
+        elif not grade.correct:
+            bad.append((where, gold, grade.status))
     if not bad:
         return
     lines = [f"{where}: {gold!r}: {_REASONS.get(status, status)}" for where, gold, status in bad[:_SHOWN]]

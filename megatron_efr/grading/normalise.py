@@ -225,7 +225,8 @@ def _texts(text: str) -> str:
 
     previous = ""
     while previous != text:
-        previous, text = text, _WRAPPED_TWICE.sub(r"\1", _TEXT.sub(one, text))
+        previous = text
+        text = _WRAPPED_TWICE.sub(r"\1", _TEXT.sub(one, text))
     return text
 
 
@@ -233,7 +234,8 @@ def _trim(text: str) -> str:
     """Take away what encloses the whole, a sentence's full stop, and words that only announce."""
     previous = None
     while previous != text:
-        previous, text = text, text.strip()
+        previous = text
+        text = text.strip()
         text = _ENDING.sub("", text)
         text = _SAID.sub("", text)
         if found := _WRAPPED.match(text):
@@ -285,7 +287,8 @@ def _call(text: str, head: re.Pattern[str], command: Callable[[re.Match[str]], s
     """`head(argument)` as `command{argument}`; a head without brackets is left with the command alone."""
     position = 0
     while found := head.search(text, position):
-        start, name = found.end(), command(found)
+        start = found.end()
+        name = command(found)
         end = _round_end(text, start) if text.startswith("(", start) else -1
         if end < 0:
             text = f"{text[: found.start()]}{name}{text[start:]}"
@@ -320,9 +323,11 @@ def _arguments(text: str, command: str, count: int) -> str:
         if text.startswith("[", end) and (close := text.find("]", end)) > 0:
             end = close + 1
         # an optional [argument] stays; then `count` arguments, each braced or one character
-        head, arguments = text[found:end], []
+        head = text[found:end]
+        arguments = []
         if count == 1 and (whole := _DIGITS.match(text, end)):  # who writes `\\sqrt12` means all of it
-            arguments, end = [whole.group(1)], whole.end()
+            arguments = [whole.group(1)]
+            end = whole.end()
         while len(arguments) < count:
             gap = len(text[end:]) - len(text[end:].lstrip())
             if text.startswith("{", end + gap):

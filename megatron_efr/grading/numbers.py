@@ -118,6 +118,7 @@ def agrees(decimal: Number, exact: Fraction) -> bool:
 
 def magnitude(value: Fraction) -> int:
     """The power of ten of the first significant digit of a value that is not 0."""
-    over, under = abs(value.numerator), value.denominator
+    over = abs(value.numerator)
+    under = value.denominator
     guess = len(str(over)) - len(str(under))
     return guess if over * 10 ** max(0, -guess) >= under * 10 ** max(0, guess) else guess - 1

@@ -51,7 +51,8 @@ def _excluded(form: Form) -> Region | None:
         return None
     if first.signs == ("\\in",) and first.items[1].text != REALS:
         return None
-    name, points = first.items[0].text, list[Form]()
+    name = first.items[0].text
+    points = list[Form]()
     for item in form.items[first.signs == ("\\in",) :]:
         if item.kind == "expression" and points:
             points.append(item)
@@ -101,7 +102,8 @@ def _inequality(form: Form) -> tuple[str, list[Interval]] | None:
     if not set(signs) <= set(_CLOSED):
         return None
     if signs[0] in (">", "\\ge"):
-        items, signs = items[::-1], tuple({">": "<", "\\ge": "\\le"}.get(sign, "") for sign in reversed(signs))
+        items = items[::-1]
+        signs = tuple({">": "<", "\\ge": "\\le"}.get(sign, "") for sign in reversed(signs))
     if not set(signs) <= {"<", "\\le"}:
         return None
     if (absolute := _absolute(items, signs)) is not None:

@@ -89,20 +89,27 @@ _WORDS = re.compile(
 @lru_cache(maxsize=16384)
 def split_unit(text: str) -> tuple[str, str | None, int]:
     """(what is left, the unit's name or None, the factor that a word such as `million` brings) of normalised text."""
-    core, unit, factor = text, None, 1
+    core = text
+    unit = None
+    factor = 1
     if found := _PREFIX.match(core):
         mark = _PREFIX_UNIT.search(found.group())
-        core, unit = found.group(1) + core[found.end() :], _NAMES.get((mark.group().lower() if mark else "$"), "$")
+        core = found.group(1) + core[found.end() :]
+        unit = _NAMES.get((mark.group().lower() if mark else "$"), "$")
     if (found := _SUFFIX.match(core)) and found.group("core").strip() and not _ANGLE.search(found.group("core")):
         name, times = _unit_name(found.group("unit"), apart=True)
         if name is None:
             return text, None, 1
-        core, unit, factor = found.group("core").strip(), _join(unit, name), times
+        core = found.group("core").strip()
+        unit = _join(unit, name)
+        factor = times
     elif found := _WORDS.match(core):
         name, times = _unit_name(found.group("unit"), apart=bool(found.group("gap")))
         if name is None:
             return text, None, 1
-        core, unit, factor = found.group("core").strip(), _join(unit, name), times
+        core = found.group("core").strip()
+        unit = _join(unit, name)
+        factor = times
     if unit is not None and core.endswith("%"):
         core = core[:-1].strip()
     return core, unit or None, factor
@@ -116,7 +123,8 @@ def same_unit(gold: str | None, answer: str | None) -> bool:
     """Equal units, or one that is not written; of two free texts one may say more (`eggs`, `eggs per day`)."""
     if gold is None or answer is None or gold == answer:
         return True
-    one, two = gold.split(), answer.split()
+    one = gold.split()
+    two = answer.split()
     known = [any(word.strip("^/0123456789") in _NAMES.values() for word in words) for words in (one, two)]
     return not any(known) and (set(one) <= set(two) or set(two) <= set(one))
 

@@ -111,7 +111,9 @@ def _limit_cpu(timeout_s: float) -> None:
 
 def main() -> None:
     """The process's program; its arguments are a pipe's descriptor, CPU seconds a response, bytes of address space."""
-    descriptor, timeout_s, address_space = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+    descriptor = int(sys.argv[1])
+    timeout_s = float(sys.argv[2])
+    address_space = int(sys.argv[3])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it closes the pipe
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (address_space, hard))

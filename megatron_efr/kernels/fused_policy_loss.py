@@ -164,7 +164,8 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        arrived, promised = float(grads[0]), ctx.factor
+        arrived = float(grads[0])
+        promised = ctx.factor
         if not abs(arrived - promised) <= _FACTOR_TOLERANCE * abs(promised):
             raise RuntimeError(
                 f"the loss was scaled by {arrived}, and its gradients were written for a factor of {promised}: "

@@ -34,7 +34,7 @@ class Shard(NamedTuple):
         return merge(self.kernels.statistics(logits, entropy), logits.targets, entropy, self.group)
 
     def sum_hidden(self, gradient: torch.Tensor) -> None:
-        """Sum the gradient of hidden over the ranks, in place: each has its own rows' part."""
+        """Sum the gradient of hidden [T, H] over the ranks, in place: each has its rows' part."""
         if self.group is not None and self.sums_hidden:
             dist.all_reduce(gradient, group=self.group)
 
@@ -102,7 +102,7 @@ def default_chunk(rows: int, ranks: int, device: torch.device) -> int:
 
 
 def logits_buffer(rows: int, weight: torch.Tensor, chunk: int) -> torch.Tensor:
-    """Room for one chunk's fp32 logits, used again by every chunk."""
+    """Memory of one chunk's logits, fp32 [min(rows, chunk), V_local]; every chunk uses it again."""
     return torch.empty(min(rows, chunk), weight.shape[0], dtype=torch.float32, device=weight.device)
 
 
@@ -127,7 +127,9 @@ class _LinearLogprob(torch.autograd.Function):
             logprob[rows], peak[rows], log_total[rows] = softmax.logprob, softmax.peak, softmax.log_total
             if softmax.entropy is not None:
                 entropies[rows] = softmax.entropy
-        ctx.shard, ctx.entropy, ctx.live = shard, entropy, tokens if live is None else live
+        ctx.shard = shard
+        ctx.entropy = entropy
+        ctx.live = tokens if live is None else live
         ctx.save_for_backward(hidden, weight, targets, peak, log_total, logprob, entropies)
         if not entropy:
             ctx.mark_non_differentiable(entropies)

@@ -51,7 +51,8 @@ def token_credits(
 
 def kl_to_go(log_ratio: torch.Tensor, row_lengths: Sequence[int]) -> torch.Tensor:
     """sum_{t' >= t} log_ratio_{t'} within each response, fp32 [R], summed in fp64."""
-    sums, lengths = torch.empty_like(log_ratio), list(row_lengths)
+    sums = torch.empty_like(log_ratio)
+    lengths = list(row_lengths)
     for part, out in zip(log_ratio.split(lengths), sums.split(lengths), strict=True):
         out.copy_(part.double().flip(0).cumsum(0).flip(0))
     return sums

@@ -36,7 +36,11 @@ def write_gradient(
     grad_entropy: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """d logprob = onehot - p and d entropy = -p (log p + entropy), each times what comes in, over temperature."""
+    """Gradient of the logits [rows, V]: `RowKernels.write_gradient`.
+
+    d logprob = onehot - p,  d entropy = -p (log p + entropy),  each over the temperature and times
+    its own gradient, fp32 [rows].
+    """
     out = _room(logits.values, dtype)
     dead = grad_logprob == 0 if grad_entropy is None else (grad_logprob == 0) & (grad_entropy == 0)
     owned = torch.where(logits.targets >= 0, grad_logprob, 0.0)[:, None]
@@ -83,7 +87,7 @@ def policy_rows(
     factor: float,
     dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The loss's terms, token by token, and their gradient."""
+    """FIGURES [8, rows] and the gradient of the logits [rows, V], or None: `RowKernels`."""
     log_ratio = softmax.logprob - rows.old
     figures, slope = token_terms(softmax.logprob, log_ratio, softmax.entropy, rows, objective)
     if dtype is None:
@@ -136,7 +140,8 @@ def _surrogate(
         slope = bounded * advantages
         return slope * logprob, slope, bounded != ratio
     plain, clipped = ratio * advantages, bounded * advantages
-    value, cut = torch.minimum(plain, clipped), clipped < plain
+    value = torch.minimum(plain, clipped)
+    cut = clipped < plain
     if objective.dual is not None:
         least = torch.where(advantages < 0, objective.dual * advantages, -torch.inf)
         value, cut = torch.maximum(value, least), cut | (value < least)

@@ -57,7 +57,8 @@ def credit_rows(
     beta: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Credits fp32 [R], and fp64 [3] of the trained tokens' their sum, sum of squares and number."""
-    device, responses = advantages.device, len(row_lengths)
+    device = advantages.device
+    responses = len(row_lengths)
     ends = torch.tensor([0, *row_lengths], dtype=torch.int64).cumsum(0).to(device)
     per_token = torch.empty(sum(row_lengths), dtype=torch.float32, device=device)
     sums = torch.zeros(3, responses, dtype=torch.float64, device=device)

@@ -210,7 +210,7 @@ def write_gradient(
     grad_entropy: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The gradient of the logits in `dtype`, in their memory."""
+    """Gradient of the logits [rows, V] in `dtype`, in their memory; ValueError: no room."""
     out = _narrowed(logits.values, dtype)
     unused = grad_logprob
     _launch(

@@ -144,7 +144,7 @@ class Method(Section):
         return {}
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
-        """Reward of each response, float64 [n], from a graded group."""
+        """Reward of each response, float64 [n]; TypeError if the method defines none."""
         raise TypeError(f"{type(self).__name__} defines no rewards")
 
     def settle(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Rewarded]:

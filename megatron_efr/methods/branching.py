@@ -117,7 +117,8 @@ class Anytime(Branching):
         return weights / weights.sum()
 
     def _credit(self, graded: Graded) -> Credit:
-        scores, responses = self._scores(graded), graded.group.responses
+        scores = self._scores(graded)
+        responses = graded.group.responses
         advantages = brpo_advantages(scores.mean(-1), self._prior)
         per_token, weight, branches = [], [], []
         for i, response in enumerate(responses):
@@ -130,7 +131,8 @@ class Anytime(Branching):
 
     def _answer_advantages(self, scores: FloatArray, i: int, response: Response) -> FloatArray:
         """Of the answers that response i has: less the mean of those after the same tokens."""
-        own, reached = scores[i], self._reached(response)
+        own = scores[i]
+        reached = self._reached(response)
         if self.answers == 1:
             made = own - scores.mean(0)
         else:
@@ -283,14 +285,16 @@ class JET(Branching):
         """Rewards of whole and shortened responses together, float64 [n]."""
         made = (1 - self.form) * right + self.form * answered
         if right.any():
-            longest, shortest = lengths[right].max(), lengths[right].min()
+            longest = lengths[right].max()
+            shortest = lengths[right].min()
             brevity = (longest - lengths) / (longest - shortest + 1e-8)
             made = made + right * (self.alpha * (1 - self.least) * brevity + self.least)
         return made
 
     def _all(self, group: Graded, known: Known) -> FloatArray:
         """Rewards of the whole responses, and behind them those of all shortened ones."""
-        whole, tried = Outcomes.of(group, known.limit), tried_answers(group)
+        whole = Outcomes.of(group, known.limit)
+        tried = tried_answers(group)
         answers = [answer for response in group.group.responses for answer in response.answers if group.branches]
         lengths = [at + answer.length for at, answer in answers]
         answered = [grade.status != "no_answer" for each in group.branches for grade in each]
@@ -301,7 +305,8 @@ class JET(Branching):
         )
 
     def _credit(self, group: Graded, known: Known) -> Credit:
-        rewards, count = self._all(group, known), len(group.grades)
+        rewards = self._all(group, known)
+        count = len(group.grades)
         spread = rewards.std(ddof=1) if len(rewards) > 1 else 0.0
         advantages = (rewards - rewards.mean()) / (spread + 1e-6)
         ends = np.cumsum([count, *(len(each) for each in tried_answers(group))])
@@ -334,7 +339,7 @@ def thought(response: Response, *, closed: bool = False) -> int:
 
 
 def tried_answers(group: Graded) -> list[BoolArray]:
-    """Right ones of each response's early answers."""
+    """Right early answers of each response, bool [answers] each."""
     verdicts = group.branches or ((),) * len(group.grades)
     return [np.array([grade.correct for grade in each], dtype=bool) for each in verdicts]
 

@@ -46,7 +46,8 @@ class O1Pruner(Method):
 
     def credits(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Credit]:
         trained = np.concatenate([group.rewards[: self.trained] for group in groups])
-        mean, std = trained.mean(), trained.std()
+        mean = trained.mean()
+        std = trained.std()
         scale = 1.0 / std if std > 1e-9 else 0.0  # equal ones differ by rounding
         return [
             Credit((group.rewards - mean) * scale, masked=np.arange(len(group.rewards)) >= self.trained)

@@ -218,7 +218,8 @@ class AdaCoT(Method):
         return self
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
-        right, thinks = Outcomes.of(group, known.limit).right, self._thinks(group, known)
+        right = Outcomes.of(group, known.limit).right
+        thinks = self._thinks(group, known)
         needed = thinks.all() or float(right[~thinks].mean()) < self.enough
         return right - (self.missed * ~thinks if needed else self.needless * thinks)
 
@@ -291,7 +292,8 @@ class MemoryR(Method):
 
     def _parts(self, group: Graded, state: State) -> tuple[FloatArray, FloatArray]:
         """Nearness of each response to right ones, and distance from wrong ones, [n]; nan: none."""
-        made, name = self._embedded(group).astype(np.float64), group.group.prompt.id
+        made = self._embedded(group).astype(np.float64)
+        name = group.group.prompt.id
         near = unlike = np.full(len(made), np.nan)
         if name in state.get("right", {}):
             count, total = state["right"][name]

@@ -79,7 +79,8 @@ class Knowledge:
         self._history = load_history(stored.get("history", {}))
         self._begun = {}
         monitor = stored.get("monitor", {"step": None, "sampled": {}})
-        self._monitored, self._monitor = monitor["step"], load(monitor["sampled"])
+        self._monitored = monitor["step"]
+        self._monitor = load(monitor["sampled"])
         self.latest = self.latest._replace(
             state=self._state, history=self._history, monitor=self._monitor, monitored=self._monitored
         )

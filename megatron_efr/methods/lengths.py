@@ -48,7 +48,8 @@ class Kimi(Plain):
     weight: float = Field(default=1.0, ge=0, le=1, description="of the length's part")
 
     def rule(self, group: Outcomes) -> FloatArray:
-        shortest, longest = group.lengths.min(), group.lengths.max()
+        shortest = group.lengths.min()
+        longest = group.lengths.max()
         if shortest == longest:
             return group.right.astype(np.float64)
         brevity = 0.5 - (group.lengths - shortest) / (longest - shortest)

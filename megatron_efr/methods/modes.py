@@ -64,13 +64,15 @@ class AutoThink(Method):
         return self.stage == 3
 
     def _balanced(self, group: Rewarded, share: float, known: Known) -> Rewarded:
-        thinks, right = self._thinks(group.group), Outcomes.of(group.graded, known.limit).right
+        thinks = self._thinks(group.group)
+        right = Outcomes.of(group.graded, known.limit).right
         pull = np.clip(self.slope * (np.where(thinks, share, 1.0 - share) - self.balance), 0.0, 1.0)
         least = np.where(thinks, np.where(right, 0.0, -1.0), np.where(right, 1.0, -2.0))
         return replace(group, rewards=(1.0 - pull) * group.rewards + pull * least)
 
     def _by_length(self, group: Rewarded, known: Known) -> Rewarded:
-        seen, made = Outcomes.of(group.graded, known.limit), group.rewards.copy()
+        seen = Outcomes.of(group.graded, known.limit)
+        made = group.rewards.copy()
         for among, sign in ((seen.right, 1.0), (~seen.right, -1.0)):
             if among.sum() > 1:
                 lengths = seen.lengths[among]
@@ -133,7 +135,8 @@ class Thinkless(Method):
 
     def credits(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Credit]:
         responses = [response for group in groups for response in group.group.responses]
-        tokens, first = sum(response.length for response in responses), len(responses)
+        tokens = sum(response.length for response in responses)
+        first = len(responses)
         control, rest = self.control * tokens / first, tokens / max(tokens - first, 1)
         centred = [group.rewards - group.rewards.mean() for group in groups]
         weights = [_weights(group.group, control, rest) for group in groups]

@@ -149,6 +149,7 @@ def _joined(runs: IntArray, following: IntArray) -> IntArray:
 def _comes_again(runs: IntArray, times: int, near: int) -> bool:
     """True if one number stands there so often, two of them less than `near` apart."""
     order = np.argsort(runs, kind="stable")
-    same, gaps = np.diff(runs[order]) == 0, np.diff(order)
+    same = np.diff(runs[order]) == 0
+    gaps = np.diff(order)
     _, kinds, counts = np.unique(runs, return_inverse=True, return_counts=True)
     return bool(np.any(same & (gaps < near) & (counts[kinds[order[1:]]] >= times)))

@@ -50,7 +50,7 @@ class Plain(Method):
     """A method whose one hook is a plain rule."""
 
     def rule(self, group: Outcomes) -> FloatArray:
-        """Reward of each response, float64 [n]."""
+        """Reward of each response, float64 [n]; TypeError if the method defines none."""
         raise TypeError(f"{type(self).__name__} defines no rule")
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
@@ -58,7 +58,7 @@ class Plain(Method):
 
 
 def tells(name: str) -> AfterValidator:
-    """A text must hold `{name}`, which is replaced by what is told."""
+    """Validator of a text that must hold `{name}`, which is replaced; ValueError without it."""
 
     def check(text: str) -> str:
         if f"{{{name}}}" not in text:

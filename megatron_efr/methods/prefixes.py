@@ -31,7 +31,7 @@ class Prefixes(Branching):
         return Ask(scripts=(script,) * visit.samples)
 
     def solved(self, group: Graded) -> list[FloatArray]:
-        """Of each response, the share of right answers at each of its exits."""
+        """Share of right answers at each of a response's exits, float64 [exits] each."""
         return [
             right.reshape(-1, self.answers).mean(-1) if len(right) else np.zeros(0) for right in tried_answers(group)
         ]
@@ -135,7 +135,8 @@ class L2T(Prefixes):
 
     def _added(self, response: Response, solved: FloatArray) -> FloatArray:
         """Credit that each token of a response has besides, [tokens]."""
-        made, places = np.zeros(len(response.tokens)), [branch.at for branch in response.branches]
+        made = np.zeros(len(response.tokens))
+        places = [branch.at for branch in response.branches]
         for start, end, gained in zip(places, places[1:], np.diff(solved), strict=False):
             made[start:end] = self.alpha * gained
         return made

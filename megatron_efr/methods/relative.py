@@ -34,7 +34,7 @@ class Relative(Method):
         return [Credit(self.advantages(Outcomes.of(group.graded, known.limit), known)) for group in groups]
 
     def advantages(self, group: Outcomes, known: Known) -> FloatArray:
-        """The advantage of each response, float64 [n]."""
+        """The advantage of each response, float64 [n]; TypeError if the method defines none."""
         raise TypeError(f"{type(self).__name__} defines no advantages")
 
 
@@ -156,7 +156,8 @@ class DRPO(Relative):
         check_within(self.max_tokens, rollout.max_new_tokens, "max_tokens")
 
     def _pulled(self, group: Rewarded, seen: Outcomes) -> FloatArray:
-        count, right = len(seen.right), seen.right
+        count = len(seen.right)
+        right = seen.right
         if right.all() or not right.any():
             return np.zeros(count)
         brevity = -seen.lengths / (limit_of(self.max_tokens, seen, "max_tokens") * self.spread)

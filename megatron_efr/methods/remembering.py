@@ -93,7 +93,8 @@ class ShortRL(Method):
     def _brevity(self, group: Outcomes) -> FloatArray:
         if not group.right.any():
             return np.zeros_like(group.lengths)
-        shortest, longest = group.right_lengths.min(), group.right_lengths.max()
+        shortest = group.right_lengths.min()
+        longest = group.right_lengths.max()
         share = (group.lengths - shortest) / (longest - shortest + 1e-5)
         within = group.lengths <= shortest + self.tolerance
         return np.where(group.right, np.where(within, 0.5, 0.5 - share), 0.0)

@@ -45,7 +45,8 @@ class ASRR(Plain):
         return Ask(scripts=(Opened(opening=self.opening),) * visit.samples)
 
     def rule(self, group: Outcomes) -> FloatArray:
-        accuracy, eps = group.right.astype(np.float64), 1e-6
+        accuracy = group.right.astype(np.float64)
+        eps = 1e-6
         if not group.right.any() or group.accuracy < self.tau:
             return accuracy
         price = self.beta * (group.accuracy - self.tau + eps) / (1.0 - self.tau + eps)
@@ -173,7 +174,8 @@ class LAPO(Plain):
             lengths = Outcomes.of(group.graded, known.limit).right_lengths
             if not len(lengths):
                 continue
-            name, median = group.group.prompt.id, float(np.median(lengths))
+            name = group.group.prompt.id
+            median = float(np.median(lengths))
             before = targets.get(name) if self._is_second(known.step) else None
             targets[name] = median if before is None else min(before, median)
         return {"targets": targets}

@@ -102,7 +102,8 @@ class L1Max(_Told):
         return [_asked(suffix, self.longest) for suffix in said]
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
-        seen, note = Outcomes.of(group, known.limit), group.group.note
+        seen = Outcomes.of(group, known.limit)
+        note = group.group.note
         if note["exact"]:
             return seen.right - (self.exact_alpha or self.alpha) * np.abs(note["budget"] - seen.lengths)
         left = self.alpha * (note["budget"] - seen.lengths)

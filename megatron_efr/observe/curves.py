@@ -34,7 +34,8 @@ def extent(curves: Sequence[Curve]) -> Extent:
     """The range of all points; one of no height is widened, so that a constant is drawn half way up."""
     points = [point for curve in curves for point in curve.points]
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    low, high = min(ys), max(ys)
+    low = min(ys)
+    high = max(ys)
     if low == high:
         margin = abs(low) / 10 or 1.0
         low, high = low - margin, high + margin

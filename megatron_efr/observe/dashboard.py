@@ -153,7 +153,8 @@ def _figures(metrics: Metrics) -> list[RenderableType]:
     """Engines and seconds of the newest step, and what befell engines in all."""
     if not metrics:
         return []
-    newest, said = metrics[-1], []
+    newest = metrics[-1]
+    said = []
     if "engine/serving" in newest:
         counts = [f"{newest['engine/serving']:.0f} serving"]
         counts += [f"{sum(line.get(f'engine/{name}', 0) for line in metrics):.0f} {name}" for name in ("lost", "back")]
@@ -172,11 +173,13 @@ def _figures(metrics: Metrics) -> list[RenderableType]:
 def _log(lines: Sequence[Line]) -> list[RenderableType]:
     """The newest lines, the routine of publications and checkpoints left out."""
     told = [line for line in lines if line.level != "DEBUG"][-LOG_LINES:]
-    return [
-        Text(f"{line.time:%H:%M:%S} {f'[{line.event}] ' if line.event else ''}{_first(line.text)}",
-             _STYLES.get(line.level, "dim"), no_wrap=True, overflow="ellipsis")
-        for line in told
-    ]  # fmt: skip
+    shown: list[RenderableType] = []
+    for line in told:
+        event = f"[{line.event}] " if line.event else ""
+        text = f"{line.time:%H:%M:%S} {event}{_first(line.text)}"
+        style = _STYLES.get(line.level, "dim")
+        shown.append(Text(text, style, no_wrap=True, overflow="ellipsis"))
+    return shown
 
 
 def _first(text: str) -> str:

@@ -99,14 +99,16 @@ class Watchdog:
         self.limit_s = limit_s
         self.rank = rank
         self.folder = folder
-        self._phase, self._since = "start", time.monotonic()
+        self._phase = "start"
+        self._since = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def beat(self, phase: str) -> None:
         """The process is alive and now in `phase`; the clock starts again."""
-        self._phase, self._since = phase, time.monotonic()
+        self._phase = phase
+        self._since = time.monotonic()
 
     def close(self) -> None:
         self._stop.set()
@@ -153,13 +155,17 @@ class Observer:
         name: str = "",
         largest: Callable[[Mapping[str, float]], dict[str, float]] = dict,
     ) -> None:
-        self.folder, self.total_steps, self.rank = folder, total_steps, rank
+        self.folder = folder
+        self.total_steps = total_steps
+        self.rank = rank
         limit = config.watchdog_s
         self.watchdog = None if limit is None else Watchdog(limit, rank, folder.path)
-        self._largest, self._peaks = largest, Peaks()
+        self._largest = largest
+        self._peaks = Peaks()
         self._seconds: dict[str, float] = {}
         self._phases: list[str] = []
-        self._step, self._since = start_step, time.perf_counter()
+        self._step = start_step
+        self._since = time.perf_counter()
         self._outputs: list[_Output] = []
         if rank == 0:
             if config.wandb is not None:
@@ -213,7 +219,9 @@ class Observer:
             self.folder.append_metrics(step, written)
             for output in self._outputs:
                 output.log(step, written, (now - self._since) / max(step - self._step, 1))
-        self._seconds, self._step, self._since = {}, step, now
+        self._seconds = {}
+        self._step = step
+        self._since = now
         return written
 
     def close(self) -> None:

@@ -36,7 +36,8 @@ class Peaks:
     def take(self) -> dict[str, float]:
         """`<phase>_<kind>` since the last call, and `<kind>` since the process began."""
         self._note()
-        taken, self._by_phase = self._by_phase, {}
+        taken = self._by_phase
+        self._by_phase = {}
         whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # some kernels forget what `_note` resets
         return taken | self._in_all | {"memory_gib": max(whole, self._in_all.get("memory_gib", 0.0))}
 

@@ -15,7 +15,9 @@ def followed(groups: Iterable[Group], name: str, total: int, done: int = 0) -> I
     began = said = time.monotonic()
     tokens = 0
     for group in groups:
-        done, tokens, now = done + 1, tokens + int(group.lengths.sum()), time.monotonic()
+        done = done + 1
+        tokens = tokens + int(group.lengths.sum())
+        now = time.monotonic()
         if now - said >= SAYS_EVERY_S:
             said = now
             print(f"{name}: {done} of {total} problems, {tokens / (now - began):,.0f} tokens/s", flush=True)

@@ -40,7 +40,8 @@ def _right(path: str) -> Iterator[tuple[Prompt, list[Response]]]:
     out. Of equal lengths the one that was drawn first comes first."""
     right: dict[tuple[str, tuple[int, ...]], tuple[Prompt, list[Response]]] = {}
     for group in _groups(path):
-        prompt, judged = group.group.prompt, zip(group.group.responses, group.correct, strict=True)
+        prompt = group.group.prompt
+        judged = zip(group.group.responses, group.correct, strict=True)
         _, responses = right.setdefault((prompt.id, prompt.tokens), (prompt, []))
         responses.extend(response for response, correct in judged if correct)
     for prompt, responses in right.values():

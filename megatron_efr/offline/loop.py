@@ -93,7 +93,8 @@ def schedule(samples: Sequence[Sample], config: SftConfig | DpoConfig, samples_e
     The updates of a bucket are shuffled again, so that long and short ones alternate.
     """
     lengths = [sum(each.length for each in samples[i : i + samples_each]) for i in range(0, len(samples), samples_each)]
-    batch, bucket = config.train.batch, min(config.train.bucket, len(lengths) // config.train.batch)
+    batch = config.train.batch
+    bucket = min(config.train.bucket, len(lengths) // config.train.batch)
     rng = np.random.default_rng(config.seed)
     made = 0
     while True:

@@ -17,13 +17,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the plan; exit code 1 if it does not fit, after what would."""
     parser = arguments.parser("plan", "Memory and time of a run, phase by phase, before anything is downloaded.")
     some = arguments.within(int, 1)
-    parser.add_argument("--nodes", type=some, default=1, help="machines: 1")
+    parser.add_argument("--nodes", type=some, default=1, help="machines (default: 1)")
     parser.add_argument(
-        "--gpus", type=arguments.within(int, 0), help="of a node: 8; 0 with the embedded engine, a plan for this CPU"
+        "--gpus",
+        type=arguments.within(int, 0),
+        help="GPUs of a machine (default: 8, or 0 with the embedded engine: a plan for this CPU)",
     )
-    parser.add_argument("--memory-gib", type=arguments.within(float, 1), default=80, help="of a GPU: 80")
-    parser.add_argument("--tokens", type=some, help="on a CPU: a response's, in the mean; rollout.max_new_tokens")
-    parser.add_argument("--prompt", type=some, help="on a CPU: a prompt's, in the mean; 128, or data.prompt.max_tokens")
+    parser.add_argument("--memory-gib", type=arguments.within(float, 1), default=80, help="of a GPU (default: 80)")
+    parser.add_argument("--tokens", type=some, help="on a CPU: a response's mean (default: rollout.max_new_tokens)")
+    parser.add_argument("--prompt", type=some, help="on a CPU: a prompt's mean (default: 128, or prompt.max_tokens)")
     parser.set_defaults(log_level="warning")  # what the measured models log is no part of the plan
     given = parser.parse_intermixed_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
@@ -33,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             prompt = given.prompt or min(128, config.data.prompt.max_tokens)
             fits = on_cpu(host.HostPlan(config, prompt, given.tokens or config.rollout.max_new_tokens), console)
         else:
-            world, memory = given.nodes * gpus, int(given.memory_gib * GIB)
+            world = given.nodes * gpus
+            memory = int(given.memory_gib * GIB)
             fits = on_gpus(Case(given.config, tuple(given.overrides), world, memory), console)
     if not fits:
         sys.exit(1)

@@ -148,7 +148,8 @@ class HostPlan:
 
 def describe(plan: HostPlan) -> Iterator[str | Table]:
     """The plan's memory as it is printed."""
-    config, memory = plan.config, plan.memory()
+    config = plan.config
+    memory = plan.memory()
     yield (
         f"{parameter_count(plan.architecture) / 1e6:,.3g} million parameters, {config.model.dtype}; a CPU, "
         f"{torch.get_num_threads()} threads, {host_bytes() / GIB:.1f} GiB of memory; {plan.responses} responses of "
@@ -164,7 +165,8 @@ def describe(plan: HostPlan) -> Iterator[str | Table]:
 
 def told(plan: HostPlan) -> str:
     """The time of an iteration and of the run, in words, after some seconds of measuring."""
-    config, seconds = plan.config, plan.seconds()
+    config = plan.config
+    seconds = plan.seconds()
     total = sum(seconds.values())
     each = ", ".join(f"{phase} {value:.3g} s" for phase, value in seconds.items())
     whole = spelt(total * config.train.iterations)

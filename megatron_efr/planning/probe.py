@@ -123,7 +123,8 @@ def _policy(model: ModelConfig, work: Work) -> tuple[float, float, float]:
 
 
 def _packed(policy: Policy, work: Work, count: int) -> list[PackedBatch]:
-    rng, vocab = np.random.default_rng(count), policy.architecture.vocab
+    rng = np.random.default_rng(count)
+    vocab = policy.architecture.vocab
     samples = [
         Sample(rng.integers(0, vocab, work.prompt + work.response), work.prompt, {"advantage": np.ones(work.response)})
         for _ in range(count)

@@ -17,7 +17,7 @@ def fill_advantages(
     sum_over_replicas: Callable[[torch.Tensor], torch.Tensor],
     backend: Backend = "torch",
 ) -> None:
-    """Make of column `advantage`, which is the method's or the algorithm's, what the loss reads.
+    """Turn column `advantage` [R], the method's or the algorithm's, into what the loss reads.
 
     Less the KL to go, if the KL is in the reward, and whitened over every trained token of the iteration, on all
     replicas together. Old and reference log-probs must be there for the KL.

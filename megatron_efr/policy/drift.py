@@ -66,7 +66,8 @@ def version_lags(batch: PackedBatch, version: int) -> torch.Tensor:
 
 def drift_sums(batch: PackedBatch, version: int) -> dict[str, float]:
     """A micro-batch's part of `drift_figures`, of the tokens that an engine drew: sums, and maxima for `_max`."""
-    columns, log_rho = batch.columns, _log_rho(batch)
+    columns = batch.columns
+    log_rho = _log_rho(batch)
     lags = version_lags(batch, version)
     drawn = lags >= 0
     difference = log_rho.abs().double().cpu()

@@ -28,7 +28,8 @@ def checkpoint_log_probs(folder: Path, checkpoint: Path, ids: list[list[int]], r
     The model is `folder`'s; its weights are the Megatron checkpoint's, read by Megatron's own loader.
     """
     # the model as a checkpoint has it, in one process
-    model, parallel = ModelConfig(path=str(folder)), ParallelConfig()
+    model = ModelConfig(path=str(folder))
+    parallel = ParallelConfig()
     architecture = Architecture.from_folder(folder)
     config = transformer_config(model, architecture, parallel)
     [built] = build_models(config, architecture, parallel, engine_layers(model), ranks.device)

@@ -102,7 +102,8 @@ class HeadRows:
     def given(self, objective: Objective) -> PolicyRows:
         """Columns that the loss reads beside log-probs, as the kernels take them."""
         columns = self.batch.columns
-        old, behaviour = columns["old_logprob"], columns.get("behaviour_logprob")
+        old = columns["old_logprob"]
+        behaviour = columns.get("behaviour_logprob")
         return PolicyRows(
             old=old if behaviour is None else behaviour,
             advantages=columns["advantage"],
@@ -113,7 +114,7 @@ class HeadRows:
         )
 
     def policy_loss(self, objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of `Objective` and its figures, for what each token's log-prob gives alone: logits exist once.
+        """Scalar loss of `Objective`, and figures, by tokens' log-probs alone: logits exist once.
 
         The weight's gradient goes into its `main_grad` in this pass, for the factor promised, if
         that is fp32.

@@ -65,7 +65,9 @@ def as_means(figures: dict[str, float]) -> dict[str, float]:
 
 
 def sequence_policy_loss(objective: Objective, rows: HeadRows) -> tuple[torch.Tensor, Metrics]:
-    """The loss of ratios that a whole sequence has (GSPO, Zheng et al. 2025): log-probs first, then their gradients.
+    """Scalar loss of ratios of whole sequences (GSPO, Zheng et al. 2025), and its figures.
+
+    Log-probs [R] come first, then their gradients.
 
     The backward pass makes the logits again, from the log of their sum that the first pass kept.
     """
@@ -107,12 +109,12 @@ def _nothing(slope: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def supervised_loss(rows: HeadRows) -> tuple[torch.Tensor, Metrics]:
-    """Negative log-likelihood of the response tokens."""
+    """Scalar loss: minus the weighted log-probs [R] of the response tokens."""
     value = -(rows.batch.columns["weight"] * rows.logprobs()).sum()
     return value, {"loss": value.detach()}
 
 
 def weighted_likelihood(rows: HeadRows) -> tuple[torch.Tensor, Metrics]:
-    """Minus the log-probs of the response tokens, each times its advantage and weight, both constants."""
+    """Scalar loss: minus log-probs [R], each times its advantage and weight, both constants."""
     columns = rows.batch.columns
     return -(columns["weight"] * columns["advantage"] * rows.logprobs()).sum(), {}

@@ -104,7 +104,9 @@ def transformer_config(model: ModelConfig, architecture: Architecture, parallel:
     if (factor := architecture.rotary.attention_factor) != 1:
         # Megatron's own attention looks for these, which no configuration has, and takes 1 + 0.1 mscale ln(scaling)
         named: Any = config
-        named.yarn_rotary_scaling_factor, named.yarn_mscale, named.yarn_mscale_all_dim = math.e, 10 * (factor - 1), 0.0
+        named.yarn_rotary_scaling_factor = math.e
+        named.yarn_mscale = 10 * (factor - 1)
+        named.yarn_mscale_all_dim = 0.0
     return config
 
 
@@ -165,7 +167,8 @@ def build_models(
         )
         # Megatron computes Llama 3's scaling with one set of constants, and YaRN only for what its own checkpoints need
         model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture.rotary, architecture.head_dim).to(device)
-        model.local_attention, model.attention_factor = not engine, architecture.rotary.attention_factor
+        model.local_attention = not engine
+        model.attention_factor = architecture.rotary.attention_factor
         _mark_split_weights(model)
         if device.type == "cuda":
             model.cuda()

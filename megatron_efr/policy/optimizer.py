@@ -119,7 +119,7 @@ class Optimizer:
         self._on_device = False
 
     def restore(self) -> None:
-        """Undo `offload`: the same state, and gradients that are zero."""
+        """Undo `offload`: the same state, gradients zero. RuntimeError if nothing was offloaded."""
         if self._on_device:
             raise RuntimeError("restore: gradients and optimizer state have not been offloaded; they are in place")
         for chunk in self._chunks:
@@ -149,7 +149,8 @@ class Optimizer:
             }
 
     def load_sharded_state(self, state: dict[str, Any]) -> None:
-        parts, saved = self.megatron.chained_optimizers, self._in_our_form(state["state"])
+        parts = self.megatron.chained_optimizers
+        saved = self._in_our_form(state["state"])
         by_part = [saved] if len(parts) == 1 else [saved[i] for i in range(len(parts))]
         tensors = [resumable.set_aside(part, mine) for part, mine in zip(parts, by_part, strict=True)]
         with cpu.cuda_type_names():

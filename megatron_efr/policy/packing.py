@@ -52,7 +52,8 @@ def _branch_samples(of: Sample, response: Response, advantages: FloatArray, begi
     for (at, answer), advantage in zip(response.answers, advantages, strict=True):
         start = of.prompt_length + at
         own = Sample(np.array(answer.tokens, np.int32), 0, _columns(answer, advantage))
-        prompt, columns = start, own.columns
+        prompt = start
+        columns = own.columns
         if beginnings:
             begun = {name: values[:at] for name, values in _columns(response, advantage).items()}
             prompt = of.prompt_length
@@ -75,7 +76,8 @@ def _columns(response: Response, advantage: float | FloatArray, weight: Array | 
 
     Tokens that a script forced weigh nothing, and no weights drew what it wrote.
     """
-    count, written = len(response.tokens), [part for part in response.parts if part.ending in ("forced", "chosen")]
+    count = len(response.tokens)
+    written = [part for part in response.parts if part.ending in ("forced", "chosen")]
     made: dict[str, Array] = {"engine_logprob": response.logprobs, "advantage": np.full(count, advantage, np.float64)}
     if weight is not None:
         made["weight"] = weight

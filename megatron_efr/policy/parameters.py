@@ -30,7 +30,10 @@ class Parameters:
         ranks: Ranks,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        self._chunks, self._mapping, self._ranks, self._bucket_bytes = chunks, mapping, ranks, bucket_bytes
+        self._chunks = chunks
+        self._mapping = mapping
+        self._ranks = ranks
+        self._bucket_bytes = bucket_bytes
         self._local = [pair for chunk in chunks for pair in self._named(cast(PolicyModel, unwrap_model(chunk)))]
         self._reshards: dict[Kind, Reshard] = {}
 
@@ -61,7 +64,7 @@ class Parameters:
                     group.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def copies(self) -> list[torch.Tensor]:
-        """A copy of every local parameter, in host memory."""
+        """A copy of every local parameter, in its shape and type, in host memory."""
         self.finish_gather()
         return [parameter.detach().to("cpu", copy=True) for _, parameter in self._local]
 

@@ -85,7 +85,8 @@ class Policy:
         self._kernels, reason = choose_backend(model.kernels)
         if ranks.is_main:
             log.info(f"kernels: {self._kernels} ({reason})")
-        last, vocab = _unwrapped(self.chunks[-1]), self.architecture.vocab
+        last = _unwrapped(self.chunks[-1])
+        vocab = self.architecture.vocab
         self._head = build_head(last, vocab, model.head_chunk_tokens, ranks, temperature, self._kernels)
         # each sequence divides into 2 chunks per context rank, a context rank's slice over the sequence-parallel ones
         self._sequence_multiple = 2 * parallel.context if parallel.context > 1 else 1
@@ -219,10 +220,7 @@ class Policy:
         return context.own_rows(batch, self.ranks.context_rank, self.ranks.context_ranks)
 
     def compare_logprobs(self, batches: list[PackedBatch], version: int = 0) -> dict[str, float]:
-        """Distance of log-probs of the same tokens, over all replicas: `drift_figures`.
-
-        `version` is the policy's: tokens that older weights drew are told apart.
-        """
+        """`drift_figures` over all replicas; tokens of weights older than `version` are told apart."""
         own = batches if self.ranks.context_rank == 0 else []  # the others know the same
         sums = [drift_sums(batch, version) for batch in own if batch.indices]
         return drift_figures(self._over_replicas(_combine(sums)))
@@ -310,17 +308,14 @@ class Policy:
         return self.parameters.parcels(flat=flat, everywhere=everywhere)
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, whole tensor) pairs on rank 0, one bucket in memory at a time; elsewhere empty tensors.
+        """(Hugging Face name, whole tensor) pairs on rank 0, bucket by bucket; empty tensors elsewhere.
 
-        All ranks iterate together. If nothing is split the tensors are views of the live
-        parameters.
+        All ranks iterate together. If nothing is split the tensors are views of the parameters.
         """
         return (pair for parcel in self.parcels() for pair in parcel.tensors)
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Like `named_weights`, of what the last update's backward pass left (after clipping, if
-        that is on).
-        """
+        """Like `named_weights`, of the last update's gradients, clipped if that is on."""
         self.optimizer.gather_gradients()
         return (pair for parcel in self.parameters.parcels("gradients") for pair in parcel.tensors)
 
@@ -352,8 +347,7 @@ class Policy:
     def offload_training_state(self) -> None:
         """Gradients and optimizer state leave the device, for an engine that shares it; weights can still be read.
 
-        Log-probs, publication and a checkpoint need no more. RuntimeError if they have left
-        already.
+        Log-probs, publication and a checkpoint need no more. RuntimeError if they left already.
         """
         self.parameters.finish_gather()
         self.optimizer.offload()
@@ -365,7 +359,7 @@ class Policy:
     # -- the initial model --------------------------------------------------------------------------------------------
 
     def check_initial_model(self, saved: Mapping[str, str], source: str) -> None:
-        """Refuse a checkpoint that was trained from another initial model: the KL would refer to the wrong one."""
+        """UserError for a checkpoint of another initial model: the KL would refer to it."""
         if saved["sha256"] != self.initial_model["sha256"]:
             raise UserError(
                 f"{source}: was trained from {saved['path']} (SHA-256 {saved['sha256'][:12]}...), and model.path = "
@@ -397,8 +391,8 @@ def _only_logprobs(rows: HeadRows) -> tuple[torch.Tensor, Metrics]:
 
 def _combine(figures: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Sums, or maxima for names that end in `_max`, in a fixed order."""
-    names = sorted({name for figure in figures for name in figure})
-    return {
-        name: (max if name.endswith("_max") else math.fsum)([float(f[name]) for f in figures if name in f])
-        for name in names
-    }
+    combined: dict[str, float] = {}
+    for name in sorted({name for figure in figures for name in figure}):
+        values = [float(figure[name]) for figure in figures if name in figure]
+        combined[name] = max(values) if name.endswith("_max") else math.fsum(values)
+    return combined

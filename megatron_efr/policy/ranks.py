@@ -161,7 +161,8 @@ class Ranks:
         except RuntimeError as error:
             if self.is_main:  # it waited for nothing: another rank has gone
                 raise
-            waited, limit = time.monotonic() - began, self.wait_limit.total_seconds()
+            waited = time.monotonic() - began
+            limit = self.wait_limit.total_seconds()
             why = "the limit is parallel.wait_limit_s" if waited >= 0.99 * limit else "rank 0 has gone"
             raise UserError(f"rank {self.rank} waited {waited:.0f} s for {what} of rank 0: {why} ({error})") from error
 
@@ -188,13 +189,13 @@ class Ranks:
         return {name: max(own[name] for own in everyone if name in own) for name in names}
 
     def sum_over_replicas(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` summed over data-parallel replicas, in place."""
+        """Sum `tensor`, of any shape, over data-parallel replicas, in place; a collective."""
         if self.replicas > 1:
             dist.all_reduce(tensor, group=self.data_group)
         return tensor
 
     def from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The last pipeline stage's `tensor`, on every stage (CPU tensors of one shape), over gloo."""
+        """The last stage's `tensor` on every stage: CPU tensors alike in shape, over gloo."""
         if self.pipeline_ranks > 1:
             source = dist.get_process_group_ranks(self.cpu_pipeline)[-1]
             dist.broadcast(tensor, src=source, group=self.cpu_pipeline)

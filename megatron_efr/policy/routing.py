@@ -81,7 +81,8 @@ class RoutingReplay:
     """The routers of this rank's chunks, told what to choose for the micro-batch at hand."""
 
     def __init__(self, config: TransformerConfig, chunks: Sequence[PolicyModel], ranks: Ranks) -> None:
-        self._ranks, self._slices = ranks, ranks.tensor_ranks if config.sequence_parallel else 1
+        self._ranks = ranks
+        self._slices = ranks.tensor_ranks if config.sequence_parallel else 1
         selected = config.recompute_granularity == "selective" and "moe" in (config.recompute_modules or [])
         self._recomputes = config.recompute_granularity == "full" or selected
         self._routers = {chunk: _take_charge(chunk) for chunk in chunks}

@@ -42,7 +42,7 @@ def flatten(samples: Sequence[Sample]) -> list[torch.Tensor]:
 
 
 def unflatten(flat: Sequence[torch.Tensor]) -> list[Sample]:
-    """The samples that `flatten` was given."""
+    """The samples that `flatten` was given, from its tensors on the CPU."""
     sizes = flat[0].tolist()
     tokens = flat[1].split([size[0] for size in sizes])
     routed = flat[2].split([max(size[2], 0) for size in sizes])

@@ -58,6 +58,7 @@ class EngineGroup:
         end with the last reference to the group, and that not before what is being sent has failed or been taken. So
         nobody but this object may refer to the group or its work, and ranks that take nothing must leave as well.
         """
-        group, self._group = self._group, None
+        group = self._group
+        self._group = None
         self._sending.clear()
         distributed_c10d._abort_process_group(group)

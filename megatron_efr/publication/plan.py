@@ -114,7 +114,8 @@ class Plan:
             for name, shard in held[rank].shards.items():
                 holders.setdefault((name, held[rank].tensor_rank), rank)
                 shards.setdefault(name, shard)
-        entries, whole = [], mapping.shapes()
+        entries = []
+        whole = mapping.shapes()
         for name in mapping.parameters():
             positions = range(mapping.tensor_ranks if mapping.is_sharded(name) else 1)
             missing = [p for p in positions if (name, p) not in holders]
@@ -156,7 +157,8 @@ def _divide(entries: Sequence[Entry], limit: int) -> Iterator[Bucket]:
     for entry in entries:
         if bucket and size + entry.nbytes > limit:
             yield Bucket(tuple(bucket))
-            bucket, size = [], 0
+            bucket = []
+            size = 0
         bucket.append(entry)
         size += entry.nbytes
     yield Bucket(tuple(bucket))

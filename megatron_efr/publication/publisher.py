@@ -195,8 +195,12 @@ class Publisher:
         verify_every: int,
         restart: Callable[[Sequence[str]], None] = lambda urls: None,
     ) -> None:
-        self._transport, self._engines, self._cpu_world = transport, engines, cpu_world
-        self._make_check, self._verify_every, self._restart = check, verify_every, restart
+        self._transport = transport
+        self._engines = engines
+        self._cpu_world = cpu_world
+        self._make_check = check
+        self._verify_every = verify_every
+        self._restart = restart
         self._check: Check | None = None  # rank 0's, of the publication that is going on
         self._published = 0
         self._clean = False

@@ -47,7 +47,10 @@ class Reshard:
     """
 
     def __init__(self, plan: Plan, mapping: WeightMapping, group: dist.ProcessGroup, main: int = 0) -> None:
-        self.plan, self._mapping, self._group, self._main = plan, mapping, group, main
+        self.plan = plan
+        self._mapping = mapping
+        self._group = group
+        self._main = main
         self._shapes = mapping.shapes()
         self._rank = dist.get_rank()
         self._member = main in dist.get_process_group_ranks(group)
@@ -120,7 +123,8 @@ class Reshard:
         raw = memory.take(self.plan.room(bucket, self._main))
         room = self._room(bucket, raw, local if not flat or bucket.is_at(self._main) else None)
         beside = raw[bucket.nbytes :]
-        operations, shards = [], {}
+        operations = []
+        shards = {}
         for holder, entries in bucket.messages(self._main).items():
             for entry in entries:
                 if entry.lands:

@@ -69,10 +69,12 @@ class EngineLayout:
         """The place of an expert's matrix in SGLang's parameter on a CPU, with its zeros; None if
         it is not one.
         """
-        experts, match = self.architecture.experts, self._expert(name)
+        experts = self.architecture.experts
+        match = self._expert(name)
         if experts is None or match is None:
             return None
-        number, down = int(match[2]), match[3] == "down"
+        number = int(match[2])
+        down = match[3] == "down"
         missing = -experts.ffn % (_CPU_MULTIPLE * self.ranks)
         wide = torch.nn.functional.pad(tensor, (0, missing) if down else (0, 0, 0, missing)) if missing else tensor
         slices = list(wide.chunk(self.ranks, dim=1 if down else 0))
@@ -81,7 +83,8 @@ class EngineLayout:
         return ExpertPart(f"{match[1]}w13_weight", 2 * number + (match[3] == "up"), 2 * experts.count, slices)
 
     def _expert(self, name: str) -> re.Match[str] | None:
-        experts, match = self.architecture.experts, _EXPERT.fullmatch(name)
+        experts = self.architecture.experts
+        match = _EXPERT.fullmatch(name)
         return match if experts and match and int(match[2]) < experts.count else None
 
     def _slice(self, target: str, parts: dict[str, torch.Tensor], rank: int) -> torch.Tensor:

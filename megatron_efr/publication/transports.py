@@ -114,7 +114,9 @@ class Broadcast:
     everywhere = False
 
     def __init__(self, engines: Engines | None, address: str, backend: str, limit_s: float = 600.0) -> None:
-        self._engines, self._address, self._backend = engines, address, backend
+        self._engines = engines
+        self._address = address
+        self._backend = backend
         self._limit = timedelta(seconds=limit_s)
         self._group: EngineGroup | None = None
 
@@ -158,7 +160,8 @@ class Broadcast:
         An engine may wait in a broadcast for rank 0, and rank 0 for one that refused its part.
         """
         if self._group is not None:
-            group, self._group = self._group, None
+            group = self._group
+            self._group = None
             assert self._engines is not None
             leaving = self._engines.leave_group(group.name)
             group.leave()
@@ -171,7 +174,9 @@ class Disk:
     everywhere = False
 
     def __init__(self, engines: Engines | None, folder: Path, template: Path) -> None:
-        self._engines, self._folder, self._template = engines, folder, template
+        self._engines = engines
+        self._folder = folder
+        self._template = template
         self._files = 0
 
     def prepare(self, parcel: Parcel) -> Parcel:
@@ -201,7 +206,8 @@ def encode(parcel: Parcel) -> tuple[str, str | None]:
     load_format = _load_format(parcel)
     if parcel.flat is None:
         return _pickled([(name, _own(tensor)) for name, tensor in parcel.tensors]), load_format
-    described, start = [], 0
+    described = []
+    start = 0
     for name, tensor in parcel.tensors:
         end = start + tensor.nbytes
         fields = {"name": name, "shape": tensor.shape, "dtype": tensor.dtype, "numel": end - start}

@@ -39,7 +39,8 @@ def differences(values: Mapping[str, Sequence[float]], reference: str, compariso
     found = {}
     for name, own in samples.items():
         if name != reference:
-            value, half = float(own.mean() - base.mean()), reach * math.sqrt(1 / len(own) + 1 / len(base))
+            value = float(own.mean() - base.mean())
+            half = reach * math.sqrt(1 / len(own) + 1 / len(base))
             found[name] = Difference(value, value - half, value + half)
     return found
 

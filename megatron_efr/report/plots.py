@@ -203,7 +203,8 @@ def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
     """Mean over `reach` neighbours on either side, fewer at the ends; [n] -> [n]."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     centre = np.arange(len(values))
-    low, high = np.maximum(centre - reach, 0), np.minimum(centre + reach + 1, len(values))
+    low = np.maximum(centre - reach, 0)
+    high = np.minimum(centre + reach + 1, len(values))
     return (sums[high] - sums[low]) / (high - low)
 
 
@@ -254,7 +255,8 @@ def save(
             axis.set_axis_off()
         if key:
             handles = [Line2D([], [], color=hue, marker="o", markersize=5) for _, hue in key]
-            texts, wide = [text for text, _ in key], min(len(key), 4 * columns)
+            texts = [text for text, _ in key]
+            wide = min(len(key), 4 * columns)
             figure.legend(handles, texts, loc="outside lower center", ncols=wide, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path.with_suffix(".png"), format="png", dpi=200)

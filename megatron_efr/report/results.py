@@ -92,7 +92,8 @@ class Results:
         if len(found) == 1:
             return Spread(found[0]["value"], found[0]["low"], found[0]["high"])
         values = [each["value"] for each in found]
-        middle, reach = fmean(values), stdev(values)
+        middle = fmean(values)
+        reach = stdev(values)
         return Spread(middle, middle - reach, middle + reach)
 
     def draw(
@@ -103,10 +104,11 @@ class Results:
         `alt` is what a screen reader says; `saved` goes to `plots.save`: `columns`, and a `key` of models.
         """
         plots.save(drawn, self.out / name, size, **saved)
-        return [
-            (title, Markup(plots.svg(draw, size, f"{name}{i}", self.hues, f"{title}: {alt}" if title else alt)))
-            for i, (title, draw) in enumerate(drawn)
-        ]
+        shown: list[tuple[str, Markup]] = []
+        for i, (title, draw) in enumerate(drawn):
+            text = f"{title}: {alt}" if title else alt
+            shown.append((title, Markup(plots.svg(draw, size, f"{name}{i}", self.hues, text))))
+        return shown
 
     def key(self, models: Sequence[Record]) -> list[tuple[str, str]]:
         """A legend's entries: label and name."""

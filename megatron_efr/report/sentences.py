@@ -192,7 +192,8 @@ def chosen_problems(names: Sequence[str], evaluations: Mapping[str, Record]) -> 
     tables = {name: {row["id"]: row for row in evaluations[name]["rows"]} for name in names if name in evaluations}
     if not tables:
         return []
-    who, (first, *others) = next(iter(tables)), tables.values()
+    who = next(iter(tables))
+    first, *others = tables.values()
     shared = [row for id, row in first.items() if all(id in table for table in others)]
     if not shared:
         return []

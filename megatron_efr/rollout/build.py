@@ -144,8 +144,8 @@ def _check_router(model: ModelConfig, engines: EnginesConfig, penalties: bool = 
         )
     if engines.router and model.routing == "replay":
         raise ConfigError(
-            "rollout.router: sglang-router does not pass on the wish for routed experts, which model.routing: replay "
-            "needs; leave router out"
+            "rollout.router: sglang-router does not pass on that routed experts are asked for, which "
+            "model.routing: replay needs; leave router out"
         )
 
 

@@ -84,8 +84,12 @@ class Driver:
         self.parts: list[Part] = []
         self.branches: list[Branch] = []
         self.order: Order | None = None
-        self._steps, self._sampling, self._codec = steps, sampling, codec
-        self._left, self._tail, self._prompt = sampling.max_new_tokens, "", prompt
+        self._steps = steps
+        self._sampling = sampling
+        self._codec = codec
+        self._left = sampling.max_new_tokens
+        self._tail = ""
+        self._prompt = prompt
         self._take(next(steps))
 
     @property
@@ -102,7 +106,8 @@ class Driver:
     def done(self, tokens: Sequence[int] | IntArray, ending: Ending, met: int | None = None) -> None:
         """The order to draw or to write is carried out: the response has these tokens, without `met`, which is held
         back."""
-        part, text = self._note(len(tokens), ending), ""
+        part = self._note(len(tokens), ending)
+        text = ""
         if isinstance(self._step, Draw | Take):
             self._left -= part.end - part.start
             text = self._decoded(tokens[part.start :]) if isinstance(self._step, Draw) and self._step.told else ""

@@ -137,7 +137,10 @@ class Ledger:
     ) -> None:
         self.seconds = 0.0  # that it took to produce the groups handed over last
         self.refused = 0  # while these were produced
-        self._prompts, self._accept_in, self._production, self._config = prompts, accept_in, production, config
+        self._prompts = prompts
+        self._accept_in = accept_in
+        self._production = production
+        self._config = config
         self._seed, self._last, self._ask = seed, last, ask or self._ask_plainly
         self._in_flight: dict[int, InFlight] = {}  # by the request's seed, in the order in which they were drawn
         self._drawing = threading.Lock()  # a checkpoint must not see a prompt that has left the stream and is nowhere
@@ -151,7 +154,8 @@ class Ledger:
         After an error of the engine it can be called again: it asks for what is not in the journal yet.
         """
         # what was begun in the background, or what is begun now
-        begun, self._begun = self._begun or self._begin(step, journals), None
+        begun = self._begun or self._begin(step, journals)
+        self._begun = None
         finished, self.refused, self.seconds = begun()
         # the late ones first, then the first to be complete
         late = [seed for seed in self._in_flight if seed in self._due(step)]
@@ -228,7 +232,9 @@ class Ledger:
         began = time.perf_counter()
         # after a kill the journal has some of them already
         held = {group.seed: group for group in journal.read().groups}
-        judge, accepted, refused = Judge(accept, self._judging), dict[int, Rewarded](), 0
+        judge = Judge(accept, self._judging)
+        accepted = dict[int, Rewarded]()
+        refused = 0
         try:
             # judge what is finished, ask for what is missing, replace what is refused
             while not self._suffice(step, accepted.keys()):

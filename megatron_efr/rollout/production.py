@@ -40,7 +40,8 @@ class Production:
         self.closed = False
         self._sampling = sampling
         self._turn = Turn()
-        self._feed, self._stream = Feed(), None
+        self._feed = Feed()
+        self._stream = None
         self._in_flight: set[int] = set()
 
     _stream: GroupStream | None
@@ -62,7 +63,7 @@ class Production:
         """
         with self._turn.decoding(self):
             if self.closed or self._stream is None:
-                raise RuntimeError("rollouts were asked of a production that is closed, or has nothing to do")
+                raise RuntimeError("the feed of groups is closed, or nothing was asked of it")
             try:
                 group = next(self._stream, None)
             except EngineError:

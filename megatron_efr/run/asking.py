@@ -29,7 +29,10 @@ class Asking:
     def __init__(
         self, config: TrainConfig, method: Method, tokenizer: PreTrainedTokenizerBase, known: Callable[[], Known]
     ) -> None:
-        self._config, self._method, self._known, self._tokenizer = config, method, known, tokenizer
+        self._config = config
+        self._method = method
+        self._known = known
+        self._tokenizer = tokenizer
 
     def request(self, visit: ledger.Visit) -> Request:
         """The request of a visit: its prompt with the method's suffix, scripts and note."""

@@ -80,9 +80,11 @@ class Environment:
         # refuse before work starts: too long prompts, and what the method needs and lacks
         asked = [*rendered.prompts, *(self.evaluator.prompts if self.evaluator and watches else ())]
         check_prompts(asked, config.rollout.max_new_tokens, architecture.max_positions, "rollout.max_new_tokens")
-        self._config, self._codec = config, TokenizerCodec(tokenizer)
+        self._config = config
+        self._codec = TokenizerCodec(tokenizer)
         self._method, self._algorithm = method, algorithm
-        rollout, marks = config.rollout, thinking_marks(config.model.thinking, tokenizer)
+        rollout = config.rollout
+        marks = thinking_marks(config.model.thinking, tokenizer)
         given = Given(rollout.engine, abilities, marks, config.train.iterations)
         check_given(config.method.name, method.needs, given)
         if method.samplings.reference:
@@ -153,7 +155,8 @@ class Environment:
 
     def _reference(self, samples: int, folder: RunFolder, model: str) -> ByPrompt:
         """The starting model's responses: another run's, if they are configured, or this run's own."""
-        sampler, given = self._sampler(model, self._prompts, self._judgings), self._config.data.reference
+        sampler = self._sampler(model, self._prompts, self._judgings)
+        given = self._config.data.reference
         if given and not folder.reference.exists():
             sampler.check(Path(given), samples)
             write_atomic(folder.reference, Path(given).read_bytes())

@@ -54,9 +54,12 @@ class Family:
     """
 
     def __init__(self, config: TrainConfig, members: Sequence[Member], ranks: int, resume: bool) -> None:
-        self.name, self.folder = config.name, RunFolder(config.folder)
+        self.name = config.name
+        self.folder = RunFolder(config.folder)
         self.logs = self.folder.path / "logs"
-        self._config, self._ranks, self._resume = config, ranks, resume
+        self._config = config
+        self._ranks = ranks
+        self._resume = resume
         self._members = members
 
     def tasks(self) -> list[Task]:

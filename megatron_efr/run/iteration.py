@@ -171,8 +171,11 @@ def check_skipped(skipped_in_a_row: int, limit: int, when: str, rollouts: Path |
 
 
 def _averaged(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    combine = {name: max if name.endswith("_max") else np.mean for name in updates[0]}
-    return {name: float(combine[name]([update[name] for update in updates])) for name in updates[0]}
+    averaged: dict[str, float] = {}
+    for name in updates[0]:
+        values = [update[name] for update in updates]
+        averaged[name] = float(max(values) if name.endswith("_max") else np.mean(values))
+    return averaged
 
 
 def _mean(values: np.ndarray) -> float:

@@ -113,7 +113,10 @@ class Phases:
         shared: bool,
         engine_bytes: int = 0,
     ) -> None:
-        self._publisher, self._engine, self._restarts, self._ranks = publisher, engine, restarts, ranks
+        self._publisher = publisher
+        self._engine = engine
+        self._restarts = restarts
+        self._ranks = ranks
         self._shared, self._engine_bytes = shared, engine_bytes
         self.state = State.SERVING
         if shared:
@@ -168,18 +171,21 @@ class Phases:
 
     def _release(self) -> None:
         self._restarts.hold()
-        free, engine = free_bytes(), self._engine
+        free = free_bytes()
+        engine = self._engine
         asleep = self._ranks.share(lambda: engine.sleep() if engine else 0, "the engines' release")
-        weights, freed = asleep * self._engine_bytes, 0
+        weights = asleep * self._engine_bytes
+        freed = 0
         for _ in range(WAITS):
             freed = self._ranks.total(free_bytes() - free)
             if is_freed(freed, weights):
                 return
             time.sleep(WAIT_S)
         raise UserError(
-            f"the engines were told to release their memory, and the GPUs have {freed / 2**30:.2f} GiB more free, "
-            f"where the engines' weights alone are {weights / 2**30:.2f} GiB: without its memory saver SGLang releases "
-            "nothing. Leave rollout.server.enable_memory_saver out (it is then true)"
+            "the engines were told to release their memory, and the GPUs have "
+            f"{freed / 2**30:.2f} GiB more free; the engines' weights alone are "
+            f"{weights / 2**30:.2f} GiB. Without its memory saver SGLang releases nothing: leave "
+            "rollout.server.enable_memory_saver out (it is then true)"
         )
 
 

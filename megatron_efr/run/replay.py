@@ -24,7 +24,10 @@ def replay(run: Run, file: Path, improve: Improve) -> None:
     iterations between are learnt from their own rollouts first, if all of them were kept: only then
     are these the run's numbers.
     """
-    config, ranks, folder, step = run.config, run.ranks, run.folder, step_of(file)
+    config = run.config
+    ranks = run.ranks
+    folder = run.folder
+    step = step_of(file)
     start = run.load(step - 1)
     between = [folder.rollouts_path(number) for number in range(start + 1, step)]
     if left_out := ranks.share(lambda: [path for path in between if not path.exists()]):

@@ -172,7 +172,9 @@ def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> I
     method, algorithm = check_configuration(config, arguments.world_size())
     keep_reference = algorithm.objective(config.rollout).needs_reference
     with joined_ranks(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
-        folder, environment, servers = RunFolder(config.folder), None, Servers()
+        folder = RunFolder(config.folder)
+        environment = None
+        servers = Servers()
         if asks:
             claim = claimed(folder, written_out(config), resume, lambda tree: written_out(validate(TrainConfig, tree)))
             ranks.on_main(lambda: resources.enter_context(claim))

@@ -57,8 +57,12 @@ class Sampler:
         seed: int,
         asked: Mapping[str, Any],
     ) -> None:
-        self._prompts, self._sampling, self._seed = prompts, sampling, seed
-        self._grader, self._judgings, self._asked = grader, judgings, dict(asked)
+        self._prompts = prompts
+        self._sampling = sampling
+        self._seed = seed
+        self._grader = grader
+        self._judgings = judgings
+        self._asked = dict(asked)
 
     def reference(self, engine: Engine, samples: int, path: Path) -> ByPrompt:
         """`samples` responses of the starting model, version 0, to every prompt; those that `path` holds are kept.
@@ -152,7 +156,8 @@ class SampledFile:
     """Responses by prompt, a line each, behind a first line that says how they were sampled (`described`)."""
 
     def __init__(self, path: Path, described: Mapping[str, Any]) -> None:
-        self._file, self._described = LineFile(path), json.loads(json.dumps(described))
+        self._file = LineFile(path)
+        self._described = json.loads(json.dumps(described))
         self._begun = False
 
     def append(self, prompt: Prompt, sampled: Sampled) -> None:

@@ -84,7 +84,8 @@ def _follow(
 
     Programs are named in the order of `names`, whichever thread began its own first.
     """
-    limit, left = float("inf"), set(started)
+    limit = float("inf")
+    left = set(started)
     while left:
         done, left = wait(left, _POLL_S, FIRST_EXCEPTION)
         for each in done:
@@ -104,12 +105,15 @@ class Programs:
 
     def __init__(self, logs: Path) -> None:
         self.ending = self.killed = False
-        self._logs, self._running, self._lock = logs, dict[str, "subprocess.Popen[str]"](), threading.Lock()
+        self._logs = logs
+        self._running = dict[str, "subprocess.Popen[str]"]()
+        self._lock = threading.Lock()
 
     def end(self, number: signal.Signals) -> set[str]:
         """Send a signal to those that run, whose names it returns, and let no other begin."""
         with self._lock:
-            self.ending, self.killed = True, number == signal.SIGKILL
+            self.ending = True
+            self.killed = number == signal.SIGKILL
             for process in self._running.values():
                 process.send_signal(number)  # does nothing if it has ended
             return {name for name, process in self._running.items() if process.poll() is None}

@@ -31,7 +31,8 @@ class Watch:
         return [f"iteration {step}: {said}" for said in found if said]
 
     def _cut_off(self, step: int, metrics: Mapping[str, float]) -> str:
-        key, cut = f"rollout.max_new_tokens = {self._limit}", metrics["truncated"]
+        key = f"rollout.max_new_tokens = {self._limit}"
+        cut = metrics["truncated"]
         if cut == 1.0:
             return (
                 f"all responses were cut off at {key}, so that all count as wrong and nothing can be learnt; raise the "
@@ -63,7 +64,8 @@ class Watch:
             return ""
         if self._start is None:
             self._start = entropy
-        before, self._strayed = self._strayed, self._where(entropy, self._start)
+        before = self._strayed
+        self._strayed = self._where(entropy, self._start)
         if self._strayed in ("", before):
             return ""
         change = f"the entropy is {entropy:.3g}, and was {self._start:.3g} at the start"

@@ -217,7 +217,8 @@ class Forks(Kind):
 
     def steps(self, sample: int) -> Steps:
         done = yield Draw("thought" if self.end else "response", max(self.at) if self.ended else None, self.until)
-        thought, has_ended = done.part.end, done.part.ending == "until"
+        thought = done.part.end
+        has_ended = done.part.ending == "until"
         if has_ended:
             yield Draw("answer")
         if reached := tuple(at for at in self.at if at <= thought):

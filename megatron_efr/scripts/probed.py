@@ -122,7 +122,8 @@ class Deer(Kind):
             done = yield Draw("thought", left, (*pauses, *self.leaves, self.end))
             if done.part.ending == "stop":
                 return
-            thought, tries = done.part.end, tries + 1
+            thought = done.part.end
+            tries = tries + 1
             if done.part.ending == "length" or done.met not in self.pauses:
                 break
             if self.most is not None and thought >= self.most - self.near:

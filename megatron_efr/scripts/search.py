@@ -76,8 +76,10 @@ class VgSearch(Kind):
         return False
 
     def steps(self, sample: int) -> Steps:
-        scorer, rounds = scorer_of(self.scorer), self.iterations or max(1, 12 // self.every)
-        active, ended = [_Beam()] * self.beams, list[tuple[float, _Beam]]()
+        scorer = scorer_of(self.scorer)
+        rounds = self.iterations or max(1, 12 // self.every)
+        active = [_Beam()] * self.beams
+        ended = list[tuple[float, _Beam]]()
         for number in range(rounds):
             for _ in range(self.every - 1 if number else 0):
                 active = yield from self._grow(active, self.ends)

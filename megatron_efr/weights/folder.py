@@ -37,7 +37,7 @@ class TensorSource(ABC):
     def __getitem__(self, name: str) -> torch.Tensor: ...
 
     def items(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every (name, tensor), in the order in which weights are sent."""
+        """Every (Hugging Face name, whole tensor), in the order in which weights are sent."""
         return ((name, self[name]) for name in self.shapes)
 
 
@@ -126,7 +126,8 @@ class RandomWeights(TensorSource):
 
     def __init__(self, architecture: Architecture, seed: int) -> None:
         super().__init__(architecture)
-        self.seed, self.std = seed, architecture.initializer_range
+        self.seed = seed
+        self.std = architecture.initializer_range
 
     def __getitem__(self, name: str) -> torch.Tensor:
         shape = self.shapes[name]

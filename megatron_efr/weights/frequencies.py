@@ -25,7 +25,9 @@ def inverse_frequencies(rotary: Rotary, head_dim: int) -> torch.Tensor:
 
 
 def _llama3(rotary: Rotary, plain: torch.Tensor) -> torch.Tensor:
-    low, high, turns = rotary.low_freq_factor, rotary.high_freq_factor, 2 * math.pi / plain
+    low = rotary.low_freq_factor
+    high = rotary.high_freq_factor
+    turns = 2 * math.pi / plain
     scaled = torch.where(turns > rotary.original_positions / low, plain / rotary.factor, plain)
     smooth = (rotary.original_positions / turns - low) / (high - low)
     between = (1 - smooth) * scaled / rotary.factor + smooth * scaled
@@ -36,8 +38,10 @@ def _llama3(rotary: Rotary, plain: torch.Tensor) -> torch.Tensor:
 def _yarn(rotary: Rotary, base: torch.Tensor, head_dim: int) -> torch.Tensor:
     low, high = (_dimension(rotary, turns, head_dim) for turns in (rotary.beta_fast, rotary.beta_slow))
     if rotary.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, head_dim - 1)
     if low == high:
         high += 0.001
     ramp = torch.clamp((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low), 0, 1)

@@ -92,11 +92,16 @@ class GGUFFile:
         return stored
 
     def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor's numbers in `dtype`, dequantised in float32. Memory: the tensor, and 4 M numbers in float32."""
-        stored, gguf = self.tensors[name], package()
+        """A tensor in `dtype` and its own shape, dequantised in float32 by parts of 4 M numbers.
+
+        UserError for numbers that are not finite.
+        """
+        stored = self.tensors[name]
+        gguf = package()
         kind = gguf.GGMLQuantizationType[stored.kind]
         out = torch.empty(stored.shape, dtype=dtype)
-        rows, step = out.view(stored.rows, -1), max(1, _CHUNK // stored.shape[-1])
+        rows = out.view(stored.rows, -1)
+        step = max(1, _CHUNK // stored.shape[-1])
         with self.path.open("rb", buffering=0) as file:
             file.seek(stored.start)
             for part in rows.split(step):
@@ -111,7 +116,9 @@ class _Header:
     """A cursor over the header; every length is checked against what the file still has."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
-        self._path, self._file, self._size = path, file, os.fstat(file.fileno()).st_size
+        self._path = path
+        self._file = file
+        self._size = os.fstat(file.fileno()).st_size
 
     @property
     def position(self) -> int:

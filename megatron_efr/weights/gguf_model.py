@@ -46,7 +46,7 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
     kind = file.metadata.get("general.architecture")
     if kind not in ARCHITECTURES:
         raise UserError(
-            f"{file.path}: general.architecture {kind!r} is not imported; imported are {', '.join(ARCHITECTURES)}"
+            f"{file.path}: general.architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
     # the metadata of this architecture
     own = {key.removeprefix(f"{kind}."): value for key, value in file.metadata.items() if key.startswith(f"{kind}.")}
@@ -98,7 +98,7 @@ def _refuse_unknown(fields: Fields, head_dim: int) -> None:
     for key, value in fields.values.items():
         if key in fixed:
             if value != fixed[key]:
-                raise fields.refusal(key, f"{value!r} is not imported; imported is {fixed[key]!r}")
+                raise fields.refusal(key, f"{value!r} is not supported; supported: {fixed[key]!r}")
         elif key not in _READ | _NEUTRAL:
             raise fields.refusal(key, f"{repr(value)[:80]} is not known, and may change what the model computes")
 
@@ -107,12 +107,12 @@ def _scaling(file: GGUFFile, fields: Fields, config: dict[str, Any]) -> dict[str
     kind = fields.values.get("rope.scaling.type", "none")
     if FACTORS in file.tensors:
         if kind != "none":
-            raise fields.refusal("rope.scaling.type", f"{kind!r} beside {FACTORS} is not imported")
+            raise fields.refusal("rope.scaling.type", f"{kind!r} beside {FACTORS} is not supported")
         return _llama3(file, config)
     if kind == "none":
         return None
     if kind not in _SCALINGS:
-        raise fields.refusal("rope.scaling.type", f"{kind!r} is not imported; imported are {', '.join(_SCALINGS)}")
+        raise fields.refusal("rope.scaling.type", f"{kind!r} is not supported; supported: {', '.join(_SCALINGS)}")
     values = {
         "factor": fields.number("rope.scaling.factor"),
         "original_max_position_embeddings": fields.count(
@@ -171,7 +171,8 @@ class GGUFWeights(TensorSource):
                 f"metadata; missing {some(missing)}, unexpected {some(extra)}"
             )
         for stored, name in names.items():
-            found, wanted = self._file.tensors[stored].shape, self.shapes[name]
+            found = self._file.tensors[stored].shape
+            wanted = self.shapes[name]
             if found != wanted:
                 raise UserError(f"{self._file.path}: {stored} is {list(found)}, the metadata make it {list(wanted)}")
 

@@ -214,7 +214,8 @@ class WeightMapping:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The whole shape of Megatron parameter `name`, over all tensor-parallel ranks; not of grouped experts."""
-        row, shapes = self._row(name), self._shapes
+        row = self._row(name)
+        shapes = self._shapes
         rows = self.padded_vocab if row.split == "vocab" else sum(shapes[source][0] for source in row.hugging_face)
         return (rows, *shapes[row.hugging_face[0]][1:])
 
@@ -223,7 +224,7 @@ class WeightMapping:
         return self._row(name).split
 
     def to_megatron(self, name: str, tensors: Mapping[str, torch.Tensor], rank: int) -> torch.Tensor:
-        """Tensor-parallel rank `rank`'s shard of parameter `name`, from whole Hugging Face tensors."""
+        """Shard of parameter `name` for tensor-parallel rank `rank`, from whole tensors."""
         row = self._row(name)
         parts = [tensors[source] for source in row.hugging_face]
         return TO_MEGATRON[row.split](self._cut, parts, rank)

@@ -94,7 +94,8 @@ def _linear(rope: Fields, config: Fields) -> dict[str, Any]:
 
 
 def _llama3(rope: Fields, config: Fields) -> dict[str, Any]:
-    factor, low = _factor(rope), rope.number("low_freq_factor")
+    factor = _factor(rope)
+    low = rope.number("low_freq_factor")
     return {
         "factor": factor,
         "original_positions": _original(rope, config),
@@ -104,7 +105,8 @@ def _llama3(rope: Fields, config: Fields) -> dict[str, Any]:
 
 
 def _yarn(rope: Fields, config: Fields) -> dict[str, Any]:
-    factor, slow = _factor(rope), rope.number("beta_slow", 1.0)
+    factor = _factor(rope)
+    slow = rope.number("beta_slow", 1.0)
     fast = rope.number("beta_fast", 32.0)
     if fast < slow:
         raise rope.refusal("beta_fast", f"{fast:g} is less than beta_slow {slow:g}")

@@ -323,15 +323,15 @@ NORM, FACTORS = "output_norm.weight", "rope_freqs.weight"
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"metadata": {"general.architecture": "gemma3"}}, "general.architecture 'gemma3' is not imported; imported"),
+        ({"metadata": {"general.architecture": "gemma3"}}, "general.architecture 'gemma3' is not supported; supported"),
         ({"metadata": {"llama.block_count": None}}, "the metadata lacks llama.block_count"),
         (
             {"metadata": {"llama.block_count": 3}},
             "the tensors are not those of a llama model of its metadata; missing blk.2",
         ),
-        ({"metadata": {"llama.expert_count": 8}}, "llama.expert_count: 8 is not imported; imported is 0"),
+        ({"metadata": {"llama.expert_count": 8}}, "llama.expert_count: 8 is not supported; supported: 0"),
         ({"metadata": {"llama.logit_scale": 2.0}}, "llama.logit_scale: 2.0 is not known"),
-        ({"metadata": {"llama.rope.scaling.type": "longrope"}}, "llama.rope.scaling.type: 'longrope' is not imported"),
+        ({"metadata": {"llama.rope.scaling.type": "longrope"}}, "llama.rope.scaling.type: 'longrope' is not supported"),
         (
             {"metadata": {"llama.feed_forward_length": 32}},
             "blk.0.ffn_gate.weight is [96, 64], the metadata make it [32",
@@ -342,7 +342,7 @@ NORM, FACTORS = "output_norm.weight", "rope_freqs.weight"
         ({"tensors": {FACTORS: np.linspace(1, 8, 8, dtype=np.float32)}}, "rope_freqs.weight holds other numbers than"),
         ({"kinds": {"0.ffn_up.weight": "TQ2_0"}}, "blk.0.ffn_up.weight is quantised as TQ2_0; read are F32, F16, BF16"),
         ({"tokenizer": {"pre": "viking"}}, "tokenizer.ggml.pre 'viking' is a way to cut text that is not known"),
-        ({"tokenizer": {"model": "llama"}}, "tokenizer.ggml.model 'llama' is not imported; imported is 'gpt2'"),
+        ({"tokenizer": {"model": "llama"}}, "tokenizer.ggml.model 'llama' is not supported; supported: 'gpt2'"),
         ({"tokenizer": {"merges": None}}, "the metadata lacks tokenizer.ggml.merges"),
         ({"tokenizer": {"merges": ["qq q"]}}, "tokenizer.ggml.merges do not belong to tokenizer.ggml.tokens"),
         ({"tokenizer": {"eos_token_id": 999}}, "tokenizer.ggml.eos_token_id 999 is none of the 288 tokens"),

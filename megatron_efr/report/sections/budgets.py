@@ -18,7 +18,8 @@ def build(results: Results) -> dict[str, Any] | str:
     # budgets that every record has; the limit is one of them
     records = [record for model in results.models for record in results.records(model)]
     measured = [{n for n in record.get("measures", {}) if n.startswith(_PREFIX)} for record in records]
-    names = {int(n.removeprefix(_PREFIX)): n for n in (set.intersection(*measured) if measured else ())}
+    shared = set.intersection(*measured) if measured else set[str]()
+    names = {int(name.removeprefix(_PREFIX)): name for name in shared}
     limits = {record.get("protocol", {}).get("max_new_tokens") for record in records}
     if len(limits) == 1 and None not in limits:
         names[limits.pop()] = "accuracy"

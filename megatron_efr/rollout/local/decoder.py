@@ -132,7 +132,9 @@ class Decoder:
         self._inverse_frequencies = inverse_frequencies(a.rotary, a.head_dim).to(device)
 
     def _layer(self, prefix: str) -> _Layer:
-        a, attention, mlp = self.architecture, prefix + "self_attn.", prefix + "mlp."
+        a = self.architecture
+        attention = prefix + "self_attn."
+        mlp = prefix + "mlp."
         bias = [f"{attention}{x}_proj.bias" for x in "qkv"]
         feed_forward = [f"{mlp}experts.{e}." for e in range(a.experts.count)] if a.experts else [mlp]
         return _Layer(

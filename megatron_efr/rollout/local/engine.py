@@ -115,7 +115,8 @@ class LocalEngine:
     def health(self) -> dict[str, float]:
         """Since the last call: tokens, seconds spent decoding, tokens per second, mean rows decoded in a step."""
         with self._core.turn.changing():
-            tally, self._core.tally = self._core.tally, Tally()
+            tally = self._core.tally
+            self._core.tally = Tally()
         return {
             "tokens": float(tally.tokens),
             "seconds": tally.seconds,

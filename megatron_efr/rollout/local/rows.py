@@ -68,7 +68,8 @@ class Entry:
     def response(self, decode: Callable[[tuple[int, ...]], str]) -> Response:
         """The response that the row has become."""
         end = self.length - self.prompt
-        tokens, spans = tuple(self.tokens[self.prompt : self.length].tolist()), self.row.spans
+        tokens = tuple(self.tokens[self.prompt : self.length].tolist())
+        spans = self.row.spans
         ends = [start for _, start in spans[1:]] + [end]
         versions = tuple(VersionSpan(v, start, end) for (v, start), end in zip(spans, ends, strict=True))
         driver = self.row.driver
@@ -103,7 +104,8 @@ class Rows:
         self.penalised = np.zeros(count, dtype=bool)
         self.tokens = np.zeros((count, 0), dtype=np.int64)
         self.logprobs = np.zeros((count, 0), dtype=np.float32)
-        self._stop_ids, self._temperature = list(sampling.stop_ids), sampling.temperature
+        self._stop_ids = list(sampling.stop_ids)
+        self._temperature = sampling.temperature
         self._kinds: dict[tuple[int, ...], int] = {}
         self._effect = np.zeros((1, vocab), dtype=np.int8)  # [kind, token]
 
@@ -133,9 +135,11 @@ class Rows:
 
     def take_out(self, index: int) -> Entry:
         """A row as it would be added again; it still is in the batch."""
-        row, prompt = self[index], int(self.prompt[index])
+        row = self[index]
+        prompt = int(self.prompt[index])
         end = int(self.length[index]) + row.driver.holds
-        tokens, logprobs = self.tokens[index, :end].copy(), self.logprobs[index, prompt:end].copy()
+        tokens = self.tokens[index, :end].copy()
+        logprobs = self.logprobs[index, prompt:end].copy()
         return Entry(row, tokens, logprobs)
 
     def move(self, source: int, target: int) -> None:
@@ -182,7 +186,8 @@ class Rows:
 
     def follow(self, index: int) -> None:
         """Tell row `index`'s script that its order is over, and begin what it orders then, as `obey` does."""
-        row, token = self[index], int(self.tokens[index, self.length[index] - 1])
+        row = self[index]
+        token = int(self.tokens[index, self.length[index] - 1])
         effect = self._effect[self.kind[index], token]
         if isinstance(row.driver.order, Writing):
             self._done(index, row.driver.order.ending)

@@ -76,7 +76,8 @@ class Stream(Iterator[Group]):
 
     def _step(self, tally: Tally) -> None:
         """One token for every active row."""
-        n, padded = self._rows.active, round_up(self._rows.active, ROWS)
+        n = self._rows.active
+        padded = round_up(self._rows.active, ROWS)
         self._rows.length[n:padded] = 1  # rows that only fill up the batch
         rows = np.arange(padded)
         positions = self._rows.length[:padded] - 1

@@ -27,8 +27,12 @@ class ServerProcess:
         environment: Mapping[str, str],
         stop_s: float,
     ) -> None:
-        self.name, self.url, self.log = name, url, folder / f"{name}.log"
-        self._command, self._environment, self._stop_s = list(command), dict(environment), stop_s
+        self.name = name
+        self.url = url
+        self.log = folder / f"{name}.log"
+        self._command = list(command)
+        self._environment = dict(environment)
+        self._stop_s = stop_s
         self._starts = 0
         self.start()
 

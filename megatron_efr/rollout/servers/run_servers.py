@@ -65,7 +65,8 @@ def serving(
     if not seats:
         yield Servers(rollout.urls, os.environ.get(KEY))
         return
-    address, key = _address(host, cpu_world), _from_rank_0(secrets.token_hex(32), cpu_world)
+    address = _address(host, cpu_world)
+    key = _from_rank_0(secrets.token_hex(32), cpu_world)
     # a host's first rank starts the host's servers
     with ExitStack() as resources:
         urls: list[str] = []
@@ -92,7 +93,8 @@ def _start(
     launcher: Launcher, model: ModelConfig, rollout: RolloutConfig, seed: int, host: Host, address: str
 ) -> list[str]:
     """This host's servers, ready: their addresses."""
-    on_gpu, seats = torch.cuda.is_available(), host.seats(rollout)
+    on_gpu = torch.cuda.is_available()
+    seats = host.seats(rollout)
     if on_gpu and seats[-1][-1] >= torch.cuda.device_count():
         raise ConfigError(
             f"rollout.engines: {len(seats)} engines x rollout.tp {rollout.tp} after {host.ranks} ranks need GPUs up to "

@@ -27,10 +27,15 @@ class Watch:
     """
 
     def __init__(self, servers: Sequence[ServerProcess], key: str, limits: TimeoutsConfig, restarts: int) -> None:
-        self._key, self._limits, self._restarts = key, limits, restarts
-        self._closed, self._allowed, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        self._key = key
+        self._limits = limits
+        self._restarts = restarts
+        self._closed = threading.Event()
+        self._allowed = threading.Event()
+        self._lock = threading.Lock()
         self._allowed.set()
-        self._servers, self._starting = servers, set[ServerProcess]()
+        self._servers = servers
+        self._starting = set[ServerProcess]()
         self._ended: set[ServerProcess] = set()  # by `restart`
         self._threads = [
             threading.Thread(target=self._keep, args=(server,), name=f"watch {server.name}", daemon=True)

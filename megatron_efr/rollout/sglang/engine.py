@@ -68,7 +68,8 @@ class SGLangEngine(ServerUpdates):
         self.architecture, self.bucket_bytes = architecture, bucket_bytes
         # more responses in flight than slots, so that no slot waits
         self.in_flight = max(1, int(AHEAD * slots * self.count))
-        self._shapes, self._codec = WeightMapping(architecture).shapes(), codec or NoText()
+        self._shapes = WeightMapping(architecture).shapes()
+        self._codec = codec or NoText()
         self._penalties = penalties
         self._streams: list[_Stream] = []
         # refuse servers that were started otherwise, before anything is asked of them
@@ -230,7 +231,8 @@ class _Stream(Iterator[Group]):
         """Drop what is unfinished; a thread that waits in `next` gets StopIteration."""
         self._closed = True
         self._done.put(None)
-        asked, self.asked = self.asked, {}
+        asked = self.asked
+        self.asked = {}
         self._engine._withdraw(asked)
 
     def _ask(self) -> None:
@@ -249,11 +251,13 @@ class _Stream(Iterator[Group]):
 
 def _buckets(weights: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """Tensors in their order, in lists of at most `size` bytes (or one tensor), given when the next list is begun."""
-    bucket, held = [], 0
+    bucket = []
+    held = 0
     for name, tensor in weights:
         if bucket and held + tensor.nbytes > size:
             yield bucket
-            bucket, held = [], 0
+            bucket = []
+            held = 0
         bucket.append((name, tensor.detach().cpu()))
         held += tensor.nbytes
     yield bucket

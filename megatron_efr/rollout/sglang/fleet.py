@@ -73,8 +73,10 @@ class Fleet:
         self.membership = Membership(self.servers, limits)
         self._loads = dict.fromkeys(self.servers, 0)
         self._rests_until = dict.fromkeys(self.servers, 0.0)
-        self._name, self._numbers = uuid.uuid4().hex[:12], itertools.count()
-        self._tally, self._busy_since = Tally(), 0.0
+        self._name = uuid.uuid4().hex[:12]
+        self._numbers = itertools.count()
+        self._tally = Tally()
+        self._busy_since = 0.0
 
     async def close(self) -> None:
         """Close the connections."""
@@ -161,7 +163,8 @@ class Fleet:
         return f"{self._name}-{next(self._numbers):012d}"
 
     async def _least_loaded(self) -> Server:
-        serving, now = await self.membership.settled_serving(), time.monotonic()
+        serving = await self.membership.settled_serving()
+        now = time.monotonic()
         rested = [server for server in serving if self._rests_until[server] <= now]
         return min(rested or serving, key=self._loads.__getitem__)
 
@@ -185,8 +188,10 @@ class Fleet:
 
     async def read_tally(self) -> Tally:
         """Counts of what was done since the last call."""
-        tally, self._tally = self._tally, Tally()
-        events, self.membership.events = self.membership.events, Events()
+        tally = self._tally
+        self._tally = Tally()
+        events = self.membership.events
+        self.membership.events = Events()
         tally.serving, tally.empty = len(self.membership.serving), len(self.membership.empty)
         tally.lost, tally.back = events.lost, events.back
         if any(self._loads.values()):

@@ -63,7 +63,8 @@ class Membership:
         self._failures = dict.fromkeys(servers, 0)  # since a publication that it took part in succeeded
         self._returning: set[Server] = set()
         self._losses = {server: asyncio.Event() for server in servers}
-        self._updates, self._settled = 0, asyncio.Event()
+        self._updates = 0
+        self._settled = asyncio.Event()
         self._settled.set()
         self._watches = [asyncio.create_task(self._watch(server)) for server in servers]
 
@@ -218,7 +219,8 @@ class Membership:
 
     async def _open_returning(self) -> list[Server]:
         """Wait until at least one server has come back."""
-        began, limit = time.monotonic(), self._limits.start_s
+        began = time.monotonic()
+        limit = self._limits.start_s
         log.warning(f"no engine answers: waiting up to rollout.timeouts.start_s = {limit:g} s for one to come back")
         while time.monotonic() - began < limit:
             await asyncio.sleep(min(self._limits.check_s, limit))

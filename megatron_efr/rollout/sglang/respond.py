@@ -69,12 +69,14 @@ class _Growing:
 
     async def draw(self, order: Drawing, sampling: Sampling, ask: Ask) -> None:
         """Have the model go on, first with a token that is held back."""
-        limit, ends = order.limit, (*sampling.stop_ids, *order.until)
+        limit = order.limit
+        ends = (*sampling.stop_ids, *order.until)
         if self._held is not None:
             token, logprob = self._held
             self._tokens.append(token)
             self._logprobs.append(logprob)
-            self._held, limit = None, limit - 1
+            self._held = None
+            limit = limit - 1
             if token in sampling.stop_ids or not limit:
                 self._end(sampling, ())
                 return

@@ -39,8 +39,12 @@ class RoutedFleet(Fleet):
         super().__init__(urls, key, limits)
         self._router = Router(process.url, self._session, limits)
         self._loads[self._router] = 0
-        self._key, self._limits, self._process, self._restarts = key, limits, process, restarts
-        self._usable, self._workers = False, set[str]()  # servers that the router chooses from
+        self._key = key
+        self._limits = limits
+        self._process = process
+        self._restarts = restarts
+        self._usable = False
+        self._workers = set[str]()  # servers that the router chooses from
         self._offered: dict[str, float] = {}
         self._broken = asyncio.Event()  # for all that is in work there now
         self._examination: asyncio.Future[Any] | None = None
@@ -102,7 +106,9 @@ class RoutedFleet(Fleet):
 
     async def _until_it_fails(self) -> str:
         """Watch it until something is wrong with it, and name that."""
-        began, missed, error = time.monotonic(), 0, "it never answered"
+        began = time.monotonic()
+        missed = 0
+        error = "it never answered"
         ready = False
         while (code := self._process.process.poll()) is None:
             self.membership.told.clear()
@@ -110,7 +116,9 @@ class RoutedFleet(Fleet):
                 settled = await self._tend()
             except EngineError as failure:
                 self._break()
-                settled, missed, error = False, missed + ready, str(failure)
+                settled = False
+                missed = missed + ready
+                error = str(failure)
             else:
                 missed, ready = 0, True
             if missed == MISSES or (not ready and time.monotonic() - began > self._limits.start_s):
@@ -132,11 +140,13 @@ class RoutedFleet(Fleet):
             if time.monotonic() - self._offered.get(url, -ADD_AGAIN_S) >= ADD_AGAIN_S:
                 self._offered[url] = time.monotonic()
                 await self._router.add(url, self._key)
-        self._usable, self._workers = True, set(names)
+        self._usable = True
+        self._workers = set(names)
         return self._workers == self.membership.serving_urls
 
     def _break(self) -> None:
         """Use it no more, for now, and have all that is in work there asked for again."""
-        self._usable, self._workers = False, set()
+        self._usable = False
+        self._workers = set()
         self._broken.set()
         self._broken = asyncio.Event()

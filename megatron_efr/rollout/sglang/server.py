@@ -56,7 +56,9 @@ class Server:
         self, url: str, session: aiohttp.ClientSession, limits: TimeoutsConfig, mixture: Architecture | None = None
     ) -> None:
         self.url = url.rstrip("/")
-        self._session, self._limits, self._mixture = session, limits, mixture
+        self._session = session
+        self._limits = limits
+        self._mixture = mixture
         self.released: set[str] = set()
         """Parts (WEIGHTS, CACHES) that it gave up; taking others ends it. Empty once restarted."""
 
@@ -80,7 +82,8 @@ class Server:
         answered = await self._post("/generate", body, "response_s")
         answer = _answer(answered, sampling, self.url)
         if self._mixture is not None:
-            encoded, read = answered["meta_info"]["routed_experts"], len(tokens) + answer.response.length - 1
+            encoded = answered["meta_info"]["routed_experts"]
+            read = len(tokens) + answer.response.length - 1
             try:
                 routed = decode_routing(encoded, read, self._mixture)
             except ValueError as error:
@@ -226,7 +229,8 @@ class Server:
                 text = await answer.text()
         except TimeoutError as error:
             if isinstance(error, aiohttp.ConnectionTimeoutError):
-                limit, seconds = "connect_s", self._limits.connect_s
+                limit = "connect_s"
+                seconds = self._limits.connect_s
             raise LostError(f"{self.url}{path}: no answer within rollout.timeouts.{limit} = {seconds:g} s") from error
         except aiohttp.ClientError as error:
             raise LostError(f"{self.url}{path}: {error or type(error).__name__}") from error

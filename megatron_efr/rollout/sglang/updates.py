@@ -82,7 +82,8 @@ class ServerUpdates:
         """
         if self._asleep:
             raise RuntimeError("the engine is asleep: wake() it before publish()")
-        self._version, self._updated_by = -1, threading.get_ident()
+        self._version = -1
+        self._updated_by = threading.get_ident()
         self._thread.run(self._membership.begin())
 
     def update_from_tensor(self, payloads: list[str], load_format: str | None) -> None:
@@ -164,7 +165,8 @@ class ServerUpdates:
             if served != str(version):
                 raise EngineError(f"{url}: serves version {served} after the publication of {version}")
         self._thread.run(self._ended(version))
-        self._version, self._updated_by = version, None
+        self._version = version
+        self._updated_by = None
 
     def checksums(self) -> list[dict[str, str]]:
         """Each server's checksums of its weights, by SGLang's own parameter names."""

@@ -58,7 +58,7 @@ def test_the_default_is_the_papers() -> None:
         ("dapo", {"overlong_tokens": 5000}, r"algorithm\.overlong_tokens: 5000 is more than a response may have"),
         ("grpo", {"deviation": "others"}, r"algorithm\.baseline: mean does not leave it out"),
         ("reinforce_plus_plus", {"deviation": "others"}, r"normalize: tokens looks at the whole batch"),
-        ("grpo", {"baseline": "none"}, r"normalize: group divides by a prompt's spread what has no baseline"),
+        ("grpo", {"baseline": "none"}, r"normalize: group divides by the spread of a prompt's rewards"),
         ("cispo", {"dual_clip": 3.0}, r"algorithm\.dual_clip: a ratio that only weighs has no minimum"),
         ("gspo", {"dual_clip": 3.0}, r"algorithm\.dual_clip: a sequence's ratio is clipped within"),
         (
