@@ -1,4 +1,4 @@
-"""What the tests share: one thread, tiny Qwen2 folders, ragged sequences, and a world of one rank."""
+"""Fixtures of all tests: one thread, tiny Qwen2 folders, ragged sequences, and a world of one rank."""
 
 from __future__ import annotations
 

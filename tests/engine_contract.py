@@ -1,4 +1,6 @@
-"""What any rollout engine must do, as a class of tests: subclass it, give the fixtures, inherit the tests."""
+"""Contract of rollout engines, as a class of tests: subclass it, give the fixtures, inherit the
+tests.
+"""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def model_tensors(config: Mapping[str, Any], folder: Path) -> dict[str, np.ndarr
 
 
 def llama3_divisors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray:
-    """What llama.cpp's converter writes beside a Llama 3: each frequency's divisor."""
+    """Divisors of frequencies, as llama.cpp's converter writes them beside a Llama 3."""
     divisors, positions = [], rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     for i in range(0, head_dim, 2):

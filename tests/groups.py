@@ -20,7 +20,7 @@ KNOWN = Known(
     reference={"p": Sampled((400, 600), (True, False))},
     marks=Marks("<think>", "</think>"),
 )
-"""What a method knows in its first iteration, of a prompt that the starting model gets half right."""
+"""Knowledge of a method in its first iteration; the starting model gets the prompt half right."""
 
 
 def response(length: int, finish: Finish = "stop", text: str = "", logprob: float = 0.0) -> Response:

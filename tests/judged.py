@@ -21,7 +21,7 @@ from tests.groups import KNOWN, graded, response
 VECTORS = json.loads((Path(__file__).parent / "data/method_vectors.json").read_text())
 C, L = [1, 0, 1, 1], [300, 900, 500, 120]
 NOTE = {"budget": 400, "exact": True, "level": "low"}
-"""What methods that tell a budget find again, beside the answers."""
+"""Note that methods which tell a budget find again, beside the answers."""
 REQUIRED: dict[str, dict[str, Any]] = {"efr": {"alpha": 0.2}, "gfpo": {"keep": 2}}
 """Options without which a method cannot be built for groups of four."""
 

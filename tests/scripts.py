@@ -95,7 +95,7 @@ def every_rule(said: Sequence[int], trial: float | None = None) -> tuple[Script,
 
 
 class Made(NamedTuple):
-    """What a script makes, as `Response` has it."""
+    """Product of a script, as `Response` has it."""
 
     tokens: list[int]
     logprobs: list[float]

@@ -66,7 +66,7 @@ def exact_logprobs(built: Qwen2ForCausalLM, prompt: Prompt, response: Response, 
 
 
 def differing(a: dict[str, tuple[Response, ...]], b: dict[str, tuple[Response, ...]]) -> tuple[int, int]:
-    """How many responses have other tokens, and how many log-probs other bits, among the prompts of `b`."""
+    """Numbers of responses with other tokens, and of log-probs with other bits, by prompts of `b`."""
     tokens = sum(x.tokens != y.tokens for id in b for x, y in zip(a[id], b[id], strict=True))
     bits = sum(
         p != q

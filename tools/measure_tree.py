@@ -33,7 +33,7 @@ HEADINGS = (
 
 
 class Size(NamedTuple):
-    """How long a function is; the longer one is the greater one."""
+    """Length of a function; the longer one is the greater one."""
 
     lines: int
     statements: int
@@ -41,7 +41,7 @@ class Size(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What one file, or all files of a tree, come to."""
+    """Totals of one file, or of all files of a tree."""
 
     lines: int
     statements: int

@@ -156,7 +156,7 @@ class Method(Section):
         return None
 
     def weights(self, group: Rewarded, known: Known) -> tuple[FloatArray, ...] | None:
-        """What each response's tokens weigh in the loss if the credits are the algorithm's; None: 1 each."""
+        """Weights of each response's tokens in the loss, if credits are the algorithm's; None: 1 each."""
         return None
 
     def learn(self, state: State, groups: Sequence[Rewarded], known: Known) -> State:

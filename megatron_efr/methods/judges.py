@@ -11,7 +11,7 @@ from megatron_efr.config.plugins import load_function
 from megatron_efr.types import Prompt
 
 Judge = Callable[[Prompt, Sequence[str]], Sequence[float]]
-"""How right each step of a thought is, 0 to 1, by the problem, with its gold answer, and the steps in their order."""
+"""Score each step of a thought, 0 to 1, from the problem with its gold answer and the steps."""
 
 GROUP = "megatron_efr.judges"
 """The entry points of third parties' judges."""

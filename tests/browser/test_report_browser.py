@@ -90,7 +90,7 @@ class Page:
         await self._session.close()
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """What the browser answers to a command."""
+        """The browser's answer to a command."""
         return self._loop.run_until_complete(asyncio.wait_for(self._send(method, parameters), 60))
 
     async def _send(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:

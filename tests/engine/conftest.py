@@ -1,4 +1,4 @@
-"""What the engine's tests share: one real SGLang server a session, in float32, with one thread."""
+"""Fixtures of the engine's tests: one real SGLang server a session, in float32, with one thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What SGLang's own loaders make of model folders on every tensor-parallel rank; its interpreter runs this alone.
+"""Model folders as SGLang's own loaders read them on every rank; its interpreter runs this alone.
 
 python tests/engine/loaded.py RANKS OUT FOLDER ...      OUT has FOLDER's name/rank/parameter
 """

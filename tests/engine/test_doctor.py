@@ -1,4 +1,6 @@
-"""What `efr doctor` says of real servers that run already, and of the router in their interpreter."""
+"""Findings of `efr doctor` on real servers that run already, and of the router in their
+interpreter.
+"""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(config: Path, record: str, *options: str, at: str | None = None, ends: int = 0) -> str:
-    """What the program printed; `at` is a moment of killed.py's."""
+    """Output of the program; `at` is a moment of killed.py's."""
     start = ["-m", "megatron_efr.evaluate"] if at is None else [str(KILLED), at, "evaluate"]
     command = [sys.executable, *start, str(config), "--record", record, *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""What goes wrong between the trainer and a real server: what is repeated, what is named, and what is served after."""
+"""Faults between the trainer and a real server: repeated, named, and what is served after."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a real SGLang server says of its tokens is what transformers says of them, also across publications."""
+"""Log-probs of a real SGLang server are those of transformers, also across publications."""
 
 from __future__ import annotations
 

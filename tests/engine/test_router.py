@@ -106,12 +106,12 @@ def test_whoever_asks_for_a_router_gets_one_and_leaves_none(
 
 
 def routers() -> int:
-    """How many this process runs."""
+    """Number of those that this process runs."""
     return sum("sglang::router" in process.cmdline() for process in psutil.Process().children(recursive=True))
 
 
 def answered(router: ServerProcess) -> list[int]:
-    """How many responses the router has had of each server."""
+    """Number of responses that the router has had of each server."""
     command = psutil.Process(router.process.pid).cmdline()
     port = command[command.index("--prometheus-port") + 1]
     with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as said:

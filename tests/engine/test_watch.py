@@ -64,7 +64,7 @@ def wait_until(holds: Callable[[], bool], seconds: float = 600) -> None:
 
 @pytest.fixture
 def said(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[str], bool]]:
-    """Whether a text was written to stderr since the test began; shown whole where the test fails."""
+    """True if a text was written to stderr since the test began; shown whole if the test fails."""
     lines: list[str] = []
 
     def holds(text: str) -> bool:
@@ -122,7 +122,7 @@ def test_a_server_that_is_killed_or_hangs_is_back_at_its_address_until_its_times
 
 
 class RefusedTwice(Broadcast):
-    """What the first two publications send is refused."""
+    """Refuse what the first two publications send."""
 
     begun = 0
 

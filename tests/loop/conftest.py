@@ -1,4 +1,6 @@
-"""What the loop's tests share: programs as real processes, a small task, a method that always rewards, a whole run."""
+"""Fixtures of the loop's tests: programs as real processes, a small task, a method that always
+rewards, a whole run.
+"""
 
 from __future__ import annotations
 
@@ -157,5 +159,5 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def state(folder: Path, step: int) -> dict[str, Any]:
-    """What a checkpoint keeps beside the weights."""
+    """State that a checkpoint keeps beside the weights."""
     return json.loads((folder / "checkpoints" / f"step_{step:06d}" / "state.json").read_text())

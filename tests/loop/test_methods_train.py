@@ -143,7 +143,7 @@ def _check_branches(name: str, groups: list[Credited], made: list[dict[str, Any]
 
 
 def _check_what_was_asked(name: str, groups: list[Credited]) -> None:
-    """What a method says to a prompt must be in what the model read, and in its responses."""
+    """Words of a method to a prompt must be in what the model read, and in its responses."""
     for group in (each.group for each in groups):
         if name in ("l1_exact", "l1_max"):
             assert f"{group.note['budget']};" in group.prompt.text

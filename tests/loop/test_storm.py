@@ -40,7 +40,7 @@ def compare_runs(run: Path, whole: Path) -> None:
 
 
 def compare_ahead(run: Path, whole: Path) -> None:
-    """When groups finish depends on the machine: no prompt is lost, none used twice, and that is promised."""
+    """No prompt is lost and none used twice, whenever groups finish: that is promised."""
     folder = RunFolder(run)
     assert [line["step"] for line in folder.read_metrics()] == list(range(1, ITERATIONS + 1))
     groups = [each.group for step in range(1, ITERATIONS + 1) for each in folder.read_rollouts(step)]

@@ -28,7 +28,7 @@ STEPS = 3
 
 
 class Case(NamedTuple):
-    """What is trained in a layout; the cases together cover every pair of values."""
+    """Training in a layout; the cases together cover every pair of values."""
 
     model: str
     objective: str
@@ -81,7 +81,7 @@ def folder(layout: str) -> str:
 
 
 def kind(layout: str) -> str:
-    """Which cases a layout runs: `expert=` (1 too) asks for the mixture of experts."""
+    """Cases that a layout runs: `expert=` (1 too) asks for the mixture of experts."""
     return "experts" if "expert" in layout else "dense"
 
 

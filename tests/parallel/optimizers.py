@@ -24,7 +24,7 @@ SAVED_AFTER, STEPS = 2, 3
 
 
 class Case(NamedTuple):
-    """What is trained: a layout, a precision, and how Megatron's DDP and optimizer are set up."""
+    """One training: a layout, a precision, and how Megatron's DDP and optimizer are set up."""
 
     layout: str
     dtype: Literal["float32", "bfloat16"]

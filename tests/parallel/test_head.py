@@ -1,4 +1,4 @@
-"""What the fused head writes is the gradient that Megatron would have had, of output layer, embedding and the rest."""
+"""Gradients of the fused head are those of Megatron, of output layer, embedding and the rest."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def measured(runs: Path, layout: str) -> list[dict[str, Any]]:
 
 
 def assert_same(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
-    """What was sampled to the last token, and what was computed from it to 1e-5."""
+    """Samples agree to the last token, and what was computed from them to 1e-5."""
     assert len(found) == len(wanted) == 2
     for mine, theirs in zip(found, wanted, strict=True):
         for key in ("tokens_total", "tokens_max", "accuracy", "reward_mean", "truncated"):

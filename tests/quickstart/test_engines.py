@@ -1,4 +1,6 @@
-"""What launch/quickstart.sh must show with --engine sglang, beside the embedded engine (from both summary.json)."""
+"""Figures of launch/quickstart.sh with --engine sglang, beside the embedded engine (from both
+summary.json).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one run of launch/quickstart.sh must show (read from its summary.json)."""
+"""Figures of one run of launch/quickstart.sh (read from its summary.json)."""
 
 from __future__ import annotations
 

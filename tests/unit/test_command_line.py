@@ -1,4 +1,4 @@
-"""How programs end: by Ctrl-C, into a pipe that nobody reads, on a full disk, with their launcher."""
+"""Ends of programs: by Ctrl-C, into a pipe that nobody reads, on a full disk, with their launcher."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def group() -> Credited:
 
 @pytest.fixture
 def ended(capsys: pytest.CaptureFixture[str]) -> Ended:
-    """What a program says as it ends with code 2."""
+    """The message of a program that ends with code 2."""
 
     def run(program: Callable[[Sequence[str] | None], None], *arguments_: object) -> str:
         with pytest.raises(SystemExit) as end:
@@ -160,7 +160,7 @@ def test_a_run_whose_latest_checkpoint_is_not_there_is_named(latest: bytes, tmp_
 
 
 def said(read: Callable[[Path], object], path: Path) -> str | None:
-    """What reading `path` says, where it refuses."""
+    """The refusal of reading `path`."""
     try:
         read(path)
     except UserError as error:

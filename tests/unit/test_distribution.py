@@ -47,7 +47,7 @@ def unpacked(source: Path) -> Path:
 
 
 def program(unpacked: Path, *words: str, folder: Path) -> str:
-    """What `efr WORDS` of the unpacked wheel prints in `folder`, the checkout being out of sight."""
+    """Output of the unpacked wheel's `efr WORDS` in `folder`, the checkout out of sight."""
     entry = configparser.ConfigParser()
     entry.read(next(unpacked.glob("*.dist-info")) / "entry_points.txt")
     module, function = entry["console_scripts"]["efr"].split(":")

@@ -1,4 +1,4 @@
-"""Who may import whom (design.md's table), and the house's limits on files and functions, checked on the source."""
+"""Rooms that may import each other, and limits on files and functions, checked on the source."""
 
 from __future__ import annotations
 

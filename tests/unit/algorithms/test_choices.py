@@ -1,4 +1,4 @@
-"""Which algorithm is taken and with which choices: names, defaults, refusals, masks, third parties."""
+"""Choice of an algorithm and its options: names, defaults, refusals, masks, third parties."""
 
 from __future__ import annotations
 

@@ -32,7 +32,9 @@ def recorded(place: Path, optimizer: str) -> dict[str, Any]:
 def test_a_checkpoint_resumes_to_the_bit_and_goes_on(
     written_by: Path, optimizer: str, ranks: Ranks, tmp_path: Path
 ) -> None:
-    """What is loaded is what was saved, to the bit. The updates after it round as this machine's processor does."""
+    """Loaded tensors are those that were saved, to the bit. The updates after it round as this
+    machine's processor does.
+    """
     if not (written_by / optimizer).is_dir():
         pytest.skip("recorded for the plain optimizer alone")
     shutil.copytree(written_by / optimizer, tmp_path / "run")

@@ -1,4 +1,6 @@
-"""Who runs where: ranks, engines, ports and environments for 1, 2 and 4 hosts of 8 GPUs, as the scripts print them."""
+"""Placement: ranks, engines, ports and environments for 1, 2 and 4 hosts of 8 GPUs, as the scripts
+print them.
+"""
 
 from __future__ import annotations
 
@@ -162,7 +164,7 @@ def test_engines_that_do_not_divide_over_hosts_are_refused() -> None:
 
 
 def dry_run(script: str, *arguments: str, **environment: str) -> list[str]:
-    """What a script prints, with variables set that an outer torchrun might leave behind."""
+    """Output of a script, with variables set that an outer torchrun might leave behind."""
     done = subprocess.run(
         ["bash", str(ROOT / "launch" / script), *arguments, "--dry-run"],
         env=os.environ | TORCHRUNS | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)} | environment,

@@ -37,7 +37,7 @@ PROGRAMS: dict[str, tuple[type[RunConfig], str]] = {
 
 
 def read(path: Path, text: str | bytes, program: str = "train", *overrides: str) -> str | None:
-    """What a program's start says of a configuration; None where it takes it."""
+    """The refusal of a configuration at a program's start; None if it is taken."""
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     try:
         config = load(PROGRAMS[program][0], path, overrides)

@@ -42,7 +42,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
 
 
 def read(path: Path, tokenizer: PreTrainedTokenizerBase, sft: bool = False, **options: Any) -> str | None:
-    """What stands in the way of the file's problems (or rows to learn from) as prompts; None where nothing does."""
+    """The refusal of the file's problems (or rows to learn from) as prompts; None if there is none."""
     prompt = PromptConfig(overlong="error", max_tokens=4096)
     try:
         if sft:

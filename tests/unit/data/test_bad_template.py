@@ -44,7 +44,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(folder: Path, template: Any, system: str | None = None, **prompt: Any) -> str | None:
-    """What is said of a folder with this chat template (a text, or what tokenizer_config.json has); None if nothing."""
+    """The refusal of a folder with this chat template (a text, or tokenizer_config.json's), or
+    None.
+    """
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     file.unlink(missing_ok=True)
     settings = {key: value for key, value in json.loads(config.read_text()).items() if key != "chat_template"}

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def distribution(folder: Path, name: str, number: str) -> None:
-    """What pip leaves behind of an installed distribution."""
+    """Files that pip leaves behind of an installed distribution."""
     info = folder / f"{name.replace('-', '_')}-{number}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")

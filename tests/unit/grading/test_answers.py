@@ -1,4 +1,6 @@
-"""Which answers are equal: pairs of gold and answer that public graders judge wrongly, and others of their kinds."""
+"""Equal answers: pairs of gold and answer that public graders judge wrongly, and others of their
+kinds.
+"""
 
 import json
 import os

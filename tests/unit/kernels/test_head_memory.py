@@ -1,4 +1,4 @@
-"""What the log-prob head takes beside its inputs on a CPU, measured in a process of its own."""
+"""Memory of the log-prob head beside its inputs on a CPU, measured in a process of its own."""
 
 from __future__ import annotations
 

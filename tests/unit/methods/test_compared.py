@@ -24,7 +24,7 @@ pytestmark = pytest.mark.alike
 
 
 def solved(*right: int, lengths: tuple[int, ...] = ()) -> Known:
-    """What is known of a prompt that the starting model got so right."""
+    """Knowledge of a prompt that the starting model got so right."""
     before = Sampled(lengths or (100,) * len(right), tuple(map(bool, right)))
     return KNOWN._replace(reference={"p": before})
 

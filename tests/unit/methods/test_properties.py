@@ -1,4 +1,4 @@
-"""What holds of every method: bounds, signs, what is said of it, and what is refused."""
+"""Properties of every method: bounds, signs, what is said of it, and what is refused."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ NOT_MONOTONE = {
     **dict.fromkeys(BRANCHING, "what it would have answered before decides"),
 }
 SAID = ["...\nFirst, 2", "...\n</think>\n4", "[Easy] 4", "[Hard] 4"]
-"""What responses say by which modes are told."""
+"""Texts of responses by which modes are told."""
 TEXTS = {
     "adapt_think": ["</think>4", "</think>4", "Alright</think>4", "Alright 4"],
     "thinkless": ["<short>4", "<think>2</think>4"],
@@ -92,7 +92,7 @@ TEXTS = {
 
 
 def knowns(name: str) -> list[Known]:
-    """What a method may meet: nothing known, and a history of which it makes use."""
+    """Knowledge that a method may meet: none, and a history of which it makes use."""
     if name == "experimental.memory_r":
         before = build(name).learn({}, rewarded(build(name), [(C, L), ([0, 0], [7, 80])]), KNOWN)
         near = KNOWN._replace(step=60, state={**before, "near": [-110.0, 0.0], "unlike": [0.0, 0.001]})
@@ -237,7 +237,7 @@ def test_every_method_says_what_it_is(name: str) -> None:
 
 
 def sections() -> dict[str, str]:
-    """What the pages of kinds say of each method, by its name."""
+    """Sections on each method in the pages of kinds, by its name."""
     kinds = [text for path, text in pages().items() if path.startswith("methods/")]
     parts = [part.partition("\n") for text in kinds for part in text.split("\n## ")[1:]]
     return {name: text for name, _, text in parts}

@@ -441,7 +441,7 @@ def test_easier_prompts_keep_fewer_responses() -> None:
 
 
 def learn_from(method: Method, knowledge: methods.Knowledge, first: int, last: int) -> list[np.ndarray]:
-    """What iterations `first` to `last` train on, of ever the same groups."""
+    """Credits of iterations `first` to `last`, of ever the same groups."""
     made = []
     for step in range(first, last + 1):
         if method.samplings.monitor:

@@ -1,4 +1,6 @@
-"""What a run tells: metrics with timings kept apart, plain lines without a terminal, a watchdog on what hangs."""
+"""Output of a run: metrics with timings kept apart, plain lines without a terminal, a watchdog on
+what hangs.
+"""
 
 import re
 import subprocess

@@ -83,7 +83,7 @@ def _worst_difference(path: Path, ranks: Ranks, longest: int) -> float:
 
 @pytest.mark.parametrize("family", ["llama3", "llama-linear", "qwen2-yarn", "qwen3-yarn"])
 def test_scaling_matters_at_these_lengths(family: str, tmp_path: Path) -> None:
-    """What the parity above shows of it: without the scaling these log-probs differ visibly."""
+    """The parity above shows it: without the scaling these log-probs differ visibly."""
     path = make_family_folder(tmp_path / "model", family)
     raw = json.loads((path / "config.json").read_text())
     model, sequence = AutoModelForCausalLM.from_pretrained(path), torch.arange(300)[None] % 61

@@ -171,7 +171,9 @@ def test_replay_removes_what_flipped_experts_add(engine: str, make: MakePolicy, 
 
 
 def _after_flip(one: Sample, other: Sample) -> torch.Tensor:
-    """Which response tokens are predicted at or behind a token that had other experts in the other's sequence."""
+    """Response tokens predicted at or behind a token that had other experts in the other's
+    sequence.
+    """
     assert one.routed_experts is not None
     assert other.routed_experts is not None
     flipped = (np.sort(one.routed_experts) != np.sort(other.routed_experts)).any((1, 2))

@@ -1,4 +1,4 @@
-"""What a publisher is refused for before anything is published."""
+"""Refusals of a publisher before anything is published."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from tests.families import make_family_folder
 
 
 def held(mapping: WeightMapping, source: FolderWeights, ranks: int) -> dict[int, Held]:
-    """What tensor-parallel ranks hold, from the folder itself."""
+    """Shards that tensor-parallel ranks hold, from the folder itself."""
     found = {}
     for rank in range(ranks):
         shards = {}

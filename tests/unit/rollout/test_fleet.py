@@ -1,4 +1,6 @@
-"""Where a fleet places groups, and which servers it trusts, without a server: the wire to each ends in the test."""
+"""Placement of groups by a fleet, and its trust in servers, without a server: the wire to each ends
+in the test.
+"""
 
 from __future__ import annotations
 

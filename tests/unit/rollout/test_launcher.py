@@ -65,7 +65,7 @@ def tree(tmp_path: Path) -> Iterator[Callable[[int], list[int]]]:
 
 
 def gone(pids: list[int]) -> bool:
-    """Whether all end within half a minute."""
+    """True if all end within half a minute."""
     for _ in range(300):
         if not any(map(runs, pids)):
             return True

@@ -72,7 +72,7 @@ class SayLength(Letters):
 
 
 class Loop:
-    """What the trainer does with the ledger, without training: publish, collect, publish, ..."""
+    """The trainer's calls of the ledger, without training: publish, collect, publish, ..."""
 
     def __init__(
         self,
@@ -233,7 +233,9 @@ def lengths(groups: list[Group]) -> np.ndarray:
 
 
 def drop_the_slow(engine: LocalEngine, requests: Iterator[Request], sampling: Sampling) -> Iterator[Group]:
-    """What is not to be done: ask for more prompts than needed, and abort those that are not among the first."""
+    """The wrong way: ask for more prompts than needed, and abort those that are not among the
+    first.
+    """
     while asked := list(islice(requests, 8)):
         stream: GroupStream = engine.generate(asked, sampling)
         yield from islice(stream, 4)

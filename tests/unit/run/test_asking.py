@@ -1,4 +1,4 @@
-"""What a method adds to its prompts: in the request as a run makes it, and refused at the start where it cannot be."""
+"""Additions of a method to its prompts: in a run's request, and refused at the start."""
 
 from __future__ import annotations
 

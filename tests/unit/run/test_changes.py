@@ -1,4 +1,6 @@
-"""Which folders a resumed run takes: an older version's config.yaml, which lacks keys, is the same configuration."""
+"""Folders that a resumed run takes: an older version's config.yaml, which lacks keys, is the same
+configuration.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ def resolved(tree: dict[str, Any]) -> str:
 
 
 def refused(folder: Path, held: dict[str, Any], ours: dict[str, Any]) -> str | None:
-    """Whether a run of `ours` may go on where `held` is the config.yaml."""
+    """True if a run of `ours` may go on if `held` is the config.yaml."""
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(held))
     return refusal(config, resolved(ours), True, resolved)

@@ -154,6 +154,6 @@ def test_engines_that_release_nothing_stop_the_run_and_the_memory_saver_is_named
     """Here there is no GPU whose memory could grow."""
     monkeypatch.setattr("megatron_efr.run.phases.WAIT_S", 0.0)
     with pytest.raises(
-        UserError, match=r"0\.00 GiB more free, .* are 3\.00 GiB: .*rollout\.server\.enable_memory_saver"
+        UserError, match=r"0\.00 GiB more free; .* are 3\.00 GiB\. .*rollout\.server\.enable_memory_saver"
     ):
         Phases(parts, parts, parts, ranks, shared=True, engine_bytes=3 * 2**30)

@@ -1,4 +1,6 @@
-"""What a run samples for its method: kept one by one, the same after a kill, shared, and refused by name."""
+"""Samplings of a run for its method: kept one by one, the same after a kill, shared, and refused by
+name.
+"""
 
 from __future__ import annotations
 

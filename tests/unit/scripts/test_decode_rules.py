@@ -212,7 +212,7 @@ def test_a_penalty_holds_for_the_first_tokens_of_each_thought() -> None:
 
 
 def test_servers_get_the_penalty_as_source() -> None:
-    """What they unpickle is a class that knows nothing of this package."""
+    """They unpickle a class that knows nothing of this package."""
     made = pickle.loads(bytes.fromhex(json.loads(processor())["callable"]))
     assert (made.__name__, made.__module__) == ("SwitchPenalty", "builtins")
     request = SimpleNamespace(origin_input_ids=[7], output_ids=[])

@@ -35,7 +35,7 @@ def serving(slots: int) -> LocalEngine:
 
 
 def said(prompt: Prompt) -> Sequence[int]:
-    """What the model says when it is just asked, greedily."""
+    """The model's greedy answer when it is just asked."""
     (group,) = serving(1).generate([plain(prompt, 1, 0)], Sampling(0.0, 1.0, 24, ()))
     return group.responses[0].tokens
 

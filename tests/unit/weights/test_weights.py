@@ -1,4 +1,6 @@
-"""Where the Hugging Face <-> Megatron mapping puts what; model folders: exact, and loud about what is wrong."""
+"""The Hugging Face <-> Megatron mapping, both ways; model folders: exact, and loud about what is
+wrong.
+"""
 
 from __future__ import annotations
 
