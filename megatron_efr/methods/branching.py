@@ -41,11 +41,14 @@ class Anytime(Branching):
         V1 = P(k >= s) sum over k < s of 2^k f_k / sum of 2^k,  V2 = mean R_s of the group
         A = f - mean f of the answers at the same budget,  of an answer; of `answers` 1 the group's mean at that budget
 
-    r = R_0. A thought that ends by itself is answered after its own end for all budgets that it does not reach; one
-    that ends the response is wrong at those. A wrong answer counts 0, and so does one that ends a thought once more; a
-    truncated response, whose thought was cut at the last budget, counts by its answers like any other. Nothing is
-    remembered. The answer that a response goes on to by itself is judged for the figures, and not trained on: the
-    source does not draw it. Its loss is a sum over tokens, divided by a constant: `algorithm.name: dr_grpo`.
+    r = R_0. A thought that ends by itself is answered after its own end for all budgets that it
+    does not reach; one that ends the response is wrong at those. A wrong answer counts 0, and so
+    does one that ends a thought once more; a truncated response, whose thought was cut at the last
+    budget, counts by its answers like any other. Nothing is remembered.
+
+    The answer that a response goes on to by itself is judged for the figures, and not trained on:
+    the source does not draw it. Its loss is a sum over tokens, divided by a constant:
+    `algorithm.name: dr_grpo`.
     """
 
     source = "Qi et al. 2025, arXiv 2505.13438; sail-sg/AnytimeReasoner@7e3f5bb verl/trainer/ppo/brpo.py"
@@ -193,11 +196,14 @@ class SGRPO(Branching):
         r = 1 / 2^(N - 1) of a right answer,  N = right ones so far, in order of their exits, the whole response last
         A = r - mean of the response and its exits
 
-    A wrong or truncated response, and a wrong answer at an exit, earn 0. A response without any right answer is left
-    out, with its exits. Nothing is remembered. Each response is a group with its own exits, so one for each prompt is
-    enough, as in the source (`algorithm: {name: grpo, baseline: none, normalize: none}`). An exit is trained on with
-    the thought up to it, but for the text that leaves it. The number of tokens of an answer is this project's. The
-    source averages over each sequence first: `algorithm.aggregate: sequence`.
+    A wrong or truncated response, and a wrong answer at an exit, earn 0. A response without any
+    right answer is left out, with its exits. Nothing is remembered. Each response is a group with
+    its own exits, so one for each prompt is enough, as in the source (`algorithm: {name: grpo,
+    baseline: none, normalize: none}`).
+
+    An exit is trained on with the thought up to it, but for the text that leaves it. The number of
+    tokens of an answer is this project's. The source averages over each sequence first:
+    `algorithm.aggregate: sequence`.
     """
 
     source = "Dai et al. 2025, arXiv 2505.07686, algorithm 1"
@@ -246,11 +252,14 @@ class JET(Branching):
         t = (lmax - l) / (lmax - lmin + 1e-8),  of the right ones of the group, shortened ones among them
         A = (r - mean) / (std + 1e-6) over all of them, sample deviation
 
-    A shortened response is a share of the thought, a text that stops it, and an answer; it is trained on whole, but for
-    that text, which the released code trains on too. A wrong or truncated response earns `form` at most. Nothing is
-    remembered. Lengths are drawn tokens. The released code takes lmin and lmax over the whole batch, and shares of a
-    response's characters; neither is copied. There an answer ends with the sentence of its box, and is made to stop
-    there; here it goes on to its own end. Source: 3 whole responses of each prompt, and 9 shortened ones.
+    A shortened response is a share of the thought, a text that stops it, and an answer; it is
+    trained on whole, but for that text, which the released code trains on too. A wrong or truncated
+    response earns `form` at most. Nothing is remembered. Lengths are drawn tokens.
+
+    The released code takes lmin and lmax over the whole batch, and shares of a response's
+    characters; neither is copied. There an answer ends with the sentence of its box, and is made to
+    stop there; here it goes on to its own end. Source: 3 whole responses of each prompt, and 9
+    shortened ones.
     """
 
     source = "Han et al. 2025, arXiv 2509.23392; JinyiHan99/Just-Enough-Think@89cf33e vllm_rollout_spmd.py, math.py"

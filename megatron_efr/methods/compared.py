@@ -21,12 +21,14 @@ class O1Pruner(Method):
         w = clip((mean l - l) / l + alpha (c - p), least, most),  mean l, p = over all responses of the prompt
         A = (w - mean w) / std w,  over the trained responses of all prompts, population deviation
 
-    The first `trained` responses of each prompt are trained on, which are as good as any, since all are drawn alike. A
-    wrong or truncated response has c = 0. Nothing is remembered. The run has one iteration, whose responses are the
-    starting model's, with all prompts in it (`rollout.prompts`) and as many updates as one pass over them is to have;
-    ratios are then to the starting model. The released code takes them of whole sequences, clipped at 0.2, without a
-    KL: `algorithm: {name: gspo, clip_low: 0.2, clip_high: 0.2}`. It draws 12 responses (`rollout.samples`); the paper
-    has alpha 2 and 5.
+    The first `trained` responses of each prompt are trained on, which are as good as any, since all
+    are drawn alike. A wrong or truncated response has c = 0. Nothing is remembered. The run has one
+    iteration, whose responses are the starting model's, with all prompts in it (`rollout.prompts`)
+    and as many updates as one pass over them is to have; ratios are then to the starting model.
+
+    The released code takes them of whole sequences, clipped at 0.2, without a KL: `algorithm:
+    {name: gspo, clip_low: 0.2, clip_high: 0.2}`. It draws 12 responses (`rollout.samples`); the
+    paper has alpha 2 and 5.
     """
 
     source = "Luo et al. 2025, arXiv 2501.12570; StarDewXXX/O1-Pruner@04c0863 construct_dataset.py, wsft/trainer.py"
@@ -73,12 +75,15 @@ class AdaptThink(Method):
 
         A = c - p_ref + delta [it does not think],  p_ref = share of right ones among the starting model's responses
 
-    Of a prompt's responses, `share` open with the mark that closes a thought, the others with `word`: tokens that are
-    trained on, with `share`, or what is left of 1, for the chance that they had. c = 0 for a wrong and for a truncated
-    response, and unless the closing mark stands in it exactly once, and the opening one not at all. Nothing is
-    remembered but p_ref, of `reference` responses before the first iteration, which the run keeps. The released loss
-    is PPO's clip on the ratio of whole sequences (`algorithm: {name: gspo, clip_low: 0.2, clip_high: 0.2}`), the
-    paper's on that of tokens (`algorithm: {name: grpo, kl: none}`).
+    Of a prompt's responses, `share` open with the mark that closes a thought, the others with
+    `word`: tokens that are trained on, with `share`, or what is left of 1, for the chance that they
+    had. c = 0 for a wrong and for a truncated response, and unless the closing mark stands in it
+    exactly once, and the opening one not at all. Nothing is remembered but p_ref, of `reference`
+    responses before the first iteration, which the run keeps.
+
+    The released loss is PPO's clip on the ratio of whole sequences (`algorithm: {name: gspo,
+    clip_low: 0.2, clip_high: 0.2}`), the paper's on that of tokens (`algorithm: {name: grpo, kl:
+    none}`).
     """
 
     source = "Zhang et al. 2025, arXiv 2505.13417; THU-KEG/AdaptThink@84cf948 adapt_think_reward_manager.py:172-211"

@@ -32,12 +32,15 @@ class LaserD(Method):
         target(band) = the least L of lowest, lowest + step, ... with floor(q cov(L)) >= 1,  q = 5, 2, 1 of high,
                        medium, low;  cov(L) = share of the band's right responses in the monitor set with l <= L
 
-    The monitor set is sampled before the first iteration and after every `every`. A band that has no response there, or
-    none short enough, has no target: each right answer of it gets the bonus, as in the released code, which takes the
-    longest response at hand. A truncated response has no answer, and no wrong one a bonus. Nothing is remembered but
-    the monitor set's responses, which the run keeps. The released code takes the share of all the band's responses
-    (`coverage: all`), so that the target of low is the longest of them, and cuts bands at <= 1/3 and <= 2/3 when it
-    looks at the monitor set: no difference for eight responses.
+    The monitor set is sampled before the first iteration and after every `every`. A band that has
+    no response there, or none short enough, has no target: each right answer of it gets the bonus,
+    as in the released code, which takes the longest response at hand. A truncated response has no
+    answer, and no wrong one a bonus. Nothing is remembered but the monitor set's responses, which
+    the run keeps.
+
+    The released code takes the share of all the band's responses (`coverage: all`), so that the
+    target of low is the longest of them, and cuts bands at <= 1/3 and <= 2/3 when it looks at the
+    monitor set: no difference for eight responses.
     """
 
     source = "Liu et al. 2025, arXiv 2505.15612; hkust-nlp/Laser@c9e7c4e count_length_distribution.py, ray_trainer.py"

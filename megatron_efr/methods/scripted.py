@@ -105,12 +105,14 @@ class LAPO(Plain):
                        and falls to 0 over `slope` tokens outside; 0 if both are equal, as for one right answer
         second stage:  r = c (1 + weight exp(-(l - N)^2 / (2 sigma^2))),  N = the prompt's target
 
-    The second stage begins with iteration `second_from`, and opens every response with a sentence that says N: the
-    median right length of the prompt's last visit in the first stage, or a smaller one since. A prompt without a target
-    has no such sentence, and the median of the group's right lengths for N. A wrong or truncated response earns 0. The
-    targets are remembered: a run that visits no prompt twice, or has fewer iterations, never meets one. The released
-    code weighs the second stage by 0.8, and gives every response of the first two rewards, which shifts all of them;
-    that is not copied.
+    The second stage begins with iteration `second_from`, and opens every response with a sentence
+    that says N: the median right length of the prompt's last visit in the first stage, or a smaller
+    one since. A prompt without a target has no such sentence, and the median of the group's right
+    lengths for N. A wrong or truncated response earns 0. The targets are remembered: a run that
+    visits no prompt twice, or has fewer iterations, never meets one.
+
+    The released code weighs the second stage by 0.8, and gives every response of the first two
+    rewards, which shifts all of them; that is not copied.
     """
 
     source = "Wu et al. 2025, arXiv 2507.15758; ZJU-REAL/LAPO@bd59dfd reward_func_stage1.py, reward_func_stage2.py"
