@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
@@ -178,8 +178,8 @@ class Stream(Iterator[Group]):
             for index in sorted(self._ended, reverse=True):
                 self._close(index)
             self._ended.clear()
-            while self._ready and self._rows.active < self._core.slots:
-                self._put(self._ready.popleft())
+            while room := min(len(self._ready), self._core.slots - self._rows.active):
+                self._put([self._ready.popleft() for _ in range(room)])
             free = self._core.slots - self._rows.active
             self._pull(free)
             started = [self._start(self._waiting[0]) for _ in range(min(free, self._samples_waiting()))]
@@ -228,18 +228,29 @@ class Stream(Iterator[Group]):
             self._waiting.popleft()
         return index, logits
 
-    def _put(self, entry: Entry) -> None:
-        """Give what was begun a free row. Its last token is read in the next step: one that is held back, or what takes
-        its place, was drawn from those before it."""
-        known = entry.tokens[:-1]
-        if entry.publication != self._publication and len(known):
-            [(_, entry.kv, _)] = self._decoder.read([known])
-        entry.row.serve(self._core.version, len(entry.logprobs))
-        cache = self._reserve(self._rows.active + 1 + len(self._ready), len(entry.tokens) + 1)
-        index = self._rows.add(entry)
-        if entry.kv is not None:
-            cache.write(index, len(known), entry.kv)
-        self._look_at(index)  # a token that was held back may be the last that is allowed
+    def _put(self, entries: Sequence[Entry]) -> None:
+        """Give what was begun free rows; what no cache has of it, or that of older weights, is read together.
+
+        The last token of each is read in the next step: one that is held back, or what takes its place, was drawn from
+        those before it.
+        """
+        longest = max(len(entry.tokens) for entry in entries)
+        cache = self._reserve(self._rows.active + len(entries) + len(self._ready), longest + 1)
+        unread: list[tuple[int, np.ndarray]] = []
+        indices: list[int] = []
+        for entry in entries:
+            known = entry.tokens[:-1]
+            entry.row.serve(self._core.version, len(entry.logprobs))
+            indices.append(self._rows.add(entry))
+            if entry.publication != self._publication and len(known):
+                unread.append((indices[-1], known))
+            elif entry.kv is not None:
+                cache.write(indices[-1], len(known), entry.kv)
+        for which, kv, _ in self._decoder.read([known for _, known in unread]):
+            index, known = unread[which]
+            cache.write(index, len(known), kv)
+        for index in indices:
+            self._look_at(index)  # a token that was held back may be the last that is allowed
 
     def _pull(self, free: int) -> None:
         """Pull and prefill requests until `free` samples wait; if any must be pulled, slots/16 at least."""

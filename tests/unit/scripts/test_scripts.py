@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from megatron_efr.config import ConfigError, RolloutConfig
 from megatron_efr.config.file import validate
+from megatron_efr.rollout.local.decoder import Decoder
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.rollout.requests import check_script, longest
 from megatron_efr.scripts import Budget, EarlyExit, Forks, Opened, Plain, build, plain
@@ -260,6 +261,34 @@ class Nowhere(Plain):
 def test_a_fork_without_places_leaves_the_response_as_it_is() -> None:
     (group,) = serving(1).generate([Request(PROMPTS[0], 0, (Nowhere(),))], Sampling(0.0, 1.0, 24, ()))
     assert (group.responses[0].tokens, group.responses[0].branches) == (tuple(said(PROMPTS[0])[:3]), ())
+
+
+class Behind(Plain):
+    """A script whose branches stand behind tokens that no cache has."""
+
+    def steps(self, sample: int) -> Generator[Step, Done, None]:
+        done = yield Draw("response", 3)
+        starts = tuple(Letters().encode(text) for text in ("C", "DE", "FGH", "IJKL"))
+        yield Fork("step", (done.part.end,) * 4, 1, "", 2, after=starts)
+
+
+def test_branches_that_no_cache_has_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one they would take as many passes through the model as there are branches."""
+    read: list[list[int]] = []
+    whole = Decoder.read
+
+    def noted(decoder: Decoder, sequences: Sequence[np.ndarray]) -> Iterator[Any]:
+        read.append([len(sequence) for sequence in sequences])
+        return whole(decoder, sequences)
+
+    monkeypatch.setattr(Decoder, "read", noted)
+    asked = len(PROMPTS[0].tokens)
+    list(serving(8).generate([Request(PROMPTS[0], 0, (Behind(),))], Sampling(0.0, 1.0, 24, ())))
+    # the prompt, then each branch without its last token
+    assert [each for each in read if each] == [[asked], [asked + 3 + n for n in (0, 1, 2, 3)]]
+    read.clear()
+    list(serving(2).generate([Request(PROMPTS[0], 0, (Behind(),))], Sampling(0.0, 1.0, 24, ())))
+    assert [len(each) for each in read if each][:2] == [1, 2], "no more than there are rows for"
 
 
 class Wrong(Plain):
