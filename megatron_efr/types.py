@@ -78,16 +78,13 @@ class Branch(NamedTuple):
 class Done(NamedTuple):
     """Outcome of a step, as its script hears it.
 
-    The part (of a fork an empty one, and the branches), the text of `until` before
-    which a draw ended, `tail`, the text of the response's last token, the scores that were asked
-    for, and the text of a
-    draw that was to be told.
+    The part (of a fork an empty one, and the branches), the text of `until` before which a draw ended, the scores that
+    were asked for, and the text of a draw that was to be told.
     """
 
     part: Part
     met: str = ""
     branches: tuple[Branch, ...] = ()
-    tail: str = ""
     scores: tuple[float, ...] = ()
     text: str = ""
 

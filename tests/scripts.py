@@ -154,8 +154,7 @@ class Rereading:
             if not isinstance(step, Fork | Score):
                 made.parts.append(part)
             try:
-                told = Letters().decode(made.tokens[-1:])
-                step = steps.send(Done(part, met, branches, told, tuple(scores), text))
+                step = steps.send(Done(part, met, branches, tuple(scores), text))
             except StopIteration:
                 step = None
         return made

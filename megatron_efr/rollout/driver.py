@@ -88,7 +88,6 @@ class Driver:
         self._sampling = sampling
         self._codec = codec
         self._left = sampling.max_new_tokens
-        self._tail = ""
         self._prompt = prompt
         self._take(next(steps))
 
@@ -111,8 +110,7 @@ class Driver:
         if isinstance(self._step, Draw | Take):
             self._left -= part.end - part.start
             text = self._decoded(tokens[part.start :]) if isinstance(self._step, Draw) and self._step.told else ""
-        self._tail = self._decoded(tokens[-1:])
-        self._send(Done(part, "" if met is None else self._text_of(met), tail=self._tail, text=text))
+        self._send(Done(part, "" if met is None else self._text_of(met), text=text))
 
     def _decoded(self, tokens: Sequence[int] | IntArray) -> str:
         return self._codec.decode([int(token) for token in tokens]) if len(tokens) else ""
@@ -126,11 +124,11 @@ class Driver:
         branches = tuple(Branch(fork.part, at, made) for at, made in zip(fork.at, each, strict=True))
         if not fork.after:
             self.branches += branches
-        self._send(Done(self._nothing(fork.part), branches=branches, tail=self._tail))
+        self._send(Done(self._nothing(fork.part), branches=branches))
 
     def scored(self, scores: Sequence[float]) -> None:
         """The order to score is carried out."""
-        self._send(Done(self._nothing("score"), tail=self._tail, scores=tuple(scores)))
+        self._send(Done(self._nothing("score"), scores=tuple(scores)))
 
     def branch(self, number: int) -> Driver:
         """A driver for one branch of the fork that is the order now, by its place among `Forking.starts`."""
@@ -168,7 +166,7 @@ class Driver:
                 lowered = penalty and TokenPenalty(self._tokens(penalty.texts), penalty.amount, penalty.window)
                 self.order = Drawing(limit, self._tokens(until), temperature, lowered)
                 if not limit:
-                    self._send(Done(self._note(self._length, "length"), tail=self._tail))
+                    self._send(Done(self._note(self._length, "length")))
             case Force(_, text, chance):
                 tokens = self._codec.encode(text)
                 first = 0.0 if chance is None else math.log(chance)
@@ -179,7 +177,7 @@ class Driver:
                 ending = ending if len(tokens) <= self._left else "length"
                 self.order = Writing(tokens[: self._left], logprobs[: self._left], ending)
                 if not self.order.tokens:
-                    self._send(Done(self._note(self._length, "length"), tail=self._tail))
+                    self._send(Done(self._note(self._length, "length")))
             case Score(texts, scorer):
                 self.order = Scoring(partial(scorer, self._prompt, texts))
             case Fork(_, at, samples):

@@ -88,7 +88,7 @@ class S1(Kind):
     def steps(self, sample: int) -> Steps:
         left, waits = self.most, self.waits
         while True:
-            done = yield Draw("thought", left, self.until)
+            done = yield Draw("thought", left, self.until, told=True)
             left = None if left is None else left - (done.part.end - done.part.start)
             if done.part.ending != "until" or left == 0 or not waits:
                 break
@@ -99,7 +99,7 @@ class S1(Kind):
         if done.part.ending == "until":
             yield Force("header", self.header)
         else:
-            yield Force("header", ("" if done.tail.endswith("\n") else "\n") + self.header + self.final)
+            yield Force("header", ("" if done.text.endswith("\n") else "\n") + self.header + self.final)
         yield Draw("answer", self.answer)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple, Self
 
@@ -112,8 +113,9 @@ class VgSearch(Kind):
         return [beam if beam.ending else _longer(beam, next(grown).responses[0]) for beam in beams]
 
 
+@cache
 def scorer_of(name: str) -> Scorer:
-    """The scorer of that name."""
+    """The scorer of that name, loaded once: every response asks for it."""
     if name in SCORERS:
         module, _, function = SCORERS[name].partition(":")
         return getattr(import_module(module), function)

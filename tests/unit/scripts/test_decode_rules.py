@@ -22,10 +22,10 @@ from megatron_efr.rollout.local.sampling import lowered
 from megatron_efr.rollout.requests import check_script, longest
 from megatron_efr.rollout.sglang.admission import check_server
 from megatron_efr.rollout.sglang.penalty import SwitchPenalty, processor
-from megatron_efr.scripts import SCRIPTS, build, decode, encode
+from megatron_efr.scripts import SCRIPTS, build, decode, encode, search
 from megatron_efr.scripts.probed import Concise, Deer, EarlyStop, Subthoughts
 from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Sketch, ThinkFor, Tip, Told
-from megatron_efr.scripts.search import VgSearch, scorer_of
+from megatron_efr.scripts.search import Scorer, VgSearch, scorer_of
 from megatron_efr.steps import Draw, Force, Fork, Part, Penalty, Score, Step, Take
 from megatron_efr.types import Branch, Done, Prompt, Response, Script, UserError
 from tests.scripts import Letters
@@ -41,7 +41,7 @@ def trial(probabilities: list[float], *parts: Part, text: str = "") -> Branch:
 
 
 def follow(script: Script, *done: tuple[int, str, str, str]) -> list[Step]:
-    """The steps that a script takes, told of each draw: its tokens, how it ended, at what, and the last one's text."""
+    """The steps that a script takes, told of each draw: its tokens, how it ended, at what, and its text."""
     steps, taken, length, told = script.steps(0), [], 0, list(done)
     step = next(steps)
     while True:
@@ -50,10 +50,10 @@ def follow(script: Script, *done: tuple[int, str, str, str]) -> list[Step]:
             if isinstance(step, Draw):
                 if not told:
                     return taken
-                drawn, ending, met, tail = told.pop(0)
+                drawn, ending, met, text = told.pop(0)
                 part: Any = Part(step.part, length, length + drawn, ending)
                 length += drawn
-                step = steps.send(Done(part, met, tail=tail))
+                step = steps.send(Done(part, met, text=text if step.told else ""))
             elif isinstance(step, Force):
                 part = Part(step.part, length, length + 1, "forced")
                 length += 1
@@ -306,6 +306,23 @@ def test_a_search_keeps_the_best_beams_and_answers_with_the_best_that_ended() ->
     score = steps.send(grown(fork, "z", "a", "b", "c"))
     assert steps.send(scored(score)) == Take("search", (67, 72, 122), (-0.5,) * 3, "stop")
     assert longest(script, 100, Letters()) == 100, "a beam is no longer than the response may be"
+
+
+def test_a_plug_in_scorer_is_loaded_once_for_all_responses(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    class Entry:
+        def load(self) -> Scorer:
+            loaded.append(self)
+            return lambda prompt, texts: [float(len(text)) for text in texts]
+
+    monkeypatch.setattr(search, "registered", lambda group: {"by-length": Entry()})
+    script = VgSearch(scorer="by-length", beams=2, width=1)
+    for sample in range(3):
+        next(script.steps(sample))
+    assert len(loaded) == 1
+    assert scorer_of("by-length")(Prompt("p", "", (1,), "2"), ["ab", ""]) == [2.0, 0.0]
+    scorer_of.cache_clear()
 
 
 def test_scorers_are_known_by_name() -> None:
