@@ -122,7 +122,8 @@ class PackedBatch:
     response token `targets[r]`. Everything per token that the loss reads is a column [R] (COLUMNS), sequence by
     sequence, `row_lengths` each. `indices` says which samples these are, padding left out. The loss is the sum of its
     terms times column `weight`, which carries the mean over the whole update. `live` is how many of the leading
-    sequences hold every advantage that is not 0 (None: all may). `routed_experts` [T, layers, experts per token], on
+    sequences hold every advantage that is not 0 (None: all may). `chosen`: it trains on a token that a script chose,
+    which packing knows: to ask the device would be to wait for it. `routed_experts` [T, layers, experts per token], on
     the host, are those that the routers are to choose; without them they choose for themselves.
     """
 
@@ -137,6 +138,7 @@ class PackedBatch:
     columns: dict[str, torch.Tensor]
     routed_experts: torch.Tensor | None = None
     live: int | None = None
+    chosen: bool = False
 
     @property
     def live_rows(self) -> int:

@@ -38,11 +38,9 @@ def fill_behaviour(batches: list[PackedBatch]) -> None:
     2505.13417, eq. 6, whose sampling distribution that is): what the response holds as the engine's log-prob.
     """
     for batch in batches:
-        columns = batch.columns
-        if "version" not in columns:
-            continue
-        chosen = (columns["version"] == NOT_DRAWN) & (columns["weight"] > 0)
-        if chosen.any():
+        if batch.chosen:
+            columns = batch.columns
+            chosen = (columns["version"] == NOT_DRAWN) & (columns["weight"] > 0)
             columns["behaviour_logprob"] = torch.where(chosen, columns["engine_logprob"], columns["old_logprob"])
 
 

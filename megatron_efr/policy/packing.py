@@ -265,6 +265,7 @@ def pack(
         indices=indices,
         columns={name: torch.from_numpy(values).to(device) for name, values in columns.items()},
         live=len(indices) - sum(idle.values()) if known else None,
+        chosen="version" in columns and bool(np.any((columns["version"] == NOT_DRAWN) & (columns["weight"] > 0))),
     )
 
 

@@ -111,6 +111,19 @@ def test_loss_and_gradients_equal_fp64(name: str, aggregate: Any) -> None:
         assert torch.all(state.grad[batch.columns["weight"] == 0] == 0)
 
 
+def test_no_device_is_asked_if_a_token_was_chosen() -> None:
+    """A meta tensor has no values, and to read one raises."""
+    (drawn,) = ragged_sequences(1, seed=8)
+    begun = np.where(np.arange(drawn.response_length) == 0, NOT_DRAWN, 4)
+    told = {"engine_logprob": -1.0, "old_logprob": -1.0}
+    chosen = with_columns(drawn, version=begun, **told)
+    forced = with_columns(chosen, weight=begun == 4)
+    plain = with_columns(drawn, version=4, **told)
+    batches = [pack([sample], [0], {0: 1.0}, torch.device("meta")) for sample in (chosen, forced, plain, drawn)]
+    fill_behaviour(batches)
+    assert ["behaviour_logprob" in batch.columns for batch in batches] == [True, False, False, False]
+
+
 @pytest.mark.parametrize("name", ["clip", "whole"])
 def test_the_ratio_of_a_chosen_token_is_to_its_chance(name: str) -> None:
     """AdaptThink's opening: the policy's probability over 0.5, in fp64; how far the policy moved is not to that."""
