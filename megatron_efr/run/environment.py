@@ -17,7 +17,6 @@ from megatron_efr.data.prompts import Rendered, load_tokenizer
 from megatron_efr.data.stop_tokens import stop_ids
 from megatron_efr.data.stream import PromptStream
 from megatron_efr.data.thinking import thinking_marks
-from megatron_efr.durable import write_atomic
 from megatron_efr.evaluation.evaluator import Evaluator
 from megatron_efr.evaluation.problems import SHOWN_PROMPTS, judgings_of, load_prompts, show
 from megatron_efr.grading import Grader
@@ -157,10 +156,7 @@ class Environment:
         """The starting model's responses: another run's, if they are configured, or this run's own."""
         sampler = self._sampler(model, self._prompts, self._judgings)
         given = self._config.data.reference
-        if given and not folder.reference.exists():
-            sampler.check(Path(given), samples)
-            write_atomic(folder.reference, Path(given).read_bytes())
-        return sampler.reference(self.engine, samples, folder.reference)
+        return sampler.reference(self.engine, samples, folder.reference, Path(given) if given else None)
 
     def _sampler(self, model: str, prompts: Sequence[Prompt], judgings: Judgings) -> Sampler:
         """Samples these prompts as rollouts are sampled."""

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_efr.durable import LineFile, checked
+from megatron_efr import log
+from megatron_efr.durable import LineFile, checked, write_atomic
 from megatron_efr.errors import UserError
 from megatron_efr.grading import Grader
 from megatron_efr.grading.groups import grade_groups
@@ -64,13 +65,22 @@ class Sampler:
         self._judgings = judgings
         self._asked = dict(asked)
 
-    def reference(self, engine: Engine, samples: int, path: Path) -> ByPrompt:
+    def reference(self, engine: Engine, samples: int, path: Path, other: Path | None = None) -> ByPrompt:
         """`samples` responses of the starting model, version 0, to every prompt; those that `path` holds are kept.
 
-        SamplingError if later weights are served already, and some are missing.
+        If there is no such file it is made of `other`, another run's, where that is given. SamplingError if later
+        weights are served already, and some are missing.
         """
+        if other is not None and not path.exists():
+            self.check(other, samples)
+            write_atomic(path, other.read_bytes())
         file = SampledFile(path, self._described(samples))
         finished, left = self._found(file, self._prompts, MAY_SHRINK)
+        if left and other is not None:
+            log.warning(
+                f"data.reference: {other} is not read, since this run has begun its own: {path} lacks {len(left)} of "
+                f"{len(self._prompts)} prompts, which are sampled; to take the other one, delete this one first"
+            )
         if left and engine.version != 0:
             raise SamplingError(
                 f"{path}: {len(left)} of {len(self._prompts)} prompts are missing, and the starting model that their "

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from megatron_efr import methods
+from megatron_efr import log, methods
 from megatron_efr.config import ConfigError, GradingConfig, ThinkingConfig
 from megatron_efr.data.arithmetic import ArithmeticTask, write
 from megatron_efr.data.prompts import load_tokenizer
@@ -150,6 +150,21 @@ def test_another_runs_file_serves_where_it_is_of_the_same(engine: LocalEngine, g
     with pytest.raises(SamplingError, match=r"^data\.reference: .*gone: no such file; it is a run's reference\.jsonl"):
         check_there(str(tmp_path / "gone"), tmp_path / "own.jsonl")
     check_there(str(tmp_path / "gone"), path)  # of a resumed run, which has its own copy
+
+
+def test_another_runs_file_is_taken_whole_or_said_not_to_be_read(
+    engine: LocalEngine, grader: Grader, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, own = tmp_path / "other.jsonl", tmp_path / "own.jsonl"
+    whole = sampler(grader).reference(engine, 2, other)
+    log.to_terminal()
+    for _ in range(2):  # the second time it is a resumed run, which has its copy
+        assert sampler(grader).reference(Failing(engine, 0), 2, own, other) == whole
+    assert (own.read_bytes(), capsys.readouterr().err) == (other.read_bytes(), "")
+    own.write_text("".join(own.read_text().splitlines(keepends=True)[:3]))
+    assert sampler(grader).reference(engine, 2, own, other) == whole
+    said = capsys.readouterr().err
+    assert f"data.reference: {other} is not read, since this run has begun its own: {own} lacks 4 of 6 prompts" in said
 
 
 def test_a_damaged_line_is_named(engine: LocalEngine, grader: Grader, tmp_path: Path) -> None:
