@@ -32,7 +32,15 @@ def build_engine(
     model: ModelConfig, rollout: RolloutConfig, servers: Servers, folder: Path, codec: Codec, resources: ExitStack
 ) -> Engine:
     """The engine of a run, over its `servers`; what must be closed at its end is given to `resources`. A router's log
-    goes to `folder`."""
+    goes to `folder`. ConfigError as of `check_engine`."""
+    check_engine(model, rollout)
+    if rollout.embedded:
+        return local_engine(model.path, rollout.slots, model.dtype, codec)
+    return _connected(model, rollout, servers.urls, servers.key, folder, codec, resources)
+
+
+def check_engine(model: ModelConfig, rollout: RolloutConfig) -> None:
+    """Refuse, with a ConfigError, what the engine of a run, or the router before it, cannot give."""
     if rollout.embedded:
         if rollout.overlap and torch.cuda.is_available():
             raise ConfigError(
@@ -43,9 +51,8 @@ def build_engine(
             raise ConfigError(
                 "model.routing: replay needs an engine that says which experts it chose; set rollout.engine: sglang"
             )
-        return local_engine(model.path, rollout.slots, model.dtype, codec)
-    _check_router(model, rollout)
-    return _connected(model, rollout, servers.urls, servers.key, folder, codec, resources)
+    else:
+        _check_router(model, rollout)
 
 
 def open_engine(

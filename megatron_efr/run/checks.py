@@ -11,6 +11,7 @@ from megatron_efr.config import ConfigError, TrainConfig
 from megatron_efr.config.sweep import Member, of_members
 from megatron_efr.errors import UserError
 from megatron_efr.policy.check import check_policy
+from megatron_efr.rollout.build import check_engine
 from megatron_efr.rollout.servers.arguments import check_server_arguments
 from megatron_efr.rollout.servers.seats import Host
 from megatron_efr.run.environment import Environment, check_evaluation
@@ -24,6 +25,7 @@ def check_configuration(config: TrainConfig, ranks: int) -> tuple[methods.Method
     algorithm = algorithms.build(config.algorithm, config.rollout)
     methods.check_together(config.method.name, method, algorithm)
     config.check_world(ranks)
+    check_engine(config.model, config.rollout)
     Host.of_this_process().seats(config.rollout)
     check_policy(config.model, config.parallel, config.optimizer)
     check_server_arguments(config.rollout)

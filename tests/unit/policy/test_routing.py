@@ -15,13 +15,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_efr.algorithms import Objective
-from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
+from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig, TrainConfig
+from megatron_efr.config.file import validate
 from megatron_efr.errors import UserError
 from megatron_efr.policy import Policy, Ranks, check_fit, policy_loss, supervised_loss
 from megatron_efr.rollout.build import build_engine
 from megatron_efr.rollout.codec import NoText
 from megatron_efr.rollout.servers.run_servers import Servers
 from megatron_efr.rollout.sglang.experts import decode_routing
+from megatron_efr.run.checks import check_configuration
 from megatron_efr.samples import Sample
 from megatron_efr.weights.architecture import Architecture
 from tests.conftest import ragged_sequences
@@ -211,6 +213,14 @@ def test_what_cannot_be_replayed_is_named(make: MakePolicy, moe: Path, tied_mode
         ExitStack() as stack,
     ):
         build_engine(ModelConfig(path=str(moe), routing="replay"), RolloutConfig(), Servers(), moe, NoText(), stack)
+    tree = {
+        "name": "x", "model": {"path": str(moe), "routing": "replay"}, "data": {"datasets": [{"path": "x"}]},
+        "method": {"name": "efr", "alpha": 0.1}, "optimizer": {"lr": 1e-4},
+        "rollout": {"engine": "sglang", "router": True},
+    }  # fmt: skip
+    config = validate(TrainConfig, tree)
+    with pytest.raises(ConfigError, match=r"^rollout\.router: .* which model\.routing: replay needs"):
+        check_configuration(config, 1)  # before servers are started
     for field, name in (("moe_router_fusion", "fused router"), ("moe_enable_routing_replay", "set model.routing")):
         with pytest.raises(ConfigError, match=name):
             check_fit(ModelConfig(path=str(moe), routing="replay", megatron={field: True}), ParallelConfig())
