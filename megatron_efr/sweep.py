@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from argparse import Namespace
@@ -106,7 +107,7 @@ def write_script(file: SweepConfig, family: Family, tasks: int, given: Namespace
     script = array_script(family.name, tasks, command, family.logs, file.slurm, EXIT_REQUEUE)
     family.logs.mkdir(parents=True, exist_ok=True)
     write_atomic(path, script)
-    print(f"{tasks} models; submit them with\n    sbatch {path}", flush=True)
+    print(f"{tasks} models; submit them with\n    sbatch {shlex.quote(str(path))}", flush=True)
 
 
 def read(given: Namespace) -> Sweep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,9 +41,14 @@ def array_script(
     return _SCRIPT.format(
         name=name.replace("/", "-"),
         last=tasks - 1,
-        logs=logs.resolve(),
+        logs=_written(logs.resolve()),
         options="".join(f"#SBATCH {option}\n" for option in options),
         place=shlex.quote(str(Path.cwd())),
         command=shlex.join(command),
         requeue=requeue,
     )
+
+
+def _written(path: Path) -> str:
+    """A path as sbatch reads it in a directive: it ends at a space and at `#`, quotes group, and `%` is a symbol."""
+    return re.sub(r"""([\s"'#\\])""", r"\\\1", str(path).replace("%", "%%"))

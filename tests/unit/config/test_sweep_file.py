@@ -15,6 +15,7 @@ import yaml
 from pyarrow import parquet
 
 from megatron_efr import sweep
+from megatron_efr.cluster.array import array_script
 from megatron_efr.config import ConfigError
 from megatron_efr.config.sweep import load_sweep, varied
 from megatron_efr.errors import UserError
@@ -318,6 +319,14 @@ def test_the_tasks_of_an_array_make_a_model_each_and_the_last_one_writes_the_tab
     assert len(parquet.read_table(programs.folder / "table.parquet")) == 5
     with pytest.raises(ConfigError, match="--member 5: there are 5 models, 0 to 4"):
         sweep.main([*command[:-1], "5"])
+
+
+def test_a_folder_of_any_name_is_one_argument_of_sbatch() -> None:
+    """sbatch takes a directive apart as a shell would; `%%` is a `%` in a file's name."""
+    script = array_script("n", 2, ["x"], Path("/a b/it's #1/100%"), [], 75)
+    [line] = [line for line in script.splitlines() if line.startswith("#SBATCH --output")]
+    assert shlex.split(line.removeprefix("#SBATCH "), comments=True) == ["--output=/a b/it's #1/100%%/task-%a.txt"]
+    assert "--output=/runs/a/logs/task-%a.txt\n" in array_script("n", 2, ["x"], Path("/runs/a/logs"), [], 75)
 
 
 def test_members_of_other_beginnings_have_bases_of_their_own(write: Write, programs: Programs) -> None:
