@@ -327,8 +327,8 @@ class Effort(Method):
 
     The question ends with `suffix`, which says the level; so must the question of a reader (`prompt.template`). A wrong
     or truncated response earns 0. Nothing is remembered: the level is a function of the run's seed and the visit. Open:
-    how it compares with a model for each alpha; it is this project's own. Chosen: the paper's range of alpha, low
-    effort being its largest.
+    how it compares with a model for each alpha at scale; it is this project's own. Chosen: the paper's range of alpha,
+    low effort being its largest.
     """
 
     source = "this project; its reward is Arora & Zanette 2025, arXiv 2502.04463, eq. 4 and 5"
@@ -339,6 +339,15 @@ class Effort(Method):
     suffix: Annotated[str, tells("level")] = Field(
         default=" Effort: {level}.", description="what is added to the question"
     )
+    words: Annotated[tuple[str, ...], Field(strict=False, min_length=3, max_length=3)] = Field(
+        default=LEVELS, description="what low, medium and high effort are called in it"
+    )
+
+    @model_validator(mode="after")
+    def _levels_can_be_told_apart(self) -> Effort:
+        if len(set(self.words)) < len(LEVELS):
+            raise ValueError(f"method.words: {', '.join(self.words)}: each level needs a word of its own")
+        return self
 
     def ask(self, visit: Visit, known: Known) -> Ask:
         return self._asked(LEVELS[int(np.random.default_rng(visit.seed).integers(len(LEVELS)))])
@@ -347,7 +356,8 @@ class Effort(Method):
         return [self._asked(level) for level in LEVELS]
 
     def _asked(self, level: str) -> Ask:
-        return Ask(suffix=self.suffix.replace("{level}", level), note={"level": level})
+        word = dict(zip(LEVELS, self.words, strict=True))[level]
+        return Ask(suffix=self.suffix.replace("{level}", word), note={"level": level})
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         seen = Outcomes.of(group, known.limit)

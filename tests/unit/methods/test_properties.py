@@ -305,6 +305,7 @@ def test_dlers_recipe_is_an_algorithm() -> None:
         ("lapo", {"opening": "Briefly. "}, r"^method\.opening: the text tells nothing without \{budget\}"),
         ("experimental.o1_pruner_online", {"least": 5.0}, r"^method\.least: 5 is not below method\.most = 4"),
         ("experimental.effort", {"suffix": "!"}, r"^method\.suffix: the text tells nothing without \{level\}"),
+        ("experimental.effort", {"words": ["a", "b", "a"]}, r"^method\.words: a, b, a: each level needs a word of its"),
         ("lapo", {"low": 70.0, "high": 30.0}, r"^method\.low: 70 is not below method\.high = 30"),
         ("cosine", {"max_tokens": 16}, r"^method\.margin: 16 tokens before the limit, 16, are all of it"),
         ("experimental.target", {"alpha": 0.95}, r"^method\.alpha: 0\.95 is above method\.most = 0\.9"),

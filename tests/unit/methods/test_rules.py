@@ -249,6 +249,14 @@ def test_a_level_of_effort_is_an_alpha() -> None:
     assert all(ask.suffix == f" Effort: {ask.note['level']}." for ask in asks)
 
 
+def test_levels_of_effort_have_words_of_their_own() -> None:
+    method = build("experimental.effort", suffix=";{level}", words=["1", "2", "3"])
+    asks = [method.ask(visit(seed), KNOWN) for seed in range(30)]
+    said = {"low": ";1", "medium": ";2", "high": ";3"}
+    assert {ask.note["level"]: ask.suffix for ask in asks} == said
+    assert [ask.suffix for ask in method.longest_asks(visit(0), KNOWN)] == list(said.values())
+
+
 def test_alpha_follows_the_accuracy_of_the_start_within_its_tolerance() -> None:
     """At 1/2 - 1/4 the accuracy is lost; nothing happens between samplings, and one is looked at once."""
     method = build("experimental.target", alpha=0.1, most=0.4, up=0.2, down=0.25, tolerance=0.25)
