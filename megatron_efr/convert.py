@@ -26,6 +26,7 @@ from megatron_efr.errors import UserError
 from megatron_efr.parity import Reference, load, random_tokens
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights, copy_all_but_weights, fingerprint, save_folder
+from megatron_efr.weights.lora import save_adapter
 
 SHARD_BYTES = 2**29  # of the safetensors that are written: one is held in memory
 
@@ -63,6 +64,18 @@ def megatron_to_hf(source: Path, destination: Path, template: Path | None = None
     save_folder(destination, weights.items(), template, shard_bytes=SHARD_BYTES)
 
 
+def megatron_to_peft(source: Path, destination: Path, template: Path | None = None) -> None:
+    """Write the low-rank adapters of a Megatron checkpoint as a PEFT folder; UserError where it has none."""
+    _refuse_existing(destination)
+    source = find_checkpoint(source) or source
+    verify(source)
+    template = template or find_template(source)
+    weights = torch_dist.CheckpointWeights(source, Architecture.from_folder(template))
+    if weights.lora is None:
+        raise UserError(f"{source}: holds no low-rank adapters (model.lora); its weights: efr convert megatron-to-hf")
+    save_adapter(destination, weights.adapters(), weights.lora, template)
+
+
 def compare_bytes(folder: Path, checkpoint: Path) -> int:
     """Convert every tensor both ways and compare the bytes; UserError names the first that differs.
 
@@ -71,6 +84,11 @@ def compare_bytes(folder: Path, checkpoint: Path) -> int:
     architecture = Architecture.from_folder(folder)
     there = FolderWeights(folder, architecture)
     here = torch_dist.CheckpointWeights(checkpoint, architecture)
+    if here.lora is not None:  # merged weights are in no checkpoint: they are computed anew
+        for name, tensor in here.items():
+            if not _same_bytes(tensor, there[name]):
+                raise UserError(f"{folder}: {name} is not what {checkpoint} holds, with its adapter")
+        return len(there.shapes)
     mapping = here.mapping
     for name in mapping.parameters():
         parameter = here.parameter(name)
@@ -102,8 +120,9 @@ def compare_logits(folder: Path, checkpoint: Path) -> str:
 
     ids = random_tokens(Architecture.from_folder(folder).vocab)
     reference = Reference.of(load(folder), ids)
+    lora = torch_dist.CheckpointWeights(checkpoint, Architecture.from_folder(folder)).lora
     with joined_ranks(ParallelConfig(), seed=0) as ranks:
-        found = checkpoint_log_probs(folder, checkpoint, ids, ranks)
+        found = checkpoint_log_probs(folder, checkpoint, ids, ranks, lora)
     return reference.compare(found, f"{checkpoint}, beside {folder}")
 
 
@@ -118,15 +137,19 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in {
         "hf-to-megatron": "a Hugging Face folder to a Megatron checkpoint",
         "megatron-to-hf": "a Megatron checkpoint (a run's, or a converted one) to a Hugging Face folder",
+        "megatron-to-peft": "the low-rank adapters of a Megatron checkpoint to a folder that PEFT loads",
     }.items():
         direction = directions.add_parser(name, help=text, description=text)
         direction.add_argument("source", type=Path, metavar="SRC")
         direction.add_argument("destination", type=Path, metavar="DST")
-        direction.add_argument("--verify-bytes", action="store_true", help="convert back and compare every byte")
-        direction.add_argument(
-            "--verify", action="store_true", help="also compare log-probs with transformers; builds both models in turn"
-        )
-        if name == "megatron-to-hf":
+        if name != "megatron-to-peft":
+            direction.add_argument("--verify-bytes", action="store_true", help="convert back and compare every byte")
+            direction.add_argument(
+                "--verify",
+                action="store_true",
+                help="also compare log-probs with transformers; builds both models in turn",
+            )
+        if name != "hf-to-megatron":
             direction.add_argument(
                 "--template", type=Path, metavar="HF_FOLDER", help="configuration and tokenizer, if not the start's"
             )
@@ -136,6 +159,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: SequenceOf[str] | None = None) -> None:
     """Command line of `efr convert`."""
     given = _parser().parse_args(argv)
+    if given.direction == "megatron-to-peft":
+        megatron_to_peft(given.source, given.destination, given.template)
+        print(f"{given.destination}: written")
+        return
     began = time.perf_counter()
     forth = given.direction == "hf-to-megatron"
     if forth:

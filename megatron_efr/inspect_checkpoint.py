@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_efr import arguments
 from megatron_efr.checkpoint.manifest import STATE, CheckpointError, entries, read_state, verify
 from megatron_efr.checkpoint.torch_dist import COMMON_FILE, read_metadata
+from megatron_efr.weights.lora import shape_of_adapters
 
 
 def describe(checkpoint: Path) -> list[str]:
@@ -29,6 +30,8 @@ def describe(checkpoint: Path) -> list[str]:
         sizes["optimizer" if key.startswith("optimizer.") else "model"] += bytes_
         kind = str(tensor.properties.dtype).removeprefix("torch.")
         lines.append(f"  {key:{width}}  {kind:8}  {list(tensor.size)}  {_size(bytes_)}, {len(tensor.chunks)} chunks")
+    if found := shape_of_adapters({key: tuple(tensor.size) for key, tensor in tensors.items()}):
+        lines.append(f"low-rank adapters of rank {found[0]} beside {', '.join(found[1])}; converted, they are merged")
     files = {path.name: path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()}
     lines.append(
         f"{len(tensors)} tensors: model {_size(sizes['model'])}, optimizer {_size(sizes['optimizer'])}; "

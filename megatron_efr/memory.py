@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_efr.config import ParallelConfig
+from megatron_efr.config import LoraConfig, ParallelConfig
 from megatron_efr.kernels.linear_logprob import default_chunk
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import WeightMapping
@@ -26,6 +26,15 @@ OVERHEAD = int(1.5 * 2**30)  # CUDA context, NCCL buffers, workspaces, of each p
 def parameter_count(architecture: Architecture) -> int:
     """Parameters of the whole model, tied embeddings once; exact: the sizes of the Hugging Face tensors."""
     return sum(math.prod(shape) for shape in WeightMapping(architecture).shapes().values())
+
+
+def trained_count(architecture: Architecture, lora: LoraConfig | None) -> int:
+    """Parameters that have gradients and optimizer state: all, or the adapters' A and B alone."""
+    if lora is None:
+        return parameter_count(architecture)
+    shapes = WeightMapping(architecture).shapes().items()
+    ends = tuple(f"{target}.weight" for target in lora.targets)
+    return sum(lora.rank * sum(shape) for name, shape in shapes if name.endswith(ends))
 
 
 def stage_parameters(architecture: Architecture, parallel: ParallelConfig) -> list[tuple[int, int]]:
@@ -119,11 +128,19 @@ def micro_batch_tokens(architecture: Architecture, parallel: ParallelConfig, dty
     return max(1, min(MICRO_BATCH_TOKENS, ACTIVATIONS_CPU // token))
 
 
-def head_bytes(architecture: Architecture, parallel: ParallelConfig, dtype: str, tokens: int, training: bool) -> int:
+def head_bytes(
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    dtype: str,
+    tokens: int,
+    training: bool,
+    frozen: bool = False,
+) -> int:
     """The log-prob head (`kernels.linear_logprob`) on the last stage, over a micro-batch of `tokens`.
 
     One chunk of fp32 logits (`default_chunk` tokens on a GPU) and the hidden states [tokens, hidden], gathered
-    from the sequence-parallel ranks; in training also the latter's gradient, and the weight's in fp32 and as it leaves.
+    from the sequence-parallel ranks; in training also the latter's gradient and, unless the weight is `frozen`, its
+    own in fp32 and as it leaves.
     """
     a = architecture
     width = BYTES[dtype]
@@ -131,7 +148,9 @@ def head_bytes(architecture: Architecture, parallel: ParallelConfig, dtype: str,
     own = tokens // parallel.context
     chunk = default_chunk(vocab, parallel.tensor, torch.device("cuda"))
     forward = 4 * min(chunk, own) * vocab + own * a.hidden * width
-    return forward + (own * a.hidden * width + vocab * a.hidden * (4 + width) if training else 0)
+    if not training:
+        return forward
+    return forward + own * a.hidden * width + (0 if frozen else vocab * a.hidden * (4 + width))
 
 
 def kv_bytes_per_token(architecture: Architecture, engine_ranks: int, dtype: str) -> int:
@@ -140,10 +159,11 @@ def kv_bytes_per_token(architecture: Architecture, engine_ranks: int, dtype: str
     return 2 * architecture.layers * heads * architecture.head_dim * BYTES[dtype]
 
 
-def checkpoint_bytes(architecture: Architecture, dtype: str) -> int:
-    """One checkpoint on disk: the weights, and the optimizer's state once."""
-    parameters = parameter_count(architecture)
-    return parameters * BYTES[dtype] + optimizer_bytes(parameters, dtype)
+def checkpoint_bytes(architecture: Architecture, dtype: str, lora: LoraConfig | None = None) -> int:
+    """One checkpoint on disk: the weights, adapters too, and the optimizer's state once."""
+    trained = trained_count(architecture, lora)
+    held = parameter_count(architecture) + (0 if lora is None else trained)
+    return held * BYTES[dtype] + optimizer_bytes(trained, dtype)
 
 
 def largest_tensor_bytes(architecture: Architecture, dtype: str) -> int:
@@ -168,6 +188,7 @@ class Shape:
     bucket_bytes: int
     gpu_bytes: int
     keeps_reference: bool
+    lora: LoraConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +220,18 @@ def plan(shape: Shape) -> MemoryPlan:
     # weights, gradients and optimizer: the stage that has most of them
     shared = shape.world // (parallel.tensor * parallel.pipeline)  # data x context ranks
     dense_shards, expert_shards = (shared, shared // parallel.expert) if shape.sharded_optimizer else (1, 1)
+    held = own
+    if shape.lora is not None:  # frozen weights, and adapters, which no expert has; tensor ranks split one side of them
+        own, experts = trained_count(a, shape.lora) // parallel.pipeline, 0
+        held += own
     states = optimizer_bytes(own - experts, dtype, dense_shards) + optimizer_bytes(experts, dtype, expert_shards)
-    weights = {"parameters": own * BYTES[dtype], "overhead": 2 * OVERHEAD}
+    weights = {"parameters": held * BYTES[dtype], "overhead": 2 * OVERHEAD}
     training = weights | {"gradients": gradient_bytes(own), "optimizer": states}
     # the head and activations of one micro-batch
     scored = training | {"head": head_bytes(a, parallel, dtype, shape.micro_batch_tokens, training=False)}
-    trained = training | {"head": head_bytes(a, parallel, dtype, shape.micro_batch_tokens, training=True)}
+    frozen = shape.lora is not None
+    head = head_bytes(a, parallel, dtype, shape.micro_batch_tokens, training=True, frozen=frozen)
+    trained = training | {"head": head}
     tokens, local = shape.micro_batch_tokens, shape.local_layers
     one_layer = layer_activation_bytes(a, parallel, dtype, local) * tokens / parallel.context
     kept = activation_bytes(a, parallel, dtype, tokens, recompute=shape.recompute, local=local)
@@ -226,6 +253,8 @@ def plan(shape: Shape) -> MemoryPlan:
         Phase("publish", served | buckets),
         Phase("resume", serving),
     ]
-    reference = 2 * weights["parameters"] if shape.keeps_reference else 0  # and what it changes places with
+    reference = (
+        2 * weights["parameters"] if shape.keeps_reference and not frozen else 0
+    )  # and what it changes places with
     host = reference + training["gradients"] + states
     return MemoryPlan(phases, cache // kv_bytes_per_token(a, shape.engine_ranks, dtype), host)

@@ -60,6 +60,7 @@ def loop(run: Run, done: int, interruption: Interruption) -> None:
             if ending and step < total:
                 raise SystemExit(EXIT_REQUEUE)
     policy.save_folder(run.folder.model)
+    policy.save_adapter(run.folder.adapter)
 
 
 def iterate(run: Run, step: int, observer: Observer) -> dict[str, float]:

@@ -36,9 +36,10 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from megatron_efr.config import ConfigError
+from megatron_efr.config import ConfigError, LoraConfig
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights, TensorSource
+from megatron_efr.weights.lora import ALPHA, merge, shape_of_adapters, tensor_names
 from megatron_efr.weights.mapping import WeightMapping
 
 COMMON = "common_state/shard_0_1"  # the object
@@ -187,6 +188,7 @@ class _Writer(torch_checkpoint.DefaultSavePlanner):
 class CheckpointWeights(TensorSource):
     """The Hugging Face tensors of a Megatron checkpoint's model, whatever layout saved it, read one at a time.
 
+    Low-rank adapters that were trained beside them are added to them, and are to be had alone: `adapters`.
     Every tensor must be there with its shape before any is read: ConfigError names what is not.
     """
 
@@ -207,7 +209,37 @@ class CheckpointWeights(TensorSource):
         if self._last[0] != owner:
             self._last = "", {}  # let go of it first
             self._last = owner, dict(self.mapping.to_hugging_face(owner, [self.parameter(owner)]))
-        return self._last[1][name]
+        return self._merged(name, self._last[1][name])
+
+    @cached_property
+    def lora(self) -> LoraConfig | None:
+        """Rank, alpha and targets of the low-rank adapters; None if none were trained."""
+        found = shape_of_adapters({key: tuple(tensor.size) for key, tensor in self._tensors.items()})
+        if found is None:
+            return None
+        if ALPHA not in self._tensors:
+            raise ConfigError(f"{self.folder}: holds low-rank adapters, and no {ALPHA} to merge them with")
+        rank, targets = found
+        return LoraConfig.model_validate({"rank": rank, "alpha": float(self._whole(ALPHA)), "targets": targets})
+
+    def adapters(self) -> dict[str, torch.Tensor]:
+        """Every adapter tensor by PEFT's name, in the order of the weights that they are beside."""
+        pairs = (tensor_names(name.removesuffix(".weight")) for name in self.shapes)
+        return {name: self._whole(name) for pair in pairs if pair[0] in self._tensors for name in pair}
+
+    def _merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A weight with the adapter that stands beside it, if any."""
+        a, b = tensor_names(name.removesuffix(".weight"))
+        if self.lora is None or a not in self._tensors:
+            return weight
+        return merge(weight, self._whole(a), self._whole(b), self.lora.scaling)
+
+    def _whole(self, key: str) -> torch.Tensor:
+        """A tensor of the checkpoint that is one of its own, and not a part of a larger one."""
+        if key not in self._tensors:
+            raise ConfigError(f"{self.folder}: no tensor {key}, and the adapters are of no use without")
+        stored = self._tensors[key]
+        return self._read(key, stored, ChunkStorageMetadata(torch.Size([0] * len(stored.size)), stored.size))
 
     def parameter(self, name: str) -> torch.Tensor:
         """Megatron parameter `name`, whole; a vocabulary without its padding."""
@@ -220,12 +252,18 @@ class CheckpointWeights(TensorSource):
         stored = self._tensors[place.key]
         chunks = self._chunks[place.key, place.first]
         near = TensorStorageMetadata(properties=stored.properties, size=stored.size, chunks=chunks)
-        items = planner_helpers.create_read_items_for_chunk_list(place.key, near, [wanted])
+        return self._read(place.key, near, wanted, name).reshape(shape)
+
+    def _read(
+        self, key: str, stored: TensorStorageMetadata, wanted: ChunkStorageMetadata, name: str = "it"
+    ) -> torch.Tensor:
+        """The `wanted` part of a tensor, put together from the chunks that are `stored`."""
+        items = planner_helpers.create_read_items_for_chunk_list(key, stored, [wanted])
         result = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
         if sum(torch.Size(item.lengths).numel() for item in items) != result.numel():
-            raise ConfigError(f"{self.folder}: {place.key}: parts of {name} are missing")
+            raise ConfigError(f"{self.folder}: {key}: parts of {name} are missing")
         self._reader.read_data(LoadPlan(items), cast(Any, _Into(result))).wait()
-        return result.reshape(shape)
+        return result
 
     @cached_property
     def _tensors(self) -> dict[str, TensorStorageMetadata]:

@@ -16,6 +16,7 @@ from megatron_efr.config.learning import OptimizerConfig as OptimizerConfig
 from megatron_efr.config.learning import PreferenceConfig as PreferenceConfig
 from megatron_efr.config.learning import SftTrainingConfig as SftTrainingConfig
 from megatron_efr.config.learning import TrainingConfig as TrainingConfig
+from megatron_efr.config.model import LoraConfig as LoraConfig
 from megatron_efr.config.model import ModelConfig as ModelConfig
 from megatron_efr.config.model import ParallelConfig as ParallelConfig
 from megatron_efr.config.model import ThinkingConfig as ThinkingConfig

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from megatron_efr.config.section import ConfigError, Section
 
@@ -18,6 +18,36 @@ class ThinkingConfig(Section):
     closes: str | None = Field(
         default=None, min_length=1, description="`</think>` when left out, if the tokenizer has it as a token of text"
     )
+
+
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""A matrix of a layer, by its name in Hugging Face's models."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021): beside each target W, which stays, B A of a low rank is learnt.
+
+    The weights are W + (alpha / rank) B A. A begins random, B zero, so that training begins with the starting model.
+    """
+
+    rank: PositiveInt = Field(default=16, description="rows of A and columns of B")
+    alpha: float = Field(default=32.0, gt=0, description="B A counts alpha / rank times")
+    targets: list[Projection] = Field(
+        default=list(get_args(Projection)),
+        min_length=1,
+        description="projections that get an adapter, in every layer",
+    )
+
+    @property
+    def scaling(self) -> float:
+        """The factor of B A."""
+        return self.alpha / self.rank
+
+    @field_validator("targets")
+    @classmethod
+    def _once_in_order(cls, targets: list[Projection]) -> list[Projection]:
+        """Each once, in the layer's order: the order in which they are written down says nothing."""
+        return [name for name in get_args(Projection) if name in targets]
 
 
 class ModelConfig(Section):
@@ -42,6 +72,9 @@ class ModelConfig(Section):
         default=None,
         description="tokens whose logits the head holds at a time; 2048 x parallel.tensor when left out, on a CPU 256 "
         "MiB of logits at most",
+    )
+    lora: LoraConfig | None = Field(
+        default=None, description="train low-rank adapters and leave the weights as they are; all weights when left out"
     )
     thinking: ThinkingConfig = Field(
         default_factory=ThinkingConfig,

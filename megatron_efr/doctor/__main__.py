@@ -83,7 +83,8 @@ def check_run(config: RunConfig) -> Iterator[Finding]:
             yield check_weights(model, config.seed)
         yield check_prompt(config.model_copy(update={"model": model}))
         if isinstance(config, TrainConfig | SftConfig | DpoConfig):
-            needed += (config.checkpoint.keep + 1) * checkpoint_bytes(architecture, config.model.dtype)
+            each = checkpoint_bytes(architecture, config.model.dtype, config.model.lora)
+            needed += (config.checkpoint.keep + 1) * each
             what = f"{config.checkpoint.keep} checkpoints, one being written, and records"
     yield machine.check_disk(config.folder, needed, what)
     wandb = config.observe.wandb if isinstance(config, TrainConfig | SftConfig | DpoConfig) else None

@@ -35,11 +35,11 @@ class FusedLoss(NamedTuple):
 class _Gradients(NamedTuple):
     """Gradients that one sweep writes, times `factor`.
 
-    `hidden` [T, H] is written; `weight`, fp32 [V_local, H], is added to.
+    `hidden` [T, H] is written; `weight`, fp32 [V_local, H], is added to; None if the weight is frozen.
     """
 
     hidden: torch.Tensor
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     factor: float
 
 
@@ -80,8 +80,10 @@ def fused_policy_loss(
     # gradients are written in this pass, if autograd wants them
     gradients = None
     if torch.is_grad_enabled() and hidden.requires_grad:
-        total = torch.zeros_like(weight, dtype=torch.float32) if main_grad is None else main_grad
-        gradients = _Gradients(torch.zeros_like(hidden), total.detach(), factor)
+        total = main_grad
+        if total is None and weight.requires_grad:
+            total = torch.zeros_like(weight, dtype=torch.float32)
+        gradients = _Gradients(torch.zeros_like(hidden), total if total is None else total.detach(), factor)
     # one sweep over token chunks: log-probs, figures, gradients
     with torch.no_grad():
         tokens = len(hidden) if live is None or objective.every_token else live
@@ -93,7 +95,8 @@ def fused_policy_loss(
     # hang them on the loss, for the backward pass to hand on
     loss = sums["loss"]
     if gradients is not None:
-        weight_gradient = gradients.weight.to(weight.dtype) if main_grad is None else None
+        held = gradients.weight if main_grad is None else None
+        weight_gradient = None if held is None else held.to(weight.dtype)
         loss = _Attach.apply(hidden, weight, loss, gradients.hidden, weight_gradient, factor)
     return FusedLoss(loss, logprobs, sums)
 
@@ -139,7 +142,8 @@ def _sweep(
         logprobs[part] = softmax.logprob
         if gradients is not None and d_logits is not None:
             gradients.hidden[part.start : part.start + count] = (d_logits[:count] @ weight).to(hidden.dtype)
-            accumulate_weight_gradient(gradients.weight, d_logits[:count], states[:count])
+            if gradients.weight is not None:
+                accumulate_weight_gradient(gradients.weight, d_logits[:count], states[:count])
     if gradients is not None:
         shard.sum_hidden(gradients.hidden)
     return logprobs, figures

@@ -84,6 +84,7 @@ def train_on_rows(
                 if ending and step < total:
                     raise SystemExit(EXIT_REQUEUE)
         policy.save_folder(folder.model)
+        policy.save_adapter(folder.adapter)
 
 
 def schedule(samples: Sequence[Sample], config: SftConfig | DpoConfig, samples_each: int = 1) -> Iterator[list[int]]:

@@ -76,13 +76,16 @@ class Case:
                 world=self.world,
                 micro_batch_tokens=self.micro_batch_tokens,
                 recompute=config.model.megatron.get("recompute_granularity") == "full",
-                local_layers=config.model.layers == "local" or config.model.dtype != "bfloat16",
+                local_layers=(
+                    config.model.layers == "local" or config.model.dtype != "bfloat16" or config.model.lora is not None
+                ),
                 sharded_optimizer=bool(config.parallel.ddp.get("use_distributed_optimizer", False)),
                 engine_ranks=config.rollout.tp,
                 static_fraction=self.static_fraction,
                 bucket_bytes=config.rollout.bucket_mib * 2**20,
                 gpu_bytes=self.gpu_bytes,
                 keeps_reference=objective.needs_reference,
+                lora=config.model.lora,
             )
         )
 

@@ -25,6 +25,7 @@ from megatron_efr.memory import (
     micro_batch_tokens,
     optimizer_bytes,
     parameter_count,
+    trained_count,
 )
 from megatron_efr.planning.probe import Seconds, Work, measured
 from megatron_efr.planning.shapes import shape_of
@@ -99,16 +100,17 @@ class HostPlan:
     def memory(self) -> dict[str, dict[str, int]]:
         """Bytes of each part, by phase."""
         a, config, dtype = self.architecture, self.config, self.config.model.dtype
-        count = parameter_count(a)
+        count, lora = parameter_count(a), config.model.lora
+        trained = trained_count(a, lora)
         # tensors that are there in every phase
         always = {
             "process": resident_bytes(),
-            "weights": count * BYTES[dtype],
-            "gradients": gradient_bytes(count),
-            "optimizer": optimizer_bytes(count, dtype),
+            "weights": (count + (0 if lora is None else trained)) * BYTES[dtype],
+            "gradients": gradient_bytes(trained),
+            "optimizer": optimizer_bytes(trained, dtype),
             "engine": count * BYTES[dtype] + (4 * a.vocab * a.hidden if dtype != "float32" else 0),
         }
-        if self.needs_reference:
+        if self.needs_reference and lora is None:
             always["reference"] = count * BYTES[dtype]
         # rollout: the engine's cache, for rows as long as they may become
         longest = -(-(self.prompt + config.rollout.max_new_tokens) // ROWS) * ROWS

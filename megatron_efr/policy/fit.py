@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.moe import moe_utils
 
 from megatron_efr import transformer_engine
-from megatron_efr.config import ConfigError, ModelConfig, ParallelConfig
+from megatron_efr.config import ConfigError, LoraConfig, ModelConfig, ParallelConfig
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.splits import check_split, divisors
 
@@ -48,6 +48,8 @@ def check_fit(model: ModelConfig, parallel: ParallelConfig, architecture: Archit
     architecture = architecture or Architecture.from_folder(model.path)
     _check_owned_fields(model.megatron)
     check_split(architecture, parallel.tensor, parallel.expert)
+    if model.lora is not None:
+        _check_lora(model, model.lora, parallel, architecture)
     if not engine_layers(model):
         _check_context(architecture.heads, parallel)
     if not model.megatron.keys() & set(_UNEVEN_STAGES):
@@ -73,7 +75,8 @@ def engine_layers(model: ModelConfig) -> bool:
             raise ConfigError(
                 "model.layers: transformer_engine is asked for, and it (or CUDA) is not here; use auto or local"
             )
-    return model.layers != "local" and model.dtype == "bfloat16" and _engine_is_here()
+    wanted = model.layers != "local" and model.lora is None  # adapters are beside Megatron's own linear layers
+    return wanted and model.dtype == "bfloat16" and _engine_is_here()
 
 
 def _engine_is_here() -> bool:
@@ -132,6 +135,27 @@ def _check_experts(model: ModelConfig, parallel: ParallelConfig) -> None:
             "model.path: a mixture of experts needs Transformer Engine on a GPU (the router of megatron-core "
             f"{version('megatron-core')} calls it, whatever the layers); install the gpu extra"
         )
+
+
+def _check_lora(model: ModelConfig, lora: LoraConfig, parallel: ParallelConfig, architecture: Architecture) -> None:
+    if model.layers == "transformer_engine":
+        raise ConfigError(
+            "model.lora: adapters stand beside Megatron's own linear layers, and Transformer Engine's join a norm and "
+            "a product; set model.layers to auto or local"
+        )
+    attention = [name for name in lora.targets if name.startswith(("q_", "k_", "v_", "o_"))]
+    if architecture.experts and attention != lora.targets:
+        others = ", ".join(name for name in lora.targets if name not in attention)
+        raise ConfigError(
+            f"model.lora.targets: {others} are the experts' in this model, which get no adapters; name attention's "
+            f"projections alone: {', '.join(attention) or 'q_proj, k_proj, v_proj, o_proj'}"
+        )
+    for name in ("tensor", "pipeline", "context", "expert"):
+        if (ranks := getattr(parallel, name)) > 1:
+            raise ConfigError(
+                f"parallel.{name}: {ranks} ranks would split the model, and adapters (model.lora) are trained by ranks "
+                f"that hold it whole; leave parallel.{name} out: more ranks then share the data"
+            )
 
 
 def _check_replay(architecture: Architecture, megatron: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_efr.config import ModelConfig, ParallelConfig
+from megatron_efr.config import LoraConfig, ModelConfig, ParallelConfig
 from megatron_efr.kernels import choose_backend
 from megatron_efr.policy.fit import engine_layers
 from megatron_efr.policy.head import build_head
@@ -22,17 +22,20 @@ from megatron_efr.weights.architecture import Architecture
 
 
 @torch.no_grad()
-def checkpoint_log_probs(folder: Path, checkpoint: Path, ids: list[list[int]], ranks: Ranks) -> torch.Tensor:
+def checkpoint_log_probs(
+    folder: Path, checkpoint: Path, ids: list[list[int]], ranks: Ranks, lora: LoraConfig | None = None
+) -> torch.Tensor:
     """Log-probs float32 [rows, length - 1] of each row's tokens but the first, in one process.
 
-    The model is `folder`'s; its weights are the Megatron checkpoint's, read by Megatron's own loader.
+    The model is `folder`'s; its weights are the Megatron checkpoint's, read by Megatron's own loader, and so are the
+    adapters beside them if there are any, `lora`.
     """
     # the model as a checkpoint has it, in one process
     model = ModelConfig(path=str(folder))
     parallel = ParallelConfig()
     architecture = Architecture.from_folder(folder)
     config = transformer_config(model, architecture, parallel)
-    [built] = build_models(config, architecture, parallel, engine_layers(model), ranks.device)
+    [built] = build_models(config, architecture, parallel, engine_layers(model), ranks.device, lora)
     loaded: Any = dist_checkpointing.load({"model0": built.sharded_state_dict()}, str(checkpoint))
     built.load_state_dict(loaded["model0"])
     del loaded

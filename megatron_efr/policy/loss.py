@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,15 @@ def policy_loss(objective: Objective) -> Loss:
         return value, figures
 
     return loss
+
+
+def combine(figures: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Sums, or maxima for names that end in `_max`, in a fixed order."""
+    combined: dict[str, float] = {}
+    for name in sorted({name for figure in figures for name in figure}):
+        values = [float(figure[name]) for figure in figures if name in figure]
+        combined[name] = max(values) if name.endswith("_max") else math.fsum(values)
+    return combined
 
 
 def as_means(figures: dict[str, float]) -> dict[str, float]:

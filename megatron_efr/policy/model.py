@@ -20,12 +20,14 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
-from megatron_efr.config import ModelConfig, ParallelConfig
+from megatron_efr.config import LoraConfig, ModelConfig, ParallelConfig
 from megatron_efr.policy.layers import local_layers
+from megatron_efr.policy.lora import Adapters, adapt
 from megatron_efr.policy.settings import made
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.cuts import padded_vocab
 from megatron_efr.weights.frequencies import inverse_frequencies
+from megatron_efr.weights.mapping import WeightMapping
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -45,6 +47,8 @@ class PolicyModel(GPTModel):
             return prepared
         hidden, by_position, *rest = prepared  # [longest, 1, 1, head_dim]
         assert by_position is not None
+        if self.config.recompute_granularity and torch.is_grad_enabled() and not hidden.requires_grad:
+            hidden.requires_grad_()  # of a frozen embedding: else what is recomputed has no gradient, silently
         angles = by_position.index_select(0, inputs["position_ids"][0])[:, 0]
         turns = (angles.cos() * self.attention_factor, angles.sin() * self.attention_factor)
         inputs["packed_seq_params"].rotary = turns
@@ -52,6 +56,11 @@ class PolicyModel(GPTModel):
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """The low-rank adapters that are trained in place of the weights, if any."""
+        return cast(Adapters | None, self._modules.get("lora"))
 
     @property
     def head_weight(self) -> torch.nn.Parameter:
@@ -142,10 +151,11 @@ def build_models(
     parallel: ParallelConfig,
     engine: bool,
     device: torch.device,
+    lora: LoraConfig | None = None,
 ) -> list[PolicyModel]:
     """This rank's models (one, or one per virtual stage), with weights still to be loaded.
 
-    Of Transformer Engine's layers (`engine`), or of Megatron's and our own.
+    Of Transformer Engine's layers (`engine`), or of Megatron's and our own; with the adapters of `lora`, frozen.
     """
     models = []
     for stage in range(parallel.virtual_pipeline or 1):
@@ -170,6 +180,14 @@ def build_models(
         model.local_attention = not engine
         model.attention_factor = architecture.rotary.attention_factor
         _mark_split_weights(model)
+        if lora is not None:
+            mapping = WeightMapping(
+                architecture,
+                parallel.tensor,
+                expert_ranks=parallel.expert,
+                expert_rank=parallel_state.get_expert_model_parallel_rank(),
+            )
+            adapt(model, _linear_layers(model, mapping), mapping, lora)
         if device.type == "cuda":
             model.cuda()
         models.append(model)
@@ -182,17 +200,42 @@ def build_chunks(
     parallel: ParallelConfig,
     engine: bool,
     device: torch.device,
+    lora: LoraConfig | None = None,
 ) -> list[DistributedDataParallel]:
     """This rank's model chunks (one, or one per virtual stage), in DDP, with weights still to be loaded."""
     ddp = ddp_config(parallel)
     wrapped = []
-    for number, model in enumerate(build_models(config, architecture, parallel, engine, device)):
+    for number, model in enumerate(build_models(config, architecture, parallel, engine, device, lora)):
         module = Float16Module(config, model) if config.bf16 else model
         wrapped.append(DistributedDataParallel(config, ddp, module, disable_bucketing=number > 0))
     no_sync: Any = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     config.no_sync_func = no_sync
     config.finalize_model_grads_func = finalize_model_grads
     return wrapped
+
+
+def canonical_parameters(model: PolicyModel, mapping: WeightMapping) -> dict[str, torch.nn.Parameter]:
+    """This model's parameters by their names in the whole model; without adapters."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            layer: Any = model.decoder.layers[int(parts[2])]
+            parts[2] = str(layer.layer_number - 1)
+        if parts[0] != "lora":
+            found[mapping.canonical(".".join(parts))] = parameter
+    return found
+
+
+def _linear_layers(model: PolicyModel, mapping: WeightMapping) -> dict[str, ColumnParallelLinear | RowParallelLinear]:
+    """The model's linear layers by their weights' names in the whole model."""
+    by_weight = {
+        id(module.weight): module
+        for module in model.modules()
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and module.weight is not None
+    }
+    named = canonical_parameters(model, mapping).items()
+    return {name: by_weight[id(parameter)] for name, parameter in named if id(parameter) in by_weight}
 
 
 def _mark_split_weights(model: PolicyModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
 
 import torch
@@ -10,7 +11,8 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import unwrap_model
 
-from megatron_efr.policy.model import PolicyModel
+from megatron_efr.policy.lora import Merged, switched_off
+from megatron_efr.policy.model import PolicyModel, canonical_parameters
 from megatron_efr.policy.ranks import Ranks
 from megatron_efr.publication.plan import BUCKET_BYTES, Plan
 from megatron_efr.publication.reshard import Parcel, Reshard
@@ -34,16 +36,15 @@ class Parameters:
         self._mapping = mapping
         self._ranks = ranks
         self._bucket_bytes = bucket_bytes
-        self._local = [pair for chunk in chunks for pair in self._named(cast(PolicyModel, unwrap_model(chunk)))]
+        models = [cast(PolicyModel, unwrap_model(chunk)) for chunk in chunks]
+        self._local = [pair for model in models for pair in canonical_parameters(model, mapping).items()]
+        self._adapters = [model.adapters for model in models if model.adapters is not None]
         self._reshards: dict[Kind, Reshard] = {}
 
-    def _named(self, model: PolicyModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        for name, parameter in model.named_parameters():
-            parts = name.split(".")
-            if parts[:2] == ["decoder", "layers"]:
-                layer: Any = model.decoder.layers[int(parts[2])]
-                parts[2] = str(layer.layer_number - 1)
-            yield self._mapping.canonical(".".join(parts)), parameter
+    @property
+    def adapted(self) -> bool:
+        """True if adapters are trained, and no weight is."""
+        return bool(self._adapters)
 
     @torch.no_grad()
     def load(self, source: TensorSource) -> None:
@@ -51,6 +52,16 @@ class Parameters:
         for name, parameter in self._local:
             tensors = {hf: source[hf] for hf in self._mapping.sources(name)}
             parameter.copy_(self._mapping.to_megatron(name, tensors, self._ranks.tensor_rank))
+
+    def draw_adapters(self, seed: int) -> None:
+        """Give every adapter its first values, which change nothing: B is zero."""
+        for adapters in self._adapters:
+            for adapter in adapters.by_weight().values():
+                adapter.draw(seed)
+
+    def adapters_off(self) -> AbstractContextManager[None]:
+        """Within it the model is the one that training began with, if adapters are all that is trained."""
+        return switched_off(self._adapters)
 
     def finish_gather(self) -> None:
         """Wait until every weight is whole.
@@ -82,7 +93,7 @@ class Parameters:
         """Whole tensors by Hugging Face name, a bucket at a time, on rank 0 or `everywhere`: see `Reshard.parcels`.
 
         All ranks iterate together. Gradients are what the last backward pass left, after clipping
-        if that is on.
+        if that is on. Weights have the adapters' added, one at a time.
         """
         self.finish_gather()
         local = {
@@ -95,4 +106,25 @@ class Parameters:
             members = dist.get_process_group_ranks(group)
             plan = Plan.agreed(local, self._mapping, ranks.tensor_rank, members, ranks.cpu_world, self._bucket_bytes)
             self._reshards[of] = Reshard(plan, self._mapping, group)
-        return self._reshards[of].parcels(local, flat=flat, everywhere=everywhere)
+        by_weight = {weight: each for adapters in self._adapters for weight, each in adapters.by_weight().items()}
+        shards = Merged(local, by_weight) if by_weight else local
+        return self._reshards[of].parcels(shards, flat=flat, everywhere=everywhere)
+
+    def adapter_tensors(self, of: Kind = "weights") -> dict[str, torch.Tensor]:
+        """Whole adapter tensors by PEFT's names, in host memory, on rank 0; none elsewhere. All ranks together."""
+        self.finish_gather()
+        mine = {}
+        if 0 in dist.get_process_group_ranks(self._ranks.replica_group):
+            each = (
+                shard for adapters in self._adapters for one in adapters.by_weight().values() for shard in one.shards()
+            )
+            for name, (tensor, split) in each:
+                held = tensor.detach() if of == "weights" else cast(Any, tensor).main_grad
+                mine[name, self._ranks.tensor_rank if split is not None else 0] = held.to("cpu", copy=True), split
+        everyone: list[Any] = [None] * self._ranks.world_size
+        dist.gather_object(mine, everyone if self._ranks.is_main else None, group=self._ranks.cpu_world)
+        shards = {place: shard for held in everyone if held for place, shard in held.items()}
+        whole: dict[str, torch.Tensor] = {}
+        for (name, _), (tensor, split) in sorted(shards.items(), key=lambda item: item[0]):
+            whole[name] = torch.cat([whole[name], tensor], dim=split) if name in whole else tensor
+        return whole

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -26,7 +25,8 @@ from megatron_efr.policy.drift import drift_figures, drift_sums, fill_behaviour,
 from megatron_efr.policy.fit import check_fit, engine_layers
 from megatron_efr.policy.head import HeadRows, build_head, loss_scaling
 from megatron_efr.policy.layers import packed_sequences
-from megatron_efr.policy.loss import Loss, Metrics, as_means
+from megatron_efr.policy.lora import alpha_state
+from megatron_efr.policy.loss import Loss, Metrics, as_means, combine
 from megatron_efr.policy.model import PolicyModel, build_chunks, transformer_config
 from megatron_efr.policy.optimizer import Optimizer
 from megatron_efr.policy.packing import (
@@ -40,6 +40,7 @@ from megatron_efr.policy.packing import (
 )
 from megatron_efr.policy.parameters import Parameters
 from megatron_efr.policy.ranks import Ranks
+from megatron_efr.policy.reference import Reference
 from megatron_efr.policy.routing import RoutingReplay, lay_out_routing
 from megatron_efr.publication.plan import BUCKET_BYTES
 from megatron_efr.publication.reshard import Parcel
@@ -47,6 +48,7 @@ from megatron_efr.samples import PackedBatch, Sample, SequenceSize
 from megatron_efr.types import ByIndex, UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import fingerprint, initial_weights, save_folder
+from megatron_efr.weights.lora import save_adapter
 from megatron_efr.weights.mapping import WeightMapping
 
 
@@ -78,7 +80,8 @@ class Policy:
         on_gpu = ranks.device.type == "cuda"
         self._micro_batch_tokens = micro_batch_tokens(self.architecture, parallel, model.dtype, on_gpu)
         # Megatron's model chunks, with routers that replay the engine's choices
-        self.chunks = build_chunks(self.config, self.architecture, parallel, engine_layers(model), ranks.device)
+        engine = engine_layers(model)
+        self.chunks = build_chunks(self.config, self.architecture, parallel, engine, ranks.device, model.lora)
         self._routing = RoutingReplay(self.config, [_unwrapped(chunk) for chunk in self.chunks], ranks)
         # the head on the last stage
         self._kernels: Backend
@@ -100,12 +103,13 @@ class Policy:
         )
         self.parameters = Parameters(self.chunks, mapping, ranks, bucket_bytes)
         self.parameters.load(initial_weights(model, self.architecture, seed))
+        self.parameters.draw_adapters(seed)
         seed_of_weights = seed if model.init == "random" else None
         self.initial_model = {
             "path": model.path,
             "sha256": ranks.share(lambda: fingerprint(model.path, seed_of_weights)),
         }
-        self._reference = self.parameters.copies() if keep_reference else None
+        self._reference = Reference(self.parameters) if keep_reference else None
         # the optimizer, whose scale the schedule applies to losses
         self.optimizer = Optimizer(optimizer, model.dtype, updates, self.chunks)
         self.config.grad_scale_func = self.optimizer.megatron.scale_loss
@@ -183,7 +187,7 @@ class Policy:
             batch.columns["old_logprob"] = logprobs
         # the same micro-batches under the initial weights
         if self._reference is not None:
-            with self._as_reference():
+            with self._reference.in_place():
                 reference = self.logprobs([replace(batch, routed_experts=None) for batch in batches])
             for batch, logprobs in zip(batches, reference, strict=True):
                 batch.columns["reference_logprob"] = logprobs
@@ -223,7 +227,7 @@ class Policy:
         """`drift_figures` over all replicas; tokens of weights older than `version` are told apart."""
         own = batches if self.ranks.context_rank == 0 else []  # the others know the same
         sums = [drift_sums(batch, version) for batch in own if batch.indices]
-        return drift_figures(self._over_replicas(_combine(sums)))
+        return drift_figures(self._over_replicas(combine(sums)))
 
     def update(self, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:
         """One optimizer update from this replica's micro-batches; the loss's figures over all replicas, and the step's.
@@ -236,7 +240,7 @@ class Policy:
         outputs = self._run(batches, loss, forward_only=False)
         # Megatron reduces gradients, clips and steps; figures are summed over replicas
         made, norm = self.optimizer.step()
-        metrics = self._over_replicas(_combine(outputs) | self._work(batches))
+        metrics = self._over_replicas(combine(outputs) | self._work(batches))
         # the work of this update, as it was dealt
         total, busiest, longest = (metrics.pop(name) for name in ("flops", "flops_max", "longest_max"))
         metrics = as_means(metrics)
@@ -299,7 +303,7 @@ class Policy:
         everyone: list[Any] = [None] * self.ranks.world_size
         mine = metrics if self.ranks.is_last_stage and self.ranks.tensor_rank == 0 else None
         dist.all_gather_object(everyone, mine, group=self.ranks.cpu_world)
-        return _combine([figures for figures in everyone if figures])  # a replica of empty micro-batches has none
+        return combine([figures for figures in everyone if figures])  # a replica of empty micro-batches has none
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
@@ -315,8 +319,10 @@ class Policy:
         return (pair for parcel in self.parcels() for pair in parcel.tensors)
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Like `named_weights`, of the last update's gradients, clipped if that is on."""
+        """Like `named_weights`, of the last update's gradients, clipped if that is on; adapters' by PEFT's names."""
         self.optimizer.gather_gradients()
+        if self.parameters.adapted:
+            return iter(self.parameters.adapter_tensors("gradients").items())
         return (pair for parcel in self.parameters.parcels("gradients") for pair in parcel.tensors)
 
     def save_folder(self, destination: str | Path) -> None:
@@ -328,13 +334,21 @@ class Policy:
                 pass
         self.ranks.barrier()
 
+    def save_adapter(self, destination: str | Path) -> None:
+        """Write the adapters alone as a PEFT folder; nothing where none are trained."""
+        if (lora := self.model_config.lora) is None:
+            return
+        tensors = self.parameters.adapter_tensors()
+        self.ranks.on_main(lambda: save_adapter(destination, tensors, lora, self.model_config.path))
+
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def sharded_state(self, *, loading: bool = False) -> dict[str, Any]:
         """Model and optimizer as Megatron's sharded state dict: what a checkpoint saves, or the shape it loads into."""
         self.parameters.finish_gather()
         models = {f"model{i}": _unwrapped(chunk).sharded_state_dict() for i, chunk in enumerate(self.chunks)}
-        return models | {"optimizer": self.optimizer.sharded_state(models, loading)}
+        beside = alpha_state(self.model_config.lora, self.ranks.rank)
+        return models | beside | {"optimizer": self.optimizer.sharded_state(models, loading)}
 
     def load_sharded_state(self, state: dict[str, Any]) -> None:
         """Take up a loaded checkpoint's model and optimizer. The reference stays the initial model."""
@@ -367,16 +381,6 @@ class Policy:
                 "the initial model back, since the KL term refers to it"
             )
 
-    @contextmanager
-    def _as_reference(self) -> Iterator[None]:
-        """Within it the modules hold the initial weights; the current ones wait in host memory."""
-        assert self._reference is not None
-        self._reference = self.parameters.exchange(self._reference)
-        try:
-            yield
-        finally:
-            self._reference = self.parameters.exchange(self._reference)
-
 
 def _unwrapped(chunk: torch.nn.Module) -> PolicyModel:
     """The model inside Megatron's DDP and precision wrappers."""
@@ -387,12 +391,3 @@ def _only_logprobs(rows: HeadRows) -> tuple[torch.Tensor, Metrics]:
     """In a loss's place, if nothing is trained."""
     logprobs = rows.logprobs()
     return logprobs.new_zeros(()), {"logprobs": logprobs}
-
-
-def _combine(figures: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Sums, or maxima for names that end in `_max`, in a fixed order."""
-    combined: dict[str, float] = {}
-    for name in sorted({name for figure in figures for name in figure}):
-        values = [float(figure[name]) for figure in figures if name in figure]
-        combined[name] = max(values) if name.endswith("_max") else math.fsum(values)
-    return combined

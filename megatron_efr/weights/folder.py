@@ -135,9 +135,13 @@ class RandomWeights(TensorSource):
             return torch.ones(shape)
         if name.endswith(".bias"):
             return torch.zeros(shape)
-        key = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-        return torch.empty(shape).normal_(0.0, self.std, generator=generator)
+        return torch.empty(shape).normal_(0.0, self.std, generator=generator(self.seed, name))
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """Random numbers of their own for tensor `name`."""
+    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
 
 
 def as_folder(weights: TensorSource, place: Path, template: str | Path) -> Path:

@@ -65,7 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"arguments", "data.gguf_tokenizer", "parity"}
     | {"weights.folder", "weights.gguf_file", "weights.gguf_model"},
     "grade": BASE | {"arguments", "data.datasets", "data.rows", "grading"},
-    "inspect_checkpoint": BASE | {"arguments", "checkpoint.manifest", "checkpoint.torch_dist"},
+    "inspect_checkpoint": BASE | {"arguments", "checkpoint.manifest", "checkpoint.torch_dist", "weights.lora"},
     "watch": BASE | {"arguments", "observe", "run.folder", "run.owner"},
     "torchrun": {"parent", "run.interruption"},
     "cluster": BASE
