@@ -40,6 +40,7 @@ class Algorithm(Section):
     model_config = ConfigDict(frozen=True)
     surrogate: ClassVar[Surrogate] = "clip"
     ratio: ClassVar[Ratio] = "token"
+    filters: ClassVar[bool] = False  # asks of a reward only on which side of a bound it is
 
     name: str = "rloo"
     baseline: Baseline = Field(
@@ -179,6 +180,10 @@ class Algorithm(Section):
     def trains(self, truncated: np.ndarray) -> np.ndarray:
         """Responses that stand in the loss, bool [n], from those that were cut off, bool [n]."""
         return ~truncated if self.truncated == "masked" else np.ones_like(truncated)
+
+    def passes(self, rewards: np.ndarray) -> np.ndarray:
+        """Responses that stand in the loss by their rewards [n], bool [n], where the credits are the algorithm's."""
+        return np.ones(len(rewards), dtype=bool)
 
     def keeps(self, rewards: np.ndarray) -> bool:
         """False if a prompt's rewards [n] teach nothing, and another prompt is to be asked in its place."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
 from pydantic import Field
 
 from megatron_efr.algorithms.base import Algorithm, Normalize, Positive, Share, Truncated, Weight
@@ -132,8 +134,8 @@ class CISPO(GRPO):
 class Likelihood(Algorithm):
     """Log-likelihood weighed by the rewards as they are: no ratio, no clip, no baseline, no KL.
 
-    With rewards of 0 and 1 it is filtered fine-tuning on a policy's own right answers (Dong et al. 2023, arXiv
-    2304.06767). DRPO's credits are made for it (arXiv 2510.04474).
+    A reward is the weight of its response: of 0 and 1 too, it stays a mean over all responses, where `filtered_sft` has
+    that over the right ones. DRPO's credits are made for it (arXiv 2510.04474).
     """
 
     surrogate: ClassVar[Surrogate] = "reweight"
@@ -143,6 +145,68 @@ class Likelihood(Algorithm):
     kl: KL = "none"
     clip_low: float = Field(default=0.0, ge=0, le=0, description="there is no ratio")
     clip_high: float = Field(default=0.0, ge=0, le=0, description="there is no ratio")
+
+
+class FilteredSFT(Likelihood):
+    """Filtered iterative SFT on a policy's own positives: log-likelihood of the responses that pass, and of no others.
+
+        A = 1 if r > above; the others are left out of the loss and of its means
+
+    Samineni et al. 2025, arXiv 2505.13697 (second-hand), hold GRPO against it; Dong et al. 2023, arXiv 2304.06767, call
+    one round of it RAFT. With `method: {name: efr, alpha: 0}` those pass that are right.
+    """
+
+    filters: ClassVar[bool] = True
+
+    name: str = "filtered_sft"
+    above: float = Field(default=0.0, description="a response passes if its reward is above this")
+
+    def credits(self, rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray], limit: int) -> list[np.ndarray]:
+        return [np.where(self._positive(each), 1.0, self._otherwise) for each in rewards]
+
+    def passes(self, rewards: np.ndarray) -> np.ndarray:
+        return self._positive(rewards)
+
+    def _positive(self, rewards: np.ndarray) -> np.ndarray:
+        return np.asarray(rewards, dtype=np.float64) > self.above
+
+    @property
+    def _otherwise(self) -> float:
+        """The advantage of a response that does not pass."""
+        return 0.0
+
+    def _contradictions(self) -> list[str]:
+        found = super()._contradictions()
+        for key, alone in (("baseline", "none"), ("normalize", "none")):
+            if getattr(self, key) != alone:
+                found.append(f"algorithm.{key}: {self.name} tells apart what passes and what does not; leave it out")
+        if self.truncated == "soft":
+            found.append(
+                f"algorithm.truncated: soft takes from rewards, and {self.name} asks only on which side of "
+                "algorithm.above they are; set algorithm.truncated: wrong or masked"
+            )
+        return found
+
+
+class FilteredSFTNegatives(FilteredSFT):
+    """Filtered iterative SFT with negatives: towards the responses that pass, and away from the others.
+
+        A = 1 if r > above, else -negative
+
+    Samineni et al. 2025, arXiv 2505.13697 (second-hand): GRPO without its ratio, its clip and its spread of the group.
+    The weight of negatives is this project's. Nothing bounds how unlikely a wrong response can be made: it is meant for
+    one update on each iteration (`train.updates: 1`).
+    """
+
+    name: str = "filtered_sft_negatives"
+    negative: Positive = Field(default=1.0, description="weight of a response that does not pass")
+
+    def passes(self, rewards: np.ndarray) -> np.ndarray:
+        return np.ones(len(rewards), dtype=bool)
+
+    @property
+    def _otherwise(self) -> float:
+        return -self.negative
 
 
 class OPO(Algorithm):

@@ -21,6 +21,8 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "cispo": named.CISPO,
     "opo": named.OPO,
     "likelihood": named.Likelihood,
+    "filtered_sft": named.FilteredSFT,
+    "filtered_sft_negatives": named.FilteredSFTNegatives,
 }
 
 

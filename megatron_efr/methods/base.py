@@ -99,6 +99,9 @@ class Choices(Protocol):
     @property
     def dynamic_sampling(self) -> bool: ...
 
+    @property
+    def filters(self) -> bool: ...
+
     def changed(self, key: str) -> bool: ...
 
 

@@ -19,6 +19,8 @@ class Credits(Protocol):
         self, rewards: Sequence[FloatArray], lengths: Sequence[IntArray], limit: int
     ) -> Sequence[FloatArray]: ...
 
+    def passes(self, rewards: FloatArray) -> BoolArray: ...
+
     def trains(self, truncated: BoolArray) -> BoolArray: ...
 
 
@@ -41,7 +43,7 @@ def credit(method: Method, algorithm: Credits, groups: Sequence[Rewarded], known
         rewards, lengths = [each.rewards for each in groups], [each.group.lengths for each in groups]
         advantages = algorithm.credits(rewards, lengths, known.limit)
         made = [
-            Credit(advantage, weight=method.weights(group, known))
+            Credit(advantage, weight=method.weights(group, known), masked=~algorithm.passes(group.rewards))
             for group, advantage in zip(groups, advantages, strict=True)
         ]
     return [

@@ -29,6 +29,8 @@ def _in_vain(name: str, method: Method, algorithm: Choices) -> Iterator[str]:
     if type(method).credits is Method.credits:
         return
     own = f"{name} gives credits of its own"
+    if algorithm.filters:
+        yield f"algorithm.name: {algorithm.name} filters by rewards, and {own}: no effect; take likelihood"
     if algorithm.truncated == "soft":
         yield f"algorithm.truncated: soft takes from rewards, and {own}: no effect; set algorithm.truncated: wrong"
     if algorithm.changed("baseline") and algorithm.baseline != "none":  # one response of a prompt has no other

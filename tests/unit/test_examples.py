@@ -78,6 +78,17 @@ def test_the_family_has_rloo_grpo_and_sixteen_methods_or_more_of_three_seeds() -
     assert [seed for *_, seed in built] == [1, 2, 3] * len(names)
 
 
+def test_grpo_is_held_against_both_forms_of_filtered_sft() -> None:
+    made = {}
+    for member in load_sweep(EXAMPLES / "filtered_sft.yaml").members:
+        config = member.config
+        assert (config.method.name, config.method.options["alpha"], config.train.updates) == ("efr", 0, 1)
+        made[member.model] = algorithms.build(config.algorithm, config.rollout)
+    assert {name: algorithm.name for name, algorithm in made.items()} == {name: name for name in made}
+    assert sorted(made) == ["filtered_sft", "filtered_sft_negatives", "grpo"]
+    assert {algorithm.kl for algorithm in made.values()} == {"none"}
+
+
 def test_there_is_an_example_of_every_kind_of_method() -> None:
     kinds = {}
     for member in load_sweep(EXAMPLES / "kinds.yaml").members:

@@ -345,6 +345,21 @@ def exact_likelihood(given: Given) -> torch.Tensor:
     return sequence_mean([-r * new for r, new in zip(given.rewards.flatten(), given.logprobs, strict=True)])
 
 
+def exact_filtered_sft(given: Given) -> torch.Tensor:
+    pairs = zip(given.rewards.flatten(), given.logprobs, strict=True)
+    return sequence_mean([-new for reward, new in pairs if reward > 0])
+
+
+def exact_filtered_tokens(given: Given) -> torch.Tensor:
+    pairs = zip(given.rewards.flatten(), given.logprobs, strict=True)
+    return token_mean([-new for reward, new in pairs if reward > 0.5])
+
+
+def exact_filtered_with_negatives(given: Given) -> torch.Tensor:
+    pairs = zip(given.rewards.flatten(), given.logprobs, strict=True)
+    return sequence_mean([-new if reward > 0 else 0.25 * new for reward, new in pairs])
+
+
 def drawn(seed: int) -> list[Rewarded]:
     """Three prompts' rewarded groups of very different lengths, with engine log-probs."""
     rng = np.random.default_rng(seed)
@@ -397,6 +412,9 @@ WIDE = {"clip_low": 0.05, "clip_high": 0.05, "kl": "k3", "beta": 0.1, "entropy_b
         ("cispo", {}, exact_cispo),
         ("opo", {}, exact_opo),
         ("likelihood", {}, exact_likelihood),
+        ("filtered_sft", {}, exact_filtered_sft),
+        ("filtered_sft", {"aggregate": "token", "above": 0.5}, exact_filtered_tokens),
+        ("filtered_sft_negatives", {"negative": 0.25}, exact_filtered_with_negatives),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("seed", [0, 1])

@@ -60,6 +60,10 @@ def test_the_default_is_the_papers() -> None:
         ("reinforce_plus_plus", {"deviation": "others"}, r"normalize: tokens looks at the whole batch"),
         ("grpo", {"baseline": "none"}, r"normalize: group divides by the spread of a prompt's rewards"),
         ("cispo", {"dual_clip": 3.0}, r"algorithm\.dual_clip: a ratio that only weighs has no minimum"),
+        ("filtered_sft", {"baseline": "mean"}, r"algorithm\.baseline: filtered_sft tells apart what passes"),
+        ("filtered_sft_negatives", {"normalize": "batch"}, r"algorithm\.normalize: filtered_sft_negatives tells apart"),
+        ("filtered_sft", {"truncated": "soft"}, r"algorithm\.truncated: soft takes .*set algorithm\.truncated: wrong"),
+        ("filtered_sft", {"negative": 1.0}, r"algorithm\.negative: unknown key"),
         ("gspo", {"dual_clip": 3.0}, r"algorithm\.dual_clip: a sequence's ratio is clipped within"),
         (
             "gspo",
@@ -112,6 +116,19 @@ def test_masked_responses_weigh_nothing_and_are_not_counted() -> None:
         assert row_weights(sizes, cut, aggregate, divisor) == dict.fromkeys(cut, 0.0)
     groups = methods.credit(methods.Method(), build("grpo"), drawn(0), KNOWN._replace(limit=40))
     assert not any(size.trained == 0 for size in (s.size for s in samples(groups)))
+
+
+def test_a_filter_asks_on_which_side_of_a_bound_a_reward_is() -> None:
+    """The paper's reward, 0.9 and 0.8 for right answers: both pass alike. Wrong ones are left out, or pushed away."""
+    rewards, lengths = [np.array([0.9, 0.0, 0.8]), np.array([0.0, 0.0, 0.0])], [np.array([5, 6, 7])] * 2
+    alone, both = build("filtered_sft"), build("filtered_sft_negatives", negative=0.5)
+    assert [each.tolist() for each in alone.credits(rewards, lengths, LIMIT)] == [[1, 0, 1], [0, 0, 0]]
+    assert [each.tolist() for each in both.credits(rewards, lengths, LIMIT)] == [[1, -0.5, 1], [-0.5, -0.5, -0.5]]
+    assert [alone.passes(each).tolist() for each in rewards] == [[True, False, True], [False] * 3]
+    assert both.passes(rewards[1]).all()
+    strict = build("filtered_sft", above=0.85)
+    assert strict.passes(rewards[0]).tolist() == [True, False, False]
+    assert alone.min_samples == both.min_samples == 1
 
 
 def test_groups_without_a_signal_are_kept_unless_sampling_is_dynamic() -> None:

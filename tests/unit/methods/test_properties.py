@@ -367,6 +367,7 @@ def test_options_without_sense_are_refused_by_key(name: str, options: dict[str, 
             {"name": "cispo"},
             r"^algorithm\.aggregate: token, and .* drpo .*set algorithm\.aggregate: sequence$",
         ),
+        ("drpo", {}, {"name": "filtered_sft"}, r"^algorithm\.name: filtered_sft filters .* drpo .*take likelihood$"),
         ("drpo", {}, {"name": "dr_grpo"}, r"^algorithm\.aggregate: constant, and"),
     ],
 )
@@ -398,6 +399,8 @@ def test_every_method_goes_with_every_algorithm_that_leaves_prompts_and_penaltie
     for other in algorithms.ALGORITHMS:
         if mean is not None and mean != "sequence" and other == "gspo":
             continue  # which knows one mean alone
+        if algorithms.ALGORITHMS[other].filters and METHODS[name].credits is not methods.Method.credits:
+            continue  # credits of its own pass no filter
         choices = {"dapo": {"dynamic_sampling": False, "truncated": "wrong"}}.get(other, {})
         options = {"over": "nothing"} if name == "gdpo" else {}
         asked_for = {} if mean is None else {"aggregate": mean}
