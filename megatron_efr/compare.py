@@ -12,6 +12,7 @@ from megatron_efr import arguments
 from megatron_efr.errors import UserError
 from megatron_efr.evaluation.comparison import Comparison, Paired, compare
 from megatron_efr.evaluation.figures import Figure
+from megatron_efr.evaluation.forgetting import Turned
 from megatron_efr.evaluation.measures import named
 from megatron_efr.evaluation.relative import RELATIVE
 from megatron_efr.evaluation.stored import read_evaluation
@@ -49,14 +50,29 @@ def table(comparison: Comparison) -> str:
             rows += [(f"{row.name}, {kind}{part}", *_cells(row)[1:]) for row in figures]
     for name, figure in comparison.relative.items():
         rows.append((name, "", write(figure, RELATIVE[name].unit), "", "", ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [*_aligned(rows), "", *_aligned(_turned(comparison))]
     said = (
         f"{comparison.problems:,} problems. In brackets: 95% intervals over problems, of the difference with both "
-        "models' answers\nto a problem together. p: the chance of such a difference if the models were the same."
+        "models' answers\nto a problem together. p: the chance of such a difference if the models were the same. "
+        "Forgotten: problems\nthat the one gets right, and the other wrong; learnt: the reverse. Right: in more than "
+        "half of the responses."
     )
     unlike = "".join(f"\n  {line}" for line in comparison.unlike)
     return "\n".join([*lines, "", said]) + (f"\nNot asked or judged alike:{unlike}" if unlike else "")
+
+
+def _turned(comparison: Comparison) -> list[tuple[str, ...]]:
+    """A row for each data set: what the other model forgot of it, and learnt."""
+    rows = [("data set", "problems", "forgotten", "learnt", "net", "p")]
+    for name, found in comparison.turned.items():
+        shares = write(found.forgotten, "%"), write(found.learnt, "%"), write(found.net, "%", sign="+")
+        rows.append((name, f"{found.problems:,}", *shares, f"{found.p:.4f}"))
+    return rows
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _cells(row: Paired) -> tuple[str, ...]:
@@ -87,8 +103,14 @@ def as_json(comparison: Comparison) -> str:
         "relative": {name: figure._asdict() for name, figure in comparison.relative.items()},
         "datasets": {name: plain(rows) for name, rows in comparison.datasets.items()},
         "difficulties": {name: plain(rows) for name, rows in comparison.difficulties.items()},
+        "turned": {name: _named(found) for name, found in comparison.turned.items()},
     }
     return json.dumps(tree, indent=1, allow_nan=False, ensure_ascii=False)
+
+
+def _named(found: Turned) -> dict[str, object]:
+    """The same as JSON has it: figures by the names of their fields."""
+    return {key: value._asdict() if isinstance(value, Figure) else value for key, value in found._asdict().items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,6 +11,7 @@ import torch
 from megatron_efr.rollout.driver import branch_steps
 from megatron_efr.rollout.local.sampling import draw, uniforms
 from megatron_efr.scripts import Budget, EarlyExit, Exits, Forks, Opened, Plain, Rounds, search
+from megatron_efr.scripts.modes import LessThinking, SummaryThinking
 from megatron_efr.scripts.probed import Concise, Deer, EarlyStop, Subthoughts
 from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Tip, Told
 from megatron_efr.scripts.search import VgSearch
@@ -91,6 +92,9 @@ def every_rule(said: Sequence[int], trial: float | None = None) -> tuple[Script,
         Told(suffix="C"),
         Tip(switch=(pause, end), amount=3.0, window=5),
         Tip(switch=letters[:12], amount=0.5, window=300),
+        LessThinking(opening="CD"),
+        SummaryThinking(most=3, tokens=4, end=end, wish="CE", cut="DE"),
+        SummaryThinking(most=20, tokens=9, end=end, wish="C", cut="D"),
     )
 
 

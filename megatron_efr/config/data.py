@@ -127,7 +127,11 @@ class SftDataConfig(Section):
         default="shortest", description="of answers: the shortest right one of each prompt, or every right one"
     )
     question: str = Field(default="question", description="column of the question")
-    response: str = Field(default="response", description="column of the response")
+    response: str | list[str] = Field(
+        default="response",
+        min_length=1,
+        description="column of the response, or several: each one that a row has is learnt from by itself",
+    )
     limit: PositiveInt | None = Field(default=None, description="first rows only")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def holds_answers(path: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class SftRows:
-    """Trainable rows in the file's order, and how many were left out because their prompt is over the limit."""
+    """Trainable responses in the file's order, and how many rows were left out because their prompt is too long."""
 
     samples: list[Sample]
     overlong: int
@@ -36,7 +37,7 @@ class SftRows:
 def load_sft(
     config: SftDataConfig, tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, positions: int | None = None
 ) -> SftRows:
-    """Rows as prompt + response + EOS; `Sample.prompt_length` marks where the loss begins.
+    """Rows as prompt + response + EOS, one for each response; `Sample.prompt_length` marks where the loss begins.
 
     DatasetError names file and line of a row without question or response; PromptError, of one that
     is longer than the model's `positions`, if they are given.
@@ -47,22 +48,42 @@ def load_sft(
     # read and render all rows
     rows = read_rows(config.path, limit=config.limit)
     questions = [_column(row, config.question) for row in rows]
-    responses = [_column(row, config.response) for row in rows]
+    responses = [_responses(row, config.response) for row in rows]
     rendered = Renderer(tokenizer, prompt).render(questions, [row.where for row in rows])
-    batch: Any = tokenizer(responses, add_special_tokens=False, return_attention_mask=False)
+    flat = [response for own in responses for response in own]
+    batch: Any = tokenizer(flat, add_special_tokens=False, return_attention_mask=False)
     # prompt + response + EOS, without the rows whose prompt is too long
-    samples, places = [], []
-    for row, (_, ids), response in zip(rows, rendered, batch["input_ids"], strict=True):
-        if fits(len(ids), prompt, row.where):
-            end = [] if response and response[-1] == eos else [eos]
-            samples.append(Sample(np.array([*ids, *response, *end], np.int32), len(ids)))
-            places.append(row.where)
+    encoded, samples, places, overlong = iter(batch["input_ids"]), [], [], 0
+    for row, (_, ids), own in zip(rows, rendered, responses, strict=True):
+        short = fits(len(ids), prompt, row.where)
+        overlong += not short
+        for response in islice(encoded, len(own)):
+            if short:
+                end = [] if response and response[-1] == eos else [eos]
+                samples.append(Sample(np.array([*ids, *response, *end], np.int32), len(ids)))
+                places.append(row.where)
     # something must be left, and fit the model's positions
     if not samples:
         raise PromptError(f"{config.path}: all {len(rows)} prompts are longer than prompt.max_tokens")
     if positions is not None:
         check_rows([sample.length for sample in samples], places, positions)
-    return SftRows(samples, len(rows) - len(samples))
+    return SftRows(samples, overlong)
+
+
+def _responses(row: Row, columns: str | list[str]) -> list[str]:
+    """The row's responses; of several columns those that hold one, and DatasetError if none does."""
+    if isinstance(columns, str):
+        return [_column(row, columns)]
+    held = [name for name in columns if not _empty(row, name)]
+    if not held:
+        raise DatasetError(f"{row.where}: no text in any of the columns {', '.join(columns)}; a row needs one response")
+    return [_column(row, name) for name in held]
+
+
+def _empty(row: Row, name: str) -> bool:
+    """True if the row has such a column, and nothing in it."""
+    value = row.columns.get(name, name)
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _column(row: Row, name: str) -> str:

@@ -15,12 +15,14 @@ import numpy as np
 
 from megatron_efr.errors import UserError
 from megatron_efr.evaluation.figures import Figure, measured, resampled, spread, summed
+from megatron_efr.evaluation.forgetting import Turned, turned
 from megatron_efr.evaluation.lengths import cost_of_pass
 from megatron_efr.evaluation.measure import Better, Measure
 from megatron_efr.evaluation.measures import named, offered
 from megatron_efr.evaluation.records import Record, samples_of
 from megatron_efr.evaluation.relative import RELATIVE, Relative
 from megatron_efr.evaluation.samples import Samples
+from megatron_efr.evaluation.statistics import mcnemar
 from megatron_efr.types import FloatArray
 
 FLIPS = 10_000
@@ -43,7 +45,8 @@ class Paired(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """`other` against `one`: `relative` takes `one` as the base. `unlike` says what their protocols differ in."""
+    """`other` against `one`: `relative` takes `one` as the base, and so does `turned`, by data set. `unlike` says what
+    their protocols differ in."""
 
     problems: int
     unlike: list[str]
@@ -51,6 +54,7 @@ class Comparison(NamedTuple):
     relative: dict[str, Figure]
     datasets: dict[str, list[Paired]]
     difficulties: dict[str, list[Paired]]
+    turned: dict[str, Turned]
 
 
 def compare(
@@ -87,6 +91,7 @@ def compare(
         {name: against_base(b, a, measure, seed) for name, measure in RELATIVE.items()},
         _by_part(a.by_dataset(), b.by_dataset(), seed),
         _by_part(a.by_difficulty(), b.by_difficulty(), seed),
+        {name: turned(own, b.by_dataset()[name], seed) for name, own in a.by_dataset().items()},
     )
 
 
@@ -229,16 +234,6 @@ def _flipped(a: FloatArray, b: FloatArray, seed: int) -> _Sums:
         [rng.integers(0, 2, (min(chunk, FLIPS - start), len(a))).astype(np.float64) @ (b - a) for start in starts]
     )
     return _Sums(a.sum(axis=0) + moved, b.sum(axis=0) - moved)
-
-
-def mcnemar(only_one: int, only_other: int) -> float:
-    """McNemar's exact two-sided p: of the problems that only one of two models gets right, a fair coin's.
-
-    The binomial test of `only_one` among both together; 1 without any.
-    """
-    count = only_one + only_other
-    tail = sum(math.comb(count, k) for k in range(min(only_one, only_other) + 1))
-    return min(1.0, 2 * tail / 2**count)
 
 
 def against_base(own: Samples, base: Samples, measure: Relative, seed: int = 0) -> Figure:

@@ -195,3 +195,13 @@ def ratio_of_tokens(
     tail = (1 - level) / 2
     low, high = np.quantile(drawn(easy, 2 * seed) - drawn(hard, 2 * seed + 1), [tail, 1 - tail])
     return ratio(easy), ratio(hard), (float(low), float(high))
+
+
+def mcnemar(only_one: int, only_other: int) -> float:
+    """McNemar's exact two-sided p: of the problems that only one of two models gets right, a fair coin's.
+
+    The binomial test of `only_one` among both together; 1 without any.
+    """
+    count = only_one + only_other
+    tail = sum(math.comb(count, k) for k in range(min(only_one, only_other) + 1))
+    return min(1.0, 2 * tail / 2**count)

@@ -9,6 +9,7 @@ from megatron_efr.config import ConfigError, Section
 from megatron_efr.config.file import validate
 from megatron_efr.scripts.exits import Exits
 from megatron_efr.scripts.kinds import Budget, EarlyExit, Forks, Opened, Plain
+from megatron_efr.scripts.modes import LessThinking, SummaryThinking, ZeroThinking
 from megatron_efr.scripts.probed import Concise, Deer, EarlyStop, Subthoughts
 from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Sketch, ThinkFor, Tip, Told
 from megatron_efr.scripts.rounds import Rounds
@@ -25,6 +26,9 @@ SCRIPTS: dict[str, type[Any]] = {
     "rounds": Rounds,
     "cut_off": CutOff,
     "no_thinking": NoThinking,
+    "zero_thinking": ZeroThinking,
+    "less_thinking": LessThinking,
+    "summary_thinking": SummaryThinking,
     "elastic": Elastic,
     "s1": S1,
     "deer": Deer,

@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"evaluation.comparison", "evaluation.measures", "evaluation.records", "evaluation.statistics"}
     | {"evaluation.stored"},
     "compare": BASE
-    | {"arguments", "evaluation.comparison", "evaluation.figures", "evaluation.measures"}
+    | {"arguments", "evaluation.comparison", "evaluation.figures", "evaluation.forgetting", "evaluation.measures"}
     | {"evaluation.relative", "evaluation.stored"},
     "observe": BASE,
     "checkpoint": BASE | WEIGHTS | {"transformer_engine"},

@@ -352,7 +352,7 @@ def exact_filtered_sft(given: Given) -> torch.Tensor:
 
 def exact_filtered_tokens(given: Given) -> torch.Tensor:
     pairs = zip(given.rewards.flatten(), given.logprobs, strict=True)
-    return token_mean([-new for reward, new in pairs if reward > 0.5])
+    return token_mean([-new for reward, new in pairs if reward > 0.1])
 
 
 def exact_filtered_with_negatives(given: Given) -> torch.Tensor:
@@ -413,7 +413,7 @@ WIDE = {"clip_low": 0.05, "clip_high": 0.05, "kl": "k3", "beta": 0.1, "entropy_b
         ("opo", {}, exact_opo),
         ("likelihood", {}, exact_likelihood),
         ("filtered_sft", {}, exact_filtered_sft),
-        ("filtered_sft", {"aggregate": "token", "above": 0.5}, exact_filtered_tokens),
+        ("filtered_sft", {"aggregate": "token", "above": 0.1}, exact_filtered_tokens),
         ("filtered_sft_negatives", {"negative": 0.25}, exact_filtered_with_negatives),
     ],
 )  # fmt: skip

@@ -184,6 +184,40 @@ def test_figures_against_the_base_are_those_of_the_plain_formulas(base: Record, 
     assert all(measure.about for measure in RELATIVE.values())
 
 
+def test_what_was_forgotten_is_what_turned_from_right_to_wrong() -> None:
+    """Of eight problems of A two are forgotten and one is learnt; of B, of three samples each, two right ones count."""
+
+    def one(dataset: str, number: int, right: Sequence[int]) -> Graded:
+        meta = {"dataset": dataset, "difficulty": None}
+        return graded(right, [9] * len(right), prompt=Prompt(f"{dataset}/{number}", (1,), f"Q{number}", "1", meta))
+
+    verdicts = {
+        "A": ([[1], [1], [1], [0], [0], [1], [1], [0]], [[0], [0], [1], [1], [0], [1], [1], [0]]),
+        "B": ([[1, 1, 0], [1, 0, 0], [1, 1, 1]], [[1, 0, 0], [0, 0, 1], [0, 1, 1]]),
+    }
+    before, after = (
+        record([one(name, i, right) for name, both in verdicts.items() for i, right in enumerate(both[side])])
+        for side in (0, 1)
+    )
+    found = compare(before, after).turned
+    assert list(found) == ["A", "B"]
+    a, b = found["A"], found["B"]
+    assert (a.problems, a.forgotten.value, a.learnt.value, a.net.value) == (8, 2 / 8, 1 / 8, -1 / 8)
+    assert (b.problems, b.forgotten.value, b.learnt.value, b.net.value) == (3, 1 / 3, 0.0, -1 / 3)
+    assert (a.p, b.p) == (1.0, 1.0), "2 of 3 and 1 of 1 are a fair coin's"
+    rng, draws = np.random.default_rng(5), []
+    lost, won = np.array([1, 1, 0, 0, 0, 0, 0, 0]), np.array([0, 0, 0, 1, 0, 0, 0, 0])
+    for _ in range(4000):
+        chosen = rng.integers(0, 8, 8)
+        draws.append([lost[chosen].mean(), won[chosen].mean(), (won - lost)[chosen].mean()])
+    for figure, column in zip((a.forgotten, a.learnt, a.net), np.array(draws).T, strict=True):
+        assert figure[1:] == pytest.approx(np.quantile(column, [0.025, 0.975]), abs=0.126), "draws are eighths"
+    back = compare(after, before).turned["A"]
+    assert (back.forgotten, back.learnt) == (a.learnt, a.forgotten)
+    same = compare(before, before).turned["A"]
+    assert (same.forgotten, same.net, same.p) == ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), 1.0)
+
+
 def test_parts_are_compared_each_on_its_own(base: Record, brief: Record) -> None:
     found = compare(base, brief)
     assert list(found.datasets) == ["A", "B"]
@@ -249,12 +283,17 @@ def test_the_program_prints_a_table_or_json_and_takes_a_run_for_its_one_evaluati
     names = [line.split("  ")[0] for line in lines]
     assert set(base["measures"]) <= set(names)
     assert {"tokens, A", "tokens, difficulty 2", "aes"} <= set(names)
-    assert lines[-2].startswith("40 problems. In brackets: 95% intervals")
+    assert lines[-3].startswith("40 problems. In brackets: 95% intervals")
+    table = names.index("data set")
+    assert names[table + 1 : table + 4] == ["A", "B", ""]
+    forgotten = compare(base, brief).turned["A"].forgotten
+    assert f"{100 * (forgotten.value or 0):.1f}% [" in lines[table + 1]
     cli._dispatch(["compare", *map(str, paths), "--json", "--measures", "tokens,pass@2", "--prices", "1,4"])
     tree = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in tree["figures"]] == ["tokens", "pass@2", "cost_of_pass"]
     assert tree["figures"][0]["one"]["value"] == base["tokens"]
     assert tree["relative"]["aes"]["value"] is not None
+    assert tree["turned"]["B"]["net"]["value"] == pytest.approx(compare(base, brief).turned["B"].net.value)
     (paths[0].parent / "other.json").write_text(paths[0].read_text())
     for given, said in [
         ([str(tmp_path / "base"), str(paths[1])], r"several evaluations: model.json, other.json; name the file of one"),

@@ -173,6 +173,49 @@ def test_wishes_stand_behind_the_question() -> None:
         build("think_for", {"tokens": 5, "suffix": "Think."}, "x")
 
 
+def test_a_summary_takes_the_place_of_a_thought_that_was_drawn_apart() -> None:
+    """The answer sees the prompt and the summary: the thought's tokens are in no step of the response."""
+    script: Any = build("summary_thinking", {"tokens": 5, "wish": "W", "cut": "C", "end": "E"}, "x").within(20)
+    assert script.most == 15
+
+    def branch(name: str, first: int, tokens: Sequence[int], ending: Any) -> Done:
+        """A branch whose opening has `first` tokens, each of log-prob 0, and drawn ones of -0.5."""
+        logprobs = np.array([0.0] * first + [-0.5] * (len(tokens) - first))
+        parts = (Part("opening", 0, first, "forced"), Part(name, first, len(tokens), ending))
+        made = Response(tuple(tokens), logprobs, "stop", parts=parts[first == 0 :])
+        return Done(Part(name, 0, 0, "forced"), branches=(Branch(name, 0, (made,)),))
+
+    steps = script.steps(0)
+    assert next(steps) == Fork("thought", (0,), 1, "", 15, ("E",), after=((),))
+    summary = steps.send(branch("thought", 0, [1, 2, 3], "until"))
+    assert summary == Fork("summary", (0,), 1, "W", 5, ("E",), after=((1, 2, 3),))
+    assert steps.send(branch("summary", 1, [23, 7, 8], "until")) == Take("summary", (7, 8), (-0.5, -0.5), "length")
+    assert steps.send(Done(Part("summary", 0, 2, "length"))) == Force("cut", "C")
+    assert steps.send(Done(Part("cut", 2, 3, "forced"))) == Draw("answer")
+    steps = script.steps(0)
+    next(steps)
+    steps.send(branch("thought", 0, [1], "length"))
+    assert steps.send(branch("summary", 1, [23, 7, 9], "stop")) == Take("summary", (7,), (-0.5,), "length"), "no end"
+    steps = script.steps(0)
+    next(steps)
+    assert steps.send(branch("thought", 0, [1, 9], "stop")) == Take("response", (1, 9), (-0.5, -0.5), "stop")
+    assert not script.trainable
+    assert longest(script, 20, Letters()) == 22
+    for options in ({"tokens": 20}, {"tokens": 5, "most": 16}):
+        large: Any = build("summary_thinking", options, "x")
+        with pytest.raises(ConfigError, match=r"^x\.tokens: a summary of .* does not fit into max_new_tokens = 20"):
+            large.within(20).check(20, "x")
+    script.check(20, "x")
+
+
+def test_modes_of_thinking_close_the_thought_before_it_begins() -> None:
+    for name in ("zero_thinking", "less_thinking"):
+        made: Any = build(name, {}, "x")
+        assert made.opening.endswith("\n</think>\n\n")
+        assert follow(made)[0] == Force("opening", made.opening)
+    assert build("zero_thinking", {}, "x").forced == ("\n</think>\n\n",)
+
+
 def test_budgets_are_the_sources() -> None:
     elastic = Elastic()
     assert (elastic.most, elastic.answer, elastic.cut) == (1024, 1024, "</think>")

@@ -111,7 +111,8 @@ def test_published_rules_take_the_turns_that_are_compared() -> None:
         ("Deer", "end", "length"), ("Deer", "probe", "length"), ("Deer", "exit", "forced"),
         ("EarlyStop", "thought", "until"), ("EarlyStop", "probe", "length"), ("EarlyStop", "answer", "length"),
         ("Subthoughts", "subthought", "length"), ("Told", "response", "stop"), ("Concise", "phrase", "forced"),
-        ("VgSearch", "search", "stop"), ("VgSearch", "search", "length"),
+        ("VgSearch", "search", "stop"), ("VgSearch", "search", "length"), ("SummaryThinking", "summary", "length"),
+        ("SummaryThinking", "cut", "forced"), ("SummaryThinking", "answer", "length"),
     }  # fmt: skip
 
 
