@@ -23,7 +23,7 @@ def report(path: Path, seeds: bool, against: Path | None = None) -> str:
         raise UserError(f"{path}: no such run folder")
     folder = RunFolder(path)
     if seeds:
-        _gather_seeds(folder)
+        gather_seeds(folder)
     if not (folder.config.is_file() or folder.summary.is_file() or folder.evaluations.is_dir()):
         raise UserError(f"{path}: no run's folder: none of config.yaml, summary.json and eval/ is there")
     summary: dict[str, Any] = read_summary(folder.summary) if folder.summary.exists() else {"models": []}
@@ -48,16 +48,29 @@ def _members(folder: RunFolder, summary: dict[str, Any]) -> list[RunFolder]:
     return [run for run in runs if run.config.exists()]
 
 
-def _gather_seeds(folder: RunFolder) -> None:
-    """Put the summaries of `seed-*/` together; the first seed's evaluations stand for the examples."""
+def gather_seeds(folder: RunFolder) -> None:
+    """Put the summaries and the evaluations of `seed-*/` together; the first seed's keep their names."""
     paths = sorted(folder.path.glob("seed-*/summary.json"))
     if not paths:
         raise UserError(f"{folder.path}: no seed-*/summary.json; run `efr sweep` with name=.../seed-1 and so on first")
     summaries = [read_summary(path) for path in paths]
     said = {key: summaries[0][key] for key in ("note", "against") if key in summaries[0]}
-    folder.write_summary(over_seeds(summaries) | said)
-    for name, record in RunFolder(paths[0].parent).read_evaluations().items():
-        folder.write_evaluation(name, record)
+    merged = over_seeds(summaries)
+    for model in merged["models"]:
+        model["runs"] = []
+    for path, summary in zip(paths, summaries, strict=True):
+        seed = path.parent.name
+        ending = "" if path == paths[0] else f".{seed}"
+        for model, own in zip(merged["models"], summary["models"], strict=True):
+            model["runs"] += [f"{run}{ending}" for run in runs_of(own)]
+        for run, record in RunFolder(path.parent).read_evaluations().items():
+            folder.write_evaluation(f"{run}{ending}", _renamed(record, seed) if ending else record)
+    folder.write_summary(merged | said)
+
+
+def _renamed(record: dict[str, Any], seed: str) -> dict[str, Any]:
+    """The record with other names for its problems: each seed may have a task of its own."""
+    return record | {"rows": [row | {"id": f"{seed}/{row['id']}"} for row in record["rows"]]}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

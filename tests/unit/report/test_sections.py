@@ -11,11 +11,14 @@ import pytest
 from scipy import stats
 
 from megatron_efr.evaluation.records import Record, summarise
+from megatron_efr.report.__main__ import gather_seeds
 from megatron_efr.report.differences import differences, student
-from megatron_efr.report.records import Listed, family_summary, summary_markdown
+from megatron_efr.report.records import Listed, build_summary, family_summary, summary_markdown
 from megatron_efr.report.results import Results
 from megatron_efr.report.sections import apart, budgets, difficulty, family, lengths, made, problem, training
 from megatron_efr.report.sentences import front, headline
+from megatron_efr.report.stored import read_summary
+from megatron_efr.run.folder import RunFolder
 from megatron_efr.types import Prompt
 from tests.groups import graded
 
@@ -78,6 +81,25 @@ def test_budgets_are_the_shares_that_are_right_and_no_longer(results: Results) -
         results.summary, {n: {**r, "measures": {}} for n, r in results.evaluations.items()}, {}, results.out
     )
     assert "no figures at hard budgets" in str(budgets.build(older))
+
+
+def test_families_of_several_seeds_have_the_budgets_of_all_of_them(tmp_path: Path) -> None:
+    """The tasks of two seeds have other problems under the same names."""
+    for seed, trained in (("seed-1", "a_seed-1"), ("seed-2", "a_seed-2")):
+        records = {"base": record("base"), "alpha-0.1": record(trained)}
+        own = RunFolder(tmp_path / seed)
+        own.write_summary(build_summary(records, {"base": None, "alpha-0.1": 0.1}, {}))
+        for name, each in records.items():
+            own.write_evaluation(name, each)
+    folder = RunFolder(tmp_path)
+    gather_seeds(folder)
+    evaluations, summary = folder.read_evaluations(), read_summary(folder.summary)
+    assert set(evaluations) == {"base", "base.seed-2", "alpha-0.1", "alpha-0.1.seed-2"}
+    assert [row["id"] for row in evaluations["base.seed-2"]["rows"]] == ["seed-2/p0", "seed-2/p1", "seed-2/p2"]
+    found = block(budgets.build(Results(summary, evaluations, {}, tmp_path)))
+    shown = [float(text.partition("%")[0]) for text in found["rows"][1][1:]]
+    both = [np.mean([within(name, n) for name in ("a_seed-1", "a_seed-2")]) for n in found["budgets"]]
+    assert shown == pytest.approx([100 * share for share in both], abs=0.05)
 
 
 def test_the_front_has_whom_nobody_beats_in_both(results: Results) -> None:
