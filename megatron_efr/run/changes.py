@@ -16,10 +16,11 @@ Completed = Callable[[dict[str, Any]], str]
 
 MAY_CHANGE = (
     *("runs", "observe", "checkpoint", "evaluation", "train.iterations", "train.max_skipped"),
-    *("parallel.wait_limit_s", "data.reference"),
+    *("parallel.wait_limit_s", "data.reference", "train.micro_batch_tokens"),
     *("rollout.urls", "rollout.python", "rollout.timeouts", "rollout.max_new_tokens"),
 )
-"""Keys, or sections, that a resumed run may set anew."""
+"""Keys, or sections, that a resumed run may set anew. Of micro-batches of another size an update is the same but for
+rounding; older versions wrote out a size where none was given."""
 
 BENT = {
     "train.iterations": "with optimizer.schedule: constant",

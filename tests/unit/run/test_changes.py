@@ -76,6 +76,16 @@ def test_where_it_has_another_value_now_the_default_stands_beside_it(tmp_path: P
     assert "  algorithm.beta: there 0.001, here 0.5\n" in said
 
 
+def test_micro_batches_may_have_another_size_as_an_older_version_wrote_it_out(tmp_path: Path) -> None:
+    held = yaml.safe_load(resolved(TREE))
+    assert held["train"]["micro_batch_tokens"] is None
+    held["train"]["micro_batch_tokens"] = 16_384
+    for ours in (TREE, TREE | {"train": {"micro_batch_tokens": 4096}}):
+        assert refused(tmp_path, held, ours) is None
+        config = tmp_path / "config.yaml"
+        assert "train.micro_batch_tokens: there 16384" in str(refusal(config, resolved(ours), False, resolved))
+
+
 def test_what_this_version_does_not_know_is_a_difference(tmp_path: Path) -> None:
     held = yaml.safe_load(resolved(TREE))
     held["rollout"]["gone"] = 5
