@@ -114,7 +114,9 @@ class HostPlan:
             always["reference"] = count * BYTES[dtype]
         # rollout: the engine's cache, for rows as long as they may become
         longest = -(-(self.prompt + config.rollout.max_new_tokens) // ROWS) * ROWS
-        cached = -(-self.rows // ROWS) * ROWS * longest + config.rollout.prompts * self.prompt
+        # a prompt has a cache of its own while samples of it wait: those of one begun, and as many as all rows can take
+        waiting = min(config.rollout.prompts, -(-self.rows // config.rollout.samples) + 1)
+        cached = -(-self.rows // ROWS) * ROWS * longest + waiting * self.prompt
         # training: activations and logits of one micro-batch
         tokens = self.responses * (self.prompt + self.tokens) // config.train.updates
         own = min(self.budget, tokens)
