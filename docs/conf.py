@@ -11,7 +11,7 @@ project = "megatron_efr"
 release = re.findall('__version__ = "(.+)"', (Path(__file__).parents[1] / "megatron_efr/__init__.py").read_text())[0]
 extensions = ["myst_parser"]
 root_doc = "README"
-include_patterns = ["*.md", "docs/**/*.md"]
+include_patterns = ["*.md", "docs/*.md", "docs/methods/*.md"]
 html_theme = "furo"
 html_title = f"megatron_efr {release}"
 html_show_copyright = html_show_sphinx = html_copy_source = False

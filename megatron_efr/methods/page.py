@@ -147,11 +147,11 @@ The checkpoints hold what a method remembers and what the run saw of every promp
 goes on with both.
 
 Some methods need the starting model's responses to every training prompt. They are drawn before the first iteration
-and kept in the run folder as `reference.jsonl`. After a kill the drawing goes on where it was. `data.reference` names
+and kept in the run folder as `reference.jsonl`. After a kill only the missing ones are drawn. `data.reference` names
 the complete file of another run, so that runs share one.
 
 Some methods need a monitor set. The seed draws it from the training prompts; `experimental.target` draws it from the
-held-out problems. It is asked anew every so many iterations (`monitor/accuracy`, `monitor/tokens`). The checkpoints
+held-out problems. It is asked again every so many iterations (`monitor/accuracy`, `monitor/tokens`). The checkpoints
 hold the answers.
 
 ## All methods
