@@ -22,6 +22,10 @@ CONFIGS = (TrainConfig, SftConfig, DpoConfig, EvaluateConfig)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 FILE = re.compile(r"\b(?:tests|tools|launch|examples|docs|findings|megatron_efr)/[\w./-]*\w")
 PROGRAM = re.compile(r"(?:^ {4}|`)(?:\.venv/bin/)?efr ([a-z]+)", re.MULTILINE)
+COMMAND = re.compile(
+    r"(?:^ {4}|`)(?:\.venv/bin/)?(?:efr|bash launch/[\w.]+|python tools/[\w./]+)( [^`\n#]*)", re.MULTILINE
+)
+FLAG = re.compile(r"--[a-z][a-z-]*[a-z]")
 SECTIONS = {name for config in CONFIGS for name in config.model_fields}
 KEY = re.compile(rf"`((?:{'|'.join(sorted(SECTIONS))})(?:\.[a-z_]+)+)")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -77,6 +81,20 @@ def test_files_programs_and_keys_exist(page: Path) -> None:
     keys -= {key for key in keys if (ROOT / "megatron_efr" / key.replace(".", "/")).with_suffix(".py").exists()}
     unknown = [key for key in keys if not any(has_key(config, key.split(".")) for config in CONFIGS)]
     assert unknown == []
+
+
+def test_every_flag_of_a_command_exists() -> None:
+    sources = [path for part in ("megatron_efr", "tools", "launch") for path in (ROOT / part).rglob("*.*")]
+    texts = [path.read_text(encoding="utf-8") for path in sources if path.suffix in (".py", ".sh", ".sbatch")]
+    known = {flag for text in texts for flag in FLAG.findall(text)}
+    named = {
+        flag
+        for page in PAGES
+        for words in COMMAND.findall(page.read_text(encoding="utf-8"))
+        for flag in FLAG.findall(words)
+    }
+    assert len(named) > 20
+    assert named - known == set()
 
 
 def prose(text: str) -> list[str]:
