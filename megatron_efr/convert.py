@@ -115,13 +115,13 @@ def compare_logits(folder: Path, checkpoint: Path) -> str:
     time, in float32.
     """
     from megatron_efr.config import ParallelConfig
-    from megatron_efr.policy import joined_ranks
+    from megatron_efr.policy import join_ranks
     from megatron_efr.policy.forward import checkpoint_log_probs
 
     ids = random_tokens(Architecture.from_folder(folder).vocab)
     reference = Reference.of(load(folder), ids)
     lora = torch_dist.CheckpointWeights(checkpoint, Architecture.from_folder(folder)).lora
-    with joined_ranks(ParallelConfig(), seed=0) as ranks:
+    with join_ranks(ParallelConfig(), seed=0) as ranks:
         found = checkpoint_log_probs(folder, checkpoint, ids, ranks, lora)
     return reference.compare(found, f"{checkpoint}, beside {folder}")
 

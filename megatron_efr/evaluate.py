@@ -26,8 +26,8 @@ from megatron_efr.rollout.ledger import request_seed
 from megatron_efr.rollout.recovery import ask_with_recovery, take_in_returned
 from megatron_efr.rollout.servers.arguments import check_server_arguments
 from megatron_efr.rollout.sglang.engine import SGLangEngine
-from megatron_efr.run.environment import date_prompts
 from megatron_efr.run.folder import RunFolder
+from megatron_efr.run.main_rank import date_prompts
 from megatron_efr.run.owner import owned
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import TensorSource, as_folder

@@ -18,7 +18,7 @@ from megatron_efr import arguments
 from megatron_efr.config import ConfigError, GradingConfig, TrainConfig
 from megatron_efr.config.file import load, validate
 from megatron_efr.data.datasets import dataset_name
-from megatron_efr.data.rows import DatasetError, read_rows
+from megatron_efr.data.readers import DatasetError, read_rows
 from megatron_efr.grading import Grade, Grader
 from megatron_efr.grading.judging import Judging, Judgings, Part
 from megatron_efr.grading.verdict import STATUSES, UNJUDGED, Question, Verifier

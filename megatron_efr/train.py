@@ -1,6 +1,6 @@
 """`efr train`: reinforcement learning for efficient reasoning. This file is the algorithm, in its order.
 
-Every rank runs it. Rank 0 alone owns prompts, engine and graders (`run.environment`); the policy is everybody's.
+Every rank runs it. Rank 0 alone owns prompts, engine and graders (`run.main_rank`); the policy is everybody's.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from megatron_efr.policy.packing import samples
 from megatron_efr.run.interruption import EXIT_REQUEUE, Interruption
 from megatron_efr.run.iteration import check_identities, check_logprobs, check_skipped, iteration_metrics
 from megatron_efr.run.replay import replay
-from megatron_efr.run.run import Run, opened
+from megatron_efr.run.run import Run, open_run
 from megatron_efr.types import Credited
 
 
 def train(config: TrainConfig, resume: bool = False, replayed: Path | None = None) -> None:
     """Run the loop to its end, from the start or from the newest checkpoint that verifies; or only replay a file."""
-    with opened(config, resume=resume, asks=replayed is None) as run:
+    with open_run(config, resume=resume, asks=replayed is None) as run:
         if replayed is not None:
             replay(run, replayed, improve)
         else:
@@ -76,7 +76,7 @@ def iterate(run: Run, step: int, observer: Observer) -> dict[str, float]:
     metrics = improve(run, step, groups, observer)
     # learn: what the method and the prompts' history take along to later iterations
     metrics |= run.learn(step, groups)
-    metrics |= run.environment.engine_figures() if run.environment else {}
+    metrics |= run.main_rank.engine_figures() if run.main_rank else {}
     # warn: a run that cannot learn says so, and why
     run.warn(step, metrics)
     # keep the responses of a skipped update: only a replay can show what was wrong with it
@@ -106,7 +106,7 @@ def improve(run: Run, step: int, groups: list[Credited], observer: Observer) -> 
     with observer.phase("train"):
         # update: a step of the optimizer for each
         made = [policy.update(update, policy_loss(objective)) for update in updates]
-    seconds = run.environment.ledger.seconds if run.environment else observer.seconds("rollout")
+    seconds = run.main_rank.ledger.seconds if run.main_rank else observer.seconds("rollout")
     metrics = iteration_metrics(groups, made, drift, step - 1, seconds)
     # check: the first update saw the very policy that was scored, its ratio 1 and its KL 0
     check_identities(metrics, config.model, step)

@@ -17,7 +17,7 @@ import torch
 
 from megatron_efr import log
 from megatron_efr.config import ParallelConfig
-from megatron_efr.policy.ranks import Ranks, joined_ranks
+from megatron_efr.policy.ranks import Ranks, join_ranks
 from megatron_efr.samples import Sample
 from tests.groups import sample
 
@@ -84,7 +84,7 @@ def ragged_sequences(count: int, seed: int = 0, shortest: int = 8, longest: int 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """A world of one rank, on the CPU."""
-    with joined_ranks(ParallelConfig(), seed=0) as world:
+    with join_ranks(ParallelConfig(), seed=0) as world:
         yield world
 
 

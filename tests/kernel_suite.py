@@ -27,7 +27,7 @@ from megatron_efr.kernels import (
     triton_credits,
     triton_rows,
 )
-from megatron_efr.kernels.rows import Logits, merge
+from megatron_efr.kernels.row_kernels import Logits, merge
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP16 = [torch.float32, torch.float16]

@@ -19,7 +19,7 @@ import torch
 
 from megatron_efr.checkpoint.checkpoints import Checkpoints, name
 from megatron_efr.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.policy import Policy, Ranks, joined_ranks, supervised_loss
+from megatron_efr.policy import Policy, Ranks, join_ranks, supervised_loss
 from tests.conftest import VOCAB, ragged_sequences
 
 CHECKPOINTS = Path(__file__).with_name("data") / "checkpoints"
@@ -67,7 +67,7 @@ def digest(*tensors: torch.Tensor) -> str:
 def main(out: str) -> None:
     place = Path(out) / f"megatron-core-{version('megatron-core')}"
     recorded = {}
-    with joined_ranks(ParallelConfig(), seed=0) as ranks:
+    with join_ranks(ParallelConfig(), seed=0) as ranks:
         for optimizer in OPTIMIZERS:
             policy = build(place / "model", ranks, optimizer)
             before = [update(policy, step) for step in (1, 2)]

@@ -36,9 +36,9 @@ from torch.multiprocessing import reductions
 
 from megatron_efr.algorithms import Objective
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.policy import Policy, joined_ranks, policy_loss
+from megatron_efr.policy import Policy, join_ranks, policy_loss
 from megatron_efr.policy.packing import sequence_flops
-from megatron_efr.publication.plan import BUCKET_BYTES
+from megatron_efr.publication.bucket_plan import BUCKET_BYTES
 from megatron_efr.publication.reshard import Parcel
 from megatron_efr.publication.transports import encode
 from megatron_efr.samples import Sample
@@ -67,7 +67,7 @@ def sequences(count: int, longest: int, vocab: int) -> list[Sample]:
 def step_rows(*, on_gpu: bool) -> Iterator[Row]:
     """The time of a step, and its share of the card's peak if that is known."""
     shape, count, longest, budget = ("1.5B", 24, 4096, 8192) if on_gpu else ("tiny", 4, 64, 128)
-    with tempfile.TemporaryDirectory() as folder, joined_ranks(ParallelConfig(), seed=0) as ranks:
+    with tempfile.TemporaryDirectory() as folder, join_ranks(ParallelConfig(), seed=0) as ranks:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
         model = ModelConfig(path=folder, init="random", dtype="bfloat16" if on_gpu else "float32")
         policy = Policy(model, ParallelConfig(), OptimizerConfig(lr=1e-6), ranks, updates=1000, seed=0)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from megatron_efr.cluster.placement import EngineSeat, Placement
+from megatron_efr.cluster.placement import EngineGpus, Placement
 
 TRAINER_ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's tensor parallelism overlaps in the order of launching only so
@@ -59,7 +59,7 @@ def trainer(placement: Placement, host: str, config: str, overrides: Sequence[st
     return Command(host, "trainer", tuple(words), TRAINER_ENVIRONMENT, NCCL_OF_SGLANG if placement.apart else {})
 
 
-def engine(seat: EngineSeat, config: str, overrides: Sequence[str]) -> Command:
+def engine(seat: EngineGpus, config: str, overrides: Sequence[str]) -> Command:
     """One engine, with its GPUs alone in sight. Its key comes in SGLANG_API_KEY, and not on the command line."""
     words = [
         *(sys.executable, "-m", "megatron_efr.cluster.serve", config, *overrides),

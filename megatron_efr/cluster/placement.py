@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_efr.config import ConfigError, RolloutConfig
-from megatron_efr.rollout.servers.seats import Gpus, Host, neighbours
+from megatron_efr.rollout.servers.host import Gpus, Host, neighbours
 
 ENGINE_PORT = 30000
 """The first engine's port on a host without ranks; the next engines of the host take the ports after it."""
@@ -25,7 +25,7 @@ class Rank:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineSeat:
+class EngineGpus:
     """One SGLang server on GPUs of one host, at `port`; None if the run itself starts it and takes
     a free one.
     """
@@ -49,7 +49,7 @@ class Placement:
 
     trainer_hosts: tuple[str, ...]
     trainer_gpus: Gpus
-    engines: tuple[EngineSeat, ...]
+    engines: tuple[EngineGpus, ...]
     rendezvous: str
     apart: bool = False
 
@@ -69,7 +69,7 @@ class Placement:
         """The engines that the run does not start itself."""
         return [engine.url for engine in self.engines if engine.url is not None]
 
-    def engines_on(self, host: str) -> list[EngineSeat]:
+    def engines_on(self, host: str) -> list[EngineGpus]:
         return [engine for engine in self.engines if engine.host == host]
 
 
@@ -86,9 +86,9 @@ def place(hosts: Sequence[str], gpus: int, rollout: RolloutConfig, port: int = R
     apart = not rollout.embedded and rollout.placement == "apart"
     if whole:
         return Placement(trainers, ranks, place_engines(hosts[-whole:], gpus, rollout).engines, rendezvous, apart)
-    seats = Host(count=len(hosts), ranks=len(ranks)).seats(rollout)
+    seats = Host(count=len(hosts), ranks=len(ranks)).engine_gpus(rollout)
     beside = [(host, seat) for host in hosts for seat in seats]
-    engines = tuple(EngineSeat(index, host, seat, None) for index, (host, seat) in enumerate(beside))
+    engines = tuple(EngineGpus(index, host, seat, None) for index, (host, seat) in enumerate(beside))
     return Placement(trainers, ranks, engines, rendezvous, apart)
 
 
@@ -99,7 +99,7 @@ def place_engines(hosts: Sequence[str], gpus: int, rollout: RolloutConfig) -> Pl
         raise ConfigError(f"rollout.tp: {rollout.tp} does not divide the {gpus} GPUs of a host; one of {fitting} would")
     seats = list(enumerate(neighbours(range(gpus), rollout.tp)))
     made = [(host, seat, ENGINE_PORT + number) for host in hosts for number, seat in seats]
-    return Placement((), (), tuple(EngineSeat(index, *where) for index, where in enumerate(made)), "")
+    return Placement((), (), tuple(EngineGpus(index, *where) for index, where in enumerate(made)), "")
 
 
 def _apart(hosts: int, gpus: int, rollout: RolloutConfig) -> tuple[int, int]:

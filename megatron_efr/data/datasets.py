@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from megatron_efr.config import DatasetConfig
-from megatron_efr.data.rows import DatasetError, Row, read_rows
+from megatron_efr.data.readers import DatasetError, Row, read_rows
 
 _QUESTION = ("question", "problem", "prompt")
 _ANSWER = ("answer", "final_answer", "gold", "target")

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_efr.config import PromptConfig, SftDataConfig
 from megatron_efr.data.lengths import check_rows
 from megatron_efr.data.prompts import PromptError, Renderer, fits
-from megatron_efr.data.rows import DatasetError, Row, read_rows
+from megatron_efr.data.readers import DatasetError, Row, read_rows
 from megatron_efr.samples import Sample
 
 ANSWERS = ".jsonl.zst"

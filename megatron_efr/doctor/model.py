@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_efr.config import DatasetConfig, ModelConfig, PromptConfig, RunConfig, SftConfig, TrainConfig
 from megatron_efr.data.datasets import load_problems
 from megatron_efr.data.prompts import Renderer, load_tokenizer
-from megatron_efr.data.rows import read_rows
+from megatron_efr.data.readers import read_rows
 from megatron_efr.data.sft import holds_answers
 from megatron_efr.doctor.finding import Finding
 from megatron_efr.errors import UserError

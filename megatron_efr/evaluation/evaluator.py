@@ -24,12 +24,12 @@ from megatron_efr.evaluation.problems import judgings_of, load_prompts, say_over
 from megatron_efr.evaluation.records import Record, summarise
 from megatron_efr.evaluation.responses import thinking_tokens
 from megatron_efr.grading import Grader
-from megatron_efr.observe.progress import followed
+from megatron_efr.observe.progress import show_progress
+from megatron_efr.rollout.checks import check_script, longest
 from megatron_efr.rollout.codec import TokenizerCodec
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.journal import Journal
 from megatron_efr.rollout.ledger import request_seed
-from megatron_efr.rollout.requests import check_script, longest
 from megatron_efr.types import Graded, Marks, Request, Sampling
 
 
@@ -139,7 +139,7 @@ class Evaluator:
         # ask for the others; each is journalled as soon as it is whole
         left = [request for request in self._requests if request.seed not in finished]
         with closing(engine.generate(left, self.sampling)) as answers:
-            for group in followed(answers, name, len(self._requests), len(finished)):
+            for group in show_progress(answers, name, len(self._requests), len(finished)):
                 if journal:
                     journal.append(group)
                 finished[group.seed] = group

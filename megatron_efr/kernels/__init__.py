@@ -3,7 +3,7 @@
 from megatron_efr.kernels.backend import Backend, choose_backend
 from megatron_efr.kernels.fused_policy_loss import FusedLoss, fused_policy_loss
 from megatron_efr.kernels.linear_logprob import default_chunk, linear_logprob
-from megatron_efr.kernels.rows import PolicyRows
+from megatron_efr.kernels.row_kernels import PolicyRows
 from megatron_efr.kernels.token_credits import TokenCredits, token_credits
 from megatron_efr.kernels.torch_rows import token_terms
 

@@ -10,7 +10,7 @@ from typing import Literal, cast
 import torch
 
 from megatron_efr.config import ConfigError
-from megatron_efr.kernels.rows import RowKernels
+from megatron_efr.kernels.row_kernels import RowKernels
 
 Backend = Literal["triton", "torch"]
 

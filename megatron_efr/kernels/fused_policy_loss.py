@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron_efr.algorithms.objective import Objective
 from megatron_efr.kernels.backend import Backend
 from megatron_efr.kernels.linear_logprob import Shard, logits_buffer, prepare
-from megatron_efr.kernels.products import accumulate_weight_gradient
-from megatron_efr.kernels.rows import FIGURES, PolicyRows, chunks, refer_to_policy, sum_figures
+from megatron_efr.kernels.matmul import accumulate_weight_gradient
+from megatron_efr.kernels.row_kernels import FIGURES, PolicyRows, chunks, refer_to_policy, sum_figures
 
 _FACTOR_TOLERANCE = 1e-6  # fp32 products of the same factors in another order
 

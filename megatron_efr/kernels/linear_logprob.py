@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_efr.kernels.backend import Backend, row_kernels
-from megatron_efr.kernels.products import accumulate_weight_gradient, logits_into
-from megatron_efr.kernels.rows import ELSEWHERE, OUTSIDE, Logits, RowKernels, Softmax, chunks, merge
+from megatron_efr.kernels.matmul import accumulate_weight_gradient, logits_into
+from megatron_efr.kernels.row_kernels import ELSEWHERE, OUTSIDE, Logits, RowKernels, Softmax, chunks, merge
 
 CHUNK_TOKENS = 2048  # for each tensor-parallel rank: fp32 logits held at once, 1.2 GB at V = 152k
 CHUNK_BYTES_CPU = 2**28  # of them at most on a CPU, whose products are as fast with fewer rows

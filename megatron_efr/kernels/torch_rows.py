@@ -1,4 +1,4 @@
-"""The row kernels in plain torch: the reference, and the path on CPU. The contract is `RowKernels` in rows.py."""
+"""The row kernels in plain torch: the reference, and the path on CPU. Contract: row_kernels.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_efr.algorithms.objective import Objective
-from megatron_efr.kernels.rows import Logits, PolicyRows, Softmax, Statistics, chunks
+from megatron_efr.kernels.row_kernels import Logits, PolicyRows, Softmax, Statistics, chunks
 
 _LOWEST = -1e30  # for -inf, which is to add nothing: (-inf) * 0 would be nan
 _BLOCK_BYTES = 2**21  # of fp32 logits worked on at a time, in a CPU's cache

@@ -1,4 +1,4 @@
-"""The row kernels in Triton: one program per row of logits, no atomics. The contract is `RowKernels` in rows.py."""
+"""The row kernels in Triton: a program per row of logits, no atomics. Contract: row_kernels.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from megatron_efr.algorithms.objective import Objective
-from megatron_efr.kernels.rows import FIGURES, Logits, PolicyRows, Softmax, Statistics
+from megatron_efr.kernels.row_kernels import FIGURES, Logits, PolicyRows, Softmax, Statistics
 
 BLOCK = 4096  # columns in flight per program
 WARPS = 8

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_efr.config import ConfigError, ObserveConfig
 from megatron_efr.durable import GOES_ON, writing
-from megatron_efr.observe.peaks import Peaks
+from megatron_efr.observe.peak_memory import Peaks
 
 MACHINE = "time/"
 """Prefix of the metrics that the machine decides and not the seed."""

@@ -10,7 +10,7 @@ from megatron_efr.types import Group
 SAYS_EVERY_S = 10.0
 
 
-def followed(groups: Iterable[Group], name: str, total: int, done: int = 0) -> Iterator[Group]:
+def show_progress(groups: Iterable[Group], name: str, total: int, done: int = 0) -> Iterator[Group]:
     """Pass finished groups on, and print a line every few seconds; `done` of `total` were finished before."""
     began = said = time.monotonic()
     tokens = 0

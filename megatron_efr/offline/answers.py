@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_efr.data.lengths import check_rows
-from megatron_efr.data.rows import DatasetError
+from megatron_efr.data.readers import DatasetError
 from megatron_efr.data.sft import ANSWERS
 from megatron_efr.rollout.group_json import decode_graded
 from megatron_efr.run.folder import read_groups

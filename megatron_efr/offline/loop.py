@@ -13,11 +13,11 @@ from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.config import DpoConfig, SftConfig
 from megatron_efr.config.file import dump, validate
 from megatron_efr.observe import Observer
-from megatron_efr.policy import Policy, check_policy, joined_ranks
-from megatron_efr.run.environment import date_prompts
+from megatron_efr.policy import Policy, check_policy, join_ranks
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.run.interruption import EXIT_REQUEUE, Interruption
 from megatron_efr.run.iteration import check_skipped
+from megatron_efr.run.main_rank import date_prompts
 from megatron_efr.run.owner import claimed
 from megatron_efr.samples import Sample
 from megatron_efr.types import UserError
@@ -42,7 +42,7 @@ def train_on_rows(
     """
     config.check_world(arguments.world_size())
     check_policy(config.model, config.parallel, config.optimizer)
-    with joined_ranks(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
+    with join_ranks(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
         folder = RunFolder(config.folder)
         claim = claimed(folder, dump(config), resume, lambda tree: dump(validate(type(config), tree)))
         ranks.on_main(lambda: resources.enter_context(claim))

@@ -19,7 +19,7 @@ from megatron_efr.config import ConfigError, TrainConfig
 from megatron_efr.config.file import load
 from megatron_efr.memory import MICRO_BATCH_TOKENS, MemoryPlan, Shape, parameter_count, plan
 from megatron_efr.planning.shapes import shape_of
-from megatron_efr.policy.fit import check_fit
+from megatron_efr.policy.divisibility import check_fit
 from megatron_efr.weights.architecture import Architecture
 
 STATIC_FRACTION = 0.6  # if rollout.server.mem_fraction_static is left out; SGLang then decides for itself

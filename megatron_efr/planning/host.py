@@ -29,7 +29,7 @@ from megatron_efr.memory import (
 )
 from megatron_efr.planning.probe import Seconds, Work, measured
 from megatron_efr.planning.shapes import shape_of
-from megatron_efr.policy.fit import check_fit
+from megatron_efr.policy.divisibility import check_fit
 from megatron_efr.weights.architecture import Architecture
 
 GIB = 2**30

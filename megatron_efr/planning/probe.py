@@ -18,7 +18,7 @@ import torch
 
 from megatron_efr.algorithms.objective import Objective
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.policy import Policy, joined_ranks, policy_loss
+from megatron_efr.policy import Policy, join_ranks, policy_loss
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.samples import PackedBatch, Sample
 from megatron_efr.scripts import plain
@@ -104,7 +104,7 @@ def _policy(model: ModelConfig, work: Work) -> tuple[float, float, float]:
     length = work.prompt + work.response
     few = max(1, min(FEW, work.budget) // length)  # in one micro-batch
     many = few * TIMES
-    with joined_ranks(ParallelConfig(), seed=0) as ranks:
+    with join_ranks(ParallelConfig(), seed=0) as ranks:
         policy = Policy(model, ParallelConfig(), OptimizerConfig(lr=1e-9), ranks, updates=1_000_000, seed=0)
         small, large = (_packed(policy, work, count) for count in (few, many))
         times = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.policy.fit import check_fit
+from megatron_efr.policy.divisibility import check_fit
 from megatron_efr.policy.model import ddp_config, transformer_config
 from megatron_efr.policy.optimizer import optimizer_config
 from megatron_efr.weights.architecture import Architecture

@@ -11,7 +11,7 @@ from megatron.core import dist_checkpointing
 
 from megatron_efr.config import LoraConfig, ModelConfig, ParallelConfig
 from megatron_efr.kernels import choose_backend
-from megatron_efr.policy.fit import engine_layers
+from megatron_efr.policy.divisibility import te_layers
 from megatron_efr.policy.head import build_head
 from megatron_efr.policy.layers import packed_sequences
 from megatron_efr.policy.model import build_models, transformer_config
@@ -35,7 +35,7 @@ def checkpoint_log_probs(
     parallel = ParallelConfig()
     architecture = Architecture.from_folder(folder)
     config = transformer_config(model, architecture, parallel)
-    [built] = build_models(config, architecture, parallel, engine_layers(model), ranks.device, lora)
+    [built] = build_models(config, architecture, parallel, te_layers(model), ranks.device, lora)
     loaded: Any = dist_checkpointing.load({"model0": built.sharded_state_dict()}, str(checkpoint))
     built.load_state_dict(loaded["model0"])
     del loaded

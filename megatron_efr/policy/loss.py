@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_efr.algorithms.objective import Objective
 from megatron_efr.kernels import token_terms
-from megatron_efr.kernels.rows import refer_to_policy, sum_figures
+from megatron_efr.kernels.row_kernels import refer_to_policy, sum_figures
 from megatron_efr.policy.head import HeadRows
 from megatron_efr.samples import PackedBatch
 

@@ -25,9 +25,9 @@ from megatron_efr.policy.layers import local_layers
 from megatron_efr.policy.lora import Adapters, adapt
 from megatron_efr.policy.settings import made
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.cuts import padded_vocab
 from megatron_efr.weights.frequencies import inverse_frequencies
 from megatron_efr.weights.mapping import WeightMapping
+from megatron_efr.weights.tensor_parallel_split import padded_vocab
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -149,13 +149,13 @@ def build_models(
     config: TransformerConfig,
     architecture: Architecture,
     parallel: ParallelConfig,
-    engine: bool,
+    use_te: bool,
     device: torch.device,
     lora: LoraConfig | None = None,
 ) -> list[PolicyModel]:
     """This rank's models (one, or one per virtual stage), with weights still to be loaded.
 
-    Of Transformer Engine's layers (`engine`), or of Megatron's and our own; with the adapters of `lora`, frozen.
+    Of Transformer Engine's layers (`use_te`), or of Megatron's and our own; with the adapters of `lora`, frozen.
     """
     models = []
     for stage in range(parallel.virtual_pipeline or 1):
@@ -165,7 +165,7 @@ def build_models(
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         model = PolicyModel(
             config=config,
-            transformer_layer_spec=_layers(config, engine, vp_stage),
+            transformer_layer_spec=_layers(config, use_te, vp_stage),
             vocab_size=padded_vocab(architecture.vocab, parallel.tensor),
             max_sequence_length=architecture.max_positions,
             pre_process=first,
@@ -177,7 +177,7 @@ def build_models(
         )
         # Megatron computes Llama 3's scaling with one set of constants, and YaRN only for what its own checkpoints need
         model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture.rotary, architecture.head_dim).to(device)
-        model.local_attention = not engine
+        model.local_attention = not use_te
         model.attention_factor = architecture.rotary.attention_factor
         _mark_split_weights(model)
         if lora is not None:
@@ -198,14 +198,14 @@ def build_chunks(
     config: TransformerConfig,
     architecture: Architecture,
     parallel: ParallelConfig,
-    engine: bool,
+    use_te: bool,
     device: torch.device,
     lora: LoraConfig | None = None,
 ) -> list[DistributedDataParallel]:
     """This rank's model chunks (one, or one per virtual stage), in DDP, with weights still to be loaded."""
     ddp = ddp_config(parallel)
     wrapped = []
-    for number, model in enumerate(build_models(config, architecture, parallel, engine, device, lora)):
+    for number, model in enumerate(build_models(config, architecture, parallel, use_te, device, lora)):
         module = Float16Module(config, model) if config.bf16 else model
         wrapped.append(DistributedDataParallel(config, ddp, module, disable_bucketing=number > 0))
     no_sync: Any = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
@@ -257,9 +257,9 @@ def ddp_config(parallel: ParallelConfig) -> DistributedDataParallelConfig:
 
 
 def _layers(
-    config: TransformerConfig, engine: bool, vp_stage: int | None
+    config: TransformerConfig, use_te: bool, vp_stage: int | None
 ) -> Any:  # a ModuleSpec, or TransformerBlockSubmodules: GPTModel takes both, its annotation names one
-    if engine:
+    if use_te:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         return get_gpt_layer_with_transformer_engine_spec(

@@ -16,7 +16,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_efr.config import ConfigError, OptimizerConfig
-from megatron_efr.policy import cpu, resumable
+from megatron_efr.policy import cpu, optimizer_state
 from megatron_efr.policy.model import DTYPES
 from megatron_efr.policy.settings import made
 
@@ -41,7 +41,7 @@ class Optimizer:
             made = get_megatron_optimizer(settings, list(chunks))
         self.megatron = cast(ChainedOptimizer, made)
         for part in self.megatron.chained_optimizers:
-            resumable.prepare(part)
+            optimizer_state.prepare(part)
         self.schedule = OptimizerParamScheduler(
             self.megatron,
             init_lr=0.0,
@@ -126,7 +126,7 @@ class Optimizer:
             chunk.restore_grad_buffers()
         self.megatron.restore_from_cpu()
         for part in self.megatron.chained_optimizers:
-            resumable.steps_to_host(part)
+            optimizer_state.steps_to_host(part)
         self._on_device = True
 
     def _require_on_device(self, action: str) -> None:
@@ -152,12 +152,12 @@ class Optimizer:
         parts = self.megatron.chained_optimizers
         saved = self._in_our_form(state["state"])
         by_part = [saved] if len(parts) == 1 else [saved[i] for i in range(len(parts))]
-        tensors = [resumable.set_aside(part, mine) for part, mine in zip(parts, by_part, strict=True)]
+        tensors = [optimizer_state.set_aside(part, mine) for part, mine in zip(parts, by_part, strict=True)]
         with cpu.cuda_type_names():
             self.megatron.load_state_dict(saved)
         for part, mine in zip(parts, tensors, strict=True):
             if mine is not None:
-                resumable.put_tensors(cast(DistributedOptimizer, part), mine)
+                optimizer_state.put_tensors(cast(DistributedOptimizer, part), mine)
         self.schedule.load_state_dict(state["schedule"])
         self.skipped_in_a_row = state["skipped_in_a_row"]
 

@@ -16,7 +16,7 @@ from megatron_efr.weights.architecture import Architecture
 MicroBatches = list[list[int]]  # indices of sequences, micro-batch by micro-batch
 
 
-class UpdatePlan(NamedTuple):
+class UpdateShares(NamedTuple):
     """An optimizer update before its tokens are there: each replica's micro-batches, each sequence's `row_weights`."""
 
     shares: list[MicroBatches]

@@ -14,7 +14,7 @@ from megatron.core.utils import unwrap_model
 from megatron_efr.policy.lora import Merged, switched_off
 from megatron_efr.policy.model import PolicyModel, canonical_parameters
 from megatron_efr.policy.ranks import Ranks
-from megatron_efr.publication.plan import BUCKET_BYTES, Plan
+from megatron_efr.publication.bucket_plan import BUCKET_BYTES, BucketPlan
 from megatron_efr.publication.reshard import Parcel, Reshard
 from megatron_efr.weights.folder import TensorSource
 from megatron_efr.weights.mapping import WeightMapping
@@ -104,7 +104,9 @@ class Parameters:
             ranks = self._ranks
             group = ranks.replica_group
             members = dist.get_process_group_ranks(group)
-            plan = Plan.agreed(local, self._mapping, ranks.tensor_rank, members, ranks.cpu_world, self._bucket_bytes)
+            plan = BucketPlan.agreed(
+                local, self._mapping, ranks.tensor_rank, members, ranks.cpu_world, self._bucket_bytes
+            )
             self._reshards[of] = Reshard(plan, self._mapping, group)
         by_weight = {weight: each for adapters in self._adapters for weight, each in adapters.by_weight().items()}
         shards = Merged(local, by_weight) if by_weight else local

@@ -21,16 +21,16 @@ from megatron_efr.kernels import Backend, choose_backend
 from megatron_efr.memory import micro_batch_tokens
 from megatron_efr.policy import context
 from megatron_efr.policy.credits import fill_advantages
-from megatron_efr.policy.drift import drift_figures, drift_sums, fill_behaviour, fill_importance
-from megatron_efr.policy.fit import check_fit, engine_layers
+from megatron_efr.policy.divisibility import check_fit, te_layers
 from megatron_efr.policy.head import HeadRows, build_head, loss_scaling
 from megatron_efr.policy.layers import packed_sequences
+from megatron_efr.policy.logprob_check import drift_figures, drift_sums, fill_behaviour, fill_importance
 from megatron_efr.policy.lora import alpha_state
 from megatron_efr.policy.loss import Loss, Metrics, as_means, combine
 from megatron_efr.policy.model import PolicyModel, build_chunks, transformer_config
 from megatron_efr.policy.optimizer import Optimizer
 from megatron_efr.policy.packing import (
-    UpdatePlan,
+    UpdateShares,
     balance,
     check_tokens,
     pack,
@@ -42,7 +42,7 @@ from megatron_efr.policy.parameters import Parameters
 from megatron_efr.policy.ranks import Ranks
 from megatron_efr.policy.reference import Reference
 from megatron_efr.policy.routing import RoutingReplay, lay_out_routing
-from megatron_efr.publication.plan import BUCKET_BYTES
+from megatron_efr.publication.bucket_plan import BUCKET_BYTES
 from megatron_efr.publication.reshard import Parcel
 from megatron_efr.samples import PackedBatch, Sample, SequenceSize
 from megatron_efr.types import ByIndex, UserError
@@ -80,7 +80,7 @@ class Policy:
         on_gpu = ranks.device.type == "cuda"
         self._micro_batch_tokens = micro_batch_tokens(self.architecture, parallel, model.dtype, on_gpu)
         # Megatron's model chunks, with routers that replay the engine's choices
-        engine = engine_layers(model)
+        engine = te_layers(model)
         self.chunks = build_chunks(self.config, self.architecture, parallel, engine, ranks.device, model.lora)
         self._routing = RoutingReplay(self.config, [_unwrapped(chunk) for chunk in self.chunks], ranks)
         # the head on the last stage
@@ -138,7 +138,7 @@ class Policy:
         micro_batch_tokens: int | None,
         aggregate: Aggregate,
         divisor: int | None = None,
-    ) -> UpdatePlan:
+    ) -> UpdateShares:
         """Deal the sequences `i in update` to replicas and micro-batches: the same on every rank.
 
         A micro-batch has `micro_batch_tokens` at most, or as many as suit the device. `aggregate` and `divisor` as
@@ -148,9 +148,9 @@ class Policy:
         lengths = {i: round_up(sizes[i].length, self._sequence_multiple) for i in update}
         budget = micro_batch_tokens or self._micro_batch_tokens
         shares = balance(lengths, self.ranks.replicas, budget, self._batch_multiple, self._flops)
-        return UpdatePlan(shares, row_weights(sizes, update, aggregate, divisor))
+        return UpdateShares(shares, row_weights(sizes, update, aggregate, divisor))
 
-    def pack(self, samples: ByIndex[Sample], plan: UpdatePlan) -> list[PackedBatch]:
+    def pack(self, samples: ByIndex[Sample], plan: UpdateShares) -> list[PackedBatch]:
         """This replica's micro-batches of a planned update, of which `samples` must have this replica's own.
 
         UserError for a token outside the vocabulary.

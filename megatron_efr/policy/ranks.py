@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_efr.config import ModelConfig, ParallelConfig
 from megatron_efr.policy import cpu
-from megatron_efr.policy.fit import check_fit
+from megatron_efr.policy.divisibility import check_fit
 from megatron_efr.types import UserError
 
 T = TypeVar("T")
@@ -208,7 +208,7 @@ class Ranks:
 
 
 @contextmanager
-def joined_ranks(parallel: ParallelConfig, seed: int, model: ModelConfig | None = None) -> Iterator[Ranks]:
+def join_ranks(parallel: ParallelConfig, seed: int, model: ModelConfig | None = None) -> Iterator[Ranks]:
     """Join the ranks that torchrun started (or be the only one), split them as configured, and leave at the end.
 
     ConfigError, before anything starts, if the `model` to be trained does not divide over the

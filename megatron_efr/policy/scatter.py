@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megatron_efr.policy.packing import UpdatePlan
+from megatron_efr.policy.packing import UpdateShares
 from megatron_efr.policy.ranks import Ranks
 from megatron_efr.samples import COLUMNS, Sample
 
@@ -58,7 +58,7 @@ def unflatten(flat: Sequence[torch.Tensor]) -> list[Sample]:
     ]
 
 
-def scatter_samples(samples: Sequence[Sample], plans: Sequence[UpdatePlan], ranks: Ranks) -> dict[int, Sample]:
+def scatter_samples(samples: Sequence[Sample], plans: Sequence[UpdateShares], ranks: Ranks) -> dict[int, Sample]:
     """Rank 0's `samples` that this rank's replica trains on, by index; others' do not count."""
     if ranks.world_size == 1:
         return dict(enumerate(samples))

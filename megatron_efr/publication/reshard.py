@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_efr.publication.plan import Bucket, Entry, Plan
+from megatron_efr.publication.bucket_plan import Bucket, BucketPlan, Entry
 from megatron_efr.weights.mapping import WeightMapping
 
 Shards = Mapping[str, torch.Tensor]
@@ -46,7 +46,7 @@ class Reshard:
     All ranks of the group make theirs together.
     """
 
-    def __init__(self, plan: Plan, mapping: WeightMapping, group: dist.ProcessGroup, main: int = 0) -> None:
+    def __init__(self, plan: BucketPlan, mapping: WeightMapping, group: dist.ProcessGroup, main: int = 0) -> None:
         self.plan = plan
         self._mapping = mapping
         self._group = group

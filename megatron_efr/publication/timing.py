@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from megatron_efr.publication.plan import Bucket, Plan
+from megatron_efr.publication.bucket_plan import Bucket, BucketPlan
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Bandwidths:
         return replace(self, copy=math.inf, bucket_s=0.0)
 
 
-def seconds(plan: Plan, rates: Bandwidths, main: int | None = 0) -> float:
+def seconds(plan: BucketPlan, rates: Bandwidths, main: int | None = 0) -> float:
     """Seconds until the engines have everything, which `main` sends, or every rank (None) has to hand to its own.
 
     A bucket b takes arrive(b) = its bytes over the link; copy(b) = what is copied on the critical rank; send(b). While

@@ -12,10 +12,10 @@ import torch
 from megatron_efr.addresses import KEY, wait_until_ready
 from megatron_efr.config import ConfigError, EnginesConfig, ModelConfig, RolloutConfig
 from megatron_efr.errors import EngineError, UserError
+from megatron_efr.rollout.checks import check_servable
 from megatron_efr.rollout.codec import Codec
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.local.engine import LocalEngine
-from megatron_efr.rollout.requests import check_servable
 from megatron_efr.rollout.servers.launcher import Launcher
 from megatron_efr.rollout.servers.process import ServerProcess
 from megatron_efr.rollout.servers.run_servers import Servers

@@ -30,8 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 from megatron_efr.config import RolloutConfig
+from megatron_efr.rollout.group_feed import GroupFeed
 from megatron_efr.rollout.judging import Accept, Judge
-from megatron_efr.rollout.production import Production
 from megatron_efr.rollout.request_json import decode_request, encode_request
 from megatron_efr.scripts import plain
 from megatron_efr.types import Group, Prompt, Request, Rewarded, UserError
@@ -128,7 +128,7 @@ class Ledger:
         self,
         prompts: Prompts,
         accept_in: Callable[[int], Accept],
-        production: Production,
+        feed: GroupFeed,
         config: RolloutConfig,
         *,
         seed: int,
@@ -139,7 +139,7 @@ class Ledger:
         self.refused = 0  # while these were produced
         self._prompts = prompts
         self._accept_in = accept_in
-        self._production = production
+        self._feed = feed
         self._config = config
         self._seed, self._last, self._ask = seed, last, ask or self._ask_plainly
         self._in_flight: dict[int, InFlight] = {}  # by the request's seed, in the order in which they were drawn
@@ -191,7 +191,7 @@ class Ledger:
 
     def close(self) -> None:
         """End the threads. What is in flight is dropped, but for the journal and the last checkpoint's list of it."""
-        self._production.close()
+        self._feed.close()
         if self._thread is not None:
             self._thread.shutdown()
         self._judging.shutdown(cancel_futures=True)
@@ -207,7 +207,7 @@ class Ledger:
 
     def _draw(self, count: int, instead: int | None = None) -> None:
         """Put the stream's next `count` prompts in flight; the request of seed `instead` leaves."""
-        version = self._production.engine.version
+        version = self._feed.engine.version
         with self._drawing:
             kept = {seed: flight for seed, flight in self._in_flight.items() if seed != instead}
             self._in_flight = kept | dict(self._flight(visit, version) for visit in self._prompts.take(count))
@@ -262,8 +262,8 @@ class Ledger:
             judge.add(group)
         # then the engine's next one
         if not journalled:
-            self._production.ask(missing.values())
-            group = self._production.next()
+            self._feed.ask(missing.values())
+            group = self._feed.next()
             if group.seed in missing:  # a journal may have had it meanwhile
                 journal.append(group)
                 judge.add(group)

@@ -13,9 +13,9 @@ from megatron_efr.config import ConfigError, TrainConfig
 from megatron_efr.data.prompts import Renderer
 from megatron_efr.methods import Ask, Known, Method, Visit
 from megatron_efr.rollout import ledger
+from megatron_efr.rollout.checks import check_script, longest
 from megatron_efr.rollout.codec import Codec
 from megatron_efr.rollout.ledger import request_seed
-from megatron_efr.rollout.requests import check_script, longest
 from megatron_efr.scripts import Plain
 from megatron_efr.types import Prompt, Request
 

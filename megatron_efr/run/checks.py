@@ -13,8 +13,8 @@ from megatron_efr.errors import UserError
 from megatron_efr.policy.check import check_policy
 from megatron_efr.rollout.build import check_engine
 from megatron_efr.rollout.servers.arguments import check_server_arguments
-from megatron_efr.rollout.servers.seats import Host
-from megatron_efr.run.environment import Environment, check_evaluation
+from megatron_efr.rollout.servers.host import Host
+from megatron_efr.run.main_rank import MainRank, check_evaluation
 
 _ELSEWHERE = {"name", "runs", "seed", "optimizer", "train", "checkpoint", "observe"}  # no data is read by these
 
@@ -26,7 +26,7 @@ def check_configuration(config: TrainConfig, ranks: int) -> tuple[methods.Method
     methods.check_together(config.method.name, method, algorithm)
     config.check_world(ranks)
     check_engine(config.model, config.rollout)
-    Host.of_this_process().seats(config.rollout)
+    Host.of_this_process().engine_gpus(config.rollout)
     check_policy(config.model, config.parallel, config.optimizer)
     check_server_arguments(config.rollout)
     return method, algorithm
@@ -71,7 +71,7 @@ def _check_data(config: TrainConfig) -> None:
     method = methods.build(config.method, config.rollout, config.algorithm)
     algorithm = algorithms.build(config.algorithm, config.rollout)
     with contextlib.redirect_stdout(io.StringIO()):  # each run shows its prompts itself
-        Environment(config, method, algorithm).close()
+        MainRank(config, method, algorithm).close()
         check_evaluation(config)
 
 

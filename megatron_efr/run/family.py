@@ -12,8 +12,8 @@ from megatron_efr.config import ConfigError, EvaluateConfig, TrainConfig
 from megatron_efr.config.file import dump
 from megatron_efr.config.sweep import Member, of_members
 from megatron_efr.durable import write_atomic
-from megatron_efr.run.environment import date_prompts
 from megatron_efr.run.folder import RunFolder, RunFolderError
+from megatron_efr.run.main_rank import date_prompts
 
 
 class Program(NamedTuple):

@@ -15,14 +15,14 @@ from megatron_efr.config import TrainConfig
 from megatron_efr.config.file import dump, validate
 from megatron_efr.errors import EngineError, NoEngineError
 from megatron_efr.memory import BYTES, parameter_count
-from megatron_efr.policy import Policy, Ranks, joined_ranks
+from megatron_efr.policy import Policy, Ranks, join_ranks
 from megatron_efr.publication.build import build_publisher
 from megatron_efr.publication.publisher import Embedded, Publisher
 from megatron_efr.rollout.recovery import recovering
-from megatron_efr.rollout.servers.run_servers import Servers, serving
+from megatron_efr.rollout.servers.run_servers import Servers, start_servers
 from megatron_efr.run.checks import check_configuration
-from megatron_efr.run.environment import Environment, date_prompts
 from megatron_efr.run.folder import RunFolder
+from megatron_efr.run.main_rank import MainRank, date_prompts
 from megatron_efr.run.owner import claimed
 from megatron_efr.run.phases import Phases, Timer
 from megatron_efr.run.watch import Watch
@@ -40,7 +40,7 @@ class Run:
     ranks: Ranks
     folder: RunFolder
     checkpoints: Checkpoints
-    environment: Environment | None  # rank 0's
+    main_rank: MainRank | None  # rank 0's
     policy: Policy
     publisher: Publisher | Embedded
     phases: Phases
@@ -57,8 +57,8 @@ class Run:
         """Iteration `step`'s groups, graded and rewarded as they finish: on rank 0, and none elsewhere."""
 
         def ask() -> list[Rewarded]:
-            assert self.environment is not None
-            return self.environment.ledger.collect(step, self.folder.journal)
+            assert self.main_rank is not None
+            return self.main_rank.ledger.collect(step, self.folder.journal)
 
         return self.from_engines(ask, "rollouts", version=step - 1) or []
 
@@ -69,8 +69,8 @@ class Run:
         """
 
         def give() -> list[Credited]:
-            assert self.environment is not None
-            credited = methods.credit(self.method, self.algorithm, groups, self.environment.knowledge.of(step))
+            assert self.main_rank is not None
+            credited = methods.credit(self.method, self.algorithm, groups, self.main_rank.knowledge.of(step))
             if self.config.observe.rollouts:
                 self.folder.write_rollouts(step, credited)
             return credited
@@ -92,8 +92,8 @@ class Run:
             return {}
 
         def ask() -> dict[str, float]:
-            assert self.environment is not None
-            return self.environment.sample(step, self.folder, self.policy.initial_model["sha256"])
+            assert self.main_rank is not None
+            return self.main_rank.sample(step, self.folder, self.policy.initial_model["sha256"])
 
         with timer("sample"):
             return self.from_engines(ask, "a sampling", version=step) or {}
@@ -102,8 +102,8 @@ class Run:
         """The held-out problems' figures, if step `step` is one to ask them: on rank 0, none elsewhere."""
 
         def ask() -> dict[str, float]:
-            assert self.environment is not None
-            return self.environment.evaluate(step, self.folder)
+            assert self.main_rank is not None
+            return self.main_rank.evaluate(step, self.folder)
 
         return self.from_engines(ask, "an evaluation", version=step) or {}
 
@@ -112,18 +112,18 @@ class Run:
         state = {
             "step": step,
             "initial_model": self.policy.initial_model,
-            "method": self.environment.knowledge.state_dict() if self.environment else None,
+            "method": self.main_rank.knowledge.state_dict() if self.main_rank else None,
             "watch": self.watch.state_dict(),
-            "stream": self.environment.ledger.state_dict() if self.environment else None,
+            "stream": self.main_rank.ledger.state_dict() if self.main_rank else None,
         }
         self.checkpoints.save(step, self.policy.sharded_state(), state, lambda: self.folder.clear_journals(step))
 
     def learn(self, step: int, groups: Sequence[Credited]) -> dict[str, float]:
         """Let rank 0 keep what iteration `step` taught about its prompts, and to its method; figures of the latter."""
-        if self.environment is None:
+        if self.main_rank is None:
             return {}
-        self.environment.knowledge.learn(step, [group.rewarded for group in groups])
-        return self.environment.knowledge.figures()
+        self.main_rank.knowledge.learn(step, [group.rewarded for group in groups])
+        return self.main_rank.knowledge.figures()
 
     def restore(self) -> int:
         """Take up the newest checkpoint that verifies: the step it was made after, 0 if there is
@@ -142,9 +142,9 @@ class Run:
         self.policy.load_sharded_state(sharded)
         self.policy.check_initial_model(state["initial_model"], str(path))
         self.watch.load_state_dict(state.get("watch", {}))
-        if self.environment is not None:
-            self.environment.knowledge.load_state_dict(state["method"])
-            self.environment.ledger.load_state_dict(state["stream"])
+        if self.main_rank is not None:
+            self.main_rank.knowledge.load_state_dict(state["method"])
+            self.main_rank.ledger.load_state_dict(state["stream"])
         return state["step"]
 
     def from_engines(self, ask: Callable[[], T], what: str, *, version: int) -> T | None:
@@ -163,29 +163,29 @@ class Run:
 
 
 @contextmanager
-def opened(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> Iterator[Run]:
+def open_run(config: TrainConfig, *, resume: bool = False, asks: bool = True) -> Iterator[Run]:
     """Join the ranks and put the run together; what it started is ended with the block.
 
-    If it `asks` no engine, it claims no folder and has no environment: its rollouts come from
+    If it `asks` no engine, it claims no folder and has no main rank: its rollouts come from
     elsewhere.
     """
     method, algorithm = check_configuration(config, arguments.world_size())
     keep_reference = algorithm.objective(config.rollout).needs_reference
-    with joined_ranks(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
+    with join_ranks(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
         folder = RunFolder(config.folder)
-        environment = None
+        main_rank = None
         servers = Servers()
         if asks:
             claim = claimed(folder, written_out(config), resume, lambda tree: written_out(validate(TrainConfig, tree)))
             ranks.on_main(lambda: resources.enter_context(claim))
             ranks.on_main(lambda: date_prompts(config.data.prompt, folder))
-            environment, servers = _environment(config, method, algorithm, ranks, resources)
-        publisher = build_publisher(config, environment and environment.engine, ranks.cpu_world, servers.restart)
-        phases = build_phases(config, publisher, environment, servers, ranks, asks)
+            main_rank, servers = _start_main_rank(config, method, algorithm, ranks, resources)
+        publisher = build_publisher(config, main_rank and main_rank.engine, ranks.cpu_world, servers.restart)
+        phases = build_phases(config, publisher, main_rank, servers, ranks, asks)
         policy = Policy.to_train(config, ranks, keep_reference=keep_reference)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
         watch = Watch(config.rollout.max_new_tokens)
-        yield Run(config, ranks, folder, checkpoints, environment, policy, publisher, phases, method, algorithm, watch)
+        yield Run(config, ranks, folder, checkpoints, main_rank, policy, publisher, phases, method, algorithm, watch)
 
 
 def written_out(config: TrainConfig) -> str:
@@ -195,35 +195,35 @@ def written_out(config: TrainConfig) -> str:
     return dump(methods.resolved(algorithms.resolved(config, algorithm), method))
 
 
-def _environment(
+def _start_main_rank(
     config: TrainConfig,
     method: methods.Method,
     algorithm: algorithms.Algorithm,
     ranks: Ranks,
     resources: ExitStack,
-) -> tuple[Environment | None, Servers]:
-    """Rank 0's environment, over the servers that the hosts have started; `resources` end both, in the right order.
+) -> tuple[MainRank | None, Servers]:
+    """Rank 0's part, over the servers that the hosts have started; `resources` end both, in the right order.
 
     Prompts and graders come first: what is wrong with them is said before any server starts.
     """
-    environment = ranks.on_main(lambda: Environment(config, method, algorithm))
-    if environment is not None:
-        resources.callback(environment.close)
-    started = serving(config.model, config.rollout, config.folder / "engines", config.seed, ranks.cpu_world)
+    main_rank = ranks.on_main(lambda: MainRank(config, method, algorithm))
+    if main_rank is not None:
+        resources.callback(main_rank.close)
+    started = start_servers(config.model, config.rollout, config.folder / "engines", config.seed, ranks.cpu_world)
     servers = resources.enter_context(started)
 
     def connect() -> None:
-        assert environment is not None
-        environment.connect(servers, resources)
+        assert main_rank is not None
+        main_rank.connect(servers, resources)
 
     ranks.on_main(connect)
-    return environment, servers
+    return main_rank, servers
 
 
 def build_phases(
     config: TrainConfig,
     publisher: Publisher | Embedded,
-    environment: Environment | None,
+    main_rank: MainRank | None,
     servers: Servers,
     ranks: Ranks,
     asks: bool,
@@ -232,7 +232,7 @@ def build_phases(
     weights = parameter_count(Architecture.from_folder(config.model.path)) * BYTES[config.model.dtype]
     return Phases(
         publisher,
-        environment and environment.engine,
+        main_rank and main_rank.engine,
         servers,
         ranks,
         shared=asks and config.rollout.placement == "colocated",

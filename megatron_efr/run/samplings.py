@@ -18,7 +18,7 @@ from megatron_efr.grading import Grader
 from megatron_efr.grading.groups import grade_groups
 from megatron_efr.grading.judging import Judgings
 from megatron_efr.methods.samplings import ByPrompt, Monitor, Sampled, dump, restored
-from megatron_efr.observe.progress import followed
+from megatron_efr.observe.progress import show_progress
 from megatron_efr.rollout.engine import Engine
 from megatron_efr.scripts import plain
 from megatron_efr.types import Prompt, Request, Sampling
@@ -153,7 +153,7 @@ class Sampler:
         requests = [_request(prompt, samples, self._seed, name) for prompt in left]
         try:
             with closing(engine.generate(requests, self._sampling)) as answers:
-                for group in followed(answers, name, len(left) + len(finished), len(finished)):
+                for group in show_progress(answers, name, len(left) + len(finished), len(finished)):
                     (graded,) = grade_groups(self._grader, [group], self._judgings)
                     finished[group.prompt.id] = made = Sampled.of(graded)
                     file.append(group.prompt, made)

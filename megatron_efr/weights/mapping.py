@@ -16,12 +16,20 @@ from itertools import chain
 import torch
 
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.cuts import PLACES, TO_HUGGING_FACE, TO_MEGATRON, Cut, Pairs, Split, padded_vocab
-from megatron_efr.weights.splits import check_split
+from megatron_efr.weights.divisibility import check_split
+from megatron_efr.weights.tensor_parallel_split import (
+    PLACES,
+    TO_HUGGING_FACE,
+    TO_MEGATRON,
+    Cut,
+    Pairs,
+    Split,
+    padded_vocab,
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class MappingRow:
     """One line of the table: `{n}` stands for the layer, `{e}` for the expert."""
 
     megatron: str
@@ -29,9 +37,9 @@ class Row:
     split: Split
     alias: str | None = None  # another name of the same parameter: Transformer Engine's, if it differs
 
-    def at(self, n: int, e: int = 0) -> Row:
+    def at(self, n: int, e: int = 0) -> MappingRow:
         """The row of layer `n` (and expert `e`)."""
-        return Row(
+        return MappingRow(
             self.megatron.format(n=n, e=e),
             tuple(name.format(n=n, e=e) for name in self.hugging_face),
             self.split,
@@ -41,42 +49,42 @@ class Row:
 
 _L = "decoder.layers.{n}."
 _H = "model.layers.{n}."
-_EMBEDDING = Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab")
-_HEAD = Row("output_layer.weight", ("lm_head.weight",), "vocab")
-_FINAL_NORM = Row("decoder.final_layernorm.weight", ("model.norm.weight",), "whole")
+_EMBEDDING = MappingRow("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab")
+_HEAD = MappingRow("output_layer.weight", ("lm_head.weight",), "vocab")
+_FINAL_NORM = MappingRow("decoder.final_layernorm.weight", ("model.norm.weight",), "whole")
 _QKV = tuple(_H + f"self_attn.{x}_proj" for x in "qkv")
-_INPUT_NORM = Row(
+_INPUT_NORM = MappingRow(
     _L + "input_layernorm.weight",
     (_H + "input_layernorm.weight",),
     "whole",
     alias=_L + "self_attention.linear_qkv.layer_norm_weight",
 )
-_QKV_WEIGHT = Row(_L + "self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in _QKV), "qkv")
-_QKV_BIAS = Row(_L + "self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in _QKV), "qkv")
+_QKV_WEIGHT = MappingRow(_L + "self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in _QKV), "qkv")
+_QKV_BIAS = MappingRow(_L + "self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in _QKV), "qkv")
 _QK_NORMS = tuple(
-    Row(_L + f"self_attention.{x}_layernorm.weight", (_H + f"self_attn.{x}_norm.weight",), "whole") for x in "qk"
+    MappingRow(_L + f"self_attention.{x}_layernorm.weight", (_H + f"self_attn.{x}_norm.weight",), "whole") for x in "qk"
 )
-_PROJECTION = Row(_L + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), "row")
-_MLP_NORM = Row(
+_PROJECTION = MappingRow(_L + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), "row")
+_MLP_NORM = MappingRow(
     _L + "pre_mlp_layernorm.weight",
     (_H + "post_attention_layernorm.weight",),
     "whole",
     alias=_L + "mlp.linear_fc1.layer_norm_weight",
 )
 _MLP = (
-    Row(_L + "mlp.linear_fc1.weight", (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"), "gate_up"),
-    Row(_L + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), "row"),
+    MappingRow(_L + "mlp.linear_fc1.weight", (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"), "gate_up"),
+    MappingRow(_L + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), "row"),
 )
-_ROUTER = Row(_L + "mlp.router.weight", (_H + "mlp.gate.weight",), "whole")
+_ROUTER = MappingRow(_L + "mlp.router.weight", (_H + "mlp.gate.weight",), "whole")
 _EXPERT = _L + "mlp.experts.local_experts.{e}."
 _HF_EXPERT = _H + "mlp.experts.{e}."
 _EXPERTS = (
-    Row(
+    MappingRow(
         _EXPERT + "linear_fc1.weight",
         (_HF_EXPERT + "gate_proj.weight", _HF_EXPERT + "up_proj.weight"),
         "gate_up",
     ),
-    Row(_EXPERT + "linear_fc2.weight", (_HF_EXPERT + "down_proj.weight",), "row"),
+    MappingRow(_EXPERT + "linear_fc2.weight", (_HF_EXPERT + "down_proj.weight",), "row"),
 )
 # A rank's experts by their modules' names: SequentialMLP's, TEGroupedMLP's, GroupedMLP's.
 _SEQUENTIAL = re.compile(r"(.*\.mlp\.experts\.)local_experts\.(\d+)\.(linear_fc[12])\.weight")
@@ -105,13 +113,13 @@ class WeightMapping:
         self.expert_ranks = expert_ranks
         self._expert_rank, self._grouped = expert_rank, grouped
         check_split(architecture, tensor_ranks, expert_ranks)
-        self._rows: dict[str, Row] = {}  # by Megatron name and by alias, layer filled in
+        self._rows: dict[str, MappingRow] = {}  # by Megatron name and by alias, layer filled in
         for row in self._table():
             self._rows[row.megatron] = row
             if row.alias is not None:
                 self._rows[row.alias] = row
 
-    def _table(self) -> Iterator[Row]:
+    def _table(self) -> Iterator[MappingRow]:
         a = self.architecture
         layer = [_INPUT_NORM, _QKV_WEIGHT]
         layer += [_QKV_BIAS] if a.qkv_bias else []
@@ -127,18 +135,18 @@ class WeightMapping:
         if not a.tied:
             yield _HEAD
 
-    def _single_experts(self, n: int) -> Iterator[Row]:
+    def _single_experts(self, n: int) -> Iterator[MappingRow]:
         for e in range(self.architecture.experts.count if self.architecture.experts else 0):
             yield from (row.at(n, e) for row in _EXPERTS)
 
-    def _grouped_experts(self, n: int) -> Iterator[Row]:
+    def _grouped_experts(self, n: int) -> Iterator[MappingRow]:
         """GroupedMLP's two tensors of every expert-parallel rank, named by the first and last of its experts."""
         splits: tuple[Split, Split] = ("grouped_gate_up", "grouped_row")
         for first in range(0, self._per_rank * self.expert_ranks, self._per_rank):
             experts = range(first, first + self._per_rank)
             for row, tensor, split in zip(_EXPERTS, ("weight1", "weight2"), splits, strict=True):
                 sources = tuple(source for e in experts for source in row.at(n, e).hugging_face)
-                yield Row(f"{_L.format(n=n)}mlp.experts.{first}-{experts[-1]}.{tensor}", sources, split)
+                yield MappingRow(f"{_L.format(n=n)}mlp.experts.{first}-{experts[-1]}.{tensor}", sources, split)
 
     @property
     def _per_rank(self) -> int:
@@ -260,7 +268,7 @@ class WeightMapping:
         """True if tensor-parallel ranks hold different parts of parameter `name`."""
         return self._row(name).split != "whole"
 
-    def _row(self, name: str) -> Row:
+    def _row(self, name: str) -> MappingRow:
         try:
             return self._rows[name]
         except KeyError:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_efr.policy import joined_ranks
+from megatron_efr.policy import join_ranks
 from megatron_efr.publication import transports
 from megatron_efr.publication.reshard import Parcel
 from megatron_efr.publication.sglang_layout import EngineLayout
@@ -46,7 +46,7 @@ def main(folder: str, urls: str, victims: str) -> None:
     encode = transports.encode
     transports.encode = lambda parcel: made.append(parcel) or encode(parcel)
     architecture = Architecture.from_folder(folder)
-    with joined_ranks(split(""), seed=0) as ranks:
+    with join_ranks(split(""), seed=0) as ranks:
         key = os.environ["SGLANG_API_KEY"]
         engine = SGLangEngine(urls.split(","), architecture, SLOTS, LIMITS, key=key) if ranks.is_main else None
         transport = Killing(engine, ranks.cpu_world)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from megatron_efr.config import ModelConfig, OptimizerConfig, TimeoutsConfig
-from megatron_efr.policy import Policy, joined_ranks
+from megatron_efr.policy import Policy, join_ranks
 from megatron_efr.policy.ranks import Ranks
 from megatron_efr.publication.checksums import ChecksumCheck, Hashing
 from megatron_efr.publication.publisher import Publisher, Transport
@@ -122,7 +122,7 @@ class DyingBroadcast(Broadcast):
 def publish(url: str, engine_ranks: int, folders: list[str], number: int, case: str) -> None:
     layout, kind = case.split(":")
     folder, other = folders[number % 2], folders[1 - number % 2]
-    with joined_ranks(split(layout), seed=0) as ranks:
+    with join_ranks(split(layout), seed=0) as ranks:
         engine = connect(url, engine_ranks, folder) if ranks.is_main else None
         engine_layout = EngineLayout(Architecture.from_folder(folder), engine_ranks)
         if kind.startswith("dying"):

@@ -16,9 +16,9 @@ from megatron_efr.addresses import KEY
 from megatron_efr.config import EnginesConfig, ModelConfig, TimeoutsConfig
 from megatron_efr.errors import EngineError, UserError
 from megatron_efr.rollout.build import sglang_engine
-from megatron_efr.rollout.sglang.admission import check_server
 from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.rollout.sglang.server import Server
+from megatron_efr.rollout.sglang.server_check import check_server
 from megatron_efr.scripts import plain
 from megatron_efr.types import Prompt, Sampling
 from megatron_efr.weights.architecture import Architecture

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_efr.algorithms import Objective
-from megatron_efr.kernels.rows import Logits, Softmax, Statistics, merge
+from megatron_efr.kernels.row_kernels import Logits, Softmax, Statistics, merge
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 if torch.cuda.is_available():
-    from megatron_efr.kernels import PolicyRows, fused_policy_loss, linear_logprob, products, triton_rows
+    from megatron_efr.kernels import PolicyRows, fused_policy_loss, linear_logprob, matmul, triton_rows
     from tests.kernel_suite import *  # noqa: F403  the tests themselves
     from tests.kernel_suite import case, exact, relative
 
@@ -57,11 +57,11 @@ def test_fp32_products_of_bf16_operands_equal_the_upcast_ones(monkeypatch: pytes
     results = []
     for upcast in (False, True):
         if upcast:
-            monkeypatch.setattr(products, "has_fp32_products", lambda operand: False)
-        assert products.has_fp32_products(w) is not upcast
-        logits = products.logits_into(torch.empty(300, 5000, device="cuda"), x, w)
+            monkeypatch.setattr(matmul, "has_fp32_products", lambda operand: False)
+        assert matmul.has_fp32_products(w) is not upcast
+        logits = matmul.logits_into(torch.empty(300, 5000, device="cuda"), x, w)
         total = torch.ones(w.shape, device="cuda")
-        products.accumulate_weight_gradient(total, logits.bfloat16(), x)
+        matmul.accumulate_weight_gradient(total, logits.bfloat16(), x)
         results.append((logits, total))
     for mine, theirs in zip(*results, strict=True):
         assert relative(mine, theirs) <= 1e-5
@@ -97,7 +97,7 @@ def test_the_kernel_that_writes_over_its_input_has_no_race() -> None:
     code = """
 import torch
 from megatron_efr.kernels import triton_rows
-from megatron_efr.kernels.rows import Logits, merge
+from megatron_efr.kernels.row_kernels import Logits, merge
 logits = Logits(torch.randn(4, 20000, device="cuda"), torch.arange(4, device="cuda"), 20000, 1.0)
 softmax = merge(triton_rows.statistics(logits, True), logits.targets, True, None)
 g = torch.ones(4, device="cuda")

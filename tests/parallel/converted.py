@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.policy import Policy, joined_ranks
+from megatron_efr.policy import Policy, join_ranks
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights
 from tests.conftest import ragged_sequences
@@ -21,7 +21,7 @@ from tests.conftest import ragged_sequences
 def main(model: str, converted: str, out: str, layout: str) -> None:
     parallel = ParallelConfig(**{k: int(v) for k, v in (item.split("=") for item in layout.split(","))})  # type: ignore[arg-type]
     sequences = ragged_sequences(6)
-    with joined_ranks(parallel, seed=0) as ranks:
+    with join_ranks(parallel, seed=0) as ranks:
         start = ModelConfig(path=model, init="random")
         policy = Policy(start, parallel, OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0)
         chunk: Any = unwrap_model(policy.chunks[0])

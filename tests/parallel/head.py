@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import (
 
 from megatron_efr.algorithms import Objective
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.policy import Policy, Ranks, joined_ranks, policy_loss
+from megatron_efr.policy import Policy, Ranks, join_ranks, policy_loss
 from megatron_efr.policy.head import HeadRows
 from megatron_efr.policy.loss import Loss
 from megatron_efr.samples import PackedBatch, Sample
@@ -126,7 +126,7 @@ def compare(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks) -> 
 def main(models: str, out: str, *layouts: str) -> None:
     dist.init_process_group("gloo")
     for number, layout in enumerate(layouts):
-        with joined_ranks(split(layout), seed=0) as ranks:
+        with join_ranks(split(layout), seed=0) as ranks:
             apart = {case: compare(case, models, split(layout), ranks) for case in CASES}
             if ranks.is_main:
                 torch.save({tuple(case): values for case, values in apart.items()}, Path(out) / f"{number}.pt")

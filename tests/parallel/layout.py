@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_efr.algorithms import Objective, Spread
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.policy import Policy, Ranks, joined_ranks, policy_loss
+from megatron_efr.policy import Policy, Ranks, join_ranks, policy_loss
 from megatron_efr.samples import Sample
 from tests.conftest import ragged_sequences
 from tests.groups import with_columns
@@ -157,7 +157,7 @@ def main(models: str, out: str, *layouts: str) -> None:
     dist.init_process_group("gloo")
     for number, layout in enumerate(layouts):
         parallel = split(layout)
-        with joined_ranks(parallel, seed=0) as ranks:
+        with join_ranks(parallel, seed=0) as ranks:
             results = {
                 (tuple(case), optimizer): train(case, models, parallel, ranks, optimizer)
                 for case in CASES[kind(layout)]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_efr.algorithms import Objective
 from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.config import CheckpointConfig, ModelConfig, OptimizerConfig
-from megatron_efr.policy import Policy, Ranks, joined_ranks, policy_loss
+from megatron_efr.policy import Policy, Ranks, join_ranks, policy_loss
 from tests.conftest import ragged_sequences
 from tests.parallel.layout import split
 
@@ -111,7 +111,7 @@ def main(action: str, model: str, out: str, *cases: str) -> None:
     dist.init_process_group("gloo")
     for text in cases:
         case = Case(*json.loads(text))
-        with joined_ranks(split(case.layout), seed=0) as ranks:
+        with join_ranks(split(case.layout), seed=0) as ranks:
             result = (train if action == "train" else resume)(case, model, Path(out), ranks)
             torch.save(result, Path(out) / f"{case.name}-{action}-{ranks.rank}.pt")
             ranks.barrier()

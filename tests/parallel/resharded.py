@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_efr.config import ModelConfig, OptimizerConfig
-from megatron_efr.policy import Policy, joined_ranks
+from megatron_efr.policy import Policy, join_ranks
 from megatron_efr.policy.parameters import Parameters
 from megatron_efr.policy.ranks import Ranks
 from megatron_efr.weights.architecture import Architecture
@@ -56,7 +56,7 @@ def main(models: str, out: str, *cases: str) -> None:
     dist.init_process_group("gloo")
     for number, case in enumerate(cases):
         name, layout, dtype = case.split(":")
-        with joined_ranks(split(layout), seed=0) as ranks:
+        with join_ranks(split(layout), seed=0) as ranks:
             found = compare(f"{models}/{name}", layout, ranks, dtype)
             if ranks.is_main:
                 (Path(out) / f"{number}.json").write_text(json.dumps(found))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.config import CheckpointConfig, ModelConfig, OptimizerConfig
-from megatron_efr.policy import Policy, Ranks, joined_ranks, supervised_loss
+from megatron_efr.policy import Policy, Ranks, join_ranks, supervised_loss
 from tests.conftest import ragged_sequences
 from tests.parallel.layout import folder, gathered, kind, split
 
@@ -75,7 +75,7 @@ def main(models: str, out: str, *asked: str) -> None:
     dist.init_process_group("gloo")
     for one in asked:
         verb, layout, *origin = one.replace(" from ", " ").split(" ")
-        with joined_ranks(split(layout), seed=0) as ranks:
+        with join_ranks(split(layout), seed=0) as ranks:
             result = run(models, Path(out), verb, layout, origin[0] if origin else layout, ranks)
             if ranks.is_main:
                 torch.save(result, Path(out) / f"{one}.pt")

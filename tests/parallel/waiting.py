@@ -11,16 +11,16 @@ import torch
 
 from megatron_efr.config import ParallelConfig
 from megatron_efr.errors import UserError
-from megatron_efr.policy import joined_ranks
-from megatron_efr.policy.packing import UpdatePlan, samples
+from megatron_efr.policy import join_ranks
+from megatron_efr.policy.packing import UpdateShares, samples
 from megatron_efr.policy.scatter import flatten, scatter_samples
 from megatron_efr.types import Credited, Group, Prompt, Response, VersionSpan
 from tests.groups import credited
 
 LIMIT_S = 3.0
 PLANS = [  # two updates over two replicas; the first's last micro-batch is padding alone
-    UpdatePlan([[[7, 2], [0]], [[1, 9], []]], {}),
-    UpdatePlan([[[3]], [[11, 4]]], {}),
+    UpdateShares([[[7, 2], [0]], [[1, 9], []]], {}),
+    UpdateShares([[[3]], [[11, 4]]], {}),
 ]
 
 
@@ -43,7 +43,7 @@ def groups() -> list[Credited]:
 
 
 def main(out: str) -> None:
-    with joined_ranks(ParallelConfig(wait_limit_s=LIMIT_S), seed=0) as ranks:
+    with join_ranks(ParallelConfig(wait_limit_s=LIMIT_S), seed=0) as ranks:
         mine = ranks.on_main(groups) or []
         own = scatter_samples(samples(mine), PLANS, ranks)
         torch.save((len(mine), list(own), flatten(list(own.values()))), Path(out) / f"{ranks.rank}.pt")

@@ -88,7 +88,7 @@ def refused(
             yield ranks
 
         for module in (run, loop):
-            monkeypatch.setattr(module, "joined_ranks", join)
+            monkeypatch.setattr(module, "join_ranks", join)
         monkeypatch.setattr(LocalEngine, "publish", work)
         monkeypatch.setattr(sweep, "side_by_side", work)
         monkeypatch.setattr(*((policy, "build_chunks") if before == "model" else (policy.Policy, "update")), work)

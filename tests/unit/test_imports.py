@@ -38,14 +38,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "publication": BASE | WEIGHTS | {"addresses"},
     "policy": BASE
     | WEIGHTS
-    | {"kernels", "algorithms.objective", "memory", "publication.plan", "publication.reshard", "transformer_engine"},
+    | {
+        "kernels",
+        "algorithms.objective",
+        "memory",
+        "publication.bucket_plan",
+        "publication.reshard",
+        "transformer_engine",
+    },
     "rollout": BASE
     | {"addresses", "scripts"}
     | {"weights.architecture", "weights.frequencies", "weights.mapping"}
-    | {"publication.checked", "publication.reshard", "publication.transports"},
+    | {"publication.named_tensors", "publication.reshard", "publication.transports"},
     "evaluation": BASE
     | {"data", "grading", "observe.progress", "scripts"}
-    | {"rollout.codec", "rollout.engine", "rollout.journal", "rollout.ledger", "rollout.requests"},
+    | {"rollout.codec", "rollout.engine", "rollout.journal", "rollout.ledger", "rollout.checks"},
     "report": BASE
     | {"evaluation.comparison", "evaluation.measures", "evaluation.records", "evaluation.statistics"}
     | {"evaluation.stored"},
@@ -64,13 +71,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "import_gguf": BASE
     | {"arguments", "data.gguf_tokenizer", "parity"}
     | {"weights.folder", "weights.gguf_file", "weights.gguf_model"},
-    "grade": BASE | {"arguments", "data.datasets", "data.rows", "grading"},
+    "grade": BASE | {"arguments", "data.datasets", "data.readers", "grading"},
     "inspect_checkpoint": BASE | {"arguments", "checkpoint.manifest", "checkpoint.torch_dist", "weights.lora"},
     "watch": BASE | {"arguments", "observe", "run.folder", "run.owner"},
     "torchrun": {"parent", "run.interruption"},
     "cluster": BASE
     | {"addresses", "arguments", "weights.architecture"}
-    | {"rollout.servers.launcher", "rollout.servers.seats"},
+    | {"rollout.servers.launcher", "rollout.servers.host"},
     "doctor": BASE
     | {
         "addresses",

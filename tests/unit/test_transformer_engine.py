@@ -33,10 +33,10 @@ from megatron_efr import {room}
 import megatron.core.transformer
 from megatron.core.extensions import transformer_engine
 from megatron_efr.config import ConfigError, ModelConfig
-from megatron_efr.policy.fit import engine_layers
-assert not engine_layers(ModelConfig(path="m", dtype="bfloat16"))
+from megatron_efr.policy.divisibility import te_layers
+assert not te_layers(ModelConfig(path="m", dtype="bfloat16"))
 try:
-    engine_layers(ModelConfig(path="m", dtype="bfloat16", layers="transformer_engine"))
+    te_layers(ModelConfig(path="m", dtype="bfloat16", layers="transformer_engine"))
 except ConfigError as error:
     print(error)
 """

@@ -33,7 +33,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from megatron_efr.publication.plan import BUCKET_BYTES, Bucket, Held, Plan
+from megatron_efr.publication.bucket_plan import BUCKET_BYTES, Bucket, BucketPlan, Held
 from megatron_efr.publication.reshard import Reshard
 from megatron_efr.publication.timing import Bandwidths, seconds
 from megatron_efr.weights.architecture import Architecture
@@ -103,10 +103,10 @@ def held(mapping: WeightMapping, tensor: int, pipeline: int) -> dict[int, Held]:
     return found
 
 
-def plan_of(shape: str, tensor: int, pipeline: int, limit: int) -> tuple[Plan, WeightMapping, dict[int, Held]]:
+def plan_of(shape: str, tensor: int, pipeline: int, limit: int) -> tuple[BucketPlan, WeightMapping, dict[int, Held]]:
     mapping = WeightMapping(Architecture.from_config(SHAPES[shape]), tensor)
     split = held(mapping, tensor, pipeline)
-    return Plan.derive(split, mapping, limit), mapping, split
+    return BucketPlan.derive(split, mapping, limit), mapping, split
 
 
 # -- one rank ----------------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from megatron_efr.algorithms import Objective
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_efr.config.file import load
 from megatron_efr.observe import Observer
-from megatron_efr.policy import Policy, joined_ranks, policy_loss
-from megatron_efr.run.run import opened
+from megatron_efr.policy import Policy, join_ranks, policy_loss
+from megatron_efr.run.run import open_run
 from megatron_efr.samples import Sample
 from megatron_efr.train import iterate
 
@@ -47,7 +47,7 @@ def serve_iteration(settings: Settings, folder: Path) -> None:
     """`efr train`'s own loop, one iteration and its publication a turn."""
     config = configuration(settings, folder, settings.iteration_turns + 1)
     with (
-        opened(config) as run,
+        open_run(config) as run,
         Observer(run.folder, config.observe, config.train.iterations, 0, 0) as observer,
     ):
         run.publisher.publish(run.policy, 0)
@@ -77,7 +77,7 @@ def made(tokens: list[int], prompt: int, advantage: float) -> Sample:
 def serve_policy(settings: Settings, folder: Path) -> None:
     """`Policy.update` on the batch that `folder` describes; leaves weights, batch and first gradients there."""
     given = json.loads((folder / "sequences.json").read_text())
-    with joined_ranks(ParallelConfig(), seed=1) as ranks:
+    with join_ranks(ParallelConfig(), seed=1) as ranks:
         model = ModelConfig(path=given["model"], init=given["init"])
         policy = Policy(model, ParallelConfig(), OptimizerConfig(lr=1e-4), ranks, updates=10_000, seed=1)
         sequences = [made(*row) for row in given["sequences"]]

@@ -28,7 +28,7 @@ from megatron_efr.config import TrainConfig
 from megatron_efr.config.file import load
 from megatron_efr.data.arithmetic import ArithmeticTask, write
 from megatron_efr.data.model_folder import ModelSize
-from megatron_efr.run.run import opened
+from megatron_efr.run.run import open_run
 
 TRANSPORTS = ("tensor", "distributed", "disk")
 BUCKET_MIB = 32
@@ -93,7 +93,7 @@ def serve(store: str, link: Any) -> None:
 
 def measure(config: TrainConfig, peer: Peer, turns: int) -> str:
     """A row of the table."""
-    with opened(config) as run:
+    with open_run(config) as run:
         run.publisher.publish(run.policy, 0)
         sizes = [sum(t.nbytes for _, t in parcel.tensors) for parcel in run.policy.parcels(flat=True)]
         ours, bare = [], []

@@ -11,7 +11,7 @@ import torch
 
 from megatron_efr.rollout.codec import Codec
 from megatron_efr.rollout.local.decoder import Cache, Decoder
-from megatron_efr.rollout.local.turn import Closable, Turn
+from megatron_efr.rollout.local.pause import Closable, PauseLock
 from megatron_efr.weights.architecture import Architecture
 
 
@@ -40,7 +40,7 @@ class Core:
     version: int = -1
     publications: int = 0
     asleep: bool = False
-    turn: Turn = field(default_factory=Turn)
+    pause_lock: PauseLock = field(default_factory=PauseLock)
     tally: Tally = field(default_factory=Tally)
 
     def check_serving(self) -> None:
@@ -53,7 +53,7 @@ class Core:
     @contextmanager
     def decoding(self, stream: Closable) -> Iterator[Tally]:
         """The right to decode one token for `stream`: waits or raises while paused."""
-        with self.turn.decoding(stream):
+        with self.pause_lock.decoding(stream):
             if not stream.closed:
                 self.check_serving()
             began = time.perf_counter()

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from megatron_efr.publication.checked import checked
+from megatron_efr.publication.named_tensors import check_names
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.frequencies import inverse_frequencies
 from megatron_efr.weights.mapping import WeightMapping
@@ -164,7 +164,7 @@ class Decoder:
         Copies, not views: a version stays what it was while the optimizer goes on changing the policy's tensors.
         """
         # The iterator's own code runs outside inference mode: it may keep tensors that autograd sees later.
-        for name, tensor in checked(weights, self._shapes):
+        for name, tensor in check_names(weights, self._shapes):
             with torch.no_grad():
                 self._targets[name].copy_(tensor)
         self._head_fp32 = self._head.float()  # itself if it is fp32

@@ -19,11 +19,11 @@ from typing import Any, ClassVar
 
 import torch
 
+from megatron_efr.rollout.checks import check_sampling
 from megatron_efr.rollout.codec import Codec, NoText
 from megatron_efr.rollout.local.core import Core, Tally
 from megatron_efr.rollout.local.decoder import Decoder
 from megatron_efr.rollout.local.stream import Stream
-from megatron_efr.rollout.requests import check_sampling
 from megatron_efr.types import Request, Sampling
 from megatron_efr.weights.architecture import Architecture
 
@@ -63,7 +63,7 @@ class LocalEngine:
         Requests are pulled when rows become free for them, at most slots/16 samples ahead, and prefilled together.
         """
         check_sampling(sampling, self.architecture.vocab)
-        with self._core.turn.changing():
+        with self._core.pause_lock.changing():
             self._core.check_serving()
             return Stream(self._core, requests, sampling)
 
@@ -75,7 +75,7 @@ class LocalEngine:
         new weights: what they hold is read again, and their version spans name the tokens at which
         the weights changed.
         """
-        with self._core.turn.changing():
+        with self._core.pause_lock.changing():
             if self._core.asleep:
                 raise RuntimeError("the engine is asleep: wake() it before publish()")
             core = self._core
@@ -87,21 +87,21 @@ class LocalEngine:
 
     def pause(self) -> None:
         """Stop after the token being decoded; unfinished responses are kept."""
-        self._core.turn.pause()
+        self._core.pause_lock.pause()
 
     def resume(self) -> None:
         """Go on after `pause`, or after `sleep`, `wake` and a publication."""
         if self._core.version < 0:
             raise RuntimeError("the engine has no weights: publish() before resume()")
-        self._core.turn.resume()
+        self._core.pause_lock.resume()
 
     def sleep(self) -> int:
         """Pause, and free weights and cache. Unfinished responses are kept as tokens, and read again afterwards.
 
         0: it is no server.
         """
-        self._core.turn.pause()
-        with self._core.turn.changing():
+        self._core.pause_lock.pause()
+        with self._core.pause_lock.changing():
             self._core.decoder = self._core.cache = None
             self._core.version = -1
             self._core.asleep = True
@@ -109,12 +109,12 @@ class LocalEngine:
 
     def wake(self) -> None:
         """End `sleep`, still paused; a publication must follow, and then `resume`."""
-        with self._core.turn.changing():
+        with self._core.pause_lock.changing():
             self._core.asleep = False
 
     def health(self) -> dict[str, float]:
         """Since the last call: tokens, seconds spent decoding, tokens per second, mean rows decoded in a step."""
-        with self._core.turn.changing():
+        with self._core.pause_lock.changing():
             tally = self._core.tally
             self._core.tally = Tally()
         return {

@@ -11,12 +11,12 @@ from typing import Self
 import numpy as np
 import torch
 
+from megatron_efr.rollout.checks import check_request
 from megatron_efr.rollout.driver import Driver, Forking, Scoring
 from megatron_efr.rollout.local.core import Core, Tally
 from megatron_efr.rollout.local.decoder import CHUNK, ROWS, Cache, Decoder, round_up
 from megatron_efr.rollout.local.rows import WRITTEN, Entry, Row, Rows
 from megatron_efr.rollout.local.sampling import draw_rows, lowered, uniforms
-from megatron_efr.rollout.requests import check_request
 from megatron_efr.types import Group, Request, Response, Sampling
 
 
@@ -69,7 +69,7 @@ class Stream(Iterator[Group]):
 
     def close(self) -> None:
         """Drop what is unfinished; a thread that waits in `next` gets StopIteration."""
-        with self._core.turn.changing():
+        with self._core.pause_lock.changing():
             self.closed = True
 
     # -- one token -----------------------------------------------------------------------------------------------------

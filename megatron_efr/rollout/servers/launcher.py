@@ -20,7 +20,7 @@ from megatron_efr import log
 from megatron_efr.addresses import LOOPBACK, free_port, is_ready
 from megatron_efr.config import EnginesConfig, ModelConfig, TimeoutsConfig
 from megatron_efr.errors import UserError
-from megatron_efr.rollout.requests import check_servable
+from megatron_efr.rollout.checks import check_servable
 from megatron_efr.rollout.servers.process import ServerProcess
 from megatron_efr.rollout.servers.watch import Watch
 from megatron_efr.weights.architecture import Architecture

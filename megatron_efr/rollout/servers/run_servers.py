@@ -16,8 +16,8 @@ import torch.distributed as dist
 from megatron_efr.addresses import KEY, LOOPBACK, address_towards, private_address
 from megatron_efr.config import ConfigError, ModelConfig, RolloutConfig
 from megatron_efr.errors import UserError
+from megatron_efr.rollout.servers.host import Host
 from megatron_efr.rollout.servers.launcher import Launcher
-from megatron_efr.rollout.servers.seats import Host
 from megatron_efr.rollout.servers.watch import Watch
 
 
@@ -49,7 +49,7 @@ class Servers:
 
 
 @contextmanager
-def serving(
+def start_servers(
     model: ModelConfig, rollout: RolloutConfig, folder: Path, seed: int, cpu_world: dist.ProcessGroup
 ) -> Iterator[Servers]:
     """The servers that a run asks for, ready, and ended with the block; every rank enters it.
@@ -61,8 +61,8 @@ def serving(
     """
     # servers of somebody else's need nothing here
     host = Host.of_this_process()
-    seats = host.seats(rollout)
-    if not seats:
+    engine_gpus = host.engine_gpus(rollout)
+    if not engine_gpus:
         yield Servers(rollout.urls, os.environ.get(KEY))
         return
     address = _address(host, cpu_world)
@@ -94,15 +94,16 @@ def _start(
 ) -> list[str]:
     """This host's servers, ready: their addresses."""
     on_gpu = torch.cuda.is_available()
-    seats = host.seats(rollout)
-    if on_gpu and seats[-1][-1] >= torch.cuda.device_count():
+    engine_gpus = host.engine_gpus(rollout)
+    if on_gpu and engine_gpus[-1][-1] >= torch.cuda.device_count():
         raise ConfigError(
-            f"rollout.engines: {len(seats)} engines x rollout.tp {rollout.tp} after {host.ranks} ranks need GPUs up to "
-            f"number {seats[-1][-1]}, and {torch.cuda.device_count()} are in sight; start fewer ranks or engines"
+            f"rollout.engines: {len(engine_gpus)} engines x rollout.tp {rollout.tp} after "
+            f"{host.ranks} ranks need GPUs up to number {engine_gpus[-1][-1]}, and "
+            f"{torch.cuda.device_count()} are in sight; start fewer ranks or engines"
         )
     shared = rollout.placement == "colocated"
-    for place, gpus in enumerate(seats):
-        index = host.number * len(seats) + place
+    for place, gpus in enumerate(engine_gpus):
+        index = host.number * len(engine_gpus) + place
         launcher.start_engine(
             model, rollout, index, seed=seed, on_gpu=on_gpu, first_gpu=gpus[0], shared=shared, host=address
         )

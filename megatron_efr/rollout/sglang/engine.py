@@ -15,15 +15,15 @@ from typing import ClassVar, Self
 import torch
 
 from megatron_efr.config import TimeoutsConfig
-from megatron_efr.publication.checked import checked
+from megatron_efr.publication.named_tensors import check_names
 from megatron_efr.publication.reshard import Parcel
 from megatron_efr.publication.transports import encode
+from megatron_efr.rollout.checks import check_request, check_sampling
 from megatron_efr.rollout.codec import Codec, NoText, with_text
-from megatron_efr.rollout.requests import check_request, check_sampling
 from megatron_efr.rollout.servers.process import ServerProcess
-from megatron_efr.rollout.sglang.admission import check_server
 from megatron_efr.rollout.sglang.server import WEIGHTS, Server
-from megatron_efr.rollout.sglang.updates import ServerUpdates
+from megatron_efr.rollout.sglang.server_check import check_server
+from megatron_efr.rollout.sglang.weight_updates import ServerUpdates
 from megatron_efr.types import Group, Request, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import WeightMapping
@@ -103,7 +103,7 @@ class SGLangEngine(ServerUpdates):
         sent. After an error the servers stay paused and serve nothing until a publication succeeds.
         """
         self.begin_update()
-        for bucket in _buckets(checked(weights, self._shapes), self.bucket_bytes):
+        for bucket in _buckets(check_names(weights, self._shapes), self.bucket_bytes):
             payload, load_format = encode(Parcel(bucket, None))
             self.update_from_tensor([payload] * self.engine_ranks, load_format)
         self.end_update(version)

@@ -20,7 +20,7 @@ from megatron_efr.config import TimeoutsConfig
 from megatron_efr.errors import EngineError, LostError
 from megatron_efr.rollout.codec import Codec
 from megatron_efr.rollout.driver import Driver
-from megatron_efr.rollout.sglang.membership import Events, Membership
+from megatron_efr.rollout.sglang.health import Events, Membership
 from megatron_efr.rollout.sglang.respond import respond
 from megatron_efr.rollout.sglang.server import Answer, BrokenError, Server
 from megatron_efr.types import Group, Request, Response, Sampling

@@ -18,7 +18,7 @@ from megatron_efr.config import TimeoutsConfig
 from megatron_efr.errors import EngineError
 from megatron_efr.rollout.servers.process import ServerProcess
 from megatron_efr.rollout.sglang.fleet import Fleet, Place
-from megatron_efr.rollout.sglang.membership import MISSES, unless
+from megatron_efr.rollout.sglang.health import MISSES, unless
 from megatron_efr.rollout.sglang.router import Router
 from megatron_efr.rollout.sglang.server import Answer, Server
 from megatron_efr.types import Sampling

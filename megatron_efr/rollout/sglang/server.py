@@ -18,8 +18,8 @@ import numpy as np
 
 from megatron_efr.config import TimeoutsConfig
 from megatron_efr.errors import EngineError, LostError
-from megatron_efr.rollout.sglang.experts import decode_routing
 from megatron_efr.rollout.sglang.penalty import PenalisedSampling, processor
+from megatron_efr.rollout.sglang.routed_experts import decode_routing
 from megatron_efr.types import Finish, Response, Sampling, VersionSpan
 from megatron_efr.weights.architecture import Architecture
 

@@ -16,8 +16,8 @@ from megatron_efr.algorithms import Algorithm, Objective
 from megatron_efr.config import AlgorithmConfig, RolloutConfig
 from megatron_efr.kernels import PolicyRows, token_terms
 from megatron_efr.policy.credits import fill_advantages
-from megatron_efr.policy.drift import fill_importance
 from megatron_efr.policy.head import Head, HeadRows
+from megatron_efr.policy.logprob_check import fill_importance
 from megatron_efr.policy.loss import policy_loss
 from megatron_efr.policy.packing import pack, row_weights, samples
 from megatron_efr.samples import PackedBatch, SequenceSize

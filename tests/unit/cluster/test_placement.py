@@ -18,8 +18,8 @@ from megatron_efr.cluster.network import interface_towards
 from megatron_efr.cluster.placement import ENGINE_PORT, Placement, place
 from megatron_efr.config import ConfigError, RolloutConfig
 from megatron_efr.errors import UserError
+from megatron_efr.rollout.servers.host import Host
 from megatron_efr.rollout.servers.launcher import server_environment
-from megatron_efr.rollout.servers.seats import Host
 
 ROOT = Path(__file__).parents[3]
 TORCHRUNS = {
@@ -147,15 +147,15 @@ def test_where_weights_go_over_nccl_the_trainer_sets_of_it_what_sglang_sets_unle
 def test_the_ranks_of_a_host_start_the_engines_that_the_placement_shows(hosts: int, placement: str) -> None:
     rollout = sglang(tp=2, placement=placement, engines=None if placement == "colocated" else 2 * hosts)
     world = {"WORLD_SIZE": str(4 * hosts), "LOCAL_WORLD_SIZE": "4"}
-    seats = [Host.of_this_process(world | {"RANK": str(rank)}).seats(rollout) for rank in range(0, 4 * hosts, 4)]
+    seats = [Host.of_this_process(world | {"RANK": str(rank)}).engine_gpus(rollout) for rank in range(0, 4 * hosts, 4)]
     assert seats == [[(0, 1), (2, 3)] if placement == "colocated" else [(4, 5), (6, 7)]] * hosts
-    assert Host.of_this_process({}).seats(sglang()) == [(0,)]
-    assert Host.of_this_process({}).seats(RolloutConfig()) == []
+    assert Host.of_this_process({}).engine_gpus(sglang()) == [(0,)]
+    assert Host.of_this_process({}).engine_gpus(RolloutConfig()) == []
 
 
 def test_engines_that_do_not_divide_over_hosts_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"rollout.engines: 3 do not divide over 2 hosts; .* a multiple of 2"):
-        Host(count=2, ranks=4).seats(sglang(engines=3, placement="apart"))
+        Host(count=2, ranks=4).engine_gpus(sglang(engines=3, placement="apart"))
     with pytest.raises(ConfigError, match="5 ranks, 3 of them on this host"):
         Host.of_this_process({"WORLD_SIZE": "5", "LOCAL_WORLD_SIZE": "3", "RANK": "0"})
 

@@ -28,7 +28,7 @@ from megatron_efr.evaluation.evaluator import Evaluator
 from megatron_efr.grading import Grader
 from megatron_efr.rollout.codec import TokenizerCodec
 from megatron_efr.rollout.local.engine import LocalEngine
-from megatron_efr.run.environment import Environment
+from megatron_efr.run.main_rank import MainRank
 from megatron_efr.types import Marks, Prompt
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import initial_weights
@@ -140,12 +140,12 @@ def test_every_program_refuses_what_is_longer_than_the_model(place: Path, monkey
     said = r"problems\.jsonl:2\), come to .* the model has 4096 positions"
     training = TrainConfig.model_validate(tree(place, rollout={"max_new_tokens": 4000}))
     with pytest.raises(PromptError, match=rf"^rollout.max_new_tokens: 4000 tokens after .*{said}"):
-        Environment(training, *how(training))
+        MainRank(training, *how(training))
     held_out = tree(place)
     held_out["evaluation"]["max_new_tokens"] = 4000
     evaluated = TrainConfig.model_validate(held_out)
     with pytest.raises(PromptError, match=rf"^evaluation.max_new_tokens: 4000 tokens after .*{said}"):
-        Environment(evaluated, *how(evaluated))
+        MainRank(evaluated, *how(evaluated))
     monkeypatch.setattr(sweep, "side_by_side", lambda *args: pytest.fail("a member was started"))
     (place / "rl.yaml").write_text(yaml.safe_dump(held_out))
     with pytest.raises(ConfigError, match=rf"rl.yaml: evaluation.max_new_tokens: 4000 tokens after .*{said}"):

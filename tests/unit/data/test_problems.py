@@ -11,7 +11,7 @@ import pytest
 
 from megatron_efr.config import DatasetConfig
 from megatron_efr.data.datasets import load_problems
-from megatron_efr.data.rows import DatasetError, read_rows
+from megatron_efr.data.readers import DatasetError, read_rows
 
 HERE = Path(__file__).parents[2] / "data"
 

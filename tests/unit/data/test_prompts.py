@@ -21,7 +21,7 @@ from megatron_efr.data.prompts import (
     render_all,
     vocabulary_size,
 )
-from megatron_efr.data.rows import DatasetError
+from megatron_efr.data.readers import DatasetError
 from megatron_efr.data.sft import load_sft
 from megatron_efr.data.stop_tokens import stop_ids
 

@@ -16,7 +16,7 @@ from megatron_efr.data.byte_model import BYTE_MODEL, byte_tokenizer
 from megatron_efr.data.datasets import load_problems
 from megatron_efr.data.model_folder import write_model_folder
 from megatron_efr.data.prompts import PromptError, load_tokenizer
-from megatron_efr.data.rows import DatasetError
+from megatron_efr.data.readers import DatasetError
 from megatron_efr.data.sft import load_sft
 from megatron_efr.grading import check_golds
 

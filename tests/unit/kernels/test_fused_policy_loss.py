@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_efr.algorithms import Objective
-from megatron_efr.kernels import PolicyRows, fused_policy_loss, linear_logprob, products
+from megatron_efr.kernels import PolicyRows, fused_policy_loss, linear_logprob, matmul
 
 T, H, V = 23, 8, 30
 
@@ -131,7 +131,7 @@ def test_rows_without_advantage_skip_their_products_exactly(live: int, monkeypat
     advantages[live:] = 0.0
     rows = PolicyRows(rows.old, advantages, rows.weights, rows.old)
     multiplied: list[int] = []
-    real = products.accumulate_weight_gradient
+    real = matmul.accumulate_weight_gradient
 
     def counted(total: torch.Tensor, d_logits: torch.Tensor, hidden: torch.Tensor) -> None:
         multiplied.append(len(hidden))
@@ -174,12 +174,12 @@ def test_no_rows() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_fallback_product_is_fp32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_UPCAST_ROWS", 7)
+    monkeypatch.setattr(matmul, "_UPCAST_ROWS", 7)
     x, w, *_ = inputs(dtype)
     x, w = x.detach(), w.detach()
-    assert not products.has_fp32_products(w), "there is none on CPU"
-    logits = products.logits_into(torch.empty(T, V), x, w)
+    assert not matmul.has_fp32_products(w), "there is none on CPU"
+    logits = matmul.logits_into(torch.empty(T, V), x, w)
     assert (logits.double() - x.double() @ w.double().t()).abs().max() <= 1e-5
     total = torch.ones(V, H)
-    products.accumulate_weight_gradient(total, logits.to(dtype), x)
+    matmul.accumulate_weight_gradient(total, logits.to(dtype), x)
     assert (total.double() - 1 - logits.to(dtype).double().t() @ x.double()).abs().max() <= 1e-4

@@ -14,7 +14,7 @@ import torch
 
 from megatron_efr.algorithms import Objective
 from megatron_efr.kernels import PolicyRows, default_chunk, fused_policy_loss, linear_logprob
-from megatron_efr.observe.peaks import GIB, Peaks
+from megatron_efr.observe.peak_memory import GIB, Peaks
 
 pytestmark = pytest.mark.alike
 

@@ -13,7 +13,7 @@ from transformers import Qwen2ForCausalLM
 
 from megatron_efr import dpo, sft
 from megatron_efr.config import ConfigError, DpoConfig, ModelConfig, OptimizerConfig, ParallelConfig, SftConfig
-from megatron_efr.data.rows import DatasetError
+from megatron_efr.data.readers import DatasetError
 from megatron_efr.offline import answers
 from megatron_efr.offline.loop import schedule
 from megatron_efr.offline.preferences import PreferenceUpdate

@@ -11,7 +11,7 @@ import torch
 
 from megatron_efr.algorithms import Objective
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.kernels import products
+from megatron_efr.kernels import matmul
 from megatron_efr.policy import Policy, Ranks, policy_loss, supervised_loss
 from megatron_efr.policy.head import loss_scaling
 from megatron_efr.samples import PackedBatch
@@ -56,7 +56,7 @@ def test_no_more_logits_than_a_chunk(models: str, ranks: Ranks, monkeypatch: pyt
 
     def counted(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         rows.append(len(out))
-        return products.logits_into(out, hidden, weight)
+        return matmul.logits_into(out, hidden, weight)
 
     # the module shares its function's name; the fused loss makes its logits there too
     monkeypatch.setattr(importlib.import_module("megatron_efr.kernels.linear_logprob"), "logits_into", counted)

@@ -25,7 +25,7 @@ from megatron_efr.errors import UserError
 from megatron_efr.memory import trained_count
 from megatron_efr.parity import load, log_probs, random_tokens
 from megatron_efr.policy import Policy, Ranks, policy_loss, supervised_loss
-from megatron_efr.policy.fit import check_fit
+from megatron_efr.policy.divisibility import check_fit
 from megatron_efr.policy.forward import checkpoint_log_probs
 from megatron_efr.samples import PackedBatch, Sample
 from tests.conftest import ragged_sequences

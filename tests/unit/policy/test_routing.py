@@ -22,7 +22,7 @@ from megatron_efr.policy import Policy, Ranks, check_fit, policy_loss, supervise
 from megatron_efr.rollout.build import build_engine
 from megatron_efr.rollout.codec import NoText
 from megatron_efr.rollout.servers.run_servers import Servers
-from megatron_efr.rollout.sglang.experts import decode_routing
+from megatron_efr.rollout.sglang.routed_experts import decode_routing
 from megatron_efr.run.checks import check_configuration
 from megatron_efr.samples import Sample
 from megatron_efr.weights.architecture import Architecture

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron_efr.algorithms import Objective
-from megatron_efr.policy.drift import fill_behaviour
 from megatron_efr.policy.head import Head, HeadRows
+from megatron_efr.policy.logprob_check import fill_behaviour
 from megatron_efr.policy.loss import as_means, policy_loss
 from megatron_efr.policy.packing import pack, row_weights
 from megatron_efr.samples import NOT_DRAWN, PackedBatch, Sample

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from megatron_efr.errors import WeightMismatchError
+from megatron_efr.publication.bucket_plan import BucketPlan, Held
 from megatron_efr.publication.checksums import ChecksumCheck, Hashing, fmix32
-from megatron_efr.publication.plan import Held, Plan
 from megatron_efr.publication.reshard import Parcel
 from megatron_efr.publication.sglang_layout import EngineLayout
 from megatron_efr.publication.timing import Bandwidths, seconds
@@ -38,28 +38,28 @@ def held(mapping: WeightMapping, source: FolderWeights, ranks: int) -> dict[int,
 
 
 @pytest.fixture
-def plan(untied_model: Path) -> Plan:
+def plan(untied_model: Path) -> BucketPlan:
     architecture = Architecture.from_folder(untied_model)
     mapping = WeightMapping(architecture, 2)
-    return Plan.derive(held(mapping, FolderWeights(untied_model, architecture), 2), mapping, limit=50_000)
+    return BucketPlan.derive(held(mapping, FolderWeights(untied_model, architecture), 2), mapping, limit=50_000)
 
 
-def test_a_plan_has_every_parameter_once_in_the_mappings_order(plan: Plan, untied_model: Path) -> None:
+def test_a_plan_has_every_parameter_once_in_the_mappings_order(plan: BucketPlan, untied_model: Path) -> None:
     names = [entry.name for bucket in plan.buckets for entry in bucket.entries]
     assert names == WeightMapping(Architecture.from_folder(untied_model), 2).parameters()
 
 
-def test_buckets_keep_their_limit_and_larger_parameters_travel_alone(plan: Plan) -> None:
+def test_buckets_keep_their_limit_and_larger_parameters_travel_alone(plan: BucketPlan) -> None:
     assert plan.largest == 2 * 96 * 64 * 4  # gate and up
     for bucket in plan.buckets:
         assert bucket.nbytes <= plan.limit or len(bucket.entries) == 1
     assert sum(bucket.nbytes <= plan.limit for bucket in plan.buckets) > 5
-    small = Plan(plan.buckets, limit=1000)
+    small = BucketPlan(plan.buckets, limit=1000)
     assert not small.overlaps(plan.buckets[1], plan.buckets[2], 0)
     assert plan.overlaps(plan.buckets[1], plan.buckets[2], 0)
 
 
-def test_what_is_not_split_comes_from_one_rank_and_not_to_itself(plan: Plan) -> None:
+def test_what_is_not_split_comes_from_one_rank_and_not_to_itself(plan: BucketPlan) -> None:
     for bucket in plan.buckets:
         for entry in bucket.entries:
             assert entry.holders == ((0,) if "layernorm" in entry.name else (0, 1))
@@ -71,10 +71,10 @@ def test_a_shard_that_nobody_holds_is_named(untied_model: Path) -> None:
     mapping = WeightMapping(architecture, 2)
     split = held(mapping, FolderWeights(untied_model, architecture), 2)
     with pytest.raises(RuntimeError, match=r"nobody holds tensor-parallel shard 1 of embedding\.word_embeddings"):
-        Plan.derive({0: split[0]}, mapping)
+        BucketPlan.derive({0: split[0]}, mapping)
 
 
-def test_the_model_of_time_is_the_sum_of_its_parts(plan: Plan) -> None:
+def test_the_model_of_time_is_the_sum_of_its_parts(plan: BucketPlan) -> None:
     whole = sum(bucket.nbytes for bucket in plan.buckets)
     never = float("inf")
     assert seconds(plan, Bandwidths(never, never, 1e6)) == pytest.approx(whole / 1e6)
@@ -90,7 +90,7 @@ def test_the_model_of_time_is_the_sum_of_its_parts(plan: Plan) -> None:
     assert seconds(plan, Bandwidths(1e6, never, 1e6)) < apart - 0.7 * moved / 1e6
 
 
-def test_every_rank_that_wants_all_packs_its_shards_and_puts_all_together(plan: Plan) -> None:
+def test_every_rank_that_wants_all_packs_its_shards_and_puts_all_together(plan: BucketPlan) -> None:
     never = float("inf")
     whole = sum(bucket.nbytes for bucket in plan.buckets)
     assert seconds(plan, Bandwidths(1e6, never, never), None) == pytest.approx(whole / 1e6)
@@ -99,12 +99,12 @@ def test_every_rank_that_wants_all_packs_its_shards_and_puts_all_together(plan: 
     assert seconds(plan, Bandwidths(never, 1e6, never), None) == pytest.approx((packed + together) / 1e6)
 
 
-def test_shards_land_where_their_parts_are_runs_of_bytes_in_whole_tensors(plan: Plan, untied_model: Path) -> None:
+def test_shards_land_where_their_parts_are_runs_of_bytes_in_whole_tensors(plan: BucketPlan, untied_model: Path) -> None:
     beside = {e.name.split(".", 3)[-1] for bucket in plan.buckets for e in bucket.entries if not e.lands}
     assert beside == {"self_attention.linear_proj.weight", "mlp.linear_fc2.weight"}  # one KV group a rank: qkv lands
     architecture = Architecture.from_folder(untied_model)
     mapping = WeightMapping(architecture, 1)
-    alone = Plan.derive(held(mapping, FolderWeights(untied_model, architecture), 1), mapping, limit=50_000)
+    alone = BucketPlan.derive(held(mapping, FolderWeights(untied_model, architecture), 1), mapping, limit=50_000)
     beside = {e.name.split(".", 3)[-1] for bucket in alone.buckets for e in bucket.entries if not e.lands}
     assert beside == {"self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"}  # two, between one another
     assert plan.peak(0) <= 2 * plan.limit + plan.largest

@@ -20,9 +20,9 @@ from megatron_efr.config import RolloutConfig
 from megatron_efr.data.stream import PromptStream
 from megatron_efr.errors import NoEngineError
 from megatron_efr.rollout.engine import GroupStream
+from megatron_efr.rollout.group_feed import GroupFeed
 from megatron_efr.rollout.ledger import Ask, Ledger, Visit, request_seed, staleness
 from megatron_efr.rollout.local.engine import LocalEngine
-from megatron_efr.rollout.production import Production
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.scripts import Budget, Forks, Plain, plain
 from megatron_efr.types import Group, Prompt, Request, Rewarded, Sampling, UserError
@@ -90,10 +90,8 @@ class Loop:
         prompts = PromptStream([Prompt(f"p{i}", (START,), "", gold) for i in range(7)], seed=0)
         sampling = Sampling(1.0, 1.0, self.config.max_new_tokens, (STOP,))
         self.refuses = refuses
-        self.production = Production(self.engine, sampling)
-        self.ledger = Ledger(
-            prompts, lambda step: self.accept, self.production, self.config, seed=11, last=last, ask=ask
-        )
+        self.feed = GroupFeed(self.engine, sampling)
+        self.ledger = Ledger(prompts, lambda step: self.accept, self.feed, self.config, seed=11, last=last, ask=ask)
         self.folder, self.step, self.last = RunFolder(folder), 0, last
 
     def accept(self, groups: Sequence[Group]) -> list[Rewarded | None]:
@@ -364,7 +362,7 @@ def test_another_thread_is_answered_between_two_groups(make_loop: MakeLoop) -> N
     """An evaluation: what is in flight waits for it, and goes on."""
     loop = make_loop(prompts=8, **{"async": True})
     loop.iterate()
-    with loop.production.held():
+    with loop.feed.held():
         prompt = Prompt("held out", (START,), "", "")
         answered = list(loop.engine.generate([plain(prompt, 3, 1)], Sampling(0.0, 1.0, 5, (STOP,))))
     assert len(answered[0].responses) == 3

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
+from megatron_efr.rollout.checks import check_sampling
 from megatron_efr.rollout.local.sampling import draw, philox4x32, uniforms
-from megatron_efr.rollout.requests import check_sampling
 from megatron_efr.types import Sampling
 
 # kat_vectors of Random123 1.14: philox4x32, 10 rounds: counter, key, result

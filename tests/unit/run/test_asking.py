@@ -19,7 +19,7 @@ from megatron_efr.methods import Ask
 from megatron_efr.rollout.codec import KEPT, TokenizerCodec
 from megatron_efr.rollout.request_json import decode_request, encode_request
 from megatron_efr.run.asking import Asking
-from megatron_efr.run.environment import Environment
+from megatron_efr.run.main_rank import MainRank
 from megatron_efr.scripts import Opened, Plain
 from megatron_efr.scripts.published import Tip
 from megatron_efr.scripts.search import VgSearch
@@ -153,7 +153,7 @@ def test_a_run_on_servers_refuses_to_evaluate_with_a_penalty(task: Path) -> None
     for engine in ("local", "sglang"):
         config = validate(TrainConfig, tree | {"rollout": {**tree["rollout"], "engine": engine}})
         algorithm = algorithms.build(config.algorithm, config.rollout)
-        build = partial(Environment, config, made._method, algorithm)
+        build = partial(MainRank, config, made._method, algorithm)
         if engine == "local":
             build().close()
         else:

@@ -17,11 +17,11 @@ import torch
 
 from megatron_efr.config import ConfigError, EnginesConfig, ModelConfig
 from megatron_efr.rollout import build as build_module
+from megatron_efr.rollout.checks import check_script, longest
 from megatron_efr.rollout.driver import TokenPenalty
 from megatron_efr.rollout.local.sampling import lowered
-from megatron_efr.rollout.requests import check_script, longest
-from megatron_efr.rollout.sglang.admission import check_server
 from megatron_efr.rollout.sglang.penalty import SwitchPenalty, processor
+from megatron_efr.rollout.sglang.server_check import check_server
 from megatron_efr.scripts import SCRIPTS, build, decode, encode, search
 from megatron_efr.scripts.probed import Concise, Deer, EarlyStop, Subthoughts
 from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Sketch, ThinkFor, Tip, Told

@@ -12,9 +12,9 @@ import torch
 
 from megatron_efr.config import ConfigError, RolloutConfig
 from megatron_efr.config.file import validate
+from megatron_efr.rollout.checks import check_script, longest
 from megatron_efr.rollout.local.decoder import Decoder
 from megatron_efr.rollout.local.engine import LocalEngine
-from megatron_efr.rollout.requests import check_script, longest
 from megatron_efr.scripts import Budget, EarlyExit, Forks, Opened, Plain, build, plain
 from megatron_efr.steps import Draw, Fork, Part, Step
 from megatron_efr.types import Done, Prompt, Request, Response, Sampling

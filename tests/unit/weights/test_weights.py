@@ -16,9 +16,9 @@ from transformers import Qwen2ForCausalLM
 
 from megatron_efr.config import ConfigError, ModelConfig
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.cuts import padded_vocab
 from megatron_efr.weights.folder import FolderWeights, RandomWeights, fingerprint, initial_weights, save_folder
 from megatron_efr.weights.mapping import WeightMapping
+from megatron_efr.weights.tensor_parallel_split import padded_vocab
 
 
 def test_qkv_is_laid_out_by_kv_group(tied_model: Path) -> None:

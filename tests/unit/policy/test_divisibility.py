@@ -11,7 +11,7 @@ import torch
 from megatron.core.transformer.moe import moe_utils
 
 from megatron_efr.config import ConfigError, ModelConfig, ParallelConfig, check_parallel
-from megatron_efr.policy import check_fit, joined_ranks
+from megatron_efr.policy import check_fit, join_ranks
 from megatron_efr.weights.architecture import Architecture, Experts
 
 
@@ -90,7 +90,7 @@ def test_megatron_fields_that_would_undo_the_split(field: str, message: str, tie
     model = ModelConfig(path=str(tied_model), megatron={field: False})
     with (
         pytest.raises(ConfigError, match=rf"model\.megatron\.{field}: .*{message}"),
-        joined_ranks(ParallelConfig(pipeline=2, virtual_pipeline=2), seed=0, model=model),
+        join_ranks(ParallelConfig(pipeline=2, virtual_pipeline=2), seed=0, model=model),
     ):
         pass
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 
-def checked(
+def check_names(
     weights: Iterable[tuple[str, torch.Tensor]], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Pass (Hugging Face name, whole tensor) pairs on; `shapes` has the model's (`WeightMapping.shapes`).

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_efr.errors import EngineError
 from megatron_efr.rollout.engine import Engine, GroupStream
-from megatron_efr.rollout.local.turn import Turn
+from megatron_efr.rollout.local.pause import PauseLock
 from megatron_efr.types import Group, Request, Sampling
 
 
@@ -28,7 +28,7 @@ class Feed(Iterator[Request]):
         return self._requests.popleft()
 
 
-class Production:
+class GroupFeed:
     """Requests in, finished groups out. What is in flight stays in flight between calls of `next`.
 
     `ask` and `next` belong to one thread at a time, which touches neither CUDA nor collectives as long as the engine
@@ -39,7 +39,7 @@ class Production:
         self.engine = engine
         self.closed = False
         self._sampling = sampling
-        self._turn = Turn()
+        self._pause_lock = PauseLock()
         self._feed = Feed()
         self._stream = None
         self._in_flight: set[int] = set()
@@ -61,7 +61,7 @@ class Production:
 
         After an EngineError nothing is in flight any more, and can be asked again.
         """
-        with self._turn.decoding(self):
+        with self._pause_lock.decoding(self):
             if self.closed or self._stream is None:
                 raise RuntimeError("the feed of groups is closed, or nothing was asked of it")
             try:
@@ -76,7 +76,7 @@ class Production:
 
     def held(self) -> AbstractContextManager[Any]:
         """The engine between two groups, for another thread to ask it something else meanwhile."""
-        return self._turn.changing()
+        return self._pause_lock.changing()
 
     def close(self) -> None:
         """Drop what is in flight; a thread that waits in `next` gets an error."""

@@ -33,7 +33,7 @@ class Host:
             )
         return cls(int(environment.get("RANK", "0")) // ranks, world // ranks, ranks)
 
-    def seats(self, rollout: RolloutConfig) -> list[Gpus]:
+    def engine_gpus(self, rollout: RolloutConfig) -> list[Gpus]:
         """The GPUs of each engine that this host starts; ConfigError if they do not divide."""
         if rollout.embedded or rollout.urls:
             return []

@@ -27,9 +27,9 @@ from megatron_efr.methods.samplings import ByPrompt
 from megatron_efr.rollout.build import ENGINES, build_engine
 from megatron_efr.rollout.codec import TokenizerCodec
 from megatron_efr.rollout.engine import Engine
+from megatron_efr.rollout.group_feed import GroupFeed
 from megatron_efr.rollout.judging import Accept
 from megatron_efr.rollout.ledger import Ledger
-from megatron_efr.rollout.production import Production
 from megatron_efr.rollout.servers.run_servers import Servers
 from megatron_efr.run.asking import Asking
 from megatron_efr.run.folder import RunFolder
@@ -39,14 +39,14 @@ from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import initial_weights
 
 
-class Environment:
+class MainRank:
     """The prompts that the policy is asked, the engine that answers for it, and the graders of its answers.
 
     The first and the last are there when it is made, and checked; the engine when `connect` has taken it into use.
     """
 
     engine: Engine
-    production: Production
+    feed: GroupFeed
     ledger: Ledger
 
     def __init__(self, config: TrainConfig, method: Method, algorithm: Algorithm) -> None:
@@ -106,11 +106,11 @@ class Environment:
         config = self._config
         logs = config.folder / "engines"
         self.engine = build_engine(config.model, config.rollout, servers, logs, self._codec, resources)
-        self.production = Production(self.engine, self._sampling)
+        self.feed = GroupFeed(self.engine, self._sampling)
         self.ledger = Ledger(
             self.stream,
             self.judging,
-            self.production,
+            self.feed,
             config.rollout,
             seed=config.seed,
             last=config.train.iterations,
@@ -143,7 +143,7 @@ class Environment:
             watching.check_held_out(monitor, self.knowledge.latest.monitor)
         if not (lacks or due):  # rollouts of later iterations go on
             return {}
-        with self.production.held():
+        with self.feed.held():
             if lacks:
                 self.knowledge.reference = self._reference(wanted.reference, folder, model)
             if not (monitor and due):
@@ -176,7 +176,7 @@ class Environment:
         every = self._config.evaluation.every
         if self.evaluator is None or not every or step % every:
             return {}
-        with self.production.held():
+        with self.feed.held():
             record = self.evaluator.run(self.engine, self.grader, f"step_{step:06d}")
         folder.write_evaluation(record["name"], record)
         return {"eval/accuracy": record["accuracy"], "eval/tokens": record["tokens"]}

@@ -1,4 +1,4 @@
-"""Whose turn it is: a thread that decodes token by token, and others that pause it or change what it decodes with."""
+"""A lock between a thread that decodes token by token and others that pause or change it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Protocol
 
 
 class Closable(Protocol):
-    """A decoder, as far as turns are concerned."""
+    """A decoder, as far as the lock is concerned."""
 
     closed: bool
 
 
-class Turn:
+class PauseLock:
     """A lock that the decoding thread lets go of between tokens, and gives up to whoever asks for it.
 
     Plain locks are not fair: a thread that takes one again at once may keep others waiting for as long as it decodes.

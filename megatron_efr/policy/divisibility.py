@@ -11,7 +11,7 @@ from megatron.core.transformer.moe import moe_utils
 from megatron_efr import transformer_engine
 from megatron_efr.config import ConfigError, LoraConfig, ModelConfig, ParallelConfig
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.splits import check_split, divisors
+from megatron_efr.weights.divisibility import check_split, divisors
 
 # fields of Megatron's TransformerConfig that are set elsewhere, or that the policy stands on
 _ELSEWHERE = {
@@ -50,7 +50,7 @@ def check_fit(model: ModelConfig, parallel: ParallelConfig, architecture: Archit
     check_split(architecture, parallel.tensor, parallel.expert)
     if model.lora is not None:
         _check_lora(model, model.lora, parallel, architecture)
-    if not engine_layers(model):
+    if not te_layers(model):
         _check_context(architecture.heads, parallel)
     if not model.megatron.keys() & set(_UNEVEN_STAGES):
         _check_layers(architecture.layers, parallel)
@@ -60,7 +60,7 @@ def check_fit(model: ModelConfig, parallel: ParallelConfig, architecture: Archit
         _check_replay(architecture, model.megatron)
 
 
-def engine_layers(model: ModelConfig) -> bool:
+def te_layers(model: ModelConfig) -> bool:
     """True if Transformer Engine's layers are used; ConfigError if they are asked for and cannot be.
 
     Its attention over packed sequences (flash attention or cuDNN's) knows 16-bit numbers alone.
@@ -71,15 +71,15 @@ def engine_layers(model: ModelConfig) -> bool:
                 f"model.layers: transformer_engine attends to packed sequences in 16 bits alone, and model.dtype is "
                 f"{model.dtype}; use auto or local, or train in bfloat16"
             )
-        if not _engine_is_here():
+        if not _te_is_here():
             raise ConfigError(
                 "model.layers: transformer_engine is asked for, and it (or CUDA) is not here; use auto or local"
             )
     wanted = model.layers != "local" and model.lora is None  # adapters are beside Megatron's own linear layers
-    return wanted and model.dtype == "bfloat16" and _engine_is_here()
+    return wanted and model.dtype == "bfloat16" and _te_is_here()
 
 
-def _engine_is_here() -> bool:
+def _te_is_here() -> bool:
     return transformer_engine.WORKS and torch.cuda.is_available()
 
 
@@ -125,7 +125,7 @@ def _check_experts(model: ModelConfig, parallel: ParallelConfig) -> None:
             "model.megatron.moe_use_legacy_grouped_gemm: Megatron's GroupedMLP needs the grouped_gemm package and is "
             "superseded; with Transformer Engine's layers set moe_grouped_gemm alone, without them leave both out"
         )
-    if model.megatron.get("moe_grouped_gemm") and not engine_layers(model):
+    if model.megatron.get("moe_grouped_gemm") and not te_layers(model):
         raise ConfigError(
             "model.megatron.moe_grouped_gemm: grouped experts need Transformer Engine's layers, CUDA and bfloat16, and "
             "these are local ones, whose experts are computed one by one; leave it out, or install the gpu extra"

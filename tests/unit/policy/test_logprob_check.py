@@ -13,8 +13,8 @@ from megatron_efr import algorithms
 from megatron_efr.algorithms import Importance, Objective
 from megatron_efr.config import ConfigError, TrainConfig, TrainingConfig
 from megatron_efr.config.file import dump, validate
-from megatron_efr.policy.drift import drift_figures, drift_sums, fill_importance, version_lags
 from megatron_efr.policy.head import Head, HeadRows
+from megatron_efr.policy.logprob_check import drift_figures, drift_sums, fill_importance, version_lags
 from megatron_efr.policy.loss import policy_loss
 from megatron_efr.policy.packing import pack
 from megatron_efr.run.iteration import LogprobMismatchError, check_logprobs
@@ -160,7 +160,7 @@ def test_importance_weights_are_on_where_rollouts_may_be_old_and_by_choice_elsew
     [
         ({"rollout": {"ahead": 3}}, r"rollout\.ahead: only partial"),
         ({"rollout": {"partial": True, "prompts": 4, "ahead": 5}}, r"rollout\.ahead: 5 .* at most"),
-        ({"rollout": {"partial": True, "async": True}}, r"rollout\.max_staleness: 1 leaves"),
+        ({"rollout": {"partial": True, "async": True}}, r"rollout\.max_staleness: 1 lets"),
         ({"rollout": {"placement": "colocated", "async": True}}, r"rollout\.async: colocated engines sleep while the"),
         ({"rollout": {"overlap": True}}, r"rollout\.overlap: unknown key"),
         ({"rollout": {"asinc": True}}, r"rollout\.asinc: unknown key; did you mean async\?"),

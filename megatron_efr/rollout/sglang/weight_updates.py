@@ -15,11 +15,11 @@ from megatron_efr import log
 from megatron_efr.config import TimeoutsConfig
 from megatron_efr.errors import EngineError
 from megatron_efr.rollout.servers.process import ServerProcess
+from megatron_efr.rollout.sglang.event_loop import EventLoopThread
 from megatron_efr.rollout.sglang.fleet import Fleet
-from megatron_efr.rollout.sglang.membership import Membership
+from megatron_efr.rollout.sglang.health import Membership
 from megatron_efr.rollout.sglang.routed_fleet import RoutedFleet
 from megatron_efr.rollout.sglang.server import Server, tensor_body
-from megatron_efr.rollout.sglang.thread import LoopThread
 from megatron_efr.weights.architecture import Architecture
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class ServerUpdates:
         self._asleep = False
         self._paused_by: int | None = None
         self._updated_by: int | None = None  # the thread that is in the middle of an update
-        self._thread = LoopThread("sglang")
+        self._thread = EventLoopThread("sglang")
         self._fleet = self._thread.run(make())
 
     @property

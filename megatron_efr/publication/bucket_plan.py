@@ -80,7 +80,7 @@ class Held(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class BucketPlan:
     """Every parameter of a model in the mapping's order, divided into buckets of `limit` bytes."""
 
     buckets: tuple[Bucket, ...]
@@ -95,7 +95,7 @@ class Plan:
         members: Sequence[int],
         cpu_world: dist.ProcessGroup,
         limit: int = BUCKET_BYTES,
-    ) -> Plan:
+    ) -> BucketPlan:
         """The plan of the ranks `members`, who hold at least one whole model; all ranks of `cpu_world` call it.
 
         `local`: this rank's shards by the mapping's names.
@@ -106,7 +106,7 @@ class Plan:
         return cls.derive({rank: everyone[rank] for rank in members}, mapping, limit)
 
     @classmethod
-    def derive(cls, held: Mapping[int, Held], mapping: WeightMapping, limit: int = BUCKET_BYTES) -> Plan:
+    def derive(cls, held: Mapping[int, Held], mapping: WeightMapping, limit: int = BUCKET_BYTES) -> BucketPlan:
         """The plan for what each rank holds. If several hold the same shard, the first sends it."""
         holders: dict[tuple[str, int], int] = {}
         shards: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
