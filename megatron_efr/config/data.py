@@ -20,7 +20,7 @@ class DatasetConfig(Section):
     path: str = Field(description="a .jsonl / .json / .parquet file, a folder saved by datasets, or a hub name")
     format: Literal["auto", "gsm8k", "math", "columns"] = Field(
         default="auto",
-        description="auto: gsm8k where the answer holds '####', else question/answer columns found by name",
+        description="auto: gsm8k if the answer holds '####', else question/answer columns found by name",
     )
     split: str = Field(default="train", description="split of a hub data set")
     question: str | None = Field(default=None, description="column of the question; found by name when left out")
@@ -72,7 +72,7 @@ class PromptConfig(Section):
         default=None,
         pattern=r"^\d{4}-\d\d-\d\d$",
         description="YYYY-MM-DD, the day that a chat template which asks for it is told; by default the day that the "
-        "run began, also where it is resumed on another",
+        "run began, also if it is resumed on another",
     )
 
     @field_validator("date", mode="before")

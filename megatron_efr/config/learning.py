@@ -46,7 +46,7 @@ class OptimizerConfig(Section):
     """Adam and its learning-rate schedule."""
 
     lr: float = Field(gt=0, description="learning rate after the warm-up")
-    min_lr: float = Field(default=0.0, ge=0, description="where a cosine schedule ends")
+    min_lr: float = Field(default=0.0, ge=0, description="the rate at which a cosine schedule ends")
     schedule: Literal["constant", "cosine"] = Field(
         default="constant", description="of the learning rate, over all updates of the run"
     )

@@ -60,10 +60,10 @@ class ModelConfig(Section):
     )
     layers: Literal["auto", "local", "transformer_engine"] = Field(
         default="auto",
-        description="auto takes Transformer Engine's layers in bfloat16, where they import and CUDA is present",
+        description="auto takes Transformer Engine's layers in bfloat16, if they import and CUDA is present",
     )
     kernels: Literal["auto", "triton", "torch"] = Field(
-        default="auto", description="the log-prob head's: auto takes Triton's where it imports and CUDA is present"
+        default="auto", description="the log-prob head's: auto takes Triton's if it imports and CUDA is present"
     )
     routing: Literal["own", "replay"] = Field(
         default="own", description="whose choice of experts a mixture follows: its own, or the engine's at sampling"

@@ -48,7 +48,7 @@ class EnginesConfig(Section):
     )
     router: bool = Field(
         default=False,
-        description="sglang-router, where `python` has it, chooses each prompt's server by cached prefixes",
+        description="sglang-router, if `python` has it, chooses each prompt's server by cached prefixes",
     )
     restarts: int = Field(default=3, ge=0, description="how often a server that ended or hangs is started again")
     bucket_mib: PositiveInt = Field(default=512, description="weights sent to the servers at once")
@@ -77,7 +77,7 @@ class EvaluationEnginesConfig(EnginesConfig):
 
     transport: Literal["disk", "tensor"] = Field(
         default="disk",
-        description="how weights reach the servers. disk: they read model.path themselves, or, where that is no model "
+        description="how weights reach the servers. disk: they read model.path themselves, or, if that is no model "
         "folder, one that is written for them; tensor: within the requests, for servers that share no file system",
     )
 

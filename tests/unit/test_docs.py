@@ -133,4 +133,4 @@ def test_the_readme_counts_the_methods() -> None:
     count = sum(not name.startswith("experimental.") for name in names)
     text = README.read_text(encoding="utf-8")
     assert f"[{count - 1} others](docs/methods.md)" in text
-    assert f"| methods are values | {count} by name" in text
+    assert f"| {count} methods by name |" in text
