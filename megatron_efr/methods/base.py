@@ -99,8 +99,7 @@ class Choices(Protocol):
     @property
     def dynamic_sampling(self) -> bool: ...
 
-    @property
-    def filters(self) -> bool: ...
+    filters: ClassVar[bool]
 
     def changed(self, key: str) -> bool: ...
 

@@ -356,7 +356,7 @@ class Effort(Method):
         return [self._asked(level) for level in LEVELS]
 
     def _asked(self, level: str) -> Ask:
-        word = dict(zip(LEVELS, self.words, strict=True))[level]
+        word = self.words[LEVELS.index(level)]
         return Ask(suffix=self.suffix.replace("{level}", word), note={"level": level})
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
