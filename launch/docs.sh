@@ -4,7 +4,7 @@
 #   bash launch/docs.sh            into site/; a link that leads nowhere and a page that no other leads to are errors
 #   bash launch/docs.sh FOLDER     into another folder
 #
-# Sphinx, with MyST for Markdown, in an environment of its own: .venv-docs, made where it is missing (40 s).
+# Sphinx, with MyST for Markdown, in an environment of its own: .venv-docs, made if it is missing (40 s).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/python.sh

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # A CUDA machine's two interpreters: .venv for the trainer, .venv-sglang for the engines (they need different torches).
 #
-#   bash launch/install_h100.sh                 all of it; an hour or more of compiling where no wheel fits
+#   bash launch/install_h100.sh                 all of it; an hour or more of compiling if no wheel fits
 #   bash launch/install_h100.sh --dry-run       print every command, run none
 #   --no-te --no-flash-attn --no-apex --no-sglang      leave a part out; training runs without the first three
 #
-# A compiled part that fails keeps nothing else away: it is named at the end, with exit code 1.
+# If a compiled part fails the rest is installed all the same; it is named at the end, with exit code 1.
 # Needs Python 3.12 or 3.13 (3.11: older Megatron-Core and Transformer Engine) with headers, git, and for what is
 # compiled nvcc of the CUDA that torch was built with (13.0).
-# Every version stands in launch/constraints.txt. There `apex` is a place on GitHub: on the package index that name
-# belongs to another project.
+# Every version stands in launch/constraints.txt. `apex` comes from GitHub: on the package index that name belongs
+# to another project.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,6 +1,6 @@
 # Sourced: find_python, search_python.
 #
-# A machine without a GPU gets Python 3.11 where it has one: its Megatron-Core is the last for it, 0.16.1, and pip finds
+# A machine without a GPU gets Python 3.11 if it has one: its Megatron-Core is the last for it, 0.16.1, and pip finds
 # PyTorch's CPU build for it more often. A machine with a GPU gets 3.12 or 3.13, and with it Megatron-Core 0.19.2.
 
 # find_python ENVIRONMENT: sets `python`, the interpreter that the environment is or is to be made with, and `why`.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests, after making .venv where it is missing.
+# The tests, after making .venv if it is missing.
 #
 #   bash launch/test.sh            lint, types, unit, loop, parallel, engine and browser tests, and the quickstart's figures
 #   bash launch/test.sh --quick    lint, types and the fast unit tests: about six minutes once .venv is there

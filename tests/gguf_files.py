@@ -75,7 +75,7 @@ def write_model(
     pre: str | None = None,
     tensors: Mapping[str, np.ndarray | None] | None = None,
 ) -> Path:
-    """The model of `folder`, in float32 but where `kinds` says otherwise by the end of llama.cpp's name.
+    """The model of `folder`, in float32 but if `kinds` says otherwise by the end of llama.cpp's name.
 
     The other arguments replace or add keys and tensors; None takes one out.
     """

@@ -37,7 +37,7 @@ def graded(
     prompt: Prompt | None = None,
     meta: Mapping[str, Any] | None = None,
 ) -> Graded:
-    """Responses of these lengths, right where `correct` is true."""
+    """Responses of these lengths, right if `correct` is true."""
     ends = finish or ["stop"] * len(lengths)
     responses = tuple(response(n, end, text) for n, end in zip(lengths, ends, strict=True))
     group = Group(prompt or Prompt("p", (1,), "q", "1", meta or {}), responses)
@@ -45,7 +45,7 @@ def graded(
 
 
 def credited(group: Group | Graded, advantage: Sequence[float] | np.ndarray, rewards: Any = None) -> Credited:
-    """The last stage; all wrong and without reward where nothing else is given."""
+    """The last stage; all wrong and without reward if nothing else is given."""
     if isinstance(group, Group):
         group = Graded(group, (Grade("wrong"),) * len(group.responses))
     values = np.zeros(len(group.grades)) if rewards is None else np.asarray(rewards, dtype=np.float64)

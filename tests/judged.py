@@ -107,7 +107,7 @@ def rewarded(
 def trained_on(
     method: Method, right: Sequence[Any], lengths: Sequence[int], known: Known = KNOWN, **changed: Any
 ) -> np.ndarray:
-    """A group's advantages where the method gives them, else its rewards."""
+    """A group's advantages if the method gives them, else its rewards."""
     groups = rewarded(method, [(right, lengths)], known, **changed)
     credits = method.credits(groups, known)
     return groups[0].rewards if credits is None else credits[0].advantage

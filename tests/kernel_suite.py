@@ -344,7 +344,7 @@ def test_a_row_of_weight_0_adds_exactly_0_whatever_it_holds(backend: Any) -> Non
 @given(lengths=st.lists(st.integers(1, 40), max_size=6), beta=st.sampled_from([0.0, 0.01]), seed=st.integers(0, 99))
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_credits_equal_fp64(backend: Any, lengths: list[int], beta: float, seed: int) -> None:
-    """Also where some tokens are not trained, whatever their log-probs are."""
+    """Also if some tokens are not trained, whatever their log-probs are."""
     rng = np.random.default_rng(seed)
     advantages, old, reference = rng.normal(size=(3, sum(lengths))).astype(np.float32)
     weights = (rng.random(sum(lengths)) * (rng.random(sum(lengths)) < (0.7 if seed % 2 else 1.0))).astype(np.float32)

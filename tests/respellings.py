@@ -1,4 +1,4 @@
-"""Usual respellings of an answer, each where it keeps the meaning: what models write instead of what a gold says."""
+"""Usual respellings of an answer, each if it keeps the meaning: what models write instead of what a gold says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of script at work, a tokenizer of letters, and what a script makes where everything is read again."""
+"""Every kind of script at work, a tokenizer of letters, and what a script makes if everything is read again."""
 
 from __future__ import annotations
 

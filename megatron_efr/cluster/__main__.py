@@ -43,8 +43,7 @@ def start(chosen: Sequence[Command]) -> int:
             child.wait()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m megatron_efr.cluster", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -62,7 +61,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="print the hosts of engines alone, or of the trainer, and end",
     )
     parser.add_argument("--dry-run", action="store_true", help="print each host's commands and end")
-    given = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    given = _parser().parse_intermixed_args(argv)
     # who runs where
     config = load(TrainConfig, given.config, given.overrides)
     hosts = given.hosts.split(",")

@@ -124,7 +124,7 @@ def _receive_body(source: socket.socket, data: bytes) -> None:
 
 
 def wait_until(holds: Callable[[], bool], what: str, limit_s: float = 120) -> None:
-    """Fails, naming `what`, where it does not come to hold in time."""
+    """Fails, naming `what`, if it does not come to hold in time."""
     end = time.monotonic() + limit_s
     while not holds():
         assert time.monotonic() < end, f"{what}: not within {limit_s} s"

@@ -36,7 +36,7 @@ BUCKET = 60_000  # bytes: several buckets, and an embedding of its own
 
 def distance(engine: SGLangEngine, folder: str | Path) -> float:
     """Largest difference between the server's greedy log-probs and transformers' with `folder`'s weights; infinite
-    where a token is not transformers' choice."""
+    if a token is not transformers' choice."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     prompts = [tuple(3 + (5 * i + 7 * j) % 50 for j in range(3 + 4 * i)) for i in range(6)]
     requests = [plain(Prompt(f"p{i}", tokens, "", ""), 1, seed=i) for i, tokens in enumerate(prompts)]

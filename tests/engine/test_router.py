@@ -33,7 +33,7 @@ from tests.engine_contract import requests
 
 @pytest.fixture(scope="module")
 def router_here() -> None:
-    """Skips what needs a router where the engines' Python has none."""
+    """Skips what needs a router if the engines' Python has none."""
     if os.access(PYTHON, os.X_OK):
         found = subprocess.run([PYTHON, "-c", "import sglang_router.launch_router"], capture_output=True)
         if found.returncode:
@@ -63,7 +63,7 @@ def engine(servers: Servers, router: ServerProcess, models: Models) -> Iterator[
 
 
 def workers(router: ServerProcess, servers: Servers) -> set[str]:
-    """Whom the router asks, in its own words; nobody where it does not answer."""
+    """Whom the router asks, in its own words; nobody if it does not answer."""
     try:
         with urlopen(
             Call(f"{router.url}/workers", headers={"Authorization": f"Bearer {servers.key}"}), timeout=5

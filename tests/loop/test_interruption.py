@@ -57,7 +57,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 
 def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 300) -> None:
-    """Until `path` is there; fails where the process ends before."""
+    """Until `path` is there; fails if the process ends before."""
     limit = time.monotonic() + seconds
     while not path.exists():
         assert process.poll() is None, process.communicate()[0]

@@ -21,7 +21,7 @@ SAMPLES = {"gsm8k_test": 1, "math500": 3, "aime24": 10}
 
 @pytest.fixture(scope="module")
 def run(program: Program, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """examples/gsm8k_cpu.yaml as it is, but for where its files lie."""
+    """examples/gsm8k_cpu.yaml as it is, but for the place of its files."""
     place = tmp_path_factory.mktemp("real")
     write_model_folder(place / "model", byte_tokenizer(), BYTE_MODEL)
     done = program(

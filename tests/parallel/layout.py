@@ -33,7 +33,7 @@ class Case(NamedTuple):
     model: str
     objective: str
     recompute: bool
-    budget: int  # tokens of a micro-batch, where there are several ranks
+    budget: int  # tokens of a micro-batch, if there are several ranks
     replay: bool = False  # tokens go to experts drawn at random, as if an engine had chosen them
     weighed: bool = False  # tokens have credits and weights of their own; many, and whole sequences, are not trained
 

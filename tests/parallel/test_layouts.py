@@ -1,4 +1,4 @@
-"""Every parallel layout gives what one process gives: log-probs, gradients, and where three optimizer steps lead.
+"""Every parallel layout gives what one process gives: log-probs, gradients, and the state after three optimizer steps.
 
 The one process packs each update into a single micro-batch, so this is invariance to the token budget as well.
 """

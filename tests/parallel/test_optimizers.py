@@ -123,7 +123,7 @@ def assert_same_updates(case: Case, results: Results) -> None:
 
 
 def relative(a: torch.Tensor, b: torch.Tensor, forgiven: torch.Tensor | float = 0.0) -> float:
-    """||a - b|| / ||a||, where differences count by what they exceed the forgiven ones."""
+    """||a - b|| / ||a||, in which differences count by what they exceed the forgiven ones."""
     return float(((a.double() - b.double()).abs() - forgiven).clamp(min=0.0).norm() / a.double().norm())
 
 

@@ -95,7 +95,7 @@ def test_policy_loads_what_was_converted(family: str, dtype: str, ranks: Ranks, 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3-moe"])
 def test_a_run_s_checkpoint_becomes_a_folder(family: str, ranks: Ranks, tmp_path: Path) -> None:
-    """Trained in float32 from a bfloat16 model: the result is float32, and says so where transformers looks."""
+    """Trained in float32 from a bfloat16 model: the result is float32, and says so if transformers looks."""
     path = make_family_folder(tmp_path / "model", family, dtype=torch.bfloat16)
     policy = build(path, ranks)
     with torch.no_grad():

@@ -29,7 +29,7 @@ NOT_SOURCE = ("*.egg-info", "__pycache__", ".venv*", ".git", "runs", "build", "d
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository, where the build backend may leave its files; `dist/` holds what it built."""
+    """A copy of the repository, in which the build backend may leave its files; `dist/` holds what it built."""
     copy = tmp_path_factory.mktemp("source") / "megatron_efr"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_SOURCE))
     subprocess.run([sys.executable, "-c", BUILD], cwd=copy, check=True, capture_output=True)

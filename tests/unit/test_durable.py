@@ -1,4 +1,4 @@
-"""Whatever a run writes: where the disk does not take it there is a sentence, and the old content is still there."""
+"""Whatever a run writes: if the disk does not take it there is a sentence, and the old content is still there."""
 
 from __future__ import annotations
 

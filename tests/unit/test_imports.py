@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"algorithms", "arguments", "checkpoint", "data", "evaluation", "grading", "memory", "methods", "observe"}
     | {"parent", "policy", "publication", "rollout", "scripts"},
     "offline": BASE | WEIGHTS | {"arguments", "checkpoint", "data", "observe", "policy", "rollout.group_json", "run"},
-    "convert": BASE | WEIGHTS | {"arguments", "checkpoint", "parity", "policy"},  # policy, where logits are compared
+    "convert": BASE | WEIGHTS | {"arguments", "checkpoint", "parity", "policy"},  # policy, if logits are compared
     "import_gguf": BASE
     | {"arguments", "data.gguf_tokenizer", "parity"}
     | {"weights.folder", "weights.gguf_file", "weights.gguf_model"},

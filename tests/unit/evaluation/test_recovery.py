@@ -1,5 +1,5 @@
 """Patience of an evaluation with lost servers, which `tests/engine/test_evaluate.py` loses for
-real; what it does where a record of its name is there.
+real; what it does if a record of its name is there.
 """
 
 from __future__ import annotations

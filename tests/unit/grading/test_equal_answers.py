@@ -121,7 +121,7 @@ def test_answers_that_were_forced_early_are_judged_and_told_apart_as_the_respons
     judged = judge([replace(whole, responses=tuple(responses))], Forks(at=(0, 8, 16), tokens=5), grader, Judgings())
     assert judged.early is not None
     assert [grade.correct for grade in judged.graded[0].grades] == [True, False, False]
-    assert judged.early.right == [[[0.5, 0.5, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]]  # its own where none was forced
+    assert judged.early.right == [[[0.5, 0.5, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]]  # its own if none was forced
     ((right, wrong, none),), (direct,) = judged.answers, judged.early.direct
     assert none is None
     assert list(direct) == [right, wrong, max(right or 0, wrong or 0) + 1, None]  # 4 is neither's answer

@@ -386,7 +386,7 @@ def test_scores_are_the_mean_by_weight_and_the_first_verifier_alone_says_what_is
 
 
 def test_the_answers_of_branches_are_judged_beside_their_responses(grader: Grader) -> None:
-    """By their own text, and also where they were cut off; a response that was cut off keeps its branches."""
+    """By their own text, and also if they were cut off; a response that was cut off keeps its branches."""
     asked = group("10", r"\boxed{10}", r"\boxed{11}", cut=1)
     texts = [[], [r"\boxed{11}", r"\boxed{10}"], [r"\boxed{10}"]]
     responses = []

@@ -1,4 +1,4 @@
-"""Methods that have responses left early: worked numbers, and whose credit goes where."""
+"""Methods that have responses left early: worked numbers, and the place of each credit."""
 
 from __future__ import annotations
 

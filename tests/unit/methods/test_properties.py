@@ -53,7 +53,7 @@ BOUNDS = {
     "experimental.adacot": (0.7, 1, -0.3, 0), "experimental.memory_r": (1, 3, 0, 2),
     "infty_think": (0, 1, -1, 0), "experimental.sgpo": (1, 1, 0, 1), "experimental.l2t": (0, 1, -1, 0),
 }  # fmt: skip
-"""Least and most that a right answer may earn, and a wrong one: rewards, or advantages where the method gives them."""
+"""Least and most that a right answer may earn, and a wrong one: rewards, or advantages if the method gives them."""
 PRICED = {
     "laser_de",
     "o1_pruner",

@@ -385,7 +385,7 @@ def test_right_answers_are_shortened_while_the_iteration_is_accurate() -> None:
     assert rewarded(method, [(C, L)], KNOWN._replace(state={"best": 0.79}))[0].rewards == close(
         vector["rewards_gate_open"]
     )
-    # 0.35 is exactly the slack below 0.4, where 0.4 - 0.05 is 0.35000000000000003
+    # 0.35 is exactly the slack below 0.4, since 0.4 - 0.05 is 0.35000000000000003
     (least,) = rewarded(method, [([1] * 7 + [0] * 13, list(range(1, 21)))], KNOWN._replace(state={"best": 0.4}))
     assert least.rewards[0] == 3.5
     closed = KNOWN._replace(state={"best": 0.81})

@@ -151,7 +151,7 @@ def _choose(logits: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Tensor, 
 
 @pytest.mark.parametrize("engine", ["noise", "bfloat16"])
 def test_replay_removes_what_flipped_experts_add(engine: str, make: MakePolicy, moe: Path, tmp_path: Path) -> None:
-    """An engine that is a little off: what remains is what it is off by where it chose the same experts anyway."""
+    """An engine that is a little off: what remains is its own error, if it chose the same experts anyway."""
     torch.manual_seed(1)
     noisy = change_weights(moe, tmp_path / "noisy", lambda _, w: w * (1 + 1e-4 * torch.randn_like(w)))
     sampler = make(noisy) if engine == "noise" else make(dtype="bfloat16")

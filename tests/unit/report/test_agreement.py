@@ -1,4 +1,4 @@
-"""Two families' figures agree where their intervals overlap."""
+"""Two families' figures agree if their intervals overlap."""
 
 from __future__ import annotations
 

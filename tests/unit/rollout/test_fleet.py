@@ -148,7 +148,7 @@ def test_a_server_that_lost_a_response_is_passed_over_while_others_serve(run: Ca
         assert await placed.ask(3) == [[], [0, 1, 1, 1]]  # it has none in work, and still gets none
         placed.fleet.membership.lose(b, "killed")
         await asyncio.sleep(0.1)
-        assert await placed.ask(1) == [[0, 1, 1, 1, 2], []]  # but where it is the only one
+        assert await placed.ask(1) == [[0, 1, 1, 1, 2], []]  # but if it is the only one
         assert len(await placed.finish()) == 3
         assert (await placed.fleet.read_tally()).resent == 5
 

@@ -45,7 +45,7 @@ Weights = list[tuple[str, torch.Tensor]]
 def heavy_tailed_weights() -> Weights:
     """A model whose next token depends on the last alone, and whose lengths have a tail like 1 / sqrt(length).
 
-    From the prompt's token it goes to level k with probability proportional to 2^(-k/2), where it stops at each token
+    From the prompt's token it goes to level k with probability proportional to 2^(-k/2). There it stops at each token
     with probability 2^-(k + 1). Embeddings are one-hot, attention and MLP add nothing, the head has log-probabilities.
     """
     chain = np.full((32, 32), 1e-30)  # [token, next token]

@@ -293,7 +293,7 @@ def test_branches_that_no_cache_has_are_read_together(monkeypatch: pytest.Monkey
 
 
 class Wrong(Plain):
-    """A script that goes on where the response has ended."""
+    """A script that goes on if the response has ended."""
 
     def steps(self, sample: int) -> Generator[Step, Done, None]:
         yield Draw("response")

@@ -39,7 +39,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Everything that a program reads of a model folder before work; what it says, where it refuses."""
+    """Everything that a program reads of a model folder before work; what it says, if it refuses."""
     try:
         architecture = Architecture.from_folder(folder)
         stop_ids(folder, tokenizer)
