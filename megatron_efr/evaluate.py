@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from megatron_efr import arguments, log
 from megatron_efr.checkpoint.model_source import find_model
 from megatron_efr.config import EvaluateConfig
@@ -47,12 +49,7 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
     source = find_model(config.model, config.seed, config.template)
     tokenizer = load_tokenizer(source.start.path)
     weights = source.weights()
-    stops = stop_ids(source.start.path, tokenizer)
-    date_prompts(config.prompt, folder)
-    positions = Architecture.from_folder(source.start.path).max_positions
-    marks = thinking_marks(config.model.thinking, tokenizer)
-    asking = config.evaluation, config.prompt, config.grading
-    evaluator = Evaluator(*asking, tokenizer, stops, positions, config.seed, marks)
+    evaluator = _evaluator(config, source.start.path, tokenizer, folder)
     asked = {
         "model": source.fingerprint(),
         "model.dtype": config.model.dtype,
@@ -92,6 +89,16 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
         folder.write_evaluation(record_name, record | {ASKED: judged})
         unfinished.clear()
     return record
+
+
+def _evaluator(config: EvaluateConfig, start: str, tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> Evaluator:
+    """The evaluator of the configured problems, for the tokenizer and config.json of folder `start`."""
+    stops = stop_ids(start, tokenizer)
+    date_prompts(config.prompt, folder)
+    positions = Architecture.from_folder(start).max_positions
+    marks = thinking_marks(config.model.thinking, tokenizer)
+    asking = config.evaluation, config.prompt, config.grading
+    return Evaluator(*asking, tokenizer, stops, positions, config.seed, marks)
 
 
 def publication(

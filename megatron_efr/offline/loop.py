@@ -44,11 +44,7 @@ def train_on_rows(
     check_policy(config.model, config.parallel, config.optimizer)
     with join_ranks(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
         folder = RunFolder(config.folder)
-        claim = claimed(folder, dump(config), resume, lambda tree: dump(validate(type(config), tree)))
-        ranks.on_main(lambda: resources.enter_context(claim))
-        if isinstance(config, SftConfig):
-            prompt = config.prompt
-            ranks.on_main(lambda: date_prompts(prompt, folder))
+        ranks.on_main(lambda: _claim(config, folder, resume, resources))
         # rows from rank 0; the policy; the newest checkpoint if it resumes
         samples = ranks.share(load)
         rows = checksum(samples)
@@ -85,6 +81,14 @@ def train_on_rows(
                     raise SystemExit(EXIT_REQUEUE)
         policy.save_folder(folder.model)
         policy.save_adapter(folder.adapter)
+
+
+def _claim(config: SftConfig | DpoConfig, folder: RunFolder, resume: bool, resources: ExitStack) -> None:
+    """Take the run folder until `resources` are closed; prompts tell the day on which it began."""
+    claim = claimed(folder, dump(config), resume, lambda tree: dump(validate(type(config), tree)))
+    resources.enter_context(claim)
+    if isinstance(config, SftConfig):
+        date_prompts(config.prompt, folder)
 
 
 def schedule(samples: Sequence[Sample], config: SftConfig | DpoConfig, samples_each: int = 1) -> Iterator[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from megatron_efr.algorithms.objective import Aggregate
+from megatron_efr.config import ParallelConfig
 from megatron_efr.samples import COLUMNS, NOT_DRAWN, Array, PackedBatch, Sample, SequenceSize
 from megatron_efr.types import ByIndex, Credit, Credited, FloatArray, Response, UserError
 from megatron_efr.weights.architecture import Architecture
@@ -112,6 +114,17 @@ def sequence_flops(architecture: Architecture) -> Callable[[int], float]:
     per_token = 2.0 * (a.layers * (a.hidden * (2 * q + 2 * kv) + mlp) + a.hidden * a.vocab)
     per_pair = 2.0 * a.layers * q
     return lambda tokens: per_token * tokens + per_pair * tokens**2
+
+
+def multiples(parallel: ParallelConfig) -> tuple[int, int]:
+    """(tokens that a sequence's padded length divides by, tokens that a whole pack's does).
+
+    A sequence divides into 2 chunks for each context rank; a context rank's slice divides over the
+    ranks of sequence parallelism.
+    """
+    sequence = 2 * parallel.context if parallel.context > 1 else 1
+    slices = parallel.tensor if parallel.sequence else 1
+    return sequence, math.lcm(sequence, parallel.context * slices)
 
 
 def balance(

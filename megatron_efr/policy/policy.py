@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -33,6 +32,7 @@ from megatron_efr.policy.packing import (
     UpdateShares,
     balance,
     check_tokens,
+    multiples,
     pack,
     round_up,
     row_weights,
@@ -91,11 +91,7 @@ class Policy:
         last = _unwrapped(self.chunks[-1])
         vocab = self.architecture.vocab
         self._head = build_head(last, vocab, model.head_chunk_tokens, ranks, temperature, self._kernels)
-        # each sequence divides into 2 chunks per context rank, a context rank's slice over the sequence-parallel ones
-        self._sequence_multiple = 2 * parallel.context if parallel.context > 1 else 1
-        self._pack_multiple = math.lcm(
-            self._sequence_multiple, parallel.context * (parallel.tensor if parallel.sequence else 1)
-        )
+        self._sequence_multiple, self._pack_multiple = multiples(parallel)
         self._batch_multiple = parallel.pipeline if parallel.virtual_pipeline is not None else 1
         # weights in, by the one mapping; the reference is a copy of them
         mapping = WeightMapping(
