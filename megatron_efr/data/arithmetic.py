@@ -50,6 +50,7 @@ class ArithmeticTask:
     test_rows: int = 1_024
     sft_rows: int = 64_000  # 1,500 updates of 64 see each one and a half times
     held_out: float = 0.2  # at most this share of a difficulty's problems is kept for the test
+    signs: str = ""  # of which one stands behind each question of sft.jsonl
     model: ModelSize = field(default_factory=ModelSize)
 
     def __post_init__(self) -> None:
@@ -158,9 +159,14 @@ def write(out: Path, seed: int, task: ArithmeticTask | None = None) -> None:
     _write_rows(out / "train.jsonl", map(_problem_row, train))
     _write_rows(out / "test.jsonl", map(_problem_row, test))
     _write_rows(
-        out / "sft.jsonl", ({"question": question(terms), "response": response(terms, task, rng)} for terms in sft)
+        out / "sft.jsonl",
+        ({"question": _signed(terms, task, rng), "response": response(terms, task, rng)} for terms in sft),
     )
     write_model_folder(out / "model", arithmetic_tokenizer(), task.model)
+
+
+def _signed(terms: Terms, task: ArithmeticTask, rng: random.Random) -> str:
+    return question(terms) + (rng.choice(task.signs) if task.signs else "")
 
 
 def _problem_row(terms: Terms) -> dict[str, str | int]:
@@ -177,8 +183,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the quickstart's arithmetic task and its tiny model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the data files and model/")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signs", default="", help="of which one stands behind each question of sft.jsonl")
     arguments = parser.parse_args()
-    task = ArithmeticTask()
+    task = ArithmeticTask(signs=arguments.signs)
     write(arguments.out, arguments.seed, task)
     print(f"{arguments.out}: {task.train_rows} train, {task.test_rows} test, {task.sft_rows} sft rows, and model/")
 

@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,6 +55,20 @@ def test_uncorrupted_responses_are_right() -> None:
             steps = steps_of(one)
             assert len(steps) == len(terms) - 1
             assert all(before + term == after for before, term, after in steps)
+
+
+def test_a_sign_stands_behind_each_question_of_the_warm_start_alone(written: Path, tmp_path: Path) -> None:
+    write(tmp_path, seed=0, task=replace(SMALL, signs=";=}"))
+    for name in ("train.jsonl", "test.jsonl"):
+        assert (tmp_path / name).read_bytes() == (written / name).read_bytes()
+    asked = [
+        (plain["question"], signed["question"])
+        for plain, signed in zip(rows(written / "sft.jsonl"), rows(tmp_path / "sft.jsonl"), strict=True)
+    ]
+    assert all(signed[:-1] == plain for plain, signed in asked)
+    counts = Counter(signed[-1] for _, signed in asked)
+    assert counts.keys() == set(";=}")
+    assert min(counts.values()) > 100
 
 
 def test_corrupted_steps_are_five_in_a_hundred_and_carried_on(written: Path) -> None:
