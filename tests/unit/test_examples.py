@@ -13,6 +13,7 @@ from megatron_efr.cluster.placement import place
 from megatron_efr.config import DpoConfig, EvaluateConfig, SftConfig, TrainConfig
 from megatron_efr.config.file import dump, load
 from megatron_efr.config.sweep import is_sweep, load_sweep
+from megatron_efr.data.arithmetic import arithmetic_tokenizer
 from megatron_efr.methods.page import KINDS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -60,6 +61,15 @@ def test_a_training_run_on_servers_divides_over_nodes_of_eight_gpus(path: Path) 
     placement = place([f"node{number}" for number in range(nodes)], 8, config.rollout)
     config.check_world(len(placement.ranks))
     assert len(placement.ranks) == 8 * nodes
+
+
+def test_what_lies_beyond_the_paper_is_an_example_whose_levels_are_single_tokens() -> None:
+    made = load_sweep(EXAMPLES / "beyond.yaml")
+    models = {member.model: member for member in made.members}
+    assert list(models) == ["min_std", "target", "effort"]
+    words = models["effort"].config.method.model_dump()["words"]
+    assert len({tuple(arithmetic_tokenizer().encode(word).ids) for word in words}) == len(words) == 3
+    assert all(len(arithmetic_tokenizer().encode(f"1+2{word}").ids) == 4 for word in words)
 
 
 def test_the_family_has_rloo_grpo_and_sixteen_methods_or_more_of_three_seeds() -> None:
