@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_efr import arguments
 from megatron_efr.errors import UserError
 from megatron_efr.evaluation.comparison import Comparison, Paired, compare
-from megatron_efr.evaluation.figures import Figure
+from megatron_efr.evaluation.figures import Figure, with_interval
 from megatron_efr.evaluation.forgetting import Turned
 from megatron_efr.evaluation.measures import named
 from megatron_efr.evaluation.relative import RELATIVE
@@ -86,9 +86,8 @@ def write(figure: Figure, unit: str, sign: str = "") -> str:
     if figure.value is None:
         return "–"
     scale, spec = (100, ".1f") if unit == "%" else (1, ".3g" if unit in ("r", "x", "", "money") else ".1f")
-    bounds = [f"{scale * end:{spec}}" for end in figure[1:] if end is not None]
     text = f"{scale * figure.value:{sign}{spec}}{'%' if unit == '%' and not sign else ''}"
-    return f"{text} [{', '.join(bounds)}]" if bounds else text
+    return with_interval(text, figure.low, figure.high, lambda end: f"{scale * end:{spec}}")
 
 
 def as_json(comparison: Comparison) -> str:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence as SequenceOf
@@ -21,7 +19,7 @@ from megatron_efr import arguments
 from megatron_efr.checkpoint import torch_dist
 from megatron_efr.checkpoint.manifest import STATE, verify, write_manifest
 from megatron_efr.checkpoint.model_source import HUGGING_FACE, find_checkpoint, find_template
-from megatron_efr.durable import replace_file, sync_folder
+from megatron_efr.durable import replace_file, whole_folder
 from megatron_efr.errors import UserError
 from megatron_efr.parity import Reference, load, random_tokens
 from megatron_efr.weights.architecture import Architecture
@@ -39,16 +37,13 @@ def hf_to_megatron(source: Path, destination: Path) -> None:
     _refuse_existing(destination)
     architecture = Architecture.from_folder(source)
     weights = FolderWeights(source, architecture)
-    partial = destination.with_name(destination.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / HUGGING_FACE).mkdir(parents=True)
-    torch_dist.write(partial, weights, architecture)
-    copy_all_but_weights(source, partial / HUGGING_FACE)
-    state = {"step": 0, "initial_model": {"path": str(source), "sha256": fingerprint(source)}}
-    replace_file(partial / STATE, json.dumps(state, indent=1))
-    write_manifest(partial)
-    os.rename(partial, destination)
-    sync_folder(destination.parent)
+    with whole_folder(destination) as partial:
+        (partial / HUGGING_FACE).mkdir()
+        torch_dist.write(partial, weights, architecture)
+        copy_all_but_weights(source, partial / HUGGING_FACE)
+        state = {"step": 0, "initial_model": {"path": str(source), "sha256": fingerprint(source)}}
+        replace_file(partial / STATE, json.dumps(state, indent=1))
+        write_manifest(partial)
 
 
 def megatron_to_hf(source: Path, destination: Path, template: Path | None = None) -> None:

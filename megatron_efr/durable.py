@@ -74,6 +74,26 @@ def replace_file(path: str | Path, content: str | bytes) -> None:
     sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def whole_folder(destination: Path) -> Iterator[Path]:
+    """Yield an empty folder, beside `destination`, which it becomes when the block ends: complete or absent.
+
+    A folder that is there is replaced. UnwritableError if the disk does not take it; whatever fails, nothing is left.
+    """
+    partial = destination.with_name(destination.name + ".partial")
+    with writing(destination):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            if destination.exists():
+                shutil.rmtree(destination)
+            os.replace(partial, destination)
+            sync_folder(destination.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # gone if it was moved
+
+
 def sync_folder(folder: Path) -> None:
     """Let a rename within `folder` outlive the machine."""
     descriptor = os.open(folder, os.O_RDONLY)

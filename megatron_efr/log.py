@@ -169,3 +169,13 @@ class _File(logging.Handler):
         except OSError as error:
             self._failed = True
             warning(f"{self._path}: cannot be written: {error.strerror}; the run goes on without it")
+
+
+def duration(seconds: float) -> str:
+    """`7s`, `1m07s`, `2h05m`: at most six characters up to a hundred hours."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

@@ -13,6 +13,7 @@ from pydantic import Field, PositiveInt
 
 from megatron_efr.config import ConfigError, Section, TrainConfig
 from megatron_efr.config.file import apply, load, put, read_tree, validate
+from megatron_efr.config.leaves import leaves
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Key = Annotated[str, Field(pattern=r"^[^.\s]+(\.[^.\s]+)*$")]
@@ -99,15 +100,6 @@ def _within(tree: Any, key: str) -> Any:
         else:
             return _ABSENT
     return _ABSENT if isinstance(tree, Mapping) else tree
-
-
-def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Flat keys of a section: `method`, {name: laser} -> (method.name, laser)."""
-    if isinstance(value, Mapping) and value:
-        for name, inner in value.items():
-            yield from leaves(f"{key}.{name}" if key else str(name), inner)
-    else:
-        yield key, value
 
 
 def is_sweep(path: str | Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_efr.config import PromptConfig
+from megatron_efr.config.json_object import read_object
 from megatron_efr.data.chat import Chat, Messages
 from megatron_efr.data.chat import PromptError as PromptError
 from megatron_efr.data.datasets import Problem
@@ -35,7 +35,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # tokenizers raises a bare Exception for a file it cannot read
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if (place / name).is_file():
-                read_object(place / name)
+                read_object(place / name, PromptError)
         raise PromptError(f"{place}: the tokenizer's files cannot be loaded: {error}") from error
     check_vocabulary(tokenizer, vocabulary_size(place), str(place))
     return tokenizer
@@ -46,7 +46,7 @@ def vocabulary_size(folder: str | Path) -> int:
     path = model_folder(folder) / "config.json"
     if not path.is_file():
         raise PromptError(f"{path}: no such file; a model folder has a config.json")
-    size = read_object(path).get("vocab_size")
+    size = read_object(path, PromptError).get("vocab_size")
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise PromptError(f"{path}: vocab_size is {size!r}, expected a positive integer")
     return size
@@ -176,17 +176,6 @@ def _prompt(problem: Problem, text: str, tokens: tuple[int, ...]) -> Prompt:
         "question": problem.question,
     }
     return Prompt(id=problem.id, tokens=tokens, text=text, gold=problem.gold, meta=meta)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds; PromptError if it holds none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise PromptError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise PromptError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
 
 
 def model_folder(folder: str | Path) -> Path:

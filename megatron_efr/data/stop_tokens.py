@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_efr.data.prompts import PromptError, model_folder, read_object, vocabulary_size
+from megatron_efr.config.json_object import read_object
+from megatron_efr.data.prompts import PromptError, model_folder, vocabulary_size
 
 FILES = ("config.json", "generation_config.json")
 
@@ -34,7 +35,7 @@ def stop_ids(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[in
 
 def _eos(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """A configuration's `eos_token_id`: one id, several, or null."""
-    given: Any = read_object(path).get("eos_token_id")
+    given: Any = read_object(path, PromptError).get("eos_token_id")
     ids = given if isinstance(given, list) else [] if given is None else [given]
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool):

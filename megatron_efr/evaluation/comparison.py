@@ -7,14 +7,15 @@ difference.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from megatron_efr.config.leaves import leaves
 from megatron_efr.errors import UserError
-from megatron_efr.evaluation.figures import Figure, measured, resampled, spread, summed
+from megatron_efr.evaluation.figures import Figure, figures_of, resampled, spread, summed
 from megatron_efr.evaluation.forgetting import Turned, turned
 from megatron_efr.evaluation.lengths import cost_of_pass
 from megatron_efr.evaluation.measure import Better, Measure
@@ -110,20 +111,13 @@ def _by_part(one: Mapping[str, Samples], other: Mapping[str, Samples], seed: int
 
 def differing(one: Record, other: Record) -> list[str]:
     """List the keys that two records' protocols differ in, as `key: one, and other`; one without any differs in all."""
-    a, b = (dict(_leaves("", record.get("protocol", {}))) for record in (one, other))
+    protocols = (record.get("protocol") for record in (one, other))
+    a, b = (dict(leaves("", protocol)) if protocol else {} for protocol in protocols)
     if not (a and b):
         return ["protocol: a record that says none was made by an older version; evaluate again to have it say so"]
     missing = "not there"
     keys = [key for key in dict.fromkeys([*a, *b]) if a.get(key, missing) != b.get(key, missing)]
     return [f"{key}: {a.get(key, missing)}, and {b.get(key, missing)}" for key in keys]
-
-
-def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from _leaves(f"{path}.{key}" if path else str(key), inner)
-    elif path:
-        yield path, value
 
 
 def matched(one: Record, other: Record) -> tuple[Samples, Samples]:
@@ -152,20 +146,27 @@ def paired(one: Samples, other: Samples, measures: Sequence[Measure], seed: int 
     the problems that it says something of for both.
     """
     # measures that both can give, as terms of each problem
-    parts = [
-        (measure, *_of_both(measure, mine, theirs))
+    shown = [
+        (measure, mine, theirs)
         for measure in measures
         if (mine := measure.terms(one)) is not None and (theirs := measure.terms(other)) is not None
     ]
-    if not parts:
+    if not shown:
         return []
-    # both models' terms, resampled together: the pairs stay pairs
-    a = np.concatenate([mine for _, mine, _ in parts], axis=1)
-    b = np.concatenate([theirs for _, _, theirs in parts], axis=1)
+    parts = [(measure, *_of_both(measure, mine, theirs)) for measure, mine, theirs in shown]
+    mine = np.concatenate([terms for _, terms, _ in shown], axis=1)
+    theirs = np.concatenate([terms for _, _, terms in shown], axis=1)
+    a = np.concatenate([terms for _, terms, _ in parts], axis=1)
+    b = np.concatenate([terms for _, _, terms in parts], axis=1)
+    # the same draws of problems for the figures of each, [mine, theirs], and for their difference, [a, b]
+    drawn = np.split(resampled(np.concatenate([mine, theirs, a, b], axis=1), seed), 4, axis=1)
+    figures = (
+        figures_of([(measure, terms) for measure, terms, _ in shown], drawn[0], len(one.tokens)),
+        figures_of([(measure, terms) for measure, _, terms in shown], drawn[1], len(other.tokens)),
+    )
     sums = _Sums(summed(a), summed(b))
+    differing_by = _Sums(*drawn[2:])
     flipped = _flipped(a, b, seed)
-    drawn = _Sums(*np.split(resampled(np.concatenate([a, b], axis=1), seed), 2, axis=1))
-    figures = [measured(samples, [measure for measure, _, _ in parts], seed) for samples in (one, other)]
     # each measure's difference, its interval, and its chance under the null hypothesis
     rows = []
     first = 0
@@ -177,7 +178,7 @@ def paired(one: Samples, other: Samples, measures: Sequence[Measure], seed: int 
         if math.isfinite(found):
             rounding = sums.rounding(measure, columns)
             found = 0.0 if abs(found) <= rounding else found
-            difference = Figure(found, *spread(drawn.difference(measure, columns)))
+            difference = Figure(found, *spread(differing_by.difference(measure, columns)))
             by_chance = flipped.difference(measure, columns)
             rows.append(Paired(*head, difference, *_test(measure, one, other, by_chance, abs(found) - rounding)))
         else:

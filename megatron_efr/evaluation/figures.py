@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,9 +30,17 @@ def measured(samples: Samples, measures: Sequence[Measure] | None = None, seed: 
     if not parts:
         return {}
     drawn = resampled(np.concatenate([terms for _, terms in parts], axis=1), seed)
+    return figures_of(parts, drawn, len(samples.tokens))
+
+
+def figures_of(parts: Sequence[tuple[Measure, FloatArray]], drawn: FloatArray, samples: int) -> dict[str, Figure]:
+    """The figures of measures with their `terms` [problems, terms], by name.
+
+    `drawn` [resamples, all terms] are the sums of these over draws of the problems; `samples` are counted in all.
+    """
     ends = np.cumsum([terms.shape[1] for _, terms in parts])[:-1]
     return {
-        measure.name: _figure(measure, terms, own, len(samples.tokens))
+        measure.name: _figure(measure, terms, own, samples)
         for (measure, terms), own in zip(parts, np.split(drawn, ends, axis=1), strict=True)
     }
 
@@ -45,6 +53,11 @@ def _figure(measure: Measure, terms: FloatArray, drawn: FloatArray, samples: int
         rates = terms[:, 0][terms[:, 1] > 0]
         return Figure(value, *statistics.rate_interval(rates, math.inf if measure.fractional else samples))
     return Figure(value, *spread(measure.value(drawn)))
+
+
+def with_interval(text: str, low: float | None, high: float | None, write: Callable[[float], str]) -> str:
+    """A figure's `text` with its interval behind it, `92.0% [90.1, 93.6]`; alone if it has none."""
+    return text if low is None or high is None else f"{text} [{write(low)}, {write(high)}]"
 
 
 def summed(terms: FloatArray) -> FloatArray:

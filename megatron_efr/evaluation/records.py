@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-from megatron_efr.evaluation.figures import Figure, measured
+from megatron_efr.evaluation.figures import Figure, measured, with_interval
 from megatron_efr.evaluation.responses import reflections, repetition
 from megatron_efr.evaluation.samples import Samples
 from megatron_efr.evaluation.stored import SCHEMA
@@ -187,9 +187,9 @@ def describe(record: Record) -> str:
     """The figures of every data set, a line each."""
     lines = [f"{record['name']}:"]
     for dataset, figures in record["datasets"].items():
-        low, high = figures["accuracy_ci"]
+        accuracy = with_interval(f"{figures['accuracy']:.1%}", *figures["accuracy_ci"], "{:.1%}".format)
         lines.append(
-            f"  {dataset}: accuracy {figures['accuracy']:.1%} [{low:.1%}, {high:.1%}], "
+            f"  {dataset}: accuracy {accuracy}, "
             f"{figures['tokens']:.1f} tokens, {figures['truncated']:.1%} cut off, "
             f"{figures['samples']} responses to {figures['problems']} problems"
         )

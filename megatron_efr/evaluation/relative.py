@@ -52,11 +52,6 @@ def _of_datasets(column: str) -> Terms:
     return terms
 
 
-def _divided(own: FloatArray, base: FloatArray) -> FloatArray:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(base > 0, own / base, np.nan)
-
-
 @_register("", "high", _rates_and_tokens)
 def aes(own: FloatArray, base: FloatArray) -> FloatArray:
     """Accuracy-efficiency score of O1-Pruner (arXiv 2501.12570): dL + 3 |dA| if accuracy rose, dL - 5 |dA| if it fell;
@@ -68,10 +63,10 @@ def aes(own: FloatArray, base: FloatArray) -> FloatArray:
 @_register("%", "high", _of_datasets("correct"))
 def accuracy_normalised(own: FloatArray, base: FloatArray) -> FloatArray:
     """Accuracy over the base's, mean over data sets (arXiv 2502.04463, section 5); nan if it has none on one."""
-    return _divided(own, base).mean(axis=-1)
+    return statistics.mean_ratio(own, base)
 
 
 @_register("%", "low", _of_datasets("tokens"))
 def tokens_normalised(own: FloatArray, base: FloatArray) -> FloatArray:
     """Tokens over the base's, mean over data sets (arXiv 2502.04463, section 5)."""
-    return _divided(own, base).mean(axis=-1)
+    return statistics.mean_ratio(own, base)

@@ -149,9 +149,17 @@ def normalised(
         for key in ("accuracy", "tokens"):
             if not figure[key] > 0:
                 raise ValueError(f"dataset {name}: the starting model's {key} is {figure[key]}, no ratio to it exists")
-    return {
-        key: float(np.mean([figures[name][key] / start[name][key] for name in start])) for key in ("accuracy", "tokens")
+    both = {
+        key: [np.array([of[name][key] for name in start], dtype=np.float64) for of in (figures, start)]
+        for key in ("accuracy", "tokens")
     }
+    return {key: float(mean_ratio(own, base)) for key, (own, base) in both.items()}
+
+
+def mean_ratio(own: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """Mean over the last axis, that of data sets, of `own` over `base`; nan if a base is not above 0."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(base > 0, own / base, np.nan).mean(axis=-1)
 
 
 def accuracy_efficiency_score(

@@ -12,6 +12,3 @@ from megatron_efr.observe.observer import (
 from megatron_efr.observe.observer import (
     deterministic as deterministic,
 )
-from megatron_efr.observe.observer import (
-    duration as duration,
-)

@@ -12,9 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from megatron_efr.log import Line
+from megatron_efr.log import Line, duration
 from megatron_efr.observe.curves import Curve, draw, extent
-from megatron_efr.observe.observer import duration
 
 Metrics = Sequence[Mapping[str, Any]]
 

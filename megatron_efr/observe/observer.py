@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_efr.config import ConfigError, ObserveConfig
 from megatron_efr.durable import GOES_ON, writing
+from megatron_efr.log import duration
 from megatron_efr.observe.peak_memory import Peaks
 
 MACHINE = "time/"
@@ -73,16 +74,6 @@ COLUMNS = (
     Column("eval/accuracy", "held-out accuracy", lambda v: f"{v:6.1%}", "bold green"),
     Column("eval/tokens", "tokens", lambda v: f"{v:7.1f}", "bold cyan"),
 )
-
-
-def duration(seconds: float) -> str:
-    """`7s`, `1m07s`, `2h05m`: at most six characters up to a hundred hours."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
 class Watchdog:

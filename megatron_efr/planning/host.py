@@ -17,6 +17,7 @@ from rich.table import Table
 from megatron_efr import algorithms
 from megatron_efr.config import ConfigError, TrainConfig
 from megatron_efr.kernels import default_chunk
+from megatron_efr.log import duration
 from megatron_efr.memory import (
     BYTES,
     activation_bytes,
@@ -173,15 +174,8 @@ def told(plan: HostPlan) -> str:
     seconds = plan.seconds()
     total = sum(seconds.values())
     each = ", ".join(f"{phase} {value:.3g} s" for phase, value in seconds.items())
-    whole = spelt(total * config.train.iterations)
+    whole = duration(total * config.train.iterations)
     return f"an iteration: about {total:.3g} s ({each}); {config.train.iterations} of them: {whole}"
-
-
-def spelt(seconds: float) -> str:
-    """A duration in the unit that people would say it in."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:,.1f} hours"
 
 
 def fits(plan: HostPlan) -> bool:

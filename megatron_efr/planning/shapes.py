@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_efr.config import ConfigError
-from megatron_efr.weights.fields import read_object
+from megatron_efr.config.json_object import read_object
 
 _QWEN2 = {
     "model_type": "qwen2", "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0,

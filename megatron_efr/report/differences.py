@@ -12,20 +12,20 @@ LEVEL = 0.95
 _STEPS = 20_001  # of the angle over which Student's density is summed: quantiles are exact to five digits
 
 
-class Difference(NamedTuple):
-    """A mean less the reference's, and the ends of its interval."""
+class Interval(NamedTuple):
+    """A figure that is known, or a difference of two, and the ends of its interval; None if it has no interval."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     @property
     def side(self) -> int:
         """1 or -1 if the interval is above or below 0, else 0."""
-        return int(self.low > 0) - int(self.high < 0)
+        return int(self.low is not None and self.low > 0) - int(self.high is not None and self.high < 0)
 
 
-def differences(values: Mapping[str, Sequence[float]], reference: str, comparisons: int) -> dict[str, Difference]:
+def differences(values: Mapping[str, Sequence[float]], reference: str, comparisons: int) -> dict[str, Interval]:
     """Each model's mean less the reference's, from `values` over seeds (two or more of at least one model).
 
     The deviation is pooled: over the seeds of each model, that of its own mean, as if training's chance were alike in
@@ -41,7 +41,7 @@ def differences(values: Mapping[str, Sequence[float]], reference: str, compariso
         if name != reference:
             value = float(own.mean() - base.mean())
             half = reach * math.sqrt(1 / len(own) + 1 / len(base))
-            found[name] = Difference(value, value - half, value + half)
+            found[name] = Interval(value, value - half, value + half)
     return found
 
 

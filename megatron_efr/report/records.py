@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_efr.errors import UserError
 from megatron_efr.evaluation import statistics
+from megatron_efr.evaluation.figures import with_interval
 from megatron_efr.evaluation.records import Record, left_out_note
 
 FIGURES = ("accuracy", "tokens")
@@ -120,8 +121,7 @@ def figure(model: Mapping[str, Any], key: str, write: Any, unit: str = "") -> st
     """`92.0% [90.1, 93.6]` with an interval, `92.0% ± 0.8` over seeds, `92.0%` with neither."""
     text = write(model[key]) + unit
     if model.get(f"{key}_ci"):
-        low, high = model[f"{key}_ci"]
-        return f"{text} [{write(low)}, {write(high)}]"
+        return with_interval(text, *model[f"{key}_ci"], write)
     if model.get(f"{key}_sd") is not None:
         return f"{text} ± {write(model[f'{key}_sd'])}"
     return text

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
 from markupsafe import Markup
 
 from megatron_efr.evaluation.records import Record
 from megatron_efr.report import plots
+from megatron_efr.report.differences import Interval
 from megatron_efr.report.records import label
 from megatron_efr.report.sentences import front, is_base
 
@@ -22,14 +23,6 @@ MOST_LINES = 8
 """Models that a plot of lines shows; of a larger family the bases and the front."""
 
 PANEL = (4.4, 3.1)  # inches: small enough that its letters stay readable on a phone
-
-
-class Spread(NamedTuple):
-    """A figure and the ends of its interval: of one run its 95% interval, over seeds one deviation either way."""
-
-    value: float
-    low: float | None
-    high: float | None
 
 
 @dataclass(frozen=True)
@@ -84,17 +77,18 @@ class Results:
         """The evaluation of a model's first run."""
         return next(iter(self.records(model)), None)
 
-    def measure(self, model: Record, name: str) -> Spread | None:
-        """A measure of a model, over its runs; None if a record lacks it."""
+    def measure(self, model: Record, name: str) -> Interval | None:
+        """A measure of a model; None if a record lacks it. Its interval is that of one run, or over seeds one deviation
+        either way."""
         found = [record.get("measures", {}).get(name) for record in self.records(model)]
         if not found or any(each is None or each["value"] is None for each in found):
             return None
         if len(found) == 1:
-            return Spread(found[0]["value"], found[0]["low"], found[0]["high"])
+            return Interval(found[0]["value"], found[0]["low"], found[0]["high"])
         values = [each["value"] for each in found]
         middle = fmean(values)
         reach = stdev(values)
-        return Spread(middle, middle - reach, middle + reach)
+        return Interval(middle, middle - reach, middle + reach)
 
     def draw(
         self, name: str, drawn: Sequence[tuple[str, plots.Draw]], size: tuple[float, float], alt: str, **saved: Any

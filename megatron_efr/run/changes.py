@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_efr.config.leaves import leaves
 from megatron_efr.errors import UserError
 
 Completed = Callable[[dict[str, Any]], str]
@@ -45,7 +46,7 @@ def refusal(config: Path, ours: str, resume: bool, completed: Completed = yaml.s
         return f"{config}: damaged: no mapping of sections; put a copy of it back"
     with suppress(UserError):  # what this version does not take shows as a difference
         tree = yaml.safe_load(completed(tree))
-    held, here = dict(_leaves(tree)), dict(_leaves(yaml.safe_load(ours)))
+    held, here = (dict(leaves("", each, within_lists=True)) for each in (tree, yaml.safe_load(ours)))
     differing = [key for key in dict.fromkeys([*held, *here]) if held.get(key) != here.get(key)]
     refused = [key for key in differing if not (resume and _may_change(key, held, here))]
     if not refused:
@@ -64,15 +65,3 @@ def _may_change(key: str, held: Mapping[str, Any], ours: Mapping[str, Any]) -> b
     if key == "rollout.max_new_tokens" and ours.get(key, 0) > held.get(key, 0):
         return False  # what is finished was cut off where it might have gone on
     return any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE)
-
-
-def _leaves(tree: Any, path: str = "") -> Iterable[tuple[str, Any]]:
-    """(dotted path, value) of every leaf; lists of sections are walked by index, an empty section is a leaf."""
-    if isinstance(tree, dict) and tree:
-        for key, value in tree.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
-        for index, value in enumerate(tree):
-            yield from _leaves(value, f"{path}.{index}")
-    else:
-        yield path, tree

@@ -71,8 +71,10 @@ def _check_data(config: TrainConfig) -> None:
     method = methods.build(config.method, config.rollout, config.algorithm)
     algorithm = algorithms.build(config.algorithm, config.rollout)
     with contextlib.redirect_stdout(io.StringIO()):  # each run shows its prompts itself
-        MainRank(config, method, algorithm).close()
-        check_evaluation(config)
+        main_rank = MainRank(config, method, algorithm)
+        main_rank.close()
+        if main_rank.evaluator is None:  # else it has rendered and checked the held-out problems itself
+            check_evaluation(config)
 
 
 def _said(text: str, names: Sequence[str], count: int) -> str:

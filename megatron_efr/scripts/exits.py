@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from megatron_efr.scripts.kinds import Kind, Steps, Token
+from megatron_efr.scripts.kinds import Answered, Steps
 from megatron_efr.steps import Draw, Fork
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-class Exits(Kind):
+class Exits(Answered):
     """A whole response, and answers from within its thought: at shares of its length, or wherever chance has it.
 
     Sources: S-GRPO's serial group (arXiv 2505.07686), JET's truncation (arXiv 2509.23392). `opening` ends the thought
@@ -24,24 +24,12 @@ class Exits(Kind):
     shares: Annotated[tuple[Share, ...], Field(strict=False)] = Field(default=(), description="of the thought")
     drawn: int = Field(default=0, ge=0, description="exits that are drawn at random, instead of shares")
     seed: int = Field(default=0, ge=0)
-    samples: PositiveInt = 1
-    tokens: PositiveInt = Field(description="tokens of a branch at most")
-    opening: Token = "\n</think>\n\n"
-    end: Token | None = Field(default=None, description="the single token that ends a thought; none: all is thought")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Exits:
         if bool(self.shares) == bool(self.drawn):
             raise ValueError("shares: give either shares of the thought, or how many exits are drawn, and not both")
         return self
-
-    @property
-    def until(self) -> tuple[str, ...]:
-        return (self.end,) if self.end else ()
-
-    @property
-    def branches(self) -> tuple[str, int]:
-        return self.opening, self.tokens
 
     def steps(self, sample: int) -> Steps:
         done = yield Draw("thought" if self.end else "response", None, self.until)

@@ -185,7 +185,24 @@ class EarlyExit(Kind):
         return ""
 
 
-class Forks(Kind):
+class Answered(Kind):
+    """Base of a whole response that is answered from within its thought, in branches beside it."""
+
+    samples: PositiveInt = 1
+    tokens: PositiveInt = Field(description="tokens of a branch at most")
+    opening: Token = "\n</think>\n\n"
+    end: Token | None = Field(default=None, description="the single token that ends a thought; none: all is thought")
+
+    @property
+    def until(self) -> tuple[str, ...]:
+        return (self.end,) if self.end else ()
+
+    @property
+    def branches(self) -> tuple[str, int]:
+        return self.opening, self.tokens
+
+
+class Forks(Answered):
     """A whole response, and answers from the middle of its thought: what it would have said at each length `at`.
 
     Source: AnytimeReasoner's budgets (arXiv 2505.13438). `opening` ends the thought of a branch. Lengths that the
@@ -195,10 +212,6 @@ class Forks(Kind):
     """
 
     at: Lengths = Field(min_length=1)
-    samples: PositiveInt = 1
-    tokens: PositiveInt = Field(description="tokens of a branch at most")
-    opening: Token = "\n</think>\n\n"
-    end: Token | None = Field(default=None, description="the single token that ends a thought; none: all is thought")
     ended: Token | None = Field(default=None, description="opening of the branches of a thought that has ended")
 
     @model_validator(mode="after")
@@ -206,10 +219,6 @@ class Forks(Kind):
         if self.ended and not self.end:
             raise ValueError("ended: a thought without `end` never ends by itself; say its end, or leave `ended` out")
         return self
-
-    @property
-    def until(self) -> tuple[str, ...]:
-        return (self.end,) if self.end else ()
 
     @property
     def branches(self) -> tuple[str, int]:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveInt
 
 from megatron_efr.config import ConfigError
-from megatron_efr.scripts.kinds import Budget, Kind, Opened, Steps, Texts, Token, check_answered
+from megatron_efr.scripts.kinds import Budget, Kind, Opened, Plain, Steps, Texts, Token, check_answered
 from megatron_efr.steps import Draw, Force, Penalty
 
 
@@ -123,7 +123,7 @@ class Tip(Kind):
         yield Draw("response", penalty=Penalty(self.switch, self.amount, self.window))
 
 
-class Told(Kind):
+class Told(Plain):
     """A question with a wish behind it, as to how to think; the response is drawn at once."""
 
     suffix: Token = Field(description="what is written behind the question")
@@ -132,11 +132,8 @@ class Told(Kind):
     def behind(self) -> str:
         return self.suffix
 
-    def steps(self, sample: int) -> Steps:
-        yield Draw("response")
 
-
-class ThinkFor(Kind):
+class ThinkFor(Plain):
     """A question with a number of tokens behind it, as models of L1 are trained to obey (arXiv 2503.04697)."""
 
     tokens: PositiveInt
@@ -146,9 +143,6 @@ class ThinkFor(Kind):
     def behind(self) -> str:
         return self.suffix.replace("{tokens}", str(self.tokens))
 
-    def steps(self, sample: int) -> Steps:
-        yield Draw("response")
-
 
 SKETCHES = {
     "chunked_symbolism": "Write each step as an equation of named quantities with their units, without sentences.",
@@ -157,7 +151,7 @@ SKETCHES = {
 }
 
 
-class Sketch(Kind):
+class Sketch(Plain):
     """A question with the wish to think in sketches, after Sketch-of-Thought (arXiv 2503.05179).
 
     The three paradigms are the source's; the words are ours. The source (SimonAytes/SoT@94c6b8d) has a system prompt
@@ -169,6 +163,3 @@ class Sketch(Kind):
     @property
     def behind(self) -> str:
         return f"\n\nThink in a sketch. {SKETCHES[self.paradigm]} Then give the answer."
-
-    def steps(self, sample: int) -> Steps:
-        yield Draw("response")

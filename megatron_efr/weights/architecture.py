@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_efr.config import ConfigError
-from megatron_efr.weights.fields import Fields, read_object
+from megatron_efr.config.json_object import read_object
+from megatron_efr.weights.fields import Fields
 from megatron_efr.weights.rotary import Rotary, read_rotary
 
 

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 from megatron_efr.config import ConfigError
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds; ConfigError if it cannot be read as one."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise ConfigError(f"{path}: not valid JSON: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: a JSON object is required, found {type(found).__name__}")
-    return found
 
 
 class Fields:

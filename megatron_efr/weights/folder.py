@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_efr.config import ConfigError, ModelConfig
-from megatron_efr.durable import writing
+from megatron_efr.durable import whole_folder
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.located import INDEX, SINGLE, locate, some
 from megatron_efr.weights.mapping import WeightMapping
@@ -179,20 +179,9 @@ def save_folder(
     type it finds there. Complete or absent: the folder is built beside its place and moved there.
     At most one shard is held in memory.
     """
-    destination = Path(destination)
-    partial = destination.with_name(destination.name + ".partial")
-    # written beside and renamed: the folder is whole or not there
-    with writing(destination):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            copy_all_but_weights(Path(template), partial)
-            _name_dtype(partial / "config.json", _write_shards(partial, tensors, shard_bytes))
-            if destination.exists():
-                shutil.rmtree(destination)
-            os.replace(partial, destination)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)  # gone if it was moved; weights that spoilt leave nothing
+    with whole_folder(Path(destination)) as partial:
+        copy_all_but_weights(Path(template), partial)
+        _name_dtype(partial / "config.json", _write_shards(partial, tensors, shard_bytes))
 
 
 def copy_all_but_weights(source: Path, destination: Path) -> None:

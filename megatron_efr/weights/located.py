@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from megatron_efr.config import ConfigError
-from megatron_efr.weights.fields import read_object
+from megatron_efr.config.json_object import read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

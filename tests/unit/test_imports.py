@@ -54,8 +54,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"data", "grading", "observe.progress", "scripts"}
     | {"rollout.codec", "rollout.engine", "rollout.journal", "rollout.ledger", "rollout.checks"},
     "report": BASE
-    | {"evaluation.comparison", "evaluation.measures", "evaluation.records", "evaluation.statistics"}
-    | {"evaluation.stored"},
+    | {"evaluation.comparison", "evaluation.figures", "evaluation.measures", "evaluation.records"}
+    | {"evaluation.statistics", "evaluation.stored"},
     "compare": BASE
     | {"arguments", "evaluation.comparison", "evaluation.figures", "evaluation.forgetting", "evaluation.measures"}
     | {"evaluation.relative", "evaluation.stored"},

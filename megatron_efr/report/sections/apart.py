@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_efr.evaluation.comparison import differing, matched, paired
+from megatron_efr.evaluation.figures import with_interval
 from megatron_efr.evaluation.measures import named
 from megatron_efr.evaluation.records import Record
-from megatron_efr.report.differences import Difference, differences
+from megatron_efr.report.differences import Interval, differences
 from megatron_efr.report.records import label
 from megatron_efr.report.results import Results
 from megatron_efr.report.sentences import base_of, is_base
@@ -70,7 +71,7 @@ def _of_one_run(results: Results) -> dict[str, Any] | str:
     start = results.record(base) if base is not None else None
     if base is None or start is None:
         return "There is no base, and no family of several seeds, to compare models with."
-    found: dict[str, dict[str, Difference]] = {key: {} for key in _WORDS}
+    found: dict[str, dict[str, Interval]] = {key: {} for key in _WORDS}
     for model in results.shown:
         record = results.record(model)
         if model is base or record is None or differing(start, record):
@@ -78,7 +79,7 @@ def _of_one_run(results: Results) -> dict[str, Any] | str:
         for each in paired(*matched(start, record), [named(key) for key in _WORDS]):
             value, low, high = each.difference
             if value is not None and low is not None and high is not None:
-                found[each.name][model["name"]] = Difference(value, low, high)
+                found[each.name][model["name"]] = Interval(value, low, high)
     kept = [model for model in results.shown if all(model["name"] in own for own in found.values())]
     if not kept:
         return f"No evaluation here was asked as that of {label(base)} was, or they are an older version's."
@@ -90,7 +91,7 @@ def _of_one_run(results: Results) -> dict[str, Any] | str:
     return {"sentence": _sentence(label(base), found, brackets), "rows": rows, "reference": label(base)}
 
 
-def _sentence(reference: str, found: dict[str, dict[str, Difference]], brackets: str) -> str:
+def _sentence(reference: str, found: dict[str, dict[str, Interval]], brackets: str) -> str:
     count = len(found["tokens"])
     briefer = sum(each.side < 0 for each in found["tokens"].values())
     longer = sum(each.side > 0 for each in found["tokens"].values())
@@ -102,7 +103,10 @@ def _sentence(reference: str, found: dict[str, dict[str, Difference]], brackets:
     )
 
 
-def _cell(key: str, found: Difference) -> str:
+def _cell(key: str, found: Interval) -> str:
     scale, unit = (100, " points") if key == "accuracy" else (1, "")
-    value, low, high = (f"{scale * each:+.1f}".replace("-", "−") for each in found)
-    return f"{value}{unit} [{low}, {high}]: {_WORDS[key][found.side]}"
+
+    def write(value: float) -> str:
+        return f"{scale * value:+.1f}".replace("-", "−")
+
+    return f"{with_interval(write(found.value) + unit, found.low, found.high, write)}: {_WORDS[key][found.side]}"

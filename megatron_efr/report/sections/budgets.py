@@ -5,9 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from megatron_efr.evaluation.figures import with_interval
 from megatron_efr.report import plots
+from megatron_efr.report.differences import Interval
 from megatron_efr.report.records import label
-from megatron_efr.report.results import Results, Spread
+from megatron_efr.report.results import Results
 
 _PREFIX = "accuracy_within@"
 _SIZE = (5.2, 3.4)  # inches
@@ -45,16 +47,14 @@ def build(results: Results) -> dict[str, Any] | str:
     }
 
 
-def _line(hue: str, budgets: list[int], values: list[Spread]) -> plots.Line:
+def _line(hue: str, budgets: list[int], values: list[Interval]) -> plots.Line:
     known = all(each.low is not None and each.high is not None for each in values)
     low = [100 * each.low for each in values if each.low is not None] if known else []
     high = [100 * each.high for each in values if each.high is not None] if known else []
     return plots.Line(hue, budgets, [100 * each.value for each in values], low, high)
 
 
-def _written(value: Spread | None) -> str:
+def _written(value: Interval | None) -> str:
     if value is None:
         return "–"
-    if value.low is None or value.high is None:
-        return f"{value.value:.1%}"
-    return f"{value.value:.1%} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+    return with_interval(f"{value.value:.1%}", value.low, value.high, lambda end: f"{100 * end:.1f}")

@@ -8,11 +8,13 @@ from typing import Any
 
 from megatron_efr.errors import UserError
 from megatron_efr.evaluation import statistics
+from megatron_efr.evaluation.figures import with_interval
 from megatron_efr.evaluation.measures import named
 from megatron_efr.evaluation.records import Record
 from megatron_efr.report import plots
+from megatron_efr.report.differences import Interval
 from megatron_efr.report.records import FIGURES, base_name, figure, label, relative, spread_note
-from megatron_efr.report.results import Results, Spread
+from megatron_efr.report.results import Results
 from megatron_efr.report.sentences import front, is_base
 
 _SIZE = (5.2, 3.7)  # inches
@@ -124,14 +126,11 @@ def _unit(name: str) -> str:
         return ""
 
 
-def _measured(found: Spread | None, unit: str) -> str:
+def _measured(found: Interval | None, unit: str) -> str:
     if found is None:
         return "–"
     scale, sign = (100, "%") if unit == "%" else (1, "")
-    text = f"{scale * found.value:.4g}{sign}"
-    if found.low is None or found.high is None:
-        return text
-    return f"{text} [{scale * found.low:.4g}, {scale * found.high:.4g}]"
+    return with_interval(f"{scale * found.value:.4g}{sign}", found.low, found.high, lambda end: f"{scale * end:.4g}")
 
 
 def _number(value: float | None) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from megatron_efr.config.sweep import leaves
+from megatron_efr.config.leaves import leaves
+from megatron_efr.log import duration
 from megatron_efr.report.results import Results
 
 _OWN = ("name", "runs")
@@ -28,16 +29,6 @@ def build(results: Results) -> dict[str, Any] | str:
         "runs": differences(results.configs),
         "configs": dict(results.configs),
     }
-
-
-def duration(seconds: float) -> str:
-    """`41 s`, `3 min 5 s`, `2 h 7 min`."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
 def differences(configs: Mapping[str, str]) -> list[tuple[str, str]]:

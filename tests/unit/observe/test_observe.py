@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_efr.config import ConfigError, ObserveConfig
-from megatron_efr.observe import EXIT_STUCK, Observer, Watchdog, deterministic, duration
+from megatron_efr.log import duration
+from megatron_efr.observe import EXIT_STUCK, Observer, Watchdog, deterministic
 from megatron_efr.run.folder import RunFolder
 
 QUIET = ObserveConfig(tensorboard=False)
@@ -170,6 +171,7 @@ import sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from megatron_efr.config import ObserveConfig
+from megatron_efr.log import duration
 from megatron_efr.observe import Observer
 from megatron_efr.run.folder import RunFolder
 path = Path(sys.argv[1])

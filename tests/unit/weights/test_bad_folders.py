@@ -77,14 +77,14 @@ KEYS: list[tuple[str, str, Any, str]] = [
 POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 FILES: list[tuple[str, bytes | None, str]] = [
     *((name, b"", "not valid JSON: Expecting value") for name in (CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG)),
-    *((name, b"[]", "expected a JSON object, found list") for name in (CONFIG, GENERATION, TOKENIZER)),
+    *((name, b"[]", "a JSON object is required, found list") for name in (CONFIG, GENERATION, TOKENIZER)),
     *((name, b"[" * 100_000, "not valid JSON") for name in (CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG)),
     (CONFIG, b'{"model_type": ', "not valid JSON"),
     (GENERATION, "{}".encode("utf-16"), "not valid JSON: 'utf-8' codec can't decode byte 0xff"),
     (TOKENIZER, b"<!DOCTYPE html>", "not valid JSON"),
     (TOKENIZER, POINTER, "not valid JSON"),
     (TOKENIZER, b"{}", "the tokenizer's files cannot be loaded"),
-    (TOKENIZER_CONFIG, b"null", "expected a JSON object, found NoneType"),
+    (TOKENIZER_CONFIG, b"null", "a JSON object is required, found NoneType"),
     (TOKENIZER, None, "no tokenizer here (expected tokenizer.json and tokenizer_config.json)"),
     (CONFIG, None, "no such file; a model folder has a config.json"),
     (WEIGHTS, None, "neither model.safetensors nor model.safetensors.index.json found"),
