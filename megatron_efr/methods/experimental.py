@@ -64,11 +64,14 @@ class Target(Method):
         alpha = min(alpha + up, most) after a sampling with accuracy >= that of the start - tolerance,
                 max(alpha - down, 0) after any other
 
-    `prompts` problems of evaluation.datasets are sampled before the first iteration, which is the start, and after
-    every `every`. The accuracy of 100 problems x 4 responses is known to about 2 points, and such is `tolerance`. A
-    wrong or truncated response earns 0. alpha, the accuracy of the start and the last sampling are remembered; alpha is
-    in the metrics (`method/alpha`), beside `monitor/accuracy`. Open: it is this project's own, and how it compares with
-    the best of fixed alphas is not known. Chosen: a step of 0.05 up, and one of twice that down.
+    `prompts` problems of evaluation.datasets are sampled before the first iteration, which is the
+    start, and after every `every`. The accuracy of 100 problems x 4 responses is known to about 2
+    points, and such is `tolerance`. A wrong or truncated response earns 0. alpha, the accuracy of
+    the start and the last sampling are remembered; alpha is in the metrics (`method/alpha`), beside
+    `monitor/accuracy`.
+
+    Open: it is this project's own, and how it compares with the best of fixed alphas is not known.
+    Chosen: a step of 0.05 up, and one of twice that down.
     """
 
     source = "this project; its reward is Arora & Zanette 2025, arXiv 2502.04463, eq. 4 and 5"
@@ -185,12 +188,14 @@ class AdaCoT(Method):
         r = c - missed if it does not think and the prompt needs it, c - needless if it thinks and it does not, else c
         a prompt needs it if fewer than `enough` of the group's responses that do not think are right, or none is there
 
-    A response does not think if its thought is closed at once. A wrong or truncated response has c = 0. Nothing is
-    remembered. From iteration `masked_from` on, the token that decides is left out of the loss, the others are trained
-    on as before: the source's selective loss masking, which keeps a later stage from deciding always alike. Open: the
-    coefficients, which prompts need a thought, for which the source asks another model, and when the later stage
-    begins. Chosen: 0.3 and 0.1, the group itself, and no later stage; no price on form, which the verifier judges; no
-    critic.
+    A response does not think if its thought is closed at once. A wrong or truncated response has c
+    = 0. Nothing is remembered. From iteration `masked_from` on, the token that decides is left out
+    of the loss, the others are trained on as before: the source's selective loss masking, which
+    keeps a later stage from deciding always alike.
+
+    Open: the coefficients, which prompts need a thought, for which the source asks another model,
+    and when the later stage begins. Chosen: 0.3 and 0.1, the group itself, and no later stage; no
+    price on form, which the verifier judges; no critic.
     """
 
     source = "Lou et al. 2025, arXiv 2505.11896, second-hand"
@@ -245,14 +250,18 @@ class MemoryR(Method):
         r = c + exploit scaled(-|e - mean of the prompt's right e|) + explore scaled(1 - largest cosine to its wrong e)
         e = a response's embedding;  scaled(x) = where x lies between least and most of the last `window` values, 0 to 1
 
-    Either part is 0 until the prompt has had a right, or a wrong, response in an earlier iteration, and the second
-    until iteration `explore_from`. A truncated response counts as wrong; a wrong one gets both parts. The mean of each
-    prompt's right embeddings, its last `kept` wrong ones, and the last values are remembered: 12 MB of a checkpoint by
-    default, of the first `remembered` prompts that have a right, or a wrong, response. For the others such a part stays
-    0. The first are kept, not the latest: an epoch of more prompts would forget each before it comes again. It is not
-    about length. Open: little; the source embeds with a model of sentences. Chosen: counts of runs of three tokens,
-    hashed, so that nothing is to be loaded, a memory that takes a response in after it was judged, not before, and its
-    bound.
+    Either part is 0 until the prompt has had a right, or a wrong, response in an earlier iteration,
+    and the second until iteration `explore_from`. A truncated response counts as wrong; a wrong one
+    gets both parts. The mean of each prompt's right embeddings, its last `kept` wrong ones, and the
+    last values are remembered: 12 MB of a checkpoint by default, of the first `remembered` prompts
+    that have a right, or a wrong, response.
+
+    For the others such a part stays 0. The first are kept, not the latest: an epoch of more prompts
+    would forget each before it comes again. It is not about length.
+
+    Open: little; the source embeds with a model of sentences. Chosen: counts of runs of three
+    tokens, hashed, so that nothing is to be loaded, a memory that takes a response in after it was
+    judged, not before, and its bound.
     """
 
     source = "Le et al. 2025, arXiv 2504.02273, sections 2.2 and 2.3; thaihungle/Memory-R@a193f4f"

@@ -130,7 +130,7 @@ AFTER_KINDS = """
 - c is 1 for a right answer and 0 for a wrong one.
 - l is the number of generated tokens, without those that a script wrote.
 - A response that was cut off counts as wrong.
-- Many a source counts an answer as wrong without a closing `</think>` or another form.
+- Many sources count an answer as wrong without a closing `</think>` or another form.
   Here the verifier alone decides.
 - A default is the source's unless the page says that it is this project's.
 - `adapt_think` and `experimental.adacot` find the end of a thought by the model's `</think>`, or by

@@ -44,13 +44,18 @@ class SGPO(Prefixes):
         x = the largest share of the thought from which an answer is still right; 0 if there is none
         with a judge: x = the share of the thought's steps before the first that it scores below `sound`
 
-    A truncated response counts as wrong. Nothing is remembered. Open: the logistic's constants, and how the first wrong
-    step is found: the source has a judge read the reference solution. Chosen: 10 and 0.5, and the verifier alone, which
-    reads `answers` of the policy's own at each exit. They are drawn of every response, since nobody knows before
-    whether one will be right, and not trained on. A `judge` takes their place: a function of a prompt, with its
-    `gold`, and the list of a thought's steps, which returns a number from 0 to 1 for each step. It is called in the
-    run's first process, once for each response of a group that is all wrong, and what it returns is in the rewards that
-    are kept with the rollouts; after a kill, groups that no iteration had used are judged again.
+    A truncated response counts as wrong. Nothing is remembered.
+
+    Open: the logistic's constants, and how the first wrong step is found: the source has a judge
+    read the reference solution. Chosen: 10 and 0.5, and the verifier alone, which reads `answers`
+    of the policy's own at each exit. They are drawn of every response, since nobody knows before
+    whether one will be right, and not trained on.
+
+    A `judge` takes their place: a function of a prompt, with its `gold`, and the list of a
+    thought's steps, which returns a number from 0 to 1 for each step. It is called in the run's
+    first process, once for each response of a group that is all wrong, and what it returns is in
+    the rewards that are kept with the rollouts; after a kill, groups that no iteration had used are
+    judged again.
     """
 
     source = "arXiv 2505.11595 v4, second-hand"

@@ -1,4 +1,4 @@
-"""Credits of a group's own: advantages that are no function of one reward per response and a baseline.
+"""Credits of a group's own: the method computes the advantages itself, not from one reward per response.
 
 The algorithm's `baseline` has no effect on them, nor has `normalize: group` or `batch`. `normalize: tokens` whitens
 them over the iteration's tokens.

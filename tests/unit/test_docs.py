@@ -109,9 +109,8 @@ def test_the_readme_is_one_screen_of_short_paragraphs() -> None:
     assert [block for block in prose(text) if len(block.split()) > 60] == []
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+@each_page
 def test_the_paragraphs_of_a_page_are_short(page: Path) -> None:
-    """Pages of methods excepted: their texts are docstrings."""
     assert [block for block in prose(page.read_text(encoding="utf-8")) if len(block.split()) > 90] == []
 
 
