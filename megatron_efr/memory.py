@@ -253,8 +253,7 @@ def plan(shape: Shape) -> MemoryPlan:
         Phase("publish", served | buckets),
         Phase("resume", serving),
     ]
-    reference = (
-        2 * weights["parameters"] if shape.keeps_reference and not frozen else 0
-    )  # and what it changes places with
+    # a reference, and the weights it changes places with; adapters are only turned off
+    reference = 2 * weights["parameters"] if shape.keeps_reference and not frozen else 0
     host = reference + training["gradients"] + states
     return MemoryPlan(phases, cache // kv_bytes_per_token(a, shape.engine_ranks, dtype), host)

@@ -150,12 +150,17 @@ def _check_lora(model: ModelConfig, lora: LoraConfig, parallel: ParallelConfig, 
             f"model.lora.targets: {others} are the experts' in this model, which get no adapters; name attention's "
             f"projections alone: {', '.join(attention) or 'q_proj, k_proj, v_proj, o_proj'}"
         )
-    for name in ("tensor", "pipeline", "context", "expert"):
-        if (ranks := getattr(parallel, name)) > 1:
-            raise ConfigError(
-                f"parallel.{name}: {ranks} ranks would split the model, and adapters (model.lora) are trained by ranks "
-                f"that hold it whole; leave parallel.{name} out: more ranks then share the data"
-            )
+    if parallel.expert > 1:
+        raise ConfigError(
+            f"parallel.expert: {parallel.expert} ranks would share experts, and adapters (model.lora) are trained by "
+            f"ranks that hold all of them; set it to 1"
+        )
+    if architecture.kv_heads % parallel.tensor and set(attention) - {"o_proj"}:
+        raise ConfigError(
+            f"model.lora.targets: q_proj, k_proj and v_proj have adapters on whole KV heads, and the model's "
+            f"{architecture.kv_heads} do not divide over parallel.tensor {parallel.tensor}; with tensor "
+            f"{divisors(architecture.kv_heads)} they would, or leave these three out"
+        )
 
 
 def _check_replay(architecture: Architecture, megatron: dict[str, Any]) -> None:

@@ -260,15 +260,29 @@ def test_what_does_not_go_together_is_refused_by_key(tied_model: Path, tmp_path:
             check_fit(ModelConfig(path=str(path), lora=lora, **changes), parallel)
         return str(caught.value)
 
-    for key in ("tensor", "pipeline", "context"):
-        said = refused(tied_model, ParallelConfig(**{key: 2}))
-        assert said.startswith(f"parallel.{key}: 2 ranks would split the model, and adapters (model.lora)")
+    said = refused(tied_model, ParallelConfig(tensor=4))
+    assert said.startswith("model.lora.targets: q_proj, k_proj and v_proj have adapters on whole KV heads")
+    assert "with tensor 1 or 2 they would" in said
+    check_fit(ModelConfig(path=str(tied_model), lora=LoraConfig(targets=["o_proj"])), ParallelConfig(tensor=4))
     said = refused(tied_model, ParallelConfig(), layers="transformer_engine", dtype="bfloat16")
     assert said.startswith("model.lora: adapters stand beside Megatron's own linear layers")
     mixture = make_family_folder(tmp_path / "moe", "qwen3-moe")
     said = refused(mixture, ParallelConfig(), targets=["q_proj", "up_proj"])
     assert said.startswith("model.lora.targets: up_proj are the experts' in this model")
     assert said.endswith("name attention's projections alone: q_proj")
+    said = refused(mixture, ParallelConfig(expert=2), targets=["q_proj"])
+    assert said.startswith("parallel.expert: 2 ranks would share experts")
     convert.hf_to_megatron(tied_model, tmp_path / "megatron")
     with pytest.raises(UserError, match="holds no low-rank adapters"):
         convert.megatron_to_peft(tmp_path / "megatron", tmp_path / "none")
+
+
+def test_a_mixture_of_experts_trains_its_attention(ranks: Ranks, tmp_path: Path) -> None:
+    path = make_family_folder(tmp_path / "moe", "qwen3-moe")
+    policy = build(path, ranks, ["q_proj", "o_proj"], lr=1e-3)
+    before = {name: weight.clone() for name, weight in policy.named_weights()}
+    batches = policy.pack_update(ragged_sequences(6), list(range(6)), 300, "token")
+    losses = [policy.update(batches, supervised_loss)["loss"] for _ in range(4)]
+    assert losses[3] < losses[0]
+    changed = {name for name, weight in policy.named_weights() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if name.endswith(("q_proj.weight", "o_proj.weight"))}
