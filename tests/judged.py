@@ -15,7 +15,7 @@ from megatron_efr import methods
 from megatron_efr.config import AlgorithmConfig, MethodConfig, RolloutConfig
 from megatron_efr.methods import Known, Method, Visit
 from megatron_efr.steps import Draw, Fork, Part
-from megatron_efr.types import Branch, Done, Finish, Grade, Graded, Response, Rewarded, Script
+from megatron_efr.types import Branch, Done, Finish, Grade, Graded, Prompt, Response, Rewarded, Script
 from tests.groups import KNOWN, graded, response
 
 VECTORS = json.loads((Path(__file__).parent / "data/method_vectors.json").read_text())
@@ -102,6 +102,12 @@ def rewarded(
     if method.needs.branches:
         judged = [branched(group, method) for group in judged]
     return list(method.settle([methods.reward(method, group, known) for group in judged], known))
+
+
+def early_steps(prompt: Prompt, steps: Sequence[str]) -> list[float]:
+    """A judge that holds the first steps of a thought right, of a number that the prompt and the thought decide."""
+    right = (len(prompt.text) + len("".join(steps))) % (len(steps) + 1)
+    return [float(number < right) for number in range(len(steps))]
 
 
 def trained_on(

@@ -39,7 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "laser": {"target": 10},
     "laser_d": {"lowest": 2, "step": 2, "monitored": 6, "monitor_samples": 4, "every": 1},
     "adapt_think": {"word": "1", "brief": 8, "reference": 2},
-    "experimental.memory_r": {"explore_from": 2},
+    "experimental.memory_r": {"explore_from": 2, "remembered": 5},
     "experimental.sgpo": {"exits": 3, "answers": 2, "answer_tokens": 3, "end": ";", "stop": "="},
     "experimental.l2t": {"exits": 3, "answers": 2, "answer_tokens": 3, "end": ";", "stop": "="},
     "infty_think": {"round_tokens": 24, "rounds": 3, "opens": " \\boxed{", "closes": "}", "history": "1+{summary}"},
@@ -164,27 +164,66 @@ def _check_what_was_asked(name: str, groups: list[Credited]) -> None:
     )
 
 
+JUDGED = {"name": "experimental.sgpo", "judge": "tests.judged:early_steps", "step": "1", "end": ";"}
+LATER = {"name": "experimental.adacot", "masked_from": 3}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hapo", "short_rl", "leash", "acoer", "lapo", "laser_d"])
-def test_a_method_that_remembers_goes_on_as_if_there_had_been_no_kill(name: str, task: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        *((name, {}) for name in ("hapo", "short_rl", "leash", "acoer", "lapo", "laser_d", "experimental.memory_r")),
+        ("experimental.sgpo", {"method": JUDGED}),
+        ("experimental.adacot", {"method": LATER}),
+    ],
+)
+def test_a_method_that_remembers_goes_on_as_if_there_had_been_no_kill(
+    name: str, changed: dict[str, Any], task: Path, tmp_path: Path
+) -> None:
     """Two visits of every prompt; the checkpoint is of the first, and the history of prompts must come from it."""
     few = {"path": str(task / "few.jsonl")}
     (task / "few.jsonl").write_text("".join((task / "digits.jsonl").read_text().splitlines(True)[:8]))
-    data = {"datasets": [few], "prompt": {"template": "{question}"}}
-    train(configured(task, tmp_path / "whole", name, 4, data=data))
-    cut = tmp_path / "cut" / name
-    train(configured(task, tmp_path / "cut", name, 4, data=data, checkpoint={"every": 2, "keep": 2}))
+    changed = changed | {"data": {"datasets": [few], "prompt": {"template": "{question}"}}}
+    train(configured(task, tmp_path / "whole", name, 4, **changed))
+    cut, changed = tmp_path / "cut" / name, changed | {"checkpoint": {"every": 2, "keep": 2}}
+    train(configured(task, tmp_path / "cut", name, 4, **changed))
     # what a kill in iteration 3 leaves: the checkpoint of iteration 2, and nothing later
     shutil.rmtree(cut / "checkpoints/step_000004")
     (cut / "checkpoints/latest").write_text("step_000002")
     assert json.loads((cut / "checkpoints/step_000002/state.json").read_text())["method"]["history"]
-    train(configured(task, tmp_path / "cut", name, 4, data=data, checkpoint={"every": 2, "keep": 2}), resume=True)
+    train(configured(task, tmp_path / "cut", name, 4, **changed), resume=True)
     assert lines(tmp_path / "cut", name) == lines(tmp_path / "whole", name)
     ends = [
         json.loads((tmp_path / run / name / "checkpoints/step_000004/state.json").read_text())
         for run in ("whole", "cut")
     ]
     assert ends[0]["method"] == ends[1]["method"]
+    groups = [group for step in (2, 3) for group in RunFolder(tmp_path / "whole" / name).read_rollouts(step)]
+    if name == "experimental.sgpo":
+        lost = [group.rewarded.rewards for group in groups if not group.graded.correct.any()]
+        assert any(np.ptp(rewards) > 0 for rewards in lost), "the judge tells wrong responses apart"
+    if name == "experimental.adacot":
+        firsts = [[weight[0] for weight in group.credit.weight or ()] for group in groups]
+        assert firsts == [[]] * 4 + [[0.0] * 4] * 4, "masked from the third iteration on"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["filtered_sft", "filtered_sft_negatives"])
+def test_filtered_sft_trains_on_what_passes(algorithm: str, task: Path, tmp_path: Path) -> None:
+    plain = {"name": "efr", "alpha": 0}
+    train(configured(task, tmp_path, "efr", 2, method=plain, algorithm={"name": algorithm}))
+    made = lines(tmp_path, "efr")
+    assert all(np.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in made)
+    credits = [
+        (g.rewarded.rewards > 0, g.credit) for step in (1, 2) for g in RunFolder(tmp_path / "efr").read_rollouts(step)
+    ]
+    assert {bool(passes) for right, _ in credits for passes in right} == {True, False}
+    for right, credit in credits:
+        others = 0.0 if algorithm == "filtered_sft" else -1.0
+        assert credit.advantage.tolist() == np.where(right, 1.0, others).tolist()
+        left_out = ~right if algorithm == "filtered_sft" else np.zeros(4, dtype=bool)
+        assert credit.masked is not None
+        assert credit.masked.tolist() == left_out.tolist()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 from megatron_efr.rollout.driver import Driver
 from megatron_efr.rollout.sglang.respond import respond
 from megatron_efr.scripts import Budget, EarlyExit, Forks, Plain
+from megatron_efr.scripts.modes import SummaryThinking
 from megatron_efr.steps import Draw, Force, Fork, Step, Take
 from megatron_efr.types import Done, Response, Sampling, Script, VersionSpan
 from tests.scripts import Letters
@@ -92,6 +93,22 @@ def test_a_probe_that_is_sure_has_the_pause_left_and_one_that_is_not_has_it_said
     assert Letters().decode(made(script, unsure).tokens) == "CWDDA"  # exp(-1.5) = 0.22
     assert Letters().decode(made(EarlyExit(**{**script.model_dump(), "sure": 0.2}), sure).tokens) == "CXDDA"
     assert sure.asked == [("EF", 12, "AWZ"), ("EFCP", 2, "A"), ("EFCX", 11, "A")]
+
+
+def test_a_summary_is_asked_for_behind_the_thought_and_the_answer_behind_the_summary_alone() -> None:
+    server = Saying("CDEZ", "GHZ", "KKA")
+    script = SummaryThinking(most=6, tokens=3, end="Z", wish="WW", cut="X")
+    response = made(script, server)
+    assert server.asked == [("EF", 6, "AZ"), ("EFCDEWW", 3, "AZ"), ("EFGHX", 10, "A")]
+    assert Letters().decode(response.tokens) == "GHXKKA"
+    assert response.logprobs.tolist() == [-1, -2, 0, -1, -2, -3]
+    assert [(part.start, part.end, part.ending) for part in response.parts] == [
+        (0, 2, "length"), (2, 3, "forced"), (3, 6, "stop"),
+    ]  # fmt: skip
+    assert (response.length, response.finish, response.branches) == (5, "stop", ())
+    ended = Saying("CDA")
+    assert Letters().decode(made(script, ended).tokens) == "CDA", "without a thought it is taken as it is"
+    assert len(ended.asked) == 1
 
 
 class Full(Plain):
