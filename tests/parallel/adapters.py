@@ -15,7 +15,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.config import CheckpointConfig, LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.policy import Policy, Ranks, joined_ranks, supervised_loss
+from megatron_efr.policy import Policy, Ranks, join_ranks, supervised_loss
 from megatron_efr.policy.lora import alpha_state
 from tests.conftest import ragged_sequences
 from tests.parallel.layout import folder, gathered, split
@@ -51,7 +51,7 @@ def main(model: str, out: str, *layouts: str) -> None:
     dist.init_process_group("gloo")
     for layout in layouts:
         place = Path(out) / folder(layout)
-        with joined_ranks(split(layout), seed=0) as ranks:
+        with join_ranks(split(layout), seed=0) as ranks:
             result = train(model, split(layout), ranks, place)
             if ranks.is_main:
                 torch.save(result, place / "result.pt")
