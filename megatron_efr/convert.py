@@ -60,7 +60,7 @@ def megatron_to_hf(source: Path, destination: Path, template: Path | None = None
 
 
 def megatron_to_peft(source: Path, destination: Path, template: Path | None = None) -> None:
-    """Write the low-rank adapters of a Megatron checkpoint as a PEFT folder; UserError where it has none."""
+    """Write the low-rank adapters of a Megatron checkpoint as a PEFT folder; UserError if it has none."""
     _refuse_existing(destination)
     source = find_checkpoint(source) or source
     verify(source)

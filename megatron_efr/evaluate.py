@@ -38,7 +38,7 @@ from megatron_efr.weights.folder import TensorSource, as_folder
 def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) -> Record:
     """Answer and grade every problem; the record is kept as eval/<record_name>.json of the run folder.
 
-    Answered problems are journalled there: an evaluation that was killed goes on where it was. One
+    Answered problems are journalled there: an evaluation that was killed goes on from there. One
     that is finished is not made again; the record of another under this name is refused, or written
     over if it is to `replace`.
     """

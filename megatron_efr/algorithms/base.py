@@ -182,7 +182,7 @@ class Algorithm(Section):
         return ~truncated if self.truncated == "masked" else np.ones_like(truncated)
 
     def passes(self, rewards: np.ndarray) -> np.ndarray:
-        """Responses that stand in the loss by their rewards [n], bool [n], where the credits are the algorithm's."""
+        """Responses that stand in the loss by their rewards [n], bool [n], if the credits are the algorithm's."""
         return np.ones(len(rewards), dtype=bool)
 
     def keeps(self, rewards: np.ndarray) -> bool:

@@ -134,7 +134,7 @@ class CISPO(GRPO):
 class Likelihood(Algorithm):
     """Log-likelihood weighed by the rewards as they are: no ratio, no clip, no baseline, no KL.
 
-    A reward is the weight of its response: of 0 and 1 too, it stays a mean over all responses, where `filtered_sft` has
+    A reward is the weight of its response: of 0 and 1 too, it stays a mean over all responses, if `filtered_sft` has
     that over the right ones. DRPO's credits are made for it (arXiv 2510.04474).
     """
 

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     given = _parser().parse_intermixed_args(argv)
-    # who runs where
+    # placement of ranks and engines
     config = load(TrainConfig, given.config, given.overrides)
     hosts = given.hosts.split(",")
     if given.only_engines:

@@ -115,7 +115,7 @@ def schedule(samples: Sequence[Sample], config: SftConfig | DpoConfig, samples_e
 
 
 def checksum(samples: Sequence[Sample]) -> str:
-    """SHA-256 over the rows' token ids, and where each one's prompt ends."""
+    """SHA-256 over the rows' token ids and prompt lengths."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(np.array([sample.prompt_length, sample.length, *sample.tokens], dtype="<i8").tobytes())

@@ -331,7 +331,7 @@ class Policy:
         self.ranks.barrier()
 
     def save_adapter(self, destination: str | Path) -> None:
-        """Write the adapters alone as a PEFT folder; nothing where none are trained."""
+        """Write the adapters alone as a PEFT folder; nothing if none are trained."""
         if (lora := self.model_config.lora) is None:
             return
         tensors = self.parameters.adapter_tensors()

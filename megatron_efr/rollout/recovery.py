@@ -1,4 +1,4 @@
-"""Goes on where engines are lost, or come back: they get the weights again, and are asked again."""
+"""Goes on if engines are lost, or come back: they get the weights again, and are asked again."""
 
 from __future__ import annotations
 

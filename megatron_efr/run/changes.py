@@ -21,7 +21,7 @@ MAY_CHANGE = (
     *("rollout.urls", "rollout.python", "rollout.timeouts", "rollout.max_new_tokens"),
 )
 """Keys, or sections, that a resumed run may set anew. Of micro-batches of another size an update is the same but for
-rounding; older versions wrote out a size where none was given."""
+rounding; older versions wrote out a size if none was given."""
 
 BENT = {
     "train.iterations": "with optimizer.schedule: constant",

@@ -48,7 +48,7 @@ class RunFolder:
         self.report = self.path / "report"
         self.summary = self.path / "summary.json"
         self.model = self.path / "model"
-        self.adapter = self.path / "adapter"  # beside it, where low-rank adapters are trained: PEFT's folder of them
+        self.adapter = self.path / "adapter"  # beside it, if low-rank adapters are trained: PEFT's folder of them
 
     @property
     def has_work(self) -> bool:

@@ -54,7 +54,7 @@ class MainRank:
         # refuses a folder whose weights are missing or are others than config.json's, before anything is built
         architecture = Architecture.from_folder(config.model.path)
         initial_weights(config.model, architecture, config.seed)
-        # prompts, and where a response ends
+        # prompts, and the tokens that end a response
         rendered = load_prompts(config.data.datasets, tokenizer, config.data.prompt, config.grading)
         stops = stop_ids(config.model.path, tokenizer)
         self.stream = PromptStream(rendered.prompts, config.seed, config.data.shuffle)

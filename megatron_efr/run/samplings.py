@@ -68,7 +68,7 @@ class Sampler:
     def reference(self, engine: Engine, samples: int, path: Path, other: Path | None = None) -> ByPrompt:
         """`samples` responses of the starting model, version 0, to every prompt; those that `path` holds are kept.
 
-        If there is no such file it is made of `other`, another run's, where that is given. SamplingError if later
+        If there is no such file it is made of `other`, another run's, if that is given. SamplingError if later
         weights are served already, and some are missing.
         """
         if other is not None and not path.exists():
