@@ -18,7 +18,8 @@ PORTS = range(20000, 30000)  # below those that the kernel gives to outgoing con
 KEY = "SGLANG_API_KEY"
 """Environment variable with the key of the servers in `rollout.urls`."""
 
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy stands between a run's machines
+# no proxy stands between a run's machines
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def private_address(host: str) -> str:
@@ -26,8 +27,8 @@ def private_address(host: str) -> str:
     address = socket.gethostbyname(host)
     if not ipaddress.ip_address(address).is_private:
         raise UserError(
-            f"{host}: {address} is a public address, and an engine must not be reachable from outside; give the "
-            "machine's name or address on the private network"
+            f"{host}: {address} is a public address, and an engine must not be reachable from "
+            "outside; give the machine's name or address on the private network"
         )
     return address
 
@@ -45,7 +46,9 @@ def own_address(url: str) -> str:
 
 
 def kernels_port(host: str) -> int:
-    """A port of this machine's address `host` that the kernel chooses among those that nobody listens on."""
+    """A port of this machine's address `host` that the kernel chooses among those that nobody
+    listens on.
+    """
     with socket.socket() as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
@@ -82,9 +85,14 @@ def is_ready(url: str) -> bool:
 
 
 def wait_until_ready(urls: Sequence[str], limit_s: float) -> None:
-    """Wait for every server, wherever it is; UserError names those that do not answer within `limit_s` seconds."""
+    """Wait for every server, wherever it is; UserError names those that do not answer within
+    `limit_s` seconds.
+    """
     end = time.monotonic() + limit_s
     while waiting := [url for url in urls if not is_ready(url)]:
         if time.monotonic() > end:
-            raise UserError(f"no engine answers at {', '.join(waiting)} after rollout.timeouts.start_s = {limit_s:g} s")
+            raise UserError(
+                f"no engine answers at {', '.join(waiting)} after rollout.timeouts.start_s = "
+                f"{limit_s:g} s"
+            )
         time.sleep(0.5)

@@ -1,4 +1,6 @@
-"""The command line that every program shares: a configuration file, overrides, and errors that a person can read."""
+"""The command line that every program shares: a configuration file, overrides, and errors that a
+person can read.
+"""
 
 from __future__ import annotations
 
@@ -40,15 +42,25 @@ def parser(program: str, description: str, *, resumes: bool = False) -> argparse
     """
     made = argparse.ArgumentParser(prog=f"efr {program}", description=description)
     made.add_argument("config", help="YAML file; see examples/")
-    made.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
+    made.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help=("values that replace the file's")
+    )
     if resumes:
-        made.add_argument("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
-    made.add_argument("--log-level", choices=log.LEVELS, help="least level that the terminal shows (default: info)")
+        made.add_argument(
+            "--resume", action="store_true", help=("go on from the run folder's newest checkpoint")
+        )
+    made.add_argument(
+        "--log-level",
+        choices=log.LEVELS,
+        help=("least level that the terminal shows (default: info)"),
+    )
     return made
 
 
 def within(kind: type[NumberT], least: float, most: float = math.inf) -> Callable[[str], NumberT]:
-    """A flag's type for argparse: an int or a float from `least` to `most`. It refuses others and names the flag."""
+    """A flag's type for argparse: an int or a float from `least` to `most`. It refuses others and
+    names the flag.
+    """
 
     def read(text: str) -> NumberT:
         value = kind(text)
@@ -63,7 +75,9 @@ def within(kind: type[NumberT], least: float, most: float = math.inf) -> Callabl
 
 @contextlib.contextmanager
 def configured(kind: type[ConfigT], arguments: argparse.Namespace) -> Iterator[ConfigT]:
-    """The configuration that the arguments name, checked; a ConfigError within the block says which file it is of."""
+    """The configuration that the arguments name, checked; a ConfigError within the block says which
+    file it is of.
+    """
     log.to_terminal(arguments.log_level)
     config = load(kind, arguments.config, arguments.overrides)
     with named(arguments.config):
@@ -76,7 +90,10 @@ def named(file: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        lines = [line if line.startswith(f"{file}:") else f"{file}: {line}" for line in str(error).splitlines()]
+        lines = [
+            line if line.startswith(f"{file}:") else f"{file}: {line}"
+            for line in str(error).splitlines()
+        ]
         raise ConfigError("\n".join(lines)) from error
 
 
@@ -88,8 +105,9 @@ def world_size() -> int:
 def run(program: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
     """Run a program to its exit code, without a traceback for what is no fault of the program's.
 
-    A UserError is one sentence, printed by rank 0: 2. Ctrl-C: 130, and pressed again it ends at once. A pipe that
-    nobody reads any more, such as `| head`: 141. (The last two as shells have it: 128 + signal.)
+    A UserError is one sentence, printed by rank 0: 2. Ctrl-C: 130, and pressed again it ends at
+    once. A pipe that nobody reads any more, such as `| head`: 141. (The last two as shells have it:
+    128 + signal.)
     """
     end_with_parent()
     threading.excepthook = _thread_ended
@@ -99,7 +117,9 @@ def run(program: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
         sys.exit(code)
 
 
-def _ended(program: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None) -> int | str | None:
+def _ended(
+    program: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
+) -> int | str | None:
     """The program's exit code."""
     try:
         try:
@@ -131,7 +151,9 @@ def _ended(program: Callable[[Sequence[str] | None], None], argv: Sequence[str] 
 
 
 def _thread_ended(ended: threading.ExceptHookArgs) -> None:
-    """Say in one line what a full disk did to a library's thread: who waits for it hears of it too."""
+    """Say in one line what a full disk did to a library's thread: who waits for it hears of it
+    too.
+    """
     if isinstance(ended.exc_value, OSError) and ended.exc_value.errno in _OF_THE_DISK:
         _say(f"{ended.thread.name if ended.thread else 'a thread'}: {ended.exc_value}")
     else:
@@ -144,7 +166,9 @@ def _say(line: str) -> None:
 
 
 def _is_unread() -> bool:
-    """True if standard output is a pipe that nobody reads; what is still to be written then goes nowhere."""
+    """True if standard output is a pipe that nobody reads; what is still to be written then goes
+    nowhere.
+    """
     output = select.poll()
     output.register(sys.stdout.fileno(), 0)  # 0: errors and hang-ups alone
     if not any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0)):
@@ -155,9 +179,14 @@ def _is_unread() -> bool:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt once, while the program tidies up; a second one ends the process."""
+    """Ctrl-C raises KeyboardInterrupt once, while the program tidies up; a second one ends the
+    process.
+    """
     before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+    if (
+        before is not signal.default_int_handler
+        or threading.current_thread() is not threading.main_thread()
+    ):
         yield  # ignored, as under nohup, or somebody else's
         return
 

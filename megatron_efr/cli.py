@@ -35,8 +35,14 @@ def main() -> None:
 def _dispatch(argv: Sequence[str] | None) -> None:
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
-        print("usage: efr PROGRAM ...\n\n" + "\n".join(f"  {key:10}{text}" for key, text in PROGRAMS.items()))
-        print("\n`efr PROGRAM --help` says more; under several processes: torchrun -m megatron_efr.PROGRAM ...")
+        print(
+            ("usage: efr PROGRAM ...\n\n")
+            + "\n".join(f"  {key:10}{text}" for key, text in PROGRAMS.items())
+        )
+        print(
+            "\n`efr PROGRAM --help` says more; under several processes: torchrun -m "
+            "megatron_efr.PROGRAM ..."
+        )
     elif name == "--version":
         print(__version__)
     elif name in PROGRAMS:

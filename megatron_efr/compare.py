@@ -1,4 +1,6 @@
-"""`efr compare`: two evaluations of the same problems beside each other, with paired intervals and tests."""
+"""`efr compare`: two evaluations of the same problems beside each other, with paired intervals and
+tests.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +23,34 @@ _COLUMNS = ("measure", "one", "other", "difference", "p", "test")
 
 
 def record_path(given: Path) -> Path:
-    """The record that a person names: its file, or the folder of a run that has one; UserError otherwise."""
+    """The record that a person names: its file, or the folder of a run that has one; UserError
+    otherwise.
+    """
     if not given.is_dir():
         return given
     found = sorted((given / "eval").glob("*.json"))
     if len(found) != 1:
-        said = f"several evaluations: {', '.join(path.name for path in found)}" if found else "no evaluation"
+        said = (
+            f"several evaluations: {', '.join(path.name for path in found)}"
+            if found
+            else "no evaluation"
+        )
         raise UserError(f"{given}: has {said}; name the file of one, RUN/eval/NAME.json")
     return found[0]
 
 
 def priced(text: str) -> tuple[float, float]:
-    """Prices of a token read and of one drawn, from those of a million: `0.5,2`; UserError for anything else."""
+    """Prices of a token read and of one drawn, from those of a million: `0.5,2`; UserError for
+    anything else.
+    """
     try:
         read, drawn = (float(price) / 1e6 for price in text.split(","))
         if not all(0 <= price < math.inf for price in (read, drawn)):
             raise ValueError("a price is negative, or no number")
     except ValueError as error:
-        raise UserError(f"--prices {text!r}: {error}; give two, of a million tokens read and drawn: 0.5,2") from error
+        raise UserError(
+            f"--prices {text!r}: {error}; give two, of a million tokens read and drawn: 0.5,2"
+        ) from error
     return read, drawn
 
 
@@ -52,40 +64,57 @@ def table(comparison: Comparison) -> str:
         rows.append((name, "", write(figure, RELATIVE[name].unit), "", "", ""))
     lines = [*_aligned(rows), "", *_aligned(_turned(comparison))]
     said = (
-        f"{comparison.problems:,} problems. In brackets: 95% intervals over problems, of the difference with both "
-        "models' answers\nto a problem together. p: the chance of such a difference if the models were the same. "
-        "Forgotten: problems\nthat the one gets right, and the other wrong; learnt: the reverse. Right: in more than "
-        "half of the responses."
+        f"{comparison.problems:,} problems. In brackets: 95% intervals over problems, of the "
+        "difference with both models' answers\nto a problem together. p: the chance of such a "
+        "difference if the models were the same. Forgotten: problems\nthat the one gets right, "
+        "and the other wrong; learnt: the reverse. Right: in more than half of the responses."
     )
     unlike = "".join(f"\n  {line}" for line in comparison.unlike)
-    return "\n".join([*lines, "", said]) + (f"\nNot asked or judged alike:{unlike}" if unlike else "")
+    return "\n".join([*lines, "", said]) + (
+        f"\nNot asked or judged alike:{unlike}" if unlike else ""
+    )
 
 
 def _turned(comparison: Comparison) -> list[tuple[str, ...]]:
     """A row for each data set: what the other model forgot of it, and learnt."""
     rows = [("data set", "problems", "forgotten", "learnt", "net", "p")]
     for name, found in comparison.turned.items():
-        shares = write(found.forgotten, "%"), write(found.learnt, "%"), write(found.net, "%", sign="+")
+        shares = (
+            write(found.forgotten, "%"),
+            write(found.learnt, "%"),
+            write(found.net, "%", sign="+"),
+        )
         rows.append((name, f"{found.problems:,}", *shares, f"{found.p:.4f}"))
     return rows
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def _cells(row: Paired) -> tuple[str, ...]:
     p = "" if row.p is None else f"{row.p:.4f}"
-    figures = write(row.one, row.unit), write(row.other, row.unit), write(row.difference, row.unit, sign="+")
+    figures = (
+        write(row.one, row.unit),
+        write(row.other, row.unit),
+        write(row.difference, row.unit, sign="+"),
+    )
     return (row.name, *figures, p, row.test)
 
 
 def write(figure: Figure, unit: str, sign: str = "") -> str:
-    """`72.3% [69.5, 74.9]`; with a `sign`, for a difference, `+4.0 [1.2, 6.8]`; a dash for what is not finite."""
+    """`72.3% [69.5, 74.9]`; with a `sign`, for a difference, `+4.0 [1.2, 6.8]`; a dash for what is
+    not finite.
+    """
     if figure.value is None:
         return "–"
-    scale, spec = (100, ".1f") if unit == "%" else (1, ".3g" if unit in ("r", "x", "", "money") else ".1f")
+    scale, spec = (
+        (100, ".1f") if unit == "%" else (1, ".3g" if unit in ("r", "x", "", "money") else ".1f")
+    )
     text = f"{scale * figure.value:{sign}{spec}}{'%' if unit == '%' and not sign else ''}"
     return with_interval(text, figure.low, figure.high, lambda end: f"{scale * end:{spec}}")
 
@@ -109,20 +138,37 @@ def as_json(comparison: Comparison) -> str:
 
 def _named(found: Turned) -> dict[str, object]:
     """The same as JSON has it: figures by the names of their fields."""
-    return {key: value._asdict() if isinstance(value, Figure) else value for key, value in found._asdict().items()}
+    return {
+        key: value._asdict() if isinstance(value, Figure) else value
+        for key, value in found._asdict().items()
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr compare`."""
-    parser = argparse.ArgumentParser(prog="efr compare", description="Two evaluations of the same problems.")
-    parser.add_argument("one", type=Path, help="RUN/eval/NAME.json, or a run with one evaluation; the base")
+    parser = argparse.ArgumentParser(
+        prog="efr compare", description=("Two evaluations of the same problems.")
+    )
+    parser.add_argument(
+        "one", type=Path, help=("RUN/eval/NAME.json, or a run with one evaluation; the base")
+    )
     parser.add_argument("other", type=Path, help="likewise, the one that is compared with it")
     parser.add_argument(
-        "--measures", metavar="NAME,...", help="these alone, such as accuracy,pass@4,accuracy_within@512"
+        "--measures",
+        metavar="NAME,...",
+        help="these alone, such as accuracy,pass@4,accuracy_within@512",
     )
-    parser.add_argument("--prices", metavar="IN,OUT", help="of a million tokens read and drawn, for cost_of_pass")
-    parser.add_argument("--unlike", action="store_true", help="compare what was not asked or judged alike, and say so")
-    parser.add_argument("--seed", type=arguments.within(int, 0), default=0, help="of the draws of problems")
+    parser.add_argument(
+        "--prices", metavar="IN,OUT", help=("of a million tokens read and drawn, for cost_of_pass")
+    )
+    parser.add_argument(
+        "--unlike",
+        action="store_true",
+        help=("compare what was not asked or judged alike, and say so"),
+    )
+    parser.add_argument(
+        "--seed", type=arguments.within(int, 0), default=0, help=("of the draws of problems")
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     given = parser.parse_args(argv)
     one, other = (read_evaluation(record_path(path)) for path in (given.one, given.other))

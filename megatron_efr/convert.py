@@ -1,7 +1,9 @@
-"""`efr convert`: between Hugging Face model folders and Megatron checkpoints, one tensor in memory at a time.
+"""`efr convert`: between Hugging Face model folders and Megatron checkpoints, one tensor in memory
+at a time.
 
-A Megatron checkpoint loads under any layout, so there is no flag for one. Converting takes one process, no GPU, and
-neither Megatron nor Triton; comparing log-probs (`--verify`) builds both models, one after the other.
+A Megatron checkpoint loads under any layout, so there is no flag for one. Converting takes one
+process, no GPU, and neither Megatron nor Triton; comparing log-probs (`--verify`) builds both
+models, one after the other.
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ from megatron_efr.durable import replace_file, whole_folder
 from megatron_efr.errors import UserError
 from megatron_efr.parity import Reference, load, random_tokens
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.folder import FolderWeights, copy_all_but_weights, fingerprint, save_folder
+from megatron_efr.weights.folder import (
+    FolderWeights,
+    copy_all_but_weights,
+    fingerprint,
+    save_folder,
+)
 from megatron_efr.weights.lora import save_adapter
 
 SHARD_BYTES = 2**29  # of the safetensors that are written: one is held in memory
@@ -32,7 +39,8 @@ SHARD_BYTES = 2**29  # of the safetensors that are written: one is held in memor
 def hf_to_megatron(source: Path, destination: Path) -> None:
     """Write a Hugging Face folder as the Megatron checkpoint of step 0, complete or absent.
 
-    Beside the weights it holds what a run's checkpoint holds, manifest included, and the folder's other files.
+    Beside the weights it holds what a run's checkpoint holds, manifest included, and the folder's
+    other files.
     """
     _refuse_existing(destination)
     architecture = Architecture.from_folder(source)
@@ -47,9 +55,11 @@ def hf_to_megatron(source: Path, destination: Path) -> None:
 
 
 def megatron_to_hf(source: Path, destination: Path, template: Path | None = None) -> None:
-    """Write a Megatron checkpoint, a run's (or its newest) or a converted one, as a whole Hugging Face folder or none.
+    """Write a Megatron checkpoint, a run's (or its newest) or a converted one, as a whole Hugging
+    Face folder or none.
 
-    Configuration and tokenizer come from `template`, by default the model that the checkpoint was made from.
+    Configuration and tokenizer come from `template`, by default the model that the checkpoint was
+    made from.
     """
     _refuse_existing(destination)
     source = find_checkpoint(source) or source
@@ -60,14 +70,19 @@ def megatron_to_hf(source: Path, destination: Path, template: Path | None = None
 
 
 def megatron_to_peft(source: Path, destination: Path, template: Path | None = None) -> None:
-    """Write the low-rank adapters of a Megatron checkpoint as a PEFT folder; UserError if it has none."""
+    """Write the low-rank adapters of a Megatron checkpoint as a PEFT folder; UserError if it has
+    none.
+    """
     _refuse_existing(destination)
     source = find_checkpoint(source) or source
     verify(source)
     template = template or find_template(source)
     weights = torch_dist.CheckpointWeights(source, Architecture.from_folder(template))
     if weights.lora is None:
-        raise UserError(f"{source}: holds no low-rank adapters (model.lora); its weights: efr convert megatron-to-hf")
+        raise UserError(
+            f"{source}: holds no low-rank adapters (model.lora); its weights: efr convert "
+            "megatron-to-hf"
+        )
     save_adapter(destination, weights.adapters(), weights.lora, template)
 
 
@@ -82,15 +97,20 @@ def compare_bytes(folder: Path, checkpoint: Path) -> int:
     if here.lora is not None:  # merged weights are in no checkpoint: they are computed anew
         for name, tensor in here.items():
             if not _same_bytes(tensor, there[name]):
-                raise UserError(f"{folder}: {name} is not what {checkpoint} holds, with its adapter")
+                raise UserError(
+                    f"{folder}: {name} is not what {checkpoint} holds, with its adapter"
+                )
         return len(there.shapes)
     mapping = here.mapping
     for name in mapping.parameters():
         parameter = here.parameter(name)
         sources = {source: there[source] for source in mapping.sources(name)}
-        forth = mapping.to_megatron(name, sources, 0)[: len(parameter)]  # the checkpoint's without the padding
+        # the checkpoint's without the padding
+        forth = mapping.to_megatron(name, sources, 0)[: len(parameter)]
         if not _same_bytes(forth, parameter):
-            raise UserError(f"{checkpoint}: {name} is not what {folder} holds in {', '.join(sources)}")
+            raise UserError(
+                f"{checkpoint}: {name} is not what {folder} holds in {', '.join(sources)}"
+            )
         for source, tensor in mapping.to_hugging_face(name, [parameter]):
             if not _same_bytes(tensor, sources[source]):
                 raise UserError(f"{folder}: {source} is not what {checkpoint} holds in {name}")
@@ -104,10 +124,11 @@ def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def compare_logits(folder: Path, checkpoint: Path) -> str:
-    """A sentence of how far Megatron's float32 log-probs are from transformers' float64; UserError if that is too far.
+    """A sentence of how far Megatron's float32 log-probs are from transformers' float64; UserError
+    if that is too far.
 
-    transformers reads the folder; Megatron reads the checkpoint, through its own loader. One model is in memory at a
-    time, in float32.
+    transformers reads the folder; Megatron reads the checkpoint, through its own loader. One model
+    is in memory at a time, in float32.
     """
     from megatron_efr.config import ParallelConfig
     from megatron_efr.policy import join_ranks
@@ -131,14 +152,20 @@ def _parser() -> argparse.ArgumentParser:
     directions = made.add_subparsers(dest="direction", required=True)
     for name, text in {
         "hf-to-megatron": "a Hugging Face folder to a Megatron checkpoint",
-        "megatron-to-hf": "a Megatron checkpoint (a run's, or a converted one) to a Hugging Face folder",
-        "megatron-to-peft": "the low-rank adapters of a Megatron checkpoint to a folder that PEFT loads",
+        "megatron-to-hf": (
+            "a Megatron checkpoint (a run's, or a converted one) to a Hugging Face folder"
+        ),
+        "megatron-to-peft": (
+            "the low-rank adapters of a Megatron checkpoint to a folder that PEFT loads"
+        ),
     }.items():
         direction = directions.add_parser(name, help=text, description=text)
         direction.add_argument("source", type=Path, metavar="SRC")
         direction.add_argument("destination", type=Path, metavar="DST")
         if name != "megatron-to-peft":
-            direction.add_argument("--verify-bytes", action="store_true", help="convert back and compare every byte")
+            direction.add_argument(
+                "--verify-bytes", action="store_true", help=("convert back and compare every byte")
+            )
             direction.add_argument(
                 "--verify",
                 action="store_true",
@@ -146,7 +173,10 @@ def _parser() -> argparse.ArgumentParser:
             )
         if name != "hf-to-megatron":
             direction.add_argument(
-                "--template", type=Path, metavar="HF_FOLDER", help="configuration and tokenizer, if not the start's"
+                "--template",
+                type=Path,
+                metavar="HF_FOLDER",
+                help=("configuration and tokenizer, if not the start's"),
             )
     return made
 
@@ -166,7 +196,8 @@ def main(argv: SequenceOf[str] | None = None) -> None:
         folder = given.destination
         checkpoint = find_checkpoint(given.source) or given.source
     if given.verify and not forth:
-        from megatron_efr.checkpoint.shards import check_readable  # Megatron's own loader will be asked
+        # Megatron's own loader will be asked
+        from megatron_efr.checkpoint.shards import check_readable
 
         check_readable(checkpoint)
     # convert, one way or the other
@@ -176,11 +207,16 @@ def main(argv: SequenceOf[str] | None = None) -> None:
         else:
             megatron_to_hf(checkpoint, folder, given.template)
     except OSError as error:
-        raise UserError(f"{given.source} to {given.destination}: cannot be read or written: {error}") from error
+        raise UserError(
+            f"{given.source} to {given.destination}: cannot be read or written: {error}"
+        ) from error
     print(f"{given.destination}: written in {time.perf_counter() - began:.1f} s")
     # compare what was written with what was read
     if given.verify or given.verify_bytes:
-        print(f"{compare_bytes(folder, checkpoint)} tensors converted both ways: every byte is the same")
+        print(
+            f"{compare_bytes(folder, checkpoint)} tensors converted both ways: every byte is the "
+            "same"
+        )
     if given.verify:
         print(f"Megatron's {compare_logits(folder, checkpoint)}")
     sys.stdout.flush()

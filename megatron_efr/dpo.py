@@ -15,9 +15,13 @@ from megatron_efr.weights.folder import initial_weights
 
 
 def dpo(config: DpoConfig, resume: bool = False) -> None:
-    """Train to the end, from the start or from the newest checkpoint, and write the model folder."""
+    """Train to the end, from the start or from the newest checkpoint, and write the model
+    folder.
+    """
     update = PreferenceUpdate(config.preference.beta, config.train.micro_batch_tokens)
-    train_on_rows(config, resume, lambda: load_pairs(config), update, samples_each=2, keep_reference=True)
+    train_on_rows(
+        config, resume, lambda: load_pairs(config), update, samples_each=2, keep_reference=True
+    )
 
 
 def load_pairs(config: DpoConfig) -> list[Sample]:
@@ -29,8 +33,8 @@ def load_pairs(config: DpoConfig) -> list[Sample]:
     samples = answers.pairs(config.data.path, architecture.max_positions, config.data.limit)
     if len(samples) < 2 * config.train.batch:
         raise ConfigError(
-            f"{config.data.path}: {len(samples) // 2} prompts with two right answers of different lengths, and "
-            f"train.batch takes {config.train.batch} pairs"
+            f"{config.data.path}: {len(samples) // 2} prompts with two right answers of different "
+            f"lengths, and train.batch takes {config.train.batch} pairs"
         )
     print(f"{len(samples) // 2} pairs to train on", flush=True)
     return samples
@@ -38,7 +42,9 @@ def load_pairs(config: DpoConfig) -> list[Sample]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr dpo`."""
-    parser = arguments.parser("dpo", "Direct preference optimization of a run's own judged answers.", resumes=True)
+    parser = arguments.parser(
+        "dpo", "Direct preference optimization of a run's own judged answers.", resumes=True
+    )
     given = parser.parse_intermixed_args(argv)
     with arguments.configured(DpoConfig, given) as config:
         dpo(config, given.resume)

@@ -17,16 +17,22 @@ class UnwritableError(UserError):
     """A file or folder that cannot be written: it names the path, the reason and what remains."""
 
 
-GOES_ON = "what was written before is whole, and the same command goes on from it (a run with --resume)"
+GOES_ON = (
+    "what was written before is whole, and the same command goes on from it (a run with --resume)"
+)
 
 
 @contextlib.contextmanager
 def writing(path: str | Path, remains: str = "what was there before is whole") -> Iterator[None]:
-    """Let an OSError of this block, which writes `path`, end the program with a sentence: UnwritableError."""
+    """Let an OSError of this block, which writes `path`, end the program with a sentence:
+    UnwritableError.
+    """
     try:
         yield
     except OSError as error:
-        raise UnwritableError(f"{path}: cannot be written: {reason(path, error)}; {remains}") from error
+        raise UnwritableError(
+            f"{path}: cannot be written: {reason(path, error)}; {remains}"
+        ) from error
 
 
 def reason(path: str | Path, error: Exception) -> str:
@@ -41,11 +47,15 @@ def reason(path: str | Path, error: Exception) -> str:
 
 def standing(folder: Path) -> Path:
     """`folder`, or the nearest above it that is there."""
-    return next((place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir()), Path("/"))
+    return next(
+        (place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir()),
+        Path("/"),
+    )
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Replace `path` by `content` (text as UTF-8): after a crash it holds the old content or the new, never a part.
+    """Replace `path` by `content` (text as UTF-8): after a crash it holds the old content or the
+    new, never a part.
 
     Parent folders are made. UnwritableError if the disk does not take it.
     """
@@ -56,8 +66,8 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 def replace_file(path: str | Path, content: str | bytes) -> None:
     """Like `write_atomic`, with the file system's own OSError.
 
-    The temporary file lies in the same folder (a rename is atomic only within a file system); the file is synced
-    before the rename and the folder after it.
+    The temporary file lies in the same folder (a rename is atomic only within a file system); the
+    file is synced before the rename and the folder after it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,16 +79,19 @@ def replace_file(path: str | Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):  # gone if it was renamed; a read-only disk keeps what it has
+        # gone if it was renamed; a read-only disk keeps what it has
+        with contextlib.suppress(OSError):
             temporary.unlink()
     sync_folder(path.parent)
 
 
 @contextlib.contextmanager
 def whole_folder(destination: Path) -> Iterator[Path]:
-    """Yield an empty folder, beside `destination`, which it becomes when the block ends: complete or absent.
+    """Yield an empty folder, beside `destination`, which it becomes when the block ends: complete
+    or absent.
 
-    A folder that is there is replaced. UnwritableError if the disk does not take it; whatever fails, nothing is left.
+    A folder that is there is replaced. UnwritableError if the disk does not take it; whatever
+    fails, nothing is left.
     """
     partial = destination.with_name(destination.name + ".partial")
     with writing(destination):
@@ -104,7 +117,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Add a line to a file and hand it to the operating system, whole or not at all; UnwritableError.
+    """Add a line to a file and hand it to the operating system, whole or not at all;
+    UnwritableError.
 
     After a kill the last line may be torn: its newline is missing.
     """
@@ -130,7 +144,9 @@ def write_whole(file: BinaryIO, data: bytes) -> None:
 
 
 def remove_torn_writes(folder: Path, files: str = "*") -> None:
-    """Remove what killed writes of these `files`, a pattern, left in `folder`. Their owner alone calls it."""
+    """Remove what killed writes of these `files`, a pattern, left in `folder`. Their owner alone
+    calls it.
+    """
     with writing(folder):
         for left in folder.glob(f".{files}.*.tmp"):
             left.unlink(missing_ok=True)
@@ -146,7 +162,8 @@ class Lines(NamedTuple):
 class LineFile:
     """A file of lines of text, each behind its CRC-32.
 
-    Every line is flushed to the operating system: it outlives a killed process. One writer at a time.
+    Every line is flushed to the operating system: it outlives a killed process. One writer at a
+    time.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -154,7 +171,9 @@ class LineFile:
         self._file: BinaryIO | None = None
 
     def add(self, text: str) -> None:
-        """Add one line. A torn line left by a crash is cut off first. UnwritableError leaves it out whole."""
+        """Add one line. A torn line left by a crash is cut off first. UnwritableError leaves it out
+        whole.
+        """
         with writing(self.path, GOES_ON):
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +182,9 @@ class LineFile:
             write_whole(self._file, checked_line(text))
 
     def lines(self) -> Lines:
-        """The file as it stands, checksums included: `checked` gives a line's text. Empty if there is no file."""
+        """The file as it stands, checksums included: `checked` gives a line's text. Empty if there
+        is no file.
+        """
         if not self.path.exists():
             return Lines([], 0)
         *whole, rest = self.path.read_bytes().split(b"\n")

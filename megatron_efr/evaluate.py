@@ -1,4 +1,6 @@
-"""`efr evaluate`: accuracy and tokens of a model on held-out problems, from a folder or a checkpoint, on any engine."""
+"""`efr evaluate`: accuracy and tokens of a model on held-out problems, from a folder or a
+checkpoint, on any engine.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,16 @@ from megatron_efr.weights.folder import TensorSource, as_folder
 
 
 def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) -> Record:
-    """Answer and grade every problem; the record is kept as eval/<record_name>.json of the run folder.
+    """Answer and grade every problem; the record is kept as eval/<record_name>.json of the run
+    folder.
 
     Answered problems are journalled there: an evaluation that was killed goes on from there. One
     that is finished is not made again; the record of another under this name is refused, or written
     over if it is to `replace`.
     """
     folder = RunFolder(config.folder)
-    path = folder.evaluation_path(record_name)  # a name that cannot be a file's is refused before any work
+    # a name that cannot be a file's is refused before any work
+    path = folder.evaluation_path(record_name)
     check_server_arguments(config.rollout)
     # the model and everything that decides what is asked of it
     source = find_model(config.model, config.seed, config.template)
@@ -58,7 +62,9 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
     }
     # one process owns the record; one that is finished is not made again
     with ExitStack() as resources:
-        resources.enter_context(owned(folder.evaluation_lock(record_name), f"{folder.path}: evaluation {record_name}"))
+        resources.enter_context(
+            owned(folder.evaluation_lock(record_name), f"{folder.path}: evaluation {record_name}")
+        )
         judged = {**asked, **evaluator.judged()}
         if (kept := finished(path, judged, replace)) is not None:
             print(f"{path}: holds this very evaluation; delete it to evaluate again", flush=True)
@@ -68,31 +74,49 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
         resources.enter_context(log.kept(folder.log, f"evaluation {record_name}"))
         # graders, engine, and the weights published to it
         grader = resources.enter_context(Grader.of(config.grading, evaluator.judgings.verifiers))
-        # servers begin their random numbers anew: not with those that the journal's answers were drawn with
+        # servers begin their random numbers anew: not with those that the journal's answers were
+        # drawn with
         seed = request_seed(config.seed, len(unfinished.journal.read().groups))
         logs = folder.path / "engines" / f"eval-{record_name}"
         codec = TokenizerCodec(tokenizer)
         penalties = bool(evaluator.script.penalised)
         engine = open_engine(source.start, config.rollout, logs, seed, codec, resources, penalties)
-        publish = publication(weights, engine, config.rollout.transport, logs / "weights", source.start.path, resources)
+        publish = publication(
+            weights,
+            engine,
+            config.rollout.transport,
+            logs / "weights",
+            source.start.path,
+            resources,
+        )
         take_in = take_in_returned(engine, publish)
 
         def ask() -> Record:
-            keep = partial(folder.write_answers, record_name) if config.evaluation.keep else lambda graded: None
+            keep = (
+                partial(folder.write_answers, record_name)
+                if config.evaluation.keep
+                else lambda graded: None
+            )
             return evaluator.run(engine, grader, record_name, unfinished.journal, take_in, keep)
 
         # ask and grade, taking servers in again that come back; keep the record
         try:
             record = ask_with_recovery(publish, ask)
         except EngineError as error:
-            raise UserError(f"{error}; the same command goes on from {unfinished.journal.path}") from error
+            raise UserError(
+                f"{error}; the same command goes on from {unfinished.journal.path}"
+            ) from error
         folder.write_evaluation(record_name, record | {ASKED: judged})
         unfinished.clear()
     return record
 
 
-def _evaluator(config: EvaluateConfig, start: str, tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> Evaluator:
-    """The evaluator of the configured problems, for the tokenizer and config.json of folder `start`."""
+def _evaluator(
+    config: EvaluateConfig, start: str, tokenizer: PreTrainedTokenizerBase, folder: RunFolder
+) -> Evaluator:
+    """The evaluator of the configured problems, for the tokenizer and config.json of folder
+    `start`.
+    """
     stops = stop_ids(start, tokenizer)
     date_prompts(config.prompt, folder)
     positions = Architecture.from_folder(start).max_positions
@@ -102,12 +126,17 @@ def _evaluator(config: EvaluateConfig, start: str, tokenizer: PreTrainedTokenize
 
 
 def publication(
-    weights: TensorSource, engine: Engine, transport: str, place: Path, template: str, resources: ExitStack
+    weights: TensorSource,
+    engine: Engine,
+    transport: str,
+    place: Path,
+    template: str,
+    resources: ExitStack,
 ) -> Callable[[], None]:
     """Make a function that gives the engine the weights.
 
-    Servers read them from a folder: for a checkpoint's, one written to `place`, with all else from `template`, that
-    `resources` remove.
+    Servers read them from a folder: for a checkpoint's, one written to `place`, with all else from
+    `template`, that `resources` remove.
     """
     if transport == "tensor" or not isinstance(engine, SGLangEngine):
         return lambda: engine.publish(weights.items(), version=0)
@@ -119,9 +148,15 @@ def publication(
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr evaluate`."""
     parser = arguments.parser("evaluate", "Accuracy and tokens of a model on held-out problems.")
-    parser.add_argument("--engine", choices=["local", "sglang"], help="the same as rollout.engine=...")
-    parser.add_argument("--record", default="model", help="name of the record: eval/RECORD.json in the run folder")
-    parser.add_argument("--replace", action="store_true", help="write over the record of another evaluation")
+    parser.add_argument(
+        "--engine", choices=["local", "sglang"], help="the same as rollout.engine=..."
+    )
+    parser.add_argument(
+        "--record", default="model", help=("name of the record: eval/RECORD.json in the run folder")
+    )
+    parser.add_argument(
+        "--replace", action="store_true", help=("write over the record of another evaluation")
+    )
     given = parser.parse_intermixed_args(argv)
     if given.engine:
         given.overrides.append(f"rollout.engine={given.engine}")

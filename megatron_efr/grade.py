@@ -1,4 +1,6 @@
-"""`efr grade`: judges a file of responses, and says who was judged how and why, and where verifiers disagree."""
+"""`efr grade`: judges a file of responses, and says who was judged how and why, and where verifiers
+disagree.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ _CUT_OFF = Grade("truncated", reason="cut off before its end, hence wrong")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One response of the file. `cut` says that it did not end by itself, `recorded` how it was judged then."""
+    """One response of the file. `cut` says that it did not end by itself, `recorded` how it was
+    judged then.
+    """
 
     where: str
     response: str
@@ -62,7 +66,9 @@ class Judged:
             said = {"recorded": self.entry.recorded, **said}
         if len({status == "correct" for status in said.values()}) < 2:
             return ""
-        return f"{self.entry.where}: " + ", ".join(f"{name} {status}" for name, status in said.items())
+        return f"{self.entry.where}: " + ", ".join(
+            f"{name} {status}" for name, status in said.items()
+        )
 
     def lines(self) -> Iterator[str]:
         """One line for each verifier."""
@@ -71,7 +77,10 @@ class Judged:
             why = grade.reason or _WHY.get(grade.status, "")
             reason = f"  ({why})" if why else ""
             score = "" if grade.partial is None else f" {grade.partial:.3g}"
-            yield f"{self.entry.where}  {name}  {grade.status}{score}  {answer}  gold {_short(self.entry.gold)}{reason}"
+            yield (
+                f"{self.entry.where}  {name}  {grade.status}{score}  {answer}  gold "
+                f"{_short(self.entry.gold)}{reason}"
+            )
 
     def tree(self) -> dict[str, Any]:
         """The same for programs to read."""
@@ -88,9 +97,17 @@ class Judged:
 
 
 def read_entries(path: str, gold_key: str | None, response_key: str | None) -> list[Entry]:
-    """The responses of JSON lines, JSON, parquet, or a run's rollouts; DatasetError names a row that has none."""
-    rows = _compressed_rows(path) if path.endswith(".zst") else ((row.where, row.columns) for row in read_rows(path))
-    entries = [entry for where, row in rows for entry in _entries(where, row, gold_key, response_key)]
+    """The responses of JSON lines, JSON, parquet, or a run's rollouts; DatasetError names a row
+    that has none.
+    """
+    rows = (
+        _compressed_rows(path)
+        if path.endswith(".zst")
+        else ((row.where, row.columns) for row in read_rows(path))
+    )
+    entries = [
+        entry for where, row in rows for entry in _entries(where, row, gold_key, response_key)
+    ]
     if not entries:
         raise DatasetError(f"{path}: holds no responses")
     return entries
@@ -105,7 +122,9 @@ def _compressed_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DatasetError(f"{path}: cannot be read as compressed JSON lines: {error}") from error
 
 
-def _entries(where: str, row: Any, gold_key: str | None, response_key: str | None) -> Iterator[Entry]:
+def _entries(
+    where: str, row: Any, gold_key: str | None, response_key: str | None
+) -> Iterator[Entry]:
     """The responses of one row: of a run's rollouts all of a prompt, else those in a column."""
     if not isinstance(row, dict):
         raise DatasetError(f"{where}: expected an object, found {type(row).__name__}")
@@ -113,7 +132,9 @@ def _entries(where: str, row: Any, gold_key: str | None, response_key: str | Non
     if isinstance(prompt, dict) and "gold" in prompt and isinstance(row.get("responses"), list):
         statuses = row.get("statuses") or [None] * len(row["responses"])
         dataset = prompt.get("meta", {}).get("dataset")
-        for number, (response, status) in enumerate(zip(row["responses"], statuses, strict=True), start=1):
+        for number, (response, status) in enumerate(
+            zip(row["responses"], statuses, strict=True), start=1
+        ):
             cut = response.get("finish", "stop") != "stop"
             yield Entry(f"{where}.{number}", response["text"], prompt["gold"], dataset, cut, status)
         return
@@ -126,11 +147,16 @@ def _entries(where: str, row: Any, gold_key: str | None, response_key: str | Non
         yield Entry(f"{where}.{number}" if isinstance(found, list) else where, text, gold)
 
 
-def _value(where: str, row: dict[str, Any], key: str | None, known: Sequence[str], kind: str) -> Any:
+def _value(
+    where: str, row: dict[str, Any], key: str | None, known: Sequence[str], kind: str
+) -> Any:
     name = key or next((name for name in known if name in row), "")
     if name not in row:
         looked = key or ", ".join(known)
-        raise DatasetError(f"{where}: no {kind}: no column {looked}; it has {', '.join(row)} (--{kind}-key names it)")
+        raise DatasetError(
+            f"{where}: no {kind}: no column {looked}; it has {', '.join(row)} (--{kind}-key names "
+            "it)"
+        )
     return row[name]
 
 
@@ -141,12 +167,22 @@ def _gold(where: str, value: Any) -> str:
 
 
 def judge(entries: Sequence[Entry], judgings: Judgings, config: GradingConfig) -> list[Judged]:
-    """Every response, judged by each verifier of its data set; those that were cut off are not asked about."""
-    asked = [(entry, part) for entry in entries if not entry.cut for part in _named(entry, judgings).values()]
+    """Every response, judged by each verifier of its data set; those that were cut off are not
+    asked about.
+    """
+    asked = [
+        (entry, part)
+        for entry in entries
+        if not entry.cut
+        for part in _named(entry, judgings).values()
+    ]
     with Grader.of(config, judgings.verifiers) as grader:
         grades = iter(grader.ask([_question(entry, part) for entry, part in asked]))
     return [
-        Judged(entry, {name: _CUT_OFF if entry.cut else next(grades) for name in _named(entry, judgings)})
+        Judged(
+            entry,
+            {name: _CUT_OFF if entry.cut else next(grades) for name in _named(entry, judgings)},
+        )
         for entry in entries
     ]
 
@@ -157,11 +193,15 @@ def _question(entry: Entry, part: Part) -> Question | None:
 
 
 def _named(entry: Entry, judgings: Judgings) -> dict[str, Part]:
-    """The verifiers of an entry's data set; one that is there twice says where it looks, or its place."""
+    """The verifiers of an entry's data set; one that is there twice says where it looks, or its
+    place.
+    """
     parts = judgings.of_dataset(entry.dataset).parts
     names = [part.verifier.name for part in parts]
     places = [f"{name}@{part.extractor.place}" for name, part in zip(names, parts, strict=True)]
-    unique = [place if names.count(name) > 1 else name for name, place in zip(names, places, strict=True)]
+    unique = [
+        place if names.count(name) > 1 else name for name, place in zip(names, places, strict=True)
+    ]
     return {
         name if unique.count(name) == 1 else f"{name}#{number}": part
         for number, (name, part) in enumerate(zip(unique, parts, strict=True), start=1)
@@ -175,7 +215,10 @@ def totals(judged: Sequence[Judged]) -> dict[str, dict[str, int]]:
         for name, grade in one.grades.items():
             counts.setdefault(name, Counter())[grade.status] += 1
     order = (*STATUSES, _CUT_OFF.status)
-    return {name: {status: count[status] for status in order if count[status]} for name, count in counts.items()}
+    return {
+        name: {status: count[status] for status in order if count[status]}
+        for name, count in counts.items()
+    }
 
 
 def _short(text: str) -> str:
@@ -185,7 +228,9 @@ def _short(text: str) -> str:
 
 def _judgings(given: argparse.Namespace) -> tuple[Judgings, GradingConfig]:
     """The judging: by the options, else by the configuration, which a run's rollouts bring."""
-    limits = {key: value for key in ("workers", "timeout_s") if (value := getattr(given, key)) is not None}
+    limits = {
+        key: value for key in ("workers", "timeout_s") if (value := getattr(given, key)) is not None
+    }
     beside = Path(given.file).resolve().parent.parent / "config.yaml"
     path = given.config or (beside if given.file.endswith(".zst") and beside.is_file() else None)
     if given.verifier is None and given.answer is None and path is not None:
@@ -193,9 +238,15 @@ def _judgings(given: argparse.Namespace) -> tuple[Judgings, GradingConfig]:
         own = [(dataset_name(dataset), dataset.grading) for dataset in config.data.datasets]
         return Judgings.of(config.grading, own), config.grading.model_copy(update=limits)
     options = dict(_option(text) for text in given.option)
-    tree: dict[str, Any] = {"answer": given.answer or "last_box", "marker": given.marker, "options": options}
+    tree: dict[str, Any] = {
+        "answer": given.answer or "last_box",
+        "marker": given.marker,
+        "options": options,
+    }
     names = given.verifier or ["math"]
-    config = validate(GradingConfig, {"verifier": names[0], **tree, **limits}, "command line", "grading")
+    config = validate(
+        GradingConfig, {"verifier": names[0], **tree, **limits}, "command line", "grading"
+    )
     judging = Judging.of(config)
     others = tuple(replace(judging.main, verifier=Verifier(name)) for name in names[1:])
     return Judgings(Judging((*judging.parts, *others))), config
@@ -213,19 +264,36 @@ def _option(text: str) -> tuple[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr grade`."""
-    parser = argparse.ArgumentParser(prog="efr grade", description="Judge a file of responses; say how and why.")
-    parser.add_argument("file", help="JSON lines, JSON or parquet with golds and responses, or a run's rollouts (.zst)")
-    parser.add_argument("--gold-key", help=f"column of the gold; by default the first of {', '.join(_GOLD)}")
-    parser.add_argument(
-        "--response-key", help=f"column of the response; by default the first of {', '.join(_RESPONSE)}"
+    parser = argparse.ArgumentParser(
+        prog="efr grade", description=("Judge a file of responses; say how and why.")
     )
-    parser.add_argument("--verifier", action="append", help="as grading.verifier; repeat it to compare")
+    parser.add_argument(
+        "file",
+        help=("JSON lines, JSON or parquet with golds and responses, or a run's rollouts (.zst)"),
+    )
+    parser.add_argument(
+        "--gold-key", help=(f"column of the gold; by default the first of {', '.join(_GOLD)}")
+    )
+    parser.add_argument(
+        "--response-key",
+        help=(f"column of the response; by default the first of {', '.join(_RESPONSE)}"),
+    )
+    parser.add_argument(
+        "--verifier", action="append", help=("as grading.verifier; repeat it to compare")
+    )
     parser.add_argument("--answer", help="as grading.answer: last_box (the default), marker, ...")
     parser.add_argument("--marker", help="as grading.marker")
-    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the first verifier")
-    parser.add_argument("--config", help="a run's configuration, to judge as it does; rollouts in a run folder have it")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the first verifier"
+    )
+    parser.add_argument(
+        "--config",
+        help=("a run's configuration, to judge as it does; rollouts in a run folder have it"),
+    )
     parser.add_argument("--workers", type=arguments.within(int, 1), help="grading processes")
-    parser.add_argument("--timeout-s", type=arguments.within(float, 0.001), help="CPU seconds for one response")
+    parser.add_argument(
+        "--timeout-s", type=arguments.within(float, 0.001), help=("CPU seconds for one response")
+    )
     parser.add_argument("--totals", action="store_true", help="no line for each response")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     given = parser.parse_args(argv)

@@ -1,6 +1,8 @@
-"""A log of what befalls a run: time, rank and level of every line, on the terminal and in `runs/NAME/log.txt`.
+"""A log of what befalls a run: time, rank and level of every line, on the terminal and in
+`runs/NAME/log.txt`.
 
-`event` names what operators count. Its line has the name in brackets, so that `grep -c '\\[lost\\]' log.txt` counts.
+`event` names what operators count. Its line has the name in brackets, so that `grep -c '\\[lost\\]'
+log.txt` counts.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ Level = Literal["debug", "info", "warning", "error"]
 LEVELS: tuple[Level, ...] = ("debug", "info", "warning", "error")
 
 EventName = Literal["start", "resume", "end", "lost", "back", "published", "saved", "warned"]
-"""The events: a run that begins, goes on or ends; an engine that is lost or serves again; weights that were published;
-a checkpoint that verified; a warning."""
+"""The events: a run that begins, goes on or ends; an engine that is lost or serves again; weights
+that were published; a checkpoint that verified; a warning.
+"""
 
 VARIABLE = "EFR_LOG_LEVEL"
 """The terminal's level in the environment, which the programs that a program starts inherit."""
@@ -32,7 +35,9 @@ _LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) rank (\d+) ([A-Z]+) (?:\[(
 
 
 class Line(NamedTuple):
-    """One record of a log file. `event` is empty for a line that is none; `text` may have several lines."""
+    """One record of a log file. `event` is empty for a line that is none; `text` may have several
+    lines.
+    """
 
     time: datetime
     rank: int
@@ -42,7 +47,9 @@ class Line(NamedTuple):
 
 
 def event(name: EventName, text: str, level: int = logging.INFO) -> None:
-    """Log an event. Its `level` decides if the terminal shows it; the file of the run holds every one."""
+    """Log an event. Its `level` decides if the terminal shows it; the file of the run holds every
+    one.
+    """
     LOG.log(level, "[%s] %s", name, text, extra={"event": name})
 
 
@@ -57,13 +64,16 @@ def warning(text: str) -> None:
 
 
 def to_terminal(level: Level | None = None) -> None:
-    """Write records from `level` on to standard error: by default the environment's, else `info`. Call it again to
-    change the level."""
+    """Write records from `level` on to standard error: by default the environment's, else `info`.
+    Call it again to change the level.
+    """
     if level is not None:
         os.environ[VARIABLE] = level
     name = os.environ.get(VARIABLE, "info")
     if name not in LEVELS:
-        raise UserError(f"{VARIABLE}: {name!r} is no level of a log; there are: {', '.join(LEVELS)}")
+        raise UserError(
+            f"{VARIABLE}: {name!r} is no level of a log; there are: {', '.join(LEVELS)}"
+        )
     LOG.setLevel(logging.DEBUG)
     LOG.propagate = False  # libraries give the root logger handlers of their own
     if not any(isinstance(handler, _Terminal) for handler in LOG.handlers):
@@ -75,10 +85,11 @@ def to_terminal(level: Level | None = None) -> None:
 
 @contextlib.contextmanager
 def kept(path: Path, work: str = "") -> Iterator[None]:
-    """Add the records of this block to the file `path`, and how it ended: rank 0's, whose folder it is.
+    """Add the records of this block to the file `path`, and how it ended: rank 0's, whose folder it
+    is.
 
-    `work` names what is done in the block, if it is not the run itself.
-    The file has every event, and all else from `info` on, or from the terminal's level on if that is lower.
+    `work` names what is done in the block, if it is not the run itself. The file has every event,
+    and all else from `info` on, or from the terminal's level on if that is lower.
     """
     handler = _File(path)
     of = f"{work}: " if work else ""
@@ -96,7 +107,13 @@ def kept(path: Path, work: str = "") -> Iterator[None]:
         _end(f"{of}with exit code {end.code}", logging.INFO)
         raise
     except BaseException as error:
-        LOG.critical("[end] %swith a fault: %r", of, error, exc_info=True, extra={"event": "end", "printed": True})
+        LOG.critical(
+            "[end] %swith a fault: %r",
+            of,
+            error,
+            exc_info=True,
+            extra={"event": "end", "printed": True},
+        )
         raise
     else:
         _end(f"{of}finished", logging.INFO)
@@ -106,7 +123,9 @@ def kept(path: Path, work: str = "") -> Iterator[None]:
 
 
 def read(path: Path) -> list[Line]:
-    """The records of a log file, in order; none if it is not there. A line of another form belongs to the one above."""
+    """The records of a log file, in order; none if it is not there. A line of another form belongs
+    to the one above.
+    """
     lines: list[Line] = []
     if not path.exists():
         return lines
@@ -133,30 +152,44 @@ class _Formatter(logging.Formatter):
 
 
 class _Terminal(logging.Handler):
-    """Standard error as it is when a record comes: a progress bar may stand in for it. What was printed is left out."""
+    """Standard error as it is when a record comes: a progress bar may stand in for it. What was
+    printed is left out.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.setFormatter(_Formatter("%(asctime)s rank %(rank)s %(levelname)s %(message)s", "%H:%M:%S"))
+        self.setFormatter(
+            _Formatter("%(asctime)s rank %(rank)s %(levelname)s %(message)s", "%H:%M:%S")
+        )
         self.addFilter(lambda record: not getattr(record, "printed", False))
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # the terminal may have gone, or there never was one
+        # the terminal may have gone, or there never was one
+        with contextlib.suppress(OSError, AttributeError):
             print(self.format(record), file=sys.stderr, flush=True)
 
 
 class _File(logging.Handler):
-    """A file to which each record is added in one write; a disk that does not take it is named once."""
+    """A file to which each record is added in one write; a disk that does not take it is named
+    once.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
         self._failed = False
-        self.setFormatter(_Formatter("%(asctime)s rank %(rank)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self.setFormatter(
+            _Formatter("%(asctime)s rank %(rank)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+        )
         self.addFilter(self._takes)
 
     def _takes(self, record: logging.LogRecord) -> bool:
-        shown = min([logging.INFO, *(handler.level for handler in LOG.handlers if isinstance(handler, _Terminal))])
+        shown = min(
+            [
+                logging.INFO,
+                *(handler.level for handler in LOG.handlers if isinstance(handler, _Terminal)),
+            ]
+        )
         return hasattr(record, "event") or record.levelno >= shown
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -168,7 +201,9 @@ class _File(logging.Handler):
                 file.write(f"{self.format(record)}\n".encode(errors="backslashreplace"))
         except OSError as error:
             self._failed = True
-            warning(f"{self._path}: cannot be written: {error.strerror}; the run goes on without it")
+            warning(
+                f"{self._path}: cannot be written: {error.strerror}; the run goes on without it"
+            )
 
 
 def duration(seconds: float) -> str:

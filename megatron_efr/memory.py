@@ -1,7 +1,7 @@
 """Bytes that a run takes on each GPU, by part and phase of a colocated step: formulas alone.
 
-They say what tensors must be there at once. Fragmentation, workspaces and what a library keeps for itself are not in
-them, but for OVERHEAD, which is an assumption.
+They say what tensors must be there at once. Fragmentation, workspaces and what a library keeps for
+itself are not in them, but for OVERHEAD, which is an assumption.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ from megatron_efr.weights.mapping import WeightMapping
 
 BYTES = {"float32": 4, "bfloat16": 2}
 MICRO_BATCH_TOKENS = 16384
-ACTIVATIONS_CPU = 3 * 2**28  # of a micro-batch on a CPU: an update takes about a tenth longer than with larger ones
-OVERHEAD = int(1.5 * 2**30)  # CUDA context, NCCL buffers, workspaces, of each process: an assumption
+# of a micro-batch on a CPU: an update takes about a tenth longer than with larger ones
+ACTIVATIONS_CPU = 3 * 2**28
+# CUDA context, NCCL buffers, workspaces, of each process: an assumption
+OVERHEAD = int(1.5 * 2**30)
 
 
 def parameter_count(architecture: Architecture) -> int:
-    """Parameters of the whole model, tied embeddings once; exact: the sizes of the Hugging Face tensors."""
+    """Parameters of the whole model, tied embeddings once; exact: the sizes of the Hugging Face
+    tensors.
+    """
     return sum(math.prod(shape) for shape in WeightMapping(architecture).shapes().values())
 
 
@@ -38,15 +42,19 @@ def trained_count(architecture: Architecture, lora: LoraConfig | None) -> int:
 
 
 def stage_parameters(architecture: Architecture, parallel: ParallelConfig) -> list[tuple[int, int]]:
-    """(parameters, experts' among them) of one rank of each pipeline stage; exact for stages of equal layers.
+    """(parameters, experts' among them) of one rank of each pipeline stage; exact for stages of
+    equal layers.
 
-    The vocabulary is padded as Megatron pads it; tied embeddings stand on the first stage and, apart, on the last.
+    The vocabulary is padded as Megatron pads it; tied embeddings stand on the first stage and,
+    apart, on the last.
     """
     mapping = WeightMapping(architecture, parallel.tensor, expert_ranks=parallel.expert)
     per_stage = architecture.layers // parallel.pipeline
     stages = [[0, 0] for _ in range(parallel.pipeline)]
     for name in mapping.parameters():
-        size = math.prod(mapping.shape(name)) // (parallel.tensor if mapping.is_sharded(name) else 1)
+        size = math.prod(mapping.shape(name)) // (
+            parallel.tensor if mapping.is_sharded(name) else 1
+        )
         if name.startswith("decoder.layers."):
             stage = int(name.split(".")[2]) // per_stage
             rank = mapping.expert_rank(name)
@@ -66,7 +74,8 @@ def optimizer_bytes(parameters: int, dtype: str, shards: int = 1) -> int:
     """Adam's two moments in fp32, and the fp32 weights if the model's are bf16, over `shards`
     ranks.
 
-    12 or 8 bytes a parameter: Rajbhandari et al. 2020 (ZeRO), section 3.1; sharded as Megatron's distributed optimizer.
+    12 or 8 bytes a parameter: Rajbhandari et al. 2020 (ZeRO), section 3.1; sharded as Megatron's
+    distributed optimizer.
     """
     return (12 if dtype == "bfloat16" else 8) * parameters // shards
 
@@ -81,11 +90,12 @@ def layer_activation_bytes(
 ) -> float:
     """Bytes that one token leaves in one layer for its backward pass, on one rank.
 
-    Counted as Korthikanti et al. 2022 (section 4) count, for this layer: RMSNorm, grouped queries, SwiGLU, attention
-    that keeps no scores (Dao et al. 2022). Kept are: both norms' inputs and outputs (4 hidden); rotated queries and
-    keys, values, attention's result (2 q + 2 kv) with its fp32 log-sums (heads); Megatron-Core 0.16.1's unfused SwiGLU
-    (gate and up, SiLU(gate), a copy of up, the product: 5 ffn, of each chosen expert). `local` layers keep the norms'
-    results before the weight too (6 hidden), keys and values repeated for every query, and the result twice (5 q).
+    Counted as Korthikanti et al. 2022 (section 4) count, for this layer: RMSNorm, grouped queries,
+    SwiGLU, attention that keeps no scores (Dao et al. 2022). Kept are: both norms' inputs and
+    outputs (4 hidden); rotated queries and keys, values, attention's result (2 q + 2 kv) with its
+    fp32 log-sums (heads); Megatron-Core 0.16.1's unfused SwiGLU (gate and up, SiLU(gate), a copy of
+    up, the product: 5 ffn, of each chosen expert). `local` layers keep the norms' results before
+    the weight too (6 hidden), keys and values repeated for every query, and the result twice (5 q).
     Tensor ranks divide all but the norms', which sequence parallelism divides too.
     """
     a = architecture
@@ -120,7 +130,9 @@ def activation_bytes(
     return int(own * (layers * entry * in_flight + layer))
 
 
-def micro_batch_tokens(architecture: Architecture, parallel: ParallelConfig, dtype: str, on_gpu: bool) -> int:
+def micro_batch_tokens(
+    architecture: Architecture, parallel: ParallelConfig, dtype: str, on_gpu: bool
+) -> int:
     """The token budget of a micro-batch if none is configured."""
     if on_gpu:
         return MICRO_BATCH_TOKENS
@@ -136,11 +148,12 @@ def head_bytes(
     training: bool,
     frozen: bool = False,
 ) -> int:
-    """The log-prob head (`kernels.linear_logprob`) on the last stage, over a micro-batch of `tokens`.
+    """The log-prob head (`kernels.linear_logprob`) on the last stage, over a micro-batch of
+    `tokens`.
 
-    One chunk of fp32 logits (`default_chunk` tokens on a GPU) and the hidden states [tokens, hidden], gathered
-    from the sequence-parallel ranks; in training also the latter's gradient and, unless the weight is `frozen`, its
-    own in fp32 and as it leaves.
+    One chunk of fp32 logits (`default_chunk` tokens on a GPU) and the hidden states [tokens,
+    hidden], gathered from the sequence-parallel ranks; in training also the latter's gradient and,
+    unless the weight is `frozen`, its own in fp32 and as it leaves.
     """
     a = architecture
     width = BYTES[dtype]
@@ -154,7 +167,9 @@ def head_bytes(
 
 
 def kv_bytes_per_token(architecture: Architecture, engine_ranks: int, dtype: str) -> int:
-    """Keys and values of one token in all layers, on one GPU of an engine; KV heads fewer than ranks are repeated."""
+    """Keys and values of one token in all layers, on one GPU of an engine; KV heads fewer than
+    ranks are repeated.
+    """
     heads = max(architecture.kv_heads // engine_ranks, 1)
     return 2 * architecture.layers * heads * architecture.head_dim * BYTES[dtype]
 
@@ -168,7 +183,9 @@ def checkpoint_bytes(architecture: Architecture, dtype: str, lora: LoraConfig | 
 
 def largest_tensor_bytes(architecture: Architecture, dtype: str) -> int:
     """The largest whole Hugging Face tensor: what a publication holds beside its two buckets."""
-    return BYTES[dtype] * max(math.prod(shape) for shape in WeightMapping(architecture).shapes().values())
+    return BYTES[dtype] * max(
+        math.prod(shape) for shape in WeightMapping(architecture).shapes().values()
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +201,8 @@ class Shape:
     local_layers: bool
     sharded_optimizer: bool
     engine_ranks: int
-    static_fraction: float  # of the GPU, for the engine's weights and KV cache: SGLang's mem_fraction_static
+    # of the GPU, for the engine's weights and KV cache: SGLang's mem_fraction_static
+    static_fraction: float
     bucket_bytes: int
     gpu_bytes: int
     keeps_reference: bool
@@ -193,8 +211,9 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """One phase of a step, by the name under which a run times it, and the bytes of each part that is on the fullest
-    GPU when it ends."""
+    """One phase of a step, by the name under which a run times it, and the bytes of each part that
+    is on the fullest GPU when it ends.
+    """
 
     name: str
     parts: Mapping[str, int]
@@ -209,8 +228,11 @@ class MemoryPlan:
     """The phases of a colocated step on one GPU, and what lies outside it."""
 
     phases: list[Phase]
-    kv_tokens: int  # that one engine's KV cache holds; negative if its weights alone pass the static fraction
-    host_bytes: int  # of one rank: the reference, the weights it changes places with, gradients and optimizer offloaded
+    # that one engine's KV cache holds; negative if its weights alone pass the static fraction
+    kv_tokens: int
+    # of one rank: the reference, the weights it changes places with, gradients and optimizer
+    # offloaded
+    host_bytes: int
 
 
 def plan(shape: Shape) -> MemoryPlan:
@@ -219,16 +241,23 @@ def plan(shape: Shape) -> MemoryPlan:
     own, experts = max(stage_parameters(a, parallel))
     # weights, gradients and optimizer: the stage that has most of them
     shared = shape.world // (parallel.tensor * parallel.pipeline)  # data x context ranks
-    dense_shards, expert_shards = (shared, shared // parallel.expert) if shape.sharded_optimizer else (1, 1)
+    dense_shards, expert_shards = (
+        (shared, shared // parallel.expert) if shape.sharded_optimizer else (1, 1)
+    )
     held = own
-    if shape.lora is not None:  # frozen weights, and adapters, which no expert has; tensor ranks split one side of them
+    # frozen weights, and adapters, which no expert has; tensor ranks split one side of them
+    if shape.lora is not None:
         own, experts = trained_count(a, shape.lora) // parallel.pipeline, 0
         held += own
-    states = optimizer_bytes(own - experts, dtype, dense_shards) + optimizer_bytes(experts, dtype, expert_shards)
+    states = optimizer_bytes(own - experts, dtype, dense_shards) + optimizer_bytes(
+        experts, dtype, expert_shards
+    )
     weights = {"parameters": held * BYTES[dtype], "overhead": 2 * OVERHEAD}
     training = weights | {"gradients": gradient_bytes(own), "optimizer": states}
     # the head and activations of one micro-batch
-    scored = training | {"head": head_bytes(a, parallel, dtype, shape.micro_batch_tokens, training=False)}
+    scored = training | {
+        "head": head_bytes(a, parallel, dtype, shape.micro_batch_tokens, training=False)
+    }
     frozen = shape.lora is not None
     head = head_bytes(a, parallel, dtype, shape.micro_batch_tokens, training=True, frozen=frozen)
     trained = training | {"head": head}

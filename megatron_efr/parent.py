@@ -1,4 +1,6 @@
-"""Ends a process with the one that launched it: torchrun's ranks with torchrun, a sweep's programs with the sweep."""
+"""Ends a process with the one that launched it: torchrun's ranks with torchrun, a sweep's programs
+with the sweep.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ import sys
 
 import psutil
 
-LAUNCHER = "MEGATRON_EFR_LAUNCHER"  # the id of the process that started this one to be ended with it
+# the id of the process that started this one to be ended with it
+LAUNCHER = "MEGATRON_EFR_LAUNCHER"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -22,8 +25,9 @@ def end_with_parent() -> None:
     """Have the kernel kill this process when its parent has ended, if torchrun or LAUNCHER started
     it (Linux).
 
-    torchrun leaves its ranks behind when it is killed; they would work on, and keep the run folder and the GPUs. A
-    process whose launcher ended while it was starting is another's child by now, and ends at once.
+    torchrun leaves its ranks behind when it is killed; they would work on, and keep the run folder
+    and the GPUs. A process whose launcher ended while it was starting is another's child by now,
+    and ends at once.
     """
     parent = os.getppid()
     launcher = os.environ.get(LAUNCHER)

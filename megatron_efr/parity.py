@@ -1,7 +1,8 @@
-"""Checks that two computations of log-probs agree as closely as float32 can: both against transformers' float64.
+"""Checks that two computations of log-probs agree as closely as float32 can: both against
+transformers' float64.
 
-How far float32 is from float64 grows with the model (2.8e-5 at 135M parameters, 3.2e-4 at 0.5B), so no fixed number
-tells a wrong model from a rounded one.
+How far float32 is from float64 grows with the model (2.8e-5 at 135M parameters, 3.2e-4 at 0.5B), so
+no fixed number tells a wrong model from a rounded one.
 """
 
 from __future__ import annotations
@@ -26,31 +27,42 @@ def random_tokens(vocab: int, rows: int = 4, length: int = 48) -> list[list[int]
 
 
 def load(folder: Path) -> Any:
-    """transformers' model of a folder, in float32; experts without grouped products, which know no float64."""
+    """transformers' model of a folder, in float32; experts without grouped products, which know no
+    float64.
+    """
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager"
+    )
 
 
 @torch.no_grad()
 def log_probs(model: Any, ids: list[list[int]]) -> torch.Tensor:
-    """Log-probs float64 [rows, length - 1] of each row's tokens but the first, as transformers computes them."""
+    """Log-probs float64 [rows, length - 1] of each row's tokens but the first, as transformers
+    computes them.
+    """
     found = []
     for row in ids:  # the logits of one at a time
         logits = model(torch.tensor([row]), use_cache=False).logits[0, :-1]
-        found.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(row[1:])[:, None])[:, 0].double())
+        found.append(
+            torch.log_softmax(logits, -1).gather(1, torch.tensor(row[1:])[:, None])[:, 0].double()
+        )
     return torch.stack(found)
 
 
 def exact_log_probs(model: Any, ids: list[list[int]]) -> torch.Tensor:
-    """Like `log_probs` of a float32 model, in float64; one layer at a time is held so. Its norms stay in float32."""
+    """Like `log_probs` of a float32 model, in float64; one layer at a time is held so. Its norms
+    stay in float32.
+    """
     with _in_float64(model):
         return log_probs(model, ids)
 
 
 @contextmanager
 def _in_float64(model: Any) -> Iterator[None]:
-    kept: dict[torch.nn.Parameter, torch.Tensor] = {}  # what a file on disk may still hold is not copied
+    # what a file on disk may still hold is not copied
+    kept: dict[torch.nn.Parameter, torch.Tensor] = {}
 
     def widen(module: torch.nn.Module, _: Any) -> None:
         for parameter in module.parameters():
@@ -61,7 +73,9 @@ def _in_float64(model: Any) -> Iterator[None]:
         for parameter in module.parameters():
             parameter.data = kept.pop(parameter)
 
-    handles = [model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.double())]
+    handles = [
+        model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.double())
+    ]
     for part in (*model.base_model.layers, model.base_model.norm, model.get_output_embeddings()):
         handles += [part.register_forward_pre_hook(widen), part.register_forward_hook(narrow)]
     try:
@@ -93,8 +107,13 @@ class Reference:
         off = (found.double() - self.exact).abs()
         worst, mean = float(off.max()), float(off.mean())
         most, most_mean = max(FLOOR, FACTOR * self.worst), max(FLOOR / 10, FACTOR * self.mean)
-        figures = f"log-probs of random tokens are {worst:.1e} at most, {mean:.1e} in the mean from float64's"
+        figures = (
+            f"log-probs of random tokens are {worst:.1e} at most, {mean:.1e} in the mean from "
+            "float64's"
+        )
         own = f"transformers' float32 is {self.worst:.1e} and {self.mean:.1e} from them"
         if not (worst <= most and mean <= most_mean):
-            raise UserError(f"{what}: {figures}; {own}, and {most:.1e} and {most_mean:.1e} are allowed")
+            raise UserError(
+                f"{what}: {figures}; {own}, and {most:.1e} and {most_mean:.1e} are allowed"
+            )
         return f"{figures} ({own})"

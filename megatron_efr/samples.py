@@ -23,8 +23,8 @@ NOT_DRAWN = -1
 class Column(NamedTuple):
     """A quantity of every response token.
 
-    A sample without it has `default` in each token. If there is no default, a micro-batch goes without the column
-    until the loop fills it in.
+    A sample without it has `default` in each token. If there is no default, a micro-batch goes
+    without the column until the loop fills it in.
     """
 
     name: str
@@ -45,20 +45,23 @@ COLUMNS: dict[str, Column] = {
         Column("importance", np.float32),
     )
 }
-"""All that a response token may have, by name. What scatters, packs and splits samples loops over these.
+"""All that a response token may have, by name. What scatters, packs and splits samples loops over
+these.
 
-`advantage`: the response's and the token's own. `weight` of the token in the loss, at least 0; 0 leaves it out.
-`engine_logprob` as sampled. `old_logprob` under the policy before its first update of the iteration,
-`reference_logprob` under the initial model. `behaviour_logprob` is what ratios refer to in a micro-batch with a token
-that a script chose with a known chance: the log of that chance for such a token, `old_logprob` for the others.
-`version` of the weights that drew the token, or NOT_DRAWN. `importance` weighs a token that other weights drew.
+`advantage`: the response's and the token's own. `weight` of the token in the loss, at least 0; 0
+leaves it out. `engine_logprob` as sampled. `old_logprob` under the policy before its first update
+of the iteration, `reference_logprob` under the initial model. `behaviour_logprob` is what ratios
+refer to in a micro-batch with a token that a script chose with a known chance: the log of that
+chance for such a token, `old_logprob` for the others. `version` of the weights that drew the token,
+or NOT_DRAWN. `importance` weighs a token that other weights drew.
 """
 
 
 class SequenceSize(NamedTuple):
     """A sample's tokens: all that a rank has to know of the samples that others train on.
 
-    `trained` are the response's tokens of a weight above 0. A sample without any is left out of the loss.
+    `trained` are the response's tokens of a weight above 0. A sample without any is left out of the
+    loss.
     """
 
     prompt: int
@@ -74,9 +77,9 @@ class SequenceSize(NamedTuple):
 class Sample:
     """Prompt and response as one trainable row.
 
-    `tokens` are the prompt's `prompt_length` and the response's. `columns` are those of COLUMNS that it has, one number
-    for each response token. `routed_experts` as in `Response`. ValueError for a column that is not declared, or not of
-    the response's length.
+    `tokens` are the prompt's `prompt_length` and the response's. `columns` are those of COLUMNS
+    that it has, one number for each response token. `routed_experts` as in `Response`. ValueError
+    for a column that is not declared, or not of the response's length.
     """
 
     tokens: IntArray
@@ -89,7 +92,10 @@ class Sample:
             if name not in COLUMNS:
                 raise ValueError(f"no column {name!r} is declared; there are {', '.join(COLUMNS)}")
             if values.shape != (self.response_length,):
-                raise ValueError(f"column {name} is {list(values.shape)}, of {self.response_length} response tokens")
+                raise ValueError(
+                    f"column {name} is {list(values.shape)}, of {self.response_length} response "
+                    "tokens"
+                )
 
     @property
     def length(self) -> int:
@@ -106,7 +112,9 @@ class Sample:
         return SequenceSize(self.prompt_length, self.response_length, int(trained))
 
     def column(self, name: str) -> Array:
-        """Column `name` in its declared type, [response tokens]. KeyError if it is not there and has no default."""
+        """Column `name` in its declared type, [response tokens]. KeyError if it is not there and
+        has no default.
+        """
         column = COLUMNS[name]
         if column.default is not None and name not in self.columns:
             return np.full(self.response_length, column.default, column.dtype)
@@ -117,14 +125,16 @@ class Sample:
 class PackedBatch:
     """Several sequences laid end to end (THD): one micro-batch.
 
-    `tokens`, `positions` are int64 [T]; sequence s stands at `cu_seqlens[s]:cu_seqlens[s + 1]` (int32) and is
-    `lengths[s]` long, padding at its end included; a last sequence may be padding. Row r of `rows` [R] predicts
-    response token `targets[r]`. Everything per token that the loss reads is a column [R] (COLUMNS), sequence by
-    sequence, `row_lengths` each. `indices` says which samples these are, padding left out. The loss is the sum of its
-    terms times column `weight`, which carries the mean over the whole update. `live` is how many of the leading
-    sequences hold every advantage that is not 0 (None: all may). `chosen`: it trains on a token that a script chose,
-    which packing knows: to ask the device would be to wait for it. `routed_experts` [T, layers, experts per token], on
-    the host, are those that the routers are to choose; without them they choose for themselves.
+    `tokens`, `positions` are int64 [T]; sequence s stands at `cu_seqlens[s]:cu_seqlens[s + 1]`
+    (int32) and is `lengths[s]` long, padding at its end included; a last sequence may be padding.
+    Row r of `rows` [R] predicts response token `targets[r]`. Everything per token that the loss
+    reads is a column [R] (COLUMNS), sequence by sequence, `row_lengths` each. `indices` says which
+    samples these are, padding left out. The loss is the sum of its terms times column `weight`,
+    which carries the mean over the whole update. `live` is how many of the leading sequences hold
+    every advantage that is not 0 (None: all may). `chosen`: it trains on a token that a script
+    chose, which packing knows: to ask the device would be to wait for it. `routed_experts` [T,
+    layers, experts per token], on the host, are those that the routers are to choose; without them
+    they choose for themselves.
     """
 
     tokens: torch.Tensor

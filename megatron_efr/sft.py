@@ -1,4 +1,6 @@
-"""`efr sft`: supervised fine-tuning on (question, response) rows, masked to responses, with the policy's own code."""
+"""`efr sft`: supervised fine-tuning on (question, response) rows, masked to responses, with the
+policy's own code.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,14 @@ from megatron_efr.weights.folder import initial_weights
 
 
 def sft(config: SftConfig, resume: bool = False) -> None:
-    """Train to the end, from the start or from the newest checkpoint, and write the model folder."""
+    """Train to the end, from the start or from the newest checkpoint, and write the model
+    folder.
+    """
 
     def update(policy: Policy, samples: Sequence[Sample], rows: list[int]) -> dict[str, float]:
-        batches = policy.pack_update(samples, rows, config.train.micro_batch_tokens, config.loss_aggregate)
+        batches = policy.pack_update(
+            samples, rows, config.train.micro_batch_tokens, config.loss_aggregate
+        )
         return policy.update(batches, supervised_loss)
 
     train_on_rows(config, resume, lambda: load_rows(config), update)
@@ -40,14 +46,18 @@ def load_rows(config: SftConfig) -> list[Sample]:
         samples = rows.samples
         said = f"rows to train on, {rows.overlong} left out: prompt too long"
     if len(samples) < config.train.batch:
-        raise ConfigError(f"{data.path}: {len(samples)} rows, and train.batch takes {config.train.batch}")
+        raise ConfigError(
+            f"{data.path}: {len(samples)} rows, and train.batch takes {config.train.batch}"
+        )
     print(f"{len(samples)} {said}", flush=True)
     return samples
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr sft`."""
-    parser = arguments.parser("sft", "Supervised fine-tuning on question and response rows.", resumes=True)
+    parser = arguments.parser(
+        "sft", "Supervised fine-tuning on question and response rows.", resumes=True
+    )
     given = parser.parse_intermixed_args(argv)
     with arguments.configured(SftConfig, given) as config:
         sft(config, given.resume)

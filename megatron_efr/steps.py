@@ -7,8 +7,9 @@ from typing import Any, Literal, NamedTuple
 
 
 class Penalty(NamedTuple):
-    """Takes `amount` from the logits of the tokens `texts` in the first `window` tokens of each thought: a thought
-    begins with the response, and with each of these tokens."""
+    """Takes `amount` from the logits of the tokens `texts` in the first `window` tokens of each
+    thought: a thought begins with the response, and with each of these tokens.
+    """
 
     texts: tuple[str, ...]
     amount: float
@@ -16,12 +17,14 @@ class Penalty(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """The model goes on: to a stop id, to one of the texts `until`, or to `limit` tokens (None: as many as are left).
+    """The model goes on: to a stop id, to one of the texts `until`, or to `limit` tokens (None: as
+    many as are left).
 
-    A text of `until` is a single token, and the draw ends before it: the next draw begins with that token, a `Force`
-    takes its place. One that is several tokens for this model's tokenizer ends no draw. `temperature` is the draw's
-    own; None: that of the sampling. With a `penalty` log-probs are of what it left: such tokens are not trained on. The
-    script hears the text of a draw that is to be `told`.
+    A text of `until` is a single token, and the draw ends before it: the next draw begins with that
+    token, a `Force` takes its place. One that is several tokens for this model's tokenizer ends no
+    draw. `temperature` is the draw's own; None: that of the sampling. With a `penalty` log-probs
+    are of what it left: such tokens are not trained on. The script hears the text of a draw that is
+    to be `told`.
     """
 
     part: str
@@ -33,7 +36,9 @@ class Draw(NamedTuple):
 
 
 class Force(NamedTuple):
-    """The script writes `text` in the model's place. It is trained on only if it was chosen with a known `chance`."""
+    """The script writes `text` in the model's place. It is trained on only if it was chosen with a
+    known `chance`.
+    """
 
     part: str
     text: str
@@ -41,12 +46,13 @@ class Force(NamedTuple):
 
 
 class Fork(NamedTuple):
-    """From each of the lengths `at` of the response so far, `samples` branches: `opening` is forced, and `limit` tokens
-    (None: as many as are left) are drawn, or fewer, as by `Draw`. The response itself stays as it is.
+    """From each of the lengths `at` of the response so far, `samples` branches: `opening` is
+    forced, and `limit` tokens (None: as many as are left) are drawn, or fewer, as by `Draw`. The
+    response itself stays as it is.
 
-    `ends` end a branch too, each a single token that is drawn as its last, in a part `end` of its own. `after` are
-    tokens that stand behind each of `at`, before the opening: such branches are the script's alone, are not kept, and
-    with these tokens draw no more than the response may.
+    `ends` end a branch too, each a single token that is drawn as its last, in a part `end` of its
+    own. `after` are tokens that stand behind each of `at`, before the opening: such branches are
+    the script's alone, are not kept, and with these tokens draw no more than the response may.
     """
 
     part: str
@@ -61,7 +67,8 @@ class Fork(NamedTuple):
 
 
 class Take(NamedTuple):
-    """The response goes on with tokens that branches have drawn, and their log-probs; `ending` is how the last ended.
+    """The response goes on with tokens that branches have drawn, and their log-probs; `ending` is
+    how the last ended.
 
     They count as drawn: what is more than may be drawn is left out.
     """
@@ -88,10 +95,11 @@ Ending = Literal["stop", "until", "length", "forced", "chosen"]
 
 
 class Part(NamedTuple):
-    """Tokens [start, end) of a response, made by one step of a script, whose name it has, and how they ended.
+    """Tokens [start, end) of a response, made by one step of a script, whose name it has, and how
+    they ended.
 
-    stop, until, length: they were drawn, to a stop id, before a text of `until`, or as far as allowed. forced: the
-    script wrote them. chosen: likewise, with a known chance.
+    stop, until, length: they were drawn, to a stop id, before a text of `until`, or as far as
+    allowed. forced: the script wrote them. chosen: likewise, with a known chance.
     """
 
     name: str

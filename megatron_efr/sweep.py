@@ -1,4 +1,6 @@
-"""`efr sweep`: a family of models from one configuration and what varies of it, trained, evaluated and reported."""
+"""`efr sweep`: a family of models from one configuration and what varies of it, trained, evaluated
+and reported.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from megatron_efr.run.side_by_side import FailedError, side_by_side
 
 
 def sweep(made: Sweep, given: Namespace, seconds: dict[str, float]) -> None:
-    """Make the models that were asked for, or list them, or write their script; `seconds` is what was spent before."""
+    """Make the models that were asked for, or list them, or write their script; `seconds` is what
+    was spent before.
+    """
     file = made.file
     family = Family(made.config, made.members, made.file.ranks, given.resume)
     tasks = chosen(family.tasks(), given.only)
@@ -47,8 +51,12 @@ def sweep(made: Sweep, given: Namespace, seconds: dict[str, float]) -> None:
             raise failed
 
 
-def make(family: Family, tasks: Sequence[Task], jobs: int, seconds: dict[str, float]) -> FailedError | None:
-    """Train, then evaluate, `jobs` programs at once; `seconds` gets the time of both. The failed ones are returned."""
+def make(
+    family: Family, tasks: Sequence[Task], jobs: int, seconds: dict[str, float]
+) -> FailedError | None:
+    """Train, then evaluate, `jobs` programs at once; `seconds` gets the time of both. The failed
+    ones are returned.
+    """
     began = time.monotonic()
     failed = _run(family, [task.training for task in tasks if task.training is not None], jobs)
     seconds["rl"] = time.monotonic() - began
@@ -71,13 +79,18 @@ def _run(family: Family, programs: Sequence[Program], jobs: int) -> list[str]:
 
 
 def make_one(file: SweepConfig, family: Family, tasks: Sequence[Task], number: int) -> None:
-    """Train and evaluate one model; the one that is the last to be made writes the table and the report."""
+    """Train and evaluate one model; the one that is the last to be made writes the table and the
+    report.
+    """
     if number >= len(tasks):
-        raise ConfigError(f"--member {number}: there are {len(tasks)} models, 0 to {len(tasks) - 1}")
+        raise ConfigError(
+            f"--member {number}: there are {len(tasks)} models, 0 to {len(tasks) - 1}"
+        )
     if failed := make(family, [tasks[number]], 1, {}):
         raise failed
     if all(family.has_finished(task.evaluation) for task in tasks):
-        with suppress(OwnedError), owned(family.folder.lock, str(family.folder.path)):  # another's are the same
+        # another's are the same
+        with suppress(OwnedError), owned(family.folder.lock, str(family.folder.path)):
             write_results(family, {}, file)
 
 
@@ -89,7 +102,8 @@ def write_results(family: Family, seconds: dict[str, float], file: SweepConfig) 
         return
     keys = varied(list(members.values()))
     runs = [
-        Evaluated(task.name, *task.listed_as, task.base, keys.get(task.name, {}), str(task.weights)) for task in tasks
+        Evaluated(task.name, *task.listed_as, task.base, keys.get(task.name, {}), str(task.weights))
+        for task in tasks
     ]
     folders = [RunFolder(member.config.folder) for member in members.values()]
     table, page = write_family(family.folder, runs, folders, seconds, file.note, file.against)
@@ -100,9 +114,19 @@ def write_script(file: SweepConfig, family: Family, tasks: int, given: Namespace
     """Write a SLURM script with a task for each model, and print how to submit it."""
     flags = [f"--only={pattern}" for pattern in given.only]
     flags += [
-        f"--{key}={getattr(given, key)}" for key in ("alphas", "ranks", "note") if getattr(given, key) is not None
+        f"--{key}={getattr(given, key)}"
+        for key in ("alphas", "ranks", "note")
+        if getattr(given, key) is not None
     ]
-    command = [sys.executable, "-m", "megatron_efr.sweep", given.config, *given.overrides, *flags, "--resume"]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_efr.sweep",
+        given.config,
+        *given.overrides,
+        *flags,
+        "--resume",
+    ]
     path = family.folder.path / "sweep.sbatch"
     script = array_script(family.name, tasks, command, family.logs, file.slurm, EXIT_REQUEUE)
     family.logs.mkdir(parents=True, exist_ok=True)
@@ -111,35 +135,70 @@ def write_script(file: SweepConfig, family: Family, tasks: int, given: Namespace
 
 
 def read(given: Namespace) -> Sweep:
-    """The sweep of the file, or of a training configuration and --alphas; flags go before what the file says."""
+    """The sweep of the file, or of a training configuration and --alphas; flags go before what the
+    file says.
+    """
     if is_sweep(given.config):
         if given.alphas:
-            raise ConfigError(f"--alphas {given.alphas}: {given.config} says itself what varies, such as method.alpha")
+            raise ConfigError(
+                f"--alphas {given.alphas}: {given.config} says itself what varies, such as "
+                "method.alpha"
+            )
         found = load_sweep(given.config, given.overrides)
     elif given.alphas:
         found = load_alphas(given.config, given.overrides, given.alphas)
     else:
-        raise ConfigError(f"{given.config}: no sweep's file, which names a `base`: say what varies with --alphas")
-    flags = {key: getattr(given, key) for key in ("jobs", "ranks", "note") if getattr(given, key) is not None}
+        raise ConfigError(
+            f"{given.config}: no sweep's file, which names a `base`: say what varies with --alphas"
+        )
+    flags = {
+        key: getattr(given, key)
+        for key in ("jobs", "ranks", "note")
+        if getattr(given, key) is not None
+    }
     return found._replace(file=found.file.model_copy(update=flags))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr sweep`."""
     positive, number = arguments.within(int, 1), arguments.within(int, 0)
-    parser = arguments.parser("sweep", "Train, evaluate and report a family of models.", resumes=True)
+    parser = arguments.parser(
+        "sweep", "Train, evaluate and report a family of models.", resumes=True
+    )
     parser.add_argument("--alphas", help="values of method.alpha, such as 0,0.1,0.4")
-    parser.add_argument("--jobs", type=positive, help="programs at once; 1 unless the file says otherwise")
-    parser.add_argument("--ranks", type=positive, help="processes of each run (torchrun --nproc-per-node)")
-    parser.add_argument("--seconds", action="append", default=[], metavar="PART=S", help="time spent before, to report")
+    parser.add_argument(
+        "--jobs", type=positive, help=("programs at once; 1 unless the file says otherwise")
+    )
+    parser.add_argument(
+        "--ranks", type=positive, help=("processes of each run (torchrun --nproc-per-node)")
+    )
+    parser.add_argument(
+        "--seconds",
+        action="append",
+        default=[],
+        metavar="PART=S",
+        help=("time spent before, to report"),
+    )
     parser.add_argument("--note", help="what the report's reader must know about these figures")
-    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="members by name, as in 'efr*'")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help=("members by name, as in 'efr*'"),
+    )
     parser.add_argument("--list", action="store_true", help="print the models, numbered, and end")
-    parser.add_argument("--slurm", action="store_true", help="write a script for sbatch instead of running here")
-    parser.add_argument("--member", type=number, metavar="N", help="make the model of that number alone")
+    parser.add_argument(
+        "--slurm", action="store_true", help=("write a script for sbatch instead of running here")
+    )
+    parser.add_argument(
+        "--member", type=number, metavar="N", help=("make the model of that number alone")
+    )
     given = parser.parse_intermixed_args(argv)
     try:
-        seconds = {part: float(value) for part, value in (text.split("=") for text in given.seconds)}
+        seconds = {
+            part: float(value) for part, value in (text.split("=") for text in given.seconds)
+        }
     except ValueError as error:
         raise ConfigError(f"--seconds {given.seconds!r}: {error}") from error
     with arguments.named(given.config):

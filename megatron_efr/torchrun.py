@@ -1,9 +1,10 @@
-"""torchrun that lets a run end by itself: `python -m megatron_efr.torchrun [as torchrun] -m megatron_efr.train ...`
+"""torchrun that lets a run end by itself: `python -m megatron_efr.torchrun [as torchrun] -m
+megatron_efr.train ...`
 
-torchrun ends the workers 30 seconds after a SIGTERM, dies of SIGUSR1 and leaves them behind, and exits with 1 whatever
-they answered. Here both signals are handed to the workers, which finish their iteration and save, and the exit code is
-the first failed worker's: EXIT_REQUEUE of a run that was asked to end. Ctrl-C ends all of them with 130 and one line.
-Everything else is torchrun's.
+torchrun ends the workers 30 seconds after a SIGTERM, dies of SIGUSR1 and leaves them behind, and
+exits with 1 whatever they answered. Here both signals are handed to the workers, which finish their
+iteration and save, and the exit code is the first failed worker's: EXIT_REQUEUE of a run that was
+asked to end. Ctrl-C ends all of them with 130 and one line. Everything else is torchrun's.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ def forward(number: int, frame: FrameType | None) -> None:
     workers = psutil.Process().children()
     if not workers:
         sys.exit(exit_code(-number))
-    print(f"launch: {signal.Signals(number).name}: the workers end after this iteration", file=sys.stderr, flush=True)
+    print(
+        f"launch: {signal.Signals(number).name}: the workers end after this iteration",
+        file=sys.stderr,
+        flush=True,
+    )
     for worker in workers:
         worker.send_signal(number)
 
@@ -52,7 +57,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number in SIGNALS:
         signal.signal(number, forward)
     try:
-        torchrun.main(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *(sys.argv[1:] if argv is None else argv)])
+        torchrun.main(
+            [
+                "--signals-to-handle",
+                "SIGINT,SIGHUP,SIGQUIT",
+                *(sys.argv[1:] if argv is None else argv),
+            ]
+        )
     except ChildFailedError as failed:
         code = exit_code(failed.get_first_failure()[1].exitcode)
         if code != EXIT_REQUEUE:

@@ -1,6 +1,8 @@
-"""`efr train`: reinforcement learning for efficient reasoning. This file is the algorithm, in its order.
+"""`efr train`: reinforcement learning for efficient reasoning. This file is the algorithm, in its
+order.
 
-Every rank runs it. Rank 0 alone owns prompts, engine and graders (`run.main_rank`); the policy is everybody's.
+Every rank runs it. Rank 0 alone owns prompts, engine and graders (`run.main_rank`); the policy is
+everybody's.
 """
 
 from __future__ import annotations
@@ -15,14 +17,21 @@ from megatron_efr.policy import policy_loss
 from megatron_efr.policy.deal import deal
 from megatron_efr.policy.packing import samples
 from megatron_efr.run.interruption import EXIT_REQUEUE, Interruption
-from megatron_efr.run.iteration import check_identities, check_logprobs, check_skipped, iteration_metrics
+from megatron_efr.run.iteration import (
+    check_identities,
+    check_logprobs,
+    check_skipped,
+    iteration_metrics,
+)
 from megatron_efr.run.replay import replay
 from megatron_efr.run.run import Run, open_run
 from megatron_efr.types import Credited
 
 
 def train(config: TrainConfig, resume: bool = False, replayed: Path | None = None) -> None:
-    """Run the loop to its end, from the start or from the newest checkpoint that verifies; or only replay a file."""
+    """Run the loop to its end, from the start or from the newest checkpoint that verifies; or only
+    replay a file.
+    """
     with open_run(config, resume=resume, asks=replayed is None) as run:
         if replayed is not None:
             replay(run, replayed, improve)
@@ -34,7 +43,9 @@ def train(config: TrainConfig, resume: bool = False, replayed: Path | None = Non
 def loop(run: Run, done: int, interruption: Interruption) -> None:
     """Iterations `done` + 1 to the last, or to the one in which the run was asked to end."""
     config, policy, total = run.config, run.policy, run.config.train.iterations
-    with Observer(run.folder, config.observe, total, run.ranks.rank, done, config.name, run.ranks.largest) as observer:
+    with Observer(
+        run.folder, config.observe, total, run.ranks.rank, done, config.name, run.ranks.largest
+    ) as observer:
         # publish: the engines begin with the weights that the policy begins with
         run.publish(done, observer.phase)
         # sample: what the method wants to know of the starting model, before anything is learnt
@@ -51,7 +62,8 @@ def loop(run: Run, done: int, interruption: Interruption) -> None:
             skipped = policy.optimizer.skipped_in_a_row
             kept = run.folder.rollouts_path(step)
             check_skipped(skipped, config.train.max_skipped, f"iteration {step}", kept)
-            # save: every so often, at the end, and when the run is asked to end; the writing goes on meanwhile
+            # save: every so often, at the end, and when the run is asked to end; the writing goes
+            # on meanwhile
             ending = not run.ranks.everywhere(interruption.received is None)
             if step % config.checkpoint.every == 0 or step == total or ending:
                 with observer.phase("checkpoint"):
@@ -66,9 +78,11 @@ def loop(run: Run, done: int, interruption: Interruption) -> None:
 def iterate(run: Run, step: int, observer: Observer) -> dict[str, float]:
     """One iteration, from prompts to published weights; its metrics."""
     with observer.phase("rollout"):
-        # collect: responses to the next prompts, graded and rewarded as they finish, so that graders do not idle
+        # collect: responses to the next prompts, graded and rewarded as they finish, so that
+        # graders do not idle
         rewarded = run.collect(step)
-        # credit: what each response is trained on, once all are there, since methods may compare whole iterations
+        # credit: what each response is trained on, once all are there, since methods may compare
+        # whole iterations
         groups = run.credit(step, rewarded)
     # engines that share the policy's devices give it their memory
     run.phases.to_policy(run.policy, observer.phase)
@@ -90,17 +104,21 @@ def iterate(run: Run, step: int, observer: Observer) -> dict[str, float]:
 def improve(run: Run, step: int, groups: list[Credited], observer: Observer) -> dict[str, float]:
     """Update the policy from rank 0's credited groups; the iteration's metrics."""
     config, policy, objective = run.config, run.policy, run.objective
-    # deal: every response to an update, drawn by the seed; each replica gets its own, in packed micro-batches
+    # deal: every response to an update, drawn by the seed; each replica gets its own, in packed
+    # micro-batches
     tokens = config.train.micro_batch_tokens
     seed = (config.seed, step)
     updates = deal(policy, samples(groups), config.train.updates, tokens, objective, seed)
     batches = [batch for update in updates for batch in update]
     with observer.phase("logprobs"):
-        # score: log-probs before the first update, which ratios refer to, and the initial model's for the KL
+        # score: log-probs before the first update, which ratios refer to, and the initial model's
+        # for the KL
         policy.score(batches)
-        # fill: importance weights, and advantages less the KL or whitened, both of which need those log-probs
+        # fill: importance weights, and advantages less the KL or whitened, both of which need those
+        # log-probs
         policy.fill_columns(batches, objective)
-        # check: engine and policy agree, or the advantages would be of another distribution's samples
+        # check: engine and policy agree, or the advantages would be of another distribution's
+        # samples
         drift = policy.compare_logprobs(batches, version=step - 1)
         check_logprobs(drift, config.train, run.ranks.is_main)
     with observer.phase("train"):
@@ -115,8 +133,15 @@ def improve(run: Run, step: int, groups: list[Credited], observer: Observer) -> 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr train`."""
-    parser = arguments.parser("train", "Reinforcement learning for efficient reasoning.", resumes=True)
-    parser.add_argument("--replay", type=Path, metavar="FILE", help="run the updates of these saved rollouts, no more")
+    parser = arguments.parser(
+        "train", "Reinforcement learning for efficient reasoning.", resumes=True
+    )
+    parser.add_argument(
+        "--replay",
+        type=Path,
+        metavar="FILE",
+        help=("run the updates of these saved rollouts, no more"),
+    )
     given = parser.parse_intermixed_args(argv)
     with arguments.configured(TrainConfig, given) as config:
         train(config, given.resume, given.replay)

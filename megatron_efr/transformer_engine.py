@@ -1,7 +1,9 @@
-"""Finds out whether Transformer Engine works, and hides one that does not: imported before Megatron, wherever that is.
+"""Finds out whether Transformer Engine works, and hides one that does not: imported before
+Megatron, wherever that is.
 
-Its core wheel without the part for torch raises FileNotFoundError when it is imported, a library that is missing
-OSError. Megatron-Core takes only an ImportError for its absence, and would fall over the others.
+Its core wheel without the part for torch raises FileNotFoundError when it is imported, a library
+that is missing OSError. Megatron-Core takes only an ImportError for its absence, and would fall
+over the others.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ def _imports() -> bool:
         sys.modules[NAME] = None  # type: ignore[assignment] - from now on importing it is an ImportError
         if os.environ.get("RANK", "0") == "0":
             log.warning(
-                f"Transformer Engine is installed, but does not import ({type(error).__name__}: {error}); this process "
-                f"goes on without it. Install its part for torch (bash launch/install_h100.sh), or uninstall the rest: "
-                f"pip uninstall transformer-engine transformer-engine-cu12 transformer-engine-cu13"
+                f"Transformer Engine is installed, but does not import ({type(error).__name__}: "
+                f"{error}); this process goes on without it. Install its part for torch (bash "
+                "launch/install_h100.sh), or uninstall the rest: pip uninstall transformer-engine "
+                "transformer-engine-cu12 transformer-engine-cu13"
             )
         return False
     return True

@@ -33,8 +33,9 @@ class ByIndex(Protocol[T]):
 class Prompt:
     """One rendered question.
 
-    `id` is stable across epochs and resumes (it names the row, not the visit); `tokens` is what the model reads, the
-    chat template's own ids; `gold` is the reference answer as text; `meta` may carry dataset, difficulty, budget.
+    `id` is stable across epochs and resumes (it names the row, not the visit); `tokens` is what the
+    model reads, the chat template's own ids; `gold` is the reference answer as text; `meta` may
+    carry dataset, difficulty, budget.
     """
 
     id: str
@@ -67,8 +68,9 @@ class Sampling:
 
 
 class Branch(NamedTuple):
-    """Responses that go on from the first `at` tokens of another one, in the part of that name; their tokens are those
-    that follow."""
+    """Responses that go on from the first `at` tokens of another one, in the part of that name;
+    their tokens are those that follow.
+    """
 
     part: str
     at: int
@@ -78,8 +80,8 @@ class Branch(NamedTuple):
 class Done(NamedTuple):
     """Outcome of a step, as its script hears it.
 
-    The part (of a fork an empty one, and the branches), the text of `until` before which a draw ended, the scores that
-    were asked for, and the text of a draw that was to be told.
+    The part (of a fork an empty one, and the branches), the text of `until` before which a draw
+    ended, the scores that were asked for, and the text of a draw that was to be told.
     """
 
     part: Part
@@ -99,7 +101,9 @@ class Script(Protocol):
 
     @property
     def until_any(self) -> tuple[str, ...]:
-        """More such texts: those that are single tokens end a draw, as at least one must be, if there are any."""
+        """More such texts: those that are single tokens end a draw, as at least one must be, if
+        there are any.
+        """
         ...
 
     @property
@@ -109,8 +113,9 @@ class Script(Protocol):
 
     @property
     def branches(self) -> tuple[str, int] | None:
-        """The opening of its branches, and how many tokens they draw at most; None if no branch is longer than the
-        response may be."""
+        """The opening of its branches, and how many tokens they draw at most; None if no branch is
+        longer than the response may be.
+        """
         ...
 
     @property
@@ -133,18 +138,24 @@ class Script(Protocol):
         ...
 
     def check(self, limit: int, path: str) -> None:
-        """Refuse, with a ConfigError that names the key within `path`, what `limit` tokens cannot do."""
+        """Refuse, with a ConfigError that names the key within `path`, what `limit` tokens cannot
+        do.
+        """
         ...
 
     def steps(self, sample: int) -> Generator[Step, Done, None]:
-        """The steps of sample number `sample` of a group. After a draw that ended with `stop` it may only fork."""
+        """The steps of sample number `sample` of a group. After a draw that ended with `stop` it
+        may only fork.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Ask for responses to `prompt`, one by each script; sample j's random numbers are a function of (seed, j, position
-    in the response) only. `note` is whatever the asker wants to find again with the answers, JSON-ready."""
+    """Ask for responses to `prompt`, one by each script; sample j's random numbers are a function
+    of (seed, j, position in the response) only. `note` is whatever the asker wants to find again
+    with the answers, JSON-ready.
+    """
 
     prompt: Prompt
     seed: int
@@ -166,14 +177,16 @@ class VersionSpan(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Response:
-    """One generated answer: token ids with the stop token, and one log-prob per token at the sampling temperature.
+    """One generated answer: token ids with the stop token, and one log-prob per token at the
+    sampling temperature.
 
-    `logprobs` are the engine's, before top-p, fp32 [tokens]; of a token that a script wrote, the log of the chance with
-    which it did, 0 without one. The policy's own, which ratio and KL use, are computed later and never stored here.
-    `text` is the decoded response without special tokens; an engine without a tokenizer leaves it empty. `parts` tile
-    it; none: all of it was drawn at once. `routed_experts` are the experts that the engine chose in every layer for
-    every token that it read, the prompt's first: integers [prompt + response - 1, layers, experts per token]. Nothing
-    was read behind the last token, so it has none.
+    `logprobs` are the engine's, before top-p, fp32 [tokens]; of a token that a script wrote, the
+    log of the chance with which it did, 0 without one. The policy's own, which ratio and KL use,
+    are computed later and never stored here. `text` is the decoded response without special tokens;
+    an engine without a tokenizer leaves it empty. `parts` tile it; none: all of it was drawn at
+    once. `routed_experts` are the experts that the engine chose in every layer for every token that
+    it read, the prompt's first: integers [prompt + response - 1, layers, experts per token].
+    Nothing was read behind the last token, so it has none.
     """
 
     tokens: tuple[int, ...]
@@ -187,12 +200,16 @@ class Response:
 
     @property
     def answers(self) -> tuple[tuple[int, Response], ...]:
-        """The responses of its branches, all in one row, each with the length from which it goes on."""
+        """The responses of its branches, all in one row, each with the length from which it goes
+        on.
+        """
         return tuple((branch.at, each) for branch in self.branches for each in branch.responses)
 
     @property
     def trained(self) -> BoolArray:
-        """The tokens that the policy may be trained on, bool [tokens]: all but those that a script forced."""
+        """The tokens that the policy may be trained on, bool [tokens]: all but those that a script
+        forced.
+        """
         trained = np.ones(len(self.tokens), dtype=bool)
         for part in self.parts:
             trained[part.start : part.end] = not part.forced
@@ -205,8 +222,9 @@ class Response:
 
     @property
     def truncated(self) -> bool:
-        """True when its last draw was cut, so that it did not end by itself: it is wrong, and enters no length
-        statistic."""
+        """True when its last draw was cut, so that it did not end by itself: it is wrong, and
+        enters no length statistic.
+        """
         return self.finish != "stop"
 
 
@@ -214,13 +232,15 @@ class Response:
 class Group:
     """One prompt and its n responses, as an engine gives them; a method sees whole groups only.
 
-    From here a group goes through `Graded` and `Rewarded` to `Credited`: each stage holds the one before it.
+    From here a group goes through `Graded` and `Rewarded` to `Credited`: each stage holds the one
+    before it.
     """
 
     prompt: Prompt
     responses: tuple[Response, ...]
     seed: int = 0  # the request's: it names this visit of the prompt
-    scripts: tuple[Script, ...] = ()  # the request's, as is the note; none: every response was drawn at once
+    # the request's, as is the note; none: every response was drawn at once
+    scripts: tuple[Script, ...] = ()
     note: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -265,7 +285,8 @@ class Grade:
 class Graded:
     """A group and the verdicts on its responses, [n].
 
-    `branches`: for each response the verdicts on the answers of its branches, in their order; empty: not asked for.
+    `branches`: for each response the verdicts on the answers of its branches, in their order;
+    empty: not asked for.
     """
 
     group: Group
@@ -298,13 +319,15 @@ class Rewarded:
 class Credit(NamedTuple):
     """Credit of a group's n responses: what the loss multiplies their log-probs with.
 
-    `advantage` float64 [n]; `per_token`, added to it, and `weight` in the loss, at least 0, have an array for each
-    response: one number for each of its tokens, those included that a script wrote. None: nothing is added, and each
-    token weighs 1. `masked`, bool [n], are responses that are left out of the loss; None: none.
+    `advantage` float64 [n]; `per_token`, added to it, and `weight` in the loss, at least 0, have an
+    array for each response: one number for each of its tokens, those included that a script wrote.
+    None: nothing is added, and each token weighs 1. `masked`, bool [n], are responses that are left
+    out of the loss; None: none.
 
-    `branches`: for each response the advantages of its `answers`, float64, which are then trained on as samples of
-    their own; an empty array: not those of this response. None: no branch is trained on. `beginnings`: what an answer
-    goes on from is trained on with it, and not merely read.
+    `branches`: for each response the advantages of its `answers`, float64, which are then trained
+    on as samples of their own; an empty array: not those of this response. None: no branch is
+    trained on. `beginnings`: what an answer goes on from is trained on with it, and not merely
+    read.
     """
 
     advantage: FloatArray
@@ -319,7 +342,8 @@ class Credit(NamedTuple):
 class Credited:
     """A rewarded group and its credit: what is trained on, kept with the rollouts and replayed.
 
-    UserError for a credit that is not of the group's shape, or a weight that is not a finite number of at least 0.
+    UserError for a credit that is not of the group's shape, or a weight that is not a finite number
+    of at least 0.
     """
 
     rewarded: Rewarded
@@ -343,16 +367,32 @@ def _check_credit(credit: Credit, group: Group) -> None:
     for name in ("advantage", "masked"):
         values = getattr(credit, name)
         if values is not None and np.shape(values) != (len(lengths),):
-            raise UserError(f"{where}: {name} is {list(np.shape(values))}, and the group has {len(lengths)} responses")
+            raise UserError(
+                f"{where}: {name} is {list(np.shape(values))}, and the group has {len(lengths)} "
+                "responses"
+            )
     for name in ("per_token", "weight"):
         values = getattr(credit, name)
-        if values is not None and [np.shape(each) for each in values] != [(length,) for length in lengths]:
+        if values is not None and [np.shape(each) for each in values] != [
+            (length,) for length in lengths
+        ]:
             found = ", ".join(str(list(np.shape(each))) for each in values)
             raise UserError(f"{where}: {name} is {found}, and the responses have {lengths} tokens")
     if credit.branches is not None:
-        given, there = [len(each) for each in credit.branches], [len(each.answers) for each in group.responses]
-        if len(given) != len(there) or any(g not in (0, t) for g, t in zip(given, there, strict=True)):
-            raise UserError(f"{where}: branches is of {given} advantages, and the responses' branches have {there}")
+        given, there = (
+            [len(each) for each in credit.branches],
+            [len(each.answers) for each in group.responses],
+        )
+        if len(given) != len(there) or any(
+            g not in (0, t) for g, t in zip(given, there, strict=True)
+        ):
+            raise UserError(
+                f"{where}: branches is of {given} advantages, and the responses' branches have "
+                f"{there}"
+            )
     for number, weight in enumerate(credit.weight or ()):
         if not np.all(np.isfinite(weight) & (np.asarray(weight) >= 0)):
-            raise UserError(f"{where}: a weight of response {number} is negative or not finite; 0 leaves a token out")
+            raise UserError(
+                f"{where}: a weight of response {number} is negative or not finite; 0 leaves a "
+                "token out"
+            )

@@ -1,4 +1,6 @@
-"""`efr watch`: a live view of a run in the terminal, from its metrics and its log, while it runs and after it."""
+"""`efr watch`: a live view of a run in the terminal, from its metrics and its log, while it runs
+and after it.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +32,23 @@ def read(path: Path) -> Watched:
     if not (folder.config.is_file() or folder.metrics.is_file() or folder.log.is_file()):
         below = sorted(str(found.parent) for found in path.glob("*/metrics.jsonl"))
         named = f"; the runs below it are {', '.join(below)}" if below else ""
-        raise UserError(f"{path}: no run's folder: none of config.yaml, metrics.jsonl and log.txt is there{named}")
-    return Watched(str(path), _total(folder), folder.read_metrics(), log.read(folder.log), is_owned(folder.lock))
+        raise UserError(
+            f"{path}: no run's folder: none of config.yaml, metrics.jsonl and log.txt is "
+            f"there{named}"
+        )
+    return Watched(
+        str(path),
+        _total(folder),
+        folder.read_metrics(),
+        log.read(folder.log),
+        is_owned(folder.lock),
+    )
 
 
 def _total(folder: RunFolder) -> int:
-    """The last step of a run: iterations, or updates of a warm start; 0 if its configuration does not tell."""
+    """The last step of a run: iterations, or updates of a warm start; 0 if its configuration does
+    not tell.
+    """
     try:
         train = yaml.safe_load(folder.config.read_text(encoding="utf-8"))["train"]
         return int(train.get("iterations") or train["updates"])
@@ -44,7 +57,9 @@ def _total(folder: RunFolder) -> int:
 
 
 def watch(path: Path, console: Console, every_s: float) -> None:
-    """Show the run anew every so many seconds until it ends, or Ctrl-C; then leave the last view in the terminal."""
+    """Show the run anew every so many seconds until it ends, or Ctrl-C; then leave the last view in
+    the terminal.
+    """
     run = read(path)
     if console.is_terminal and not console.is_dumb_terminal and run.running:
         with _tidy(), Live(console=console, screen=True, auto_refresh=False) as live:
@@ -60,7 +75,9 @@ def watch(path: Path, console: Console, every_s: float) -> None:
 
 @contextlib.contextmanager
 def _tidy() -> Iterator[None]:
-    """Have SIGTERM end the program by an exception within the block, so that the terminal is itself again."""
+    """Have SIGTERM end the program by an exception within the block, so that the terminal is itself
+    again.
+    """
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
@@ -70,7 +87,9 @@ def _tidy() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr watch`."""
-    parser = argparse.ArgumentParser(prog="efr watch", description="A live view of a run in the terminal.")
+    parser = argparse.ArgumentParser(
+        prog="efr watch", description=("A live view of a run in the terminal.")
+    )
     parser.add_argument("folder", type=Path, help="runs/NAME")
     parser.add_argument(
         "--every",

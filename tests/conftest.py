@@ -1,4 +1,6 @@
-"""Fixtures of all tests: one thread, tiny Qwen2 folders, ragged sequences, and a world of one rank."""
+"""Fixtures of all tests: one thread, tiny Qwen2 folders, ragged sequences, and a world of one
+rank.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ VOCAB = 61
 
 @pytest.fixture(autouse=True)
 def _log_of_a_program() -> None:
-    """The terminal's log as programs begin with it: one that a test ran in this process may have asked for less."""
+    """The terminal's log as programs begin with it: one that a test ran in this process may have
+    asked for less.
+    """
     os.environ.pop(log.VARIABLE, None)
     log.to_terminal()
 
@@ -42,7 +46,9 @@ def make_model_folder(
     dtype: torch.dtype = torch.float32,
     hidden: int = 64,
 ) -> Path:
-    """A Qwen2 of 4 layers with lively random weights (biases and norms too), as `transformers` writes it."""
+    """A Qwen2 of 4 layers with lively random weights (biases and norms too), as `transformers`
+    writes it.
+    """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
@@ -69,7 +75,9 @@ def make_model_folder(
     return folder
 
 
-def ragged_sequences(count: int, seed: int = 0, shortest: int = 8, longest: int = 90) -> list[Sample]:
+def ragged_sequences(
+    count: int, seed: int = 0, shortest: int = 8, longest: int = 90
+) -> list[Sample]:
     """Random prompts and responses of very different lengths."""
     rng = np.random.default_rng(seed)
     sequences = []
@@ -77,7 +85,9 @@ def ragged_sequences(count: int, seed: int = 0, shortest: int = 8, longest: int 
         tokens = rng.integers(0, VOCAB, int(rng.integers(shortest, longest))).tolist()
         prompt = int(rng.integers(1, shortest - 1))
         logprobs = (-rng.random(len(tokens) - prompt)).tolist()
-        sequences.append(sample(tokens, prompt, advantage=float(rng.normal()), engine_logprob=logprobs))
+        sequences.append(
+            sample(tokens, prompt, advantage=float(rng.normal()), engine_logprob=logprobs)
+        )
     return sequences
 
 

@@ -25,17 +25,26 @@ Weights = list[tuple[str, torch.Tensor]]
 def requests(count: int, samples: int = 2, first_token: int = 3) -> list[Request]:
     """Prompts of different lengths, each with its own seed."""
     return [
-        plain(Prompt(f"p{i}", tuple(first_token + j % 5 for j in range(1 + i % 7)), "", ""), samples, seed=1000 + i)
+        plain(
+            Prompt(f"p{i}", tuple(first_token + j % 5 for j in range(1 + i % 7)), "", ""),
+            samples,
+            seed=1000 + i,
+        )
         for i in range(count)
     ]
 
 
 def check_parts(response: Response, stop_id: int, limit: int) -> None:
     """Hold a response to what its parts say of it."""
-    parts, drawn = response.parts, [part for part in response.parts if part.ending not in ("forced", "chosen")]
+    parts, drawn = (
+        response.parts,
+        [part for part in response.parts if part.ending not in ("forced", "chosen")],
+    )
     assert [parts[0].start, parts[-1].end] == [0, len(response.tokens)]
     assert all(one.end == other.start for one, other in pairwise(parts))
-    assert response.length == len(response.tokens) - sum(part.end - part.start for part in parts if part.forced)
+    assert response.length == len(response.tokens) - sum(
+        part.end - part.start for part in parts if part.forced
+    )
     assert sum(part.end - part.start for part in drawn) <= limit
     assert response.finish == ("length" if drawn[-1].ending == "length" else "stop")
     assert response.text == Letters().decode(response.tokens)
@@ -46,13 +55,17 @@ def check_parts(response: Response, stop_id: int, limit: int) -> None:
             assert said == [first, *[0.0] * (len(said) - 1)]
         else:
             assert all(logprob < 0 for logprob in said)
-            assert (response.tokens[part.start : part.end][-1:] == (stop_id,)) == (part.ending == "stop")
+            assert (response.tokens[part.start : part.end][-1:] == (stop_id,)) == (
+                part.ending == "stop"
+            )
 
 
 class EngineContract:
-    """Subclasses provide `make_engine` (a fresh engine) and `weights` (two different sets that it can serve).
+    """Subclasses provide `make_engine` (a fresh engine) and `weights` (two different sets that it
+    can serve).
 
-    `stop_id` must be a token that the first set of weights draws within a few tens of tokens, and not at once.
+    `stop_id` must be a token that the first set of weights draws within a few tens of tokens, and
+    not at once.
     """
 
     stop_id: int
@@ -75,8 +88,12 @@ class EngineContract:
     def test_every_request_comes_back_once_as_a_whole_group(self, engine: Engine) -> None:
         asked = requests(11, samples=3)
         groups = list(engine.generate(iter(asked), self.sampling()))
-        assert sorted(group.prompt.id for group in groups) == sorted(request.prompt.id for request in asked)
-        assert {group.prompt.id: group.seed for group in groups} == {r.prompt.id: r.seed for r in asked}
+        assert sorted(group.prompt.id for group in groups) == sorted(
+            request.prompt.id for request in asked
+        )
+        assert {group.prompt.id: group.seed for group in groups} == {
+            r.prompt.id: r.seed for r in asked
+        }
         assert all(len(group.responses) == 3 for group in groups)
 
     def test_responses_say_how_they_ended_and_have_a_log_prob_a_token(self, engine: Engine) -> None:
@@ -121,13 +138,17 @@ class EngineContract:
             assert all(span.start < span.end for span in spans)
         assert kinds == {(3,), (3, 4), (4,)}
 
-    def test_a_stream_waits_while_another_is_answered_and_loses_nothing(self, engine: Engine) -> None:
+    def test_a_stream_waits_while_another_is_answered_and_loses_nothing(
+        self, engine: Engine
+    ) -> None:
         stream = engine.generate(requests(20), self.sampling())
         groups = [next(stream)]
         others = list(engine.generate(requests(5, first_token=4), self.sampling()))
         assert len(others) == 5
         groups += stream
-        assert sorted(group.prompt.id for group in groups) == sorted(request.prompt.id for request in requests(20))
+        assert sorted(group.prompt.id for group in groups) == sorted(
+            request.prompt.id for request in requests(20)
+        )
 
     def test_a_stream_goes_on_when_more_is_asked_of_it(self, engine: Engine) -> None:
         class Feed(list[Request]):
@@ -148,7 +169,9 @@ class EngineContract:
         assert len(groups) == 8
         feed.extend(asked[8:])
         groups += stream
-        assert sorted(group.prompt.id for group in groups) == sorted(request.prompt.id for request in asked)
+        assert sorted(group.prompt.id for group in groups) == sorted(
+            request.prompt.id for request in asked
+        )
 
     def test_a_closed_stream_ends_for_the_thread_that_waits_in_it(self, engine: Engine) -> None:
         stream = engine.generate(requests(20), self.sampling())
@@ -218,7 +241,9 @@ class EngineContract:
             EarlyExit(pauses=("C", "D", "E"), probe="I", tokens=4, sure=1e-9, end="F", exit="GH"),
             Forks(at=(1, 3), samples=2, tokens=5, opening="E"),
         )
-        asked = [Request(each.prompt, each.seed, scripts, {"why": each.seed}) for each in requests(12)]
+        asked = [
+            Request(each.prompt, each.seed, scripts, {"why": each.seed}) for each in requests(12)
+        ]
         found = set()
         for group in engine.generate(asked, self.sampling()):
             assert (group.scripts, group.note) == (scripts, {"why": group.seed})
@@ -232,7 +257,8 @@ class EngineContract:
                         check_parts(each, self.stop_id, 5)
         assert found >= {
             (Plain, "response", "stop"), (Plain, "response", "length"),
-            (Opened, "opening", "forced"), (Opened, "opening", "chosen"), (Opened, "response", "stop"),
+            (Opened, "opening", "forced"), (Opened, "opening", "chosen"),
+            (Opened, "response", "stop"),
             (Budget, "thought", "length"), (Budget, "cut", "forced"), (Budget, "answer", "length"),
             (EarlyExit, "thought", "until"), (EarlyExit, "probe", 1), (EarlyExit, "exit", "forced"),
             (Forks, "response", "stop"), (Forks, "summary", 2),

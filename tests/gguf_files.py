@@ -1,4 +1,6 @@
-"""GGUF files of tiny models, written with the package `gguf` as llama.cpp's converter writes them."""
+"""GGUF files of tiny models, written with the package `gguf` as llama.cpp's converter writes
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ import pytest
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 
-gguf: Any = pytest.importorskip("gguf", reason="the package gguf is not installed: pip install 'megatron-efr[gguf]'")
+gguf: Any = pytest.importorskip(
+    "gguf", reason=("the package gguf is not installed: pip install 'megatron-efr[gguf]'")
+)
 
 CONTROL = {
     "smollm": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
@@ -32,14 +36,23 @@ BEGINS = {
     "llama-bpe": "<|begin_of_text|>",
 }  # fmt: skip
 MERGES = ["Ġ Ġ", "5 5", "Ġ a", "a p", "Ã ©", "i n", "Ġ in"]
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt "
+    "%}:{% endif %}"
+)
 ROWS = 288  # of the embedding: more than there are tokens
 PRE = {"llama": "smollm", "qwen2": "qwen2", "qwen3": "qwen2"}
 
 
 def vocabulary(pre: str) -> tuple[list[str], list[int]]:
-    """Tokens in order and their types: bytes, merges, a word without merges, control tokens, `<think>`, unused."""
-    normal = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES), "xyz"]
+    """Tokens in order and their types: bytes, merges, a word without merges, control tokens,
+    `<think>`, unused.
+    """
+    normal = [
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        *(merge.replace(" ", "") for merge in MERGES),
+        "xyz",
+    ]
     tokens = [*normal, *CONTROL[pre], "<think>"]
     types = [1] * len(normal) + [3] * len(CONTROL[pre]) + [4]
     unused = range(len(tokens), ROWS)
@@ -60,7 +73,12 @@ def add_tokenizer(writer: Any, kind: str, **changes: Any) -> None:
 
 def add(writer: Any, key: str, value: Any) -> None:
     """One key of the metadata in the type that llama.cpp gives it; None: leave it out."""
-    kinds = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    kinds = {
+        str: writer.add_string,
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+    }
     if value is not None:
         kinds.get(type(value), writer.add_array)(key, value)
 
@@ -75,7 +93,8 @@ def write_model(
     pre: str | None = None,
     tensors: Mapping[str, np.ndarray | None] | None = None,
 ) -> Path:
-    """The model of `folder`, in float32 but if `kinds` says otherwise by the end of llama.cpp's name.
+    """The model of `folder`, in float32 but if `kinds` says otherwise by the end of llama.cpp's
+    name.
 
     The other arguments replace or add keys and tensors; None takes one out.
     """
@@ -102,32 +121,51 @@ def model_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     rope, kind = config["rope_parameters"], config["model_type"]
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     found: dict[str, Any] = {
-        "block_count": config["num_hidden_layers"], "context_length": config["max_position_embeddings"],
-        "embedding_length": config["hidden_size"], "feed_forward_length": config["intermediate_size"],
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
         "attention.head_count": config["num_attention_heads"],
         "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"], "rope.freq_base": float(rope["rope_theta"]),
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "rope.freq_base": float(rope["rope_theta"]),
     }  # fmt: skip
-    found |= {"attention.key_length": head_dim, "attention.value_length": head_dim} if kind == "qwen3" else {}
-    found |= {"rope.dimension_count": head_dim, "vocab_size": config["vocab_size"]} if kind == "llama" else {}
+    found |= (
+        {"attention.key_length": head_dim, "attention.value_length": head_dim}
+        if kind == "qwen3"
+        else {}
+    )
+    found |= (
+        {"rope.dimension_count": head_dim, "vocab_size": config["vocab_size"]}
+        if kind == "llama"
+        else {}
+    )
     if rope["rope_type"] in ("linear", "yarn"):
-        found |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
+        found |= {
+            "rope.scaling.type": rope["rope_type"],
+            "rope.scaling.factor": float(rope["factor"]),
+        }
     if rope["rope_type"] == "yarn":
         found["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
     return {f"{kind}.{key}": value for key, value in found.items()}
 
 
 def model_tensors(config: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray]:
-    """Arrays under llama.cpp's names; queries and keys of a Llama with the rows of each head interleaved."""
+    """Arrays under llama.cpp's names; queries and keys of a Llama with the rows of each head
+    interleaved.
+    """
     names = gguf.get_tensor_name_map(
-        {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[config["model_type"]], config["num_hidden_layers"]
+        {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[config["model_type"]],
+        config["num_hidden_layers"],
     )
     found = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
         stem, _, end = name.rpartition(".")
         array = tensor.float().numpy()
         if config["model_type"] == "llama" and stem.endswith(("q_proj", "k_proj")):
-            heads = config["num_attention_heads" if stem.endswith("q_proj") else "num_key_value_heads"]
+            heads = config[
+                "num_attention_heads" if stem.endswith("q_proj") else "num_key_value_heads"
+            ]
             array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
         if name != "lm_head.weight" or not config["tie_word_embeddings"]:
             found[f"{names.get_name(stem)}.{end}"] = array

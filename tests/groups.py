@@ -1,4 +1,6 @@
-"""Groups for tests, at the stage that a test starts from, up to samples with the columns that it wants."""
+"""Groups for tests, at the stage that a test starts from, up to samples with the columns that it
+wants.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,18 @@ import numpy as np
 
 from megatron_efr.methods import Known, Sampled
 from megatron_efr.samples import COLUMNS, Sample
-from megatron_efr.types import Credit, Credited, Finish, Grade, Graded, Group, Marks, Prompt, Response, Rewarded
+from megatron_efr.types import (
+    Credit,
+    Credited,
+    Finish,
+    Grade,
+    Graded,
+    Group,
+    Marks,
+    Prompt,
+    Response,
+    Rewarded,
+)
 
 KNOWN = Known(
     step=1,
@@ -23,7 +36,9 @@ KNOWN = Known(
 """Knowledge of a method in its first iteration; the starting model gets the prompt half right."""
 
 
-def response(length: int, finish: Finish = "stop", text: str = "", logprob: float = 0.0) -> Response:
+def response(
+    length: int, finish: Finish = "stop", text: str = "", logprob: float = 0.0
+) -> Response:
     """A response of so many equal tokens."""
     return Response((1,) * length, np.full(length, logprob, dtype=np.float32), finish, text=text)
 
@@ -44,11 +59,15 @@ def graded(
     return Graded(group, tuple(Grade("correct" if right else "wrong") for right in correct))
 
 
-def credited(group: Group | Graded, advantage: Sequence[float] | np.ndarray, rewards: Any = None) -> Credited:
+def credited(
+    group: Group | Graded, advantage: Sequence[float] | np.ndarray, rewards: Any = None
+) -> Credited:
     """The last stage; all wrong and without reward if nothing else is given."""
     if isinstance(group, Group):
         group = Graded(group, (Grade("wrong"),) * len(group.responses))
-    values = np.zeros(len(group.grades)) if rewards is None else np.asarray(rewards, dtype=np.float64)
+    values = (
+        np.zeros(len(group.grades)) if rewards is None else np.asarray(rewards, dtype=np.float64)
+    )
     return Credited(Rewarded(group, values), Credit(np.asarray(advantage, dtype=np.float64)))
 
 

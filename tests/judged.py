@@ -15,7 +15,17 @@ from megatron_efr import methods
 from megatron_efr.config import AlgorithmConfig, MethodConfig, RolloutConfig
 from megatron_efr.methods import Known, Method, Visit
 from megatron_efr.steps import Draw, Fork, Part
-from megatron_efr.types import Branch, Done, Finish, Grade, Graded, Prompt, Response, Rewarded, Script
+from megatron_efr.types import (
+    Branch,
+    Done,
+    Finish,
+    Grade,
+    Graded,
+    Prompt,
+    Response,
+    Rewarded,
+    Script,
+)
 from tests.groups import KNOWN, graded, response
 
 VECTORS = json.loads((Path(__file__).parent / "data/method_vectors.json").read_text())
@@ -26,7 +36,9 @@ REQUIRED: dict[str, dict[str, Any]] = {"efr": {"alpha": 0.2}, "gfpo": {"keep": 2
 """Options without which a method cannot be built for groups of four."""
 
 
-def build(name: str, samples: int = 4, tokens: int = 40_000, prompts: int = 32, **options: Any) -> Method:
+def build(
+    name: str, samples: int = 4, tokens: int = 40_000, prompts: int = 32, **options: Any
+) -> Method:
     config = MethodConfig.model_validate({"name": name, **REQUIRED.get(name, {}), **options})
     rollout = RolloutConfig(prompts=prompts, samples=samples, max_new_tokens=tokens)
     return methods.build(config, rollout, AlgorithmConfig())
@@ -48,10 +60,14 @@ def asked(
     return replace(made, group=replace(made.group, responses=tuple(said), note=note))
 
 
-def branched(group: Graded, method: Method, verdicts: Sequence[Sequence[Any]] | None = None) -> Graded:
-    """The group with the branches that `method` asks for, of responses that are all thought but for an end mark.
+def branched(
+    group: Graded, method: Method, verdicts: Sequence[Sequence[Any]] | None = None
+) -> Graded:
+    """The group with the branches that `method` asks for, of responses that are all thought but for
+    an end mark.
 
-    `verdicts` say for each response which answers of branches are right; None: drawn, by its own length and verdict.
+    `verdicts` say for each response which answers of branches are right; None: drawn, by its own
+    length and verdict.
     """
     visit = Visit(group.group.prompt, len(group.grades), seed=5)
     scripts = method.ask(visit, KNOWN).scripts
@@ -59,9 +75,14 @@ def branched(group: Graded, method: Method, verdicts: Sequence[Sequence[Any]] | 
     responses = tuple(followed(script, sample, each) for sample, (script, each) in enumerate(pairs))
     if verdicts is None:
         sizes = zip(responses, group.grades, strict=True)
-        rngs = [(np.random.default_rng([len(each.tokens), grade.correct]), len(each.answers)) for each, grade in sizes]
+        rngs = [
+            (np.random.default_rng([len(each.tokens), grade.correct]), len(each.answers))
+            for each, grade in sizes
+        ]
         verdicts = [(rng.random(count) < 0.5).tolist() for rng, count in rngs]
-    judged = tuple(tuple(Grade("correct" if right else "wrong") for right in each) for each in verdicts)
+    judged = tuple(
+        tuple(Grade("correct" if right else "wrong") for right in each) for each in verdicts
+    )
     return replace(group, group=replace(group.group, responses=responses), branches=judged)
 
 
@@ -76,11 +97,19 @@ def followed(script: Script, sample: int, whole: Response) -> Response:
             end = min(length - 1, step.limit or length) if thinks else length
             cut = thinks and end == step.limit
             parts.append(
-                Part(step.part, parts[-1].end if parts else 0, end, "length" if cut else "until" if thinks else "stop")
+                Part(
+                    step.part,
+                    parts[-1].end if parts else 0,
+                    end,
+                    "length" if cut else "until" if thinks else "stop",
+                )
             )
             done = Done(parts[-1])
         elif isinstance(step, Fork):
-            made = [Branch(step.part, at, tuple(response(step.limit) for _ in range(step.samples))) for at in step.at]
+            made = [
+                Branch(step.part, at, tuple(response(step.limit) for _ in range(step.samples)))
+                for at in step.at
+            ]
             branches += made
             done = done._replace(branches=tuple(made))
         try:
@@ -105,13 +134,19 @@ def rewarded(
 
 
 def early_steps(prompt: Prompt, steps: Sequence[str]) -> list[float]:
-    """A judge that holds the first steps of a thought right, of a number that the prompt and the thought decide."""
+    """A judge that holds the first steps of a thought right, of a number that the prompt and the
+    thought decide.
+    """
     right = (len(prompt.text) + len("".join(steps))) % (len(steps) + 1)
     return [float(number < right) for number in range(len(steps))]
 
 
 def trained_on(
-    method: Method, right: Sequence[Any], lengths: Sequence[int], known: Known = KNOWN, **changed: Any
+    method: Method,
+    right: Sequence[Any],
+    lengths: Sequence[int],
+    known: Known = KNOWN,
+    **changed: Any,
 ) -> np.ndarray:
     """A group's advantages if the method gives them, else its rewards."""
     groups = rewarded(method, [(right, lengths)], known, **changed)

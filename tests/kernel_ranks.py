@@ -1,6 +1,8 @@
-"""One rank of a tensor-parallel run of the head (started by torchrun under the interpreter), against fp64 of the whole.
+"""One rank of a tensor-parallel run of the head (started by torchrun under the interpreter),
+against fp64 of the whole.
 
-The vocabulary ends inside the last rank's rows, or before them: then that rank holds nothing but padding.
+The vocabulary ends inside the last rank's rows, or before them: then that rank holds nothing but
+padding.
 """
 
 from __future__ import annotations
@@ -23,28 +25,45 @@ def check(backend: Any, vocab: int) -> None:
     tokens = 9
     x, _, _, drawn = policy_case(tokens, 20, torch.float32)
     w = torch.randn(ROWS * ranks, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    edges = [e for r in range(ranks) for e in (r * ROWS, r * ROWS + ROWS - 1) if e < vocab]  # shards' first and last
+    # shards' first and last
+    edges = [e for r in range(ranks) for e in (r * ROWS, r * ROWS + ROWS - 1) if e < vocab]
     targets = torch.tensor([vocab - 1, *edges] * tokens)[:tokens]
     shard = slice(rank * ROWS, (rank + 1) * ROWS)
     mine = w.detach()[shard].clone().requires_grad_()
 
     logprob, entropy = linear_logprob(
-        x, mine, targets, temperature=0.8, true_vocab=vocab, tp_group=group, entropy=True, chunk=4, backend=backend
+        x,
+        mine,
+        targets,
+        temperature=0.8,
+        true_vocab=vocab,
+        tp_group=group,
+        entropy=True,
+        chunk=4,
+        backend=backend,
     )
     want, want_entropy = exact(x, w, targets, 0.8, vocab)
     assert entropy is not None
     assert max(largest(logprob, want), largest(entropy, want_entropy)) <= 1e-5
     g = torch.linspace(-1, 1, tokens)
     got = torch.autograd.grad((logprob * g + entropy * g.flip(0)).sum(), [x, mine])
-    dx, dw = torch.autograd.grad((want * g.double() + want_entropy * g.flip(0).double()).sum(), [x, w])
+    dx, dw = torch.autograd.grad(
+        (want * g.double() + want_entropy * g.flip(0).double()).sum(), [x, w]
+    )
     compare(got[0], dx, got[1], dw, shard)
 
-    near, noise = want.detach().float(), torch.randn(3, tokens, generator=torch.Generator().manual_seed(2)) * 0.3
-    rows = PolicyRows(near + noise[0], drawn.advantages, drawn.weights, near + noise[1], noise[2].exp())
+    near, noise = (
+        want.detach().float(),
+        torch.randn(3, tokens, generator=torch.Generator().manual_seed(2)) * 0.3,
+    )
+    rows = PolicyRows(
+        near + noise[0], drawn.advantages, drawn.weights, near + noise[1], noise[2].exp()
+    )
     terms = Objective(high=0.1, dual=1.3, kl="k3", beta=0.3, bonus=0.05)
     main_grad = torch.zeros_like(mine, requires_grad=False)
     out = fused_policy_loss(
-        x, mine, targets, rows, terms, main_grad=main_grad, factor=2.0, temperature=0.8, true_vocab=vocab,
+        x, mine, targets, rows, terms, main_grad=main_grad, factor=2.0, temperature=0.8,
+        true_vocab=vocab,
         tp_group=group, chunk=4, backend=backend,
     )  # fmt: skip
     assert torch.equal(out.logprobs, logprob)
@@ -55,11 +74,21 @@ def check(backend: Any, vocab: int) -> None:
 
 
 def compare(
-    hidden: torch.Tensor, exact_hidden: torch.Tensor, weight: torch.Tensor, exact_weight: torch.Tensor, shard: slice
+    hidden: torch.Tensor,
+    exact_hidden: torch.Tensor,
+    weight: torch.Tensor,
+    exact_weight: torch.Tensor,
+    shard: slice,
 ) -> None:
-    """`weight` is this rank's shard of the gradient; its error counts against the whole gradient's norm."""
-    assert relative(hidden, exact_hidden) <= 1e-5, "the gradient of hidden is the sum over ranks, on every rank"
-    assert (weight.double() - exact_weight[shard].double()).norm() <= 1e-5 * exact_weight.double().norm()
+    """`weight` is this rank's shard of the gradient; its error counts against the whole gradient's
+    norm.
+    """
+    assert relative(hidden, exact_hidden) <= 1e-5, (
+        "the gradient of hidden is the sum over ranks, on every rank"
+    )
+    assert (
+        weight.double() - exact_weight[shard].double()
+    ).norm() <= 1e-5 * exact_weight.double().norm()
     if exact_weight[shard].abs().max() == 0:
         assert torch.all(weight == 0), "nothing but padding"
 

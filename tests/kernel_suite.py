@@ -1,7 +1,8 @@
 """Every Triton kernel against fp64, on a card or under Triton's interpreter.
 
-Collected by tests/unit/kernels/test_interpreted.py, in a process of its own with TRITON_INTERPRET=1, and by
-tests/gpu/test_kernels.py. The interpreter computes bf16 wrongly, so 16-bit here is fp16.
+Collected by tests/unit/kernels/test_interpreted.py, in a process of its own with
+TRITON_INTERPRET=1, and by tests/gpu/test_kernels.py. The interpreter computes bf16 wrongly, so
+16-bit here is fp16.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from megatron_efr.kernels.row_kernels import Logits, merge
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP16 = [torch.float32, torch.float16]
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # gradients, relative to their norm
+# gradients, relative to their norm
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 KINDS = ["none", "k1", "k2", "k3"]
 
 
@@ -44,7 +46,9 @@ def small_blocks() -> Iterator[None]:
         yield
 
 
-def case(tokens: int, hidden: int, rows: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+def case(
+    tokens: int, hidden: int, rows: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(tokens * 1000 + rows)
     x = torch.randn(tokens, hidden, generator=generator).to(DEVICE, dtype).requires_grad_()
     w = torch.randn(rows, hidden, generator=generator).mul_(0.5).to(DEVICE, dtype).requires_grad_()
@@ -67,23 +71,34 @@ def largest(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.detach().double() - b.detach().double()).abs().max())
 
 
-# -- log-prob head -----------------------------------------------------------------------------------------------------
+# -- log-prob head
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FP16)
 @given(
-    tokens=st.integers(1, 7), hidden=st.integers(1, 12), vocab=st.integers(2, 50), padding=st.integers(0, 20),
+    tokens=st.integers(1, 7), hidden=st.integers(1, 12), vocab=st.integers(2, 50),
+    padding=st.integers(0, 20),
     chunk=st.integers(1, 8), temperature=st.sampled_from([0.6, 1.0, 1.7]),
     wanted=st.sampled_from(["logprob", "entropy", "both"]),
 )  # fmt: skip
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_head(
-    dtype: torch.dtype, tokens: int, hidden: int, vocab: int, padding: int, chunk: int, temperature: float, wanted: str
+    dtype: torch.dtype,
+    tokens: int,
+    hidden: int,
+    vocab: int,
+    padding: int,
+    chunk: int,
+    temperature: float,
+    wanted: str,
 ) -> None:
     x, w = case(tokens, hidden, vocab + padding, dtype)
-    targets = (torch.arange(tokens, device=DEVICE) * (vocab - 1)) % vocab  # the first and the last column among them
+    # the first and the last column among them
+    targets = (torch.arange(tokens, device=DEVICE) * (vocab - 1)) % vocab
     logprob, entropy = linear_logprob(
-        x, w, targets, temperature=temperature, true_vocab=vocab, entropy=wanted != "logprob", chunk=chunk,
+        x, w, targets, temperature=temperature, true_vocab=vocab, entropy=wanted != "logprob",
+        chunk=chunk,
         backend="triton",
     )  # fmt: skip
     want, want_entropy = exact(x, w, targets, temperature, vocab)
@@ -93,10 +108,18 @@ def test_head(
     value, exact_value = (logprob * g).sum(), (want * g.double()).sum()
     if entropy is not None:
         assert largest(entropy, want_entropy) <= 1e-5
-        value, exact_value = value + (entropy * h).sum(), exact_value + (want_entropy * h.double()).sum()
-    got, wanted_gradients = torch.autograd.grad(value, [x, w]), torch.autograd.grad(exact_value, [x, w])
+        value, exact_value = (
+            value + (entropy * h).sum(),
+            exact_value + (want_entropy * h.double()).sum(),
+        )
+    got, wanted_gradients = (
+        torch.autograd.grad(value, [x, w]),
+        torch.autograd.grad(exact_value, [x, w]),
+    )
     for mine, theirs in zip(got, wanted_gradients, strict=True):
-        assert (mine.double() - theirs.double()).norm() <= TOLERANCE[dtype] * theirs.double().norm() + 1e-6
+        assert (mine.double() - theirs.double()).norm() <= TOLERANCE[
+            dtype
+        ] * theirs.double().norm() + 1e-6
     assert torch.all(got[1][vocab:] == 0), "padding rows of the head get exactly no gradient"
 
 
@@ -105,12 +128,16 @@ def test_shipped_block(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_rows, "BLOCK", 4096)
     x, w = case(3, 4, vocab + 2)
     targets = torch.tensor([0, vocab - 1, vocab // 2], device=DEVICE)
-    logprob, entropy = linear_logprob(x, w, targets, true_vocab=vocab, entropy=True, backend="triton")
+    logprob, entropy = linear_logprob(
+        x, w, targets, true_vocab=vocab, entropy=True, backend="triton"
+    )
     want, want_entropy = exact(x, w, targets, 1.0, vocab)
     assert entropy is not None
     assert max(largest(logprob, want), largest(entropy, want_entropy)) <= 1e-5
     got = torch.autograd.grad((logprob + entropy).sum(), [x, w])
-    for mine, theirs in zip(got, torch.autograd.grad((want + want_entropy).sum(), [x, w]), strict=True):
+    for mine, theirs in zip(
+        got, torch.autograd.grad((want + want_entropy).sum(), [x, w]), strict=True
+    ):
         assert relative(mine, theirs) <= 1e-5
 
 
@@ -136,7 +163,10 @@ def test_rows_of_any_dtype_and_stride(dtype: torch.dtype) -> None:
     mine = merge(statistics, local, True, None)
     log_probs = torch.log_softmax(logits[:, :60].double() * 0.7, -1)
     owned = local >= 0
-    assert largest(mine.logprob[owned], log_probs.gather(1, local.clamp(min=0)[:, None])[:, 0][owned]) <= 1e-5
+    assert (
+        largest(mine.logprob[owned], log_probs.gather(1, local.clamp(min=0)[:, None])[:, 0][owned])
+        <= 1e-5
+    )
     assert mine.entropy is not None
     assert largest(mine.entropy, -(log_probs.exp() * log_probs).sum(-1)) <= 1e-5
 
@@ -167,8 +197,12 @@ def test_expanded_gradient_chunks_and_repeats() -> None:
 
     first = run(4, True)
     assert all(torch.equal(a, b) for a, b in zip(first, run(4, True), strict=True)), "bit for bit"
-    assert all(torch.equal(a, b) for a, b in zip(first, run(4, False), strict=True)), "expanded or dense"
-    assert all(relative(a, b) <= 1e-6 for a, b in zip(run(11, True), first, strict=True)), "any chunk"
+    assert all(torch.equal(a, b) for a, b in zip(first, run(4, False), strict=True)), (
+        "expanded or dense"
+    )
+    assert all(relative(a, b) <= 1e-6 for a, b in zip(run(11, True), first, strict=True)), (
+        "any chunk"
+    )
 
 
 def test_tied_embedding() -> None:
@@ -187,17 +221,23 @@ def test_a_target_outside_the_vocabulary_has_no_number(backend: Any) -> None:
     assert logprob.isnan().tolist() == [False, True, True, False]
     main_grad, one = torch.zeros_like(w, requires_grad=False), torch.ones(4, device=DEVICE)
     out = fused_policy_loss(
-        x, w, targets, PolicyRows(logprob.detach(), one, one), Objective(), main_grad=main_grad, factor=1.0,
+        x, w, targets, PolicyRows(logprob.detach(), one, one), Objective(), main_grad=main_grad,
+        factor=1.0,
         true_vocab=7, backend=backend,
     )  # fmt: skip
     assert out.loss.isnan(), "the step is skipped, and says so"
     assert main_grad.isnan().any()
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="a card holds the real thing: test_more_logits_than_an_int32_counts")
+@pytest.mark.skipif(
+    DEVICE != "cpu", reason="a card holds the real thing: test_more_logits_than_an_int32_counts"
+)
 def test_offsets_beyond_int32(tmp_path: Path) -> None:
-    stride = 2**30 + 16  # row 3 begins beyond 2^31 elements; the file has holes, so little of it exists
-    logits = torch.from_file(str(tmp_path / "rows"), shared=True, size=3 * stride + 40).as_strided((4, 40), (stride, 1))
+    # row 3 begins beyond 2^31 elements; the file has holes, so little of it exists
+    stride = 2**30 + 16
+    logits = torch.from_file(str(tmp_path / "rows"), shared=True, size=3 * stride + 40).as_strided(
+        (4, 40), (stride, 1)
+    )
     values = torch.randn(4, 40)
     logits.copy_(values)
     local = torch.tensor([0, 1, 2, 39])
@@ -206,16 +246,20 @@ def test_offsets_beyond_int32(tmp_path: Path) -> None:
     softmax = merge(near, local, True, None)
     g = torch.ones(4)
     gradients = [
-        triton_rows.write_gradient(Logits(v, local, 40, 1.0), softmax, g, g, torch.float16) for v in (logits, values)
+        triton_rows.write_gradient(Logits(v, local, 40, 1.0), softmax, g, g, torch.float16)
+        for v in (logits, values)
     ]
     assert torch.equal(*gradients)
 
 
-# -- policy loss -------------------------------------------------------------------------------------------------------
+# -- policy loss
+# --------------------------------------------------------------------------------------------------
 
 
 def policy_case(tokens: int, vocab: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Ratios several clip widths apart, two sequences of advantage 0, a row of weight 0, and importance weights."""
+    """Ratios several clip widths apart, two sequences of advantage 0, a row of weight 0, and
+    importance weights.
+    """
     x, w = case(tokens, 8, vocab + 3, dtype)
     targets = (torch.arange(tokens, device=DEVICE) * 7) % vocab
     noise = torch.randn(5, tokens, generator=torch.Generator().manual_seed(tokens)).to(DEVICE)
@@ -227,12 +271,19 @@ def policy_case(tokens: int, vocab: int, dtype: torch.dtype) -> tuple[Any, ...]:
     weights[tokens // 2] = 0.0
     importance = (0.5 * noise[4]).exp()
     importance[1::5] = 0.0
-    rows = PolicyRows(logprob + 0.3 * noise[0], advantages, weights, logprob + 0.3 * noise[3], importance)
+    rows = PolicyRows(
+        logprob + 0.3 * noise[0], advantages, weights, logprob + 0.3 * noise[3], importance
+    )
     return x, w, targets, rows
 
 
 def exact_policy(
-    x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor, rows: PolicyRows, objective: Objective, vocab: int
+    x: torch.Tensor,
+    w: torch.Tensor,
+    targets: torch.Tensor,
+    rows: PolicyRows,
+    objective: Objective,
+    vocab: int,
 ) -> torch.Tensor:
     """The loss in fp64 from materialised logits, for autograd."""
     logprob, entropy = exact(x, w, targets, 0.8, vocab)
@@ -269,10 +320,13 @@ def test_policy_loss(dtype: torch.dtype, kl: Any, which: Objective) -> None:
     for backend in ("triton", "torch"):
         main_grad = torch.full(w.shape, 0.25, device=DEVICE)
         out = fused_policy_loss(
-            x, w, targets, rows, objective, main_grad=main_grad, factor=factor, temperature=0.8, true_vocab=45, chunk=9,
+            x, w, targets, rows, objective, main_grad=main_grad, factor=factor, temperature=0.8,
+            true_vocab=45, chunk=9,
             backend=backend,
         )  # fmt: skip
-        plain, _ = linear_logprob(x, w, targets, temperature=0.8, true_vocab=45, chunk=9, backend=backend)
+        plain, _ = linear_logprob(
+            x, w, targets, temperature=0.8, true_vocab=45, chunk=9, backend=backend
+        )
         assert torch.equal(out.logprobs, plain)
         (gradient,) = torch.autograd.grad(out.loss * factor, [x])
         results[backend] = (out.loss.detach(), out.figures, gradient, main_grad - 0.25)
@@ -285,7 +339,9 @@ def test_policy_loss(dtype: torch.dtype, kl: Any, which: Objective) -> None:
     assert torch.all(mine[3][45:] == 0)
     assert mine[1].keys() == twin[1].keys()
     assert all(largest(mine[1][name], twin[1][name]) <= 1e-6 for name in mine[1])
-    assert min(mine[1]["clip_above"], mine[1]["clip_below"] + (which == WEIGHED)) > 0, "or nothing is shown"
+    assert min(mine[1]["clip_above"], mine[1]["clip_below"] + (which == WEIGHED)) > 0, (
+        "or nothing is shown"
+    )
     assert largest(mine[1]["clip_fraction"], mine[1]["clip_above"] + mine[1]["clip_below"]) <= 1e-6
     assert largest(mine[0], twin[0]) <= 1e-6
     if dtype == torch.float32:
@@ -299,10 +355,23 @@ def test_first_update_has_a_ratio_of_one_exactly() -> None:
     rows = PolicyRows(old, rows.advantages, rows.weights, old)
     main_grad = torch.zeros_like(w, requires_grad=False)
     out = fused_policy_loss(
-        x, w, targets, rows, Objective(kl="k3", beta=1.0), main_grad=main_grad, factor=1.0, chunk=4, backend="triton"
+        x,
+        w,
+        targets,
+        rows,
+        Objective(kl="k3", beta=1.0),
+        main_grad=main_grad,
+        factor=1.0,
+        chunk=4,
+        backend="triton",
     )
     assert out.figures["ratio_max"] == 1.0
-    assert out.figures["kl_to_old"] == out.figures["kl_to_reference"] == out.figures["clip_fraction"] == 0.0
+    assert (
+        out.figures["kl_to_old"]
+        == out.figures["kl_to_reference"]
+        == out.figures["clip_fraction"]
+        == 0.0
+    )
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -310,7 +379,9 @@ def test_nan_is_passed_on(backend: Any) -> None:
     x, w, targets, rows = policy_case(13, 45, torch.float32)
     rows = PolicyRows(rows.old, torch.full_like(rows.advantages, torch.nan), rows.weights)
     main_grad = torch.zeros_like(w, requires_grad=False)
-    out = fused_policy_loss(x, w, targets, rows, Objective(), main_grad=main_grad, factor=1.0, chunk=4, backend=backend)
+    out = fused_policy_loss(
+        x, w, targets, rows, Objective(), main_grad=main_grad, factor=1.0, chunk=4, backend=backend
+    )
     assert out.loss.isnan()
     assert torch.autograd.grad(out.loss, x)[0].isnan().any()
     assert main_grad.isnan().any()
@@ -324,11 +395,22 @@ def test_a_row_of_weight_0_adds_exactly_0_whatever_it_holds(backend: Any) -> Non
     objective, results = Objective(kl="k3", beta=0.3, bonus=0.05), []
     off = torch.arange(13, device=DEVICE) % 3 == 0
     for junk in (0.0, torch.nan):
-        held = [torch.where(off, part + junk, part) for part in (rows.advantages, rows.reference, rows.importance)]
+        held = [
+            torch.where(off, part + junk, part)
+            for part in (rows.advantages, rows.reference, rows.importance)
+        ]
         given = PolicyRows(rows.old, held[0], torch.where(off, 0.0, rows.weights), *held[1:])
         main_grad = torch.zeros_like(w, requires_grad=False)
         out = fused_policy_loss(
-            x, w, targets, given, objective, main_grad=main_grad, factor=1.0, chunk=4, backend=backend
+            x,
+            w,
+            targets,
+            given,
+            objective,
+            main_grad=main_grad,
+            factor=1.0,
+            chunk=4,
+            backend=backend,
         )
         (gradient,) = torch.autograd.grad(out.loss, x)
         assert torch.all(gradient[off] == 0)
@@ -337,17 +419,24 @@ def test_a_row_of_weight_0_adds_exactly_0_whatever_it_holds(backend: Any) -> Non
     assert results[0][1].abs().max() > 0
 
 
-# -- credits -----------------------------------------------------------------------------------------------------------
+# -- credits
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-@given(lengths=st.lists(st.integers(1, 40), max_size=6), beta=st.sampled_from([0.0, 0.01]), seed=st.integers(0, 99))
+@given(
+    lengths=st.lists(st.integers(1, 40), max_size=6),
+    beta=st.sampled_from([0.0, 0.01]),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_credits_equal_fp64(backend: Any, lengths: list[int], beta: float, seed: int) -> None:
     """Also if some tokens are not trained, whatever their log-probs are."""
     rng = np.random.default_rng(seed)
     advantages, old, reference = rng.normal(size=(3, sum(lengths))).astype(np.float32)
-    weights = (rng.random(sum(lengths)) * (rng.random(sum(lengths)) < (0.7 if seed % 2 else 1.0))).astype(np.float32)
+    weights = (
+        rng.random(sum(lengths)) * (rng.random(sum(lengths)) < (0.7 if seed % 2 else 1.0))
+    ).astype(np.float32)
     reference[weights == 0] = -np.inf
     device = [torch.from_numpy(each).to(DEVICE) for each in (advantages, weights, old, reference)]
     got = token_credits(*device[:2], lengths, *device[2:], beta=beta, backend=backend)
@@ -360,14 +449,18 @@ def test_credits_equal_fp64(backend: Any, lengths: list[int], beta: float, seed:
     assert np.abs(got.advantages.cpu().numpy() - want).max(initial=0.0) <= 1e-6
     assert got.sums.dtype == torch.float64
     counted = want[weights > 0]
-    assert got.sums.tolist() == pytest.approx([counted.sum(), (counted**2).sum(), len(counted)], abs=1e-5)
+    assert got.sums.tolist() == pytest.approx(
+        [counted.sum(), (counted**2).sum(), len(counted)], abs=1e-5
+    )
 
 
 def test_shipped_credit_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_credits, "BLOCK", 1024)
     lengths = [1500, 1, 1024, 2049]
     generator = torch.Generator().manual_seed(0)
-    advantages, weights, old, reference = torch.randn(4, sum(lengths), generator=generator).to(DEVICE)
+    advantages, weights, old, reference = torch.randn(4, sum(lengths), generator=generator).to(
+        DEVICE
+    )
     given = (advantages, weights.clamp(min=0), lengths, old, reference)
     mine, twin = (token_credits(*given, beta=0.1, backend=b) for b in ("triton", "torch"))
     assert largest(mine.advantages, twin.advantages) <= 1e-6

@@ -1,9 +1,12 @@
-"""Checkpoints as each Megatron-Core wrote them: a tiny policy after two updates, and what it was and did next.
+"""Checkpoints as each Megatron-Core wrote them: a tiny policy after two updates, and what it was
+and did next.
 
-    python -m tests.recorded tests/data/checkpoints     # under either; writes a folder named after the installed one
+    python -m tests.recorded tests/data/checkpoints
+        # under either; writes a folder named after the installed one
 
-A folder holds a checkpoint for each optimizer, and `recorded.json`: SHA-256 of every weight and of the optimizer's
-state as they were saved, and the figures of the two updates before and of the two that followed.
+A folder holds a checkpoint for each optimizer, and `recorded.json`: SHA-256 of every weight and of
+the optimizer's state as they were saved, and the figures of the two updates before and of the two
+that followed.
 """
 
 from __future__ import annotations
@@ -26,9 +29,12 @@ CHECKPOINTS = Path(__file__).with_name("data") / "checkpoints"
 OPTIMIZERS = {"plain": {}, "distributed": {"use_distributed_optimizer": True}}
 STEP = name(2)
 QWEN2 = {
-    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": VOCAB, "hidden_size": 8,
-    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 12,
-    "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
+    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": VOCAB,
+    "hidden_size": 8,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "intermediate_size": 12,
+    "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
     "hidden_act": "silu", "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
@@ -39,7 +45,8 @@ def build(folder: Path, ranks: Ranks, optimizer: str) -> Policy:
     (folder / "config.json").write_text(json.dumps(QWEN2))
     return Policy(
         ModelConfig(path=str(folder), init="random"), ParallelConfig(ddp=OPTIMIZERS[optimizer]),
-        OptimizerConfig(lr=1e-2, schedule="cosine", warmup_updates=2, clip_grad=1.0), ranks, updates=6, seed=0,
+        OptimizerConfig(lr=1e-2, schedule="cosine", warmup_updates=2, clip_grad=1.0), ranks,
+        updates=6, seed=0,
     )  # fmt: skip
 
 
@@ -51,17 +58,25 @@ def update(policy: Policy, step: int) -> dict[str, float]:
 
 
 def held(policy: Policy) -> dict[str, Any]:
-    """SHA-256 of each weight by name, and of each parameter's moments and step count in whatever order."""
+    """SHA-256 of each weight by name, and of each parameter's moments and step count in whatever
+    order.
+    """
     optimizer: Any = policy.optimizer.megatron.chained_optimizers[0].optimizer
     moments = [
-        digest(*(state[key].float() for key in ("exp_avg", "exp_avg_sq", "step"))) for state in optimizer.state.values()
+        digest(*(state[key].float() for key in ("exp_avg", "exp_avg_sq", "step")))
+        for state in optimizer.state.values()
     ]
-    return {"weights": {name: digest(w) for name, w in policy.named_weights()}, "optimizer": sorted(moments)}
+    return {
+        "weights": {name: digest(w) for name, w in policy.named_weights()},
+        "optimizer": sorted(moments),
+    }
 
 
 def digest(*tensors: torch.Tensor) -> str:
     """SHA-256 over the tensors' bytes."""
-    return hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+    return hashlib.sha256(
+        b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)
+    ).hexdigest()
 
 
 def main(out: str) -> None:
@@ -74,7 +89,9 @@ def main(out: str) -> None:
             checkpoints = Checkpoints(place / optimizer, CheckpointConfig(), ranks)
             initial = policy.initial_model | {"path": "model"}
             checkpoints.save(2, policy.sharded_state(), {"step": 2, "initial_model": initial})
-            recorded[optimizer] = held(policy) | {"figures": before + [update(policy, step) for step in (3, 4)]}
+            recorded[optimizer] = held(policy) | {
+                "figures": before + [update(policy, step) for step in (3, 4)]
+            }
     (place / "recorded.json").write_text(json.dumps(recorded, indent=1) + "\n")
 
 

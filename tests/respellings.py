@@ -1,4 +1,6 @@
-"""Usual respellings of an answer, each if it keeps the meaning: what models write instead of what a gold says."""
+"""Usual respellings of an answer, each if it keeps the meaning: what models write instead of what a
+gold says.
+"""
 
 from __future__ import annotations
 
@@ -54,13 +56,22 @@ def _slashed(gold: str) -> str | None:
 
 
 def _named(gold: str) -> str | None:
-    plain = not re.search(r"=|\\in|,(?!\\!|\d{3})|\\text|\\pm|\\mbox|\\cup|\$|[A-Za-z]{4}", gold.replace("frac", ""))
+    plain = not re.search(
+        r"=|\\in|,(?!\\!|\d{3})|\\text|\\pm|\\mbox|\\cup|\$|[A-Za-z]{4}", gold.replace("frac", "")
+    )
     return f"x = {gold}" if plain else None
 
 
 def _unicode(gold: str) -> str | None:
-    text = gold.replace("\\pi", "π").replace("^\\circ", "°").replace("\\infty", "∞").replace("\\cup", "∪")
-    text = re.sub(r"\\sqrt\{(\d)\}|\\sqrt(\d)", lambda found: f"√{found.group(1) or found.group(2)}", text)
+    text = (
+        gold.replace("\\pi", "π")
+        .replace("^\\circ", "°")
+        .replace("\\infty", "∞")
+        .replace("\\cup", "∪")
+    )
+    text = re.sub(
+        r"\\sqrt\{(\d)\}|\\sqrt(\d)", lambda found: f"√{found.group(1) or found.group(2)}", text
+    )
     return text.replace("^2", "²").replace("\\pm", "±").replace("\\in ", "∈ ")
 
 
@@ -81,18 +92,30 @@ def _currency(gold: str) -> str | None:
 
 
 def _unboxed_text(gold: str) -> str | None:
-    return gold.removeprefix("\\text{").removesuffix("}") if re.fullmatch(r"\\text\{[^{}]*\}", gold) else None
+    return (
+        gold.removeprefix("\\text{").removesuffix("}")
+        if re.fullmatch(r"\\text\{[^{}]*\}", gold)
+        else None
+    )
 
 
 def _text(gold: str) -> str | None:
-    return f"\\text{{{gold}}}" if _PLAIN.fullmatch(gold) or re.fullmatch(r"[A-Za-z]{2,}", gold) else None
+    return (
+        f"\\text{{{gold}}}"
+        if _PLAIN.fullmatch(gold) or re.fullmatch(r"[A-Za-z]{2,}", gold)
+        else None
+    )
 
 
 def _loose(gold: str) -> str | None:
     """Spaces around operators and inside brackets."""
     if re.search(r"\d,(?:\\!)?\s*\d{3}|begin|text", gold):
         return None
-    return re.sub(r"(?<=[\d}a-z])([+=<>])(?=[\d\\a-z])", r" \1 ", gold).replace("(", "( ").replace(",", ", ")
+    return (
+        re.sub(r"(?<=[\d}a-z])([+=<>])(?=[\d\\a-z])", r" \1 ", gold)
+        .replace("(", "( ")
+        .replace(",", ", ")
+    )
 
 
 def _left_right(gold: str) -> str | None:

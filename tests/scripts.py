@@ -1,4 +1,6 @@
-"""Every kind of script at work, a tokenizer of letters, and what a script makes if everything is read again."""
+"""Every kind of script at work, a tokenizer of letters, and what a script makes if everything is
+read again.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from megatron_efr.types import Branch, Done, Prompt, Response, Sampling, Script
 
 
 class Letters:
-    """A tokenizer whose tokens are letters: A is 1, B is 2; 31 is a new line; from `a` on, 33 and more."""
+    """A tokenizer whose tokens are letters: A is 1, B is 2; 31 is a new line; from `a` on, 33 and
+    more.
+    """
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(31 if letter == "\n" else ord(letter) - 64 for letter in text)
@@ -38,7 +42,9 @@ search.SCORERS = {**search.SCORERS, "letters": "tests.scripts:letters"}
 
 
 def every_kind(said: Sequence[int]) -> tuple[Script, ...]:
-    """Scripts of every kind whose turns a greedy model takes that says `said` when it is just asked."""
+    """Scripts of every kind whose turns a greedy model takes that says `said` when it is just
+    asked.
+    """
     other = Letters().decode([token for token in range(3, 32) if token not in said][:1])
     late = max(i for i in range(1, 12) if said[i] not in said[:i])
     end = Letters().decode([said[late]])
@@ -61,17 +67,25 @@ def every_kind(said: Sequence[int]) -> tuple[Script, ...]:
 
 
 def rounds(said: Sequence[int]) -> Rounds:
-    """Rounds of 8 tokens, of which the first has a summary: what stands between two pairs of letters."""
+    """Rounds of 8 tokens, of which the first has a summary: what stands between two pairs of
+    letters.
+    """
     opens, closes = (Letters().decode(said[first : first + 2]) for first in (0, 5))
     return Rounds(tokens=8, most=3, opens=opens, closes=closes, history="G{summary}HG")
 
 
 def every_rule(said: Sequence[int], trial: float | None = None) -> tuple[Script, ...]:
-    """The published rules likewise; `trial` is the temperature of their trial answers, None the sampling's."""
+    """The published rules likewise; `trial` is the temperature of their trial answers, None the
+    sampling's.
+    """
     other = Letters().decode([token for token in range(3, 32) if token not in said][:1])
     late = max(i for i in range(1, 12) if said[i] not in said[:i])
     pause, end = Letters().decode([said[1]]), Letters().decode([said[late]])
-    shared: dict[str, Any] = {"temperature": 0.0 if trial is None else trial, "probe": "C", "exit": "FG"}
+    shared: dict[str, Any] = {
+        "temperature": 0.0 if trial is None else trial,
+        "probe": "C",
+        "exit": "FG",
+    }
     letters = tuple(Letters().decode(range(3, 32)))
     return (
         CutOff(most=4),
@@ -81,14 +95,34 @@ def every_rule(said: Sequence[int], trial: float | None = None) -> tuple[Script,
         S1(most=40, end=end, header="D", final="EF", wait="C", waits=2),  # ends by itself, at last
         S1(end=end, header="D", final="EF", waits=0),
         Deer(pauses=(pause,), end=other, sure=1e-9, probe_end=letters[:3], **shared),
-        Deer(pauses=(pause,), end=end, sure=1.0, tries=2, most=9, near=0, probe_end=("JK",), **shared),
-        Deer(form="transformers", leaves=(end,), pauses=(pause,), end=other, probe_end=letters, **shared),
+        Deer(
+            pauses=(pause,), end=end, sure=1.0, tries=2, most=9, near=0, probe_end=("JK",), **shared
+        ),
+        Deer(
+            form="transformers",
+            leaves=(end,),
+            pauses=(pause,),
+            end=other,
+            probe_end=letters,
+            **shared,
+        ),
         Deer(form="qwen3", pauses=(pause,), end=other, sure=1e-9, probe_end=letters, **shared),
         EarlyStop(every=3, agree=2, tokens=4, end=end, unsure=("L",), **shared),
         Subthoughts(markers=(*letters[:9], "JKL"), tokens=5, end=other, most=2),
-        Concise(pauses=(pause,), end=other, sure=1.0, tokens=3, probe="C", exit="FG", phrases=("HI", "J"), tries=2),
+        Concise(
+            pauses=(pause,),
+            end=other,
+            sure=1.0,
+            tokens=3,
+            probe="C",
+            exit="FG",
+            phrases=("HI", "J"),
+            tries=2,
+        ),
         VgSearch(scorer="letters", beams=4, width=2, iterations=4, ends=(pause, end), tokens=4),
-        VgSearch(scorer="letters", beams=2, width=2, every=2, iterations=3, ends=letters[:7], tokens=3),
+        VgSearch(
+            scorer="letters", beams=2, width=2, every=2, iterations=3, ends=letters[:7], tokens=3
+        ),
         Told(suffix="C"),
         Tip(switch=(pause, end), amount=3.0, window=5),
         Tip(switch=letters[:12], amount=0.5, window=300),
@@ -108,20 +142,36 @@ class Made(NamedTuple):
 
 
 class Rereading:
-    """A model that reads all there is for each token, as `transformers` has it, and draws with our random numbers.
+    """A model that reads all there is for each token, as `transformers` has it, and draws with our
+    random numbers.
 
     `logits` are those that others of one model have found, by all that was read.
     """
 
-    def __init__(self, model: Any, sampling: Sampling, seed: int, sample: int, logits: dict[Any, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        sampling: Sampling,
+        seed: int,
+        sample: int,
+        logits: dict[Any, torch.Tensor],
+    ) -> None:
         self._model, self._sampling, self._seed, self._sample = model, sampling, seed, sample
         self._logits, self._branches = logits, 0
 
     def make(
-        self, steps: Generator[Step, Done, None], begun: Sequence[int], branch: int = 0, left: int | None = None
+        self,
+        steps: Generator[Step, Done, None],
+        begun: Sequence[int],
+        branch: int = 0,
+        left: int | None = None,
     ) -> Made:
         """Follow a script's steps after the tokens `begun`, one by one."""
-        made, held, left = Made([], [], [], []), None, self._sampling.max_new_tokens if left is None else left
+        made, held, left = (
+            Made([], [], [], []),
+            None,
+            self._sampling.max_new_tokens if left is None else left,
+        )
         if not branch:
             self._prompt = Prompt("p", tuple(begun), "", "")
         step: Step | None = next(steps)
@@ -139,12 +189,20 @@ class Rereading:
                 part, held = Part(step.part, first, len(made.tokens), ending), None
                 left -= part.end - part.start
             elif isinstance(step, Score):
-                part, scores = Part("score", first, first, "forced"), step.scorer(self._prompt, step.texts)
+                part, scores = (
+                    Part("score", first, first, "forced"),
+                    step.scorer(self._prompt, step.texts),
+                )
             elif isinstance(step, Force):
                 written = Letters().encode(step.text)
                 made.tokens.extend(written)
-                made.logprobs.extend([float(np.log(step.chance or 1.0))] + [0.0] * (len(written) - 1))
-                part, held = Part(step.part, first, len(made.tokens), "chosen" if step.chance else "forced"), None
+                made.logprobs.extend(
+                    [float(np.log(step.chance or 1.0))] + [0.0] * (len(written) - 1)
+                )
+                part, held = (
+                    Part(step.part, first, len(made.tokens), "chosen" if step.chance else "forced"),
+                    None,
+                )
             else:
                 after = step.after or ((),) * len(step.at)
                 most = left if step.after else self._sampling.max_new_tokens
@@ -164,7 +222,13 @@ class Rereading:
         return made
 
     def _draw(
-        self, step: Draw, made: Made, limit: int, held: tuple[int, float] | None, begun: list[int], branch: int
+        self,
+        step: Draw,
+        made: Made,
+        limit: int,
+        held: tuple[int, float] | None,
+        begun: list[int],
+        branch: int,
     ) -> tuple[Part, tuple[int, float] | None, str]:
         first = len(made.tokens)
         for _ in range(limit):
@@ -187,10 +251,14 @@ class Rereading:
             logprobs = np.array(made.logprobs, dtype=np.float32)
             finish = "length" if made.parts[-1].ending == "length" else "stop"
             text = Letters().decode(made.tokens)
-            responses.append(Response(tuple(made.tokens), logprobs, finish, text=text, parts=tuple(made.parts)))
+            responses.append(
+                Response(tuple(made.tokens), logprobs, finish, text=text, parts=tuple(made.parts))
+            )
         return Branch(fork.part, at, tuple(responses))
 
-    def _next(self, begun: list[int], tokens: list[int], branch: int, step: Draw) -> tuple[int, float]:
+    def _next(
+        self, begun: list[int], tokens: list[int], branch: int, step: Draw
+    ) -> tuple[int, float]:
         read = (*begun, *tokens)
         if read not in self._logits:
             with torch.no_grad():
@@ -214,9 +282,13 @@ def assert_made(response: Response, made: Made, tolerance: float = 1e-5) -> None
     assert response.tokens == tuple(made.tokens)
     assert response.parts == tuple(made.parts)
     assert np.abs(response.logprobs - np.array(made.logprobs)).max() <= tolerance
-    assert response.finish == ("length" if [p for p in made.parts if not p.forced][-1].ending == "length" else "stop")
+    assert response.finish == (
+        "length" if [p for p in made.parts if not p.forced][-1].ending == "length" else "stop"
+    )
     assert response.text == Letters().decode(made.tokens)
-    assert [(branch.part, branch.at) for branch in response.branches] == [(b.part, b.at) for b in made.branches]
+    assert [(branch.part, branch.at) for branch in response.branches] == [
+        (b.part, b.at) for b in made.branches
+    ]
     for branch, ours in zip(response.branches, made.branches, strict=True):
         for one, other in zip(branch.responses, ours.responses, strict=True):
             assert (one.tokens, one.parts, one.finish) == (other.tokens, other.parts, other.finish)

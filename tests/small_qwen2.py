@@ -17,7 +17,9 @@ STOP = 1
 
 
 def model(seed: int = 0, **changes: Any) -> Qwen2ForCausalLM:
-    """A random Qwen2 of the quickstart's shape unless changed; wide enough weights that tokens are not near uniform."""
+    """A random Qwen2 of the quickstart's shape unless changed; wide enough weights that tokens are
+    not near uniform.
+    """
     shape: dict[str, Any] = {
         "vocab_size": 32,
         "hidden_size": 64,
@@ -48,7 +50,9 @@ def serving(built: Qwen2ForCausalLM, slots: int = 64) -> LocalEngine:
     return engine
 
 
-def answers(engine: LocalEngine, asked: list[Request], sampling: Sampling) -> dict[str, tuple[Response, ...]]:
+def answers(
+    engine: LocalEngine, asked: list[Request], sampling: Sampling
+) -> dict[str, tuple[Response, ...]]:
     return {group.prompt.id: group.responses for group in engine.generate(iter(asked), sampling)}
 
 
@@ -56,17 +60,29 @@ def mixed_requests(count: int, samples: int = 1, seed: int = 0, vocab: int = 32)
     """Random prompts of 1 to 40 tokens."""
     rng = np.random.default_rng(seed)
     prompts = [tuple(rng.integers(2, vocab, rng.integers(1, 41)).tolist()) for _ in range(count)]
-    return [plain(Prompt(f"p{i}", tokens, "", ""), samples, 77 * i) for i, tokens in enumerate(prompts)]
+    return [
+        plain(Prompt(f"p{i}", tokens, "", ""), samples, 77 * i) for i, tokens in enumerate(prompts)
+    ]
 
 
-def exact_logprobs(built: Qwen2ForCausalLM, prompt: Prompt, response: Response, temperature: float) -> torch.Tensor:
+def exact_logprobs(
+    built: Qwen2ForCausalLM, prompt: Prompt, response: Response, temperature: float
+) -> torch.Tensor:
     with torch.no_grad():
-        logits = built(torch.tensor([[*prompt.tokens, *response.tokens]])).logits[0, len(prompt.tokens) - 1 : -1]
-    return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(response.tokens)[:, None])[:, 0]
+        logits = built(torch.tensor([[*prompt.tokens, *response.tokens]])).logits[
+            0, len(prompt.tokens) - 1 : -1
+        ]
+    return torch.log_softmax(logits / temperature, -1).gather(
+        1, torch.tensor(response.tokens)[:, None]
+    )[:, 0]
 
 
-def differing(a: dict[str, tuple[Response, ...]], b: dict[str, tuple[Response, ...]]) -> tuple[int, int]:
-    """Numbers of responses with other tokens, and of log-probs with other bits, by prompts of `b`."""
+def differing(
+    a: dict[str, tuple[Response, ...]], b: dict[str, tuple[Response, ...]]
+) -> tuple[int, int]:
+    """Numbers of responses with other tokens, and of log-probs with other bits, by prompts of
+    `b`.
+    """
     tokens = sum(x.tokens != y.tokens for id in b for x, y in zip(a[id], b[id], strict=True))
     bits = sum(
         p != q

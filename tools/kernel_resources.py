@@ -1,12 +1,14 @@
-"""Registers, spills and shared memory of every shipped Triton kernel, compiled for a GPU that need not be here.
+"""Registers, spills and shared memory of every shipped Triton kernel, compiled for a GPU that need
+not be here.
 
-    python tools/kernel_resources.py               # a table; exit status 1 if a kernel spills or does not fit
+    python tools/kernel_resources.py
+        # a table; exit status 1 if a kernel spills or does not fit
     python tools/kernel_resources.py --arch 100 --json resources.json
 
-Each configuration is compiled as the launcher would: pointers to logits aligned; rows of logits and the vocabulary
-divisible by 16 (even), neither (odd), or a padded row over a vocabulary that is not (mixed: the common case)
-and read from the very machine code that Triton would load. Figures differ between Triton versions: what counts is the
-version that runs. TRITON_INTERPRET must not be set.
+Each configuration is compiled as the launcher would: pointers to logits aligned; rows of logits and
+the vocabulary divisible by 16 (even), neither (odd), or a padded row over a vocabulary that is not
+(mixed: the common case) and read from the very machine code that Triton would load. Figures differ
+between Triton versions: what counts is the version that runs. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ ROW_FLOATS = ("scale", "low", "high", "dual", "beta", "bonus", "factor")
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """One kernel as it is launched: argument types by name, compile-time constants, what is divisible by 16."""
+    """One kernel as it is launched: argument types by name, compile-time constants, what is
+    divisible by 16.
+    """
 
     name: str
     kernel: Any
@@ -57,7 +61,9 @@ class Configuration:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """The resources of one compiled kernel: per thread, per thread block, and how many warps a multiprocessor holds."""
+    """The resources of one compiled kernel: per thread, per thread block, and how many warps a
+    multiprocessor holds.
+    """
 
     name: str
     warps: int
@@ -84,7 +90,9 @@ def configurations() -> Iterator[Configuration]:
         constants = {"KL": kl, "BLOCK": triton_credits.BLOCK}
         aligned = frozenset({"ends", "sums"})
         name = "credits" + " kl" * kl
-        yield Configuration(name, triton_credits.credit_kernel, types, constants, aligned, triton_credits.WARPS)
+        yield Configuration(
+            name, triton_credits.credit_kernel, types, constants, aligned, triton_credits.WARPS
+        )
 
 
 def _row_configurations(block: int, warps: int, parity: str) -> Iterator[Configuration]:
@@ -100,10 +108,19 @@ def _row_configurations(block: int, warps: int, parity: str) -> Iterator[Configu
             yield _row(name, triton_rows.gradient_kernel, dtype, constants, parity, warps)
         for label, terms in OBJECTIVES.items():
             name = f"policy {dtype} {label}{tail}"
-            yield _row(name, triton_rows.policy_kernel, dtype, terms | {"BLOCK": block}, parity, warps)
+            yield _row(
+                name, triton_rows.policy_kernel, dtype, terms | {"BLOCK": block}, parity, warps
+            )
 
 
-OFF = {"REWEIGHT": False, "DUAL": False, "KL": 0, "ENTROPY": True, "BONUS": False, "IMPORTANCE": False}
+OFF = {
+    "REWEIGHT": False,
+    "DUAL": False,
+    "KL": 0,
+    "ENTROPY": True,
+    "BONUS": False,
+    "IMPORTANCE": False,
+}
 ALL = {"REWEIGHT": False, "DUAL": True, "KL": 3, "ENTROPY": True, "BONUS": True, "IMPORTANCE": True}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "figures": ALL | {"GRADIENT": False},
@@ -156,7 +173,9 @@ def measure(configuration: Configuration, arch: int = 90) -> Resources:
     # warps that fit on one multiprocessor
     threads = configuration.warps * 32
     per_thread = -(-found["REG"] // 8) * 8  # registers are handed out in eights
-    resident = min(REGISTERS // (per_thread * threads), THREADS // threads, BLOCKS) * configuration.warps
+    resident = (
+        min(REGISTERS // (per_thread * threads), THREADS // threads, BLOCKS) * configuration.warps
+    )
     return Resources(
         configuration.name,
         configuration.warps,
@@ -179,25 +198,44 @@ def _tool(name: str, *arguments: str) -> str:
 def table(rows: list[Resources]) -> str:
     """Markdown."""
     lines = [
-        "| kernel | warps | registers | stack, bytes | local loads / stores | shared, bytes | resident warps |",
+        "| kernel | warps | registers | stack, bytes | local loads / stores | shared, bytes | "
+        "resident warps |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         local = f"{row.local_loads} / {row.local_stores}"
-        cells = (row.name, row.warps, row.registers, row.stack_bytes, local, row.shared_bytes, row.resident_warps)
+        cells = (
+            row.name,
+            row.warps,
+            row.registers,
+            row.stack_bytes,
+            local,
+            row.shared_bytes,
+            row.resident_warps,
+        )
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, default=90, choices=sorted(SHARED_LIMIT), help="compute capability x 10")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--arch",
+        type=int,
+        default=90,
+        choices=sorted(SHARED_LIMIT),
+        help=("compute capability x 10"),
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     given = parser.parse_args()
     rows = [measure(configuration, given.arch) for configuration in configurations()]
     print(f"triton {triton.__version__}, sm_{given.arch}\n\n{table(rows)}")
     if given.json is not None:
-        given.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+        given.json.write_text(
+            json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8"
+        )
     bad = [row.name for row in rows if row.spills or row.shared_bytes > SHARED_LIMIT[given.arch]]
     if bad:
         sys.exit(f"spills or does not fit: {', '.join(bad)}")

@@ -2,9 +2,10 @@
 
     python tools/measure_tree.py megatron_efr ../nanochat/nanochat
 
-A statement is what Python's grammar calls one, `if` and `def` included, a docstring excluded. A function's lines and
-statements are those from its `def` to its end, with the functions within it; lines include blank ones and comments.
-README.md is that of the nearest folder above. Its tables, code, lists and headings are no paragraphs.
+A statement is what Python's grammar calls one, `if` and `def` included, a docstring excluded. A
+function's lines and statements are those from its `def` to its end, with the functions within it;
+lines include blank ones and comments. README.md is that of the nearest folder above. Its tables,
+code, lists and headings are no paragraphs.
 """
 
 from __future__ import annotations
@@ -68,7 +69,11 @@ def _statements(tree: ast.AST) -> int:
 
 
 def _is_text(node: ast.AST) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 def readme_of(folder: Path) -> Path | None:
@@ -81,7 +86,9 @@ def prose(markdown: str) -> tuple[int, int]:
     """The words of a README, and those of its longest paragraph."""
     text = re.sub(r"^```.*?^```", "", markdown, flags=re.DOTALL | re.MULTILINE)
     blocks = [block for block in re.split(r"\n\s*\n", text) if block.strip()]
-    paragraphs = [block for block in blocks if not re.match(r"\s*(\||#|[-*+] |\d+\. |<)|    ", block)]
+    paragraphs = [
+        block for block in blocks if not re.match(r"\s*(\||#|[-*+] |\d+\. |<)|    ", block)
+    ]
     return len(markdown.split()), max((len(block.split()) for block in paragraphs), default=0)
 
 
@@ -91,7 +98,9 @@ def row(folder: Path) -> list[str]:
     lines = sum(source.lines for source in sources)
     statements = sum(source.statements for source in sources)
     comments = sum(source.comments for source in sources)
-    functions = [function for source in sources for function in source.functions] or [Size(0, 0, "-")]
+    functions = [function for source in sources for function in source.functions] or [
+        Size(0, 0, "-")
+    ]
     longest = max(functions)
     readme = readme_of(folder.resolve())
     words, paragraph = prose(readme.read_text(encoding="utf-8")) if readme else (0, 0)
@@ -111,7 +120,9 @@ def row(folder: Path) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     folders = parser.parse_args(argv).folders
     for folder in folders:

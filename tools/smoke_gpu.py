@@ -1,14 +1,19 @@
-"""Measures what one card says of training and of publication beside it: a policy step, and buckets by CUDA handle.
+"""Measures what one card says of training and of publication beside it: a policy step, and buckets
+by CUDA handle.
 
-    python tools/smoke_gpu.py             # smoke_gpu.sh runs this, the tests and the kernels as well
-    python tools/smoke_gpu.py --cpu       # a tiny step on the CPU: proves that it starts, its figures mean nothing
+    python tools/smoke_gpu.py
+        # smoke_gpu.sh runs this, the tests and the kernels as well
+    python tools/smoke_gpu.py --cpu
+        # a tiny step on the CPU: proves that it starts, its figures mean nothing
 
-The step is `Policy`'s own, of a 1.5B shape with random weights in bf16 (tiny and fp32 on a CPU): log-probs of a batch
-of random sequences, and one update on it. MFU counts the FLOPs that the model needs (three forward passes of a step,
-causal attention by half) over the card's dense bf16 peak as its maker states it.
+The step is `Policy`'s own, of a 1.5B shape with random weights in bf16 (tiny and fp32 on a CPU):
+log-probs of a batch of random sequences, and one update on it. MFU counts the FLOPs that the model
+needs (three forward passes of a step, causal attention by half) over the card's dense bf16 peak as
+its maker states it.
 
-Buckets go as in a colocated publication: `transports.encode` in this process; another rebuilds the tensors from the
-handle, the GPU found by its UUID, and copies them into parameters of its own. Every bucket is a fresh allocation.
+Buckets go as in a colocated publication: `transports.encode` in this process; another rebuilds the
+tensors from the handle, the GPU found by its UUID, and copies them into parameters of its own.
+Every bucket is a fresh allocation.
 """
 
 from __future__ import annotations
@@ -44,16 +49,20 @@ from megatron_efr.publication.transports import encode
 from megatron_efr.samples import Sample
 from megatron_efr.types import IntArray
 
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # dense bf16 FLOP/s, the makers' data sheets
+# dense bf16 FLOP/s, the makers' data sheets
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 TURNS = 5
 Row = tuple[str, str]
 
 
-# -- a policy step -----------------------------------------------------------------------------------------------------
+# -- a policy step
+# --------------------------------------------------------------------------------------------------
 
 
 def sequences(count: int, longest: int, vocab: int) -> list[Sample]:
-    """Random tokens of lengths from a quarter of the longest up, the first eighth of each a prompt."""
+    """Random tokens of lengths from a quarter of the longest up, the first eighth of each a
+    prompt.
+    """
     rng = np.random.default_rng(0)
     made = []
     for length in rng.integers(longest // 4, longest + 1, count).tolist():
@@ -70,18 +79,32 @@ def step_rows(*, on_gpu: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder, join_ranks(ParallelConfig(), seed=0) as ranks:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
         model = ModelConfig(path=folder, init="random", dtype="bfloat16" if on_gpu else "float32")
-        policy = Policy(model, ParallelConfig(), OptimizerConfig(lr=1e-6), ranks, updates=1000, seed=0)
+        policy = Policy(
+            model, ParallelConfig(), OptimizerConfig(lr=1e-6), ranks, updates=1000, seed=0
+        )
         drawn = sequences(count, longest, policy.architecture.vocab)
         batches = policy.pack_update(drawn, list(range(count)), budget, "sequence")
-        loss, flops = policy_loss(Objective()), sum(map(sequence_flops(policy.architecture), map(len, tokens(drawn))))
+        loss, flops = (
+            policy_loss(Objective()),
+            sum(map(sequence_flops(policy.architecture), map(len, tokens(drawn)))),
+        )
         work = {"log-probs": (policy.score, 1), "update": (lambda b: policy.update(b, loss), 3)}
-        yield "policy", f"{shape} shape, {model.dtype}, {sum(map(len, tokens(drawn)))} tokens in {len(batches)} batches"
+        yield (
+            "policy",
+            (
+                f"{shape} shape, {model.dtype}, {sum(map(len, tokens(drawn)))} tokens in "
+                f"{len(batches)} batches"
+            ),
+        )
         for name, (action, passes) in work.items():
             action(batches)  # compiles and allocates
-            seconds = statistics.median(timed(lambda action=action: action(batches)) for _ in range(TURNS))
+            seconds = statistics.median(
+                timed(lambda action=action: action(batches)) for _ in range(TURNS)
+            )
             yield (
                 name,
-                f"{seconds:.3f} s, {passes * flops / seconds / 1e12:.3g} TFLOP/s{share(passes * flops / seconds)}",
+                f"{seconds:.3f} s, {passes * flops / seconds / 1e12:.3g} "
+                f"TFLOP/s{share(passes * flops / seconds)}",
             )
         if on_gpu:
             yield "peak memory of a step", f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
@@ -95,7 +118,11 @@ def share(rate: float) -> str:
     """Of the card's peak."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     peak = next((peak for card, peak in PEAKS.items() if card in name), None)
-    return f" (no peak is known of {name})" if peak is None else f", {rate / peak:.1%} of {peak / 1e12:.0f} (MFU)"
+    return (
+        f" (no peak is known of {name})"
+        if peak is None
+        else (f", {rate / peak:.1%} of {peak / 1e12:.0f} (MFU)")
+    )
 
 
 def timed(action: Any) -> float:
@@ -111,22 +138,30 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-# -- buckets by handle -------------------------------------------------------------------------------------------------
+# -- buckets by handle
+# -------------------------------------------------------------------------------------------------
 
 
 def handle_rows() -> Iterator[Row]:
-    """Seconds of a bucket from one process to another, and its bytes over that of the copy alone."""
+    """Seconds of a bucket from one process to another, and its bytes over that of the copy
+    alone.
+    """
     shape = (BUCKET_BYTES // 2 // 16 // 4096, 4096)
     # a second process that opens handles
     opener = subprocess.Popen(
-        [sys.executable, __file__, "--open"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, "--open"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert opener.stdin is not None
     assert opener.stdout is not None
     turns = []
     # hand over buckets of known content; the first turn warms up
     for turn in range(TURNS + 1):
-        flat = torch.full((16 * shape[0] * shape[1],), float(turn), dtype=torch.bfloat16, device="cuda")
+        flat = torch.full(
+            (16 * shape[0] * shape[1],), float(turn), dtype=torch.bfloat16, device="cuda"
+        )
         pairs = [(f"layer{i}", part.view(shape)) for i, part in enumerate(flat.chunk(16))]
         synchronize()
         began = time.perf_counter()
@@ -140,9 +175,20 @@ def handle_rows() -> Iterator[Row]:
     # the rows
     opener.stdin.close()
     opener.wait()
-    encoding, opening, copying, whole = (statistics.median(column) for column in zip(*turns[1:], strict=True))
-    yield "bucket by handle", f"{BUCKET_BYTES / 2**20:.0f} MiB: {whole * 1e3:.1f} ms there and answered"
-    yield "of which", f"encoded {encoding * 1e3:.1f}, opened {opening * 1e3:.1f}, copied {copying * 1e3:.1f} ms"
+    encoding, opening, copying, whole = (
+        statistics.median(column) for column in zip(*turns[1:], strict=True)
+    )
+    yield (
+        "bucket by handle",
+        (f"{BUCKET_BYTES / 2**20:.0f} MiB: {whole * 1e3:.1f} ms there and answered"),
+    )
+    yield (
+        "of which",
+        (
+            f"encoded {encoding * 1e3:.1f}, opened {opening * 1e3:.1f}, "
+            f"copied {copying * 1e3:.1f} ms"
+        ),
+    )
     yield "copy rate", f"{BUCKET_BYTES / copying / 1e9:.0f} GB/s (read here, written there)"
     yield "the first bucket", f"opened in {turns[0][1] * 1e3:.1f} ms"
 
@@ -156,12 +202,16 @@ class Opener(pickle.Unpickler):
 
 def by_uuid(*given: Any) -> torch.Tensor:
     """torch's `rebuild_cuda_tensor`, with a UUID if it takes the device's number."""
-    uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    uuids = [
+        str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())
+    ]
     return cast(Any, reductions.rebuild_cuda_tensor)(*given[:6], uuids.index(given[6]), *given[7:])
 
 
 def serve_opened() -> None:
-    """The other process: opens each bucket and copies it into parameters of its own, as an engine does."""
+    """The other process: opens each bucket and copies it into parameters of its own, as an engine
+    does.
+    """
     own: dict[str, torch.Tensor] = {}
     for line in sys.stdin:
         began = time.perf_counter()
@@ -180,13 +230,24 @@ def serve_opened() -> None:
         print(json.dumps({"open": opened - began, "copy": done - opened, "sum": total}), flush=True)
 
 
-# -- all of it ---------------------------------------------------------------------------------------------------------
+# -- all of it
+# --------------------------------------------------------------------------------------------------
 
 
 def machine() -> Iterator[Row]:
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"none: {platform.processor() or 'a CPU'}"
+    card = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"none: {platform.processor() or 'a CPU'}"
+    )
     yield "card", card
-    yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, Python {platform.python_version()}"
+    yield (
+        "torch",
+        (
+            f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, Python "
+            f"{platform.python_version()}"
+        ),
+    )
     yield "date", date.today().isoformat()
 
 
@@ -201,7 +262,9 @@ def rows(*, on_gpu: bool) -> Iterator[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cpu", action="store_true", help="tiny, where there is no card")
     parser.add_argument("--open", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()

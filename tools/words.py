@@ -30,7 +30,9 @@ class Prose(NamedTuple):
 
 
 def prose(source: str) -> Prose:
-    """The docstrings and words of a module's source. A text that follows an assignment at once documents it."""
+    """The docstrings and words of a module's source. A text that follows an assignment at once
+    documents it.
+    """
     docstrings: list[tuple[int, str]] = []
     for node in ast.walk(ast.parse(source)):
         body = getattr(node, "body", None)
@@ -71,11 +73,15 @@ def report(path: Path) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of the report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="*", type=Path, default=[Path("megatron_efr"), Path("tools")])
+    parser.add_argument(
+        "folders", nargs="*", type=Path, default=[Path("megatron_efr"), Path("tools")]
+    )
     parser.add_argument("--total", action="store_true", help="the counts alone")
     given = parser.parse_args(argv)
     files = sorted(
-        path for folder in given.folders for path in ([folder] if folder.is_file() else folder.rglob("*.py"))
+        path
+        for folder in given.folders
+        for path in ([folder] if folder.is_file() else folder.rglob("*.py"))
     )
     lines = [line for path in files for line in report(path)]
     openings = sum(" where in 1,000 words" not in line for line in lines)
@@ -84,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             [
                 *([] if given.total else lines),
                 f"words: {openings} docstrings begin with {', '.join(FIRST_WORDS)}; "
-                f"{len(lines) - openings} files say where more than {WHERE_PER_1000:g} times in 1,000 words",
+                f"{len(lines) - openings} files say where more than {WHERE_PER_1000:g} times in "
+                "1,000 words",
             ]
         )
     )

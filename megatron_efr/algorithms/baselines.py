@@ -13,7 +13,8 @@ Baseline = Literal["others", "mean", "length", "none"]
 
 
 def rloo(rewards: np.ndarray) -> np.ndarray:
-    """Advantage r_i - mean_{j != i} r_j over the last axis, float64, `[samples]` or `[prompts, samples]`.
+    """Advantage r_i - mean_{j != i} r_j over the last axis, float64, `[samples]` or `[prompts,
+    samples]`.
 
     Ahmadian et al. 2024; Arora & Zanette 2025, section 4. ValueError for fewer than two samples.
     """
@@ -28,8 +29,9 @@ def rloo(rewards: np.ndarray) -> np.ndarray:
 def above_baseline(rewards: np.ndarray, lengths: np.ndarray, baseline: Baseline) -> np.ndarray:
     """Rewards of one prompt less their baseline, float64 [n].
 
-    others: mean of the prompt's other rewards; mean: of all; length: sum(l r) / sum(l), the one of least variance if
-    each token has the same (OPO, Hao et al. 2025); none: 0. `lengths` are in tokens.
+    others: mean of the prompt's other rewards; mean: of all; length: sum(l r) / sum(l), the one of
+    least variance if each token has the same (OPO, Hao et al. 2025); none: 0. `lengths` are in
+    tokens.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     if baseline == "others":
@@ -45,7 +47,11 @@ def divided_by_spread(values: np.ndarray, rewards: np.ndarray, spread: Spread) -
     """Values [n] divided by the spread of the same prompt's rewards [n]."""
     if spread.deviation == "others":
         return np.array(
-            [_by_the_others(value, np.delete(rewards, i), spread) for i, value in enumerate(values)], dtype=np.float64
+            [
+                _by_the_others(value, np.delete(rewards, i), spread)
+                for i, value in enumerate(values)
+            ],
+            dtype=np.float64,
         )
     degrees = 1 if spread.deviation == "sample" else 0
     return values / spread.scale(float(rewards.var(ddof=degrees)))

@@ -14,7 +14,8 @@ from megatron_efr.algorithms.objective import KL, Aggregate, Deviation, Guard, R
 
 
 class RLOO(Algorithm):
-    """Leave-one-out baseline, KL in the reward, nothing normalised (Arora & Zanette 2025; Ahmadian et al. 2024).
+    """Leave-one-out baseline, KL in the reward, nothing normalised (Arora & Zanette 2025; Ahmadian
+    et al. 2024).
 
     The paper's released code whitens over all tokens of the iteration: `normalize: tokens`.
     """
@@ -23,11 +24,13 @@ class RLOO(Algorithm):
 
 
 class GRPO(Algorithm):
-    """Group mean and sample deviation, k3 in the loss, the mean over each sequence (Shao et al. 2024).
+    """Group mean and sample deviation, k3 in the loss, the mean over each sequence (Shao et al.
+    2024).
 
-    verl and slime add 1e-6 to the deviation (the default), TRL 1e-4, Dr. GRPO's authors 1e-8: `epsilon`. verl and TRL
-    take the mean over all tokens: `aggregate: token`; verl bounds negative advantages: `dual_clip: 3`. NeMo-RL leaves
-    a response out of its own baseline and deviation: `baseline: others`, `deviation: others`.
+    verl and slime add 1e-6 to the deviation (the default), TRL 1e-4, Dr. GRPO's authors 1e-8:
+    `epsilon`. verl and TRL take the mean over all tokens: `aggregate: token`; verl bounds negative
+    advantages: `dual_clip: 3`. NeMo-RL leaves a response out of its own baseline and deviation:
+    `baseline: others`, `deviation: others`.
     """
 
     name: str = "grpo"
@@ -41,7 +44,8 @@ class GRPO(Algorithm):
 
 
 class DrGRPO(Algorithm):
-    """Group mean, no deviation, each sequence's sum over a constant: the limit of tokens (Liu et al. 2025).
+    """Group mean, no deviation, each sequence's sum over a constant: the limit of tokens (Liu et
+    al. 2025).
 
     verl's mode divides by the width that its batch is padded to: `divisor: longest`.
     """
@@ -53,10 +57,11 @@ class DrGRPO(Algorithm):
 
 
 class ReinforcePlusPlus(Algorithm):
-    """No baseline, KL to go in the reward, whitened over all tokens (Hu 2025, arXiv 2501.03262), gamma 1.
+    """No baseline, KL to go in the reward, whitened over all tokens (Hu 2025, arXiv 2501.03262),
+    gamma 1.
 
-    Every token counts once, so that long responses set the mean. verl's whitening: sample variance + 1e-8. NeMo-RL's:
-    `deviation: population`, `guard: floor`.
+    Every token counts once, so that long responses set the mean. verl's whitening: sample variance
+    + 1e-8. NeMo-RL's: `deviation: population`, `guard: floor`.
     """
 
     name: str = "reinforce_plus_plus"
@@ -68,7 +73,9 @@ class ReinforcePlusPlus(Algorithm):
 
 
 class ReinforcePlusPlusBaseline(ReinforcePlusPlus):
-    """REINFORCE++ with the group mean as baseline, and k2 in the loss in place of the KL to go (Hu 2025)."""
+    """REINFORCE++ with the group mean as baseline, and k2 in the loss in place of the KL to go (Hu
+    2025).
+    """
 
     name: str = "reinforce_plus_plus_baseline"
     baseline: Baseline = "mean"
@@ -76,8 +83,8 @@ class ReinforcePlusPlusBaseline(ReinforcePlusPlus):
 
 
 class DAPO(GRPO):
-    """GRPO with the upper clip higher, the mean over all tokens, no KL, prompts without signal replaced, and a soft
-    penalty before the limit of tokens (Yu et al. 2025, arXiv 2503.14476).
+    """GRPO with the upper clip higher, the mean over all tokens, no KL, prompts without signal
+    replaced, and a soft penalty before the limit of tokens (Yu et al. 2025, arXiv 2503.14476).
 
     `truncated: masked` is its overlong filtering.
     """
@@ -92,7 +99,9 @@ class DAPO(GRPO):
 
 
 class GSPO(GRPO):
-    """One ratio for a sequence, exp of its mean log-ratio, clipped within 3e-4 and 4e-4 (Zheng et al. 2025)."""
+    """One ratio for a sequence, exp of its mean log-ratio, clipped within 3e-4 and 4e-4 (Zheng et
+    al. 2025).
+    """
 
     ratio: ClassVar[Ratio] = "sequence"
 
@@ -106,19 +115,23 @@ class GSPO(GRPO):
         found = super()._contradictions()
         if self.aggregate != "sequence":
             found.append(
-                f"algorithm.aggregate: {self.aggregate} would weigh a sequence's one ratio by its length; gspo takes "
-                "the mean over each sequence: sequence"
+                f"algorithm.aggregate: {self.aggregate} would weigh a sequence's one ratio by its "
+                "length; gspo takes the mean over each sequence: sequence"
             )
         if self.dual_clip is not None:
-            found.append("algorithm.dual_clip: a sequence's ratio is clipped within 1e-3 of 1 already; leave it out")
+            found.append(
+                "algorithm.dual_clip: a sequence's ratio is clipped within 1e-3 of 1 already; "
+                "leave it out"
+            )
         return found
 
 
 class CISPO(GRPO):
-    """The clipped ratio as a constant weight of the log-prob, so that no token loses its gradient (MiniMax 2025).
+    """The clipped ratio as a constant weight of the log-prob, so that no token loses its gradient
+    (MiniMax 2025).
 
-    There is no lower bound by default. verl and slime keep PPO's: `clip_low: 0.2`. TRL's `epsilon_high` is the bound
-    itself: 1 + `clip_high`.
+    There is no lower bound by default. verl and slime keep PPO's: `clip_low: 0.2`. TRL's
+    `epsilon_high` is the bound itself: 1 + `clip_high`.
     """
 
     surrogate: ClassVar[Surrogate] = "reweight"
@@ -134,8 +147,8 @@ class CISPO(GRPO):
 class Likelihood(Algorithm):
     """Log-likelihood weighed by the rewards as they are: no ratio, no clip, no baseline, no KL.
 
-    A reward is the weight of its response: of 0 and 1 too, it stays a mean over all responses, if `filtered_sft` has
-    that over the right ones. DRPO's credits are made for it (arXiv 2510.04474).
+    A reward is the weight of its response: of 0 and 1 too, it stays a mean over all responses, if
+    `filtered_sft` has that over the right ones. DRPO's credits are made for it (arXiv 2510.04474).
     """
 
     surrogate: ClassVar[Surrogate] = "reweight"
@@ -148,12 +161,14 @@ class Likelihood(Algorithm):
 
 
 class FilteredSFT(Likelihood):
-    """Filtered iterative SFT on a policy's own positives: log-likelihood of the responses that pass, and of no others.
+    """Filtered iterative SFT on a policy's own positives: log-likelihood of the responses that
+    pass, and of no others.
 
         A = 1 if r > above; the others are left out of the loss and of its means
 
-    Samineni et al. 2025, arXiv 2505.13697 (second-hand), hold GRPO against it; Dong et al. 2023, arXiv 2304.06767, call
-    one round of it RAFT. With `method: {name: efr, alpha: 0}` those pass that are right.
+    Samineni et al. 2025, arXiv 2505.13697 (second-hand), hold GRPO against it; Dong et al. 2023,
+    arXiv 2304.06767, call one round of it RAFT. With `method: {name: efr, alpha: 0}` those pass
+    that are right.
     """
 
     filters: ClassVar[bool] = True
@@ -161,7 +176,9 @@ class FilteredSFT(Likelihood):
     name: str = "filtered_sft"
     above: float = Field(default=0.0, description="a response passes if its reward is above this")
 
-    def credits(self, rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray], limit: int) -> list[np.ndarray]:
+    def credits(
+        self, rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray], limit: int
+    ) -> list[np.ndarray]:
         return [np.where(self._positive(each), 1.0, self._otherwise) for each in rewards]
 
     def passes(self, rewards: np.ndarray) -> np.ndarray:
@@ -179,23 +196,27 @@ class FilteredSFT(Likelihood):
         found = super()._contradictions()
         for key, alone in (("baseline", "none"), ("normalize", "none")):
             if getattr(self, key) != alone:
-                found.append(f"algorithm.{key}: {self.name} tells apart what passes and what does not; leave it out")
+                found.append(
+                    f"algorithm.{key}: {self.name} tells apart what passes and what does not; "
+                    "leave it out"
+                )
         if self.truncated == "soft":
             found.append(
-                f"algorithm.truncated: soft takes from rewards, and {self.name} asks only on which side of "
-                "algorithm.above they are; set algorithm.truncated: wrong or masked"
+                f"algorithm.truncated: soft takes from rewards, and {self.name} asks only on "
+                "which side of algorithm.above they are; set algorithm.truncated: wrong or masked"
             )
         return found
 
 
 class FilteredSFTNegatives(FilteredSFT):
-    """Filtered iterative SFT with negatives: towards the responses that pass, and away from the others.
+    """Filtered iterative SFT with negatives: towards the responses that pass, and away from the
+    others.
 
         A = 1 if r > above, else -negative
 
-    Samineni et al. 2025, arXiv 2505.13697 (second-hand): GRPO without its ratio, its clip and its spread of the group.
-    The weight of negatives is this project's. Nothing bounds how unlikely a wrong response can be made: it is meant for
-    one update on each iteration (`train.updates: 1`).
+    Samineni et al. 2025, arXiv 2505.13697 (second-hand): GRPO without its ratio, its clip and its
+    spread of the group. The weight of negatives is this project's. Nothing bounds how unlikely a
+    wrong response can be made: it is meant for one update on each iteration (`train.updates: 1`).
     """
 
     name: str = "filtered_sft_negatives"
@@ -210,7 +231,9 @@ class FilteredSFTNegatives(FilteredSFT):
 
 
 class OPO(Algorithm):
-    """The length-weighted baseline of least variance, no normalisation and no KL (Hao et al. 2025)."""
+    """The length-weighted baseline of least variance, no normalisation and no KL (Hao et al.
+    2025).
+    """
 
     name: str = "opo"
     baseline: Baseline = "length"

@@ -1,4 +1,6 @@
-"""The objective of a policy update as one value: what loss and kernels execute, whatever the algorithm is called."""
+"""The objective of a policy update as one value: what loss and kernels execute, whatever the
+algorithm is called.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ Guard = Literal["std", "variance", "floor"]
 class Importance(NamedTuple):
     """Weighs a token that other weights drew, by rho = exp(policy before the update - engine).
 
-    truncate: min(rho, cap), truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly
-    brings you off-policy RL training"). mask: rho within [low, high], 0 outside (IcePop, Ling team 2025).
+    truncate: min(rho, cap), truncated importance sampling (Yao et al. 2025, "Your efficient RL
+    framework secretly brings you off-policy RL training"). mask: rho within [low, high], 0 outside
+    (IcePop, Ling team 2025).
     """
 
     rule: Literal["none", "truncate", "mask"] = "none"
@@ -42,7 +45,9 @@ class Spread(NamedTuple):
         """Divisor of a value, from a variance."""
         if self.guard == "std":
             return variance**0.5 + self.epsilon
-        return (variance + self.epsilon if self.guard == "variance" else max(variance, self.epsilon)) ** 0.5
+        return (
+            variance + self.epsilon if self.guard == "variance" else max(variance, self.epsilon)
+        ) ** 0.5
 
 
 class Objective(NamedTuple):
@@ -50,18 +55,21 @@ class Objective(NamedTuple):
 
         surrogate + beta KL - bonus entropy
 
-    with ratio = pi / pi_old, of the token or of its whole sequence (exp of the mean log-ratio; its gradient goes
-    through the token's own log-prob), A the token's advantage and c its importance weight:
+    with ratio = pi / pi_old, of the token or of its whole sequence (exp of the mean log-ratio; its
+    gradient goes through the token's own log-prob), A the token's advantage and c its importance
+    weight:
 
     - `clip`: -c min(ratio A, clip(ratio, 1 - low, 1 + high) A), Schulman et al. 2017, eq. 7; if A <
       0 at most -c dual A (Ye et al. 2020).
-    - `reweight`: -c sg(clip(ratio, 1 - low, 1 + high)) A log pi, with sg a constant to the gradient (MiniMax 2025).
+    - `reweight`: -c sg(clip(ratio, 1 - low, 1 + high)) A log pi, with sg a constant to the gradient
+      (MiniMax 2025).
 
-    `kl` estimates the KL to the initial model with d = log pi_initial - log pi (Schulman 2020, "Approximating KL
-    Divergence"): k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d; `reward` takes beta times the k1 still to be paid off the
-    advantage instead, with log-probs from before the update. `tokens` says how advantages are whitened over all tokens
-    of an iteration, if at all. The weights make of the sum a mean over each sequence's tokens, then over sequences
-    (`sequence`); over all tokens (`token`); or a sum over each sequence's tokens, divided by `divisor` (None: the
+    `kl` estimates the KL to the initial model with d = log pi_initial - log pi (Schulman 2020,
+    "Approximating KL Divergence"): k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d; `reward` takes beta
+    times the k1 still to be paid off the advantage instead, with log-probs from before the update.
+    `tokens` says how advantages are whitened over all tokens of an iteration, if at all. The
+    weights make of the sum a mean over each sequence's tokens, then over sequences (`sequence`);
+    over all tokens (`token`); or a sum over each sequence's tokens, divided by `divisor` (None: the
     update's longest response), then a mean over sequences (`constant`).
     """
 

@@ -27,17 +27,22 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 
 
 def find(name: str) -> type[Algorithm]:
-    """The algorithm of that name, ours or an installed third party's; ConfigError if there is none."""
+    """The algorithm of that name, ours or an installed third party's; ConfigError if there is
+    none.
+    """
     return find_class(name, ALGORITHMS, ENTRY_POINT, Algorithm, "algorithm")
 
 
 def build(config: AlgorithmConfig, rollout: RolloutConfig) -> Algorithm:
-    """The configured algorithm; ConfigError for an unknown name, a wrong option, or what the rollouts cannot give."""
+    """The configured algorithm; ConfigError for an unknown name, a wrong option, or what the
+    rollouts cannot give.
+    """
     made = validate(find(config.name), {"name": config.name, **config.options}, prefix="algorithm")
     if rollout.samples < made.min_samples:
         raise ConfigError(
-            f"rollout.samples: {rollout.samples} response(s) per prompt, and algorithm {config.name} compares "
-            f"responses of one prompt: it needs at least {made.min_samples}, or algorithm.baseline: none"
+            f"rollout.samples: {rollout.samples} response(s) per prompt, and algorithm "
+            f"{config.name} compares responses of one prompt: it needs at least "
+            f"{made.min_samples}, or algorithm.baseline: none"
         )
     if made.truncated == "soft" and (made.overlong_tokens or 0) > rollout.max_new_tokens:
         raise ConfigError(
@@ -49,4 +54,6 @@ def build(config: AlgorithmConfig, rollout: RolloutConfig) -> Algorithm:
 
 def resolved(config: TrainConfig, algorithm: Algorithm) -> TrainConfig:
     """The configuration with every choice of its algorithm written out."""
-    return config.model_copy(update={"algorithm": AlgorithmConfig.model_validate(algorithm.model_dump())})
+    return config.model_copy(
+        update={"algorithm": AlgorithmConfig.model_validate(algorithm.model_dump())}
+    )

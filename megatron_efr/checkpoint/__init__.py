@@ -1,1 +1,3 @@
-"""Checkpoints: saved by all ranks in Megatron's format, verified, found again, and read as models."""
+"""Checkpoints: saved by all ranks in Megatron's format, verified, found again, and read as
+models.
+"""

@@ -1,4 +1,6 @@
-"""Checkpoints: Megatron's sharded state and the run's own, complete or absent, verified before `latest` moves."""
+"""Checkpoints: Megatron's sharded state and the run's own, complete or absent, verified before
+`latest` moves.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +48,12 @@ class World(Protocol):
 
 
 class Checkpoints:
-    """The checkpoints of one run folder: `step_000010/` each, and `latest`, which names the newest that verified.
+    """The checkpoints of one run folder: `step_000010/` each, and `latest`, which names the newest
+    that verified.
 
-    A checkpoint is Megatron's distributed format beside `state.json` (the run's own state) and `manifest.json` (size
-    and SHA-256 of every file). Written beside its place and renamed: a kill at any moment leaves the older ones.
+    A checkpoint is Megatron's distributed format beside `state.json` (the run's own state) and
+    `manifest.json` (size and SHA-256 of every file). Written beside its place and renamed: a kill
+    at any moment leaves the older ones.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, world: World) -> None:
@@ -61,9 +65,14 @@ class Checkpoints:
         self._pending: futures.Future[Any] | None = None  # the part of it that the thread does
 
     def save(
-        self, step: int, sharded: dict[str, Any], state: dict[str, Any], then: Callable[[], None] | None = None
+        self,
+        step: int,
+        sharded: dict[str, Any],
+        state: dict[str, Any],
+        then: Callable[[], None] | None = None,
     ) -> Path:
-        """Save on all ranks together, verify, move `latest`, call `then` on rank 0, drop what is not to be kept.
+        """Save on all ranks together, verify, move `latest`, call `then` on rank 0, drop what is
+        not to be kept.
 
         If `checkpoint.background` is set it returns once tensors are copied to host memory, and the
         rest happens while training goes on: call `settle` now and then, and before the end.
@@ -77,7 +86,8 @@ class Checkpoints:
         return self.folder / name(step)
 
     def settle(self, *, wait: bool = False) -> None:
-        """Take a save that goes on in the background as far as it goes without waiting, or to its end.
+        """Take a save that goes on in the background as far as it goes without waiting, or to its
+        end.
 
         All ranks together; nothing if none goes on.
         """
@@ -94,23 +104,30 @@ class Checkpoints:
     def _save(
         self, step: int, sharded: dict[str, Any], state: dict[str, Any], then: Callable[[], None]
     ) -> Iterator[futures.Future[Any]]:
-        """The save, in order; it stops at each part that a thread does. Only between these do the ranks meet."""
+        """The save, in order; it stops at each part that a thread does. Only between these do the
+        ranks meet.
+        """
         final = self.folder / name(step)
         partial = final.with_name(final.name + ".partial")
         try:
             self._world.share(lambda: self._begin(partial))
             shards = Shards(self._world.cpu_world, copied=self._config.background)
-            request: Any = dist_checkpointing.save(sharded, str(partial), shards, async_sharded_save=True)
+            request: Any = dist_checkpointing.save(
+                sharded, str(partial), shards, async_sharded_save=True
+            )
             yield self._thread.submit(request.async_fn)
             for finalize in request.finalize_fns:
                 finalize()
-            finished = self._thread.submit(lambda: self._world.is_main and self._finish(partial, final, state))
+            finished = self._thread.submit(
+                lambda: self._world.is_main and self._finish(partial, final, state)
+            )
             yield finished
             self._world.share(finished.result)
             self._world.share(then)
         except UNWRITTEN as error:
             raise CheckpointError(
-                f"{final}: cannot be written: {reason(final, error)}; the checkpoints before it are untouched"
+                f"{final}: cannot be written: {reason(final, error)}; the checkpoints before it "
+                "are untouched"
             ) from error
 
     def _begin(self, partial: Path) -> None:
@@ -130,7 +147,9 @@ class Checkpoints:
         self._drop_superseded(final)
 
     def _drop_superseded(self, newest: Path) -> None:
-        """Remove the checkpoints that are not to be kept, now that `newest` is there and `latest` names it."""
+        """Remove the checkpoints that are not to be kept, now that `newest` is there and `latest`
+        names it.
+        """
         complete = _complete(self.folder)
         count = complete.index(newest) + 1
         every = self._config.keep_every
@@ -173,9 +192,14 @@ class Checkpoints:
         # nothing verifies: a run that was saved before must not begin again unasked
         latest = self.folder / LATEST
         if damaged or (last is None and latest.exists()):
-            faults = list(map(str, damaged.values())) or [f"{latest}: names a checkpoint, and none is there"]
+            faults = list(map(str, damaged.values())) or [
+                f"{latest}: names a checkpoint, and none is there"
+            ]
             raise CheckpointError(
-                f"{self.folder}: no checkpoint verifies, and this run has been saved before; nothing was changed\n"
+                (
+                    f"{self.folder}: no checkpoint verifies, and this run has been saved before; "
+                    "nothing was changed\n"
+                )
                 + "".join(f"  {fault}\n" for fault in faults)
                 + "put a copy of one of them back; or start over under another name (name=...)"
             )
@@ -205,7 +229,9 @@ def _set_aside(path: Path) -> None:
     """Rename a damaged checkpoint to `step_000010.damaged`, or with a number if there is one
     already.
     """
-    names = (f"{path.name}.damaged{end}" for end in ("", *(f"-{number}" for number in range(2, 1000))))
+    names = (
+        f"{path.name}.damaged{end}" for end in ("", *(f"-{number}" for number in range(2, 1000)))
+    )
     with writing(path.parent):
         place = next(place for each in names if not (place := path.with_name(each)).exists())
         os.rename(path, place)
@@ -218,5 +244,9 @@ def _step(path: Path) -> int:
 
 def _complete(folder: Path) -> list[Path]:
     """Checkpoints that were renamed into place, oldest first."""
-    numbered = [path for path in folder.glob("step_*") if path.is_dir() and path.name.removeprefix("step_").isdigit()]
+    numbered = [
+        path
+        for path in folder.glob("step_*")
+        if path.is_dir() and path.name.removeprefix("step_").isdigit()
+    ]
     return sorted(numbered, key=_step)

@@ -1,4 +1,6 @@
-"""A folder's manifest: size and SHA-256 of every file, so that what is read is what was written. Needs no Megatron."""
+"""A folder's manifest: size and SHA-256 of every file, so that what is read is what was written.
+Needs no Megatron.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class CheckpointError(UserError):
 
 
 def verify(path: Path) -> None:
-    """Compare every file's size and checksum with the manifest; CheckpointError names the first that differs."""
+    """Compare every file's size and checksum with the manifest; CheckpointError names the first
+    that differs.
+    """
     for file, (size, checksum) in entries(path).items():
         try:
             _verify_file(path / file, size, checksum)
@@ -51,10 +55,14 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((path / STATE).read_bytes())
-        if not isinstance(state["step"], int) or not all(isinstance(state["initial_model"][k], str) for k in _MODEL):
+        if not isinstance(state["step"], int) or not all(
+            isinstance(state["initial_model"][k], str) for k in _MODEL
+        ):
             raise TypeError("no step, or no initial model")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path / STATE}: damaged: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{path / STATE}: damaged: {type(error).__name__}: {error}"
+        ) from error
     return state
 
 
@@ -64,7 +72,10 @@ def write_manifest(folder: Path) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        listed[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        listed[str(path.relative_to(folder))] = {
+            "bytes": path.stat().st_size,
+            "sha256": _sha256(path),
+        }
     replace_file(folder / MANIFEST, json.dumps(listed, indent=1))
 
 

@@ -1,4 +1,6 @@
-"""The source of a model: a Hugging Face folder, or a Megatron checkpoint and the Hugging Face folder it began with."""
+"""The source of a model: a Hugging Face folder, or a Megatron checkpoint and the Hugging Face
+folder it began with.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,19 @@ from megatron_efr.errors import UserError
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import TensorSource, fingerprint, initial_weights
 
-HUGGING_FACE = "hugging_face"  # within a converted checkpoint: the folder it came from, without its weights
-_GIVE_TEMPLATE = "name a folder with its config.json and tokenizer: template=FOLDER (efr convert: --template FOLDER)"
+# within a converted checkpoint: the folder it came from, without its weights
+HUGGING_FACE = "hugging_face"
+_GIVE_TEMPLATE = (
+    "name a folder with its config.json and tokenizer: template=FOLDER (efr convert: --template "
+    "FOLDER)"
+)
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model: `start`, whose path is a Hugging Face folder, with the folder's weights or those of `checkpoint`."""
+    """A model: `start`, whose path is a Hugging Face folder, with the folder's weights or those of
+    `checkpoint`.
+    """
 
     start: ModelConfig
     seed: int
@@ -37,7 +45,9 @@ class ModelSource:
         return CheckpointWeights(self.checkpoint, architecture)
 
     def fingerprint(self) -> str:
-        """SHA-256 over config.json and the weights; of a checkpoint, over the checksums in its manifest."""
+        """SHA-256 over config.json and the weights; of a checkpoint, over the checksums in its
+        manifest.
+        """
         if self.checkpoint is None:
             return fingerprint(self.start.path, self.seed if self.start.init == "random" else None)
         digest = hashlib.sha256((Path(self.start.path) / "config.json").read_bytes())
@@ -46,10 +56,11 @@ class ModelSource:
 
 
 def find_model(model: ModelConfig, seed: int, template: str | None = None) -> ModelSource:
-    """The model at `model.path`: a Hugging Face folder; a Megatron checkpoint, a run's or a converted one; or a run's
-    folder (or its checkpoints/), whose newest checkpoint is taken.
+    """The model at `model.path`: a Hugging Face folder; a Megatron checkpoint, a run's or a
+    converted one; or a run's folder (or its checkpoints/), whose newest checkpoint is taken.
 
-    A checkpoint's configuration and tokenizer come from `template`, by default from the model that it was made from.
+    A checkpoint's configuration and tokenizer come from `template`, by default from the model that
+    it was made from.
     """
     checkpoint = find_checkpoint(Path(model.path))
     if checkpoint is None:
@@ -59,16 +70,21 @@ def find_model(model: ModelConfig, seed: int, template: str | None = None) -> Mo
 
 
 def find_template(checkpoint: Path) -> Path:
-    """The Hugging Face folder that a checkpoint was made from; UserError if it is not to be found."""
+    """The Hugging Face folder that a checkpoint was made from; UserError if it is not to be
+    found.
+    """
     if (checkpoint / HUGGING_FACE).is_dir():
         return checkpoint / HUGGING_FACE
     if not (checkpoint / STATE).is_file():
         raise UserError(
-            f"{checkpoint}: no {STATE} and no {HUGGING_FACE}/, one of which says what model it is of; {_GIVE_TEMPLATE}"
+            f"{checkpoint}: no {STATE} and no {HUGGING_FACE}/, one of which says what model it is "
+            f"of; {_GIVE_TEMPLATE}"
         )
     path = Path(read_state(checkpoint)["initial_model"]["path"])
     if not (path / "config.json").is_file():
-        raise UserError(f"{checkpoint}: was trained from {path}, which is not there; {_GIVE_TEMPLATE}")
+        raise UserError(
+            f"{checkpoint}: was trained from {path}, which is not there; {_GIVE_TEMPLATE}"
+        )
     return path
 
 
@@ -84,15 +100,22 @@ def find_checkpoint(path: Path) -> Path | None:
             name = latest.read_text(encoding="utf-8", errors="replace").strip().replace("\0", "?")
             if name and is_checkpoint(folder / name):
                 return folder / name
-            raise UserError(f"{latest}: names {name!r}, which is no checkpoint there; {_those_of(folder)}")
+            raise UserError(
+                f"{latest}: names {name!r}, which is no checkpoint there; {_those_of(folder)}"
+            )
     is_model = (path / "config.json").is_file()
     is_run = (path / "config.yaml").is_file()
     if is_model or not (is_run or _saved(path) or _saved(path / "checkpoints")):
         return None
     if (path / "model/config.json").is_file():
-        raise UserError(f"{path}: a run's folder, and none of its checkpoints is left; its model is {path / 'model'}")
+        raise UserError(
+            f"{path}: a run's folder, and none of its checkpoints is left; its model is "
+            f"{path / 'model'}"
+        )
     checkpoints = path if _saved(path) else path / "checkpoints"
-    raise UserError(f"{path}: a run that has no checkpoint yet, and so no model; {_those_of(checkpoints)}")
+    raise UserError(
+        f"{path}: a run that has no checkpoint yet, and so no model; {_those_of(checkpoints)}"
+    )
 
 
 def _saved(folder: Path) -> list[Path]:
@@ -110,4 +133,7 @@ def _those_of(folder: Path) -> str:
             faults.append(f"\n  {error}")
         else:
             return f"the newest that verifies is {path}: name that one"
-    return f"{folder} holds none that verifies{''.join(faults)}\nit gets one every checkpoint.every steps"
+    return (
+        f"{folder} holds none that verifies{''.join(faults)}\nit gets one every checkpoint.every "
+        "steps"
+    )

@@ -1,4 +1,5 @@
-"""The model part of a Megatron checkpoint (torch_dist), written and read tensor by tensor, without Megatron.
+"""The model part of a Megatron checkpoint (torch_dist), written and read tensor by tensor, without
+Megatron.
 
 Megatron-Core keeps one global tensor for all layers, and for all experts of all layers: its leading
 axes count them (`TransformerBlock.sharded_state_dict`). Such a tensor is stored in chunks. A
@@ -55,7 +56,9 @@ _FORMAT = {
 
 @dataclass(frozen=True)
 class _Place:
-    """The place of a parameter in the checkpoint: its tensor's name, and (index, count) along each leading axis."""
+    """The place of a parameter in the checkpoint: its tensor's name, and (index, count) along each
+    leading axis.
+    """
 
     key: str
     axes: tuple[tuple[int, int], ...]
@@ -76,7 +79,8 @@ def _place(name: str, a: Architecture) -> _Place:
         return _Place(name, ())
     layer = int(match[1])
     rest = match[2]
-    # layer norms go by Transformer Engine's names, in which they belong to the linear layer that follows
+    # layer norms go by Transformer Engine's names, in which they belong to the linear layer that
+    # follows
     rest = rest.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
     rest = rest.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
     axes = ((layer, a.layers),)
@@ -87,11 +91,13 @@ def _place(name: str, a: Architecture) -> _Place:
     return _Place(f"decoder.layers.{rest}", axes)
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------
+# -- writing
+# --------------------------------------------------------------------------------------------------
 
 
 def write(folder: Path, source: FolderWeights, architecture: Architecture) -> None:
-    """Write `source` as a process alone would save it, into an empty folder; one tensor in memory at a time.
+    """Write `source` as a process alone would save it, into an empty folder; one tensor in memory
+    at a time.
 
     ConfigError if the tensors that make up one of Megatron's are not of one type, OSError if
     writing fails.
@@ -110,13 +116,16 @@ def write(folder: Path, source: FolderWeights, architecture: Architecture) -> No
 
 
 class _Writer(torch_checkpoint.DefaultSavePlanner):
-    """Plans from names and shapes alone; torch's writer asks for each chunk's data when it comes to write it."""
+    """Plans from names and shapes alone; torch's writer asks for each chunk's data when it comes to
+    write it.
+    """
 
     def __init__(self, source: FolderWeights, architecture: Architecture) -> None:
         super().__init__(flatten_state_dict=False)
         self._source, self._architecture = source, architecture
         self._mapping = WeightMapping(architecture)
-        self._parts: dict[MetadataIndex, tuple[str, int | None]] = {}  # parameter, and which of its sources alone
+        # parameter, and which of its sources alone
+        self._parts: dict[MetadataIndex, tuple[str, int | None]] = {}
 
     def create_local_plan(self) -> SavePlan:
         dtypes: dict[str, torch.dtype] = {}
@@ -126,7 +135,9 @@ class _Writer(torch_checkpoint.DefaultSavePlanner):
                 assert item.tensor_data is not None
                 dtype = item.tensor_data.properties.dtype
                 if dtypes.setdefault(item.index.fqn, dtype) != dtype:
-                    raise ConfigError(f"{self._source.folder}: {name} is {dtype} and others like it are not")
+                    raise ConfigError(
+                        f"{self._source.folder}: {name} is {dtype} and others like it are not"
+                    )
                 items.append(item)
             if re.search(r"\.linear_(qkv|proj|fc1|fc2)\.weight$", name):
                 items.append(self._extra_state(name))
@@ -140,11 +151,13 @@ class _Writer(torch_checkpoint.DefaultSavePlanner):
         kinds = {self._source.dtype(source) for source in sources}
         if len(kinds) > 1:
             raise ConfigError(
-                f"{self._source.folder}: {' and '.join(sources)} differ in type; Megatron holds them in one"
+                f"{self._source.folder}: {' and '.join(sources)} differ in type; Megatron holds "
+                "them in one"
             )
         place = _place(name, self._architecture)
         shape = mapping.shape(name)
-        alone = mapping.split(name) == "gate_up"  # each half is a chunk, and a tensor of the folder as it stands
+        # each half is a chunk, and a tensor of the folder as it stands
+        alone = mapping.split(name) == "gate_up"
         rows = shape[0] // len(sources) if alone else shape[0]
         for number in range(len(sources) if alone else 1):
             chunk = ChunkStorageMetadata(
@@ -162,10 +175,14 @@ class _Writer(torch_checkpoint.DefaultSavePlanner):
             yield item
 
     def _extra_state(self, name: str) -> WriteItem:
-        """The entry that Megatron stores for a linear layer beside its weight: nothing, but it must be there."""
+        """The entry that Megatron stores for a linear layer beside its weight: nothing, but it must
+        be there.
+        """
         place = _place(name.removesuffix("weight") + "_extra_state", self._architecture)
         first, counts = (".".join(str(n) for n in axis) for axis in zip(*place.axes, strict=True))
-        return WriteItem(index=MetadataIndex(f"{place.key}/shard_{first}_{counts}"), type=WriteItemType.BYTE_IO)
+        return WriteItem(
+            index=MetadataIndex(f"{place.key}/shard_{first}_{counts}"), type=WriteItemType.BYTE_IO
+        )
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
@@ -177,19 +194,24 @@ class _Writer(torch_checkpoint.DefaultSavePlanner):
         if number is not None:
             tensor = self._source[sources[number]]
         else:
-            tensor = self._mapping.to_megatron(name, {source: self._source[source] for source in sources}, 0)
+            tensor = self._mapping.to_megatron(
+                name, {source: self._source[source] for source in sources}, 0
+            )
         assert write_item.tensor_data is not None
         return tensor.reshape(write_item.tensor_data.chunk.sizes)
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+# -- reading
+# --------------------------------------------------------------------------------------------------
 
 
 class CheckpointWeights(TensorSource):
-    """The Hugging Face tensors of a Megatron checkpoint's model, whatever layout saved it, read one at a time.
+    """The Hugging Face tensors of a Megatron checkpoint's model, whatever layout saved it, read one
+    at a time.
 
-    Low-rank adapters that were trained beside them are added to them, and are to be had alone: `adapters`.
-    Every tensor must be there with its shape before any is read: ConfigError names what is not.
+    Low-rank adapters that were trained beside them are added to them, and are to be had alone:
+    `adapters`. Every tensor must be there with its shape before any is read: ConfigError names what
+    is not.
     """
 
     def __init__(self, folder: str | Path, architecture: Architecture) -> None:
@@ -197,11 +219,16 @@ class CheckpointWeights(TensorSource):
         self.folder = Path(folder)
         self.architecture = architecture
         self.mapping = WeightMapping(architecture)
-        self._owners = {source: name for name in self.mapping.parameters() for source in self.mapping.sources(name)}
+        self._owners = {
+            source: name
+            for name in self.mapping.parameters()
+            for source in self.mapping.sources(name)
+        }
         self._reader = torch_checkpoint.FileSystemReader(self.folder)
         self._stored = read_metadata(self.folder)
         self._reader.set_up_storage_reader(self._stored, is_coordinator=True)
-        self._last: tuple[str, dict[str, torch.Tensor]] = "", {}  # q, k and v are asked for one after the other
+        # q, k and v are asked for one after the other
+        self._last: tuple[str, dict[str, torch.Tensor]] = "", {}
         self._check()
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -214,18 +241,26 @@ class CheckpointWeights(TensorSource):
     @cached_property
     def lora(self) -> LoraConfig | None:
         """Rank, alpha and targets of the low-rank adapters; None if none were trained."""
-        found = shape_of_adapters({key: tuple(tensor.size) for key, tensor in self._tensors.items()})
+        found = shape_of_adapters(
+            {key: tuple(tensor.size) for key, tensor in self._tensors.items()}
+        )
         if found is None:
             return None
         if ALPHA not in self._tensors:
-            raise ConfigError(f"{self.folder}: holds low-rank adapters, and no {ALPHA} to merge them with")
+            raise ConfigError(
+                f"{self.folder}: holds low-rank adapters, and no {ALPHA} to merge them with"
+            )
         rank, targets = found
-        return LoraConfig.model_validate({"rank": rank, "alpha": float(self._whole(ALPHA)), "targets": targets})
+        return LoraConfig.model_validate(
+            {"rank": rank, "alpha": float(self._whole(ALPHA)), "targets": targets}
+        )
 
     def adapters(self) -> dict[str, torch.Tensor]:
         """Every adapter tensor by PEFT's name, in the order of the weights that they are beside."""
         pairs = (tensor_names(name.removesuffix(".weight")) for name in self.shapes)
-        return {name: self._whole(name) for pair in pairs if pair[0] in self._tensors for name in pair}
+        return {
+            name: self._whole(name) for pair in pairs if pair[0] in self._tensors for name in pair
+        }
 
     def _merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """A weight with the adapter that stands beside it, if any."""
@@ -237,9 +272,13 @@ class CheckpointWeights(TensorSource):
     def _whole(self, key: str) -> torch.Tensor:
         """A tensor of the checkpoint that is one of its own, and not a part of a larger one."""
         if key not in self._tensors:
-            raise ConfigError(f"{self.folder}: no tensor {key}, and the adapters are of no use without")
+            raise ConfigError(
+                f"{self.folder}: no tensor {key}, and the adapters are of no use without"
+            )
         stored = self._tensors[key]
-        return self._read(key, stored, ChunkStorageMetadata(torch.Size([0] * len(stored.size)), stored.size))
+        return self._read(
+            key, stored, ChunkStorageMetadata(torch.Size([0] * len(stored.size)), stored.size)
+        )
 
     def parameter(self, name: str) -> torch.Tensor:
         """Megatron parameter `name`, whole; a vocabulary without its padding."""
@@ -255,7 +294,11 @@ class CheckpointWeights(TensorSource):
         return self._read(place.key, near, wanted, name).reshape(shape)
 
     def _read(
-        self, key: str, stored: TensorStorageMetadata, wanted: ChunkStorageMetadata, name: str = "it"
+        self,
+        key: str,
+        stored: TensorStorageMetadata,
+        wanted: ChunkStorageMetadata,
+        name: str = "it",
     ) -> torch.Tensor:
         """The `wanted` part of a tensor, put together from the chunks that are `stored`."""
         items = planner_helpers.create_read_items_for_chunk_list(key, stored, [wanted])
@@ -267,25 +310,39 @@ class CheckpointWeights(TensorSource):
 
     @cached_property
     def _tensors(self) -> dict[str, TensorStorageMetadata]:
-        return {k: v for k, v in self._stored.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+        return {
+            k: v
+            for k, v in self._stored.state_dict_metadata.items()
+            if isinstance(v, TensorStorageMetadata)
+        }
 
     @cached_property
     def _chunks(self) -> dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]]:
-        """Chunks by tensor and by layer (and expert): a search through all of them for each parameter takes hours."""
+        """Chunks by tensor and by layer (and expert): a search through all of them for each
+        parameter takes hours.
+        """
         axes = {place.key: len(place.axes) for place in map(self._find, self.mapping.parameters())}
         found: dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]] = {}
         for key, leading in axes.items():
             for chunk in self._tensors[key].chunks:
                 if any(size != 1 for size in chunk.sizes[:leading]):
-                    raise ConfigError(f"{self.folder}: {key} holds several layers or experts in one chunk")
+                    raise ConfigError(
+                        f"{self.folder}: {key} holds several layers or experts in one chunk"
+                    )
                 found.setdefault((key, tuple(chunk.offsets[:leading])), []).append(chunk)
         return found
 
     def _find(self, name: str) -> _Place:
-        """The place of a parameter. Layers from Transformer Engine keep the norm before experts under its own name."""
+        """The place of a parameter. Layers from Transformer Engine keep the norm before experts
+        under its own name.
+        """
         place = _place(name, self.architecture)
         own = "decoder.layers.pre_mlp_layernorm.weight"
-        if name.endswith(".pre_mlp_layernorm.weight") and place.key not in self._tensors and own in self._tensors:
+        if (
+            name.endswith(".pre_mlp_layernorm.weight")
+            and place.key not in self._tensors
+            and own in self._tensors
+        ):
             return _Place(own, place.axes)
         return place
 
@@ -298,14 +355,26 @@ class CheckpointWeights(TensorSource):
         for name in self.mapping.parameters():
             place = self._find(name)
             if place.key not in self._tensors:
-                raise ConfigError(f"{self.folder}: no tensor {place.key}; config.json makes it a part of the model")
+                raise ConfigError(
+                    f"{self.folder}: no tensor {place.key}; config.json makes it a part of the "
+                    "model"
+                )
             found = tuple(self._tensors[place.key].size)
             wanted = place.whole(self._shape(name))
-            padded = self.mapping.split(name) == "vocab" and found[0] >= wanted[0] and found[1:] == wanted[1:]
+            padded = (
+                self.mapping.split(name) == "vocab"
+                and found[0] >= wanted[0]
+                and found[1:] == wanted[1:]
+            )
             if found != wanted and not padded:
-                raise ConfigError(f"{self.folder}: {place.key} is {found}, config.json makes it {wanted}")
+                raise ConfigError(
+                    f"{self.folder}: {place.key} is {found}, config.json makes it {wanted}"
+                )
         if self.architecture.tied and "output_layer.weight" in self._tensors:
-            raise ConfigError(f"{self.folder}: output_layer.weight is there, and config.json ties it to the embedding")
+            raise ConfigError(
+                f"{self.folder}: output_layer.weight is there, and config.json ties it to the "
+                "embedding"
+            )
 
 
 class _Into:
@@ -333,12 +402,15 @@ def read_metadata(folder: Path) -> Metadata:
     """Read what a checkpoint folder stores, as torch describes it; ConfigError if it is none."""
     if not is_checkpoint(folder):
         raise ConfigError(
-            f"{folder}: no checkpoint: no .metadata there; a folder like checkpoints/step_000010 is expected"
+            f"{folder}: no checkpoint: no .metadata there; a folder like checkpoints/step_000010 "
+            "is expected"
         )
     try:
         stored = torch_checkpoint.FileSystemReader(folder).read_metadata()
     except Exception as error:  # a damaged pickle leads anywhere
-        raise ConfigError(f"{folder / '.metadata'}: damaged: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"{folder / '.metadata'}: damaged: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(stored, Metadata):
         raise ConfigError(f"{folder / '.metadata'}: damaged: it holds a {type(stored).__name__}")
     return stored

@@ -1,1 +1,3 @@
-"""A run on the GPUs of several machines: which rank and which engine is where, and what each machine starts."""
+"""A run on the GPUs of several machines: which rank and which engine is where, and what each
+machine starts.
+"""

@@ -18,13 +18,14 @@ _SCRIPT = """\
 #SBATCH --signal=USR1@1800
 {options}#
 # One task for each model of a sweep; the task that ends last writes the table and the report.
-# Half an hour before the time limit a run saves and ends with {requeue}; its task then goes back into the queue.
+# Half an hour before the time limit a run saves and ends with {requeue}; its task is queued again.
 set -euo pipefail
 cd {place}
 [ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 code=0
 srun --ntasks=1 {command} --member "$SLURM_ARRAY_TASK_ID" || code=$?
-if [ "$code" -eq {requeue} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt "${{MOST_REQUEUES:-100}}" ]; then
+restarts=${{SLURM_RESTART_COUNT:-0}}
+if [ "$code" -eq {requeue} ] && [ "$restarts" -lt "${{MOST_REQUEUES:-100}}" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
@@ -34,9 +35,11 @@ exit "$code"
 def array_script(
     name: str, tasks: int, command: Sequence[str], logs: Path, options: Sequence[str], requeue: int
 ) -> str:
-    """The batch script: `command` with `--member N` for each N below `tasks`, run from the present folder.
+    """The batch script: `command` with `--member N` for each N below `tasks`, run from the present
+    folder.
 
-    `options` are sbatch's, and stand last, so that they win. An exit code of `requeue` puts a task back into the queue.
+    `options` are sbatch's, and stand last, so that they win. An exit code of `requeue` puts a task
+    back into the queue.
     """
     return _SCRIPT.format(
         name=name.replace("/", "-"),
@@ -50,5 +53,7 @@ def array_script(
 
 
 def _written(path: Path) -> str:
-    """A path as sbatch reads it in a directive: it ends at a space and at `#`, quotes group, and `%` is a symbol."""
+    """A path as sbatch reads it in a directive: it ends at a space and at `#`, quotes group, and
+    `%` is a symbol.
+    """
     return re.sub(r"""([\s"'#\\])""", r"\\\1", str(path).replace("%", "%%"))

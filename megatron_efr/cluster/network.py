@@ -24,4 +24,7 @@ def interface_towards(host: str) -> str:
     for name, addresses in psutil.net_if_addrs().items():
         if any(known.family == socket.AF_INET and known.address == address for known in addresses):
             return name
-    raise UserError(f"--hosts: {host} is reached from {address}, and no network interface of this machine has it")
+    raise UserError(
+        f"--hosts: {host} is reached from {address}, and no network interface of this machine has "
+        "it"
+    )

@@ -1,7 +1,8 @@
-"""One SGLang engine of a run, on the GPUs in sight: `python -m megatron_efr.cluster.serve CONFIG --host A --port P`.
+"""One SGLang engine of a run, on the GPUs in sight: `python -m megatron_efr.cluster.serve CONFIG
+--host A --port P`.
 
-Runs until it is told to end (SIGTERM, SIGINT), or the server failed once more than it may be started again; nothing of
-the server is left afterwards.
+Runs until it is told to end (SIGTERM, SIGINT), or the server failed once more than it may be
+started again; nothing of the server is left afterwards.
 """
 
 from __future__ import annotations
@@ -23,17 +24,25 @@ from megatron_efr.rollout.servers.launcher import Launcher
 
 
 def serve(config: TrainConfig, host: str, port: int, index: int) -> int:
-    """Start the server, say when it is ready, and keep it running; the exit code, once it stays down."""
+    """Start the server, say when it is ready, and keep it running; the exit code, once it stays
+    down.
+    """
     if not (key := os.environ.get(KEY)):
-        raise UserError(f"{KEY}: not set; the update endpoints unpickle what they receive: no engine without a key")
+        raise UserError(
+            f"{KEY}: not set; the update endpoints unpickle what they receive: no engine without "
+            "a key"
+        )
     address = private_address(host)
     rollout = config.rollout
     on_gpu = torch.cuda.is_available()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # SLURM sends it to all, and the iteration at hand needs the engine
+    # SLURM sends it to all, and the iteration at hand needs the engine
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     with Launcher(config.folder / "engines", rollout.timeouts.stop_s, key) as launcher:
-        launcher.start_engine(config.model, rollout, index, seed=config.seed, on_gpu=on_gpu, host=address, port=port)
+        launcher.start_engine(
+            config.model, rollout, index, seed=config.seed, on_gpu=on_gpu, host=address, port=port
+        )
         [url] = launcher.wait(rollout.timeouts.start_s)
         print(f"engine {index} is ready at {url}", flush=True)
         launcher.watch(rollout.timeouts, rollout.restarts).join()
@@ -45,11 +54,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="One SGLang engine of a run.")
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--host", required=True, help="this machine's name or address on the private network")
+    parser.add_argument(
+        "--host", required=True, help=("this machine's name or address on the private network")
+    )
     parser.add_argument("--port", type=within(int, *PORTS), required=True)
     parser.add_argument("--index", type=int, default=0, help="which of the run's engines this is")
     given = parser.parse_intermixed_args(argv)
-    sys.exit(serve(load(TrainConfig, given.config, given.overrides), given.host, given.port, given.index))
+    sys.exit(
+        serve(load(TrainConfig, given.config, given.overrides), given.host, given.port, given.index)
+    )
 
 
 if __name__ == "__main__":

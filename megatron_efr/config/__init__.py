@@ -1,4 +1,6 @@
-"""The run's configuration: one typed section per room, read from YAML and checked before anything starts."""
+"""The run's configuration: one typed section per room, read from YAML and checked before anything
+starts.
+"""
 
 from megatron_efr.config.data import DataConfig as DataConfig
 from megatron_efr.config.data import DatasetConfig as DatasetConfig

@@ -1,4 +1,6 @@
-"""Reading a configuration: YAML and overrides in, a checked section out, and sentences for what is wrong."""
+"""Reading a configuration: YAML and overrides in, a checked section out, and sentences for what is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
 def load(kind: type[ConfigT], path: str | Path, overrides: Iterable[str] = ()) -> ConfigT:
-    """Read `path` as a `kind`, with `section.key=value` overrides applied; ConfigError says what is wrong and where."""
+    """Read `path` as a `kind`, with `section.key=value` overrides applied; ConfigError says what is
+    wrong and where.
+    """
     tree = read_tree(path)
     for override in overrides:
         apply(tree, override)
@@ -25,7 +29,9 @@ def load(kind: type[ConfigT], path: str | Path, overrides: Iterable[str] = ()) -
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
-    """The sections of a YAML file, not yet checked against a kind of configuration; ConfigError if it has none."""
+    """The sections of a YAML file, not yet checked against a kind of configuration; ConfigError if
+    it has none.
+    """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
@@ -43,22 +49,32 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
-def validate(kind: type[SectionT], tree: dict[str, Any], source: str = "", prefix: str = "") -> SectionT:
-    """Check `tree` against `kind`; `prefix` is the path of `tree` within the whole configuration, `source` its file."""
+def validate(
+    kind: type[SectionT], tree: dict[str, Any], source: str = "", prefix: str = ""
+) -> SectionT:
+    """Check `tree` against `kind`; `prefix` is the path of `tree` within the whole configuration,
+    `source` its file.
+    """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
         place = f"{source}: " if source else ""
-        raise ConfigError("\n".join(_sentence(kind, problem, place, prefix) for problem in error.errors())) from error
+        raise ConfigError(
+            "\n".join(_sentence(kind, problem, place, prefix) for problem in error.errors())
+        ) from error
 
 
 def dump(config: BaseModel) -> str:
     """The resolved configuration as YAML: it runs again from there."""
-    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(
+        config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True
+    )
 
 
 def apply(tree: dict[str, Any], override: str) -> None:
-    """Set the value of an override `section.key=value` in `tree`; ConfigError if it is none, or has no place there."""
+    """Set the value of an override `section.key=value` in `tree`; ConfigError if it is none, or has
+    no place there.
+    """
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"{override!r}: an override reads section.key=value")
@@ -66,7 +82,9 @@ def apply(tree: dict[str, Any], override: str) -> None:
 
 
 def put(tree: dict[str, Any], key: str, value: Any, override: str = "") -> None:
-    """Set `section.key` in `tree`, a section as a whole; a ConfigError names the `override` that asked for it."""
+    """Set `section.key` in `tree`, a section as a whole; a ConfigError names the `override` that
+    asked for it.
+    """
     override = override or key
     *path, last = key.split(".")
     node: Any = tree
@@ -101,7 +119,9 @@ def _sentence(kind: type[BaseModel], problem: Any, place: str, prefix: str) -> s
     if problem["type"] == "extra_forbidden":
         known = _keys_at(kind, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(sorted(known))}"
+        hint = (
+            f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(sorted(known))}"
+        )
         return f"{place}{where}: unknown key; {hint}"
     if problem["type"] == "missing":
         return f"{place}{where}: required, and not set"
@@ -109,7 +129,11 @@ def _sentence(kind: type[BaseModel], problem: Any, place: str, prefix: str) -> s
     if problem["type"] in ("model_type", "model_attributes_type"):
         return f"{place}{where}: a section of keys belongs here, not {_shown(value)}"
     if isinstance(value, dict):
-        return f"{place}{message}" if not where or message.startswith(f"{where}.") else f"{place}{where}: {message}"
+        return (
+            f"{place}{message}"
+            if not where or message.startswith(f"{where}.")
+            else f"{place}{where}: {message}"
+        )
     return f"{place}{where}: {message} (got {_shown(value)})"
 
 

@@ -16,7 +16,9 @@ class ExactOptions(Section):
 
 
 class NumericOptions(Section):
-    """Options of the verifier `numeric`: how far an answer may lie from the gold; the wider of the two counts."""
+    """Options of the verifier `numeric`: how far an answer may lie from the gold; the wider of the
+    two counts.
+    """
 
     relative: float = Field(default=1e-6, ge=0, description="of the gold's size")
     absolute: float = Field(default=0.0, ge=0, description="in the gold's unit")
@@ -25,7 +27,9 @@ class NumericOptions(Section):
 class RegexOptions(Section):
     """Options of the verifier `regex`."""
 
-    search: bool = Field(default=False, description="the pattern may match anywhere, not only the whole answer")
+    search: bool = Field(
+        default=False, description="the pattern may match anywhere, not only the whole answer"
+    )
     ignore_case: bool = Field(default=False, description="capital and small letters are the same")
 
 
@@ -45,25 +49,37 @@ class VerifierConfig(Section):
     verifier: str = Field(
         default="math",
         min_length=1,
-        description="math, exact, choice, numeric, regex; or a plug-in: a name registered under the entry point "
-        "megatron_efr.verifiers, or module:function",
+        description=(
+            "math, exact, choice, numeric, regex; or a plug-in: a name registered under the entry "
+            "point megatron_efr.verifiers, or module:function"
+        ),
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="the verifier's own; a plug-in's keyword arguments"
     )
     answer: Literal["last_box", "boxes", "marker", "last_number", "whole"] = Field(
         default="last_box",
-        description="last_box: the last \\boxed{}; boxes: those of the last statement, if the gold has as many parts; "
-        "marker: what follows the last `marker` on its line; last_number: the last in digits; whole: all of it",
+        description=(
+            "last_box: the last \\boxed{}; boxes: those of the last statement, if the gold has as "
+            "many parts; marker: what follows the last `marker` on its line; last_number: the "
+            "last in digits; whole: all of it"
+        ),
     )
-    marker: str | None = Field(default=None, min_length=1, description="with answer: marker; such as 'Answer:'")
+    marker: str | None = Field(
+        default=None, min_length=1, description="with answer: marker; such as 'Answer:'"
+    )
 
     @model_validator(mode="after")
     def _a_marker_belongs_to_its_answer(self) -> Self:
         if self.answer == "marker" and self.marker is None:
-            raise ValueError("answer: marker needs `marker`, the text that an answer follows, such as 'Answer:'")
+            raise ValueError(
+                "answer: marker needs `marker`, the text that an answer follows, such as 'Answer:'"
+            )
         if self.answer != "marker" and self.marker is not None:
-            raise ValueError(f"marker: {self.marker!r} is read by answer: marker alone; here answer is {self.answer}")
+            raise ValueError(
+                f"marker: {self.marker!r} is read by answer: marker alone; here answer is "
+                f"{self.answer}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -77,7 +93,9 @@ class VerifierConfig(Section):
             [first, *_] = error.errors()
             known = ", ".join(kind.model_fields) or "none"
             key = ".".join(map(str, first["loc"]))
-            raise ValueError(f"options.{key}: {first['msg']}; options of {self.verifier}: {known}") from error
+            raise ValueError(
+                f"options.{key}: {first['msg']}; options of {self.verifier}: {known}"
+            ) from error
         return self
 
 
@@ -96,15 +114,20 @@ class JudgingConfig(VerifierConfig):
         le=1,
         description="the score from which an answer is correct, of a verifier that gives scores",
     )
-    weight: float = Field(default=1.0, ge=0, description="of the first verifier, beside those of `parts`")
+    weight: float = Field(
+        default=1.0, ge=0, description="of the first verifier, beside those of `parts`"
+    )
     parts: list[PartConfig] = Field(
-        default_factory=list, description="score: the mean of all verifiers' scores by weight, from 0 to 1"
+        default_factory=list,
+        description="score: the mean of all verifiers' scores by weight, from 0 to 1",
     )
 
     @model_validator(mode="after")
     def _some_verifier_has_weight(self) -> Self:
         if self.weight == 0 and not self.parts:
-            raise ValueError("weight: 0 leaves no verifier that counts for the score; give it more, or add parts")
+            raise ValueError(
+                "weight: 0 leaves no verifier that counts for the score; give it more, or add parts"
+            )
         return self
 
 

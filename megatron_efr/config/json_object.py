@@ -14,7 +14,8 @@ def read_object(path: Path, refusal: type[UserError] = ConfigError) -> dict[str,
     """The JSON object that a file holds; `refusal` if it cannot be read as one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except (ValueError, RecursionError) as error:
         raise refusal(f"{path}: not valid JSON: {error}") from error
     except OSError as error:
         raise refusal(f"{path}: cannot be read: {error.strerror}") from error

@@ -7,13 +7,19 @@ from typing import Any
 
 
 def leaves(key: str, value: Any, *, within_lists: bool = False) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of every leaf of a section: `method`, {name: laser} -> (method.name, laser).
+    """Yield (dotted key, value) of every leaf of a section: `method`, {name: laser} ->
+    (method.name, laser).
 
-    An empty section is a leaf, and so is a list; `within_lists`, lists of sections are walked by index.
+    An empty section is a leaf, and so is a list; `within_lists`, lists of sections are walked by
+    index.
     """
     if isinstance(value, Mapping) and value:
         inner = [(str(name), each) for name, each in value.items()]
-    elif within_lists and isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+    elif (
+        within_lists
+        and isinstance(value, list)
+        and any(isinstance(item, Mapping) for item in value)
+    ):
         inner = [(str(index), each) for index, each in enumerate(value)]
     else:
         yield key, value

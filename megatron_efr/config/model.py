@@ -13,10 +13,14 @@ class ThinkingConfig(Section):
     """The texts around a thought in this model's responses."""
 
     opens: str | None = Field(
-        default=None, min_length=1, description="`<think>` when left out, if the tokenizer has it as a token of text"
+        default=None,
+        min_length=1,
+        description="`<think>` when left out, if the tokenizer has it as a token of text",
     )
     closes: str | None = Field(
-        default=None, min_length=1, description="`</think>` when left out, if the tokenizer has it as a token of text"
+        default=None,
+        min_length=1,
+        description="`</think>` when left out, if the tokenizer has it as a token of text",
     )
 
 
@@ -25,9 +29,11 @@ Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 
 
 class LoraConfig(Section):
-    """Low-rank adapters (Hu et al. 2021): beside each target W, which stays, B A of a low rank is learnt.
+    """Low-rank adapters (Hu et al. 2021): beside each target W, which stays, B A of a low rank is
+    learnt.
 
-    The weights are W + (alpha / rank) B A. A begins random, B zero, so that training begins with the starting model.
+    The weights are W + (alpha / rank) B A. A begins random, B zero, so that training begins with
+    the starting model.
     """
 
     rank: PositiveInt = Field(default=16, description="rows of A and columns of B")
@@ -46,41 +52,60 @@ class LoraConfig(Section):
     @field_validator("targets")
     @classmethod
     def _once_in_order(cls, targets: list[Projection]) -> list[Projection]:
-        """Each once, in the layer's order: the order in which they are written down says nothing."""
+        """Each once, in the layer's order: the order in which they are written down says
+        nothing.
+        """
         return [name for name in get_args(Projection) if name in targets]
 
 
 class ModelConfig(Section):
     """The starting model, a Hugging Face folder, and the width it trains in."""
 
-    path: str = Field(description="folder with config.json, tokenizer and, unless init is random, safetensors")
-    init: Literal["load", "random"] = Field(default="load", description="load safetensors, or draw from the seed")
+    path: str = Field(
+        description="folder with config.json, tokenizer and, unless init is random, safetensors"
+    )
+    init: Literal["load", "random"] = Field(
+        default="load", description="load safetensors, or draw from the seed"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of the weights in training; the optimizer's copy is float32"
     )
     layers: Literal["auto", "local", "transformer_engine"] = Field(
         default="auto",
-        description="auto takes Transformer Engine's layers in bfloat16, if they import and CUDA is present",
+        description=(
+            "auto takes Transformer Engine's layers in bfloat16, if they import and CUDA is present"
+        ),
     )
     kernels: Literal["auto", "triton", "torch"] = Field(
-        default="auto", description="the log-prob head's: auto takes Triton's if it imports and CUDA is present"
+        default="auto",
+        description="the log-prob head's: auto takes Triton's if it imports and CUDA is present",
     )
     routing: Literal["own", "replay"] = Field(
-        default="own", description="whose choice of experts a mixture follows: its own, or the engine's at sampling"
+        default="own",
+        description=(
+            "whose choice of experts a mixture follows: its own, or the engine's at sampling"
+        ),
     )
     head_chunk_tokens: PositiveInt | None = Field(
         default=None,
-        description="tokens whose logits the head holds at a time; 2048 x parallel.tensor when left out, on a CPU 256 "
-        "MiB of logits at most",
+        description=(
+            "tokens whose logits the head holds at a time; 2048 x parallel.tensor when left out, "
+            "on a CPU 256 MiB of logits at most"
+        ),
     )
     lora: LoraConfig | None = Field(
-        default=None, description="train low-rank adapters and leave the weights as they are; all weights when left out"
+        default=None,
+        description=(
+            "train low-rank adapters and leave the weights as they are; all weights when left out"
+        ),
     )
     thinking: ThinkingConfig = Field(
         default_factory=ThinkingConfig,
         description="the texts around a thought, for methods that tell it from the answer",
     )
-    megatron: dict[str, Any] = Field(default_factory=dict, description="any field of Megatron's TransformerConfig")
+    megatron: dict[str, Any] = Field(
+        default_factory=dict, description="any field of Megatron's TransformerConfig"
+    )
 
 
 class ParallelConfig(Section):
@@ -93,11 +118,17 @@ class ParallelConfig(Section):
     )
     context: PositiveInt = Field(default=1, description="ranks that split a sequence's tokens")
     expert: PositiveInt = Field(default=1, description="ranks that split a mixture's experts")
-    sequence: bool = Field(default=False, description="split norms and dropout over the tensor ranks too")
-    wait_limit_s: float = Field(
-        default=21600, gt=0, description="how long ranks wait on the CPU for rank 0: for rollouts, above all"
+    sequence: bool = Field(
+        default=False, description="split norms and dropout over the tensor ranks too"
     )
-    ddp: dict[str, Any] = Field(default_factory=dict, description="any field of Megatron's DDP configuration")
+    wait_limit_s: float = Field(
+        default=21600,
+        gt=0,
+        description="how long ranks wait on the CPU for rank 0: for rollouts, above all",
+    )
+    ddp: dict[str, Any] = Field(
+        default_factory=dict, description="any field of Megatron's DDP configuration"
+    )
 
     @property
     def model_ranks(self) -> int:
@@ -109,20 +140,30 @@ def check_parallel(parallel: ParallelConfig, world_size: int) -> None:
     """Refuse a split that the number of ranks cannot hold."""
     if world_size % parallel.model_ranks:
         raise ConfigError(
-            f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = "
-            f"{parallel.model_ranks} ranks hold one model, and {world_size} launched ranks are not a multiple of that; "
-            f"launch {-(-world_size // parallel.model_ranks) * parallel.model_ranks}, or split the model less"
+            f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
+            f"{parallel.context} = {parallel.model_ranks} ranks hold one model, and {world_size} "
+            "launched ranks are not a multiple of that; launch "
+            f"{-(-world_size // parallel.model_ranks) * parallel.model_ranks}, or split the model "
+            "less"
         )
     if parallel.sequence and parallel.tensor == 1:
-        raise ConfigError("parallel.sequence: sequence parallelism splits over tensor ranks; set parallel.tensor >= 2")
+        raise ConfigError(
+            "parallel.sequence: sequence parallelism splits over tensor ranks; set "
+            "parallel.tensor >= 2"
+        )
     if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
         raise ConfigError("parallel.virtual_pipeline: needs parallel.pipeline >= 2")
     if parallel.virtual_pipeline == 1:
-        raise ConfigError("parallel.virtual_pipeline: 1 chunk per stage is the plain pipeline; leave it out, or set 2")
-    sharing = world_size // (parallel.tensor * parallel.pipeline)  # experts go over data and context ranks
+        raise ConfigError(
+            "parallel.virtual_pipeline: 1 chunk per stage is the plain pipeline; leave it out, or "
+            "set 2"
+        )
+    # experts go over data and context ranks
+    sharing = world_size // (parallel.tensor * parallel.pipeline)
     if sharing % parallel.expert:
         raise ConfigError(
-            f"parallel.expert: experts are shared over data x context = {sharing} ranks (of {world_size}, tensor "
-            f"{parallel.tensor}, pipeline {parallel.pipeline}), which {parallel.expert} does not divide; "
+            f"parallel.expert: experts are shared over data x context = {sharing} ranks (of "
+            f"{world_size}, tensor {parallel.tensor}, pipeline {parallel.pipeline}), which "
+            f"{parallel.expert} does not divide; "
             f"{' or '.join(str(d) for d in range(1, sharing + 1) if sharing % d == 0)} would fit"
         )

@@ -1,4 +1,6 @@
-"""The page of configuration, written from the fields: `python -m megatron_efr.config > docs/configuration.md`."""
+"""The page of configuration, written from the fields: `python -m megatron_efr.config >
+docs/configuration.md`.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,10 @@ PAGES = {
 
 INTRODUCTION = """# Configuration
 
-One YAML file says what a run is: a typed section for each part, checked before anything starts. An unknown key is an
-error that names the nearest known one. `section.key=value` after the file overrides it, and so does
-`section.list.0.key=value` within a list. The run folder keeps the resolved file, `config.yaml`, which runs again from
-there. Files to begin with are in `examples/`.
+One YAML file says what a run is: a typed section for each part, checked before anything starts. An
+unknown key is an error that names the nearest known one. `section.key=value` after the file
+overrides it, and so does `section.list.0.key=value` within a list. The run folder keeps the
+resolved file, `config.yaml`, which runs again from there. Files to begin with are in `examples/`.
 
 This page is written from the fields in `megatron_efr/config/`, by
 `python -m megatron_efr.config > docs/configuration.md`.
@@ -88,7 +90,9 @@ def _fields(section: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field is, or that it holds in a list or a mapping, or may be; None for any other field."""
+    """The section that a field is, or that it holds in a list or a mapping, or may be; None for any
+    other field.
+    """
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     found = (section_of(argument) for argument in getattr(annotation, "__args__", ()))
@@ -96,9 +100,15 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def _title(place: Place, shown: dict[type[BaseModel], Place]) -> str:
-    """A heading: the path, with the program if another one's section of that path stands before it."""
+    """A heading: the path, with the program if another one's section of that path stands before
+    it.
+    """
     same = [other for other in shown.values() if other.path == place.path]
-    return place.path if place.path and same[0] == place else f"{place.path} of {place.program}".removeprefix(" of ")
+    return (
+        place.path
+        if place.path and same[0] == place
+        else f"{place.path} of {place.program}".removeprefix(" of ")
+    )
 
 
 def _link(section: type[BaseModel], shown: dict[type[BaseModel], Place]) -> str:
@@ -120,7 +130,9 @@ def _overview(places: list[Place], shown: dict[type[BaseModel], Place]) -> Itera
     yield ""
 
 
-def _section(place: Place, places: list[Place], shown: dict[type[BaseModel], Place]) -> Iterator[str]:
+def _section(
+    place: Place, places: list[Place], shown: dict[type[BaseModel], Place]
+) -> Iterator[str]:
     """One section: its heading, what it is, and its keys."""
     # heading, and the other places that take the same keys
     others = [other for other in places if other.section is place.section and other != place]
@@ -135,7 +147,11 @@ def _section(place: Place, places: list[Place], shown: dict[type[BaseModel], Pla
     # keys that are those of a section shown before are named, not repeated
     schema = place.section.model_json_schema(by_alias=True)
     elsewhere = _elsewhere(place.section, shown)
-    repeated = [key for key, field in _fields(place.section) if elsewhere and _is_same(elsewhere, key, field)]
+    repeated = [
+        key
+        for key, field in _fields(place.section)
+        if elsewhere and _is_same(elsewhere, key, field)
+    ]
     if elsewhere and repeated:
         yield f"As in {_link(elsewhere, shown)}: {', '.join(f'`{key}`' for key in repeated)}."
         yield ""
@@ -152,8 +168,12 @@ def _section(place: Place, places: list[Place], shown: dict[type[BaseModel], Pla
         yield ""
 
 
-def _elsewhere(section: type[BaseModel], shown: dict[type[BaseModel], Place]) -> type[BaseModel] | None:
-    """A section that stands earlier on the page and shares a base with this one, and so some keys."""
+def _elsewhere(
+    section: type[BaseModel], shown: dict[type[BaseModel], Place]
+) -> type[BaseModel] | None:
+    """A section that stands earlier on the page and shares a base with this one, and so some
+    keys.
+    """
     bases = {
         base
         for base in section.__mro__
@@ -168,16 +188,22 @@ def _elsewhere(section: type[BaseModel], shown: dict[type[BaseModel], Place]) ->
 
 
 def _is_same(other: type[BaseModel], key: str, field: FieldInfo) -> bool:
-    """True if another section has the very key: the type, its limits, the default and the description."""
+    """True if another section has the very key: the type, its limits, the default and the
+    description.
+    """
     return repr(dict(_fields(other)).get(key)) == repr(field)
 
 
-def _row(key: str, field: FieldInfo, schema: dict[str, Any], shown: dict[type[BaseModel], Place]) -> str:
+def _row(
+    key: str, field: FieldInfo, schema: dict[str, Any], shown: dict[type[BaseModel], Place]
+) -> str:
     inner = section_of(field.annotation)
     described = (field.description or "").replace("|", "\\|")
     if inner is None:
         return f"| `{key}` | {values(schema)} | {default_of(field)} | {described} |"
-    kind = {"array": "list of sections", "object": "mapping to sections"}.get(schema.get("type", ""), "section")
+    kind = {"array": "list of sections", "object": "mapping to sections"}.get(
+        schema.get("type", ""), "section"
+    )
     default = "" if kind == "section" and field.default_factory else default_of(field)
     purpose = described or (inner.__doc__ or "").strip().splitlines()[0].rstrip(".")
     return f"| `{key}` | {kind} {_link(inner, shown)} | {default} | {purpose} |"
@@ -233,6 +259,7 @@ def undescribed() -> list[str]:
             for key, field in _fields(place.section):
                 if not field.description and section_of(field.annotation) is None:
                     found.append(
-                        f"{place.section.__name__}.{key}: give the field a description, Field(description=...)"
+                        f"{place.section.__name__}.{key}: give the field a description, "
+                        "Field(description=...)"
                     )
     return list(dict.fromkeys(found))

@@ -1,4 +1,6 @@
-"""Holds keys that are handed on to another library to that library's own annotations, before any work."""
+"""Holds keys that are handed on to another library to that library's own annotations, before any
+work.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,11 @@ from megatron_efr.config.section import ConfigError
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
-def check_passed_on(where: str, given: Mapping[str, Any], annotations: Mapping[str, Any], owner: str) -> dict[str, Any]:
-    """The keys of section `where` as `owner` takes them: names of an enumeration's members become those members.
+def check_passed_on(
+    where: str, given: Mapping[str, Any], annotations: Mapping[str, Any], owner: str
+) -> dict[str, Any]:
+    """The keys of section `where` as `owner` takes them: names of an enumeration's members become
+    those members.
 
     ConfigError for a key that is not in `annotations`, or a value of another type.
     """
@@ -33,20 +38,26 @@ def check_passed_on(where: str, given: Mapping[str, Any], annotations: Mapping[s
         if isinstance(value, str) and value in members:
             taken[key] = members[value]
         elif members and value is not None:
-            raise ConfigError(f"{where}.{key}: {owner} takes one of {', '.join(members)}, not {value!r}")
+            raise ConfigError(
+                f"{where}.{key}: {owner} takes one of {', '.join(members)}, not {value!r}"
+            )
         else:
             try:
                 taken[key] = _validated(value, annotation)
             except (ValidationError, PydanticUserError) as error:
                 wanted = described(annotation)
-                raise ConfigError(f"{where}.{key}: {owner} takes {wanted}, not {value!r}") from error
+                raise ConfigError(
+                    f"{where}.{key}: {owner} takes {wanted}, not {value!r}"
+                ) from error
     return taken
 
 
 def _validated(value: Any, annotation: Any) -> Any:
-    """A value that YAML can write, as the annotated type: an integer is a float too, and a list becomes a tuple.
+    """A value that YAML can write, as the annotated type: an integer is a float too, and a list
+    becomes a tuple.
 
-    Nothing that YAML can write is a function, a dtype, or an object of a class of the library's own.
+    Nothing that YAML can write is a function, a dtype, or an object of a class of the library's
+    own.
     """
     return TypeAdapter(annotation, config=_STRICT).validate_json(json.dumps(value))
 

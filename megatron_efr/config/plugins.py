@@ -1,4 +1,6 @@
-"""Third parties' classes and functions by name: found when they are asked for, loaded, and checked."""
+"""Third parties' classes and functions by name: found when they are asked for, loaded, and
+checked.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,22 @@ from megatron_efr.config.section import ConfigError
 Kind = TypeVar("Kind")
 
 
-def find_class(name: str, ours: Mapping[str, type[Kind]], group: str, base: type[Kind], section: str) -> type[Kind]:
+def find_class(
+    name: str, ours: Mapping[str, type[Kind]], group: str, base: type[Kind], section: str
+) -> type[Kind]:
     """The class of that name, ours or an installed third party's of the entry points `group`.
 
-    ConfigError, under `section`.name, if there is none, or if a third party's does not load or is no `base`.
+    ConfigError, under `section`.name, if there is none, or if a third party's does not load or is
+    no `base`.
     """
     if name in ours:
         return ours[name]
     others = registered(group)
     if name not in others:
-        raise ConfigError(f"{section}.name: no {section} {name!r}; there are {', '.join(sorted({*ours, *others}))}")
+        raise ConfigError(
+            f"{section}.name: no {section} {name!r}; there are "
+            f"{', '.join(sorted({*ours, *others}))}"
+        )
     return load_plugin(others[name], base, f"{section}.name")
 
 
@@ -31,37 +39,46 @@ def registered(group: str) -> dict[str, EntryPoint]:
 
 
 def load_plugin(entry: EntryPoint, base: type[Kind], key: str) -> type[Kind]:
-    """The class that an entry point names; ConfigError, under the key that asks for it, if it is no `base`."""
+    """The class that an entry point names; ConfigError, under the key that asks for it, if it is no
+    `base`.
+    """
     named = f"{key}: {entry.name}, which is registered as {entry.value}"
     try:
         found = entry.load()
     except Exception as error:  # anything may happen in a module of somebody else
         raise ConfigError(f"{named}, cannot be loaded: {type(error).__name__}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(f"{named}, is no subclass of {base.__module__.rpartition('.')[0]}.{base.__name__}")
+        raise ConfigError(
+            f"{named}, is no subclass of {base.__module__.rpartition('.')[0]}.{base.__name__}"
+        )
     return found
 
 
 def load_function(name: str, group: str, key: str, arguments: Sequence[str]) -> Callable[..., Any]:
-    """The third party's function that `name` leads to: an entry point of `group`, or module:function.
+    """The third party's function that `name` leads to: an entry point of `group`, or
+    module:function.
 
-    ConfigError, under the key that asks for it, if there is none, if it cannot be imported, or if it cannot be called
-    with these positional arguments.
+    ConfigError, under the key that asks for it, if there is none, if it cannot be imported, or if
+    it cannot be called with these positional arguments.
     """
     others = registered(group)
     if name not in others and ":" not in name:
         there = ", ".join(sorted(others)) or "none"
-        raise ConfigError(f"{key}: no {name!r}; registered under {group}: {there}; or give module:function")
+        raise ConfigError(
+            f"{key}: no {name!r}; registered under {group}: {there}; or give module:function"
+        )
     try:
         found = others.get(name, EntryPoint(name, name, group)).load()
     except (Exception, SystemExit) as error:  # anything may happen in a module of somebody else
         raise ConfigError(
-            f"{key}: {name} cannot be imported: {type(error).__name__}: {error}; install its package, or put its "
-            "folder on PYTHONPATH"
+            f"{key}: {name} cannot be imported: {type(error).__name__}: {error}; install its "
+            "package, or put its folder on PYTHONPATH"
         ) from error
     wanted = f"a function of ({', '.join(arguments)})"
     if not callable(found):
-        raise ConfigError(f"{key}: {name} is of type {type(found).__name__}, and {wanted} is asked for")
+        raise ConfigError(
+            f"{key}: {name} is of type {type(found).__name__}, and {wanted} is asked for"
+        )
     try:
         inspect.signature(found).bind(*arguments)
     except TypeError as error:

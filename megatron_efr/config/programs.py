@@ -33,7 +33,12 @@ class RunConfig(Section):
         description="the run's, and its folder's; `/` puts it into a family",
     )
     runs: str = Field(default="runs", description="the folder of all runs; this one is runs/name")
-    seed: int = Field(default=42, ge=0, le=2**63 - 1, description="every random number is a function of it and a place")
+    seed: int = Field(
+        default=42,
+        ge=0,
+        le=2**63 - 1,
+        description=("every random number is a function of it and a place"),
+    )
     model: ModelConfig
 
     @property
@@ -68,10 +73,14 @@ class TrainConfig(RunConfig):
 
     @model_validator(mode="after")
     def _both_heads_are_fp32(self) -> TrainConfig:
-        if self.model.dtype != "float32" and self.rollout.server.get("enable_fp32_lm_head", True) is False:
+        if (
+            self.model.dtype != "float32"
+            and self.rollout.server.get("enable_fp32_lm_head", True) is False
+        ):
             raise ValueError(
-                "rollout.server.enable_fp32_lm_head: false, and the policy computes logits in fp32 whatever its "
-                "model.dtype; log-probs would differ by several 1e-2. Leave it out, or set it true"
+                "rollout.server.enable_fp32_lm_head: false, and the policy computes logits in "
+                "fp32 whatever its model.dtype; log-probs would differ by several 1e-2. Leave it "
+                "out, or set it true"
             )
         return self
 
@@ -80,18 +89,22 @@ class TrainConfig(RunConfig):
         responses = self.rollout.prompts * self.rollout.samples
         if responses % self.train.updates:
             raise ValueError(
-                f"rollout.prompts x rollout.samples = {self.rollout.prompts} x {self.rollout.samples} = {responses} "
-                f"responses do not split over train.updates = {self.train.updates}"
+                f"rollout.prompts x rollout.samples = {self.rollout.prompts} x "
+                f"{self.rollout.samples} = {responses} responses do not split over train.updates "
+                f"= {self.train.updates}"
             )
         return self
 
     def check_world(self, world_size: int) -> None:
-        """Refuse sizes that do not divide over `world_size` ranks; call once the number of ranks is known."""
+        """Refuse sizes that do not divide over `world_size` ranks; call once the number of ranks is
+        known.
+        """
         check_parallel(self.parallel, world_size)
         per_update = self.rollout.prompts * self.rollout.samples // self.train.updates
         said = (
-            f"train.updates: {per_update} responses per update (rollout.prompts {self.rollout.prompts} x "
-            f"rollout.samples {self.rollout.samples} / train.updates {self.train.updates})"
+            f"train.updates: {per_update} responses per update (rollout.prompts "
+            f"{self.rollout.prompts} x rollout.samples {self.rollout.samples} / train.updates "
+            f"{self.train.updates})"
         )
         _check_divides(per_update, said, self.parallel, world_size)
 
@@ -105,15 +118,23 @@ class SftConfig(RunConfig):
     optimizer: OptimizerConfig
     train: SftTrainingConfig
     loss_aggregate: Literal["sequence", "token"] = Field(
-        default="token", description="the mean over all tokens, or over each sequence's and then over sequences"
+        default="token",
+        description=("the mean over all tokens, or over each sequence's and then over sequences"),
     )
-    checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(every=500, keep=1))
+    checkpoint: CheckpointConfig = Field(
+        default_factory=lambda: CheckpointConfig(every=500, keep=1)
+    )
     observe: ObserveConfig = Field(default_factory=ObserveConfig)
 
     def check_world(self, world_size: int) -> None:
         """Refuse sizes that do not divide over `world_size` ranks."""
         check_parallel(self.parallel, world_size)
-        _check_divides(self.train.batch, f"train.batch: {self.train.batch} sequences", self.parallel, world_size)
+        _check_divides(
+            self.train.batch,
+            f"train.batch: {self.train.batch} sequences",
+            self.parallel,
+            world_size,
+        )
 
 
 class DpoConfig(RunConfig):
@@ -124,7 +145,9 @@ class DpoConfig(RunConfig):
     preference: PreferenceConfig = Field(default_factory=PreferenceConfig)
     optimizer: OptimizerConfig
     train: SftTrainingConfig
-    checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(every=500, keep=1))
+    checkpoint: CheckpointConfig = Field(
+        default_factory=lambda: CheckpointConfig(every=500, keep=1)
+    )
     observe: ObserveConfig = Field(default_factory=ObserveConfig)
 
     def check_world(self, world_size: int) -> None:
@@ -142,7 +165,10 @@ class EvaluateConfig(RunConfig):
 
     template: str | None = Field(
         default=None,
-        description="folder with config.json and tokenizer, for a checkpoint; by default the model that it began with",
+        description=(
+            "folder with config.json and tokenizer, for a checkpoint; by default the model that "
+            "it began with"
+        ),
     )
     rollout: EvaluationEnginesConfig = Field(default_factory=EvaluationEnginesConfig)
     prompt: PromptConfig = Field(default_factory=PromptConfig)
@@ -151,9 +177,12 @@ class EvaluateConfig(RunConfig):
 
 
 def _check_divides(sequences: int, said: str, parallel: ParallelConfig, world_size: int) -> None:
-    """Refuse the sequences of an update, as they are `said`, that do not divide over the replicas of the model."""
+    """Refuse the sequences of an update, as they are `said`, that do not divide over the replicas
+    of the model.
+    """
     replicas = world_size // parallel.model_ranks
     if sequences % replicas:
         raise ConfigError(
-            f"{said} do not divide over {replicas} data-parallel ranks; make them a multiple of {replicas}"
+            f"{said} do not divide over {replicas} data-parallel ranks; make them a multiple of "
+            f"{replicas}"
         )

@@ -1,4 +1,6 @@
-"""The section `rollout`: engines, what they are asked, and how far they may run ahead of the policy."""
+"""The section `rollout`: engines, what they are asked, and how far they may run ahead of the
+policy.
+"""
 
 from __future__ import annotations
 
@@ -10,64 +12,99 @@ from megatron_efr.config.section import Section
 
 
 class TimeoutsConfig(Section):
-    """Limits of waiting for SGLang servers, in seconds, each by the name that its error message gives."""
+    """Limits of waiting for SGLang servers, in seconds, each by the name that its error message
+    gives.
+    """
 
     start_s: float = Field(
-        default=900, gt=0, description="a launched server, until it is ready; all having been lost, until one is back"
+        default=900,
+        gt=0,
+        description="a launched server, until it is ready; all having been lost, until one is back",
     )
     connect_s: float = Field(default=10, gt=0, description="a connection to a server")
     health_s: float = Field(default=30, gt=0, description="a sign of life")
-    check_s: float = Field(default=5, gt=0, description="between health checks; three that fail, and a server is lost")
-    control_s: float = Field(default=120, gt=0, description="pausing, flushing, opening and closing an update")
-    update_s: float = Field(default=600, gt=0, description="one bucket of weights, or a folder that a server reads")
-    response_s: float = Field(default=14400, gt=0, description="one response, its wait for a place included")
-    hang_s: float = Field(
-        default=120, gt=0, description="a sign of life of a server's scheduler, before the server is started again"
+    check_s: float = Field(
+        default=5, gt=0, description="between health checks; three that fail, and a server is lost"
     )
-    stop_s: float = Field(default=10, gt=0, description="a server asked to end, before it is killed")
+    control_s: float = Field(
+        default=120, gt=0, description="pausing, flushing, opening and closing an update"
+    )
+    update_s: float = Field(
+        default=600, gt=0, description="one bucket of weights, or a folder that a server reads"
+    )
+    response_s: float = Field(
+        default=14400, gt=0, description="one response, its wait for a place included"
+    )
+    hang_s: float = Field(
+        default=120,
+        gt=0,
+        description="a sign of life of a server's scheduler, before the server is started again",
+    )
+    stop_s: float = Field(
+        default=10, gt=0, description="a server asked to end, before it is killed"
+    )
 
 
 class EnginesConfig(Section):
     """The engine; of SGLang, how its servers are started and reached."""
 
     engine: Literal["local", "sglang"] = Field(
-        default="local", description="local: embedded in rank 0, for small models; sglang: servers of their own"
+        default="local",
+        description="local: embedded in rank 0, for small models; sglang: servers of their own",
     )
     slots: PositiveInt = Field(default=256, description="responses that one engine decodes at once")
-    python: str = Field(default=".venv-sglang/bin/python", description="interpreter that has SGLang")
+    python: str = Field(
+        default=".venv-sglang/bin/python", description="interpreter that has SGLang"
+    )
     engines: PositiveInt | None = Field(
         default=None,
-        description="how many servers to start, over all hosts; 1 when left out, or colocated one for every `tp` ranks",
+        description=(
+            "how many servers to start, over all hosts; 1 when left out, or colocated one for "
+            "every `tp` ranks"
+        ),
     )
     tp: PositiveInt = Field(default=1, description="tensor-parallel ranks (GPUs) of one server")
     urls: list[Annotated[str, StringConstraints(pattern="^https?://")]] = Field(
-        default_factory=list, description="servers that run already, their key in SGLANG_API_KEY; none is started"
+        default_factory=list,
+        description="servers that run already, their key in SGLANG_API_KEY; none is started",
     )
     server: dict[str, Any] = Field(
         default_factory=dict, description="any argument of SGLang's server, underscores for dashes"
     )
     router: bool = Field(
         default=False,
-        description="sglang-router, if `python` has it, chooses each prompt's server by cached prefixes",
+        description=(
+            "sglang-router, if `python` has it, chooses each prompt's server by cached prefixes"
+        ),
     )
-    restarts: int = Field(default=3, ge=0, description="how often a server that ended or hangs is started again")
+    restarts: int = Field(
+        default=3, ge=0, description="how often a server that ended or hangs is started again"
+    )
     bucket_mib: PositiveInt = Field(default=512, description="weights sent to the servers at once")
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
 
     @property
     def embedded(self) -> bool:
-        """True if the engine is an object in rank 0, False if it is servers with processes of their own."""
+        """True if the engine is an object in rank 0, False if it is servers with processes of their
+        own.
+        """
         return self.engine == "local"
 
     @model_validator(mode="after")
     def _keys_belong_together(self) -> Self:
         if self.embedded and (self.urls or self.server):
-            raise ValueError("rollout.urls and rollout.server speak of SGLang servers; set rollout.engine: sglang")
+            raise ValueError(
+                "rollout.urls and rollout.server speak of SGLang servers; set rollout.engine: "
+                "sglang"
+            )
         if self.urls and self.server:
-            raise ValueError("rollout.server: with rollout.urls no server is started that could take it")
+            raise ValueError(
+                "rollout.server: with rollout.urls no server is started that could take it"
+            )
         if self.router and self.embedded:
             raise ValueError(
-                "rollout.router: the embedded engine has no servers to choose from; set rollout.engine: sglang"
+                "rollout.router: the embedded engine has no servers to choose from; set "
+                "rollout.engine: sglang"
             )
         return self
 
@@ -77,8 +114,11 @@ class EvaluationEnginesConfig(EnginesConfig):
 
     transport: Literal["disk", "tensor"] = Field(
         default="disk",
-        description="how weights reach the servers. disk: they read model.path themselves, or, if that is no model "
-        "folder, one that is written for them; tensor: within the requests, for servers that share no file system",
+        description=(
+            "how weights reach the servers. disk: they read model.path themselves, or, if that is "
+            "no model folder, one that is written for them; tensor: within the requests, for "
+            "servers that share no file system"
+        ),
     )
 
 
@@ -91,35 +131,59 @@ class RolloutConfig(EnginesConfig):
 
     prompts: PositiveInt = Field(default=32, description="prompts per iteration")
     samples: PositiveInt = Field(default=8, description="responses per prompt")
-    temperature: float = Field(default=1.0, gt=0, description="of sampling; the policy's log-probs are taken at it too")
-    top_p: float = Field(default=1.0, ge=1, le=1, description="training needs the sampler's own distribution")
-    max_new_tokens: PositiveInt = Field(default=32000, description="the longest response; a longer one is cut off")
+    temperature: float = Field(
+        default=1.0, gt=0, description=("of sampling; the policy's log-probs are taken at it too")
+    )
+    top_p: float = Field(
+        default=1.0, ge=1, le=1, description=("training needs the sampler's own distribution")
+    )
+    max_new_tokens: PositiveInt = Field(
+        default=32000, description=("the longest response; a longer one is cut off")
+    )
     placement: Literal["apart", "colocated"] = Field(
         default="apart",
-        description="servers on the GPUs after the trainer's, or on the trainer's own: there they release their memory "
-        "while the policy trains, and it offloads gradients and optimizer while they generate",
+        description=(
+            "servers on the GPUs after the trainer's, or on the trainer's own: there they release "
+            "their memory while the policy trains, and it offloads gradients and optimizer while "
+            "they generate"
+        ),
     )
     transport: Literal["auto", "tensor", "direct", "distributed", "disk"] = Field(
         default="auto",
-        description="how weights reach the servers. tensor: GPU memory by handle, or on a CPU within the request; "
-        "direct: each rank of a server gets its own slices alone, within the request; distributed: a process group; "
-        "disk: a shared file system. auto: tensor to the trainer's own GPUs, else distributed",
+        description=(
+            "how weights reach the servers. tensor: GPU memory by handle, or on a CPU within the "
+            "request; direct: each rank of a server gets its own slices alone, within the "
+            "request; distributed: a process group; disk: a shared file system. auto: tensor to "
+            "the trainer's own GPUs, else distributed"
+        ),
     )
     verify_every: PositiveInt = Field(
-        default=50, description="publications between comparisons of the servers' checksums; the first is compared"
+        default=50,
+        description=(
+            "publications between comparisons of the servers' checksums; the first is compared"
+        ),
     )
     partial: bool = Field(
         default=False,
-        description="an iteration ends when enough groups are complete; unfinished responses go on in the next one",
+        description=(
+            "an iteration ends when enough groups are complete; unfinished responses go on in the "
+            "next one"
+        ),
     )
     ahead: PositiveInt | None = Field(
-        default=None, description="partial: prompts in flight beyond `prompts`; half as many when left out"
+        default=None,
+        description=("partial: prompts in flight beyond `prompts`; half as many when left out"),
     )
     overlap: bool = Field(
-        default=False, alias="async", description="the next rollouts are generated while the policy trains"
+        default=False,
+        alias="async",
+        description=("the next rollouts are generated while the policy trains"),
     )
     max_staleness: PositiveInt = Field(
-        default=1, description="how many publications a trained token may be behind; what would be older is waited for"
+        default=1,
+        description=(
+            "how many publications a trained token may be behind; what would be older is waited for"
+        ),
     )
 
     @model_validator(mode="before")
@@ -128,29 +192,34 @@ class RolloutConfig(EnginesConfig):
         for key in PENALTIES:
             if isinstance(tree, dict) and key in tree:
                 raise ValueError(
-                    f"rollout.{key}: tokens that were drawn with a penalty are not the policy's own, and their ratio "
-                    "and KL would be wrong; leave it out"
+                    f"rollout.{key}: tokens that were drawn with a penalty are not the policy's "
+                    "own, and their ratio and KL would be wrong; leave it out"
                 )
         return tree
 
     @model_validator(mode="after")
     def _what_is_in_flight_can_be_waited_for(self) -> RolloutConfig:
         if self.ahead is not None and not self.partial:
-            raise ValueError("rollout.ahead: only partial rollouts have prompts in flight; set rollout.partial: true")
+            raise ValueError(
+                "rollout.ahead: only partial rollouts have prompts in flight; set "
+                "rollout.partial: true"
+            )
         if self.in_flight_beyond > self.prompts:
             raise ValueError(
-                f"rollout.ahead: {self.ahead} prompts that may have to be waited for together are more than an "
-                f"iteration takes; at most rollout.prompts = {self.prompts}"
+                f"rollout.ahead: {self.ahead} prompts that may have to be waited for together are "
+                f"more than an iteration takes; at most rollout.prompts = {self.prompts}"
             )
-        if self.urls and self.placement == "colocated":  # one left asleep would die when it is put to sleep again
+        # one left asleep would die when it is put to sleep again
+        if self.urls and self.placement == "colocated":
             raise ValueError(
-                "rollout.urls with rollout.placement: colocated: colocated engines are on the trainer's own GPUs, and "
-                "its ranks start them; leave urls out, or set rollout.placement: apart"
+                "rollout.urls with rollout.placement: colocated: colocated engines are on the "
+                "trainer's own GPUs, and its ranks start them; leave urls out, or set "
+                "rollout.placement: apart"
             )
         if self.overlap and self.placement == "colocated":
             raise ValueError(
-                "rollout.async: colocated engines sleep while the policy trains, and cannot generate meanwhile; set "
-                "rollout.placement: apart, or leave async out"
+                "rollout.async: colocated engines sleep while the policy trains, and cannot "
+                "generate meanwhile; set rollout.placement: apart, or leave async out"
             )
         if self.partial and self.overlap and self.max_staleness < 2:
             raise ValueError(
@@ -161,11 +230,14 @@ class RolloutConfig(EnginesConfig):
         return self
 
     def for_evaluation(self, ranks: int) -> EvaluationEnginesConfig:
-        """The engines of a run of `ranks` ranks, or for servers that it starts as many of their kind."""
+        """The engines of a run of `ranks` ranks, or for servers that it starts as many of their
+        kind.
+        """
         same: dict[str, Any] = {key: getattr(self, key) for key in EnginesConfig.model_fields}
         if self.placement == "colocated":
             same["engines"] = max(1, ranks // self.tp)
-        elsewhere = self.urls and self.transport != "disk"  # perhaps without this machine's file system
+        # perhaps without this machine's file system
+        elsewhere = self.urls and self.transport != "disk"
         return EvaluationEnginesConfig(**same, transport="tensor" if elsewhere else "disk")
 
     @property

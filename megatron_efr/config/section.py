@@ -8,7 +8,9 @@ from megatron_efr.errors import UserError
 
 
 class ConfigError(UserError):
-    """A configuration that cannot run. The message names the key's path, the value and what would be right."""
+    """A configuration that cannot run. The message names the key's path, the value and what would
+    be right.
+    """
 
 
 class Section(BaseModel):

@@ -1,4 +1,6 @@
-"""A sweep's file: one training configuration, what varies of it, and the members that come of that."""
+"""A sweep's file: one training configuration, what varies of it, and the members that come of
+that.
+"""
 
 from __future__ import annotations
 
@@ -19,33 +21,51 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Key = Annotated[str, Field(pattern=r"^[^.\s]+(\.[^.\s]+)*$")]
 Values = Mapping[str, Any]
 
-_TAKEN = re.compile(r"base(-\d+)?|configs|eval(-.*)?|finished|logs|report")  # names within a sweep's folder
+# names within a sweep's folder
+_TAKEN = re.compile(r"base(-\d+)?|configs|eval(-.*)?|finished|logs|report")
 _OWN = ("name", "runs")  # keys that the sweep sets for its members
 _MOST_CHARACTERS = 200  # of a member's name, which is a file's with something added
 _ABSENT = object()
 
 
 class SweepConfig(Section):
-    """`efr sweep FILE`: every member is `base` with `set`, one of `members`, and one value of each key of `vary`."""
+    """`efr sweep FILE`: every member is `base` with `set`, one of `members`, and one value of each
+    key of `vary`.
+    """
 
     base: str = Field(description="the training configuration; a path from this file's folder")
     name: str = Field(description="the family's folder is runs/name")
-    runs: str | None = Field(default=None, description="the folder of all runs; the base's when left out")
-    set: dict[Key, Any] = Field(default_factory=dict, description="keys that differ from the base for all members")
+    runs: str | None = Field(
+        default=None, description="the folder of all runs; the base's when left out"
+    )
+    set: dict[Key, Any] = Field(
+        default_factory=dict, description="keys that differ from the base for all members"
+    )
     members: dict[Name, dict[Key, Any]] = Field(
-        default_factory=dict, description="by name: keys that a member sets; a section given as a value replaces it"
+        default_factory=dict,
+        description="by name: keys that a member sets; a section given as a value replaces it",
     )
     vary: dict[Key, list[Any] | dict[Name, Any]] = Field(
-        default_factory=dict, description="by key: its values, or values by name; members are the product"
+        default_factory=dict,
+        description="by key: its values, or values by name; members are the product",
     )
     jobs: PositiveInt = Field(default=1, description="programs at once")
-    ranks: PositiveInt = Field(default=1, description="processes of each run (torchrun --nproc-per-node)")
-    note: str = Field(default="", description="what the report's reader must know about these figures")
+    ranks: PositiveInt = Field(
+        default=1, description="processes of each run (torchrun --nproc-per-node)"
+    )
+    note: str = Field(
+        default="", description="what the report's reader must know about these figures"
+    )
     against: Name | None = Field(
         default=None,
-        description="model that all others are compared with; when left out the first one, or the base of one run each",
+        description=(
+            "model that all others are compared with; when left out the first one, or the base of "
+            "one run each"
+        ),
     )
-    slurm: list[str] = Field(default_factory=list, description="options of sbatch for `--slurm`, such as --gpus=8")
+    slurm: list[str] = Field(
+        default_factory=list, description="options of sbatch for `--slurm`, such as --gpus=8"
+    )
 
 
 class Member(NamedTuple):
@@ -78,7 +98,9 @@ class Sweep(NamedTuple):
 
 
 def varied(members: Sequence[Member]) -> dict[str, dict[str, Any]]:
-    """By member: the value of every key that any member sets, as far as its configuration has that key."""
+    """By member: the value of every key that any member sets, as far as its configuration has that
+    key.
+    """
     changed = [pair for member in members for pair in member.changed.items()]
     names = dict.fromkeys(name for key, value in changed for name, _ in leaves(key, value))
     found: dict[str, dict[str, Any]] = {}
@@ -108,9 +130,11 @@ def is_sweep(path: str | Path) -> bool:
 
 
 def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
-    """Read a sweep's file; `overrides` change the base's configuration, and through it every member.
+    """Read a sweep's file; `overrides` change the base's configuration, and through it every
+    member.
 
-    ConfigError names what is wrong with the file, with the base or with members, all of them at once.
+    ConfigError names what is wrong with the file, with the base or with members, all of them at
+    once.
     """
     file = validate(SweepConfig, read_tree(path), str(path))
     base = Path(path).parent / file.base
@@ -123,24 +147,34 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
     for override in overrides:
         key = override.partition("=")[0]
         if hidden := next((name for name in varied if _overlap(name, key)), None):
-            raise ConfigError(f"{override!r}: members of {path} set {hidden} themselves; --only chooses among them")
+            raise ConfigError(
+                f"{override!r}: members of {path} set {hidden} themselves; --only chooses among "
+                "them"
+            )
         apply(tree, override)
     made = Sweep(file, validate(TrainConfig, tree, str(base)), _members(file, tree, str(path)))
     models = dict.fromkeys(member.model for member in made.members)
     if file.against is not None and file.against not in models:
-        raise ConfigError(f"{path}: against: no model is named {file.against}; there are {', '.join(models)}")
+        raise ConfigError(
+            f"{path}: against: no model is named {file.against}; there are {', '.join(models)}"
+        )
     return made
 
 
 def load_alphas(path: str | Path, overrides: Iterable[str], written: str) -> Sweep:
-    """Models of a training configuration that differ in method.alpha alone, `written` as in `0,0.1,0.4`."""
+    """Models of a training configuration that differ in method.alpha alone, `written` as in
+    `0,0.1,0.4`.
+    """
     config = load(TrainConfig, path, overrides)
     try:
         values = [float(text) for text in written.split(",")]
     except ValueError as error:
         raise ConfigError(f"--alphas {written!r}: {error}") from error
     if len({f"{alpha:g}" for alpha in values}) < len(values):
-        raise ConfigError(f"{path}: --alphas: {', '.join(f'{a:g}' for a in values)}: each value once; it names the run")
+        raise ConfigError(
+            f"{path}: --alphas: {', '.join(f'{a:g}' for a in values)}: each value once; it names "
+            "the run"
+        )
     file = SweepConfig(base=str(path), name=config.name)
     return Sweep(file, config, [_alpha(config, alpha) for alpha in sorted(values)])
 
@@ -154,7 +188,9 @@ def _alpha(config: TrainConfig, alpha: float) -> Member:
 
 
 def _members(file: SweepConfig, tree: Mapping[str, Any], source: str) -> list[Member]:
-    """The members, checked as far as a configuration shows; one ConfigError for all that is wrong."""
+    """The members, checked as far as a configuration shows; one ConfigError for all that is
+    wrong.
+    """
     made: list[Member] = []
     problems: dict[str, list[str]] = {}
     for parts in _products(file, source):
@@ -173,7 +209,9 @@ def _members(file: SweepConfig, tree: Mapping[str, Any], source: str) -> list[Me
         label = ", ".join(part.label for part in but_seed) or "trained"
         made.append(Member(name, changed, config, _name(but_seed) or "trained", label))
     if problems:
-        raise ConfigError("\n".join(f"{source}: {of_members(names)}: {text}" for text, names in problems.items()))
+        raise ConfigError(
+            "\n".join(f"{source}: {of_members(names)}: {text}" for text, names in problems.items())
+        )
     if not made:
         raise ConfigError(f"{source}: it has no members: a list in vary is empty")
     return made
@@ -187,9 +225,13 @@ def of_members(names: Sequence[str]) -> str:
 
 
 def _products(file: SweepConfig, source: str) -> Iterator[Sequence[_Part]]:
-    """Every member as its parts: the product of `members` and of each key of `vary`, in that order."""
+    """Every member as its parts: the product of `members` and of each key of `vary`, in that
+    order.
+    """
     if not (file.members or file.vary):
-        raise ConfigError(f"{source}: nothing varies; give members, or keys with their values in vary")
+        raise ConfigError(
+            f"{source}: nothing varies; give members, or keys with their values in vary"
+        )
     axes: list[list[_Part]] = []
     if file.members:
         axes.append([_Part(name, name, changed) for name, changed in file.members.items()])
@@ -198,16 +240,20 @@ def _products(file: SweepConfig, source: str) -> Iterator[Sequence[_Part]]:
     for parts in itertools.product(*axes):
         name = _name(parts)
         if name in seen:
-            raise ConfigError(f"{source}: two members are named {name}; name the values: vary.KEY: {{NAME: value}}")
+            raise ConfigError(
+                f"{source}: two members are named {name}; name the values: vary.KEY: {{NAME: "
+                f"value}}"
+            )
         for taken in (name, _name(_but_seed(parts))):
             if _TAKEN.fullmatch(taken):
                 raise ConfigError(
-                    f"{source}: no member may be named {taken}: a sweep has something of that name already"
+                    f"{source}: no member may be named {taken}: a sweep has something of that "
+                    "name already"
                 )
         if len(name) > _MOST_CHARACTERS:
             raise ConfigError(
-                f"{source}: member {name[:60]}...: its name has {len(name)} characters, and a folder's at most "
-                f"{_MOST_CHARACTERS}; name the values: vary.KEY: {{NAME: value}}"
+                f"{source}: member {name[:60]}...: its name has {len(name)} characters, and a "
+                f"folder's at most {_MOST_CHARACTERS}; name the values: vary.KEY: {{NAME: value}}"
             )
         seen.add(name)
         yield parts
@@ -223,17 +269,23 @@ def _but_seed(parts: Sequence[_Part]) -> list[_Part]:
 
 
 def _values(key: str, values: Sequence[Any] | Mapping[str, Any], source: str) -> Iterator[_Part]:
-    """The values of a key, each with the name that it gives: alpha-0.1 for method.alpha, grpo for algorithm.name."""
+    """The values of a key, each with the name that it gives: alpha-0.1 for method.alpha, grpo for
+    algorithm.name.
+    """
     if isinstance(values, Mapping):
         yield from (_Part(name, name, {key: value}) for name, value in values.items())
         return
     stem = key.rpartition(".")[2]
     for value in values:
         if isinstance(value, list | dict):
-            raise ConfigError(f"{source}: vary.{key}: a list or a section has no name of its own; {{NAME: value}}")
+            raise ConfigError(
+                f"{source}: vary.{key}: a list or a section has no name of its own; {{NAME: value}}"
+            )
         text = _written(value)
         named = stem == "name"
-        yield _Part(text if named else f"{stem}-{text}", text if named else f"{stem} {text}", {key: value})
+        yield _Part(
+            text if named else f"{stem}-{text}", text if named else f"{stem} {text}", {key: value}
+        )
 
 
 def _written(value: Any) -> str:
@@ -246,13 +298,20 @@ def _written(value: Any) -> str:
 
 
 def _together(parts: Sequence[_Part], name: str, source: str) -> Values:
-    """The keys of all parts; ConfigError if one would set again what another has set, or belongs to the sweep."""
+    """The keys of all parts; ConfigError if one would set again what another has set, or belongs to
+    the sweep.
+    """
     changed: dict[str, Any] = {}
     for key, value in ((key, value) for part in parts for key, value in part.changed.items()):
         if key in _OWN:
-            raise ConfigError(f"{source}: member {name}: {key}: the sweep gives each member its own")
+            raise ConfigError(
+                f"{source}: member {name}: {key}: the sweep gives each member its own"
+            )
         if lost := next((other for other in changed if f"{other}.".startswith(f"{key}.")), None):
-            raise ConfigError(f"{source}: member {name}: {key} would replace {lost}, set before it; put {key} first")
+            raise ConfigError(
+                f"{source}: member {name}: {key} would replace {lost}, set before it; put {key} "
+                "first"
+            )
         changed[key] = value
     return changed
 

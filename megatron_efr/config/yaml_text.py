@@ -1,4 +1,6 @@
-"""Reads YAML as people mean it: what YAML 1.1 would quietly read as something else is an error that says where."""
+"""Reads YAML as people mean it: what YAML 1.1 would quietly read as something else is an error that
+says where.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     _TAG + "float",
-    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$|^[-+]?(?:\d+\.\d*|\.\d+)$|^[-+]?\.inf$|^\.nan$", re.IGNORECASE),
+    re.compile(
+        r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$|^[-+]?(?:\d+\.\d*|\.\d+)$|^[-+]?\.inf$|^\.nan$",
+        re.IGNORECASE,
+    ),
     list("-+0123456789."),
 )
 
@@ -42,15 +47,16 @@ def decoded(data: bytes, source: str) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(
-            f"{source}:{line}: not UTF-8: the byte 0x{data[error.start]:02x}; save the file as UTF-8"
+            f"{source}:{line}: not UTF-8: the byte 0x{data[error.start]:02x}; save the file as "
+            "UTF-8"
         ) from error
 
 
 def parse(text: str, source: str, prefix: str = "", what: str = "not valid YAML") -> Any:
     """The one document of `text`: maps, lists, texts, numbers, booleans and null.
 
-    ConfigError lists everything that is wrong, each with its line and its key below `prefix`. `source` is a file's
-    name, which lines are counted in; or an override, quoted, which has none.
+    ConfigError lists everything that is wrong, each with its line and its key below `prefix`.
+    `source` is a file's name, which lines are counted in; or an override, quoted, which has none.
     """
 
     def at(line: int) -> str:
@@ -71,7 +77,9 @@ def parse(text: str, source: str, prefix: str = "", what: str = "not valid YAML"
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position)
         character: Any = error.character  # its number, whatever the stub says
-        raise ConfigError(f"{at(line)}: {what}: the character U+{character:04X} may not stand here") from error
+        raise ConfigError(
+            f"{at(line)}: {what}: the character U+{character:04X} may not stand here"
+        ) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         said = str(error.problem or error.context)
@@ -90,7 +98,9 @@ class _Check:
         self.problems: list[str] = []
 
     def visit(self, node: Node, path: str) -> int:
-        """Check `node`, whose key is `path`, and what it holds; returns how many values it spreads to."""
+        """Check `node`, whose key is `path`, and what it holds; returns how many values it spreads
+        to.
+        """
         size = self._sizes.get(id(node))
         if size == 0:
             self._refuse(node, path, "this anchor holds itself")
@@ -149,13 +159,21 @@ class _Check:
         except (ValueError, OverflowError):
             return f"{_short(written)} is no number that can be read"
         if ":" in written:
-            return f"{written} is {value:g} to YAML, which counts in sixties; write that, or put quotes around a text"
+            return (
+                f"{written} is {value:g} to YAML, which counts in sixties; write that, or put "
+                "quotes around a text"
+            )
         if kind == "int":
             if _OCTAL.fullmatch(written) and value != int(written.replace("_", "")):
                 decimal = int(written.replace("_", ""))
-                return f"{written} is {value} to YAML, which reads a leading 0 as octal; write {decimal} or {value}"
+                return (
+                    f"{written} is {value} to YAML, which reads a leading 0 as octal; write "
+                    f"{decimal} or {value}"
+                )
             if abs(value) > LARGEST_INT:
-                return f"{_short(written)} is beyond 2^63 - 1, the largest integer there is room for"
+                return (
+                    f"{_short(written)} is beyond 2^63 - 1, the largest integer there is room for"
+                )
         return None
 
     def _refuse(self, node: Node, path: str, problem: str) -> None:

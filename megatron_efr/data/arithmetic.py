@@ -1,10 +1,11 @@
-"""The quickstart's task: sums with wordy chains of thought that recheck themselves, and a tiny model to learn it.
+"""The quickstart's task: sums with wordy chains of thought that recheck themselves, and a tiny
+model to learn it.
 
     python -m megatron_efr.data.arithmetic --out runs/arithmetic --seed 0
 
-writes train.jsonl and test.jsonl (question, answer, difficulty), sft.jsonl (question, response) and model/. A
-response adds the terms up one by one, sometimes wrongly, waits and does it all again up to three times, and answers
-with what most attempts found:
+writes train.jsonl and test.jsonl (question, answer, difficulty), sft.jsonl (question, response) and
+model/. A response adds the terms up one by one, sometimes wrongly, waits and does it all again up
+to three times, and answers with what most attempts found:
 
     2+9+5  ->  2+9=11+5=16; wait 2+9=11+5=17; wait 2+9=11+5=16; \\boxed{16}
 
@@ -40,7 +41,9 @@ WAIT, BOX, CLOSE, UNKNOWN = " wait ", " \\boxed{", "}", "<unknown>"
 
 @dataclass(frozen=True, slots=True)
 class ArithmeticTask:
-    """The knobs. A problem is the sum of `min_terms` to `max_terms` digits 1-9; its difficulty is how many terms."""
+    """The knobs. A problem is the sum of `min_terms` to `max_terms` digits 1-9; its difficulty is
+    how many terms.
+    """
 
     min_terms: int = 2
     max_terms: int = 8
@@ -55,11 +58,21 @@ class ArithmeticTask:
 
     def __post_init__(self) -> None:
         if not 2 <= self.min_terms <= self.max_terms:
-            raise ValueError(f"need 2 <= min_terms <= max_terms, got {self.min_terms} and {self.max_terms}")
-        if not 0 <= self.corruption < 1 or not 0 < self.held_out < 1 or sum(self.recheck_weights) <= 0:
-            raise ValueError("need 0 <= corruption < 1, 0 < held_out < 1 and some weight on a number of rechecks")
+            raise ValueError(
+                f"need 2 <= min_terms <= max_terms, got {self.min_terms} and {self.max_terms}"
+            )
+        if (
+            not 0 <= self.corruption < 1
+            or not 0 < self.held_out < 1
+            or sum(self.recheck_weights) <= 0
+        ):
+            raise ValueError(
+                "need 0 <= corruption < 1, 0 < held_out < 1 and some weight on a number of rechecks"
+            )
         if (available := sum(_quotas(self))) < self.test_rows:
-            raise ValueError(f"only {available} test problems can be held out, {self.test_rows} are asked for")
+            raise ValueError(
+                f"only {available} test problems can be held out, {self.test_rows} are asked for"
+            )
 
 
 Terms = tuple[int, ...]
@@ -109,7 +122,9 @@ def _quotas(task: ArithmeticTask) -> list[int]:
 
 
 def split(task: ArithmeticTask, seed: int) -> tuple[list[Terms], list[Terms], list[Terms]]:
-    """(train, test, sft) problems. Test problems are distinct and appear nowhere else; the others may repeat."""
+    """(train, test, sft) problems. Test problems are distinct and appear nowhere else; the others
+    may repeat.
+    """
     rng = random.Random(f"{seed}/test")
     test: dict[Terms, None] = {}
     for terms, quota in enumerate(_quotas(task), start=task.min_terms):
@@ -136,10 +151,12 @@ def _draw(terms: int, rng: random.Random) -> Terms:
 
 
 def arithmetic_tokenizer() -> Tokenizer:
-    """One token per digit, sign and word, the words with their spaces, so that text round-trips exactly.
+    """One token per digit, sign and word, the words with their spaces, so that text round-trips
+    exactly.
 
-    Single characters are a byte-level BPE without merges and the words are added tokens, found before any splitting:
-    transformers' AutoTokenizer puts its own splitting into every Qwen2 folder, and this survives that.
+    Single characters are a byte-level BPE without merges and the words are added tokens, found
+    before any splitting: transformers' AutoTokenizer puts its own splitting into every Qwen2
+    folder, and this survives that.
     """
     vocab = {char: index for index, char in enumerate([UNKNOWN, *"0123456789+=;", CLOSE])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
@@ -151,7 +168,9 @@ def arithmetic_tokenizer() -> Tokenizer:
 
 
 def write(out: Path, seed: int, task: ArithmeticTask | None = None) -> None:
-    """Write the task's files and the model folder under `out`; the bytes depend on (seed, task) alone."""
+    """Write the task's files and the model folder under `out`; the bytes depend on (seed, task)
+    alone.
+    """
     task = task or ArithmeticTask()
     out.mkdir(parents=True, exist_ok=True)
     train, test, sft = split(task, seed)
@@ -160,7 +179,10 @@ def write(out: Path, seed: int, task: ArithmeticTask | None = None) -> None:
     _write_rows(out / "test.jsonl", map(_problem_row, test))
     _write_rows(
         out / "sft.jsonl",
-        ({"question": _signed(terms, task, rng), "response": response(terms, task, rng)} for terms in sft),
+        (
+            {"question": _signed(terms, task, rng), "response": response(terms, task, rng)}
+            for terms in sft
+        ),
     )
     write_model_folder(out / "model", arithmetic_tokenizer(), task.model)
 
@@ -180,14 +202,23 @@ def _write_rows(path: Path, rows: Iterable[dict[str, str | int]]) -> None:
 
 def main() -> None:
     """Write the files under --out."""
-    parser = argparse.ArgumentParser(description="Write the quickstart's arithmetic task and its tiny model.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the data files and model/")
+    parser = argparse.ArgumentParser(
+        description=("Write the quickstart's arithmetic task and its tiny model.")
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help=("folder for the data files and model/")
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--signs", default="", help="of which one stands behind each question of sft.jsonl")
+    parser.add_argument(
+        "--signs", default="", help=("of which one stands behind each question of sft.jsonl")
+    )
     arguments = parser.parse_args()
     task = ArithmeticTask(signs=arguments.signs)
     write(arguments.out, arguments.seed, task)
-    print(f"{arguments.out}: {task.train_rows} train, {task.test_rows} test, {task.sft_rows} sft rows, and model/")
+    print(
+        f"{arguments.out}: {task.train_rows} train, {task.test_rows} test, {task.sft_rows} sft "
+        "rows, and model/"
+    )
 
 
 if __name__ == "__main__":

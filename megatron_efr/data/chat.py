@@ -1,4 +1,6 @@
-"""A tokenizer's chat template, tried on one question before any work: what it cannot do is said with what would do."""
+"""A tokenizer's chat template, tried on one question before any work: what it cannot do is said
+with what would do.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,18 @@ def tells_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 class Chat:
-    """Writes conversations as the tokenizer's chat template has them, which is told `date`, or else today's."""
+    """Writes conversations as the tokenizer's chat template has them, which is told `date`, or else
+    today's.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
         self._tokenizer, self._date = tokenizer, date
         self.where = f"{tokenizer.name_or_path}: the chat template"
         if not tokenizer.chat_template:
             raise PromptError(
-                f"{tokenizer.name_or_path}: the tokenizer has no chat template; put a chat_template.jinja beside "
-                "tokenizer_config.json (a base model's can be as short as the user's text alone)"
+                f"{tokenizer.name_or_path}: the tokenizer has no chat template; put a "
+                "chat_template.jinja beside tokenizer_config.json (a base model's can be as short "
+                "as the user's text alone)"
             )
 
     def write(self, conversations: list[Messages], generation: bool = True) -> list[str]:
@@ -49,15 +54,19 @@ class Chat:
             if self._date and _TELLS_DATE in template:
                 template = _telling(datetime.fromisoformat(self._date)) + template
             texts: Any = self._tokenizer.apply_chat_template(
-                conversations, chat_template=template, tokenize=False, add_generation_prompt=generation
+                conversations,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=generation,
             )
         except TemplateSyntaxError as error:
-            raise PromptError(f"{self.where} is no Jinja template: line {error.lineno}: {error.message}") from error
+            raise PromptError(
+                f"{self.where} is no Jinja template: line {error.lineno}: {error.message}"
+            ) from error
         except TemplateError as error:  # its own raise_exception, or a name that is not defined
             raise PromptError(f"{self.where} refuses this conversation: {error.message}") from error
-        except (
-            Exception
-        ) as error:  # a template runs code: of several named ones none is default, a sum of text and none
+        # a template runs code: of several named ones none is default, a sum of text and none
+        except Exception as error:
             raise PromptError(f"{self.where} cannot be used: {error}") from error
         return texts
 
@@ -69,10 +78,13 @@ class Chat:
         system, user = first[:-1], first[-1:]
         text = self._with_system(first, user) if system else self.write([first])[0]
         if text == self.write([other])[0]:
-            raise PromptError(f"{self.where} leaves the question out; it must write the user's message['content']")
+            raise PromptError(
+                f"{self.where} leaves the question out; it must write the user's message['content']"
+            )
         if system and text == self._or_none(user):
             raise PromptError(
-                f"prompt.system: {self.where} leaves it out; put its text into prompt.template, and prompt.system: null"
+                f"prompt.system: {self.where} leaves it out; put its text into prompt.template, "
+                "and prompt.system: null"
             )
         self._check_generation_prompt(first, text)
 
@@ -83,35 +95,45 @@ class Chat:
             if self._or_none(user) is None:
                 raise  # it is not the system message's fault
             raise PromptError(
-                f"prompt.system: {error}; put its text into prompt.template, and prompt.system: null"
+                f"prompt.system: {error}; put its text into prompt.template, and prompt.system: "
+                "null"
             ) from error
 
     def _check_generation_prompt(self, conversation: Messages, prompt: str) -> None:
         """PromptError if the prompt lacks the tag that stands before an answer in a finished
         conversation.
         """
-        finished = self._or_none([*conversation, {"role": "assistant", "content": _SENTINEL}], generation=False)
+        finished = self._or_none(
+            [*conversation, {"role": "assistant", "content": _SENTINEL}], generation=False
+        )
         asked = self._or_none(conversation, generation=False)
         if finished is None or asked is None or asked != prompt or _SENTINEL not in finished:
             return
         tag = finished.partition(_SENTINEL)[0].removeprefix(asked)
         if tag.strip() and len(tag) < len(finished):
             raise PromptError(
-                f"{self.where} ignores add_generation_prompt: its prompt ends without {tag!r}, which stands before an "
-                f"answer; it must end with {{% if add_generation_prompt %}}{tag}{{% endif %}}"
+                f"{self.where} ignores add_generation_prompt: its prompt ends without {tag!r}, "
+                f"which stands before an answer; it must end with {{% if add_generation_prompt "
+                f"%}}{tag}{{% endif %}}"
             )
 
     def added(self, conversation: Messages) -> str:
-        """The text that the template writes between the assistant's tag and the model's own first token.
+        """The text that the template writes between the assistant's tag and the model's own first
+        token.
 
-        The tag is what stands before an assistant turn's text in a finished conversation, found with a marker in that
-        text's place. R1-Distill ends its generation prompt with `<think>\\n`, and a finished turn has no such thing. A
-        template that opens `<think>` in both is caught by that word.
+        The tag is what stands before an assistant turn's text in a finished conversation, found
+        with a marker in that text's place. R1-Distill ends its generation prompt with `<think>\\n`,
+        and a finished turn has no such thing. A template that opens `<think>` in both is caught by
+        that word.
         """
         [prompt] = self.write([conversation])
-        [finished] = self.write([[*conversation, {"role": "assistant", "content": _SENTINEL}]], generation=False)
+        [finished] = self.write(
+            [[*conversation, {"role": "assistant", "content": _SENTINEL}]], generation=False
+        )
         head = finished.partition(_SENTINEL)[0]
-        same = next((i for i, (a, b) in enumerate(zip(head, prompt, strict=False)) if a != b), len(head))
+        same = next(
+            (i for i, (a, b) in enumerate(zip(head, prompt, strict=False)) if a != b), len(head)
+        )
         if extra := prompt[same:]:
             return extra
         added = prompt.removeprefix(self.write([conversation], generation=False)[0])
@@ -126,11 +148,16 @@ class Chat:
 
 
 def _telling(day: datetime) -> str:
-    """A macro in front of a chat template that takes the place of transformers' `strftime_now`, and tells `day`.
+    """A macro in front of a chat template that takes the place of transformers' `strftime_now`, and
+    tells `day`.
 
     A function cannot be handed to a template: transformers 5.23 makes a text of it.
     """
-    directives = {f"%{flag}{letter}": day.strftime(f"%{flag}{letter}") for flag in ("", "-") for letter in _DIRECTIVES}
+    directives = {
+        f"%{flag}{letter}": day.strftime(f"%{flag}{letter}")
+        for flag in ("", "-")
+        for letter in _DIRECTIVES
+    }
     texts = {"%%": "\0", **directives, "\0": "%"}
     told = "".join(f"|replace({directive!r}, {text!r})" for directive, text in texts.items())
     return "{%- macro strftime_now(format) -%}{{ format" + told + " }}{%- endmacro -%}"

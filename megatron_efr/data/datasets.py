@@ -1,4 +1,6 @@
-"""Turns a data set's rows into problems: question, gold answer, difficulty, and where each was written."""
+"""Turns a data set's rows into problems: question, gold answer, difficulty, and where each was
+written.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ _ANSWER = ("answer", "final_answer", "gold", "target")
 _DIFFICULTY = ("difficulty", "level")
 _ID = ("unique_id", "id")
 
-_GROUPED = re.compile(r"[^\d,()\[\]{}]*\d{1,3}(?:,\d{3})+(?:\.\d+)?[^\d,()\[\]{}]*")  # 1,234, and no (1,234)
+# 1,234, and no (1,234)
+_GROUPED = re.compile(r"[^\d,()\[\]{}]*\d{1,3}(?:,\d{3})+(?:\.\d+)?[^\d,()\[\]{}]*")
 _THOUSANDS = re.compile(r",(?=\d{3})")
 
 GoldCheck = Callable[[Iterable[tuple[str, str]]], None]
@@ -45,10 +48,11 @@ def dataset_name(config: DatasetConfig) -> str:
 
 
 def load_problems(config: DatasetConfig, check_golds: GoldCheck | None = None) -> list[Problem]:
-    """Read `config`'s rows; DatasetError names file, line and columns of a row without question or answer.
+    """Read `config`'s rows; DatasetError names file, line and columns of a row without question or
+    answer.
 
-    `check_golds` is given every ("file:line", gold) and raises when one does not parse; the programs hand in
-    `grading.check_golds`.
+    `check_golds` is given every ("file:line", gold) and raises when one does not parse; the
+    programs hand in `grading.check_golds`.
     """
     rows = read_rows(config.path, config.split, config.limit)
     name = dataset_name(config)
@@ -59,11 +63,14 @@ def load_problems(config: DatasetConfig, check_golds: GoldCheck | None = None) -
         question = _text(row, _column(row, config.question, questions, "question"), "question")
         answer = _text(row, _column(row, config.answer, _ANSWER, "answer"), "answer")
         key = _identity(row)
-        if key in seen:  # the first keeps the row's own id, so that a longer file changes no earlier id
+        # the first keeps the row's own id, so that a longer file changes no earlier id
+        if key in seen:
             key = f"{key}#{row.number}"
         seen.add(key)
         gold = _gold(row, answer, config.format)
-        problems.append(Problem(f"{name}/{key}", question, gold, _difficulty(row, config), row.where, name))
+        problems.append(
+            Problem(f"{name}/{key}", question, gold, _difficulty(row, config), row.where, name)
+        )
     if check_golds is not None:
         check_golds((problem.where, problem.gold) for problem in problems)
     return problems
@@ -74,18 +81,22 @@ def _column(row: Row, configured: str | None, known: tuple[str, ...], kind: str)
     if configured is not None:
         if configured in row.columns:
             return configured
-        raise DatasetError(f"{row.where}: no column {configured!r} for the {kind}; the row has {_columns(row)}")
+        raise DatasetError(
+            f"{row.where}: no column {configured!r} for the {kind}; the row has {_columns(row)}"
+        )
     for name in known:
         if name in row.columns:
             return name
     raise DatasetError(
-        f"{row.where}: no {kind}: none of {', '.join(known)} is a column; the row has {_columns(row)} "
-        f"(set the data set's `{kind}` to one of them)"
+        f"{row.where}: no {kind}: none of {', '.join(known)} is a column; the row has "
+        f"{_columns(row)} (set the data set's `{kind}` to one of them)"
     )
 
 
 def _text(row: Row, column: str, kind: str) -> str:
-    """The column's value as text; a number's text has its digits and no exponent (0.00001, not 1e-05)."""
+    """The column's value as text; a number's text has its digits and no exponent (0.00001, not
+    1e-05).
+    """
     value: Any = row.columns[column]
     if isinstance(value, str) and value.strip():
         return value
@@ -96,12 +107,17 @@ def _text(row: Row, column: str, kind: str) -> str:
             return f"{exact:f}"
         found = f"{value}, which is no number that an answer can equal"
     elif isinstance(value, bool):
-        found = f"the boolean {str(value).lower()}, not text (write the word as text if it is the {kind})"
+        found = (
+            f"the boolean {str(value).lower()}, not text (write the word as text if it is the "
+            f"{kind})"
+        )
     elif value is None:
         found = "null"
     else:
         found = "empty" if isinstance(value, str) else f"a {type(value).__name__}, not text"
-    raise DatasetError(f"{row.where}: the {kind} in column {column!r} is {found}; the row has {_columns(row)}")
+    raise DatasetError(
+        f"{row.where}: the {kind} in column {column!r} is {found}; the row has {_columns(row)}"
+    )
 
 
 def _columns(row: Row) -> str:
@@ -112,9 +128,14 @@ def _gold(row: Row, answer: str, form: Literal["auto", "gsm8k", "math", "columns
     """The answer alone: GSM8K writes a worked solution, then `#### 1,234`."""
     if form == "gsm8k" or (form == "auto" and "####" in answer):
         _, mark, last = answer.rpartition("####")
-        gold = _THOUSANDS.sub("", last.strip()) if _GROUPED.fullmatch(last.strip()) else last.strip()
+        gold = (
+            _THOUSANDS.sub("", last.strip()) if _GROUPED.fullmatch(last.strip()) else last.strip()
+        )
         if not mark or not gold:
-            raise DatasetError(f"{row.where}: a gsm8k answer ends with '#### <answer>', this one with {answer[-40:]!r}")
+            raise DatasetError(
+                f"{row.where}: a gsm8k answer ends with '#### <answer>', this one with "
+                f"{answer[-40:]!r}"
+            )
         return gold
     return answer.strip()
 
@@ -125,11 +146,15 @@ def _difficulty(row: Row, config: DatasetConfig) -> str | int | float | None:
         value = row.columns[_column(row, config.difficulty, (), "difficulty")]
     else:
         value = next((row.columns[name] for name in _DIFFICULTY if name in row.columns), None)
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: if a table has nothing
+    # NaN: if a table has nothing
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     return value if type(value) in (str, int, float) else str(value)
 
 
 def _identity(row: Row) -> str:
     """The row's own id if it has one, else its number."""
-    return next((str(row.columns[name]) for name in _ID if row.columns.get(name) is not None), str(row.number))
+    return next(
+        (str(row.columns[name]) for name in _ID if row.columns.get(name) is not None),
+        str(row.number),
+    )

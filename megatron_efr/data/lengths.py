@@ -24,11 +24,15 @@ def check_prompts(prompts: Sequence[Prompt], max_new_tokens: int, positions: int
         fits.append(f"{key} of at most {positions - length}")
     if (room := positions - max_new_tokens) >= min(len(prompt.tokens) for prompt in prompts):
         over = sum(len(prompt.tokens) > room for prompt in prompts)
-        fits.append(f"prompt.max_tokens of at most {room}, which leaves out {over} of {len(prompts)} prompts")
+        fits.append(
+            f"prompt.max_tokens of at most {room}, which leaves out {over} of {len(prompts)} "
+            "prompts"
+        )
     raise PromptError(
-        f"{key}: {max_new_tokens} tokens after the longest prompt, of {length} ({where}), "
-        f"come to {length + max_new_tokens}, and the model has {positions} positions (max_position_embeddings in its "
-        f"config.json). What would fit: {', or '.join(fits) or f'prompts of fewer than {positions} tokens'}"
+        f"{key}: {max_new_tokens} tokens after the longest prompt, of {length} ({where}), come to "
+        f"{length + max_new_tokens}, and the model has {positions} positions "
+        "(max_position_embeddings in its config.json). What would fit: "
+        f"{', or '.join(fits) or f'prompts of fewer than {positions} tokens'}"
     )
 
 
@@ -43,7 +47,7 @@ def check_rows(lengths: Sequence[int], places: Sequence[str], positions: int) ->
         return
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     raise PromptError(
-        f"{places[longest]}: prompt and response have {lengths[longest]} tokens, and the model has {positions} "
-        f"positions (max_position_embeddings in its config.json); {over} of {len(lengths)} rows are longer. Take "
-        "them out, or shorten their responses"
+        f"{places[longest]}: prompt and response have {lengths[longest]} tokens, and the model "
+        f"has {positions} positions (max_position_embeddings in its config.json); {over} of "
+        f"{len(lengths)} rows are longer. Take them out, or shorten their responses"
     )

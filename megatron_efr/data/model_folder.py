@@ -1,4 +1,6 @@
-"""Writes the Hugging Face folder of a small Qwen2 without weights: config, tokenizer, chat template, generation."""
+"""Writes the Hugging Face folder of a small Qwen2 without weights: config, tokenizer, chat
+template, generation.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,17 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
 
-PAD, BOS, EOS, SYSTEM, USER, ASSISTANT = "<pad>", "<bos>", "<eos>", "<system>", "<user>", "<assistant>"
+PAD, BOS, EOS, SYSTEM, USER, ASSISTANT = (
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "<system>",
+    "<user>",
+    "<assistant>",
+)
 
-# The whole conversation, BOS included, is the template's, as in the models of the R1-Distill family.
+# The whole conversation, BOS included, is the template's, as in the models of the R1-Distill
+# family.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'system' %}<system>{{ message['content'] }}"
@@ -43,7 +53,8 @@ def special_tokens(names: Sequence[str]) -> list[AddedToken]:
 
 
 def write_model_folder(folder: Path, backend: Tokenizer, size: ModelSize) -> None:
-    """Write config.json, generation_config.json and the tokenizer's files; weights are drawn when training starts.
+    """Write config.json, generation_config.json and the tokenizer's files; weights are drawn when
+    training starts.
 
     `backend` must know the special tokens above. The bytes depend on nothing but the arguments.
     """

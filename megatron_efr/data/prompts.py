@@ -1,4 +1,6 @@
-"""Renders problems into token ids with the tokenizer's own chat template, and reads a model folder's vocabulary."""
+"""Renders problems into token ids with the tokenizer's own chat template, and reads a model
+folder's vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,24 @@ _BATCH = 1024
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder; never looks on the hub. PromptError when the folder or files are missing.
+    """The tokenizer of a Hugging Face folder; never looks on the hub. PromptError when the folder
+    or files are missing.
 
-    Checks that no token id reaches config.json's `vocab_size`, which is the model's true vocabulary.
+    Checks that no token id reaches config.json's `vocab_size`, which is the model's true
+    vocabulary.
     """
     place = model_folder(folder)
-    # tokenizer.json says all. AutoTokenizer would replace parts of it with what transformers' class for the model type
-    # hard-codes (splitting and normalisation, for every Qwen2 folder), whatever tokenizer was trained.
+    # tokenizer.json says all. AutoTokenizer would replace parts of it with what transformers' class
+    # for the model type hard-codes (splitting and normalisation, for every Qwen2 folder), whatever
+    # tokenizer was trained.
     kind = PreTrainedTokenizerFast if (place / "tokenizer.json").is_file() else AutoTokenizer
-    if not any((place / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        raise PromptError(f"{place}: no tokenizer here (expected tokenizer.json and tokenizer_config.json)")
+    if not any(
+        (place / name).is_file()
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    ):
+        raise PromptError(
+            f"{place}: no tokenizer here (expected tokenizer.json and tokenizer_config.json)"
+        )
     try:
         tokenizer = kind.from_pretrained(str(place), local_files_only=True)
     except Exception as error:  # tokenizers raises a bare Exception for a file it cannot read
@@ -42,7 +52,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def vocabulary_size(folder: str | Path) -> int:
-    """config.json's `vocab_size`: rows of the embedding, which may exceed the tokenizer's length."""
+    """config.json's `vocab_size`: rows of the embedding, which may exceed the tokenizer's
+    length.
+    """
     path = model_folder(folder) / "config.json"
     if not path.is_file():
         raise PromptError(f"{path}: no such file; a model folder has a config.json")
@@ -57,14 +69,16 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where:
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if largest >= vocab_size:
         raise PromptError(
-            f"{where}: vocabulary mismatch: the tokenizer's token {token!r} has id {largest}, but config.json's "
-            f"vocab_size is {vocab_size}; tokenizer and model do not belong together"
+            f"{where}: vocabulary mismatch: the tokenizer's token {token!r} has id {largest}, but "
+            f"config.json's vocab_size is {vocab_size}; tokenizer and model do not belong together"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Prompts that fit, in the order of their problems, and the problems that were longer than `prompt.max_tokens`."""
+    """Prompts that fit, in the order of their problems, and the problems that were longer than
+    `prompt.max_tokens`.
+    """
 
     prompts: list[Prompt]
     left_out: list[Problem]
@@ -84,13 +98,18 @@ class Renderer:
         self._chat.check(self._messages("1 + 1"), self._messages("2 + 2"))
         if config.prefill == "none" and (added := self._chat.added(self._messages("1 + 1"))):
             raise PromptError(
-                f"prompt.prefill: none, but the chat template of {tokenizer.name_or_path} writes {added!r} after the "
-                "assistant tag; set prefill: template to keep it, or take it out of the folder's chat template"
+                f"prompt.prefill: none, but the chat template of {tokenizer.name_or_path} writes "
+                f"{added!r} after the assistant tag; set prefill: template to keep it, or take it "
+                "out of the folder's chat template"
             )
         self._suffix = "" if config.prefill in ("template", "none") else config.prefill
-        self._suffix_ids: list[int] = tokenizer.encode(self._suffix, add_special_tokens=False) if self._suffix else []
+        self._suffix_ids: list[int] = (
+            tokenizer.encode(self._suffix, add_special_tokens=False) if self._suffix else []
+        )
 
-    def render(self, questions: Sequence[str], places: Sequence[str] = ()) -> list[tuple[str, tuple[int, ...]]]:
+    def render(
+        self, questions: Sequence[str], places: Sequence[str] = ()
+    ) -> list[tuple[str, tuple[int, ...]]]:
         """(text, token ids) of each question's prompt, ready for the model to go on from.
 
         The ids are the chat template's own: its text holds the BOS if the model wants one, so none
@@ -102,13 +121,16 @@ class Renderer:
             batch = questions[start : start + _BATCH]
             try:
                 results += self._render(batch)
-            except Exception:  # tokenizers raises whatever it likes; which question it is of shows one alone
+            # tokenizers raises whatever it likes; which question it is of shows one alone
+            except Exception:
                 for i, question in enumerate(batch, start):
                     self._render_one(question, places[i] if places else repr(question[:60]))
                 raise
         for i, (_, ids) in enumerate(results):
             if not ids:
-                raise PromptError(f"{places[i] if places else repr(questions[i][:60])}: the prompt has no tokens")
+                raise PromptError(
+                    f"{places[i] if places else repr(questions[i][:60])}: the prompt has no tokens"
+                )
         return results
 
     def _render(self, questions: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
@@ -124,8 +146,15 @@ class Renderer:
             raise PromptError(f"{place}: the question cannot be made a prompt: {error}") from error
 
     def _messages(self, question: str) -> Messages:
-        system = [] if self.config.system is None else [{"role": "system", "content": self.config.system}]
-        return [*system, {"role": "user", "content": self.config.template.format(question=question)}]
+        system = (
+            []
+            if self.config.system is None
+            else [{"role": "system", "content": self.config.system}]
+        )
+        return [
+            *system,
+            {"role": "user", "content": self.config.template.format(question=question)},
+        ]
 
 
 def render(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> Prompt:
@@ -135,7 +164,10 @@ def render(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: PromptC
 
 
 def render_all(
-    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, config: PromptConfig, behind: str = ""
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PromptConfig,
+    behind: str = "",
 ) -> Rendered:
     """Every problem as a prompt, with the text `behind` its question.
 
@@ -143,7 +175,10 @@ def render_all(
 
     PromptError also when no prompt is left.
     """
-    questions, places = [problem.question + behind for problem in problems], [problem.where for problem in problems]
+    questions, places = (
+        [problem.question + behind for problem in problems],
+        [problem.where for problem in problems],
+    )
     rendered = Renderer(tokenizer, config).render(questions, places)
     prompts, left_out = [], []
     for problem, (text, tokens) in zip(problems, rendered, strict=True):
@@ -152,18 +187,22 @@ def render_all(
         else:
             left_out.append(problem)
     if not prompts:
-        raise PromptError(f"all {len(problems)} prompts are longer than prompt.max_tokens = {config.max_tokens}")
+        raise PromptError(
+            f"all {len(problems)} prompts are longer than prompt.max_tokens = {config.max_tokens}"
+        )
     return Rendered(prompts, left_out)
 
 
 def fits(length: int, config: PromptConfig, where: str) -> bool:
-    """True if a prompt of `length` tokens may be used; PromptError if it may not and `prompt.overlong` is error."""
+    """True if a prompt of `length` tokens may be used; PromptError if it may not and
+    `prompt.overlong` is error.
+    """
     if length <= config.max_tokens:
         return True
     if config.overlong == "error":
         raise PromptError(
-            f"{where}: the prompt has {length} tokens, more than prompt.max_tokens = {config.max_tokens}; raise that, "
-            "or set prompt.overlong: skip"
+            f"{where}: the prompt has {length} tokens, more than prompt.max_tokens = "
+            f"{config.max_tokens}; raise that, or set prompt.overlong: skip"
         )
     return False
 
@@ -182,5 +221,7 @@ def model_folder(folder: str | Path) -> Path:
     """`folder` as a path; PromptError if there is none."""
     place = Path(folder).expanduser()
     if not place.is_dir():
-        raise PromptError(f"{place}: no such model folder (expected one with config.json and a tokenizer)")
+        raise PromptError(
+            f"{place}: no such model folder (expected one with config.json and a tokenizer)"
+        )
     return place

@@ -1,4 +1,6 @@
-"""Reads rows from JSON, JSON lines, parquet, a saved `datasets` folder or the hub, each with the place it came from."""
+"""Reads rows from JSON, JSON lines, parquet, a saved `datasets` folder or the hub, each with the
+place it came from.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,15 @@ _KINDS = {
 
 
 class DatasetError(UserError, ValueError):
-    """A data set that cannot be used. The message names the file and line, what is wrong, and what would be right."""
+    """A data set that cannot be used. The message names the file and line, what is wrong, and what
+    would be right.
+    """
 
 
 class Row(NamedTuple):
-    """One record. `number` counts from 1; its place is "file:line", or "source:row N" of a table."""
+    """One record. `number` counts from 1; its place is "file:line", or "source:row N" of a
+    table.
+    """
 
     number: int
     where: str
@@ -44,10 +50,11 @@ class Row(NamedTuple):
 
 
 def read_rows(path: str, split: str = "train", limit: int | None = None) -> list[Row]:
-    """The first `limit` rows of `path` (all when None); DatasetError when there are none or one cannot be read.
+    """The first `limit` rows of `path` (all when None); DatasetError when there are none or one
+    cannot be read.
 
-    A path that ends in .jsonl, .json or .parquet, starts like a path (`/`, `./`, `../`, `~`) or lies in a folder that
-    exists is never looked up on the hub.
+    A path that ends in .jsonl, .json or .parquet, starts like a path (`/`, `./`, `../`, `~`) or
+    lies in a folder that exists is never looked up on the hub.
     """
     try:
         rows = list(islice(_rows(path, split), limit))
@@ -64,14 +71,20 @@ def _rows(path: str, split: str) -> Iterator[Row]:
         return _saved_rows(path, place, split)
     if place.is_file():
         if place.suffix not in SUFFIXES:
-            raise DatasetError(f"{path}: cannot tell its kind by its name; expected one of {', '.join(SUFFIXES)}")
+            raise DatasetError(
+                f"{path}: cannot tell its kind by its name; expected one of {', '.join(SUFFIXES)}"
+            )
         with place.open("rb") as file:
             _refuse_other_kinds(path, file.read(64))
         if place.suffix == ".parquet":
             return _parquet_rows(path, place)
         text = _text(path, place.read_bytes())
         return _json_lines(path, text) if place.suffix == ".jsonl" else _json_rows(path, text)
-    local = path.startswith(("/", "./", "../", "~")) or ("/" in path and place.parent.is_dir()) or path.count("/") > 1
+    local = (
+        path.startswith(("/", "./", "../", "~"))
+        or ("/" in path and place.parent.is_dir())
+        or path.count("/") > 1
+    )
     if local or place.suffix in SUFFIXES:
         raise DatasetError(f"{path}: no such file or folder")
     return _hub_rows(path, split)
@@ -84,7 +97,9 @@ def _text(path: str, data: bytes) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         byte = f"0x{data[error.start]:02x}"
-        raise DatasetError(f"{path}:{line}: cannot be read: not UTF-8 (the byte {byte}); save it as UTF-8") from error
+        raise DatasetError(
+            f"{path}:{line}: cannot be read: not UTF-8 (the byte {byte}); save it as UTF-8"
+        ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -104,7 +119,9 @@ def _json_lines(path: str, text: str) -> Iterator[Row]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; DatasetError for a key that stands in it twice: which value counts is anybody's guess."""
+    """An object of JSON; DatasetError for a key that stands in it twice: which value counts is
+    anybody's guess.
+    """
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
@@ -119,8 +136,11 @@ def _record(where: str, text: str) -> dict[str, Any]:
     except DatasetError as error:
         raise DatasetError(f"{where}: {error}") from error
     except json.JSONDecodeError as error:
-        raise DatasetError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
+        raise DatasetError(
+            f"{where}: not valid JSON: {error.msg} at column {error.colno}"
+        ) from error
+    # a number of thousands of digits, brackets a thousand deep
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"{where}: not JSON that can be read: {error}") from error
     return _checked(where, record, text)
 
@@ -128,8 +148,12 @@ def _record(where: str, text: str) -> dict[str, Any]:
 def _checked(where: str, record: Any, text: str) -> dict[str, Any]:
     """A row: an object of whole characters."""
     if not isinstance(record, dict):
-        raise DatasetError(f"{where}: expected an object with a question and an answer, found {type(record).__name__}")
-    if "\\u" in text:  # an escape may be half a character, which no tokenizer takes and no file holds
+        raise DatasetError(
+            f"{where}: expected an object with a question and an answer, found "
+            f"{type(record).__name__}"
+        )
+    # an escape may be half a character, which no tokenizer takes and no file holds
+    if "\\u" in text:
         try:
             json.dumps(record, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
@@ -176,7 +200,9 @@ def _json_rows(path: str, text: str) -> Iterator[Row]:
     # nothing may follow the array
     if (rest := _skip(text, position + 1)) < len(text):
         line += text.count("\n", counted, rest)
-        raise DatasetError(f"{path}:{line}: not valid JSON: {text[rest : rest + 20]!r} after the array's end")
+        raise DatasetError(
+            f"{path}:{line}: not valid JSON: {text[rest : rest + 20]!r} after the array's end"
+        )
 
 
 def _skip(text: str, position: int) -> int:
@@ -200,12 +226,18 @@ def _parquet_rows(path: str, place: Path) -> Iterator[Row]:
 
 def _json_columns(schema: Any) -> list[str]:
     """Columns of datasets' type Json, which parquet holds as text that quotes a text."""
-    declared = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    declared = (
+        json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        .get("info", {})
+        .get("features", {})
+    )
     return [
         field.name
         for field in schema
         if getattr(field.type, "extension_name", "") == "arrow.json"
-        or (isinstance(feature := declared.get(field.name), dict) and feature.get("_type") == "Json")
+        or (
+            isinstance(feature := declared.get(field.name), dict) and feature.get("_type") == "Json"
+        )
     ]
 
 
@@ -215,19 +247,27 @@ def _saved_rows(path: str, place: Path, split: str) -> Iterator[Row]:
     try:
         saved = datasets.load_from_disk(str(place))
     except FileNotFoundError as error:
-        raise DatasetError(f"{path}: a folder, but not one that datasets' save_to_disk wrote: {error}") from error
+        raise DatasetError(
+            f"{path}: a folder, but not one that datasets' save_to_disk wrote: {error}"
+        ) from error
     except Exception as error:  # whatever a damaged file leads the library into
-        raise DatasetError(f"{path}: a folder of save_to_disk that is damaged: {_said(error)}") from error
+        raise DatasetError(
+            f"{path}: a folder of save_to_disk that is damaged: {_said(error)}"
+        ) from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
-            raise DatasetError(f"{path}: has no split {split!r}; it has {', '.join(map(str, saved))}")
+            raise DatasetError(
+                f"{path}: has no split {split!r}; it has {', '.join(map(str, saved))}"
+            )
         saved = saved[split]
     rows = _table_rows(path, saved)
     while True:
         try:
             row = next(rows, None)
         except Exception as error:  # of decoding: a missing library, a damaged value
-            raise DatasetError(f"{path}: a row of this folder cannot be read: {_said(error)}") from error
+            raise DatasetError(
+                f"{path}: a row of this folder cannot be read: {_said(error)}"
+            ) from error
         if row is None:
             return
         yield row
@@ -244,7 +284,8 @@ def _hub_rows(path: str, split: str) -> Iterator[Row]:
         table = datasets.load_dataset(path, split=split)
     except Exception as error:  # the library raises its own, the hub client's, and the network's
         raise DatasetError(
-            f"{path}: no such file, and loading split {split!r} of a hub data set of that name failed: {error}"
+            f"{path}: no such file, and loading split {split!r} of a hub data set of that name "
+            f"failed: {error}"
         ) from error
     return _table_rows(f"{path}[{split}]", table)
 
@@ -264,4 +305,6 @@ def _json_value(where: str, name: str, text: Any) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DatasetError(f"{where}: column {name!r} is of type Json and holds no JSON: {error.msg}") from error
+        raise DatasetError(
+            f"{where}: column {name!r} is of type Json and holds no JSON: {error.msg}"
+        ) from error

@@ -28,23 +28,31 @@ def holds_answers(path: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class SftRows:
-    """Trainable responses in the file's order, and how many rows were left out because their prompt is too long."""
+    """Trainable responses in the file's order, and how many rows were left out because their prompt
+    is too long.
+    """
 
     samples: list[Sample]
     overlong: int
 
 
 def load_sft(
-    config: SftDataConfig, tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, positions: int | None = None
+    config: SftDataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: PromptConfig,
+    positions: int | None = None,
 ) -> SftRows:
-    """Rows as prompt + response + EOS, one for each response; `Sample.prompt_length` marks where the loss begins.
+    """Rows as prompt + response + EOS, one for each response; `Sample.prompt_length` marks where
+    the loss begins.
 
     DatasetError names file and line of a row without question or response; PromptError, of one that
     is longer than the model's `positions`, if they are given.
     """
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
-        raise PromptError(f"{tokenizer.name_or_path}: the tokenizer names no eos token, which ends every response")
+        raise PromptError(
+            f"{tokenizer.name_or_path}: the tokenizer names no eos token, which ends every response"
+        )
     # read and render all rows
     rows = read_rows(config.path, limit=config.limit)
     questions = [_column(row, config.question) for row in rows]
@@ -64,19 +72,26 @@ def load_sft(
                 places.append(row.where)
     # something must be left, and fit the model's positions
     if not samples:
-        raise PromptError(f"{config.path}: all {len(rows)} prompts are longer than prompt.max_tokens")
+        raise PromptError(
+            f"{config.path}: all {len(rows)} prompts are longer than prompt.max_tokens"
+        )
     if positions is not None:
         check_rows([sample.length for sample in samples], places, positions)
     return SftRows(samples, overlong)
 
 
 def _responses(row: Row, columns: str | list[str]) -> list[str]:
-    """The row's responses; of several columns those that hold one, and DatasetError if none does."""
+    """The row's responses; of several columns those that hold one, and DatasetError if none
+    does.
+    """
     if isinstance(columns, str):
         return [_column(row, columns)]
     held = [name for name in columns if not _empty(row, name)]
     if not held:
-        raise DatasetError(f"{row.where}: no text in any of the columns {', '.join(columns)}; a row needs one response")
+        raise DatasetError(
+            f"{row.where}: no text in any of the columns {', '.join(columns)}; a row needs one "
+            "response"
+        )
     return [_column(row, name) for name in held]
 
 
@@ -91,8 +106,13 @@ def _column(row: Row, name: str) -> str:
     if isinstance(value, str) and value.strip():
         return value
     found = (
-        "" if value is None else ", but an empty one" if isinstance(value, str) else f", but a {type(value).__name__}"
+        ""
+        if value is None
+        else (", but an empty one")
+        if isinstance(value, str)
+        else f", but a {type(value).__name__}"
     )
     raise DatasetError(
-        f"{row.where}: no text in column {name!r}{found}; the row has columns {', '.join(map(str, row.columns))}"
+        f"{row.where}: no text in column {name!r}{found}; the row has columns "
+        f"{', '.join(map(str, row.columns))}"
     )

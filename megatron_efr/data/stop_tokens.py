@@ -14,21 +14,28 @@ FILES = ("config.json", "generation_config.json")
 
 
 def stop_ids(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Token ids that end a response: the tokenizer's EOS and the `eos_token_id` of both configurations, sorted.
+    """Token ids that end a response: the tokenizer's EOS and the `eos_token_id` of both
+    configurations, sorted.
 
-    An engine that reads the folder stops at any of them. PromptError names the file whose ids are none, or outside the
-    vocabulary.
+    An engine that reads the folder stops at any of them. PromptError names the file whose ids are
+    none, or outside the vocabulary.
     """
     place = model_folder(folder)
     size = vocabulary_size(place)
     found = {place: [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []}
-    found |= {place / name: _eos(place / name, tokenizer) for name in FILES if (place / name).is_file()}
+    found |= {
+        place / name: _eos(place / name, tokenizer) for name in FILES if (place / name).is_file()
+    }
     for where, ids in found.items():
         if outside := sorted(token for token in ids if not 0 <= token < size):
-            raise PromptError(f"{where}: vocabulary mismatch: eos token ids {outside} are outside vocab_size {size}")
+            raise PromptError(
+                f"{where}: vocabulary mismatch: eos token ids {outside} are outside vocab_size "
+                f"{size}"
+            )
     if not any(found.values()):
         raise PromptError(
-            f"{place}: neither the tokenizer nor generation_config.json nor config.json names an eos token"
+            f"{place}: neither the tokenizer nor generation_config.json nor config.json names an "
+            "eos token"
         )
     return tuple(sorted({token for ids in found.values() for token in ids}))
 
@@ -42,6 +49,7 @@ def _eos(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
             known = tokenizer.get_vocab().get(token) if isinstance(token, str) else None
             hint = "" if known is None else f"; the tokenizer's id of it is {known}"
             raise PromptError(
-                f"{path}: eos_token_id: a token id, or a list of them, is required, found {given!r}{hint}"
+                f"{path}: eos_token_id: a token id, or a list of them, is required, found "
+                f"{given!r}{hint}"
             )
     return ids

@@ -1,4 +1,6 @@
-"""The endless, seeded stream of training prompts: a fresh permutation each epoch, resumable at the exact prompt."""
+"""The endless, seeded stream of training prompts: a fresh permutation each epoch, resumable at the
+exact prompt.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,17 @@ class StreamError(UserError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """One drawing of a prompt; `index` counts all drawings of the run from 0, so request seeds can follow from it."""
+    """One drawing of a prompt; `index` counts all drawings of the run from 0, so request seeds can
+    follow from it.
+    """
 
     index: int
     prompt: Prompt
 
 
 class PromptStream:
-    """Draws prompts epoch by epoch; what visit i gives is a function of (prompts, seed, shuffle, i) alone.
+    """Draws prompts epoch by epoch; what visit i gives is a function of (prompts, seed, shuffle, i)
+    alone.
 
     The state is therefore one number, and resuming needs no replay.
     """
@@ -70,7 +75,9 @@ class PromptStream:
         if not self._shuffle:
             return self._prompts[position]
         if self._order[0] != epoch:
-            generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, epoch])))
+            generator = np.random.Generator(
+                np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
+            )
             self._order = (epoch, generator.permutation(len(self._prompts)))
         return self._prompts[int(self._order[1][position])]
 
@@ -85,13 +92,16 @@ class PromptStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` stopped; StreamError when it belongs to other prompts, or to another seed or order."""
+        """Go on where `state` stopped; StreamError when it belongs to other prompts, or to another
+        seed or order.
+        """
         mine = self.state_dict()
         for key in ("prompts", "checksum", "seed", "shuffle"):
             if state.get(key) != mine[key]:
                 raise StreamError(
-                    f"the saved prompt stream is not this one: {key} was {state.get(key)!r} and is now {mine[key]!r}; "
-                    "resume with the data, prompt template, tokenizer and seed of the saved run, or start a new run"
+                    f"the saved prompt stream is not this one: {key} was {state.get(key)!r} and "
+                    f"is now {mine[key]!r}; resume with the data, prompt template, tokenizer and "
+                    "seed of the saved run, or start a new run"
                 )
         self._next = int(state["next_index"])
 
@@ -102,7 +112,9 @@ def _checksum(prompts: list[Prompt]) -> str:
     seen: set[str] = set()
     for prompt in prompts:
         if prompt.id in seen:
-            raise StreamError(f"two prompts have the id {prompt.id!r}; give each data set its own `name`")
+            raise StreamError(
+                f"two prompts have the id {prompt.id!r}; give each data set its own `name`"
+            )
         seen.add(prompt.id)
         digest.update(repr((prompt.id, prompt.gold, prompt.tokens)).encode())
     return digest.hexdigest()

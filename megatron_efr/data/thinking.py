@@ -1,4 +1,6 @@
-"""The texts around a thought in a model's responses: as configured, or as its tokenizer has them."""
+"""The texts around a thought in a model's responses: as configured, or as its tokenizer has
+them.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,14 @@ def thinking_marks(config: ThinkingConfig, tokenizer: PreTrainedTokenizerBase) -
     """The marks; None if nothing closes a thought. ConfigError for a configured one that no
     response can hold.
 
-    One that is not configured is `<think>` or `</think>` if that is a single token, and stays in a response's text. A
-    special token does not: text is read without those.
+    One that is not configured is `<think>` or `</think>` if that is a single token, and stays in a
+    response's text. A special token does not: text is read without those.
     """
     for key, text in (("opens", config.opens), ("closes", config.closes)):
         if text is not None and text.strip() not in (read := _read(text, tokenizer)):
             raise ConfigError(
-                f"model.thinking.{key}: {text!r} would never be found in a response: with this model's tokenizer it "
-                f"reads {read!r}; name a text of ordinary tokens"
+                f"model.thinking.{key}: {text!r} would never be found in a response: with this "
+                f"model's tokenizer it reads {read!r}; name a text of ordinary tokens"
             )
     closes = config.closes or _single(CLOSES, tokenizer)
     return Marks(config.opens or _single(OPENS, tokenizer), closes) if closes else None
@@ -36,4 +38,6 @@ def _single(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def _read(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text that is left of `text` once it became tokens and text again."""
     tokens = tokenizer.encode(text, add_special_tokens=False)
-    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return str(
+        tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )

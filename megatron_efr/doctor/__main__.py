@@ -1,4 +1,6 @@
-"""`efr doctor`: what this machine has and lacks, for any run or for the one that CONFIG describes."""
+"""`efr doctor`: what this machine has and lacks, for any run or for the one that CONFIG
+describes.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,24 @@ from megatron_efr.addresses import KEY
 from megatron_efr.arguments import PORTS, run, within
 from megatron_efr.checkpoint.model_source import find_model
 from megatron_efr.cluster.placement import RENDEZVOUS_PORT
-from megatron_efr.config import DpoConfig, EvaluateConfig, RolloutConfig, RunConfig, SftConfig, TrainConfig
+from megatron_efr.config import (
+    DpoConfig,
+    EvaluateConfig,
+    RolloutConfig,
+    RunConfig,
+    SftConfig,
+    TrainConfig,
+)
 from megatron_efr.doctor import machine
 from megatron_efr.doctor.engine import check_engine, check_router, check_servers
 from megatron_efr.doctor.finding import Finding, missing
 from megatron_efr.doctor.model import check_prompt, check_weights
-from megatron_efr.doctor.packages import check_apex, check_packages, check_transformer_engine, requirements
+from megatron_efr.doctor.packages import (
+    check_apex,
+    check_packages,
+    check_transformer_engine,
+    requirements,
+)
 from megatron_efr.doctor.programs import load_any
 from megatron_efr.errors import UserError
 from megatron_efr.memory import checkpoint_bytes
@@ -33,17 +47,28 @@ ROOM = 2 * 2**30  # bytes of disk for a run's records, if the model is not known
 
 
 def examine(config: RunConfig | None, ports: Sequence[int]) -> Iterator[Finding]:
-    """Every finding, in the order in which they would stop a run; what `config` needs and lacks is a problem."""
-    real = config is not None and config.model.dtype == "bfloat16"  # on a CPU only tests train, and they in fp32
+    """Every finding, in the order in which they would stop a run; what `config` needs and lacks is
+    a problem.
+    """
+    # on a CPU only tests train, and they in fp32
+    real = config is not None and config.model.dtype == "bfloat16"
     # what is installed, and what the configuration asks of it
     yield from check_packages()
     yield from machine.check_gpus(needed=real)
     yield machine.check_triton(needed=config is not None and config.model.kernels == "triton")
-    yield from check_transformer_engine(needed=config is not None and config.model.layers == "transformer_engine")
+    yield from check_transformer_engine(
+        needed=config is not None and config.model.layers == "transformer_engine"
+    )
     yield check_apex()
     # the engine, its servers and router
-    rollout = config.rollout if isinstance(config, TrainConfig | EvaluateConfig) else RolloutConfig()
-    pins = {r.name: next(iter(r.specifier)).version for r in requirements() if r.name in ("sglang", "sglang-router")}
+    rollout = (
+        config.rollout if isinstance(config, TrainConfig | EvaluateConfig) else RolloutConfig()
+    )
+    pins = {
+        r.name: next(iter(r.specifier)).version
+        for r in requirements()
+        if r.name in ("sglang", "sglang-router")
+    }
     starts = not rollout.embedded and not rollout.urls
     yield from check_engine(rollout.python, pins.get("sglang"), needed=starts)
     if rollout.router:
@@ -61,7 +86,9 @@ def examine(config: RunConfig | None, ports: Sequence[int]) -> Iterator[Finding]
     if torch.cuda.is_available() and not rollout.embedded and apart:
         yield machine.check_nccl_settings(os.environ)
     for port in ports:
-        yield machine.check_port(port, "torchrun's rendezvous" if port == RENDEZVOUS_PORT else "asked for")
+        yield machine.check_port(
+            port, "torchrun's rendezvous" if port == RENDEZVOUS_PORT else "asked for"
+        )
 
 
 def check_run(config: RunConfig) -> Iterator[Finding]:
@@ -76,7 +103,12 @@ def check_run(config: RunConfig) -> Iterator[Finding]:
             model, checkpoint = source.start, source.checkpoint
         architecture = Architecture.from_folder(model.path)
     except UserError as error:
-        yield Finding("model", "problem", str(error), "model.path=FOLDER, a Hugging Face folder on this machine")
+        yield Finding(
+            "model",
+            "problem",
+            str(error),
+            "model.path=FOLDER, a Hugging Face folder on this machine",
+        )
     else:
         yield Finding("model", "ok", f"{architecture.model_type} in {config.model.path}")
         if checkpoint is None:
@@ -87,10 +119,15 @@ def check_run(config: RunConfig) -> Iterator[Finding]:
             needed += (config.checkpoint.keep + 1) * each
             what = f"{config.checkpoint.keep} checkpoints, one being written, and records"
     yield machine.check_disk(config.folder, needed, what)
-    wandb = config.observe.wandb if isinstance(config, TrainConfig | SftConfig | DpoConfig) else None
+    wandb = (
+        config.observe.wandb if isinstance(config, TrainConfig | SftConfig | DpoConfig) else None
+    )
     if wandb is not None and importlib.util.find_spec("wandb") is None:
         yield missing(
-            "wandb", "observe.wandb is set, and it is not installed", "pip install 'megatron-efr[wandb]'", True
+            "wandb",
+            "observe.wandb is set, and it is not installed",
+            "pip install 'megatron-efr[wandb]'",
+            True,
         )
 
 
@@ -106,11 +143,19 @@ def table(findings: Sequence[Finding]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr doctor`."""
-    parser = argparse.ArgumentParser(prog="efr doctor", description="What this machine has and lacks for a run.")
-    parser.add_argument("config", nargs="?", help="YAML file of the run; 1 if the machine lacks what it needs")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
+    parser = argparse.ArgumentParser(
+        prog="efr doctor", description=("What this machine has and lacks for a run.")
+    )
+    parser.add_argument(
+        "config", nargs="?", help=("YAML file of the run; 1 if the machine lacks what it needs")
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help=("values that replace the file's")
+    )
     port = within(int, *PORTS)
-    parser.add_argument("--port", type=port, action="append", help=f"a port to look at (default: {RENDEZVOUS_PORT})")
+    parser.add_argument(
+        "--port", type=port, action="append", help=f"a port to look at (default: {RENDEZVOUS_PORT})"
+    )
     given = parser.parse_intermixed_args(argv)
     config = None if given.config is None else load_any(given.config, given.overrides)
     findings = list(examine(config, given.port or [RENDEZVOUS_PORT]))

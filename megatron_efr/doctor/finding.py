@@ -10,7 +10,9 @@ Verdict = Literal["ok", "note", "problem"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`problem` is what the run needs and has not; `note` what costs speed, or something that this run does not use."""
+    """`problem` is what the run needs and has not; `note` what costs speed, or something that this
+    run does not use.
+    """
 
     subject: str
     verdict: Verdict

@@ -1,4 +1,6 @@
-"""A Triton kernel that does next to nothing: whether it compiles tells whether Triton's compiler works here."""
+"""A Triton kernel that does next to nothing: whether it compiles tells whether Triton's compiler
+works here.
+"""
 
 from __future__ import annotations
 

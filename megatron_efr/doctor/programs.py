@@ -12,13 +12,19 @@ from megatron_efr.config.file import load
 
 
 def load_any(path: str, overrides: Iterable[str]) -> RunConfig:
-    """The configuration at `path`, of `efr train` (and `sweep`), `sft`, `dpo` or `evaluate`; ConfigError as `load`."""
+    """The configuration at `path`, of `efr train` (and `sweep`), `sft`, `dpo` or `evaluate`;
+    ConfigError as `load`.
+    """
     overrides = list(overrides)
-    return load(_program(path, {override.partition("=")[0] for override in overrides}), path, overrides)
+    return load(
+        _program(path, {override.partition("=")[0] for override in overrides}), path, overrides
+    )
 
 
 def _program(path: str, given: set[str]) -> type[RunConfig]:
-    """SFT has one file of rows, DPO a preference too; an evaluation has nothing to learn from and no optimizer."""
+    """SFT has one file of rows, DPO a preference too; an evaluation has nothing to learn from and
+    no optimizer.
+    """
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

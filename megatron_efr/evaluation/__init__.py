@@ -1,1 +1,3 @@
-"""Held-out problems asked, graded and measured: what an evaluation is, what it keeps, and how two are compared."""
+"""Held-out problems asked, graded and measured: what an evaluation is, what it keeps, and how two
+are compared.
+"""

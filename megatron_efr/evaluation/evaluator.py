@@ -14,7 +14,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_efr import scripts
-from megatron_efr.config import ConfigError, EvaluationConfig, GradingConfig, PromptConfig, ThinkingConfig
+from megatron_efr.config import (
+    ConfigError,
+    EvaluationConfig,
+    GradingConfig,
+    PromptConfig,
+    ThinkingConfig,
+)
 from megatron_efr.data.chat import tells_date
 from megatron_efr.data.datasets import dataset_name
 from megatron_efr.data.lengths import check_prompts
@@ -48,11 +54,15 @@ class Evaluator:
         marks: Marks | None = None,
     ) -> None:
         if not config.datasets:
-            raise ConfigError("evaluation.datasets: empty, and an evaluation needs at least one data set of problems")
+            raise ConfigError(
+                "evaluation.datasets: empty, and an evaluation needs at least one data set of "
+                "problems"
+            )
         names = {dataset_name(dataset) for dataset in config.datasets}
         if unknown := sorted(config.samples_by_dataset.keys() - names):
             raise ConfigError(
-                f"evaluation.samples_by_dataset.{unknown[0]}: no such data set; there are {', '.join(sorted(names))}"
+                f"evaluation.samples_by_dataset.{unknown[0]}: no such data set; there are "
+                f"{', '.join(sorted(names))}"
             )
         # sampling, judging and the script of each response
         temperature, top_p = config.sampling
@@ -62,8 +72,12 @@ class Evaluator:
         self.script = script.within(config.max_new_tokens)
         self.script.check(config.max_new_tokens, "evaluation.script")
         codec = TokenizerCodec(tokenizer)
-        self._closes = marks.closes if marks and marks != thinking_marks(ThinkingConfig(), tokenizer) else None
-        self._thinking = partial(thinking_tokens, closes=marks.closes, codec=codec) if marks else None
+        self._closes = (
+            marks.closes if marks and marks != thinking_marks(ThinkingConfig(), tokenizer) else None
+        )
+        self._thinking = (
+            partial(thinking_tokens, closes=marks.closes, codec=codec) if marks else None
+        )
         check_script(self.script, codec, "evaluation.script")
         # the problems as prompts, of lengths that the model can take
         rendered = load_prompts(config.datasets, tokenizer, prompt, grading, self.script.behind)
@@ -71,21 +85,28 @@ class Evaluator:
         written = " and what evaluation.script adds" if limit > config.max_new_tokens else ""
         check_prompts(rendered.prompts, limit, positions, f"evaluation.max_new_tokens{written}")
         say_overlong(rendered)
-        self._asking = prompt.model_dump(mode="json", exclude=set() if tells_date(tokenizer) else {"date"})
+        self._asking = prompt.model_dump(
+            mode="json", exclude=set() if tells_date(tokenizer) else {"date"}
+        )
         self._left_out = Counter(problem.dataset for problem in rendered.left_out)
         self.prompts = rendered.prompts
         self._seed = seed
         # one request for each problem, its seed a function of the run's and its place
-        samples = [config.samples_by_dataset.get(p.meta["dataset"], config.samples) for p in self.prompts]
+        samples = [
+            config.samples_by_dataset.get(p.meta["dataset"], config.samples) for p in self.prompts
+        ]
         self._requests = [
             Request(prompt, request_seed(seed, -1 - i), (self.script,) * count)
             for i, (prompt, count) in enumerate(zip(self.prompts, samples, strict=True))
         ]
 
     def asked(self) -> dict[str, Any]:
-        """Questions and sampling, by name: equal if two evaluations of one model may share their answers."""
+        """Questions and sampling, by name: equal if two evaluations of one model may share their
+        answers.
+        """
         problems = [
-            [r.prompt.id, r.prompt.tokens, r.prompt.gold, dict(r.prompt.meta), r.samples] for r in self._requests
+            [r.prompt.id, r.prompt.tokens, r.prompt.gold, dict(r.prompt.meta), r.samples]
+            for r in self._requests
         ]
         return {
             "seed": self._seed,
@@ -98,12 +119,20 @@ class Evaluator:
     def judged(self) -> dict[str, Any]:
         """Judging of answers by data set, and a configured end of the thought: equal if the
         same answers make the same record."""
-        judgings = {name: self.judgings.of_dataset(name) for name in {p.meta["dataset"] for p in self.prompts}}
-        judged = {f"grading of {name}": json.loads(json.dumps(asdict(judgings[name]))) for name in sorted(judgings)}
+        judgings = {
+            name: self.judgings.of_dataset(name)
+            for name in {p.meta["dataset"] for p in self.prompts}
+        }
+        judged = {
+            f"grading of {name}": json.loads(json.dumps(asdict(judgings[name])))
+            for name in sorted(judgings)
+        }
         return judged if self._closes is None else judged | {"model.thinking.closes": self._closes}
 
     def protocol(self) -> dict[str, Any]:
-        """Problems, sampling and verifiers, by name: equal if two evaluations, of any models, can be compared."""
+        """Problems, sampling and verifiers, by name: equal if two evaluations, of any models, can
+        be compared.
+        """
         problems = [[r.prompt.id, r.prompt.gold, r.prompt.meta["question"]] for r in self._requests]
         return {
             "problems": dict(Counter(r.prompt.meta["dataset"] for r in self._requests)),
@@ -127,7 +156,8 @@ class Evaluator:
         after_each: Callable[[], None] = lambda: None,
         keep: Callable[[Sequence[Graded]], None] = lambda graded: None,
     ) -> Record:
-        """Answer and grade every problem; those that `journal` holds are taken from there, and the others added.
+        """Answer and grade every problem; those that `journal` holds are taken from there, and the
+        others added.
 
         `keep` is given the judged answers, in the order of the problems.
         """
@@ -135,7 +165,10 @@ class Evaluator:
         before = journal.read().groups if journal else []
         finished = {group.seed: group for group in before}
         if finished:
-            print(f"{name}: {len(finished)} of {len(self._requests)} problems were answered before", flush=True)
+            print(
+                f"{name}: {len(finished)} of {len(self._requests)} problems were answered before",
+                flush=True,
+            )
         # ask for the others; each is journalled as soon as it is whole
         left = [request for request in self._requests if request.seed not in finished]
         with closing(engine.generate(left, self.sampling)) as answers:

@@ -1,4 +1,6 @@
-"""Problems that a model forgot, and those that it learnt: right before and wrong after, and the reverse."""
+"""Problems that a model forgot, and those that it learnt: right before and wrong after, and the
+reverse.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,13 @@ from megatron_efr.types import BoolArray
 
 
 class Turned(NamedTuple):
-    """Shares of all problems, with 95% intervals by bootstrap over problems, both models' answers to one together.
+    """Shares of all problems, with 95% intervals by bootstrap over problems, both models' answers
+    to one together.
 
-    `forgotten`: right before and wrong after; `learnt`: the reverse; `net`: learnt less forgotten, the difference of
-    the shares that are right. A problem is right if more than half of its responses are. `p`: the chance of a net as
-    large if the models were the same, by McNemar's exact test.
+    `forgotten`: right before and wrong after; `learnt`: the reverse; `net`: learnt less forgotten,
+    the difference of the shares that are right. A problem is right if more than half of its
+    responses are. `p`: the chance of a net as large if the models were the same, by McNemar's exact
+    test.
     """
 
     problems: int

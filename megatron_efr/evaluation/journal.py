@@ -1,4 +1,5 @@
-"""Finds what lies under an evaluation's name: its finished record, or the answers that it was killed with.
+"""Finds what lies under an evaluation's name: its finished record, or the answers that it was
+killed with.
 
 Both say what was asked, and of another evaluation neither is taken.
 """
@@ -17,7 +18,9 @@ from megatron_efr.rollout.journal import Journal
 
 
 class EvaluationError(UserError):
-    """Another evaluation lies under the same name. The message says what differs, and what would be right."""
+    """Another evaluation lies under the same name. The message says what differs, and what would be
+    right.
+    """
 
 
 ASKED = "asked"  # the key of a record that says what was asked, and how it was judged
@@ -37,17 +40,23 @@ def finished(record: Path, asked: Mapping[str, Any], replace: bool) -> dict[str,
     if replace:
         return None
     if ASKED in there:
-        why = f"is the record of another evaluation than this; it differs in\n{_differences(there[ASKED], asked)}"
+        why = (
+            "is the record of another evaluation than this; it differs "
+            f"in\n{_differences(there[ASKED], asked)}"
+        )
     else:
         why = "is a record that does not say what was asked\n"
-    raise EvaluationError(f"{record}: {why}give this one another name (--record), or write over that one (--replace)")
+    raise EvaluationError(
+        f"{record}: {why}give this one another name (--record), or write over that one (--replace)"
+    )
 
 
 class Unfinished:
-    """Beside the record that an evaluation will write: `unfinished/<its name>.jsonl`, and `.json` with what is asked.
+    """Beside the record that an evaluation will write: `unfinished/<its name>.jsonl`, and `.json`
+    with what is asked.
 
-    `asked` says which model is asked what, and how, by name. A journal of something else that lies there is forgotten
-    if it is to `replace`; otherwise EvaluationError names what differs.
+    `asked` says which model is asked what, and how, by name. A journal of something else that lies
+    there is forgotten if it is to `replace`; otherwise EvaluationError names what differs.
     """
 
     def __init__(self, record: Path, asked: Mapping[str, Any], replace: bool = False) -> None:
@@ -58,9 +67,10 @@ class Unfinished:
         if self.journal.path.exists() and there != asked:
             if not replace:
                 raise EvaluationError(
-                    f"{self.journal.path}: holds answers of another evaluation, which was not finished; "
-                    f"it differs in\n{_differences(there, asked)}give this one another name (--record), set these as "
-                    "they are there, or forget those answers (--replace)"
+                    f"{self.journal.path}: holds answers of another evaluation, which was not "
+                    f"finished; it differs in\n{_differences(there, asked)}give this one another "
+                    "name (--record), set these as they are there, or forget those answers "
+                    "(--replace)"
                 )
             self.journal.clear()
         remove_torn_writes(record.parent, record.name)
@@ -74,7 +84,9 @@ class Unfinished:
 
 
 def forget(record: Path, asked: Mapping[str, Any]) -> None:
-    """Remove the answers to `asked` that a kill left beside its finished record; another evaluation's stay."""
+    """Remove the answers to `asked` that a kill left beside its finished record; another
+    evaluation's stay.
+    """
     if _read_asked(_place(record)) == asked:
         Unfinished(record, asked).clear()
 

@@ -1,4 +1,6 @@
-"""Judges an evaluation's groups: right or wrong, which answers are equal, and what a script tried beside them."""
+"""Judges an evaluation's groups: right or wrong, which answers are equal, and what a script tried
+beside them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ Tried = list[tuple[Response, Grade]]
 
 
 class Judged(NamedTuple):
-    """Graded groups, the numbers of their answers (equal numbers are equal answers of a problem), what was tried."""
+    """Graded groups, the numbers of their answers (equal numbers are equal answers of a problem),
+    what was tried.
+    """
 
     graded: list[Graded]
     answers: list[list[int | None]]
@@ -29,12 +33,17 @@ class Judged(NamedTuple):
 
 
 def judge(groups: Sequence[Group], script: Script, grader: Grader, judgings: Judgings) -> Judged:
-    """Judge the responses, and the answers that the scripts `forks` and `subthoughts` tried beside them."""
+    """Judge the responses, and the answers that the scripts `forks` and `subthoughts` tried beside
+    them.
+    """
     forks, later = isinstance(script, Forks), isinstance(script, SCRIPTS["subthoughts"])
     graded = grade_groups(grader, groups, judgings, branches=forks or later)
-    # of all that was tried, direct answers and those of subthoughts are told apart as the responses' are
+    # of all that was tried, direct answers and those of subthoughts are told apart as the
+    # responses' are
     told = [[_told(own, 0 if forks else None) for own in _tried(one)] for one in graded]
-    numbers = equal_answers(grader, [_with(one, own) for one, own in zip(graded, told, strict=True)], judgings)
+    numbers = equal_answers(
+        grader, [_with(one, own) for one, own in zip(graded, told, strict=True)], judgings
+    )
     answers, beside = [], []
     for one, own, codes in zip(graded, told, numbers, strict=True):
         rest = iter(codes[len(one.grades) :])
@@ -42,7 +51,9 @@ def judge(groups: Sequence[Group], script: Script, grader: Grader, judgings: Jud
         beside.append([[next(rest) for _ in each] for each in own])
     if isinstance(script, Forks):
         direct = [list(chain.from_iterable(own)) for own in beside] if 0 in script.at else []
-        return Judged(graded, answers, Early(script.at, [_right(one, script.at) for one in graded], direct))
+        return Judged(
+            graded, answers, Early(script.at, [_right(one, script.at) for one in graded], direct)
+        )
     if later:
         right = [[[grade.correct for _, grade in each] for each in own] for own in told]
         return Judged(graded, answers, subthoughts=Subthoughts(beside, right))
@@ -68,19 +79,25 @@ def _right(graded: Graded, at: Sequence[int]) -> list[list[float]]:
 
 
 def _tried(graded: Graded) -> list[dict[tuple[str, int], Tried]]:
-    """For each response the answers of its branches, with their grades, by part and length; none if not graded."""
+    """For each response the answers of its branches, with their grades, by part and length; none if
+    not graded.
+    """
     found = []
     for response, grades in zip(graded.group.responses, graded.branches, strict=False):
         tried: dict[tuple[str, int], Tried] = {}
         judged = iter(grades)
         for branch in response.branches:
-            tried.setdefault((branch.part, branch.at), []).extend((each, next(judged)) for each in branch.responses)
+            tried.setdefault((branch.part, branch.at), []).extend(
+                (each, next(judged)) for each in branch.responses
+            )
         found.append(tried)
     return found
 
 
 def _told(tried: dict[tuple[str, int], Tried], at: int | None) -> Tried:
-    """The answers of one response that are told apart: those that were forced at this length, or all."""
+    """The answers of one response that are told apart: those that were forced at this length, or
+    all.
+    """
     if at is not None:
         return tried.get((_FORCED, at), [])
     return [pair for answers in tried.values() for pair in answers]

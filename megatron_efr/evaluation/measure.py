@@ -1,4 +1,5 @@
-"""A measure: a figure of an evaluation's samples, as a function of sums over problems; and the registry of all.
+"""A measure: a figure of an evaluation's samples, as a function of sums over problems; and the
+registry of all.
 
 As sums, every figure, also of two models, is resampled by the same draws of problems.
 """
@@ -25,11 +26,12 @@ def ratio(sums: FloatArray) -> FloatArray:
 
 
 class Measure(NamedTuple):
-    """A figure of samples: `value` [..., terms] -> [...] of the sums of `terms` [problems, terms] over problems.
+    """A figure of samples: `value` [..., terms] -> [...] of the sums of `terms` [problems, terms]
+    over problems.
 
-    `terms` gives None if the samples do not say what it needs. A `rate` is a mean over problems of values in [0, 1]; it
-    is `fractional` if one response may have any of them, and not 0 or 1 alone. `better` says which way is better.
-    `about` is the formula, with source and unit.
+    `terms` gives None if the samples do not say what it needs. A `rate` is a mean over problems of
+    values in [0, 1]; it is `fractional` if one response may have any of them, and not 0 or 1 alone.
+    `better` says which way is better. `about` is the formula, with source and unit.
     """
 
     name: str
@@ -52,11 +54,15 @@ NUMBERED: dict[str, Callable[[int], Measure]] = {}
 def register(
     unit: str, better: Better, value: Value = ratio, *, rate: bool = False, fractional: bool = False
 ) -> Callable[[Terms], Terms]:
-    """Give a function of samples its place in MEASURES, under its own name; its docstring is what is said about it."""
+    """Give a function of samples its place in MEASURES, under its own name; its docstring is what
+    is said about it.
+    """
 
     def add(terms: Terms) -> Terms:
         about = terms.__doc__ or ""
-        MEASURES[terms.__name__] = Measure(terms.__name__, unit, better, terms, value, rate, about, fractional)
+        MEASURES[terms.__name__] = Measure(
+            terms.__name__, unit, better, terms, value, rate, about, fractional
+        )
         return terms
 
     return add
@@ -69,6 +75,8 @@ def over_problems(values: FloatArray) -> FloatArray:
 
 
 def pooled(samples: Samples, values: np.ndarray, among: np.ndarray | None = None) -> FloatArray:
-    """Terms of the mean of `values` [samples] over all responses, or `among` those that are marked."""
+    """Terms of the mean of `values` [samples] over all responses, or `among` those that are
+    marked.
+    """
     weight = np.ones(len(values)) if among is None else among.astype(np.float64)
     return np.stack([samples.total(values * weight), samples.total(weight)], axis=1)

@@ -1,7 +1,7 @@
 """The measures by name.
 
-A figure is the mean over problems of the problem's own mean, so that a problem counts once however many samples it was
-given, if a measure does not say otherwise.
+A figure is the mean over problems of the problem's own mean, so that a problem counts once however
+many samples it was given, if a measure does not say otherwise.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ def named(name: str) -> Measure:
 
 
 def offered(samples: Samples) -> list[Measure]:
-    """All measures, some of which these samples may lack what they need for: of those with a number pass@k for powers
-    of two, short-m@k for 1 and 3, and hard budgets of a sixteenth to a half of the limit."""
+    """All measures, some of which these samples may lack what they need for: of those with a number
+    pass@k for powers of two, short-m@k for 1 and 3, and hard budgets of a sixteenth to a half of
+    the limit.
+    """
     fewest = int(samples.sizes.min())
     numbers = {
         "pass": [2**power for power in range(fewest.bit_length())],
@@ -41,4 +43,7 @@ def offered(samples: Samples) -> list[Measure]:
         "thinking_area": [thinking.OAA_TOKENS],
         "short": [most for most in (1, 3) if most < fewest],
     }
-    return [*MEASURES.values(), *(NUMBERED[base](number) for base in NUMBERED for number in numbers[base])]
+    return [
+        *MEASURES.values(),
+        *(NUMBERED[base](number) for base in NUMBERED for number in numbers[base]),
+    ]

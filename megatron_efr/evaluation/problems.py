@@ -1,4 +1,6 @@
-"""Problems as prompts: loaded, checked against the verifiers that will judge their answers, rendered and shown."""
+"""Problems as prompts: loaded, checked against the verifiers that will judge their answers,
+rendered and shown.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,18 @@ def load_prompts(
     grading: GradingConfig | None = None,
     behind: str = "",
 ) -> Rendered:
-    """Every problem of the data sets as a prompt, with the text `behind` its question. Gold answers that a data set's
-    own verifiers cannot judge against, and verifiers that cannot be loaded, stop here."""
+    """Every problem of the data sets as a prompt, with the text `behind` its question. Gold answers
+    that a data set's own verifiers cannot judge against, and verifiers that cannot be loaded, stop
+    here.
+    """
     grading = grading or GradingConfig()
     judgings = judgings_of(grading, datasets)
     problems = [
         problem
         for dataset in datasets
-        for problem in load_problems(dataset, partial(check_for, judgings.of_dataset(dataset_name(dataset)), grading))
+        for problem in load_problems(
+            dataset, partial(check_for, judgings.of_dataset(dataset_name(dataset)), grading)
+        )
     ]
     return render_all(problems, tokenizer, prompt, behind)
 
@@ -51,8 +57,13 @@ def show(rendered: Rendered) -> None:
 def say_overlong(rendered: Rendered) -> None:
     """Print how many prompts were left out, if any were."""
     if rendered.overlong:
-        print(f"{rendered.overlong} prompts are longer than prompt.max_tokens and were left out", flush=True)
+        print(
+            f"{rendered.overlong} prompts are longer than prompt.max_tokens and were left out",
+            flush=True,
+        )
 
 
 def _framed(prompt: Prompt) -> str:
-    return f"prompt {prompt.id} ({len(prompt.tokens)} tokens, answer {prompt.gold}): {prompt.text!r}"
+    return (
+        f"prompt {prompt.id} ({len(prompt.tokens)} tokens, answer {prompt.gold}): {prompt.text!r}"
+    )

@@ -12,8 +12,17 @@ from megatron_efr.evaluation.samples import Samples
 from megatron_efr.evaluation.stored import SCHEMA
 from megatron_efr.types import Graded, Response
 
-_SHOWN_CHARACTERS = 6000  # of a sample response: enough to read, and a record of 32k-token answers stays small
-_FLAT = ("accuracy", "tokens", "tokens_right", "tokens_wrong", "truncated", "majority", "shortest_majority")
+# of a sample response: enough to read, and a record of 32k-token answers stays small
+_SHOWN_CHARACTERS = 6000
+_FLAT = (
+    "accuracy",
+    "tokens",
+    "tokens_right",
+    "tokens_wrong",
+    "truncated",
+    "majority",
+    "shortest_majority",
+)
 
 _UNANSWERED = ("truncated", "no_answer")
 
@@ -25,9 +34,9 @@ Answers = Sequence[Sequence[Hashable | None]]
 class Early(NamedTuple):
     """Answers that were forced at each of the lengths `at`, by problem.
 
-    `right` [problems][samples][lengths] is the share of them that is right; if the thought had ended before, the
-    response's own verdict. `direct` [problems] has keys, as answers do, of those that were forced before any thought;
-    empty: nothing was.
+    `right` [problems][samples][lengths] is the share of them that is right; if the thought had
+    ended before, the response's own verdict. `direct` [problems] has keys, as answers do, of those
+    that were forced before any thought; empty: nothing was.
     """
 
     at: tuple[int, ...]
@@ -57,19 +66,24 @@ def summarise(
     seed: int = 0,
     shown: int = 2,
 ) -> Record:
-    """The evaluation record of one model: figures of all problems, of each dataset, and a row per problem.
+    """The evaluation record of one model: figures of all problems, of each dataset, and a row per
+    problem.
 
-    `groups` are one per problem; dataset and difficulty come from `prompt.meta`, the question
-    as people read it from `prompt.meta["question"]` or else `prompt.text`. `answers` [problems][samples] are keys under
-    which equal answers are equal (None: no answer); without them there is no majority vote. `thinking` counts the
-    tokens of a response's thought, None if it does not end one. `protocol` says how the problems were asked and judged.
-    `left_out` counts problems of each data set that were not asked, since their prompts are too long. `seed` draws the
-    bootstrap; the text of the first `shown` responses of each problem is kept. ValueError if nothing was evaluated.
+    `groups` are one per problem; dataset and difficulty come from `prompt.meta`, the question as
+    people read it from `prompt.meta["question"]` or else `prompt.text`. `answers`
+    [problems][samples] are keys under which equal answers are equal (None: no answer); without them
+    there is no majority vote. `thinking` counts the tokens of a response's thought, None if it does
+    not end one. `protocol` says how the problems were asked and judged. `left_out` counts problems
+    of each data set that were not asked, since their prompts are too long. `seed` draws the
+    bootstrap; the text of the first `shown` responses of each problem is kept. ValueError if
+    nothing was evaluated.
     """
     if not groups:
         raise ValueError(f"evaluation {name}: no problems to summarise")
     if answers is not None and len(answers) != len(groups):
-        raise ValueError(f"evaluation {name}: answers to {len(answers)} problems, and {len(groups)} problems")
+        raise ValueError(
+            f"evaluation {name}: answers to {len(answers)} problems, and {len(groups)} problems"
+        )
     # a row for each problem
     rows = [_row(group, shown) for group in groups]
     _add_answers(rows, answers, early, subthoughts)
@@ -85,10 +99,12 @@ def summarise(
         "left_out": dict(left_out or {}),
         **figures,
         "datasets": {
-            dataset: figures if len(datasets) == 1 else _figures(part, seed) for dataset, part in datasets.items()
+            dataset: figures if len(datasets) == 1 else _figures(part, seed)
+            for dataset, part in datasets.items()
         },
         "difficulties": {
-            level: _measures(measured(part, seed=seed)) for level, part in samples.by_difficulty().items()
+            level: _measures(measured(part, seed=seed))
+            for level, part in samples.by_difficulty().items()
         },
         "rows": rows,
     }
@@ -109,9 +125,17 @@ def _figures(samples: Samples, seed: int) -> Record:
         **{key: found[key].value if key in found else None for key in _FLAT},
         "accuracy_ci": list(found["accuracy"][1:]),
         "tokens_ci": list(found["tokens"][1:]),
-        "tokens_by_difficulty": {level: float(part.mean(part.tokens).mean()) for level, part in levels.items()},
-        "accuracy_by_difficulty": {level: float(part.mean(part.correct).mean()) for level, part in levels.items()},
-        "pass_at_k": {name.removeprefix("pass@"): found[name].value for name in found if name.startswith("pass@")},
+        "tokens_by_difficulty": {
+            level: float(part.mean(part.tokens).mean()) for level, part in levels.items()
+        },
+        "accuracy_by_difficulty": {
+            level: float(part.mean(part.correct).mean()) for level, part in levels.items()
+        },
+        "pass_at_k": {
+            name.removeprefix("pass@"): found[name].value
+            for name in found
+            if name.startswith("pass@")
+        },
         "tokens_per_right_answer": found["tokens_per_right_answer"].value,
         "measures": _measures(found),
     }
@@ -122,7 +146,9 @@ def _measures(found: Mapping[str, Figure]) -> Record:
 
 
 def _row(graded: Graded, shown: int) -> Record:
-    """Keep of a problem its text, a list with an entry for each sample by key, the first responses' texts."""
+    """Keep of a problem its text, a list with an entry for each sample by key, the first responses'
+    texts.
+    """
     group, meta = graded.group, graded.group.prompt.meta
     difficulty = meta.get("difficulty")
     return {
@@ -143,13 +169,18 @@ def _row(graded: Graded, shown: int) -> Record:
 
 
 def _add_answers(
-    rows: Sequence[Record], answers: Answers | None, early: Early | None, subthoughts: Subthoughts | None
+    rows: Sequence[Record],
+    answers: Answers | None,
+    early: Early | None,
+    subthoughts: Subthoughts | None,
 ) -> None:
     """Number each problem's answers, and those of what was tried beside them."""
     for index, row in enumerate(rows):
         direct = early.direct[index] if early and early.direct else []
         later = subthoughts.answers[index] if subthoughts else []
-        keys = dict.fromkeys([*(answers[index] if answers else []), *direct, *chain.from_iterable(later)])
+        keys = dict.fromkeys(
+            [*(answers[index] if answers else []), *direct, *chain.from_iterable(later)]
+        )
         numbers: dict[Hashable | None, int | None] = {key: code for code, key in enumerate(keys)}
         numbers[None] = None
         if answers is not None:
@@ -164,16 +195,22 @@ def _add_answers(
 
 
 def _add_thoughts(
-    rows: Sequence[Record], groups: Sequence[Graded], thinking: Callable[[Response], int | None] | None
+    rows: Sequence[Record],
+    groups: Sequence[Graded],
+    thinking: Callable[[Response], int | None] | None,
 ) -> None:
-    """Add the tokens of each thought if any response ends one; one that ends none is all thought."""
+    """Add the tokens of each thought if any response ends one; one that ends none is all
+    thought.
+    """
     if thinking is None:
         return
     found = [[thinking(response) for response in graded.group.responses] for graded in groups]
     if all(count is None for counts in found for count in counts):
         return
     for row, counts in zip(rows, found, strict=True):
-        row["thinking"] = [whole if own is None else own for own, whole in zip(counts, row["tokens"], strict=True)]
+        row["thinking"] = [
+            whole if own is None else own for own, whole in zip(counts, row["tokens"], strict=True)
+        ]
 
 
 def _clip(text: str) -> str:
@@ -187,7 +224,9 @@ def describe(record: Record) -> str:
     """The figures of every data set, a line each."""
     lines = [f"{record['name']}:"]
     for dataset, figures in record["datasets"].items():
-        accuracy = with_interval(f"{figures['accuracy']:.1%}", *figures["accuracy_ci"], "{:.1%}".format)
+        accuracy = with_interval(
+            f"{figures['accuracy']:.1%}", *figures["accuracy_ci"], "{:.1%}".format
+        )
         lines.append(
             f"  {dataset}: accuracy {accuracy}, "
             f"{figures['tokens']:.1f} tokens, {figures['truncated']:.1%} cut off, "
@@ -203,5 +242,6 @@ def left_out_note(left_out: Mapping[str, int]) -> str:
     total = sum(left_out.values())
     where = ", ".join(f"{count:,} of {name}" for name, count in left_out.items())
     return (
-        f"Left out, since the prompt is longer than prompt.max_tokens: {total:,} problem{'s' * (total > 1)}, {where}."
+        f"Left out, since the prompt is longer than prompt.max_tokens: {total:,} "
+        f"problem{'s' * (total > 1)}, {where}."
     )

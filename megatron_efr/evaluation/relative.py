@@ -14,7 +14,9 @@ from megatron_efr.types import FloatArray
 
 
 class Relative(NamedTuple):
-    """A figure of two models: `value` of the sums of both's `terms` over the same problems, [..., terms] each."""
+    """A figure of two models: `value` of the sums of both's `terms` over the same problems, [...,
+    terms] each.
+    """
 
     name: str
     unit: str
@@ -29,8 +31,12 @@ RELATIVE: dict[str, Relative] = {}
 
 
 def _register(unit: str, better: Better, terms: Terms) -> Callable[..., Callable[..., FloatArray]]:
-    def add(value: Callable[[FloatArray, FloatArray], FloatArray]) -> Callable[[FloatArray, FloatArray], FloatArray]:
-        RELATIVE[value.__name__] = Relative(value.__name__, unit, better, terms, value, value.__doc__ or "")
+    def add(
+        value: Callable[[FloatArray, FloatArray], FloatArray],
+    ) -> Callable[[FloatArray, FloatArray], FloatArray]:
+        RELATIVE[value.__name__] = Relative(
+            value.__name__, unit, better, terms, value, value.__doc__ or ""
+        )
         return value
 
     return add
@@ -42,11 +48,15 @@ def _rates_and_tokens(samples: Samples) -> FloatArray:
 
 
 def _of_datasets(column: str) -> Terms:
-    """The problem's mean of a column of samples, in the place of its data set: [problems, data sets]."""
+    """The problem's mean of a column of samples, in the place of its data set: [problems, data
+    sets].
+    """
 
     def terms(samples: Samples) -> FloatArray:
         names = sorted(set(samples.datasets))
-        member = np.array([[own == name for name in names] for own in samples.datasets], dtype=np.float64)
+        member = np.array(
+            [[own == name for name in names] for own in samples.datasets], dtype=np.float64
+        )
         return samples.mean(getattr(samples, column))[:, None] * member
 
     return terms
@@ -54,15 +64,21 @@ def _of_datasets(column: str) -> Terms:
 
 @_register("", "high", _rates_and_tokens)
 def aes(own: FloatArray, base: FloatArray) -> FloatArray:
-    """Accuracy-efficiency score of O1-Pruner (arXiv 2501.12570): dL + 3 |dA| if accuracy rose, dL - 5 |dA| if it fell;
-    dL and dA are the shares of the base's tokens that are saved and of its accuracy that is won. The weights
-    (1, 3, 5) are known from others' accounts alone. 0 is the base."""
-    return statistics.accuracy_efficiency_score(own[..., 0], own[..., 1], base[..., 0], base[..., 1])
+    """Accuracy-efficiency score of O1-Pruner (arXiv 2501.12570): dL + 3 |dA| if accuracy rose, dL -
+    5 |dA| if it fell; dL and dA are the shares of the base's tokens that are saved and of its
+    accuracy that is won. The weights (1, 3, 5) are known from others' accounts alone. 0 is the
+    base.
+    """
+    return statistics.accuracy_efficiency_score(
+        own[..., 0], own[..., 1], base[..., 0], base[..., 1]
+    )
 
 
 @_register("%", "high", _of_datasets("correct"))
 def accuracy_normalised(own: FloatArray, base: FloatArray) -> FloatArray:
-    """Accuracy over the base's, mean over data sets (arXiv 2502.04463, section 5); nan if it has none on one."""
+    """Accuracy over the base's, mean over data sets (arXiv 2502.04463, section 5); nan if it has
+    none on one.
+    """
     return statistics.mean_ratio(own, base)
 
 

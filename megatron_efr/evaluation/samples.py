@@ -16,7 +16,8 @@ NO_ANSWER = -1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Samples:
-    """Columns over the problems [problems] and over all of their responses [samples], problem after problem.
+    """Columns over the problems [problems] and over all of their responses [samples], problem after
+    problem.
 
     `problem` is the index of a sample's problem; `tokens` are drawn tokens; equal numbers in
     `answer` are equal answers of one problem, NO_ANSWER is none or cut off. `thinking`: the tokens
@@ -49,7 +50,9 @@ class Samples:
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]], limit: int | None = None) -> Samples:
-        """The samples of a record's `rows`; `limit` is the one of its protocol, the longest response without one."""
+        """The samples of a record's `rows`; `limit` is the one of its protocol, the longest
+        response without one.
+        """
         # rows hold lists of samples; here all samples stand in one array
         sizes = [len(row["correct"]) for row in rows]
         tokens = _column(rows, "tokens", np.int64)
@@ -83,7 +86,9 @@ class Samples:
 
     def total(self, values: np.ndarray) -> FloatArray:
         """Sums of `values` [samples] over each problem's, float64 [problems]."""
-        sums = np.bincount(self.problem, weights=np.asarray(values, dtype=np.float64), minlength=len(self.ids))
+        sums = np.bincount(
+            self.problem, weights=np.asarray(values, dtype=np.float64), minlength=len(self.ids)
+        )
         return sums.astype(np.float64, copy=False)
 
     def mean(self, values: np.ndarray) -> FloatArray:
@@ -96,10 +101,15 @@ class Samples:
 
     def by_difficulty(self) -> dict[str, Samples]:
         """The samples of each difficulty, easiest first; problems without one are left out."""
-        return self._parts(self.difficulties, in_order({level for level in self.difficulties if level is not None}))
+        return self._parts(
+            self.difficulties, in_order({level for level in self.difficulties if level is not None})
+        )
 
     def _parts(self, keys: Sequence[str | None], names: Iterable[str]) -> dict[str, Samples]:
-        return {name: self.take([index for index, key in enumerate(keys) if key == name]) for name in names}
+        return {
+            name: self.take([index for index, key in enumerate(keys) if key == name])
+            for name in names
+        }
 
     def split(self, values: np.ndarray) -> list[np.ndarray]:
         """`values` [samples] by problem."""
@@ -120,19 +130,31 @@ class Samples:
             ids=tuple(self.ids[index] for index in problems),
             datasets=tuple(self.datasets[index] for index in problems),
             difficulties=tuple(self.difficulties[index] for index in problems),
-            prompt_tokens=None if self.prompt_tokens is None else self.prompt_tokens[list(problems)],
+            prompt_tokens=None
+            if self.prompt_tokens is None
+            else self.prompt_tokens[list(problems)],
             problem=np.repeat(np.arange(len(places)), [len(each) for each in places]),
             later=None if self.later is None else tuple(self.later[index] for index in of),
             direct=None if self.direct is None else tuple(self.direct[index] for index in problems),
-            **{name: some(getattr(self, name)) for name in ("correct", "tokens", "truncated", "answered", "answer")},
-            **{name: some(getattr(self, name)) for name in ("thinking", "reflections", "repetition", "early")},
+            **{
+                name: some(getattr(self, name))
+                for name in ("correct", "tokens", "truncated", "answered", "answer")
+            },
+            **{
+                name: some(getattr(self, name))
+                for name in ("thinking", "reflections", "repetition", "early")
+            },
         )
 
 
 def _column(rows: Sequence[Mapping[str, Any]], key: str, dtype: Any) -> Any:
     """All samples' values in one array; None if a row lacks them."""
     found = [row.get(key) for row in rows]
-    return None if any(each is None for each in found) else np.concatenate([np.array(each, dtype) for each in found])
+    return (
+        None
+        if any(each is None for each in found)
+        else np.concatenate([np.array(each, dtype) for each in found])
+    )
 
 
 def _numbers(rows: Sequence[Mapping[str, Any]], key: str) -> IntArray | None:
@@ -142,14 +164,20 @@ def _numbers(rows: Sequence[Mapping[str, Any]], key: str) -> IntArray | None:
 
 def _coded(row: Mapping[str, Any]) -> dict[str, list[int] | None]:
     answers = row.get("answers")
-    return {"answers": None if answers is None else [NO_ANSWER if each is None else each for each in answers]}
+    return {
+        "answers": None
+        if answers is None
+        else [NO_ANSWER if each is None else each for each in answers]
+    }
 
 
 def _early(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, ...], FloatArray] | None:
     found = [row["early"] for row in rows if row.get("early") is not None]
     if len(found) < len(rows) or len({tuple(each["at"]) for each in found}) != 1:
         return None
-    return tuple(found[0]["at"]), np.concatenate([np.array(each["right"], np.float64) for each in found])
+    return tuple(found[0]["at"]), np.concatenate(
+        [np.array(each["right"], np.float64) for each in found]
+    )
 
 
 def _direct(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, ...], ...] | None:
@@ -164,7 +192,10 @@ def _later(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[tuple[int, bool], .
     if len(found) < len(rows):
         return None
     coded = [
-        tuple((NO_ANSWER if code is None else code, right) for code, right in zip(codes, rights, strict=True))
+        tuple(
+            (NO_ANSWER if code is None else code, right)
+            for code, right in zip(codes, rights, strict=True)
+        )
         for each in found
         for codes, rights in zip(each["answers"], each["right"], strict=True)
     ]

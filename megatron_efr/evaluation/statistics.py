@@ -1,4 +1,6 @@
-"""Statistics of numbers: intervals over problems, pass@k, votes, and ratios; seeded if they draw."""
+"""Statistics of numbers: intervals over problems, pass@k, votes, and ratios; seeded if they
+draw.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _NUMBER = re.compile(r"(?:(?<![\w.])-)?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")  # no mi
 
 
 def drawn_problems(problems: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
-    """Draws of the problems' indices with replacement, int64 [some, problems] at a time, `resamples` in all."""
+    """Draws of the problems' indices with replacement, int64 [some, problems] at a time,
+    `resamples` in all.
+    """
     if problems == 0:
         raise ValueError("a bootstrap needs at least one problem")
     rng = np.random.default_rng(seed)
@@ -28,18 +32,22 @@ def drawn_problems(problems: int, seed: int, resamples: int) -> Iterator[np.ndar
 
 
 def bootstrap_means(values: np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-    """Means of `values` [problems] over `resamples` draws of the problems with replacement, float64 [resamples].
+    """Means of `values` [problems] over `resamples` draws of the problems with replacement, float64
+    [resamples].
 
-    Resampling problems, not responses, is what makes the interval clustered: the responses to one problem are not
-    independent, and enter only through their mean.
+    Resampling problems, not responses, is what makes the interval clustered: the responses to one
+    problem are not independent, and enter only through their mean.
     """
-    return np.concatenate([values[draws].mean(axis=1) for draws in drawn_problems(len(values), seed, resamples)])
+    return np.concatenate(
+        [values[draws].mean(axis=1) for draws in drawn_problems(len(values), seed, resamples)]
+    )
 
 
 def interval(
     values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean over problems; `values` [problems] holds each problem's mean.
+    """Percentile bootstrap interval of the mean over problems; `values` [problems] holds each
+    problem's mean.
 
     One problem alone gives an interval of no width: there is nothing to resample.
     """
@@ -49,13 +57,14 @@ def interval(
 
 
 def rate_interval(rates: np.ndarray, samples: float, level: float = LEVEL) -> tuple[float, float]:
-    """Wilson's interval of the mean of `rates` [problems], each in [0, 1], over `samples` responses in all.
+    """Wilson's interval of the mean of `rates` [problems], each in [0, 1], over `samples` responses
+    in all.
 
-    Responses to one problem are not independent, so the count in Wilson's formula is the effective one,
-    p (1 - p) / (variance between problems / problems), no fewer than the problems and no more than the responses (Korn
-    & Graubard 1998; Dean & Pagano 2015). Responses of values between 0 and 1 may be worth more than as many of 0 and 1:
-    for those `samples` is infinite. At 0% and 100%, with no variance, it is the problems. With one
-    response each this is Wilson's interval itself.
+    Responses to one problem are not independent, so the count in Wilson's formula is the effective
+    one, p (1 - p) / (variance between problems / problems), no fewer than the problems and no more
+    than the responses (Korn & Graubard 1998; Dean & Pagano 2015). Responses of values between 0 and
+    1 may be worth more than as many of 0 and 1: for those `samples` is infinite. At 0% and 100%,
+    with no variance, it is the problems. With one response each this is Wilson's interval itself.
     """
     problems = len(rates)
     if problems == 0:
@@ -72,19 +81,23 @@ def rate_interval(rates: np.ndarray, samples: float, level: float = LEVEL) -> tu
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Chance that at least one of k draws without replacement is right: 1 - C(n-c, k)/C(n, k), unbiased.
+    """Chance that at least one of k draws without replacement is right: 1 - C(n-c, k)/C(n, k),
+    unbiased.
 
-    Chen et al. 2021 (2107.03374), eq. 1. ValueError unless 0 <= correct <= samples and 1 <= k <= samples.
+    Chen et al. 2021 (2107.03374), eq. 1. ValueError unless 0 <= correct <= samples and 1 <= k <=
+    samples.
     """
     if not (0 <= correct <= samples and 1 <= k <= samples):
         raise ValueError(
-            f"pass@{k} of {correct} right among {samples}: needs 0 <= right <= samples and 1 <= k <= samples"
+            f"pass@{k} of {correct} right among {samples}: needs 0 <= right <= samples and 1 <= k "
+            "<= samples"
         )
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def majority(answers: Sequence[Hashable | None], correct: Sequence[bool] | np.ndarray) -> float:
-    """Chance that a vote over the samples of one problem is right; a tie is drawn fairly, None (no answer) has no vote.
+    """Chance that a vote over the samples of one problem is right; a tie is drawn fairly, None (no
+    answer) has no vote.
 
     `answers` are keys under which equal answers are equal. Nobody voting is wrong.
     """
@@ -93,23 +106,29 @@ def majority(answers: Sequence[Hashable | None], correct: Sequence[bool] | np.nd
 
 
 def shortest_majority(
-    answers: Sequence[Hashable | None], correct: Sequence[bool] | np.ndarray, lengths: Sequence[int] | np.ndarray
+    answers: Sequence[Hashable | None],
+    correct: Sequence[bool] | np.ndarray,
+    lengths: Sequence[int] | np.ndarray,
 ) -> float:
     """Chance that the shortest majority vote is right: an answer has count / ln(mean length) votes.
 
-    Zeng et al. 2025 (2502.12215). `lengths` are tokens, taken as 2 at least, so that the logarithm is positive; ties
-    and None as in `majority`.
+    Zeng et al. 2025 (2502.12215). `lengths` are tokens, taken as 2 at least, so that the logarithm
+    is positive; ties and None as in `majority`.
     """
     votes: dict[Hashable, float] = {}
     for answer in dict.fromkeys(answers):
         if answer is not None:
-            own = [length for other, length in zip(answers, lengths, strict=True) if other == answer]
+            own = [
+                length for other, length in zip(answers, lengths, strict=True) if other == answer
+            ]
             votes[answer] = len(own) / math.log(max(float(np.mean(own)), 2.0))
     return _elected(votes, answers, correct)
 
 
 def _elected(
-    votes: Mapping[Hashable, float], answers: Sequence[Hashable | None], correct: Sequence[bool] | np.ndarray
+    votes: Mapping[Hashable, float],
+    answers: Sequence[Hashable | None],
+    correct: Sequence[bool] | np.ndarray,
 ) -> float:
     """Chance that an answer with the most votes is right, a tie drawn fairly."""
     if len(answers) != len(correct):
@@ -118,12 +137,17 @@ def _elected(
         return 0.0
     most = max(votes.values())
     winners = [answer for answer, count in votes.items() if math.isclose(count, most)]
-    of_winner = [[right for answer, right in zip(answers, correct, strict=True) if answer == w] for w in winners]
+    of_winner = [
+        [right for answer, right in zip(answers, correct, strict=True) if answer == w]
+        for w in winners
+    ]
     return float(np.mean([np.mean(rights) for rights in of_winner]))
 
 
 def in_order(levels: Iterable[str]) -> list[str]:
-    """Difficulties sorted by the first number in them (`2`, `10`, `Level 3`, `L4`), by text if one has no number."""
+    """Difficulties sorted by the first number in them (`2`, `10`, `Level 3`, `L4`), by text if one
+    has no number.
+    """
     levels = list(levels)
     numbers = {level: _number(level) for level in levels}
     if any(number is None for number in numbers.values()):
@@ -139,25 +163,36 @@ def _number(text: str) -> float | None:
 def normalised(
     figures: Mapping[str, Mapping[str, float]], start: Mapping[str, Mapping[str, float]]
 ) -> dict[str, float]:
-    """Mean over datasets of the ratio to the starting model (Arora & Zanette 2025, section 5; 1.0 = as the start).
+    """Mean over datasets of the ratio to the starting model (Arora & Zanette 2025, section 5; 1.0 =
+    as the start).
 
-    Both map dataset -> {"accuracy", "tokens"}. ValueError if the datasets differ or the start scores 0 on one.
+    Both map dataset -> {"accuracy", "tokens"}. ValueError if the datasets differ or the start
+    scores 0 on one.
     """
     if set(figures) != set(start) or not start:
-        raise ValueError(f"normalised figures need the same datasets: {sorted(figures)} against {sorted(start)}")
+        raise ValueError(
+            f"normalised figures need the same datasets: {sorted(figures)} against {sorted(start)}"
+        )
     for name, figure in start.items():
         for key in ("accuracy", "tokens"):
             if not figure[key] > 0:
-                raise ValueError(f"dataset {name}: the starting model's {key} is {figure[key]}, no ratio to it exists")
+                raise ValueError(
+                    f"dataset {name}: the starting model's {key} is {figure[key]}, no ratio to it "
+                    "exists"
+                )
     both = {
-        key: [np.array([of[name][key] for name in start], dtype=np.float64) for of in (figures, start)]
+        key: [
+            np.array([of[name][key] for name in start], dtype=np.float64) for of in (figures, start)
+        ]
         for key in ("accuracy", "tokens")
     }
     return {key: float(mean_ratio(own, base)) for key, (own, base) in both.items()}
 
 
 def mean_ratio(own: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """Mean over the last axis, that of data sets, of `own` over `base`; nan if a base is not above 0."""
+    """Mean over the last axis, that of data sets, of `own` over `base`; nan if a base is not above
+    0.
+    """
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(base > 0, own / base, np.nan).mean(axis=-1)
 
@@ -171,9 +206,10 @@ def accuracy_efficiency_score(
 ) -> np.ndarray:
     """AES of O1-Pruner (2501.12570): w dL + b |dA| if accuracy rose, w dL - g |dA| if it fell.
 
-    dL = (start_tokens - tokens) / start_tokens and dA = (accuracy - start_accuracy) / start_accuracy; `weights` are
-    (w, b, g), known from others' accounts alone. 0 is the starting model; higher is better; nan if the start is 0 in
-    either. Numbers, or arrays of one shape, which is the result's.
+    dL = (start_tokens - tokens) / start_tokens and dA = (accuracy - start_accuracy) /
+    start_accuracy; `weights` are (w, b, g), known from others' accounts alone. 0 is the starting
+    model; higher is better; nan if the start is 0 in either. Numbers, or arrays of one shape, which
+    is the result's.
     """
     w, b, g = weights
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -184,20 +220,26 @@ def accuracy_efficiency_score(
 
 
 def ratio_of_tokens(
-    easy: np.ndarray, hard: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+    easy: np.ndarray,
+    hard: np.ndarray,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
 ) -> tuple[float, float, tuple[float, float]]:
     """Share of the base's tokens on easy and on hard problems, and an interval of the difference.
 
     `easy`, `hard` are float64 [problems, 2]: mean tokens of (model, base) on each problem. Returns
-    (ratio on easy, ratio on hard, interval of easy - hard): below 0, easy problems shrink relatively more. Problems are
-    resampled with both models' tokens together, each part within itself.
+    (ratio on easy, ratio on hard, interval of easy - hard): below 0, easy problems shrink
+    relatively more. Problems are resampled with both models' tokens together, each part within
+    itself.
     """
 
     def ratio(pairs: np.ndarray) -> float:
         return float(pairs[:, 0].sum() / pairs[:, 1].sum())
 
     def drawn(pairs: np.ndarray, stream: int) -> np.ndarray:
-        model, base = (bootstrap_means(pairs[:, column], stream, resamples) for column in (0, 1))  # the same draws
+        # the same draws
+        model, base = (bootstrap_means(pairs[:, column], stream, resamples) for column in (0, 1))
         return model / base
 
     tail = (1 - level) / 2
@@ -206,7 +248,8 @@ def ratio_of_tokens(
 
 
 def mcnemar(only_one: int, only_other: int) -> float:
-    """McNemar's exact two-sided p: of the problems that only one of two models gets right, a fair coin's.
+    """McNemar's exact two-sided p: of the problems that only one of two models gets right, a fair
+    coin's.
 
     The binomial test of `only_one` among both together; 1 without any.
     """

@@ -1,4 +1,6 @@
-"""Reads evaluation records back; a file that is damaged, or another program's, is named with its key."""
+"""Reads evaluation records back; a file that is damaged, or another program's, is named with its
+key.
+"""
 
 from __future__ import annotations
 
@@ -90,11 +92,29 @@ class Row(Part):
 
     @model_validator(mode="after")
     def _has_all_of_each_sample(self) -> Row:
-        by_sample = ("tokens", "truncated", "answered", "answers", "thinking", "reflections", "repetition")
-        lengths = {len(found) for key in ("correct", *by_sample) if (found := getattr(self, key)) is not None}
-        lengths |= {len(branched.right) for branched in (self.early, self.subthoughts) if branched is not None}
+        by_sample = (
+            "tokens",
+            "truncated",
+            "answered",
+            "answers",
+            "thinking",
+            "reflections",
+            "repetition",
+        )
+        lengths = {
+            len(found)
+            for key in ("correct", *by_sample)
+            if (found := getattr(self, key)) is not None
+        }
+        lengths |= {
+            len(branched.right)
+            for branched in (self.early, self.subthoughts)
+            if branched is not None
+        }
         if len(lengths) != 1:
-            raise ValueError("its lists are of different lengths, and each has an entry for every response")
+            raise ValueError(
+                "its lists are of different lengths, and each has an entry for every response"
+            )
         return self
 
 
@@ -115,11 +135,15 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     """An evaluation's record, as `records.summarise` made it; UserError if the file holds no such
     thing.
     """
-    return read_tree(path, Evaluation, "evaluation record", "move it out of this folder, or evaluate again")
+    return read_tree(
+        path, Evaluation, "evaluation record", "move it out of this folder, or evaluate again"
+    )
 
 
 def read_tree(path: Path, kind: type[BaseModel], what: str, advice: str) -> dict[str, Any]:
-    """The JSON of a file that holds a `kind`; UserError, which calls it `what` and ends with `advice`, otherwise."""
+    """The JSON of a file that holds a `kind`; UserError, which calls it `what` and ends with
+    `advice`, otherwise.
+    """
     try:
         tree = json.loads(path.read_bytes())
         kind.model_validate(tree)
@@ -127,7 +151,9 @@ def read_tree(path: Path, kind: type[BaseModel], what: str, advice: str) -> dict
         [problem, *_] = error.errors()
         where = ".".join(map(str, problem["loc"]))
         said = "an object belongs here" if problem["type"] == "model_type" else problem["msg"]
-        raise UserError(f"{path}: no {what}: {where + ': ' if where else ''}{said}; {advice}") from error
+        raise UserError(
+            f"{path}: no {what}: {where + ': ' if where else ''}{said}; {advice}"
+        ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # no JSON, or no text at all

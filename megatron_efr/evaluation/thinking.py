@@ -1,10 +1,19 @@
-"""Measures of how a model thinks: thought against answer, loops, reflection, and what it would have said before."""
+"""Measures of how a model thinks: thought against answer, loops, reflection, and what it would have
+said before.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from megatron_efr.evaluation.measure import NUMBERED, Measure, over_problems, pooled, ratio, register
+from megatron_efr.evaluation.measure import (
+    NUMBERED,
+    Measure,
+    over_problems,
+    pooled,
+    ratio,
+    register,
+)
 from megatron_efr.evaluation.samples import NO_ANSWER, Samples
 from megatron_efr.types import FloatArray
 
@@ -16,27 +25,42 @@ _NOTHING = 1e-12  # variance that is rounding
 
 @register("tokens", "low")
 def thinking_tokens(samples: Samples) -> FloatArray | None:
-    """Drawn tokens up to the end of the thought, its mark included; a response without the mark is all thought."""
+    """Drawn tokens up to the end of the thought, its mark included; a response without the mark is
+    all thought.
+    """
     return None if samples.thinking is None else over_problems(samples.mean(samples.thinking))
 
 
 @register("tokens", "low")
 def answer_tokens(samples: Samples) -> FloatArray | None:
     """Drawn tokens after the thought."""
-    return None if samples.thinking is None else over_problems(samples.mean(samples.tokens - samples.thinking))
+    return (
+        None
+        if samples.thinking is None
+        else over_problems(samples.mean(samples.tokens - samples.thinking))
+    )
 
 
 def thinking_area(most: int) -> Measure:
-    """AUC_OAA (arXiv 2508.13141): the mean over t of (0, t_max] of the share that is right with fewer than t thinking
-    tokens, which is the mean of c max(0, 1 - thinking / t_max)."""
+    """AUC_OAA (arXiv 2508.13141): the mean over t of (0, t_max] of the share that is right with
+    fewer than t thinking tokens, which is the mean of c max(0, 1 - thinking / t_max).
+    """
 
     def terms(samples: Samples) -> FloatArray | None:
         if samples.thinking is None or not most:
             return None
-        return over_problems(samples.mean(samples.correct * np.maximum(0.0, 1 - samples.thinking / most)))
+        return over_problems(
+            samples.mean(samples.correct * np.maximum(0.0, 1 - samples.thinking / most))
+        )
 
     return Measure(
-        f"thinking_area@{most}", "%", "high", terms, rate=True, about=thinking_area.__doc__ or "", fractional=True
+        f"thinking_area@{most}",
+        "%",
+        "high",
+        terms,
+        rate=True,
+        about=thinking_area.__doc__ or "",
+        fractional=True,
     )
 
 
@@ -54,8 +78,9 @@ def repetition(samples: Samples) -> FloatArray | None:
 
 @register("words", "neither")
 def reflections(samples: Samples) -> FloatArray | None:
-    """Reflection words in a response: wait, mistake, however, but, retry, error, verify, wrong, evaluate, check (the
-    list of DeepSeek-R1, Nature 2025, extended data figure 1)."""
+    """Reflection words in a response: wait, mistake, however, but, retry, error, verify, wrong,
+    evaluate, check (the list of DeepSeek-R1, Nature 2025, extended data figure 1).
+    """
     return None if samples.reflections is None else over_problems(samples.mean(samples.reflections))
 
 
@@ -73,9 +98,11 @@ def reflection_density(samples: Samples) -> FloatArray | None:
 
 @register("%", "low")
 def underthinking(samples: Samples) -> FloatArray | None:
-    """Mean over wrong responses of 1 - T' / T: T tokens, T' those up to the first right thought, T if there is none
-    (arXiv 2501.18585, section 4). A thought is right if at least half of the answers that are forced there are: this
-    verifier and the budgets of the script `forks` in the place of the source's judge and its switches of thought."""
+    """Mean over wrong responses of 1 - T' / T: T tokens, T' those up to the first right thought, T
+    if there is none (arXiv 2501.18585, section 4). A thought is right if at least half of the
+    answers that are forced there are: this verifier and the budgets of the script `forks` in the
+    place of the source's judge and its switches of thought.
+    """
     if samples.early is None:
         return None
     right = samples.early >= 0.5
@@ -86,9 +113,11 @@ def underthinking(samples: Samples) -> FloatArray | None:
 
 @register("%", "neither", rate=True, fractional=True)
 def internal_bias(samples: Samples) -> FloatArray | None:
-    """Share of direct answers that differ from the response's: the inconsistency rate of arXiv 2505.16448.
+    """Share of direct answers that differ from the response's: the inconsistency rate of arXiv
+    2505.16448.
 
-    Direct answers are forced before any thought (script `forks`, at 0). Who gives no answer is left out.
+    Direct answers are forced before any thought (script `forks`, at 0). Who gives no answer is left
+    out.
     """
     found = _deviations(samples)
     if found is None:
@@ -108,8 +137,9 @@ def _correlation(sums: FloatArray) -> FloatArray:
 
 @register("r", "neither", _correlation)
 def internal_bias_length(samples: Samples) -> FloatArray | None:
-    """Pearson correlation over responses of the deviation of direct answers with tokens (arXiv 2505.16448): above 0,
-    responses that end elsewhere than the first guess are longer."""
+    """Pearson correlation over responses of the deviation of direct answers with tokens (arXiv
+    2505.16448): above 0, responses that end elsewhere than the first guess are longer.
+    """
     found = _deviations(samples)
     if found is None:
         return None
@@ -120,7 +150,9 @@ def internal_bias_length(samples: Samples) -> FloatArray | None:
 
 
 def _deviations(samples: Samples) -> tuple[FloatArray, FloatArray] | None:
-    """The share of its problem's direct answers that differ from each response's, and whether there are both."""
+    """The share of its problem's direct answers that differ from each response's, and whether there
+    are both.
+    """
     if samples.direct is None or samples.answer is None:
         return None
     given = [np.array([code for code in codes if code != NO_ANSWER]) for codes in samples.direct]

@@ -1,4 +1,6 @@
-"""Is the answer right? Verifiers in processes that can be killed; texts in, verdicts out, order kept."""
+"""Is the answer right? Verifiers in processes that can be killed; texts in, verdicts out, order
+kept.
+"""
 
 from megatron_efr.grading.golds import GoldError, check_golds
 from megatron_efr.grading.pool import Grader, GraderError, count_statuses, grade

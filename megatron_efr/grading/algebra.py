@@ -1,4 +1,6 @@
-"""Compares two expressions: math-verify says yes, and a numeric check in high precision may still say no."""
+"""Compares two expressions: math-verify says yes, and a numeric check in high precision may still
+say no.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,17 @@ from megatron_efr.grading.numbers import SIGNIFICANT, Number, read_number, same_
 
 _DIGITS = 40  # of constants that are compared with a decimal
 _CANCELLATION = 400  # digits to which a difference is followed before it counts as 0
-_POINTS = ((7, 11), (13, 5), (17, 23))  # numerators and denominators of the values that variables get
+# numerators and denominators of the values that variables get
+_POINTS = ((7, 11), (13, 5), (17, 23))
 
 _DECIMAL = re.compile(r"(?<![\d.])(\d*)\.(\d+)(?!\d)|(?<![\d.])(\d+)\.(?!\d)")
 _REPEATING = re.compile(r"\d*\.\d*\\(?:overline|bar|dot) ?\{?\d+\}?")
 _PRIMES = re.compile(r"([A-Za-z])('+)")  # the parser drops them: x' would be x
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?|\\frac\{[^{}]*\}\{[^{}]*\})\s*%")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
-_DEGREES = re.compile(r"(\d+(?:\.\d+)?|\\frac\{[^{}]*\}\{[^{}]*\}|\([^()]*\)|\{[^{}]*\})\s*\\degree")
+_DEGREES = re.compile(
+    r"(\d+(?:\.\d+)?|\\frac\{[^{}]*\}\{[^{}]*\}|\([^()]*\)|\{[^{}]*\})\s*\\degree"
+)
 _LOOSE_DIGITS = re.compile(r"\d\s+\d")
 _PROSE = re.compile(
     r"(?<![A-Za-z\\{])(?=[a-zA-Z]*[aeiouAEIOU])[A-Za-z]{4,}(?![A-Za-z}])|\\text\{[^{}]*[A-Za-z]{2,} [^{}]*\}"
@@ -31,7 +36,9 @@ class UnreadableError(Exception):
 
 @lru_cache(maxsize=8192)
 def parse(text: str) -> Any:
-    """The sympy object that normalised `text` stands for; UnreadableError when it is no expression."""
+    """The sympy object that normalised `text` stands for; UnreadableError when it is no
+    expression.
+    """
     number = read_number(text)
     if number is not None:
         import sympy
@@ -64,7 +71,9 @@ def _latex(text: str) -> Any:
 
 
 def _spelled(text: str) -> str:
-    """Decimals as exact fractions, degrees in radians under sine and its like, percent as hundredths."""
+    """Decimals as exact fractions, degrees in radians under sine and its like, percent as
+    hundredths.
+    """
 
     def repeating(match: re.Match[str]) -> str:
         number = read_number(match.group())
@@ -77,14 +86,22 @@ def _spelled(text: str) -> str:
     text = _PRIMES.sub(lambda found: f"{found.group(1)}_{{{900 + len(found.group(2))}}}", text)
     text = _REPEATING.sub(repeating, text)
     if "\\degree" in text:
-        text = _DEGREES.sub(r"(\\frac{\\pi}{180}\\cdot \1)", text) if _TRIGONOMETRY.search(text) else text
+        text = (
+            _DEGREES.sub(r"(\\frac{\\pi}{180}\\cdot \1)", text)
+            if _TRIGONOMETRY.search(text)
+            else text
+        )
         text = text.replace("\\degree", "")
     text = _PERCENT.sub(r"\\frac{\1}{100}", text)
     return _DECIMAL.sub(decimal, text)
 
 
 def _fraction(value: Fraction) -> str:
-    return str(value) if value.denominator == 1 else f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+    return (
+        str(value)
+        if value.denominator == 1
+        else f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+    )
 
 
 def decimal_digits(text: str) -> int | None:
@@ -149,7 +166,9 @@ def _same_matrix(left: Any, right: Any, digits: tuple[int | None, int | None]) -
 
 
 def _same_value(left: Any, right: Any, digits: tuple[int | None, int | None]) -> bool:
-    """Constants of which one at least is a decimal: real and imaginary parts to the digits written."""
+    """Constants of which one at least is a decimal: real and imaginary parts to the digits
+    written.
+    """
     parts = []
     for side in (left, right):
         value = side.doit().evalf(_DIGITS)
@@ -158,7 +177,8 @@ def _same_value(left: Any, right: Any, digits: tuple[int | None, int | None]) ->
             return False
         parts.append([_rational(real), _rational(imaginary)])
     return all(
-        same_number(Number(one, digits[0]), Number(two, digits[1])) or abs(one - two) < Fraction(10) ** -(_DIGITS - 5)
+        same_number(Number(one, digits[0]), Number(two, digits[1]))
+        or abs(one - two) < Fraction(10) ** -(_DIGITS - 5)
         for one, two in zip(*parts, strict=True)
     )
 
@@ -180,14 +200,26 @@ def different(left: Any, right: Any) -> bool:
 
     symbols = sorted(left.free_symbols | right.free_symbols, key=lambda symbol: symbol.name)
     for over, under in _POINTS if symbols else _POINTS[:1]:
-        values = {symbol: sympy.Rational(over + 3 * index, under + 2 * index) for index, symbol in enumerate(symbols)}
+        values = {
+            symbol: sympy.Rational(over + 3 * index, under + 2 * index)
+            for index, symbol in enumerate(symbols)
+        }
         try:
-            value = (left.subs(values) - right.subs(values)).doit().evalf(5, maxn=_CANCELLATION, strict=True)
+            value = (
+                (left.subs(values) - right.subs(values))
+                .doit()
+                .evalf(5, maxn=_CANCELLATION, strict=True)
+            )
         except PrecisionExhausted:
             continue
         except (ArithmeticError, TypeError, ValueError, AttributeError, NotImplementedError):
             return False
-        if not value.is_number or not value.is_finite or value.free_symbols or value.is_comparable is None:
+        if (
+            not value.is_number
+            or not value.is_finite
+            or value.free_symbols
+            or value.is_comparable is None
+        ):
             return False
         if value == 0:
             continue
@@ -198,21 +230,26 @@ def different(left: Any, right: Any) -> bool:
 
 
 def _verified(left: Any, right: Any) -> bool:
-    """math-verify's own verdict. Its time limit rests on SIGALRM; here the parent process holds the clock."""
+    """math-verify's own verdict. Its time limit rests on SIGALRM; here the parent process holds the
+    clock.
+    """
     from math_verify import verify
 
     return verify([left], [right], float_rounding=SIGNIFICANT, timeout_seconds=None)
 
 
 def proportional(gold: tuple[str, str], answer: tuple[str, str], signed: bool) -> bool:
-    """True if two relations `left ? right` say one thing: their differences' ratio is constant, positive if `signed`.
+    """True if two relations `left ? right` say one thing: their differences' ratio is constant,
+    positive if `signed`.
 
     Without a sign (`=`, `\\ne`) numerators are compared, so that `y = 1/x` is `xy = 1`.
     """
     import sympy
 
     sides = [parse(left) - parse(right) for left, right in (gold, answer)]
-    if not all(isinstance(side, sympy.Expr) for side in sides) or not all(side.free_symbols for side in sides):
+    if not all(isinstance(side, sympy.Expr) for side in sides) or not all(
+        side.free_symbols for side in sides
+    ):
         return False
     if not signed:
         sides = [sympy.fraction(sympy.together(side.doit()))[0] for side in sides]

@@ -1,10 +1,13 @@
-"""Finds the answer in a response: the content of its last \\boxed{}, or of the boxes of its last statement."""
+"""Finds the answer in a response: the content of its last \\boxed{}, or of the boxes of its last
+statement.
+"""
 
 from __future__ import annotations
 
 import re
 
-# What may stand between two boxes of one statement: little, or a short text with a word or mark that joins.
+# What may stand between two boxes of one statement: little, or a short text with a word or mark
+# that joins.
 _JOINED = re.compile(r"^.{0,9}$|^(?=.{0,80}$).*(?:[,;:=&\n]|\b(?:and|or)\b)", re.DOTALL)
 _BOX_NAME = re.compile(r"([A-Za-z]+(?:_\{?\w+\}?)?)\s*=\s*[$\s\\(\[]*$")
 _OPENING = re.compile(r"\\boxed\s*\{")
@@ -15,7 +18,8 @@ def last_boxed(text: str) -> str | None:
     """The content of the last `\\boxed{...}` in `text`, braces matched; None if there is none, or
     nothing in it.
 
-    A last box that never closes is no answer: an earlier box is not taken in its place, since the response went on.
+    A last box that never closes is no answer: an earlier box is not taken in its place, since the
+    response went on.
     """
     end = len(text)
     while (start := text.rfind("\\boxed", 0, end)) >= 0:
@@ -39,7 +43,8 @@ def _content(text: str, start: int) -> str | None:
 
 
 def boxes(text: str) -> list[str]:
-    """Contents of the boxes of the last statement, in order: the last one, and each close before the next.
+    """Contents of the boxes of the last statement, in order: the last one, and each close before
+    the next.
 
     A box that stands after `k =` brings that name along: `k = \\boxed{45}` gives `k = 45`. Empty if
     `last_boxed` finds nothing.
@@ -64,7 +69,8 @@ def boxes(text: str) -> list[str]:
 
 
 def answers(text: str, rule: str, parts: int = 1) -> str | None:
-    """The answer of a response by `rule`: "last_box", or "boxes", which joins as many boxes as the gold has `parts`.
+    """The answer of a response by `rule`: "last_box", or "boxes", which joins as many boxes as the
+    gold has `parts`.
 
     Joined answers are set apart by semicolons. If the last statement has another number of boxes,
     or the gold is one value, the last box alone counts.

@@ -97,7 +97,9 @@ def _same_named(gold: Form, answer: Form) -> bool:
             value = value.items[-1]
         return gold.name == answer.name and _same_unnamed(value, answer.items[0])
     if answer.kind == "relation" and set(answer.signs) == {"="}:
-        return _same_equation(Form("relation", gold.text, (read(gold.name), gold.items[0]), signs=("=",)), answer)
+        return _same_equation(
+            Form("relation", gold.text, (read(gold.name), gold.items[0]), signs=("=",)), answer
+        )
     if answer.kind == "list" and answer.name == "\\pm":
         return False
     return same(gold.items[0], answer)
@@ -106,8 +108,8 @@ def _same_named(gold: Form, answer: Form) -> bool:
 def _same_as_chain(gold: Form, answer: Form, named: bool = False) -> bool:
     """A value against `a = b = c` or `a \\approx b`.
 
-    The end of the first counts, if what it says is true or it begins with a name (`x = 5 + 6 = 11`). Of the second, the
-    exact side counts, and against a decimal gold the last as well.
+    The end of the first counts, if what it says is true or it begins with a name (`x = 5 + 6 =
+    11`). Of the second, the exact side counts, and against a decimal gold the last as well.
     """
     if not set(answer.signs) <= _CHAINED:
         return False
@@ -121,7 +123,10 @@ def _same_as_chain(gold: Form, answer: Form, named: bool = False) -> bool:
 
 def _contradicts(items: list[Form]) -> bool:
     """True if a chain of equalities, such as `3 = 5`, holds two constants that differ."""
-    return any(_constant(one) and _constant(two) and not _equal_quantity(one, two) for one, two in pairwise(items))
+    return any(
+        _constant(one) and _constant(two) and not _equal_quantity(one, two)
+        for one, two in pairwise(items)
+    )
 
 
 def _constant(form: Form) -> bool:
@@ -147,7 +152,9 @@ def _same_expression(gold: Form, answer: Form) -> bool:
     if answer.kind == "set" and gold.text != EMPTY and len(answer.items) == 1:
         return same(gold, answer.items[0])
     if answer.kind == "ratio":
-        return _ratio_value(answer) is not None and algebra.equal(gold.text, _ratio_value(answer) or "")
+        return _ratio_value(answer) is not None and algebra.equal(
+            gold.text, _ratio_value(answer) or ""
+        )
     if answer.kind == "group" and len(answer.items) == 1 and answer.left == "[":
         return same(gold, answer.items[0])
     if answer.kind == "list" and gold.text.replace(" ", "") == answer.text.replace(" ", ""):
@@ -165,7 +172,9 @@ _COUNTS = {name: str(number) for number, name in enumerate(_NUMERALS.split())}
 
 
 def _same_words(gold: Form, answer: Form) -> bool:
-    if answer.kind == "list" and all(item.kind == "words" and len(item.text) == 1 for item in answer.items):
+    if answer.kind == "list" and all(
+        item.kind == "words" and len(item.text) == 1 for item in answer.items
+    ):
         return gold.text == "".join(item.text for item in answer.items)
     if answer.kind in ("words", "expression"):
         return same_text(gold.text, answer.text)
@@ -195,7 +204,9 @@ def _same_list(gold: Form, answer: Form) -> bool:
 
 
 def same_ordered(gold: tuple[Form, ...], answer: tuple[Form, ...]) -> bool:
-    return len(gold) == len(answer) and all(_same_item(one, two) for one, two in zip(gold, answer, strict=True))
+    return len(gold) == len(answer) and all(
+        _same_item(one, two) for one, two in zip(gold, answer, strict=True)
+    )
 
 
 def same_unordered(gold: tuple[Form, ...], answer: tuple[Form, ...]) -> bool:
@@ -218,9 +229,21 @@ def _distinct(items: tuple[Form, ...]) -> tuple[Form, ...]:
 
 def _same_item(gold: Form, answer: Form) -> bool:
     if gold.kind == "list":  # `p = 5, q = 2; p = 7, q = 2`
-        gold = replace(gold, kind="group", left="(", right=")", items=tuple(_value(item) for item in gold.items))
+        gold = replace(
+            gold,
+            kind="group",
+            left="(",
+            right=")",
+            items=tuple(_value(item) for item in gold.items),
+        )
     if answer.kind == "list":
-        answer = replace(answer, kind="group", left="(", right=")", items=tuple(_value(item) for item in answer.items))
+        answer = replace(
+            answer,
+            kind="group",
+            left="(",
+            right=")",
+            items=tuple(_value(item) for item in answer.items),
+        )
     return same(gold, answer)
 
 
@@ -244,9 +267,15 @@ def _same_group(gold: Form, answer: Form) -> bool:
         return not pair and _same_region(gold, answer)
     if answer.kind == "list":
         flat = (gold.left, gold.right) == ("(", ")") or (gold.left == "[" and len(gold.items) > 2)
-        return flat and answer.name != "\\pm" and same_ordered(gold.items, tuple(map(_value, answer.items)))
+        return (
+            flat
+            and answer.name != "\\pm"
+            and same_ordered(gold.items, tuple(map(_value, answer.items)))
+        )
     if answer.kind == "group":
-        return (gold.left, gold.right) == (answer.left, answer.right) and same_ordered(gold.items, answer.items)
+        return (gold.left, gold.right) == (answer.left, answer.right) and same_ordered(
+            gold.items, answer.items
+        )
     if answer.kind == "expression" and "matrix" in answer.text:
         return False
     return len(gold.items) == 1 and same(gold.items[0], answer)
@@ -287,7 +316,9 @@ def _same_relation(gold: Form, answer: Form) -> bool:
     if answer.kind == "relation" and set(gold.signs) == set(answer.signs) == {"="}:
         return _same_equation(gold, answer)
     if answer.kind == "named" and gold.signs == ("=",):
-        return _same_equation(gold, Form("relation", "", (read(answer.name), answer.items[0]), signs=("=",)))
+        return _same_equation(
+            gold, Form("relation", "", (read(answer.name), answer.items[0]), signs=("=",))
+        )
     if answer.kind == "named" and "\\in" not in gold.signs:
         return False
     if _same_region(gold, answer):
@@ -300,7 +331,9 @@ def _same_relation(gold: Form, answer: Form) -> bool:
 
 
 def _chain_of_values(form: Form) -> bool:
-    """`|AB| = 1`, `A:B = 1`, `\\frac{NO}{BO} = 1`: a quantity by its value, not an equation in variables."""
+    """`|AB| = 1`, `A:B = 1`, `\\frac{NO}{BO} = 1`: a quantity by its value, not an equation in
+    variables.
+    """
     first = form.items[0].text
     return bool(re.search(r"[A-Z]{2}|:|\||\\angle|_", first)) and _constant(form.items[-1])
 
@@ -373,7 +406,9 @@ _TIME = re.compile(r"(?:[01]?\d|2[0-4])(?: ?: ?[0-5]\d){1,2}(?: ?[apAP]\.?[mM]\.
 
 
 def _ratio_value(form: Form) -> str | None:
-    """The fraction a ratio of two stands for; none for a clock's time that would reduce, or divide by 0."""
+    """The fraction a ratio of two stands for; none for a clock's time that would reduce, or divide
+    by 0.
+    """
     if len(form.items) != 2:
         return None
     one, two = (read_number(item.text) for item in form.items)
@@ -382,7 +417,11 @@ def _ratio_value(form: Form) -> str | None:
     if _clock(form) and (one.value / two.value).denominator != two.value:
         return None
     value = one.value / two.value
-    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}" if value.denominator != 1 else str(value.numerator)
+    return (
+        f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+        if value.denominator != 1
+        else str(value.numerator)
+    )
 
 
 _KINDS = {

@@ -1,4 +1,6 @@
-"""Tells which responses to a problem give equal answers, for votes: by the verifier, not by spelling."""
+"""Tells which responses to a problem give equal answers, for votes: by the verifier, not by
+spelling.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,11 @@ _GOLDS_ARE_ANSWERS = ("math", "exact", "choice", "numeric")
 """Verifiers whose right answers all equal the gold, hence each other."""
 
 
-def equal_answers(grader: Grader, groups: Sequence[Graded], judgings: Judgings | None = None) -> list[list[int | None]]:
-    """Number the answers of each graded group: equal numbers are equal answers, None is no answer or cut off.
+def equal_answers(
+    grader: Grader, groups: Sequence[Graded], judgings: Judgings | None = None
+) -> list[list[int | None]]:
+    """Number the answers of each graded group: equal numbers are equal answers, None is no answer
+    or cut off.
 
     Right answers are equal if the verifier compares with a gold that is an answer itself. The
     others go one spelling after the other to the first class whose first spelling they equal,
@@ -25,7 +30,9 @@ def equal_answers(grader: Grader, groups: Sequence[Graded], judgings: Judgings |
     classes = [_Classes(group, judgings) for group in groups]
     known: dict[Question, bool] = {}
     while pending := [one for one in classes if one.waiting]:
-        asked = dict.fromkeys(question for one in pending for question in one.questions() if question not in known)
+        asked = dict.fromkeys(
+            question for one in pending for question in one.questions() if question not in known
+        )
         known.update(zip(asked, (grade.correct for grade in grader.ask(list(asked))), strict=True))
         for one in pending:
             one.place(known)
@@ -33,21 +40,39 @@ def equal_answers(grader: Grader, groups: Sequence[Graded], judgings: Judgings |
 
 
 class _Classes:
-    """The answers of one group, and the classes found among them; spellings are placed one at a time."""
+    """The answers of one group, and the classes found among them; spellings are placed one at a
+    time.
+    """
 
     def __init__(self, graded: Graded, judgings: Judgings) -> None:
         group = graded.group
         part = judging_of(group, judgings).main
         self._verifier: Verifier = part.verifier
-        answers = [None if r.truncated else part.extractor(r.text, group.prompt.gold) for r in group.responses]
-        self._spellings = [None if answer is None else " ".join(answer.split()) for answer in answers]
-        by_status = list(zip(self._spellings, (grade.status for grade in graded.grades), strict=True))
-        united = {text for text, status in by_status if status == CORRECT} if self._golds_are_answers else set()
+        answers = [
+            None if r.truncated else part.extractor(r.text, group.prompt.gold)
+            for r in group.responses
+        ]
+        self._spellings = [
+            None if answer is None else " ".join(answer.split()) for answer in answers
+        ]
+        by_status = list(
+            zip(self._spellings, (grade.status for grade in graded.grades), strict=True)
+        )
+        united = (
+            {text for text, status in by_status if status == CORRECT}
+            if self._golds_are_answers
+            else set()
+        )
         self._judged = {text for text, status in by_status if status in (CORRECT, WRONG)}
         self._class: dict[str | None, int] = dict.fromkeys(united, 0)
-        self._heads: dict[int, str] = {}  # the first spelling of each class that others are compared with
+        # the first spelling of each class that others are compared with
+        self._heads: dict[int, str] = {}
         self._next = 1
-        self.waiting = [text for text in dict.fromkeys(self._spellings) if text is not None and text not in united]
+        self.waiting = [
+            text
+            for text in dict.fromkeys(self._spellings)
+            if text is not None and text not in united
+        ]
 
     @property
     def _golds_are_answers(self) -> bool:
@@ -56,17 +81,23 @@ class _Classes:
     def questions(self) -> Iterable[Question]:
         """The comparisons that are still needed to place the next spelling."""
         text = self.waiting[0]
-        if text not in self._judged:  # unreadable, or too long to judge: it equals its own spelling alone
+        # unreadable, or too long to judge: it equals its own spelling alone
+        if text not in self._judged:
             return
         for head in self._heads.values():
             yield Question(self._verifier, head, text, "equal")
             yield Question(self._verifier, text, head, "equal")
 
     def place(self, known: dict[Question, bool]) -> None:
-        """Put the next spelling into the first class whose head it equals, or into one of its own."""
+        """Put the next spelling into the first class whose head it equals, or into one of its
+        own.
+        """
         text = self.waiting.pop(0)
         for number, head in self._heads.items():
-            both = Question(self._verifier, head, text, "equal"), Question(self._verifier, text, head, "equal")
+            both = (
+                Question(self._verifier, head, text, "equal"),
+                Question(self._verifier, text, head, "equal"),
+            )
             if text in self._judged and all(known[question] for question in both):
                 self._class[text] = number
                 return

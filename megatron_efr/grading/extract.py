@@ -1,4 +1,6 @@
-"""Finds the answer in a response: in its last box or boxes, after a marker, its last number, or all of it."""
+"""Finds the answer in a response: in its last box or boxes, after a marker, its last number, or all
+of it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _DECORATION = " \t\r*`"  # Markdown's emphasis, which a marker often stands in
 
 @dataclass(frozen=True, slots=True)
 class Extractor:
-    """The place of a response's answer; `marker` is the text that it follows, for that place alone."""
+    """The place of a response's answer; `marker` is the text that it follows, for that place
+    alone.
+    """
 
     place: Place = "last_box"
     marker: str = ""
@@ -40,7 +44,9 @@ LAST_BOX = Extractor()
 
 
 def after_marker(text: str, marker: str) -> str | None:
-    """The text after the last `marker`: the rest of its line, or, if nothing is left of it, the next line."""
+    """The text after the last `marker`: the rest of its line, or, if nothing is left of it, the
+    next line.
+    """
     _, found, rest = text.rpartition(marker)
     if not found:
         return None
@@ -52,7 +58,8 @@ def last_number(text: str) -> str | None:
     """The last number in digits (`-1,234.5`, `3/4`, `1e-3`, `12%`), without its commas; None if
     there is none.
 
-    A digit that is part of a word (`x2`) is no number, and a dash after a digit, a letter or `)` is no sign.
+    A digit that is part of a word (`x2`) is no number, and a dash after a digit, a letter or `)` is
+    no sign.
     """
     plain = text.replace("{,}", ",").replace("\\%", "%").replace("−", "-")
     found = [match.group() for match in _NUMBER.finditer(plain)]

@@ -1,4 +1,6 @@
-"""Reads normalised text as a form: words, an expression, a list, a set, an interval, named values, a relation."""
+"""Reads normalised text as a form: words, an expression, a list, a set, an interval, named values,
+a relation.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ def read(text: str) -> Form:
 
 _LETTERS = re.compile(r"[A-Za-z]+(?:(?:[ .']|(?<=[A-Za-z]{2})-(?=[A-Za-z]{2})|\. )[A-Za-z]+)*[.?]?")
 _LABEL = re.compile(r"[A-Za-z]{3,}(?: [A-Za-z]+)* \d+")  # `Player 2`
-_ALGEBRA = re.compile(r"[a-z]|[a-c]{2}|[k-np-tv-z]{2,3}|[a-z] [a-z]")  # `xy` is a product, `on` is not
+# `xy` is a product, `on` is not
+_ALGEBRA = re.compile(r"[a-z]|[a-c]{2}|[k-np-tv-z]{2,3}|[a-z] [a-z]")
 
 
 def _read(text: str) -> Form:
@@ -59,12 +62,14 @@ def _read(text: str) -> Form:
 
 _PHRASES = {
     **dict.fromkeys(
-        ("no solution", "no solutions", "no real solution", "no real solutions", "there is no solution",
+        ("no solution", "no solutions", "no real solution", "no real solutions",
+            "there is no solution",
          "there are no solutions", "empty set", "the empty set", "emptyset", "\\{\\}", EMPTY),
         EMPTY,
     ),
     **dict.fromkeys(
-        ("all real numbers", "all reals", "all real x", "the set of all real numbers", "the real numbers", "reals"),
+        ("all real numbers", "all reals", "all real x", "the set of all real "
+            "numbers", "the real numbers", "reals"),
         REALS,
     ),
 }  # fmt: skip
@@ -82,7 +87,9 @@ def _words(text: str) -> Form:
     plain = re.sub(r"\s+", " ", text.replace("\\text{", "").replace("}", "")).strip()
     for joint in (" and ", " or "):
         if joint in plain:
-            items = tuple(Form("words", part.strip()) for part in plain.split(joint) if part.strip())
+            items = tuple(
+                Form("words", part.strip()) for part in plain.split(joint) if part.strip()
+            )
             return Form("list", plain, items)
     return Form("words", plain)
 
@@ -102,20 +109,26 @@ def _parts(text: str) -> Form | None:
             return _read(pieces[0]) if pieces and pieces[0] != text else None
         items = [_read(piece) for piece in pieces]
         if separator is _AND:
-            items = [part for item in items for part in (item.items if item.kind == "list" else (item,))]
+            items = [
+                part for item in items for part in (item.items if item.kind == "list" else (item,))
+            ]
         return _list(text, items)
     return None
 
 
 def _list(text: str, items: list[Form]) -> Form:
-    """Flatten ±; the first name holds for the rest (`x = 1, 2`); words and sequences with dots keep their order."""
+    """Flatten ±; the first name holds for the rest (`x = 1, 2`); words and sequences with dots keep
+    their order.
+    """
     flat: list[Form] = []
     for item in items:
         flat.extend(item.items if item.kind == "list" and item.name == "\\pm" else (item,))
     if flat[0].kind == "named" and all(item.kind in ("expression", "group") for item in flat[1:]):
         name = flat[0].name
         flat = [flat[0], *(Form("named", item.text, (item,), name=name) for item in flat[1:])]
-    ordered = all(item.kind == "words" for item in flat) or any(item.text == "\\dots" for item in flat)
+    ordered = all(item.kind == "words" for item in flat) or any(
+        item.text == "\\dots" for item in flat
+    )
     return Form("list", text, tuple(flat), ordered=ordered)
 
 
@@ -124,7 +137,12 @@ def _single(text: str) -> Form:
     if found := _CONGRUENCE.fullmatch(text):
         residue = found.group(1)
         if (sides := split(residue, re.compile(r"\\equiv(?![A-Za-z])|="))) and len(sides) == 2:
-            return Form("congruence", text, (_read(sides[1].strip()), _read(found.group(2))), name=_name(sides[0]))
+            return Form(
+                "congruence",
+                text,
+                (_read(sides[1].strip()), _read(found.group(2))),
+                name=_name(sides[0]),
+            )
         return Form("congruence", text, (_read(residue.strip()), _read(found.group(2))))
     if relation := _relation(text):
         return relation
@@ -151,15 +169,23 @@ _ELSE = ("else", "elsewhere", "otherwise")
 
 
 def _cases(text: str) -> Form | None:
-    """A function by cases, each a group of its value and its condition; or a system, which is a list."""
+    """A function by cases, each a group of its value and its condition; or a system, which is a
+    list.
+    """
     found = _CASES.fullmatch(text)
     if found is None or "\\begin" in found.group(1):
         return None
-    rows = [[cell.strip(" ,.;") for cell in split(row, re.compile("&"))] for row in found.group(1).split("\\\\")]
+    rows = [
+        [cell.strip(" ,.;") for cell in split(row, re.compile("&"))]
+        for row in found.group(1).split("\\\\")
+    ]
     rows = [row for row in rows if any(row)]
     if any(len(row) != 2 or not all(row) or _RELATION.match(row[1]) for row in rows):
         return _list(text, [_read(" ".join(row).strip()) for row in rows]) if rows else None
-    items = (Form("group", f"{value} : {where}", (_read(value), _condition(where)), left="if") for value, where in rows)
+    items = (
+        Form("group", f"{value} : {where}", (_read(value), _condition(where)), left="if")
+        for value, where in rows
+    )
     return Form("cases", text, tuple(items))
 
 
@@ -198,8 +224,14 @@ def _relation(text: str) -> Form | None:
     if not pieces[0] and signs == ["="]:
         return _read(pieces[1])
     if not all(pieces):
-        return Form("relation", text, tuple(_read(piece) for piece in pieces if piece), signs=tuple(signs))
-    if signs[0] in ("=", "\\approx") and (name := _name(pieces[0])) and set(signs) <= {"=", "\\approx"}:
+        return Form(
+            "relation", text, tuple(_read(piece) for piece in pieces if piece), signs=tuple(signs)
+        )
+    if (
+        signs[0] in ("=", "\\approx")
+        and (name := _name(pieces[0]))
+        and set(signs) <= {"=", "\\approx"}
+    ):
         return Form("named", text, (_chain(pieces[1:], signs[1:]),), name=name)
     return _chain(pieces, signs)
 
@@ -210,7 +242,9 @@ _RELATION = re.compile(r"\\(?:le|ge|ne|in|approx)(?![A-Za-z])|[<>=]")
 def _chain(pieces: list[str], signs: list[str]) -> Form:
     if not signs:
         return _read(pieces[0])
-    text = pieces[0] + "".join(f" {sign} {piece}" for sign, piece in zip(signs, pieces[1:], strict=True))
+    text = pieces[0] + "".join(
+        f" {sign} {piece}" for sign, piece in zip(signs, pieces[1:], strict=True)
+    )
     return Form("relation", text, tuple(_read(piece) for piece in pieces), signs=tuple(signs))
 
 
@@ -242,7 +276,9 @@ _BRACKETS = ("\\{", "\\}", "\\langle", "\\rangle", "(", ")", "[", "]")
 
 def _bracketed(text: str) -> Form | None:
     """The whole between one pair of brackets."""
-    left = next((mark for mark in ("\\{", "\\langle", "(", "[", "<") if text.startswith(mark)), None)
+    left = next(
+        (mark for mark in ("\\{", "\\langle", "(", "[", "<") if text.startswith(mark)), None
+    )
     right = next((mark for mark in ("\\}", "\\rangle", ")", "]", ">") if text.endswith(mark)), None)
     if left is None or right is None or _closes(text) != len(text):
         return None
@@ -268,14 +304,18 @@ def _bracketed(text: str) -> Form | None:
 
 
 def _closes(text: str) -> int:
-    """The end of the bracket that opens `text`; brackets of different kinds may close each other (`(3,4]`)."""
+    """The end of the bracket that opens `text`; brackets of different kinds may close each other
+    (`(3,4]`).
+    """
     for start, end, depth in _depths(text):
         if depth == 0 and start > 0:
             return end
     return -1
 
 
-_BRACKET = re.compile(r"\\[{}]|\\[lr](?:angle|floor|ceil)(?![A-Za-z])|\\(?:begin|end)\{[a-z]*\}|\\.|[()\[\]{}]")
+_BRACKET = re.compile(
+    r"\\[{}]|\\[lr](?:angle|floor|ceil)(?![A-Za-z])|\\(?:begin|end)\{[a-z]*\}|\\.|[()\[\]{}]"
+)
 _OPENS = {"(", "[", "{", "\\{", "\\langle", "\\lfloor", "\\lceil"}
 _CLOSES = {")", "]", "}", "\\}", "\\rangle", "\\rfloor", "\\rceil"}
 
@@ -294,8 +334,12 @@ def _depths(text: str) -> Iterator[tuple[int, int, int]]:
         yield bracket.start(), bracket.end(), depth
 
 
-def places(text: str, pattern: re.Pattern[str], keep: re.Pattern[str] | None = None) -> list[tuple[int, int]]:
-    """The places at which `pattern` matches outside all brackets, and outside what matches `keep`."""
+def places(
+    text: str, pattern: re.Pattern[str], keep: re.Pattern[str] | None = None
+) -> list[tuple[int, int]]:
+    """The places at which `pattern` matches outside all brackets, and outside what matches
+    `keep`.
+    """
     kept = [match.span() for match in keep.finditer(text)] if keep else []
     changes = [(0, 0), *((start, depth) for start, _, depth in _depths(text))]
     found = []

@@ -1,4 +1,6 @@
-"""Refuses, before a run starts, gold answers that a data set's own verifiers could never find right."""
+"""Refuses, before a run starts, gold answers that a data set's own verifiers could never find
+right.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ _SHOWN = 20
 
 
 def check_for(judging: Judging, config: GradingConfig, golds: Iterable[tuple[str, str]]) -> None:
-    """Check ("file:line", gold) pairs by every verifier of `judging`; GoldError lists those that one cannot read.
+    """Check ("file:line", gold) pairs by every verifier of `judging`; GoldError lists those that
+    one cannot read.
 
     GraderError if a verifier cannot be loaded.
     """
@@ -34,10 +37,15 @@ def _check(grader: Grader, verifier: Verifier, rows: list[tuple[str, str]]) -> N
     bad = [(*row, grade) for row, grade in zip(rows, grades, strict=True) if not grade.correct]
     if not bad:
         return
-    lines = [f"{where}: {gold!r}: {grade.reason or grade.status}" for where, gold, grade in bad[:_SHOWN]]
+    lines = [
+        f"{where}: {gold!r}: {grade.reason or grade.status}" for where, gold, grade in bad[:_SHOWN]
+    ]
     if len(bad) > _SHOWN:
         lines.append(f"... and {len(bad) - _SHOWN} more")
     raise GoldError(
-        f"{len(bad)} of {len(rows)} gold answers cannot be judged against by the verifier {verifier.name}:\n"
+        (
+            f"{len(bad)} of {len(rows)} gold answers cannot be judged against by the verifier "
+            f"{verifier.name}:\n"
+        )
         + "\n".join(lines)
     )

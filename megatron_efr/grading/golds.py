@@ -12,11 +12,15 @@ _SHOWN = 20
 
 
 class GoldError(UserError, ValueError):
-    """Gold answers that do not parse, or do not equal themselves; the message lists them with file and line."""
+    """Gold answers that do not parse, or do not equal themselves; the message lists them with file
+    and line.
+    """
 
 
 def check_golds(golds: Iterable[tuple[str, str]], timeout_s: float = 5.0, workers: int = 1) -> None:
-    """Check (where, gold) pairs, `where` being "file:line"; GoldError names each gold that is no answer to itself."""
+    """Check (where, gold) pairs, `where` being "file:line"; GoldError names each gold that is no
+    answer to itself.
+    """
     rows = list(golds)
     answers = [gold for _, gold in rows]
     with Grader(workers, timeout_s) as grader:
@@ -29,14 +33,20 @@ def check_golds(golds: Iterable[tuple[str, str]], timeout_s: float = 5.0, worker
             bad.append((where, gold, grade.status))
     if not bad:
         return
-    lines = [f"{where}: {gold!r}: {_REASONS.get(status, status)}" for where, gold, status in bad[:_SHOWN]]
+    lines = [
+        f"{where}: {gold!r}: {_REASONS.get(status, status)}" for where, gold, status in bad[:_SHOWN]
+    ]
     if len(bad) > _SHOWN:
         lines.append(f"... and {len(bad) - _SHOWN} more")
-    raise GoldError(f"{len(bad)} of {len(rows)} gold answers cannot be graded against:\n" + "\n".join(lines))
+    raise GoldError(
+        (f"{len(bad)} of {len(rows)} gold answers cannot be graded against:\n") + "\n".join(lines)
+    )
 
 
 def is_note(gold: str) -> bool:
-    """True if `gold` says something about an answer (`see solution`, `n/a`, a proof, a long sentence) and is none."""
+    """True if `gold` says something about an answer (`see solution`, `n/a`, a proof, a long
+    sentence) and is none.
+    """
     text = " ".join(gold.split()).strip(" .:;!")
     if text in _NULLS or _NOTE.fullmatch(text):
         return True

@@ -1,4 +1,6 @@
-"""Grades whole groups, each by its data set's verifiers: what was cut off is wrong and is not asked about."""
+"""Grades whole groups, each by its data set's verifiers: what was cut off is wrong and is not asked
+about.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,18 @@ TRUNCATED = Grade("truncated")
 
 
 def grade_groups(
-    grader: Grader, groups: Sequence[Group], judgings: Judgings | None = None, *, branches: bool = False
+    grader: Grader,
+    groups: Sequence[Group],
+    judgings: Judgings | None = None,
+    *,
+    branches: bool = False,
 ) -> list[Graded]:
-    """The verdicts on every group's responses, and on the answers of their `branches`, all asked of `grader` at once.
+    """The verdicts on every group's responses, and on the answers of their `branches`, all asked of
+    `grader` at once.
 
-    The data set's first verifier says what is correct. A score is the mean of its verifiers' scores by weight. A
-    branch's answer is judged by its own text, and also if it was cut off: its few tokens end when they are used up.
+    The data set's first verifier says what is correct. A score is the mean of its verifiers' scores
+    by weight. A branch's answer is judged by its own text, and also if it was cut off: its few
+    tokens end when they are used up.
     """
     # all questions at once, so that the verifiers' processes are busy
     judgings = judgings or Judgings()
@@ -39,16 +47,26 @@ def grade_groups(
     # a response that was cut off is not asked about
     graded = []
     for group, judging in asked:
-        said = tuple(TRUNCATED if response.truncated else verdict(judging) for response in group.responses)
-        tried = tuple(tuple(verdict(judging) for _ in response.answers) for response in group.responses if branches)
+        said = tuple(
+            TRUNCATED if response.truncated else verdict(judging) for response in group.responses
+        )
+        tried = tuple(
+            tuple(verdict(judging) for _ in response.answers)
+            for response in group.responses
+            if branches
+        )
         graded.append(Graded(group, said, tried))
     return graded
 
 
 def _judged(group: Group, branches: bool) -> list[Response]:
-    """The responses that a grader is asked about: the group's, and behind them the answers of branches."""
+    """The responses that a grader is asked about: the group's, and behind them the answers of
+    branches.
+    """
     ended = [response for response in group.responses if not response.truncated]
-    return ended + [each for response in group.responses if branches for _, each in response.answers]
+    return ended + [
+        each for response in group.responses if branches for _, each in response.answers
+    ]
 
 
 def judging_of(group: Group, judgings: Judgings) -> Judging:

@@ -30,7 +30,10 @@ class Judging:
         return cls(
             (
                 Part(_verifier(config, config.threshold), _extractor(config), config.weight),
-                *(Part(_verifier(part, 1.0), _extractor(part), part.weight) for part in config.parts),
+                *(
+                    Part(_verifier(part, 1.0), _extractor(part), part.weight)
+                    for part in config.parts
+                ),
             )
         )
 
@@ -55,7 +58,9 @@ class Judgings:
     by_dataset: Mapping[str, Judging] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, default: JudgingConfig, datasets: Sequence[tuple[str, JudgingConfig | None]]) -> Judgings:
+    def of(
+        cls, default: JudgingConfig, datasets: Sequence[tuple[str, JudgingConfig | None]]
+    ) -> Judgings:
         """From the section `grading` and each data set's name and own `grading`.
 
         ConfigError if two data sets of one name are judged differently: their problems could not be
@@ -65,7 +70,10 @@ class Judgings:
         for name, own in datasets:
             judging = Judging.of(own or default)
             if found.setdefault(name, judging) != judging:
-                raise ConfigError(f"two data sets are called {name} and have another `grading`; give each its `name`")
+                raise ConfigError(
+                    f"two data sets are called {name} and have another `grading`; give each its "
+                    "`name`"
+                )
         return cls(Judging.of(default), found)
 
     def of_dataset(self, name: object) -> Judging:

@@ -1,4 +1,6 @@
-"""Rewrites an answer's text into one plain form of LaTeX: decoration goes, usual spellings become one; tables first."""
+"""Rewrites an answer's text into one plain form of LaTeX: decoration goes, usual spellings become
+one; tables first.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +18,33 @@ _CHARACTERS = str.maketrans(
         **dict.fromkeys("“”„‟\"", ""),
         **dict.fromkeys("‘’ʼ", "'"),
         **{chr(0xFF01 + i): chr(0x21 + i) for i in range(94) if chr(0xFF01 + i) != "－"},
-        "×": "\\times ", "÷": "\\div ", "⁄": "/", "∕": "/", "±": "\\pm ", "∓": "\\mp ", "。": ".", "、": ",",
-        "∞": "\\infty ", "≤": "\\le ", "⩽": "\\le ", "≥": "\\ge ", "⩾": "\\ge ", "≠": "\\ne ", "≈": "\\approx ",
-        "≡": "\\equiv ", "∈": "\\in ", "∪": "\\cup ", "∩": "\\cap ", "∅": "\\emptyset ", "⌀": "\\emptyset ",
-        "°": "^\\circ ", "º": "^\\circ ", "˚": "^\\circ ", "…": "\\dots ", "⋯": "\\dots ", "⟨": "\\langle ",
-        "⟩": "\\rangle ", "〈": "\\langle ", "〉": "\\rangle ", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}",
-        "ℚ": "\\mathbb{Q}", "ℕ": "\\mathbb{N}", "ℂ": "\\mathbb{C}", "∖": "\\setminus ", "′": "'", "π": "\\pi ",
-        "α": "\\alpha ", "β": "\\beta ", "γ": "\\gamma ", "δ": "\\delta ", "ε": "\\epsilon ", "θ": "\\theta ",
-        "λ": "\\lambda ", "μ": "\\mu ", "ρ": "\\rho ", "σ": "\\sigma ", "τ": "\\tau ", "φ": "\\phi ", "ϕ": "\\phi ",
-        "ω": "\\omega ", "ψ": "\\psi ", "Δ": "\\Delta ", "Ω": "\\Omega ", "Σ": "\\Sigma ", "⊥": "\\perp ",
-        "→": "\\to ", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ", "✓": "", "✅": "",
+        "×": "\\times ", "÷": "\\div ", "⁄": "/", "∕": "/", "±": "\\pm ", "∓": "\\mp ", "。": ".",
+        "、": ",",
+        "∞": "\\infty ", "≤": "\\le ", "⩽": "\\le ", "≥": "\\ge ", "⩾": "\\ge ", "≠": "\\ne ",
+        "≈": "\\approx ",
+        "≡": "\\equiv ", "∈": "\\in ", "∪": "\\cup ", "∩": "\\cap ", "∅": "\\emptyset ",
+        "⌀": "\\emptyset ",
+        "°": "^\\circ ", "º": "^\\circ ", "˚": "^\\circ ", "…": "\\dots ", "⋯": "\\dots ",
+        "⟨": "\\langle ",
+        "⟩": "\\rangle ", "〈": "\\langle ", "〉": "\\rangle ", "ℝ": "\\mathbb{R}",
+        "ℤ": "\\mathbb{Z}",
+        "ℚ": "\\mathbb{Q}", "ℕ": "\\mathbb{N}", "ℂ": "\\mathbb{C}", "∖": "\\setminus ", "′": "'",
+        "π": "\\pi ",
+        "α": "\\alpha ", "β": "\\beta ", "γ": "\\gamma ", "δ": "\\delta ", "ε": "\\epsilon ",
+        "θ": "\\theta ",
+        "λ": "\\lambda ", "μ": "\\mu ", "ρ": "\\rho ", "σ": "\\sigma ", "τ": "\\tau ",
+        "φ": "\\phi ", "ϕ": "\\phi ",
+        "ω": "\\omega ", "ψ": "\\psi ", "Δ": "\\Delta ", "Ω": "\\Omega ", "Σ": "\\Sigma ",
+        "⊥": "\\perp ",
+        "→": "\\to ", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ", "✓": "",
+        "✅": "",
     }
 )  # fmt: skip
 _FRACTIONS = {
-    "½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5", "⅘": "4/5",
-    "⅙": "1/6", "⅚": "5/6", "⅐": "1/7", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8", "⅑": "1/9", "⅒": "1/10",
+    "½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5",
+    "⅘": "4/5",
+    "⅙": "1/6", "⅚": "5/6", "⅐": "1/7", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8", "⅑": "1/9",
+    "⅒": "1/10",
 }  # fmt: skip
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
@@ -88,7 +102,10 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:varepsilon)(?![A-Za-z])", r"\\epsilon "),
         (r"\\(?:land|wedge)(?![A-Za-z])", r" and "),
         (r"\\(?:lor|vee)(?![A-Za-z])", r" or "),
-        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])|\\textdegree(?![A-Za-z])", r"\\degree "),
+        (
+            r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])|\\textdegree(?![A-Za-z])",
+            r"\\degree ",
+        ),
         (r"\\(?:euro|texteuro)(?![A-Za-z])(?:\{\})?", "€"),
         (r"\\(?:pounds|textsterling)(?![A-Za-z])(?:\{\})?", "£"),
         (r"\\(?:yen|textyen)(?![A-Za-z])(?:\{\})?", "¥"),
@@ -97,7 +114,10 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             r"\\\{\s*\\begin\{(array|aligned)\}(?:\{[clr|\s]*\})?((?:(?!\\begin).)*?)\\end\{\1\}(?!\s*\\\})",
             r"\\begin{cases}\2\\end{cases}",
         ),
-        (r"[\[(]?\s*\\begin\{(?:array|[bBp]?matrix|smallmatrix)\}(?:\{[clr|\s]*\})?", r"\\begin{pmatrix}"),
+        (
+            r"[\[(]?\s*\\begin\{(?:array|[bBp]?matrix|smallmatrix)\}(?:\{[clr|\s]*\})?",
+            r"\\begin{pmatrix}",
+        ),
         (r"\\end\{(?:array|[bBp]?matrix|smallmatrix)\}\s*[\])]?", r"\\end{pmatrix}"),
         (r"\{\s*,\s*\}", ","),
         (r"\{\s*\}", ""),
@@ -106,14 +126,19 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 # Calculator notation: names of functions and constants without a backslash.
 _FUNCTIONS = {
-    **{name: name for name in "arcsin arccos arctan arccot sinh cosh tanh sin cos tan cot sec csc exp ln log".split()},  # noqa: SIM905
+    **{name: name for name in ["arcsin", "arccos", "arctan", "arccot", "sinh", "cosh", "tanh", "sin", "cos", "tan", "cot", "sec", "csc", "exp", "ln", "log"]},
     "asin": "arcsin", "acos": "arccos", "atan": "arctan", "tg": "tan", "ctg": "cot",
 }  # fmt: skip
 _FUNCTION = re.compile(rf"(?<![A-Za-z\\])({'|'.join(_FUNCTIONS)})(?![A-Za-z])")
-_PLAIN_FUNCTION = re.compile(rf"(?<![A-Za-z\\])({'|'.join(_FUNCTIONS)})(?=\s*[(\d^\\]|\s+[a-z](?![A-Za-z]))")
-_CONSTANTS = re.compile(r"(?<![A-Za-z\\])(pi|Pi|PI|oo|inf|infty|[Ii]nfinity|theta|alpha|beta)(?![A-Za-z])")
+_PLAIN_FUNCTION = re.compile(
+    rf"(?<![A-Za-z\\])({'|'.join(_FUNCTIONS)})(?=\s*[(\d^\\]|\s+[a-z](?![A-Za-z]))"
+)
+_CONSTANTS = re.compile(
+    r"(?<![A-Za-z\\])(pi|Pi|PI|oo|inf|infty|[Ii]nfinity|theta|alpha|beta)(?![A-Za-z])"
+)
 _CONSTANT = {
-    "pi": "\\pi ", "Pi": "\\pi ", "PI": "\\pi ", "theta": "\\theta ", "alpha": "\\alpha ", "beta": "\\beta ",
+    "pi": "\\pi ", "Pi": "\\pi ", "PI": "\\pi ", "theta": "\\theta ", "alpha": "\\alpha ",
+    "beta": "\\beta ",
 }  # fmt: skip
 _SQRT_CALL = re.compile(r"(?<![A-Za-z\\])(sqrt|cbrt)\s*(?=[(\d{]|\\pi)|\\sqrt\s*(?=\()")
 _ROOT_SIGN = re.compile(r"[√∛]\s*")
@@ -156,7 +181,13 @@ def normalise(text: str) -> str:
 
 
 def _named(text: str) -> str:
-    return _CONSTANTS.sub(_constant, text) if text.isalpha() else _calculator(text) if not text.isdigit() else text
+    return (
+        _CONSTANTS.sub(_constant, text)
+        if text.isalpha()
+        else _calculator(text)
+        if not text.isdigit()
+        else text
+    )
 
 
 def _constant(match: re.Match[str]) -> str:
@@ -171,15 +202,22 @@ def _characters(text: str) -> str:
         if character in text:
             over, under = fraction.split("/")
             text = text.replace(character, f"\\frac{{{over}}}{{{under}}}")
-    text = _ROOT_SIGN.sub(lambda match: "\\sqrt " if match.group()[0] == "√" else "\\sqrt[3] ", text)
+    text = _ROOT_SIGN.sub(
+        lambda match: "\\sqrt " if match.group()[0] == "√" else "\\sqrt[3] ", text
+    )
     for table, mark in ((_SUPERSCRIPTS, "^"), (_SUBSCRIPTS, "_")):
         run = re.compile(f"[{''.join(map(re.escape, table))}]+")
-        text = run.sub(lambda m, table=table, mark=mark: f"{mark}{{{''.join(table[c] for c in m.group())}}}", text)
+        text = run.sub(
+            lambda m, table=table, mark=mark: f"{mark}{{{''.join(table[c] for c in m.group())}}}",
+            text,
+        )
     return text.translate(_CHARACTERS)
 
 
 def _announced(text: str) -> str:
-    """The answer that a sentence gives: after its last `is`, or its last formula; other text stays as it is."""
+    """The answer that a sentence gives: after its last `is`, or its last formula; other text stays
+    as it is.
+    """
     if not _SENTENCE.match(text):
         return text
     text = _HOPE.sub("", text)
@@ -192,16 +230,22 @@ def _announced(text: str) -> str:
     return f"{formulas[-1].group()}{rest if _UNIT_LIKE.fullmatch(rest) else ''}"
 
 
-_SENTENCE = re.compile(r"(?!(?:sin|cos|tan|log|ln|sqrt|exp)\b)[A-Za-z][a-z]+(?:[,:]| [A-Za-z']{2,}[ ,:]| [\\$])")
+_SENTENCE = re.compile(
+    r"(?!(?:sin|cos|tan|log|ln|sqrt|exp)\b)[A-Za-z][a-z]+(?:[,:]| [A-Za-z']{2,}[ ,:]| [\\$])"
+)
 _HOPE = re.compile(r"(?:\.?\s*I hope it is correct\.?)?\s*(?:<\|[a-z_]+\|>.*)?$", re.DOTALL)
 _IS = re.compile(r".*\b(?:is|are|equals|it's)\b:?\s+(?!not\b)(.+)$", re.DOTALL)
 _MATHEMATICS = re.compile(r"^[-+$\\({\[.\d]")
-_FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_FORMULA = re.compile(
+    r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+)
 _UNIT_LIKE = re.compile(r"\s*(?:%|[A-Za-z]+)?[.\s]*")
 
 
 def _delimiters(text: str) -> str:
-    """Dollars in pairs and `\\( \\)` enclose mathematics; a dollar that is left over, or escaped, is a currency."""
+    """Dollars in pairs and `\\( \\)` enclose mathematics; a dollar that is left over, or escaped,
+    is a currency.
+    """
     text = _MATH_DELIMITERS.sub(" ", text)
     dollars = len(re.findall(r"(?<!\\)\$", text))
     if dollars and dollars % 2 == 0:
@@ -210,7 +254,9 @@ def _delimiters(text: str) -> str:
 
 
 def _texts(text: str) -> str:
-    """`\\mathrm{i}` is i; other letters keep one kind of wrapping, which says that they are words."""
+    """`\\mathrm{i}` is i; other letters keep one kind of wrapping, which says that they are
+    words.
+    """
 
     def one(match: re.Match[str]) -> str:
         inner = match.group(1)
@@ -274,7 +320,9 @@ def _calculator_words(text: str) -> str:
     text = re.sub(r"(\d)(pi)(?![A-Za-z])", r"\1\\pi ", text)
     text = re.sub(rf"(\d)({'|'.join(_FUNCTIONS)}|sqrt)(?=\s*\()", r"\1 \2", text)
     text = _PLAIN_FUNCTION.sub(lambda match: f"\\{_FUNCTIONS[match.group(1)]} ", text)
-    return _call(text, _SQRT_CALL, lambda match: "\\sqrt[3]" if match.group(1) == "cbrt" else "\\sqrt")
+    return _call(
+        text, _SQRT_CALL, lambda match: "\\sqrt[3]" if match.group(1) == "cbrt" else "\\sqrt"
+    )
 
 
 def _outside_text(text: str, change: Callable[[str], str]) -> str:
@@ -284,7 +332,9 @@ def _outside_text(text: str, change: Callable[[str], str]) -> str:
 
 
 def _call(text: str, head: re.Pattern[str], command: Callable[[re.Match[str]], str]) -> str:
-    """`head(argument)` as `command{argument}`; a head without brackets is left with the command alone."""
+    """`head(argument)` as `command{argument}`; a head without brackets is left with the command
+    alone.
+    """
     position = 0
     while found := head.search(text, position):
         start = found.end()
@@ -325,7 +375,8 @@ def _arguments(text: str, command: str, count: int) -> str:
         # an optional [argument] stays; then `count` arguments, each braced or one character
         head = text[found:end]
         arguments = []
-        if count == 1 and (whole := _DIGITS.match(text, end)):  # who writes `\\sqrt12` means all of it
+        # who writes `\\sqrt12` means all of it
+        if count == 1 and (whole := _DIGITS.match(text, end)):
             arguments = [whole.group(1)]
             end = whole.end()
         while len(arguments) < count:
@@ -341,5 +392,7 @@ def _arguments(text: str, command: str, count: int) -> str:
                 end = single.end()
             else:
                 return text
-        text = text[:found] + head + "".join(f"{{{argument}}}" for argument in arguments) + text[end:]
+        text = (
+            text[:found] + head + "".join(f"{{{argument}}}" for argument in arguments) + text[end:]
+        )
     return text

@@ -1,4 +1,6 @@
-"""Reads plain numbers exactly, and compares them: exact with exact, a decimal to the digits it writes."""
+"""Reads plain numbers exactly, and compares them: exact with exact, a decimal to the digits it
+writes.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A rational number, and the significant digits it was written with if it is a decimal (None: exact)."""
+    """A rational number, and the significant digits it was written with if it is a decimal (None:
+    exact).
+    """
 
     value: Fraction
     digits: int | None = None
@@ -36,7 +40,9 @@ class Number:
 
 @lru_cache(maxsize=16384)
 def read_number(text: str) -> Number | None:
-    """The number that normalised `text` writes in digits, or None: 1,234 · 1 234 · .5 · 2\\frac{1}{2} · 3/4 · 1e-5."""
+    """The number that normalised `text` writes in digits, or None: 1,234 · 1 234 · .5 ·
+    2\\frac{1}{2} · 3/4 · 1e-5.
+    """
     if len(text) > _MOST_DIGITS or not any(character.isdigit() for character in text):
         return None
     if found := _DECIMAL.fullmatch(text):
@@ -45,7 +51,9 @@ def read_number(text: str) -> Number | None:
         return _fraction(found)
     if found := _SCIENTIFIC.fullmatch(text):
         exponent = int(found.group(3) or found.group(4))
-        plain = _decimal(found.group(1), found.group(2)) if abs(exponent) <= _MOST_EXPONENT else None
+        plain = (
+            _decimal(found.group(1), found.group(2)) if abs(exponent) <= _MOST_EXPONENT else None
+        )
         return plain and Number(plain.value * Fraction(10) ** exponent, plain.digits)
     if found := _REPEATING.fullmatch(text):
         return _repeating(found)
@@ -53,8 +61,14 @@ def read_number(text: str) -> Number | None:
 
 
 def read_decimal_comma(text: str) -> Number | None:
-    """`3,14` as 3.14: an answer in the habit of most of Europe; None if the comma groups thousands."""
-    return read_number(text.replace(",", ".")) if _DECIMAL_COMMA.fullmatch(text) and not read_number(text) else None
+    """`3,14` as 3.14: an answer in the habit of most of Europe; None if the comma groups
+    thousands.
+    """
+    return (
+        read_number(text.replace(",", "."))
+        if _DECIMAL_COMMA.fullmatch(text) and not read_number(text)
+        else None
+    )
 
 
 def _sign(text: str) -> int:
@@ -75,7 +89,9 @@ def _fraction(found: re.Match[str]) -> Number | None:
     sign, whole, over_sign, over, under_sign, under = found.group(1, 2, 3, 4, 5, 6)
     if over is None:
         sign, over, under = (
-            (found.group(7), found.group(8), found.group(9)) if found.group(8) else found.group(10, 11, 12)
+            (found.group(7), found.group(8), found.group(9))
+            if found.group(8)
+            else found.group(10, 11, 12)
         )
         over_sign = under_sign = ""
     if int(under) == 0 or (whole and (over_sign or under_sign)):
@@ -88,13 +104,17 @@ def _repeating(found: re.Match[str]) -> Number:
     sign, whole, fixed = found.group(1, 2, 3)
     period = found.group(4) or found.group(5) or found.group(6)
     start = Fraction(int(f"{whole}{fixed}" or 0), 10 ** len(fixed))
-    return Number(_sign(sign) * (start + Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(fixed))))
+    return Number(
+        _sign(sign) * (start + Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(fixed)))
+    )
 
 
 def same_number(gold: Number, answer: Number) -> bool:
-    """Exact against exact is exact; a decimal is right if rounding (or, from 6 digits on, cutting) the other gives it.
+    """Exact against exact is exact; a decimal is right if rounding (or, from 6 digits on, cutting)
+    the other gives it.
 
-    Both are then looked at to as many significant digits as the shorter decimal writes, and 6 at least.
+    Both are then looked at to as many significant digits as the shorter decimal writes, and 6 at
+    least.
     """
     if gold.value == answer.value:
         return True

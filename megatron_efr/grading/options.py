@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-_MORE = re.compile(r"(?:and|or|to|&|,|[-+*/=^<>])", re.IGNORECASE)  # another letter, or a formula: no option
+# another letter, or a formula: no option
+_MORE = re.compile(r"(?:and|or|to|&|,|[-+*/=^<>])", re.IGNORECASE)
 _OPTION = re.compile(
     r"(?:(?:option|choice|answer)\s*)?(?:[(\[]\s*([A-Za-z])\s*[)\]]|([A-Z])(?:\)|[.:](?=[\s\\]|$)|$))[.):]?\s*(.*)",
     re.IGNORECASE,
@@ -12,7 +13,8 @@ _OPTION = re.compile(
 
 
 def option(text: str, small: bool = False) -> tuple[str, str] | None:
-    """(letter, what follows) of a normalised answer such as `C`, `(C)`, `[C]`, `C. 5`, `C) 5`; None for any other.
+    """(letter, what follows) of a normalised answer such as `C`, `(C)`, `[C]`, `C. 5`, `C) 5`; None
+    for any other.
 
     Without brackets a `small` letter counts if nothing but options is asked for: elsewhere `c` is a
     variable.

@@ -1,4 +1,6 @@
-"""Grades responses in worker processes that are killed at a limit of CPU time or memory, and replaced."""
+"""Grades responses in worker processes that are killed at a limit of CPU time or memory, and
+replaced.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ from megatron_efr.grading.verdict import (
 from megatron_efr.types import CORRECT, Grade
 
 _POLL_S = 0.02  # how often busy workers' CPU time and memory are read
-_CHUNK = 32  # pairs a worker is handed at once: long enough to hide the pipe, short enough to share the work
+# pairs a worker is handed at once: long enough to hide the pipe, short enough to share the work
+_CHUNK = 32
 _STARTS = 3  # workers that may die in a row before they are ready
 _START_CPU_S = 120.0  # CPU seconds that importing math-verify and plug-ins may take
 _PLAIN_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
@@ -61,8 +64,8 @@ def grade(
 ) -> list[Grade]:
     """Grade each response text against the gold answer text beside it, in order.
 
-    `timeout_s` is CPU seconds for one response. Starts its own workers and ends them; a program that grades often
-    keeps a `Grader`. Raises ValueError when the two lengths differ.
+    `timeout_s` is CPU seconds for one response. Starts its own workers and ends them; a program
+    that grades often keeps a `Grader`. Raises ValueError when the two lengths differ.
     """
     with Grader(workers, timeout_s, verifiers=[verifier]) as grader:
         return grader.grade(responses, golds, verifier, extractor)
@@ -75,11 +78,11 @@ class GraderError(UserError, RuntimeError):
 class Grader:
     """A pool of grading processes, started when first needed, each killed at a limit and replaced.
 
-    `timeout_s` limits the CPU time of one response, not the wall clock, so that a loaded machine grades alike.
-    `memory_bytes` limits a worker's resident memory. A worker that uses no CPU at all for `stall_s` wall seconds while
-    it owes an answer (stopped, asleep, swapped out) is killed too, and with it what it started. `verifiers` are loaded
-    when a worker starts, on no response's time; others when they are first asked. Calls from several threads take
-    turns.
+    `timeout_s` limits the CPU time of one response, not the wall clock, so that a loaded machine
+    grades alike. `memory_bytes` limits a worker's resident memory. A worker that uses no CPU at all
+    for `stall_s` wall seconds while it owes an answer (stopped, asleep, swapped out) is killed too,
+    and with it what it started. `verifiers` are loaded when a worker starts, on no response's time;
+    others when they are first asked. Calls from several threads take turns.
     """
 
     def __init__(
@@ -91,7 +94,9 @@ class Grader:
         verifiers: Sequence[Verifier] = (),
     ) -> None:
         if workers < 1 or not timeout_s > 0:
-            raise ValueError(f"a grader needs workers >= 1 and timeout_s > 0, got {workers} and {timeout_s}")
+            raise ValueError(
+                f"a grader needs workers >= 1 and timeout_s > 0, got {workers} and {timeout_s}"
+            )
         self._count = workers
         self._limits = _Limits(timeout_s, memory_bytes, stall_s)
         self._verifiers = tuple(verifiers)
@@ -130,17 +135,28 @@ class Grader:
     ) -> list[Grade]:
         """Grade each response text against the gold answer text beside it, in order."""
         if len(responses) != len(golds):
-            raise ValueError(f"{len(responses)} responses and {len(golds)} gold answers: give one gold per response")
-        answers = [extractor(response, gold) for response, gold in zip(responses, golds, strict=True)]
+            raise ValueError(
+                f"{len(responses)} responses and {len(golds)} gold answers: give one gold per "
+                "response"
+            )
+        answers = [
+            extractor(response, gold) for response, gold in zip(responses, golds, strict=True)
+        ]
         return self.compare(answers, golds, verifier)
 
-    def compare(self, answers: Sequence[str | None], golds: Sequence[str], verifier: Verifier = MATH) -> list[Grade]:
+    def compare(
+        self, answers: Sequence[str | None], golds: Sequence[str], verifier: Verifier = MATH
+    ) -> list[Grade]:
         """Grade answers already taken from their responses; None is no answer."""
         pairs = zip(answers, golds, strict=True)
-        return self.ask([None if answer is None else Question(verifier, gold, answer) for answer, gold in pairs])
+        return self.ask(
+            [None if answer is None else Question(verifier, gold, answer) for answer, gold in pairs]
+        )
 
     def ask(self, questions: Sequence[Question | None]) -> list[Grade]:
-        """Put questions to the verifiers, in order; None is a response without an answer. Equal ones are asked once."""
+        """Put questions to the verifiers, in order; None is a response without an answer. Equal
+        ones are asked once.
+        """
         found: dict[Question, Verdict] = {}
         for question in questions:
             if question is not None and question not in found:
@@ -158,7 +174,11 @@ class Grader:
         try:
             while waiting or any(worker.jobs for worker in self._workers):
                 self._hand_out(questions, waiting)
-                active = {worker.connection: worker for worker in self._workers if worker.jobs or not worker.ready}
+                active = {
+                    worker.connection: worker
+                    for worker in self._workers
+                    if worker.jobs or not worker.ready
+                }
                 for connection in wait(list(active), timeout=_POLL_S):
                     worker = active[connection]  # pyright: ignore[reportArgumentType]
                     if not worker.receive(verdicts, self._limits):
@@ -171,12 +191,15 @@ class Grader:
                             self._bury(worker, excess, verdicts, waiting)
                     checked = time.monotonic()
         except BaseException:
-            _end_all(self._workers)  # an interrupted call leaves answers in the pipes that belong to nobody
+            # an interrupted call leaves answers in the pipes that belong to nobody
+            _end_all(self._workers)
             raise
         return verdicts
 
     def _hand_out(self, questions: list[Question], waiting: deque[int]) -> None:
-        """Give idle workers a chunk each, and start workers while there is more to do than they can take."""
+        """Give idle workers a chunk each, and start workers while there is more to do than they can
+        take.
+        """
         idle = [worker for worker in self._workers if worker.ready and not worker.jobs]
         for worker in idle:
             if not waiting:
@@ -189,7 +212,8 @@ class Grader:
             worker.jobs.extend(chunk)
             try:
                 worker.connection.send([questions[index] for index in chunk])
-            except (BrokenPipeError, ConnectionResetError):  # it died idle, which is no response's doing
+            # it died idle, which is no response's doing
+            except (BrokenPipeError, ConnectionResetError):
                 worker.jobs.clear()
                 waiting.extendleft(reversed(chunk))
                 self._remove(worker)
@@ -198,8 +222,12 @@ class Grader:
             self._workers.append(_Worker(self._limits, self._verifiers))
             starting += 1
 
-    def _bury(self, worker: _Worker, cause: Verdict, verdicts: list[Verdict], waiting: deque[int]) -> None:
-        """Remove a worker that died or must; the response it was on gets `cause`, the others go to the next one."""
+    def _bury(
+        self, worker: _Worker, cause: Verdict, verdicts: list[Verdict], waiting: deque[int]
+    ) -> None:
+        """Remove a worker that died or must; the response it was on gets `cause`, the others go to
+        the next one.
+        """
         if worker.jobs:
             verdicts[worker.jobs.popleft()] = cause
             waiting.extendleft(reversed(worker.jobs))
@@ -208,8 +236,11 @@ class Grader:
         self._remove(worker)
         if self._failed_starts >= _STARTS:
             raise GraderError(
-                f"{_STARTS} grading processes in a row died before they were ready (last exit status "
-                f"{worker.process.returncode}); `{sys.executable} -c 'import math_verify'` may show why"
+                (
+                    f"{_STARTS} grading processes in a row died before they were ready (last exit "
+                    f"status {worker.process.returncode}); `{sys.executable} -c 'import "
+                    "math_verify'` may show why"
+                )
                 + "".join(f", or importing the verifier {name}" for name in worker.plugins)
             )
 
@@ -232,7 +263,9 @@ class _Limits:
 
 @dataclass(slots=True, eq=False)
 class _Worker:
-    """One grading process as its parent sees it; `jobs` are the pairs it was handed and has not answered, in order."""
+    """One grading process as its parent sees it; `jobs` are the pairs it was handed and has not
+    answered, in order.
+    """
 
     limits: _Limits
     verifiers: tuple[Verifier, ...] = ()
@@ -245,20 +278,35 @@ class _Worker:
     answered: int = 0
     cpu_before: float = 0.0  # CPU seconds it had used when it finished its last response
     cpu_seen: float = 0.0
-    moved: float = field(default_factory=time.monotonic)  # wall clock when its CPU time last advanced
+    # wall clock when its CPU time last advanced
+    moved: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        """Start the process: a bare interpreter, since multiprocessing would import the program's own main module."""
+        """Start the process: a bare interpreter, since multiprocessing would import the program's
+        own main module.
+        """
         self.connection, theirs = Pipe()
         # RLIMIT_AS stops a single allocation that outruns the parent's watch on resident memory.
         address_space = 2 * self.limits.memory_bytes + (1 << 30)
         arguments = [str(theirs.fileno()), str(self.limits.timeout_s), str(address_space)]
-        self.command = [sys.executable, "-c", "from megatron_efr.grading.worker import main; main()", *arguments]
+        self.command = [
+            sys.executable,
+            "-c",
+            "from megatron_efr.grading.worker import main; main()",
+            *arguments,
+        ]
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        # A fixed hash seed makes sympy walk its sets in one order, hence take the same path to a verdict, every time.
-        environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(  # in a session of its own, which ends what a plug-in starts with it
+        # A fixed hash seed makes sympy walk its sets in one order, hence take the same path to a
+        # verdict, every time.
+        environment = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "PYTHONHASHSEED": "0",
+            "OMP_NUM_THREADS": "1",
+        }
+        # in a session of its own, which ends what a plug-in starts with it
+        self.process = subprocess.Popen(
             self.command,
             pass_fds=[theirs.fileno()],
             env=environment,
@@ -266,7 +314,8 @@ class _Worker:
             start_new_session=True,
         )
         theirs.close()
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died at once: its pipe says so
+        # it died at once: its pipe says so
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send(self.verifiers)
         self.usage = psutil.Process(self.process.pid)
 
@@ -281,7 +330,8 @@ class _Worker:
         if isinstance(said, str):
             raise GraderError(said)
         if self.ready:
-            # The parent looks every few hundredths of a second; the worker's own clock settles what ended in between.
+            # The parent looks every few hundredths of a second; the worker's own clock settles what
+            # ended in between.
             over = cpu - self.cpu_before > limits.timeout_s
             verdicts[self.jobs.popleft()] = limits.timeout if over else said
             self.answered += 1
@@ -311,7 +361,9 @@ class _Worker:
         return Verdict(CRASH, None, f"no CPU used for {limits.stall_s:g} s") if stalled else None
 
     def bloated(self, limits: _Limits) -> bool:
-        """True if what earlier responses left in sympy's caches would count against the next one."""
+        """True if what earlier responses left in sympy's caches would count against the next
+        one.
+        """
         if not self.answered:
             return False  # a fresh process holds no leftovers, however small the limit
         try:
@@ -329,7 +381,8 @@ class _Worker:
         try:
             code = self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            return Verdict(CRASH, None, "its process closed the pipe")  # and lives on: about to be killed
+            # and lives on: about to be killed
+            return Verdict(CRASH, None, "its process closed the pipe")
         if code == -signal.SIGXCPU:
             return self.limits.timeout
         return Verdict(CRASH, None, f"its process ended with exit status {code}")
@@ -356,10 +409,14 @@ def _plain_verdict(question: Question) -> str:
     """The status if it needs no mathematics, else empty: two integers in plain digits, of at most
     18.
 
-    math-verify reads each as that sympy Integer, in a box or between dollars, and compares Integers exactly, so the
-    verdicts are the same (a test holds them against each other).
+    math-verify reads each as that sympy Integer, in a box or between dollars, and compares Integers
+    exactly, so the verdicts are the same (a test holds them against each other).
     """
     verifier, gold, answer, _ = question
-    if verifier.name == MATH.name and _PLAIN_INTEGER.fullmatch(gold) and _PLAIN_INTEGER.fullmatch(answer):
+    if (
+        verifier.name == MATH.name
+        and _PLAIN_INTEGER.fullmatch(gold)
+        and _PLAIN_INTEGER.fullmatch(answer)
+    ):
         return CORRECT if gold == answer else WRONG
     return ""

@@ -1,4 +1,6 @@
-"""Compares two expressions that may carry a unit, a percent sign or a base; and texts letter by letter."""
+"""Compares two expressions that may carry a unit, a percent sign or a base; and texts letter by
+letter.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def same_quantity(gold: str, answer: str) -> bool:
     gold_core, gold_base = split_base(gold_core)
     core, base = split_base(core)
     if base is not None or gold_base is not None:
-        return gold_core.lstrip("0") == core.lstrip("0") and (base is None or gold_base is None or base == gold_base)
+        return gold_core.lstrip("0") == core.lstrip("0") and (
+            base is None or gold_base is None or base == gold_base
+        )
     if not same_unit(gold_unit, unit):
         return _same_percent(gold_core, gold_unit, core, unit)
     if _equal_times(gold_core, gold_times, core, times):
@@ -33,7 +37,9 @@ def same_quantity(gold: str, answer: str) -> bool:
 
 
 def _same_algebra(gold: str, answer: str) -> bool:
-    """A gold with letters or `\\pi`: as algebra first, since it may write what elsewhere would be a unit."""
+    """A gold with letters or `\\pi`: as algebra first, since it may write what elsewhere would be a
+    unit.
+    """
     core, unit, times = split_unit(answer)
     spelled = unit is not None and times == 1 and _SPELLED_UNIT.search(answer) is not None
     try:
@@ -45,7 +51,8 @@ def _same_algebra(gold: str, answer: str) -> bool:
     return spelled and algebra.equal(gold, core)
 
 
-_SPELLED_UNIT = re.compile(r"\\text\{|%|\\degree|[A-Za-z]{2,}[\s.^{}\d]*$")  # one bare letter would be a variable
+# one bare letter would be a variable
+_SPELLED_UNIT = re.compile(r"\\text\{|%|\\degree|[A-Za-z]{2,}[\s.^{}\d]*$")
 
 
 def _is_plain(text: str) -> bool:
@@ -67,7 +74,9 @@ def _equal_times(gold: str, gold_times: int, answer: str, times: int) -> bool:
     one, two = read_number(gold), read_number(answer)
     if one is None or two is None:
         return False
-    return same_number(Number(one.value * gold_times, one.digits), Number(two.value * times, two.digits))
+    return same_number(
+        Number(one.value * gold_times, one.digits), Number(two.value * times, two.digits)
+    )
 
 
 def _same_percent(gold: str, gold_unit: str | None, answer: str, unit: str | None) -> bool:
@@ -77,14 +86,20 @@ def _same_percent(gold: str, gold_unit: str | None, answer: str, unit: str | Non
     one, two = read_number(gold), read_number(answer)
     if one is None or two is None:
         return False
-    hundredth = [Fraction(1, 100) if name == "percent" else Fraction(1) for name in (gold_unit, unit)]
-    return same_number(Number(one.value * hundredth[0], one.digits), Number(two.value * hundredth[1], two.digits))
+    hundredth = [
+        Fraction(1, 100) if name == "percent" else Fraction(1) for name in (gold_unit, unit)
+    ]
+    return same_number(
+        Number(one.value * hundredth[0], one.digits), Number(two.value * hundredth[1], two.digits)
+    )
 
 
 _BASE = re.compile(r"([0-9A-F]+)\s*_\s*\{?\s*(?:\\text\{)?\s*(\d+|[a-z]+)\s*\}?\}?")
 _BASES = {
-    "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
-    "ten": "10", "twelve": "12", "sixteen": "16", "binary": "2", "bin": "2", "hex": "16", "oct": "8", "dec": "10",
+    "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8",
+    "nine": "9",
+    "ten": "10", "twelve": "12", "sixteen": "16", "binary": "2", "bin": "2", "hex": "16",
+    "oct": "8", "dec": "10",
 }  # fmt: skip
 
 
@@ -97,7 +112,9 @@ def split_base(text: str) -> tuple[str, str | None]:
 
 def same_text(gold: str, answer: str) -> bool:
     """Letters and digits in one order; one letter alone keeps its case."""
-    one, two = (re.sub(r"\\text\s*|[^A-Za-z0-9+\-]|^(?:the|an?) ", "", text) for text in (gold, answer))
+    one, two = (
+        re.sub(r"\\text\s*|[^A-Za-z0-9+\-]|^(?:the|an?) ", "", text) for text in (gold, answer)
+    )
     if any(re.search(r"\\(?!text)|[\^_=<>/*]", text) for text in (gold, answer)):
         return gold == answer
     return bool(one) and (one == two if len(one) == 1 else one.lower() == two.lower())

@@ -31,7 +31,9 @@ def region(form: Form) -> Region | None:
         return _without(form.items[0], form.items[1].items) if form.items[1].kind == "set" else None
     if form.kind == "list" and (excluded := _excluded(form)):
         return excluded
-    if form.kind == "union" or (form.kind == "list" and all(item.kind == "relation" for item in form.items)):
+    if form.kind == "union" or (
+        form.kind == "list" and all(item.kind == "relation" for item in form.items)
+    ):
         return _together(form.items)
     return _inequality(form) if form.kind == "relation" else None
 
@@ -41,11 +43,15 @@ def _together(items: Sequence[Form]) -> Region | None:
     names = {piece[0] for piece in pieces if piece}
     if None in pieces:
         return None
-    return (names.pop() if len(names) == 1 else "?"), [interval for piece in pieces if piece for interval in piece[1]]
+    return (names.pop() if len(names) == 1 else "?"), [
+        interval for piece in pieces if piece for interval in piece[1]
+    ]
 
 
 def _excluded(form: Form) -> Region | None:
-    """`x \\ne 1, x \\ne 2`, `x \\ne 1, 2` and `x \\in \\mathbb{R}, x \\ne 1`: all of these hold together."""
+    """`x \\ne 1, x \\ne 2`, `x \\ne 1, 2` and `x \\in \\mathbb{R}, x \\ne 1`: all of these hold
+    together.
+    """
     first = form.items[0]
     if first.kind != "relation" or first.signs not in (("\\ne",), ("\\in",)):
         return None
@@ -98,7 +104,10 @@ def _inequality(form: Form) -> tuple[str, list[Interval]] | None:
         inner = region(items[1])
         return inner and (items[0].text, inner[1])
     if signs == ("\\ne",):
-        return items[0].text, [((_LOWEST, False), (items[1], False)), ((items[1], False), (_HIGHEST, False))]
+        return items[0].text, [
+            ((_LOWEST, False), (items[1], False)),
+            ((items[1], False), (_HIGHEST, False)),
+        ]
     if not set(signs) <= set(_CLOSED):
         return None
     if signs[0] in (">", "\\ge"):
@@ -118,8 +127,14 @@ def _inequality(form: Form) -> tuple[str, list[Interval]] | None:
 
 
 def _absolute(items: Sequence[Form], signs: Sequence[str]) -> Region | None:
-    """`|x - c| < b`, `a < |x - c| < b`, `|x - c| > a` for positive bounds; `signs` are `<` and `\\le`."""
-    found = {index: match for index, item in enumerate(items) if (match := _ABSOLUTE.fullmatch(item.text))}
+    """`|x - c| < b`, `a < |x - c| < b`, `|x - c| > a` for positive bounds; `signs` are `<` and
+    `\\le`.
+    """
+    found = {
+        index: match
+        for index, item in enumerate(items)
+        if (match := _ABSOLUTE.fullmatch(item.text))
+    }
     bounds = [item for index, item in enumerate(items) if index not in found]
     if len(found) != 1 or not all((_value(bound) or 0) > 0 for bound in bounds):
         return None
@@ -128,10 +143,14 @@ def _absolute(items: Sequence[Form], signs: Sequence[str]) -> Region | None:
     centre = f"{'-' if sign == '+' else ''}({shift})" if shift else ""
 
     def edge(bound: Form, side: str, closed: bool) -> Edge:
-        return read(f"{centre}{side}({bound.text})" if centre or side == "-" else bound.text), closed
+        return read(
+            f"{centre}{side}({bound.text})" if centre or side == "-" else bound.text
+        ), closed
 
     below = [(item, _CLOSED[sign]) for item, sign in zip(items[:place], signs[:place], strict=True)]
-    above = [(item, _CLOSED[sign]) for item, sign in zip(items[place + 1 :], signs[place:], strict=True)]
+    above = [
+        (item, _CLOSED[sign]) for item, sign in zip(items[place + 1 :], signs[place:], strict=True)
+    ]
     if not below:
         [(high, closed)] = above
         return name, [(edge(high, "-", closed), edge(high, "+", closed))]
@@ -143,5 +162,6 @@ def _absolute(items: Sequence[Form], signs: Sequence[str]) -> Region | None:
 
 def _variable(form: Form) -> bool:
     return (
-        bool(re.fullmatch(r"\|?\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([a-z]\))?\|?", form.text)) and "\\infty" not in form.text
+        bool(re.fullmatch(r"\|?\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([a-z]\))?\|?", form.text))
+        and "\\infty" not in form.text
     )

@@ -1,11 +1,14 @@
-"""Parts a quantity from its unit: `18 \\text{ dollars}`, `$18`, `5 m/s`, `45\\degree`, `12.5%`; tables first."""
+"""Parts a quantity from its unit: `18 \\text{ dollars}`, `$18`, `5 m/s`, `45\\degree`, `12.5%`;
+tables first.
+"""
 
 from __future__ import annotations
 
 import re
 from functools import lru_cache
 
-# Spellings of one unit. The first is its name here; single letters count only apart from the number or in \text{}.
+# Spellings of one unit. The first is its name here; single letters count only apart from the number
+# or in \text{}.
 _SPELLINGS = """
 percent % percentage pct percents
 degree degrees deg ° \\degree
@@ -56,11 +59,16 @@ am a.m.
 pm p.m.
 unit units
 """
-_NAMES = {spelling: line.split()[0] for line in _SPELLINGS.strip().splitlines() for spelling in line.split()}
+_NAMES = {
+    spelling: line.split()[0]
+    for line in _SPELLINGS.strip().splitlines()
+    for spelling in line.split()
+}
 _SINGLE = {name for name in _NAMES if len(name) == 1 and name.isalpha()}
 # Words after a number that change it, so that what is before them is not the answer.
 _MULTIPLES = {
-    "hundred": 10**2, "thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
+    "hundred": 10**2, "thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9,
+    "trillion": 10**12,
     "dozen": 12, "dozens": 12,
 }  # fmt: skip
 _CHANGES = """
@@ -88,7 +96,9 @@ _WORDS = re.compile(
 
 @lru_cache(maxsize=16384)
 def split_unit(text: str) -> tuple[str, str | None, int]:
-    """(what is left, the unit's name or None, the factor that a word such as `million` brings) of normalised text."""
+    """(what is left, the unit's name or None, the factor that a word such as `million` brings) of
+    normalised text.
+    """
     core = text
     unit = None
     factor = 1
@@ -96,7 +106,11 @@ def split_unit(text: str) -> tuple[str, str | None, int]:
         mark = _PREFIX_UNIT.search(found.group())
         core = found.group(1) + core[found.end() :]
         unit = _NAMES.get((mark.group().lower() if mark else "$"), "$")
-    if (found := _SUFFIX.match(core)) and found.group("core").strip() and not _ANGLE.search(found.group("core")):
+    if (
+        (found := _SUFFIX.match(core))
+        and found.group("core").strip()
+        and not _ANGLE.search(found.group("core"))
+    ):
         name, times = _unit_name(found.group("unit"), apart=True)
         if name is None:
             return text, None, 1
@@ -120,19 +134,27 @@ def _join(first: str | None, second: str) -> str:
 
 
 def same_unit(gold: str | None, answer: str | None) -> bool:
-    """Equal units, or one that is not written; of two free texts one may say more (`eggs`, `eggs per day`)."""
+    """Equal units, or one that is not written; of two free texts one may say more (`eggs`, `eggs
+    per day`).
+    """
     if gold is None or answer is None or gold == answer:
         return True
     one = gold.split()
     two = answer.split()
-    known = [any(word.strip("^/0123456789") in _NAMES.values() for word in words) for words in (one, two)]
+    known = [
+        any(word.strip("^/0123456789") in _NAMES.values() for word in words) for words in (one, two)
+    ]
     return not any(known) and (set(one) <= set(two) or set(two) <= set(one))
 
 
 def _unit_name(text: str, apart: bool) -> tuple[str | None, int]:
-    """(canonical name or None if `text` is no unit, factor). `apart`: a space or \\text{} stands before it."""
+    """(canonical name or None if `text` is no unit, factor). `apart`: a space or \\text{} stands
+    before it.
+    """
     plain = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).replace("{", "").replace("}", "")
-    plain = plain.replace("\\degree", " degree ").replace("\\cdot", " ").replace("\\", " ").strip(" .,")
+    plain = (
+        plain.replace("\\degree", " degree ").replace("\\cdot", " ").replace("\\", " ").strip(" .,")
+    )
     if plain in _NAMES and (apart or plain not in _SINGLE):
         return _NAMES[plain], 1
     plain = re.sub(r"\s*\^\s*", "^", re.sub(r"\s*/\s*", " / ", plain))
@@ -144,7 +166,10 @@ def _unit_name(text: str, apart: bool) -> tuple[str | None, int]:
         return None, 1
     if not apart and words and len(words[0].split("^")[0]) == 1 and "^" not in words[0]:
         return None, 1  # `5t` is a product
-    if any(len(base) == 1 and base.isalpha() and base not in _SINGLE for base in (w.split("^")[0] for w in words)):
+    if any(
+        len(base) == 1 and base.isalpha() and base not in _SINGLE
+        for base in (w.split("^")[0] for w in words)
+    ):
         return None, 1  # `5 x` and `\\pi r^2` too
     return " ".join(_canonical(words)), factor
 

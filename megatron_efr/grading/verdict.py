@@ -23,14 +23,18 @@ UNJUDGED = (TIMEOUT, MEMORY, CRASH, BAD_GOLD)
 
 @dataclass(frozen=True, slots=True)
 class Verifier:
-    """A way to judge answers: its name, its options as JSON, and the score from which an answer is correct."""
+    """A way to judge answers: its name, its options as JSON, and the score from which an answer is
+    correct.
+    """
 
     name: str = "math"
     options: str = "{}"
     threshold: float = 1.0
 
     @classmethod
-    def of(cls, name: str, options: Mapping[str, Any] | None = None, threshold: float = 1.0) -> Verifier:
+    def of(
+        cls, name: str, options: Mapping[str, Any] | None = None, threshold: float = 1.0
+    ) -> Verifier:
         return cls(name, json.dumps(options or {}, sort_keys=True, default=str), threshold)
 
 

@@ -1,9 +1,10 @@
-"""Verifiers other than math, as a grading process runs them: built-in ones, and plug-ins by name or module:function.
+"""Verifiers other than math, as a grading process runs them: built-in ones, and plug-ins by name or
+module:function.
 
-A verifier is called with (answer, gold) and its options as keywords, and returns a bool, or a score from 0 to 1. It may
-have two attributes: `check_gold(gold)`, which returns what is wrong with a gold answer, or None; and
-`equal(answer, other)`, which says if two answers are the same one, for votes. A plug-in may also be a class, which is
-made once, with the options.
+A verifier is called with (answer, gold) and its options as keywords, and returns a bool, or a score
+from 0 to 1. It may have two attributes: `check_gold(gold)`, which returns what is wrong with a gold
+answer, or None; and `equal(answer, other)`, which says if two answers are the same one, for votes.
+A plug-in may also be a class, which is made once, with the options.
 """
 
 from __future__ import annotations
@@ -20,7 +21,17 @@ from typing import Any, NamedTuple
 
 from megatron_efr.grading.normalise import normalise
 from megatron_efr.grading.options import option
-from megatron_efr.grading.verdict import BAD_GOLD, CORRECT, CRASH, MEMORY, UNPARSED, WRONG, Question, Verdict, Verifier
+from megatron_efr.grading.verdict import (
+    BAD_GOLD,
+    CORRECT,
+    CRASH,
+    MEMORY,
+    UNPARSED,
+    WRONG,
+    Question,
+    Verdict,
+    Verifier,
+)
 
 ENTRY_POINT = "megatron_efr.verifiers"
 
@@ -33,7 +44,8 @@ class UnreadableError(ValueError):
     """A text that a built-in verifier cannot read; the message says what it expects."""
 
 
-# -- built-in ----------------------------------------------------------------------------------------------------------
+# -- built-in
+# --------------------------------------------------------------------------------------------------
 
 
 def exact(answer: str, gold: str, ignore_case: bool = False) -> bool:
@@ -43,14 +55,18 @@ def exact(answer: str, gold: str, ignore_case: bool = False) -> bool:
 
 
 def choice(answer: str, gold: str) -> bool:
-    """Compare option letters: `C`, `c`, `(C)`, `C. 5`, `C) five`, `\\text{(C)}`, `Option C` are all C."""
+    """Compare option letters: `C`, `c`, `(C)`, `C. 5`, `C) five`, `\\text{(C)}`, `Option C` are all
+    C.
+    """
     return _letter(answer) == _letter(gold)
 
 
 def numeric(answer: str, gold: str, relative: float = 1e-6, absolute: float = 0.0) -> bool:
     """Compare numbers, exactly but for the tolerance max(absolute, relative x |gold|)."""
     wanted = _number(gold)
-    return abs(_number(answer) - wanted) <= max(Fraction(absolute), Fraction(relative) * abs(wanted))
+    return abs(_number(answer) - wanted) <= max(
+        Fraction(absolute), Fraction(relative) * abs(wanted)
+    )
 
 
 def regex(answer: str, gold: str, search: bool = False, ignore_case: bool = False) -> bool:
@@ -78,7 +94,9 @@ def _number(text: str) -> Fraction:
         raise UnreadableError("no number, such as -1,234.5, 3/4, 1e-3 or 12%")
     sign, above, below, percent = found.groups()
     try:
-        value = Fraction(above.replace(",", "")) / (Fraction(below.replace(",", "")) if below else 1)
+        value = Fraction(above.replace(",", "")) / (
+            Fraction(below.replace(",", "")) if below else 1
+        )
     except (ValueError, ZeroDivisionError) as error:
         raise UnreadableError("no number, such as -1,234.5, 3/4, 1e-3 or 12%") from error
     return (-value if sign == "-" else value) / (100 if percent else 1)
@@ -112,7 +130,8 @@ class Loaded(NamedTuple):
     equal: Callable[[str, str], Any]
 
 
-_BUILT_IN: dict[str, tuple[Callable[..., bool], Callable[[str], str | None], bool]] = {  # the last: golds are answers
+# the last: golds are answers
+_BUILT_IN: dict[str, tuple[Callable[..., bool], Callable[[str], str | None], bool]] = {
     "exact": (exact, lambda gold: None if gold.strip() else "empty", True),
     "choice": (choice, _check_by(_letter), True),
     "numeric": (numeric, _check_by(_number), True),
@@ -120,7 +139,8 @@ _BUILT_IN: dict[str, tuple[Callable[..., bool], Callable[[str], str | None], boo
 }
 
 
-# -- loading -----------------------------------------------------------------------------------------------------------
+# -- loading
+# --------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=256)
@@ -135,11 +155,20 @@ def load(name: str, options: str) -> Loaded:
     try:
         verify = target(**given) if isinstance(target, type) else _bound(target, given)
     except Exception as error:
-        raise LoadError(f"verifier {name!r} does not take options {given}: {_named(error)}") from error
+        raise LoadError(
+            f"verifier {name!r} does not take options {given}: {_named(error)}"
+        ) from error
     if not callable(verify):
-        raise LoadError(f"verifier {name!r}: a {type(verify).__name__}, which cannot be called with (answer, gold)")
+        raise LoadError(
+            f"verifier {name!r}: a {type(verify).__name__}, which cannot be called with (answer, "
+            "gold)"
+        )
     source = verify if isinstance(target, type) else target
-    return Loaded(verify, getattr(source, "check_gold", lambda gold: None), getattr(source, "equal", _same_text))
+    return Loaded(
+        verify,
+        getattr(source, "check_gold", lambda gold: None),
+        getattr(source, "equal", _same_text),
+    )
 
 
 def _bound(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
@@ -159,10 +188,12 @@ def _plugin(name: str) -> Any:
     """The object that `name` leads to: a registered entry point, or module:function."""
     found = [entry for entry in entry_points(group=ENTRY_POINT) if entry.name == name]
     if not found and ":" not in name:
-        registered = ", ".join(sorted({entry.name for entry in entry_points(group=ENTRY_POINT)})) or "none"
+        registered = (
+            ", ".join(sorted({entry.name for entry in entry_points(group=ENTRY_POINT)})) or "none"
+        )
         raise LoadError(
-            f"no verifier {name!r}; built in: math, {', '.join(_BUILT_IN)}; registered under {ENTRY_POINT}: "
-            f"{registered}; or give module:function"
+            f"no verifier {name!r}; built in: math, {', '.join(_BUILT_IN)}; registered under "
+            f"{ENTRY_POINT}: {registered}; or give module:function"
         )
     try:
         if found:
@@ -184,7 +215,8 @@ def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-# -- asking ------------------------------------------------------------------------------------------------------------
+# -- asking
+# --------------------------------------------------------------------------------------------------
 
 
 def ask(question: Question) -> Verdict:
@@ -219,5 +251,9 @@ def _verdict(said: Any, verifier: Verifier) -> Verdict:
     except (TypeError, ValueError):
         score = float("nan")
     if not 0.0 <= score <= 1.0:
-        return Verdict(CRASH, None, f"returned {said!r:.100}, and a verdict is True, False, or a score from 0 to 1")
+        return Verdict(
+            CRASH,
+            None,
+            f"returned {said!r:.100}, and a verdict is True, False, or a score from 0 to 1",
+        )
     return Verdict(CORRECT if score >= verifier.threshold else WRONG, score)

@@ -1,7 +1,9 @@
-"""The grading process: reads (gold, answer) pairs from a pipe and asks math-verify; imports neither torch nor types.
+"""The grading process: reads (gold, answer) pairs from a pipe and asks math-verify; imports neither
+torch nor types.
 
-The parent reads this process's CPU time and memory and kills it at a limit. math-verify's own limit rests on SIGALRM,
-which is blind inside C code and forbidden outside the main thread, so it is switched off here.
+The parent reads this process's CPU time and memory and kills it at a limit. math-verify's own limit
+rests on SIGALRM, which is blind inside C code and forbidden outside the main thread, so it is
+switched off here.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ _PARENT_S = 2.0  # how often a worker looks if its parent is there
 
 
 def judge(gold: str, answer: str) -> str:
-    """Status of `answer`, the content of a box, against `gold`; may hang or die, which is the parent's business.
+    """Status of `answer`, the content of a box, against `gold`; may hang or die, which is the
+    parent's business.
 
     The gold comes first, since the comparison is not symmetric: if two readings are sensible, its
     form decides.
@@ -56,13 +59,18 @@ def judge(gold: str, answer: str) -> str:
 
 def verdict(question: Question) -> Verdict:
     """The verdict of the question's verifier; may hang or die, which is the parent's business."""
-    if question.verifier.name == MATH.name:  # a gold is held against itself, and an answer is a gold for another one
-        return Verdict(judge(question.gold, question.gold if question.kind == "gold" else question.answer))
+    # a gold is held against itself, and an answer is a gold for another one
+    if question.verifier.name == MATH.name:
+        return Verdict(
+            judge(question.gold, question.gold if question.kind == "gold" else question.answer)
+        )
     return verifiers.ask(question)
 
 
 def serve(connection: Connection, timeout_s: float) -> None:
-    """Answer every question of each chunk with (verdict, CPU seconds of this process), until the pipe ends."""
+    """Answer every question of each chunk with (verdict, CPU seconds of this process), until the
+    pipe ends.
+    """
     connection.send((None, time.process_time()))
     while True:
         try:
@@ -96,25 +104,34 @@ def _warm_up() -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process, and what it started, when the parent is gone: a verifier may be asleep and see no pipe end."""
+    """End this process, and what it started, when the parent is gone: a verifier may be asleep and
+    see no pipe end.
+    """
     while os.getppid() == parent:
         time.sleep(_PARENT_S)
     os.killpg(0, signal.SIGKILL)
 
 
 def _limit_cpu(timeout_s: float) -> None:
-    """Let the kernel end this process should the parent be gone: whole seconds, so after the parent's own limit."""
+    """Let the kernel end this process should the parent be gone: whole seconds, so after the
+    parent's own limit.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     soft = math.ceil(time.process_time() + timeout_s) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard)
+    )
 
 
 def main() -> None:
-    """The process's program; its arguments are a pipe's descriptor, CPU seconds a response, bytes of address space."""
+    """The process's program; its arguments are a pipe's descriptor, CPU seconds a response, bytes
+    of address space.
+    """
     descriptor = int(sys.argv[1])
     timeout_s = float(sys.argv[2])
     address_space = int(sys.argv[3])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it closes the pipe
+    # Ctrl-C is the parent's to handle: it closes the pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (address_space, hard))
     os.dup2(2, 1)  # what a plug-in prints is no part of a program's output

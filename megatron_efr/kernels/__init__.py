@@ -1,4 +1,6 @@
-"""Per-token log-probs, entropies, policy losses and credits without ever holding [tokens, vocabulary]."""
+"""Per-token log-probs, entropies, policy losses and credits without ever holding [tokens,
+vocabulary].
+"""
 
 from megatron_efr.kernels.backend import Backend, choose_backend
 from megatron_efr.kernels.fused_policy_loss import FusedLoss, fused_policy_loss

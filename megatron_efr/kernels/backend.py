@@ -25,7 +25,9 @@ def choose_backend(kernels: Literal["auto", "triton", "torch"]) -> tuple[Backend
         return "torch", "as configured"
     missing = _missing()
     if missing is None:
-        return "triton", "as configured" if kernels == "triton" else "auto: CUDA is present and triton imports"
+        return "triton", "as configured" if kernels == "triton" else (
+            "auto: CUDA is present and triton imports"
+        )
     if kernels == "triton":
         raise ConfigError(f"model.kernels: triton is asked for, and {missing}; use auto or torch")
     return "torch", f"auto: {missing}"

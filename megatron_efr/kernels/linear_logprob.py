@@ -9,7 +9,15 @@ import torch.distributed as dist
 
 from megatron_efr.kernels.backend import Backend, row_kernels
 from megatron_efr.kernels.matmul import accumulate_weight_gradient, logits_into
-from megatron_efr.kernels.row_kernels import ELSEWHERE, OUTSIDE, Logits, RowKernels, Softmax, chunks, merge
+from megatron_efr.kernels.row_kernels import (
+    ELSEWHERE,
+    OUTSIDE,
+    Logits,
+    RowKernels,
+    Softmax,
+    chunks,
+    merge,
+)
 
 CHUNK_TOKENS = 2048  # for each tensor-parallel rank: fp32 logits held at once, 1.2 GB at V = 152k
 CHUNK_BYTES_CPU = 2**28  # of them at most on a CPU, whose products are as fast with fewer rows
@@ -20,14 +28,23 @@ class Shard(NamedTuple):
 
     kernels: RowKernels
     scale: float  # 1 / temperature
-    columns: int  # this rank's rows of the weight that lie in the true vocabulary; the rest is padding
+    # this rank's rows of the weight that lie in the true vocabulary; the rest is padding
+    columns: int
     group: dist.ProcessGroup | None  # None if there is nobody to merge with
     sums_hidden: bool  # whether the gradient of hidden is summed over the group here
     chunk: int
 
-    def logits(self, buffer: torch.Tensor, states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Logits:
+    def logits(
+        self,
+        buffer: torch.Tensor,
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> Logits:
         """Logits of a chunk's states [rows, H], in the buffer."""
-        return Logits(logits_into(buffer[: len(states)], states, weight), targets, self.columns, self.scale)
+        return Logits(
+            logits_into(buffer[: len(states)], states, weight), targets, self.columns, self.scale
+        )
 
     def softmax(self, logits: Logits, entropy: bool) -> Softmax:
         """Softmax over the whole vocabulary, from this rank's logits; a collective."""
@@ -53,19 +70,24 @@ def linear_logprob(
     live: int | None = None,
     backend: Backend = "torch",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """log softmax(hidden @ weight.T / temperature)[target] and, if asked for, the entropy of that distribution.
+    """log softmax(hidden @ weight.T / temperature)[target] and, if asked for, the entropy of that
+    distribution.
 
-    `hidden` [T, H], `weight` [V_local, H] (this tensor-parallel rank's rows of the head), `targets` int64 [T], each in
-    [0, true_vocab): the log-prob of another is nan, since an error would have to wait for the card. Columns from
-    `true_vocab` on are padding and get no probability. Returns fp32 [T] and fp32 [T] or None; differentiable in hidden
-    and weight through both. At most [chunk, V_local] logits exist at a time; the backward pass makes them again, but
-    for rows from `live` on, which get no gradient: the caller knows that theirs is 0.
+    `hidden` [T, H], `weight` [V_local, H] (this tensor-parallel rank's rows of the head), `targets`
+    int64 [T], each in [0, true_vocab): the log-prob of another is nan, since an error would have to
+    wait for the card. Columns from `true_vocab` on are padding and get no probability. Returns fp32
+    [T] and fp32 [T] or None; differentiable in hidden and weight through both. At most [chunk,
+    V_local] logits exist at a time; the backward pass makes them again, but for rows from `live`
+    on, which get no gradient: the caller knows that theirs is 0.
 
-    The gradient of `hidden` comes back summed over `tp_group`; with `sum_hidden` off it is this rank's part, for a
-    caller whose own backward pass sums (the reduce-scatter of sequence parallelism).
+    The gradient of `hidden` comes back summed over `tp_group`; with `sum_hidden` off it is this
+    rank's part, for a caller whose own backward pass sums (the reduce-scatter of sequence
+    parallelism).
     """
     # targets as columns of this rank; the function makes logits chunk by chunk
-    shard, local = prepare(weight, targets, temperature, true_vocab, tp_group, sum_hidden, chunk, backend)
+    shard, local = prepare(
+        weight, targets, temperature, true_vocab, tp_group, sum_hidden, chunk, backend
+    )
     logprob, entropies = _LinearLogprob.apply(hidden, weight, local, shard, entropy, live)
     return logprob, entropies if entropy else None
 
@@ -85,7 +107,9 @@ def prepare(
     first = 0 if tp_group is None else dist.get_rank(tp_group) * weight.shape[0]
     vocabulary = weight.shape[0] * ranks if true_vocab is None else true_vocab
     columns = min(max(vocabulary - first, 0), weight.shape[0])
-    local = torch.where((targets >= first) & (targets < first + columns), targets - first, ELSEWHERE)
+    local = torch.where(
+        (targets >= first) & (targets < first + columns), targets - first, ELSEWHERE
+    )
     local.masked_fill_((targets < 0) | (targets >= vocabulary), OUTSIDE)
     group = tp_group if ranks > 1 else None
     size = chunk or default_chunk(weight.shape[0], ranks, weight.device)
@@ -124,7 +148,11 @@ class _LinearLogprob(torch.autograd.Function):
         for rows in chunks(tokens, shard.chunk):
             logits = shard.logits(buffer, hidden[rows].to(weight.dtype), weight, targets[rows])
             softmax = shard.softmax(logits, entropy)
-            logprob[rows], peak[rows], log_total[rows] = softmax.logprob, softmax.peak, softmax.log_total
+            logprob[rows], peak[rows], log_total[rows] = (
+                softmax.logprob,
+                softmax.peak,
+                softmax.log_total,
+            )
             if softmax.entropy is not None:
                 entropies[rows] = softmax.entropy
         ctx.shard = shard
@@ -143,14 +171,22 @@ class _LinearLogprob(torch.autograd.Function):
         grad_entropy = grads[1].contiguous() if ctx.entropy else None
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         # accumulated over chunks in fp32: in bf16 the error would grow with the number of chunks
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight = (
+            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        )
         buffer = logits_buffer(ctx.live, weight, shard.chunk)
         for rows in chunks(ctx.live, shard.chunk):
             states = hidden[rows].to(weight.dtype)
             logits = shard.logits(buffer, states, weight, targets[rows])
-            softmax = Softmax(peak[rows], log_total[rows], logprob[rows], entropies[rows] if ctx.entropy else None)
+            softmax = Softmax(
+                peak[rows], log_total[rows], logprob[rows], entropies[rows] if ctx.entropy else None
+            )
             d_logits = shard.kernels.write_gradient(
-                logits, softmax, grad_logprob[rows], None if grad_entropy is None else grad_entropy[rows], weight.dtype
+                logits,
+                softmax,
+                grad_logprob[rows],
+                None if grad_entropy is None else grad_entropy[rows],
+                weight.dtype,
             )
             if grad_hidden is not None:
                 grad_hidden[rows] = (d_logits @ weight).to(hidden.dtype)
@@ -158,4 +194,11 @@ class _LinearLogprob(torch.autograd.Function):
                 accumulate_weight_gradient(grad_weight, d_logits, states)
         if grad_hidden is not None:
             shard.sum_hidden(grad_hidden)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None,
+            None,
+            None,
+            None,
+        )

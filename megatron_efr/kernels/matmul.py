@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-_UPCAST_ROWS = 4096  # rows of the weight turned to fp32 at a time if 16-bit operands have no fp32 product
+# rows of the weight turned to fp32 at a time if 16-bit operands have no fp32 product
+_UPCAST_ROWS = 4096
 
 
 def logits_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -21,8 +22,12 @@ def logits_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -
     return _upcast_logits_into(out, hidden, weight)
 
 
-def accumulate_weight_gradient(total: torch.Tensor, d_logits: torch.Tensor, hidden: torch.Tensor) -> None:
-    """total fp32 [V, H] += d_logits [rows, V].T @ hidden [rows, H], both of the weight's dtype, summed in fp32."""
+def accumulate_weight_gradient(
+    total: torch.Tensor, d_logits: torch.Tensor, hidden: torch.Tensor
+) -> None:
+    """total fp32 [V, H] += d_logits [rows, V].T @ hidden [rows, H], both of the weight's dtype,
+    summed in fp32.
+    """
     if d_logits.dtype == torch.float32:
         total.addmm_(d_logits.t(), hidden)
     elif has_fp32_products(d_logits):
@@ -39,7 +44,9 @@ def has_fp32_products(operand: torch.Tensor) -> bool:
     return operand.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
-def _upcast_logits_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _upcast_logits_into(
+    out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
     wide = hidden.float()
     for part in _parts(len(weight)):
         torch.mm(wide, weight[part].float().t(), out=out[:, part])

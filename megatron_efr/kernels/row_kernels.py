@@ -21,7 +21,8 @@ FIGURES = (
     "entropy",
     "ratio_max",
 )
-"""Rows of what `policy_rows` measures; each a term per token, weighted, but for the last, which is the plain ratio.
+"""Rows of what `policy_rows` measures; each a term per token, weighted, but for the last, which is
+the plain ratio.
 
 `clip_above`, `clip_below`: the ratio was too large or too small, and the token has no gradient of
 its surrogate (or, if ratios only weigh, another weight); `clip_fraction` is either.
@@ -35,8 +36,9 @@ ELSEWHERE, OUTSIDE = -1, -2  # a target of another rank; of no rank
 class Logits:
     """Rows of logits on this rank, and how a kernel reads them.
 
-    `values` [rows, columns + padding] are fp32 or 16-bit, with any row stride; `scale` is 1 / temperature. `targets`
-    int64 [rows] are columns of this rank, ELSEWHERE or OUTSIDE. Columns from `columns` on are padding.
+    `values` [rows, columns + padding] are fp32 or 16-bit, with any row stride; `scale` is 1 /
+    temperature. `targets` int64 [rows] are columns of this rank, ELSEWHERE or OUTSIDE. Columns from
+    `columns` on are padding.
     """
 
     values: torch.Tensor
@@ -104,22 +106,27 @@ class PolicyRows:
 
 
 def refer_to_policy(figures: torch.Tensor, moved: torch.Tensor, weights: torch.Tensor) -> None:
-    """Make `kl_to_old` and `ratio_max` of FIGURES [8, rows] say how far the policy itself has moved, in place.
+    """Make `kl_to_old` and `ratio_max` of FIGURES [8, rows] say how far the policy itself has
+    moved, in place.
 
-    `moved` [rows]: its log-probs less those before the update, or their sequence's mean, as the ratio has it.
+    `moved` [rows]: its log-probs less those before the update, or their sequence's mean, as the
+    ratio has it.
     """
     figures[_KL_TO_OLD] = torch.where(weights != 0.0, -weights * moved, 0.0)
     figures[_RATIO] = moved.exp()
 
 
-def sum_figures(figures: torch.Tensor, weights: torch.Tensor, objective: Objective) -> dict[str, torch.Tensor]:
+def sum_figures(
+    figures: torch.Tensor, weights: torch.Tensor, objective: Objective
+) -> dict[str, torch.Tensor]:
     """Sums over rows of FIGURES [8, rows], by name, fp32; those that are on.
 
     And the largest ratio of the rows that are trained on, 0 if none are.
     """
     sums: dict[str, torch.Tensor] = dict(zip(FIGURES, figures.double().sum(1).float(), strict=True))
     trained = torch.where(weights != 0.0, figures[_RATIO], 0.0)
-    sums["ratio_max"] = torch.cat([trained, figures.new_zeros(1)]).max()  # an empty micro-batch has none
+    # an empty micro-batch has none
+    sums["ratio_max"] = torch.cat([trained, figures.new_zeros(1)]).max()
     if objective.loss_kl == "none":
         del sums["kl_to_reference"]
     return sums
@@ -159,8 +166,11 @@ class RowKernels(Protocol):
         ...
 
 
-def merge(statistics: Statistics, targets: torch.Tensor, entropy: bool, group: dist.ProcessGroup | None) -> Softmax:
-    """The whole vocabulary's softmax from each tensor-parallel rank's statistics: one MAX and one SUM [3, rows].
+def merge(
+    statistics: Statistics, targets: torch.Tensor, entropy: bool, group: dist.ProcessGroup | None
+) -> Softmax:
+    """The whole vocabulary's softmax from each tensor-parallel rank's statistics: one MAX and one
+    SUM [3, rows].
 
     `targets` as `Logits` has them; OUTSIDE makes the log-prob nan: an error would have to
     wait for the card.
@@ -169,15 +179,20 @@ def merge(statistics: Statistics, targets: torch.Tensor, entropy: bool, group: d
     if group is not None:
         peak = peak.clone()
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-    target = torch.where(targets >= 0, statistics.target - peak, 0.0).masked_fill_(targets == OUTSIDE, torch.nan)
+    target = torch.where(targets >= 0, statistics.target - peak, 0.0).masked_fill_(
+        targets == OUTSIDE, torch.nan
+    )
     if group is not None:
-        shift = torch.where(total > 0, statistics.peak - peak, 0.0)  # not -inf on a rank that holds only padding
+        # not -inf on a rank that holds only padding
+        shift = torch.where(total > 0, statistics.peak - peak, 0.0)
         shrink = shift.exp()
         sums = torch.stack([total * shrink, (moment + shift * total) * shrink, target])
         dist.all_reduce(sums, group=group)
         total, moment, target = sums.unbind()
     log_total = total.log()
-    return Softmax(peak, log_total, target - log_total, log_total - moment / total if entropy else None)
+    return Softmax(
+        peak, log_total, target - log_total, log_total - moment / total if entropy else None
+    )
 
 
 def chunks(tokens: int, size: int) -> Iterator[slice]:

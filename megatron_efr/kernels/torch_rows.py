@@ -49,7 +49,9 @@ def write_gradient(
         torch.exp(z, out=p)
         if grad_entropy is not None:
             assert softmax.entropy is not None
-            z.add_(softmax.entropy[rows, None]).mul_(grad_entropy[rows, None]).add_(grad_logprob[rows, None]).mul_(p)
+            z.add_(softmax.entropy[rows, None]).mul_(grad_entropy[rows, None]).add_(
+                grad_logprob[rows, None]
+            ).mul_(p)
         else:
             torch.mul(p, grad_logprob[rows, None], out=z)
         z.neg_().scatter_add_(1, logits.targets[rows].clamp(min=0)[:, None], owned[rows])
@@ -59,13 +61,17 @@ def write_gradient(
 
 
 def _blocks(logits: Logits) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Runs of rows: which, their logits over temperature, fp32 [rows, columns], and room for as much.
+    """Runs of rows: which, their logits over temperature, fp32 [rows, columns], and room for as
+    much.
 
-    The same memory each time: a fresh tensor for each block leaves holes in the heap that the next does not fit in.
+    The same memory each time: a fresh tensor for each block leaves holes in the heap that the next
+    does not fit in.
     """
     values, columns = logits.values, logits.columns
     size = max(1, (_BLOCK_BYTES_CUDA if values.is_cuda else _BLOCK_BYTES) // (4 * max(1, columns)))
-    room = torch.empty(2, min(size, len(values)), columns, dtype=torch.float32, device=values.device)
+    room = torch.empty(
+        2, min(size, len(values)), columns, dtype=torch.float32, device=values.device
+    )
     for rows in chunks(len(values) if columns else 0, size):
         z, other = room[:, : rows.stop - rows.start]
         z.copy_(values[rows, :columns])
@@ -104,10 +110,12 @@ def token_terms(
     rows: PolicyRows,
     objective: Objective,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """FIGURES [8, rows], and each row's derivative of the unweighted loss by its log-prob, entropy left out.
+    """FIGURES [8, rows], and each row's derivative of the unweighted loss by its log-prob, entropy
+    left out.
 
-    A row of weight 0 adds exactly 0, whatever it holds: nobody trains it, so nobody has looked. `log_ratio` is the
-    token's own, or its sequence's; the ratio's derivative is the ratio in both cases.
+    A row of weight 0 adds exactly 0, whatever it holds: nobody trains it, so nobody has looked.
+    `log_ratio` is the token's own, or its sequence's; the ratio's derivative is the ratio in both
+    cases.
     """
     # the surrogate, by the importance of tokens that other weights drew
     ratio = log_ratio.exp()
@@ -148,7 +156,9 @@ def _surrogate(
     return value, torch.where(cut, 0.0, plain), cut
 
 
-def _kl(logprob: torch.Tensor, rows: PolicyRows, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
+def _kl(
+    logprob: torch.Tensor, rows: PolicyRows, objective: Objective
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The KL's estimate and its derivative by the log-prob."""
     if objective.loss_kl == "none":
         return torch.zeros_like(logprob), torch.zeros_like(logprob)

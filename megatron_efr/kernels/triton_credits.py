@@ -13,7 +13,9 @@ BLOCK = 1024  # tokens in flight per program
 WARPS = 8
 
 
-@triton.jit(do_not_specialize_on_alignment=["advantages", "weights", "olds", "references", "per_token"])
+@triton.jit(
+    do_not_specialize_on_alignment=["advantages", "weights", "olds", "references", "per_token"]
+)
 def credit_kernel(
     advantages, weights, ends, olds, references, per_token, sums, squares, counts, beta,
     KL: tl.constexpr, BLOCK: tl.constexpr,
@@ -34,7 +36,9 @@ def credit_kernel(
         credit = tl.load(advantages + last - back, mask=inside, other=0.0)
         if KL:
             old = tl.load(olds + last - back, mask=trained, other=0.0)
-            log_ratio = (old - tl.load(references + last - back, mask=trained, other=0.0)).to(tl.float64)
+            log_ratio = (old - tl.load(references + last - back, mask=trained, other=0.0)).to(
+                tl.float64
+            )
             # rounded as the twin rounds: the KL to go, its product with beta, the difference
             credit -= beta * (tl.cumsum(log_ratio, 0) + to_go).to(tl.float32)
             to_go += tl.sum(log_ratio, 0)
@@ -56,7 +60,9 @@ def credit_rows(
     reference: torch.Tensor | None,
     beta: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Credits fp32 [R], and fp64 [3] of the trained tokens' their sum, sum of squares and number."""
+    """Credits fp32 [R], and fp64 [3] of the trained tokens' their sum, sum of squares and
+    number.
+    """
     device = advantages.device
     responses = len(row_lengths)
     ends = torch.tensor([0, *row_lengths], dtype=torch.int64).cumsum(0).to(device)
@@ -66,8 +72,10 @@ def credit_rows(
         kernel: Any = credit_kernel
         unused = per_token
         kernel[(responses,)](
-            advantages.contiguous(), weights.contiguous(), ends, unused if old is None else old.contiguous(),
-            unused if reference is None else reference.contiguous(), per_token, sums[0], sums[1], sums[2], beta,
+            advantages.contiguous(), weights.contiguous(), ends,
+            unused if old is None else old.contiguous(),
+            unused if reference is None else reference.contiguous(), per_token, sums[0], sums[1],
+            sums[2], beta,
             KL=old is not None and reference is not None, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return per_token, sums.sum(1)

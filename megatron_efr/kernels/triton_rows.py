@@ -15,10 +15,12 @@ BLOCK = 4096  # columns in flight per program
 WARPS = 8
 KL_CODES = {"none": 0, "k1": 1, "k2": 2, "k3": 3}
 
-# per-row vectors begin at any row and row counts vary with the data: specialising on either would compile for minutes
+# per-row vectors begin at any row and row counts vary with the data: specialising on either would
+# compile for minutes
 _ROW_VECTORS = [
     "targets", "peaks", "totals", "moments", "target_logits", "log_totals", "logprobs", "entropies",
-    "grad_logprob", "grad_entropy", "olds", "advantages", "weights", "references", "importances", "figures",
+    "grad_logprob", "grad_entropy", "olds", "advantages", "weights", "references", "importances",
+    "figures",
 ]  # fmt: skip
 
 
@@ -27,7 +29,9 @@ def statistics_kernel(
     logits, stride, targets, peaks, totals, moments, target_logits, columns, scale,
     ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One pass over a row: running peak, sums relative to it (kept lane by lane), and the target's logit."""
+    """One pass over a row: running peak, sums relative to it (kept lane by lane), and the target's
+    logit.
+    """
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31
     base = logits + row * stride
     lanes = tl.arange(0, BLOCK)
@@ -36,13 +40,18 @@ def statistics_kernel(
     moment = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
         column = start + lanes
-        z = tl.load(base + column, mask=column < columns, other=float("-inf")).to(tl.float32) * scale
+        z = (
+            tl.load(base + column, mask=column < columns, other=float("-inf")).to(tl.float32)
+            * scale
+        )
         higher = tl.maximum(peak, tl.max(z, 0))
-        drop = tl.where(peak == float("-inf"), 0.0, peak - higher)  # the first block has nothing to shrink
+        # the first block has nothing to shrink
+        drop = tl.where(peak == float("-inf"), 0.0, peak - higher)
         shrink = tl.exp(drop)
         exp = tl.exp(z - higher)
         if ENTROPY:
-            # sum (z - higher) e^(z - higher), from the sum relative to the old peak; lanes past the end are -inf * 0
+            # sum (z - higher) e^(z - higher), from the sum relative to the old peak; lanes past the
+            # end are -inf * 0
             moment = (moment + drop * total) * shrink + tl.where(exp > 0, (z - higher) * exp, 0.0)
         total = total * shrink + exp
         peak = higher
@@ -60,10 +69,11 @@ def _write_row(
     base, out, columns, width, scale, target, peak, log_total, entropy, g, h,
     ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """g * d logprob + h * d entropy by the row's logits, over the logits themselves, in out's (narrower) type.
+    """g * d logprob + h * d entropy by the row's logits, over the logits themselves, in out's
+    (narrower) type.
 
-    A block's store lands on logits of this block or an earlier one, which other threads of the program may still be
-    reading: hence the barrier. Later blocks lie beyond it.
+    A block's store lands on logits of this block or an earlier one, which other threads of the
+    program may still be reading: hence the barrier. Later blocks lie beyond it.
     """
     lanes = tl.arange(0, BLOCK)
     size = tl.abs(g) + tl.abs(h)  # 0: the row stays exactly 0, whatever its logits; nan stays nan
@@ -83,7 +93,8 @@ def _write_row(
 
 @triton.jit(do_not_specialize_on_alignment=_ROW_VECTORS)
 def gradient_kernel(
-    logits, stride, out, out_stride, targets, peaks, log_totals, entropies, grad_logprob, grad_entropy,
+    logits, stride, out, out_stride, targets, peaks, log_totals, entropies, grad_logprob,
+    grad_entropy,
     columns, width, scale, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d logits of given gradients by log-prob and entropy."""
@@ -94,8 +105,10 @@ def gradient_kernel(
         entropy = tl.load(entropies + row)
         h = tl.load(grad_entropy + row)
     _write_row(
-        logits + row * stride, out + row * out_stride, columns, width, scale, tl.load(targets + row),
-        tl.load(peaks + row), tl.load(log_totals + row), entropy, tl.load(grad_logprob + row), h, ENTROPY, BLOCK,
+        logits + row * stride, out + row * out_stride, columns, width, scale,
+        tl.load(targets + row),
+        tl.load(peaks + row), tl.load(log_totals + row), entropy, tl.load(grad_logprob + row), h,
+        ENTROPY, BLOCK,
     )  # fmt: skip
 
 
@@ -145,10 +158,13 @@ def policy_kernel(
     logits, stride, out, out_stride, targets, peaks, log_totals, logprobs, entropies,
     olds, advantages, weights, references, importances, figures, rows, columns, width, scale,
     low, high, dual, beta, bonus, factor,
-    REWEIGHT: tl.constexpr, DUAL: tl.constexpr, KL: tl.constexpr, ENTROPY: tl.constexpr, BONUS: tl.constexpr,
+    REWEIGHT: tl.constexpr, DUAL: tl.constexpr, KL: tl.constexpr, ENTROPY: tl.constexpr,
+    BONUS: tl.constexpr,
     IMPORTANCE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The loss of one token (`Objective`), what is measured of it, and its gradient by the logits."""
+    """The loss of one token (`Objective`), what is measured of it, and its gradient by the
+    logits.
+    """
     row = tl.program_id(0).to(tl.int64)
     logprob = tl.load(logprobs + row)
     advantage = tl.load(advantages + row)
@@ -186,7 +202,8 @@ def policy_kernel(
     tl.store(figures + 7 * rows + row, ratio)
     if GRADIENT:
         _write_row(
-            logits + row * stride, out + row * out_stride, columns, width, scale, tl.load(targets + row),
+            logits + row * stride, out + row * out_stride, columns, width, scale,
+            tl.load(targets + row),
             tl.load(peaks + row), tl.load(log_totals + row), entropy, factor * weight * slope,
             -factor * bonus * weight, BONUS, BLOCK,
         )  # fmt: skip
@@ -195,9 +212,12 @@ def policy_kernel(
 def statistics(logits: Logits, entropy: bool) -> Statistics:
     """Peak, sums and target of each row."""
     values = logits.values
-    peak, total, moment, target = torch.zeros(4, len(values), dtype=torch.float32, device=values.device).unbind()
+    peak, total, moment, target = torch.zeros(
+        4, len(values), dtype=torch.float32, device=values.device
+    ).unbind()
     _launch(
-        statistics_kernel, values, logits.targets, peak, total, moment, target, logits.columns, logits.scale,
+        statistics_kernel, values, logits.targets, peak, total, moment, target, logits.columns,
+        logits.scale,
         ENTROPY=entropy,
     )  # fmt: skip
     return Statistics(peak, total, moment, target)
@@ -214,9 +234,11 @@ def write_gradient(
     out = _narrowed(logits.values, dtype)
     unused = grad_logprob
     _launch(
-        gradient_kernel, logits.values, out, out.stride(0), logits.targets, softmax.peak, softmax.log_total,
+        gradient_kernel, logits.values, out, out.stride(0), logits.targets, softmax.peak,
+        softmax.log_total,
         unused if grad_entropy is None else softmax.entropy, grad_logprob,
-        unused if grad_entropy is None else grad_entropy, logits.columns, out.shape[1], logits.scale,
+        unused if grad_entropy is None else grad_entropy, logits.columns, out.shape[1],
+        logits.scale,
         ENTROPY=grad_entropy is not None,
     )  # fmt: skip
     return out
@@ -241,20 +263,25 @@ def policy_rows(
     _launch(
         policy_kernel, values, written, written.stride(0), logits.targets,
         softmax.peak, softmax.log_total, softmax.logprob,
-        unused if softmax.entropy is None else softmax.entropy, rows.old, rows.advantages, rows.weights,
+        unused if softmax.entropy is None else softmax.entropy, rows.old, rows.advantages,
+        rows.weights,
         unused if objective.loss_kl == "none" else rows.reference,
         unused if rows.importance is None else rows.importance,
         figures, len(values), logits.columns, values.shape[1], logits.scale,
-        1.0 - objective.low, 1.0 + objective.high, objective.dual or 0.0, objective.beta, objective.bonus, factor,
+        1.0 - objective.low, 1.0 + objective.high, objective.dual or 0.0, objective.beta,
+        objective.bonus, factor,
         REWEIGHT=objective.surrogate == "reweight", DUAL=objective.dual is not None,
-        KL=KL_CODES[objective.loss_kl], ENTROPY=softmax.entropy is not None, BONUS=objective.bonus != 0.0,
+        KL=KL_CODES[objective.loss_kl], ENTROPY=softmax.entropy is not None,
+        BONUS=objective.bonus != 0.0,
         IMPORTANCE=rows.importance is not None, GRADIENT=out is not None,
     )  # fmt: skip
     return figures, out
 
 
 def _narrowed(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The memory of each row of values seen as `dtype`, [rows, V] with the rows' distance unchanged in bytes."""
+    """The memory of each row of values seen as `dtype`, [rows, V] with the rows' distance unchanged
+    in bytes.
+    """
     if dtype.itemsize > values.element_size():
         raise ValueError(f"a {dtype} gradient does not fit over {values.dtype} logits")
     return values.view(dtype)[:, : values.shape[1]]
@@ -264,7 +291,9 @@ def _launch(kernel: Any, values: torch.Tensor, *arguments: Any, **constants: Any
     """Run `kernel` on every row. Rows narrower than one block get a block of their own width."""
     if len(values):
         block, warps = shape_for(values.shape[1])
-        kernel[(len(values),)](values, values.stride(0), *arguments, **constants, BLOCK=block, num_warps=warps)
+        kernel[(len(values),)](
+            values, values.stride(0), *arguments, **constants, BLOCK=block, num_warps=warps
+        )
 
 
 def shape_for(width: int) -> tuple[int, int]:

@@ -1,4 +1,6 @@
-"""The paper's method and its family: each one class of options, with the hooks that make rewards of groups."""
+"""The paper's method and its family: each one class of options, with the hooks that make rewards of
+groups.
+"""
 
 from megatron_efr.methods.base import Ask, Known, Method, Needs, State, Visit
 from megatron_efr.methods.crediting import credit, reward

@@ -19,9 +19,13 @@ def write(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m megatron_efr.methods", description="Writes the pages of methods.")
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_efr.methods", description=("Writes the pages of methods.")
+    )
     parser.add_argument("folder", nargs="?", default="docs", type=Path, help="docs/ by default")
     folder = parser.parse_args().folder
     if not folder.is_dir():
-        parser.error(f"{folder}: there is no such folder; run it from the repository's root, or name one")
+        parser.error(
+            f"{folder}: there is no such folder; run it from the repository's root, or name one"
+        )
     write(folder)

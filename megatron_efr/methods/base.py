@@ -1,4 +1,6 @@
-"""A method: what it earns to be right and brief, as one frozen section of options with a few hooks."""
+"""A method: what it earns to be right and brief, as one frozen section of options with a few
+hooks.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,12 @@ State = Mapping[str, Any]
 class Needs(NamedTuple):
     """Demands of a method on a run. A run that cannot meet them is refused at the start.
 
-    samples: responses per prompt, at least. thinking: marks around the thinking part of a response, which it finds in
-    `Known.marks`. algorithms: those that it works with; None: all. engine: abilities of the engine, by the names of
-    `rollout.engine.ABILITIES`. branches: verdicts on the answers of branches too. offline: all its
-    responses are the starting model's, so that there is one iteration. aggregate: the mean in the algorithm's loss that
-    its credits are made for; None: any. What it wants to have sampled depends on its options: `Method.samplings`.
+    samples: responses per prompt, at least. thinking: marks around the thinking part of a response,
+    which it finds in `Known.marks`. algorithms: those that it works with; None: all. engine:
+    abilities of the engine, by the names of `rollout.engine.ABILITIES`. branches: verdicts on the
+    answers of branches too. offline: all its responses are the starting model's, so that there is
+    one iteration. aggregate: the mean in the algorithm's loss that its credits are made for; None:
+    any. What it wants to have sampled depends on its options: `Method.samplings`.
     """
 
     samples: int = 2
@@ -48,8 +51,9 @@ class Visit(NamedTuple):
 class Ask(NamedTuple):
     """The way in which a prompt is asked.
 
-    suffix: text behind the question. scripts: how each response is made, one for each sample; empty: each is drawn at
-    once. note: what the method wants to find again with the answers, JSON-ready.
+    suffix: text behind the question. scripts: how each response is made, one for each sample;
+    empty: each is drawn at once. note: what the method wants to find again with the answers,
+    JSON-ready.
     """
 
     suffix: str = ""
@@ -105,26 +109,31 @@ class Choices(Protocol):
 
 
 class Method(Section):
-    """Turns the groups of an iteration into rewards, and into credits if they are not to be the algorithm's.
+    """Turns the groups of an iteration into rewards, and into credits if they are not to be the
+    algorithm's.
 
-    The fields are the method's options. It is frozen: the hooks are functions of their arguments, and the only memory
-    is what `learn` returns. The run keeps that in its checkpoints. `rewards` runs in a thread, while other groups are
-    being generated.
+    The fields are the method's options. It is frozen: the hooks are functions of their arguments,
+    and the only memory is what `learn` returns. The run keeps that in its checkpoints. `rewards`
+    runs in a thread, while other groups are being generated.
     """
 
     model_config = ConfigDict(frozen=True)
-    source: ClassVar[str] = ""  # where the rule stands: paper and equation, or a file of released code
+    # where the rule stands: paper and equation, or a file of released code
+    source: ClassVar[str] = ""
     standing: ClassVar[Standing] = "experimental"  # read in code, in the text, or open in part
     needs: ClassVar[Needs] = Needs()
-    wrong_may_win: ClassVar[str] = ""  # when a wrong answer can earn more than a right one of its group, by default
-    wrong_may_win_if: ClassVar[str] = ""  # the same, of options that are not the defaults; both "": never
+    # when a wrong answer can earn more than a right one of its group, by default
+    wrong_may_win: ClassVar[str] = ""
+    # the same, of options that are not the defaults; both "": never
+    wrong_may_win_if: ClassVar[str] = ""
 
     def ask(self, visit: Visit, known: Known) -> Ask:
         """Ask a prompt. The request is journalled, and never made twice for a visit."""
         return Ask()
 
     def longest_asks(self, visit: Visit, known: Known) -> Sequence[Ask]:
-        """The longest ways in which a prompt may ever be asked, as far as `ask` does not give them at first.
+        """The longest ways in which a prompt may ever be asked, as far as `ask` does not give them
+        at first.
 
         They are checked before work starts, with a few of `ask`.
         """
@@ -150,7 +159,9 @@ class Method(Section):
         raise TypeError(f"{type(self).__name__} defines no rewards")
 
     def settle(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Rewarded]:
-        """The iteration's groups with the rewards that count, if those depend on the iteration as a whole."""
+        """The iteration's groups with the rewards that count, if those depend on the iteration as a
+        whole.
+        """
         return groups
 
     def credits(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Credit] | None:
@@ -158,7 +169,9 @@ class Method(Section):
         return None
 
     def weights(self, group: Rewarded, known: Known) -> tuple[FloatArray, ...] | None:
-        """Weights of each response's tokens in the loss, if credits are the algorithm's; None: 1 each."""
+        """Weights of each response's tokens in the loss, if credits are the algorithm's; None: 1
+        each.
+        """
         return None
 
     def learn(self, state: State, groups: Sequence[Rewarded], known: Known) -> State:
@@ -170,10 +183,14 @@ class Method(Section):
         return
 
     def check_algorithm(self, algorithm: Choices) -> None:
-        """Refuse choices of an algorithm that undo the method, or do again what it does; ConfigError."""
+        """Refuse choices of an algorithm that undo the method, or do again what it does;
+        ConfigError.
+        """
         return
 
     @property
     def equal_rewards_teach(self) -> bool:
-        """True if `settle` or `credits` may tell apart responses of a prompt that `rewards` pays alike."""
+        """True if `settle` or `credits` may tell apart responses of a prompt that `rewards` pays
+        alike.
+        """
         return type(self).settle is not Method.settle or type(self).credits is not Method.credits

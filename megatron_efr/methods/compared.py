@@ -1,4 +1,6 @@
-"""Compared with the starting model: a response is measured by what that model answers to the same prompt."""
+"""Compared with the starting model: a response is measured by what that model answers to the same
+prompt.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ from megatron_efr.types import BoolArray, Credit, FloatArray, Graded, Group, Rew
 
 
 class O1Pruner(Method):
-    """O1-Pruner, off-line as released: the starting model's own responses, weighed by length and accuracy.
+    """O1-Pruner, off-line as released: the starting model's own responses, weighed by length and
+    accuracy.
 
-        w = clip((mean l - l) / l + alpha (c - p), least, most),  mean l, p = over all responses of the prompt
+        w = clip((mean l - l) / l + alpha (c - p), least, most),
+            mean l, p = over all responses of the prompt
         A = (w - mean w) / std w,  over the trained responses of all prompts, population deviation
 
     The first `trained` responses of each prompt are trained on, which are as good as any, since all
@@ -31,9 +35,14 @@ class O1Pruner(Method):
     paper has alpha 2 and 5.
     """
 
-    source = "Luo et al. 2025, arXiv 2501.12570; StarDewXXX/O1-Pruner@04c0863 construct_dataset.py, wsft/trainer.py"
+    source = (
+        "Luo et al. 2025, arXiv 2501.12570; StarDewXXX/O1-Pruner@04c0863 construct_dataset.py, "
+        "wsft/trainer.py"
+    )
     standing = "code"
-    wrong_may_win = "it is shorter, by so much that mean l / l is more than alpha (5) above the right one's"
+    wrong_may_win = (
+        "it is shorter, by so much that mean l / l is more than alpha (5) above the right one's"
+    )
 
     needs = Needs(offline=True)
 
@@ -44,7 +53,9 @@ class O1Pruner(Method):
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         seen = Outcomes.of(group, known.limit)
-        return np.clip(gain(seen, seen.lengths.mean(), seen.accuracy, self.alpha), self.least, self.most)
+        return np.clip(
+            gain(seen, seen.lengths.mean(), seen.accuracy, self.alpha), self.least, self.most
+        )
 
     def credits(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Credit]:
         trained = np.concatenate([group.rewards[: self.trained] for group in groups])
@@ -52,7 +63,9 @@ class O1Pruner(Method):
         std = trained.std()
         scale = 1.0 / std if std > 1e-9 else 0.0  # equal ones differ by rounding
         return [
-            Credit((group.rewards - mean) * scale, masked=np.arange(len(group.rewards)) >= self.trained)
+            Credit(
+                (group.rewards - mean) * scale, masked=np.arange(len(group.rewards)) >= self.trained
+            )
             for group in groups
         ]
 
@@ -60,7 +73,8 @@ class O1Pruner(Method):
         check_bounds(self.least, self.most)
         if self.trained > rollout.samples:
             raise ConfigError(
-                f"method.trained: {self.trained} responses of a prompt, and rollout.samples = {rollout.samples}"
+                f"method.trained: {self.trained} responses of a prompt, and rollout.samples = "
+                f"{rollout.samples}"
             )
 
 
@@ -71,9 +85,11 @@ def check_bounds(least: float, most: float) -> None:
 
 
 class AdaptThink(Method):
-    """AdaptThink: some responses to a prompt must not think; each is compared with the starting model, which thinks.
+    """AdaptThink: some responses to a prompt must not think; each is compared with the starting
+    model, which thinks.
 
-        A = c - p_ref + delta [it does not think],  p_ref = share of right ones among the starting model's responses
+        A = c - p_ref + delta [it does not think],
+            p_ref = share of right ones among the starting model's responses
 
     Of a prompt's responses, `share` open with the mark that closes a thought, the others with
     `word`: tokens that are trained on, with `share`, or what is left of 1, for the chance that they
@@ -86,18 +102,31 @@ class AdaptThink(Method):
     none}`).
     """
 
-    source = "Zhang et al. 2025, arXiv 2505.13417; THU-KEG/AdaptThink@84cf948 adapt_think_reward_manager.py:172-211"
+    source = (
+        "Zhang et al. 2025, arXiv 2505.13417; THU-KEG/AdaptThink@84cf948 "
+        "adapt_think_reward_manager.py:172-211"
+    )
     standing = "code"
-    wrong_may_win = "it does not think, and the right one does, and closes its thought not once or opens one"
+    wrong_may_win = (
+        "it does not think, and the right one does, and closes its thought not once or opens one"
+    )
     wrong_may_win_if = "`delta` is above 1"
 
     needs = Needs(thinking=True)
 
     delta: float = Field(default=0.05, ge=0, description="what it is worth not to think")
-    share: float = Field(default=0.5, gt=0, lt=1, description="of a prompt's responses that do not think")
-    word: str = Field(default="Alright", min_length=1, description="what the others begin with: one token")
-    brief: PositiveInt = Field(default=4096, description="tokens of a response that does not think, at most")
-    reference: PositiveInt = Field(default=16, description="responses of the starting model to each prompt")
+    share: float = Field(
+        default=0.5, gt=0, lt=1, description=("of a prompt's responses that do not think")
+    )
+    word: str = Field(
+        default="Alright", min_length=1, description=("what the others begin with: one token")
+    )
+    brief: PositiveInt = Field(
+        default=4096, description=("tokens of a response that does not think, at most")
+    )
+    reference: PositiveInt = Field(
+        default=16, description=("responses of the starting model to each prompt")
+    )
 
     @property
     def samplings(self) -> Samplings:
@@ -125,8 +154,8 @@ class AdaptThink(Method):
     def check(self, rollout: RolloutConfig) -> None:
         if not 0 < self._brief(rollout.samples) < rollout.samples:
             raise ConfigError(
-                f"method.share: {self.share:g} of rollout.samples = {rollout.samples} responses leaves none that does "
-                "not think, or none that does; take more samples"
+                f"method.share: {self.share:g} of rollout.samples = {rollout.samples} responses "
+                "leaves none that does not think, or none that does; take more samples"
             )
 
     def _brief(self, samples: int) -> int:
@@ -138,7 +167,10 @@ class AdaptThink(Method):
         assert known.marks is not None
         opens, closes = known.marks
         texts = [response.text for response in group.responses]
-        return np.array([text.count(closes) == 1 and not (opens and opens in text) for text in texts], dtype=bool)
+        return np.array(
+            [text.count(closes) == 1 and not (opens and opens in text) for text in texts],
+            dtype=bool,
+        )
 
 
 def gain(group: Outcomes, length: float, accuracy: float, alpha: float) -> FloatArray:

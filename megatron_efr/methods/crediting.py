@@ -1,4 +1,6 @@
-"""From graded groups to rewarded ones, and on to credited ones: the method's own credits, or the algorithm's."""
+"""From graded groups to rewarded ones, and on to credited ones: the method's own credits, or the
+algorithm's.
+"""
 
 from __future__ import annotations
 
@@ -35,19 +37,30 @@ def reward(method: Method, group: Graded, known: Known) -> Rewarded:
     return Rewarded(group, rewards)
 
 
-def credit(method: Method, algorithm: Credits, groups: Sequence[Rewarded], known: Known) -> list[Credited]:
+def credit(
+    method: Method, algorithm: Credits, groups: Sequence[Rewarded], known: Known
+) -> list[Credited]:
     """An iteration's rewarded groups with the rewards that count, and their credits."""
     groups = method.settle(groups, known)
     made = method.credits(groups, known)
     if made is None:
-        rewards, lengths = [each.rewards for each in groups], [each.group.lengths for each in groups]
+        rewards, lengths = (
+            [each.rewards for each in groups],
+            [each.group.lengths for each in groups],
+        )
         advantages = algorithm.credits(rewards, lengths, known.limit)
         made = [
-            Credit(advantage, weight=method.weights(group, known), masked=~algorithm.passes(group.rewards))
+            Credit(
+                advantage,
+                weight=method.weights(group, known),
+                masked=~algorithm.passes(group.rewards),
+            )
             for group, advantage in zip(groups, advantages, strict=True)
         ]
     return [
-        Credited(group, each._replace(masked=_masked(each, algorithm.trains(group.group.truncated))))
+        Credited(
+            group, each._replace(masked=_masked(each, algorithm.trains(group.group.truncated)))
+        )
         for group, each in zip(groups, made, strict=True)
     ]
 

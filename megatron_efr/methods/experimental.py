@@ -1,4 +1,6 @@
-"""Open in part: methods whose sources leave something out. Each says what is open, and what is chosen here."""
+"""Open in part: methods whose sources leave something out. Each says what is open, and what is
+chosen here.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,21 @@ class ALP(Plain):
 
         r = c - beta l max(p, 1 / n),  p = share of right responses of the group
 
-    Wrong and truncated responses pay alike. Nothing is remembered. Open: whether lengths are divided by a normaliser;
-    readers of the paper differ. Chosen: none, with the beta of 1e-7 per token that they agree on, which is little next
-    to a reward of 1 unless the algorithm divides by the group's spread.
+    Wrong and truncated responses pay alike. Nothing is remembered. Open: whether lengths are
+    divided by a normaliser; readers of the paper differ. Chosen: none, with the beta of 1e-7 per
+    token that they agree on, which is little next to a reward of 1 unless the algorithm divides by
+    the group's spread.
     """
 
     source = "Xiang et al. 2025, arXiv 2506.05256, second-hand"
-    wrong_may_win = "a right answer is 1 / (beta max(p, 1 / n)) tokens longer than a wrong one: 10,000,000 by default"
+    wrong_may_win = (
+        "a right answer is 1 / (beta max(p, 1 / n)) tokens longer than a wrong one: 10,000,000 by "
+        "default"
+    )
 
-    beta: float = Field(default=1e-7, ge=0, description="price of a token of a prompt that is always solved")
+    beta: float = Field(
+        default=1e-7, ge=0, description=("price of a token of a prompt that is always solved")
+    )
 
     def rule(self, group: Outcomes) -> FloatArray:
         solved = max(group.accuracy, 1.0 / len(group.right))
@@ -45,8 +53,9 @@ class GR3(Plain):
 
         r = c / (1 + alpha l / mean l)
 
-    A wrong or truncated response earns 0, and its length is in the mean. Nothing is remembered. Open: the authors'
-    code. Chosen: the equations as another paper restates them, and its alpha for verified rewards.
+    A wrong or truncated response earns 0, and its length is in the mean. Nothing is remembered.
+    Open: the authors' code. Chosen: the equations as another paper restates them, and its alpha for
+    verified rewards.
     """
 
     source = "arXiv 2603.10535, as restated in QGLAS, appendix A.2"
@@ -54,14 +63,18 @@ class GR3(Plain):
     alpha: float = Field(default=0.33, ge=0, description="larger is briefer")
 
     def rule(self, group: Outcomes) -> FloatArray:
-        return np.where(group.right, 1.0 / (1.0 + self.alpha * group.lengths / group.lengths.mean()), 0.0)
+        return np.where(
+            group.right, 1.0 / (1.0 + self.alpha * group.lengths / group.lengths.mean()), 0.0
+        )
 
 
 class Target(Method):
-    """A target accuracy: as brief as the accuracy on held-out problems allows, without a choice of alpha.
+    """A target accuracy: as brief as the accuracy on held-out problems allows, without a choice of
+    alpha.
 
         r = efr's, with the alpha of the moment
-        alpha = min(alpha + up, most) after a sampling with accuracy >= that of the start - tolerance,
+        alpha = min(alpha + up, most) after a sampling with accuracy >= that of the start -
+            tolerance,
                 max(alpha - down, 0) after any other
 
     `prompts` problems of evaluation.datasets are sampled before the first iteration, which is the
@@ -80,8 +93,12 @@ class Target(Method):
     most: float = Field(default=0.9, ge=0, lt=1, description="the largest alpha")
     up: float = Field(default=0.05, gt=0, lt=1, description="what alpha rises while accuracy holds")
     down: float = Field(default=0.1, gt=0, lt=1, description="what alpha falls if it does not")
-    tolerance: float = Field(default=0.02, ge=0, le=1, description="accuracy that may be lost against the start")
-    prompts: PositiveInt = Field(default=100, description="held-out problems that are watched, at most")
+    tolerance: float = Field(
+        default=0.02, ge=0, le=1, description=("accuracy that may be lost against the start")
+    )
+    prompts: PositiveInt = Field(
+        default=100, description=("held-out problems that are watched, at most")
+    )
     monitor_samples: PositiveInt = Field(default=4, description="responses to each of them")
     every: PositiveInt = Field(default=10, description="iterations between samplings")
 
@@ -93,7 +110,9 @@ class Target(Method):
 
     @property
     def samplings(self) -> Samplings:
-        return Samplings(monitor=Monitor(self.prompts, self.monitor_samples, self.every, held_out=True))
+        return Samplings(
+            monitor=Monitor(self.prompts, self.monitor_samples, self.every, held_out=True)
+        )
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         seen = Outcomes.of(group, known.limit)
@@ -103,34 +122,46 @@ class Target(Method):
         return self._followed(state, known)
 
     def _followed(self, state: State, known: Known) -> State:
-        """The state once the last sampling that is known has been looked at: at once, and once only."""
+        """The state once the last sampling that is known has been looked at: at once, and once
+        only.
+        """
         if known.monitored is None or known.monitored <= state.get("looked", -1):
             return state or {"alpha": self.alpha}
         accuracy = float(np.mean([each.solved for each in known.monitor.values()]))
         alpha, start = state.get("alpha", self.alpha), state.get("start", accuracy)
         if "start" in state:
-            held = accuracy >= start - self.tolerance - 1e-9  # shares that differ by the tolerance do not round
+            # shares that differ by the tolerance do not round
+            held = accuracy >= start - self.tolerance - 1e-9
             alpha = min(alpha + self.up, self.most) if held else max(alpha - self.down, 0.0)
         return {"alpha": alpha, "start": start, "looked": known.monitored}
 
 
 class O1PrunerOnline(Method):
-    """O1-Pruner on-line: the policy's own responses, against the starting model's lengths and accuracy.
+    """O1-Pruner on-line: the policy's own responses, against the starting model's lengths and
+    accuracy.
 
-        r = clip((L - l) / l + alpha (c - p), least, most),  L, p = mean length and share of right of the starting model
+        r = clip((L - l) / l + alpha (c - p), least, most),
+            L, p = mean length and share of right of the starting model
 
-    A wrong or truncated response has c = 0, and its length counts. Nothing is remembered but L and p, of `reference`
-    responses before the first iteration, which the run keeps. Open: the paper says so, its code learns off-line alone.
-    Chosen: the off-line form's reward and bounds, with the algorithm's own baseline and loss.
+    A wrong or truncated response has c = 0, and its length counts. Nothing is remembered but L and
+    p, of `reference` responses before the first iteration, which the run keeps. Open: the paper
+    says so, its code learns off-line alone. Chosen: the off-line form's reward and bounds, with the
+    algorithm's own baseline and loss.
     """
 
-    source = "Luo et al. 2025, arXiv 2501.12570, with StarDewXXX/O1-Pruner@04c0863 construct_dataset.py"
-    wrong_may_win = "it is shorter, by so much that L / l is more than alpha (5) above the right one's"
+    source = (
+        "Luo et al. 2025, arXiv 2501.12570, with StarDewXXX/O1-Pruner@04c0863 construct_dataset.py"
+    )
+    wrong_may_win = (
+        "it is shorter, by so much that L / l is more than alpha (5) above the right one's"
+    )
 
     alpha: float = Field(default=5.0, ge=0, description="weight of accuracy beside length")
     least: float = Field(default=-2.0, description="bound of the reward")
     most: float = Field(default=4.0, description="bound of the reward")
-    reference: PositiveInt = Field(default=12, description="responses of the starting model to each prompt")
+    reference: PositiveInt = Field(
+        default=12, description=("responses of the starting model to each prompt")
+    )
 
     @property
     def samplings(self) -> Samplings:
@@ -138,7 +169,9 @@ class O1PrunerOnline(Method):
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         before = known.reference[group.group.prompt.id]
-        gained = gain(Outcomes.of(group, known.limit), before.mean_length, before.solved, self.alpha)
+        gained = gain(
+            Outcomes.of(group, known.limit), before.mean_length, before.solved, self.alpha
+        )
         return np.clip(gained, self.least, self.most)
 
     def check(self, rollout: RolloutConfig) -> None:
@@ -148,19 +181,25 @@ class O1PrunerOnline(Method):
 class SelfBudgeter(Method):
     """SelfBudgeter: a response first says how many tokens it will take, and is held to that.
 
-        r = over [b > most] + low + (high - low) (1 + cos(pi |l - b| / (b slack))) / 2 if |l - b| <= slack b, else low
-        b = the budget that it says;  low, high = 0.5, 1 if right, -0.5, 0 if wrong;  r = unformed if it says none
+        r = over [b > most] + low + (high - low) (1 + cos(pi |l - b| / (b slack))) / 2 if |l - b|
+            <= slack b, else low
+        b = the budget that it says;  low, high = 0.5, 1 if right, -0.5, 0 if wrong;
+            r = unformed if it says none
 
-    A truncated response counts as wrong. Nothing is remembered. The model has to know the tag, by SFT before. Open: the
-    cosine's argument, the slack, and the largest budget. Chosen: the relative difference over the slack, 1, and no
-    largest budget.
+    A truncated response counts as wrong. Nothing is remembered. The model has to know the tag, by
+    SFT before. Open: the cosine's argument, the slack, and the largest budget. Chosen: the relative
+    difference over the slack, 1, and no largest budget.
     """
 
     source = "Li et al. 2025, arXiv 2505.11274 v6, second-hand"
     wrong_may_win = "the right one says no budget"
 
-    slack: float = Field(default=1.0, gt=0, description="difference from the budget, in budgets, that earns least")
-    most: PositiveInt | None = Field(default=None, description="the largest budget in tokens; none when left out")
+    slack: float = Field(
+        default=1.0, gt=0, description=("difference from the budget, in budgets, that earns least")
+    )
+    most: PositiveInt | None = Field(
+        default=None, description=("the largest budget in tokens; none when left out")
+    )
     over: float = Field(default=-0.4, le=0, description="for a larger one")
     unformed: float = Field(default=-1.0, le=0, description="for a response that says no budget")
     tag: Annotated[str, tells("budget")] = Field(
@@ -185,8 +224,10 @@ class SelfBudgeter(Method):
 class AdaCoT(Method):
     """AdaCoT: to think costs if it is not needed, and not to think if it is.
 
-        r = c - missed if it does not think and the prompt needs it, c - needless if it thinks and it does not, else c
-        a prompt needs it if fewer than `enough` of the group's responses that do not think are right, or none is there
+        r = c - missed if it does not think and the prompt needs it,
+            c - needless if it thinks and it does not, else c
+        a prompt needs it if fewer than `enough` of the group's responses that do not think are
+            right, or none is there
 
     A response does not think if its thought is closed at once. A wrong or truncated response has c
     = 0. Nothing is remembered. From iteration `masked_from` on, the token that decides is left out
@@ -205,21 +246,30 @@ class AdaCoT(Method):
 
     missed: float = Field(default=0.3, ge=0, description="what a missing thought costs")
     needless: float = Field(default=0.1, ge=0, description="what a needless thought costs")
-    enough: float = Field(default=0.5, ge=0, le=1, description="share of right answers without a thought")
+    enough: float = Field(
+        default=0.5, ge=0, le=1, description=("share of right answers without a thought")
+    )
     masked_from: PositiveInt | None = Field(
-        default=None, description="iteration from which the token that decides is not trained on; never when left out"
+        default=None,
+        description=(
+            "iteration from which the token that decides is not trained on; never when left out"
+        ),
     )
     decides: int = Field(
         default=0,
         ge=0,
-        description="its place in a response: 0 where the chat template opens the thought, 1 behind a `<think>` that "
-        "the model draws",
+        description=(
+            "its place in a response: 0 where the chat template opens the thought, 1 behind a "
+            "`<think>` that the model draws"
+        ),
     )
 
     @model_validator(mode="after")
     def _place_is_asked_for(self) -> AdaCoT:
         if self.decides and self.masked_from is None:
-            raise ValueError("method.decides: it has no effect without method.masked_from; leave it out")
+            raise ValueError(
+                "method.decides: it has no effect without method.masked_from; leave it out"
+            )
         return self
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
@@ -240,15 +290,21 @@ class AdaCoT(Method):
         """Responses whose thought is not closed at once, bool [n]."""
         assert known.marks is not None  # or the run would have been refused
         opens, closes = known.marks
-        said = [response.text.lstrip().removeprefix(opens).lstrip() for response in group.group.responses]
+        said = [
+            response.text.lstrip().removeprefix(opens).lstrip()
+            for response in group.group.responses
+        ]
         return np.array([not text.startswith(closes) for text in said], dtype=bool)
 
 
 class MemoryR(Method):
-    """Memory-R+: a response earns for being near to what was right before, and unlike what was wrong.
+    """Memory-R+: a response earns for being near to what was right before, and unlike what was
+    wrong.
 
-        r = c + exploit scaled(-|e - mean of the prompt's right e|) + explore scaled(1 - largest cosine to its wrong e)
-        e = a response's embedding;  scaled(x) = where x lies between least and most of the last `window` values, 0 to 1
+        r = c + exploit scaled(-|e - mean of the prompt's right e|) + explore scaled(1 - largest
+            cosine to its wrong e)
+        e = a response's embedding;  scaled(x) = where x lies between least and most of the last
+            `window` values, 0 to 1
 
     Either part is 0 until the prompt has had a right, or a wrong, response in an earlier iteration,
     and the second until iteration `explore_from`. A truncated response counts as wrong; a wrong one
@@ -269,17 +325,26 @@ class MemoryR(Method):
 
     exploit: float = Field(default=1.0, ge=0, description="weight of being near to right ones")
     explore: float = Field(default=1.0, ge=0, description="weight of being unlike wrong ones")
-    explore_from: PositiveInt = Field(default=50, description="iteration from which the second counts")
+    explore_from: PositiveInt = Field(
+        default=50, description=("iteration from which the second counts")
+    )
     window: PositiveInt = Field(default=100, description="values that each part is scaled by")
     kept: PositiveInt = Field(default=8, description="wrong responses that are kept of a prompt")
     size: PositiveInt = Field(default=64, description="numbers of an embedding")
-    remembered: PositiveInt = Field(default=4000, description="prompts that are remembered: the first that are seen")
+    remembered: PositiveInt = Field(
+        default=4000, description=("prompts that are remembered: the first that are seen")
+    )
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         near, unlike = self._parts(group, known.state)
         explore = self.explore if known.step >= self.explore_from else 0.0
-        scaled = [self._scaled(each, known.state.get(name, [])) for name, each in (("near", near), ("unlike", unlike))]
-        return Outcomes.of(group, known.limit).right + self.exploit * scaled[0] + explore * scaled[1]
+        scaled = [
+            self._scaled(each, known.state.get(name, []))
+            for name, each in (("near", near), ("unlike", unlike))
+        ]
+        return (
+            Outcomes.of(group, known.limit).right + self.exploit * scaled[0] + explore * scaled[1]
+        )
 
     def learn(self, state: State, groups: Sequence[Rewarded], known: Known) -> State:
         near, unlike = list(state.get("near", [])), list(state.get("unlike", []))
@@ -291,10 +356,18 @@ class MemoryR(Method):
             made = self._embedded(group.graded)
             if hit.any() and self._remembers(name, right):
                 count, total = right.get(name, (0, [0] * self.size))
-                right[name] = [count + int(hit.sum()), (np.array(total) + made[hit].sum(0)).tolist()]
+                right[name] = [
+                    count + int(hit.sum()),
+                    (np.array(total) + made[hit].sum(0)).tolist(),
+                ]
             if not hit.all() and self._remembers(name, wrong):
                 wrong[name] = [*wrong.get(name, []), *made[~hit].tolist()][-self.kept :]
-        return {"right": right, "wrong": wrong, "near": near[-self.window :], "unlike": unlike[-self.window :]}
+        return {
+            "right": right,
+            "wrong": wrong,
+            "near": near[-self.window :],
+            "unlike": unlike[-self.window :],
+        }
 
     def _remembers(self, prompt: str, memory: Mapping[str, object]) -> bool:
         return prompt in memory or len(memory) < self.remembered
@@ -320,7 +393,9 @@ class MemoryR(Method):
         return np.nan_to_num(np.clip(share, 0.0, 1.0))
 
     def _embedded(self, group: Graded) -> IntArray:
-        """The embedding of each response, integers [n, size] of norm 1000, so that JSON keeps them as they are."""
+        """The embedding of each response, integers [n, size] of norm 1000, so that JSON keeps them
+        as they are.
+        """
         made = np.zeros((len(group.grades), self.size))
         for row, response in zip(made, group.group.responses, strict=True):
             tokens = np.pad(np.array(response.tokens, dtype=np.int64), (2, 0))
@@ -330,14 +405,16 @@ class MemoryR(Method):
 
 
 class Effort(Method):
-    """Effort levels: one model that is told how much to think, so that the reader chooses alpha at inference.
+    """Effort levels: one model that is told how much to think, so that the reader chooses alpha at
+    inference.
 
         r = efr's, with alpha = low, medium or high, each as often, drawn for each visit of a prompt
 
-    The question ends with `suffix`, which says the level; so must the question of a reader (`prompt.template`). A wrong
-    or truncated response earns 0. Nothing is remembered: the level is a function of the run's seed and the visit. Open:
-    how it compares with a model for each alpha at scale; it is this project's own. Chosen: the paper's range of alpha,
-    low effort being its largest.
+    The question ends with `suffix`, which says the level; so must the question of a reader
+    (`prompt.template`). A wrong or truncated response earns 0. Nothing is remembered: the level is
+    a function of the run's seed and the visit. Open: how it compares with a model for each alpha at
+    scale; it is this project's own. Chosen: the paper's range of alpha, low effort being its
+    largest.
     """
 
     source = "this project; its reward is Arora & Zanette 2025, arXiv 2502.04463, eq. 4 and 5"
@@ -355,7 +432,9 @@ class Effort(Method):
     @model_validator(mode="after")
     def _levels_can_be_told_apart(self) -> Effort:
         if len(set(self.words)) < len(LEVELS):
-            raise ValueError(f"method.words: {', '.join(self.words)}: each level needs a word of its own")
+            raise ValueError(
+                f"method.words: {', '.join(self.words)}: each level needs a word of its own"
+            )
         return self
 
     def ask(self, visit: Visit, known: Known) -> Ask:
@@ -370,5 +449,7 @@ class Effort(Method):
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         seen = Outcomes.of(group, known.limit)
-        alpha = {"low": self.low, "medium": self.medium, "high": self.high}[group.group.note["level"]]
+        alpha = {"low": self.low, "medium": self.medium, "high": self.high}[
+            group.group.note["level"]
+        ]
         return efr_rewards(seen.right, seen.lengths, alpha)

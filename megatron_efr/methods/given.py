@@ -23,15 +23,18 @@ def check_given(name: str, needs: Needs, given: Given) -> None:
     if missing := sorted(needs.engine - given.abilities):
         can = ", ".join(sorted(given.abilities)) or "none of what a method may need"
         raise ConfigError(
-            f"rollout.engine: {given.engine} cannot do what method {name} needs ({', '.join(missing)}); it can: {can}"
+            f"rollout.engine: {given.engine} cannot do what method {name} needs "
+            f"({', '.join(missing)}); it can: {can}"
         )
     if needs.offline and given.iterations > 1:
         raise ConfigError(
-            f"train.iterations: {given.iterations}, and method {name} learns from the starting model's responses "
-            "alone; set it to 1, with all prompts in it (rollout.prompts), and train.updates to those of one pass"
+            f"train.iterations: {given.iterations}, and method {name} learns from the starting "
+            "model's responses alone; set it to 1, with all prompts in it (rollout.prompts), and "
+            "train.updates to those of one pass"
         )
     if needs.thinking and given.marks is None:
         raise ConfigError(
-            f"model.thinking.closes: method {name} has to tell a thought from its answer, and this model's tokenizer "
-            "has no </think> that is one token and stays in the text of a response; name the text that closes a thought"
+            f"model.thinking.closes: method {name} has to tell a thought from its answer, and "
+            "this model's tokenizer has no </think> that is one token and stays in the text of a "
+            "response; name the text that closes a thought"
         )

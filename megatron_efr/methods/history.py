@@ -14,9 +14,9 @@ from megatron_efr.types import Graded
 class Seen(NamedTuple):
     """History of one prompt.
 
-    visits: iterations that trained on it. responses, right: of all visits together. right_tokens: of the right
-    responses together. shortest_right: tokens of the shortest right response; None: none was right. last_step: the
-    iteration of the last visit.
+    visits: iterations that trained on it. responses, right: of all visits together. right_tokens:
+    of the right responses together. shortest_right: tokens of the shortest right response; None:
+    none was right. last_step: the iteration of the last visit.
     """
 
     visits: int

@@ -1,4 +1,6 @@
-"""A judge of the steps of a thought: a third party's function, found by name and held to what it has to return."""
+"""A judge of the steps of a thought: a third party's function, found by name and held to what it
+has to return.
+"""
 
 from __future__ import annotations
 
@@ -21,29 +23,34 @@ KEY = "method.judge"
 
 @lru_cache(maxsize=16)
 def judge_of(name: str) -> Judge:
-    """The judge of that name, or module:function; ConfigError if it cannot be loaded, or has another signature."""
+    """The judge of that name, or module:function; ConfigError if it cannot be loaded, or has
+    another signature.
+    """
     return load_function(name, GROUP, KEY, ("prompt", "steps"))
 
 
 def scores(name: str, prompt: Prompt, steps: Sequence[str]) -> list[float]:
-    """The judge's scores of a prompt's `steps`; ConfigError, with the prompt, for what is no number from 0 to 1."""
+    """The judge's scores of a prompt's `steps`; ConfigError, with the prompt, for what is no number
+    from 0 to 1.
+    """
     try:
         made = [float(score) for score in judge_of(name)(prompt, list(steps))]
     except ConfigError:
         raise
     except Exception as error:  # anything may happen in a function of somebody else
         raise ConfigError(
-            f"{KEY}: {name} failed on prompt {prompt.id}: {type(error).__name__}: {error}; it has to return a number "
-            "from 0 to 1 for each step"
+            f"{KEY}: {name} failed on prompt {prompt.id}: {type(error).__name__}: {error}; it has "
+            "to return a number from 0 to 1 for each step"
         ) from error
     if len(made) != len(steps):
         raise ConfigError(
-            f"{KEY}: {name} returned {len(made)} scores for the {len(steps)} steps of a response to prompt {prompt.id}"
+            f"{KEY}: {name} returned {len(made)} scores for the {len(steps)} steps of a response "
+            f"to prompt {prompt.id}"
         )
     for number, score in enumerate(made, start=1):
         if not (math.isfinite(score) and 0.0 <= score <= 1.0):
             raise ConfigError(
-                f"{KEY}: {name} returned {score} for step {number} of a response to prompt {prompt.id}, and a score is "
-                "a number from 0 to 1"
+                f"{KEY}: {name} returned {score} for step {number} of a response to prompt "
+                f"{prompt.id}, and a score is a number from 0 to 1"
             )
     return made

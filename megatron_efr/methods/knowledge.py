@@ -13,7 +13,8 @@ from megatron_efr.types import Marks, Rewarded
 
 
 class Knowledge:
-    """Keeps what is known between iterations; `limit` is the most tokens of a response, `marks` stand around a thought.
+    """Keeps what is known between iterations; `limit` is the most tokens of a response, `marks`
+    stand around a thought.
 
     An iteration sees what was known when it began (`begin`), however many iterations are under way.
     """
@@ -53,8 +54,12 @@ class Knowledge:
         self._history = visited(self._history, [group.graded for group in groups], step)
 
     def figures(self) -> dict[str, float]:
-        """The numbers of the method's state, as an iteration's metrics have them: a controller's price, for one."""
-        numbers = {name: value for name, value in self._state.items() if isinstance(value, (int, float))}
+        """The numbers of the method's state, as an iteration's metrics have them: a controller's
+        price, for one.
+        """
+        numbers = {
+            name: value for name, value in self._state.items() if isinstance(value, (int, float))
+        }
         return {f"method/{name}": float(value) for name, value in numbers.items()}
 
     @property
@@ -82,5 +87,8 @@ class Knowledge:
         self._monitored = monitor["step"]
         self._monitor = load(monitor["sampled"])
         self.latest = self.latest._replace(
-            state=self._state, history=self._history, monitor=self._monitor, monitored=self._monitored
+            state=self._state,
+            history=self._history,
+            monitor=self._monitor,
+            monitored=self._monitored,
         )

@@ -15,14 +15,19 @@ from megatron_efr.types import BoolArray, FloatArray, Graded
 class ShorterBetter(Plain):
     """ShorterBetter: the distance from the length of the shortest right response.
 
-        r = alpha c - beta |l - SOL|,  SOL = the shortest right length, or the mean of all if none is right
+        r = alpha c - beta |l - SOL|,  SOL = the shortest right length,
+            or the mean of all if none is right
 
-    Wrong and truncated responses pay for the distance too. Nothing is remembered. The paper has alpha 1 or 2.
+    Wrong and truncated responses pay for the distance too. Nothing is remembered. The paper has
+    alpha 1 or 2.
     """
 
     source = "Yi et al. 2025, arXiv 2504.21370; JingyangYi/ShorterBetter@6399366 naive.py:130-252"
     standing = "code"
-    wrong_may_win = "a right answer is alpha / beta tokens (2,000) further from the shortest one than a wrong answer is"
+    wrong_may_win = (
+        "a right answer is alpha / beta tokens (2,000) further from the shortest one than a wrong "
+        "answer is"
+    )
 
     alpha: float = Field(default=2.0, gt=0, description="what a right answer earns")
     beta: float = Field(default=1e-3, ge=0, description="what a token of distance costs")
@@ -35,11 +40,13 @@ class ShorterBetter(Plain):
 class Kimi(Plain):
     """Kimi k1.5's length reward.
 
-        lambda = 0.5 - (l - lmin) / (lmax - lmin) over all responses of the group; 0 if all are equally long
+        lambda = 0.5 - (l - lmin) / (lmax - lmin) over all responses of the group; 0 if all are
+            equally long
         r = 1 + weight lambda if right, weight min(0, lambda) if wrong
 
-    A wrong or truncated response earns nothing for being short, and pays for being long. Nothing is remembered. The
-    text gives no weight; 1 is this project's, 0.4 that of LASER's copy. The paper trains without it at first.
+    A wrong or truncated response earns nothing for being short, and pays for being long. Nothing is
+    remembered. The text gives no weight; 1 is this project's, 0.4 that of LASER's copy. The paper
+    trains without it at first.
     """
 
     source = "Kimi team 2025, arXiv 2501.12599, section 2.3.3"
@@ -61,9 +68,9 @@ class PrimeRL(Plain):
 
         r = c - mean(c) (length l / max l + prompt + turns)
 
-    Wrong and truncated responses pay too. The easier the prompt, the more all pay. Prompt and turns are equal within a
-    group here, so that their terms move all rewards alike. Nothing is remembered. Its algorithm takes off the group's
-    mean and divides by nothing (`dr_grpo`).
+    Wrong and truncated responses pay too. The easier the prompt, the more all pay. Prompt and turns
+    are equal within a group here, so that their terms move all rewards alike. Nothing is
+    remembered. Its algorithm takes off the group's mean and divides by nothing (`dr_grpo`).
     """
 
     source = "PrimeIntellect-ai/prime-rl@559b447 orchestrator/algo/grpo.py"
@@ -79,29 +86,39 @@ class PrimeRL(Plain):
 
 
 class GRLC(Method):
-    """GRLC, of Nemotron 3: thinking and answer are each measured by those of the group, in characters.
+    """GRLC, of Nemotron 3: thinking and answer are each measured by those of the group, in
+    characters.
 
         w = u - mean u,  u = 1 - (length - min) / (max - min);  0 if all are equally long
         r = c + thinking w_thinking + answer w_answer + bonuses
-        bonus: thinking_bonus for the shortest thinking and answer_bonus for the shortest answer, each if its c is among
-               the `top` share of the group by rank; those that are equally short all get it, an empty part never does
+        bonus: thinking_bonus for the shortest thinking and answer_bonus for the shortest answer,
+            each if its c is among
+               the `top` share of the group by rank; those that are equally short all get it,
+                   an empty part never does
 
-    Thinking ends with `end`; a response without it is all thinking. Space around a part does not count. Wrong and
-    truncated responses are measured too, and earn 0 besides. Nothing is remembered. The weights are those that the
-    report names; the code's defaults are 0.
+    Thinking ends with `end`; a response without it is all thinking. Space around a part does not
+    count. Wrong and truncated responses are measured too, and earn 0 besides. Nothing is
+    remembered. The weights are those that the report names; the code's defaults are 0.
     """
 
     source = "NVIDIA-NeMo/Gym@07d6b0d resources_servers/genrm_compare/utils.py:567-677"
     standing = "code"
-    wrong_may_win = "fewer responses than the `top` share are right, so that a wrong one gets the bonus of the shortest"
+    wrong_may_win = (
+        "fewer responses than the `top` share are right, so that a wrong one gets the bonus of "
+        "the shortest"
+    )
     wrong_may_win_if = "`thinking` and `answer` are above 1 together"
 
     thinking: float = Field(default=0.5, ge=0, description="weight of the thinking's length")
     answer: float = Field(default=0.5, ge=0, description="weight of the answer's length")
     thinking_bonus: float = Field(default=0.5, ge=0, description="of the shortest thinking")
     answer_bonus: float = Field(default=0.5, ge=0, description="of the shortest answer")
-    top: float = Field(default=0.2, ge=0, le=1, description="share of the group that may get a bonus")
-    end: str = Field(default="</think>", min_length=1, description="the text that ends the thinking")
+    top: float = Field(
+        default=0.2, ge=0, le=1, description=("share of the group that may get a bonus")
+    )
+    end: str = Field(
+        default="</think>", min_length=1, description=("the text that ends the thinking")
+    )
 
     @property
     def sought(self) -> Mapping[str, str]:

@@ -1,4 +1,6 @@
-"""Modes that the model chooses: the text shows if a response thinks, or how hard it says the problem is."""
+"""Modes that the model chooses: the text shows if a response thinks, or how hard it says the
+problem is.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,21 @@ from megatron_efr.types import BoolArray, Credit, FloatArray, Graded, Group, Rew
 
 
 class AutoThink(Method):
-    """AutoThink: a thought that begins with an ellipsis, which the model goes on with or closes at once.
+    """AutoThink: a thought that begins with an ellipsis, which the model goes on with or closes at
+    once.
 
         base = 1 right, 0 wrong if it thinks;  2 right, -1 wrong if it does not
-        stage 1: base of a mode moves to 0, -1 (thinks) or 1, -2 (does not) by clip(slope (share - balance), 0, 1),
+        stage 1: base of a mode moves to 0, -1 (thinks) or 1,
+            -2 (does not) by clip(slope (share - balance), 0, 1),
                  share = of the iteration's responses in that mode
         stage 2: base
         stage 3: base + exp(-decay z) - 1 if right, base + 1 - exp(-decay z) if wrong,
-                 z = (l - mean) / std among the group's right, or wrong, responses, sample deviation; 0 for a single one
+                 z = (l - mean) / std among the group's right, or wrong, responses,
+                     sample deviation; 0 for a single one
 
-    A truncated response counts as wrong. Nothing is remembered; its stages are runs, each from the model of the one
-    before. The released code takes 2 from repetitive responses of negative reward; that is not built.
+    A truncated response counts as wrong. Nothing is remembered; its stages are runs, each from the
+    model of the one before. The released code takes 2 from repetitive responses of negative reward;
+    that is not built.
     """
 
     source = "Tu et al. 2025, arXiv 2505.10832; TU2021/AutoThink@be0bcb0 main_ppo.py:40-130"
@@ -34,10 +40,17 @@ class AutoThink(Method):
     wrong_may_win_if = "`stage` is 3, and `decay` times the root of rollout.samples is above 0.69"
 
     stage: Literal[1, 2, 3] = Field(default=1, description="of its three")
-    balance: float = Field(default=0.5, ge=0, le=1, description="share of a mode above which it earns less in stage 1")
+    balance: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description=("share of a mode above which it earns less in stage 1"),
+    )
     slope: float = Field(default=2.0, ge=0, description="how fast it does")
     decay: float = Field(default=0.05, ge=0, description="weight of the length in stage 3")
-    opening: str = Field(default="...\n", min_length=1, description="what a thought begins with; not trained on")
+    opening: str = Field(
+        default="...\n", min_length=1, description=("what a thought begins with; not trained on")
+    )
     end: str = Field(default="</think>", min_length=1, description="what closes a thought")
 
     @property
@@ -49,7 +62,9 @@ class AutoThink(Method):
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         right = Outcomes.of(group, known.limit).right
-        return np.where(self._thinks(group.group), np.where(right, 1.0, 0.0), np.where(right, 2.0, -1.0))
+        return np.where(
+            self._thinks(group.group), np.where(right, 1.0, 0.0), np.where(right, 2.0, -1.0)
+        )
 
     def settle(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Rewarded]:
         if self.stage == 2:
@@ -87,27 +102,41 @@ class AutoThink(Method):
 
 
 class Thinkless(Method):
-    """Thinkless (DeGRPO): the first token says whether to think, and is trained apart from the rest.
+    """Thinkless (DeGRPO): the first token says whether to think, and is trained apart from the
+    rest.
 
-        r = 1 if right and short, thinking if right and it thinks, -1 if wrong, or without either token
+        r = 1 if right and short, thinking if right and it thinks, -1 if wrong,
+            or without either token
         A = r - mean r of the group
         loss = control times the mean over first tokens + the mean over all others
 
-    A truncated response counts as wrong. Nothing is remembered. The model has to know both tokens, by SFT before. The
-    weights make this of a mean over tokens, which is asked for (`algorithm.aggregate: token`), with the iteration's
-    mean length for that of each of its updates. The source clips at 0.2, and has a KL of 0.001 in the loss.
+    A truncated response counts as wrong. Nothing is remembered. The model has to know both tokens,
+    by SFT before. The weights make this of a mean over tokens, which is asked for
+    (`algorithm.aggregate: token`), with the iteration's mean length for that of each of its
+    updates. The source clips at 0.2, and has a KL of 0.001 in the loss.
     """
 
-    source = "Fang et al. 2025, arXiv 2505.13379; VainF/Thinkless@aa225d2 math_reward.py:36-110, core_algos.py:112-214"
+    source = (
+        "Fang et al. 2025, arXiv 2505.13379; VainF/Thinkless@aa225d2 math_reward.py:36-110, "
+        "core_algos.py:112-214"
+    )
     standing = "code"
     wrong_may_win_if = "`thinking` is below -1"
 
     needs = Needs(aggregate="token")
 
-    thinking: float = Field(default=0.5, le=1, description="what a right answer earns that thought before")
-    control: float = Field(default=0.001, gt=0, description="weight of the first tokens beside all others")
-    short: str = Field(default="<short>", min_length=1, description="the token that opens a brief answer")
-    think: str = Field(default="<think>", min_length=1, description="the token that opens a thought")
+    thinking: float = Field(
+        default=0.5, le=1, description=("what a right answer earns that thought before")
+    )
+    control: float = Field(
+        default=0.001, gt=0, description=("weight of the first tokens beside all others")
+    )
+    short: str = Field(
+        default="<short>", min_length=1, description=("the token that opens a brief answer")
+    )
+    think: str = Field(
+        default="<think>", min_length=1, description=("the token that opens a thought")
+    )
 
     @model_validator(mode="after")
     def _tokens_differ(self) -> Thinkless:
@@ -140,7 +169,10 @@ class Thinkless(Method):
         control, rest = self.control * tokens / first, tokens / max(tokens - first, 1)
         centred = [group.rewards - group.rewards.mean() for group in groups]
         weights = [_weights(group.group, control, rest) for group in groups]
-        return [Credit(advantage, weight=weight) for advantage, weight in zip(centred, weights, strict=True)]
+        return [
+            Credit(advantage, weight=weight)
+            for advantage, weight in zip(centred, weights, strict=True)
+        ]
 
 
 class AdaCtrl(Method):
@@ -149,16 +181,20 @@ class AdaCtrl(Method):
         a group is easy if p > threshold,  p = share of right responses
         r = c + tag T + length S
         T = 1 if it says what the group is, 0 if it says the other, -1 if it says nothing
-        S = (1 + cos(pi l / lmax)) / 2 if it says Easy and is right, else 0;  lmax = the longest of the group
+        S = (1 + cos(pi l / lmax)) / 2 if it says Easy and is right, else 0;
+            lmax = the longest of the group
 
-    A wrong or truncated response gets T alone. Nothing is remembered. The model has to know the tags, by SFT before.
+    A wrong or truncated response gets T alone. Nothing is remembered. The model has to know the
+    tags, by SFT before.
     """
 
     source = "Huang et al. 2025, arXiv 2505.18822; JoeYing1019/AdaCtrl@9a0b89f naive.py:85-204"
     standing = "code"
     wrong_may_win_if = "`tag` is above 0.5"
 
-    threshold: float = Field(default=0.625, ge=0, le=1, description="share of right responses above which one is easy")
+    threshold: float = Field(
+        default=0.625, ge=0, le=1, description=("share of right responses above which one is easy")
+    )
     tag: float = Field(default=0.5, ge=0, description="weight of the tag")
     length: float = Field(default=0.5, ge=0, description="weight of the length")
     easy: str = Field(default="[Easy]", min_length=1, description="the tag of easy problems")
@@ -187,7 +223,9 @@ class AdaCtrl(Method):
 def check_differ(one: str, other: str, key: str, other_key: str) -> None:
     """Refuse, with a ValueError, two texts of which a response may begin with both."""
     if one.startswith(other) or other.startswith(one):
-        raise ValueError(f"method.{other_key}: {other!r} cannot be told from method.{key} = {one!r}")
+        raise ValueError(
+            f"method.{other_key}: {other!r} cannot be told from method.{key} = {one!r}"
+        )
 
 
 def _weights(group: Group, first: float, rest: float) -> tuple[FloatArray, ...]:

@@ -1,4 +1,6 @@
-"""Targets by difficulty: how long an answer may be follows what the present weights answer to a monitor set."""
+"""Targets by difficulty: how long an answer may be follows what the present weights answer to a
+monitor set.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,16 @@ SHORT = 200
 
 
 class LaserD(Method):
-    """LASER-D: a bonus for right answers within a target length, which depends on how hard the prompt is.
+    """LASER-D: a bonus for right answers within a target length, which depends on how hard the
+    prompt is.
 
         r = 1 + bonus [l <= target(band)] if right, wrong if wrong, unanswered without an answer
-        band = high if p >= 2/3, medium if p >= 1/3, else low;  p = share of right responses of the group
-        target(band) = the least L of lowest, lowest + step, ... with floor(q cov(L)) >= 1,  q = 5, 2, 1 of high,
-                       medium, low;  cov(L) = share of the band's right responses in the monitor set with l <= L
+        band = high if p >= 2/3, medium if p >= 1/3, else low;
+            p = share of right responses of the group
+        target(band) = the least L of lowest, lowest + step, ... with floor(q cov(L)) >= 1,
+            q = 5, 2, 1 of high,
+                       medium, low;  cov(L) = share of the band's right responses in the monitor
+                           set with l <= L
 
     The monitor set is sampled before the first iteration and after every `every`. A band that has
     no response there, or none short enough, has no target: each right answer of it gets the bonus,
@@ -43,13 +49,20 @@ class LaserD(Method):
     monitor set: no difference for eight responses.
     """
 
-    source = "Liu et al. 2025, arXiv 2505.15612; hkust-nlp/Laser@c9e7c4e count_length_distribution.py, ray_trainer.py"
+    source = (
+        "Liu et al. 2025, arXiv 2505.15612; hkust-nlp/Laser@c9e7c4e count_length_distribution.py, "
+        "ray_trainer.py"
+    )
     standing = "code"
 
     bonus: float = Field(default=0.5, ge=0, description="of a right answer within the target")
     wrong: float = Field(default=-0.5, lt=1, description="reward of a wrong answer")
-    unanswered: float = Field(default=-1.0, lt=1, description="reward of a response without an answer")
-    coverage: Literal["right", "all"] = Field(default="right", description="responses of which a share must fit")
+    unanswered: float = Field(
+        default=-1.0, lt=1, description=("reward of a response without an answer")
+    )
+    coverage: Literal["right", "all"] = Field(
+        default="right", description=("responses of which a share must fit")
+    )
     lowest: PositiveInt = Field(default=1024, description="the least target in tokens")
     step: PositiveInt = Field(default=1024, description="tokens between targets")
     monitored: PositiveInt = Field(default=500, description="prompts of the monitor set, at most")
@@ -65,22 +78,27 @@ class LaserD(Method):
         target = self.targets(known.monitor, known.limit)[band(seen.accuracy)]
         within = seen.lengths <= (math.inf if target is None else target)
         wrong = np.where(seen.answered, self.wrong, self.unanswered)
-        return np.where(seen.right, 1.0 + self.bonus * within, wrong + self._explored(group, seen, target))
+        return np.where(
+            seen.right, 1.0 + self.bonus * within, wrong + self._explored(group, seen, target)
+        )
 
     def targets(self, monitor: ByPrompt, limit: int) -> dict[Band, int | None]:
         """The target in tokens of each band, from the monitor set; None: it has none."""
         lengths: dict[Band, list[int]] = {"high": [], "medium": [], "low": []}
         for each in monitor.values():
             kept = each.right if self.coverage == "right" else (True,) * len(each.right)
-            lengths[band(each.solved)] += [length for length, keep in zip(each.lengths, kept, strict=True) if keep]
+            lengths[band(each.solved)] += [
+                length for length, keep in zip(each.lengths, kept, strict=True) if keep
+            ]
         wanted: tuple[tuple[Band, int], ...] = (("high", 5), ("medium", 2), ("low", 1))
         return {name: self._target(lengths[name], share, limit) for name, share in wanted}
 
     def check(self, rollout: RolloutConfig) -> None:
         if self.lowest >= rollout.max_new_tokens:
             raise ConfigError(
-                f"method.lowest: {self.lowest} tokens, and no response has more than rollout.max_new_tokens = "
-                f"{rollout.max_new_tokens}: each right answer would get the bonus; set it to less than that"
+                f"method.lowest: {self.lowest} tokens, and no response has more than "
+                f"rollout.max_new_tokens = {rollout.max_new_tokens}: each right answer would get "
+                "the bonus; set it to less than that"
             )
 
     def _target(self, lengths: Sequence[int], share: int, limit: int) -> int | None:
@@ -97,18 +115,22 @@ class LaserD(Method):
 
 
 class LaserDE(LaserD):
-    """LASER-DE: LASER-D, and wrong answers beyond the target lose less, so that hard problems are explored.
+    """LASER-DE: LASER-D, and wrong answers beyond the target lose less, so that hard problems are
+    explored.
 
         r = that of laser_d + bonus if wrong, l > target(band), and not repetitive
 
-    A truncated response that is not repetitive gets the bonus too, and so does any without an answer; in the released
-    code none of these does. Repetitive is a response that says the same four tokens in a row three times, two of them
-    within a third of its length, or the same eight twice. In fewer than 200 tokens twice is enough, and below 100
-    tokens three in a row count (six twice), below 30 two (four twice). Nothing is remembered but the monitor set's
-    responses.
+    A truncated response that is not repetitive gets the bonus too, and so does any without an
+    answer; in the released code none of these does. Repetitive is a response that says the same
+    four tokens in a row three times, two of them within a third of its length, or the same eight
+    twice. In fewer than 200 tokens twice is enough, and below 100 tokens three in a row count (six
+    twice), below 30 two (four twice). Nothing is remembered but the monitor set's responses.
     """
 
-    source = "Liu et al. 2025, arXiv 2505.15612; hkust-nlp/Laser@c9e7c4e length_penalty.py, compute_unique_tokens.py"
+    source = (
+        "Liu et al. 2025, arXiv 2505.15612; hkust-nlp/Laser@c9e7c4e length_penalty.py, "
+        "compute_unique_tokens.py"
+    )
     wrong_may_win_if = "`wrong` or `unanswered` is above 1 - `bonus`"
 
     def _explored(self, group: Graded, seen: Outcomes, target: int | None) -> FloatArray:
@@ -138,7 +160,9 @@ def repetitive(tokens: Sequence[int]) -> bool:
         runs = _joined(runs, single[length:])
         alike &= single[: len(alike)] == single[length : length + len(alike)]
     times = 2 if count < SHORT else 3
-    if _comes_again(runs if size == 2 else np.where(alike, -1 - np.arange(len(runs)), runs), times, count // 3):
+    if _comes_again(
+        runs if size == 2 else np.where(alike, -1 - np.arange(len(runs)), runs), times, count // 3
+    ):
         return True
     return count >= 4 * size and len(np.unique(_joined(runs, runs[size:]))) < count - 2 * size + 1
 

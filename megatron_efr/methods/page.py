@@ -88,7 +88,8 @@ KINDS = {
     ),
     "rounds": Kind(
         "Thoughts in rounds",
-        "Take it if thoughts are longer than the context. The model has to know beforehand how to sum up a round.",
+        "Take it if thoughts are longer than the context. The model has to know beforehand how to "
+        "sum up a round.",
     ),
     "modes": Kind(
         "Modes that the model chooses",
@@ -98,7 +99,8 @@ KINDS = {
     ),
     "experimental": Kind(
         "Experimental",
-        "Take one to study it. Their names begin with `experimental.`, and options may change in the next version.",
+        "Take one to study it. Their names begin with `experimental.`, and options may change in "
+        "the next version.",
     ),
     "prefixes": Kind(
         "Experimental, by prefixes",
@@ -113,13 +115,13 @@ STANDING = {"code": "released code read", "text": "text read", "experimental": "
 
 INDEX = """# Methods
 
-A method says what a response earns for being right and brief. An [algorithm](algorithms.md) makes an update of it.
-`method: {name: ...}` chooses a method; the other keys of the section are its options. `examples/kinds.yaml` runs one
-of every kind on two cores.
+A method says what a response earns for being right and brief. An [algorithm](algorithms.md) makes
+an update of it. `method: {name: ...}` chooses a method; the other keys of the section are its
+options. `examples/kinds.yaml` runs one of every kind on two cores.
 
-Each kind has a page with formulas, sources and options. The pages and this index are written from the classes in
-`megatron_efr/methods/`, by `python -m megatron_efr.methods`.
-[A method of your own](extending.md#a-method) takes a few lines.
+Each kind has a page with formulas, sources and options. The pages and this index are written from
+the classes in `megatron_efr/methods/`, by `python -m megatron_efr.methods`. [A method of your
+own](extending.md#a-method) takes a few lines.
 
 ## The kinds
 """
@@ -139,25 +141,25 @@ AFTER_KINDS = """
 Plain methods are also functions of who was right and how long each response is:
 
     from megatron_efr import methods
-    methods.rewards("efr", correct=[1, 0, 1], lengths=[300, 900, 500], alpha=0.2)  # float64 [samples]
+    methods.rewards("efr", correct=[1, 0, 1], lengths=[300, 900, 500], alpha=0.2)  # [samples]
 
 ## What a run keeps for a method
 
-The checkpoints hold what a method remembers and what the run saw of every prompt. A run that is killed and resumed
-goes on with both.
+The checkpoints hold what a method remembers and what the run saw of every prompt. A run that is
+killed and resumed goes on with both.
 
-Some methods need the starting model's responses to every training prompt. They are drawn before the first iteration
-and kept in the run folder as `reference.jsonl`. After a kill only the missing ones are drawn. `data.reference` names
-the complete file of another run, so that runs share one.
+Some methods need the starting model's responses to every training prompt. They are drawn before the
+first iteration and kept in the run folder as `reference.jsonl`. After a kill only the missing ones
+are drawn. `data.reference` names the complete file of another run, so that runs share one.
 
-Some methods need a monitor set. The seed draws it from the training prompts; `experimental.target` draws it from the
-held-out problems. It is asked again every so many iterations (`monitor/accuracy`, `monitor/tokens`). The checkpoints
-hold the answers.
+Some methods need a monitor set. The seed draws it from the training prompts; `experimental.target`
+draws it from the held-out problems. It is asked again every so many iterations (`monitor/accuracy`,
+`monitor/tokens`). The checkpoints hold the answers.
 
 ## All methods
 
-The last column says when a wrong answer can earn more than a right one of its group. With `-` it never can, whatever
-the options.
+The last column says when a wrong answer can earn more than a right one of its group. With `-` it
+never can, whatever the options.
 """
 
 
@@ -174,7 +176,10 @@ def _kinds() -> Iterator[str]:
     yield "| kind | what it is | methods |"
     yield "|---|---|---:|"
     for kind, (title, _) in KINDS.items():
-        yield f"| [{title}](methods/{kind}.md) | {_first_sentence(_summary(kind))} | {len(_methods(kind))} |"
+        yield (
+            f"| [{title}](methods/{kind}.md) | {_first_sentence(_summary(kind))} | "
+            f"{len(_methods(kind))} |"
+        )
 
 
 def _overview() -> Iterator[str]:
@@ -184,7 +189,9 @@ def _overview() -> Iterator[str]:
         for name, method in _methods(kind):
             link = f"[`{name}`](methods/{kind}.md#{_anchor(name)})"
             plain = ", plain" if issubclass(method, Plain) else ""
-            yield f"| {link} | {title.lower()}{plain} | {method.source} | {_wrong_may_win(method)} |"
+            yield (
+                f"| {link} | {title.lower()}{plain} | {method.source} | {_wrong_may_win(method)} |"
+            )
 
 
 def _wrong_may_win(method: type[Method]) -> str:
@@ -196,7 +203,16 @@ def _wrong_may_win(method: type[Method]) -> str:
 def _page(kind: str) -> str:
     """One kind: what it is, when to take it, and its methods."""
     title, when = KINDS[kind]
-    lines = [f"# {title}", "", _summary(kind), "", textwrap.fill(when, 100), "", "| name | |", "|---|---|"]
+    lines = [
+        f"# {title}",
+        "",
+        _summary(kind),
+        "",
+        textwrap.fill(when, 100),
+        "",
+        "| name | |",
+        "|---|---|",
+    ]
     for name, method in _methods(kind):
         lines.append(f"| [`{name}`](#{_anchor(name)}) | {_first_sentence(_text(method))} |")
     lines += ["", "[All methods](../methods.md), and what c and l stand for.", ""]
@@ -214,7 +230,10 @@ def _options(method: type[Method]) -> Iterator[str]:
     yield "|---|---|---|---|"
     schema = method.model_json_schema()
     for key, field in method.model_fields.items():
-        yield f"| `{key}` | {values(schema['properties'][key])} | {default_of(field)} | {field.description} |"
+        yield (
+            f"| `{key}` | {values(schema['properties'][key])} | {default_of(field)} | "
+            f"{field.description} |"
+        )
     yield ""
 
 
@@ -238,4 +257,8 @@ def _anchor(name: str) -> str:
 
 
 def _methods(kind: str) -> list[tuple[str, type[Method]]]:
-    return [(name, method) for name, method in METHODS.items() if method.__module__ == f"{__package__}.{kind}"]
+    return [
+        (name, method)
+        for name, method in METHODS.items()
+        if method.__module__ == f"{__package__}.{kind}"
+    ]

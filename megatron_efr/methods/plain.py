@@ -1,4 +1,6 @@
-"""Plain rules: the rewards of a group are a function of who was right, and how long each response is."""
+"""Plain rules: the rewards of a group are a function of who was right, and how long each response
+is.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ UNANSWERED = frozenset({"no_answer", "truncated"})
 class Outcomes(NamedTuple):
     """One group as plain rules see it, [n] each.
 
-    right: answered correctly, and ended by itself. lengths: tokens, float64. truncated: cut off at the limit. answered:
-    an answer was found, right or wrong. limit: the most tokens of a response; None: not known.
+    right: answered correctly, and ended by itself. lengths: tokens, float64. truncated: cut off at
+    the limit. answered: an answer was found, right or wrong. limit: the most tokens of a response;
+    None: not known.
     """
 
     right: BoolArray
@@ -62,7 +65,9 @@ def tells(name: str) -> AfterValidator:
 
     def check(text: str) -> str:
         if f"{{{name}}}" not in text:
-            raise ValueError(f"the text tells nothing without {{{name}}}; put that where it is to stand")
+            raise ValueError(
+                f"the text tells nothing without {{{name}}}; put that where it is to stand"
+            )
         return text
 
     return AfterValidator(check)
@@ -79,19 +84,23 @@ def limit_of(option: int | None, group: Outcomes, key: str) -> int:
 
 
 def check_within(value: int | None, limit: int, key: str, *, strictly: bool = False) -> None:
-    """Refuse an option in tokens that is above any response's; ConfigError. `strictly`: nor may it equal the limit."""
+    """Refuse an option in tokens that is above any response's; ConfigError. `strictly`: nor may it
+    equal the limit.
+    """
     if value is not None and (value > limit or (strictly and value == limit)):
         least = "less than" if strictly else "at most"
         raise ConfigError(
-            f"method.{key}: {value} tokens, and no response has more than rollout.max_new_tokens = {limit}; set it "
-            f"to {least} that"
+            f"method.{key}: {value} tokens, and no response has more than rollout.max_new_tokens "
+            f"= {limit}; set it to {least} that"
         )
 
 
 def check_no_soft_penalty(algorithm: Choices, name: str) -> None:
-    """Refuse an algorithm that punishes long responses beside a method that does so itself; ConfigError."""
+    """Refuse an algorithm that punishes long responses beside a method that does so itself;
+    ConfigError.
+    """
     if algorithm.truncated == "soft":
         raise ConfigError(
-            f"algorithm.truncated: soft punishes what comes near the limit, and method {name} does so already; set "
-            "algorithm.truncated: wrong"
+            f"algorithm.truncated: soft punishes what comes near the limit, and method {name} "
+            "does so already; set algorithm.truncated: wrong"
         )

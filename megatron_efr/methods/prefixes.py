@@ -1,4 +1,6 @@
-"""Open in part, by prefixes: the beginning of a response is judged by answers that are drawn from there."""
+"""Open in part, by prefixes: the beginning of a response is judged by answers that are drawn from
+there.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +21,43 @@ from megatron_efr.types import Credit, FloatArray, Graded, Prompt, Response, Rew
 class Prefixes(Branching):
     """A method that has each thought left after equal shares of it, and answered there."""
 
-    exits: PositiveInt = Field(default=4, description="places at which a thought is left, at equal shares of it")
+    exits: PositiveInt = Field(
+        default=4, description=("places at which a thought is left, at equal shares of it")
+    )
     answers: PositiveInt = Field(default=2, description="answers at each")
     stop: str = Field(
-        default="\n</think>\n\n**Final Answer**\n", min_length=1, description="what opens an answer there"
+        default="\n</think>\n\n**Final Answer**\n",
+        min_length=1,
+        description=("what opens an answer there"),
     )
 
     def ask(self, visit: Visit, known: Known) -> Ask:
         shares = tuple(number / (self.exits + 1) for number in range(1, self.exits + 1))
-        script = Exits(shares=shares, samples=self.answers, tokens=self.answer_tokens, opening=self.stop, end=self.end)
+        script = Exits(
+            shares=shares,
+            samples=self.answers,
+            tokens=self.answer_tokens,
+            opening=self.stop,
+            end=self.end,
+        )
         return Ask(scripts=(script,) * visit.samples)
 
     def solved(self, group: Graded) -> list[FloatArray]:
         """Share of right answers at each of a response's exits, float64 [exits] each."""
         return [
-            right.reshape(-1, self.answers).mean(-1) if len(right) else np.zeros(0) for right in tried_answers(group)
+            right.reshape(-1, self.answers).mean(-1) if len(right) else np.zeros(0)
+            for right in tried_answers(group)
         ]
 
 
 class SGPO(Prefixes):
-    """SGPO (once Spectral PO): if all responses to a prompt are wrong, those that went wrong later earn more.
+    """SGPO (once Spectral PO): if all responses to a prompt are wrong, those that went wrong later
+    earn more.
 
         r = c if any response of the group is right, else 1 / (1 + exp(-slope (x - middle)))
         x = the largest share of the thought from which an answer is still right; 0 if there is none
-        with a judge: x = the share of the thought's steps before the first that it scores below `sound`
+        with a judge: x = the share of the thought's steps before the first that it scores below
+            `sound`
 
     A truncated response counts as wrong. Nothing is remembered.
 
@@ -61,20 +76,36 @@ class SGPO(Prefixes):
     source = "arXiv 2505.11595 v4, second-hand"
 
     slope: float = Field(default=10.0, gt=0, description="of the logistic; the source's beta")
-    middle: float = Field(default=0.5, ge=0, le=1, description="share of the thought that is worth 0.5; its gamma")
+    middle: float = Field(
+        default=0.5, ge=0, le=1, description=("share of the thought that is worth 0.5; its gamma")
+    )
     judge: str | None = Field(
         default=None,
         min_length=1,
-        description="scores the steps of a thought: module:function, or a name registered under megatron_efr.judges; "
-        "answers at exits are verified when left out",
+        description=(
+            "scores the steps of a thought: module:function, or a name registered under "
+            "megatron_efr.judges; answers at exits are verified when left out"
+        ),
     )
-    step: str = Field(default="\n\n", min_length=1, description="what stands between two steps, for a judge")
-    sound: float = Field(default=0.5, gt=0, le=1, description="the least score of a right step, for a judge")
+    step: str = Field(
+        default="\n\n", min_length=1, description=("what stands between two steps, for a judge")
+    )
+    sound: float = Field(
+        default=0.5, gt=0, le=1, description=("the least score of a right step, for a judge")
+    )
 
     @model_validator(mode="after")
     def _options_speak(self) -> SGPO:
-        vain = ("step", "sound") if self.judge is None else ("exits", "answers", "answer_tokens", "stop")
-        reason = "without method.judge" if self.judge is None else "with method.judge: nothing is answered early"
+        vain = (
+            ("step", "sound")
+            if self.judge is None
+            else ("exits", "answers", "answer_tokens", "stop")
+        )
+        reason = (
+            "without method.judge"
+            if self.judge is None
+            else ("with method.judge: nothing is answered early")
+        )
         for key in vain:
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"method.{key}: it has no effect {reason}; leave it out")
@@ -97,7 +128,9 @@ class SGPO(Prefixes):
             return right.astype(np.float64)
         if self.judge is not None:
             prompt = group.group.prompt
-            reached = np.array([self._sound(self.judge, prompt, response) for response in group.group.responses])
+            reached = np.array(
+                [self._sound(self.judge, prompt, response) for response in group.group.responses]
+            )
         else:
             pairs = zip(group.group.responses, self.solved(group), strict=True)
             reached = np.array([self._reached(response, solved) for response, solved in pairs])
@@ -105,25 +138,32 @@ class SGPO(Prefixes):
 
     def _sound(self, judge: str, prompt: Prompt, response: Response) -> float:
         """The share of the thought's steps before the first wrong one."""
-        steps = [step for step in response.text.partition(self.end)[0].split(self.step) if step.strip()]
+        steps = [
+            step for step in response.text.partition(self.end)[0].split(self.step) if step.strip()
+        ]
         wrong = [score < self.sound for score in scores(judge, prompt, steps)] if steps else []
         return (wrong.index(True) if True in wrong else len(wrong)) / max(len(wrong), 1)
 
     def _reached(self, response: Response, solved: FloatArray) -> float:
-        held = [branch.at for branch, share in zip(response.branches, solved, strict=True) if share > 0]
+        held = [
+            branch.at for branch, share in zip(response.branches, solved, strict=True) if share > 0
+        ]
         return max(held, default=0) / max(thought(response), 1)
 
 
 class L2T(Prefixes):
-    """L2T: each stretch of a thought earns what it adds to the chance of a right answer under the policy itself.
+    """L2T: each stretch of a thought earns what it adds to the chance of a right answer under the
+    policy itself.
 
-        A = c - mean c of the group;  of the tokens between exits k - 1 and k besides: alpha (p_k - p_(k-1))
+        A = c - mean c of the group;  of the tokens between exits k - 1 and k besides: alpha (p_k -
+            p_(k-1))
         p_k = share of right ones among `answers` at exit k
 
-    The stretch before the first exit and what follows the last one have no such part. A wrong or truncated response has
-    c = 0. Nothing is remembered. Answers at exits are not trained on. Open: the paper takes the gain in information
-    from the policy's own parameters, and its released code another model's scores of each step. Chosen: the policy's
-    chance to be right, as counted; stretches of equal length; alpha 0.5; no price on parameters.
+    The stretch before the first exit and what follows the last one have no such part. A wrong or
+    truncated response has c = 0. Nothing is remembered. Answers at exits are not trained on. Open:
+    the paper takes the gain in information from the policy's own parameters, and its released code
+    another model's scores of each step. Chosen: the policy's chance to be right, as counted;
+    stretches of equal length; alpha 0.5; no price on parameters.
     """
 
     source = "arXiv 2505.10425, with ML-TASA/L2T@f9bce04 l2t.py, which has another method"

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from megatron_efr.config import AlgorithmConfig, ConfigError, MethodConfig, RolloutConfig, TrainConfig
+from megatron_efr.config import (
+    AlgorithmConfig,
+    ConfigError,
+    MethodConfig,
+    RolloutConfig,
+    TrainConfig,
+)
 from megatron_efr.config.file import validate
 from megatron_efr.config.plugins import find_class
 from megatron_efr.methods import (
@@ -86,7 +92,9 @@ def find(name: str) -> type[Method]:
 
 
 def build(config: MethodConfig, rollout: RolloutConfig, algorithm: AlgorithmConfig) -> Method:
-    """The configured method; ConfigError for an unknown name, a wrong option, or what the run cannot give it."""
+    """The configured method; ConfigError for an unknown name, a wrong option, or what the run
+    cannot give it.
+    """
     kind = find(config.name)
     made = validate(kind, config.options, prefix="method")
     _check_needs(config.name, made.needs, rollout, algorithm)
@@ -100,14 +108,17 @@ def resolved(config: TrainConfig, method: Method) -> TrainConfig:
     return config.model_copy(update={"method": MethodConfig.model_validate(options)})
 
 
-def _check_needs(name: str, needs: Needs, rollout: RolloutConfig, algorithm: AlgorithmConfig) -> None:
+def _check_needs(
+    name: str, needs: Needs, rollout: RolloutConfig, algorithm: AlgorithmConfig
+) -> None:
     """Refuse a method that asks for what the run cannot give."""
     if rollout.samples < needs.samples:
         raise ConfigError(
-            f"rollout.samples: {rollout.samples} response(s) per prompt, and {name} compares responses of one prompt: "
-            f"it needs at least {needs.samples}"
+            f"rollout.samples: {rollout.samples} response(s) per prompt, and {name} compares "
+            f"responses of one prompt: it needs at least {needs.samples}"
         )
     if needs.algorithms is not None and algorithm.name not in needs.algorithms:
         raise ConfigError(
-            f"algorithm.name: {algorithm.name}, and method {name} works with {', '.join(sorted(needs.algorithms))}"
+            f"algorithm.name: {algorithm.name}, and method {name} works with "
+            f"{', '.join(sorted(needs.algorithms))}"
         )

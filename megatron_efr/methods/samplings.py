@@ -10,7 +10,9 @@ from megatron_efr.types import Graded
 
 
 class Sampled(NamedTuple):
-    """Responses to one prompt: the tokens of each, and which were right and ended by themselves, [n] each."""
+    """Responses to one prompt: the tokens of each, and which were right and ended by themselves,
+    [n] each.
+    """
 
     lengths: tuple[int, ...]
     right: tuple[bool, ...]
@@ -40,8 +42,10 @@ NONE: ByPrompt = MappingProxyType({})
 
 
 class Monitor(NamedTuple):
-    """A monitor set: `prompts` of the training prompts at most, drawn by the run's seed, each asked for `samples`
-    responses before the first iteration, and after every so many. held_out: of evaluation.datasets' instead."""
+    """A monitor set: `prompts` of the training prompts at most, drawn by the run's seed, each asked
+    for `samples` responses before the first iteration, and after every so many. held_out: of
+    evaluation.datasets' instead.
+    """
 
     prompts: int
     samples: int
@@ -66,7 +70,10 @@ class Samplings(NamedTuple):
 
 def dump(sampled: ByPrompt) -> dict[str, Any]:
     """Samplings as JSON has them."""
-    return {name: [list(each.lengths), [int(right) for right in each.right]] for name, each in sampled.items()}
+    return {
+        name: [list(each.lengths), [int(right) for right in each.right]]
+        for name, each in sampled.items()
+    }
 
 
 def load(stored: Mapping[str, Iterable[Any]]) -> ByPrompt:
@@ -75,8 +82,12 @@ def load(stored: Mapping[str, Iterable[Any]]) -> ByPrompt:
 
 
 def restored(lengths: Iterable[Any], right: Iterable[Any]) -> Sampled:
-    """One prompt's responses from JSON's lists. ValueError or TypeError for others than `dump` writes."""
+    """One prompt's responses from JSON's lists. ValueError or TypeError for others than `dump`
+    writes.
+    """
     made = Sampled(tuple(map(int, lengths)), tuple(map(bool, right)))
     if not made.lengths or len(made.lengths) != len(made.right) or min(made.lengths) < 1:
-        raise ValueError(f"{len(made.lengths)} lengths and {len(made.right)} verdicts are no responses")
+        raise ValueError(
+            f"{len(made.lengths)} lengths and {len(made.right)} verdicts are no responses"
+        )
     return made

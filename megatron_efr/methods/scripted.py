@@ -15,26 +15,39 @@ from megatron_efr.scripts import Budget, Opened
 from megatron_efr.types import FloatArray, Graded, Response, Rewarded
 
 TRIED = 16
-"""Targets whose sentence LAPO has checked: numbers of as many digits may be of more or fewer tokens."""
+"""Targets whose sentence LAPO has checked: numbers of as many digits may be of more or fewer
+tokens.
+"""
 
 
 class ASRR(Plain):
     """ASRR: prompts that are solved without a thought are shortened.
 
-        alpha = 0 if p < tau, else beta (p - tau + eps) / (1 - tau + eps),  p = share of right responses
+        alpha = 0 if p < tau, else beta (p - tau + eps) / (1 - tau + eps),
+            p = share of right responses
         r = c - alpha clip((l - lmin_C) / window, 0, 1),  lmin_C = the shortest right length
 
-    Every response opens with `opening`, which closes the thought. Wrong and truncated responses pay for length too.
-    Nothing is remembered. With tau 1, the paper's main setting, groups that are all right are shortened alone. The text
-    gives no eps; 1e-6 is this project's. A chat template that does not open the thought needs an opening that does.
+    Every response opens with `opening`, which closes the thought. Wrong and truncated responses pay
+    for length too. Nothing is remembered. With tau 1, the paper's main setting, groups that are all
+    right are shortened alone. The text gives no eps; 1e-6 is this project's. A chat template that
+    does not open the thought needs an opening that does.
     """
 
     source = "Zhang et al. 2025, arXiv 2505.15400, eq. 5-7 and appendix A"
     standing = "text"
 
-    tau: float = Field(default=1.0, ge=0, le=1, description="share of right responses from which a group is shortened")
+    tau: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description=("share of right responses from which a group is shortened"),
+    )
     beta: float = Field(default=0.5, ge=0, le=1, description="the largest price of length")
-    window: float = Field(default=2048.0, gt=0, description="tokens above the shortest right answer that cost it all")
+    window: float = Field(
+        default=2048.0,
+        gt=0,
+        description=("tokens above the shortest right answer that cost it all"),
+    )
     opening: str = Field(
         default="Okay, I have finished thinking.\n</think>\n\n",
         min_length=1,
@@ -50,7 +63,9 @@ class ASRR(Plain):
         if not group.right.any() or group.accuracy < self.tau:
             return accuracy
         price = self.beta * (group.accuracy - self.tau + eps) / (1.0 - self.tau + eps)
-        return accuracy - price * np.clip((group.lengths - group.right_lengths.min()) / self.window, 0.0, 1.0)
+        return accuracy - price * np.clip(
+            (group.lengths - group.right_lengths.min()) / self.window, 0.0, 1.0
+        )
 
 
 class Elastic(Plain):
@@ -64,22 +79,31 @@ class Elastic(Plain):
     that closes a thought is written, and not trained on; the released code trains on it.
     """
 
-    source = "Xu et al. 2025, arXiv 2505.05315; SalesforceAIResearch/Elastic-Reasoning@8871a3c vllm_rollout.py"
+    source = (
+        "Xu et al. 2025, arXiv 2505.05315; SalesforceAIResearch/Elastic-Reasoning@8871a3c "
+        "vllm_rollout.py"
+    )
     standing = "code"
 
     needs = Needs(samples=1)
 
     thought: PositiveInt = Field(default=1024, description="tokens of the thought at most")
     answer: PositiveInt = Field(default=1024, description="tokens of the answer at most")
-    end: str = Field(default="</think>", min_length=1, description="the single token that ends a thought")
-    cut: str = Field(default="\n</think>\n\n", min_length=1, description="what closes a thought that is cut")
+    end: str = Field(
+        default="</think>", min_length=1, description=("the single token that ends a thought")
+    )
+    cut: str = Field(
+        default="\n</think>\n\n", min_length=1, description=("what closes a thought that is cut")
+    )
 
     def ask(self, visit: Visit, known: Known) -> Ask:
         script = Budget(most=self.thought, answer=self.answer, end=self.end, cut=self.cut)
         return Ask(scripts=(script,) * visit.samples)
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
-        answers = np.array([not _ends_in_thought(response) for response in group.group.responses], dtype=bool)
+        answers = np.array(
+            [not _ends_in_thought(response) for response in group.group.responses], dtype=bool
+        )
         return self.rule(Outcomes.of(group, known.limit)) * answers
 
     def rule(self, group: Outcomes) -> FloatArray:
@@ -88,9 +112,10 @@ class Elastic(Plain):
     def check(self, rollout: RolloutConfig) -> None:
         if self.thought + self.answer > rollout.max_new_tokens:
             raise ConfigError(
-                f"method.thought: {self.thought} tokens and method.answer = {self.answer} are more than "
-                f"rollout.max_new_tokens = {rollout.max_new_tokens}, and a thought that is cut would leave less for "
-                f"its answer; set max_new_tokens to {self.thought + self.answer} or more, or one of them lower"
+                f"method.thought: {self.thought} tokens and method.answer = {self.answer} are "
+                f"more than rollout.max_new_tokens = {rollout.max_new_tokens}, and a thought that "
+                "is cut would leave less for its answer; set max_new_tokens to "
+                f"{self.thought + self.answer} or more, or one of them lower"
             )
 
 
@@ -101,8 +126,10 @@ def _ends_in_thought(response: Response) -> bool:
 class LAPO(Plain):
     """LAPO: right answers of middle length first, then of the length that a prompt took.
 
-        first stage:   r = c + weight R,  R = 1 within the `low` to `high` percentiles of the right lengths (linear),
-                       and falls to 0 over `slope` tokens outside; 0 if both are equal, as for one right answer
+        first stage:   r = c + weight R,
+            R = 1 within the `low` to `high` percentiles of the right lengths (linear),
+                       and falls to 0 over `slope` tokens outside; 0 if both are equal,
+                           as for one right answer
         second stage:  r = c (1 + weight exp(-(l - N)^2 / (2 sigma^2))),  N = the prompt's target
 
     The second stage begins with iteration `second_from`, and opens every response with a sentence
@@ -115,7 +142,10 @@ class LAPO(Plain):
     rewards, which shifts all of them; that is not copied.
     """
 
-    source = "Wu et al. 2025, arXiv 2507.15758; ZJU-REAL/LAPO@bd59dfd reward_func_stage1.py, reward_func_stage2.py"
+    source = (
+        "Wu et al. 2025, arXiv 2507.15758; ZJU-REAL/LAPO@bd59dfd reward_func_stage1.py, "
+        "reward_func_stage2.py"
+    )
     standing = "code"
 
     weight: float = Field(default=0.7, ge=0, description="of the bonus, in both stages")
@@ -123,7 +153,8 @@ class LAPO(Plain):
     high: float = Field(default=70.0, ge=0, le=100, description="percentile of the right lengths")
     slope: float = Field(default=100.0, gt=0, description="tokens over which the bonus falls to 0")
     second_from: PositiveInt | None = Field(
-        default=None, description="iteration with which the second stage begins; without it there is none"
+        default=None,
+        description=("iteration with which the second stage begins; without it there is none"),
     )
     sigma: float = Field(default=120.0, gt=0, description="tokens, in the second stage")
     opening: Annotated[str, tells("budget")] = Field(
@@ -135,7 +166,8 @@ class LAPO(Plain):
     def _low_is_below_high(self) -> LAPO:
         if self.low >= self.high:
             raise ValueError(
-                f"method.low: {self.low:g} is not below method.high = {self.high:g}: no response would get the bonus"
+                f"method.low: {self.low:g} is not below method.high = {self.high:g}: no response "
+                "would get the bonus"
             )
         return self
 
@@ -149,14 +181,19 @@ class LAPO(Plain):
         """The second stage's, with targets of the most digits."""
         if self.second_from is None:
             return ()
-        return [self._opened(visit, target) for target in range(max(1, known.limit - TRIED + 1), known.limit + 1)]
+        return [
+            self._opened(visit, target)
+            for target in range(max(1, known.limit - TRIED + 1), known.limit + 1)
+        ]
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
         seen = Outcomes.of(group, known.limit)
         if not self._is_second(known.step) or not seen.right.any():
             return self.rule(seen)
         target = group.group.note.get("target", float(np.median(seen.right_lengths)))
-        return seen.right * (1.0 + self.weight * np.exp(-((seen.lengths - target) ** 2) / (2 * self.sigma**2)))
+        return seen.right * (
+            1.0 + self.weight * np.exp(-((seen.lengths - target) ** 2) / (2 * self.sigma**2))
+        )
 
     def rule(self, group: Outcomes) -> FloatArray:
         accuracy = group.right.astype(np.float64)

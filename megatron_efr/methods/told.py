@@ -1,4 +1,6 @@
-"""Budgets told in the prompt: a question says how long its answer may be, and the reward holds the answer to it."""
+"""Budgets told in the prompt: a question says how long its answer may be, and the reward holds the
+answer to it.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class _Told(Method):
     @model_validator(mode="after")
     def _shortest_is_below_longest(self) -> _Told:
         if self.shortest > self.longest:
-            raise ValueError(f"method.shortest: {self.shortest} is above method.longest = {self.longest}")
+            raise ValueError(
+                f"method.shortest: {self.shortest} is above method.longest = {self.longest}"
+            )
         return self
 
     def check(self, rollout: RolloutConfig) -> None:
@@ -43,17 +47,23 @@ class _Told(Method):
 class L1Exact(_Told):
     """L1-Exact: a number of tokens to think is told, and kept as exactly as can be.
 
-        r = c - alpha |N - l|,  N an integer, uniform between `shortest` and `longest` for each visit of a prompt
+        r = c - alpha |N - l|,  N an integer, uniform between `shortest` and `longest` for each
+            visit of a prompt
 
-    The question ends with `suffix`. Wrong and truncated responses pay for the difference too. Nothing is remembered: N
-    is a function of the run's seed and the visit. The first release had alpha 1/3000.
+    The question ends with `suffix`. Wrong and truncated responses pay for the difference too.
+    Nothing is remembered: N is a function of the run's seed and the visit. The first release had
+    alpha 1/3000.
     """
 
     source = "Aggarwal & Welleck 2025, arXiv 2503.04697; cmu-l3/l1@93dd330 math_reward.py:94-193"
     standing = "code"
-    wrong_may_win = "a right answer is 1 / alpha tokens (3,333) further from its budget than a wrong one"
+    wrong_may_win = (
+        "a right answer is 1 / alpha tokens (3,333) further from its budget than a wrong one"
+    )
 
-    suffix: Text = Field(default=" Think for {budget} tokens.", description="what is added to the question")
+    suffix: Text = Field(
+        default=" Think for {budget} tokens.", description=("what is added to the question")
+    )
 
     def longest_asks(self, visit: Visit, known: Known) -> Sequence[Ask]:
         return [_asked(self.suffix, self.longest)]
@@ -74,23 +84,38 @@ class L1Max(_Told):
         multiplied:  r = c (clip(alpha (N - l), -1, 1) + 1) / 2
         added:       r = c + (clip(alpha (N - l), -1, 1) + 1) / 2
 
-    N as in l1_exact. Of a share `exact` of the visits the question ends with `exact_suffix`, and l1_exact's reward
-    holds. A wrong or truncated response earns 0, but under `added` and for exact budgets. Nothing is remembered. The
-    released code has `multiplied` and `added`; its first release is `multiplied` with alpha 1/500, and exact_alpha
-    1/3000. Training starts from a model of l1_exact.
+    N as in l1_exact. Of a share `exact` of the visits the question ends with `exact_suffix`, and
+    l1_exact's reward holds. A wrong or truncated response earns 0, but under `added` and for exact
+    budgets. Nothing is remembered. The released code has `multiplied` and `added`; its first
+    release is `multiplied` with alpha 1/500, and exact_alpha 1/3000. Training starts from a model
+    of l1_exact.
     """
 
-    source = "Aggarwal & Welleck 2025, arXiv 2503.04697; cmu-l3/l1@93dd330 and 966f7a1 math_reward.py"
+    source = (
+        "Aggarwal & Welleck 2025, arXiv 2503.04697; cmu-l3/l1@93dd330 and 966f7a1 math_reward.py"
+    )
     standing = "code"
     wrong_may_win = "the budget is exact, as in l1_exact"
 
-    form: Literal["paper", "multiplied", "added"] = Field(default="paper", description="of the three rules")
-    exact_alpha: float | None = Field(
-        default=None, gt=0, description="what a token of difference costs if the budget is exact; alpha when left out"
+    form: Literal["paper", "multiplied", "added"] = Field(
+        default="paper", description=("of the three rules")
     )
-    exact: float = Field(default=0.5, ge=0, le=1, description="share of visits whose budget is exact")
-    suffix: Text = Field(default=" Think for maximum {budget} tokens.", description="what is added to the question")
-    exact_suffix: Text = Field(default=" Think for {budget} tokens.", description="the same, of an exact budget")
+    exact_alpha: float | None = Field(
+        default=None,
+        gt=0,
+        description=(
+            "what a token of difference costs if the budget is exact; alpha when left out"
+        ),
+    )
+    exact: float = Field(
+        default=0.5, ge=0, le=1, description=("share of visits whose budget is exact")
+    )
+    suffix: Text = Field(
+        default=" Think for maximum {budget} tokens.", description=("what is added to the question")
+    )
+    exact_suffix: Text = Field(
+        default=" Think for {budget} tokens.", description=("the same, of an exact budget")
+    )
 
     def ask(self, visit: Visit, known: Known) -> Ask:
         budget, drawing = self._budget(visit)
@@ -105,7 +130,9 @@ class L1Max(_Told):
         seen = Outcomes.of(group, known.limit)
         note = group.group.note
         if note["exact"]:
-            return seen.right - (self.exact_alpha or self.alpha) * np.abs(note["budget"] - seen.lengths)
+            return seen.right - (self.exact_alpha or self.alpha) * np.abs(
+                note["budget"] - seen.lengths
+            )
         left = self.alpha * (note["budget"] - seen.lengths)
         if self.form == "paper":
             return seen.right * np.clip(left + 0.5, 0.0, 1.0)

@@ -1,4 +1,6 @@
-"""Curves in a terminal: points as braille dots, two columns and four rows of dots to a character."""
+"""Curves in a terminal: points as braille dots, two columns and four rows of dots to a
+character.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from rich.text import Text
 
 Points = Sequence[tuple[float, float]]
 
-_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # Unicode's bits of a braille cell, by row and column
+# Unicode's bits of a braille cell, by row and column
+_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 _BLANK = 0x2800
 
 
@@ -31,7 +34,9 @@ class Extent(NamedTuple):
 
 
 def extent(curves: Sequence[Curve]) -> Extent:
-    """The range of all points; one of no height is widened, so that a constant is drawn half way up."""
+    """The range of all points; one of no height is widened, so that a constant is drawn half way
+    up.
+    """
     points = [point for curve in curves for point in curve.points]
     xs, ys = [x for x, _ in points], [y for _, y in points]
     low = min(ys)
@@ -43,7 +48,9 @@ def extent(curves: Sequence[Curve]) -> Extent:
 
 
 def draw(curves: Sequence[Curve], width: int, height: int) -> list[Text]:
-    """`height` lines of `width` characters. Where curves meet in a character, its colour is the last one's."""
+    """`height` lines of `width` characters. Where curves meet in a character, its colour is the
+    last one's.
+    """
     cells, styles = [[0] * width for _ in range(height)], [[""] * width for _ in range(height)]
     within = extent(curves)
     for curve in curves:

@@ -1,4 +1,6 @@
-"""The view of a run that `efr watch` shows: curves, engines, seconds, time left, the newest lines of the log."""
+"""The view of a run that `efr watch` shows: curves, engines, seconds, time left, the newest lines
+of the log.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,21 @@ class Chart(NamedTuple):
 
 CHARTS = (
     Chart("reward", (Series("reward_mean", "", "cyan"),), "{:.3f}"),
-    Chart("accuracy", (Series("accuracy", "", "green"), Series("eval/accuracy", "held out", "yellow")), "{:.1%}"),
-    Chart("tokens", (Series("tokens_mean", "", "cyan"), Series("eval/tokens", "held out", "yellow")), "{:.1f}"),
-    Chart("tokens", (Series("tokens_correct", "right", "green"), Series("tokens_wrong", "wrong", "red")), "{:.1f}"),
+    Chart(
+        "accuracy",
+        (Series("accuracy", "", "green"), Series("eval/accuracy", "held out", "yellow")),
+        "{:.1%}",
+    ),
+    Chart(
+        "tokens",
+        (Series("tokens_mean", "", "cyan"), Series("eval/tokens", "held out", "yellow")),
+        "{:.1f}",
+    ),
+    Chart(
+        "tokens",
+        (Series("tokens_correct", "right", "green"), Series("tokens_wrong", "wrong", "red")),
+        "{:.1f}",
+    ),
     Chart("entropy", (Series("entropy", "", "magenta"),), "{:.3f}"),
     Chart("KL to the initial model", (Series("kl", "", "magenta"),), "{:.4f}"),
     Chart("loss", (Series("loss", "", "cyan"),), "{:.4f}"),
@@ -55,7 +69,9 @@ _STYLES = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "bold red"}
 
 
 class Watched(NamedTuple):
-    """A run as it stands: its name, its last step (0: unknown), its metrics and log, and if a process has it."""
+    """A run as it stands: its name, its last step (0: unknown), its metrics and log, and if a
+    process has it.
+    """
 
     name: str
     total: int
@@ -85,7 +101,11 @@ def state(run: Watched) -> str:
     ends = [line for line in ends if not line.text.startswith("evaluation ")] or ends
     if not ends:
         return "nobody works on it"
-    return _first(ends[-1].text) if ends[-1].event == "end" else "ended without a word: killed, or its machine"
+    return (
+        _first(ends[-1].text)
+        if ends[-1].event == "end"
+        else "ended without a word: killed, or its machine"
+    )
 
 
 def seconds_left(run: Watched) -> float | None:
@@ -106,9 +126,12 @@ def _head(run: Watched, now: datetime) -> RenderableType:
     if run.running and (left := seconds_left(run)) is not None:
         said.append(f"left {duration(left)}")
     if run.log:
-        said.append(f"last line of the log {duration(max((now - run.log[-1].time).total_seconds(), 0))} ago")
+        said.append(
+            f"last line of the log {duration(max((now - run.log[-1].time).total_seconds(), 0))} ago"
+        )
     title = Text.assemble((run.name, "bold"), "  ", (state(run), "green" if run.running else ""))
-    figures = Text("  ".join(said))  # on a line of their own: a folder's name may be as wide as the terminal
+    # on a line of their own: a folder's name may be as wide as the terminal
+    figures = Text("  ".join(said))
     if not run.total:
         return Group(title, figures)
     bar = Table.grid(expand=True)
@@ -121,7 +144,9 @@ def _curves(chart: Chart, metrics: Metrics) -> list[tuple[Series, Curve]]:
     found = []
     for series in chart.series:
         points = [
-            (float(line["step"]), float(line[series.key])) for line in metrics if _is_number(line.get(series.key))
+            (float(line["step"]), float(line[series.key]))
+            for line in metrics
+            if _is_number(line.get(series.key))
         ]
         if points:
             found.append((series, Curve(points, series.style)))
@@ -144,7 +169,10 @@ def _panel(chart: Chart, metrics: Metrics, width: int) -> Panel:
     margin = max(map(len, ends))
     lines = draw(curves, max(8, width - margin - 5), CHART_HEIGHT)
     labels = [ends[0], *[""] * (CHART_HEIGHT - 2), ends[1]]
-    rows = [Text.assemble((f"{label:>{margin}} ", "dim"), line) for label, line in zip(labels, lines, strict=True)]
+    rows = [
+        Text.assemble((f"{label:>{margin}} ", "dim"), line)
+        for label, line in zip(labels, lines, strict=True)
+    ]
     return Panel(Group(*rows), title=title, title_align="left", border_style="dim")
 
 
@@ -156,12 +184,19 @@ def _figures(metrics: Metrics) -> list[RenderableType]:
     said = []
     if "engine/serving" in newest:
         counts = [f"{newest['engine/serving']:.0f} serving"]
-        counts += [f"{sum(line.get(f'engine/{name}', 0) for line in metrics):.0f} {name}" for name in ("lost", "back")]
+        counts += [
+            f"{sum(line.get(f'engine/{name}', 0) for line in metrics):.0f} {name}"
+            for name in ("lost", "back")
+        ]
         said.append("engines: " + ", ".join(counts))
     if "time/tokens_per_s" in newest:
         said.append(f"{newest['time/tokens_per_s']:,.0f} tokens/s")
     phases = [(name, newest.get(f"time/{name}")) for name in PHASES]
-    spent = [f"{name} {seconds:.1f}" for name, seconds in phases if _is_number(seconds) and seconds >= 0.05]
+    spent = [
+        f"{name} {seconds:.1f}"
+        for name, seconds in phases
+        if _is_number(seconds) and seconds >= 0.05
+    ]
     if spent:
         said.append("seconds: " + ", ".join(spent))
     if "time/memory_gib" in newest:

@@ -1,8 +1,9 @@
-"""Takes a run's metrics to metrics.jsonl, TensorBoard, wandb and the terminal; times phases; has a watchdog.
+"""Takes a run's metrics to metrics.jsonl, TensorBoard, wandb and the terminal; times phases; has a
+watchdog.
 
-Convention: a metric under `time/` depends on the machine (seconds, speeds, memory), one under `engine/` on what befell
-it (servers lost); every other metric is a function of configuration and seed alone. `deterministic` keeps the latter:
-they are what a killed and resumed run must reproduce.
+Convention: a metric under `time/` depends on the machine (seconds, speeds, memory), one under
+`engine/` on what befell it (servers lost); every other metric is a function of configuration and
+seed alone. `deterministic` keeps the latter: they are what a killed and resumed run must reproduce.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Folder(Protocol):
 
 
 class Column(NamedTuple):
-    """One figure of the progress line: the metric, its label, how it is written, its style on a terminal."""
+    """One figure of the progress line: the metric, its label, how it is written, its style on a
+    terminal.
+    """
 
     key: str
     label: str
@@ -79,9 +82,10 @@ COLUMNS = (
 class Watchdog:
     """Ends the process when one phase lasts longer than `limit_s` seconds.
 
-    It names the phase and the rank, writes every thread's stack to stderr and to `folder`/stuck_rank<rank>.txt, and
-    exits with EXIT_STUCK, so that the launcher ends the other ranks too. It is a Python thread: a call that never
-    releases the interpreter lock stops it as well. Time outside any phase is watched as "between phases".
+    It names the phase and the rank, writes every thread's stack to stderr and to
+    `folder`/stuck_rank<rank>.txt, and exits with EXIT_STUCK, so that the launcher ends the other
+    ranks too. It is a Python thread: a call that never releases the interpreter lock stops it as
+    well. Time outside any phase is watched as "between phases".
     """
 
     def __init__(self, limit_s: float, rank: int = 0, folder: Path | None = None) -> None:
@@ -119,7 +123,9 @@ class Watchdog:
         if self.folder is not None:
             with contextlib.suppress(OSError):  # a full disk must not keep a stuck process alive
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with open(self.folder / f"stuck_rank{self.rank}.txt", "w", encoding="utf-8") as file:
+                with open(
+                    self.folder / f"stuck_rank{self.rank}.txt", "w", encoding="utf-8"
+                ) as file:
                     file.write(message)
                     file.flush()
                     faulthandler.dump_traceback(file, all_threads=True)
@@ -129,11 +135,12 @@ class Watchdog:
 
 
 class Observer:
-    """Takes every step's metrics on every rank; rank 0 writes and prints them, the others only keep time.
+    """Takes every step's metrics on every rank; rank 0 writes and prints them, the others only keep
+    time.
 
-    `folder` is the run folder, `total_steps` the last step's number, `start_step` the step resumed from (0: none).
-    `name` is how wandb calls the run; `largest`, which all ranks call together, gives each figure's maximum over them.
-    Use it as a context manager, or call `close`.
+    `folder` is the run folder, `total_steps` the last step's number, `start_step` the step resumed
+    from (0: none). `name` is how wandb calls the run; `largest`, which all ranks call together,
+    gives each figure's maximum over them. Use it as a context manager, or call `close`.
     """
 
     def __init__(
@@ -167,7 +174,8 @@ class Observer:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time this block into `time/<name>` of the step (phases of one name add up) and tell the watchdog.
+        """Time this block into `time/<name>` of the step (phases of one name add up) and tell the
+        watchdog.
 
         Its peak memory is noted too: see `Peaks`. Phases nest; they belong to one thread.
         """
@@ -194,18 +202,26 @@ class Observer:
         return self._seconds.get(phase, 0.0)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Write `metrics` of `step` with the phases' seconds since the last call, and return what was written.
+        """Write `metrics` of `step` with the phases' seconds since the last call, and return what
+        was written.
 
-        Added: `time/<phase>`, `time/total` (seconds since the last call) and peak memory, the largest of all ranks:
-        `time/<phase>_memory_gib` and, over the whole run so far, `time/memory_gib`; on a GPU also `.._cuda_memory_gib`
-        and `.._device_gib`. What `metrics` holds itself under these names is kept.
+        Added: `time/<phase>`, `time/total` (seconds since the last call) and peak memory, the
+        largest of all ranks: `time/<phase>_memory_gib` and, over the whole run so far,
+        `time/memory_gib`; on a GPU also `.._cuda_memory_gib` and `.._device_gib`. What `metrics`
+        holds itself under these names is kept.
         """
         now = time.perf_counter()
         machine = {f"{MACHINE}{name}": seconds for name, seconds in self._seconds.items()}
         machine[f"{MACHINE}total"] = now - self._since
-        machine |= {f"{MACHINE}{name}": gib for name, gib in self._largest(self._peaks.take()).items()}
+        machine |= {
+            f"{MACHINE}{name}": gib for name, gib in self._largest(self._peaks.take()).items()
+        }
         kept = deterministic(metrics)
-        written = {**kept, **machine, **{key: value for key, value in metrics.items() if key not in kept}}
+        written = {
+            **kept,
+            **machine,
+            **{key: value for key, value in metrics.items() if key not in kept},
+        }
         if self.rank == 0:
             self.folder.append_metrics(step, written)
             for output in self._outputs:
@@ -227,7 +243,10 @@ class Observer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -253,12 +272,15 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 class _TensorBoard(_Output):
     def __init__(self, folder: Path, start_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # seconds to import: only where it is used
+        # seconds to import: only where it is used
+        from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
         with writing(folder, GOES_ON):
             # purge_step hides what an interrupted run logged after the step that is resumed from
-            self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+            self.writer = SummaryWriter(
+                str(folder), purge_step=start_step + 1 if start_step else None
+            )
 
     def log(self, step: int, metrics: Mapping[str, Any], seconds_per_step: float) -> None:
         with writing(self.folder, GOES_ON):
@@ -283,7 +305,9 @@ class _Wandb(_Output):
                 f"pip install 'megatron-efr[wandb]', or set observe.wandb: null"
             ) from error
         # one id per run name, so that a resumed run goes on in the same chart
-        self.run = wandb.init(project=project, name=name, id=name.replace("/", "-"), dir=str(folder), resume="allow")
+        self.run = wandb.init(
+            project=project, name=name, id=name.replace("/", "-"), dir=str(folder), resume="allow"
+        )
 
     def log(self, step: int, metrics: Mapping[str, Any], seconds_per_step: float) -> None:
         self.run.log(_numbers(metrics), step=step)
@@ -307,17 +331,28 @@ class _PlainTerminal(_Output):
         self._recent: deque[float] = deque(maxlen=10)
 
     def log(self, step: int, metrics: Mapping[str, Any], seconds_per_step: float) -> None:
-        print("  ".join(text for text, _style in self.cells(step, metrics, seconds_per_step)), flush=True)
+        print(
+            "  ".join(text for text, _style in self.cells(step, metrics, seconds_per_step)),
+            flush=True,
+        )
 
-    def cells(self, step: int, metrics: Mapping[str, Any], seconds_per_step: float) -> list[tuple[str, str]]:
-        """(text, style) of each figure that `metrics` has, the time left last (mean of the last ten steps)."""
+    def cells(
+        self, step: int, metrics: Mapping[str, Any], seconds_per_step: float
+    ) -> list[tuple[str, str]]:
+        """(text, style) of each figure that `metrics` has, the time left last (mean of the last ten
+        steps).
+        """
         self._recent.append(seconds_per_step)
         left = sum(self._recent) / len(self._recent) * max(self.total_steps - step, 0)
         width = len(str(self.total_steps))
         numbers = _numbers(metrics)
         return [
             (f"{step:>{width}}/{self.total_steps}", "bold"),
-            *((f"{c.label} {c.write(numbers[c.key])}", c.style) for c in COLUMNS if c.key in numbers),
+            *(
+                (f"{c.label} {c.write(numbers[c.key])}", c.style)
+                for c in COLUMNS
+                if c.key in numbers
+            ),
             (f"left {duration(left):>6}" if step < self.total_steps else "done", "dim"),
         ]
 
@@ -343,7 +378,9 @@ class _LiveTerminal(_PlainTerminal):
 
     def log(self, step: int, metrics: Mapping[str, Any], seconds_per_step: float) -> None:
         cells = self.cells(step, metrics, seconds_per_step)
-        self.bar.console.print("  ".join(f"[{style}]{text}[/]" if style else text for text, style in cells))
+        self.bar.console.print(
+            "  ".join(f"[{style}]{text}[/]" if style else text for text, style in cells)
+        )
         self.bar.update(self.task, completed=step)
 
     def close(self) -> None:

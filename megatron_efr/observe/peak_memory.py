@@ -1,4 +1,6 @@
-"""Peak memory, phase by phase: this process's on the host and, with a GPU, its tensors' and what all processes use."""
+"""Peak memory, phase by phase: this process's on the host and, with a GPU, its tensors' and what
+all processes use.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,12 @@ PROCESS = Path("/proc/self")
 
 
 class Peaks:
-    """The highest figures in each phase since they were last taken, and in all, in GiB. For one thread.
+    """The highest figures in each phase since they were last taken, and in all, in GiB. For one
+    thread.
 
-    Kinds: `memory_gib` (resident in host memory), `cuda_memory_gib` (tensors of this process), `device_gib` (used on
-    this rank's GPU by every process as the phase ends, what allocators keep in reserve included). A kind that the
-    machine does not tell is left out.
+    Kinds: `memory_gib` (resident in host memory), `cuda_memory_gib` (tensors of this process),
+    `device_gib` (used on this rank's GPU by every process as the phase ends, what allocators keep
+    in reserve included). A kind that the machine does not tell is left out.
     """
 
     def __init__(self) -> None:
@@ -38,8 +41,11 @@ class Peaks:
         self._note()
         taken = self._by_phase
         self._by_phase = {}
-        whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # some kernels forget what `_note` resets
-        return taken | self._in_all | {"memory_gib": max(whole, self._in_all.get("memory_gib", 0.0))}
+        # some kernels forget what `_note` resets
+        whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return (
+            taken | self._in_all | {"memory_gib": max(whole, self._in_all.get("memory_gib", 0.0))}
+        )
 
     def _note(self) -> None:
         """Credit the peak since the last note to all open phases."""
@@ -69,7 +75,8 @@ def _resident_peak() -> float | None:
     """
     try:
         found = re.search(r"VmHWM:\s+(\d+) kB", (PROCESS / "status").read_text(encoding="ascii"))
-        (PROCESS / "clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the peak to what is resident now
+        # proc(5): resets the peak to what is resident now
+        (PROCESS / "clear_refs").write_text("5", encoding="ascii")
     except OSError:
         return None
     return int(found[1]) / 2**20 if found else None

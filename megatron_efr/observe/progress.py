@@ -11,7 +11,9 @@ SAYS_EVERY_S = 10.0
 
 
 def show_progress(groups: Iterable[Group], name: str, total: int, done: int = 0) -> Iterator[Group]:
-    """Pass finished groups on, and print a line every few seconds; `done` of `total` were finished before."""
+    """Pass finished groups on, and print a line every few seconds; `done` of `total` were finished
+    before.
+    """
     began = said = time.monotonic()
     tokens = 0
     for group in groups:
@@ -20,5 +22,8 @@ def show_progress(groups: Iterable[Group], name: str, total: int, done: int = 0)
         now = time.monotonic()
         if now - said >= SAYS_EVERY_S:
             said = now
-            print(f"{name}: {done} of {total} problems, {tokens / (now - began):,.0f} tokens/s", flush=True)
+            print(
+                f"{name}: {done} of {total} problems, {tokens / (now - began):,.0f} tokens/s",
+                flush=True,
+            )
         yield group

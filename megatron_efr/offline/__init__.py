@@ -1,1 +1,3 @@
-"""Training on responses that are there: rows and pairs, and the loop that `efr sft` and `efr dpo` share."""
+"""Training on responses that are there: rows and pairs, and the loop that `efr sft` and `efr dpo`
+share.
+"""

@@ -1,4 +1,6 @@
-"""Judged answers of a run, as rows to learn from: the shortest right one of each prompt, or it and the longest."""
+"""Judged answers of a run, as rows to learn from: the shortest right one of each prompt, or it and
+the longest.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from megatron_efr.types import Graded, Prompt, Response
 
 
 def shortest(path: str, positions: int, limit: int | None = None) -> list[Sample]:
-    """The shortest right answer of each prompt that has one: the paper's SFT baseline (arXiv 2502.04463)."""
+    """The shortest right answer of each prompt that has one: the paper's SFT baseline (arXiv
+    2502.04463).
+    """
     return _samples([(prompt, right[:1]) for prompt, right in _right(path)], path, positions, limit)
 
 
@@ -31,13 +35,18 @@ def pairs(path: str, positions: int, limit: int | None = None) -> list[Sample]:
 
     The paper's DPO baseline. A prompt whose right answers are all of one length makes no pair.
     """
-    found = [(prompt, [right[0], right[-1]]) for prompt, right in _right(path) if right[0].length < right[-1].length]
+    found = [
+        (prompt, [right[0], right[-1]])
+        for prompt, right in _right(path)
+        if right[0].length < right[-1].length
+    ]
     return _samples(found, path, positions, limit)
 
 
 def _right(path: str) -> Iterator[tuple[Prompt, list[Response]]]:
-    """Each prompt with its right answers, the shortest first, whatever visits they are of; prompts without are left
-    out. Of equal lengths the one that was drawn first comes first."""
+    """Each prompt with its right answers, the shortest first, whatever visits they are of; prompts
+    without are left out. Of equal lengths the one that was drawn first comes first.
+    """
     right: dict[tuple[str, tuple[int, ...]], tuple[Prompt, list[Response]]] = {}
     for group in _groups(path):
         prompt = group.group.prompt
@@ -54,7 +63,10 @@ def _groups(path: str) -> Iterator[Graded]:
     files = sorted(place.glob(f"*{ANSWERS}")) if place.is_dir() else [place]
     for file in files:
         if not file.is_file():
-            raise DatasetError(f"{file}: no such file; a run keeps its answers in rollouts/ (observe.rollouts: true)")
+            raise DatasetError(
+                f"{file}: no such file; a run keeps its answers in rollouts/ (observe.rollouts: "
+                "true)"
+            )
         yield from read_groups(file, decode_graded)
 
 

@@ -1,4 +1,6 @@
-"""The loop of training on rows that do not change: updates in a fixed order, checkpoints, and going on from one."""
+"""The loop of training on rows that do not change: updates in a fixed order, checkpoints, and going
+on from one.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from megatron_efr.samples import Sample
 from megatron_efr.types import UserError
 
 Update = Callable[[Policy, Sequence[Sample], list[int]], dict[str, float]]
-"""Makes one update of the policy from the samples of these items; its figures. Every rank calls it alike."""
+"""Makes one update of the policy from the samples of these items; its figures. Every rank calls it
+alike.
+"""
 
 
 def train_on_rows(
@@ -37,8 +41,9 @@ def train_on_rows(
 ) -> None:
     """Train to the end, from the start or from the newest checkpoint, and write the model folder.
 
-    `load` reads and checks the samples, on rank 0; `samples_each` in a row are an item, of which `train.batch` make an
-    update. With `keep_reference` the policy keeps the initial model beside it.
+    `load` reads and checks the samples, on rank 0; `samples_each` in a row are an item, of which
+    `train.batch` make an update. With `keep_reference` the policy keeps the initial model beside
+    it.
     """
     config.check_world(arguments.world_size())
     check_policy(config.model, config.parallel, config.optimizer)
@@ -49,7 +54,8 @@ def train_on_rows(
         samples = ranks.share(load)
         rows = checksum(samples)
         policy = Policy(
-            config.model, config.parallel, config.optimizer, ranks, updates=config.train.updates, seed=config.seed,
+            config.model, config.parallel, config.optimizer, ranks, updates=config.train.updates,
+            seed=config.seed,
             keep_reference=keep_reference,
         )  # fmt: skip
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
@@ -57,7 +63,9 @@ def train_on_rows(
         total = config.train.updates
         if resume:
             ranks.on_main(lambda: folder.go_on_from(done, total, "update", config.train.log_every))
-        observing = Observer(folder, config.observe, total, ranks.rank, done, config.name, ranks.largest)
+        observing = Observer(
+            folder, config.observe, total, ranks.rank, done, config.name, ranks.largest
+        )
         with Interruption() as interruption, observing as observer:
             for step, items in enumerate(schedule(samples, config, samples_each), start=1):
                 if step <= done:
@@ -83,7 +91,9 @@ def train_on_rows(
         policy.save_adapter(folder.adapter)
 
 
-def _claim(config: SftConfig | DpoConfig, folder: RunFolder, resume: bool, resources: ExitStack) -> None:
+def _claim(
+    config: SftConfig | DpoConfig, folder: RunFolder, resume: bool, resources: ExitStack
+) -> None:
     """Take the run folder until `resources` are closed; prompts tell the day on which it began."""
     claim = claimed(folder, dump(config), resume, lambda tree: dump(validate(type(config), tree)))
     resources.enter_context(claim)
@@ -91,13 +101,18 @@ def _claim(config: SftConfig | DpoConfig, folder: RunFolder, resume: bool, resou
         date_prompts(config.prompt, folder)
 
 
-def schedule(samples: Sequence[Sample], config: SftConfig | DpoConfig, samples_each: int = 1) -> Iterator[list[int]]:
-    """The indices of each update's samples, a function of the seed: epochs of shuffled items, `bucket` updates sorted
-    by length.
+def schedule(
+    samples: Sequence[Sample], config: SftConfig | DpoConfig, samples_each: int = 1
+) -> Iterator[list[int]]:
+    """The indices of each update's samples, a function of the seed: epochs of shuffled items,
+    `bucket` updates sorted by length.
 
     The updates of a bucket are shuffled again, so that long and short ones alternate.
     """
-    lengths = [sum(each.length for each in samples[i : i + samples_each]) for i in range(0, len(samples), samples_each)]
+    lengths = [
+        sum(each.length for each in samples[i : i + samples_each])
+        for i in range(0, len(samples), samples_each)
+    ]
     batch = config.train.batch
     bucket = min(config.train.bucket, len(lengths) // config.train.batch)
     rng = np.random.default_rng(config.seed)
@@ -108,7 +123,11 @@ def schedule(samples: Sequence[Sample], config: SftConfig | DpoConfig, samples_e
             drawn = sorted(order[start : start + batch * bucket].tolist(), key=lambda i: lengths[i])
             parts = [drawn[k : k + batch] for k in range(0, len(drawn), batch)]
             for k in rng.permutation(bucket):
-                yield [item * samples_each + place for item in parts[k] for place in range(samples_each)]
+                yield [
+                    item * samples_each + place
+                    for item in parts[k]
+                    for place in range(samples_each)
+                ]
                 made += 1
                 if made == config.train.updates:
                     return
@@ -118,7 +137,9 @@ def checksum(samples: Sequence[Sample]) -> str:
     """SHA-256 over the rows' token ids and prompt lengths."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(np.array([sample.prompt_length, sample.length, *sample.tokens], dtype="<i8").tobytes())
+        digest.update(
+            np.array([sample.prompt_length, sample.length, *sample.tokens], dtype="<i8").tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -135,7 +156,8 @@ def restore(policy: Policy, checkpoints: Checkpoints, rows: str, data: str) -> i
     policy.check_initial_model(state["initial_model"], str(path))
     if state.get("rows", rows) != rows:
         raise UserError(
-            f"data.path: {data}: not the rows that {path} was trained on, or another template or tokenizer reads them "
-            f"(checksum there {state['rows'][:16]}, here {rows[:16]}); put them back, or give this run another name"
+            f"data.path: {data}: not the rows that {path} was trained on, or another template or "
+            f"tokenizer reads them (checksum there {state['rows'][:16]}, here {rows[:16]}); put "
+            "them back, or give this run another name"
         )
     return state["step"]

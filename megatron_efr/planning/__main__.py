@@ -15,7 +15,9 @@ from megatron_efr.planning.gpus import GIB, Case, describe, remedies
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the plan; exit code 1 if it does not fit, after what would."""
-    parser = arguments.parser("plan", "Memory and time of a run, phase by phase, before anything is downloaded.")
+    parser = arguments.parser(
+        "plan", "Memory and time of a run, phase by phase, before anything is downloaded."
+    )
     some = arguments.within(int, 1)
     parser.add_argument("--nodes", type=some, default=1, help="machines (default: 1)")
     parser.add_argument(
@@ -23,9 +25,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=arguments.within(int, 0),
         help="GPUs of a machine (default: 8, or 0 with the embedded engine: a plan for this CPU)",
     )
-    parser.add_argument("--memory-gib", type=arguments.within(float, 1), default=80, help="of a GPU (default: 80)")
-    parser.add_argument("--tokens", type=some, help="on a CPU: a response's mean (default: rollout.max_new_tokens)")
-    parser.add_argument("--prompt", type=some, help="on a CPU: a prompt's mean (default: 128, or prompt.max_tokens)")
+    parser.add_argument(
+        "--memory-gib", type=arguments.within(float, 1), default=80, help="of a GPU (default: 80)"
+    )
+    parser.add_argument(
+        "--tokens", type=some, help="on a CPU: a response's mean (default: rollout.max_new_tokens)"
+    )
+    parser.add_argument(
+        "--prompt", type=some, help="on a CPU: a prompt's mean (default: 128, or prompt.max_tokens)"
+    )
     parser.set_defaults(log_level="warning")  # what the measured models log is no part of the plan
     given = parser.parse_intermixed_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
@@ -33,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         gpus = (0 if config.rollout.embedded else 8) if given.gpus is None else given.gpus
         if gpus == 0:
             prompt = given.prompt or min(128, config.data.prompt.max_tokens)
-            fits = on_cpu(host.HostPlan(config, prompt, given.tokens or config.rollout.max_new_tokens), console)
+            fits = on_cpu(
+                host.HostPlan(config, prompt, given.tokens or config.rollout.max_new_tokens),
+                console,
+            )
         else:
             world = given.nodes * gpus
             memory = int(given.memory_gib * GIB)
@@ -44,25 +55,33 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def on_cpu(plan: host.HostPlan, console: Console) -> bool:
     """Print what an iteration takes on this machine: its time too, if it fits."""
-    fits = host.fits(plan)  # before anything is measured, which leaves memory behind in this process
+    # before anything is measured, which leaves memory behind in this process
+    fits = host.fits(plan)
     for line in host.describe(plan):
         console.print(line)
     if fits:
         console.print(host.told(plan))
     else:
-        console.print("It does not fit. A smaller train.micro_batch_tokens or rollout.slots, or bfloat16, takes less")
+        console.print(
+            "It does not fit. A smaller train.micro_batch_tokens or rollout.slots, or bfloat16, "
+            "takes less"
+        )
     return fits
 
 
 def on_gpus(case: Case, console: Console) -> bool:
-    """Print what the run takes on each GPU, and the fewest changes that make it fit if it does not."""
+    """Print what the run takes on each GPU, and the fewest changes that make it fit if it does
+    not.
+    """
     for line in describe(case):
         console.print(line)
     if case.fits:
         return True
     choices = remedies(case)
     console.print(
-        "It does not fit. Any of these lines would:" if choices else "It does not fit, nor would three changes"
+        "It does not fit. Any of these lines would:"
+        if choices
+        else ("It does not fit, nor would three changes")
     )
     for choice in choices:
         quoted = (f"'{override}'" if " " in override else override for override in choice)

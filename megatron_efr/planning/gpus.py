@@ -1,7 +1,7 @@
 """Memory that a run takes on each GPU, phase by phase, before any GPU is asked for.
 
-The formulas and their sources are in megatron_efr/memory.py: they count tensors, and have not been compared with a card
-yet. A run says what each phase did take as `time/<phase>_device_gib`.
+The formulas and their sources are in megatron_efr/memory.py: they count tensors, and have not been
+compared with a card yet. A run says what each phase did take as `time/<phase>_device_gib`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from megatron_efr.planning.shapes import shape_of
 from megatron_efr.policy.divisibility import check_fit
 from megatron_efr.weights.architecture import Architecture
 
-STATIC_FRACTION = 0.6  # if rollout.server.mem_fraction_static is left out; SGLang then decides for itself
+# if rollout.server.mem_fraction_static is left out; SGLang then decides for itself
+STATIC_FRACTION = 0.6
 GIB = 2**30
 RECOMPUTE = "{recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}"
 
@@ -61,8 +62,8 @@ class Case:
         check_fit(config.model, config.parallel, self.architecture)
         if self.longest > self.architecture.max_positions:
             raise ConfigError(
-                f"data.prompt.max_tokens + rollout.max_new_tokens: {self.longest} tokens, and the model has "
-                f"{self.architecture.max_positions} positions"
+                f"data.prompt.max_tokens + rollout.max_new_tokens: {self.longest} tokens, and the "
+                f"model has {self.architecture.max_positions} positions"
             )
         if self.world % config.rollout.tp:
             raise ConfigError(f"rollout.tp: {config.rollout.tp} does not divide {self.world} GPUs")
@@ -77,7 +78,9 @@ class Case:
                 micro_batch_tokens=self.micro_batch_tokens,
                 recompute=config.model.megatron.get("recompute_granularity") == "full",
                 local_layers=(
-                    config.model.layers == "local" or config.model.dtype != "bfloat16" or config.model.lora is not None
+                    config.model.layers == "local"
+                    or config.model.dtype != "bfloat16"
+                    or config.model.lora is not None
                 ),
                 sharded_optimizer=bool(config.parallel.ddp.get("use_distributed_optimizer", False)),
                 engine_ranks=config.rollout.tp,
@@ -100,8 +103,13 @@ class Case:
 
     @property
     def fits(self) -> bool:
-        """True if every phase is within the GPU, and the KV cache holds at least one whole sequence."""
-        return all(p.total <= self.gpu_bytes for p in self.plan.phases) and self.plan.kv_tokens >= self.longest
+        """True if every phase is within the GPU, and the KV cache holds at least one whole
+        sequence.
+        """
+        return (
+            all(p.total <= self.gpu_bytes for p in self.plan.phases)
+            and self.plan.kv_tokens >= self.longest
+        )
 
 
 def levers(case: Case) -> Iterator[list[list[str]]]:
@@ -115,8 +123,16 @@ def levers(case: Case) -> Iterator[list[list[str]]]:
     yield [[f"parallel.tensor={n}", "parallel.sequence=true"] for n in sizes if n > parallel.tensor]
     yield [[f"parallel.context={n}"] for n in sizes if n > parallel.context]
     yield [[f"rollout.tp={n}"] for n in sizes if n > rollout.tp]
-    yield [[f"rollout.server.mem_fraction_static={f}"] for f in (0.5, 0.4, 0.3) if f < case.static_fraction]
-    yield [[f"train.micro_batch_tokens={case.longest}"]] if case.longest < case.micro_batch_tokens else []
+    yield [
+        [f"rollout.server.mem_fraction_static={f}"]
+        for f in (0.5, 0.4, 0.3)
+        if f < case.static_fraction
+    ]
+    yield (
+        [[f"train.micro_batch_tokens={case.longest}"]]
+        if case.longest < case.micro_batch_tokens
+        else []
+    )
 
 
 def remedies(case: Case, most: int = 3) -> list[list[str]]:
@@ -149,7 +165,10 @@ def table(case: Case) -> Table:
         cells = [f"{phase.parts[part] / GIB:.1f}" if part in phase.parts else "" for part in parts]
         over = phase.total > case.gpu_bytes
         made.add_row(
-            phase.name, *cells, f"{phase.total / GIB:.1f}{' > GPU' if over else ''}", style="red" if over else ""
+            phase.name,
+            *cells,
+            f"{phase.total / GIB:.1f}{' > GPU' if over else ''}",
+            style="red" if over else "",
         )
     return made
 
@@ -160,15 +179,17 @@ def describe(case: Case) -> Iterator[str | Table]:
     parallel, tp = config.parallel, config.rollout.tp
     replicas = case.world // parallel.model_ranks
     yield (
-        f"{Path(case.path).name}: {parameter_count(case.architecture) / 1e9:.2f} billion parameters, "
-        f"{config.model.dtype}; "
-        f"{case.world} GPUs of {case.gpu_bytes / GIB:.0f} GiB: tensor {parallel.tensor} x "
-        f"pipeline {parallel.pipeline} x context {parallel.context} x {replicas} replicas, "
-        f"{case.world // tp} engines of {tp}"
+        f"{Path(case.path).name}: {parameter_count(case.architecture) / 1e9:.2f} billion "
+        f"parameters, {config.model.dtype}; {case.world} GPUs of {case.gpu_bytes / GIB:.0f} GiB: "
+        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} x "
+        f"{replicas} replicas, {case.world // tp} engines of {tp}"
     )
     yield table(case)
     yield (
-        f"KV cache of one engine: {made.kv_tokens:,} tokens, the longest sequence {case.longest:,} of the model's "
-        f"{case.architecture.max_positions:,} positions"
+        f"KV cache of one engine: {made.kv_tokens:,} tokens, the longest sequence "
+        f"{case.longest:,} of the model's {case.architecture.max_positions:,} positions"
     )
-    yield f"host memory of one rank: {made.host_bytes / GIB:.1f} GiB (reference, offloaded gradients and optimizer)"
+    yield (
+        f"host memory of one rank: {made.host_bytes / GIB:.1f} GiB (reference, offloaded "
+        "gradients and optimizer)"
+    )

@@ -36,14 +36,18 @@ from megatron_efr.weights.architecture import Architecture
 GIB = 2**30
 PROBED = 512  # response tokens of the measured sequences at most
 DRAWING = (
-    28  # bytes for each logit while tokens are drawn: fp32 logits and log-probs, fp64 probabilities and their sums
+    # bytes for each logit while tokens are drawn: fp32 logits and log-probs, fp64 probabilities and
+    # their sums
+    28
 )
 ROWS = 32  # the embedded engine's rows and keys come in blocks of as many
 
 
 @dataclass(frozen=True)
 class HostPlan:
-    """An iteration of `config` in one process, whose prompts and responses have so many tokens in the mean."""
+    """An iteration of `config` in one process, whose prompts and responses have so many tokens in
+    the mean.
+    """
 
     config: TrainConfig
     prompt: int
@@ -52,18 +56,24 @@ class HostPlan:
     def __post_init__(self) -> None:
         if not self.config.rollout.embedded:
             raise ConfigError(
-                "rollout.engine: sglang is not planned on a CPU; set rollout.engine: local, or give --gpus"
+                "rollout.engine: sglang is not planned on a CPU; set rollout.engine: local, or "
+                "give --gpus"
             )
         if self.config.parallel.model_ranks > 1:
-            raise ConfigError("parallel: on a CPU one process is planned; leave parallel out, or give --gpus")
+            raise ConfigError(
+                "parallel: on a CPU one process is planned; leave parallel out, or give --gpus"
+            )
         check_fit(self.config.model, self.config.parallel, self.architecture)
         limit, positions = self.config.rollout.max_new_tokens, self.architecture.max_positions
         if self.tokens > limit:
-            raise ConfigError(f"--tokens {self.tokens}: rollout.max_new_tokens cuts a response off at {limit}")
+            raise ConfigError(
+                f"--tokens {self.tokens}: rollout.max_new_tokens cuts a response off at {limit}"
+            )
         if self.prompt + limit > positions:
             raise ConfigError(
-                f"rollout.max_new_tokens: {limit} behind a prompt of {self.prompt} tokens (--prompt) come to "
-                f"{self.prompt + limit}, and the model has {positions} positions"
+                f"rollout.max_new_tokens: {limit} behind a prompt of {self.prompt} tokens "
+                f"(--prompt) come to {self.prompt + limit}, and the model has {positions} "
+                "positions"
             )
 
     @cached_property
@@ -96,7 +106,8 @@ class HostPlan:
         algorithm = algorithms.build(self.config.algorithm, self.config.rollout)
         return algorithm.objective(self.config.rollout).needs_reference
 
-    # -- memory --------------------------------------------------------------------------------------------------------
+    # -- memory
+    # ----------------------------------------------------------------------------------------------
 
     def memory(self) -> dict[str, dict[str, int]]:
         """Bytes of each part, by phase."""
@@ -115,7 +126,8 @@ class HostPlan:
             always["reference"] = count * BYTES[dtype]
         # rollout: the engine's cache, for rows as long as they may become
         longest = -(-(self.prompt + config.rollout.max_new_tokens) // ROWS) * ROWS
-        # a prompt has a cache of its own while samples of it wait: those of one begun, and as many as all rows can take
+        # a prompt has a cache of its own while samples of it wait: those of one begun, and as many
+        # as all rows can take
         waiting = min(config.rollout.prompts, -(-self.rows // config.rollout.samples) + 1)
         cached = -(-self.rows // ROWS) * ROWS * longest + waiting * self.prompt
         # training: activations and logits of one micro-batch
@@ -127,11 +139,15 @@ class HostPlan:
         head = 4 * min(chunk, own) * a.vocab + 2 * own * a.hidden * BYTES[dtype]
         return {
             "rollout": always
-            | {"KV cache": cached * kv_bytes_per_token(a, 1, dtype), "drawing": DRAWING * self.rows * a.vocab},
+            | {
+                "KV cache": cached * kv_bytes_per_token(a, 1, dtype),
+                "drawing": DRAWING * self.rows * a.vocab,
+            },
             "train": always | {"activations": kept, "head": head},
         }
 
-    # -- time ----------------------------------------------------------------------------------------------------------
+    # -- time
+    # ----------------------------------------------------------------------------------------------
 
     def seconds(self) -> dict[str, float]:
         """Of each phase of an iteration, from what is measured now."""
@@ -141,7 +157,8 @@ class HostPlan:
         samples = min(rollout.samples, self.rows)
         work = Work(groups, samples, self.prompt, probed, self.budget)
         found: Seconds = measured(self.raw, self.config.model, work)
-        longer = (self.prompt + self.tokens) / (self.prompt + probed)  # sequences than the measured ones
+        # sequences than the measured ones
+        longer = (self.prompt + self.tokens) / (self.prompt + probed)
         scored = self.responses * found.score * longer
         steps = self.responses * self.tokens / (groups * samples)
         return {
@@ -156,9 +173,10 @@ def describe(plan: HostPlan) -> Iterator[str | Table]:
     config = plan.config
     memory = plan.memory()
     yield (
-        f"{parameter_count(plan.architecture) / 1e6:,.3g} million parameters, {config.model.dtype}; a CPU, "
-        f"{torch.get_num_threads()} threads, {host_bytes() / GIB:.1f} GiB of memory; {plan.responses} responses of "
-        f"{plan.tokens} tokens to prompts of {plan.prompt}"
+        f"{parameter_count(plan.architecture) / 1e6:,.3g} million parameters, "
+        f"{config.model.dtype}; a CPU, {torch.get_num_threads()} threads, "
+        f"{host_bytes() / GIB:.1f} GiB of memory; {plan.responses} responses of {plan.tokens} "
+        f"tokens to prompts of {plan.prompt}"
     )
     parts = list(dict.fromkeys(part for each in memory.values() for part in each))
     table = Table("phase", *parts, "total", title="GiB at the phase's peak", title_justify="left")
@@ -194,6 +212,8 @@ def host_bytes() -> int:
 def resident_bytes() -> int:
     """Bytes of this process with all libraries loaded, as a run has; 0 if the kernel is silent."""
     with contextlib.suppress(OSError):
-        if found := re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii")):
+        if found := re.search(
+            r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii")
+        ):
             return int(found[1]) * 1024
     return 0

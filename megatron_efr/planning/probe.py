@@ -1,7 +1,9 @@
-"""Seconds of the parts of an iteration on this CPU, measured with a model of the same widths and one and two layers.
+"""Seconds of the parts of an iteration on this CPU, measured with a model of the same widths and
+one and two layers.
 
-The engine and the policy themselves are timed, not products alone: what is not a product takes its share of a small
-model's time. All that a layer adds is the difference of the two; the vocabulary's part is in both.
+The engine and the policy themselves are timed, not products alone: what is not a product takes its
+share of a small model's time. All that a layer adds is the difference of the two; the vocabulary's
+part is in both.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from megatron_efr.weights.folder import RandomWeights
 
 TURNS = 3  # of which the fastest counts: what else the machine does only adds to a time
 STEPS = 6  # decoded to time one
-FEW, TIMES = 512, 4  # tokens of a batch, and how much larger the other is: their difference is its sequences' time
+# tokens of a batch, and how much larger the other is: their difference is its sequences' time
+FEW, TIMES = 512, 4
 
 
 class Work(NamedTuple):
@@ -42,7 +45,9 @@ class Work(NamedTuple):
 
 
 class Seconds(NamedTuple):
-    """Of a prompt, a step of all rows, a sequence's log-probs, its part of an update, an update's rest."""
+    """Of a prompt, a step of all rows, a sequence's log-probs, its part of an update, an update's
+    rest.
+    """
 
     prefill: float
     step: float
@@ -83,29 +88,42 @@ def _fastest(action: Callable[[], object]) -> float:
 def _engine(model: ModelConfig, work: Work) -> tuple[float, float]:
     """Of a prompt's prefill, and a step of all rows when their responses are half there."""
     architecture = Architecture.from_folder(model.path)
-    engine = LocalEngine(architecture, work.groups * work.samples, dtype=getattr(torch, model.dtype))
+    engine = LocalEngine(
+        architecture, work.groups * work.samples, dtype=getattr(torch, model.dtype)
+    )
     engine.publish(RandomWeights(architecture, 0).items(), 0)
 
     def generate(prompt: int, tokens: int) -> None:
-        ids = np.random.default_rng(0).integers(0, architecture.vocab, (work.groups, prompt)).tolist()
-        asked = [plain(Prompt(str(i), tuple(each), "", ""), work.samples, i) for i, each in enumerate(ids)]
+        ids = (
+            np.random.default_rng(0).integers(0, architecture.vocab, (work.groups, prompt)).tolist()
+        )
+        asked = [
+            plain(Prompt(str(i), tuple(each), "", ""), work.samples, i)
+            for i, each in enumerate(ids)
+        ]
         for _ in engine.generate(asked, Sampling(1.0, 1.0, tokens, ())):
             pass
 
     generate(work.prompt, 1)
     prefill = _fastest(lambda: generate(work.prompt, 1)) / work.groups
     middle = work.prompt + work.response // 2
-    began, further = (_fastest(lambda tokens=tokens: generate(middle, tokens)) for tokens in (2, 2 + STEPS))
+    began, further = (
+        _fastest(lambda tokens=tokens: generate(middle, tokens)) for tokens in (2, 2 + STEPS)
+    )
     return prefill, max(further - began, 0.0) / STEPS
 
 
 def _policy(model: ModelConfig, work: Work) -> tuple[float, float, float]:
-    """Of a sequence's log-probs, its forward and backward pass, and what an update takes beside them."""
+    """Of a sequence's log-probs, its forward and backward pass, and what an update takes beside
+    them.
+    """
     length = work.prompt + work.response
     few = max(1, min(FEW, work.budget) // length)  # in one micro-batch
     many = few * TIMES
     with join_ranks(ParallelConfig(), seed=0) as ranks:
-        policy = Policy(model, ParallelConfig(), OptimizerConfig(lr=1e-9), ranks, updates=1_000_000, seed=0)
+        policy = Policy(
+            model, ParallelConfig(), OptimizerConfig(lr=1e-9), ranks, updates=1_000_000, seed=0
+        )
         small, large = (_packed(policy, work, count) for count in (few, many))
         times = []
         for batches in (small, large):
@@ -114,7 +132,9 @@ def _policy(model: ModelConfig, work: Work) -> tuple[float, float, float]:
             times.append(
                 (
                     _fastest(lambda batches=batches: policy.score(batches)),
-                    _fastest(lambda batches=batches: policy.update(batches, policy_loss(Objective()))),
+                    _fastest(
+                        lambda batches=batches: policy.update(batches, policy_loss(Objective()))
+                    ),
                 )
             )
     (score_few, train_few), (score_many, train_many) = times
@@ -126,7 +146,13 @@ def _packed(policy: Policy, work: Work, count: int) -> list[PackedBatch]:
     rng = np.random.default_rng(count)
     vocab = policy.architecture.vocab
     samples = [
-        Sample(rng.integers(0, vocab, work.prompt + work.response), work.prompt, {"advantage": np.ones(work.response)})
+        Sample(
+            rng.integers(0, vocab, work.prompt + work.response),
+            work.prompt,
+            {"advantage": np.ones(work.response)},
+        )
         for _ in range(count)
     ]
-    return policy.pack_update(samples, list(range(count)), max(work.budget, work.prompt + work.response), "sequence")
+    return policy.pack_update(
+        samples, list(range(count)), max(work.budget, work.prompt + work.response), "sequence"
+    )

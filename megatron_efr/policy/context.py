@@ -1,4 +1,6 @@
-"""Context parallelism: each sequence's tokens in zigzag over the ranks, heads exchanged for tokens in attention."""
+"""Context parallelism: each sequence's tokens in zigzag over the ranks, heads exchanged for tokens
+in attention.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from megatron_efr.samples import PackedBatch
 
 
 def zigzag(lengths: Sequence[int], rank: int, ranks: int) -> torch.Tensor:
-    """Places in the pack of the tokens that context rank `rank` holds, in its own order: int64 [tokens / ranks].
+    """Places in the pack of the tokens that context rank `rank` holds, in its own order: int64
+    [tokens / ranks].
 
     Every sequence is cut into 2 * ranks chunks, and rank r holds chunks r and 2 * ranks - 1 - r:
     all ranks have the same causal work. Megatron's packed rotary embedding and Transformer Engine's
@@ -23,7 +26,10 @@ def zigzag(lengths: Sequence[int], rank: int, ranks: int) -> torch.Tensor:
     if a length is no multiple of 2 * ranks.
     """
     if any(length % (2 * ranks) for length in lengths):
-        raise ValueError(f"sequences of {list(lengths)} tokens do not divide into {2 * ranks} chunks; pack pads them")
+        raise ValueError(
+            f"sequences of {list(lengths)} tokens do not divide into {2 * ranks} chunks; pack "
+            "pads them"
+        )
     starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
     pieces = []
     for start, length in zip(starts, lengths, strict=False):
@@ -34,7 +40,9 @@ def zigzag(lengths: Sequence[int], rank: int, ranks: int) -> torch.Tensor:
 
 
 def rank_order(lengths: Sequence[int], ranks: int) -> torch.Tensor:
-    """The place of every token of the pack once all ranks' slices are laid one after the other: int64 [tokens]."""
+    """The place of every token of the pack once all ranks' slices are laid one after the other:
+    int64 [tokens].
+    """
     order = torch.cat([zigzag(lengths, rank, ranks) for rank in range(ranks)])
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
 
@@ -46,10 +54,11 @@ def own_rows(batch: PackedBatch, rank: int, ranks: int) -> torch.Tensor:
 
 
 def part(batch: PackedBatch, rank: int, ranks: int) -> PackedBatch:
-    """The share of context rank `rank`: its tokens, and the rows among them with their targets and columns.
+    """The share of context rank `rank`: its tokens, and the rows among them with their targets and
+    columns.
 
-    `lengths` and `cu_seqlens` stay those of whole sequences, as Megatron wants them. Targets were shifted in the whole
-    sequence, so a row at the end of a chunk still predicts its successor.
+    `lengths` and `cu_seqlens` stay those of whole sequences, as Megatron wants them. Targets were
+    shifted in the whole sequence, so a row at the end of a chunk still predicts its successor.
     """
     if ranks == 1:
         return batch
@@ -74,10 +83,12 @@ def part(batch: PackedBatch, rank: int, ranks: int) -> PackedBatch:
 def tokens_for_heads(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[tokens / ranks, heads, dim] of all heads to [tokens, heads / ranks, dim] of some, the ranks' slices in order.
+    """[tokens / ranks, heads, dim] of all heads to [tokens, heads / ranks, dim] of some, the ranks'
+    slices in order.
 
-    One all-to-all for query, key and value. KV groups that the ranks do not divide are repeated until they do:
-    consecutive query heads go to a rank together, so it receives exactly the groups they read.
+    One all-to-all for query, key and value. KV groups that the ranks do not divide are repeated
+    until they do: consecutive query heads go to a rank together, so it receives exactly the groups
+    they read.
     """
     ranks = group.size()
     repeat = math.lcm(key.shape[1], ranks) // key.shape[1]
@@ -86,14 +97,17 @@ def tokens_for_heads(
     tokens, dim = query.shape[0], query.shape[2]
     by_rank = [x.reshape(tokens, ranks, -1, dim) for x in (query, key, value)]
     sizes = [x.shape[2] for x in by_rank]
-    sent = torch.cat(by_rank, dim=2).transpose(0, 1).contiguous()  # [ranks, tokens / ranks, heads / ranks, dim]
+    # [ranks, tokens / ranks, heads / ranks, dim]
+    sent = torch.cat(by_rank, dim=2).transpose(0, 1).contiguous()
     received = all_to_all(group, sent).flatten(0, 1)
     q, k, v = received.split(sizes, dim=1)
     return q, k, v
 
 
 def heads_for_tokens(attended: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The way back: [tokens, heads / ranks, dim], rank after rank, to this rank's [tokens / ranks, heads, dim]."""
+    """The way back: [tokens, heads / ranks, dim], rank after rank, to this rank's [tokens / ranks,
+    heads, dim].
+    """
     ranks = group.size()
     sent = attended.reshape(ranks, -1, *attended.shape[1:]).contiguous()
     return all_to_all(group, sent).transpose(0, 1).flatten(1, 2)

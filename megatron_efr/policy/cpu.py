@@ -1,8 +1,8 @@
 """Megatron-Core on a machine without a GPU: the one module that patches it, and refuses if CUDA is
 present.
 
-Megatron-Core 0.16.1 and 0.19.2 name the device "cuda" in places that no option reaches. Each patch below answers one of
-them, in both.
+Megatron-Core 0.16.1 and 0.19.2 name the device "cuda" in places that no option reaches. Each patch
+below answers one of them, in both.
 """
 
 from __future__ import annotations
@@ -30,25 +30,50 @@ def prepare() -> None:
     """Patch Megatron for this process, once. RuntimeError if there is a GPU to use instead."""
     if torch.cuda.is_available():
         raise RuntimeError(
-            "CPU support was asked for on a machine with CUDA; hide the devices with CUDA_VISIBLE_DEVICES="
+            "CPU support was asked for on a machine with CUDA; hide the devices with "
+            "CUDA_VISIBLE_DEVICES="
         )
     if isinstance(schedules.torch, _TorchOnCpu):
         return
     _patch("torch.cuda.current_device", torch.cuda, "current_device", lambda: torch.device("cpu"))
     _patch("torch.cuda.synchronize", torch.cuda, "synchronize", lambda *args, **kwargs: None)
-    # asked for before every reduction of gradients, to wait for CUDA graphs that there are none of (since 0.19)
+    # asked for before every reduction of gradients, to wait for CUDA graphs that there are none of
+    # (since 0.19)
     _patch("torch.cuda.current_stream", torch.cuda, "current_stream", lambda *args, **kwargs: None)
     _patch("Tensor.cuda", torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     # only dropout and recomputation fork the "device" generator: here it is the CPU's
-    _patch("random state", megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
-    _patch("random state", megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: _set_state(state))
-    # the dispatcher makes a stream unless there is one, and waits on it for counts that here are on the host already
+    _patch(
+        "random state",
+        megatron_random,
+        "_get_cuda_rng_state",
+        lambda *args, **kwargs: torch.get_rng_state(),
+    )
+    _patch(
+        "random state",
+        megatron_random,
+        "_set_cuda_rng_state",
+        lambda state, *args, **kwargs: _set_state(state),
+    )
+    # the dispatcher makes a stream unless there is one, and waits on it for counts that here are on
+    # the host already
     _patch("expert dispatch", MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", "none on a CPU")
-    _patch("expert dispatch", MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", _counts_on_host)
-    if not hasattr(moe_utils, "te_general_gemm"):  # up to 0.16 imported with Transformer Engine, asked for without it
+    _patch(
+        "expert dispatch",
+        MoEAlltoAllTokenDispatcher,
+        "_maybe_dtoh_and_synchronize",
+        _counts_on_host,
+    )
+    # up to 0.16 imported with Transformer Engine, asked for without it
+    if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
-    # experts under tensor parallelism: each rank routes as many tokens as it likes, and gloo wants as many from all
-    _patch("uneven gather", mappings, "_gather_along_first_dim", _uneven_gather(mappings._gather_along_first_dim))
+    # experts under tensor parallelism: each rank routes as many tokens as it likes, and gloo wants
+    # as many from all
+    _patch(
+        "uneven gather",
+        mappings,
+        "_gather_along_first_dim",
+        _uneven_gather(mappings._gather_along_first_dim),
+    )
     scatter = _uneven_reduce_scatter(mappings._reduce_scatter_along_first_dim)
     _patch("uneven scatter", mappings, "_reduce_scatter_along_first_dim", scatter)
     for module in _WITH_LITERAL_DEVICE:
@@ -57,7 +82,8 @@ def prepare() -> None:
 
 @contextmanager
 def cuda_type_names() -> Iterator[None]:
-    """Within it fp32 CPU tensors call themselves 'torch.cuda.FloatTensor', as Megatron's optimizer asserts.
+    """Within it fp32 CPU tensors call themselves 'torch.cuda.FloatTensor', as Megatron's optimizer
+    asserts.
 
     Does nothing if CUDA is present.
     """
@@ -78,8 +104,12 @@ def cuda_type_names() -> Iterator[None]:
         _patch("type names", torch.Tensor, "type", original)
 
 
-def _counts_on_host(dispatcher: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
-    """The counts of the dispatcher's copy to the host: tokens to each rank, as collectives take them."""
+def _counts_on_host(
+    dispatcher: Any, point: str, tokens_per_expert: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """The counts of the dispatcher's copy to the host: tokens to each rank, as collectives take
+    them.
+    """
     if point == dispatcher.cuda_dtoh_point:
         for name in ("input_splits", "output_splits", "output_splits_tp"):
             if isinstance(counts := getattr(dispatcher, name), torch.Tensor):
@@ -88,10 +118,16 @@ def _counts_on_host(dispatcher: Any, point: str, tokens_per_expert: torch.Tensor
 
 
 def _uneven_gather(even: Any) -> Any:
-    """Megatron's gather over dim 0, with a broadcast from every rank if the parts differ in size."""
+    """Megatron's gather over dim 0, with a broadcast from every rank if the parts differ in
+    size.
+    """
 
     def gather(
-        tensor: torch.Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None, *args: Any, **kwargs: Any
+        tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        sizes: list[int] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> torch.Tensor:
         if sizes is None or group.size() == 1:
             return even(tensor, group, None, *args, **kwargs)
@@ -105,10 +141,16 @@ def _uneven_gather(even: Any) -> Any:
 
 
 def _uneven_reduce_scatter(even: Any) -> Any:
-    """Megatron's reduce-scatter over dim 0, with a sum over everything if the parts differ in size."""
+    """Megatron's reduce-scatter over dim 0, with a sum over everything if the parts differ in
+    size.
+    """
 
     def scatter(
-        tensor: torch.Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None, *args: Any, **kwargs: Any
+        tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        sizes: list[int] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> torch.Tensor:
         if sizes is None or group.size() == 1:
             return even(tensor, group, None, *args, **kwargs)
@@ -120,7 +162,9 @@ def _uneven_reduce_scatter(even: Any) -> Any:
 
 
 class _TorchOnCpu(types.ModuleType):
-    """The torch module, except that functions called with device="cuda" make their tensor on the CPU."""
+    """The torch module, except that functions called with device="cuda" make their tensor on the
+    CPU.
+    """
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -148,6 +192,7 @@ def _set_state(state: torch.Tensor) -> None:
 def _patch(reason: str, owner: Any, name: str, value: Any) -> None:
     if not hasattr(owner, name):
         raise RuntimeError(
-            f"CPU support ({reason}): {owner!r} has no {name}; it was written for megatron-core 0.16.1 and 0.19.2"
+            f"CPU support ({reason}): {owner!r} has no {name}; it was written for megatron-core "
+            "0.16.1 and 0.19.2"
         )
     setattr(owner, name, value)

@@ -1,4 +1,6 @@
-"""Per-token advantages of an iteration: each micro-batch's credits, whitened over all of them if that is asked."""
+"""Per-token advantages of an iteration: each micro-batch's credits, whitened over all of them if
+that is asked.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ def fill_advantages(
 ) -> None:
     """Turn column `advantage` [R], the method's or the algorithm's, into what the loss reads.
 
-    Less the KL to go, if the KL is in the reward, and whitened over every trained token of the iteration, on all
-    replicas together. Old and reference log-probs must be there for the KL.
+    Less the KL to go, if the KL is in the reward, and whitened over every trained token of the
+    iteration, on all replicas together. Old and reference log-probs must be there for the KL.
     """
     beta = objective.beta if objective.kl == "reward" else 0.0
     if beta == 0.0 and objective.tokens is None:
@@ -42,7 +44,9 @@ def fill_advantages(
 
 
 def _whiten(batches: list[PackedBatch], totals: torch.Tensor, spread: Spread) -> None:
-    """Mean 0 and spread 1 over all trained tokens, in place, from their sum, sum of squares and number."""
+    """Mean 0 and spread 1 over all trained tokens, in place, from their sum, sum of squares and
+    number.
+    """
     total, squares, count = totals.tolist()
     count = max(count, 1.0)  # every response may be left out of the loss
     mean = total / count

@@ -19,13 +19,16 @@ def deal(
     objective: Objective,
     seed: Sequence[int],
 ) -> list[list[PackedBatch]]:
-    """This replica's micro-batches of each of so many updates, from rank 0's samples; other ranks give none.
+    """This replica's micro-batches of each of so many updates, from rank 0's samples; other ranks
+    give none.
 
     Which samples form an update follows from `seed` alone: it is the same in every layout.
     """
     sizes = policy.ranks.share(lambda: [sample.size for sample in samples])
     plans = [
-        policy.plan_update(sizes, update, micro_batch_tokens, objective.aggregate, objective.divisor)
+        policy.plan_update(
+            sizes, update, micro_batch_tokens, objective.aggregate, objective.divisor
+        )
         for update in split_into_updates(len(sizes), updates, seed)
     ]
     own = scatter_samples(samples, plans, policy.ranks)

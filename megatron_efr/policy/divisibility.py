@@ -1,4 +1,6 @@
-"""Checks that a model divides over a split before anything is built: the answer names the key and what would fit."""
+"""Checks that a model divides over a split before anything is built: the answer names the key and
+what would fit.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,14 @@ _FIXED = {
     "batch_p2p_comm": "the interleaved pipeline schedule is silently wrong with it",
     "microbatch_group_size_per_vp_stage": "micro-batches come in groups of parallel.pipeline",
     "variable_seq_lengths": "packed micro-batches differ in length",
-    "moe_token_dispatcher_type": "packed micro-batches differ in length, which only alltoall allows",
+    "moe_token_dispatcher_type": (
+        "packed micro-batches differ in length, which only alltoall allows"
+    ),
     "expert_tensor_parallel_size": "experts are split over parallel.tensor",
     "hierarchical_context_parallel_sizes": "sequences are split over parallel.context",
 }
-_UNEVEN_STAGES = (  # with one of these Megatron divides layers over stages by a rule of its own, and checks it
+# with one of these Megatron divides layers over stages by a rule of its own, and checks it
+_UNEVEN_STAGES = (
     "pipeline_model_parallel_layout",
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
@@ -41,7 +46,9 @@ _UNEVEN_STAGES = (  # with one of these Megatron divides layers over stages by a
 )
 
 
-def check_fit(model: ModelConfig, parallel: ParallelConfig, architecture: Architecture | None = None) -> None:
+def check_fit(
+    model: ModelConfig, parallel: ParallelConfig, architecture: Architecture | None = None
+) -> None:
     """ConfigError if the model (`model.path`'s, unless `architecture` is given) does not divide
     over `parallel`.
     """
@@ -61,21 +68,24 @@ def check_fit(model: ModelConfig, parallel: ParallelConfig, architecture: Archit
 
 
 def te_layers(model: ModelConfig) -> bool:
-    """True if Transformer Engine's layers are used; ConfigError if they are asked for and cannot be.
+    """True if Transformer Engine's layers are used; ConfigError if they are asked for and cannot
+    be.
 
     Its attention over packed sequences (flash attention or cuDNN's) knows 16-bit numbers alone.
     """
     if model.layers == "transformer_engine":
         if model.dtype != "bfloat16":
             raise ConfigError(
-                f"model.layers: transformer_engine attends to packed sequences in 16 bits alone, and model.dtype is "
-                f"{model.dtype}; use auto or local, or train in bfloat16"
+                "model.layers: transformer_engine attends to packed sequences in 16 bits alone, "
+                f"and model.dtype is {model.dtype}; use auto or local, or train in bfloat16"
             )
         if not _te_is_here():
             raise ConfigError(
-                "model.layers: transformer_engine is asked for, and it (or CUDA) is not here; use auto or local"
+                "model.layers: transformer_engine is asked for, and it (or CUDA) is not here; use "
+                "auto or local"
             )
-    wanted = model.layers != "local" and model.lora is None  # adapters are beside Megatron's own linear layers
+    # adapters are beside Megatron's own linear layers
+    wanted = model.layers != "local" and model.lora is None
     return wanted and model.dtype == "bfloat16" and _te_is_here()
 
 
@@ -94,80 +104,93 @@ def _check_context(heads: int, parallel: ParallelConfig) -> None:
     tensor, context = parallel.tensor, parallel.context
     if heads % (tensor * context):
         raise ConfigError(
-            f"parallel.context: {heads} attention heads do not divide over tensor {tensor} x context {context} = "
-            f"{tensor * context} ranks, and without Transformer Engine context parallelism splits heads; with tensor "
-            f"{tensor}, context {divisors(heads // tensor)} would fit"
+            f"parallel.context: {heads} attention heads do not divide over tensor {tensor} x "
+            f"context {context} = {tensor * context} ranks, and without Transformer Engine "
+            f"context parallelism splits heads; with tensor {tensor}, context "
+            f"{divisors(heads // tensor)} would fit"
         )
 
 
 def _check_layers(layers: int, parallel: ParallelConfig) -> None:
     if layers % parallel.pipeline:
         raise ConfigError(
-            f"parallel.pipeline: {layers} layers do not divide over {parallel.pipeline} stages; {divisors(layers)} "
-            "would fit (or uneven stages, by model.megatron.num_layers_in_first_pipeline_stage and its like)"
+            f"parallel.pipeline: {layers} layers do not divide over {parallel.pipeline} stages; "
+            f"{divisors(layers)} would fit (or uneven stages, by "
+            "model.megatron.num_layers_in_first_pipeline_stage and its like)"
         )
     per_stage = layers // parallel.pipeline
     if parallel.virtual_pipeline is not None and per_stage % parallel.virtual_pipeline:
         raise ConfigError(
-            f"parallel.virtual_pipeline: a stage's {per_stage} layers (of {layers}, over parallel.pipeline "
-            f"{parallel.pipeline}) do not divide into {parallel.virtual_pipeline} chunks; {divisors(per_stage)} "
-            "would fit"
+            f"parallel.virtual_pipeline: a stage's {per_stage} layers (of {layers}, over "
+            f"parallel.pipeline {parallel.pipeline}) do not divide into "
+            f"{parallel.virtual_pipeline} chunks; {divisors(per_stage)} would fit"
         )
 
 
 def _check_experts(model: ModelConfig, parallel: ParallelConfig) -> None:
     if parallel.tensor > 1 and not parallel.sequence:
         raise ConfigError(
-            "parallel.sequence: experts under tensor parallelism need sequence parallelism; set it to true"
+            "parallel.sequence: experts under tensor parallelism need sequence parallelism; set "
+            "it to true"
         )
     if model.megatron.get("moe_use_legacy_grouped_gemm"):
         raise ConfigError(
-            "model.megatron.moe_use_legacy_grouped_gemm: Megatron's GroupedMLP needs the grouped_gemm package and is "
-            "superseded; with Transformer Engine's layers set moe_grouped_gemm alone, without them leave both out"
+            "model.megatron.moe_use_legacy_grouped_gemm: Megatron's GroupedMLP needs the "
+            "grouped_gemm package and is superseded; with Transformer Engine's layers set "
+            "moe_grouped_gemm alone, without them leave both out"
         )
     if model.megatron.get("moe_grouped_gemm") and not te_layers(model):
         raise ConfigError(
-            "model.megatron.moe_grouped_gemm: grouped experts need Transformer Engine's layers, CUDA and bfloat16, and "
-            "these are local ones, whose experts are computed one by one; leave it out, or install the gpu extra"
+            "model.megatron.moe_grouped_gemm: grouped experts need Transformer Engine's layers, "
+            "CUDA and bfloat16, and these are local ones, whose experts are computed one by one; "
+            "leave it out, or install the gpu extra"
         )
     if torch.cuda.is_available() and not hasattr(moe_utils, "te_general_gemm"):
         raise ConfigError(
-            "model.path: a mixture of experts needs Transformer Engine on a GPU (the router of megatron-core "
-            f"{version('megatron-core')} calls it, whatever the layers); install the gpu extra"
+            "model.path: a mixture of experts needs Transformer Engine on a GPU (the router of "
+            f"megatron-core {version('megatron-core')} calls it, whatever the layers); install "
+            "the gpu extra"
         )
 
 
-def _check_lora(model: ModelConfig, lora: LoraConfig, parallel: ParallelConfig, architecture: Architecture) -> None:
+def _check_lora(
+    model: ModelConfig, lora: LoraConfig, parallel: ParallelConfig, architecture: Architecture
+) -> None:
     if model.layers == "transformer_engine":
         raise ConfigError(
-            "model.lora: adapters stand beside Megatron's own linear layers, and Transformer Engine's join a norm and "
-            "a product; set model.layers to auto or local"
+            "model.lora: adapters stand beside Megatron's own linear layers, and Transformer "
+            "Engine's join a norm and a product; set model.layers to auto or local"
         )
     attention = [name for name in lora.targets if name.startswith(("q_", "k_", "v_", "o_"))]
     if architecture.experts and attention != lora.targets:
         others = ", ".join(name for name in lora.targets if name not in attention)
         raise ConfigError(
-            f"model.lora.targets: {others} are the experts' in this model, which get no adapters; name attention's "
-            f"projections alone: {', '.join(attention) or 'q_proj, k_proj, v_proj, o_proj'}"
+            f"model.lora.targets: {others} are the experts' in this model, which get no adapters; "
+            "name attention's projections alone: "
+            f"{', '.join(attention) or 'q_proj, k_proj, v_proj, o_proj'}"
         )
     if parallel.expert > 1:
         raise ConfigError(
-            f"parallel.expert: {parallel.expert} ranks would share experts, and adapters (model.lora) are trained by "
-            f"ranks that hold all of them; set it to 1"
+            f"parallel.expert: {parallel.expert} ranks would share experts, and adapters "
+            "(model.lora) are trained by ranks that hold all of them; set it to 1"
         )
     if architecture.kv_heads % parallel.tensor and set(attention) - {"o_proj"}:
         raise ConfigError(
-            f"model.lora.targets: q_proj, k_proj and v_proj have adapters on whole KV heads, and the model's "
-            f"{architecture.kv_heads} do not divide over parallel.tensor {parallel.tensor}; with tensor "
-            f"{divisors(architecture.kv_heads)} they would, or leave these three out"
+            "model.lora.targets: q_proj, k_proj and v_proj have adapters on whole KV heads, and "
+            f"the model's {architecture.kv_heads} do not divide over parallel.tensor "
+            f"{parallel.tensor}; with tensor {divisors(architecture.kv_heads)} they would, or "
+            "leave these three out"
         )
 
 
 def _check_replay(architecture: Architecture, megatron: dict[str, Any]) -> None:
     if architecture.experts is None:
-        raise ConfigError("model.routing: replay is for a mixture of experts, and the model has none; leave it out")
+        raise ConfigError(
+            "model.routing: replay is for a mixture of experts, and the model has none; leave it "
+            "out"
+        )
     if megatron.get("moe_router_fusion"):
         raise ConfigError(
-            "model.megatron.moe_router_fusion: Transformer Engine's fused router replays nothing, silently; leave it "
-            "out, or set model.routing to own"
+            "model.megatron.moe_router_fusion: Transformer Engine's fused router replays nothing, "
+            "silently; leave it out, or set model.routing to own"
         )

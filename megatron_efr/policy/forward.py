@@ -1,4 +1,6 @@
-"""The Megatron model alone, without gradients and optimizer: log-probs in one copy of the weights."""
+"""The Megatron model alone, without gradients and optimizer: log-probs in one copy of the
+weights.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,16 @@ from megatron_efr.weights.architecture import Architecture
 
 @torch.no_grad()
 def checkpoint_log_probs(
-    folder: Path, checkpoint: Path, ids: list[list[int]], ranks: Ranks, lora: LoraConfig | None = None
+    folder: Path,
+    checkpoint: Path,
+    ids: list[list[int]],
+    ranks: Ranks,
+    lora: LoraConfig | None = None,
 ) -> torch.Tensor:
     """Log-probs float32 [rows, length - 1] of each row's tokens but the first, in one process.
 
-    The model is `folder`'s; its weights are the Megatron checkpoint's, read by Megatron's own loader, and so are the
-    adapters beside them if there are any, `lora`.
+    The model is `folder`'s; its weights are the Megatron checkpoint's, read by Megatron's own
+    loader, and so are the adapters beside them if there are any, `lora`.
     """
     # the model as a checkpoint has it, in one process
     model = ModelConfig(path=str(folder))

@@ -1,4 +1,6 @@
-"""The last stage's head: from hidden states to log-probs, or straight to the policy loss and its gradients."""
+"""The last stage's head: from hidden states to log-probs, or straight to the policy loss and its
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ class Head:
 
     `weight` is [V / TP, hidden].
 
-    `chunk` is how many tokens' logits exist at a time; `tensor_group` and `context_group`, whose ranks hold a sequence
-    together, are None without that parallelism.
+    `chunk` is how many tokens' logits exist at a time; `tensor_group` and `context_group`, whose
+    ranks hold a sequence together, are None without that parallelism.
     """
 
     weight: torch.nn.Parameter
@@ -43,7 +45,9 @@ class Head:
     context_group: dist.ProcessGroup | None = None
 
     def rows(self, hidden: torch.Tensor, batch: PackedBatch, factor: float) -> HeadRows:
-        """The micro-batch's response rows, from the last layer's hidden states [tokens, 1, hidden]."""
+        """The micro-batch's response rows, from the last layer's hidden states [tokens, 1,
+        hidden].
+        """
         if self.sequence_parallel:  # its backward pass sums over tensor ranks, and scatters
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tensor_group)
         return HeadRows(self, hidden[:, 0].index_select(0, batch.rows), batch, factor)
@@ -73,7 +77,8 @@ class Head:
 class HeadRows:
     """Arguments of a loss: the batch, and its rows before the head, `states` [R, hidden].
 
-    A loss takes one of the two ways. `factor` is what the loss will have been scaled by when its backward pass begins.
+    A loss takes one of the two ways. `factor` is what the loss will have been scaled by when its
+    backward pass begins.
     """
 
     head: Head
@@ -82,7 +87,8 @@ class HeadRows:
     factor: float
 
     def logprobs(self, live: int | None = None) -> torch.Tensor:
-        """fp32 [R], for any loss: the backward pass computes the logits again, of the first `live` rows.
+        """fp32 [R], for any loss: the backward pass computes the logits again, of the first `live`
+        rows.
 
         The others have no gradient, as the loss knows (`batch.live_rows`, if it is a multiple of
         the advantage).
@@ -121,7 +127,8 @@ class HeadRows:
         """
         head, batch = self.head, self.batch
         loss, _, figures = fused_policy_loss(
-            self.states, head.weight, batch.targets, self.given(objective), objective, factor=self.factor,
+            self.states, head.weight, batch.targets, self.given(objective), objective,
+            factor=self.factor,
             main_grad=head.main_grad, live=batch.live_rows, **head.options,
         )  # fmt: skip
         if loss.requires_grad and head.main_grad is not None:
@@ -130,7 +137,12 @@ class HeadRows:
 
 
 def build_head(
-    model: PolicyModel, vocab: int, chunk_tokens: int | None, ranks: Ranks, temperature: float, backend: Backend
+    model: PolicyModel,
+    vocab: int,
+    chunk_tokens: int | None,
+    ranks: Ranks,
+    temperature: float,
+    backend: Backend,
 ) -> Head | None:
     """The head of this rank's last chunk, on the last stage; None elsewhere."""
     if not ranks.is_last_stage:
@@ -148,11 +160,13 @@ def build_head(
     )
 
 
-def loss_scaling(config: TransformerConfig, ranks: Ranks, micro_batches: int) -> tuple[float, float]:
+def loss_scaling(
+    config: TransformerConfig, ranks: Ranks, micro_batches: int
+) -> tuple[float, float]:
     """Factor that undoes Megatron's averaging of our losses, and that of the backward pass.
 
-    Without `calculate_per_token_loss` the schedule divides a loss by the number of micro-batches, and DDP the
-    gradients by that of its ranks. The loss scale comes last.
+    Without `calculate_per_token_loss` the schedule divides a loss by the number of micro-batches,
+    and DDP the gradients by that of its ranks. The loss scale comes last.
     """
     assert config.grad_scale_func is not None
     scale = float(config.grad_scale_func(torch.ones((), device=ranks.device)))

@@ -1,4 +1,6 @@
-"""Layers that need no Transformer Engine: RMSNorm under sequence parallelism, and attention over packed sequences."""
+"""Layers that need no Transformer Engine: RMSNorm under sequence parallelism, and attention over
+packed sequences.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +21,34 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_efr.policy.context import heads_for_tokens, rank_order, tokens_for_heads
 
-_WASTE = 0.8  # sequences share a padded batch when the shortest is at least this fraction of the longest
+# sequences share a padded batch when the shortest is at least this fraction of the longest
+_WASTE = 0.8
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with Megatron's constructor, and a weight that Megatron reduces under sequence parallelism.
+    """torch's RMSNorm with Megatron's constructor, and a weight that Megatron reduces under
+    sequence parallelism.
 
-    Megatron's own wrapper refuses sequence parallelism, so this one stands in for it everywhere, the final norm too.
+    Megatron's own wrapper refuses sequence parallelism, so this one stands in for it everywhere,
+    the final norm too.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
         super().__init__(hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of a pack, with the padded rectangles that attention without varlen kernels works on.
+    """Megatron's description of a pack, with the padded rectangles that attention without varlen
+    kernels works on.
 
-    `rectangles` are (sequences, longest) each, their cells one after the other: cell c holds token `cells[c]` of the
-    attention's input, and token t of it stands in cell `places[t]`. Padding repeats a sequence's last token behind it,
-    so causal attention lets no real token see it. `rotary` are the tokens' cosines and sines [tokens, 1, head_dim].
+    `rectangles` are (sequences, longest) each, their cells one after the other: cell c holds token
+    `cells[c]` of the attention's input, and token t of it stands in cell `places[t]`. Padding
+    repeats a sequence's last token behind it, so causal attention lets no real token see it.
+    `rotary` are the tokens' cosines and sines [tokens, 1, head_dim].
     """
 
     rectangles: list[tuple[int, int]] = field(default_factory=list)
@@ -48,14 +57,19 @@ class PackedSequences(PackedSeqParams):
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
-def packed_sequences(lengths: list[int], cu_seqlens: torch.Tensor, context_ranks: int = 1) -> PackedSequences:
-    """Describe a pack of whole sequences of these `lengths`; `cu_seqlens` int32 [sequences + 1] are their bounds.
+def packed_sequences(
+    lengths: list[int], cu_seqlens: torch.Tensor, context_ranks: int = 1
+) -> PackedSequences:
+    """Describe a pack of whole sequences of these `lengths`; `cu_seqlens` int32 [sequences + 1] are
+    their bounds.
 
-    Under context parallelism the lengths are multiples of 2 * `context_ranks`, padding at a sequence's end included:
-    the tokens before it never see it, so Megatron and Transformer Engine may take it for tokens.
+    Under context parallelism the lengths are multiples of 2 * `context_ranks`, padding at a
+    sequence's end included: the tokens before it never see it, so Megatron and Transformer Engine
+    may take it for tokens.
     """
     rectangles, cells, real = _rectangles(lengths)
-    if context_ranks > 1:  # the rectangles read from, and write to, the ranks' slices: reordering costs nothing more
+    # the rectangles read from, and write to, the ranks' slices: reordering costs nothing more
+    if context_ranks > 1:
         cells = rank_order(lengths, context_ranks)[cells]
     places = torch.empty(sum(lengths), dtype=torch.int64).scatter_(0, cells[real], real)
     return PackedSequences(
@@ -73,7 +87,9 @@ def packed_sequences(lengths: list[int], cu_seqlens: torch.Tensor, context_ranks
 
 
 def _rectangles(lengths: list[int]) -> tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor]:
-    """Group a pack's sequences into rectangles that waste little: their shapes, cells, and which cells are real."""
+    """Group a pack's sequences into rectangles that waste little: their shapes, cells, and which
+    cells are real.
+    """
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
@@ -87,17 +103,26 @@ def _rectangles(lengths: list[int]) -> tuple[list[tuple[int, int]], torch.Tensor
     for group in groups:
         length = torch.tensor([lengths[i] for i in group])[:, None]
         column = torch.arange(lengths[group[0]])[None]
-        cells.append((torch.tensor([starts[i] for i in group])[:, None] + torch.minimum(column, length - 1)).flatten())
+        cells.append(
+            (
+                torch.tensor([starts[i] for i in group])[:, None]
+                + torch.minimum(column, length - 1)
+            ).flatten()
+        )
         real.append((column < length).flatten())
     shapes = [(len(group), lengths[group[0]]) for group in groups]
     return shapes, torch.cat(cells), torch.cat(real).nonzero()[:, 0]
 
 
 class _Pad(torch.autograd.Function):
-    """[tokens, ...] to [cells, ...]. No gradient reaches a padding cell, so backward only collects the real ones."""
+    """[tokens, ...] to [cells, ...]. No gradient reaches a padding cell, so backward only collects
+    the real ones.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cells: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, cells: torch.Tensor, places: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(places)
         return x.index_select(0, cells)
 
@@ -108,7 +133,9 @@ class _Pad(torch.autograd.Function):
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of [tokens, heads, dim]; Megatron's own slices the pack by sequence, in every layer."""
+    """Rotary embedding of [tokens, heads, dim]; Megatron's own slices the pack by sequence, in
+    every layer.
+    """
     first, second = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat((-second, first), dim=-1), sin)
 
@@ -153,13 +180,17 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSequences | None = None,
     ) -> torch.Tensor:
         if packed_seq_params is None:
-            raise ValueError("PackedAttention works on packed sequences; packed_seq_params is missing")
+            raise ValueError(
+                "PackedAttention works on packed sequences; packed_seq_params is missing"
+            )
         pack = packed_seq_params
         assert pack.cells is not None
         assert pack.places is not None
         # rotate, and with context parallelism trade tokens for heads
         if pack.rotary is not None:
-            query, key = (_rotate(x, *(angles.to(x.dtype) for angles in pack.rotary)) for x in (query, key))
+            query, key = (
+                _rotate(x, *(angles.to(x.dtype) for angles in pack.rotary)) for x in (query, key)
+            )
         if self.context is not None:
             query, key, value = tokens_for_heads(query, key, value, self.context)
         # pad sequences of similar length to rectangles: few calls, little padding
@@ -169,20 +200,27 @@ class PackedAttention(MegatronModule):
         # causal attention, a rectangle at a time
         outputs = []
         for shape, *parts in zip(pack.rectangles, *(x.split(sizes) for x in padded), strict=True):
-            q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in parts)  # [n, heads, longest, head_dim]
+            # [n, heads, longest, head_dim]
+            q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in parts)
             if repeat > 1:
                 k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
             attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
         # back to packed order, and to this rank's tokens
         attended = torch.cat(outputs).index_select(0, pack.places)
-        return (attended if self.context is None else heads_for_tokens(attended, self.context)).flatten(1)
+        return (
+            attended if self.context is None else heads_for_tokens(attended, self.context)
+        ).flatten(1)
 
 
 def local_layers(config: TransformerConfig, stage_layers: int) -> TransformerBlockSubmodules:
-    """A stage's layers from Megatron's local parts, with the norm and attention above in place of its own."""
+    """A stage's layers from Megatron's local parts, with the norm and attention above in place of
+    its own.
+    """
     layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        num_experts=config.num_moe_experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
     )
     layer = copy(layer)
     parts: Any = copy(layer.submodules)

@@ -1,8 +1,9 @@
-"""Engine against policy, token by token: how far their log-probs are apart, and the importance weights that follow.
+"""Engine against policy, token by token: how far their log-probs are apart, and the importance
+weights that follow.
 
-Three log-probs of a sampled token: the engine's when it was drawn, by whatever version of the weights then served; the
-proximal ones, the policy's before its first update of the iteration (`old_logprob`: ratio and KL refer to them); and
-the current ones, which the loss differentiates.
+Three log-probs of a sampled token: the engine's when it was drawn, by whatever version of the
+weights then served; the proximal ones, the policy's before its first update of the iteration
+(`old_logprob`: ratio and KL refer to them); and the current ones, which the loss differentiates.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from megatron_efr.samples import NOT_DRAWN, PackedBatch
 def fill_importance(batches: list[PackedBatch], importance: Importance) -> None:
     """Fill column `importance` by `Importance`, once the proximal log-probs are known.
 
-    The weights are constants to the gradient, and exactly 1 if engine and policy agree exactly, and for a token that no
-    engine drew.
+    The weights are constants to the gradient, and exactly 1 if engine and policy agree exactly, and
+    for a token that no engine drew.
     """
     for batch in batches if importance.rule != "none" else []:
         rho = _log_rho(batch).exp()
@@ -32,27 +33,36 @@ def fill_importance(batches: list[PackedBatch], importance: Importance) -> None:
 
 
 def fill_behaviour(batches: list[PackedBatch]) -> None:
-    """Fill column `behaviour_logprob` of the micro-batches that train on a token which a script chose, if any do.
+    """Fill column `behaviour_logprob` of the micro-batches that train on a token which a script
+    chose, if any do.
 
-    The policy did not draw that token, so its ratio is to the chance with which it was chosen (AdaptThink, arXiv
-    2505.13417, eq. 6, whose sampling distribution that is): what the response holds as the engine's log-prob.
+    The policy did not draw that token, so its ratio is to the chance with which it was chosen
+    (AdaptThink, arXiv 2505.13417, eq. 6, whose sampling distribution that is): what the response
+    holds as the engine's log-prob.
     """
     for batch in batches:
         if batch.chosen:
             columns = batch.columns
             chosen = (columns["version"] == NOT_DRAWN) & (columns["weight"] > 0)
-            columns["behaviour_logprob"] = torch.where(chosen, columns["engine_logprob"], columns["old_logprob"])
+            columns["behaviour_logprob"] = torch.where(
+                chosen, columns["engine_logprob"], columns["old_logprob"]
+            )
 
 
 def _log_rho(batch: PackedBatch) -> torch.Tensor:
     """Proximal less engine log-probs [R]; 0 for a token that no engine drew."""
     columns = batch.columns
     log_rho = columns["old_logprob"] - columns["engine_logprob"]
-    return torch.where(columns["version"] == NOT_DRAWN, 0.0, log_rho) if "version" in columns else log_rho
+    return (
+        torch.where(columns["version"] == NOT_DRAWN, 0.0, log_rho)
+        if "version" in columns
+        else log_rho
+    )
 
 
 def version_lags(batch: PackedBatch, version: int) -> torch.Tensor:
-    """By how many versions the weights that drew each response token are behind `version`, int64 [R] on the CPU.
+    """By how many versions the weights that drew each response token are behind `version`, int64
+    [R] on the CPU.
 
     0 without a column that says which weights those were; -1 for a token that no weights drew.
     """
@@ -63,7 +73,9 @@ def version_lags(batch: PackedBatch, version: int) -> torch.Tensor:
 
 
 def drift_sums(batch: PackedBatch, version: int) -> dict[str, float]:
-    """A micro-batch's part of `drift_figures`, of the tokens that an engine drew: sums, and maxima for `_max`."""
+    """A micro-batch's part of `drift_figures`, of the tokens that an engine drew: sums, and maxima
+    for `_max`.
+    """
     columns = batch.columns
     log_rho = _log_rho(batch)
     lags = version_lags(batch, version)
@@ -78,7 +90,10 @@ def drift_sums(batch: PackedBatch, version: int) -> dict[str, float]:
         sums["importance_cut"] = float((columns["importance"] != log_rho.exp()).sum())
     for lag in lags[drawn].unique().tolist():
         part = difference[lags == lag]
-        sums |= {f"tokens_lag{lag}": float(part.numel()), f"logprob_diff_lag{lag}_mean": float(part.sum())}
+        sums |= {
+            f"tokens_lag{lag}": float(part.numel()),
+            f"logprob_diff_lag{lag}_mean": float(part.sum()),
+        }
         sums[f"logprob_diff_lag{lag}_max"] = float(part.max())
     return sums
 
@@ -98,8 +113,12 @@ def drift_figures(sums: Mapping[str, float]) -> dict[str, float]:
         if name in sums
     }
     figures |= {"logprob_diff_mean": math.nan, "logprob_diff_max": math.nan}
-    for lag in (int(name.removeprefix("tokens_lag")) for name in sums if name.startswith("tokens_lag")):
+    for lag in (
+        int(name.removeprefix("tokens_lag")) for name in sums if name.startswith("tokens_lag")
+    ):
         said = f"_lag{lag}" if lag else ""
-        figures[f"logprob_diff{said}_mean"] = sums[f"logprob_diff_lag{lag}_mean"] / sums[f"tokens_lag{lag}"]
+        figures[f"logprob_diff{said}_mean"] = (
+            sums[f"logprob_diff_lag{lag}_mean"] / sums[f"tokens_lag{lag}"]
+        )
         figures[f"logprob_diff{said}_max"] = sums[f"logprob_diff_lag{lag}_max"]
     return figures

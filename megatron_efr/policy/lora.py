@@ -1,7 +1,9 @@
-"""Low-rank adapters beside Megatron's linear layers (Hu et al. 2021): each adds (alpha / rank) B A x to what W x gives.
+"""Low-rank adapters beside Megatron's linear layers (Hu et al. 2021): each adds (alpha / rank) B A
+x to what W x gives.
 
-Megatron joins projections (q, k and v; gate and up), and splits them over tensor-parallel ranks. An adapter belongs to
-one projection nonetheless, as PEFT has it: `Adapter` holds the A and B of all that one linear layer joins.
+Megatron joins projections (q, k and v; gate and up), and splits them over tensor-parallel ranks. An
+adapter belongs to one projection nonetheless, as PEFT has it: `Adapter` holds the A and B of all
+that one linear layer joins.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ Linear = ColumnParallelLinear | RowParallelLinear
 
 
 class Shard(NamedTuple):
-    """This rank's part of an adapter's tensor, and the dimension that tensor-parallel ranks split; None: none."""
+    """This rank's part of an adapter's tensor, and the dimension that tensor-parallel ranks split;
+    None: none.
+    """
 
     tensor: torch.nn.Parameter
     split: int | None
@@ -43,14 +47,18 @@ class Shard(NamedTuple):
 class Adapter(torch.nn.Module):
     """The adapters of one linear layer on this tensor-parallel rank.
 
-    Of each targeted projection `a` [rank, in] and `b` [out, rank]. A layer split by rows (`ColumnParallelLinear`)
-    splits B alike and has A whole; one split by columns (`RowParallelLinear`) splits A and has B whole. Only the
-    [tokens, rank] between the two travels between ranks. Under sequence parallelism each rank sees a part of the tokens
-    on the whole one's side, and Megatron adds up its gradients as it does a norm's.
+    Of each targeted projection `a` [rank, in] and `b` [out, rank]. A layer split by rows
+    (`ColumnParallelLinear`) splits B alike and has A whole; one split by columns
+    (`RowParallelLinear`) splits A and has B whole. Only the [tokens, rank] between the two travels
+    between ranks. Under sequence parallelism each rank sees a part of the tokens on the whole one's
+    side, and Megatron adds up its gradients as it does a norm's.
     """
 
-    def __init__(self, linear: Linear, projections: Mapping[str, int], groups: int, config: LoraConfig) -> None:
-        """`projections`: what the layer joins, by the module's name in Hugging Face's model, and their whole rows.
+    def __init__(
+        self, linear: Linear, projections: Mapping[str, int], groups: int, config: LoraConfig
+    ) -> None:
+        """`projections`: what the layer joins, by the module's name in Hugging Face's model, and
+        their whole rows.
 
         Its rows on this rank are `groups` in a row, each with its share of every projection.
         """
@@ -60,11 +68,17 @@ class Adapter(torch.nn.Module):
         self.sequence_parallel = linear.sequence_parallel
         self._group, self._groups = linear.tp_group, groups
         ranks = cast(Any, linear.tp_group).size()
-        self._rows = {name: rows // ranks if self.by_rows else rows for name, rows in projections.items()}
+        self._rows = {
+            name: rows // ranks if self.by_rows else rows for name, rows in projections.items()
+        }
         self.names = [name for name in projections if name.rpartition(".")[2] in config.targets]
         weight = cast(torch.nn.Parameter, linear.weight)
-        self.a = torch.nn.ParameterList([weight.new_empty(config.rank, weight.shape[1]) for _ in self.names])
-        self.b = torch.nn.ParameterList([weight.new_zeros(self._rows[name], config.rank) for name in self.names])
+        self.a = torch.nn.ParameterList(
+            [weight.new_empty(config.rank, weight.shape[1]) for _ in self.names]
+        )
+        self.b = torch.nn.ParameterList(
+            [weight.new_zeros(self._rows[name], config.rank) for name in self.names]
+        )
         split, whole, dim = (self.b, self.a, 0) if self.by_rows else (self.a, self.b, 1)
         for parameter in split:
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
@@ -74,19 +88,31 @@ class Adapter(torch.nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The layer's result `y`, from input `x`, with the adapters' added."""
         low = self._across(F.linear(x, torch.cat(list(self.a))))
-        flat = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self._joined_b().t(), alpha=self.scaling)
+        flat = torch.addmm(
+            y.flatten(0, -2), low.flatten(0, -2), self._joined_b().t(), alpha=self.scaling
+        )
         return flat.view_as(y)
 
     def _across(self, low: torch.Tensor) -> torch.Tensor:
-        """[tokens, rank] as the other side wants it: every token's, and summed over the ranks that split the input."""
+        """[tokens, rank] as the other side wants it: every token's, and summed over the ranks that
+        split the input.
+        """
         if self.by_rows:
-            gather, copy = gather_from_sequence_parallel_region, copy_to_tensor_model_parallel_region
+            gather, copy = (
+                gather_from_sequence_parallel_region,
+                copy_to_tensor_model_parallel_region,
+            )
             return (gather if self.sequence_parallel else copy)(low, group=self._group)
-        scatter, reduce = reduce_scatter_to_sequence_parallel_region, reduce_from_tensor_model_parallel_region
+        scatter, reduce = (
+            reduce_scatter_to_sequence_parallel_region,
+            reduce_from_tensor_model_parallel_region,
+        )
         return (scatter if self.sequence_parallel else reduce)(low, group=self._group)
 
     def _joined_b(self) -> torch.Tensor:
-        """The Bs in the layer's order of rows, each in columns of its own; zeros for what has no adapter."""
+        """The Bs in the layer's order of rows, each in columns of its own; zeros for what has no
+        adapter.
+        """
         width, parts = len(self.names) * self.rank, []
         for name, rows in self._rows.items():
             if name in self.names:
@@ -104,7 +130,9 @@ class Adapter(torch.nn.Module):
 
     @torch.no_grad()
     def draw(self, seed: int) -> None:
-        """Begin: A as PEFT draws it, a function of seed and name, so the same in any layout; B zero."""
+        """Begin: A as PEFT draws it, a function of seed and name, so the same in any layout; B
+        zero.
+        """
         ranks, rank = cast(Any, self._group).size(), cast(Any, self._group).rank()
         for name, a, b in zip(self.names, self.a, self.b, strict=True):
             columns = a.shape[1] * (1 if self.by_rows else ranks)
@@ -139,7 +167,9 @@ class Adapters(torch.nn.Module):
         return (pair for adapter in self.by_weight().values() for pair in adapter.shards())
 
     def sharded_state_dict(self, prefix: str = "", *_: Any, **__: Any) -> dict[str, ShardedTensor]:
-        """The adapters for a checkpoint: each tensor under its own name in the whole model, whichever rank holds it."""
+        """The adapters for a checkpoint: each tensor under its own name in the whole model,
+        whichever rank holds it.
+        """
         replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         rank = parallel_state.get_tensor_model_parallel_rank()
         ranks = parallel_state.get_tensor_model_parallel_world_size()
@@ -148,22 +178,35 @@ class Adapters(torch.nn.Module):
         for name, (tensor, split) in self.shards():
             offsets = [] if split is None else [(split, rank, ranks)]
             copy = (0, rank if split is None else 0, replica)
-            state[held[id(tensor)]] = ShardedTensor.from_rank_offsets(name, tensor, *offsets, replica_id=copy)
+            state[held[id(tensor)]] = ShardedTensor.from_rank_offsets(
+                name, tensor, *offsets, replica_id=copy
+            )
         return state
 
 
-def adapt(model: torch.nn.Module, linears: Mapping[str, Linear], mapping: WeightMapping, config: LoraConfig) -> None:
-    """Freeze the model, and give it adapters beside those of `linears` (by their weights' canonical names) that are
-    targets. They stand apart in `model.lora`, so that nothing else finds other names, tensors or layers than it
-    knows.
+def adapt(
+    model: torch.nn.Module,
+    linears: Mapping[str, Linear],
+    mapping: WeightMapping,
+    config: LoraConfig,
+) -> None:
+    """Freeze the model, and give it adapters beside those of `linears` (by their weights' canonical
+    names) that are targets. They stand apart in `model.lora`, so that nothing else finds other
+    names, tensors or layers than it knows.
     """
     model.requires_grad_(False)
     made: dict[str, Adapter] = {}
     shapes = mapping.shapes()
     for weight, linear in linears.items():
-        sources = {name.removesuffix(".weight"): shapes[name][0] for name in mapping.sources(weight)}
+        sources = {
+            name.removesuffix(".weight"): shapes[name][0] for name in mapping.sources(weight)
+        }
         if any(name.rpartition(".")[2] in config.targets for name in sources):
-            groups = mapping.architecture.kv_heads // mapping.tensor_ranks if mapping.split(weight) == "qkv" else 1
+            groups = (
+                mapping.architecture.kv_heads // mapping.tensor_ranks
+                if mapping.split(weight) == "qkv"
+                else 1
+            )
             made[weight] = Adapter(linear, sources, groups, config)
     adapters = Adapters(made)
     cast(Any, model).lora = adapters
@@ -181,7 +224,9 @@ def _adding(adapters: Adapters, adapter: Adapter) -> Any:
 
 
 def alpha_state(config: LoraConfig | None, rank: int) -> dict[str, ShardedTensor]:
-    """The number that a checkpoint keeps beside adapters, so that it can be merged without its configuration."""
+    """The number that a checkpoint keeps beside adapters, so that it can be merged without its
+    configuration.
+    """
     if config is None:
         return {}
     alpha = torch.tensor([config.alpha], dtype=torch.float64)

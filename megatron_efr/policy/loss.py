@@ -33,10 +33,11 @@ Loss = Callable[[HeadRows], tuple[torch.Tensor, Metrics]]
 def policy_loss(objective: Objective) -> Loss:
     """The loss of `Objective`: in one sweep if each token's log-prob is enough, else in two.
 
-    Ratios are against the policy's own log-probs before its first update of the iteration, and of a token that a script
-    chose against the chance of that; advantages and importance weights are constants. Figures, weighted as the loss is:
-    `loss`, `clip_fraction`, `clip_above`, `clip_below`, `kl_to_old` (k1), `kl_to_reference` (if a KL is in the loss),
-    `entropy`; `ratio_max` of tokens that are trained on; and `weight`, the sum of the weights. `kl_to_old` and
+    Ratios are against the policy's own log-probs before its first update of the iteration, and of a
+    token that a script chose against the chance of that; advantages and importance weights are
+    constants. Figures, weighted as the loss is: `loss`, `clip_fraction`, `clip_above`,
+    `clip_below`, `kl_to_old` (k1), `kl_to_reference` (if a KL is in the loss), `entropy`;
+    `ratio_max` of tokens that are trained on; and `weight`, the sum of the weights. `kl_to_old` and
     `ratio_max` say how far the policy has moved, of chosen tokens too.
     """
 
@@ -63,8 +64,8 @@ def combine(figures: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def as_means(figures: dict[str, float]) -> dict[str, float]:
     """An update's figures with those of MEANS divided by the sum of its weights, which is left out.
 
-    A mean's weights sum to 1 but for rounding, and are left as they are; a constant divisor's and a method's own do
-    not. If nothing was trained on, the sum is 0, and there is no entropy (nan).
+    A mean's weights sum to 1 but for rounding, and are left as they are; a constant divisor's and a
+    method's own do not. If nothing was trained on, the sum is 0, and there is no entropy (nan).
     """
     weight = figures.pop("weight", 1.0)
     if weight == 0.0:
@@ -98,8 +99,11 @@ def sequence_policy_loss(objective: Objective, rows: HeadRows) -> tuple[torch.Te
     return value, figures
 
 
-def sequence_means(values: torch.Tensor, batch: PackedBatch, context_group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Each row's mean [R] of values [R] over its whole sequence's trained tokens, 0 if there are none.
+def sequence_means(
+    values: torch.Tensor, batch: PackedBatch, context_group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """Each row's mean [R] of values [R] over its whole sequence's trained tokens, 0 if there are
+    none.
 
     The sequence's rows may be held by several context ranks.
     """
@@ -107,7 +111,9 @@ def sequence_means(values: torch.Tensor, batch: PackedBatch, context_group: dist
     sequence = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
     trained = batch.columns["weight"] > 0
     each = torch.stack([torch.where(trained, values, 0.0).double(), trained.double()])
-    sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=values.device).index_add_(1, sequence, each)
+    sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=values.device).index_add_(
+        1, sequence, each
+    )
     if context_group is not None:
         dist.all_reduce(sums, group=context_group)
     return (sums[0] / sums[1].clamp(min=1.0))[sequence].float()

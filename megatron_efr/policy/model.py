@@ -1,4 +1,6 @@
-"""The Megatron model: its configuration from config.json's facts, its layers, its chunks on this rank."""
+"""The Megatron model: its configuration from config.json's facts, its layers, its chunks on this
+rank.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -33,12 +39,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PolicyModel(GPTModel):
-    """Megatron's GPTModel whose last stage gives hidden states [tokens, 1, hidden]: the head lives in the loss.
+    """Megatron's GPTModel whose last stage gives hidden states [tokens, 1, hidden]: the head lives
+    in the loss.
 
-    Megatron-Core 0.16.1 has no hook for a head of one's own, and its own head would hold every logit.
+    Megatron-Core 0.16.1 has no hook for a head of one's own, and its own head would hold every
+    logit.
     """
 
-    local_attention = False  # PackedAttention turns queries and keys itself, with angles made once for all layers
+    # PackedAttention turns queries and keys itself, with angles made once for all layers
+    local_attention = False
     attention_factor = 1.0  # of rotated queries and keys
 
     def _preprocess(self, *args: Any, **inputs: Any) -> Any:
@@ -47,8 +56,13 @@ class PolicyModel(GPTModel):
             return prepared
         hidden, by_position, *rest = prepared  # [longest, 1, 1, head_dim]
         assert by_position is not None
-        if self.config.recompute_granularity and torch.is_grad_enabled() and not hidden.requires_grad:
-            hidden.requires_grad_()  # of a frozen embedding: else what is recomputed has no gradient, silently
+        if (
+            self.config.recompute_granularity
+            and torch.is_grad_enabled()
+            and not hidden.requires_grad
+        ):
+            # of a frozen embedding: else what is recomputed has no gradient, silently
+            hidden.requires_grad_()
         angles = by_position.index_select(0, inputs["position_ids"][0])[:, 0]
         turns = (angles.cos() * self.attention_factor, angles.sin() * self.attention_factor)
         inputs["packed_seq_params"].rotary = turns
@@ -72,8 +86,12 @@ class PolicyModel(GPTModel):
         return cast(torch.nn.Parameter, self.output_layer.weight)
 
 
-def transformer_config(model: ModelConfig, architecture: Architecture, parallel: ParallelConfig) -> TransformerConfig:
-    """Megatron's configuration of this model and split; `model.megatron` overrides any field by its own name."""
+def transformer_config(
+    model: ModelConfig, architecture: Architecture, parallel: ParallelConfig
+) -> TransformerConfig:
+    """Megatron's configuration of this model and split; `model.megatron` overrides any field by its
+    own name.
+    """
     bf16 = model.dtype == "bfloat16"
     on_cpu = not torch.cuda.is_available()
     fields: dict[str, Any] = {
@@ -91,12 +109,14 @@ def transformer_config(model: ModelConfig, architecture: Architecture, parallel:
         "expert_model_parallel_size": parallel.expert,
         "sequence_parallel": parallel.sequence,
         "variable_seq_lengths": True,  # packs differ in length
-        "moe_token_dispatcher_type": "alltoall",  # required by variable_seq_lengths, for dense models too
+        # required by variable_seq_lengths, for dense models too
+        "moe_token_dispatcher_type": "alltoall",
         "moe_enable_routing_replay": model.routing == "replay",
         "pipeline_dtype": DTYPES[model.dtype],
         "params_dtype": DTYPES[model.dtype],
         "bf16": bf16,
-        "calculate_per_token_loss": True,  # our losses arrive normalised over the whole update: divide by nothing
+        # our losses arrive normalised over the whole update: divide by nothing
+        "calculate_per_token_loss": True,
         "perform_initialization": False,  # every weight is loaded, or drawn by name from the seed
         "use_cpu_initialization": on_cpu,
         "persist_layer_norm": not on_cpu,
@@ -111,7 +131,8 @@ def transformer_config(model: ModelConfig, architecture: Architecture, parallel:
         fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     config = made(TransformerConfig, fields, "model.megatron", model.megatron)
     if (factor := architecture.rotary.attention_factor) != 1:
-        # Megatron's own attention looks for these, which no configuration has, and takes 1 + 0.1 mscale ln(scaling)
+        # Megatron's own attention looks for these, which no configuration has, and takes 1 + 0.1
+        # mscale ln(scaling)
         named: Any = config
         named.yarn_rotary_scaling_factor = math.e
         named.yarn_mscale = 10 * (factor - 1)
@@ -137,7 +158,8 @@ def architecture_fields(architecture: Architecture) -> dict[str, Any]:
             "num_moe_experts": experts.count,
             "moe_router_topk": experts.per_token,
             "moe_ffn_hidden_size": experts.ffn,
-            # softmax over the chosen experts is softmax over all, scaled to sum to 1 over the chosen
+            # softmax over the chosen experts is softmax over all, scaled to sum to 1 over the
+            # chosen
             "moe_router_pre_softmax": not experts.normalized,
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "none",  # rewards alone train the policy
@@ -155,7 +177,8 @@ def build_models(
 ) -> list[PolicyModel]:
     """This rank's models (one, or one per virtual stage), with weights still to be loaded.
 
-    Of Transformer Engine's layers (`use_te`), or of Megatron's and our own; with the adapters of `lora`, frozen.
+    Of Transformer Engine's layers (`use_te`), or of Megatron's and our own; with the adapters of
+    `lora`, frozen.
     """
     models = []
     for stage in range(parallel.virtual_pipeline or 1):
@@ -175,8 +198,11 @@ def build_models(
             position_embedding_type="rope",
             vp_stage=vp_stage,
         )
-        # Megatron computes Llama 3's scaling with one set of constants, and YaRN only for what its own checkpoints need
-        model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture.rotary, architecture.head_dim).to(device)
+        # Megatron computes Llama 3's scaling with one set of constants, and YaRN only for what its
+        # own checkpoints need
+        model.rotary_pos_emb.inv_freq = inverse_frequencies(
+            architecture.rotary, architecture.head_dim
+        ).to(device)
         model.local_attention = not use_te
         model.attention_factor = architecture.rotary.attention_factor
         _mark_split_weights(model)
@@ -202,10 +228,14 @@ def build_chunks(
     device: torch.device,
     lora: LoraConfig | None = None,
 ) -> list[DistributedDataParallel]:
-    """This rank's model chunks (one, or one per virtual stage), in DDP, with weights still to be loaded."""
+    """This rank's model chunks (one, or one per virtual stage), in DDP, with weights still to be
+    loaded.
+    """
     ddp = ddp_config(parallel)
     wrapped = []
-    for number, model in enumerate(build_models(config, architecture, parallel, use_te, device, lora)):
+    for number, model in enumerate(
+        build_models(config, architecture, parallel, use_te, device, lora)
+    ):
         module = Float16Module(config, model) if config.bf16 else model
         wrapped.append(DistributedDataParallel(config, ddp, module, disable_bucketing=number > 0))
     no_sync: Any = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
@@ -214,7 +244,9 @@ def build_chunks(
     return wrapped
 
 
-def canonical_parameters(model: PolicyModel, mapping: WeightMapping) -> dict[str, torch.nn.Parameter]:
+def canonical_parameters(
+    model: PolicyModel, mapping: WeightMapping
+) -> dict[str, torch.nn.Parameter]:
     """This model's parameters by their names in the whole model; without adapters."""
     found = {}
     for name, parameter in model.named_parameters():
@@ -227,40 +259,55 @@ def canonical_parameters(model: PolicyModel, mapping: WeightMapping) -> dict[str
     return found
 
 
-def _linear_layers(model: PolicyModel, mapping: WeightMapping) -> dict[str, ColumnParallelLinear | RowParallelLinear]:
+def _linear_layers(
+    model: PolicyModel, mapping: WeightMapping
+) -> dict[str, ColumnParallelLinear | RowParallelLinear]:
     """The model's linear layers by their weights' names in the whole model."""
     by_weight = {
         id(module.weight): module
         for module in model.modules()
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and module.weight is not None
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear))
+        and module.weight is not None
     }
     named = canonical_parameters(model, mapping).items()
-    return {name: by_weight[id(parameter)] for name, parameter in named if id(parameter) in by_weight}
+    return {
+        name: by_weight[id(parameter)] for name, parameter in named if id(parameter) in by_weight
+    }
 
 
 def _mark_split_weights(model: PolicyModel) -> None:
     """Say which weights are tensor-parallel shards.
 
-    Megatron does so while initialising them, which is off; without the mark the gradient norm leaves out every shard
-    but rank 0's, silently.
+    Megatron does so while initialising them, which is off; without the mark the gradient norm
+    leaves out every shard but rank 0's, silently.
     """
     dims = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if type(module) in dims and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+        if (
+            type(module) in dims
+            and weight is not None
+            and not hasattr(weight, "tensor_model_parallel")
+        ):
             set_tensor_model_parallel_attributes(weight, True, dims[type(module)], 1)
 
 
 def ddp_config(parallel: ParallelConfig) -> DistributedDataParallelConfig:
     """Megatron's DDP settings; `parallel.ddp` overrides any field by its own name."""
-    return made(DistributedDataParallelConfig, {"grad_reduce_in_fp32": True}, "parallel.ddp", parallel.ddp)
+    return made(
+        DistributedDataParallelConfig, {"grad_reduce_in_fp32": True}, "parallel.ddp", parallel.ddp
+    )
 
 
 def _layers(
     config: TransformerConfig, use_te: bool, vp_stage: int | None
-) -> Any:  # a ModuleSpec, or TransformerBlockSubmodules: GPTModel takes both, its annotation names one
+) -> (
+    Any
+):  # a ModuleSpec, or TransformerBlockSubmodules: GPTModel takes both, its annotation names one
     if use_te:
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+        from megatron.core.models.gpt.gpt_layer_specs import (
+            get_gpt_layer_with_transformer_engine_spec,
+        )
 
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,

@@ -16,7 +16,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 Tensors = dict[int, dict[str, torch.Tensor]]
-"""By number of the parameter in Megatron's buffers: `param` (the fp32 master weight), `exp_avg`, `exp_avg_sq`."""
+"""By number of the parameter in Megatron's buffers: `param` (the fp32 master weight), `exp_avg`,
+`exp_avg_sq`.
+"""
 
 
 def prepare(part: MegatronOptimizer) -> None:
@@ -39,9 +41,14 @@ def _count_padding(part: DistributedOptimizer) -> None:
 
 
 def _fill_state(part: MegatronOptimizer) -> None:
-    """Give every parameter the state from which torch's Adam starts, a `step` of its own included."""
+    """Give every parameter the state from which torch's Adam starts, a `step` of its own
+    included.
+    """
     for parameter in _stepped_by_torch(part):
-        zeros = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in ("exp_avg", "exp_avg_sq")}
+        zeros = {
+            moment: torch.zeros_like(parameter, requires_grad=False)
+            for moment in ("exp_avg", "exp_avg_sq")
+        }
         part.optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **zeros}
 
 
@@ -63,7 +70,9 @@ def set_aside(part: MegatronOptimizer, saved: dict[str, Any]) -> Tensors | None:
     if isinstance(part, DistributedOptimizer):
         return saved.pop("param_state")
     # a plain optimizer saves no step count while it is 0, and torch asks for one
-    saved.get("optimizer", saved)["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))
+    saved.get("optimizer", saved)["state"].setdefault(
+        "common_step", torch.zeros((), dtype=torch.float32)
+    )
     return None
 
 
@@ -78,7 +87,9 @@ def put_tensors(part: DistributedOptimizer, tensors: Tensors) -> None:
 
 
 def _stepped_by_torch(part: MegatronOptimizer) -> list[torch.Tensor]:
-    """The parameters that torch's Adam steps in this part; none if there is another optimizer, or none."""
+    """The parameters that torch's Adam steps in this part; none if there is another optimizer, or
+    none.
+    """
     if not isinstance(part.optimizer, torch.optim.Adam):
         return []
     return [parameter for group in part.optimizer.param_groups for parameter in group["params"]]

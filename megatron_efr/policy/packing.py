@@ -19,7 +19,9 @@ MicroBatches = list[list[int]]  # indices of sequences, micro-batch by micro-bat
 
 
 class UpdateShares(NamedTuple):
-    """An optimizer update before its tokens are there: each replica's micro-batches, each sequence's `row_weights`."""
+    """An optimizer update before its tokens are there: each replica's micro-batches, each
+    sequence's `row_weights`.
+    """
 
     shares: list[MicroBatches]
     weights: dict[int, float]
@@ -30,13 +32,19 @@ class UpdateShares(NamedTuple):
 
 
 def samples(groups: Sequence[Credited]) -> list[Sample]:
-    """The responses of credited groups as samples to train on, each with the answers of its branches behind it."""
+    """The responses of credited groups as samples to train on, each with the answers of its
+    branches behind it.
+    """
     made = []
     for credited in groups:
         group, credit = credited.group, credited.credit
         prompt = np.array(group.prompt.tokens, np.int32)
         for i, response in enumerate(group.responses):
-            advantage = credit.advantage[i] if credit.per_token is None else credit.advantage[i] + credit.per_token[i]
+            advantage = (
+                credit.advantage[i]
+                if credit.per_token is None
+                else credit.advantage[i] + credit.per_token[i]
+            )
             columns = _columns(response, advantage, _weight(credit, i, len(response.tokens)))
             tokens = np.concatenate([prompt, np.array(response.tokens, np.int32)])
             made.append(Sample(tokens, len(prompt), columns, response.routed_experts))
@@ -45,10 +53,14 @@ def samples(groups: Sequence[Credited]) -> list[Sample]:
     return made
 
 
-def _branch_samples(of: Sample, response: Response, advantages: FloatArray, beginnings: bool) -> list[Sample]:
-    """The answers of a response's branches, each behind prompt and beginning, of which `of` is the response's sample.
+def _branch_samples(
+    of: Sample, response: Response, advantages: FloatArray, beginnings: bool
+) -> list[Sample]:
+    """The answers of a response's branches, each behind prompt and beginning, of which `of` is the
+    response's sample.
 
-    With `beginnings` a beginning is trained on with the answer's advantage, but for what a script forced in it.
+    With `beginnings` a beginning is trained on with the answer's advantage, but for what a script
+    forced in it.
     """
     made = []
     for (at, answer), advantage in zip(response.answers, advantages, strict=True):
@@ -72,7 +84,9 @@ def _weight(credit: Credit, i: int, count: int) -> Array | None:
     return None if credit.weight is None else credit.weight[i]
 
 
-def _columns(response: Response, advantage: float | FloatArray, weight: Array | None = None) -> dict[str, Array]:
+def _columns(
+    response: Response, advantage: float | FloatArray, weight: Array | None = None
+) -> dict[str, Array]:
     """The columns of a response, which stand if it says something of them; one advantage, or one
     for each token.
 
@@ -80,7 +94,10 @@ def _columns(response: Response, advantage: float | FloatArray, weight: Array | 
     """
     count = len(response.tokens)
     written = [part for part in response.parts if part.ending in ("forced", "chosen")]
-    made: dict[str, Array] = {"engine_logprob": response.logprobs, "advantage": np.full(count, advantage, np.float64)}
+    made: dict[str, Array] = {
+        "engine_logprob": response.logprobs,
+        "advantage": np.full(count, advantage, np.float64),
+    }
     if weight is not None:
         made["weight"] = weight
     if any(part.forced for part in written):
@@ -95,18 +112,22 @@ def _columns(response: Response, advantage: float | FloatArray, weight: Array | 
 
 
 def split_into_updates(sequences: int, updates: int, seed: Sequence[int]) -> list[list[int]]:
-    """Deal `sequences` indices into `updates` parts, equal or differing by one, at random from `seed`.
+    """Deal `sequences` indices into `updates` parts, equal or differing by one, at random from
+    `seed`.
 
-    Drawn before anything is split over ranks, so which sequences form an update is the same in every layout.
+    Drawn before anything is split over ranks, so which sequences form an update is the same in
+    every layout.
     """
     order = np.random.default_rng(seed).permutation(sequences)
     return [part.tolist() for part in np.array_split(order, updates)]
 
 
 def sequence_flops(architecture: Architecture) -> Callable[[int], float]:
-    """FLOPs of a sequence's forward pass as a function of its tokens: every matrix for each, attention for each pair.
+    """FLOPs of a sequence's forward pass as a function of its tokens: every matrix for each,
+    attention for each pair.
 
-    Two per multiply-add. Causal attention multiplies queries with keys and weights with values, over half the square.
+    Two per multiply-add. Causal attention multiplies queries with keys and weights with values,
+    over half the square.
     """
     a = architecture
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
@@ -134,12 +155,14 @@ def balance(
     multiple: int = 1,
     cost: Callable[[int], float] = float,
 ) -> list[MicroBatches]:
-    """Micro-batches of one update for every replica: similar work, equally many, at most `budget` tokens each.
+    """Micro-batches of one update for every replica: similar work, equally many, at most `budget`
+    tokens each.
 
-    `lengths` are the tokens of each of the update's sequences, by index; `cost` is a sequence's work, from its tokens.
-    Costliest first to the replica with the least work so far, and within a replica to the micro-batch with the least.
-    Their number is a multiple of `multiple`: the interleaved pipeline schedule takes groups of as many as there are
-    stages. A sequence longer than the budget gets a micro-batch of its own; with few sequences some are empty.
+    `lengths` are the tokens of each of the update's sequences, by index; `cost` is a sequence's
+    work, from its tokens. Costliest first to the replica with the least work so far, and within a
+    replica to the micro-batch with the least. Their number is a multiple of `multiple`: the
+    interleaved pipeline schedule takes groups of as many as there are stages. A sequence longer
+    than the budget gets a micro-batch of its own; with few sequences some are empty.
     """
     # longest first, each to the replica that has least to do
     shares: list[list[int]] = [[] for _ in range(replicas)]
@@ -149,7 +172,9 @@ def balance(
         shares[replica].append(i)
         loads[replica] += cost(lengths[i])
     # the fewest micro-batches that fit the budget, as many on every replica
-    count = round_up(max(_fewest([lengths[i] for i in share], budget) for share in shares), multiple)
+    count = round_up(
+        max(_fewest([lengths[i] for i in share], budget) for share in shares), multiple
+    )
     while True:
         spread = [_spread(share, lengths, count, budget, cost) for share in shares]
         found = [batches for batches in spread if batches is not None]
@@ -159,7 +184,8 @@ def balance(
 
 
 def _fewest(lengths: Sequence[int], budget: int) -> int:
-    """A number of micro-batches below which these sequences cannot do: at least 1, and near what they need.
+    """A number of micro-batches below which these sequences cannot do: at least 1, and near what
+    they need.
 
     At most k of those longer than 1 / (k + 1) of the budget fit into one. Without that, trying
     numbers one by one from what the tokens need takes minutes if a thousand sequences are all a
@@ -170,7 +196,11 @@ def _fewest(lengths: Sequence[int], budget: int) -> int:
 
 
 def _spread(
-    share: list[int], lengths: Mapping[int, int], count: int, budget: int, cost: Callable[[int], float]
+    share: list[int],
+    lengths: Mapping[int, int],
+    count: int,
+    budget: int,
+    cost: Callable[[int], float],
 ) -> MicroBatches | None:
     """A replica's sequences, costliest first, over `count` similar micro-batches; None if one does
     not fit.
@@ -194,13 +224,18 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def row_weights(
-    sizes: ByIndex[SequenceSize], update: list[int], aggregate: Aggregate, divisor: int | None = None
+    sizes: ByIndex[SequenceSize],
+    update: list[int],
+    aggregate: Aggregate,
+    divisor: int | None = None,
 ) -> dict[int, float]:
-    """Factors by which the loss of one update multiplies each sample's column `weight` (indices over all replicas).
+    """Factors by which the loss of one update multiplies each sample's column `weight` (indices
+    over all replicas).
 
-    `sequence`: the mean over a sample's trained tokens, then over samples. `token`: the mean over all trained tokens.
-    `constant`: a sample's sum over `divisor` (None: the update's longest response), then the mean over samples. Samples
-    without a trained token weigh nothing, and are not counted.
+    `sequence`: the mean over a sample's trained tokens, then over samples. `token`: the mean over
+    all trained tokens. `constant`: a sample's sum over `divisor` (None: the update's longest
+    response), then the mean over samples. Samples without a trained token weigh nothing, and are
+    not counted.
     """
     trained = [i for i in update if sizes[i].trained]
     weights = dict.fromkeys(update, 0.0)
@@ -219,8 +254,9 @@ def check_tokens(samples: ByIndex[Sample], indices: list[int], vocab: int) -> No
         low, high = int(samples[i].tokens.min()), int(samples[i].tokens.max())
         if low < 0 or high >= vocab:
             raise UserError(
-                f"sequence {i} holds token id {low if low < 0 else high}, and the model's vocabulary is {vocab} "
-                "(config.json's vocab_size): were prompts or responses made with another tokenizer?"
+                f"sequence {i} holds token id {low if low < 0 else high}, and the model's "
+                f"vocabulary is {vocab} (config.json's vocab_size): were prompts or responses "
+                "made with another tokenizer?"
             )
 
 
@@ -234,10 +270,10 @@ def pack(
 ) -> PackedBatch:
     """Lay `samples[i] for i in indices` end to end, each padded at its end to a multiple of `each`.
 
-    Those of advantage 0 come last, so that the head can leave them out of its gradients at no cost. Column `weight` is
-    each token's times its sample's of `weights`. A padding sequence fills the pack up to a multiple of `multiple`,
-    itself one of `each`. Without indices the pack is padding alone: a replica with less work than the others still
-    takes part.
+    Those of advantage 0 come last, so that the head can leave them out of its gradients at no cost.
+    Column `weight` is each token's times its sample's of `weights`. A padding sequence fills the
+    pack up to a multiple of `multiple`, itself one of `each`. Without indices the pack is padding
+    alone: a replica with less work than the others still takes part.
     """
     # samples without an advantage last: their rows need no gradient
     known = all("advantage" in samples[i].columns for i in indices)
@@ -266,7 +302,9 @@ def pack(
     # each sequence counts positions from 0; the loss's weight goes into a column
     positions = np.arange(len(tokens)) - np.repeat(starts[:-1], lengths)
     columns = _joined_columns(chosen)
-    columns["weight"] *= np.repeat(np.array([weights[i] for i in indices], dtype=np.float32), row_lengths)
+    columns["weight"] *= np.repeat(
+        np.array([weights[i] for i in indices], dtype=np.float32), row_lengths
+    )
     return PackedBatch(
         tokens=torch.from_numpy(tokens).to(device),
         positions=torch.from_numpy(positions).to(device),
@@ -278,14 +316,17 @@ def pack(
         indices=indices,
         columns={name: torch.from_numpy(values).to(device) for name, values in columns.items()},
         live=len(indices) - sum(idle.values()) if known else None,
-        chosen="version" in columns and bool(np.any((columns["version"] == NOT_DRAWN) & (columns["weight"] > 0))),
+        chosen="version" in columns
+        and bool(np.any((columns["version"] == NOT_DRAWN) & (columns["weight"] > 0))),
     )
 
 
 def _joined_columns(samples: Sequence[Sample]) -> dict[str, Array]:
     """The columns [R] of samples end to end: those that all have, and those with a default."""
     return {
-        name: np.concatenate([np.zeros(0, column.dtype), *(sample.column(name) for sample in samples)])
+        name: np.concatenate(
+            [np.zeros(0, column.dtype), *(sample.column(name) for sample in samples)]
+        )
         for name, column in COLUMNS.items()
         if column.default is not None or all(name in sample.columns for sample in samples)
     }

@@ -1,4 +1,6 @@
-"""The policy's parameters by their names in the whole model: loaded, exchanged, handed out whole."""
+"""The policy's parameters by their names in the whole model: loaded, exchanged, handed out
+whole.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ Kind = Literal["weights", "gradients"]
 
 
 class Parameters:
-    """This rank's parameters by canonical name (`WeightMapping.parameters`), layers and experts counted globally."""
+    """This rank's parameters by canonical name (`WeightMapping.parameters`), layers and experts
+    counted globally.
+    """
 
     def __init__(
         self,
@@ -37,7 +41,9 @@ class Parameters:
         self._ranks = ranks
         self._bucket_bytes = bucket_bytes
         models = [cast(PolicyModel, unwrap_model(chunk)) for chunk in chunks]
-        self._local = [pair for model in models for pair in canonical_parameters(model, mapping).items()]
+        self._local = [
+            pair for model in models for pair in canonical_parameters(model, mapping).items()
+        ]
         self._adapters = [model.adapters for model in models if model.adapters is not None]
         self._reshards: dict[Kind, Reshard] = {}
 
@@ -60,14 +66,17 @@ class Parameters:
                 adapter.draw(seed)
 
     def adapters_off(self) -> AbstractContextManager[None]:
-        """Within it the model is the one that training began with, if adapters are all that is trained."""
+        """Within it the model is the one that training began with, if adapters are all that is
+        trained.
+        """
         return switched_off(self._adapters)
 
     def finish_gather(self) -> None:
         """Wait until every weight is whole.
 
-        Under `overlap_param_gather` an updated weight comes from the other replicas when a forward pass calls the
-        module that holds it; who reads weights in another way calls this first. All replicas together.
+        Under `overlap_param_gather` an updated weight comes from the other replicas when a forward
+        pass calls the module that holds it; who reads weights in another way calls this first. All
+        replicas together.
         """
         for chunk in cast(Sequence[DistributedDataParallel], self._chunks):
             if chunk.use_forward_hook:
@@ -81,7 +90,9 @@ class Parameters:
 
     @torch.no_grad()
     def exchange(self, values: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Put `values` (as `copies` gave them) into the parameters; returns what stood there, in host memory."""
+        """Put `values` (as `copies` gave them) into the parameters; returns what stood there, in
+        host memory.
+        """
         self.finish_gather()
         before = []
         for (_, parameter), value in zip(self._local, values, strict=True):
@@ -89,15 +100,20 @@ class Parameters:
             parameter.copy_(value)
         return before
 
-    def parcels(self, of: Kind = "weights", *, flat: bool = False, everywhere: bool = False) -> Iterator[Parcel]:
-        """Whole tensors by Hugging Face name, a bucket at a time, on rank 0 or `everywhere`: see `Reshard.parcels`.
+    def parcels(
+        self, of: Kind = "weights", *, flat: bool = False, everywhere: bool = False
+    ) -> Iterator[Parcel]:
+        """Whole tensors by Hugging Face name, a bucket at a time, on rank 0 or `everywhere`: see
+        `Reshard.parcels`.
 
         All ranks iterate together. Gradients are what the last backward pass left, after clipping
         if that is on. Weights have the adapters' added, one at a time.
         """
         self.finish_gather()
         local = {
-            name: parameter.detach() if of == "weights" else cast(torch.Tensor, cast(Any, parameter).main_grad)
+            name: parameter.detach()
+            if of == "weights"
+            else cast(torch.Tensor, cast(Any, parameter).main_grad)
             for name, parameter in self._local
         }
         if of not in self._reshards:  # gradients may be wider than weights
@@ -105,26 +121,45 @@ class Parameters:
             group = ranks.replica_group
             members = dist.get_process_group_ranks(group)
             plan = BucketPlan.agreed(
-                local, self._mapping, ranks.tensor_rank, members, ranks.cpu_world, self._bucket_bytes
+                local,
+                self._mapping,
+                ranks.tensor_rank,
+                members,
+                ranks.cpu_world,
+                self._bucket_bytes,
             )
             self._reshards[of] = Reshard(plan, self._mapping, group)
-        by_weight = {weight: each for adapters in self._adapters for weight, each in adapters.by_weight().items()}
+        by_weight = {
+            weight: each
+            for adapters in self._adapters
+            for weight, each in adapters.by_weight().items()
+        }
         shards = Merged(local, by_weight) if by_weight else local
         return self._reshards[of].parcels(shards, flat=flat, everywhere=everywhere)
 
     def adapter_tensors(self, of: Kind = "weights") -> dict[str, torch.Tensor]:
-        """Whole adapter tensors by PEFT's names, in host memory, on rank 0; none elsewhere. All ranks together."""
+        """Whole adapter tensors by PEFT's names, in host memory, on rank 0; none elsewhere. All
+        ranks together.
+        """
         self.finish_gather()
         mine = {}
         if 0 in dist.get_process_group_ranks(self._ranks.replica_group):
             each = (
-                shard for adapters in self._adapters for one in adapters.by_weight().values() for shard in one.shards()
+                shard
+                for adapters in self._adapters
+                for one in adapters.by_weight().values()
+                for shard in one.shards()
             )
             for name, (tensor, split) in each:
                 held = tensor.detach() if of == "weights" else cast(Any, tensor).main_grad
-                mine[name, self._ranks.tensor_rank if split is not None else 0] = held.to("cpu", copy=True), split
+                mine[name, self._ranks.tensor_rank if split is not None else 0] = (
+                    held.to("cpu", copy=True),
+                    split,
+                )
         everyone: list[Any] = [None] * self._ranks.world_size
-        dist.gather_object(mine, everyone if self._ranks.is_main else None, group=self._ranks.cpu_world)
+        dist.gather_object(
+            mine, everyone if self._ranks.is_main else None, group=self._ranks.cpu_world
+        )
         shards = {place: shard for held in everyone if held for place, shard in held.items()}
         whole: dict[str, torch.Tensor] = {}
         for (name, _), (tensor, split) in sorted(shards.items(), key=lambda item: item[0]):

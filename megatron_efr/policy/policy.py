@@ -1,4 +1,6 @@
-"""The policy as the programs see it: log-probs, updates, the initial model for reference, and weights to publish."""
+"""The policy as the programs see it: log-probs, updates, the initial model for reference, and
+weights to publish.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,12 @@ from megatron_efr.policy.credits import fill_advantages
 from megatron_efr.policy.divisibility import check_fit, te_layers
 from megatron_efr.policy.head import HeadRows, build_head, loss_scaling
 from megatron_efr.policy.layers import packed_sequences
-from megatron_efr.policy.logprob_check import drift_figures, drift_sums, fill_behaviour, fill_importance
+from megatron_efr.policy.logprob_check import (
+    drift_figures,
+    drift_sums,
+    fill_behaviour,
+    fill_importance,
+)
 from megatron_efr.policy.lora import alpha_state
 from megatron_efr.policy.loss import Loss, Metrics, as_means, combine
 from megatron_efr.policy.model import PolicyModel, build_chunks, transformer_config
@@ -53,9 +60,11 @@ from megatron_efr.weights.mapping import WeightMapping
 
 
 class Policy:
-    """A Megatron model under the configured parallelism, with its optimizer. Every rank holds one and calls it alike.
+    """A Megatron model under the configured parallelism, with its optimizer. Every rank holds one
+    and calls it alike.
 
-    `temperature` is the sampler's: log-probs are those of the distribution that the responses were drawn from.
+    `temperature` is the sampler's: log-probs are those of the distribution that the responses were
+    drawn from.
     """
 
     def __init__(
@@ -78,11 +87,17 @@ class Policy:
         self.config = transformer_config(model, self.architecture, parallel)
         self._flops = sequence_flops(self.architecture)
         on_gpu = ranks.device.type == "cuda"
-        self._micro_batch_tokens = micro_batch_tokens(self.architecture, parallel, model.dtype, on_gpu)
+        self._micro_batch_tokens = micro_batch_tokens(
+            self.architecture, parallel, model.dtype, on_gpu
+        )
         # Megatron's model chunks, with routers that replay the engine's choices
         engine = te_layers(model)
-        self.chunks = build_chunks(self.config, self.architecture, parallel, engine, ranks.device, model.lora)
-        self._routing = RoutingReplay(self.config, [_unwrapped(chunk) for chunk in self.chunks], ranks)
+        self.chunks = build_chunks(
+            self.config, self.architecture, parallel, engine, ranks.device, model.lora
+        )
+        self._routing = RoutingReplay(
+            self.config, [_unwrapped(chunk) for chunk in self.chunks], ranks
+        )
         # the head on the last stage
         self._kernels: Backend
         self._kernels, reason = choose_backend(model.kernels)
@@ -90,12 +105,17 @@ class Policy:
             log.info(f"kernels: {self._kernels} ({reason})")
         last = _unwrapped(self.chunks[-1])
         vocab = self.architecture.vocab
-        self._head = build_head(last, vocab, model.head_chunk_tokens, ranks, temperature, self._kernels)
+        self._head = build_head(
+            last, vocab, model.head_chunk_tokens, ranks, temperature, self._kernels
+        )
         self._sequence_multiple, self._pack_multiple = multiples(parallel)
         self._batch_multiple = parallel.pipeline if parallel.virtual_pipeline is not None else 1
         # weights in, by the one mapping; the reference is a copy of them
         mapping = WeightMapping(
-            self.architecture, parallel.tensor, expert_ranks=parallel.expert, expert_rank=ranks.expert_rank
+            self.architecture,
+            parallel.tensor,
+            expert_ranks=parallel.expert,
+            expert_rank=ranks.expert_rank,
         )
         self.parameters = Parameters(self.chunks, mapping, ranks, bucket_bytes)
         self.parameters.load(initial_weights(model, self.architecture, seed))
@@ -125,7 +145,8 @@ class Policy:
             bucket_bytes=config.rollout.bucket_mib * 2**20,
         )
 
-    # -- batches ------------------------------------------------------------------------------------------------------
+    # -- batches
+    # ----------------------------------------------------------------------------------------------
 
     def plan_update(
         self,
@@ -137,8 +158,8 @@ class Policy:
     ) -> UpdateShares:
         """Deal the sequences `i in update` to replicas and micro-batches: the same on every rank.
 
-        A micro-batch has `micro_batch_tokens` at most, or as many as suit the device. `aggregate` and `divisor` as
-        `Objective` has them.
+        A micro-batch has `micro_batch_tokens` at most, or as many as suit the device. `aggregate`
+        and `divisor` as `Objective` has them.
         """
         # a sequence takes its padded length, and costs its FLOPs
         lengths = {i: round_up(sizes[i].length, self._sequence_multiple) for i in update}
@@ -147,13 +168,21 @@ class Policy:
         return UpdateShares(shares, row_weights(sizes, update, aggregate, divisor))
 
     def pack(self, samples: ByIndex[Sample], plan: UpdateShares) -> list[PackedBatch]:
-        """This replica's micro-batches of a planned update, of which `samples` must have this replica's own.
+        """This replica's micro-batches of a planned update, of which `samples` must have this
+        replica's own.
 
         UserError for a token outside the vocabulary.
         """
         check_tokens(samples, plan.own(self.ranks.replica), self.architecture.vocab)
         batches = [
-            pack(samples, indices, plan.weights, self.ranks.device, self._pack_multiple, self._sequence_multiple)
+            pack(
+                samples,
+                indices,
+                plan.weights,
+                self.ranks.device,
+                self._pack_multiple,
+                self._sequence_multiple,
+            )
             for indices in plan.shares[self.ranks.replica]
         ]
         for batch in batches if self.model_config.routing == "replay" else []:
@@ -168,28 +197,35 @@ class Policy:
         aggregate: Aggregate,
     ) -> list[PackedBatch]:
         """`plan_update` and `pack` in one, if every rank has all samples."""
-        sizes = {i: samples[i].size for i in update}  # of an update alone: there may be very many samples
+        # of an update alone: there may be very many samples
+        sizes = {i: samples[i].size for i in update}
         return self.pack(samples, self.plan_update(sizes, update, micro_batch_tokens, aggregate))
 
-    # -- forward, backward, step --------------------------------------------------------------------------------------
+    # -- forward, backward, step
+    # --------------------------------------------------------------------------------------
 
     def score(self, batches: list[PackedBatch]) -> None:
-        """Fill every micro-batch's column `old_logprob` and, if a reference is kept, `reference_logprob`.
+        """Fill every micro-batch's column `old_logprob` and, if a reference is kept,
+        `reference_logprob`.
 
-        Computed in the micro-batches that will be trained on, so the first update sees a ratio of exactly 1. The
-        reference routes for itself: the KL refers to the initial model, and its routers are part of it.
+        Computed in the micro-batches that will be trained on, so the first update sees a ratio of
+        exactly 1. The reference routes for itself: the KL refers to the initial model, and its
+        routers are part of it.
         """
         for batch, logprobs in zip(batches, self.logprobs(batches), strict=True):
             batch.columns["old_logprob"] = logprobs
         # the same micro-batches under the initial weights
         if self._reference is not None:
             with self._reference.in_place():
-                reference = self.logprobs([replace(batch, routed_experts=None) for batch in batches])
+                reference = self.logprobs(
+                    [replace(batch, routed_experts=None) for batch in batches]
+                )
             for batch, logprobs in zip(batches, reference, strict=True):
                 batch.columns["reference_logprob"] = logprobs
 
     def fill_columns(self, batches: list[PackedBatch], objective: Objective) -> None:
-        """Fill `behaviour_logprob` and `importance`, and make of `advantage` what the loss reads: `drift`, `credits`.
+        """Fill `behaviour_logprob` and `importance`, and make of `advantage` what the loss reads:
+        `drift`, `credits`.
 
         The log-probs must be there.
         """
@@ -198,7 +234,9 @@ class Policy:
         fill_advantages(batches, objective, self.ranks.sum_over_replicas, self._kernels)
 
     def logprobs(self, batches: list[PackedBatch]) -> list[torch.Tensor]:
-        """Log-probs [R] of each micro-batch's response tokens under the current weights, on every rank alike."""
+        """Log-probs [R] of each micro-batch's response tokens under the current weights, on every
+        rank alike.
+        """
         outputs = self._run(batches, _only_logprobs, forward_only=True)
         if self.ranks.pipeline_ranks == self.ranks.context_ranks == 1:
             return [output["logprobs"] for output in outputs]
@@ -220,13 +258,16 @@ class Policy:
         return context.own_rows(batch, self.ranks.context_rank, self.ranks.context_ranks)
 
     def compare_logprobs(self, batches: list[PackedBatch], version: int = 0) -> dict[str, float]:
-        """`drift_figures` over all replicas; tokens of weights older than `version` are told apart."""
+        """`drift_figures` over all replicas; tokens of weights older than `version` are told
+        apart.
+        """
         own = batches if self.ranks.context_rank == 0 else []  # the others know the same
         sums = [drift_sums(batch, version) for batch in own if batch.indices]
         return drift_figures(self._over_replicas(combine(sums)))
 
     def update(self, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:
-        """One optimizer update from this replica's micro-batches; the loss's figures over all replicas, and the step's.
+        """One optimizer update from this replica's micro-batches; the loss's figures over all
+        replicas, and the step's.
 
         `skipped` is 1 if the gradient was not finite and no step was made. `imbalance` is by how
         much the busiest replica's FLOPs exceed the least that any split of the sequences could give
@@ -238,16 +279,28 @@ class Policy:
         made, norm = self.optimizer.step()
         metrics = self._over_replicas(combine(outputs) | self._work(batches))
         # the work of this update, as it was dealt
-        total, busiest, longest = (metrics.pop(name) for name in ("flops", "flops_max", "longest_max"))
+        total, busiest, longest = (
+            metrics.pop(name) for name in ("flops", "flops_max", "longest_max")
+        )
         metrics = as_means(metrics)
         metrics["imbalance"] = busiest / max(total / self.ranks.replicas, longest) - 1.0
-        return metrics | {"grad_norm": norm, "lr": self.optimizer.lr, "skipped": 0.0 if made else 1.0}
+        return metrics | {
+            "grad_norm": norm,
+            "lr": self.optimizer.lr,
+            "skipped": 0.0 if made else 1.0,
+        }
 
     def _work(self, batches: list[PackedBatch]) -> dict[str, float]:
         """This replica's FLOPs, stated by its first context rank."""
         first = batches if self.ranks.context_rank == 0 else []
-        costs = [self._flops(length) for batch in first for length in batch.lengths[: len(batch.indices)]]
-        return {"flops": sum(costs), "flops_max": sum(costs), "longest_max": max(costs, default=0.0)}
+        costs = [
+            self._flops(length) for batch in first for length in batch.lengths[: len(batch.indices)]
+        ]
+        return {
+            "flops": sum(costs),
+            "flops_max": sum(costs),
+            "longest_max": max(costs, default=0.0),
+        }
 
     def _run(self, batches: list[PackedBatch], loss: Loss, *, forward_only: bool) -> list[Metrics]:
         """Drive Megatron's schedule; per micro-batch, on the last stage, what the loss measured."""
@@ -258,7 +311,9 @@ class Policy:
         with torch.set_grad_enabled(not forward_only), self._routing.forgotten_at_the_end():
             outputs = schedule(
                 forward_step_func=self._forward_step(loss, len(batches)),
-                data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
+                data_iterator=[iter(batches) for _ in self.chunks]
+                if len(self.chunks) > 1
+                else iter(batches),
                 model=list(self.chunks) if len(self.chunks) > 1 else self.chunks[0],
                 num_microbatches=len(batches),
                 seq_length=max(batch.tokens.numel() for batch in batches),
@@ -267,23 +322,30 @@ class Policy:
             )
         return cast(list[Metrics], outputs)
 
-    def _forward_step(self, loss: Loss, micro_batches: int) -> Callable[..., tuple[torch.Tensor, Any]]:
+    def _forward_step(
+        self, loss: Loss, micro_batches: int
+    ) -> Callable[..., tuple[torch.Tensor, Any]]:
         undo, factor = loss_scaling(self.config, self.ranks, micro_batches)
         finish_gather = cache(self.parameters.finish_gather)  # once in a pass
 
-        def step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        def step(
+            batches: Iterator[PackedBatch], chunk: torch.nn.Module
+        ) -> tuple[torch.Tensor, Any]:
             batch = context.part(next(batches), self.ranks.context_rank, self.ranks.context_ranks)
             with self._routing.replayed(_unwrapped(chunk), batch):
                 hidden = chunk(
                     input_ids=batch.tokens[None],
                     position_ids=batch.positions[None],
                     attention_mask=None,
-                    packed_seq_params=packed_sequences(batch.lengths, batch.cu_seqlens, self.ranks.context_ranks),
+                    packed_seq_params=packed_sequences(
+                        batch.lengths, batch.cu_seqlens, self.ranks.context_ranks
+                    ),
                 )
 
             def measure(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
                 assert self._head is not None
-                finish_gather()  # the head reads its weight without calling the module that holds it
+                # the head reads its weight without calling the module that holds it
+                finish_gather()
                 value, metrics = loss(self._head.rows(hidden, batch, factor))
                 # 0 tokens: the loss is normalised already, divide by nothing
                 return value * undo, torch.zeros((), dtype=torch.int, device=value.device), metrics
@@ -293,36 +355,45 @@ class Policy:
         return step
 
     def _over_replicas(self, metrics: dict[str, float]) -> dict[str, float]:
-        """This replica's figures combined with all others', on every rank; they stand on the last stage only."""
+        """This replica's figures combined with all others', on every rank; they stand on the last
+        stage only.
+        """
         if self.ranks.world_size == 1:
             return metrics
         everyone: list[Any] = [None] * self.ranks.world_size
         mine = metrics if self.ranks.is_last_stage and self.ranks.tensor_rank == 0 else None
         dist.all_gather_object(everyone, mine, group=self.ranks.cpu_world)
-        return combine([figures for figures in everyone if figures])  # a replica of empty micro-batches has none
+        # a replica of empty micro-batches has none
+        return combine([figures for figures in everyone if figures])
 
-    # -- weights ------------------------------------------------------------------------------------------------------
+    # -- weights
+    # ----------------------------------------------------------------------------------------------
 
     def parcels(self, *, flat: bool = False, everywhere: bool = False) -> Iterator[Parcel]:
         """The weights as whole Hugging Face tensors, bucket by bucket: see `Parameters.parcels`."""
         return self.parameters.parcels(flat=flat, everywhere=everywhere)
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, whole tensor) pairs on rank 0, bucket by bucket; empty tensors elsewhere.
+        """(Hugging Face name, whole tensor) pairs on rank 0, bucket by bucket; empty tensors
+        elsewhere.
 
         All ranks iterate together. If nothing is split the tensors are views of the parameters.
         """
         return (pair for parcel in self.parcels() for pair in parcel.tensors)
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Like `named_weights`, of the last update's gradients, clipped if that is on; adapters' by PEFT's names."""
+        """Like `named_weights`, of the last update's gradients, clipped if that is on; adapters' by
+        PEFT's names.
+        """
         self.optimizer.gather_gradients()
         if self.parameters.adapted:
             return iter(self.parameters.adapter_tensors("gradients").items())
         return (pair for parcel in self.parameters.parcels("gradients") for pair in parcel.tensors)
 
     def save_folder(self, destination: str | Path) -> None:
-        """Write the weights as a Hugging Face folder, with the starting model's tokenizer and configuration."""
+        """Write the weights as a Hugging Face folder, with the starting model's tokenizer and
+        configuration.
+        """
         if self.ranks.is_main:
             save_folder(destination, self.named_weights(), self.model_config.path)
         else:
@@ -337,25 +408,35 @@ class Policy:
         tensors = self.parameters.adapter_tensors()
         self.ranks.on_main(lambda: save_adapter(destination, tensors, lora, self.model_config.path))
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
+    # -- checkpoints
+    # ----------------------------------------------------------------------------------------------
 
     def sharded_state(self, *, loading: bool = False) -> dict[str, Any]:
-        """Model and optimizer as Megatron's sharded state dict: what a checkpoint saves, or the shape it loads into."""
+        """Model and optimizer as Megatron's sharded state dict: what a checkpoint saves, or the
+        shape it loads into.
+        """
         self.parameters.finish_gather()
-        models = {f"model{i}": _unwrapped(chunk).sharded_state_dict() for i, chunk in enumerate(self.chunks)}
+        models = {
+            f"model{i}": _unwrapped(chunk).sharded_state_dict()
+            for i, chunk in enumerate(self.chunks)
+        }
         beside = alpha_state(self.model_config.lora, self.ranks.rank)
         return models | beside | {"optimizer": self.optimizer.sharded_state(models, loading)}
 
     def load_sharded_state(self, state: dict[str, Any]) -> None:
-        """Take up a loaded checkpoint's model and optimizer. The reference stays the initial model."""
+        """Take up a loaded checkpoint's model and optimizer. The reference stays the initial
+        model.
+        """
         for i, chunk in enumerate(self.chunks):
             _unwrapped(chunk).load_state_dict(state[f"model{i}"])
         self.optimizer.load_sharded_state(state["optimizer"])
 
-    # -- between phases -----------------------------------------------------------------------------------------------
+    # -- between phases
+    # ----------------------------------------------------------------------------------------------
 
     def offload_training_state(self) -> None:
-        """Gradients and optimizer state leave the device, for an engine that shares it; weights can still be read.
+        """Gradients and optimizer state leave the device, for an engine that shares it; weights can
+        still be read.
 
         Log-probs, publication and a checkpoint need no more. RuntimeError if they left already.
         """
@@ -363,18 +444,22 @@ class Policy:
         self.optimizer.offload()
 
     def restore_training_state(self) -> None:
-        """Take both back, before the next log-probs or update. RuntimeError if they have not left."""
+        """Take both back, before the next log-probs or update. RuntimeError if they have not
+        left.
+        """
         self.optimizer.restore()
 
-    # -- the initial model --------------------------------------------------------------------------------------------
+    # -- the initial model
+    # --------------------------------------------------------------------------------------------
 
     def check_initial_model(self, saved: Mapping[str, str], source: str) -> None:
         """UserError for a checkpoint of another initial model: the KL would refer to it."""
         if saved["sha256"] != self.initial_model["sha256"]:
             raise UserError(
-                f"{source}: was trained from {saved['path']} (SHA-256 {saved['sha256'][:12]}...), and model.path = "
-                f"{self.initial_model['path']} now holds other weights ({self.initial_model['sha256'][:12]}...); put "
-                "the initial model back, since the KL term refers to it"
+                f"{source}: was trained from {saved['path']} (SHA-256 {saved['sha256'][:12]}...), "
+                f"and model.path = {self.initial_model['path']} now holds other weights "
+                f"({self.initial_model['sha256'][:12]}...); put the initial model back, since the "
+                "KL term refers to it"
             )
 
 

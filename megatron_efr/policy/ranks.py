@@ -27,7 +27,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among the ranks. `cpu_world` and `cpu_pipeline` are gloo groups: their waits outlast NCCL's.
+    """This process's place among the ranks. `cpu_world` and `cpu_pipeline` are gloo groups: their
+    waits outlast NCCL's.
 
     `all_replicas`: which replica each rank belongs to.
     """
@@ -59,7 +60,9 @@ class Ranks:
 
     @property
     def replica_group(self) -> dist.ProcessGroup:
-        """The ranks of all tensor and pipeline positions, and of all experts: together they hold one whole model."""
+        """The ranks of all tensor and pipeline positions, and of all experts: together they hold
+        one whole model.
+        """
         return _group(parallel_state.get_expert_tensor_model_pipeline_parallel_group())
 
     @property
@@ -106,9 +109,11 @@ class Ranks:
         return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
     def share(self, make: Callable[[], T], what: str = "the next result") -> T:
-        """Run `make` on rank 0 and hand its result to every rank; an exception there is raised on all.
+        """Run `make` on rank 0 and hand its result to every rank; an exception there is raised on
+        all.
 
-        UserError names `what` on ranks that have waited for it longer than `wait_limit`, or in vain.
+        UserError names `what` on ranks that have waited for it longer than `wait_limit`, or in
+        vain.
         """
         outcome: list[Any] = [None, None]
         if self.is_main:
@@ -118,7 +123,9 @@ class Ranks:
                 outcome[1] = error
         if self.world_size > 1:
             if self.is_main and outcome[1] is not None:
-                dist.broadcast_object_list([None, _portable(outcome[1])], src=0, group=self.cpu_world)
+                dist.broadcast_object_list(
+                    [None, _portable(outcome[1])], src=0, group=self.cpu_world
+                )
             else:
                 with self._waiting_for(what):
                     dist.broadcast_object_list(outcome, src=0, group=self.cpu_world)
@@ -127,7 +134,9 @@ class Ranks:
         return outcome[0]
 
     def on_main(self, make: Callable[[], T], what: str = "the next result") -> T | None:
-        """Run `make` on rank 0 alone, which keeps the result; an exception there is raised on all, as in `share`."""
+        """Run `make` on rank 0 alone, which keeps the result; an exception there is raised on all,
+        as in `share`.
+        """
         kept: list[T] = []
 
         def keep() -> None:
@@ -137,10 +146,18 @@ class Ranks:
         return kept[0] if kept else None
 
     def scatter(self, parts: SequenceOf[SequenceOf[torch.Tensor]]) -> list[torch.Tensor]:
-        """Rank 0's CPU tensors `parts[replica]`, on the ranks of that replica, over gloo; other ranks give nothing."""
-        kinds = self.share(lambda: [[(tensor.shape, tensor.dtype) for tensor in part] for part in parts])
+        """Rank 0's CPU tensors `parts[replica]`, on the ranks of that replica, over gloo; other
+        ranks give nothing.
+        """
+        kinds = self.share(
+            lambda: [[(tensor.shape, tensor.dtype) for tensor in part] for part in parts]
+        )
         if self.is_main:
-            others = [(rank, replica) for rank, replica in enumerate(self.all_replicas) if rank != self.rank]
+            others = [
+                (rank, replica)
+                for rank, replica in enumerate(self.all_replicas)
+                if rank != self.rank
+            ]
             sent = [(t, rank) for rank, replica in others for t in parts[replica] if t.numel()]
             for work in [dist.isend(tensor, rank, group=self.cpu_world) for tensor, rank in sent]:
                 assert work is not None
@@ -163,8 +180,14 @@ class Ranks:
                 raise
             waited = time.monotonic() - began
             limit = self.wait_limit.total_seconds()
-            why = "the limit is parallel.wait_limit_s" if waited >= 0.99 * limit else "rank 0 has gone"
-            raise UserError(f"rank {self.rank} waited {waited:.0f} s for {what} of rank 0: {why} ({error})") from error
+            why = (
+                "the limit is parallel.wait_limit_s"
+                if waited >= 0.99 * limit
+                else ("rank 0 has gone")
+            )
+            raise UserError(
+                f"rank {self.rank} waited {waited:.0f} s for {what} of rank 0: {why} ({error})"
+            ) from error
 
     def everywhere(self, holds: bool) -> bool:
         """True if it holds on every rank."""
@@ -208,8 +231,11 @@ class Ranks:
 
 
 @contextmanager
-def join_ranks(parallel: ParallelConfig, seed: int, model: ModelConfig | None = None) -> Iterator[Ranks]:
-    """Join the ranks that torchrun started (or be the only one), split them as configured, and leave at the end.
+def join_ranks(
+    parallel: ParallelConfig, seed: int, model: ModelConfig | None = None
+) -> Iterator[Ranks]:
+    """Join the ranks that torchrun started (or be the only one), split them as configured, and
+    leave at the end.
 
     ConfigError, before anything starts, if the `model` to be trained does not divide over the
     split. A process that has joined its world already stays in it: it may be split anew, one layout
@@ -276,12 +302,16 @@ def _pipeline_over_gloo(wait_limit: timedelta) -> dist.ProcessGroup:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     distinct = sorted({tuple(ranks) for ranks in everyone})
-    groups = {ranks: dist.new_group(list(ranks), backend="gloo", timeout=wait_limit) for ranks in distinct}
+    groups = {
+        ranks: dist.new_group(list(ranks), backend="gloo", timeout=wait_limit) for ranks in distinct
+    }
     return _group(groups[tuple(mine)])
 
 
 def _group(group: Any) -> dist.ProcessGroup:
-    """torch and Megatron annotate their groups with what this rank cannot be: a non-member, or a list."""
+    """torch and Megatron annotate their groups with what this rank cannot be: a non-member, or a
+    list.
+    """
     return cast(dist.ProcessGroup, group)
 
 

@@ -1,4 +1,6 @@
-"""The initial model, which a KL refers to: its weights kept in host memory, or the trained adapters turned off."""
+"""The initial model, which a KL refers to: its weights kept in host memory, or the trained adapters
+turned off.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from megatron_efr.policy.parameters import Parameters
 
 
 class Reference:
-    """Lets the initial model stand in for the current one. Adapters cost no second copy of the weights."""
+    """Lets the initial model stand in for the current one. Adapters cost no second copy of the
+    weights.
+    """
 
     def __init__(self, parameters: Parameters) -> None:
         self._parameters = parameters
@@ -17,7 +21,9 @@ class Reference:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it the modules compute what the initial model does; weights that were trained wait in host memory."""
+        """Within it the modules compute what the initial model does; weights that were trained wait
+        in host memory.
+        """
         if self._waiting is None:
             with self._parameters.adapters_off():
                 yield

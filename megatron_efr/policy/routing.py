@@ -1,9 +1,11 @@
-"""Routing replay: the policy's routers choose the experts that the engine chose at sampling, for every token and layer.
+"""Routing replay: the policy's routers choose the experts that the engine chose at sampling, for
+every token and layer.
 
-An expert whose score is a rounding error ahead in one implementation is a rounding error behind in the other, and then
-the two models compute different things. Ma et al. 2025 (arXiv 2510.11370, R3) take the engine's choice in all of the
-policy's passes over a response: log-probs before the update, the forward pass, its recomputation in the backward pass.
-The weights of the chosen experts are still the policy's own router's, so gradients flow through it as ever.
+An expert whose score is a rounding error ahead in one implementation is a rounding error behind in
+the other, and then the two models compute different things. Ma et al. 2025 (arXiv 2510.11370, R3)
+take the engine's choice in all of the policy's passes over a response: log-probs before the update,
+the forward pass, its recomputation in the backward pass. The weights of the chosen experts are
+still the policy's own router's, so gradients flow through it as ever.
 """
 
 from __future__ import annotations
@@ -24,8 +26,11 @@ from megatron_efr.types import ByIndex, UserError
 from megatron_efr.weights.architecture import Architecture
 
 
-def lay_out_routing(batch: PackedBatch, samples: ByIndex[Sample], architecture: Architecture) -> torch.Tensor:
-    """The micro-batch's `routed_experts` [T, layers, experts per token], in the order of its tokens.
+def lay_out_routing(
+    batch: PackedBatch, samples: ByIndex[Sample], architecture: Architecture
+) -> torch.Tensor:
+    """The micro-batch's `routed_experts` [T, layers, experts per token], in the order of its
+    tokens.
 
     The engine read no sequence's last token, and no padding: these go to the first experts. Nothing
     depends on them, since no other token sees them and they predict nothing. UserError if a
@@ -47,31 +52,37 @@ def lay_out_routing(batch: PackedBatch, samples: ByIndex[Sample], architecture: 
 def _check_routing(chosen: np.ndarray | None, shape: tuple[int, int, int], count: int) -> None:
     if chosen is None:
         raise UserError(
-            "model.routing: replay needs the experts that the engine chose, and a response came without; an SGLang "
-            "server returns them when started with --enable-return-routed-experts. Or set model.routing to own"
+            "model.routing: replay needs the experts that the engine chose, and a response came "
+            "without; an SGLang server returns them when started with "
+            "--enable-return-routed-experts. Or set model.routing to own"
         )
     if chosen.shape != shape:
         raise UserError(
-            f"model.routing: the engine's routing is {list(chosen.shape)}, and the policy's model has {list(shape)} "
-            "(tokens, layers, experts per token); do both run the same model?"
+            f"model.routing: the engine's routing is {list(chosen.shape)}, and the policy's model "
+            f"has {list(shape)} (tokens, layers, experts per token); do both run the same model?"
         )
     if chosen.size and not 0 <= int(chosen.min()) <= int(chosen.max()) < count:
         raise UserError(
-            f"model.routing: the engine chose experts {int(chosen.min())} to {int(chosen.max())}, and the policy's "
-            f"model has 0 to {count - 1}; do both run the same model?"
+            f"model.routing: the engine chose experts {int(chosen.min())} to {int(chosen.max())}, "
+            f"and the policy's model has 0 to {count - 1}; do both run the same model?"
         )
 
 
 class OrderedChoice(RouterReplay):
-    """Megatron's replay of a router, in which a token's experts stand by number, whoever chose them.
+    """Megatron's replay of a router, in which a token's experts stand by number, whoever chose
+    them.
 
-    Their order decides how their softmax is rounded. Megatron-Core sorts by weight (since 0.18 only in passes with
-    gradients), an engine as it likes. In one order the same experts give the same bits: in the log-probs before an
-    update and in the update itself, chosen or replayed.
+    Their order decides how their softmax is rounded. Megatron-Core sorts by weight (since 0.18 only
+    in passes with gradients), an engine as it likes. In one order the same experts give the same
+    bits: in the log-probs before an update and in the update itself, chosen or replayed.
     """
 
-    def get_replay_topk(self, scores: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The chosen experts' scores and numbers, both [tokens, experts per token]; `scores` [tokens, experts]."""
+    def get_replay_topk(
+        self, scores: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The chosen experts' scores and numbers, both [tokens, experts per token]; `scores`
+        [tokens, experts].
+        """
         _, chosen = super().get_replay_topk(scores, *args, **kwargs)
         chosen, _ = chosen.sort(dim=1)
         return scores.gather(1, chosen), chosen
@@ -80,10 +91,14 @@ class OrderedChoice(RouterReplay):
 class RoutingReplay:
     """The routers of this rank's chunks, told what to choose for the micro-batch at hand."""
 
-    def __init__(self, config: TransformerConfig, chunks: Sequence[PolicyModel], ranks: Ranks) -> None:
+    def __init__(
+        self, config: TransformerConfig, chunks: Sequence[PolicyModel], ranks: Ranks
+    ) -> None:
         self._ranks = ranks
         self._slices = ranks.tensor_ranks if config.sequence_parallel else 1
-        selected = config.recompute_granularity == "selective" and "moe" in (config.recompute_modules or [])
+        selected = config.recompute_granularity == "selective" and "moe" in (
+            config.recompute_modules or []
+        )
         self._recomputes = config.recompute_granularity == "full" or selected
         self._routers = {chunk: _take_charge(chunk) for chunk in chunks}
         # Megatron's list of all routers ever made would keep dead models alive
@@ -91,7 +106,8 @@ class RoutingReplay:
 
     @contextmanager
     def replayed(self, chunk: PolicyModel, batch: PackedBatch) -> Iterator[None]:
-        """Within it the chunk's routers choose the `routed_experts` of this context rank's part of a micro-batch.
+        """Within it the chunk's routers choose the `routed_experts` of this context rank's part of
+        a micro-batch.
 
         If the backward pass runs routers again, they then choose the same: each keeps its
         micro-batches in a queue, and in every pipeline schedule a chunk's micro-batches come back
@@ -100,7 +116,9 @@ class RoutingReplay:
         if batch.routed_experts is None:
             yield
             return
-        routed = batch.routed_experts.chunk(self._slices)[self._ranks.tensor_rank if self._slices > 1 else 0]
+        routed = batch.routed_experts.chunk(self._slices)[
+            self._ranks.tensor_rank if self._slices > 1 else 0
+        ]
         routed = routed.to(batch.tokens.device, torch.int64)
         for layer, router in self._routers[chunk].items():
             router.set_target_indices(routed[:, layer])
@@ -116,7 +134,9 @@ class RoutingReplay:
 
     @contextmanager
     def forgotten_at_the_end(self) -> Iterator[None]:
-        """Round one pass over micro-batches: afterwards the routers choose for themselves, and hold no routing."""
+        """Round one pass over micro-batches: afterwards the routers choose for themselves, and hold
+        no routing.
+        """
         try:
             yield
         finally:
@@ -127,7 +147,9 @@ class RoutingReplay:
 
 
 def _take_charge(chunk: PolicyModel) -> dict[int, OrderedChoice]:
-    """Give every router of a chunk an `OrderedChoice`; these by layer, counted from 0 in the whole model."""
+    """Give every router of a chunk an `OrderedChoice`; these by layer, counted from 0 in the whole
+    model.
+    """
     taken = {}
     for layer in cast(Any, chunk.decoder).layers:
         if (router := getattr(layer.mlp, "router", None)) is not None:

@@ -1,7 +1,9 @@
-"""Scatters rank 0's samples to the replicas: each gets those that it trains on, as a few flat tensors over gloo.
+"""Scatters rank 0's samples to the replicas: each gets those that it trains on, as a few flat
+tensors over gloo.
 
-Which those are follows, on every rank alike, from the sizes of all (`packing.balance`). So sizes go to everyone, and
-tokens, columns and routed experts, which may be gigabytes, only to the ranks that train on them.
+Which those are follows, on every rank alike, from the sizes of all (`packing.balance`). So sizes go
+to everyone, and tokens, columns and routed experts, which may be gigabytes, only to the ranks that
+train on them.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from megatron_efr.samples import COLUMNS, Sample
 def flatten(samples: Sequence[Sample]) -> list[torch.Tensor]:
     """The samples end to end, exactly.
 
-    First int64 [n, 3 + columns]: tokens, prompt tokens, tokens with routed experts (-1: not known), and by column 1 if
-    the sample has it. Then tokens int32 [all tokens], routed experts [all tokens with them, layers, experts per token]
-    in the engine's integers, and each column [its response tokens], in the order of COLUMNS.
+    First int64 [n, 3 + columns]: tokens, prompt tokens, tokens with routed experts (-1: not known),
+    and by column 1 if the sample has it. Then tokens int32 [all tokens], routed experts [all tokens
+    with them, layers, experts per token] in the engine's integers, and each column [its response
+    tokens], in the order of COLUMNS.
     """
     told = [-1 if s.routed_experts is None else len(s.routed_experts) for s in samples]
     routed = [s.routed_experts for s in samples if s.routed_experts is not None]
@@ -36,7 +39,9 @@ def flatten(samples: Sequence[Sample]) -> list[torch.Tensor]:
     return [
         torch.tensor(sizes, dtype=torch.int64).reshape(-1, 3 + len(COLUMNS)),
         _joined([np.asarray(s.tokens, dtype=np.int32) for s in samples], np.int32),
-        torch.from_numpy(np.concatenate(routed)) if routed else torch.zeros(0, 1, 1, dtype=torch.uint8),
+        torch.from_numpy(np.concatenate(routed))
+        if routed
+        else torch.zeros(0, 1, 1, dtype=torch.uint8),
         *columns,
     ]
 
@@ -58,7 +63,9 @@ def unflatten(flat: Sequence[torch.Tensor]) -> list[Sample]:
     ]
 
 
-def scatter_samples(samples: Sequence[Sample], plans: Sequence[UpdateShares], ranks: Ranks) -> dict[int, Sample]:
+def scatter_samples(
+    samples: Sequence[Sample], plans: Sequence[UpdateShares], ranks: Ranks
+) -> dict[int, Sample]:
     """Rank 0's `samples` that this rank's replica trains on, by index; others' do not count."""
     if ranks.world_size == 1:
         return dict(enumerate(samples))

@@ -1,4 +1,6 @@
-"""Megatron's own configurations, made from ours: what Megatron refuses in them is said before any rank joins."""
+"""Megatron's own configurations, made from ours: what Megatron refuses in them is said before any
+rank joins.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,14 @@ from megatron_efr.config.passed_on import check_passed_on
 MegatronT = TypeVar("MegatronT")
 
 
-def made(kind: type[MegatronT], fields: Mapping[str, Any], where: str, given: Mapping[str, Any]) -> MegatronT:
-    """Megatron's dataclass `kind` of `fields` and, over them, those of the configuration's section `where`.
+def made(
+    kind: type[MegatronT], fields: Mapping[str, Any], where: str, given: Mapping[str, Any]
+) -> MegatronT:
+    """Megatron's dataclass `kind` of `fields` and, over them, those of the configuration's section
+    `where`.
 
-    ConfigError for a key that it does not have, a value of another type, or a combination that it refuses.
+    ConfigError for a key that it does not have, a value of another type, or a combination that it
+    refuses.
     """
     owner = f"{kind.__name__} of megatron-core"
     taken = check_passed_on(where, given, _annotations(kind), owner)
@@ -30,7 +36,9 @@ def made(kind: type[MegatronT], fields: Mapping[str, Any], where: str, given: Ma
         TypeError,
         ValueError,
     ) as error:
-        raise ConfigError(f"{where}: {owner} refuses this: {error or type(error).__name__}") from error
+        raise ConfigError(
+            f"{where}: {owner} refuses this: {error or type(error).__name__}"
+        ) from error
 
 
 def _annotations(kind: type[Any]) -> dict[str, Any]:

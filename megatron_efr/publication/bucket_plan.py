@@ -19,14 +19,18 @@ _ALIGNMENT = 16  # bytes; a shard within a message can then be viewed in its typ
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A Megatron parameter of the whole model: the ranks whose shards make it up, in order, and what a shard is."""
+    """A Megatron parameter of the whole model: the ranks whose shards make it up, in order, and
+    what a shard is.
+    """
 
     name: str
     holders: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
     lands: bool
-    """Each part of a shard is one run of bytes, there and in the whole tensors: it can arrive in its place."""
+    """Each part of a shard is one run of bytes, there and in the whole tensors: it can arrive in
+    its place.
+    """
 
     @property
     def shard_bytes(self) -> int:
@@ -61,11 +65,18 @@ class Bucket:
     def staged(self, main: int) -> int:
         """Bytes that arrive at `main` and are copied into place there."""
         messages = self.messages(main).values()
-        return sum(entry.shard_bytes for entries in messages for entry in entries if not entry.lands)
+        return sum(
+            entry.shard_bytes for entries in messages for entry in entries if not entry.lands
+        )
 
     def own(self, main: int) -> int:
         """Bytes that `main` holds itself."""
-        return sum(entry.shard_bytes for entry in self.entries for holder in entry.holders if holder == main)
+        return sum(
+            entry.shard_bytes
+            for entry in self.entries
+            for holder in entry.holders
+            if holder == main
+        )
 
     def is_at(self, main: int | None) -> bool:
         """True if it is one parameter, whole on the rank that wants it."""
@@ -73,7 +84,9 @@ class Bucket:
 
 
 class Held(NamedTuple):
-    """The holdings of one rank: which shard of what is split, and every parameter's (shape of the shard, type)."""
+    """The holdings of one rank: which shard of what is split, and every parameter's (shape of the
+    shard, type).
+    """
 
     tensor_rank: int
     shards: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -96,17 +109,22 @@ class BucketPlan:
         cpu_world: dist.ProcessGroup,
         limit: int = BUCKET_BYTES,
     ) -> BucketPlan:
-        """The plan of the ranks `members`, who hold at least one whole model; all ranks of `cpu_world` call it.
+        """The plan of the ranks `members`, who hold at least one whole model; all ranks of
+        `cpu_world` call it.
 
         `local`: this rank's shards by the mapping's names.
         """
-        mine = Held(tensor_rank, {name: (tuple(shard.shape), shard.dtype) for name, shard in local.items()})
+        mine = Held(
+            tensor_rank, {name: (tuple(shard.shape), shard.dtype) for name, shard in local.items()}
+        )
         everyone: list[Any] = [None] * dist.get_world_size(cpu_world)
         dist.all_gather_object(everyone, mine, group=cpu_world)
         return cls.derive({rank: everyone[rank] for rank in members}, mapping, limit)
 
     @classmethod
-    def derive(cls, held: Mapping[int, Held], mapping: WeightMapping, limit: int = BUCKET_BYTES) -> BucketPlan:
+    def derive(
+        cls, held: Mapping[int, Held], mapping: WeightMapping, limit: int = BUCKET_BYTES
+    ) -> BucketPlan:
         """The plan for what each rank holds. If several hold the same shard, the first sends it."""
         holders: dict[tuple[str, int], int] = {}
         shards: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -120,12 +138,17 @@ class BucketPlan:
             positions = range(mapping.tensor_ranks if mapping.is_sharded(name) else 1)
             missing = [p for p in positions if (name, p) not in holders]
             if missing:
-                raise RuntimeError(f"ranks {sorted(held)}: nobody holds tensor-parallel shard {missing[0]} of {name}")
+                raise RuntimeError(
+                    f"ranks {sorted(held)}: nobody holds tensor-parallel shard {missing[0]} of "
+                    f"{name}"
+                )
             shape, dtype = shards[name]
             out = [torch.empty(whole[source], device="meta") for source in mapping.sources(name)]
             places = mapping.places(name, torch.empty(shape, device="meta"), 0, out)
             lands = places is not None and all(x.is_contiguous() for pair in places for x in pair)
-            entries.append(Entry(name, tuple(holders[name, p] for p in positions), shape, dtype, lands))
+            entries.append(
+                Entry(name, tuple(holders[name, p] for p in positions), shape, dtype, lands)
+            )
         return cls(tuple(_divide(entries, limit)), limit)
 
     @cached_property
@@ -148,7 +171,10 @@ class BucketPlan:
     def peak(self, main: int) -> int:
         """The most bytes that buckets take at `main` at any time."""
         pairs = [pair for pair in pairwise(self.buckets) if self.overlaps(*pair, main)]
-        return max(sum(self.room(bucket, main) for bucket in group) for group in [*pairs, *zip(self.buckets)])
+        return max(
+            sum(self.room(bucket, main) for bucket in group)
+            for group in [*pairs, *zip(self.buckets)]
+        )
 
 
 def _divide(entries: Sequence[Entry], limit: int) -> Iterator[Bucket]:

@@ -52,7 +52,11 @@ def build_publisher(
 
 
 def _transport(
-    config: TrainConfig, engines: Engines | None, cpu_world: dist.ProcessGroup, layout: EngineLayout, on_gpu: bool
+    config: TrainConfig,
+    engines: Engines | None,
+    cpu_world: dist.ProcessGroup,
+    layout: EngineLayout,
+    on_gpu: bool,
 ) -> Transport:
     rollout = config.rollout
     kind = transport_of(rollout, on_gpu)
@@ -64,18 +68,22 @@ def _transport(
         return Broadcast(engines, address, "nccl" if on_gpu else "gloo", rollout.timeouts.update_s)
     if kind == "direct":
         if layout.architecture.experts:
-            raise ConfigError("rollout.transport: direct knows dense models alone; tensor sends a mixture of experts")
+            raise ConfigError(
+                "rollout.transport: direct knows dense models alone; tensor sends a mixture of "
+                "experts"
+            )
         if not on_gpu and layout.padded_on_cpu:
             raise ConfigError(
-                f"rollout.transport: direct: on a CPU SGLang widens this model for rollout.tp = {layout.ranks}, which "
-                "does not divide its heads, or 32 times which its MLP; tensor leaves that to SGLang"
+                "rollout.transport: direct: on a CPU SGLang widens this model for rollout.tp = "
+                f"{layout.ranks}, which does not divide its heads, or 32 times which its MLP; "
+                "tensor leaves that to SGLang"
             )
         return Sliced(engines, layout)
     # else in or beside the request
     if on_gpu and rollout.placement == "apart":
         raise ConfigError(
-            "rollout.transport: tensor hands over GPU memory where it lies: it needs engines that the run itself "
-            "starts, with rollout.placement: colocated; distributed does not"
+            "rollout.transport: tensor hands over GPU memory where it lies: it needs engines that "
+            "the run itself starts, with rollout.placement: colocated; distributed does not"
         )
     # beside the request on a CPU, as handles of GPU memory else
     if not on_gpu:
@@ -85,8 +93,9 @@ def _transport(
 
 
 def transport_of(rollout: RolloutConfig, on_gpu: bool) -> str:
-    """`rollout.transport`, or what `auto` is: without a GPU there are no handles, and requests carry weights as text,
-    which takes ten times as long as a broadcast over gloo."""
+    """`rollout.transport`, or what `auto` is: without a GPU there are no handles, and requests
+    carry weights as text, which takes ten times as long as a broadcast over gloo.
+    """
     if rollout.transport != "auto":
         return rollout.transport
     return "tensor" if on_gpu and rollout.placement == "colocated" else "distributed"
@@ -100,8 +109,12 @@ def check_allocator(environment: Mapping[str, str]) -> None:
     the engine's child.
     """
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        if "expandable_segments:true" in (value := environment.get(name, "")).replace(" ", "").lower():
+        if (
+            "expandable_segments:true"
+            in (value := environment.get(name, "")).replace(" ", "").lower()
+        ):
             raise UserError(
-                f"{name}={value}: engines that share the trainer's GPUs cannot open memory in expandable segments; "
-                f"unset {name}, or start through `python -m megatron_efr.cluster` or launch/*.sh, which do"
+                f"{name}={value}: engines that share the trainer's GPUs cannot open memory in "
+                f"expandable segments; unset {name}, or start through `python -m "
+                "megatron_efr.cluster` or launch/*.sh, which do"
             )

@@ -1,4 +1,6 @@
-"""Holds what engines say of their weights to what they were sent: SGLang's checksums of it, computed here."""
+"""Holds what engines say of their weights to what they were sent: SGLang's checksums of it,
+computed here.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,11 @@ Hashing = Literal["sha256", "fmix32"]
 
 
 class ChecksumCheck:
-    """Takes note of what is sent, and compares it with the checksums that engines report, parameter by parameter.
+    """Takes note of what is sent, and compares it with the checksums that engines report, parameter
+    by parameter.
 
-    Without `hashing` (engines hold something else than `layout` says) names are held to the table, and engines to each
-    other; so are a mixture's experts on a GPU.
+    Without `hashing` (engines hold something else than `layout` says) names are held to the table,
+    and engines to each other; so are a mixture's experts on a GPU.
     """
 
     def __init__(self, layout: EngineLayout, dtype: torch.dtype, hashing: Hashing | None) -> None:
@@ -31,7 +34,9 @@ class ChecksumCheck:
     def add(self, parcel: Parcel) -> None:
         """Take note of tensors that were sent."""
         if self._hashing is None:  # names are all that counts: nothing is laid together
-            parcel = parcel._replace(tensors=[(name, tensor.to("meta")) for name, tensor in parcel.tensors])
+            parcel = parcel._replace(
+                tensors=[(name, tensor.to("meta")) for name, tensor in parcel.tensors]
+            )
         for name, tensor in parcel.tensors:
             if (part := self._layout.expert_part(name, tensor)) is not None:
                 self._expect(*part)
@@ -45,19 +50,27 @@ class ChecksumCheck:
             found.add(place, tensor.to(self._dtype))
 
     def compare(self, servers: list[dict[str, str]]) -> None:
-        """WeightMismatchError names the first parameter that a server does not have as it was sent."""
+        """WeightMismatchError names the first parameter that a server does not have as it was
+        sent.
+        """
         for name, expected in self._expected.items():
             if expected.missing:
-                raise WeightMismatchError(f"{name}: part {expected.missing[0]} of {expected.places} was never sent")
+                raise WeightMismatchError(
+                    f"{name}: part {expected.missing[0]} of {expected.places} was never sent"
+                )
         checksums = {name: expected.checksum for name, expected in self._expected.items()}
         for number, found in enumerate(servers):
             if unknown := sorted(checksums.keys() - found.keys()):
-                raise WeightMismatchError(f"server {number}: was sent {unknown[0]}, which it does not have")
+                raise WeightMismatchError(
+                    f"server {number}: was sent {unknown[0]}, which it does not have"
+                )
             if unsent := sorted(found.keys() - checksums.keys()):
                 raise WeightMismatchError(f"server {number}: has {unsent[0]}, which was never sent")
             for name, checksum in checksums.items():
                 if checksum is not None and found[name] != checksum:
-                    raise WeightMismatchError(f"server {number}: {name} is not what was sent: {found[name]}")
+                    raise WeightMismatchError(
+                        f"server {number}: {name} is not what was sent: {found[name]}"
+                    )
             for name, value in servers[0].items():
                 if found.get(name) != value:
                     raise WeightMismatchError(f"server {number}: {name} differs from server 0's")
@@ -92,14 +105,16 @@ class _Parameter:
             self._whole = fmix32(part)
         if self._sha is None:
             return
-        self._early[place] = part if place == self._hashed else part.clone()  # its memory will be another bucket's
+        # its memory will be another bucket's
+        self._early[place] = part if place == self._hashed else part.clone()
         while (following := self._early.pop(self._hashed, None)) is not None:
             raw = following.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             self._sha.update(raw.numpy().data)
             self._hashed += 1
 
 
-# -- as SGLang hashes on a GPU (0.5.23, kernels/ops/memory/gpu_tensor_hash.py) -----------------------------------------
+# -- as SGLang hashes on a GPU (0.5.23, kernels/ops/memory/gpu_tensor_hash.py)
+# -----------------------------------------
 
 _TILE = 8192  # words
 _TILES = 256  # taken at once: 16 MiB of 64-bit words, and as much again a few times over
@@ -112,8 +127,9 @@ _32, _64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 def fmix32(tensor: torch.Tensor) -> str:
     """SGLang's checksum of a parameter on a GPU, computed wherever `tensor` is.
 
-    Its 32-bit words, each mixed with its place by MurmurHash3's finaliser (Appleby), are summed in tiles, under two
-    seeds; the mixed sums of all tiles are the halves of one 64-bit sum, mixed by SplitMix64's (Steele et al. 2014).
+    Its 32-bit words, each mixed with its place by MurmurHash3's finaliser (Appleby), are summed in
+    tiles, under two seeds; the mixed sums of all tiles are the halves of one 64-bit sum, mixed by
+    SplitMix64's (Steele et al. 2014).
     """
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     words = torch.nn.functional.pad(raw, (0, -raw.numel() % 4)).view(torch.int32)
@@ -125,7 +141,9 @@ def fmix32(tensor: torch.Tensor) -> str:
 
 
 def _tile_hashes(words: torch.Tensor, start: int) -> Iterator[list[int]]:
-    """The hashes of up to `_TILES` tiles from word `start` on, under each seed. 64-bit numbers hold unsigned words."""
+    """The hashes of up to `_TILES` tiles from word `start` on, under each seed. 64-bit numbers hold
+    unsigned words.
+    """
     chunk = words[start : start + _TILE * _TILES].long() & _32
     place = torch.arange(start, start + chunk.numel(), device=words.device)
     for seed, (factor, turn) in zip(_SEEDS, _PLACES, strict=True):
@@ -136,7 +154,9 @@ def _tile_hashes(words: torch.Tensor, start: int) -> Iterator[list[int]]:
 
 
 def _mix(words: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3's finaliser. Products wrap round at 64 bits, and their low 32 are right all the same."""
+    """MurmurHash3's finaliser. Products wrap round at 64 bits, and their low 32 are right all the
+    same.
+    """
     words = (words ^ words >> 16) * 0x85EBCA6B & _32
     words = (words ^ words >> 13) * 0xC2B2AE35 & _32
     return words ^ words >> 16

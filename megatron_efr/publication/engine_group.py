@@ -15,21 +15,34 @@ from megatron_efr.errors import LostError
 
 
 class EngineGroup:
-    """Rank 0 of a group beside the default one, named as SGLang's `init_custom_process_group` names it.
+    """Rank 0 of a group beside the default one, named as SGLang's `init_custom_process_group` names
+    it.
 
-    torch has no public function for a group with processes outside its world; that one uses the same two.
+    torch has no public function for a group with processes outside its world; that one uses the
+    same two.
     """
 
     def __init__(
-        self, name: str, backend: str, address: str, port: int, world: int, limit: timedelta, joining: Future[None]
+        self,
+        name: str,
+        backend: str,
+        address: str,
+        port: int,
+        world: int,
+        limit: timedelta,
+        joining: Future[None],
     ) -> None:
         """Wait until the other `world - 1` ranks have entered it, which `joining` has asked of
         them; dist.DistError if they have not within `limit`, which each broadcast has as well.
         """
-        store = dist.TCPStore(address, port, world, is_master=True, timeout=limit, wait_for_workers=False)
+        store = dist.TCPStore(
+            address, port, world, is_master=True, timeout=limit, wait_for_workers=False
+        )
         make: Any = distributed_c10d._new_process_group_helper
         kind = distributed_c10d.Backend(backend)
-        group, _ = make(world, 0, [], kind, dist.PrefixStore(name, store), group_name=name, timeout=limit)
+        group, _ = make(
+            world, 0, [], kind, dist.PrefixStore(name, store), group_name=name, timeout=limit
+        )
         distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
         joining.result()
         self.name = name
@@ -54,9 +67,10 @@ class EngineGroup:
     def leave(self) -> None:
         """End the connections: a rank that waits for this one in a broadcast fails in it instead.
 
-        NCCL's end by `abort`, which other ranks notice as their NCCL does. Gloo's `abort` does nothing: its connections
-        end with the last reference to the group, and that not before what is being sent has failed or been taken. So
-        nobody but this object may refer to the group or its work, and ranks that take nothing must leave as well.
+        NCCL's end by `abort`, which other ranks notice as their NCCL does. Gloo's `abort` does
+        nothing: its connections end with the last reference to the group, and that not before what
+        is being sent has failed or been taken. So nobody but this object may refer to the group or
+        its work, and ranks that take nothing must leave as well.
         """
         group = self._group
         self._group = None

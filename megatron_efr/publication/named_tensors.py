@@ -10,10 +10,11 @@ import torch
 def check_names(
     weights: Iterable[tuple[str, torch.Tensor]], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass (Hugging Face name, whole tensor) pairs on; `shapes` has the model's (`WeightMapping.shapes`).
+    """Pass (Hugging Face name, whole tensor) pairs on; `shapes` has the model's
+    (`WeightMapping.shapes`).
 
-    ValueError names a tensor that is unknown, given twice or mis-shaped, before it is passed on, and at the end those
-    that are missing.
+    ValueError names a tensor that is unknown, given twice or mis-shaped, before it is passed on,
+    and at the end those that are missing.
     """
     missing = dict.fromkeys(shapes)
     for name, tensor in weights:
@@ -22,7 +23,9 @@ def check_names(
         if name not in missing:
             raise ValueError(f"{name}: published twice")
         if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"{name}: shape {list(tensor.shape)}; this model has {list(shapes[name])}")
+            raise ValueError(
+                f"{name}: shape {list(tensor.shape)}; this model has {list(shapes[name])}"
+            )
         del missing[name]
         yield name, tensor
     if missing:

@@ -1,4 +1,6 @@
-"""Publication: the policy's weights to the engine in rank 0, or to servers: the sequence, failure, and the check."""
+"""Publication: the policy's weights to the engine in rank 0, or to servers: the sequence, failure,
+and the check.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,9 @@ class Engines(Protocol):
         group: str,
         load_format: str | None,
     ) -> Future[None]:
-        """Have every server receive tensors that rank 0 of `group` broadcasts in this order; returns at once."""
+        """Have every server receive tensors that rank 0 of `group` broadcasts in this order;
+        returns at once.
+        """
         ...
 
     def leave_group(self, name: str) -> Future[None]:
@@ -97,7 +101,9 @@ class Engines(Protocol):
         ...
 
     def end_update(self, version: int) -> None:
-        """Close the session, drop what is cached, name the weights `version`, go on serving, check the version."""
+        """Close the session, drop what is cached, name the weights `version`, go on serving, check
+        the version.
+        """
         ...
 
     def checksums(self) -> list[dict[str, str]]:
@@ -105,7 +111,9 @@ class Engines(Protocol):
         ...
 
     def take_failing(self) -> list[str]:
-        """Addresses of servers that have failed twice in a row, and ought to be started again; each is told once."""
+        """Addresses of servers that have failed twice in a row, and ought to be started again; each
+        is told once.
+        """
         ...
 
 
@@ -124,8 +132,14 @@ class Embedded:
         self._receiver = receiver
 
     def publish(self, weights: Weights, version: int) -> None:
-        """Bring `weights` to the engine as `version`; every rank calls it, since a whole tensor takes all."""
-        tensors = (pair for parcel in weights.parcels(flat=False, everywhere=False) for pair in parcel.tensors)
+        """Bring `weights` to the engine as `version`; every rank calls it, since a whole tensor
+        takes all.
+        """
+        tensors = (
+            pair
+            for parcel in weights.parcels(flat=False, everywhere=False)
+            for pair in parcel.tensors
+        )
         if self._receiver is not None:
             self._receiver.publish(tensors, version)
             log.event("published", f"version {version}", logging.DEBUG)
@@ -175,7 +189,8 @@ ATTEMPTS = 3
 
 
 class Publisher:
-    """Brings a policy's weights to engines; every rank has one and calls it alike, `engines` is rank 0's.
+    """Brings a policy's weights to engines; every rank has one and calls it alike, `engines` is
+    rank 0's.
 
     The sequence: pause, flush, open a session with every engine that answers; the parcels; close
     it, flush, name the version, go on. On any failure the engines stay paused and all of it is done
@@ -227,9 +242,9 @@ class Publisher:
     def _attempt(self, weights: Weights, version: int) -> EngineError | None:
         """One publication, all of it; what went wrong, on every rank.
 
-        The others wait until rank 0 knows which engines take part: it may wait for one to come back, for longer than
-        a collective of theirs waits for rank 0. From then on, ranks that hand over shards cannot know that rank 0 has
-        failed: the parcels run to their end all the same.
+        The others wait until rank 0 knows which engines take part: it may wait for one to come
+        back, for longer than a collective of theirs waits for rank 0. From then on, ranks that hand
+        over shards cannot know that rank 0 has failed: the parcels run to their end all the same.
         """
         # open the session; all ranks must know whether it is open before they send anything
         steps = _Steps(self._engines)

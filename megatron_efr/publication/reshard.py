@@ -1,16 +1,17 @@
 """From shards to whole Hugging Face tensors: a plan carried out, bucket by bucket.
 
-While a bucket is in use at its destination the next is on its way, so one pipeline stage sends while another's weights
-go to the engines. Two ways:
+While a bucket is in use at its destination the next is on its way, so one pipeline stage sends
+while another's weights go to the engines. Two ways:
 
 - to one rank, `main`: shards travel from their own memory. What lands (`Entry.lands`) arrives in
   its place in the whole tensors; the rest arrives beside them and is copied into place, as are
   main's own shards.
-- to every rank: each holder packs its shards into one message for all, from which everyone puts them together. More
-  than a bucket is not copied once more: a parameter split by rows, as vocabularies are, is whole as it arrives.
+- to every rank: each holder packs its shards into one message for all, from which everyone puts
+  them together. More than a bucket is not copied once more: a parameter split by rows, as
+  vocabularies are, is whole as it arrives.
 
-Memory beyond the parameters, on a rank that receives: two buckets and the largest parameter at most. Senders to one
-rank need none.
+Memory beyond the parameters, on a rank that receives: two buckets and the largest parameter at
+most. Senders to one rank need none.
 """
 
 from __future__ import annotations
@@ -41,12 +42,15 @@ class Parcel(NamedTuple):
 
 
 class Reshard:
-    """Carries out a plan within `group`, of which `main` is the rank that wants whole tensors if not all do.
+    """Carries out a plan within `group`, of which `main` is the rank that wants whole tensors if
+    not all do.
 
     All ranks of the group make theirs together.
     """
 
-    def __init__(self, plan: BucketPlan, mapping: WeightMapping, group: dist.ProcessGroup, main: int = 0) -> None:
+    def __init__(
+        self, plan: BucketPlan, mapping: WeightMapping, group: dist.ProcessGroup, main: int = 0
+    ) -> None:
         self.plan = plan
         self._mapping = mapping
         self._group = group
@@ -55,11 +59,15 @@ class Reshard:
         self._rank = dist.get_rank()
         self._member = main in dist.get_process_group_ranks(group)
         self._kept: torch.Tensor | None = None
-        self._hand = ThreadPoolExecutor(1, "weights")  # lays shards into host memory; CUDA's copies return at once
-        if dist.get_backend(group) == "nccl":  # its first call must be everybody's, and `_together` is some ranks'
+        # lays shards into host memory; CUDA's copies return at once
+        self._hand = ThreadPoolExecutor(1, "weights")
+        # its first call must be everybody's, and `_together` is some ranks'
+        if dist.get_backend(group) == "nccl":
             dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
 
-    def parcels(self, local: Shards, *, flat: bool = False, everywhere: bool = False) -> Iterator[Parcel]:
+    def parcels(
+        self, local: Shards, *, flat: bool = False, everywhere: bool = False
+    ) -> Iterator[Parcel]:
         """Every bucket in turn; all ranks of the group iterate together.
 
         `local`: this rank's shards. `everywhere`: every rank of its group gets the tensors, else
@@ -77,18 +85,24 @@ class Reshard:
             for work in moving.works:
                 work.wait()
             wanted = main in (None, self._rank)
-            parcel = self._put_together(bucket, moving, local, flat) if wanted else self._names(bucket)
+            parcel = (
+                self._put_together(bucket, moving, local, flat) if wanted else self._names(bucket)
+            )
             moving = None  # before the next one's buffers are made
-            following = self.plan.buckets[number + 1] if number + 1 < len(self.plan.buckets) else None
+            following = (
+                self.plan.buckets[number + 1] if number + 1 < len(self.plan.buckets) else None
+            )
             if following is not None and self.plan.overlaps(bucket, following, main):
                 moving = self._start(following, local, main, memory, flat)
             yield parcel
             del parcel
 
     def _memory(self, local: Shards, *, kept: bool) -> _Memory:
-        """Host memory is kept from one publication to the next, since it is slow to touch for the first time.
+        """Host memory is kept from one publication to the next, since it is slow to touch for the
+        first time.
 
-        Not CUDA's: its allocator is quick, an engine may still hold a handle, and training needs the room.
+        Not CUDA's: its allocator is quick, an engine may still hold a handle, and training needs
+        the room.
         """
         device = next(iter(local.values())).device
         if not kept or device.type != "cpu":
@@ -97,26 +111,45 @@ class Reshard:
             self._kept = torch.empty(self.plan.peak(self._main), dtype=torch.uint8)
         return _Memory(device, self._kept)
 
-    def _start(self, bucket: Bucket, local: Shards, main: int | None, memory: _Memory, flat: bool) -> _Transfer:
+    def _start(
+        self, bucket: Bucket, local: Shards, main: int | None, memory: _Memory, flat: bool
+    ) -> _Transfer:
         """Set this rank's part of a bucket going."""
         if main is None:
             return self._broadcast(bucket, local, memory)
-        return self._receive(bucket, local, memory, flat) if self._rank == main else self._send(bucket, local)
+        return (
+            self._receive(bucket, local, memory, flat)
+            if self._rank == main
+            else self._send(bucket, local)
+        )
 
     def _names(self, bucket: Bucket) -> Parcel:
         nothing = torch.empty(0)
-        return Parcel([(hf, nothing) for entry in bucket.entries for hf in self._mapping.sources(entry.name)], None)
+        return Parcel(
+            [(hf, nothing) for entry in bucket.entries for hf in self._mapping.sources(entry.name)],
+            None,
+        )
 
-    # -- on the way ---------------------------------------------------------------------------------------------------
+    # -- on the way
+    # ----------------------------------------------------------------------------------------------
 
     def _send(self, bucket: Bucket, local: Shards) -> _Transfer:
         """Send this rank's shards to `main`, from their own memory."""
         parts: list[torch.Tensor] = []
         for entry in bucket.messages(self._main).get(self._rank, []):
             shard = local[entry.name]
-            out = [torch.empty(self._shapes[hf], device="meta") for hf in self._mapping.sources(entry.name)]
-            parts += [part for part, _ in self._places(entry, self._rank, shard, out)] if entry.lands else [shard]
-        return _Transfer(_together([dist.P2POp(dist.isend, p, self._main, group=self._group) for p in parts]), {})
+            out = [
+                torch.empty(self._shapes[hf], device="meta")
+                for hf in self._mapping.sources(entry.name)
+            ]
+            parts += (
+                [part for part, _ in self._places(entry, self._rank, shard, out)]
+                if entry.lands
+                else [shard]
+            )
+        return _Transfer(
+            _together([dist.P2POp(dist.isend, p, self._main, group=self._group) for p in parts]), {}
+        )
 
     def _receive(self, bucket: Bucket, local: Shards, memory: _Memory, flat: bool) -> _Transfer:
         """The others' shards: what lands into whole tensors, the rest beside them."""
@@ -129,12 +162,17 @@ class Reshard:
             for entry in entries:
                 if entry.lands:
                     shard = torch.empty(entry.shape, device="meta")
-                    targets = [place for _, place in self._places(entry, holder, shard, room.out[entry.name])]
+                    targets = [
+                        place
+                        for _, place in self._places(entry, holder, shard, room.out[entry.name])
+                    ]
                 else:
                     targets = [_view(beside, entry.shape, entry.dtype)]
                     shards.setdefault(entry.name, {})[holder] = targets[0]
                     beside = beside[entry.shard_bytes :]
-                operations += [dist.P2POp(dist.irecv, target, holder, group=self._group) for target in targets]
+                operations += [
+                    dist.P2POp(dist.irecv, target, holder, group=self._group) for target in targets
+                ]
         works = _together(operations)
         lay = partial(self._lay_own, bucket, local, room)
         if raw.is_cuda:
@@ -144,10 +182,14 @@ class Reshard:
         return _Transfer(works, shards, room)
 
     def _lay_own(self, bucket: Bucket, local: Shards, room: _Room) -> None:
-        """Main's own shards into place, while others' are on their way and the bucket before is in use."""
+        """Main's own shards into place, while others' are on their way and the bucket before is in
+        use.
+        """
         for entry in bucket.entries:
             if entry.lands and entry.name in room.out and self._main in entry.holders:
-                for part, place in self._places(entry, self._main, local[entry.name], room.out[entry.name]):
+                for part, place in self._places(
+                    entry, self._main, local[entry.name], room.out[entry.name]
+                ):
                     place.copy_(part)
 
     def _broadcast(self, bucket: Bucket, local: Shards, memory: _Memory) -> _Transfer:
@@ -159,38 +201,71 @@ class Reshard:
         for rank, entries in messages.items():
             rest = slots[rank]
             for entry in entries:
-                shard = shards.setdefault(entry.name, {})[rank] = _view(rest, entry.shape, entry.dtype)
+                shard = shards.setdefault(entry.name, {})[rank] = _view(
+                    rest, entry.shape, entry.dtype
+                )
                 if rank == self._rank:
                     shard.copy_(local[entry.name])
                 rest = rest[entry.shard_bytes :]
-        works = [dist.broadcast(slot, rank, group=self._group, async_op=True) for rank, slot in slots.items()]
+        works = [
+            dist.broadcast(slot, rank, group=self._group, async_op=True)
+            for rank, slot in slots.items()
+        ]
         return _Transfer(works, shards)
 
-    # -- put together -------------------------------------------------------------------------------------------------
+    # -- put together
+    # ----------------------------------------------------------------------------------------------
 
-    def _put_together(self, bucket: Bucket, arrived: _Transfer, local: Shards, flat: bool) -> Parcel:
+    def _put_together(
+        self, bucket: Bucket, arrived: _Transfer, local: Shards, flat: bool
+    ) -> Parcel:
         """The whole tensors of what has arrived; `flat` if that is asked, and they fit a bucket or
         came in place.
         """
         room = arrived.room
         if room is None:
             if not flat or bucket.nbytes > self.plan.limit:
-                each = [(e.name, [arrived.shards[e.name][rank] for rank in e.holders]) for e in bucket.entries]
-                return _apart([pair for name, shards in each for pair in self._mapping.to_hugging_face(name, shards)])
-            room = self._room(bucket, _Memory(next(iter(local.values())).device).take(bucket.nbytes))
+                each = [
+                    (e.name, [arrived.shards[e.name][rank] for rank in e.holders])
+                    for e in bucket.entries
+                ]
+                return _apart(
+                    [
+                        pair
+                        for name, shards in each
+                        for pair in self._mapping.to_hugging_face(name, shards)
+                    ]
+                )
+            room = self._room(
+                bucket, _Memory(next(iter(local.values())).device).take(bucket.nbytes)
+            )
         for entry in bucket.entries:
             shards = arrived.shards.get(entry.name, {})
             if entry.name in room.out and (shards or not entry.lands):  # the others are in place
-                whole = [shards[rank] if rank in shards else local[entry.name] for rank in entry.holders]
+                whole = [
+                    shards[rank] if rank in shards else local[entry.name] for rank in entry.holders
+                ]
                 self._mapping.fill(entry.name, whole, room.out[entry.name])
         return room.parcel
 
     def _room(self, bucket: Bucket, raw: torch.Tensor, views: Shards | None = None) -> _Room:
-        """The places of a bucket's whole tensors in `raw`; with `views`, those that main holds whole stay there."""
-        lie = {e: views[e.name] for e in bucket.entries if e.holders == (self._main,)} if views is not None else {}
-        tensors = [pair for e, view in lie.items() for pair in self._mapping.to_hugging_face(e.name, [view])]
+        """The places of a bucket's whole tensors in `raw`; with `views`, those that main holds
+        whole stay there.
+        """
+        lie = (
+            {e: views[e.name] for e in bucket.entries if e.holders == (self._main,)}
+            if views is not None
+            else {}
+        )
+        tensors = [
+            pair
+            for e, view in lie.items()
+            for pair in self._mapping.to_hugging_face(e.name, [view])
+        ]
         # wide types first: every tensor then begins at a multiple of its own width, without gaps
-        order = sorted((e for e in bucket.entries if e not in lie), key=lambda entry: -entry.dtype.itemsize)
+        order = sorted(
+            (e for e in bucket.entries if e not in lie), key=lambda entry: -entry.dtype.itemsize
+        )
         out: dict[str, list[torch.Tensor]] = {}
         start = 0
         for entry in order:
@@ -204,7 +279,9 @@ class Reshard:
     def _places(
         self, entry: Entry, holder: int, shard: torch.Tensor, out: list[torch.Tensor]
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The parts of a holder's shard beside their places in whole tensors; what a vocabulary's padding is not."""
+        """The parts of a holder's shard beside their places in whole tensors; what a vocabulary's
+        padding is not.
+        """
         pairs = self._mapping.places(entry.name, shard, entry.holders.index(holder), out)
         assert pairs is not None
         return [(part, place) for part, place in pairs if place.numel()]
@@ -235,7 +312,9 @@ class _Transfer(NamedTuple):
 
 
 class _Memory:
-    """Bytes for two buckets at a time: from the two ends of what is kept, in turn, or else fresh ones."""
+    """Bytes for two buckets at a time: from the two ends of what is kept, in turn, or else fresh
+    ones.
+    """
 
     def __init__(self, device: torch.device, kept: torch.Tensor | None = None) -> None:
         self._device, self._kept = device, kept

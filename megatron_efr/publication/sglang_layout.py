@@ -1,13 +1,16 @@
-"""SGLang's own parameters: their names, and each engine rank's slice of them, from whole Hugging Face tensors.
+"""SGLang's own parameters: their names, and each engine rank's slice of them, from whole Hugging
+Face tensors.
 
 SGLang fuses what it multiplies together and splits it over its tensor-parallel ranks (0.5.23):
 
-    qkv_proj        rows of q, k and v, each split over ranks; with fewer KV heads than ranks, ranks share heads
+    qkv_proj        rows of q, k and v, each split over ranks; with fewer KV heads than ranks,
+        ranks share heads
     gate_up_proj    rows of gate and up, each split
     o_proj, down_proj               columns
     embed_tokens, lm_head           rows, zeros added up to a multiple of 64 on all ranks together
     norms, a router                 the same on every rank
-    experts.w13_weight              of each expert in turn, gate and up as above: [experts, 2 * ffn, hidden]
+    experts.w13_weight
+        of each expert in turn, gate and up as above: [experts, 2 * ffn, hidden]
     experts.w2_weight               the same of down: [experts, hidden, ffn]
 """
 
@@ -44,16 +47,22 @@ class EngineLayout:
 
     @property
     def padded_on_cpu(self) -> bool:
-        """True if engines on a CPU hold a wider model than this table says: they add heads, and MLP columns in runs of
-        32 a rank, until all ranks have as many (`adjust_config_with_unaligned_cpu_tp`). The columns that they add to
-        experts are in this table."""
+        """True if engines on a CPU hold a wider model than this table says: they add heads, and MLP
+        columns in runs of 32 a rank, until all ranks have as many
+        (`adjust_config_with_unaligned_cpu_tp`). The columns that they add to experts are in this
+        table.
+        """
         a = self.architecture
         widened = a.experts is None and a.ffn % (_CPU_MULTIPLE * self.ranks) > 0
         return a.kv_heads % self.ranks > 0 or a.heads % self.ranks > 0 or widened
 
-    def slices(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, list[torch.Tensor]]]:
-        """(SGLang's name, the slice of every rank) of whole tensors; what is fused must be given together. Experts,
-        which are fused over more than fits a bucket, are left out: `expert_part`."""
+    def slices(
+        self, tensors: Sequence[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, list[torch.Tensor]]]:
+        """(SGLang's name, the slice of every rank) of whole tensors; what is fused must be given
+        together. Experts, which are fused over more than fits a bucket, are left out:
+        `expert_part`.
+        """
         parts: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors:
             if self._expert(name):
@@ -76,11 +85,17 @@ class EngineLayout:
         number = int(match[2])
         down = match[3] == "down"
         missing = -experts.ffn % (_CPU_MULTIPLE * self.ranks)
-        wide = torch.nn.functional.pad(tensor, (0, missing) if down else (0, 0, 0, missing)) if missing else tensor
+        wide = (
+            torch.nn.functional.pad(tensor, (0, missing) if down else (0, 0, 0, missing))
+            if missing
+            else tensor
+        )
         slices = list(wide.chunk(self.ranks, dim=1 if down else 0))
         if down:
             return ExpertPart(f"{match[1]}w2_weight", number, experts.count, slices)
-        return ExpertPart(f"{match[1]}w13_weight", 2 * number + (match[3] == "up"), 2 * experts.count, slices)
+        return ExpertPart(
+            f"{match[1]}w13_weight", 2 * number + (match[3] == "up"), 2 * experts.count, slices
+        )
 
     def _expert(self, name: str) -> re.Match[str] | None:
         experts = self.architecture.experts
@@ -113,4 +128,8 @@ class EngineLayout:
             multiple *= self.ranks
         rows = -(-len(whole) // multiple) * multiple // self.ranks
         mine = whole[rank * rows : (rank + 1) * rows]
-        return torch.cat([mine, mine.new_zeros(rows - len(mine), *whole.shape[1:])]) if len(mine) < rows else mine
+        return (
+            torch.cat([mine, mine.new_zeros(rows - len(mine), *whole.shape[1:])])
+            if len(mine) < rows
+            else mine
+        )

@@ -11,13 +11,16 @@ from megatron_efr.publication.bucket_plan import Bucket, BucketPlan
 
 @dataclass(frozen=True)
 class Bandwidths:
-    """Bytes per second of one rank that receives and hands on, and what the engines' answers cost."""
+    """Bytes per second of one rank that receives and hands on, and what the engines' answers
+    cost.
+    """
 
     arrive: float  # from the ranks that hold shards
     copy: float  # read here and written there: a shard laid into its place
     send: float  # to the engines
     bucket_s: float = 0.0  # seconds of each bucket's call and answer
-    overlap: float = 1.0  # how much of arriving hides behind sending: less if both need the same processors
+    # how much of arriving hides behind sending: less if both need the same processors
+    overlap: float = 1.0
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -29,12 +32,14 @@ class Bandwidths:
 
 
 def seconds(plan: BucketPlan, rates: Bandwidths, main: int | None = 0) -> float:
-    """Seconds until the engines have everything, which `main` sends, or every rank (None) has to hand to its own.
+    """Seconds until the engines have everything, which `main` sends, or every rank (None) has to
+    hand to its own.
 
-    A bucket b takes arrive(b) = its bytes over the link; copy(b) = what is copied on the critical rank; send(b). While
-    b is sent b + 1 arrives:
+    A bucket b takes arrive(b) = its bytes over the link; copy(b) = what is copied on the critical
+    rank; send(b). While b is sent b + 1 arrives:
 
-        arrive(1) + sum over b of copy(b) + send(b) + arrive(b + 1) - overlap min(send(b), arrive(b + 1))
+        arrive(1) + sum over b of copy(b) + send(b) + arrive(b + 1) - overlap min(send(b),
+            arrive(b + 1))
     """
     total = _arrival(plan.buckets[0], rates, main)
     for bucket, following in pairwise([*plan.buckets, None]):
@@ -53,8 +58,12 @@ def _arrival(bucket: Bucket, rates: Bandwidths, main: int | None) -> float:
 
 
 def _copied(bucket: Bucket, limit: int, main: int | None) -> int:
-    """Bytes that are copied for a bucket: into place at `main`; or packed by who packs most, and put together."""
+    """Bytes that are copied for a bucket: into place at `main`; or packed by who packs most, and
+    put together.
+    """
     if main is not None:
         return 0 if bucket.is_at(main) else bucket.own(main) + bucket.staged(main)
-    packed = max(sum(entry.shard_bytes for entry in entries) for entries in bucket.messages(None).values())
+    packed = max(
+        sum(entry.shard_bytes for entry in entries) for entries in bucket.messages(None).values()
+    )
     return packed + bucket.nbytes * (bucket.nbytes <= limit)  # a larger one is whole as it arrives

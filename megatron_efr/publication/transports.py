@@ -1,7 +1,8 @@
 """Transports of whole tensors to SGLang's servers: by request, process group or disk.
 
-Nothing here imports SGLang. What is pickled passes its restricted unpickler (0.5.23, `SafeUnpickler`): tensors, plain
-containers, and `types.SimpleNamespace` for a flattened bucket's description, which is read by attribute only.
+Nothing here imports SGLang. What is pickled passes its restricted unpickler (0.5.23,
+`SafeUnpickler`): tensors, plain containers, and `types.SimpleNamespace` for a flattened bucket's
+description, which is read by attribute only.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class InBand:
 
 
 class Sliced(InBand):
-    """`tensor` with `load_format="direct"`: each engine rank gets its own slices alone, under SGLang's own names."""
+    """`tensor` with `load_format="direct"`: each engine rank gets its own slices alone, under
+    SGLang's own names.
+    """
 
     def __init__(self, engines: Engines | None, layout: EngineLayout) -> None:
         super().__init__(engines)
@@ -69,16 +72,19 @@ class Sliced(InBand):
         if self._engines is None:
             return None
         fused = list(self._layout.slices(parcel.tensors))
-        return [_pickled([(n, _own(s[r].cpu())) for n, s in fused]) for r in range(self._layout.ranks)], "direct"
+        return [
+            _pickled([(n, _own(s[r].cpu())) for n, s in fused]) for r in range(self._layout.ranks)
+        ], "direct"
 
 
 class Handles(InBand):
     """`tensor` for engines on the trainer's GPUs: each rank's bucket stays, its CUDA handle is
     sent.
 
-    Engine rank r of server i runs on the GPU of trainer rank i * engine_ranks + r. A bucket is a fresh allocation:
-    torch keeps its memory until the engine, which may copy after it has answered, has let go of its handle. The memory
-    of a handle that is never opened it keeps for ever: those ranks alone make one whose engine will be sent it.
+    Engine rank r of server i runs on the GPU of trainer rank i * engine_ranks + r. A bucket is a
+    fresh allocation: torch keeps its memory until the engine, which may copy after it has answered,
+    has let go of its handle. The memory of a handle that is never opened it keeps for ever: those
+    ranks alone make one whose engine will be sent it.
     """
 
     everywhere = True
@@ -90,15 +96,21 @@ class Handles(InBand):
 
     def prepare(self, parcel: Parcel) -> Prepared | None:
         mine: list[Any] = [None]
-        dist.scatter_object_list(mine, self._receiving if self._engines else None, src=0, group=self._cpu_world)
+        dist.scatter_object_list(
+            mine, self._receiving if self._engines else None, src=0, group=self._cpu_world
+        )
         payload = encode(parcel)[0] if mine[0] else ""
         everyone: list[Any] = [None] * dist.get_world_size(self._cpu_world)
-        dist.gather_object(payload, everyone if self._engines else None, dst=0, group=self._cpu_world)
+        dist.gather_object(
+            payload, everyone if self._engines else None, dst=0, group=self._cpu_world
+        )
         return (everyone, _load_format(parcel)) if self._engines else None
 
     def begin(self) -> None:
         assert self._engines is not None
-        self._receiving = [takes for takes in self._engines.taking_part for _ in range(self._engines.engine_ranks)]
+        self._receiving = [
+            takes for takes in self._engines.taking_part for _ in range(self._engines.engine_ranks)
+        ]
 
     def deliver(self, prepared: Prepared) -> None:
         try:
@@ -109,11 +121,15 @@ class Handles(InBand):
 
 
 class Broadcast:
-    """`distributed`: a process group of rank 0 and every engine rank, in which each bucket is one broadcast."""
+    """`distributed`: a process group of rank 0 and every engine rank, in which each bucket is one
+    broadcast.
+    """
 
     everywhere = False
 
-    def __init__(self, engines: Engines | None, address: str, backend: str, limit_s: float = 600.0) -> None:
+    def __init__(
+        self, engines: Engines | None, address: str, backend: str, limit_s: float = 600.0
+    ) -> None:
         self._engines = engines
         self._address = address
         self._backend = backend
@@ -129,14 +145,19 @@ class Broadcast:
         if self._engines.changed:
             self.abandon()
         if self._group is None:
-            name = f"weights-{uuid.uuid4().hex[:12]}"  # a dead trainer's group may still bear another
+            # a dead trainer's group may still bear another
+            name = f"weights-{uuid.uuid4().hex[:12]}"
             port = kernels_port(self._address)
             joining = self._engines.join_group(self._address, port, name, self._backend)
             world = 1 + self._engines.count * self._engines.engine_ranks
             try:
-                self._group = EngineGroup(name, self._backend, self._address, port, world, self._limit, joining)
+                self._group = EngineGroup(
+                    name, self._backend, self._address, port, world, self._limit, joining
+                )
             except dist.DistError as error:
-                raise LostError(f"weights group {name}: not all of {self._engines.urls} entered it: {error}") from error
+                raise LostError(
+                    f"weights group {name}: not all of {self._engines.urls} entered it: {error}"
+                ) from error
 
     def deliver(self, prepared: Parcel) -> None:
         assert self._engines is not None
@@ -144,9 +165,17 @@ class Broadcast:
         names = [name for name, _ in prepared.tensors]
         dtypes = [str(tensor.dtype).removeprefix("torch.") for _, tensor in prepared.tensors]
         shapes = [list(tensor.shape) for _, tensor in prepared.tensors]
-        sent = [tensor.contiguous() for _, tensor in prepared.tensors] if prepared.flat is None else [prepared.flat]
+        sent = (
+            [tensor.contiguous() for _, tensor in prepared.tensors]
+            if prepared.flat is None
+            else [prepared.flat]
+        )
         answer = self._engines.update_from_distributed(
-            names, dtypes, shapes, self._group.name, None if prepared.flat is None else "flattened_bucket"
+            names,
+            dtypes,
+            shapes,
+            self._group.name,
+            None if prepared.flat is None else "flattened_bucket",
         )
         self._group.send(sent)
         answer.result()  # first: an engine that refused will never take part in the broadcast
@@ -169,7 +198,9 @@ class Broadcast:
 
 
 class Disk:
-    """`disk`: a model folder that the engines read; for engines that share only a file system with the trainer."""
+    """`disk`: a model folder that the engines read; for engines that share only a file system with
+    the trainer.
+    """
 
     everywhere = False
 
@@ -192,7 +223,11 @@ class Disk:
         tensors = {name: tensor.to("cpu").contiguous() for name, tensor in prepared.tensors}
         self._files += 1
         path = self._folder / f"model-{self._files:05d}.safetensors"
-        save_file({name: _own(tensor) for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        save_file(
+            {name: _own(tensor) for name, tensor in tensors.items()},
+            path,
+            metadata={"format": "pt"},
+        )
 
     def finish(self) -> None:
         assert self._engines is not None
@@ -202,7 +237,9 @@ class Disk:
 
 
 def encode(parcel: Parcel) -> tuple[str, str | None]:
-    """A parcel as SGLang unpickles it, base64, and its `load_format`: the tensors on a CPU, their handles on CUDA."""
+    """A parcel as SGLang unpickles it, base64, and its `load_format`: the tensors on a CPU, their
+    handles on CUDA.
+    """
     load_format = _load_format(parcel)
     if parcel.flat is None:
         return _pickled([(name, _own(tensor)) for name, tensor in parcel.tensors]), load_format
@@ -221,8 +258,12 @@ def _load_format(parcel: Parcel) -> str | None:
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in a storage of its own: pickling a view in host memory would take its whole storage along."""
-    if tensor.is_cuda or (tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes):
+    """The tensor in a storage of its own: pickling a view in host memory would take its whole
+    storage along.
+    """
+    if tensor.is_cuda or (
+        tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    ):
         return tensor.detach()
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
@@ -242,7 +283,9 @@ def _pickled(content: Any) -> str:
 
 
 class _Pickler(pickle.Pickler):
-    """CUDA tensors by handle, their GPU by UUID (its number depends on CUDA_VISIBLE_DEVICES); others by value."""
+    """CUDA tensors by handle, their GPU by UUID (its number depends on CUDA_VISIBLE_DEVICES);
+    others by value.
+    """
 
     def reducer_override(self, obj: Any) -> Any:
         if not isinstance(obj, torch.Tensor) or not obj.is_cuda:
@@ -253,4 +296,6 @@ class _Pickler(pickle.Pickler):
         return rebuild, tuple(arguments)
 
 
-_DEVICE = 6  # the place of the device among the arguments of torch.multiprocessing.reductions.rebuild_cuda_tensor
+# the place of the device among the arguments of
+# torch.multiprocessing.reductions.rebuild_cuda_tensor
+_DEVICE = 6

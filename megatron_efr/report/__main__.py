@@ -1,4 +1,6 @@
-"""`efr report`: the table and the HTML page of a run folder, of a family, or of a family over several seeds."""
+"""`efr report`: the table and the HTML page of a run folder, of a family, or of a family over
+several seeds.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +20,27 @@ from megatron_efr.types import UserError
 
 
 def report(path: Path, seeds: bool, against: Path | None = None) -> str:
-    """Write the page; return what to print: the family's table, or it beside another's, and where the page lies."""
+    """Write the page; return what to print: the family's table, or it beside another's, and where
+    the page lies.
+    """
     if not path.is_dir():
         raise UserError(f"{path}: no such run folder")
     folder = RunFolder(path)
     if seeds:
         gather_seeds(folder)
     if not (folder.config.is_file() or folder.summary.is_file() or folder.evaluations.is_dir()):
-        raise UserError(f"{path}: no run's folder: none of config.yaml, summary.json and eval/ is there")
-    summary: dict[str, Any] = read_summary(folder.summary) if folder.summary.exists() else {"models": []}
+        raise UserError(
+            f"{path}: no run's folder: none of config.yaml, summary.json and eval/ is there"
+        )
+    summary: dict[str, Any] = (
+        read_summary(folder.summary) if folder.summary.exists() else {"models": []}
+    )
     page = write_run_page(folder, _members(folder, summary))
     shown = summary_markdown(summary) if summary["models"] else ""
     if against is not None:
-        shown = agreement_markdown(compare(_family(folder), _family(RunFolder(against))), path.name, against.name)
+        shown = agreement_markdown(
+            compare(_family(folder), _family(RunFolder(against))), path.name, against.name
+        )
     return f"{shown}\n\nreport: {page}"
 
 
@@ -49,10 +59,15 @@ def _members(folder: RunFolder, summary: dict[str, Any]) -> list[RunFolder]:
 
 
 def gather_seeds(folder: RunFolder) -> None:
-    """Put the summaries and the evaluations of `seed-*/` together; the first seed's keep their names."""
+    """Put the summaries and the evaluations of `seed-*/` together; the first seed's keep their
+    names.
+    """
     paths = sorted(folder.path.glob("seed-*/summary.json"))
     if not paths:
-        raise UserError(f"{folder.path}: no seed-*/summary.json; run `efr sweep` with name=.../seed-1 and so on first")
+        raise UserError(
+            f"{folder.path}: no seed-*/summary.json; run `efr sweep` with name=.../seed-1 and so "
+            "on first"
+        )
     summaries = [read_summary(path) for path in paths]
     said = {key: summaries[0][key] for key in ("note", "against") if key in summaries[0]}
     merged = over_seeds(summaries)
@@ -75,12 +90,21 @@ def _renamed(record: dict[str, Any], seed: str) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr report`."""
-    parser = argparse.ArgumentParser(prog="efr report", description="The table and the HTML page of a run folder.")
+    parser = argparse.ArgumentParser(
+        prog="efr report", description=("The table and the HTML page of a run folder.")
+    )
     parser.add_argument("folder", type=Path, help="runs/NAME: a run or a family")
     parser.add_argument(
-        "--seeds", action="store_true", help="the folder holds one family per seed, in seed-1, seed-2 ..."
+        "--seeds",
+        action="store_true",
+        help=("the folder holds one family per seed, in seed-1, seed-2 ..."),
     )
-    parser.add_argument("--against", type=Path, metavar="FOLDER", help="compare a family's figures with this one's")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FOLDER",
+        help=("compare a family's figures with this one's"),
+    )
     given = parser.parse_args(argv)
     print(report(given.folder, given.seeds, given.against))
 

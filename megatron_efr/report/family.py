@@ -41,10 +41,11 @@ def write_family(
     note: str = "",
     against: str | None = None,
 ) -> tuple[Path, Path]:
-    """Write table.parquet, table.csv, summary.json and the report; returns the paths of table and page.
+    """Write table.parquet, table.csv, summary.json and the report; returns the paths of table and
+    page.
 
-    `members` are the folders of the runs that were trained; `seconds` says how long each part took; `against` is the
-    model that the others are compared with, the first one by default.
+    `members` are the folders of the runs that were trained; `seconds` says how long each part took;
+    `against` is the model that the others are compared with, the first one by default.
     """
     records = folder.read_evaluations()
     keys = {key: None for run in runs for key in run.keys}
@@ -55,7 +56,14 @@ def write_family(
 
 
 def _row(run: Evaluated, keys: Mapping[str, None], record: Record) -> dict[str, Any]:
-    return {"model": run.name, **keys, **run.keys, **figures(record), "base": run.base, "path": run.path}
+    return {
+        "model": run.name,
+        **keys,
+        **run.keys,
+        **figures(record),
+        "base": run.base,
+        "path": run.path,
+    }
 
 
 def _listed(runs: Sequence[Evaluated]) -> list[Listed]:

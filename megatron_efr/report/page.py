@@ -1,4 +1,6 @@
-"""The report: one self-contained HTML page (no request leaves it) and its pictures as PNG and SVG."""
+"""The report: one self-contained HTML page (no request leaves it) and its pictures as PNG and
+SVG.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,14 @@ def write_report(
     configs: Mapping[str, str] | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write `out`/index.html, and every plot of it as NAME.png and NAME.svg; returns the page's path.
+    """Write `out`/index.html, and every plot of it as NAME.png and NAME.svg; returns the page's
+    path.
 
-    `summary` is summary.json's tree (of one seed or of several; `{"models": [], "seconds": {}}` for a run that was not
-    evaluated), `evaluations` run name -> evaluation record, `metrics` run name -> the lines of metrics.jsonl. `note`
-    is said at the top: what the reader must know about these figures. `configs` maps a run to its configuration's
-    text, `versions` a package to its version. A section without data says so; pictures without data are not written.
+    `summary` is summary.json's tree (of one seed or of several; `{"models": [], "seconds": {}}` for
+    a run that was not evaluated), `evaluations` run name -> evaluation record, `metrics` run name
+    -> the lines of metrics.jsonl. `note` is said at the top: what the reader must know about these
+    figures. `configs` maps a run to its configuration's text, `versions` a package to its version.
+    A section without data says so; pictures without data are not written.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -45,7 +49,9 @@ def write_report(
             title=title,
             note=note,
             headline=sentences.headline(results.models, metrics),
-            sections=[(section.anchor, section.title, section.build(results)) for section in SECTIONS],
+            sections=[
+                (section.anchor, section.title, section.build(results)) for section in SECTIONS
+            ],
             colours=[(f"--m{i}", hue, _lighter(hue)) for i, hue in enumerate(hues.values())],
             swatches={name: f"var(--m{i})" for i, name in enumerate(hues)},
         )
@@ -57,7 +63,13 @@ def write_report(
 
 def _environment() -> Environment:
     loader = PackageLoader("megatron_efr.report", ".")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def _lighter(hue: str) -> str:

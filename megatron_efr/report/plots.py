@@ -1,4 +1,6 @@
-"""The report's plots: each drawn on an axis, then kept as SVG for the page (light and dark) and as PNG for people."""
+"""The report's plots: each drawn on an axis, then kept as SVG for the page (light and dark) and as
+PNG for people.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
-# Each colour is a CSS variable on the page, so that one drawing serves light and dark; a PNG shows the light values.
+# Each colour is a CSS variable on the page, so that one drawing serves light and dark; a PNG shows
+# the light values.
 INK, MUTED, GRID, BASE = "#1b1f24", "#5b636d", "#dfe3e8", "#6e7781"
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", BASE: "--base"}
-# alpha is ordered, so its colours are one ramp; each end is dark enough for white and light enough for near-black
+# alpha is ordered, so its colours are one ramp; each end is dark enough for white and light enough
+# for near-black
 _RAMP = LinearSegmentedColormap.from_list("alpha", ["#0d9488", "#2f6fdb", "#8b45c8", "#c8327a"])
 
 _STYLE: Any = {
@@ -61,19 +65,37 @@ CURVES = (
 
 
 def colours(models: Sequence[tuple[str, bool]]) -> dict[str, str]:
-    """Model name -> hex colour, from (name, whether it is a base): bases grey, the others along a ramp in order."""
+    """Model name -> hex colour, from (name, whether it is a base): bases grey, the others along a
+    ramp in order.
+    """
     trained = [name for name, is_base in models if not is_base]
     last = len(trained) - 1
-    ramp = {name: to_hex(_RAMP(index / last if last else 0.35)) for index, name in enumerate(trained)}
+    ramp = {
+        name: to_hex(_RAMP(index / last if last else 0.35)) for index, name in enumerate(trained)
+    }
     return {name: ramp.get(name, BASE) for name, _ in models}
 
 
 def draw_family(axis: Axes, points: Sequence[Point], front: Sequence[Point]) -> None:
     """Accuracy (%) against mean tokens, a point a model with bars; a line through the `front`."""
-    axis.plot([p.tokens for p in front], [p.accuracy for p in front], color=MUTED, linewidth=1.2, alpha=0.6, zorder=1)
+    axis.plot(
+        [p.tokens for p in front],
+        [p.accuracy for p in front],
+        color=MUTED,
+        linewidth=1.2,
+        alpha=0.6,
+        zorder=1,
+    )
     for p in points:
         axis.errorbar(
-            p.tokens, p.accuracy, p.accuracy_bars, p.token_bars, color=p.hue, elinewidth=1.5, capsize=2.5, zorder=2
+            p.tokens,
+            p.accuracy,
+            p.accuracy_bars,
+            p.token_bars,
+            color=p.hue,
+            elinewidth=1.5,
+            capsize=2.5,
+            zorder=2,
         )
         axis.plot([p.tokens], [p.accuracy], "o", color=p.hue, markersize=7.5, zorder=3)
     axis.set_xlabel("mean tokens per response")
@@ -83,7 +105,9 @@ def draw_family(axis: Axes, points: Sequence[Point], front: Sequence[Point]) -> 
 
 
 class Point(NamedTuple):
-    """A model on the plane of tokens and accuracy (%); `bars` are distances below and above, [2, 1]."""
+    """A model on the plane of tokens and accuracy (%); `bars` are distances below and above, [2,
+    1].
+    """
 
     text: str
     hue: str
@@ -109,16 +133,36 @@ def _bars(model: Mapping[str, Any], key: str, scale: float) -> np.ndarray | None
 
 
 def _place_labels(axis: Axes, points: Sequence[Point]) -> None:
-    """Put each text beside its point, at the first place on the axis that no other text, point or bar has."""
+    """Put each text beside its point, at the first place on the axis that no other text, point or
+    bar has.
+    """
     figure = axis.get_figure(root=True)
     assert figure is not None
     canvas = FigureCanvasAgg(figure)
     figure.draw_without_rendering()  # settles the layout, so that pixels mean something
-    ends = [(0.0, 0.0) if p.accuracy_bars is None else (p.accuracy_bars[0, 0], p.accuracy_bars[1, 0]) for p in points]
-    low = axis.transData.transform([(p.tokens, p.accuracy - e[0]) for p, e in zip(points, ends, strict=True)]) - 9
-    high = axis.transData.transform([(p.tokens, p.accuracy + e[1]) for p, e in zip(points, ends, strict=True)]) + 9
+    ends = [
+        (0.0, 0.0) if p.accuracy_bars is None else (p.accuracy_bars[0, 0], p.accuracy_bars[1, 0])
+        for p in points
+    ]
+    low = (
+        axis.transData.transform(
+            [(p.tokens, p.accuracy - e[0]) for p, e in zip(points, ends, strict=True)]
+        )
+        - 9
+    )
+    high = (
+        axis.transData.transform(
+            [(p.tokens, p.accuracy + e[1]) for p, e in zip(points, ends, strict=True)]
+        )
+        + 9
+    )
     taken = [Bbox(corners) for corners in np.stack([low, high], axis=1)]
-    places = [(9, 7, "left", "bottom"), (-9, 7, "right", "bottom"), (9, -7, "left", "top"), (-9, -7, "right", "top")]
+    places = [
+        (9, 7, "left", "bottom"),
+        (-9, 7, "right", "bottom"),
+        (9, -7, "left", "top"),
+        (-9, -7, "right", "top"),
+    ]
     places += [(0, 22, "center", "bottom"), (0, -22, "center", "top")]
     for own, p in enumerate(points):
         others = [box for index, box in enumerate(taken) if index != own]
@@ -134,7 +178,9 @@ def _place_labels(axis: Axes, points: Sequence[Point]) -> None:
 
 
 class Line(NamedTuple):
-    """A line of a plot: its colour, its points, and the ends of their intervals if they have them."""
+    """A line of a plot: its colour, its points, and the ends of their intervals if they have
+    them.
+    """
 
     hue: str
     x: Sequence[float]
@@ -144,9 +190,16 @@ class Line(NamedTuple):
 
 
 def draw_lines(
-    axis: Axes, lines: Sequence[Line], x: str, y: str, ticks: Sequence[str] = (), from_zero: bool = False
+    axis: Axes,
+    lines: Sequence[Line],
+    x: str,
+    y: str,
+    ticks: Sequence[str] = (),
+    from_zero: bool = False,
 ) -> None:
-    """Marked lines with bands for their intervals; `x` and `y` name the axes, `ticks` the places 0, 1, ... of x."""
+    """Marked lines with bands for their intervals; `x` and `y` name the axes, `ticks` the places 0,
+    1, ... of x.
+    """
     for line in lines:
         if line.low:
             axis.fill_between(line.x, line.low, line.high, color=line.hue, alpha=0.15, linewidth=0)
@@ -170,12 +223,21 @@ class Range(NamedTuple):
 
 
 def draw_ranges(axis: Axes, ranges: Sequence[Range], x: str, most: float) -> None:
-    """A row for each range, the first on top: thin from the 10th percentile to the 90th, thick between quartiles."""
+    """A row for each range, the first on top: thin from the 10th percentile to the 90th, thick
+    between quartiles.
+    """
     for row, each in enumerate(ranges):
         if len(each.percentiles):
             p10, p25, p50, p75, p90 = each.percentiles
             axis.plot([p10, p90], [row, row], color=each.hue, linewidth=1.4, solid_capstyle="round")
-            axis.plot([p25, p75], [row, row], color=each.hue, linewidth=5, solid_capstyle="butt", alpha=0.55)
+            axis.plot(
+                [p25, p75],
+                [row, row],
+                color=each.hue,
+                linewidth=5,
+                solid_capstyle="butt",
+                alpha=0.55,
+            )
             axis.plot([p50], [row], "o", color=each.hue, markersize=6)
     axis.set_yticks(range(len(ranges)), [each.text for each in ranges])
     axis.set_ylim(len(ranges) - 0.5, -0.5)
@@ -183,14 +245,20 @@ def draw_ranges(axis: Axes, ranges: Sequence[Range], x: str, most: float) -> Non
     axis.set_xlabel(x)
 
 
-def draw_curve(axis: Axes, runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], key: str) -> None:
-    """One metric of (colour, metrics) runs against the step: each value faint, their running mean over it."""
+def draw_curve(
+    axis: Axes, runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], key: str
+) -> None:
+    """One metric of (colour, metrics) runs against the step: each value faint, their running mean
+    over it.
+    """
     for hue, metrics in runs:
         known = [line for line in metrics if isinstance(line.get(key), int | float)]
         if not known:
             continue
         steps = np.array([line["step"] for line in known])
-        values = np.array([line[key] for line in known], dtype=float) * (100 if key == "accuracy" else 1)
+        values = np.array([line[key] for line in known], dtype=float) * (
+            100 if key == "accuracy" else 1
+        )
         smooth = running_mean(values, max(1, len(values) // 12))
         axis.plot(steps, values, color=hue, linewidth=0.9, alpha=0.3)
         axis.plot(steps, smooth, color=hue)
@@ -208,11 +276,15 @@ def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def svg(draw: Draw, size: tuple[float, float], prefix: str, hues: Mapping[str, str], alt: str) -> str:
-    """Draw on one axis of `size` inches and return inline SVG: colours as CSS variables, ids made unique by `prefix`.
+def svg(
+    draw: Draw, size: tuple[float, float], prefix: str, hues: Mapping[str, str], alt: str
+) -> str:
+    """Draw on one axis of `size` inches and return inline SVG: colours as CSS variables, ids made
+    unique by `prefix`.
 
-    Nothing in it refers outside: the XML header, metadata and name spaces go, which HTML does not need. `hues` are the
-    models' colours; the page defines `--m0`, `--m1` ... in their order. `alt` is what a screen reader says.
+    Nothing in it refers outside: the XML header, metadata and name spaces go, which HTML does not
+    need. `hues` are the models' colours; the page defines `--m0`, `--m1` ... in their order. `alt`
+    is what a screen reader says.
     """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=size)
@@ -226,7 +298,9 @@ def svg(draw: Draw, size: tuple[float, float], prefix: str, hues: Mapping[str, s
     text = text.replace("url(#", f"url(#{prefix}-").replace('href="#', f'href="#{prefix}-')
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    for hue, variable in (_VARIABLES | {hue: f"--m{i}" for i, hue in enumerate(hues.values()) if hue != BASE}).items():
+    for hue, variable in (
+        _VARIABLES | {hue: f"--m{i}" for i, hue in enumerate(hues.values()) if hue != BASE}
+    ).items():
         text = text.replace(hue, f"var({variable})")
     text = re.sub(r"font:([^;\"]*)'DejaVu Sans'[^;\"]*", r"font:\1system-ui, sans-serif", text)
     return text.replace("<svg", f'<svg role="img" aria-label="{_attribute(alt)}"', 1)
@@ -243,7 +317,9 @@ def save(
     columns: int = 1,
     key: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Save titled axes side by side, `size` inches each, as path.png and path.svg; `key` is a legend: label, colour."""
+    """Save titled axes side by side, `size` inches each, as path.png and path.svg; `key` is a
+    legend: label, colour.
+    """
     rows = -(-len(draws) // columns)
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(size[0] * columns, size[1] * rows), facecolor="white")

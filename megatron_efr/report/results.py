@@ -59,7 +59,9 @@ class Results:
         if len(self.models) <= MOST_LINES:
             return self.models
         best = {model["name"] for model in front(self.models)}
-        return [model for model in self.models if is_base(model) or model["name"] in best][: 2 * MOST_LINES]
+        return [model for model in self.models if is_base(model) or model["name"] in best][
+            : 2 * MOST_LINES
+        ]
 
     @property
     def choice(self) -> str:
@@ -67,7 +69,10 @@ class Results:
         if len(self.shown) == len(self.models):
             return ""
         names = ", ".join(label(model) for model in self.shown)
-        return f"Lines are drawn of the base and of the models on the front: {names}. The tables have all."
+        return (
+            f"Lines are drawn of the base and of the models on the front: {names}. The tables "
+            "have all."
+        )
 
     def records(self, model: Record) -> list[Record]:
         """The evaluation of each of a model's runs, as far as they are there."""
@@ -78,8 +83,9 @@ class Results:
         return next(iter(self.records(model)), None)
 
     def measure(self, model: Record, name: str) -> Interval | None:
-        """A measure of a model; None if a record lacks it. Its interval is that of one run, or over seeds one deviation
-        either way."""
+        """A measure of a model; None if a record lacks it. Its interval is that of one run, or over
+        seeds one deviation either way.
+        """
         found = [record.get("measures", {}).get(name) for record in self.records(model)]
         if not found or any(each is None or each["value"] is None for each in found):
             return None
@@ -91,11 +97,18 @@ class Results:
         return Interval(middle, middle - reach, middle + reach)
 
     def draw(
-        self, name: str, drawn: Sequence[tuple[str, plots.Draw]], size: tuple[float, float], alt: str, **saved: Any
+        self,
+        name: str,
+        drawn: Sequence[tuple[str, plots.Draw]],
+        size: tuple[float, float],
+        alt: str,
+        **saved: Any,
     ) -> list[tuple[str, Markup]]:
-        """Keep titled plots as NAME.png and NAME.svg, side by side; returns each with its title, to stand in the page.
+        """Keep titled plots as NAME.png and NAME.svg, side by side; returns each with its title, to
+        stand in the page.
 
-        `alt` is what a screen reader says; `saved` goes to `plots.save`: `columns`, and a `key` of models.
+        `alt` is what a screen reader says; `saved` goes to `plots.save`: `columns`, and a `key` of
+        models.
         """
         plots.save(drawn, self.out / name, size, **saved)
         shown: list[tuple[str, Markup]] = []

@@ -36,12 +36,16 @@ class Folder(Protocol):
 
 
 def write_run_page(folder: Folder, members: Sequence[Folder] = ()) -> Path:
-    """Write report/index.html and its pictures; returns the page's path. `members` are a family's runs."""
+    """Write report/index.html and its pictures; returns the page's path. `members` are a family's
+    runs.
+    """
     evaluations = folder.read_evaluations()
     summary = _summary(folder, evaluations)
     runs = {run.path.name: run for run in (members or [folder]) if run.config.exists()}
     metrics = {name: run.read_metrics() for name, run in runs.items()}
-    configs = {name: run.config.read_text(encoding="utf-8", errors="replace") for name, run in runs.items()}
+    configs = {
+        name: run.config.read_text(encoding="utf-8", errors="replace") for name, run in runs.items()
+    }
     with writing(folder.report):
         return write_report(
             summary,

@@ -25,11 +25,15 @@ def base_of(models: Sequence[Record]) -> Record | None:
 
 def begun_with(base: Record, models: Sequence[Record]) -> list[Record]:
     """The models that begin with this base, which are asked what it is; it is none of them."""
-    return [model for model in models if not is_base(model) and base_name(model, models) == base["name"]]
+    return [
+        model for model in models if not is_base(model) and base_name(model, models) == base["name"]
+    ]
 
 
 def front(models: Sequence[Record]) -> list[Record]:
-    """The Pareto front, briefest first: models than which no other is as brief and more accurate, or the reverse."""
+    """The Pareto front, briefest first: models than which no other is as brief and more accurate,
+    or the reverse.
+    """
     found: list[Record] = []
     for model in sorted(models, key=lambda one: (one["tokens"], -one["accuracy"])):
         if not found or model["accuracy"] > found[-1]["accuracy"]:
@@ -38,7 +42,9 @@ def front(models: Sequence[Record]) -> list[Record]:
 
 
 def headline(models: Sequence[Record], metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """The result in a sentence: the briefest model that is no less accurate than the base, else the briefest at all."""
+    """The result in a sentence: the briefest model that is no less accurate than the base, else the
+    briefest at all.
+    """
     base = base_of(models)
     if base is not None:
         bases = [model for model in models if is_base(model)]
@@ -46,7 +52,10 @@ def headline(models: Sequence[Record], metrics: Mapping[str, Sequence[Mapping[st
         return _against_base(base, begun_with(base, models))
     if models:
         model = min(models, key=lambda one: one["tokens"])
-        return f"{label(model)} is right {_accuracy(model)} of the time with {model['tokens']:.1f} tokens on average."
+        return (
+            f"{label(model)} is right {_accuracy(model)} of the time with {model['tokens']:.1f} "
+            "tokens on average."
+        )
     told = [sentence for name, lines in metrics.items() if (sentence := _training(name, lines))]
     return " ".join(told) or "Nothing has been measured yet."
 
@@ -60,13 +69,16 @@ def _against_base(base: Record, trained: Sequence[Record]) -> str:
     saved = f"{abs(share):.0%} {'fewer' if share <= 0 else 'more'} tokens than the {label(base)}"
     verb = "is right" if as_right else "is less often right:"
     return (
-        f"With {label(best)}, the model uses {saved} ({best['tokens']:.1f} against {base['tokens']:.1f} on average) "
-        f"and {verb} {_accuracy(best)} of the time, against {_accuracy(base)}."
+        f"With {label(best)}, the model uses {saved} ({best['tokens']:.1f} against "
+        f"{base['tokens']:.1f} on average) and {verb} {_accuracy(best)} of the time, against "
+        f"{_accuracy(base)}."
     )
 
 
 def _accuracy(model: Record) -> str:
-    """A model's accuracy with its 95% interval, or its standard deviation over seeds, as far as it has one."""
+    """A model's accuracy with its 95% interval, or its standard deviation over seeds, as far as it
+    has one.
+    """
     text = f"{model['accuracy']:.1%}"
     if model.get("accuracy_ci"):
         low, high = model["accuracy_ci"]
@@ -77,28 +89,38 @@ def _accuracy(model: Record) -> str:
 
 
 def _training(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    known = [line for line in lines if line.get("accuracy") is not None and line.get("tokens_mean") is not None]
+    known = [
+        line
+        for line in lines
+        if line.get("accuracy") is not None and line.get("tokens_mean") is not None
+    ]
     if not known:
         return ""
     if len(known) == 1:
         [only] = known
         return (
-            f"{name}: in the one iteration that there is, training accuracy was {only['accuracy']:.1%} and mean tokens "
-            f"{only['tokens_mean']:.1f}."
+            f"{name}: in the one iteration that there is, training accuracy was "
+            f"{only['accuracy']:.1%} and mean tokens {only['tokens_mean']:.1f}."
         )
     tenth = max(1, len(known) // 10)
     (right, tokens), (right_now, tokens_now) = (
-        (np.mean([line["accuracy"] for line in part]), np.mean([line["tokens_mean"] for line in part]))
+        (
+            np.mean([line["accuracy"] for line in part]),
+            np.mean([line["tokens_mean"] for line in part]),
+        )
         for part in (known[:tenth], known[-tenth:])
     )
     return (
-        f"{name}: over {known[-1]['step']} iterations, training accuracy went from {right:.1%} to {right_now:.1%} and "
-        f"mean tokens from {tokens:.1f} to {tokens_now:.1f} (first and last tenth)."
+        f"{name}: over {known[-1]['step']} iterations, training accuracy went from {right:.1%} to "
+        f"{right_now:.1%} and mean tokens from {tokens:.1f} to {tokens_now:.1f} (first and last "
+        "tenth)."
     )
 
 
 class Halves(NamedTuple):
-    """The difficulties that count as easy and as hard; with an odd number of them the middle one is neither."""
+    """The difficulties that count as easy and as hard; with an odd number of them the middle one is
+    neither.
+    """
 
     easy: list[str]
     hard: list[str]
@@ -115,7 +137,9 @@ def halves(base: Record) -> Halves | None:
     if not numbered:  # words have no order of their own
         levels = sorted(levels, key=lambda level: tokens[level])
     half = len(levels) // 2
-    return Halves(levels[:half], levels[-half:], "" if numbered else " (ordered by the base's tokens)")
+    return Halves(
+        levels[:half], levels[-half:], "" if numbered else (" (ordered by the base's tokens)")
+    )
 
 
 def difficulty_sentences(models: Sequence[Record], evaluations: Mapping[str, Record]) -> list[str]:
@@ -147,27 +171,48 @@ def difficulty_sentences(models: Sequence[Record], evaluations: Mapping[str, Rec
             0: "no difference beyond chance",
         }[side]
         sentences.append(
-            f"{label(model)} uses {easy:.0%} of the {label(base)}'s tokens on easy problems and {hard:.0%} on hard "
-            f"ones: {verdict} (difference {_points(easy - hard)}, 95% interval {_points(low)} to {_points(high)})."
+            f"{label(model)} uses {easy:.0%} of the {label(base)}'s tokens on easy problems and "
+            f"{hard:.0%} on hard ones: {verdict} (difference {_points(easy - hard)}, 95% interval "
+            f"{_points(low)} to {_points(high)})."
         )
-    where = f"Easy means difficulty {', '.join(split.easy)}; hard, {', '.join(split.hard)}{split.ordered_by}."
+    where = (
+        f"Easy means difficulty {', '.join(split.easy)}; hard, "
+        f"{', '.join(split.hard)}{split.ordered_by}."
+    )
     return [f"{_overall(sides)} {where}", *sentences] if sentences else []
 
 
 def _pairs(record: Record | None, base: Record, levels: Sequence[str]) -> np.ndarray:
-    """Mean tokens (model, base) of every problem of these difficulties that both answered, [problems, 2]."""
+    """Mean tokens (model, base) of every problem of these difficulties that both answered,
+    [problems, 2].
+    """
     rows = {} if record is None else {row["id"]: row for row in record["rows"]}
-    both = [(rows[row["id"]], row) for row in base["rows"] if row["difficulty"] in levels and row["id"] in rows]
-    return np.array([[np.mean(row["tokens"]) for row in pair] for pair in both], dtype=float).reshape(-1, 2)
+    both = [
+        (rows[row["id"]], row)
+        for row in base["rows"]
+        if row["difficulty"] in levels and row["id"] in rows
+    ]
+    return np.array(
+        [[np.mean(row["tokens"]) for row in pair] for pair in both], dtype=float
+    ).reshape(-1, 2)
 
 
 def _overall(sides: Sequence[int]) -> str:
     if all(side == -1 for side in sides):
-        return "Compute follows difficulty: relative to the base, easy problems take fewer tokens than hard ones."
+        return (
+            "Compute follows difficulty: relative to the base, easy problems take fewer tokens "
+            "than hard ones."
+        )
     if all(side == 1 for side in sides):
-        return "Relative to the base, hard problems take fewer tokens than easy ones: not what the paper saw."
+        return (
+            "Relative to the base, hard problems take fewer tokens than easy ones: not what the "
+            "paper saw."
+        )
     if all(side == 0 for side in sides):
-        return "Relative to the base, easy and hard problems take alike many tokens, as far as can be told."
+        return (
+            "Relative to the base, easy and hard problems take alike many tokens, as far as can "
+            "be told."
+        )
     return "How tokens relative to the base depend on difficulty differs between the models."
 
 
@@ -176,20 +221,28 @@ def _points(value: float) -> str:
 
 
 class Chosen(NamedTuple):
-    """One problem and the rule that chose it; `rows` holds each model's row of it, in the models' order."""
+    """One problem and the rule that chose it; `rows` holds each model's row of it, in the models'
+    order.
+    """
 
     rule: str
     rows: dict[str, Record]
 
 
 def chosen_problems(names: Sequence[str], evaluations: Mapping[str, Record]) -> list[Chosen]:
-    """Problems to show answered by every model: chosen by rule from the first model's evaluation, never by hand.
+    """Problems to show answered by every model: chosen by rule from the first model's evaluation,
+    never by hand.
 
-    Of median difficulty, then of the lowest and the highest one, the first problem that the first model gets right in
-    its first sample. Without difficulties, or if it gets none of the median right, the first one that it gets right at
-    all; failing that, the first problem. Empty if no problem was answered by all.
+    Of median difficulty, then of the lowest and the highest one, the first problem that the first
+    model gets right in its first sample. Without difficulties, or if it gets none of the median
+    right, the first one that it gets right at all; failing that, the first problem. Empty if no
+    problem was answered by all.
     """
-    tables = {name: {row["id"]: row for row in evaluations[name]["rows"]} for name in names if name in evaluations}
+    tables = {
+        name: {row["id"]: row for row in evaluations[name]["rows"]}
+        for name in names
+        if name in evaluations
+    }
     if not tables:
         return []
     who = next(iter(tables))
@@ -198,23 +251,35 @@ def chosen_problems(names: Sequence[str], evaluations: Mapping[str, Record]) -> 
     if not shared:
         return []
     picked = _picked(shared, who)
-    return [Chosen(rule, {name: table[row["id"]] for name, table in tables.items()}) for row, rule in picked]
+    return [
+        Chosen(rule, {name: table[row["id"]] for name, table in tables.items()})
+        for row, rule in picked
+    ]
 
 
 def _picked(shared: Sequence[Record], who: str) -> list[tuple[Record, str]]:
     """(row, rule) of each problem that is shown."""
     right = [row for row in shared if row["correct"][0]]
-    levels = statistics.in_order({row["difficulty"] for row in shared if row["difficulty"] is not None})
-    by_level = [row["difficulty"] for level in levels for row in shared if row["difficulty"] == level]
+    levels = statistics.in_order(
+        {row["difficulty"] for row in shared if row["difficulty"] is not None}
+    )
+    by_level = [
+        row["difficulty"] for level in levels for row in shared if row["difficulty"] == level
+    ]
     median = by_level[(len(by_level) - 1) // 2] if by_level else None
     named = {f"median difficulty ({median})": median}
     if levels:
-        named |= {f"the lowest difficulty ({levels[0]})": levels[0], f"the highest ({levels[-1]})": levels[-1]}
+        named |= {
+            f"the lowest difficulty ({levels[0]})": levels[0],
+            f"the highest ({levels[-1]})": levels[-1],
+        }
     found: dict[str, tuple[Record, str]] = {}
     for text, level in named.items():
         row = next((row for row in right if level is not None and row["difficulty"] == level), None)
         if row is not None:
-            found.setdefault(row["id"], (row, f"the first problem of {text} that {who} gets right at first try"))
+            found.setdefault(
+                row["id"], (row, f"the first problem of {text} that {who} gets right at first try")
+            )
     if found:
         return list(found.values())
     if right:

@@ -26,4 +26,9 @@ class Summary(Part):
 
 def read_summary(path: Path) -> dict[str, Any]:
     """A family's summary.json; UserError if the file holds no such thing."""
-    return read_tree(path, Summary, "family's summary", "move it out of this folder; `efr sweep` writes it at its end")
+    return read_tree(
+        path,
+        Summary,
+        "family's summary",
+        "move it out of this folder; `efr sweep` writes it at its end",
+    )

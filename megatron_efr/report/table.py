@@ -1,4 +1,6 @@
-"""A family's table: a row for each model, with the keys that vary and its final figures, as Parquet and CSV."""
+"""A family's table: a row for each model, with the keys that vary and its final figures, as Parquet
+and CSV.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ Row = Mapping[str, Any]
 
 
 def write_table(rows: Sequence[Row], folder: Path) -> Path:
-    """Write table.parquet and table.csv to `folder`; returns the latter's path. A row lacks what it has no value of."""
+    """Write table.parquet and table.csv to `folder`; returns the latter's path. A row lacks what it
+    has no value of.
+    """
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = pa.table({name: _column([row.get(name) for row in rows]) for name in names})
     for name, write in (("table.parquet", parquet.write_table), ("table.csv", csv.write_csv)):
@@ -27,7 +31,8 @@ def write_table(rows: Sequence[Row], folder: Path) -> Path:
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, float | None]:
-    """Every measure of an evaluation's record by its name, and the ends of its interval as NAME_low and NAME_high.
+    """Every measure of an evaluation's record by its name, and the ends of its interval as NAME_low
+    and NAME_high.
 
     Those of a data set, if there are several, stand behind its name, as in `aime24.accuracy`.
     """
@@ -64,4 +69,9 @@ def _column(values: Sequence[Any]) -> pa.Array:
         return pa.array(values)
     if kinds <= {int, float}:
         return pa.array([None if value is None else float(value) for value in values], pa.float64())
-    return pa.array([value if value is None or isinstance(value, str) else json.dumps(value) for value in values])
+    return pa.array(
+        [
+            value if value is None or isinstance(value, str) else json.dumps(value)
+            for value in values
+        ]
+    )

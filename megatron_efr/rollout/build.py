@@ -1,4 +1,6 @@
-"""Builds the engine that a configuration asks for, over the servers of a run or over some of its own."""
+"""Builds the engine that a configuration asks for, over the servers of a run or over some of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +26,24 @@ from megatron_efr.rollout.sglang.penalty import SERVER
 from megatron_efr.rollout.sglang.router import start_router
 from megatron_efr.weights.architecture import Architecture
 
-ENGINES: dict[str, type[LocalEngine] | type[SGLangEngine]] = {"local": LocalEngine, "sglang": SGLangEngine}
+ENGINES: dict[str, type[LocalEngine] | type[SGLangEngine]] = {
+    "local": LocalEngine,
+    "sglang": SGLangEngine,
+}
 """By the name that `rollout.engine` gives them."""
 
 
 def build_engine(
-    model: ModelConfig, rollout: RolloutConfig, servers: Servers, folder: Path, codec: Codec, resources: ExitStack
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    servers: Servers,
+    folder: Path,
+    codec: Codec,
+    resources: ExitStack,
 ) -> Engine:
-    """The engine of a run, over its `servers`; what must be closed at its end is given to `resources`. A router's log
-    goes to `folder`. ConfigError as of `check_engine`."""
+    """The engine of a run, over its `servers`; what must be closed at its end is given to
+    `resources`. A router's log goes to `folder`. ConfigError as of `check_engine`.
+    """
     check_engine(model, rollout)
     if rollout.embedded:
         return local_engine(model.path, rollout.slots, model.dtype, codec)
@@ -40,16 +51,19 @@ def build_engine(
 
 
 def check_engine(model: ModelConfig, rollout: RolloutConfig) -> None:
-    """Refuse, with a ConfigError, what the engine of a run, or the router before it, cannot give."""
+    """Refuse, with a ConfigError, what the engine of a run, or the router before it, cannot
+    give.
+    """
     if rollout.embedded:
         if rollout.overlap and torch.cuda.is_available():
             raise ConfigError(
-                "rollout.async: the embedded engine would decode on the GPU that trains, from another thread; set "
-                "rollout.engine: sglang, or leave async out"
+                "rollout.async: the embedded engine would decode on the GPU that trains, from "
+                "another thread; set rollout.engine: sglang, or leave async out"
             )
         if model.routing == "replay" and "routing" not in ENGINES[rollout.engine].abilities:
             raise ConfigError(
-                "model.routing: replay needs an engine that says which experts it chose; set rollout.engine: sglang"
+                "model.routing: replay needs an engine that says which experts it chose; set "
+                "rollout.engine: sglang"
             )
     else:
         _check_router(model, rollout)
@@ -64,8 +78,9 @@ def open_engine(
     resources: ExitStack,
     penalties: bool = False,
 ) -> Engine:
-    """The embedded engine, or SGLang's servers, for the shape of `model`; without weights yet. Servers take scripts
-    that penalise tokens only if they are told to."""
+    """The embedded engine, or SGLang's servers, for the shape of `model`; without weights yet.
+    Servers take scripts that penalise tokens only if they are told to.
+    """
     if engines.embedded:
         return local_engine(model.path, engines.slots, model.dtype, codec)
     return sglang_engine(model, engines, logs, seed, codec, resources, penalties)
@@ -80,11 +95,12 @@ def sglang_engine(
     resources: ExitStack,
     penalties: bool = False,
 ) -> SGLangEngine:
-    """Servers that this process alone starts, on the first GPUs, or those in `urls`, as one engine. With `penalties`
-    scripts may penalise tokens.
+    """Servers that this process alone starts, on the first GPUs, or those in `urls`, as one engine.
+    With `penalties` scripts may penalise tokens.
 
-    They write to `folder`, and take random numbers from `seed` and those after it. One that ends or hangs is started
-    again, without weights. ConfigError before any is started for what a router does not pass on.
+    They write to `folder`, and take random numbers from `seed` and those after it. One that ends or
+    hangs is started again, without weights. ConfigError before any is started for what a router
+    does not pass on.
     """
     _check_router(model, engines, penalties)
     # servers that run already
@@ -95,7 +111,8 @@ def sglang_engine(
     launcher = resources.enter_context(Launcher(folder, engines.timeouts.stop_s))
     for index in range(engines.engines or 1):
         launcher.start_engine(
-            model, engines, index, seed=seed, on_gpu=torch.cuda.is_available(), first_gpu=index * engines.tp,
+            model, engines, index, seed=seed, on_gpu=torch.cuda.is_available(),
+            first_gpu=index * engines.tp,
             extra=SERVER if penalties else {},
         )  # fmt: skip
     urls = launcher.wait(engines.timeouts.start_s)
@@ -146,17 +163,19 @@ def _check_router(model: ModelConfig, engines: EnginesConfig, penalties: bool = 
     """Refuse, with a ConfigError, a router that does not pass on what is asked of servers."""
     if engines.router and penalties:
         raise ConfigError(
-            "rollout.router: evaluation.script penalises tokens, and sglang-router does not pass that on; leave "
-            "router out"
+            "rollout.router: evaluation.script penalises tokens, and sglang-router does not pass "
+            "that on; leave router out"
         )
     if engines.router and model.routing == "replay":
         raise ConfigError(
-            "rollout.router: sglang-router does not pass on that routed experts are asked for, which "
-            "model.routing: replay needs; leave router out"
+            "rollout.router: sglang-router does not pass on that routed experts are asked for, "
+            "which model.routing: replay needs; leave router out"
         )
 
 
-def _router(engines: EnginesConfig, key: str | None, folder: Path, resources: ExitStack) -> ServerProcess | None:
+def _router(
+    engines: EnginesConfig, key: str | None, folder: Path, resources: ExitStack
+) -> ServerProcess | None:
     if not engines.router:
         return None
     router = start_router(engines, folder, key)

@@ -1,4 +1,6 @@
-"""Text to tokens and back: the one place where responses are read as text, and scripts' texts become tokens."""
+"""Text to tokens and back: the one place where responses are read as text, and scripts' texts
+become tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ if TYPE_CHECKING:
 
 
 KEPT = 256
-"""Texts whose tokens are kept: more than a script repeats, and a run's summaries, each another, do not add up."""
+"""Texts whose tokens are kept: more than a script repeats, and a run's summaries, each another, do
+not add up.
+"""
 
 
 class Codec(Protocol):
@@ -30,14 +34,18 @@ class Codec(Protocol):
 
 
 class TokenizerCodec:
-    """A tokenizer's codec. It keeps the tokens of the KEPT texts that it was asked for last: scripts repeat a few."""
+    """A tokenizer's codec. It keeps the tokens of the KEPT texts that it was asked for last:
+    scripts repeat a few.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self.encode = lru_cache(KEPT)(self._encode)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        text: Any = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: Any = self._tokenizer.decode(
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return text
 
     def _encode(self, text: str) -> tuple[int, ...]:
@@ -61,7 +69,8 @@ def with_text(group: Group, codec: Codec) -> Group:
 
     def told(response: Response) -> Response:
         branches = tuple(
-            branch._replace(responses=tuple(told(each) for each in branch.responses)) for branch in response.branches
+            branch._replace(responses=tuple(told(each) for each in branch.responses))
+            for branch in response.branches
         )
         return replace(response, text=codec.decode(response.tokens), branches=branches)
 

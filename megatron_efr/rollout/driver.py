@@ -1,4 +1,6 @@
-"""One response's script over an engine: steps in text become orders in tokens, and what was done becomes parts."""
+"""One response's script over an engine: steps in text become orders in tokens, and what was done
+becomes parts.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,20 @@ class TokenPenalty(NamedTuple):
     window: int
 
     def applies(self, said: Sequence[int]) -> bool:
-        """True for the token behind `said`, which is all that the response has, or its last `window` tokens at least:
-        its thought is younger than the window."""
+        """True for the token behind `said`, which is all that the response has, or its last
+        `window` tokens at least: its thought is younger than the window.
+        """
         if len(said) < self.window:
             return True
         return not set(self.tokens).isdisjoint(said[len(said) - self.window + 1 :])
 
 
 class Drawing(NamedTuple):
-    """Draw to a stop id, to one of the tokens `until`, or to `limit` tokens, at least 1. A token of `until` is held
-    back: it is the first token of a drawing that follows, and gives its place to one that is written. `temperature`:
-    the drawing's own; None: that of the sampling. Then what its logits lose."""
+    """Draw to a stop id, to one of the tokens `until`, or to `limit` tokens, at least 1. A token of
+    `until` is held back: it is the first token of a drawing that follows, and gives its place to
+    one that is written. `temperature`: the drawing's own; None: that of the sampling. Then what its
+    logits lose.
+    """
 
     limit: int
     until: tuple[int, ...] = ()
@@ -48,8 +53,9 @@ class Writing(NamedTuple):
 
 
 class Forking(NamedTuple):
-    """From each of the lengths `at`, and the tokens that stand behind it, make `samples` responses, each driven by a
-    `Driver.branch`. What is held back stays so."""
+    """From each of the lengths `at`, and the tokens that stand behind it, make `samples` responses,
+    each driven by a `Driver.branch`. What is held back stays so.
+    """
 
     at: tuple[int, ...]
     samples: int
@@ -58,7 +64,9 @@ class Forking(NamedTuple):
     @property
     def starts(self) -> list[tuple[int, tuple[int, ...]]]:
         """Each response's length of the present one, and the tokens behind it."""
-        return [start for start in zip(self.at, self.after, strict=True) for _ in range(self.samples)]
+        return [
+            start for start in zip(self.at, self.after, strict=True) for _ in range(self.samples)
+        ]
 
 
 class Scoring(NamedTuple):
@@ -71,15 +79,20 @@ Order = Drawing | Writing | Forking | Scoring
 
 
 class Driver:
-    """Drives one response's script: `order` is what the engine is to do now, None when the response is whole.
+    """Drives one response's script: `order` is what the engine is to do now, None when the response
+    is whole.
 
-    The engine carries an order out and calls `done`, `forked` or `scored`. `parts`, `branches` and `finish` are the
-    response's.
-    All its drawings together have at most `sampling.max_new_tokens` tokens.
+    The engine carries an order out and calls `done`, `forked` or `scored`. `parts`, `branches` and
+    `finish` are the response's. All its drawings together have at most `sampling.max_new_tokens`
+    tokens.
     """
 
     def __init__(
-        self, steps: Generator[Step, Done, None], sampling: Sampling, codec: Codec, prompt: Prompt | None = None
+        self,
+        steps: Generator[Step, Done, None],
+        sampling: Sampling,
+        codec: Codec,
+        prompt: Prompt | None = None,
     ) -> None:
         self.parts: list[Part] = []
         self.branches: list[Branch] = []
@@ -102,26 +115,42 @@ class Driver:
         """True while a token is held back."""
         return bool(self.parts) and self.parts[-1].ending == "until"
 
-    def done(self, tokens: Sequence[int] | IntArray, ending: Ending, met: int | None = None) -> None:
-        """The order to draw or to write is carried out: the response has these tokens, without `met`, which is held
-        back."""
+    def done(
+        self, tokens: Sequence[int] | IntArray, ending: Ending, met: int | None = None
+    ) -> None:
+        """The order to draw or to write is carried out: the response has these tokens, without
+        `met`, which is held back.
+        """
         part = self._note(len(tokens), ending)
         text = ""
         if isinstance(self._step, Draw | Take):
             self._left -= part.end - part.start
-            text = self._decoded(tokens[part.start :]) if isinstance(self._step, Draw) and self._step.told else ""
+            text = (
+                self._decoded(tokens[part.start :])
+                if isinstance(self._step, Draw) and self._step.told
+                else ""
+            )
         self._send(Done(part, "" if met is None else self._text_of(met), text=text))
 
     def _decoded(self, tokens: Sequence[int] | IntArray) -> str:
         return self._codec.decode([int(token) for token in tokens]) if len(tokens) else ""
 
     def forked(self, responses: Sequence[Response]) -> None:
-        """The order to fork is carried out: the responses of all branches, in the order of their starts."""
+        """The order to fork is carried out: the responses of all branches, in the order of their
+        starts.
+        """
         fork = self._step
         assert isinstance(fork, Fork)
-        told = [each if each.text else replace(each, text=self._codec.decode(each.tokens)) for each in responses]
-        each = [tuple(told[first : first + fork.samples]) for first in range(0, len(told), fork.samples)]
-        branches = tuple(Branch(fork.part, at, made) for at, made in zip(fork.at, each, strict=True))
+        told = [
+            each if each.text else replace(each, text=self._codec.decode(each.tokens))
+            for each in responses
+        ]
+        each = [
+            tuple(told[first : first + fork.samples]) for first in range(0, len(told), fork.samples)
+        ]
+        branches = tuple(
+            Branch(fork.part, at, made) for at, made in zip(fork.at, each, strict=True)
+        )
         if not fork.after:
             self.branches += branches
         self._send(Done(self._nothing(fork.part), branches=branches))
@@ -131,7 +160,9 @@ class Driver:
         self._send(Done(self._nothing("score"), scores=tuple(scores)))
 
     def branch(self, number: int) -> Driver:
-        """A driver for one branch of the fork that is the order now, by its place among `Forking.starts`."""
+        """A driver for one branch of the fork that is the order now, by its place among
+        `Forking.starts`.
+        """
         fork, sampling = self._step, self._sampling
         assert isinstance(fork, Fork)
         if fork.after:  # what stands behind the response may become the response's own
@@ -157,13 +188,17 @@ class Driver:
         """Make an order of a step. A draw when no token is left is cut at once."""
         # after a stop token the response is over; only questions about it may follow
         if not isinstance(step, Fork | Score) and self.parts and self.parts[-1].ending == "stop":
-            raise RuntimeError(f"the step {step.part!r} comes after a stop token: a script may only fork there")
+            raise RuntimeError(
+                f"the step {step.part!r} comes after a stop token: a script may only fork there"
+            )
         # each kind of step as an order in tokens
         self._step = step
         match step:
             case Draw(_, limit, until, temperature, penalty, _):
                 limit = self._left if limit is None else min(limit, self._left)
-                lowered = penalty and TokenPenalty(self._tokens(penalty.texts), penalty.amount, penalty.window)
+                lowered = penalty and TokenPenalty(
+                    self._tokens(penalty.texts), penalty.amount, penalty.window
+                )
                 self.order = Drawing(limit, self._tokens(until), temperature, lowered)
                 if not limit:
                     self._send(Done(self._note(self._length, "length")))
@@ -171,7 +206,9 @@ class Driver:
                 tokens = self._codec.encode(text)
                 first = 0.0 if chance is None else math.log(chance)
                 self.order = Writing(
-                    tokens, (first, *[0.0] * (len(tokens) - 1)), "forced" if chance is None else "chosen"
+                    tokens,
+                    (first, *[0.0] * (len(tokens) - 1)),
+                    "forced" if chance is None else "chosen",
                 )
             case Take(_, tokens, logprobs, ending):
                 ending = ending if len(tokens) <= self._left else "length"
@@ -183,7 +220,8 @@ class Driver:
             case Fork(_, at, samples):
                 if not all(0 <= start <= self._length for start in at):
                     raise RuntimeError(
-                        f"the step {step.part!r} forks at {at}, and the response has {self._length} tokens"
+                        f"the step {step.part!r} forks at {at}, and the response has "
+                        f"{self._length} tokens"
                     )
                 self.order = Forking(at, samples, step.after or ((),) * len(at))
                 if not at:
@@ -202,7 +240,9 @@ class Driver:
         return tuple(token for text in texts if (token := self._token(text)) is not None)
 
     def _token(self, text: str) -> int | None:
-        """The token of a text that is a single one; those that must be were checked before work began."""
+        """The token of a text that is a single one; those that must be were checked before work
+        began.
+        """
         tokens = self._codec.encode(text)
         return tokens[0] if len(tokens) == 1 else None
 

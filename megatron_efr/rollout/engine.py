@@ -1,4 +1,6 @@
-"""The protocol every rollout engine keeps: groups stream out as they finish, weights stream in by name."""
+"""The protocol every rollout engine keeps: groups stream out as they finish, weights stream in by
+name.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from megatron_efr.types import Group, Request, Sampling
 
 ABILITIES = {
     "forks": "answers from the middle of a response",
-    "penalties": "penalises tokens as it draws them for a run, and gives log-probs that are the sampler's",
+    "penalties": (
+        "penalises tokens as it draws them for a run, and gives log-probs that are the sampler's"
+    ),
     "routing": "says which experts a mixture chose",
     "seeds": "draws the same tokens again for a request's seed",
 }
@@ -21,8 +25,8 @@ ABILITIES = {
 class GroupStream(Protocol):
     """Finished groups of one `generate`, in order of completion. One thread at a time asks it.
 
-    Requests that are an iterator may grow: one that has run dry is asked again at every `next`, so a stream that has
-    ended goes on once there is more.
+    Requests that are an iterator may grow: one that has run dry is asked again at every `next`, so
+    a stream that has ended goes on once there is more.
     """
 
     def __iter__(self) -> Self: ...
@@ -35,10 +39,12 @@ class GroupStream(Protocol):
 
 
 class Engine(Protocol):
-    """Answers requests with the weights of one version, in tokens and, by the tokenizer it was made with, in text.
+    """Answers requests with the weights of one version, in tokens and, by the tokenizer it was made
+    with, in text.
 
-    One thread at a time asks for groups; another may call everything else while it does. Several streams may be alive:
-    what an earlier one has not finished waits, and goes on when that stream is asked again.
+    One thread at a time asks for groups; another may call everything else while it does. Several
+    streams may be alive: what an earlier one has not finished waits, and goes on when that stream
+    is asked again.
 
     An engine serves nothing before its first `publish`, and nothing after one that failed (version
     -1). `pause` stops decoding after the current token and keeps what is unfinished; `resume` goes
@@ -56,17 +62,20 @@ class Engine(Protocol):
         ...
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> GroupStream:
-        """Yield each request's whole group as soon as its last response ends, in order of completion.
+        """Yield each request's whole group as soon as its last response ends, in order of
+        completion.
 
-        A `Driver` has each response made by its script; at most `sampling.max_new_tokens` tokens are drawn for it.
+        A `Driver` has each response made by its script; at most `sampling.max_new_tokens` tokens
+        are drawn for it.
         """
         ...
 
     def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replace all weights by a snapshot of (Hugging Face name, whole tensor) pairs.
 
-        Unfinished responses go on with the new weights, and their version spans say from which token on. A name that is
-        unknown, missing or given twice, or a shape that is not the model's, is an error.
+        Unfinished responses go on with the new weights, and their version spans say from which
+        token on. A name that is unknown, missing or given twice, or a shape that is not the
+        model's, is an error.
         """
         ...
 
@@ -81,5 +90,7 @@ class Engine(Protocol):
     def wake(self) -> None: ...
 
     def health(self) -> dict[str, float]:
-        """Figures since the last call: `tokens` generated, `seconds` spent on them, and what else is known."""
+        """Figures since the last call: `tokens` generated, `seconds` spent on them, and what else
+        is known.
+        """
         ...

@@ -1,4 +1,6 @@
-"""The training prompts' stream of groups: fed while it runs, asked from whichever thread produces, held on request."""
+"""The training prompts' stream of groups: fed while it runs, asked from whichever thread produces,
+held on request.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,8 @@ class Feed(Iterator[Request]):
 class GroupFeed:
     """Requests in, finished groups out. What is in flight stays in flight between calls of `next`.
 
-    `ask` and `next` belong to one thread at a time, which touches neither CUDA nor collectives as long as the engine
-    does not; `held` and `close` are another's.
+    `ask` and `next` belong to one thread at a time, which touches neither CUDA nor collectives as
+    long as the engine does not; `held` and `close` are another's.
     """
 
     def __init__(self, engine: Engine, sampling: Sampling) -> None:
@@ -70,7 +72,10 @@ class GroupFeed:
                 self._in_flight.clear()
                 raise
         if group is None:
-            raise RuntimeError(f"the engine's stream of groups ended with {len(self._in_flight)} prompts unanswered")
+            raise RuntimeError(
+                f"the engine's stream of groups ended with {len(self._in_flight)} prompts "
+                "unanswered"
+            )
         self._in_flight.remove(group.seed)
         return group
 

@@ -1,4 +1,6 @@
-"""Groups as lines of JSON, losslessly: as an engine gave them for the journal, credited for the rollouts' file."""
+"""Groups as lines of JSON, losslessly: as an engine gave them for the journal, credited for the
+rollouts' file.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,30 @@ from typing import Any
 
 import numpy as np
 
-from megatron_efr.rollout.request_json import decode_prompt, decode_scripts, encode_prompt, encode_scripts
+from megatron_efr.rollout.request_json import (
+    decode_prompt,
+    decode_scripts,
+    encode_prompt,
+    encode_scripts,
+)
 from megatron_efr.steps import Part
-from megatron_efr.types import Branch, Credit, Credited, Grade, Graded, Group, Response, Rewarded, VersionSpan
+from megatron_efr.types import (
+    Branch,
+    Credit,
+    Credited,
+    Grade,
+    Graded,
+    Group,
+    Response,
+    Rewarded,
+    VersionSpan,
+)
 
 
 def encode_group(group: Group) -> str:
-    """One line of JSON. Floats are written by repr and read back exactly; `prompt.meta` must be JSON-ready."""
+    """One line of JSON. Floats are written by repr and read back exactly; `prompt.meta` must be
+    JSON-ready.
+    """
     return _line(_encode_group(group))
 
 
@@ -32,7 +51,9 @@ def encode_graded(group: Graded) -> str:
 
 
 def decode_graded(line: str | bytes) -> Graded:
-    """The graded group that `encode_graded` or `encode_credited` wrote. ValueError, KeyError or TypeError elsewhere."""
+    """The graded group that `encode_graded` or `encode_credited` wrote. ValueError, KeyError or
+    TypeError elsewhere.
+    """
     return _decode_graded(json.loads(line))
 
 
@@ -47,11 +68,15 @@ def encode_credited(group: Credited) -> str:
 
 
 def decode_credited(line: str | bytes) -> Credited:
-    """The group that `encode_credited` wrote, stage by stage. Raises ValueError, KeyError or TypeError elsewhere."""
+    """The group that `encode_credited` wrote, stage by stage. Raises ValueError, KeyError or
+    TypeError elsewhere.
+    """
     tree = json.loads(line)
     rewarded = Rewarded(_decode_graded(tree), np.array(tree["rewards"], dtype=np.float64))
     # a file that was written before a field was has none of it
-    credit = {name: _decode_credit(tree[name]) for name in Credit._fields if tree.get(name) is not None}
+    credit = {
+        name: _decode_credit(tree[name]) for name in Credit._fields if tree.get(name) is not None
+    }
     return Credited(rewarded, Credit(**credit))
 
 
@@ -62,7 +87,9 @@ def _encode_graded(group: Graded) -> dict[str, Any]:
         "scores": group.scores.tolist(),
     }
     if group.branches:
-        tree["verdicts"] = [[[grade.status, grade.score] for grade in each] for each in group.branches]
+        tree["verdicts"] = [
+            [[grade.status, grade.score] for grade in each] for each in group.branches
+        ]
     return tree
 
 
@@ -72,11 +99,17 @@ def _decode_graded(tree: dict[str, Any]) -> Graded:
     return Graded(_decode_group(tree), grades, verdicts)
 
 
-def _encode_credit(values: np.ndarray | Sequence[np.ndarray] | bool | None) -> list[Any] | bool | None:
+def _encode_credit(
+    values: np.ndarray | Sequence[np.ndarray] | bool | None,
+) -> list[Any] | bool | None:
     """A field of a credit: an array, one for each response, yes or no, or nothing."""
     if values is None or isinstance(values, bool):
         return values
-    return values.tolist() if isinstance(values, np.ndarray) else [np.asarray(each).tolist() for each in values]
+    return (
+        values.tolist()
+        if isinstance(values, np.ndarray)
+        else [np.asarray(each).tolist() for each in values]
+    )
 
 
 def _decode_credit(values: list[Any] | bool) -> Any:
@@ -105,7 +138,9 @@ def _encode_group(group: Group) -> dict[str, Any]:
 def _decode_group(tree: dict[str, Any]) -> Group:
     responses = tuple(_decode_response(response) for response in tree["responses"])
     scripts = decode_scripts(tree.get("scripts", ()))
-    return Group(decode_prompt(tree["prompt"]), responses, tree["seed"], scripts, tree.get("note", {}))
+    return Group(
+        decode_prompt(tree["prompt"]), responses, tree["seed"], scripts, tree.get("note", {})
+    )
 
 
 def _encode_response(response: Response) -> dict[str, Any]:
@@ -117,13 +152,22 @@ def _encode_response(response: Response) -> dict[str, Any]:
         "text": response.text,
         "parts": [list(part) for part in response.parts],
         "branches": [
-            {"part": branch.part, "at": branch.at, "responses": [_encode_response(each) for each in branch.responses]}
+            {
+                "part": branch.part,
+                "at": branch.at,
+                "responses": [_encode_response(each) for each in branch.responses],
+            }
             for branch in response.branches
         ],
     }
-    if (routed := response.routed_experts) is not None:  # a byte each up to 128 experts; as JSON's lists three or four
+    # a byte each up to 128 experts; as JSON's lists three or four
+    if (routed := response.routed_experts) is not None:
         data = base64.b64encode(routed.tobytes()).decode("ascii")
-        tree["routed_experts"] = {"dtype": str(routed.dtype), "shape": list(routed.shape), "base64": data}
+        tree["routed_experts"] = {
+            "dtype": str(routed.dtype),
+            "shape": list(routed.shape),
+            "base64": data,
+        }
     return tree
 
 

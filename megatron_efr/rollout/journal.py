@@ -1,4 +1,6 @@
-"""The journal: finished groups on disk, a line each, so that a process that was killed need not generate them again."""
+"""The journal: finished groups on disk, a line each, so that a process that was killed need not
+generate them again.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,14 @@ class JournalContents(NamedTuple):
 
 
 class Journal(LineFile):
-    """Finished groups that an iteration may take, one JSON line each, so that they are not generated again."""
+    """Finished groups that an iteration may take, one JSON line each, so that they are not
+    generated again.
+    """
 
     def append(self, group: Group) -> None:
-        """Add one finished group. A torn line left by a crash is cut off first. UnwritableError leaves it out whole."""
+        """Add one finished group. A torn line left by a crash is cut off first. UnwritableError
+        leaves it out whole.
+        """
         self.add(encode_group(group))
 
     def read(self) -> JournalContents:
@@ -39,12 +45,13 @@ class Journal(LineFile):
                 groups.append(decode_group(checked(line)))
             except UserError as error:
                 raise JournalError(
-                    f"{self.path}:{number}: a group that this version does not know: {error}. Go on with the version "
-                    "that wrote it, or delete the file to generate its responses again"
+                    f"{self.path}:{number}: a group that this version does not know: {error}. Go "
+                    "on with the version that wrote it, or delete the file to generate its "
+                    "responses again"
                 ) from error
             except (ValueError, KeyError, TypeError) as error:
                 raise JournalError(
-                    f"{self.path}:{number}: not a finished group ({error}); the file is damaged beyond a torn last "
-                    f"line. Delete it to generate these responses again"
+                    f"{self.path}:{number}: not a finished group ({error}); the file is damaged "
+                    "beyond a torn last line. Delete it to generate these responses again"
                 ) from error
         return JournalContents(groups, torn)

@@ -1,4 +1,6 @@
-"""Finished groups are graded in a thread of their own while others are being generated: all that wait, at once."""
+"""Finished groups are graded in a thread of their own while others are being generated: all that
+wait, at once.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from typing import NamedTuple
 from megatron_efr.types import Group, Rewarded
 
 Accept = Callable[[Sequence[Group]], Sequence[Rewarded | None]]
-"""Grades and rewards groups; None in the place of one that is refused for its content, and is replaced."""
+"""Grades and rewards groups; None in the place of one that is refused for its content, and is
+replaced.
+"""
 
 
 class Judged(NamedTuple):
@@ -22,9 +26,11 @@ class Judged(NamedTuple):
 
 
 class Judge:
-    """The groups of one iteration on their way through `accept`, which the one thread of `executor` runs.
+    """The groups of one iteration on their way through `accept`, which the one thread of `executor`
+    runs.
 
-    `waiting` are the seeds of those that are not judged yet. They are judged in the order in which they came.
+    `waiting` are the seeds of those that are not judged yet. They are judged in the order in which
+    they came.
     """
 
     def __init__(self, accept: Accept, executor: Executor) -> None:

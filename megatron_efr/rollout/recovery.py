@@ -20,7 +20,9 @@ def recovering(
     lost: type[EngineError] | tuple[type[EngineError], ...],
     recover: Callable[[EngineError], None],
 ) -> T:
-    """Return the answer of `ask`; if it raises `lost`, `recover` and ask again, at most RECOVERIES times."""
+    """Return the answer of `ask`; if it raises `lost`, `recover` and ask again, at most RECOVERIES
+    times.
+    """
     for _ in range(RECOVERIES):
         try:
             return ask()
@@ -32,8 +34,8 @@ def recovering(
 def ask_with_recovery(publish: Callable[[], None], ask: Callable[[], T]) -> T:
     """Publish, and return the answer of `ask`.
 
-    If servers are lost so that it cannot go on, both are called again, at most RECOVERIES times. Publishing waits for
-    a server to come back.
+    If servers are lost so that it cannot go on, both are called again, at most RECOVERIES times.
+    Publishing waits for a server to come back.
     """
 
     def published_and_asked() -> T:

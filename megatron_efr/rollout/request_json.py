@@ -22,7 +22,9 @@ def encode_request(request: Request) -> dict[str, Any]:
 
 def decode_request(tree: Mapping[str, Any]) -> Request:
     """The request that `encode_request` wrote."""
-    return Request(decode_prompt(tree["prompt"]), tree["seed"], decode_scripts(tree["scripts"]), tree["note"])
+    return Request(
+        decode_prompt(tree["prompt"]), tree["seed"], decode_scripts(tree["scripts"]), tree["note"]
+    )
 
 
 def encode_prompt(prompt: Prompt) -> dict[str, Any]:

@@ -20,14 +20,20 @@ from megatron_efr.scripts import Plain
 from megatron_efr.types import Prompt, Request
 
 CHECKED = 16
-"""Ways of asking the longest prompt that are checked before a run starts, besides those that a method names."""
+"""Ways of asking the longest prompt that are checked before a run starts, besides those that a
+method names.
+"""
 
 
 class Asking:
     """Makes the request of a visit, by what the method may know when it is made (`known`)."""
 
     def __init__(
-        self, config: TrainConfig, method: Method, tokenizer: PreTrainedTokenizerBase, known: Callable[[], Known]
+        self,
+        config: TrainConfig,
+        method: Method,
+        tokenizer: PreTrainedTokenizerBase,
+        known: Callable[[], Known],
     ) -> None:
         self._config = config
         self._method = method
@@ -43,19 +49,23 @@ class Asking:
         return self._request(prompt, 0).prompt
 
     def check(self, prompts: Sequence[Prompt], codec: Codec, positions: int) -> None:
-        """Refuse, with a ConfigError, texts that a script cannot have, and what is longer than the model."""
+        """Refuse, with a ConfigError, texts that a script cannot have, and what is longer than the
+        model.
+        """
         prompt = max(prompts, key=lambda each: len(each.tokens))
         self._check_sought(codec)
         requests = [self._request(prompt, seed) for seed in range(CHECKED)]
         visit = Visit(prompt, self._config.rollout.samples, 0)
-        requests += [self._asked(visit, asked) for asked in self._method.longest_asks(visit, self._known())]
+        requests += [
+            self._asked(visit, asked) for asked in self._method.longest_asks(visit, self._known())
+        ]
         for script in {script for request in requests for script in request.scripts}:
             check_script(script, codec, "method")
             if not script.trainable:
                 raise ConfigError(
-                    f"method.name: {self._config.method.name} asks with {type(script).__name__}, a script for "
-                    "evaluations: tokens that were penalised or searched for are not the policy's own, and their ratio "
-                    "and KL would be wrong"
+                    f"method.name: {self._config.method.name} asks with {type(script).__name__}, "
+                    "a script for evaluations: tokens that were penalised or searched for are not "
+                    "the policy's own, and their ratio and KL would be wrong"
                 )
         drawn = self._config.rollout.max_new_tokens
         for request in requests:
@@ -63,9 +73,10 @@ class Asking:
             tokens = len(request.prompt.tokens) + written
             if tokens + drawn > positions:
                 raise ConfigError(
-                    f"rollout.max_new_tokens: {drawn} tokens after the longest prompt ({prompt.meta['where']}), which "
-                    f"is {tokens} tokens with what method {self._config.method.name} adds, come to {tokens + drawn}, "
-                    f"and the model has {positions} positions; at most {max(positions - tokens, 0)} would fit"
+                    f"rollout.max_new_tokens: {drawn} tokens after the longest prompt "
+                    f"({prompt.meta['where']}), which is {tokens} tokens with what method "
+                    f"{self._config.method.name} adds, come to {tokens + drawn}, and the model "
+                    f"has {positions} positions; at most {max(positions - tokens, 0)} would fit"
                 )
 
     def _request(self, prompt: Prompt, seed: int) -> Request:
@@ -73,18 +84,21 @@ class Asking:
         return self._asked(visit, self._method.ask(visit, self._known()))
 
     def _check_sought(self, codec: Codec) -> None:
-        """Refuse texts that a method looks for in responses, and no response's text can hold, or are not one token."""
+        """Refuse texts that a method looks for in responses, and no response's text can hold, or
+        are not one token.
+        """
         for key, text in self._method.sought.items():
             if text.strip() not in (read := codec.decode(codec.encode(text))):
                 raise ConfigError(
-                    f"method.{key}: {text!r} would never be found in a response: with this model's tokenizer it reads "
-                    f"{read!r}; name a text of ordinary tokens"
+                    f"method.{key}: {text!r} would never be found in a response: with this "
+                    f"model's tokenizer it reads {read!r}; name a text of ordinary tokens"
                 )
         for key, text in self._method.single.items():
             if (count := len(codec.encode(text))) != 1:
                 raise ConfigError(
-                    f"method.{key}: {text!r} is {count} tokens of this model's tokenizer, and method "
-                    f"{self._config.method.name} wants a single one; name one of the tokenizer's own tokens"
+                    f"method.{key}: {text!r} is {count} tokens of this model's tokenizer, and "
+                    f"method {self._config.method.name} wants a single one; name one of the "
+                    "tokenizer's own tokens"
                 )
 
     def _asked(self, visit: Visit, asked: Ask) -> Request:
@@ -92,17 +106,22 @@ class Asking:
         scripts = asked.scripts or (Plain(),) * samples
         if len(scripts) != samples:
             raise ConfigError(
-                f"method.name: {self._config.method.name} gave {len(scripts)} scripts for {samples} responses"
+                f"method.name: {self._config.method.name} gave {len(scripts)} scripts for "
+                f"{samples} responses"
             )
         return Request(self._told(prompt, asked), seed, scripts, dict(asked.note))
 
     @cached_property
     def _renderer(self) -> Renderer:
-        """One with a tokenizer of its own: prompts are asked in one thread while responses are read in others."""
+        """One with a tokenizer of its own: prompts are asked in one thread while responses are read
+        in others.
+        """
         return Renderer(copy.deepcopy(self._tokenizer), self._config.data.prompt)
 
     def _told(self, prompt: Prompt, asked: Ask) -> Prompt:
         if not asked.suffix:
             return prompt
-        [(text, tokens)] = self._renderer.render([prompt.meta["question"] + asked.suffix], [prompt.meta["where"]])
+        [(text, tokens)] = self._renderer.render(
+            [prompt.meta["question"] + asked.suffix], [prompt.meta["where"]]
+        )
         return replace(prompt, text=text, tokens=tokens)

@@ -13,15 +13,18 @@ from megatron_efr.config.leaves import leaves
 from megatron_efr.errors import UserError
 
 Completed = Callable[[dict[str, Any]], str]
-"""Gives a configuration, as a program's own YAML has it, with every key that it lacks at its default."""
+"""Gives a configuration, as a program's own YAML has it, with every key that it lacks at its
+default.
+"""
 
 MAY_CHANGE = (
     *("runs", "observe", "checkpoint", "evaluation", "train.iterations", "train.max_skipped"),
     *("parallel.wait_limit_s", "data.reference", "train.micro_batch_tokens"),
     *("rollout.urls", "rollout.python", "rollout.timeouts", "rollout.max_new_tokens"),
 )
-"""Keys, or sections, that a resumed run may set anew. Of micro-batches of another size an update is the same but for
-rounding; older versions wrote out a size if none was given."""
+"""Keys, or sections, that a resumed run may set anew. Of micro-batches of another size an update is
+the same but for rounding; older versions wrote out a size if none was given.
+"""
 
 BENT = {
     "train.iterations": "with optimizer.schedule: constant",
@@ -32,7 +35,9 @@ BENT = {
 _ABSENT = "(not set)"
 
 
-def refusal(config: Path, ours: str, resume: bool, completed: Completed = yaml.safe_dump) -> str | None:
+def refusal(
+    config: Path, ours: str, resume: bool, completed: Completed = yaml.safe_dump
+) -> str | None:
     """Reason why a run of `ours` (YAML) cannot take the folder of `config`; None if it can.
 
     It names every key that differs, with both values; or `config` itself, if it is damaged. A key
@@ -46,16 +51,26 @@ def refusal(config: Path, ours: str, resume: bool, completed: Completed = yaml.s
         return f"{config}: damaged: no mapping of sections; put a copy of it back"
     with suppress(UserError):  # what this version does not take shows as a difference
         tree = yaml.safe_load(completed(tree))
-    held, here = (dict(leaves("", each, within_lists=True)) for each in (tree, yaml.safe_load(ours)))
+    held, here = (
+        dict(leaves("", each, within_lists=True)) for each in (tree, yaml.safe_load(ours))
+    )
     differing = [key for key in dict.fromkeys([*held, *here]) if held.get(key) != here.get(key)]
     refused = [key for key in differing if not (resume and _may_change(key, held, here))]
     if not refused:
         return None
-    lines = [f"  {key}: there {held.get(key, _ABSENT)!r}, here {here.get(key, _ABSENT)!r}\n" for key in refused]
-    hints = [f"{key} may change on resuming, but only {BENT[key]}\n" for key in refused if resume and key in BENT]
+    lines = [
+        (f"  {key}: there {held.get(key, _ABSENT)!r}, here {here.get(key, _ABSENT)!r}\n")
+        for key in refused
+    ]
+    hints = [
+        (f"{key} may change on resuming, but only {BENT[key]}\n")
+        for key in refused
+        if resume and key in BENT
+    ]
     return (
-        f"{config.parent}: already holds another configuration; it differs in\n{''.join(lines + hints)}"
-        "give this run another name (name=...), set these keys as they are there, or delete the folder"
+        f"{config.parent}: already holds another configuration; it differs "
+        f"in\n{''.join(lines + hints)}give this run another name (name=...), set these keys as "
+        "they are there, or delete the folder"
     )
 
 

@@ -16,11 +16,16 @@ from megatron_efr.rollout.servers.arguments import check_server_arguments
 from megatron_efr.rollout.servers.host import Host
 from megatron_efr.run.main_rank import MainRank, check_evaluation
 
-_ELSEWHERE = {"name", "runs", "seed", "optimizer", "train", "checkpoint", "observe"}  # no data is read by these
+# no data is read by these
+_ELSEWHERE = {"name", "runs", "seed", "optimizer", "train", "checkpoint", "observe"}
 
 
-def check_configuration(config: TrainConfig, ranks: int) -> tuple[methods.Method, algorithms.Algorithm]:
-    """The method and the algorithm of a run of `ranks` ranks; ConfigError for what its configuration shows is wrong."""
+def check_configuration(
+    config: TrainConfig, ranks: int
+) -> tuple[methods.Method, algorithms.Algorithm]:
+    """The method and the algorithm of a run of `ranks` ranks; ConfigError for what its
+    configuration shows is wrong.
+    """
     method = methods.build(config.method, config.rollout, config.algorithm)
     algorithm = algorithms.build(config.algorithm, config.rollout)
     methods.check_together(config.method.name, method, algorithm)
@@ -33,22 +38,25 @@ def check_configuration(config: TrainConfig, ranks: int) -> tuple[methods.Method
 
 
 def check_members(members: Sequence[Member], ranks: int, jobs: int = 1) -> None:
-    """Check configuration, model folder and data of every member of a sweep; one ConfigError for all that is wrong.
+    """Check configuration, model folder and data of every member of a sweep; one ConfigError for
+    all that is wrong.
 
     Members that ask the same of the same data are checked once. `jobs` of them run at once.
     """
     # runs at the same time must not share servers
     if jobs > 1 and any(member.config.rollout.urls for member in members):
         raise ConfigError(
-            f"--jobs {jobs} with rollout.urls: runs at the same time would publish different weights to the same "
-            "servers; --jobs 1, or leave urls out, and each run starts its own"
+            f"--jobs {jobs} with rollout.urls: runs at the same time would publish different "
+            "weights to the same servers; --jobs 1, or leave urls out, and each run starts its own"
         )
     # each member's configuration; data that several share is read once
     alike: dict[str, list[Member]] = {}
     problems: dict[str, list[str]] = {}
     for member in members:
         if not member.config.evaluation.datasets:
-            raise ConfigError("evaluation.datasets: a sweep evaluates every model, and needs held-out problems")
+            raise ConfigError(
+                "evaluation.datasets: a sweep evaluates every model, and needs held-out problems"
+            )
         try:
             check_configuration(member.config, ranks)
         except UserError as error:
@@ -63,7 +71,9 @@ def check_members(members: Sequence[Member], ranks: int, jobs: int = 1) -> None:
             problems.setdefault(str(error), []).extend(member.name for member in same)
     # all faults in one error, each with its members
     if problems:
-        raise ConfigError("\n".join(_said(text, names, len(members)) for text, names in problems.items()))
+        raise ConfigError(
+            "\n".join(_said(text, names, len(members)) for text, names in problems.items())
+        )
 
 
 def _check_data(config: TrainConfig) -> None:
@@ -73,7 +83,8 @@ def _check_data(config: TrainConfig) -> None:
     with contextlib.redirect_stdout(io.StringIO()):  # each run shows its prompts itself
         main_rank = MainRank(config, method, algorithm)
         main_rank.close()
-        if main_rank.evaluator is None:  # else it has rendered and checked the held-out problems itself
+        # else it has rendered and checked the held-out problems itself
+        if main_rank.evaluator is None:
             check_evaluation(config)
 
 

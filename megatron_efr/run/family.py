@@ -1,4 +1,6 @@
-"""The runs of a sweep: the programs that train and evaluate each model, and which of them have finished."""
+"""The runs of a sweep: the programs that train and evaluate each model, and which of them have
+finished.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ from megatron_efr.run.main_rank import date_prompts
 
 
 class Program(NamedTuple):
-    """A program of a sweep: its command, its configuration's file and text, and the file that it makes.
+    """A program of a sweep: its command, its configuration's file and text, and the file that it
+    makes.
 
-    `of` is the configuration of the training whose model it evaluates: another one makes another evaluation.
+    `of` is the configuration of the training whose model it evaluates: another one makes another
+    evaluation.
     """
 
     name: str  # of its log
@@ -43,17 +47,23 @@ class Task(NamedTuple):
     @property
     def listed_as(self) -> tuple[str, str]:
         """Name and label of the model that it is a run of."""
-        return (self.name, self.name) if self.member is None else (self.member.model, self.member.label)
+        return (
+            (self.name, self.name)
+            if self.member is None
+            else (self.member.model, self.member.label)
+        )
 
 
 class Family:
     """`runs/<name>/`: each member's run in a folder of its name, every evaluation in eval/.
 
-    Members that begin with the same model and are asked the same share one base. All are evaluated with the family's
-    seed, so that a member's own seed changes its training alone.
+    Members that begin with the same model and are asked the same share one base. All are evaluated
+    with the family's seed, so that a member's own seed changes its training alone.
     """
 
-    def __init__(self, config: TrainConfig, members: Sequence[Member], ranks: int, resume: bool) -> None:
+    def __init__(
+        self, config: TrainConfig, members: Sequence[Member], ranks: int, resume: bool
+    ) -> None:
         self.name = config.name
         self.folder = RunFolder(config.folder)
         self.logs = self.folder.path / "logs"
@@ -71,36 +81,50 @@ class Family:
             begins = dump(self._asked(member, start.path, start.init))
             if begins not in bases:
                 name = f"base-{len(bases) + 1}" if bases else "base"
-                bases[begins] = Task(name, None, name, Path(start.path), None, self._evaluation(name, begins))
+                bases[begins] = Task(
+                    name, None, name, Path(start.path), None, self._evaluation(name, begins)
+                )
             weights = self.folder.path / member.name / "model"
             training = self._training(member, weights)
             asked = dump(self._asked(member, str(weights), "load"))
             evaluation = self._evaluation(member.name, asked)._replace(of=training.text)
-            trained.append(Task(member.name, member, bases[begins].name, weights, training, evaluation))
+            trained.append(
+                Task(member.name, member, bases[begins].name, weights, training, evaluation)
+            )
         return [*bases.values(), *trained]
 
     def date_prompts(self) -> None:
-        """Let prompts that tell a date tell the day on which this family began, before programs are written."""
+        """Let prompts that tell a date tell the day on which this family began, before programs are
+        written.
+        """
         for member in self._members:
             date_prompts(member.config.data.prompt, self.folder)
 
     def check_resumed(self, tasks: Sequence[Task]) -> None:
         """Refuse to start over if members have left work, if they are not to be resumed."""
-        runs = [RunFolder(self.folder.path / task.name) for task in tasks if task.member is not None]
+        runs = [
+            RunFolder(self.folder.path / task.name) for task in tasks if task.member is not None
+        ]
         if not self._resume and (begun := [run.path.name for run in runs if run.has_work]):
             raise RunFolderError(
-                f"{self.folder.path}: there is work of {of_members(begun)}; pass --resume to go on with it, or choose "
-                "another name"
+                f"{self.folder.path}: there is work of {of_members(begun)}; pass --resume to go "
+                "on with it, or choose another name"
             )
 
     def has_finished(self, program: Program) -> bool:
         """True if this very program has finished, and what it made is there."""
         mark = self._mark(program)
-        return program.makes.exists() and mark.exists() and mark.read_text(encoding="utf-8") == _finished(program)
+        return (
+            program.makes.exists()
+            and mark.exists()
+            and mark.read_text(encoding="utf-8") == _finished(program)
+        )
 
     def begin(self, programs: Sequence[Program]) -> list[Program]:
         """Write the configurations of the programs that are left to run, and return those."""
-        left = [program for program in programs if not (self._resume and self.has_finished(program))]
+        left = [
+            program for program in programs if not (self._resume and self.has_finished(program))
+        ]
         for program in left:
             write_atomic(program.path, program.text)
         return left
@@ -114,7 +138,13 @@ class Family:
 
     def _training(self, member: Member, model: Path) -> Program:
         path = self._config_path(member.name)
-        torchrun = [sys.executable, "-m", "megatron_efr.torchrun", "--standalone", f"--nproc-per-node={self._ranks}"]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "megatron_efr.torchrun",
+            "--standalone",
+            f"--nproc-per-node={self._ranks}",
+        ]
         resume = ["--resume"] if self._resume else []
         command = [*torchrun, "-m", "megatron_efr.train", str(path), *resume]
         return Program(member.name, command, path, dump(member.config), model / "config.json")
@@ -123,7 +153,14 @@ class Family:
         """The program of one evaluation, which makes none again that is finished."""
         path = self._config_path(f"eval-{name}")
         replace = ["--replace"] if self._resume else []  # evaluation.* may change on resuming
-        command = [sys.executable, "-m", "megatron_efr.evaluate", str(path), f"--record={name}", *replace]
+        command = [
+            sys.executable,
+            "-m",
+            "megatron_efr.evaluate",
+            str(path),
+            f"--record={name}",
+            *replace,
+        ]
         return Program(f"eval {name}", command, path, text, self.folder.evaluation_path(name))
 
     def _asked(self, member: Member, model: str, init: str) -> EvaluateConfig:
@@ -153,6 +190,10 @@ def chosen(tasks: Sequence[Task], patterns: Sequence[str]) -> list[Task]:
     for pattern in patterns:
         if not any(fnmatch(task.name, pattern) for task in tasks):
             raise ConfigError(f"--only {pattern}: no member has such a name; --list prints them")
-    named = [task for task in tasks if not patterns or any(fnmatch(task.name, pattern) for pattern in patterns)]
+    named = [
+        task
+        for task in tasks
+        if not patterns or any(fnmatch(task.name, pattern) for pattern in patterns)
+    ]
     wanted = {task.name for task in named} | {task.base for task in named}
     return [task for task in tasks if task.name in wanted]

@@ -40,9 +40,11 @@ from megatron_efr.weights.folder import initial_weights
 
 
 class MainRank:
-    """The prompts that the policy is asked, the engine that answers for it, and the graders of its answers.
+    """The prompts that the policy is asked, the engine that answers for it, and the graders of its
+    answers.
 
-    The first and the last are there when it is made, and checked; the engine when `connect` has taken it into use.
+    The first and the last are there when it is made, and checked; the engine when `connect` has
+    taken it into use.
     """
 
     engine: Engine
@@ -51,7 +53,8 @@ class MainRank:
 
     def __init__(self, config: TrainConfig, method: Method, algorithm: Algorithm) -> None:
         tokenizer = load_tokenizer(config.model.path)
-        # refuses a folder whose weights are missing or are others than config.json's, before anything is built
+        # refuses a folder whose weights are missing or are others than config.json's, before
+        # anything is built
         architecture = Architecture.from_folder(config.model.path)
         initial_weights(config.model, architecture, config.seed)
         # prompts, and the tokens that end a response
@@ -62,7 +65,8 @@ class MainRank:
         watches = method.samplings.held_out
         if watches and not config.evaluation.datasets:
             raise ConfigError(
-                f"evaluation.datasets: empty, and method {config.method.name} watches problems that are not trained on"
+                f"evaluation.datasets: empty, and method {config.method.name} watches problems "
+                "that are not trained on"
             )
         self.evaluator = (
             evaluator_of(config, tokenizer, stops, architecture.max_positions)
@@ -72,13 +76,18 @@ class MainRank:
         abilities = ENGINES[config.rollout.engine].abilities
         if self.evaluator and self.evaluator.script.penalised and "penalties" not in abilities:
             raise ConfigError(
-                f"evaluation.script.name: {config.evaluation.script.name} penalises tokens, and the servers of a run "
-                "take no penalty: their log-probs must be the sampler's; leave evaluation.every out, and ask by "
-                "efr evaluate"
+                f"evaluation.script.name: {config.evaluation.script.name} penalises tokens, and "
+                "the servers of a run take no penalty: their log-probs must be the sampler's; "
+                "leave evaluation.every out, and ask by efr evaluate"
             )
         # refuse before work starts: too long prompts, and what the method needs and lacks
         asked = [*rendered.prompts, *(self.evaluator.prompts if self.evaluator and watches else ())]
-        check_prompts(asked, config.rollout.max_new_tokens, architecture.max_positions, "rollout.max_new_tokens")
+        check_prompts(
+            asked,
+            config.rollout.max_new_tokens,
+            architecture.max_positions,
+            "rollout.max_new_tokens",
+        )
         self._config = config
         self._codec = TokenizerCodec(tokenizer)
         self._method, self._algorithm = method, algorithm
@@ -102,10 +111,14 @@ class MainRank:
         self._prompts = rendered.prompts
 
     def connect(self, servers: Servers, resources: ExitStack) -> None:
-        """Take the engine into use, over `servers` or embedded; `resources` end it, and the thread of rollouts."""
+        """Take the engine into use, over `servers` or embedded; `resources` end it, and the thread
+        of rollouts.
+        """
         config = self._config
         logs = config.folder / "engines"
-        self.engine = build_engine(config.model, config.rollout, servers, logs, self._codec, resources)
+        self.engine = build_engine(
+            config.model, config.rollout, servers, logs, self._codec, resources
+        )
         self.feed = GroupFeed(self.engine, self._sampling)
         self.ledger = Ledger(
             self.stream,
@@ -123,13 +136,18 @@ class MainRank:
         return partial(self._accept, self.knowledge.begin(step))
 
     def _accept(self, known: Known, groups: Sequence[Group]) -> list[Rewarded | None]:
-        """Grade and reward finished groups; None in the place of one that the algorithm does not keep."""
-        graded = grade_groups(self.grader, groups, self._judgings, branches=self._method.needs.branches)
+        """Grade and reward finished groups; None in the place of one that the algorithm does not
+        keep.
+        """
+        graded = grade_groups(
+            self.grader, groups, self._judgings, branches=self._method.needs.branches
+        )
         rewarded = [reward(self._method, group, known) for group in graded]
         return [group if self._algorithm.keeps(group.rewards) else None for group in rewarded]
 
     def sample(self, step: int, folder: RunFolder, model: str) -> dict[str, float]:
-        """Sample what the method wants to know beside rollouts, with the weights of iteration `step`; figures of it.
+        """Sample what the method wants to know beside rollouts, with the weights of iteration
+        `step`; figures of it.
 
         `model` is the starting model's checksum. What is known already is not sampled again.
         """
@@ -153,10 +171,14 @@ class MainRank:
         return figures(sampled)
 
     def _reference(self, samples: int, folder: RunFolder, model: str) -> ByPrompt:
-        """The starting model's responses: another run's, if they are configured, or this run's own."""
+        """The starting model's responses: another run's, if they are configured, or this run's
+        own.
+        """
         sampler = self._sampler(model, self._prompts, self._judgings)
         given = self._config.data.reference
-        return sampler.reference(self.engine, samples, folder.reference, Path(given) if given else None)
+        return sampler.reference(
+            self.engine, samples, folder.reference, Path(given) if given else None
+        )
 
     def _sampler(self, model: str, prompts: Sequence[Prompt], judgings: Judgings) -> Sampler:
         """Samples these prompts as rollouts are sampled."""
@@ -164,7 +186,9 @@ class MainRank:
         asked = {
             "model": model,
             **asdict(self._sampling),
-            **{f"grading of {name}": asdict(judgings.of_dataset(name)) for name in sorted(datasets)},
+            **{
+                f"grading of {name}": asdict(judgings.of_dataset(name)) for name in sorted(datasets)
+            },
         }
         return Sampler(prompts, self._sampling, self.grader, judgings, self._config.seed, asked)
 
@@ -184,10 +208,15 @@ class MainRank:
     def engine_figures(self) -> dict[str, float]:
         """Servers that serve and, since the last call: lost, back, responses asked for again.
 
-        `refused`: the groups that were replaced in the last iteration since the algorithm did not keep them.
+        `refused`: the groups that were replaced in the last iteration since the algorithm did not
+        keep them.
         """
         health = self.engine.health()
-        found = {f"engine/{name}": health[name] for name in ("serving", "lost", "back", "resent") if name in health}
+        found = {
+            f"engine/{name}": health[name]
+            for name in ("serving", "lost", "back", "resent")
+            if name in health
+        }
         return found | {"engine/refused": float(self.ledger.refused)}
 
     def close(self) -> None:

@@ -1,4 +1,6 @@
-"""One owner of a run folder or an evaluation: a lock that says host and process, and is free when that has ended."""
+"""One owner of a run folder or an evaluation: a lock that says host and process, and is free when
+that has ended.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,12 @@ class OwnedError(UserError):
 
 @contextmanager
 def owned(lock: Path, what: str) -> Iterator[None]:
-    """Own `what`, whose lock file is `lock`, within the block; OwnedError names the process that does already.
+    """Own `what`, whose lock file is `lock`, within the block; OwnedError names the process that
+    does already.
 
-    The lock is flock(2)'s: the kernel frees it when its process ends, however it ends, on every host that shares the
-    file system. What the file says is for people, and for file systems that have no locks: see `_check_alive`.
+    The lock is flock(2)'s: the kernel frees it when its process ends, however it ends, on every
+    host that shares the file system. What the file says is for people, and for file systems that
+    have no locks: see `_check_alive`.
     """
     file = _locked(lock, what)
     try:
@@ -53,7 +57,8 @@ def owned(lock: Path, what: str) -> Iterator[None]:
 def claimed(
     folder: RunFolder, resolved_yaml: str, resume: bool, completed: Completed = yaml.safe_dump
 ) -> Iterator[None]:
-    """Own a run's folder, and claim it for its configuration, as `RunFolder.claim` has it, within the block.
+    """Own a run's folder, and claim it for its configuration, as `RunFolder.claim` has it, within
+    the block.
 
     Its log is kept there meanwhile.
     """
@@ -66,7 +71,9 @@ def claimed(
 
 
 def is_owned(lock: Path) -> bool:
-    """True if a process owns what `lock` is the lock file of; on a file system without locks, if the file is there."""
+    """True if a process owns what `lock` is the lock file of; on a file system without locks, if
+    the file is there.
+    """
     try:
         with open(lock, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -137,8 +144,8 @@ def _check_alive(lock: Path, what: str, owner: dict[str, Any]) -> None:
         return
     if owner["host"] != socket.gethostname():
         raise OwnedError(
-            f"{_sentence(what, owner)}\nthis file system has no locks, and this host cannot see whether that process "
-            f"is still there; if it is not, delete {lock}"
+            f"{_sentence(what, owner)}\nthis file system has no locks, and this host cannot see "
+            f"whether that process is still there; if it is not, delete {lock}"
         )
     with suppress(psutil.NoSuchProcess):
         if psutil.Process(owner["pid"]).create_time() == owner["began"]:
@@ -147,7 +154,9 @@ def _check_alive(lock: Path, what: str, owner: dict[str, Any]) -> None:
 
 def _say_left_behind(what: str, owner: dict[str, Any]) -> None:
     if owner and owner.get("host") != socket.gethostname():
-        log.warning(f"{what}: taken over from {_named(owner)}, which has ended without giving it up")
+        log.warning(
+            f"{what}: taken over from {_named(owner)}, which has ended without giving it up"
+        )
 
 
 def _named(owner: dict[str, Any]) -> str:
@@ -159,6 +168,6 @@ def _named(owner: dict[str, Any]) -> str:
 
 def _sentence(what: str, owner: dict[str, Any]) -> str:
     return (
-        f"{what}: is being worked on by {_named(owner)}, and two would write over each other; wait for it, end it, "
-        "or choose another name"
+        f"{what}: is being worked on by {_named(owner)}, and two would write over each other; "
+        "wait for it, end it, or choose another name"
     )

@@ -1,7 +1,10 @@
-"""Engines and trainer on the same GPUs: who has the memory when, as one state machine that every rank steps alike.
+"""Engines and trainer on the same GPUs: who has the memory when, as one state machine that every
+rank steps alike.
 
-    to_policy:   release: pause, keep unfinished responses, give up caches and weights    restore: optimizer, gradients
-    to_engines:  offload: gradients, optimizer    wake: weights' memory    publish    resume: caches, then go on
+    to_policy:   release: pause, keep unfinished responses, give up caches and weights
+        restore: optimizer, gradients
+    to_engines:  offload: gradients, optimizer    wake: weights' memory    publish
+        resume: caches, then go on
 
 If they share nothing (`rollout.placement: apart`) each keeps what it has: `to_engines` publishes,
 and that is all.
@@ -20,10 +23,14 @@ import torch
 from megatron_efr.types import UserError
 
 FREED = 0.9
-"""Share of the engines' weights by which free memory must have grown when they have released it; caches come on top."""
+"""Share of the engines' weights by which free memory must have grown when they have released it;
+caches come on top.
+"""
 
 WAIT_S, WAITS = 0.1, 100
-"""SGLang answers when one of an engine's ranks has released its memory; the others may take a moment longer."""
+"""SGLang answers when one of an engine's ranks has released its memory; the others may take a
+moment longer.
+"""
 
 Timer = Callable[[str], AbstractContextManager[None]]
 """Measures a phase that it is given the name of."""
@@ -79,7 +86,9 @@ class State(enum.Enum):
     SERVING = "the engines serve, and gradients and optimizer are in host memory; release is next"
     RELEASED = "the engines sleep, and gradients and optimizer are in host memory; restore is next"
     TRAINING = "the engines sleep, and gradients and optimizer are on the device; offload is next"
-    OFFLOADED = "the engines sleep, and gradients and optimizer are in host memory again; wake is next"
+    OFFLOADED = (
+        "the engines sleep, and gradients and optimizer are in host memory again; wake is next"
+    )
     AWAKE = "the engines are paused and have room for weights, but no weights; publish is next"
     PUBLISHED = "the engines are paused and have weights, but no caches; resume is next"
 
@@ -92,11 +101,14 @@ STEPS = {
     "publish": (State.AWAKE, State.PUBLISHED),
     "resume": (State.PUBLISHED, State.SERVING),
 }
-"""Each step, the state that it begins in and the one that it ends in. A step that fails leaves the state as it was."""
+"""Each step, the state that it begins in and the one that it ends in. A step that fails leaves the
+state as it was.
+"""
 
 
 class Phases:
-    """The memory of the devices, handed from the engines to the policy and back. `engine` is rank 0's.
+    """The memory of the devices, handed from the engines to the policy and back. `engine` is rank
+    0's.
 
     If it is `shared`, engines sleep from here on: the policy is built next, and `to_engines` makes
     them serve. `engine_bytes` are the weights of one engine, 0 if there is no GPU to check that
@@ -192,7 +204,8 @@ class Phases:
 def give_back_buckets() -> None:
     """Give back to the GPU what the engines let go of, for their caches; a no-op without a GPU.
 
-    torch holds a bucket whose handle an engine had until it is asked to look, and `empty_cache` does not ask.
+    torch holds a bucket whose handle an engine had until it is asked to look, and `empty_cache`
+    does not ask.
     """
     if torch.cuda.is_available():
         torch.cuda.ipc_collect()

@@ -1,4 +1,6 @@
-"""`efr train CONFIG --replay FILE`: the updates of saved rollouts alone, without engine and graders; writes nothing."""
+"""`efr train CONFIG --replay FILE`: the updates of saved rollouts alone, without engine and
+graders; writes nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ Improve = Callable[[Run, int, list[Credited], Observer], dict[str, float]]
 
 
 def replay(run: Run, file: Path, improve: Improve) -> None:
-    """Bring the policy to where it stood before `file`'s iteration, run the iteration's updates, print its metrics.
+    """Bring the policy to where it stood before `file`'s iteration, run the iteration's updates,
+    print its metrics.
 
     It starts from the newest checkpoint before that iteration, or the starting model. The
     iterations between are learnt from their own rollouts first, if all of them were kept: only then
@@ -33,24 +36,40 @@ def replay(run: Run, file: Path, improve: Improve) -> None:
     if left_out := ranks.share(lambda: [path for path in between if not path.exists()]):
         between = []
     if ranks.is_main:
-        print(f"replaying iteration {step} from {f'the checkpoint of iteration {start}' if start else 'the start'}")
+        print(
+            f"replaying iteration {step} from "
+            f"{f'the checkpoint of iteration {start}' if start else 'the start'}"
+        )
         if left_out:
-            print(f"the numbers will not be the run's: {left_out[0]} and what lies between was not kept", flush=True)
+            print(
+                f"the numbers will not be the run's: {left_out[0]} and what lies between was not "
+                "kept",
+                flush=True,
+            )
     silent = config.observe.model_copy(update={"tensorboard": False, "wandb": None})
-    with Observer(_Printed(folder.path), silent, step, ranks.rank, start, config.name, ranks.largest) as observer:
+    with Observer(
+        _Printed(folder.path), silent, step, ranks.rank, start, config.name, ranks.largest
+    ) as observer:
         metrics: dict[str, float] = {}
         for path in [*between, file]:
             with observer.phase("rollout"):
-                groups = ranks.on_main(functools.partial(read_rollouts, path), "saved rollouts") or []
+                groups = (
+                    ranks.on_main(functools.partial(read_rollouts, path), "saved rollouts") or []
+                )
             metrics = improve(run, step_of(path), groups, observer)
         observer.log(step, metrics)
 
 
 def step_of(file: Path) -> int:
-    """The iteration whose rollouts these are, from the name that a run folder gives them; UserError otherwise."""
+    """The iteration whose rollouts these are, from the name that a run folder gives them; UserError
+    otherwise.
+    """
     name = re.fullmatch(r"step_(\d+)\.jsonl\.zst", file.name)
     if name is None or int(name[1]) < 1:
-        raise UserError(f"{file}: its name says no iteration; give a run folder's file, like step_000010.jsonl.zst")
+        raise UserError(
+            f"{file}: its name says no iteration; give a run folder's file, like "
+            "step_000010.jsonl.zst"
+        )
     return int(name[1])
 
 

@@ -1,4 +1,6 @@
-"""One training run as one rank holds it: its parts, opened and closed, kept in checkpoints and taken up again."""
+"""One training run as one rank holds it: its parts, opened and closed, kept in checkpoints and
+taken up again.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ class Run:
         return self.algorithm.objective(self.config.rollout)
 
     def collect(self, step: int) -> list[Rewarded]:
-        """Iteration `step`'s groups, graded and rewarded as they finish: on rank 0, and none elsewhere."""
+        """Iteration `step`'s groups, graded and rewarded as they finish: on rank 0, and none
+        elsewhere.
+        """
 
         def ask() -> list[Rewarded]:
             assert self.main_rank is not None
@@ -63,14 +67,17 @@ class Run:
         return self.from_engines(ask, "rollouts", version=step - 1) or []
 
     def credit(self, step: int, groups: Sequence[Rewarded]) -> list[Credited]:
-        """The iteration's groups with what they are trained on, by method or algorithm: on rank 0, none elsewhere.
+        """The iteration's groups with what they are trained on, by method or algorithm: on rank 0,
+        none elsewhere.
 
         They are written down if the configuration asks for it.
         """
 
         def give() -> list[Credited]:
             assert self.main_rank is not None
-            credited = methods.credit(self.method, self.algorithm, groups, self.main_rank.knowledge.of(step))
+            credited = methods.credit(
+                self.method, self.algorithm, groups, self.main_rank.knowledge.of(step)
+            )
             if self.config.observe.rollouts:
                 self.folder.write_rollouts(step, credited)
             return credited
@@ -83,7 +90,9 @@ class Run:
             log.warning(warning)
 
     def publish(self, step: int, timer: Timer) -> None:
-        """Give the engines the policy's weights as version `step`, and the devices that they share with it."""
+        """Give the engines the policy's weights as version `step`, and the devices that they share
+        with it.
+        """
         self.phases.to_engines(self.policy, step, timer)
 
     def sample(self, step: int, timer: Timer) -> dict[str, float]:
@@ -99,7 +108,9 @@ class Run:
             return self.from_engines(ask, "a sampling", version=step) or {}
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """The held-out problems' figures, if step `step` is one to ask them: on rank 0, none elsewhere."""
+        """The held-out problems' figures, if step `step` is one to ask them: on rank 0, none
+        elsewhere.
+        """
 
         def ask() -> dict[str, float]:
             assert self.main_rank is not None
@@ -108,7 +119,9 @@ class Run:
         return self.from_engines(ask, "an evaluation", version=step) or {}
 
     def save(self, step: int) -> None:
-        """Keep all that a resumed run needs. Random numbers need nothing: each is a function of seed and place."""
+        """Keep all that a resumed run needs. Random numbers need nothing: each is a function of
+        seed and place.
+        """
         state = {
             "step": step,
             "initial_model": self.policy.initial_model,
@@ -116,10 +129,14 @@ class Run:
             "watch": self.watch.state_dict(),
             "stream": self.main_rank.ledger.state_dict() if self.main_rank else None,
         }
-        self.checkpoints.save(step, self.policy.sharded_state(), state, lambda: self.folder.clear_journals(step))
+        self.checkpoints.save(
+            step, self.policy.sharded_state(), state, lambda: self.folder.clear_journals(step)
+        )
 
     def learn(self, step: int, groups: Sequence[Credited]) -> dict[str, float]:
-        """Let rank 0 keep what iteration `step` taught about its prompts, and to its method; figures of the latter."""
+        """Let rank 0 keep what iteration `step` taught about its prompts, and to its method;
+        figures of the latter.
+        """
         if self.main_rank is None:
             return {}
         self.main_rank.knowledge.learn(step, [group.rewarded for group in groups])
@@ -134,7 +151,9 @@ class Run:
         return step
 
     def load(self, last: int | None = None) -> int:
-        """Like `restore`, of a checkpoint no later than step `last`; the run folder stays as it is."""
+        """Like `restore`, of a checkpoint no later than step `last`; the run folder stays as it
+        is.
+        """
         path = self.checkpoints.newest(last)
         if path is None:
             return 0
@@ -148,10 +167,11 @@ class Run:
         return state["step"]
 
     def from_engines(self, ask: Callable[[], T], what: str, *, version: int) -> T | None:
-        """On rank 0 the result of `ask`, in which engines answer; None on the others, which wait for `what`.
+        """On rank 0 the result of `ask`, in which engines answer; None on the others, which wait
+        for `what`.
 
-        When no engine is left that serves, the weights, of `version`, are published to those that come back, and it
-        goes on: `ask` is called again, at most so many times.
+        When no engine is left that serves, the weights, of `version`, are published to those that
+        come back, and it goes on: `ask` is called again, at most so many times.
         """
 
         def recover(error: EngineError) -> None:
@@ -176,20 +196,41 @@ def open_run(config: TrainConfig, *, resume: bool = False, asks: bool = True) ->
         main_rank = None
         servers = Servers()
         if asks:
-            claim = claimed(folder, written_out(config), resume, lambda tree: written_out(validate(TrainConfig, tree)))
+            claim = claimed(
+                folder,
+                written_out(config),
+                resume,
+                lambda tree: written_out(validate(TrainConfig, tree)),
+            )
             ranks.on_main(lambda: resources.enter_context(claim))
             ranks.on_main(lambda: date_prompts(config.data.prompt, folder))
             main_rank, servers = _start_main_rank(config, method, algorithm, ranks, resources)
-        publisher = build_publisher(config, main_rank and main_rank.engine, ranks.cpu_world, servers.restart)
+        publisher = build_publisher(
+            config, main_rank and main_rank.engine, ranks.cpu_world, servers.restart
+        )
         phases = build_phases(config, publisher, main_rank, servers, ranks, asks)
         policy = Policy.to_train(config, ranks, keep_reference=keep_reference)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
         watch = Watch(config.rollout.max_new_tokens)
-        yield Run(config, ranks, folder, checkpoints, main_rank, policy, publisher, phases, method, algorithm, watch)
+        yield Run(
+            config,
+            ranks,
+            folder,
+            checkpoints,
+            main_rank,
+            policy,
+            publisher,
+            phases,
+            method,
+            algorithm,
+            watch,
+        )
 
 
 def written_out(config: TrainConfig) -> str:
-    """The configuration as its folder keeps it: every default, and every choice of its method and algorithm."""
+    """The configuration as its folder keeps it: every default, and every choice of its method and
+    algorithm.
+    """
     method = methods.build(config.method, config.rollout, config.algorithm)
     algorithm = algorithms.build(config.algorithm, config.rollout)
     return dump(methods.resolved(algorithms.resolved(config, algorithm), method))
@@ -202,14 +243,17 @@ def _start_main_rank(
     ranks: Ranks,
     resources: ExitStack,
 ) -> tuple[MainRank | None, Servers]:
-    """Rank 0's part, over the servers that the hosts have started; `resources` end both, in the right order.
+    """Rank 0's part, over the servers that the hosts have started; `resources` end both, in the
+    right order.
 
     Prompts and graders come first: what is wrong with them is said before any server starts.
     """
     main_rank = ranks.on_main(lambda: MainRank(config, method, algorithm))
     if main_rank is not None:
         resources.callback(main_rank.close)
-    started = start_servers(config.model, config.rollout, config.folder / "engines", config.seed, ranks.cpu_world)
+    started = start_servers(
+        config.model, config.rollout, config.folder / "engines", config.seed, ranks.cpu_world
+    )
     servers = resources.enter_context(started)
 
     def connect() -> None:
@@ -228,8 +272,12 @@ def build_phases(
     ranks: Ranks,
     asks: bool,
 ) -> Phases:
-    """Phases of engine and policy. Servers on shared GPUs give up theirs before a policy is built."""
-    weights = parameter_count(Architecture.from_folder(config.model.path)) * BYTES[config.model.dtype]
+    """Phases of engine and policy. Servers on shared GPUs give up theirs before a policy is
+    built.
+    """
+    weights = (
+        parameter_count(Architecture.from_folder(config.model.path)) * BYTES[config.model.dtype]
+    )
     return Phases(
         publisher,
         main_rank and main_rank.engine,

@@ -1,4 +1,6 @@
-"""The responses that a run samples for its method, kept one by one: a kill loses none, and other runs may read them."""
+"""The responses that a run samples for its method, kept one by one: a kill loses none, and other
+runs may read them.
+"""
 
 from __future__ import annotations
 
@@ -35,18 +37,22 @@ class SamplingError(UserError):
 
 
 def check_there(path: str | None, own: Path) -> None:
-    """Refuse, with a SamplingError, a key `data.reference` that names no file, if the run has no copy of its `own`."""
+    """Refuse, with a SamplingError, a key `data.reference` that names no file, if the run has no
+    copy of its `own`.
+    """
     if path is not None and not own.exists() and not Path(path).is_file():
         raise SamplingError(
-            f"data.reference: {path}: no such file; it is a run's reference.jsonl, which a run whose method wants it "
-            "writes before its first iteration; or leave data.reference out"
+            f"data.reference: {path}: no such file; it is a run's reference.jsonl, which a run "
+            "whose method wants it writes before its first iteration; or leave data.reference out"
         )
 
 
 class Sampler:
-    """Samples and grades responses to training prompts. Each request's seed is a function of the run's and the prompt.
+    """Samples and grades responses to training prompts. Each request's seed is a function of the
+    run's and the prompt.
 
-    `asked` is how they are sampled and graded, JSON-ready: a file says it in its first line, and is refused elsewhere.
+    `asked` is how they are sampled and graded, JSON-ready: a file says it in its first line, and is
+    refused elsewhere.
     """
 
     def __init__(
@@ -65,11 +71,14 @@ class Sampler:
         self._judgings = judgings
         self._asked = dict(asked)
 
-    def reference(self, engine: Engine, samples: int, path: Path, other: Path | None = None) -> ByPrompt:
-        """`samples` responses of the starting model, version 0, to every prompt; those that `path` holds are kept.
+    def reference(
+        self, engine: Engine, samples: int, path: Path, other: Path | None = None
+    ) -> ByPrompt:
+        """`samples` responses of the starting model, version 0, to every prompt; those that `path`
+        holds are kept.
 
-        If there is no such file it is made of `other`, another run's, if that is given. SamplingError if later
-        weights are served already, and some are missing.
+        If there is no such file it is made of `other`, another run's, if that is given.
+        SamplingError if later weights are served already, and some are missing.
         """
         if other is not None and not path.exists():
             self.check(other, samples)
@@ -78,25 +87,33 @@ class Sampler:
         finished, left = self._found(file, self._prompts, MAY_SHRINK)
         if left and other is not None:
             log.warning(
-                f"data.reference: {other} is not read, since this run has begun its own: {path} lacks {len(left)} of "
-                f"{len(self._prompts)} prompts, which are sampled; to take the other one, delete this one first"
+                f"data.reference: {other} is not read, since this run has begun its own: {path} "
+                f"lacks {len(left)} of {len(self._prompts)} prompts, which are sampled; to take "
+                "the other one, delete this one first"
             )
         if left and engine.version != 0:
             raise SamplingError(
-                f"{path}: {len(left)} of {len(self._prompts)} prompts are missing, and the starting model that their "
-                "responses are of is not served any more; put the file back, or start a new run"
+                f"{path}: {len(left)} of {len(self._prompts)} prompts are missing, and the "
+                "starting model that their responses are of is not served any more; put the file "
+                "back, or start a new run"
             )
-        said = f"{len(self._prompts)} prompts x {samples} responses of the starting model, before the first iteration"
+        said = (
+            f"{len(self._prompts)} prompts x {samples} responses of the starting model, before "
+            "the first iteration"
+        )
         return self._sampled(engine, file, finished, left, "reference", samples, said)
 
     def check(self, path: Path, samples: int) -> None:
-        """Refuse, with a SamplingError, another run's file that lacks what `reference` would sample."""
+        """Refuse, with a SamplingError, another run's file that lacks what `reference` would
+        sample.
+        """
         _, left = self._found(SampledFile(path, self._described(samples)), self._prompts)
         if left:
             raise SamplingError(
-                f"data.reference: {path} holds no responses to {len(left)} of {len(self._prompts)} prompts as this run "
-                f"asks them, the first {left[0].id}; give the file of a run with this data and prompt template that "
-                "got to its first iteration, or leave data.reference out"
+                f"data.reference: {path} holds no responses to {len(left)} of "
+                f"{len(self._prompts)} prompts as this run asks them, the first {left[0].id}; "
+                "give the file of a run with this data and prompt template that got to its first "
+                "iteration, or leave data.reference out"
             )
 
     def monitor(self, engine: Engine, monitor: Monitor, step: int, path: Path) -> ByPrompt:
@@ -108,16 +125,21 @@ class Sampler:
         return self._sampled(engine, file, finished, left, f"monitor/{step}", monitor.samples, said)
 
     def check_held_out(self, monitor: Monitor, before: ByPrompt) -> None:
-        """Refuse, with a SamplingError, to watch other held-out problems than `before`: their accuracy says nothing."""
+        """Refuse, with a SamplingError, to watch other held-out problems than `before`: their
+        accuracy says nothing.
+        """
         if before and before.keys() != {prompt.id for prompt in self._drawn(monitor)}:
             raise SamplingError(
-                f"evaluation.datasets: the method watches {len(before)} of these problems, and now they would be "
-                "others, whose accuracy is not comparable; set it as it was when the run began, or start a new run"
+                f"evaluation.datasets: the method watches {len(before)} of these problems, and "
+                "now they would be others, whose accuracy is not comparable; set it as it was "
+                "when the run began, or start a new run"
             )
 
     def _drawn(self, monitor: Monitor) -> list[Prompt]:
         """The prompts of a monitor set."""
-        drawn = np.random.default_rng([self._seed, MONITORED]).permutation(len(self._prompts))[: monitor.prompts]
+        drawn = np.random.default_rng([self._seed, MONITORED]).permutation(len(self._prompts))[
+            : monitor.prompts
+        ]
         return [self._prompts[i] for i in sorted(drawn)]
 
     def _described(self, samples: int) -> dict[str, Any]:
@@ -163,7 +185,9 @@ class Sampler:
 
 
 class SampledFile:
-    """Responses by prompt, a line each, behind a first line that says how they were sampled (`described`)."""
+    """Responses by prompt, a line each, behind a first line that says how they were sampled
+    (`described`).
+    """
 
     def __init__(self, path: Path, described: Mapping[str, Any]) -> None:
         self._file = LineFile(path)
@@ -175,7 +199,11 @@ class SampledFile:
         if not self._begun and not self._file.lines().texts:
             self._file.add(json.dumps(self._described))
         self._begun = True
-        self._file.add(json.dumps({"prompt": prompt.id, "asked": _asked(prompt), "sampled": dump({"": sampled})[""]}))
+        self._file.add(
+            json.dumps(
+                {"prompt": prompt.id, "asked": _asked(prompt), "sampled": dump({"": sampled})[""]}
+            )
+        )
 
     def read(self, unlike: frozenset[str] = frozenset()) -> dict[str, tuple[str, Sampled]]:
         """Read it: by the prompt's id how that was asked, and its responses; {} without a file.
@@ -194,12 +222,13 @@ class SampledFile:
                     raise TypeError("no description")
             except (ValueError, KeyError, TypeError) as error:
                 raise SamplingError(
-                    f"{where}: damaged: no sampled responses ({error}); put a copy of the file back, or delete it"
+                    f"{where}: damaged: no sampled responses ({error}); put a copy of the file "
+                    "back, or delete it"
                 ) from error
             if number == 1 and (differing := self._differing(tree, unlike)):
                 raise SamplingError(
-                    f"{where}: these responses were sampled otherwise: {'; '.join(differing)}; set that as it is "
-                    "there, or go without this file"
+                    f"{where}: these responses were sampled otherwise: {'; '.join(differing)}; "
+                    "set that as it is there, or go without this file"
                 )
         return held
 
@@ -209,7 +238,9 @@ class SampledFile:
 
     def _differing(self, tree: dict[str, Any], unlike: frozenset[str]) -> list[str]:
         here = self._described
-        keys = [key for key in {**tree, **here} if key not in unlike and tree.get(key) != here.get(key)]
+        keys = [
+            key for key in {**tree, **here} if key not in unlike and tree.get(key) != here.get(key)
+        ]
         return [f"{key}: there {tree.get(key)!r}, here {here.get(key)!r}" for key in keys]
 
 

@@ -1,6 +1,7 @@
 """Programs of a sweep, several at a time: their output told apart, all ended with the sweep.
 
-Each is in a process group of its own, so that Ctrl-C comes to the sweep alone, which then lets them save.
+Each is in a process group of its own, so that Ctrl-C comes to the sweep alone, which then lets them
+save.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ END_WITHIN_S = 1800.0
 """Seconds in which programs that were asked to end finish and save; then they are killed."""
 
 _POLL_S = 0.1
-_AS_ASKED = {EXIT_REQUEUE, *(code for number in SIGNALS for code in (-number, 128 + number))}  # ended by the signal
+# ended by the signal
+_AS_ASKED = {EXIT_REQUEUE, *(code for number in SIGNALS for code in (-number, 128 + number))}
 
 
 class FailedError(UserError):
@@ -36,14 +38,19 @@ class FailedError(UserError):
 
 
 def side_by_side(
-    commands: Sequence[tuple[str, list[str]]], logs: Path, jobs: int, ended: Callable[[str], None] = lambda name: None
+    commands: Sequence[tuple[str, list[str]]],
+    logs: Path,
+    jobs: int,
+    ended: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Run named commands, `jobs` at a time, and call `ended` with the name of each that has ended well.
+    """Run named commands, `jobs` at a time, and call `ended` with the name of each that has ended
+    well.
 
     FailedError names those that failed, once all have ended.
 
-    SIGTERM, SIGUSR1 or Ctrl-C: no other begins, those that run are asked to end and waited for, at most END_WITHIN_S,
-    and the process ends by EXIT_REQUEUE (Ctrl-C: KeyboardInterrupt). A second signal kills them.
+    SIGTERM, SIGUSR1 or Ctrl-C: no other begins, those that run are asked to end and waited for, at
+    most END_WITHIN_S, and the process ends by EXIT_REQUEUE (Ctrl-C: KeyboardInterrupt). A second
+    signal kills them.
     """
     programs = Programs(logs)
 
@@ -66,7 +73,9 @@ def side_by_side(
         raise SystemExit(128 + interruption.insisted)
     killed = {-signal.SIGKILL} if programs.killed else set[int]()
     fine = {0, None, *killed, *(_AS_ASKED if interruption.received else ())}
-    failed = [name for (name, _), each in zip(commands, started, strict=True) if each.result() not in fine]
+    failed = [
+        name for (name, _), each in zip(commands, started, strict=True) if each.result() not in fine
+    ]
     if failed and interruption.received:
         raise UserError(str(FailedError(failed, logs)))
     if failed:
@@ -78,7 +87,10 @@ def side_by_side(
 
 
 def _follow(
-    started: Sequence[Future[int | None]], names: Sequence[str], programs: Programs, interruption: Interruption
+    started: Sequence[Future[int | None]],
+    names: Sequence[str],
+    programs: Programs,
+    interruption: Interruption,
 ) -> None:
     """Wait for all, and pass on what comes in the meantime; raises what one of them raised.
 
@@ -95,13 +107,19 @@ def _follow(
             asked = programs.end(signal.SIGTERM)
             named = ", ".join(name for name in names if name in asked) or "none"
             said = f"sweep: {interruption.received.name}: {named} asked to"
-            print(f"{said} end, and waited for {END_WITHIN_S:g} s; a second signal kills", file=sys.stderr, flush=True)
+            print(
+                f"{said} end, and waited for {END_WITHIN_S:g} s; a second signal kills",
+                file=sys.stderr,
+                flush=True,
+            )
         if interruption.insisted or time.monotonic() > limit:
             programs.end(signal.SIGKILL)
 
 
 class Programs:
-    """Commands as processes, each followed by the thread that runs it; their output goes to `logs` and the terminal."""
+    """Commands as processes, each followed by the thread that runs it; their output goes to `logs`
+    and the terminal.
+    """
 
     def __init__(self, logs: Path) -> None:
         self.ending = self.killed = False

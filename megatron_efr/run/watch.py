@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 MOST_CUT = 0.1
-"""Share of the starting model's responses that the limit may cut: more, and it is below their 90% length quantile."""
+"""Share of the starting model's responses that the limit may cut: more, and it is below their 90%
+length quantile.
+"""
 
 PATIENCE = 5
 """Iterations without a signal before that is said, and said again."""
@@ -27,7 +29,11 @@ class Watch:
 
     def see(self, step: int, metrics: Mapping[str, float]) -> list[str]:
         """The warnings that iteration `step`, whose figures `metrics` are, gives reason for."""
-        found = [self._cut_off(step, metrics), self._without_signal(metrics), self._entropy(metrics)]
+        found = [
+            self._cut_off(step, metrics),
+            self._without_signal(metrics),
+            self._entropy(metrics),
+        ]
         return [f"iteration {step}: {said}" for said in found if said]
 
     def _cut_off(self, step: int, metrics: Mapping[str, float]) -> str:
@@ -35,13 +41,15 @@ class Watch:
         cut = metrics["truncated"]
         if cut == 1.0:
             return (
-                f"all responses were cut off at {key}, so that all count as wrong and nothing can be learnt; raise the "
-                "limit, or see whether the model ends its answers at all (its stop tokens and chat template)"
+                f"all responses were cut off at {key}, so that all count as wrong and nothing can "
+                "be learnt; raise the limit, or see whether the model ends its answers at all "
+                "(its stop tokens and chat template)"
             )
         if step == 1 and cut > MOST_CUT:
             return (
-                f"{cut:.0%} of the starting model's responses were cut off: {key} is below their {1 - MOST_CUT:.0%} "
-                "length quantile, and what it cuts counts as wrong, however right it was going to be; raise the limit"
+                f"{cut:.0%} of the starting model's responses were cut off: {key} is below their "
+                f"{1 - MOST_CUT:.0%} length quantile, and what it cuts counts as wrong, however "
+                "right it was going to be; raise the limit"
             )
         return ""
 
@@ -51,12 +59,24 @@ class Watch:
             return ""
         right, wrong = metrics["groups_all_right"], metrics["groups_all_wrong"]
         if wrong == 1.0:
-            why = "every answer is wrong: the problems are too hard, the limit too low, or answers are not recognised"
+            why = (
+                "every answer is wrong: the problems are too hard, the limit too low, or answers "
+                "are not recognised"
+            )
         elif right == 1.0:
-            why = "every answer is right, and the method tells them not apart: take harder problems, or a stronger pull"
+            why = (
+                "every answer is right, and the method tells them not apart: take harder "
+                "problems, or a stronger pull"
+            )
         else:
-            why = f"{right:.0%} of groups are all right, {wrong:.0%} all wrong, and none has rewards that differ"
-        return f"no group has had a signal for {self._silent} iterations, so that the policy stands still; {why}"
+            why = (
+                f"{right:.0%} of groups are all right, {wrong:.0%} all wrong, and none has "
+                "rewards that differ"
+            )
+        return (
+            f"no group has had a signal for {self._silent} iterations, so that the policy stands "
+            f"still; {why}"
+        )
 
     def _entropy(self, metrics: Mapping[str, float]) -> str:
         entropy = metrics.get("entropy", math.nan)
@@ -71,7 +91,10 @@ class Watch:
         change = f"the entropy is {entropy:.3g}, and was {self._start:.3g} at the start"
         if self._strayed == "high":
             return f"{change}: the policy comes apart; lower optimizer.lr, or raise algorithm.beta"
-        return f"{change}: the policy hardly explores any more; raise algorithm.entropy_bonus or algorithm.clip_high"
+        return (
+            f"{change}: the policy hardly explores any more; raise algorithm.entropy_bonus or "
+            "algorithm.clip_high"
+        )
 
     @staticmethod
     def _where(entropy: float, start: float) -> str:

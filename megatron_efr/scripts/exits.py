@@ -14,21 +14,30 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Exits(Answered):
-    """A whole response, and answers from within its thought: at shares of its length, or wherever chance has it.
+    """A whole response, and answers from within its thought: at shares of its length, or wherever
+    chance has it.
 
-    Sources: S-GRPO's serial group (arXiv 2505.07686), JET's truncation (arXiv 2509.23392). `opening` ends the thought
-    of a branch. A thought of n tokens has `drawn` exits (or n - 1, if these are fewer) after 1 to n - 1 of them, each
-    equally likely: a function of `seed` and the sample. Or one at each of `shares` of it, rounded down.
+    Sources: S-GRPO's serial group (arXiv 2505.07686), JET's truncation (arXiv 2509.23392).
+    `opening` ends the thought of a branch. A thought of n tokens has `drawn` exits (or n - 1, if
+    these are fewer) after 1 to n - 1 of them, each equally likely: a function of `seed` and the
+    sample. Or one at each of `shares` of it, rounded down.
     """
 
-    shares: Annotated[tuple[Share, ...], Field(strict=False)] = Field(default=(), description="of the thought")
-    drawn: int = Field(default=0, ge=0, description="exits that are drawn at random, instead of shares")
+    shares: Annotated[tuple[Share, ...], Field(strict=False)] = Field(
+        default=(), description="of the thought"
+    )
+    drawn: int = Field(
+        default=0, ge=0, description="exits that are drawn at random, instead of shares"
+    )
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Exits:
         if bool(self.shares) == bool(self.drawn):
-            raise ValueError("shares: give either shares of the thought, or how many exits are drawn, and not both")
+            raise ValueError(
+                "shares: give either shares of the thought, or how many exits are drawn, and not "
+                "both"
+            )
         return self
 
     def steps(self, sample: int) -> Steps:

@@ -1,6 +1,8 @@
-"""The kinds of scripts: generators of steps that any engine drives, with their options as a section has them.
+"""The kinds of scripts: generators of steps that any engine drives, with their options as a section
+has them.
 
-`</think>` stands for the text that ends a thought; a model that has another is told so by the option `end`.
+`</think>` stands for the text that ends a thought; a model that has another is told so by the
+option `end`.
 """
 
 from __future__ import annotations
@@ -92,8 +94,9 @@ class Opened(Kind):
 class Budget(Kind):
     """A thought of at most `most` tokens, and an answer of at most `answer`.
 
-    A thought that is longer is cut, and `cut` forced (Elastic Reasoning, arXiv 2505.05315). One that ends before
-    `least` tokens goes on with `wait` forced in the place of its end, at most `waits` times (s1, arXiv 2501.19393).
+    A thought that is longer is cut, and `cut` forced (Elastic Reasoning, arXiv 2505.05315). One
+    that ends before `least` tokens goes on with `wait` forced in the place of its end, at most
+    `waits` times (s1, arXiv 2501.19393).
     """
 
     most: PositiveInt
@@ -107,7 +110,9 @@ class Budget(Kind):
     @model_validator(mode="after")
     def _least_is_below_most(self) -> Budget:
         if self.least > self.most:
-            raise ValueError(f"least: {self.least} is above most = {self.most}, where the thought is cut")
+            raise ValueError(
+                f"least: {self.least} is above most = {self.most}, where the thought is cut"
+            )
         return self
 
     @property
@@ -126,7 +131,11 @@ class Budget(Kind):
         while True:
             done = yield Draw("thought", left, self.until)
             left -= done.part.end - done.part.start
-            if done.part.ending != "until" or self.most - left >= self.least or not (waits and left):
+            if (
+                done.part.ending != "until"
+                or self.most - left >= self.least
+                or not (waits and left)
+            ):
                 break
             waits -= 1
             yield Force("wait", self.wait)
@@ -138,10 +147,12 @@ class Budget(Kind):
 
 
 class EarlyExit(Kind):
-    """A thought that is left as soon as the model is sure of its answer (as DEER, arXiv 2504.15895).
+    """A thought that is left as soon as the model is sure of its answer (as DEER, arXiv
+    2504.15895).
 
-    Before each of `pauses`, `probe` and up to `tokens` tokens of an answer are tried beside the response. If the mean
-    of their log-probs is at least that of the probability `sure`, `exit` takes the place of the pause.
+    Before each of `pauses`, `probe` and up to `tokens` tokens of an answer are tried beside the
+    response. If the mean of their log-probs is at least that of the probability `sure`, `exit`
+    takes the place of the pause.
     """
 
     pauses: Texts = Field(default=("Wait",), min_length=1, description="single tokens")
@@ -149,7 +160,9 @@ class EarlyExit(Kind):
     probe_end: Texts = Field(default=(), description="single tokens that end an answer")
     tokens: PositiveInt = 20
     sure: float = Field(default=0.95, gt=0, le=1)
-    tries: PositiveInt = Field(default=10, description="pauses that are probed; later ones are passed")
+    tries: PositiveInt = Field(
+        default=10, description="pauses that are probed; later ones are passed"
+    )
     end: Token = Field(default="</think>", description="a single token")
     exit: Token = "\n</think>\n\n"
 
@@ -172,7 +185,9 @@ class EarlyExit(Kind):
                 return
             if done.met == self.end:
                 break
-            tried = yield Fork("probe", (done.part.end,), 1, self.probe, self.tokens, self.probe_end)
+            tried = yield Fork(
+                "probe", (done.part.end,), 1, self.probe, self.tokens, self.probe_end
+            )
             if confidence(tried.branches[0]) >= self.sure:
                 yield Force("exit", self.exit)
                 break
@@ -181,7 +196,9 @@ class EarlyExit(Kind):
         yield Draw("answer")
 
     def unsure(self, sample: int, number: int) -> str:
-        """The text that takes the place of pause `number` if the model is not sure; empty: the pause stays."""
+        """The text that takes the place of pause `number` if the model is not sure; empty: the
+        pause stays.
+        """
         return ""
 
 
@@ -191,7 +208,9 @@ class Answered(Kind):
     samples: PositiveInt = 1
     tokens: PositiveInt = Field(description="tokens of a branch at most")
     opening: Token = "\n</think>\n\n"
-    end: Token | None = Field(default=None, description="the single token that ends a thought; none: all is thought")
+    end: Token | None = Field(
+        default=None, description="the single token that ends a thought; none: all is thought"
+    )
 
     @property
     def until(self) -> tuple[str, ...]:
@@ -203,29 +222,38 @@ class Answered(Kind):
 
 
 class Forks(Answered):
-    """A whole response, and answers from the middle of its thought: what it would have said at each length `at`.
+    """A whole response, and answers from the middle of its thought: what it would have said at each
+    length `at`.
 
-    Source: AnytimeReasoner's budgets (arXiv 2505.13438). `opening` ends the thought of a branch. Lengths that the
-    thought did not reach have no branch; at 0 an answer is direct, without a thought. With `ended` they have: as many
-    more samples from behind the thought's own end, with `ended` written there; and a thought is then cut at the last
-    length.
+    Source: AnytimeReasoner's budgets (arXiv 2505.13438). `opening` ends the thought of a branch.
+    Lengths that the thought did not reach have no branch; at 0 an answer is direct, without a
+    thought. With `ended` they have: as many more samples from behind the thought's own end, with
+    `ended` written there; and a thought is then cut at the last length.
     """
 
     at: Lengths = Field(min_length=1)
-    ended: Token | None = Field(default=None, description="opening of the branches of a thought that has ended")
+    ended: Token | None = Field(
+        default=None, description="opening of the branches of a thought that has ended"
+    )
 
     @model_validator(mode="after")
     def _ended_needs_end(self) -> Forks:
         if self.ended and not self.end:
-            raise ValueError("ended: a thought without `end` never ends by itself; say its end, or leave `ended` out")
+            raise ValueError(
+                "ended: a thought without `end` never ends by itself; say its end, or leave "
+                "`ended` out"
+            )
         return self
 
     @property
     def branches(self) -> tuple[str, int]:
-        return f"{self.opening}{self.ended or ''}", self.tokens  # no branch has more written tokens than both together
+        # no branch has more written tokens than both together
+        return f"{self.opening}{self.ended or ''}", self.tokens
 
     def steps(self, sample: int) -> Steps:
-        done = yield Draw("thought" if self.end else "response", max(self.at) if self.ended else None, self.until)
+        done = yield Draw(
+            "thought" if self.end else "response", max(self.at) if self.ended else None, self.until
+        )
         thought = done.part.end
         has_ended = done.part.ending == "until"
         if has_ended:
@@ -237,11 +265,13 @@ class Forks(Answered):
 
 
 def check_answered(most: int | None, limit: int, path: str) -> None:
-    """Refuse, with a ConfigError that names the key within `path`, a limit of the thought that leaves no answer."""
+    """Refuse, with a ConfigError that names the key within `path`, a limit of the thought that
+    leaves no answer.
+    """
     if most is not None and most >= limit:
         raise ConfigError(
-            f"{path}.most: a thought of {most} tokens uses up max_new_tokens = {limit}, and one that is cut has no "
-            "answer; lower it, or raise max_new_tokens"
+            f"{path}.most: a thought of {most} tokens uses up max_new_tokens = {limit}, and one "
+            "that is cut has no answer; lower it, or raise max_new_tokens"
         )
 
 

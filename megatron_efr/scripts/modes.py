@@ -1,8 +1,10 @@
-"""Modes of thinking that an evaluation asks for: none, little, or a summary in the place of the thought.
+"""Modes of thinking that an evaluation asks for: none, little, or a summary in the place of the
+thought.
 
-The modes are those of "Trade-offs in Large Reasoning Models" (arXiv 2503.17979), known here by its abstract; the words
-and the way a summary is made are this project's. The chat template has opened the thought; if it has not, an opening
-must begin with `<think>\\n`. A model that ends a thought with another text than `</think>` needs it in the options.
+The modes are those of "Trade-offs in Large Reasoning Models" (arXiv 2503.17979), known here by its
+abstract; the words and the way a summary is made are this project's. The chat template has opened
+the thought; if it has not, an opening must begin with `<think>\\n`. A model that ends a thought
+with another text than `</think>` needs it in the options.
 """
 
 from __future__ import annotations
@@ -30,12 +32,14 @@ class LessThinking(Opened):
 
 
 class SummaryThinking(Kind):
-    """A thought that is made beforehand, and in its place a summary of it by the model, behind which it answers.
+    """A thought that is made beforehand, and in its place a summary of it by the model, behind
+    which it answers.
 
-    The thought, of at most `most` tokens (what max_new_tokens leaves beside the summary), is drawn apart, and `wish`
-    and at most `tokens` tokens behind it. The response is that summary, `cut`, and an answer that sees no more than
-    this. Its length is its own: what was drawn apart is in no figure, so that tokens say what a reader gets, and not
-    what it cost. A response that ends without a thought is taken as it is. It is for evaluations.
+    The thought, of at most `most` tokens (what max_new_tokens leaves beside the summary), is drawn
+    apart, and `wish` and at most `tokens` tokens behind it. The response is that summary, `cut`,
+    and an answer that sees no more than this. Its length is its own: what was drawn apart is in no
+    figure, so that tokens say what a reader gets, and not what it cost. A response that ends
+    without a thought is taken as it is. It is for evaluations.
     """
 
     most: PositiveInt | None = None
@@ -67,8 +71,9 @@ class SummaryThinking(Kind):
         most = limit - self.tokens if self.most is None else self.most
         if not 0 < most <= limit - self.tokens:
             raise ConfigError(
-                f"{path}.tokens: a summary of {self.tokens} tokens behind a thought of {max(most, 1)} does not fit "
-                f"into max_new_tokens = {limit}; lower it, or raise max_new_tokens"
+                f"{path}.tokens: a summary of {self.tokens} tokens behind a thought of "
+                f"{max(most, 1)} does not fit into max_new_tokens = {limit}; lower it, or raise "
+                "max_new_tokens"
             )
 
     def steps(self, sample: int) -> Steps:

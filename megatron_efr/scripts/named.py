@@ -11,7 +11,16 @@ from megatron_efr.scripts.exits import Exits
 from megatron_efr.scripts.kinds import Budget, EarlyExit, Forks, Opened, Plain
 from megatron_efr.scripts.modes import LessThinking, SummaryThinking, ZeroThinking
 from megatron_efr.scripts.probed import Concise, Deer, EarlyStop, Subthoughts
-from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Sketch, ThinkFor, Tip, Told
+from megatron_efr.scripts.published import (
+    S1,
+    CutOff,
+    Elastic,
+    NoThinking,
+    Sketch,
+    ThinkFor,
+    Tip,
+    Told,
+)
 from megatron_efr.scripts.rounds import Rounds
 from megatron_efr.scripts.search import VgSearch
 from megatron_efr.types import Prompt, Request, Script
@@ -41,8 +50,9 @@ SCRIPTS: dict[str, type[Any]] = {
     "think_for": ThinkFor,
     "sketch": Sketch,
 }
-"""Every kind and published rule, a frozen `Section` that is a `Script`, by the name that a configuration and a journal
-give it."""
+"""Every kind and published rule, a frozen `Section` that is a `Script`, by the name that a
+configuration and a journal give it.
+"""
 
 
 def plain(prompt: Prompt, samples: int, seed: int) -> Request:
@@ -51,7 +61,9 @@ def plain(prompt: Prompt, samples: int, seed: int) -> Request:
 
 
 def build(name: str, options: Mapping[str, Any], path: str) -> Script:
-    """The script of that name; ConfigError, with the key's path, for an unknown name or a wrong option."""
+    """The script of that name; ConfigError, with the key's path, for an unknown name or a wrong
+    option.
+    """
     if name not in SCRIPTS:
         raise ConfigError(f"{path}.name: no script {name!r}; there are {', '.join(SCRIPTS)}")
     kind: type[Section] = SCRIPTS[name]
@@ -63,11 +75,15 @@ def encode(script: Script) -> dict[str, Any]:
     """Name and options, JSON-ready."""
     names = {kind: name for name, kind in SCRIPTS.items()}
     if type(script) not in names or not isinstance(script, Section):
-        raise ConfigError(f"script {type(script).__name__}: it has no name; add its kind, a Section, to SCRIPTS")
+        raise ConfigError(
+            f"script {type(script).__name__}: it has no name; add its kind, a Section, to SCRIPTS"
+        )
     return {"name": names[type(script)], **script.model_dump(mode="json")}
 
 
 def decode(tree: Mapping[str, Any]) -> Script:
-    """The script that `encode` wrote. ConfigError if its kind is not known here, or has other options."""
+    """The script that `encode` wrote. ConfigError if its kind is not known here, or has other
+    options.
+    """
     options = dict(tree)
     return build(options.pop("name"), options, "script")

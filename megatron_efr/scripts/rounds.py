@@ -10,7 +10,8 @@ from megatron_efr.steps import Draw, Fork
 
 
 class Rounds(Kind):
-    """A first round, and further ones as long as a round ends with a summary, at most `most` together.
+    """A first round, and further ones as long as a round ends with a summary, at most `most`
+    together.
 
     A round that holds a text between `opens` and `closes` is followed by a branch from the very
     beginning, which opens with `history` around that text: the model sees the prompt and the
@@ -23,14 +24,22 @@ class Rounds(Kind):
     most: PositiveInt = 50
     opens: Token = "<summary>"
     closes: Token = "</summary>"
-    history: Token = Field(default="<history>\n{summary}\n</history>", description="around {summary}")
+    history: Token = Field(
+        default="<history>\n{summary}\n</history>", description="around {summary}"
+    )
 
     @model_validator(mode="after")
     def _history_holds_a_summary_and_no_mark(self) -> Rounds:
         if "{summary}" not in self.history:
-            raise ValueError(f"history: {self.history!r} tells no round of the one before; put {{summary}} where it is")
+            raise ValueError(
+                f"history: {self.history!r} tells no round of the one before; put {{summary}} "
+                "where it is"
+            )
         if self.opens in self.history:
-            raise ValueError(f"history: {self.history!r} holds {self.opens!r}, and each round would have a summary")
+            raise ValueError(
+                f"history: {self.history!r} holds {self.opens!r}, and each round would have a "
+                "summary"
+            )
         return self
 
     @property
@@ -39,7 +48,9 @@ class Rounds(Kind):
         return (self.history.replace("{summary}", ""), 2 * self.tokens) if self.most > 1 else None
 
     def check(self, limit: int, path: str) -> None:
-        raise ConfigError(f"{path}.name: rounds are for training: an evaluation would judge the first round alone")
+        raise ConfigError(
+            f"{path}.name: rounds are for training: an evaluation would judge the first round alone"
+        )
 
     def steps(self, sample: int) -> Steps:
         done = yield Draw("round", self.tokens, told=True)
@@ -47,7 +58,9 @@ class Rounds(Kind):
         for _ in range(self.most - 1):
             if not summary:
                 return
-            done = yield Fork("round", (0,), 1, self.history.replace("{summary}", summary), self.tokens)
+            done = yield Fork(
+                "round", (0,), 1, self.history.replace("{summary}", summary), self.tokens
+            )
             summary = self.summary(done.branches[0].responses[0].text)
 
     def summary(self, text: str) -> str:

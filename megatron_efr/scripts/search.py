@@ -1,4 +1,6 @@
-"""Search over steps of reasoning, by a scorer: beams that are grown, scored and cut back within one response."""
+"""Search over steps of reasoning, by a scorer: beams that are grown, scored and cut back within one
+response.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +36,20 @@ class _Beam(NamedTuple):
 
 
 class VgSearch(Kind):
-    """Beam search with a scorer every `every` steps (variable granularity; hmarkc/VG-Search@1698233 beam_search.py).
+    """Beam search with a scorer every `every` steps (variable granularity; hmarkc/VG-Search@1698233
+    beam_search.py).
 
-    A step ends with one of `ends`; a beam that has none within `tokens` tokens is cut there, and has ended. The best
-    `beams` / `width` go on for `every` - 1 steps each, are copied to `beams`, take one step more, and are scored; in
-    the last of `iterations`, 12 / `every` if not given, they go on to their end. The search is over when `beams` have
-    ended, or all; the response is the ended one with the best score, the first of equals. Its length is its own: what
-    the others drew is in no figure. It is for evaluations: what was chosen is no draw of the model's.
+    A step ends with one of `ends`; a beam that has none within `tokens` tokens is cut there, and
+    has ended. The best `beams` / `width` go on for `every` - 1 steps each, are copied to `beams`,
+    take one step more, and are scored; in the last of `iterations`, 12 / `every` if not given, they
+    go on to their end. The search is over when `beams` have ended, or all; the response is the
+    ended one with the best score, the first of equals. Its length is its own: what the others drew
+    is in no figure. It is for evaluations: what was chosen is no draw of the model's.
 
-    `scorer`: `verifier` scores a text whose answer is right by 1 and others by 0, which is an upper bound, not a rule
-    that could be used; or the name of an entry point of the group `megatron_efr.scorers`, a function of the prompt and
-    the texts. The source has a process reward model, samples at temperature 0.8, and grows beams that have ended.
+    `scorer`: `verifier` scores a text whose answer is right by 1 and others by 0, which is an upper
+    bound, not a rule that could be used; or the name of an entry point of the group
+    `megatron_efr.scorers`, a function of the prompt and the texts. The source has a process reward
+    model, samples at temperature 0.8, and grows beams that have ended.
     """
 
     scorer: str = "verifier"
@@ -52,14 +57,18 @@ class VgSearch(Kind):
     width: PositiveInt = 4
     every: PositiveInt = 1
     iterations: PositiveInt | None = None
-    ends: Texts = Field(default=("\n\n", ".\n\n", ":\n\n", " \n\n"), min_length=1, description="ends of a step")
+    ends: Texts = Field(
+        default=("\n\n", ".\n\n", ":\n\n", " \n\n"), min_length=1, description=("ends of a step")
+    )
     tokens: PositiveInt = Field(default=2048, description="tokens of a step at most")
 
     @field_validator("scorer")
     @classmethod
     def _scorer_is_known(cls, name: str) -> str:
         if name not in SCORERS and name not in registered(GROUP):
-            raise ValueError(f"no scorer {name!r}; there are {', '.join(sorted({*SCORERS, *registered(GROUP)}))}")
+            raise ValueError(
+                f"no scorer {name!r}; there are {', '.join(sorted({*SCORERS, *registered(GROUP)}))}"
+            )
         return name
 
     @model_validator(mode="after")
@@ -99,9 +108,16 @@ class VgSearch(Kind):
             best = sorted(scored, key=lambda pair: -pair[0])[: self.beams // self.width]
             active = [beam for _, beam in best]
         chosen = max(ended, key=lambda pair: pair[0])[1]
-        yield Take("search", chosen.tokens, chosen.logprobs, "stop" if chosen.ending == "stop" else "length")
+        yield Take(
+            "search",
+            chosen.tokens,
+            chosen.logprobs,
+            "stop" if chosen.ending == "stop" else "length",
+        )
 
-    def _grow(self, beams: list[_Beam], ends: tuple[str, ...]) -> Generator[Step, Done, list[_Beam]]:
+    def _grow(
+        self, beams: list[_Beam], ends: tuple[str, ...]
+    ) -> Generator[Step, Done, list[_Beam]]:
         """Each beam with a step more; those that have ended stay as they are."""
         going = [beam for beam in beams if not beam.ending]
         if not going:

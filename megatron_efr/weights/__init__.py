@@ -1,1 +1,3 @@
-"""Tensors at rest: what config.json says, the one Hugging Face <-> Megatron mapping, and model folders."""
+"""Tensors at rest: what config.json says, the one Hugging Face <-> Megatron mapping, and model
+folders.
+"""

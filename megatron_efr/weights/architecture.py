@@ -1,4 +1,6 @@
-"""Reads what config.json says a model is: the facts that building, mapping and decoding need; refuses others."""
+"""Reads what config.json says a model is: the facts that building, mapping and decoding need;
+refuses others.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A decoder-only transformer with RMSNorm, SwiGLU and rotary embeddings, by its Hugging Face numbers."""
+    """A decoder-only transformer with RMSNorm, SwiGLU and rotary embeddings, by its Hugging Face
+    numbers.
+    """
 
     model_type: str
     layers: int
@@ -47,10 +51,14 @@ class Architecture:
 
     @classmethod
     def of(cls, model: str | Path | Mapping[str, Any] | Architecture) -> Architecture:
-        """The architecture of a model folder, or of a config.json's dictionary, or the one given."""
+        """The architecture of a model folder, or of a config.json's dictionary, or the one
+        given.
+        """
         if isinstance(model, Architecture):
             return model
-        return cls.from_config(dict(model)) if isinstance(model, Mapping) else cls.from_folder(model)
+        return (
+            cls.from_config(dict(model)) if isinstance(model, Mapping) else cls.from_folder(model)
+        )
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Architecture:
@@ -59,14 +67,20 @@ class Architecture:
         """
         path = Path(folder) / "config.json"
         if not Path(folder).is_dir():
-            raise ConfigError(f"model.path: {folder}: no such folder; a Hugging Face model folder is expected")
+            raise ConfigError(
+                f"model.path: {folder}: no such folder; a Hugging Face model folder is expected"
+            )
         if not path.is_file():
-            raise ConfigError(f"model.path: {path}: not found; a Hugging Face model folder holds a config.json")
+            raise ConfigError(
+                f"model.path: {path}: not found; a Hugging Face model folder holds a config.json"
+            )
         return cls.from_config(read_object(path), str(path))
 
     @classmethod
     def from_config(cls, raw: dict[str, Any], source: str = "config.json") -> Architecture:
-        """Read the dictionary of a config.json, refusing by name what would be silently computed wrong."""
+        """Read the dictionary of a config.json, refusing by name what would be silently computed
+        wrong.
+        """
         model_type = str(raw.get("model_type"))
         _refuse_unknown(raw, model_type, source)
         fields = Fields(raw, f"{source}: ")
@@ -81,14 +95,17 @@ class Architecture:
             heads=heads,
             kv_heads=fields.count("num_key_value_heads", silent),
             # Qwen 3's is 128 in transformers if config.json is silent, whatever the hidden size
-            head_dim=fields.count("head_dim", 128 if model_type == "qwen3" else max(hidden // heads, 1)),
+            head_dim=fields.count(
+                "head_dim", 128 if model_type == "qwen3" else max(hidden // heads, 1)
+            ),
             ffn=fields.count("intermediate_size"),
             vocab=fields.count("vocab_size"),
             max_positions=rotary.reach(fields.count("max_position_embeddings")),
             rotary=rotary,
             norm_eps=fields.number("rms_norm_eps", 1e-6),
             tied=fields.flag("tie_word_embeddings", False),
-            qkv_bias=model_type == "qwen2",  # which always has it, and its config.json does not say so
+            # which always has it, and its config.json does not say so
+            qkv_bias=model_type == "qwen2",
             qk_norm=model_type in ("qwen3", "qwen3_moe"),
             initializer_range=fields.number("initializer_range", 0.02),
             experts=_experts(fields) if model_type == "qwen3_moe" else None,
@@ -99,11 +116,18 @@ class Architecture:
     def _check(self, fields: Fields) -> None:
         # transformers' Llama wants it even if head_dim is given
         if self.hidden % self.heads and ("head_dim" not in fields or self.model_type == "llama"):
-            raise fields.refusal("hidden_size", f"{self.hidden} does not divide by num_attention_heads {self.heads}")
-        if self.heads % self.kv_heads:
-            silent = "" if "num_key_value_heads" in fields else f" (what an absent one means for {self.model_type})"
             raise fields.refusal(
-                "num_key_value_heads", f"{self.kv_heads}{silent} does not divide num_attention_heads {self.heads}"
+                "hidden_size", f"{self.hidden} does not divide by num_attention_heads {self.heads}"
+            )
+        if self.heads % self.kv_heads:
+            silent = (
+                ""
+                if "num_key_value_heads" in fields
+                else f" (what an absent one means for {self.model_type})"
+            )
+            raise fields.refusal(
+                "num_key_value_heads",
+                f"{self.kv_heads}{silent} does not divide num_attention_heads {self.heads}",
             )
         if self.head_dim % 2:
             raise fields.refusal("head_dim", f"{self.head_dim}: rotary embeddings need an even one")
@@ -111,16 +135,22 @@ class Architecture:
 
 # Fields that this module reads.
 _READ = {
-    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "intermediate_size", "vocab_size", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters",
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim",
+    "intermediate_size", "vocab_size", "max_position_embeddings", "rope_theta", "rope_scaling",
+    "rope_parameters",
     "rms_norm_eps", "tie_word_embeddings", "initializer_range", "layer_types",
 }  # fmt: skip
 # Fields that change nothing in the computation of log-probs.
 _NEUTRAL = {
-    "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype", "transformers_version",
-    "use_cache", "_name_or_path", "return_dict", "max_window_layers", "router_aux_loss_coef", "output_router_logits",
-    "chunk_size_feed_forward", "id2label", "label2id",  # in every configuration that transformers turns into a dict
-    "unk_token_id", "_attn_implementation_autoset", "is_llama_config", "transformers.js_config", "unsloth_version",
+    "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype",
+    "transformers_version",
+    "use_cache", "_name_or_path", "return_dict", "max_window_layers", "router_aux_loss_coef",
+    "output_router_logits",
+    # in every configuration that transformers turns into a dict
+    "chunk_size_feed_forward", "id2label", "label2id",
+    "unk_token_id", "_attn_implementation_autoset", "is_llama_config", "transformers.js_config",
+    "unsloth_version",
 }  # fmt: skip
 # Fields with one value under which the model is the one that is built here.
 _FIXED: dict[str, Any] = {
@@ -137,10 +167,12 @@ _FIXED: dict[str, Any] = {
 }
 # What each supported type adds to the above: fields that are read, or fixed.
 _TYPES: dict[str, tuple[set[str], dict[str, Any]]] = {
-    "qwen2": ({"sliding_window"}, {"attention_bias": True}),  # the window counts only with use_sliding_window
+    # the window counts only with use_sliding_window
+    "qwen2": ({"sliding_window"}, {"attention_bias": True}),
     "qwen3": ({"sliding_window"}, {}),
     "qwen3_moe": (
-        {"sliding_window", "moe_intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok",
+        {"sliding_window", "moe_intermediate_size", "num_experts", "num_local_experts",
+            "num_experts_per_tok",
          "norm_topk_prob"},
         {"mlp_only_layers": [], "decoder_sparse_step": 1},
     ),
@@ -156,7 +188,8 @@ def _refuse_unknown(raw: dict[str, Any], model_type: str, source: str) -> None:
     """ConfigError for the first field whose meaning, or whose value, is not what will be built."""
     if model_type not in _TYPES:
         raise ConfigError(
-            f"{source}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(_TYPES)}"
+            f"{source}: model_type {raw.get('model_type')!r} is not supported; supported: "
+            f"{', '.join(_TYPES)}"
         )
     # fields that must have one value; fields that nobody reads
     read, fixed = _TYPES[model_type]
@@ -164,26 +197,38 @@ def _refuse_unknown(raw: dict[str, Any], model_type: str, source: str) -> None:
     for field, value in raw.items():
         if field in fixed:
             if value is not None and not _same(value, fixed[field]):
-                window = ": sliding-window attention is not built" if "sliding_window" in field else ""
+                window = (
+                    ": sliding-window attention is not built" if "sliding_window" in field else ""
+                )
                 raise ConfigError(
-                    f"{source}: {field} {value!r} is not supported; supported: {json.dumps(fixed[field])}{window}"
+                    f"{source}: {field} {value!r} is not supported; supported: "
+                    f"{json.dumps(fixed[field])}{window}"
                 )
         # silent or null fields change nothing
         elif field not in _READ | _NEUTRAL | read and value is not None and value is not False:
             why = (
                 "quantised weights are not read: take the folder that they were made from"
                 if field == "quantization_config"
-                else f"{repr(value)[:80]} is not known for a {model_type} model; if it does not change what the model "
-                f"computes, take it out"
+                else (
+                    f"{repr(value)[:80]} is not known for a {model_type} model; if it does not "
+                    "change what the model computes, take it out"
+                )
             )
             raise ConfigError(f"{source}: {field}: {why}")
     # sliding windows, by the fields of several families
     if model_type == "mistral" and "sliding_window" not in raw:
-        raise ConfigError(f"{source}: sliding_window is missing, which means 4096: null is required, no sliding-window")
+        raise ConfigError(
+            f"{source}: sliding_window is missing, which means 4096: null is required, no "
+            "sliding-window"
+        )
     if not isinstance(raw.get("layer_types") or [], list):
-        raise ConfigError(f"{source}: layer_types: a list is required, found {raw['layer_types']!r}")
+        raise ConfigError(
+            f"{source}: layer_types: a list is required, found {raw['layer_types']!r}"
+        )
     if any(layer != "full_attention" for layer in raw.get("layer_types") or []):
-        raise ConfigError(f"{source}: layer_types: sliding-window attention is not supported; full_attention is")
+        raise ConfigError(
+            f"{source}: layer_types: sliding-window attention is not supported; full_attention is"
+        )
 
 
 def _same(value: Any, wanted: Any) -> bool:
@@ -192,7 +237,8 @@ def _same(value: Any, wanted: Any) -> bool:
 
 
 def _experts(fields: Fields) -> Experts:
-    # transformers 5 writes the number of experts under another name than the published models have it
+    # transformers 5 writes the number of experts under another name than the published models have
+    # it
     key = "num_experts" if fields.values.get("num_experts") is not None else "num_local_experts"
     made = Experts(
         count=fields.count(key, most=_MOST),
@@ -201,7 +247,11 @@ def _experts(fields: Fields) -> Experts:
         normalized=fields.flag("norm_topk_prob", False),
     )
     if made.per_token > made.count:
-        raise fields.refusal("num_experts_per_tok", f"{made.per_token} is more than {key} {made.count}")
+        raise fields.refusal(
+            "num_experts_per_tok", f"{made.per_token} is more than {key} {made.count}"
+        )
     if made.per_token == 1 and made.normalized:
-        raise fields.refusal("num_experts_per_tok", "1 with norm_topk_prob: the router would learn nothing")
+        raise fields.refusal(
+            "num_experts_per_tok", "1 with norm_topk_prob: the router would learn nothing"
+        )
     return made

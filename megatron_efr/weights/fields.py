@@ -9,7 +9,9 @@ from megatron_efr.config import ConfigError
 
 
 class Fields:
-    """The fields of one JSON object; `where` is what messages say before a key: the file, and the path within it."""
+    """The fields of one JSON object; `where` is what messages say before a key: the file, and the
+    path within it.
+    """
 
     def __init__(self, values: dict[str, Any], where: str) -> None:
         self.values, self.where = values, where
@@ -21,7 +23,9 @@ class Fields:
         """An integer from 1 to `most`; if it is absent or null, `default`."""
         value = self._given(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.refusal(key, f"an integer is required, found {self._text(key)}; it counts from 1")
+            raise self.refusal(
+                key, f"an integer is required, found {self._text(key)}; it counts from 1"
+            )
         if value > most:
             raise self.refusal(key, f"{self._text(key)} is more than any model has ({most:,})")
         return value
@@ -29,8 +33,14 @@ class Fields:
     def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
         """A finite number greater than `above`; if it is absent or null, `default`."""
         value = self._given(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < math.inf:
-            raise self.refusal(key, f"a number above {above:g} is required, found {self._text(key)}")
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not above < value < math.inf
+        ):
+            raise self.refusal(
+                key, f"a number above {above:g} is required, found {self._text(key)}"
+            )
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:

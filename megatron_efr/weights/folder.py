@@ -1,4 +1,6 @@
-"""Hugging Face model folders: read tensor by tensor, drawn from a seed, fingerprinted, written back."""
+"""Hugging Face model folders: read tensor by tensor, drawn from a seed, fingerprinted, written
+back.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +51,8 @@ def initial_weights(model: ModelConfig, architecture: Architecture, seed: int) -
 
 
 class FolderWeights(TensorSource):
-    """The safetensors of a model folder. Every expected tensor must be there with its shape, in a type that weights
-    have, before any is read; one that is not finite is refused when it is read.
+    """The safetensors of a model folder. Every expected tensor must be there with its shape, in a
+    type that weights have, before any is read; one that is not finite is refused when it is read.
     """
 
     def __init__(self, folder: str | Path, architecture: Architecture) -> None:
@@ -64,11 +66,12 @@ class FolderWeights(TensorSource):
     def __getitem__(self, name: str) -> torch.Tensor:
         with safe_open(self._stored[name].file, framework="pt") as file:
             tensor = file.get_tensor(name)
-        # one pass without a copy: what is not finite makes the sum so, and large finite numbers hardly ever do
+        # one pass without a copy: what is not finite makes the sum so, and large finite numbers
+        # hardly ever do
         if not math.isfinite(tensor.sum(dtype=torch.float32)) and not tensor.isfinite().all():
             raise ConfigError(
-                f"model.path: {self._stored[name].file}: {name} holds numbers that are not finite; the weights are "
-                f"spoilt: take an earlier checkpoint, or fetch them again"
+                f"model.path: {self._stored[name].file}: {name} holds numbers that are not "
+                "finite; the weights are spoilt: take an earlier checkpoint, or fetch them again"
             )
         return tensor
 
@@ -92,8 +95,9 @@ class FolderWeights(TensorSource):
         for name, stored in self._stored.items():
             if stored.dtype not in _DTYPES and name not in extra:
                 raise ConfigError(
-                    f"model.path: {stored.file}: {name} is stored as {stored.dtype}; supported: {', '.join(_DTYPES)}. "
-                    f"Quantised weights are not read: take the folder that they were made from"
+                    f"model.path: {stored.file}: {name} is stored as {stored.dtype}; supported: "
+                    f"{', '.join(_DTYPES)}. Quantised weights are not read: take the folder that "
+                    "they were made from"
                 )
         if missing or extra:
             raise ConfigError(
@@ -102,7 +106,10 @@ class FolderWeights(TensorSource):
             )
         for name, shape in self.shapes.items():
             if (stored := self._stored[name]).shape != shape:
-                raise ConfigError(f"model.path: {stored.file}: {name} is {stored.shape}, config.json makes it {shape}")
+                raise ConfigError(
+                    f"model.path: {stored.file}: {name} is {stored.shape}, config.json makes it "
+                    f"{shape}"
+                )
 
     def _check_head(self) -> None:
         """Refuse a head of its own if config.json ties it: transformers then unties the two, SGLang
@@ -110,19 +117,26 @@ class FolderWeights(TensorSource):
         """
         head, embedding = self._stored[HEAD], self._stored[EMBEDDING]
         if head.shape == embedding.shape:
-            with safe_open(head.file, framework="pt") as one, safe_open(embedding.file, framework="pt") as other:
+            with (
+                safe_open(head.file, framework="pt") as one,
+                safe_open(embedding.file, framework="pt") as other,
+            ):
                 parts = one.get_slice(HEAD), other.get_slice(EMBEDDING)
                 starts = range(0, head.shape[0], _ROWS)
-                if all(torch.equal(*(part[at : at + _ROWS].float() for part in parts)) for at in starts):
+                if all(
+                    torch.equal(*(part[at : at + _ROWS].float() for part in parts)) for at in starts
+                ):
                     return
         raise ConfigError(
-            f"model.path: {head.file}: {HEAD} is not {EMBEDDING}, and config.json says tie_word_embeddings: true; set "
-            f"that to false to use the head, or take the tensor out"
+            f"model.path: {head.file}: {HEAD} is not {EMBEDDING}, and config.json says "
+            "tie_word_embeddings: true; set that to false to use the head, or take the tensor out"
         )
 
 
 class RandomWeights(TensorSource):
-    """Fresh weights as transformers initialises them: a function of (seed, tensor name), so the same in any layout."""
+    """Fresh weights as transformers initialises them: a function of (seed, tensor name), so the
+    same in any layout.
+    """
 
     def __init__(self, architecture: Architecture, seed: int) -> None:
         super().__init__(architecture)
@@ -145,7 +159,9 @@ def generator(seed: int, name: str) -> torch.Generator:
 
 
 def as_folder(weights: TensorSource, place: Path, template: str | Path) -> Path:
-    """A model folder with `weights`: the one that they lie in, or else one written to `place` (see `save_folder`)."""
+    """A model folder with `weights`: the one that they lie in, or else one written to `place` (see
+    `save_folder`).
+    """
     if isinstance(weights, FolderWeights):
         weights.read_all()  # whoever takes the folder checks nothing
         return weights.folder
@@ -154,7 +170,9 @@ def as_folder(weights: TensorSource, place: Path, template: str | Path) -> Path:
 
 
 def fingerprint(folder: str | Path, seed: int | None = None) -> str:
-    """SHA-256 over config.json and the weights: the safetensors' bytes, or the seed that random weights come from."""
+    """SHA-256 over config.json and the weights: the safetensors' bytes, or the seed that random
+    weights come from.
+    """
     digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
     if seed is not None:
         digest.update(f"random weights, seed {seed}".encode())
@@ -173,7 +191,8 @@ def save_folder(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `tensors` (Hugging Face names, whole) as a model folder, with everything but the weights from `template`.
+    """Write `tensors` (Hugging Face names, whole) as a model folder, with everything but the
+    weights from `template`.
 
     config.json names the tensors' type if the template's was another: transformers loads in the
     type it finds there. Complete or absent: the folder is built beside its place and moved there.
@@ -187,7 +206,9 @@ def save_folder(
 def copy_all_but_weights(source: Path, destination: Path) -> None:
     """Copy a model folder's configuration, tokenizer and other files beside its weights."""
     for path in source.iterdir():
-        if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".pt")):
+        if path.is_file() and not path.name.endswith(
+            (".safetensors", ".safetensors.index.json", ".bin", ".pt")
+        ):
             shutil.copy(path, destination / path.name)
 
 
@@ -199,7 +220,9 @@ def _name_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
         config.write_text(json.dumps(raw | {key: names.pop()}, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int) -> set[torch.dtype]:
+def _write_shards(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int
+) -> set[torch.dtype]:
     """Write the safetensors, and their index if there are several; returns the types that occur."""
     shards: list[list[str]] = []
     dtypes: set[torch.dtype] = set()
@@ -217,7 +240,9 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], sha
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         os.rename(folder / f"shard-{number}.safetensors", folder / file)
         index |= dict.fromkeys(names, file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1))
+    (folder / INDEX).write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
+    )
     return dtypes
 
 
@@ -228,13 +253,16 @@ def _save(shard: dict[str, torch.Tensor], path: Path) -> None:
         raise OSError(str(error)) from error
 
 
-def _batches(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
+def _batches(
+    tensors: Iterable[tuple[str, torch.Tensor]], limit: int
+) -> Iterator[dict[str, torch.Tensor]]:
     batch: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in tensors:
         if batch and size + tensor.nbytes > limit:
             yield batch
-            batch.clear()  # whoever took it may still name it: it must be gone before the next fills up
+            # whoever took it may still name it: it must be gone before the next fills up
+            batch.clear()
             size = 0
         batch[name] = tensor.detach().to("cpu", copy=True).contiguous()
         size += tensor.nbytes

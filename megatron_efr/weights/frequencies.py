@@ -1,4 +1,6 @@
-"""Rotary frequencies, by the operations of transformers in their order: at far positions one bit of them is visible."""
+"""Rotary frequencies, by the operations of transformers in their order: at far positions one bit of
+them is visible.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,15 @@ from megatron_efr.weights.rotary import Rotary
 
 
 def inverse_frequencies(rotary: Rotary, head_dim: int) -> torch.Tensor:
-    """Radians that each pair of dimensions turns by from one position to the next, float32 [head_dim / 2], on the CPU.
+    """Radians that each pair of dimensions turns by from one position to the next, float32
+    [head_dim / 2], on the CPU.
 
-    Source: transformers' modeling_rope_utils; Llama 3's and YaRN's (Peng et al. 2023, section 3.2) interpolations.
+    Source: transformers' modeling_rope_utils; Llama 3's and YaRN's (Peng et al. 2023, section 3.2)
+    interpolations.
     """
-    base = rotary.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+    base = rotary.theta ** (
+        torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    )
     if rotary.kind == "linear":
         return 1.0 / base / rotary.factor
     if rotary.kind == "llama3":
@@ -36,7 +42,9 @@ def _llama3(rotary: Rotary, plain: torch.Tensor) -> torch.Tensor:
 
 
 def _yarn(rotary: Rotary, base: torch.Tensor, head_dim: int) -> torch.Tensor:
-    low, high = (_dimension(rotary, turns, head_dim) for turns in (rotary.beta_fast, rotary.beta_slow))
+    low, high = (
+        _dimension(rotary, turns, head_dim) for turns in (rotary.beta_fast, rotary.beta_slow)
+    )
     if rotary.truncate:
         low = math.floor(low)
         high = math.ceil(high)
@@ -44,11 +52,17 @@ def _yarn(rotary: Rotary, base: torch.Tensor, head_dim: int) -> torch.Tensor:
     high = min(high, head_dim - 1)
     if low == high:
         high += 0.001
-    ramp = torch.clamp((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low), 0, 1)
+    ramp = torch.clamp(
+        (torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low), 0, 1
+    )
     kept = 1 - ramp
     return 1.0 / (rotary.factor * base) * (1 - kept) + 1.0 / base * kept
 
 
 def _dimension(rotary: Rotary, turns: float, head_dim: int) -> float:
     """The dimension, a fraction, that turns so often over the original positions."""
-    return head_dim * math.log(rotary.original_positions / (turns * 2 * math.pi)) / (2 * math.log(rotary.theta))
+    return (
+        head_dim
+        * math.log(rotary.original_positions / (turns * 2 * math.pi))
+        / (2 * math.log(rotary.theta))
+    )

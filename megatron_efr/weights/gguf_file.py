@@ -1,4 +1,6 @@
-"""A GGUF file: its metadata and tensors, checked before any is used, and weights dequantised a few rows at a time."""
+"""A GGUF file: its metadata and tensors, checked before any is used, and weights dequantised a few
+rows at a time.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,22 @@ import torch
 
 from megatron_efr.errors import UserError
 
-# What is read, of llama.cpp's types; the files called Q4_K_M hold Q5 and Q8 too, if a row does not divide by 256.
+# What is read, of llama.cpp's types; the files called Q4_K_M hold Q5 and Q8 too, if a row does not
+# divide by 256.
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _VERSIONS = (2, 3)
 _CHUNK = 2**22  # numbers of a tensor that are dequantised at once
@@ -39,11 +54,13 @@ class Stored:
 
 
 class GGUFFile:
-    """The header of a GGUF file (ggml's docs/gguf.md), read whole: `metadata` by key, `tensors` by name.
+    """The header of a GGUF file (ggml's docs/gguf.md), read whole: `metadata` by key, `tensors` by
+    name.
 
-    UserError names the key or tensor at which the file ends too early, or whose type is not read. The package `gguf`
-    knows the types of tensors; the header is read here, since its reader keeps an object for each token (500 MB and
-    10 s for 150,000 of them) and does not say which tensor a mistake is in.
+    UserError names the key or tensor at which the file ends too early, or whose type is not read.
+    The package `gguf` knows the types of tensors; the header is read here, since its reader keeps
+    an object for each token (500 MB and 10 s for 150,000 of them) and does not say which tensor a
+    mistake is in.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -62,26 +79,42 @@ class GGUFFile:
             raise UserError(f"{self.path}: not a GGUF file: it does not begin with GGUF")
         version = header.number("I", "the version")
         if version not in _VERSIONS:
-            raise UserError(f"{self.path}: GGUF of version {version}; read are 2 and 3, of little-endian machines")
-        tensors, keys = header.number("Q", "the number of tensors"), header.number("Q", "the number of keys")
+            raise UserError(
+                f"{self.path}: GGUF of version {version}; read are 2 and 3, of little-endian "
+                "machines"
+            )
+        tensors, keys = (
+            header.number("Q", "the number of tensors"),
+            header.number("Q", "the number of keys"),
+        )
         for _ in range(keys):
             key = header.string("the metadata")
             self.metadata[key] = header.value(header.number("I", key), key)
         infos = [header.tensor() for _ in range(tensors)]
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
-            raise UserError(f"{self.path}: general.alignment: a number of bytes is required, found {alignment!r}")
+            raise UserError(
+                f"{self.path}: general.alignment: a number of bytes is required, found "
+                f"{alignment!r}"
+            )
         data = -(-header.position // alignment) * alignment
         for name, shape, kind, offset in infos:
             self.tensors[name] = self._stored(name, shape, kind, data + offset)
 
     def _stored(self, name: str, shape: tuple[int, ...], number: int, start: int) -> Stored:
-        sizes = {kind.value: (kind.name, *size) for kind, size in package().GGML_QUANT_SIZES.items()}
+        sizes = {
+            kind.value: (kind.name, *size) for kind, size in package().GGML_QUANT_SIZES.items()
+        }
         kind, block, block_bytes = sizes.get(number, (f"number {number}", 1, 1))
         if kind not in KINDS:
-            raise UserError(f"{self.path}: {name} is quantised as {kind}; read are {', '.join(KINDS)}")
+            raise UserError(
+                f"{self.path}: {name} is quantised as {kind}; read are {', '.join(KINDS)}"
+            )
         if not shape or shape[-1] % block:
-            raise UserError(f"{self.path}: {name} is {list(shape)}: rows of {kind} are a multiple of {block} long")
+            raise UserError(
+                f"{self.path}: {name} is {list(shape)}: rows of {kind} are a multiple of {block} "
+                "long"
+            )
         stored = Stored(kind, shape, start, shape[-1] // block * block_bytes)
         end = start + stored.rows * stored.row_bytes
         if end > self.path.stat().st_size:
@@ -105,10 +138,15 @@ class GGUFFile:
         with self.path.open("rb", buffering=0) as file:
             file.seek(stored.start)
             for part in rows.split(step):
-                raw = np.fromfile(file, np.uint8, len(part) * stored.row_bytes).reshape(len(part), -1)
+                raw = np.fromfile(file, np.uint8, len(part) * stored.row_bytes).reshape(
+                    len(part), -1
+                )
                 part.copy_(torch.from_numpy(gguf.quants.dequantize(raw, kind)))
                 if not part.isfinite().all():
-                    raise UserError(f"{self.path}: {name} holds numbers that are not finite; fetch the file again")
+                    raise UserError(
+                        f"{self.path}: {name} holds numbers that are not finite; fetch the file "
+                        "again"
+                    )
         return out
 
 
@@ -126,7 +164,9 @@ class _Header:
 
     def take(self, count: int, what: str) -> bytes:
         if count > self._size - self.position:  # a damaged length must not have the whole file read
-            raise UserError(f"{self._path}: the file is cut off: it ends within {what}; fetch it again")
+            raise UserError(
+                f"{self._path}: the file is cut off: it ends within {what}; fetch it again"
+            )
         return self._file.read(count)
 
     def number(self, letter: str, what: str) -> Any:
@@ -137,10 +177,14 @@ class _Header:
         try:
             return taken.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{self._path}: {what} holds a text that is not UTF-8: {error}") from error
+            raise UserError(
+                f"{self._path}: {what} holds a text that is not UTF-8: {error}"
+            ) from error
 
     def value(self, kind: int, key: str) -> Any:
-        """One value of the metadata; a float32 as the shortest decimal that is read back as the same float32."""
+        """One value of the metadata; a float32 as the shortest decimal that is read back as the
+        same float32.
+        """
         if kind == _STRING:
             return self.string(key)
         if kind == _ARRAY:
@@ -167,4 +211,6 @@ def package() -> Any:
     try:
         return importlib.import_module("gguf")
     except ImportError as error:
-        raise UserError("GGUF files are read with the package gguf: pip install 'megatron-efr[gguf]'") from error
+        raise UserError(
+            "GGUF files are read with the package gguf: pip install 'megatron-efr[gguf]'"
+        ) from error

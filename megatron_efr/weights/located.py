@@ -1,4 +1,6 @@
-"""Finds a model folder's safetensors and what their headers say, or says in a sentence what is wrong with the files."""
+"""Finds a model folder's safetensors and what their headers say, or says in a sentence what is
+wrong with the files.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +27,23 @@ class Stored:
 
 
 def locate(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the folder by name; ConfigError for a file that is missing, damaged or contradicts another.
+    """Every tensor of the folder by name; ConfigError for a file that is missing, damaged or
+    contradicts another.
 
-    A tensor that two shards hold is the one that the index names; one that it leaves out counts, as in transformers.
+    A tensor that two shards hold is the one that the index names; one that it leaves out counts, as
+    in transformers.
     """
     index = _read_index(folder)
     stored: dict[str, Stored] = {}
     for file in sorted(set(index.values())) or [_single(folder)]:
-        stored |= {name: entry for name, entry in _header(file).items() if index.get(name, file) == file}
+        stored |= {
+            name: entry for name, entry in _header(file).items() if index.get(name, file) == file
+        }
     if astray := [name for name in index if name not in stored]:
         raise ConfigError(
-            f"model.path: {folder / INDEX} says that {index[astray[0]].name} holds {astray[0]}, which it does not; "
-            f"{len(astray)} of {len(index)} tensors are astray: index and shards do not belong together"
+            f"model.path: {folder / INDEX} says that {index[astray[0]].name} holds {astray[0]}, "
+            f"which it does not; {len(astray)} of {len(index)} tensors are astray: index and "
+            "shards do not belong together"
         )
     return stored
 
@@ -47,14 +54,21 @@ def _read_index(folder: Path) -> dict[str, Path]:
     if not path.is_file():
         return {}
     index = read_object(path).get("weight_map")
-    if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
-        raise ConfigError(f"model.path: {path}: weight_map: an object of tensors and their files is required")
+    if (
+        not isinstance(index, dict)
+        or not index
+        or not all(isinstance(file, str) for file in index.values())
+    ):
+        raise ConfigError(
+            f"model.path: {path}: weight_map: an object of tensors and their files is required"
+        )
     files = {name: folder / file for name, file in index.items()}
     named = sorted({file.name for file in files.values()})
     if (folder / SINGLE).is_file() and named != [SINGLE]:
         raise ConfigError(
-            f"model.path: {folder} holds {SINGLE}, and beside it {INDEX}, which names {some(named)}: one of them is "
-            f"left over, and programs differ in which they read; remove it"
+            f"model.path: {folder} holds {SINGLE}, and beside it {INDEX}, which names "
+            f"{some(named)}: one of them is left over, and programs differ in which they read; "
+            "remove it"
         )
     if absent := sorted({str(file) for file in files.values() if not file.is_file()}):
         raise ConfigError(f"model.path: {path} names files that are not there: {some(absent)}")
@@ -64,7 +78,9 @@ def _read_index(folder: Path) -> dict[str, Path]:
 def _single(folder: Path) -> Path:
     path = folder / SINGLE
     if not path.is_file():
-        others = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pth", ".gguf"))
+        others = sorted(
+            file.name for file in folder.iterdir() if file.suffix in (".bin", ".pth", ".gguf")
+        )
         there = f" ({some(others)} is there: convert it to safetensors)" if others else ""
         raise ConfigError(
             f"model.path: {folder}: neither {SINGLE} nor {INDEX} found{there}; "
@@ -79,23 +95,31 @@ def _header(file: Path) -> dict[str, Stored]:
             beginning = opened.read(len(_POINTER))
         if beginning == _POINTER:
             raise ConfigError(
-                f"model.path: {file} is a git-lfs pointer, which stands for the weights; fetch them: git lfs pull"
+                f"model.path: {file} is a git-lfs pointer, which stands for the weights; fetch "
+                "them: git lfs pull"
             )
         if not beginning:
             raise ConfigError(f"model.path: {file} is empty; fetch it again")
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-            return {name: Stored(file, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            return {
+                name: Stored(file, part.get_dtype(), tuple(part.get_shape()))
+                for name, part in slices.items()
+            }
     except SafetensorError as error:
         size = file.stat().st_size
         raise ConfigError(
-            f"model.path: {file} is no safetensors file, or was cut off or damaged ({size:,} bytes: {error}); "
-            f"fetch it again"
+            f"model.path: {file} is no safetensors file, or was cut off or damaged ({size:,} "
+            f"bytes: {error}); fetch it again"
         ) from error
     except OSError as error:
-        raise ConfigError(f"model.path: {file}: cannot be read: {error.strerror or error}") from error
+        raise ConfigError(
+            f"model.path: {file}: cannot be read: {error.strerror or error}"
+        ) from error
 
 
 def some(names: list[str]) -> str:
     """The first five of `names`, and how many more there are."""
-    return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"
+    return (
+        ", ".join(names[:5]) + ((f" and {len(names) - 5} more") if len(names) > 5 else "")
+    ) or "none"

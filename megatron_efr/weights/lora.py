@@ -1,4 +1,6 @@
-"""Low-rank adapters as PEFT knows them: names, first values, and the folder that it loads. Needs no Megatron."""
+"""Low-rank adapters as PEFT knows them: names, first values, and the folder that it loads. Needs no
+Megatron.
+"""
 
 from __future__ import annotations
 
@@ -21,25 +23,37 @@ ALPHA = "lora_alpha"  # beside the tensors in a checkpoint, float64 [1]
 
 
 def tensor_names(module: str) -> tuple[str, str]:
-    """The names of A and B of a projection, `model.layers.0.self_attn.q_proj` for instance, as PEFT's files have it."""
+    """The names of A and B of a projection, `model.layers.0.self_attn.q_proj` for instance, as
+    PEFT's files have it.
+    """
     return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
 def drawn(seed: int, name: str, shape: tuple[int, int]) -> torch.Tensor:
-    """A first A [rank, in] as PEFT draws it (Kaiming's uniform, a = sqrt 5): a function of (seed, name)."""
+    """A first A [rank, in] as PEFT draws it (Kaiming's uniform, a = sqrt 5): a function of (seed,
+    name).
+    """
     bound = 1 / math.sqrt(shape[1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator(seed, name))
 
 
 def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """weight [out, in] + scaling * b [out, rank] @ a [rank, in], computed in float32, in the weight's type."""
+    """weight [out, in] + scaling * b [out, rank] @ a [rank, in], computed in float32, in the
+    weight's type.
+    """
     return torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling).to(weight.dtype)
 
 
 def shape_of_adapters(sizes: Mapping[str, Sequence[int]]) -> tuple[int, list[str]] | None:
-    """(rank, targets) of the adapters among a checkpoint's tensors of these sizes; None if there are none."""
+    """(rank, targets) of the adapters among a checkpoint's tensors of these sizes; None if there
+    are none.
+    """
     ends = ".lora_A.weight"
-    found = {name: size for name, size in sizes.items() if name.startswith(PREFIX) and name.endswith(ends)}
+    found = {
+        name: size
+        for name, size in sizes.items()
+        if name.startswith(PREFIX) and name.endswith(ends)
+    }
     if not found:
         return None
     targets = sorted({name.removesuffix(ends).rpartition(".")[2] for name in found})
@@ -47,9 +61,13 @@ def shape_of_adapters(sizes: Mapping[str, Sequence[int]]) -> tuple[int, list[str
 
 
 def save_adapter(
-    destination: str | Path, tensors: Mapping[str, torch.Tensor], config: LoraConfig, base: str | Path
+    destination: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: LoraConfig,
+    base: str | Path,
 ) -> None:
-    """Write whole adapter tensors as a folder that `peft.PeftModel.from_pretrained` loads onto the model at `base`.
+    """Write whole adapter tensors as a folder that `peft.PeftModel.from_pretrained` loads onto the
+    model at `base`.
 
     Complete or absent: it is built beside its place and moved there.
     """
@@ -70,7 +88,9 @@ def save_adapter(
     with writing(destination):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        (partial / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        (partial / "adapter_config.json").write_text(
+            json.dumps(described, indent=2) + "\n", encoding="utf-8"
+        )
         kept = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
         save_file(kept, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         shutil.rmtree(destination, ignore_errors=True)

@@ -1,8 +1,9 @@
-"""The one mapping between Hugging Face tensors and Megatron parameters, as a table, in both directions.
+"""The one mapping between Hugging Face tensors and Megatron parameters, as a table, in both
+directions.
 
-A Megatron parameter is named as in the whole model (`decoder.layers.<layer>....`, experts by their number in it),
-whatever rank holds it. A row of the table says which Hugging Face tensors make it up and how it is cut over
-tensor-parallel ranks (`cuts`).
+A Megatron parameter is named as in the whole model (`decoder.layers.<layer>....`, experts by their
+number in it), whatever rank holds it. A row of the table says which Hugging Face tensors make it up
+and how it is cut over tensor-parallel ranks (`cuts`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class MappingRow:
     megatron: str
     hugging_face: tuple[str, ...]
     split: Split
-    alias: str | None = None  # another name of the same parameter: Transformer Engine's, if it differs
+    # another name of the same parameter: Transformer Engine's, if it differs
+    alias: str | None = None
 
     def at(self, n: int, e: int = 0) -> MappingRow:
         """The row of layer `n` (and expert `e`)."""
@@ -59,12 +61,21 @@ _INPUT_NORM = MappingRow(
     "whole",
     alias=_L + "self_attention.linear_qkv.layer_norm_weight",
 )
-_QKV_WEIGHT = MappingRow(_L + "self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in _QKV), "qkv")
-_QKV_BIAS = MappingRow(_L + "self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in _QKV), "qkv")
-_QK_NORMS = tuple(
-    MappingRow(_L + f"self_attention.{x}_layernorm.weight", (_H + f"self_attn.{x}_norm.weight",), "whole") for x in "qk"
+_QKV_WEIGHT = MappingRow(
+    _L + "self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in _QKV), "qkv"
 )
-_PROJECTION = MappingRow(_L + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), "row")
+_QKV_BIAS = MappingRow(
+    _L + "self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in _QKV), "qkv"
+)
+_QK_NORMS = tuple(
+    MappingRow(
+        _L + f"self_attention.{x}_layernorm.weight", (_H + f"self_attn.{x}_norm.weight",), "whole"
+    )
+    for x in "qk"
+)
+_PROJECTION = MappingRow(
+    _L + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), "row"
+)
 _MLP_NORM = MappingRow(
     _L + "pre_mlp_layernorm.weight",
     (_H + "post_attention_layernorm.weight",),
@@ -72,7 +83,11 @@ _MLP_NORM = MappingRow(
     alias=_L + "mlp.linear_fc1.layer_norm_weight",
 )
 _MLP = (
-    MappingRow(_L + "mlp.linear_fc1.weight", (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"), "gate_up"),
+    MappingRow(
+        _L + "mlp.linear_fc1.weight",
+        (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"),
+        "gate_up",
+    ),
     MappingRow(_L + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), "row"),
 )
 _ROUTER = MappingRow(_L + "mlp.router.weight", (_H + "mlp.gate.weight",), "whole")
@@ -104,7 +119,8 @@ class WeightMapping:
         expert_rank: int = 0,
         grouped: bool = False,
     ) -> None:
-        """`expert_rank` of `expert_ranks` is whose module names `canonical` takes; `grouped`: experts are a GroupedMLP.
+        """`expert_rank` of `expert_ranks` is whose module names `canonical` takes; `grouped`:
+        experts are a GroupedMLP.
 
         ConfigError if the model does not divide over the ranks.
         """
@@ -140,18 +156,24 @@ class WeightMapping:
             yield from (row.at(n, e) for row in _EXPERTS)
 
     def _grouped_experts(self, n: int) -> Iterator[MappingRow]:
-        """GroupedMLP's two tensors of every expert-parallel rank, named by the first and last of its experts."""
+        """GroupedMLP's two tensors of every expert-parallel rank, named by the first and last of
+        its experts.
+        """
         splits: tuple[Split, Split] = ("grouped_gate_up", "grouped_row")
         for first in range(0, self._per_rank * self.expert_ranks, self._per_rank):
             experts = range(first, first + self._per_rank)
             for row, tensor, split in zip(_EXPERTS, ("weight1", "weight2"), splits, strict=True):
                 sources = tuple(source for e in experts for source in row.at(n, e).hugging_face)
-                yield MappingRow(f"{_L.format(n=n)}mlp.experts.{first}-{experts[-1]}.{tensor}", sources, split)
+                yield MappingRow(
+                    f"{_L.format(n=n)}mlp.experts.{first}-{experts[-1]}.{tensor}", sources, split
+                )
 
     @property
     def _per_rank(self) -> int:
         """Experts on each expert-parallel rank."""
-        return (self.architecture.experts.count if self.architecture.experts else 0) // self.expert_ranks
+        return (
+            self.architecture.experts.count if self.architecture.experts else 0
+        ) // self.expert_ranks
 
     @property
     def _cut(self) -> Cut:
@@ -167,8 +189,9 @@ class WeightMapping:
         return [row.megatron for row in self._table()]
 
     def canonical(self, name: str) -> str:
-        """The table's name of a parameter of this rank's modules: experts by their number in the whole model, and
-        Transformer Engine's names turned into the local ones. KeyError if it is unknown.
+        """The table's name of a parameter of this rank's modules: experts by their number in the
+        whole model, and Transformer Engine's names turned into the local ones. KeyError if it is
+        unknown.
         """
         first = self._expert_rank * self._per_rank
         if match := _SEQUENTIAL.fullmatch(name):
@@ -218,45 +241,67 @@ class WeightMapping:
             "down_proj.weight": (a.hidden, ffn),
         }
         names = [name for row in self._table() for name in row.hugging_face]
-        return {name: next(s for suffix, s in by_suffix.items() if name.endswith(suffix)) for name in names}
+        return {
+            name: next(s for suffix, s in by_suffix.items() if name.endswith(suffix))
+            for name in names
+        }
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The whole shape of Megatron parameter `name`, over all tensor-parallel ranks; not of grouped experts."""
+        """The whole shape of Megatron parameter `name`, over all tensor-parallel ranks; not of
+        grouped experts.
+        """
         row = self._row(name)
         shapes = self._shapes
-        rows = self.padded_vocab if row.split == "vocab" else sum(shapes[source][0] for source in row.hugging_face)
+        rows = (
+            self.padded_vocab
+            if row.split == "vocab"
+            else sum(shapes[source][0] for source in row.hugging_face)
+        )
         return (rows, *shapes[row.hugging_face[0]][1:])
 
     def split(self, name: str) -> Split:
         """The row of the table that says how parameter `name` is made up and split."""
         return self._row(name).split
 
-    def to_megatron(self, name: str, tensors: Mapping[str, torch.Tensor], rank: int) -> torch.Tensor:
+    def to_megatron(
+        self, name: str, tensors: Mapping[str, torch.Tensor], rank: int
+    ) -> torch.Tensor:
         """Shard of parameter `name` for tensor-parallel rank `rank`, from whole tensors."""
         row = self._row(name)
         parts = [tensors[source] for source in row.hugging_face]
         return TO_MEGATRON[row.split](self._cut, parts, rank)
 
-    def to_hugging_face(self, name: str, shards: list[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    def to_hugging_face(
+        self, name: str, shards: list[torch.Tensor]
+    ) -> list[tuple[str, torch.Tensor]]:
         """Whole Hugging Face tensors of parameter `name`, from every rank's shard in order; views
         if possible.
         """
         row = self._row(name)
-        return list(zip(row.hugging_face, TO_HUGGING_FACE[row.split](self._cut, shards), strict=True))
+        return list(
+            zip(row.hugging_face, TO_HUGGING_FACE[row.split](self._cut, shards), strict=True)
+        )
 
-    def places(self, name: str, shard: torch.Tensor, rank: int, out: list[torch.Tensor]) -> Pairs | None:
-        """The parts of tensor-parallel rank `rank`'s shard, as views, each beside its place in whole tensors `out`.
+    def places(
+        self, name: str, shard: torch.Tensor, rank: int, out: list[torch.Tensor]
+    ) -> Pairs | None:
+        """The parts of tensor-parallel rank `rank`'s shard, as views, each beside its place in
+        whole tensors `out`.
 
         None if a rank's shard alone does not say: several experts in one, or KV groups split over
         ranks.
         """
         split = self._row(name).split
-        if split not in PLACES or (split == "qkv" and self.architecture.kv_heads % self.tensor_ranks):
+        if split not in PLACES or (
+            split == "qkv" and self.architecture.kv_heads % self.tensor_ranks
+        ):
             return None
         return PLACES[split](self._cut, shard, rank, out)
 
     def fill(self, name: str, shards: list[torch.Tensor], out: list[torch.Tensor]) -> None:
-        """Like `to_hugging_face`, into contiguous tensors that are there; most splits are copied once."""
+        """Like `to_hugging_face`, into contiguous tensors that are there; most splits are copied
+        once.
+        """
         each = [self.places(name, shard, rank, out) for rank, shard in enumerate(shards)]
         if None in each:
             whole = [tensor for _, tensor in self.to_hugging_face(name, shards)]
@@ -272,4 +317,6 @@ class WeightMapping:
         try:
             return self._rows[name]
         except KeyError:
-            raise KeyError(f"{name}: no such parameter in a {self.architecture.model_type} model") from None
+            raise KeyError(
+                f"{name}: no such parameter in a {self.architecture.model_type} model"
+            ) from None

@@ -1,4 +1,6 @@
-"""Reads config.json's rope fields as transformers 5 does, or refuses them and names the field to change."""
+"""Reads config.json's rope fields as transformers 5 does, or refuses them and names the field to
+change.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ DEFAULT_THETA = 10000.0  # of every supported model type if config.json names no
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """Rotary position embeddings: their base, and how it is scaled beyond the positions that were trained first.
+    """Rotary position embeddings: their base, and how it is scaled beyond the positions that were
+    trained first.
 
     `kind` is transformers' rope_type. Queries and keys are both multiplied by `attention_factor`.
     """
@@ -30,17 +33,24 @@ class Rotary:
     beta_slow: float = 1.0
     truncate: bool = True  # YaRN's band ends at whole dimensions
     attention_factor: float = 1.0
-    own_attention_factor: bool = False  # config.json's, and not the one that follows from YaRN's factor
+    # config.json's, and not the one that follows from YaRN's factor
+    own_attention_factor: bool = False
 
     def reach(self, max_positions: int) -> int:
         """Positions of the model: YaRN's factor extends the original ones, whatever the limit."""
-        return max(max_positions, int(self.factor * self.original_positions)) if self.kind == "yarn" else max_positions
+        return (
+            max(max_positions, int(self.factor * self.original_positions))
+            if self.kind == "yarn"
+            else max_positions
+        )
 
 
 def read_rotary(raw: dict[str, Any], where: str) -> Rotary:
-    """Read `rope_parameters` (transformers 5's field) or `rope_scaling` (the older one) with `rope_theta`.
+    """Read `rope_parameters` (transformers 5's field) or `rope_scaling` (the older one) with
+    `rope_theta`.
 
-    `where` is what messages say before a key. ConfigError for a type that is not computed, or a field without meaning.
+    `where` is what messages say before a key. ConfigError for a type that is not computed, or a
+    field without meaning.
     """
     given = [key for key in ("rope_scaling", "rope_parameters") if _section(raw, key, where)]
     read = [_read(raw, key, where) for key in given] or [_read(raw, None, where)]
@@ -50,9 +60,10 @@ def read_rotary(raw: dict[str, Any], where: str) -> Rotary:
     if scaling.theta == parameters.theta and parameters.kind == "default":
         return scaling
     raise ConfigError(
-        f"{where}rope_scaling: stands beside rope_parameters, and transformers reads rope_scaling alone: rope_type "
-        f"{scaling.kind} with rope_theta {scaling.theta:g}, in place of {parameters.kind} with {parameters.theta:g}; "
-        f"put its fields into rope_parameters, beside the rope_theta there, and take rope_scaling out"
+        f"{where}rope_scaling: stands beside rope_parameters, and transformers reads rope_scaling "
+        f"alone: rope_type {scaling.kind} with rope_theta {scaling.theta:g}, in place of "
+        f"{parameters.kind} with {parameters.theta:g}; put its fields into rope_parameters, "
+        "beside the rope_theta there, and take rope_scaling out"
     )
 
 
@@ -64,22 +75,31 @@ def _section(raw: dict[str, Any], key: str, where: str) -> dict[str, Any]:
 
 
 def _read(raw: dict[str, Any], section: str | None, where: str) -> Rotary:
-    """The embedding that transformers makes of one of the fields (None: of neither) and what stands beside it."""
+    """The embedding that transformers makes of one of the fields (None: of neither) and what stands
+    beside it.
+    """
     rope = Fields(dict(raw[section]) if section else {}, f"{where}{section}." if section else where)
     theta = rope if "rope_theta" in rope else Fields(raw, where)
     if rope.values.pop("partial_rotary_factor", 1) not in (1, None):
         raise rope.refusal("partial_rotary_factor", "is not supported; supported: 1")
-    kind = rope.values.get("rope_type", rope.values.get("type", "default")) if section else "default"
+    kind = (
+        rope.values.get("rope_type", rope.values.get("type", "default")) if section else "default"
+    )
     if not isinstance(kind, str) or kind not in _KINDS:
         raise rope.refusal(
             "rope_type" if "rope_type" in rope else "type",
-            f"{kind!r} is not supported; supported: {', '.join(_KINDS)}{_WHY_NOT.get(str(kind), '')}",
+            f"{kind!r} is not supported; supported: "
+            f"{', '.join(_KINDS)}{_WHY_NOT.get(str(kind), '')}",
         )
     known, read = _KINDS[kind]
-    if section and (unknown := sorted(rope.values.keys() - {"rope_type", "type", "rope_theta", *known})):
+    if section and (
+        unknown := sorted(rope.values.keys() - {"rope_type", "type", "rope_theta", *known})
+    ):
         raise rope.refusal(unknown[0], f"is not known for rope_type {kind!r}; take it out")
     return Rotary(
-        theta=theta.number("rope_theta", None if "rope_theta" in theta else DEFAULT_THETA, above=1.0),
+        theta=theta.number(
+            "rope_theta", None if "rope_theta" in theta else DEFAULT_THETA, above=1.0
+        ),
         kind=kind,
         **read(rope, Fields(raw, where)),
     )
@@ -110,7 +130,9 @@ def _yarn(rope: Fields, config: Fields) -> dict[str, Any]:
     fast = rope.number("beta_fast", 32.0)
     if fast < slow:
         raise rope.refusal("beta_fast", f"{fast:g} is less than beta_slow {slow:g}")
-    both = [rope.number(key) for key in ("mscale", "mscale_all_dim") if rope.values.get(key) is not None]
+    both = [
+        rope.number(key) for key in ("mscale", "mscale_all_dim") if rope.values.get(key) is not None
+    ]
     over, under = both if len(both) == 2 else (1.0, 0.0)  # one alone counts for nothing
     return {
         "factor": factor,
@@ -119,7 +141,9 @@ def _yarn(rope: Fields, config: Fields) -> dict[str, Any]:
         "beta_slow": slow,
         "truncate": rope.flag("truncate", True),
         "own_attention_factor": rope.values.get("attention_factor") is not None,
-        "attention_factor": rope.number("attention_factor", _mscale(factor, over) / _mscale(factor, under)),
+        "attention_factor": rope.number(
+            "attention_factor", _mscale(factor, over) / _mscale(factor, under)
+        ),
     }
 
 
@@ -143,14 +167,19 @@ def _original(rope: Fields, config: Fields) -> int:
 _KINDS: dict[str, tuple[set[str], Callable[[Fields, Fields], dict[str, Any]]]] = {
     "default": (set(), _default),
     "linear": ({"factor"}, _linear),
-    "llama3": ({"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}, _llama3),
+    "llama3": ({"factor", "original_max_position_embeddings", "low_freq_factor",
+        "high_freq_factor"}, _llama3),
     "yarn": (
-        {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor",
+        {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate",
+            "attention_factor",
          "mscale", "mscale_all_dim"},
         _yarn,
     ),
 }  # fmt: skip
 _WHY_NOT = {
-    "dynamic": " (dynamic depends on the longest sequence of a batch; up to max_position_embeddings it is default)",
+    "dynamic": (
+        " (dynamic depends on the longest sequence of a batch; up to max_position_embeddings it "
+        "is default)"
+    ),
     "longrope": " (longrope depends on the longest sequence of a batch)",
 }

@@ -3,10 +3,11 @@
     whole   the same on every rank                  column  split by rows (dim 0)
     row     split by columns (dim 1)                vocab   rows, padded to divide over the ranks
     qkv     per KV group [q.., k, v], then dim 0    gate_up [gate; up], each half split by rows
-    grouped_gate_up, grouped_row                    the same, of several experts, transposed and in one tensor
+    grouped_gate_up, grouped_row
+        the same, of several experts, transposed and in one tensor
 
-With fewer KV groups than ranks Megatron-Core 0.16.1 splits `qkv` like any other and gathers it in the forward pass
-(`SelfAttention.get_query_key_value_tensors`), so there is no case for it.
+With fewer KV groups than ranks Megatron-Core 0.16.1 splits `qkv` like any other and gathers it in
+the forward pass (`SelfAttention.get_query_key_value_tensors`), so there is no case for it.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ import torch
 
 from megatron_efr.weights.architecture import Architecture
 
-Split = Literal["whole", "column", "row", "vocab", "qkv", "gate_up", "grouped_gate_up", "grouped_row"]
+Split = Literal[
+    "whole", "column", "row", "vocab", "qkv", "gate_up", "grouped_gate_up", "grouped_row"
+]
 
 
 class Cut(NamedTuple):
-    """The model that is cut, and over how many ranks; `experts`: how many of each layer's a rank holds."""
+    """The model that is cut, and over how many ranks; `experts`: how many of each layer's a rank
+    holds.
+    """
 
     architecture: Architecture
     ranks: int
@@ -76,15 +81,22 @@ def _gate_up_to_hugging_face(cut: Cut, shards: list[torch.Tensor]) -> list[torch
 
 
 def _grouped_gate_up_to_megatron(cut: Cut, parts: list[torch.Tensor], rank: int) -> torch.Tensor:
-    # gate and up of each expert in turn; GroupedMLP multiplies from the right, and its [hidden, ...] is but a shape
+    # gate and up of each expert in turn; GroupedMLP multiplies from the right, and its [hidden,
+    # ...] is but a shape
     pairs = zip(parts[::2], parts[1::2], strict=True)
     experts = [_gate_up_to_megatron(cut, list(pair), rank).T for pair in pairs]
     return torch.stack(experts).reshape(cut.architecture.hidden, -1)
 
 
 def _grouped_gate_up_to_hugging_face(cut: Cut, shards: list[torch.Tensor]) -> list[torch.Tensor]:
-    each = [shard.reshape(cut.experts, cut.architecture.hidden, -1).transpose(1, 2) for shard in shards]
-    return [part for e in range(cut.experts) for part in _gate_up_to_hugging_face(cut, [x[e] for x in each])]
+    each = [
+        shard.reshape(cut.experts, cut.architecture.hidden, -1).transpose(1, 2) for shard in shards
+    ]
+    return [
+        part
+        for e in range(cut.experts)
+        for part in _gate_up_to_hugging_face(cut, [x[e] for x in each])
+    ]
 
 
 def _grouped_row_to_megatron(cut: Cut, parts: list[torch.Tensor], rank: int) -> torch.Tensor:
@@ -92,7 +104,9 @@ def _grouped_row_to_megatron(cut: Cut, parts: list[torch.Tensor], rank: int) -> 
 
 
 def _grouped_row_to_hugging_face(cut: Cut, shards: list[torch.Tensor]) -> list[torch.Tensor]:
-    each = [shard.reshape(cut.experts, -1, cut.architecture.hidden).transpose(1, 2) for shard in shards]
+    each = [
+        shard.reshape(cut.experts, -1, cut.architecture.hidden).transpose(1, 2) for shard in shards
+    ]
     return [_cat(1)(cut, [x[e] for x in each])[0] for e in range(cut.experts)]
 
 
@@ -108,7 +122,9 @@ def _rows(shards: list[torch.Tensor]) -> torch.Tensor:
     )
     if not adjacent:
         return torch.cat(shards)
-    return first.as_strided((sum(shard.shape[0] for shard in shards), *first.shape[1:]), first.stride())
+    return first.as_strided(
+        (sum(shard.shape[0] for shard in shards), *first.shape[1:]), first.stride()
+    )
 
 
 def _cat(dim: int) -> Callable[[Cut, list[torch.Tensor]], list[torch.Tensor]]:
@@ -119,7 +135,8 @@ Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def _place_rows(cut: Cut, shard: torch.Tensor, rank: int, out: list[torch.Tensor]) -> Pairs:
-    mine = out[0][rank * len(shard) : (rank + 1) * len(shard)]  # without the padding of a vocabulary
+    # without the padding of a vocabulary
+    mine = out[0][rank * len(shard) : (rank + 1) * len(shard)]
     return [(shard[: len(mine)], mine)]
 
 
@@ -128,14 +145,21 @@ def _place_columns(cut: Cut, shard: torch.Tensor, rank: int, out: list[torch.Ten
 
 
 def _place_gate_up(cut: Cut, shard: torch.Tensor, rank: int, out: list[torch.Tensor]) -> Pairs:
-    return [(half, _slice(whole, 0, rank, cut.ranks)) for half, whole in zip(shard.chunk(2), out, strict=True)]
+    return [
+        (half, _slice(whole, 0, rank, cut.ranks))
+        for half, whole in zip(shard.chunk(2), out, strict=True)
+    ]
 
 
 def _place_qkv(cut: Cut, shard: torch.Tensor, rank: int, out: list[torch.Tensor]) -> Pairs:
     groups = cut.architecture.kv_heads
     grouped = [whole.view(groups, -1, *whole.shape[1:]) for whole in out]
-    mine = shard.reshape(groups // cut.ranks, -1, *shard.shape[1:]).split([whole.shape[1] for whole in grouped], dim=1)
-    return [(part, _slice(whole, 0, rank, cut.ranks)) for part, whole in zip(mine, grouped, strict=True)]
+    mine = shard.reshape(groups // cut.ranks, -1, *shard.shape[1:]).split(
+        [whole.shape[1] for whole in grouped], dim=1
+    )
+    return [
+        (part, _slice(whole, 0, rank, cut.ranks)) for part, whole in zip(mine, grouped, strict=True)
+    ]
 
 
 TO_MEGATRON: dict[Split, Callable[[Cut, list[torch.Tensor], int], torch.Tensor]] = {

@@ -1,4 +1,6 @@
-"""The report in a real browser: in light and dark, on a phone, by keyboard; and it asks nobody for anything."""
+"""The report in a real browser: in light and dark, on a phone, by keyboard; and it asks nobody for
+anything.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from megatron_efr.types import Prompt
 from tests.groups import graded
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; apt-get install chromium runs this test")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason=("no chromium here; apt-get install chromium runs this test")
+)
 
 FLAGS = [
     "--headless",
@@ -39,7 +43,10 @@ FLAGS = [
     "--hide-scrollbars",
     "--remote-debugging-port=0",
 ]
-EVIL = "<script>document.title='taken'</script><img src='https://example.org/x.png' onerror='document.title=1'>"
+EVIL = (
+    "<script>document.title='taken'</script><img src='https://example.org/x.png' "
+    "onerror='document.title=1'>"
+)
 KEYS = {"Tab": (9, ""), "Enter": (13, "\r")}
 
 
@@ -49,7 +56,9 @@ def evaluation(name: str, accuracy: float, share: float) -> Record:
     for index in range(60):
         level = 2 + index % 7
         count = round(10 * level * share)
-        prompt = Prompt(f"p{index}", (1,), "", "7", {"difficulty": level, "question": f"Sum {index}"})
+        prompt = Prompt(
+            f"p{index}", (1,), "", "7", {"difficulty": level, "question": f"Sum {index}"}
+        )
         text = f"{name} thinks <b>hard</b> {EVIL} {'x' * 300} \\boxed{{7}}"
         groups.append(graded([rng.random() < accuracy], [count], text=text, prompt=prompt))
     return summarise(groups, name, protocol={"max_new_tokens": 128})
@@ -58,13 +67,23 @@ def evaluation(name: str, accuracy: float, share: float) -> Record:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Record, Path]:
     """A family of two methods of two seeds each."""
-    shares = {"base": 1.0, "laser_seed-1": 0.7, "laser_seed-2": 0.7, "kimi_seed-1": 0.5, "kimi_seed-2": 0.5}
+    shares = {
+        "base": 1.0,
+        "laser_seed-1": 0.7,
+        "laser_seed-2": 0.7,
+        "kimi_seed-1": 0.5,
+        "kimi_seed-2": 0.5,
+    }
     records = {name: evaluation(name, 0.9, share) for name, share in shares.items()}
     models = [Listed("base", "base", ("base",), "base")]
-    models += [Listed(name, name, (f"{name}_seed-1", f"{name}_seed-2"), "base") for name in ("laser", "kimi")]
+    models += [
+        Listed(name, name, (f"{name}_seed-1", f"{name}_seed-2"), "base")
+        for name in ("laser", "kimi")
+    ]
     summary = family_summary(records, models, {"total": 65.0})
     lines = [
-        {"step": s, "accuracy": s / 20, "tokens_mean": 50.0 - s, "reward_mean": 0.1, "kl": 0.0} for s in range(1, 9)
+        {"step": s, "accuracy": s / 20, "tokens_mean": 50.0 - s, "reward_mean": 0.1, "kl": 0.0}
+        for s in range(1, 9)
     ]
     metrics = {name: lines for name in shares if name != "base"}
     configs = {name: f"name: {name}\nseed: {name[-1]}\n" for name in metrics}
@@ -81,7 +100,9 @@ class Page:
 
     async def connect(self) -> None:
         self._session = aiohttp.ClientSession()
-        async with self._session.put(f"http://127.0.0.1:{self._port}/json/new?about:blank") as answer:
+        async with self._session.put(
+            f"http://127.0.0.1:{self._port}/json/new?about:blank"
+        ) as answer:
             place = (await answer.json())["webSocketDebuggerUrl"]
         self._socket = await self._session.ws_connect(place, max_msg_size=0)
 
@@ -121,7 +142,10 @@ class Page:
         self.send("Emulation.setDeviceMetricsOverride", **metrics)
 
     def prefer(self, scheme: str) -> None:
-        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.send(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
 
     def picture(self) -> np.ndarray:
         data = base64.b64decode(self.send("Page.captureScreenshot")["data"])
@@ -143,7 +167,12 @@ def page(report: tuple[Record, Path], tmp_path_factory: pytest.TempPathFactory) 
         made.send("Page.enable")
         made.resize(900, 1600)
         made.send("Page.navigate", url=report[1].as_uri())
-        _until(lambda: made.js("document.readyState") == "complete" and made.js("location.protocol") == "file:")
+        _until(
+            lambda: (
+                made.js("document.readyState") == "complete"
+                and made.js("location.protocol") == "file:"
+            )
+        )
         yield made
         loop.run_until_complete(made.close())
     finally:
@@ -164,7 +193,9 @@ def _until(there: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_the_rendered_page_holds_every_figure_and_no_outside_reference(report: tuple[Record, Path], page: Page) -> None:
+def test_the_rendered_page_holds_every_figure_and_no_outside_reference(
+    report: tuple[Record, Path], page: Page
+) -> None:
     dom = page.js("document.documentElement.outerHTML")
     text = re.sub(r"<[^>]+>", " ", re.sub(r"<style.*?</style>", "", dom, flags=re.DOTALL))
     for model in report[0]["models"]:
@@ -174,13 +205,20 @@ def test_the_rendered_page_holds_every_figure_and_no_outside_reference(report: t
     assert "50% fewer tokens than the base" in text
     assert "Toy task." in text
     plots = {"family": 1, "budgets": 1, "difficulty": 3, "lengths": 2, "training": 4}
-    assert {name: page.js(f"document.querySelectorAll('#{name} svg[role=img]').length") for name in plots} == plots
+    assert {
+        name: page.js(f"document.querySelectorAll('#{name} svg[role=img]').length")
+        for name in plots
+    } == plots
     assert page.js("document.querySelectorAll('svg').length") == sum(plots.values())
     assert page.js("document.querySelectorAll('.absent').length") == 0
 
 
-def test_a_model_s_output_is_text_and_nothing_is_asked_of_the_network(page: Page, report: tuple[Record, Path]) -> None:
-    assert page.js("document.querySelectorAll('script, img, link, iframe, object, form').length") == 0
+def test_a_model_s_output_is_text_and_nothing_is_asked_of_the_network(
+    page: Page, report: tuple[Record, Path]
+) -> None:
+    assert (
+        page.js("document.querySelectorAll('script, img, link, iframe, object, form').length") == 0
+    )
     assert page.js("document.title") == "Efficient reasoning"
     assert EVIL in page.js("document.querySelector('#problem article details pre').textContent")
     assert page.requested == [report[1].as_uri()]
@@ -200,10 +238,16 @@ def test_the_thinking_is_folded_and_every_fold_opens_by_keyboard(page: Page) -> 
         if page.js(f"document.activeElement.parentElement === {first}"):
             break
     sections = page.js("document.querySelectorAll('section').length")
-    assert reached[: sections + 1] == ["A"] * sections + ["DIV"], "the sections come first, then what is in them"
-    assert page.js("getComputedStyle(document.activeElement).outlineStyle") == "solid", "the focus is seen"
+    assert reached[: sections + 1] == ["A"] * sections + ["DIV"], (
+        "the sections come first, then what is in them"
+    )
+    assert page.js("getComputedStyle(document.activeElement).outlineStyle") == "solid", (
+        "the focus is seen"
+    )
     assert reached.count("SUMMARY") == 6
-    assert reached.count("DIV") == 2, "tables of all models and of differences can be scrolled; folded ones wait"
+    assert reached.count("DIV") == 2, (
+        "tables of all models and of differences can be scrolled; folded ones wait"
+    )
     page.press("Enter")
     assert page.js(seen)
     page.press("Enter")
@@ -223,14 +267,19 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(page: Page) -> None:
 
 def test_it_is_painted_in_light_and_dark_and_on_a_phone(page: Page) -> None:
     seen = {}
-    for name, width, scheme in (("light", 900, "light"), ("dark", 900, "dark"), ("phone", 390, "light")):
+    for name, width, scheme in (
+        ("light", 900, "light"),
+        ("dark", 900, "dark"),
+        ("phone", 390, "light"),
+    ):
         page.resize(width, 1600, mobile=width < 400)
         page.prefer(scheme)
         page.js("scrollTo(0, 0)")
         seen[name] = page.picture()
         assert seen[name].shape[1] == width
         assert seen[name].std() > 0.05  # a blank page has none
-        assert len(np.unique((seen[name] * 255).astype(np.uint8).reshape(-1, 3), axis=0)) > 100  # text and colours
+        # text and colours
+        assert len(np.unique((seen[name] * 255).astype(np.uint8).reshape(-1, 3), axis=0)) > 100
     assert np.median(seen["light"]) > 0.95
     assert np.median(seen["dark"]) < 0.15
     margin = seen["phone"][:, -8:].std()

@@ -27,7 +27,9 @@ STOP = 2
 
 def rollout(**changes: object) -> RolloutConfig:
     """The rollout section of the tests' servers."""
-    return RolloutConfig.model_validate({"engine": "sglang", "python": str(PYTHON), "slots": SLOTS} | changes)
+    return RolloutConfig.model_validate(
+        {"engine": "sglang", "python": str(PYTHON), "slots": SLOTS} | changes
+    )
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +46,11 @@ def models(folders: tuple[Path, Path]) -> tuple[Qwen2ForCausalLM, Qwen2ForCausal
 
 
 def start(
-    folder: Path, config: RolloutConfig, model: Path, extra: Mapping[str, Any] | None = None, **changes: Any
+    folder: Path,
+    config: RolloutConfig,
+    model: Path,
+    extra: Mapping[str, Any] | None = None,
+    **changes: Any,
 ) -> tuple[Launcher, list[str]]:
     """Servers of their own, ready, with `extra` arguments; `changes` are of the model's section."""
     if not os.access(PYTHON, os.X_OK):
@@ -61,7 +67,9 @@ def start(
 
 
 @pytest.fixture(scope="session")
-def server(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+def server(
+    folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, str]]:
     """The session's server: its address and its key."""
     launcher, urls = start(tmp_path_factory.mktemp("engines"), rollout(), folders[0])
     with launcher:
@@ -69,8 +77,12 @@ def server(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def servers(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """Two servers for all tests that kill them: starting them is what takes time. They may be found dead."""
+def servers(
+    folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Servers]:
+    """Two servers for all tests that kill them: starting them is what takes time. They may be found
+    dead.
+    """
     from tests.engine.faults import Servers  # it starts servers as this module does
 
     made = Servers(tmp_path_factory.mktemp("engines"), folders[0])
@@ -92,7 +104,9 @@ class MakeSGLang(Protocol):
 
 @pytest.fixture
 def make_engine(server: tuple[str, str], folders: tuple[Path, Path]) -> Iterator[MakeSGLang]:
-    """Engines over the session's server; they are closed, and the server goes on, after each test."""
+    """Engines over the session's server; they are closed, and the server goes on, after each
+    test.
+    """
     architecture = Architecture.from_folder(folders[0])
     made: list[SGLangEngine] = []
 
@@ -103,7 +117,9 @@ def make_engine(server: tuple[str, str], folders: tuple[Path, Path]) -> Iterator
         codec: Codec | None = None,
     ) -> SGLangEngine:
         at, limits = [url or server[0]], limits or TimeoutsConfig()
-        made.append(SGLangEngine(at, architecture, SLOTS, limits, key=key or server[1], codec=codec))
+        made.append(
+            SGLangEngine(at, architecture, SLOTS, limits, key=key or server[1], codec=codec)
+        )
         return made[-1]
 
     yield make

@@ -1,4 +1,6 @@
-"""Servers of a test's own, to be killed, frozen and started again, and a wire on which one answers with failures."""
+"""Servers of a test's own, to be killed, frozen and started again, and a wire on which one answers
+with failures.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class Servers:
 
     def engine(self, *urls: str, limits: TimeoutsConfig = LIMITS) -> SGLangEngine:
         """An engine over both, or over `urls`."""
-        return SGLangEngine(urls or self.urls, Architecture.from_folder(self.model), SLOTS, limits, key=self.key)
+        return SGLangEngine(
+            urls or self.urls, Architecture.from_folder(self.model), SLOTS, limits, key=self.key
+        )
 
     def kill(self, *indices: int) -> None:
         """Nothing of them is left when this returns."""
@@ -46,7 +50,9 @@ class Servers:
 
     def revive(self) -> None:
         """Start those again that a test has left dead."""
-        self.restart(*(index for index in range(2) if self._launched[index].process.poll() is not None))
+        self.restart(
+            *(index for index in range(2) if self._launched[index].process.poll() is not None)
+        )
 
     def freeze(self, index: int) -> None:
         self._signal(index, signal.SIGSTOP)
@@ -55,7 +61,9 @@ class Servers:
         self._signal(index, signal.SIGCONT)
 
     def restart(self, *indices: int) -> None:
-        """Start killed servers at their addresses, without weights, and wait until they are ready."""
+        """Start killed servers at their addresses, without weights, and wait until they are
+        ready.
+        """
         for index in indices:
             self._launched[index].start()
         wait_until_ready([self.urls[index] for index in indices], self.config.timeouts.start_s)
@@ -74,7 +82,9 @@ class Servers:
 
 
 class Failing:
-    """A wire to a server on which every request for tokens is answered with 500, and all others by the server."""
+    """A wire to a server on which every request for tokens is answered with 500, and all others by
+    the server.
+    """
 
     def __init__(self, url: str) -> None:
         host, port = re.fullmatch(r"http://(.*):(\d+)", url).groups()  # pyright: ignore[reportOptionalMemberAccess]

@@ -1,7 +1,8 @@
-"""Two ranks that hand their buckets to a server each, of which one is killed when it has two of them.
+"""Two ranks that hand their buckets to a server each, of which one is killed when it has two of
+them.
 
-torchrun --nproc-per-node=2 -m tests.engine.handed FOLDER URL,URL PIDS: rank 0 prints how many buckets there are, and
-how many each rank has made payloads of.
+torchrun --nproc-per-node=2 -m tests.engine.handed FOLDER URL,URL PIDS: rank 0 prints how many
+buckets there are, and how many each rank has made payloads of.
 """
 
 from __future__ import annotations
@@ -48,7 +49,11 @@ def main(folder: str, urls: str, victims: str) -> None:
     architecture = Architecture.from_folder(folder)
     with join_ranks(split(""), seed=0) as ranks:
         key = os.environ["SGLANG_API_KEY"]
-        engine = SGLangEngine(urls.split(","), architecture, SLOTS, LIMITS, key=key) if ranks.is_main else None
+        engine = (
+            SGLangEngine(urls.split(","), architecture, SLOTS, LIMITS, key=key)
+            if ranks.is_main
+            else None
+        )
         transport = Killing(engine, ranks.cpu_world)
         transport.victims = tuple(map(int, victims.split(",")))
         policy = make_policy(folder, "", ranks)

@@ -1,6 +1,8 @@
-"""SGLang's checksums of a GPU's parameters, from its own kernels: `hashed.py KERNELS TENSORS` prints them.
+"""SGLang's checksums of a GPU's parameters, from its own kernels: `hashed.py KERNELS TENSORS`
+prints them.
 
-Started under Triton's interpreter (TRITON_INTERPRET=1), and with -O: its functions assert that a tensor is on a GPU.
+Started under Triton's interpreter (TRITON_INTERPRET=1), and with -O: its functions assert that a
+tensor is on a GPU.
 """
 
 from __future__ import annotations

@@ -26,11 +26,20 @@ def load(folder: Path, rank: int, ranks: int) -> dict[str, torch.Tensor]:
     seats = {f"{kind}_rank": rank for kind in ("tp", "attn_tp", "moe_tp")}
     seats |= {f"{kind}_size": ranks for kind in ("tp", "attn_tp", "moe_tp")}
     seats |= {"pp_rank": 0, "pp_size": 1, "moe_ep_rank": 0, "moe_ep_size": 1}
-    groups = {"tp_group": mine, "attn_tp_group": mine, "moe_tp_group": mine, "moe_ep_group": ALONE, "pp_group": ALONE}
+    groups = {
+        "tp_group": mine,
+        "attn_tp_group": mine,
+        "moe_tp_group": mine,
+        "moe_ep_group": ALONE,
+        "pp_group": ALONE,
+    }
     config = AutoConfig.from_pretrained(folder)
-    if hasattr(config, "moe_intermediate_size"):  # as a server on a CPU does, which widens other things too
+    # as a server on a CPU does, which widens other things too
+    if hasattr(config, "moe_intermediate_size"):
         update_intermediate_size(
-            SimpleNamespace(hf_config=config, hf_text_config=config), "moe_intermediate_size", 32 * ranks
+            SimpleNamespace(hf_config=config, hf_text_config=config),
+            "moe_intermediate_size",
+            32 * ranks,
         )
     kind, _ = ModelRegistry.resolve_model_cls(config.architectures)
     with get_parallel().override(**seats, **groups):
@@ -41,7 +50,9 @@ def load(folder: Path, rank: int, ranks: int) -> dict[str, torch.Tensor]:
 
 def main(ranks: int, out: str, *folders: str) -> None:
     arguments = {"device": "cpu", "dtype": "float32", "skip_tokenizer_init": True}
-    set_global_server_args_for_scheduler(ServerArgs(model_path=folders[0], tp_size=ranks, **arguments))
+    set_global_server_args_for_scheduler(
+        ServerArgs(model_path=folders[0], tp_size=ranks, **arguments)
+    )
     torch.set_default_dtype(torch.float32)
     found = {
         f"{Path(folder).name}/{rank}/{name}": tensor.contiguous()

@@ -1,6 +1,8 @@
-"""A trainer that publishes (one rank of it): policies under one layout after the other, to a server that runs.
+"""A trainer that publishes (one rank of it): policies under one layout after the other, to a server
+that runs.
 
-python -m torch.distributed.run --nproc-per-node=2 -m tests.engine.published URL RANKS FOLDERS "tensor=2:tensor" ...
+python -m torch.distributed.run --nproc-per-node=2 -m tests.engine.published URL RANKS FOLDERS
+"tensor=2:tensor" ...
 
 Case n publishes FOLDERS[n % 2]; rank 0 then compares what the server says with transformers.
 """
@@ -35,16 +37,21 @@ BUCKET = 60_000  # bytes: several buckets, and an embedding of its own
 
 
 def distance(engine: SGLangEngine, folder: str | Path) -> float:
-    """Largest difference between the server's greedy log-probs and transformers' with `folder`'s weights; infinite
-    if a token is not transformers' choice."""
+    """Largest difference between the server's greedy log-probs and transformers' with `folder`'s
+    weights; infinite if a token is not transformers' choice.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     prompts = [tuple(3 + (5 * i + 7 * j) % 50 for j in range(3 + 4 * i)) for i in range(6)]
-    requests = [plain(Prompt(f"p{i}", tokens, "", ""), 1, seed=i) for i, tokens in enumerate(prompts)]
+    requests = [
+        plain(Prompt(f"p{i}", tokens, "", ""), 1, seed=i) for i, tokens in enumerate(prompts)
+    ]
     worst = 0.0
     for group in engine.generate(requests, Sampling(0.0, 1.0, 12, ())):
         prompt, response = group.prompt.tokens, group.responses[0]
         with torch.no_grad():
-            logits = model(torch.tensor([[*prompt, *response.tokens]])).logits[0, len(prompt) - 1 : -1]
+            logits = model(torch.tensor([[*prompt, *response.tokens]])).logits[
+                0, len(prompt) - 1 : -1
+            ]
         logprobs = torch.log_softmax(logits, -1)
         if logprobs.argmax(-1).tolist() != list(response.tokens):
             return float("inf")
@@ -56,10 +63,14 @@ def distance(engine: SGLangEngine, folder: str | Path) -> float:
 def connect(url: str, engine_ranks: int, folder: str | Path) -> SGLangEngine:
     architecture = Architecture.from_folder(folder)
     key = os.environ["SGLANG_API_KEY"]
-    return SGLangEngine([url], architecture, 8, TimeoutsConfig(), key=key, engine_ranks=engine_ranks)
+    return SGLangEngine(
+        [url], architecture, 8, TimeoutsConfig(), key=key, engine_ranks=engine_ranks
+    )
 
 
-def make_transport(kind: str, engine: SGLangEngine | None, layout: EngineLayout, folder: str | Path) -> Transport:
+def make_transport(
+    kind: str, engine: SGLangEngine | None, layout: EngineLayout, folder: str | Path
+) -> Transport:
     if kind == "distributed":
         return Broadcast(engine, "127.0.0.1", "gloo")
     if kind == "disk":
@@ -113,7 +124,9 @@ class DyingBroadcast(Broadcast):
             assert self._group is not None
             names = [name for name, _ in prepared.tensors]
             shapes = [list(tensor.shape) for _, tensor in prepared.tensors]
-            self._engines.update_from_distributed(names, ["float32"] * len(names), shapes, self._group.name, None)
+            self._engines.update_from_distributed(
+                names, ["float32"] * len(names), shapes, self._group.name, None
+            )
             time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
         super().deliver(prepared)
@@ -126,7 +139,11 @@ def publish(url: str, engine_ranks: int, folders: list[str], number: int, case: 
         engine = connect(url, engine_ranks, folder) if ranks.is_main else None
         engine_layout = EngineLayout(Architecture.from_folder(folder), engine_ranks)
         if kind.startswith("dying"):
-            transport = DyingBroadcast(engine, "127.0.0.1", "gloo") if "distributed" in kind else Dying(engine)
+            transport = (
+                DyingBroadcast(engine, "127.0.0.1", "gloo")
+                if "distributed" in kind
+                else Dying(engine)
+            )
         else:
             transport = make_transport(kind, engine, engine_layout, folder)
         publisher = make_publisher(transport, engine, engine_layout, ranks)

@@ -1,4 +1,6 @@
-"""`efr train` with rollouts of a real SGLang server that run ahead of the policy: partial and asynchronous at once."""
+"""`efr train` with rollouts of a real SGLang server that run ahead of the policy: partial and
+asynchronous at once.
+"""
 
 from __future__ import annotations
 
@@ -62,11 +64,15 @@ def test_publications_reach_responses_in_flight_and_none_is_lost(run: RunFolder)
             assert response.finish in ("stop", "length")
             assert response.versions[0].start == 0
             assert response.versions[-1].end == response.length
-            assert all(a.end == b.start and a.version < b.version for a, b in pairwise(response.versions))
+            assert all(
+                a.end == b.start and a.version < b.version for a, b in pairwise(response.versions)
+            )
             assert step - 3 <= response.versions[0].version <= step - 1
 
 
-def test_log_probs_of_the_policys_own_version_agree_and_older_ones_are_told_apart(run: RunFolder) -> None:
+def test_log_probs_of_the_policys_own_version_agree_and_older_ones_are_told_apart(
+    run: RunFolder,
+) -> None:
     lines = run.read_metrics()
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     for line in lines:
@@ -75,7 +81,9 @@ def test_log_probs_of_the_policys_own_version_agree_and_older_ones_are_told_apar
         assert line["staleness_max"] <= 2
     assert lines[0]["logprob_diff_max"] <= 1e-4
     assert max(line["staleness_max"] for line in lines) >= 1
-    stale = [line["logprob_diff_lag1_mean"] for line in lines[1:] if "logprob_diff_lag1_mean" in line]
+    stale = [
+        line["logprob_diff_lag1_mean"] for line in lines[1:] if "logprob_diff_lag1_mean" in line
+    ]
     assert stale
     assert min(stale) > 1e-4, "another version's log-probs, and no difference"
     assert [line["step"] for line in lines if "eval/accuracy" in line] == [2, 4]

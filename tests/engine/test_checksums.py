@@ -1,4 +1,6 @@
-"""The checksums that servers on a GPU report, computed from what they were sent, beside SGLang's own kernels."""
+"""The checksums that servers on a GPU report, computed from what they were sent, beside SGLang's
+own kernels.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,12 @@ def test_they_are_those_of_sglangs_kernels(tmp_path: Path, monkeypatch: pytest.M
     torch.manual_seed(0)
     sizes = (0, 1, 2, 3, 5, 255, 8192 * 2 - 1, 8192 * 2, 8192 * 2 + 1, 8192 * 2 * 5 + 77)
     tensors = [torch.randn(size).bfloat16() for size in sizes]
-    tensors += [torch.randn(130, 257), torch.randn(257, 130).T, torch.zeros(9000), -torch.ones(9000)]
+    tensors += [
+        torch.randn(130, 257),
+        torch.randn(257, 130).T,
+        torch.zeros(9000),
+        -torch.ones(9000),
+    ]
     torch.save(tensors, tmp_path / "tensors.pt")
     done = subprocess.run(
         [sys.executable, "-O", hashed.__file__, str(found[0]), str(tmp_path / "tensors.pt")],

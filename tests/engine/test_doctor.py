@@ -26,12 +26,17 @@ def test_a_server_that_answers_is_told_from_one_that_does_not_and_from_one_of_an
     assert (gone.verdict, gone.found) == ("problem", f"{nobody}: no answer within 5 s")
     [other], [none] = check_servers([url], "other"), check_servers([url], None)
     assert (other.verdict, other.found) == ("problem", f"{url} refuses the key in SGLANG_API_KEY")
-    assert (none.verdict, none.found) == ("problem", f"{url} wants a key, and SGLANG_API_KEY is not set")
+    assert (none.verdict, none.found) == (
+        "problem",
+        f"{url} wants a key, and SGLANG_API_KEY is not set",
+    )
     engine = make_engine()
     engine.publish(weights_of(models[0]), version=1)
     engine.pause()
     [paused] = check_servers([url], key)
-    assert paused.verdict == "ok", "a killed trainer leaves servers paused, and a new one takes them into use"
+    assert paused.verdict == "ok", (
+        "a killed trainer leaves servers paused, and a new one takes them into use"
+    )
     engine.resume()
 
 

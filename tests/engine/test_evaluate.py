@@ -1,4 +1,6 @@
-"""`efr evaluate --engine sglang`, from a Megatron checkpoint and killed on its way: the embedded engine's record."""
+"""`efr evaluate --engine sglang`, from a Megatron checkpoint and killed on its way: the embedded
+engine's record.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not os.access(PYTHON, os.X_OK):
         pytest.skip(f"{PYTHON} is not there: bash tools/setup_sglang_cpu.sh makes it")
     place = tmp_path_factory.mktemp("evaluate")
-    write(place / "task", 0, ArithmeticTask(max_terms=3, train_rows=24, test_rows=PROBLEMS, sft_rows=64))
+    write(
+        place / "task",
+        0,
+        ArithmeticTask(max_terms=3, train_rows=24, test_rows=PROBLEMS, sft_rows=64),
+    )
     weights = RandomWeights(Architecture.from_folder(place / "task/model"), seed=7)
     save_folder(
-        place / "drawn", ((n, t * (1 if t.dim() == 1 else 8)) for n, t in weights.items()), place / "task/model"
+        place / "drawn",
+        ((n, t * (1 if t.dim() == 1 else 8)) for n, t in weights.items()),
+        place / "task/model",
     )
     hf_to_megatron(place / "drawn", place / "megatron")
     path = place / "config.yaml"
@@ -81,13 +89,26 @@ def embedded(config: Path) -> dict[str, Any]:
 def test_two_servers_answer_a_checkpoint_as_the_embedded_engine_does_though_killed_between(
     config: Path, embedded: dict[str, Any]
 ) -> None:
-    """Its weights come within the requests first, and then by a folder, of which nothing is left."""
-    evaluate(config, "served", "--engine=sglang", "rollout.transport=tensor", at="answer:6", ends=-signal.SIGKILL)
+    """Its weights come within the requests first, and then by a folder, of which nothing is
+    left.
+    """
+    evaluate(
+        config,
+        "served",
+        "--engine=sglang",
+        "rollout.transport=tensor",
+        at="answer:6",
+        ends=-signal.SIGKILL,
+    )
     logs = [(config.parent / f"run/engines/eval-served/engine-{i}.log").read_text() for i in (0, 1)]
-    assert all("Decode batch" in log or "Prefill batch" in log for log in logs), "both servers were asked"
+    assert all("Decode batch" in log or "Prefill batch" in log for log in logs), (
+        "both servers were asked"
+    )
     printed = evaluate(config, "served", "--engine=sglang", "rollout.engines=1")
     assert f"served: 6 of {PROBLEMS} problems were answered before" in printed
-    assert len({row["responses"][0] for row in embedded["rows"]}) > PROBLEMS / 2, "answers differ from one another"
+    assert len({row["responses"][0] for row in embedded["rows"]}) > PROBLEMS / 2, (
+        "answers differ from one another"
+    )
     assert recorded(config, "served") == embedded | {"name": "served"}
     assert not (config.parent / "run/engines/eval-served/weights").exists()
 
@@ -97,7 +118,12 @@ def test_a_server_that_dies_is_started_again_reads_its_model_folder_again_and_an
     config: Path, embedded: dict[str, Any]
 ) -> None:
     folder = config.parent / "drawn"
-    options = ["--engine=sglang", f"model.path={folder}", "rollout.engines=1", "rollout.timeouts={check_s: 0.5}"]
+    options = [
+        "--engine=sglang",
+        f"model.path={folder}",
+        "rollout.engines=1",
+        "rollout.timeouts={check_s: 0.5}",
+    ]
     said = evaluate(config, "struck", *options, at="servers:6")
     assert "none of 1 servers is left that serves version 0: http://" in said
     assert "engine-0 is back" in said

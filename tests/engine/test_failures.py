@@ -32,7 +32,9 @@ FREE = Sampling(1.0, 1.0, 24, ())
 
 
 class Wire:
-    """A listener that passes bytes on to a server, and hangs up on the first `cuts` connections that ask for tokens."""
+    """A listener that passes bytes on to a server, and hangs up on the first `cuts` connections
+    that ask for tokens.
+    """
 
     def __init__(self, url: str, cuts: int) -> None:
         host, port = re.fullmatch(r"http://(.*):(\d+)", url).groups()  # pyright: ignore[reportOptionalMemberAccess]
@@ -93,7 +95,9 @@ def test_a_response_whose_connection_is_cut_is_asked_for_again(
 def test_a_limit_that_runs_out_is_named(make_engine: MakeSGLang, models: Models) -> None:
     engine = make_engine(limits=TimeoutsConfig(response_s=0.01))
     engine.publish(weights_of(models[0]), version=1)
-    with pytest.raises(EngineError, match=r"prompt p0: lost 3 times: .*/generate.*rollout\.timeouts\.response_s"):
+    with pytest.raises(
+        EngineError, match=r"prompt p0: lost 3 times: .*/generate.*rollout\.timeouts\.response_s"
+    ):
         list(engine.generate(requests(1), FREE))
     assert len(list(make_engine_again(make_engine, models).generate(requests(2), FREE))) == 2
 
@@ -123,7 +127,10 @@ def test_a_wrong_key_is_refused(
         make_engine(key="another")
     monkeypatch.setenv(KEY, "another")
     engines = EnginesConfig(engine="sglang", urls=[server[0]])
-    with ExitStack() as stack, pytest.raises(UserError, match=rf"{server[0]}/.* 401: .* in rollout\.urls in {KEY}\?"):
+    with (
+        ExitStack() as stack,
+        pytest.raises(UserError, match=rf"{server[0]}/.* 401: .* in rollout\.urls in {KEY}\?"),
+    ):
         sglang_engine(ModelConfig(path=str(folders[0])), engines, tmp_path, 0, str, stack)
 
 
@@ -140,7 +147,9 @@ def test_a_server_that_is_not_what_the_run_asks_for_is_refused(
 ) -> None:
     url, key = server
     with pytest.raises(UserError, match=re.escape(why.format(url=url))):
-        SGLangEngine([url], Architecture.from_folder(folders[0]), SLOTS, TimeoutsConfig(), key=key, **asked)
+        SGLangEngine(
+            [url], Architecture.from_folder(folders[0]), SLOTS, TimeoutsConfig(), key=key, **asked
+        )
 
 
 @pytest.mark.parametrize(
@@ -172,14 +181,20 @@ def test_a_server_in_bf16_needs_its_head_in_fp32(make_engine: MakeSGLang) -> Non
     info |= {"dtype": "bfloat16"}
     assert info["enable_fp32_lm_head"] is False
     as_asked: dict[str, Any] = {"ranks": 1, "dtype": "bfloat16", "routed_experts": False}
-    with pytest.raises(UserError, match=r"logits in bfloat16 and the policy in float32.*--enable-fp32-lm-head"):
+    with pytest.raises(
+        UserError, match=r"logits in bfloat16 and the policy in float32.*--enable-fp32-lm-head"
+    ):
         check_server("http://a:1", info, **as_asked)
     check_server("http://a:1", info | {"enable_fp32_lm_head": True}, **as_asked)
 
 
-def test_an_id_outside_the_vocabulary_never_reaches_the_server(make_engine: MakeSGLang, models: Models) -> None:
+def test_an_id_outside_the_vocabulary_never_reaches_the_server(
+    make_engine: MakeSGLang, models: Models
+) -> None:
     engine = make_engine_again(make_engine, models)
-    with pytest.raises(ValueError, match=f"prompt bad: a token is outside the model's vocabulary of {VOCAB}"):
+    with pytest.raises(
+        ValueError, match=(f"prompt bad: a token is outside the model's vocabulary of {VOCAB}")
+    ):
         list(engine.generate([plain(Prompt("bad", (3, VOCAB), "", ""), 1, 0)], FREE))
     with pytest.raises(ValueError, match="stop_ids"):
         engine.generate(requests(1), Sampling(1.0, 1.0, 4, (VOCAB,)))
@@ -212,7 +227,9 @@ def test_after_a_publication_that_failed_nothing_is_served_until_one_succeeds(
     assert len(groups) == 40
 
 
-def test_waiting_in_the_thread_that_paused_is_an_error(make_engine: MakeSGLang, models: Models) -> None:
+def test_waiting_in_the_thread_that_paused_is_an_error(
+    make_engine: MakeSGLang, models: Models
+) -> None:
     engine = make_engine_again(make_engine, models)
     stream = engine.generate(requests(2), FREE)
     engine.pause()
@@ -226,7 +243,10 @@ def test_a_folder_that_the_server_cannot_see_is_named_and_one_that_it_sees_is_se
     make_engine: MakeSGLang, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     engine = make_engine()
-    with pytest.raises(EngineError, match=rf"(?s)answered 400: .*: disk the server must find {tmp_path}/absent on its"):
+    with pytest.raises(
+        EngineError,
+        match=rf"(?s)answered 400: .*: disk the server must find {tmp_path}/absent on its",
+    ):
         engine.publish_folder(tmp_path / "absent", version=1)
     assert engine.version == -1
     engine.publish_folder(folders[1], version=2)

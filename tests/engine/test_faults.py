@@ -1,4 +1,6 @@
-"""Faults of real servers: killed, frozen, failing, started again without weights; every response comes back once."""
+"""Faults of real servers: killed, frozen, failing, started again without weights; every response
+comes back once.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,8 @@ def test_a_server_killed_in_generation_loses_no_response_and_serves_again_only_w
     assert (health["serving"], health["lost"], health["back"]) == (1, 1, 0)
     assert health["resent"] > 0
     servers.restart(0)
-    assert_each_came_once(list(engine.generate(requests(COUNT), LONG)), 1)  # of version 1, which the other has alone
+    # of version 1, which the other has alone
+    assert_each_came_once(list(engine.generate(requests(COUNT), LONG)), 1)
     assert figures(engine) == (1, 0, 0)
     # as an evaluation does
     take_in = take_in_returned(engine, lambda: engine.publish(weights_of(models[0]), version=2))
@@ -100,7 +103,9 @@ def test_a_server_that_restarts_empty_between_health_checks_is_found_out_by_its_
     assert figures(engine) == (2, 0, 0)  # nobody has looked
     assert_each_came_once(list(engine.generate(requests(COUNT), LONG)), 1)
     assert figures(engine) == (1, 1, 0)
-    assert f"{servers.urls[0]} is lost: it has restarted, with weights 'default' and not '1'" in capfd.readouterr().err
+    assert (
+        f"{servers.urls[0]} is lost: it has restarted, with weights 'default' and not '1'"
+    ) in capfd.readouterr().err
     engine.close()
 
 
@@ -152,9 +157,16 @@ class Killing(InBand):
 
 
 def test_a_server_killed_in_a_publication_is_left_out_of_it_and_generation_goes_on(
-    servers: Servers, engine: SGLangEngine, folders: tuple[Path, Path], ranks: Ranks, capfd: pytest.CaptureFixture[str]
+    servers: Servers,
+    engine: SGLangEngine,
+    folders: tuple[Path, Path],
+    ranks: Ranks,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    layout, policy = EngineLayout(Architecture.from_folder(folders[0]), 1), make_policy(folders[1], "tensor=1", ranks)
+    layout, policy = (
+        EngineLayout(Architecture.from_folder(folders[0]), 1),
+        make_policy(folders[1], "tensor=1", ranks),
+    )
     stream = engine.generate(requests(COUNT), LONG)
     groups = [next(stream)]
     killing = Killing(engine, servers, 0)
@@ -167,31 +179,49 @@ def test_a_server_killed_in_a_publication_is_left_out_of_it_and_generation_goes_
     assert distance(engine, folders[1]) <= 1e-5
     assert f"without {servers.urls[0]} (lost)" in capfd.readouterr().err
     servers.restart(0)
-    wait_until(lambda: publisher.publish(policy, 3) or engine.count == 2, "the restarted server takes part")
+    wait_until(
+        lambda: publisher.publish(policy, 3) or engine.count == 2, "the restarted server takes part"
+    )
     assert engine.checksums()[0] == engine.checksums()[1]
 
 
-def test_no_rank_makes_a_handle_that_no_engine_will_open(servers: Servers, folders: tuple[Path, Path]) -> None:
-    """torch would keep its bucket for ever. Here, on a CPU, what takes the handle's place is counted."""
+def test_no_rank_makes_a_handle_that_no_engine_will_open(
+    servers: Servers, folders: tuple[Path, Path]
+) -> None:
+    """torch would keep its bucket for ever. Here, on a CPU, what takes the handle's place is
+    counted.
+    """
     servers.revive()
     victims = ",".join(str(process.pid) for process in servers.processes(1))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+    ]
     done = subprocess.run(
         [*command, "tests.engine.handed", str(folders[1]), ",".join(servers.urls), victims],
-        cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1", "SGLANG_API_KEY": servers.key},
+        cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1",
+            "SGLANG_API_KEY": servers.key},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["version"] == 1
-    assert said["made"] == [3 + said["buckets"], 3]  # three, of which the last failed; then all, without its server
+    # three, of which the last failed; then all, without its server
+    assert said["made"] == [3 + said["buckets"], 3]
 
 
 @pytest.mark.slow
 def test_a_process_group_is_made_anew_where_its_servers_change(
     servers: Servers, engine: SGLangEngine, folders: tuple[Path, Path], ranks: Ranks
 ) -> None:
-    layout, policy = EngineLayout(Architecture.from_folder(folders[0]), 1), make_policy(folders[1], "tensor=1", ranks)
+    layout, policy = (
+        EngineLayout(Architecture.from_folder(folders[0]), 1),
+        make_policy(folders[1], "tensor=1", ranks),
+    )
     broadcast = Broadcast(engine, "127.0.0.1", "gloo", 120)
     publisher = make_publisher(broadcast, engine, layout, ranks)
     publisher.publish(policy, 2)
@@ -202,13 +232,17 @@ def test_a_process_group_is_made_anew_where_its_servers_change(
     assert engine.urls == servers.urls[:1]
     assert distance(engine, folders[1]) <= 1e-5
     servers.restart(1)
-    wait_until(lambda: publisher.publish(policy, 5) or engine.count == 2, "the restarted server takes part")
+    wait_until(
+        lambda: publisher.publish(policy, 5) or engine.count == 2, "the restarted server takes part"
+    )
     assert engine.checksums()[0] == engine.checksums()[1]
     broadcast.abandon()
 
 
 class Faulty:
-    """The receiving of an engine's second bucket: a `fault` befalls a server once all wait in the broadcast."""
+    """The receiving of an engine's second bucket: a `fault` befalls a server once all wait in the
+    broadcast.
+    """
 
     def __init__(self, engine: SGLangEngine, fault: Callable[[], None]) -> None:
         self._receive, self._fault = engine.update_from_distributed, fault
@@ -237,12 +271,16 @@ def test_a_server_killed_in_a_broadcast_leaves_the_other_alive_to_be_sent_everyt
     ranks: Ranks,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    layout, policy = EngineLayout(Architecture.from_folder(folders[0]), 1), make_policy(folders[1], "tensor=1", ranks)
+    layout, policy = (
+        EngineLayout(Architecture.from_folder(folders[0]), 1),
+        make_policy(folders[1], "tensor=1", ranks),
+    )
     broadcast = Broadcast(engine, "127.0.0.1", "gloo", LIMITS.update_s)
     faulty = Faulty(engine, lambda: servers.kill(index))
     monkeypatch.setattr(engine, "update_from_distributed", faulty)
     make_publisher(broadcast, engine, layout, ranks).publish(policy, 2)
-    assert faulty.seconds() < 6  # one that stayed in the broadcast would be lost after `health_s` = 8
+    # one that stayed in the broadcast would be lost after `health_s` = 8
+    assert faulty.seconds() < 6
     assert engine.urls == [servers.urls[1 - index]]
     assert figures(engine) == (1, 1, 0)
     assert distance(engine, folders[1]) <= 1e-5
@@ -256,20 +294,26 @@ def test_a_server_frozen_in_a_broadcast_is_left_out_after_its_limit_and_takes_pa
     servers.revive()
     limits = LIMITS.model_copy(update={"update_s": 10.0})
     engine = servers.engine(limits=limits)
-    layout, policy = EngineLayout(Architecture.from_folder(folders[0]), 1), make_policy(folders[1], "tensor=1", ranks)
+    layout, policy = (
+        EngineLayout(Architecture.from_folder(folders[0]), 1),
+        make_policy(folders[1], "tensor=1", ranks),
+    )
     broadcast = Broadcast(engine, "127.0.0.1", "gloo", limits.update_s)
     publisher = make_publisher(broadcast, engine, layout, ranks)
     faulty = Faulty(engine, lambda: servers.freeze(0))
     monkeypatch.setattr(engine, "update_from_distributed", faulty)
     try:
         publisher.publish(policy, 1)
-        assert faulty.seconds() < limits.update_s + limits.health_s + 6  # found out, and asked once more
+        # found out, and asked once more
+        assert faulty.seconds() < limits.update_s + limits.health_s + 6
         assert engine.urls == servers.urls[1:]
         assert figures(engine) == (1, 1, 0)
         assert distance(engine, folders[1]) <= 1e-5
     finally:
         servers.thaw(0)
-    wait_until(lambda: publisher.publish(policy, 2) or engine.count == 2, "the thawed server takes part")
+    wait_until(
+        lambda: publisher.publish(policy, 2) or engine.count == 2, "the thawed server takes part"
+    )
     assert engine.checksums()[0] == engine.checksums()[1]
     assert figures(engine) == (2, 0, 1)
     broadcast.abandon()
@@ -298,7 +342,9 @@ def test_a_publication_to_none_gives_up_after_its_limit(servers: Servers, models
     servers.freeze(0)
     servers.freeze(1)
     try:
-        with pytest.raises(EngineError, match=r"no engine has come back within rollout\.timeouts\.start_s = 2 s"):
+        with pytest.raises(
+            EngineError, match=r"no engine has come back within rollout\.timeouts\.start_s = 2 s"
+        ):
             engine.publish(weights_of(models[0]), version=1)
     finally:
         servers.thaw(0)
@@ -307,7 +353,8 @@ def test_a_publication_to_none_gives_up_after_its_limit(servers: Servers, models
     engine.close()
 
 
-# -- a whole run -------------------------------------------------------------------------------------------------------
+# -- a whole run
+# --------------------------------------------------------------------------------------------------
 
 CONFIG = """
 name: faults
@@ -330,7 +377,9 @@ observe: {{tensorboard: false}}
 @pytest.fixture
 def start_run(servers: Servers, tmp_path: Path) -> Callable[[bool], subprocess.Popen[str]]:
     """Starts a run of two ranks over the two servers; its folder is `tmp_path`/faults."""
-    write(tmp_path / "task", 0, ArithmeticTask(max_terms=3, train_rows=160, test_rows=16, sft_rows=64))
+    write(
+        tmp_path / "task", 0, ArithmeticTask(max_terms=3, train_rows=160, test_rows=16, sft_rows=64)
+    )
     model = tmp_path / "model"
     shutil.copytree(tmp_path / "task/model", model, ignore=shutil.ignore_patterns("*config.json"))
     shutil.copy(tmp_path / "task/model/tokenizer_config.json", model)
@@ -350,22 +399,32 @@ def start_run(servers: Servers, tmp_path: Path) -> Callable[[bool], subprocess.P
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
              "-m", "megatron_efr.train", str(tmp_path / "config.yaml")],
             env=os.environ
-            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "SGLANG_API_KEY": servers.key},
+            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths),
+                "SGLANG_API_KEY": servers.key},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
     return run
 
 
-@pytest.mark.parametrize("overlap", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["synchronous", "async"])
+@pytest.mark.parametrize(
+    "overlap", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["synchronous", "async"]
+)
 def test_a_run_whose_servers_all_die_in_mid_generation_goes_on_where_it_was(
-    overlap: bool, servers: Servers, start_run: Callable[[bool], subprocess.Popen[str]], tmp_path: Path
+    overlap: bool,
+    servers: Servers,
+    start_run: Callable[[bool], subprocess.Popen[str]],
+    tmp_path: Path,
 ) -> None:
     servers.revive()
     run, folder = start_run(overlap), RunFolder(tmp_path / "faults")
     try:
         journal = folder.journal(2).path
-        wait_until(lambda: journal.exists() or run.poll() is not None, "the second iteration's first group", 900)
+        wait_until(
+            lambda: journal.exists() or run.poll() is not None,
+            "the second iteration's first group",
+            900,
+        )
         servers.kill(0, 1)
         servers.restart(0, 1)
         said = run.communicate(timeout=900)[0]
@@ -373,7 +432,10 @@ def test_a_run_whose_servers_all_die_in_mid_generation_goes_on_where_it_was(
         run.kill()
     assert run.returncode == 0, said
     # in whichever came first, a prompt or a publication
-    assert "none of 2 servers is left that serves version" in said or "no engine answers: waiting up to" in said
+    assert (
+        "none of 2 servers is left that serves version" in said
+        or ("no engine answers: waiting up to") in said
+    )
     groups = {step: [each.group for each in folder.read_rollouts(step)] for step in range(1, 5)}
     assert [len(taken) for taken in groups.values()] == [24] * 4
     assert len({group.seed for taken in groups.values() for group in taken}) == 96
@@ -386,5 +448,10 @@ def test_a_run_whose_servers_all_die_in_mid_generation_goes_on_where_it_was(
     assert lines[-1]["engine/serving"] == back
     for step, line in enumerate(lines, start=1):
         assert line["first_ratio_max"] == 1
-        spans = [span for group in groups[step] for response in group.responses for span in response.versions]
+        spans = [
+            span
+            for group in groups[step]
+            for response in group.responses
+            for span in response.versions
+        ]
         assert {step - 1 - span.version for span in spans} <= ({0, 1} if overlap else {0})

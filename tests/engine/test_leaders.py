@@ -20,20 +20,33 @@ from tests.loop.test_interruption import wait_for
 
 pytestmark = [
     pytest.mark.parallel,
-    pytest.mark.skipif(not os.access(PYTHON, os.X_OK), reason="bash tools/setup_sglang_cpu.sh makes .venv-sglang"),
+    pytest.mark.skipif(
+        not os.access(PYTHON, os.X_OK), reason=("bash tools/setup_sglang_cpu.sh makes .venv-sglang")
+    ),
 ]
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """One iteration of a tiny model with rollouts from SGLang, in `tmp_path`/run."""
-    write(tmp_path / "task", 0, ArithmeticTask(max_terms=3, train_rows=24, test_rows=16, sft_rows=64))
+    write(
+        tmp_path / "task", 0, ArithmeticTask(max_terms=3, train_rows=24, test_rows=16, sft_rows=64)
+    )
     config = {
         "name": "run",
         "runs": str(tmp_path),
         "model": {"path": str(tmp_path / "task/model"), "init": "random"},
-        "data": {"datasets": [{"path": str(tmp_path / "task/train.jsonl")}], "prompt": {"template": "{question}"}},
-        "rollout": {"engine": "sglang", "python": str(PYTHON), "prompts": 8, "samples": 2, "max_new_tokens": 24},
+        "data": {
+            "datasets": [{"path": str(tmp_path / "task/train.jsonl")}],
+            "prompt": {"template": "{question}"},
+        },
+        "rollout": {
+            "engine": "sglang",
+            "python": str(PYTHON),
+            "prompts": 8,
+            "samples": 2,
+            "max_new_tokens": 24,
+        },
         "method": {"name": "efr", "alpha": 0.1},
         "optimizer": {"lr": 1e-3},
         "train": {"iterations": 1},
@@ -59,15 +72,30 @@ def torchrun(config: Path, arguments: list[str], overrides: list[str]) -> subpro
 def started_for(run: Path) -> list[psutil.Process]:
     """The supervisors of a run's servers."""
     settings = str(run / "engines")
-    return [p for p in psutil.process_iter(["cmdline"]) if any(settings in word for word in p.info["cmdline"] or [])]
+    return [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if any(settings in word for word in p.info["cmdline"] or [])
+    ]
 
 
 def test_each_of_two_hosts_starts_an_engine_and_rank_0_asks_both(config: Path) -> None:
     """Two agents of torchrun, each a host of one rank to the other, on one machine."""
     rendezvous = f"127.0.0.1:{free_port('127.0.0.1')}"
-    nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous]
+    nodes = [
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        rendezvous,
+    ]
     agents = [
-        torchrun(config, [*nodes, "--rdzv-id", "run", "--local-addr", "127.0.0.1"], ["rollout.engines=2"])
+        torchrun(
+            config, [*nodes, "--rdzv-id", "run", "--local-addr", "127.0.0.1"], ["rollout.engines=2"]
+        )
         for _ in range(2)
     ]
     said = [agent.communicate(timeout=500)[0] for agent in agents]
@@ -79,7 +107,9 @@ def test_each_of_two_hosts_starts_an_engine_and_rank_0_asks_both(config: Path) -
     assert settings[0]["api-key"] == settings[1]["api-key"]
     assert settings[0]["random-seed"] + 1 == settings[1]["random-seed"]
     for i in (0, 1):
-        assert "Prefill batch" in (run.path / f"engines/engine-{i}.log").read_text(), "it was never asked"
+        assert "Prefill batch" in (run.path / f"engines/engine-{i}.log").read_text(), (
+            "it was never asked"
+        )
     assert started_for(run.path) == []
 
 
@@ -90,9 +120,18 @@ def test_engines_on_the_ranks_own_places_end_when_any_rank_is_killed(config: Pat
     agent = torchrun(config, ["--standalone", "--nproc-per-node", "2"], overrides)
     wait_for(run / "journal/step_000002.jsonl", agent, 500)
     assert len(list((run / "engines").glob("engine-*.log"))) == 2
-    servers = [process for found in started_for(run) for process in [found, *found.children(recursive=True)]]
-    assert len({process.pid for process in servers}) >= 8  # supervisor, web server, scheduler, detokenizer of each
-    ranks = [process for process in psutil.Process(agent.pid).children() if "megatron_efr.train" in process.cmdline()]
+    servers = [
+        process
+        for found in started_for(run)
+        for process in [found, *found.children(recursive=True)]
+    ]
+    # supervisor, web server, scheduler, detokenizer of each
+    assert len({process.pid for process in servers}) >= 8
+    ranks = [
+        process
+        for process in psutil.Process(agent.pid).children()
+        if "megatron_efr.train" in process.cmdline()
+    ]
     last = next(process for process in ranks if process.environ()["RANK"] == "1")
     last.send_signal(signal.SIGKILL)
     assert agent.wait(120) == 128 + signal.SIGKILL

@@ -1,4 +1,6 @@
-"""A trainer that is interrupted, ended or killed leaves no process of its real SGLang server behind."""
+"""A trainer that is interrupted, ended or killed leaves no process of its real SGLang server
+behind.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ with launcher:
 """
 
 
-@pytest.mark.skipif(not os.access(PYTHON, os.X_OK), reason="bash tools/setup_sglang_cpu.sh makes .venv-sglang")
+@pytest.mark.skipif(
+    not os.access(PYTHON, os.X_OK), reason=("bash tools/setup_sglang_cpu.sh makes .venv-sglang")
+)
 @pytest.mark.parametrize(
     "number",
     [
@@ -37,7 +41,9 @@ with launcher:
     ],
     ids=lambda number: number.name,
 )
-def test_no_server_is_left(folders: tuple[Path, Path], tmp_path: Path, number: signal.Signals) -> None:
+def test_no_server_is_left(
+    folders: tuple[Path, Path], tmp_path: Path, number: signal.Signals
+) -> None:
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER, str(tmp_path / "engines"), str(folders[0])],
         stdout=subprocess.PIPE,
@@ -46,7 +52,8 @@ def test_no_server_is_left(folders: tuple[Path, Path], tmp_path: Path, number: s
         cwd=ROOT,
     )
     assert trainer.stdout is not None
-    pid = next(int(line) for line in trainer.stdout if line.strip().isdigit())  # after the launcher's own lines
+    # after the launcher's own lines
+    pid = next(int(line) for line in trainer.stdout if line.strip().isdigit())
     supervisor = psutil.Process(pid)
     processes = [supervisor, *supervisor.children(recursive=True)]
     assert len(processes) >= 3  # the supervisor, the web server and its scheduler at least

@@ -24,7 +24,11 @@ def test_two_servers_share_the_work_and_one_that_dies_loses_none_of_it(
     launcher, urls = start(tmp_path / "engines", config, folders[0])
     with launcher:
         engine = SGLangEngine(
-            urls, Architecture.from_folder(folders[0]), SLOTS, TimeoutsConfig(connect_s=2), key=launcher.key
+            urls,
+            Architecture.from_folder(folders[0]),
+            SLOTS,
+            TimeoutsConfig(connect_s=2),
+            key=launcher.key,
         )
         engine.publish(weights_of(models[0]), version=1)
         first, second = engine.checksums()
@@ -49,7 +53,9 @@ def test_a_server_of_two_ranks_serves_the_same_model(
     launcher, urls = start(tmp_path / "engines", config, folders[0])
     with launcher:
         architecture = Architecture.from_folder(folders[0])
-        engine = SGLangEngine(urls, architecture, SLOTS, config.timeouts, key=launcher.key, engine_ranks=2)
+        engine = SGLangEngine(
+            urls, architecture, SLOTS, config.timeouts, key=launcher.key, engine_ranks=2
+        )
         engine.publish(weights_of(models[0]), version=1)
         assert {name.split(".")[0] for name in engine.checksums()[0]} == {"rank0", "rank1"}
         worst = 0.0

@@ -35,7 +35,9 @@ def weights_of(model: Qwen2ForCausalLM) -> Weights:
 def asked(count: int, samples: int) -> list[Request]:
     """Random prompts of 1 to 40 tokens, two of them with 30 tokens in common."""
     rng = np.random.default_rng(0)
-    prompts = [tuple(rng.integers(3, VOCAB, rng.integers(1, 41)).tolist()) for _ in range(count - 1)]
+    prompts = [
+        tuple(rng.integers(3, VOCAB, rng.integers(1, 41)).tolist()) for _ in range(count - 1)
+    ]
     prompts.append((*max(prompts, key=len)[:30], 5, 6))
     return [plain(Prompt(f"p{i}", tokens, "", ""), samples, i) for i, tokens in enumerate(prompts)]
 
@@ -45,8 +47,12 @@ def exact_logprobs(
 ) -> torch.Tensor:
     """[response] log-probs of `tokens` after `prompt`, from one forward pass."""
     with torch.no_grad():
-        logits = model(torch.tensor([[*prompt.tokens, *tokens]])).logits[0, len(prompt.tokens) - 1 : -1]
-    return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        logits = model(torch.tensor([[*prompt.tokens, *tokens]])).logits[
+            0, len(prompt.tokens) - 1 : -1
+        ]
+    return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(tokens)[:, None])[
+        :, 0
+    ]
 
 
 @pytest.fixture
@@ -67,7 +73,9 @@ def test_log_probs_are_those_after_temperature_and_before_top_p(
     assert worst <= TOLERANCE
 
 
-def test_every_part_of_a_response_matches_the_weights_it_was_drawn_from(engine: SGLangEngine, models: Models) -> None:
+def test_every_part_of_a_response_matches_the_weights_it_was_drawn_from(
+    engine: SGLangEngine, models: Models
+) -> None:
     engine.publish(weights_of(models[0]), version=1)
     stream = engine.generate(asked(24, 2), Sampling(1.0, 1.0, 400, (STOP,)))
     groups = [next(stream)]
@@ -82,8 +90,12 @@ def test_every_part_of_a_response_matches_the_weights_it_was_drawn_from(engine: 
             kinds.add(tuple(span.version for span in response.versions))
             assert all(a.end == b.start for a, b in pairwise(response.versions))
             for version, start, end in response.versions:
-                exact = exact_logprobs(models[version == 2], group.prompt, response.tokens, 1.0)[start:end]
-                worst = max(worst, (exact - torch.tensor(response.logprobs[start:end])).abs().max().item())
+                exact = exact_logprobs(models[version == 2], group.prompt, response.tokens, 1.0)[
+                    start:end
+                ]
+                worst = max(
+                    worst, (exact - torch.tensor(response.logprobs[start:end])).abs().max().item()
+                )
     assert worst <= TOLERANCE
     assert any(len(kind) > 1 for kind in kinds)
 
@@ -105,7 +117,9 @@ def test_a_prompt_that_was_read_is_found_in_the_cache_until_weights_change(
     assert shares[2] < 0.5
 
 
-def test_weights_in_several_buckets_are_those_in_one(make_engine: MakeSGLang, models: Models) -> None:
+def test_weights_in_several_buckets_are_those_in_one(
+    make_engine: MakeSGLang, models: Models
+) -> None:
     one, several = make_engine(), make_engine()
     one.publish(weights_of(models[0]), version=1)
     first = one.checksums()
@@ -120,7 +134,9 @@ def test_weights_in_several_buckets_are_those_in_one(make_engine: MakeSGLang, mo
 def test_every_kind_of_script_says_greedily_what_the_embedded_engine_does(
     make_engine: MakeSGLang, models: Models, folders: tuple[Path, Path], prompt: tuple[int, ...]
 ) -> None:
-    assert_same_as_embedded(make_engine(codec=Letters()), models, folders[0], prompt, penalised=False)
+    assert_same_as_embedded(
+        make_engine(codec=Letters()), models, folders[0], prompt, penalised=False
+    )
 
 
 @pytest.mark.slow
@@ -132,7 +148,13 @@ def test_a_penalty_on_tokens_is_the_embedded_engines(
     architecture = Architecture.from_folder(folders[0])
     with launcher:
         theirs = SGLangEngine(
-            urls, architecture, SLOTS, TimeoutsConfig(), key=launcher.key, penalties=True, codec=Letters()
+            urls,
+            architecture,
+            SLOTS,
+            TimeoutsConfig(),
+            key=launcher.key,
+            penalties=True,
+            codec=Letters(),
         )
         for prompt in ((5, 9, 3), (4,), (7, 7, 8, 20, 11, 6)):
             assert_same_as_embedded(theirs, models, folders[0], prompt, penalised=True)
@@ -149,7 +171,11 @@ def assert_same_as_embedded(
     sampling, question = Sampling(0.0, 1.0, 30, (STOP,)), Prompt("p", prompt, "", "")
     (plain_group,) = ours.generate([plain(question, 1, 0)], sampling)
     said = plain_group.responses[0].tokens
-    scripts = [script for script in every_kind(said) + every_rule(said) if bool(script.penalised) == penalised]
+    scripts = [
+        script
+        for script in every_kind(said) + every_rule(said)
+        if bool(script.penalised) == penalised
+    ]
     request = Request(question, 7, tuple(scripts))
     (here,), (there,) = ours.generate([request], sampling), theirs.generate([request], sampling)
     logits: dict[Any, torch.Tensor] = {}
@@ -158,12 +184,16 @@ def assert_same_as_embedded(
         assert_made(here.responses[sample], made)
         assert_made(there.responses[sample], made)
         assert there.responses[sample].versions == here.responses[sample].versions
-        assert not penalised or made.tokens != list(said), "a penalty that changes nothing would show nothing"
+        assert not penalised or made.tokens != list(said), (
+            "a penalty that changes nothing would show nothing"
+        )
     assert there.scripts == request.scripts
 
 
 def test_a_script_goes_on_across_a_publication(make_engine: MakeSGLang, models: Models) -> None:
-    """Each drawn token has the log-prob that the weights of its span give it, after all that was said before."""
+    """Each drawn token has the log-prob that the weights of its span give it, after all that was
+    said before.
+    """
     engine = make_engine(codec=Letters())
     engine.publish(weights_of(models[0]), version=1)
     script = Budget(most=60, end="B", cut="CDE", answer=200)
@@ -176,11 +206,18 @@ def test_a_script_goes_on_across_a_publication(make_engine: MakeSGLang, models: 
     for group in groups:
         for response in group.responses:
             kinds.add(tuple(span.version for span in response.versions))
-            assert [response.versions[0].start, response.versions[-1].end] == [0, len(response.tokens)]
+            assert [response.versions[0].start, response.versions[-1].end] == [
+                0,
+                len(response.tokens),
+            ]
             assert all(a.end == b.start for a, b in pairwise(response.versions))
             for version, start, end in response.versions:
-                exact = exact_logprobs(models[version == 2], group.prompt, response.tokens, 1.0)[start:end]
+                exact = exact_logprobs(models[version == 2], group.prompt, response.tokens, 1.0)[
+                    start:end
+                ]
                 difference = (exact - torch.tensor(response.logprobs[start:end])).abs()
-                worst = max(worst, difference[torch.tensor(response.trained[start:end])].max().item())
+                worst = max(
+                    worst, difference[torch.tensor(response.trained[start:end])].max().item()
+                )
     assert worst <= TOLERANCE
     assert any(len(kind) > 1 for kind in kinds)

@@ -1,4 +1,6 @@
-"""A real server that shares its device: it sleeps while a real policy trains, and goes on where it was."""
+"""A real server that shares its device: it sleeps while a real policy trains, and goes on where it
+was.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,14 @@ def engine(make_engine: MakeSGLang, models: Models) -> Iterator[SGLangEngine]:
     made.resume()
 
 
-def sharing(engine: SGLangEngine, transport: InBand, folder: Path, ranks: Ranks) -> tuple[Phases, Policy]:
+def sharing(
+    engine: SGLangEngine, transport: InBand, folder: Path, ranks: Ranks
+) -> tuple[Phases, Policy]:
     """An engine that sleeps, and a policy to hand its device to and fro with."""
     layout = EngineLayout(Architecture.from_folder(folder), 1)
-    phases = Phases(make_publisher(transport, engine, layout, ranks), engine, Servers(), ranks, shared=True)
+    phases = Phases(
+        make_publisher(transport, engine, layout, ranks), engine, Servers(), ranks, shared=True
+    )
     return phases, make_policy(folder, "", ranks)
 
 
@@ -79,12 +85,17 @@ def test_responses_in_flight_survive_the_sleep_and_each_part_matches_its_own_wei
     phases.to_policy(policy, contextlib.nullcontext)
     [server] = engine._fleet.servers
     assert server.released == {WEIGHTS, CACHES}
-    with pytest.raises(RuntimeError, match=r"release: the engines sleep, .* on the device; offload is next"):
+    with pytest.raises(
+        RuntimeError, match=r"release: the engines sleep, .* on the device; offload is next"
+    ):
         phases.to_policy(policy, contextlib.nullcontext)
-    engine.sleep()  # once more, behind the phases' back: nothing is asked of a server that has released all
+    # once more, behind the phases' back: nothing is asked of a server that has released all
+    engine.sleep()
     with pytest.raises(RuntimeError, match="asleep"):
         next(stream)
-    policy.update(policy.pack_update(ragged_sequences(8), list(range(8)), 400, "token"), supervised_loss)
+    policy.update(
+        policy.pack_update(ragged_sequences(8), list(range(8)), 400, "token"), supervised_loss
+    )
     phases.to_engines(policy, 2, contextlib.nullcontext)
     assert server.released == set()
     by_version[2] = held_by(policy, models[0])
@@ -97,7 +108,10 @@ def test_responses_in_flight_survive_the_sleep_and_each_part_matches_its_own_wei
             assert all(a.end == b.start for a, b in pairwise(response.versions))
             for version, start, end in response.versions:
                 said = torch.tensor(response.logprobs[start:end])
-                exact = {v: exact_logprobs(m, group.prompt, response.tokens, 1.0) for v, m in by_version.items()}
+                exact = {
+                    v: exact_logprobs(m, group.prompt, response.tokens, 1.0)
+                    for v, m in by_version.items()
+                }
                 worst = max(worst, (exact[version][start:end] - said).abs().max().item())
                 wrong = max(wrong, (exact[3 - version][start:end] - said).abs().max().item())
     print(f"spans {sorted(kinds)}: {worst:.1e} from their own weights, {wrong:.1e} from the others")

@@ -1,7 +1,9 @@
-"""Sharded policies published to a real server: it then answers as transformers does with the same weights.
+"""Sharded policies published to a real server: it then answers as transformers does with the same
+weights.
 
-Before each publication the server holds the other model's weights, and answers otherwise. Every publication here is
-also checked by the servers' own checksums of every parameter, since `verify_every` is 1.
+Before each publication the server holds the other model's weights, and answers otherwise. Every
+publication here is also checked by the servers' own checksums of every parameter, since
+`verify_every` is 1.
 """
 
 from __future__ import annotations
@@ -37,7 +39,11 @@ from tests.families import make_family_folder
 
 
 def train(
-    server: tuple[str, str], folders: tuple[Path, Path], cases: list[str], processes: int = 1, ranks: int = 1
+    server: tuple[str, str],
+    folders: tuple[Path, Path],
+    cases: list[str],
+    processes: int = 1,
+    ranks: int = 1,
 ) -> int:
     """Run trainers that publish, one layout and transport after the other; the exit code."""
     url, key = server
@@ -45,7 +51,8 @@ def train(
     program = [*(torchrun if processes > 1 else []), "tests.engine.published"]
     done = subprocess.run(
         [sys.executable, "-m", *program, url, str(ranks), ",".join(map(str, folders)), *cases],
-        cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1", "SGLANG_API_KEY": key},
+        cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1",
+            "SGLANG_API_KEY": key},
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     print(done.stdout)
@@ -69,10 +76,28 @@ def engine(
     ("processes", "cases"),
     [
         (1, ["tensor=1:tensor", "tensor=1:distributed", "tensor=1:disk", "tensor=1:direct"]),
-        (2, ["tensor=2:distributed", "pipeline=2:tensor", "tensor=2:disk", "pipeline=2,virtual_pipeline=2:direct"]),
-        pytest.param(4, ["tensor=2,pipeline=2:distributed", "tensor=2,pipeline=2:tensor"], marks=pytest.mark.slow),
-        pytest.param(2, ["tensor=2:tensor", "pipeline=2:distributed", "pipeline=2:disk"], marks=pytest.mark.slow),
-        pytest.param(4, ["tensor=2,pipeline=2:disk", "tensor=2,pipeline=2:direct"], marks=pytest.mark.slow),
+        (
+            2,
+            [
+                "tensor=2:distributed",
+                "pipeline=2:tensor",
+                "tensor=2:disk",
+                "pipeline=2,virtual_pipeline=2:direct",
+            ],
+        ),
+        pytest.param(
+            4,
+            ["tensor=2,pipeline=2:distributed", "tensor=2,pipeline=2:tensor"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            2,
+            ["tensor=2:tensor", "pipeline=2:distributed", "pipeline=2:disk"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            4, ["tensor=2,pipeline=2:disk", "tensor=2,pipeline=2:direct"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_server_answers_with_the_published_weights(
@@ -90,14 +115,18 @@ def test_a_fresh_trainer_repairs_what_a_killed_one_left(
 
 
 class Garbled(Broadcast):
-    """Says once of its second bucket that a matrix is of another shape: the server answers 400, half updated."""
+    """Says once of its second bucket that a matrix is of another shape: the server answers 400,
+    half updated.
+    """
 
     delivered = 0
 
     def deliver(self, prepared: Parcel) -> None:
         self.delivered += 1
         if self.delivered == 2:
-            prepared = Parcel([(name, t.T if t.dim() == 2 else t) for name, t in prepared.tensors], prepared.flat)
+            prepared = Parcel(
+                [(name, t.T if t.dim() == 2 else t) for name, t in prepared.tensors], prepared.flat
+            )
         super().deliver(prepared)
 
 
@@ -105,13 +134,19 @@ class Refused(Broadcast):
     """Its first bucket is refused each time."""
 
     def deliver(self, prepared: Parcel) -> None:
-        super().deliver(Parcel([(name, tensor[..., :1]) for name, tensor in prepared.tensors], None))
+        super().deliver(
+            Parcel([(name, tensor[..., :1]) for name, tensor in prepared.tensors], None)
+        )
 
 
 class Lying(InBand):
-    """Sends other than it was given, be it a name that SGLang does not know: it takes all of it for a success."""
+    """Sends other than it was given, be it a name that SGLang does not know: it takes all of it for
+    a success.
+    """
 
-    def __init__(self, engine: SGLangEngine, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]) -> None:
+    def __init__(
+        self, engine: SGLangEngine, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]
+    ) -> None:
         super().__init__(engine)
         self._change = change
 
@@ -124,7 +159,9 @@ def test_a_refused_bucket_has_everything_sent_again(
 ) -> None:
     layout = EngineLayout(Architecture.from_folder(folders[0]), 1)
     policy = make_policy(folders[0], "tensor=1", ranks)
-    make_publisher(InBand(engine), engine, layout, ranks).publish(make_policy(folders[1], "tensor=1", ranks), 1)
+    make_publisher(InBand(engine), engine, layout, ranks).publish(
+        make_policy(folders[1], "tensor=1", ranks), 1
+    )
     garbled = Garbled(engine, "127.0.0.1", "gloo")
     make_publisher(garbled, engine, layout, ranks).publish(policy, 2)
     assert garbled.delivered > 4  # the second attempt began anew
@@ -138,7 +175,9 @@ def test_a_server_that_refuses_twice_is_named_and_repaired_later(
     layout = EngineLayout(Architecture.from_folder(folders[0]), 1)
     policy = make_policy(folders[1], "tensor=1", ranks)
     with pytest.raises(EngineError, match=engine.urls[0]):
-        make_publisher(Refused(engine, "127.0.0.1", "gloo"), engine, layout, ranks).publish(policy, 3)
+        make_publisher(Refused(engine, "127.0.0.1", "gloo"), engine, layout, ranks).publish(
+            policy, 3
+        )
     assert engine.version == -1
     make_publisher(InBand(engine), engine, layout, ranks).publish(policy, 4)
     assert engine.version == 4
@@ -149,10 +188,14 @@ def test_a_name_that_sglang_ignored_stops_the_run(
     engine: SGLangEngine, folders: tuple[Path, Path], ranks: Ranks
 ) -> None:
     layout = EngineLayout(Architecture.from_folder(folders[0]), 1)
-    make_publisher(InBand(engine), engine, layout, ranks).publish(make_policy(folders[0], "tensor=1", ranks), 5)
+    make_publisher(InBand(engine), engine, layout, ranks).publish(
+        make_policy(folders[0], "tensor=1", ranks), 5
+    )
     lying = Lying(engine, lambda name, tensor: (name.replace("model.norm", "model.nrom"), tensor))
     with pytest.raises(WeightMismatchError, match=r"model\.norm\.weight is not what was sent"):
-        make_publisher(lying, engine, layout, ranks).publish(make_policy(folders[1], "tensor=1", ranks), 6)
+        make_publisher(lying, engine, layout, ranks).publish(
+            make_policy(folders[1], "tensor=1", ranks), 6
+        )
     assert engine.version == -1
 
 
@@ -167,19 +210,29 @@ def test_ranks_of_a_server_take_whole_tensors_and_their_own_slices_alike(tmp_pat
     launcher, urls = start(tmp_path / "engines", rollout(tp=2), folders[0])
     with launcher:
         train((urls[0], launcher.key), folders, ["tensor=1:tensor", "tensor=1:direct"], ranks=2)
-        train((urls[0], launcher.key), folders, ["tensor=2:distributed", "tensor=2:direct"], processes=2, ranks=2)
+        train(
+            (urls[0], launcher.key),
+            folders,
+            ["tensor=2:distributed", "tensor=2:direct"],
+            processes=2,
+            ranks=2,
+        )
 
 
 @pytest.mark.slow
 def test_a_mixture_in_bf16_is_held_to_every_bit(tmp_path: Path, ranks: Ranks) -> None:
-    folders = [make_family_folder(tmp_path / str(i), "qwen3-moe", seed=i, dtype=torch.bfloat16) for i in (0, 1)]
+    folders = [
+        make_family_folder(tmp_path / str(i), "qwen3-moe", seed=i, dtype=torch.bfloat16)
+        for i in (0, 1)
+    ]
     architecture = Architecture.from_folder(folders[0])
     launcher, urls = start(tmp_path / "engines", rollout(), folders[1], dtype="bfloat16")
     with launcher:
         data = {"datasets": [{"path": "none"}], "prompt": {"template": "{question}"}}
         config = TrainConfig.model_validate(
             {
-                "name": "bf16", "model": {"path": str(folders[0]), "dtype": "bfloat16"}, "data": data,
+                "name": "bf16", "model": {"path": str(folders[0]), "dtype": "bfloat16"},
+                "data": data,
                 "rollout": {"engine": "sglang", "urls": urls}, "optimizer": {"lr": 1e-3},
             }
         )  # fmt: skip
@@ -188,7 +241,10 @@ def test_a_mixture_in_bf16_is_held_to_every_bit(tmp_path: Path, ranks: Ranks) ->
         policy = Policy(config.model, config.parallel, config.optimizer, ranks, updates=1, seed=0)
         build_publisher(config, engine, ranks.cpu_world, lambda urls: None).publish(policy, 1)
         apart = [mean_difference(engine, folder) for folder in folders]
-        print(f"mean |server - transformers|: {apart[0]:.1e} from its weights, {apart[1]:.1e} from the other")
+        print(
+            f"mean |server - transformers|: {apart[0]:.1e} from its weights, {apart[1]:.1e} from "
+            "the other"
+        )
         assert apart[0] < apart[1] / 20
         name = "model.layers.1.mlp.experts.3.gate_proj.weight"
         lying = Lying(engine, lambda n, tensor: (n, one_ulp_off(tensor) if n == name else tensor))
@@ -196,7 +252,9 @@ def test_a_mixture_in_bf16_is_held_to_every_bit(tmp_path: Path, ranks: Ranks) ->
             lying, engine, ranks.cpu_world, verify_every=1,
             check=lambda: ChecksumCheck(EngineLayout(architecture, 1), torch.bfloat16, "sha256"),
         )  # fmt: skip
-        with pytest.raises(WeightMismatchError, match=r"layers\.1\.mlp\.experts\.w13_weight is not what was sent"):
+        with pytest.raises(
+            WeightMismatchError, match=r"layers\.1\.mlp\.experts\.w13_weight is not what was sent"
+        ):
             publisher.publish(policy, 2)
         engine.close()
 

@@ -35,9 +35,13 @@ from tests.engine_contract import requests
 def router_here() -> None:
     """Skips what needs a router if the engines' Python has none."""
     if os.access(PYTHON, os.X_OK):
-        found = subprocess.run([PYTHON, "-c", "import sglang_router.launch_router"], capture_output=True)
+        found = subprocess.run(
+            [PYTHON, "-c", "import sglang_router.launch_router"], capture_output=True
+        )
         if found.returncode:
-            pytest.skip(f"{PYTHON} has no sglang_router: bash tools/setup_sglang_cpu.sh installs it")
+            pytest.skip(
+                f"{PYTHON} has no sglang_router: bash tools/setup_sglang_cpu.sh installs it"
+            )
 
 
 @pytest.fixture
@@ -49,10 +53,17 @@ def router(router_here: None, servers: Servers, tmp_path: Path) -> Iterator[Serv
 
 @pytest.fixture
 def engine(servers: Servers, router: ServerProcess, models: Models) -> Iterator[SGLangEngine]:
-    """Over both servers, which serve the first model as version 1, behind the router, started again once at most."""
+    """Over both servers, which serve the first model as version 1, behind the router, started again
+    once at most.
+    """
     servers.revive()
     made = SGLangEngine(
-        servers.urls, Architecture.from_folder(servers.model), SLOTS, LIMITS, key=servers.key, router=(router, 1)
+        servers.urls,
+        Architecture.from_folder(servers.model),
+        SLOTS,
+        LIMITS,
+        key=servers.key,
+        router=(router, 1),
     )
     made.publish(weights_of(models[0]), version=1)
     wait_until(lambda: workers(router, servers) == set(servers.urls), "the router has both servers")
@@ -66,7 +77,8 @@ def workers(router: ServerProcess, servers: Servers) -> set[str]:
     """Whom the router asks, in its own words; nobody if it does not answer."""
     try:
         with urlopen(
-            Call(f"{router.url}/workers", headers={"Authorization": f"Bearer {servers.key}"}), timeout=5
+            Call(f"{router.url}/workers", headers={"Authorization": f"Bearer {servers.key}"}),
+            timeout=5,
         ) as said:
             text = said.read().decode()
     except OSError:
@@ -89,15 +101,25 @@ def test_whoever_asks_for_a_router_gets_one_and_leaves_none(
     program: str, servers: Servers, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(KEY, servers.key)
-    asked = {"engine": "sglang", "python": str(PYTHON), "slots": SLOTS, "router": True, "urls": servers.urls}
+    asked = {
+        "engine": "sglang",
+        "python": str(PYTHON),
+        "slots": SLOTS,
+        "router": True,
+        "urls": servers.urls,
+    }
     asked |= {"timeouts": LIMITS.model_dump()}
     model = ModelConfig(path=str(servers.model))
     with ExitStack() as resources:
         if program == "run":
             running = RunServers(servers.urls, servers.key)
-            engine = build_engine(model, RolloutConfig.model_validate(asked), running, tmp_path, NoText(), resources)
+            engine = build_engine(
+                model, RolloutConfig.model_validate(asked), running, tmp_path, NoText(), resources
+            )
         else:
-            engine = sglang_engine(model, EnginesConfig.model_validate(asked), tmp_path, 0, NoText(), resources)
+            engine = sglang_engine(
+                model, EnginesConfig.model_validate(asked), tmp_path, 0, NoText(), resources
+            )
         engine.publish(weights_of(models[0]), version=1)
         wait_until(lambda: routers() == 1 and engine._fleet.routed, "the fleet goes through it")  # pyright: ignore
         assert_each_came_once(list(engine.generate(requests(COUNT), LONG)), 1)
@@ -107,7 +129,10 @@ def test_whoever_asks_for_a_router_gets_one_and_leaves_none(
 
 def routers() -> int:
     """Number of those that this process runs."""
-    return sum("sglang::router" in process.cmdline() for process in psutil.Process().children(recursive=True))
+    return sum(
+        "sglang::router" in process.cmdline()
+        for process in psutil.Process().children(recursive=True)
+    )
 
 
 def answered(router: ServerProcess) -> list[int]:
@@ -116,7 +141,10 @@ def answered(router: ServerProcess) -> list[int]:
     port = command[command.index("--prometheus-port") + 1]
     with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as said:
         text = said.read().decode()
-    return [int(n) for n in re.findall(r'^smg_worker_cb_outcomes_total.*outcome="success"} (\d+)$', text, re.M)]
+    return [
+        int(n)
+        for n in re.findall(r'^smg_worker_cb_outcomes_total.*outcome="success"} (\d+)$', text, re.M)
+    ]
 
 
 def test_a_router_killed_in_the_middle_loses_no_response_and_is_started_again(
@@ -170,7 +198,9 @@ def test_a_server_killed_behind_the_router_loses_no_response_and_comes_back_behi
     groups += stream
     assert_each_came_once(groups, 1)
     assert figures(engine) == (1, 1, 0)
-    wait_until(lambda: workers(router, servers) == {servers.urls[1]}, "the router has the other alone")
+    wait_until(
+        lambda: workers(router, servers) == {servers.urls[1]}, "the router has the other alone"
+    )
     servers.restart(0)
 
     def back() -> bool:
@@ -178,12 +208,16 @@ def test_a_server_killed_behind_the_router_loses_no_response_and_comes_back_behi
         return engine.count == 2
 
     wait_until(back, "the restarted server takes part")
-    wait_until(lambda: workers(router, servers) == set(servers.urls), "the router has both servers again")
+    wait_until(
+        lambda: workers(router, servers) == set(servers.urls), "the router has both servers again"
+    )
     assert_each_came_once(list(engine.generate(requests(COUNT), LONG)), 2)
 
 
 @pytest.mark.slow
-def test_a_server_frozen_behind_the_router_holds_no_response_up(engine: SGLangEngine, servers: Servers) -> None:
+def test_a_server_frozen_behind_the_router_holds_no_response_up(
+    engine: SGLangEngine, servers: Servers
+) -> None:
     stream = engine.generate(requests(COUNT), LONG)
     groups = [next(stream)]
     servers.freeze(1)
@@ -199,13 +233,24 @@ def test_a_router_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rollout\.router: the embedded engine has no servers"):
         RolloutConfig(router=True)
     bare = tmp_path / "python"
-    bare.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'sglang_router'\" >&2\nexit 1\n")
+    bare.write_text(
+        "#!/bin/sh\necho \"ModuleNotFoundError: No module named 'sglang_router'\" >&2\nexit 1\n"
+    )
     bare.chmod(0o755)
     with pytest.raises(
-        UserError, match=r"No module named 'sglang_router'.*pip install --no-deps sglang-router==0\.3\.2"
+        UserError,
+        match=r"No module named 'sglang_router'.*pip install --no-deps sglang-router==0\.3\.2",
     ):
         start_router(rollout(router=True, python=str(bare)), tmp_path, None)
-    with ExitStack() as stack, pytest.raises(ConfigError, match=r"rollout\.router: .* routed experts"):
+    with (
+        ExitStack() as stack,
+        pytest.raises(ConfigError, match=r"rollout\.router: .* routed experts"),
+    ):
         build_engine(
-            ModelConfig(path="", routing="replay"), rollout(router=True), RunServers(), tmp_path, NoText(), stack
+            ModelConfig(path="", routing="replay"),
+            rollout(router=True),
+            RunServers(),
+            tmp_path,
+            NoText(),
+            stack,
         )

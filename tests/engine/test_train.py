@@ -22,17 +22,30 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """Two iterations of the quickstart's configuration, from random weights, with an evaluation in the second."""
+    """Two iterations of the quickstart's configuration, from random weights, with an evaluation in
+    the second.
+    """
     place = tmp_path_factory.mktemp("train")
     write(place / "task", 0, ArithmeticTask(max_terms=3, train_rows=24, test_rows=16, sft_rows=64))
     config = yaml.safe_load((ROOT / "examples/quickstart/rl.yaml").read_text())
-    config |= {"name": "sglang", "runs": str(place), "model": {"path": str(place / "task/model"), "init": "random"}}
+    config |= {
+        "name": "sglang",
+        "runs": str(place),
+        "model": {"path": str(place / "task/model"), "init": "random"},
+    }
     config["data"]["datasets"][0]["path"] = str(place / "task/train.jsonl")
     config["evaluation"]["datasets"][0]["path"] = str(place / "task/test.jsonl")
     config["evaluation"] |= {"every": 2, "max_new_tokens": 40}
     config["train"]["iterations"] = config["checkpoint"]["every"] = 2
-    config["rollout"] |= {"engine": "sglang", "python": str(PYTHON), "prompts": 8, "samples": 4, "max_new_tokens": 40}
-    config["rollout"]["placement"] = "colocated"  # without a GPU too, servers sleep while the policy trains
+    config["rollout"] |= {
+        "engine": "sglang",
+        "python": str(PYTHON),
+        "prompts": 8,
+        "samples": 4,
+        "max_new_tokens": 40,
+    }
+    # without a GPU too, servers sleep while the policy trains
+    config["rollout"]["placement"] = "colocated"
     return trained(place, config)
 
 
@@ -65,7 +78,9 @@ def test_engine_and_policy_agree_in_every_iteration(run: RunFolder) -> None:
 
 def test_each_iteration_was_answered_by_the_weights_before_it(run: RunFolder) -> None:
     for step in (1, 2):
-        responses = [response for each in run.read_rollouts(step) for response in each.group.responses]
+        responses = [
+            response for each in run.read_rollouts(step) for response in each.group.responses
+        ]
         assert len(responses) == 32
         assert {span.version for response in responses for span in response.versions} == {step - 1}
 
@@ -74,7 +89,8 @@ METHODS = {
     "told": {"name": "l1_exact", "shortest": 4, "longest": 20, "suffix": "={budget};"},
     "opened": {"name": "asrr", "opening": "1+1;", "tau": 0.25},
     "cut": {"name": "elastic", "thought": 8, "answer": 6, "end": ";", "cut": "="},
-    "budgets": {"name": "anytime", "budgets": [4, 10, 20], "answers": 2, "answer_tokens": 4, "end": ";", "cut": "=",
+    "budgets": {"name": "anytime", "budgets": [4, 10, 20], "answers": 2, "answer_tokens": 4,
+        "end": ";", "cut": "=",
                 "ended": "="},
     "exits": {"name": "s_grpo", "exits": 3, "answer_tokens": 4, "end": ";", "stop": "="},
 }  # fmt: skip
@@ -84,7 +100,9 @@ METHODS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", METHODS)
 def test_every_kind_of_method_trains(kind: str, tmp_path: Path) -> None:
-    """A model that has learnt nothing, of whose answers about half are right: any text with a low digit."""
+    """A model that has learnt nothing, of whose answers about half are right: any text with a low
+    digit.
+    """
     write(tmp_path / "task", 0, ArithmeticTask(max_terms=3, train_rows=24, test_rows=4, sft_rows=4))
     rows = [{"question": f"{n} + 1", "answer": "[0-2]"} for n in range(24)]
     (tmp_path / "digits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -92,12 +110,15 @@ def test_every_kind_of_method_trains(kind: str, tmp_path: Path) -> None:
         "name": kind,
         "runs": str(tmp_path),
         "model": {"path": str(tmp_path / "task/model"), "init": "random"},
-        "data": {"datasets": [{"path": str(tmp_path / "digits.jsonl")}], "prompt": {"template": "{question}"}},
+        "data": {"datasets": [{"path": str(tmp_path / "digits.jsonl")}],
+            "prompt": {"template": "{question}"}},
         "rollout": {
-            "engine": "sglang", "python": str(PYTHON), "prompts": 4, "samples": 4, "max_new_tokens": 24,
+            "engine": "sglang", "python": str(PYTHON), "prompts": 4, "samples": 4,
+            "max_new_tokens": 24,
             "placement": "colocated",
         },
-        "grading": {"verifier": "regex", "answer": "whole", "options": {"search": True}, "workers": 1},
+        "grading": {"verifier": "regex", "answer": "whole", "options": {"search": True},
+            "workers": 1},
         "method": METHODS[kind],
         "optimizer": {"lr": 1e-3},
         "train": {"iterations": 2},
@@ -112,8 +133,14 @@ def test_every_kind_of_method_trains(kind: str, tmp_path: Path) -> None:
         assert ("branches/accuracy" in line) == (kind in ("budgets", "exits"))
 
 
-def test_nothing_of_the_servers_is_left_and_only_the_owner_reads_their_folder(run: RunFolder) -> None:
+def test_nothing_of_the_servers_is_left_and_only_the_owner_reads_their_folder(
+    run: RunFolder,
+) -> None:
     folder = run.path / "engines"
     assert {path.name for path in folder.iterdir()} == {"engine-0.yaml", "engine-0.log"}
     assert folder.stat().st_mode & 0o077 == 0
-    assert [p.pid for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])] == []
+    assert [
+        p.pid
+        for p in psutil.process_iter(["cmdline"])
+        if str(folder) in " ".join(p.info["cmdline"] or [])
+    ] == []

@@ -1,4 +1,6 @@
-"""Real servers that are killed or frozen: they are back at their old address, as often as they may be."""
+"""Real servers that are killed or frozen: they are back at their old address, as often as they may
+be.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,11 @@ def test_a_server_that_is_killed_or_hangs_is_back_at_its_address_until_its_times
     # killed while restarts are put off, and put off again while it starts
     watch.hold()
     before[0].children()[0].kill()
-    wait_until(lambda: said("ended with exit code 137; it is started again, and 0 times more at most; the end of"))
+    wait_until(
+        lambda: said(
+            "ended with exit code 137; it is started again, and 0 times more at most; the end of"
+        )
+    )
     time.sleep(3)
     assert server.process.poll() is not None, "it was started while restarts were put off"
     watch.allow()
@@ -113,7 +119,12 @@ def test_a_server_that_is_killed_or_hangs_is_back_at_its_address_until_its_times
     before = family(launcher)
     for process in before:
         process.suspend()
-    wait_until(lambda: said("hangs: no answer for rollout.timeouts.hang_s = 15 s; it stays down: rollout.restarts = 1"))
+    wait_until(
+        lambda: said(
+            "hangs: no answer for rollout.timeouts.hang_s = 15 s; it "
+            "stays down: rollout.restarts = 1"
+        )
+    )
     watch.join()
     _, left = psutil.wait_procs(before, timeout=30)
     assert not left
@@ -142,7 +153,9 @@ def test_a_server_that_fails_two_publications_is_started_again_and_takes_the_thi
     [server] = launcher.servers
     watch, before = launcher.watch(LIMITS, restarts=1), family(launcher)
     architecture = Architecture.from_folder(folders[1])
-    engine = SGLangEngine([server.url], architecture, 8, TimeoutsConfig(), key=launcher.key, engine_ranks=1)
+    engine = SGLangEngine(
+        [server.url], architecture, 8, TimeoutsConfig(), key=launcher.key, engine_ranks=1
+    )
     transport = RefusedTwice(engine, "127.0.0.1", "gloo")
     publisher = Publisher(
         transport,

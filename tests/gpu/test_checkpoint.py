@@ -1,4 +1,6 @@
-"""A checkpoint's file is written in a thread, and holds what lay on this rank's card, whichever that is."""
+"""A checkpoint's file is written in a thread, and holds what lay on this rank's card, whichever
+that is.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ from megatron_efr.policy.ranks import Ranks
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device: on the first none is wrong"),
+    pytest.mark.skipif(
+        torch.cuda.device_count() < 2,
+        reason=("needs a second CUDA device: on the first none is wrong"),
+    ),
 ]
 
 

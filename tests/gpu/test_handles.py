@@ -1,4 +1,6 @@
-"""A bucket's CUDA handle opens in a process to which the GPU bears another number, as SGLang opens it."""
+"""A bucket's CUDA handle opens in a process to which the GPU bears another number, as SGLang opens
+it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,10 @@ import torch
 from megatron_efr.publication.reshard import Parcel
 from megatron_efr.publication.transports import encode
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason=("needs a CUDA device")),
+]
 
 OPENER = """
 import base64, pickle, sys
@@ -35,7 +40,10 @@ for part in found["metadata"]:
 
 def test_a_bucket_opens_by_the_gpus_uuid() -> None:
     device = torch.device("cuda", torch.cuda.device_count() - 1)
-    tensors = [("a", torch.arange(12.0, device=device).view(3, 4)), ("b", torch.ones(8, device=device).bfloat16())]
+    tensors = [
+        ("a", torch.arange(12.0, device=device).view(3, 4)),
+        ("b", torch.ones(8, device=device).bfloat16()),
+    ]
     flat = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in tensors])
     payload, load_format = encode(Parcel(tensors, flat))
     assert load_format == "flattened_bucket"
@@ -43,7 +51,12 @@ def test_a_bucket_opens_by_the_gpus_uuid() -> None:
     visible = str(torch.cuda.get_device_properties(device).uuid)
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": f"GPU-{visible}"}
     done = subprocess.run(
-        [sys.executable, "-c", OPENER], input=payload, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", OPENER],
+        input=payload,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["a", "66.0", "b", "8.0"]

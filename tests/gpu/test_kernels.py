@@ -1,4 +1,6 @@
-"""The kernel suite on a card, with what only a card can show: bf16, races, and more logits than an int32 counts."""
+"""The kernel suite on a card, with what only a card can show: bf16, races, and more logits than an
+int32 counts.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,19 @@ from megatron_efr.kernels.row_kernels import Logits, Softmax, Statistics, merge
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason=("needs a CUDA device, and there is none here")
+    ),
 ]
 
 if torch.cuda.is_available():
-    from megatron_efr.kernels import PolicyRows, fused_policy_loss, linear_logprob, matmul, triton_rows
+    from megatron_efr.kernels import (
+        PolicyRows,
+        fused_policy_loss,
+        linear_logprob,
+        matmul,
+        triton_rows,
+    )
     from tests.kernel_suite import *  # noqa: F403  the tests themselves
     from tests.kernel_suite import case, exact, relative
 
@@ -41,7 +51,8 @@ def test_bf16_at_the_shipped_block(vocab: int, monkeypatch: pytest.MonkeyPatch) 
     for _ in range(2):
         main_grad = torch.zeros(w.shape, device="cuda")
         out = fused_policy_loss(
-            x, w, targets, PolicyRows(logprob.detach(), one, one), Objective(), main_grad=main_grad, factor=1.0,
+            x, w, targets, PolicyRows(logprob.detach(), one, one), Objective(), main_grad=main_grad,
+            factor=1.0,
             true_vocab=vocab, chunk=128, backend="triton",
         )  # fmt: skip
         results.append((torch.autograd.grad(out.loss, x)[0], main_grad))
@@ -52,7 +63,9 @@ def test_bf16_at_the_shipped_block(vocab: int, monkeypatch: pytest.MonkeyPatch) 
     assert relative(-results[0][1], d_weight) <= 1e-2
 
 
-def test_fp32_products_of_bf16_operands_equal_the_upcast_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_products_of_bf16_operands_equal_the_upcast_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x, w = (tensor.detach() for tensor in case(300, 256, 5000, torch.bfloat16))
     results = []
     for upcast in (False, True):
@@ -83,7 +96,9 @@ def test_more_logits_than_an_int32_counts(monkeypatch: pytest.MonkeyPatch) -> No
     one = torch.ones(rows, device="cuda")
     gradient = triton_rows.write_gradient(whole, softmax, one, None, torch.bfloat16)[-4:].clone()
     last = softmax_of(near, local[-4:])
-    assert torch.equal(gradient, triton_rows.write_gradient(end, last, one[-4:], None, torch.bfloat16))
+    assert torch.equal(
+        gradient, triton_rows.write_gradient(end, last, one[-4:], None, torch.bfloat16)
+    )
 
 
 def softmax_of(statistics: Statistics, local: torch.Tensor) -> Softmax:
@@ -108,13 +123,18 @@ torch.cuda.synchronize()
     for tool in ("racecheck", "memcheck"):
         done = subprocess.run(
             [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
-            capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=500,
+            capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            timeout=500,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_aliased_gradient_equals_the_gradient_written_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """racecheck sees no races in global memory: here they would show as differences, over many rows."""
+def test_aliased_gradient_equals_the_gradient_written_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """racecheck sees no races in global memory: here they would show as differences, over many
+    rows.
+    """
     monkeypatch.setattr(triton_rows, "BLOCK", 4096)
     logits = torch.randn(2048, 50000, device="cuda")
     local = torch.arange(2048, device="cuda")
@@ -122,7 +142,9 @@ def test_aliased_gradient_equals_the_gradient_written_elsewhere(monkeypatch: pyt
     g = torch.linspace(-1, 1, 2048, device="cuda")
 
     def written(dtype: torch.dtype) -> torch.Tensor:
-        return triton_rows.write_gradient(Logits(logits.clone(), local, 50000, 1.0), softmax, g, g, dtype)
+        return triton_rows.write_gradient(
+            Logits(logits.clone(), local, 50000, 1.0), softmax, g, g, dtype
+        )
 
     elsewhere = written(torch.float32)
     for _ in range(20):

@@ -1,4 +1,6 @@
-"""Engine and trainer on one card: what leaves it in each phase, measured, and what goes on as it was."""
+"""Engine and trainer on one card: what leaves it in each phase, measured, and what goes on as it
+was.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ from tests.engine.published import make_publisher
 from tests.engine_contract import requests
 from tests.unit.policy.test_optimizer import SHARDED, build, equal, state, update
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason=("needs a CUDA device")),
+]
 
 
 def places(policy: Policy) -> list[tuple[torch.device, int]]:
@@ -47,7 +52,9 @@ def test_gradients_and_optimizer_leave_the_card_the_weights_stay_and_the_next_up
     before = torch.cuda.memory_allocated()
     left.offload_training_state()
     count = sum(p.numel() for chunk in left.chunks for p in chunk.parameters())
-    assert before - torch.cuda.memory_allocated() >= 0.95 * (gradient_bytes(count) + optimizer_bytes(count, dtype))
+    assert before - torch.cuda.memory_allocated() >= 0.95 * (
+        gradient_bytes(count) + optimizer_bytes(count, dtype)
+    )
     assert places(left) == weights
     left.restore_training_state()
     assert places(left) == weights
@@ -79,13 +86,18 @@ def engine(wide_model: Path, tmp_path: Path) -> Iterator[SGLangEngine]:
         "slots": 8,
         "server": {"mem_fraction_static": SHARE},
     }
-    rollout, architecture = RolloutConfig.model_validate(section), Architecture.from_folder(wide_model)
+    rollout, architecture = (
+        RolloutConfig.model_validate(section),
+        Architecture.from_folder(wide_model),
+    )
     model = ModelConfig(path=str(wide_model), dtype="bfloat16")
     torch.cuda.empty_cache()  # what other tests have left
     with Launcher(tmp_path / "engines", rollout.timeouts.stop_s) as launcher:
         launcher.start_engine(model, rollout, 0, seed=0, on_gpu=True, shared=True)
         urls = launcher.wait(rollout.timeouts.start_s)
-        made = SGLangEngine(urls, architecture, rollout.slots, rollout.timeouts, key=launcher.key, dtype=model.dtype)
+        made = SGLangEngine(
+            urls, architecture, rollout.slots, rollout.timeouts, key=launcher.key, dtype=model.dtype
+        )
         yield made
         made.close()
 
@@ -94,7 +106,9 @@ def test_a_server_releases_its_share_of_the_card_and_goes_on_with_the_policys_ne
     engine: SGLangEngine, wide_model: Path, ranks: Ranks
 ) -> None:
     layout, full = EngineLayout(engine.architecture, 1), free_bytes()
-    publisher = make_publisher(Handles(engine, ranks.cpu_world), engine, layout, ranks, torch.bfloat16, "fmix32")
+    publisher = make_publisher(
+        Handles(engine, ranks.cpu_world), engine, layout, ranks, torch.bfloat16, "fmix32"
+    )
     share = int(0.8 * SHARE / (1 - SHARE) * full)  # of the card: `full` is what the server left
     phases = Phases(publisher, engine, Servers(), ranks, shared=True, engine_bytes=share)
     assert free_bytes() - full >= share
@@ -108,5 +122,9 @@ def test_a_server_releases_its_share_of_the_card_and_goes_on_with_the_policys_ne
     phases.to_engines(policy, 2, contextlib.nullcontext)
     groups += stream
     assert len(groups) == 20
-    spans = {tuple(span.version for span in response.versions) for group in groups for response in group.responses}
+    spans = {
+        tuple(span.version for span in response.versions)
+        for group in groups
+        for response in group.responses
+    }
     assert (1, 2) in spans

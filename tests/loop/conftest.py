@@ -20,11 +20,12 @@ from megatron_efr.data.arithmetic import ArithmeticTask, write
 from megatron_efr.observe import deterministic
 
 KILLED = Path(__file__).with_name("killed.py")
-LIMIT_S = 900  # of one program, on a machine that others keep busy: starting alone may take minutes there
+# of one program, on a machine that others keep busy: starting alone may take minutes there
+LIMIT_S = 900
 
-# A model that has learnt nothing earns nothing from the paper's method: its weights would stand still, and a resume
-# that forgot them would go unnoticed. This one, installed as a third party's, rewards some length over others, and by
-# what it saw before: its state must survive too.
+# A model that has learnt nothing earns nothing from the paper's method: its weights would stand
+# still, and a resume that forgot them would go unnoticed. This one, installed as a third party's,
+# rewards some length over others, and by what it saw before: its state must survive too.
 METHOD = """
 from typing import Any
 
@@ -86,7 +87,9 @@ Program = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def install_method(folder: Path) -> None:
-    """Lay METHOD into `folder`, as a package that registered itself: on the path it is `method: {name: typical}`."""
+    """Lay METHOD into `folder`, as a package that registered itself: on the path it is `method:
+    {name: typical}`.
+    """
     (folder / "typical.py").write_text(METHOD)
     registration = folder / "typical-1.0.dist-info"
     registration.mkdir()
@@ -97,17 +100,23 @@ def install_method(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
-    """Runs `python -m megatron_efr.NAME ARGUMENTS...` and checks its exit code; `killed_at` as killed.py has it."""
+    """Runs `python -m megatron_efr.NAME ARGUMENTS...` and checks its exit code; `killed_at` as
+    killed.py has it.
+    """
     plugin = tmp_path_factory.mktemp("plugin")
     install_method(plugin)
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")
+    }
     paths = [str(plugin), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
     def run(
         name: str, *arguments: str, killed_at: str | None = None, expect: int | None = None
     ) -> subprocess.CompletedProcess[str]:
-        start = ["-m", f"megatron_efr.{name}"] if killed_at is None else [str(KILLED), killed_at, name]
+        start = (
+            ["-m", f"megatron_efr.{name}"] if killed_at is None else [str(KILLED), killed_at, name]
+        )
         done = subprocess.run(
             [sys.executable, *start, *map(str, arguments)],
             env=environment,
@@ -155,7 +164,10 @@ def metrics(folder: Path) -> list[str]:
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file under `folder`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def state(folder: Path, step: int) -> dict[str, Any]:

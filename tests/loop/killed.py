@@ -1,4 +1,5 @@
-"""Runs a program and kills it from within (SIGKILL) at a stated moment: `python killed.py MOMENT PROGRAM ARGUMENTS...`.
+"""Runs a program and kills it from within (SIGKILL) at a stated moment: `python killed.py MOMENT
+PROGRAM ARGUMENTS...`.
 
 rollout:STEP:GROUPS  while group GROUPS + 1 of iteration STEP is being written to the journal: half of its line is there
 answer:GROUPS        while group GROUPS + 1 of an evaluation is being written to its journal
@@ -51,7 +52,9 @@ def at_servers(groups: str) -> None:
 
     def hooked(self: journal.Journal, group: Any) -> None:
         append(self, group)
-        if self.path.match("unfinished/*.jsonl") and self.path.read_bytes().count(b"\n") == int(groups):
+        if self.path.match("unfinished/*.jsonl") and self.path.read_bytes().count(b"\n") == int(
+            groups
+        ):
             for child in psutil.Process().children():
                 if "sglang.launch_server" in child.cmdline():
                     child.kill()  # a supervisor, and the kernel what it runs
@@ -65,7 +68,11 @@ def at_journal(pattern: str, groups: str) -> None:
     append = journal.Journal.append
 
     def hooked(self: journal.Journal, group: Any) -> None:
-        if self.path.match(pattern) and self.path.exists() and self.path.read_bytes().count(b"\n") == int(groups):
+        if (
+            self.path.match(pattern)
+            and self.path.exists()
+            and self.path.read_bytes().count(b"\n") == int(groups)
+        ):
             write_half(self.path, journal.encode_group(group))
             die()
         append(self, group)

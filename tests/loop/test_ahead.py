@@ -1,4 +1,6 @@
-"""Whole runs whose rollouts run ahead: partial and asynchronous at once, evaluated, killed and resumed."""
+"""Whole runs whose rollouts run ahead: partial and asynchronous at once, evaluated, killed and
+resumed.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,13 @@ observe: {{tensorboard: false}}
 """
 
 
-def test_a_run_ahead_of_its_policy_is_killed_and_loses_no_prompt(task: Path, program: Program, tmp_path: Path) -> None:
+def test_a_run_ahead_of_its_policy_is_killed_and_loses_no_prompt(
+    task: Path, program: Program, tmp_path: Path
+) -> None:
     config, folder = task / "ahead.yaml", RunFolder(tmp_path / "run")
     config.write_text(CONFIG.format(task=task))
-    program("train", config, f"runs={tmp_path}", killed_at="update:8")  # in iteration 4, whose successor is begun
+    # in iteration 4, whose successor is begun
+    program("train", config, f"runs={tmp_path}", killed_at="update:8")
     held = state(folder.path, 2)["stream"]["in_flight"]
     assert len(held) == 6, "an iteration's prompts and half as many"
     program("train", "--resume", config, f"runs={tmp_path}")
@@ -42,7 +47,9 @@ def test_a_run_ahead_of_its_policy_is_killed_and_loses_no_prompt(task: Path, pro
     assert abs(lines[0]["importance_mean"] - 1) < 1e-5
     stale = [line["logprob_diff_lag1_mean"] for line in lines if "logprob_diff_lag1_mean" in line]
     assert stale
-    assert all(difference > 1e-5 for difference in stale), "another version's log-probs, and no difference"
+    assert all(difference > 1e-5 for difference in stale), (
+        "another version's log-probs, and no difference"
+    )
     assert [line["step"] for line in lines if "eval/accuracy" in line] == [3, 6]
 
     groups = [credited.group for step in range(1, 7) for credited in folder.read_rollouts(step)]

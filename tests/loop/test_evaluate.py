@@ -1,4 +1,6 @@
-"""An evaluation that is killed and begun again goes on where it was, and its record is that of a whole one."""
+"""An evaluation that is killed and begun again goes on where it was, and its record is that of a
+whole one.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,13 @@ def test_a_record_is_not_made_twice_nor_lost_to_another_evaluation(
     figures = program("evaluate", config, runs).stdout.partition("model:\n")[2]
     before = path.read_bytes()
     again = program("evaluate", config, runs, "rollout.slots=64").stdout
-    assert again == f"{path}: holds this very evaluation; delete it to evaluate again\nmodel:\n{figures}"
+    assert again == (
+        f"{path}: holds this very evaluation; delete it to evaluate again\nmodel:\n{figures}"
+    )
     refused = program("evaluate", config, runs, "grading.verifier=exact", expect=2).stderr
-    assert f"{path}: is the record of another evaluation than this; it differs in\n  grading of test: " in refused
+    assert (
+        f"{path}: is the record of another evaluation than this; it differs in\n  grading of test: "
+    ) in refused
     assert path.read_bytes() == before
     program("evaluate", config, runs, "evaluation.samples=1", "--replace")
     assert path.read_bytes() != before
@@ -56,13 +62,19 @@ def test_killed_twice_and_resumed_it_is_the_whole_one_bit_for_bit(
     held = Journal(place / "unfinished/model.jsonl").read()
     assert (len(held.groups), held.torn) == (11, 1)
     assert not (place / "model.json").exists()
-    refused = program("evaluate", config, runs, "seed=4", "evaluation.max_new_tokens=20", expect=2).stderr
-    assert "eval/unfinished/model.jsonl: holds answers of another evaluation, which was not finished" in refused
+    refused = program(
+        "evaluate", config, runs, "seed=4", "evaluation.max_new_tokens=20", expect=2
+    ).stderr
+    assert (
+        "eval/unfinished/model.jsonl: holds answers of another evaluation, which was not finished"
+    ) in refused
     assert "  model: there " in refused, "random weights are drawn from the seed"
     assert "  seed: there 3, here 4" in refused
     assert "  max_new_tokens: there 24, here 20" in refused
     assert "temperature" not in refused
     resumed = program("evaluate", config, runs, "rollout.slots=64")
     assert "model: 11 of 16 problems were answered before" in resumed.stdout
-    assert (place / "model.json").read_bytes() == (tmp_path / "whole/run/eval/model.json").read_bytes()
+    assert (place / "model.json").read_bytes() == (
+        tmp_path / "whole/run/eval/model.json"
+    ).read_bytes()
     assert not list((place / "unfinished").iterdir())

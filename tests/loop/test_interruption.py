@@ -1,4 +1,6 @@
-"""A run that is asked to end finishes its iteration, saves, asks to be requeued, and resumed equals one undisturbed."""
+"""A run that is asked to end finishes its iteration, saves, asks to be requeued, and resumed equals
+one undisturbed.
+"""
 
 from __future__ import annotations
 
@@ -44,14 +46,17 @@ def config(task: Path) -> Path:
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     """A program of this package as a process of its own, outside any world of ranks."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")
+    }
     return subprocess.Popen(
         [sys.executable, "-m", *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # what a shell runs in the background, these tests perhaps, ignores Ctrl-C, and so would this
+        # what a shell runs in the background, these tests perhaps, ignores Ctrl-C, and so would
+        # this
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -81,7 +86,9 @@ def test_a_run_that_is_asked_to_end_saves_this_iteration_and_goes_on_bit_for_bit
     running = start(["megatron_efr.train", str(config), f"runs={run.parent}"])
     wait_for(run / "journal/step_000001.jsonl", running)
     end(running, signal.SIGTERM)
-    assert (run / "checkpoints/latest").read_text() == "step_000001", "no checkpoint was due, and one was needed"
+    assert (run / "checkpoints/latest").read_text() == "step_000001", (
+        "no checkpoint was due, and one was needed"
+    )
     assert metrics(run) == metrics(whole)[:1]
     assert not (run / "model").exists()
     program("train", "--resume", config, f"runs={run.parent}")
@@ -92,7 +99,9 @@ def test_a_run_that_is_asked_to_end_saves_this_iteration_and_goes_on_bit_for_bit
 
 
 @pytest.mark.parallel
-def test_the_launcher_hands_a_signal_on_and_answers_as_the_ranks_do(config: Path, tmp_path: Path) -> None:
+def test_the_launcher_hands_a_signal_on_and_answers_as_the_ranks_do(
+    config: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     torchrun = ["megatron_efr.torchrun", "--standalone", "--nproc-per-node=2"]
     program = ["-m", "megatron_efr.train", str(config), f"runs={tmp_path}", "train.iterations=1000"]
@@ -102,7 +111,9 @@ def test_the_launcher_hands_a_signal_on_and_answers_as_the_ranks_do(config: Path
     assert "SIGUSR1: the workers end after this iteration" in output
     last = RunFolder(run).read_metrics()[-1]["step"]
     assert 2 <= last < 1000
-    assert (run / "checkpoints/latest").read_text() == f"step_{last:06d}", "the ranks did not agree where to end"
+    assert (run / "checkpoints/latest").read_text() == f"step_{last:06d}", (
+        "the ranks did not agree where to end"
+    )
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["iterations"] == 1000
 
 
@@ -110,7 +121,10 @@ def test_the_launcher_hands_a_signal_on_and_answers_as_the_ranks_do(config: Path
 def test_a_sweep_that_is_asked_to_end_saves_its_runs_and_goes_on_bit_for_bit(
     config: Path, program: Program, tmp_path: Path
 ) -> None:
-    held_out = f"evaluation: {{datasets: [{{path: {config.parent}/test.jsonl}}], samples: 2, max_new_tokens: 24}}\n"
+    held_out = (
+        f"evaluation: {{datasets: [{{path: {config.parent}/test.jsonl}}], samples: 2, "
+        f"max_new_tokens: 24}}\n"
+    )
     family = tmp_path / "family.yaml"
     family.write_text(config.read_text() + held_out)
     whole, run, member = tmp_path / "whole/run", tmp_path / "asked/run", "alpha-0.5"
@@ -131,12 +145,20 @@ def test_a_sweep_that_is_asked_to_end_saves_its_runs_and_goes_on_bit_for_bit(
 
 @pytest.mark.parallel
 @pytest.mark.parametrize(
-    "launcher", ["megatron_efr.torchrun", pytest.param("torch.distributed.run", marks=pytest.mark.slow)]
+    "launcher",
+    ["megatron_efr.torchrun", pytest.param("torch.distributed.run", marks=pytest.mark.slow)],
 )
 def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_is_free_at_once(
     config: Path, program: Program, tmp_path: Path, launcher: str
 ) -> None:
-    torchrun = [launcher, "--standalone", "--nproc-per-node=2", "-m", "megatron_efr.train", str(config)]
+    torchrun = [
+        launcher,
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "megatron_efr.train",
+        str(config),
+    ]
     running = start([*torchrun, f"runs={tmp_path}", "train.iterations=1000"])
     try:
         wait_for(tmp_path / "run/metrics.jsonl", running)
@@ -154,9 +176,15 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_is_free_at_
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize("launcher", [[], ["megatron_efr.torchrun", "--standalone", "--nproc-per-node=2", "-m"]])
-def test_ctrl_c_ends_a_run_with_130_and_one_line_of_its_own(config: Path, tmp_path: Path, launcher: list[str]) -> None:
-    running = start([*launcher, "megatron_efr.train", str(config), f"runs={tmp_path}", "train.iterations=1000"])
+@pytest.mark.parametrize(
+    "launcher", [[], ["megatron_efr.torchrun", "--standalone", "--nproc-per-node=2", "-m"]]
+)
+def test_ctrl_c_ends_a_run_with_130_and_one_line_of_its_own(
+    config: Path, tmp_path: Path, launcher: list[str]
+) -> None:
+    running = start(
+        [*launcher, "megatron_efr.train", str(config), f"runs={tmp_path}", "train.iterations=1000"]
+    )
     wait_for(tmp_path / "run/metrics.jsonl", running)
     running.send_signal(signal.SIGINT)
     output = running.communicate(timeout=120)[0]
@@ -168,7 +196,14 @@ def test_ctrl_c_ends_a_run_with_130_and_one_line_of_its_own(config: Path, tmp_pa
 
 def test_the_launcher_passes_on_what_a_program_answers_by_itself(tmp_path: Path) -> None:
     failing = start(
-        ["megatron_efr.torchrun", "--standalone", "--nproc-per-node=1", "-m", "megatron_efr.train", "no.yaml"]
+        [
+            "megatron_efr.torchrun",
+            "--standalone",
+            "--nproc-per-node=1",
+            "-m",
+            "megatron_efr.train",
+            "no.yaml",
+        ]
     )
     output = failing.communicate(timeout=300)[0]
     assert failing.returncode == 2, output

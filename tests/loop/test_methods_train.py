@@ -1,4 +1,6 @@
-"""Every method trains on the embedded engine, and one that remembers goes on after a kill as if there had been none."""
+"""Every method trains on the embedded engine, and one that remembers goes on after a kill as if
+there had been none.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "experimental.memory_r": {"explore_from": 2, "remembered": 5},
     "experimental.sgpo": {"exits": 3, "answers": 2, "answer_tokens": 3, "end": ";", "stop": "="},
     "experimental.l2t": {"exits": 3, "answers": 2, "answer_tokens": 3, "end": ";", "stop": "="},
-    "infty_think": {"round_tokens": 24, "rounds": 3, "opens": " \\boxed{", "closes": "}", "history": "1+{summary}"},
+    "infty_think": {
+        "round_tokens": 24,
+        "rounds": 3,
+        "opens": " \\boxed{",
+        "closes": "}",
+        "history": "1+{summary}",
+    },
     "thinkless": {"short": "1", "think": "2"},
     "experimental.o1_pruner_online": {"reference": 2},
     "experimental.self_budgeter": {"tag": "{budget};"},
@@ -51,7 +59,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gfpo": {"keep": 2},
     "gdpo": {"limit": 10},
     "leash": {"target": 8, "rate": 0.5},
-    "anytime": {"budgets": [4, 10, 20], "answers": 2, "answer_tokens": 4, "end": ";", "cut": "=", "ended": "="},
+    "anytime": {
+        "budgets": [4, 10, 20],
+        "answers": 2,
+        "answer_tokens": 4,
+        "end": ";",
+        "cut": "=",
+        "ended": "=",
+    },
     "mrt": {"answers": 2, "answer_tokens": 4, "end": ";", "stop": "="},
     "s_grpo": {"exits": 3, "answer_tokens": 4, "end": ";", "stop": "="},
     "jet": {"answer_tokens": 4, "end": ";", "stop": "="},
@@ -64,7 +79,9 @@ BRANCHING = {"anytime", "mrt", "s_grpo", "jet"}
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that has learnt nothing, and problems of which it gets about half right: any text with a low digit."""
+    """A model that has learnt nothing, and problems of which it gets about half right: any text
+    with a low digit.
+    """
     folder = tmp_path_factory.mktemp("task")
     write(folder, 0, ArithmeticTask(max_terms=3, train_rows=24, test_rows=4, sft_rows=4))
     rows = [{"question": f"{n} + 1", "answer": "[0-2]"} for n in range(24)]
@@ -79,7 +96,10 @@ def configured(task: Path, runs: Path, name: str, iterations: int, **changed: An
         "runs": str(runs),
         "seed": 3,
         "model": {"path": str(task / "model"), "init": "random", "thinking": {"closes": ";"}},
-        "data": {"datasets": [{"path": str(task / "digits.jsonl")}], "prompt": {"template": "{question}"}},
+        "data": {
+            "datasets": [{"path": str(task / "digits.jsonl")}],
+            "prompt": {"template": "{question}"},
+        },
         "rollout": {"prompts": 4, "samples": 4, "max_new_tokens": LIMIT},
         "evaluation": {"datasets": [{"path": str(task / "digits.jsonl")}], "max_new_tokens": LIMIT},
         "grading": grading,
@@ -98,7 +118,11 @@ def lines(runs: Path, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in sorted(METHODS)]
+    "name",
+    [
+        name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow)
+        for name in sorted(METHODS)
+    ],
 )
 def test_every_method_trains(name: str, task: Path, tmp_path: Path) -> None:
     iterations = 1 if METHODS[name].needs.offline else 2
@@ -124,13 +148,24 @@ def test_every_method_trains(name: str, task: Path, tmp_path: Path) -> None:
         assert state["monitor"]["step"] == 2
         assert [len(lengths) for lengths, _ in state["monitor"]["sampled"].values()] == [4] * 6
         assert {line["monitor/tokens"] > 0 for line in made} == {True}
-        assert [path.name for path in (tmp_path / name / "journal").glob("*")] == [], "the checkpoint covers them"
+        assert [path.name for path in (tmp_path / name / "journal").glob("*")] == [], (
+            "the checkpoint covers them"
+        )
 
 
 def _check_branches(name: str, groups: list[Credited], made: list[dict[str, Any]]) -> None:
-    """Answers of branches are judged, right and wrong ones, counted, and trained on behind their responses."""
-    answers = [answer for each in groups for response in each.group.responses for answer in response.answers]
-    verdicts = [grade.correct for each in groups for branch in each.graded.branches for grade in branch]
+    """Answers of branches are judged, right and wrong ones, counted, and trained on behind their
+    responses.
+    """
+    answers = [
+        answer
+        for each in groups
+        for response in each.group.responses
+        for answer in response.answers
+    ]
+    verdicts = [
+        grade.correct for each in groups for branch in each.graded.branches for grade in branch
+    ]
     assert len(answers) == len(verdicts) == sum(line["branches/answers"] for line in made)
     assert 0.1 < np.mean(verdicts) < 0.9
     assert all(0 < line["branches/accuracy"] < 1 for line in made)
@@ -150,7 +185,9 @@ def _check_what_was_asked(name: str, groups: list[Credited]) -> None:
         opening = {"asrr": "1+1;", "autothink": "="}.get(name)
         if name == "adapt_think":
             assert [response.text[0] for response in group.responses] == [";", ";", "1", "1"]
-            assert all(response.logprobs[0] == np.float32(np.log(0.5)) for response in group.responses)
+            assert all(
+                response.logprobs[0] == np.float32(np.log(0.5)) for response in group.responses
+            )
             assert max(response.length for response in group.responses[:2]) <= 9 < LIMIT
         for response in group.responses:
             assert opening is None or response.text.startswith(opening)
@@ -160,7 +197,10 @@ def _check_what_was_asked(name: str, groups: list[Credited]) -> None:
     rounds = [len(response.branches) for each in groups for response in each.group.responses]
     assert name != "infty_think" or {0, 1, 2} >= set(rounds) > {0}
     assert name != "elastic" or any(
-        part.ending == "forced" for each in groups for response in each.group.responses for part in response.parts
+        part.ending == "forced"
+        for each in groups
+        for response in each.group.responses
+        for part in response.parts
     )
 
 
@@ -172,7 +212,18 @@ LATER = {"name": "experimental.adacot", "masked_from": 3}
 @pytest.mark.parametrize(
     ("name", "changed"),
     [
-        *((name, {}) for name in ("hapo", "short_rl", "leash", "acoer", "lapo", "laser_d", "experimental.memory_r")),
+        *(
+            (name, {})
+            for name in (
+                "hapo",
+                "short_rl",
+                "leash",
+                "acoer",
+                "lapo",
+                "laser_d",
+                "experimental.memory_r",
+            )
+        ),
         ("experimental.sgpo", {"method": JUDGED}),
         ("experimental.adacot", {"method": LATER}),
     ],
@@ -180,9 +231,13 @@ LATER = {"name": "experimental.adacot", "masked_from": 3}
 def test_a_method_that_remembers_goes_on_as_if_there_had_been_no_kill(
     name: str, changed: dict[str, Any], task: Path, tmp_path: Path
 ) -> None:
-    """Two visits of every prompt; the checkpoint is of the first, and the history of prompts must come from it."""
+    """Two visits of every prompt; the checkpoint is of the first, and the history of prompts must
+    come from it.
+    """
     few = {"path": str(task / "few.jsonl")}
-    (task / "few.jsonl").write_text("".join((task / "digits.jsonl").read_text().splitlines(True)[:8]))
+    (task / "few.jsonl").write_text(
+        "".join((task / "digits.jsonl").read_text().splitlines(True)[:8])
+    )
     changed = changed | {"data": {"datasets": [few], "prompt": {"template": "{question}"}}}
     train(configured(task, tmp_path / "whole", name, 4, **changed))
     cut, changed = tmp_path / "cut" / name, changed | {"checkpoint": {"every": 2, "keep": 2}}
@@ -198,7 +253,11 @@ def test_a_method_that_remembers_goes_on_as_if_there_had_been_no_kill(
         for run in ("whole", "cut")
     ]
     assert ends[0]["method"] == ends[1]["method"]
-    groups = [group for step in (2, 3) for group in RunFolder(tmp_path / "whole" / name).read_rollouts(step)]
+    groups = [
+        group
+        for step in (2, 3)
+        for group in RunFolder(tmp_path / "whole" / name).read_rollouts(step)
+    ]
     if name == "experimental.sgpo":
         lost = [group.rewarded.rewards for group in groups if not group.graded.correct.any()]
         assert any(np.ptp(rewards) > 0 for rewards in lost), "the judge tells wrong responses apart"
@@ -215,7 +274,9 @@ def test_filtered_sft_trains_on_what_passes(algorithm: str, task: Path, tmp_path
     made = lines(tmp_path, "efr")
     assert all(np.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in made)
     credits = [
-        (g.rewarded.rewards > 0, g.credit) for step in (1, 2) for g in RunFolder(tmp_path / "efr").read_rollouts(step)
+        (g.rewarded.rewards > 0, g.credit)
+        for step in (1, 2)
+        for g in RunFolder(tmp_path / "efr").read_rollouts(step)
     ]
     assert {bool(passes) for right, _ in credits for passes in right} == {True, False}
     for right, credit in credits:
@@ -227,8 +288,12 @@ def test_filtered_sft_trains_on_what_passes(algorithm: str, task: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_while_it_samples_the_starting_model_goes_on(task: Path, tmp_path: Path) -> None:
-    """Its numbers are the whole run's, and so are those of a run that reads the whole one's file."""
+def test_a_run_that_is_killed_while_it_samples_the_starting_model_goes_on(
+    task: Path, tmp_path: Path
+) -> None:
+    """Its numbers are the whole run's, and so are those of a run that reads the whole one's
+    file.
+    """
     name = "adapt_think"
     train(configured(task, tmp_path / "whole", name, 2))
     expected, kept = lines(tmp_path / "whole", name), tmp_path / "whole" / name / "reference.jsonl"
@@ -242,11 +307,17 @@ def test_a_run_that_is_killed_while_it_samples_the_starting_model_goes_on(task: 
     train(configured(task, tmp_path / "cut", name, 2), resume=True)
     assert lines(tmp_path / "cut", name) == expected
     assert sorted((cut / "reference.jsonl").read_bytes().splitlines()) == sorted(data.splitlines())
-    shared = {"datasets": [{"path": str(task / "digits.jsonl")}], "prompt": {"template": "{question}"}}
+    shared = {
+        "datasets": [{"path": str(task / "digits.jsonl")}],
+        "prompt": {"template": "{question}"},
+    }
     shared["reference"] = str(kept)
     train(configured(task, tmp_path / "reads", name, 2, data=shared))
     assert lines(tmp_path / "reads", name) == expected
-    assert (tmp_path / "reads" / name / "reference.jsonl").read_bytes() == data, "its own, for when it is resumed"
-    other = configured(task, tmp_path / "other", name, 2, data=shared, seed=4)  # other random weights
+    assert (tmp_path / "reads" / name / "reference.jsonl").read_bytes() == data, (
+        "its own, for when it is resumed"
+    )
+    # other random weights
+    other = configured(task, tmp_path / "other", name, 2, data=shared, seed=4)
     with pytest.raises(UserError, match="these responses were sampled otherwise: model: there"):
         train(other)

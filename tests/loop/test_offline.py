@@ -34,7 +34,9 @@ def config(task: Path) -> Path:
     return path
 
 
-def test_a_killed_preference_run_equals_one_that_was_not(config: Path, program: Program, tmp_path: Path) -> None:
+def test_a_killed_preference_run_equals_one_that_was_not(
+    config: Path, program: Program, tmp_path: Path
+) -> None:
     whole, run = tmp_path / "whole/run", tmp_path / "killed/run"
     program("dpo", config, f"runs={whole.parent}")
     lines = RunFolder(whole).read_metrics()
@@ -49,7 +51,9 @@ def test_a_killed_preference_run_equals_one_that_was_not(config: Path, program: 
     assert digests(run / "model") == digests(whole / "model")
 
 
-def test_an_evaluation_keeps_its_judged_answers(task: Path, program: Program, tmp_path: Path) -> None:
+def test_an_evaluation_keeps_its_judged_answers(
+    task: Path, program: Program, tmp_path: Path
+) -> None:
     config = task / "kept.yaml"
     config.write_text(EVALUATE.format(task=task))
     program("evaluate", config, f"runs={tmp_path}", "evaluation.keep=true")
@@ -58,7 +62,9 @@ def test_an_evaluation_keeps_its_judged_answers(task: Path, program: Program, tm
     assert all(len(group.grades) == len(group.group.responses) == 3 for group in groups)
 
 
-def test_the_shortest_right_answers_are_learnt(config: Path, task: Path, program: Program, tmp_path: Path) -> None:
+def test_the_shortest_right_answers_are_learnt(
+    config: Path, task: Path, program: Program, tmp_path: Path
+) -> None:
     supervised = task / "shortest.yaml"
     supervised.write_text(config.read_text().replace("preference: {beta: 0.2}\n", ""))
     said = program("sft", supervised, f"runs={tmp_path}")

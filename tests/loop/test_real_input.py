@@ -1,4 +1,6 @@
-"""Real problems end to end: GSM8K's own rows through chat template, rollouts, math-verify, training and evaluation."""
+"""Real problems end to end: GSM8K's own rows through chat template, rollouts, math-verify, training
+and evaluation.
+"""
 
 from __future__ import annotations
 
@@ -53,14 +55,26 @@ def test_the_identities_hold_on_real_prompts(run: RunFolder) -> None:
 
 def test_the_run_folder_holds_what_it_should(run: RunFolder) -> None:
     found = {str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file()}
-    expected = {"config.yaml", "metrics.jsonl", "eval/step_000003.json", "checkpoints/latest", "model/config.json"}
-    expected |= {"model/model.safetensors", "model/tokenizer.json", "checkpoints/step_000003/manifest.json"}
+    expected = {
+        "config.yaml",
+        "metrics.jsonl",
+        "eval/step_000003.json",
+        "checkpoints/latest",
+        "model/config.json",
+    }
+    expected |= {
+        "model/model.safetensors",
+        "model/tokenizer.json",
+        "checkpoints/step_000003/manifest.json",
+    }
     expected |= {f"rollouts/step_{step:06d}.jsonl.zst" for step in (1, 2, 3)}
     assert expected - found == set()
     assert not [path for path in found if "partial" in path or path.endswith(".tmp")]
     assert (run.checkpoints / "latest").read_text() == "step_000003"
     saved = yaml.safe_load(run.config.read_text())
-    assert [Path(dataset["path"]).stem for dataset in saved["evaluation"]["datasets"]] == list(LIMITS)
+    assert [Path(dataset["path"]).stem for dataset in saved["evaluation"]["datasets"]] == list(
+        LIMITS
+    )
 
 
 def test_the_prompts_are_the_rows_in_the_chat_template(run: RunFolder) -> None:
@@ -68,7 +82,8 @@ def test_the_prompts_are_the_rows_in_the_chat_template(run: RunFolder) -> None:
     golds = {row["question"]: row["answer"].rpartition("#### ")[2].replace(",", "") for row in rows}
     groups = [credited.group for step in (1, 2, 3) for credited in run.read_rollouts(step)]
     assert len(groups) == 48
-    assert len({group.prompt.id for group in groups[: len(rows)]}) == len(rows)  # an epoch has every row once
+    # an epoch has every row once
+    assert len({group.prompt.id for group in groups[: len(rows)]}) == len(rows)
     tokenizer = byte_tokenizer()
     for group in groups:
         question = group.prompt.text.partition("Question: ")[2].removesuffix("<assistant>")

@@ -1,4 +1,6 @@
-"""An iteration's updates alone, from its saved rollouts, give the run's numbers; a run that has to stop keeps them."""
+"""An iteration's updates alone, from its saved rollouts, give the run's numbers; a run that has to
+stop keeps them.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +18,25 @@ from tests.loop.conftest import Program, digests, state
 
 def of_updates(metrics: Mapping[str, object]) -> dict[str, object]:
     """The figures that a replay gives too: it makes updates, and teaches the method nothing."""
-    return {key: value for key, value in deterministic(metrics).items() if not key.startswith("method/")}
+    return {
+        key: value for key, value in deterministic(metrics).items() if not key.startswith("method/")
+    }
 
 
 def replayed(program: Program, config: Path, run: Path, step: int) -> tuple[str, dict[str, object]]:
     """(all that a replay prints, its metrics), and the run folder is as it was."""
     before = digests(run)
-    done = program("train", config, f"runs={run.parent}", "--replay", RunFolder(run).rollouts_path(step))
+    done = program(
+        "train", config, f"runs={run.parent}", "--replay", RunFolder(run).rollouts_path(step)
+    )
     assert digests(run) == before
     [line] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return done.stdout, deterministic(line)
 
 
-def test_a_replayed_iteration_gives_the_runs_metrics_bit_for_bit(config: Path, whole: Path, program: Program) -> None:
+def test_a_replayed_iteration_gives_the_runs_metrics_bit_for_bit(
+    config: Path, whole: Path, program: Program
+) -> None:
     lines = [of_updates(line) for line in RunFolder(whole).read_metrics()]
     for step, start in ((1, "the start"), (3, "the checkpoint of iteration 2")):
         printed, metrics = replayed(program, config, whole, step)
@@ -55,7 +63,9 @@ def test_a_replay_says_when_its_numbers_will_not_be_the_runs(
     printed, metrics = replayed(program, config, run, 4)
     assert f"the numbers will not be the run's: {RunFolder(run).rollouts_path(3)}" in printed
     assert metrics["grad_norm"] != RunFolder(whole).read_metrics()[3]["grad_norm"]
-    refused = program("train", config, f"runs={tmp_path}", "--replay", run / "metrics.jsonl", expect=2)
+    refused = program(
+        "train", config, f"runs={tmp_path}", "--replay", run / "metrics.jsonl", expect=2
+    )
     assert "its name says no iteration" in refused.stderr
 
 
@@ -63,7 +73,12 @@ def test_a_run_that_only_skips_updates_stops_and_keeps_the_rollouts_to_replay(
     config: Path, program: Program, tmp_path: Path
 ) -> None:
     run = RunFolder(tmp_path / "run")
-    overrides = ["method.name=failing", "observe.rollouts=false", "checkpoint.every=1", f"runs={tmp_path}"]
+    overrides = [
+        "method.name=failing",
+        "observe.rollouts=false",
+        "checkpoint.every=1",
+        f"runs={tmp_path}",
+    ]
     for resume in (
         [],
         ["--resume"],
@@ -73,7 +88,9 @@ def test_a_run_that_only_skips_updates_stops_and_keeps_the_rollouts_to_replay(
         assert f"--replay {run.rollouts_path(3)}" in stopped.stderr
         assert [line["skipped"] for line in run.read_metrics()] == [0.0, 1.0, 1.0]
         assert [line["grad_norm"] is None for line in run.read_metrics()] == [False, True, True]
-        assert [path.name for path in sorted(run.rollouts.iterdir())] == [run.rollouts_path(s).name for s in (2, 3)]
+        assert [path.name for path in sorted(run.rollouts.iterdir())] == [
+            run.rollouts_path(s).name for s in (2, 3)
+        ]
         assert (run.checkpoints / "latest").read_text() == "step_000002"
         assert state(run.path, 2)["step"] == 2
     before = digests(run.path)

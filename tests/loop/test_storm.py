@@ -1,4 +1,6 @@
-"""A hundred kills at random moments, over every program and mode: each run ends as one that nobody killed."""
+"""A hundred kills at random moments, over every program and mode: each run ends as one that nobody
+killed.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,16 @@ from tests.loop.test_resume import SFT
 KILLS = 5  # of one run, before it may go on to its end
 ITERATIONS = 8
 
-HELD_OUT = "evaluation: {{datasets: [{{path: {task}/test.jsonl}}], samples: 2, max_new_tokens: 24}}\n"
+HELD_OUT = (
+    "evaluation: {{datasets: [{{path: {task}/test.jsonl}}], samples: 2, max_new_tokens: 24}}\n"
+)
 PROGRAMS: dict[str, tuple[str, str, list[str]]] = {
     "sync": ("train", CONFIG, [f"train.iterations={ITERATIONS}"]),
-    "background": ("train", CONFIG, [f"train.iterations={ITERATIONS}", "checkpoint.background=true"]),
+    "background": (
+        "train",
+        CONFIG,
+        [f"train.iterations={ITERATIONS}", "checkpoint.background=true"],
+    ),
     "async": ("train", AHEAD, [f"train.iterations={ITERATIONS}"]),
     "sft": ("sft", SFT, ["train.updates=16"]),
     "evaluate": ("evaluate", EVALUATE, []),
@@ -43,7 +51,9 @@ def compare_ahead(run: Path, whole: Path) -> None:
     """No prompt is lost and none used twice, whenever groups finish: that is promised."""
     folder = RunFolder(run)
     assert [line["step"] for line in folder.read_metrics()] == list(range(1, ITERATIONS + 1))
-    groups = [each.group for step in range(1, ITERATIONS + 1) for each in folder.read_rollouts(step)]
+    groups = [
+        each.group for step in range(1, ITERATIONS + 1) for each in folder.read_rollouts(step)
+    ]
     assert len({group.seed for group in groups}) == 4 * ITERATIONS
     left = state(run, ITERATIONS)["stream"]
     assert left["next_index"] == 4 * ITERATIONS + len(left["in_flight"])
@@ -78,8 +88,12 @@ COMPARE: dict[str, Callable[[Path, Path], None]] = {
 
 
 @pytest.fixture(scope="module")
-def undisturbed(task: Path, program: Program, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """The arguments of a kind of run, its folder after a run that nobody killed, and how many seconds that took."""
+def undisturbed(
+    task: Path, program: Program, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Any]:
+    """The arguments of a kind of run, its folder after a run that nobody killed, and how many
+    seconds that took.
+    """
     made: dict[str, tuple[list[str], Path, float]] = {}
 
     def give(kind: str) -> tuple[list[str], Path, float]:
@@ -88,9 +102,15 @@ def undisturbed(task: Path, program: Program, tmp_path_factory: pytest.TempPathF
             config, runs = task / f"storm-{kind}.yaml", tmp_path_factory.mktemp(kind)
             config.write_text(text.format(task=task))
             flags = [text for text in overrides if text.startswith("--")]
-            arguments = [*flags, str(config), *(text for text in overrides if not text.startswith("--"))]
+            arguments = [
+                *flags,
+                str(config),
+                *(text for text in overrides if not text.startswith("--")),
+            ]
             program(name, *arguments, f"runs={runs}")
-            began = min(path.stat().st_mtime for path in (runs / "run").rglob("*") if path.is_file())
+            began = min(
+                path.stat().st_mtime for path in (runs / "run").rglob("*") if path.is_file()
+            )
             made[kind] = arguments, runs / "run", time.time() - began
         return made[kind]
 
@@ -98,7 +118,9 @@ def undisturbed(task: Path, program: Program, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "number"), [(kind, n) for kind, count in RUNS.items() for n in range(count)])
+@pytest.mark.parametrize(
+    ("kind", "number"), [(kind, n) for kind, count in RUNS.items() for n in range(count)]
+)
 def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_was_not(
     kind: str, number: int, program: Program, undisturbed: Callable[[str], Any], tmp_path: Path
 ) -> None:
@@ -111,7 +133,11 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_was_not(
         program(name, *resumes, *arguments, f"runs={tmp_path}", killed_at=moment)
     program(name, *resumes, *arguments, f"runs={tmp_path}")
     COMPARE[kind](run, whole)
-    left = [str(path) for path in run.rglob("*") if re.search(r"\.(tmp|lock|partial|damaged)$", path.name)]
+    left = [
+        str(path)
+        for path in run.rglob("*")
+        if re.search(r"\.(tmp|lock|partial|damaged)$", path.name)
+    ]
     assert not left
     assert sorted(path.name for path in (run / "checkpoints").glob("step_*")) == sorted(
         path.name for path in (whole / "checkpoints").glob("step_*")

@@ -1,4 +1,6 @@
-"""A sweep's file, whole: two of the family's methods, killed between them, end as a sweep that was not."""
+"""A sweep's file, whole: two of the family's methods, killed between them, end as a sweep that was
+not.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ FAMILY = Path(__file__).parents[2] / "examples/family.yaml"
 
 
 def arguments(task: Path, runs: Path) -> list[str]:
-    """Two methods of one seed, one of which remembers, for two iterations of a model that has learnt nothing."""
+    """Two methods of one seed, one of which remembers, for two iterations of a model that has
+    learnt nothing.
+    """
     values = {
         "runs": runs,
         "model.path": task / "model",
@@ -51,12 +55,17 @@ def test_a_killed_sweep_keeps_what_has_finished_and_ends_as_one_that_was_not(
     assert not (killed / "eval").exists()
     before = (killed / members[0] / "model/model.safetensors").stat().st_mtime_ns
     program("sweep", "--resume", *arguments(task, killed.parent))
-    assert (killed / members[0] / "model/model.safetensors").stat().st_mtime_ns == before, "it was not run again"
+    assert (killed / members[0] / "model/model.safetensors").stat().st_mtime_ns == before, (
+        "it was not run again"
+    )
     for member in members:
         assert metrics(killed / member) == metrics(whole / member)
         assert digests(killed / member / "model") == digests(whole / member / "model")
     assert digests(killed / "eval") == digests(whole / "eval")
-    tables = [parquet.read_table(folder / "table.parquet").drop_columns("path") for folder in (whole, killed)]
+    tables = [
+        parquet.read_table(folder / "table.parquet").drop_columns("path")
+        for folder in (whole, killed)
+    ]
     assert tables[0].equals(tables[1])
     assert tables[0]["model"].to_pylist() == ["base", *members]
     assert tables[0]["method.name"].to_pylist() == [None, "efr", "short_rl"]

@@ -1,6 +1,8 @@
-"""One rank (started by launch.py) that trains low-rank adapters under layouts, one after the other, and saves each.
+"""One rank (started by launch.py) that trains low-rank adapters under layouts, one after the other,
+and saves each.
 
-python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.adapters MODEL OUT tensor=2 pipeline=2
+python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.adapters MODEL OUT tensor=2
+pipeline=2
 """
 
 from __future__ import annotations
@@ -14,7 +16,13 @@ import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 
 from megatron_efr.checkpoint.checkpoints import Checkpoints
-from megatron_efr.config import CheckpointConfig, LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.config import (
+    CheckpointConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
 from megatron_efr.policy import Policy, Ranks, join_ranks, supervised_loss
 from megatron_efr.policy.lora import alpha_state
 from tests.conftest import ragged_sequences
@@ -24,10 +32,13 @@ SGD = {"optimizer": "sgd", "sgd_momentum": 0.0}
 
 
 def train(model: str, parallel: ParallelConfig, ranks: Ranks, out: Path) -> dict[str, Any]:
-    """Three updates: log-probs before the last, the base's beside them, its gradients, where it leads; a checkpoint."""
+    """Three updates: log-probs before the last, the base's beside them, its gradients, where it
+    leads; a checkpoint.
+    """
     policy = Policy(
         ModelConfig(path=model, lora=LoraConfig(rank=4, alpha=6.0)), parallel,
-        OptimizerConfig(lr=1.0, clip_grad=0.0, megatron=SGD), ranks, updates=3, seed=0, keep_reference=True,
+        OptimizerConfig(lr=1.0, clip_grad=0.0, megatron=SGD), ranks, updates=3, seed=0,
+        keep_reference=True,
     )  # fmt: skip
     batches = policy.pack_update(ragged_sequences(16), list(range(16)), 200, "sequence")
     for _ in range(2):
@@ -41,8 +52,12 @@ def train(model: str, parallel: ParallelConfig, ranks: Ranks, out: Path) -> dict
     result["gradients"] = dict(policy.named_gradients())
     result["adapters"] = policy.parameters.adapter_tensors()
     result["weights"] = {name: tensor.clone() for name, tensor in policy.named_weights()}
-    sharded: Any = {f"model{i}": unwrap_model(chunk).sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
-    sharded |= alpha_state(policy.model_config.lora, ranks.rank)  # an SGD without momentum has no state to save
+    sharded: Any = {
+        f"model{i}": unwrap_model(chunk).sharded_state_dict()
+        for i, chunk in enumerate(policy.chunks)
+    }
+    # an SGD without momentum has no state to save
+    sharded |= alpha_state(policy.model_config.lora, ranks.rank)
     Checkpoints(out, CheckpointConfig(), ranks).save(3, sharded, {"step": 3})
     return result
 

@@ -1,4 +1,6 @@
-"""One rank (started by launch.py) that loads a converted checkpoint under a layout, compares, and saves it again."""
+"""One rank (started by launch.py) that loads a converted checkpoint under a layout, compares, and
+saves it again.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from tests.conftest import ragged_sequences
 
 
 def main(model: str, converted: str, out: str, layout: str) -> None:
-    parallel = ParallelConfig(**{k: int(v) for k, v in (item.split("=") for item in layout.split(","))})  # type: ignore[arg-type]
+    parallel = ParallelConfig(
+        **{k: int(v) for k, v in (item.split("=") for item in layout.split(","))}
+    )  # type: ignore[arg-type]
     sequences = ragged_sequences(6)
     with join_ranks(parallel, seed=0) as ranks:
         start = ModelConfig(path=model, init="random")
@@ -32,16 +36,26 @@ def main(model: str, converted: str, out: str, layout: str) -> None:
         for name, tensor in policy.named_weights():
             assert not ranks.is_main or torch.equal(tensor, source[name]), name
         batches = policy.pack_update(sequences, list(range(6)), 10_000, "sequence")
-        found = dict(zip(batches[0].indices, policy.logprobs(batches)[0].split(batches[0].row_lengths), strict=True))
+        found = dict(
+            zip(
+                batches[0].indices,
+                policy.logprobs(batches)[0].split(batches[0].row_lengths),
+                strict=True,
+            )
+        )
         reference = AutoModelForCausalLM.from_pretrained(model)
         for i in found:  # this replica's
             sequence = sequences[i]
             with torch.no_grad():
-                logits = reference(torch.tensor([sequence.tokens])).logits[0, sequence.prompt_length - 1 : -1]
+                logits = reference(torch.tensor([sequence.tokens])).logits[
+                    0, sequence.prompt_length - 1 : -1
+                ]
             targets = torch.tensor(sequence.tokens[sequence.prompt_length :])
             wanted = torch.log_softmax(logits, -1).gather(1, targets[:, None])
             assert float((found[i] - wanted[:, 0]).abs().max()) <= 1e-5
-        checkpoints.save(1, policy.sharded_state(), {"step": 1, "initial_model": policy.initial_model})
+        checkpoints.save(
+            1, policy.sharded_state(), {"step": 1, "initial_model": policy.initial_model}
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""The fused head inside Megatron against logits that are all there and autograd: one rank (started by launch.py).
+"""The fused head inside Megatron against logits that are all there and autograd: one rank (started
+by launch.py).
 
-python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.head MODELS OUT "tensor=2" "pipeline=2" ...
+python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.head MODELS OUT "tensor=2"
+"pipeline=2" ...
 """
 
 from __future__ import annotations
@@ -55,12 +57,17 @@ CASES = [
 
 def sequences() -> list[Sample]:
     """A third of them of advantage 0."""
-    return [with_columns(s, advantage=0.0) if i % 3 == 1 else s for i, s in enumerate(ragged_sequences(SEQUENCES))]
+    return [
+        with_columns(s, advantage=0.0) if i % 3 == 1 else s
+        for i, s in enumerate(ragged_sequences(SEQUENCES))
+    ]
 
 
 def build(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks, **model: Any) -> Policy:
     """With chunks so small that sequences begin and end inside them."""
-    megatron = {"calculate_per_token_loss": not case.averaged} | (RECOMPUTE if case.recompute else {})
+    megatron = {"calculate_per_token_loss": not case.averaged} | (
+        RECOMPUTE if case.recompute else {}
+    )
     parallel = parallel.model_copy(update={"ddp": {"overlap_grad_reduce": case.overlap}})
     path = f"{models}/{'tied' if case.tied else 'untied'}"
     policy = Policy(
@@ -73,12 +80,16 @@ def build(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks, **mod
 
 def batches(policy: Policy, case: Case) -> list[PackedBatch]:
     """One update; old log-probs are off by more than the clip here and there."""
-    found = policy.pack_update(sequences(), list(range(SEQUENCES)), 110 if case.several else 10_000, "sequence")
+    found = policy.pack_update(
+        sequences(), list(range(SEQUENCES)), 110 if case.several else 10_000, "sequence"
+    )
     if case.several:
         assert len(found) >= 3
     policy.score(found)
     for batch in found:
-        batch.columns["old_logprob"] = batch.columns["old_logprob"] + 0.3 * (batch.columns["old_logprob"] * 40).sin()
+        batch.columns["old_logprob"] = (
+            batch.columns["old_logprob"] + 0.3 * (batch.columns["old_logprob"] * 40).sin()
+        )
     policy.fill_columns(found, Objective())
     return found
 
@@ -86,8 +97,12 @@ def batches(policy: Policy, case: Case) -> list[PackedBatch]:
 def materialised(rows: HeadRows) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """PPO's clipped loss from all logits of all tensor ranks."""
     head, batch = rows.head, rows.batch
-    states = rows.states if head.sequence_parallel else copy_to_tensor_model_parallel_region(rows.states)
-    logits = gather_from_tensor_model_parallel_region(F.linear(states, head.weight))[:, : head.vocab]
+    states = (
+        rows.states if head.sequence_parallel else copy_to_tensor_model_parallel_region(rows.states)
+    )
+    logits = gather_from_tensor_model_parallel_region(F.linear(states, head.weight))[
+        :, : head.vocab
+    ]
     log_probs = torch.log_softmax(logits.float() / head.temperature, -1)
     logprobs = log_probs.gather(1, batch.targets[:, None])[:, 0]
     ratio = (logprobs - batch.columns["old_logprob"]).exp()
@@ -106,7 +121,9 @@ def materialised(rows: HeadRows) -> tuple[torch.Tensor, dict[str, torch.Tensor]]
     return value, {name: figure.detach().clone() for name, figure in figures.items()}
 
 
-def gradients(policy: Policy, case: Case, loss: Loss) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def gradients(
+    policy: Policy, case: Case, loss: Loss
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Of one update, the loss scale taken out again; and the update's metrics."""
     metrics = policy.update(batches(policy, case), loss)
     del metrics["imbalance"], metrics["grad_norm"]  # the split's own; the scale is in the norm
@@ -114,12 +131,17 @@ def gradients(policy: Policy, case: Case, loss: Loss) -> tuple[dict[str, torch.T
 
 
 def compare(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks) -> dict[str, float]:
-    """Each gradient's distance from that of a plain run with all logits, relative to its norm; the metrics' as well."""
+    """Each gradient's distance from that of a plain run with all logits, relative to its norm; the
+    metrics' as well.
+    """
     plain = PLAIN._replace(tied=case.tied)
     want, wanted_metrics = gradients(build(plain, models, parallel, ranks), plain, materialised)
     got, metrics = gradients(build(case, models, parallel, ranks), case, policy_loss(Objective()))
     assert metrics.keys() == wanted_metrics.keys()
-    apart = {name: float((got[name] - gradient).norm() / gradient.norm()) for name, gradient in want.items()}
+    apart = {
+        name: float((got[name] - gradient).norm() / gradient.norm())
+        for name, gradient in want.items()
+    }
     return apart | {name: abs(metrics[name] - value) for name, value in wanted_metrics.items()}
 
 
@@ -129,7 +151,10 @@ def main(models: str, out: str, *layouts: str) -> None:
         with join_ranks(split(layout), seed=0) as ranks:
             apart = {case: compare(case, models, split(layout), ranks) for case in CASES}
             if ranks.is_main:
-                torch.save({tuple(case): values for case, values in apart.items()}, Path(out) / f"{number}.pt")
+                torch.save(
+                    {tuple(case): values for case, values in apart.items()},
+                    Path(out) / f"{number}.pt",
+                )
             ranks.barrier()
     dist.destroy_process_group()
 

@@ -1,6 +1,8 @@
-"""One rank of a parity run (started by launch.py): layouts one after the other, each with every case, results in files.
+"""One rank of a parity run (started by launch.py): layouts one after the other, each with every
+case, results in files.
 
-python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.layout MODELS OUT "tensor=2" "pipeline=2" ...
+python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.layout MODELS OUT "tensor=2"
+"pipeline=2" ...
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ from tests.conftest import ragged_sequences
 from tests.groups import with_columns
 from tests.routing import randomly_routed
 
-RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 # the last update has a single sequence: replicas, context ranks and stages go without
 UPDATES = [list(range(20)), list(range(20, 31)), [31]]
 STEPS = 3
@@ -35,10 +41,12 @@ class Case(NamedTuple):
     recompute: bool
     budget: int  # tokens of a micro-batch, if there are several ranks
     replay: bool = False  # tokens go to experts drawn at random, as if an engine had chosen them
-    weighed: bool = False  # tokens have credits and weights of their own; many, and whole sequences, are not trained
+    # tokens have credits and weights of their own; many, and whole sequences, are not trained
+    weighed: bool = False
 
 
-# every aggregation, every KL, both ratios and surrogates, whitening, both bounds, the dual one, an entropy bonus
+# every aggregation, every KL, both ratios and surrogates, whitening, both bounds, the dual one, an
+# entropy bonus
 OBJECTIVES = {
     "sequence": Objective(kl="reward", beta=0.1, tokens=Spread()),
     "token": Objective(
@@ -72,7 +80,9 @@ CASES = {
 def split(layout: str) -> ParallelConfig:
     """`tensor=2,sequence=true` as a configuration."""
     fields = dict(item.split("=") for item in layout.split(",") if item)
-    return ParallelConfig(**{k: v == "true" if k == "sequence" else int(v) for k, v in fields.items()})  # type: ignore[arg-type]
+    return ParallelConfig(
+        **{k: v == "true" if k == "sequence" else int(v) for k, v in fields.items()}
+    )  # type: ignore[arg-type]
 
 
 def folder(layout: str) -> str:
@@ -86,19 +96,27 @@ def kind(layout: str) -> str:
 
 
 def weighed(sequences: list[Sample]) -> list[Sample]:
-    """The sequences with credits and weights of single tokens: a third of these is 0, and every sixth's all are."""
+    """The sequences with credits and weights of single tokens: a third of these is 0, and every
+    sixth's all are.
+    """
     rng, made = np.random.default_rng(11), []
     for i, s in enumerate(sequences):
-        weight = rng.random(s.response_length) * (rng.random(s.response_length) < 0.7) * (i % 6 != 3)
+        weight = (
+            rng.random(s.response_length) * (rng.random(s.response_length) < 0.7) * (i % 6 != 3)
+        )
         credit = s.columns["advantage"] + 0.5 * rng.normal(size=s.response_length)
         made.append(with_columns(s, weight=weight, advantage=credit))
     return made
 
 
-def train(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks, optimizer: str) -> dict[str, Any]:
-    """Three updates: log-probs before them, each gradient after the first, the change of weights, all metrics.
+def train(
+    case: Case, models: str, parallel: ParallelConfig, ranks: Ranks, optimizer: str
+) -> dict[str, Any]:
+    """Three updates: log-probs before them, each gradient after the first, the change of weights,
+    all metrics.
 
-    Deliberately unlike a good run, so that all of the loss works: ratios that clip, a reference far away, whitening.
+    Deliberately unlike a good run, so that all of the loss works: ratios that clip, a reference far
+    away, whitening.
     """
     sequences = weighed(ragged_sequences(32)) if case.weighed else ragged_sequences(32)
     if case.replay:
@@ -109,9 +127,9 @@ def train(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks, optim
         routing="replay" if case.replay else "own",
         megatron=RECOMPUTE if case.recompute else {},
     )
-    # large steps: the change of a weight is known to half a last bit of the weight itself. With unlikely experts the
-    # gradient triples after such a step, and so does what rounding does to the next one; so it is with one ratio for a
-    # whole sequence
+    # large steps: the change of a weight is known to half a last bit of the weight itself. With
+    # unlikely experts the gradient triples after such a step, and so does what rounding does to the
+    # next one; so it is with one ratio for a whole sequence
     objective = OBJECTIVES[case.objective]
     gentle = case.replay or objective.ratio == "sequence"
     lr = (4.0 if optimizer == "sgd" else 1e-3) * (0.25 if gentle else 1.0)
@@ -120,8 +138,11 @@ def train(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks, optim
         ranks, updates=STEPS, seed=0, keep_reference=True,
     )  # fmt: skip
     before = {name: tensor.clone() for name, tensor in policy.named_weights()}
-    budget = case.budget if ranks.world_size > 1 else 100_000  # one process takes each update as one pack
-    updates = [policy.pack_update(sequences, update, budget, objective.aggregate) for update in UPDATES]
+    # one process takes each update as one pack
+    budget = case.budget if ranks.world_size > 1 else 100_000
+    updates = [
+        policy.pack_update(sequences, update, budget, objective.aggregate) for update in UPDATES
+    ]
     batches = [batch for update in updates for batch in update]
     policy.score(batches)
     result: dict[str, Any] = {"logprobs": gathered(batches, ranks), "metrics": []}
@@ -134,7 +155,9 @@ def train(case: Case, models: str, parallel: ParallelConfig, ranks: Ranks, optim
         result["metrics"].append(policy.update(update, policy_loss(objective)))
         del result["metrics"][-1]["imbalance"]  # the split's own
         if "gradients" not in result:
-            result["gradients"] = {name: tensor.clone() for name, tensor in policy.named_gradients()}
+            result["gradients"] = {
+                name: tensor.clone() for name, tensor in policy.named_gradients()
+            }
     # what storing a weight in fp32 once may take from its change
     result["rounding"] = {name: float(tensor.norm()) * 2.0**-24 for name, tensor in before.items()}
     result["change"] = {name: tensor - before[name] for name, tensor in policy.named_weights()}
@@ -146,7 +169,9 @@ def gathered(batches: list[Any], ranks: Ranks) -> dict[int, torch.Tensor]:
     mine = {
         i: part.cpu()
         for batch in batches
-        for i, part in zip(batch.indices, batch.columns["old_logprob"].split(batch.row_lengths), strict=True)
+        for i, part in zip(
+            batch.indices, batch.columns["old_logprob"].split(batch.row_lengths), strict=True
+        )
     }
     everyone: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(everyone, mine, group=ranks.cpu_world)

@@ -1,6 +1,7 @@
 """One rank of an optimizer run (launch.py): cases one after the other, trained or taken up.
 
-python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.optimizers train|resume MODEL OUT CASE CASE ...
+python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.optimizers train|resume MODEL
+OUT CASE CASE ...
 """
 
 from __future__ import annotations
@@ -33,18 +34,28 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        words = [self.layout or "data", self.dtype, *self.ddp, *(["offloaded"] if self.offloaded else [])]
+        words = [
+            self.layout or "data",
+            self.dtype,
+            *self.ddp,
+            *(["offloaded"] if self.offloaded else []),
+        ]
         return "-".join(words).replace("=", "").replace(",", "-")
 
 
 def build(case: Case, model: str, ranks: Ranks) -> Policy:
-    # several buckets, the head's a different one from the layers': otherwise overlap would have nothing to get wrong
+    # several buckets, the head's a different one from the layers': otherwise overlap would have
+    # nothing to get wrong
     ddp: dict[str, Any] = {"bucket_size": 3000, **dict.fromkeys(case.ddp, True)}
     parallel = split(case.layout).model_copy(update={"ddp": ddp})
-    lr = 1e-3 if case.dtype == "float32" else 2e-2  # in bf16 what is smaller would not move the norms' weights, near 1
-    optimizer = OptimizerConfig(lr=lr, warmup_updates=1, schedule="cosine", clip_grad=0.5, weight_decay=0.01)
+    # in bf16 what is smaller would not move the norms' weights, near 1
+    lr = 1e-3 if case.dtype == "float32" else 2e-2
+    optimizer = OptimizerConfig(
+        lr=lr, warmup_updates=1, schedule="cosine", clip_grad=0.5, weight_decay=0.01
+    )
     return Policy(
-        ModelConfig(path=model, dtype=case.dtype), parallel, optimizer, ranks, updates=STEPS + 1, seed=0,
+        ModelConfig(path=model, dtype=case.dtype), parallel, optimizer, ranks, updates=STEPS + 1,
+        seed=0,
         keep_reference=True,
     )  # fmt: skip
 
@@ -71,7 +82,10 @@ def optimizer_state(policy: Policy) -> list[torch.Tensor]:
         for part in policy.optimizer.megatron.chained_optimizers
         for group in part.optimizer.param_groups
         for parameter in group["params"]
-        for tensor in [parameter, *(part.optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq", "step"))]
+        for tensor in [
+            parameter,
+            *(part.optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq", "step")),
+        ]
     ]
 
 
@@ -79,17 +93,23 @@ def train(case: Case, model: str, out: Path, ranks: Ranks) -> dict[str, Any]:
     """Three updates, with a checkpoint after the second."""
     policy = build(case, model, ranks)
     before = weights(policy)
-    result: dict[str, Any] = {"metrics": [iterate(policy, step) for step in range(1, SAVED_AFTER + 1)]}
+    result: dict[str, Any] = {
+        "metrics": [iterate(policy, step) for step in range(1, SAVED_AFTER + 1)]
+    }
     result["saved"] = {"weights": weights(policy), "optimizer": optimizer_state(policy)}
     if case.offloaded:
         policy.offload_training_state()
-    Checkpoints(out / case.name, CheckpointConfig(), ranks).save(SAVED_AFTER, policy.sharded_state(), {})
+    Checkpoints(out / case.name, CheckpointConfig(), ranks).save(
+        SAVED_AFTER, policy.sharded_state(), {}
+    )
     if case.offloaded:
         policy.restore_training_state()
     result["metrics"].append(iterate(policy, STEPS))
     result["gradients"] = {name: tensor.clone() for name, tensor in policy.named_gradients()}
     result["end"] = {"weights": weights(policy), "optimizer": optimizer_state(policy)}
-    result["change"] = {name: tensor - before[name] for name, tensor in result["end"]["weights"].items()}
+    result["change"] = {
+        name: tensor - before[name] for name, tensor in result["end"]["weights"].items()
+    }
     return result
 
 
@@ -101,7 +121,9 @@ def resume(case: Case, model: str, out: Path, ranks: Ranks) -> dict[str, Any]:
     assert path is not None
     sharded, _ = checkpoints.load(path, policy.sharded_state(loading=True))
     policy.load_sharded_state(sharded)
-    result: dict[str, Any] = {"saved": {"weights": weights(policy), "optimizer": optimizer_state(policy)}}
+    result: dict[str, Any] = {
+        "saved": {"weights": weights(policy), "optimizer": optimizer_state(policy)}
+    }
     result["metrics"] = [iterate(policy, STEPS)]
     result["end"] = {"weights": weights(policy), "optimizer": optimizer_state(policy)}
     return result

@@ -1,6 +1,8 @@
-"""One rank of whole runs (started by launch.py): `efr train` or `efr dpo` itself, one layout after the other.
+"""One rank of whole runs (started by launch.py): `efr train` or `efr dpo` itself, one layout after
+the other.
 
-python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.programs train RUNS "dense.yaml tensor=2" ...
+python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.programs train RUNS "dense.yaml
+tensor=2" ...
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""One rank (started by launch.py) that reshards a policy under one layout after the other and compares with the folder.
+"""One rank (started by launch.py) that reshards a policy under one layout after the other and
+compares with the folder.
 
-python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.resharded MODELS OUT "tensor=2" "pipeline=2" ...
+python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.resharded MODELS OUT "tensor=2"
+"pipeline=2" ...
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ BUCKET = 40_000  # bytes: the tiny models travel in several, and some have a ten
 
 
 def compare(path: str, layout: str, ranks: Ranks, dtype: str) -> dict[str, Any]:
-    """Parcels to rank 0 and to everyone, flat and not, against the folder's tensors; what the plan is."""
+    """Parcels to rank 0 and to everyone, flat and not, against the folder's tensors; what the plan
+    is.
+    """
     parallel = split(layout)
     model = ModelConfig(path=path, dtype=dtype)  # type: ignore[arg-type]
     policy = Policy(model, parallel, OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0)
@@ -42,13 +46,18 @@ def compare(path: str, layout: str, ranks: Ranks, dtype: str) -> dict[str, Any]:
                     else:
                         assert tensor.numel() == 0
                 if parcel.flat is not None:
-                    together = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in parcel.tensors])
+                    together = torch.cat(
+                        [tensor.reshape(-1).view(torch.uint8) for _, tensor in parcel.tensors]
+                    )
                     assert torch.equal(parcel.flat, together)
             assert sorted(names) == sorted(source.shapes), (layout, names)
     plan = parameters._reshards["weights"].plan
     plans: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(plans, (dist.get_process_group_ranks(ranks.replica_group), repr(plan.buckets)))
-    assert len({text for members, text in plans if 0 in members}) == 1  # the same on every rank of rank 0's replica
+    dist.all_gather_object(
+        plans, (dist.get_process_group_ranks(ranks.replica_group), repr(plan.buckets))
+    )
+    # the same on every rank of rank 0's replica
+    assert len({text for members, text in plans if 0 in members}) == 1
     return {"buckets": len(plan.buckets), "largest": plan.largest, "bytes": plan.nbytes}
 
 

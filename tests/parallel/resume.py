@@ -1,6 +1,8 @@
-"""One rank (started by launch.py) that saves checkpoints under some layouts and takes up others', one after the other.
+"""One rank (started by launch.py) that saves checkpoints under some layouts and takes up others',
+one after the other.
 
-python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.resume MODELS OUT "save pipeline=2" \
+python -m torch.distributed.run --nproc-per-node=2 -m tests.parallel.resume MODELS OUT "save
+pipeline=2" \
     "load tensor=2 from pipeline=2"
 """
 
@@ -37,7 +39,8 @@ def whole_state(policy: Policy) -> dict[str, dict[str, torch.Tensor]]:
     for field in ("exp_avg", "exp_avg_sq"):
         for part in policy.optimizer.megatron.chained_optimizers:
             for parameter, state in cast(Any, part).optimizer.state.items():
-                parameter.main_grad.copy_(state[field])  # of the same shape, and gathered by the same way
+                # of the same shape, and gathered by the same way
+                parameter.main_grad.copy_(state[field])
         made[field] = {name: tensor.clone() for name, tensor in policy.named_gradients()}
     return made
 
@@ -47,12 +50,16 @@ def go_on(policy: Policy) -> dict[str, Any]:
     result: dict[str, Any] = whole_state(policy)
     result["logprobs"] = update(policy, BEFORE)
     result["gradients"] = {name: tensor.clone() for name, tensor in policy.named_gradients()}
-    result["change"] = {name: tensor - result["weights"][name] for name, tensor in policy.named_weights()}
+    result["change"] = {
+        name: tensor - result["weights"][name] for name, tensor in policy.named_weights()
+    }
     result["lr"] = policy.optimizer.lr
     return result
 
 
-def run(models: str, out: Path, verb: str, layout: str, origin: str, ranks: Ranks) -> dict[str, Any]:
+def run(
+    models: str, out: Path, verb: str, layout: str, origin: str, ranks: Ranks
+) -> dict[str, Any]:
     """Save after the first updates, or load what was saved under `origin`; then go on."""
     model = ModelConfig(path=f"{models}/{'moe' if kind(layout) == 'experts' else 'untied'}")
     if verb == "load":

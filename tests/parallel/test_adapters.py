@@ -1,4 +1,6 @@
-"""Low-rank adapters under every split are what one process trains, and what their checkpoints hold."""
+"""Low-rank adapters under every split are what one process trains, and what their checkpoints
+hold.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +47,16 @@ def test_every_split_trains_the_same_adapters(model: Path, tmp_path: Path) -> No
         place = tmp_path / "many" / folder(layout)
         found = torch.load(place / "result.pt")
         differences = {what: apart(single[what], found[what]) for what in single if what != "norm"}
-        print(f"{layout or 'data'}: " + ", ".join(f"{what} {value:.1e}" for what, value in differences.items()))
+        print(
+            f"{layout or 'data'}: "
+            + ", ".join(f"{what} {value:.1e}" for what, value in differences.items())
+        )
         assert max(differences.values()) <= 1e-5, layout
         assert found["norm"] == pytest.approx(single["norm"], rel=1e-5)
         stored = CheckpointWeights(place / "step_000003", Architecture.from_folder(model))
-        assert all(torch.equal(tensor, found["adapters"][name]) for name, tensor in stored.adapters().items())
+        assert all(
+            torch.equal(tensor, found["adapters"][name])
+            for name, tensor in stored.adapters().items()
+        )
         assert stored.adapters().keys() == found["adapters"].keys()
         assert apart(dict(stored.items()), found["weights"]) <= 1e-7

@@ -1,4 +1,6 @@
-"""A converted checkpoint loads under any layout, and what any layout saves converts back to the same bytes."""
+"""A converted checkpoint loads under any layout, and what any layout saves converts back to the
+same bytes.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ pytestmark = pytest.mark.parallel
 def test_loads_and_comes_back(family: str, layout: str, processes: int, tmp_path: Path) -> None:
     path = make_family_folder(tmp_path / "model", family)
     convert.hf_to_megatron(path, tmp_path / "megatron")
-    run_ranks(processes, "tests.parallel.converted", path, tmp_path / "megatron", tmp_path / "run", layout)
+    run_ranks(
+        processes, "tests.parallel.converted", path, tmp_path / "megatron", tmp_path / "run", layout
+    )
     saved = tmp_path / "run" / "step_000001"
     assert convert.compare_bytes(path, saved) > 20
     convert.megatron_to_hf(saved, tmp_path / "back")

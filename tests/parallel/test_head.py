@@ -34,7 +34,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(models: Path, out: Path, layouts: list[str], processes: int) -> dict[str, Apart]:
     run_ranks(processes, "tests.parallel.head", models, out, *layouts)
-    return {layout: torch.load(out / f"{i}.pt", weights_only=False) for i, layout in enumerate(layouts)}
+    return {
+        layout: torch.load(out / f"{i}.pt", weights_only=False) for i, layout in enumerate(layouts)
+    }
 
 
 @pytest.fixture(scope="session")

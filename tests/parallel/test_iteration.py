@@ -1,4 +1,6 @@
-"""The quickstart's RL iteration, rollouts to published weights, gives one process's numbers in every layout."""
+"""The quickstart's RL iteration, rollouts to published weights, gives one process's numbers in
+every layout.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ DENSE = {
     4: ["tensor=2,pipeline=2", "tensor=2"],  # the latter with data parallelism
 }
 EXPERTS = {
-    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 16, "num_experts": 4,
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 16,
+    "num_experts": 4,
     "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True,
 }  # fmt: skip
 
@@ -35,10 +38,13 @@ EXPERTS = {
 def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The quickstart's RL configuration made small, for its model and for one with experts.
 
-    A model that has learnt nothing earns nothing from the paper's method, so one is taken that rewards lengths.
+    A model that has learnt nothing earns nothing from the paper's method, so one is taken that
+    rewards lengths.
     """
     place = tmp_path_factory.mktemp("iteration")
-    write(place, 0, ArithmeticTask(train_rows=24, test_rows=4, sft_rows=4, model=ModelSize(layers=4)))
+    write(
+        place, 0, ArithmeticTask(train_rows=24, test_rows=4, sft_rows=4, model=ModelSize(layers=4))
+    )
     shutil.copytree(place / "model", place / "experts")
     dense = json.loads((place / "model/config.json").read_text())
     (place / "experts/config.json").write_text(json.dumps(dense | EXPERTS))
@@ -73,7 +79,14 @@ def one(configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="module")
 def two(configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("two")
-    run(runs, [*(f"{configs['dense']} {layout}" for layout in DENSE[2]), f"{configs['experts']} expert=2"], 2)
+    run(
+        runs,
+        [
+            *(f"{configs['dense']} {layout}" for layout in DENSE[2]),
+            f"{configs['experts']} expert=2",
+        ],
+        2,
+    )
     return runs
 
 
@@ -87,7 +100,10 @@ def four(configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 def measured(runs: Path, layout: str) -> list[dict[str, Any]]:
     """Every deterministic metric of each iteration, but the split's own."""
     lines = RunFolder(runs / folder(layout)).read_metrics()
-    return [{key: value for key, value in deterministic(line).items() if key != "imbalance"} for line in lines]
+    return [
+        {key: value for key, value in deterministic(line).items() if key != "imbalance"}
+        for line in lines
+    ]
 
 
 def assert_same(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
@@ -100,7 +116,9 @@ def assert_same(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> No
             assert mine[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-7), key
         assert mine.keys() == theirs.keys()
         for key, value in theirs.items():  # null is the mean of nothing: no response was right
-            assert mine[key] == (value if value is None else pytest.approx(value, rel=1e-4, abs=1e-5)), key
+            assert mine[key] == (
+                value if value is None else pytest.approx(value, rel=1e-4, abs=1e-5)
+            ), key
         assert mine["first_ratio_max"] == pytest.approx(1, abs=1e-6)
 
 
@@ -128,10 +146,19 @@ def test_two_ranks_that_share_experts(two: Path, one: Path) -> None:
 
 
 SCRIPTED = {
-    "branches": {"name": "forks", "at": [2, 6, 12], "samples": 2, "tokens": 4, "opening": "=", "end": ";"},
+    "branches": {
+        "name": "forks",
+        "at": [2, 6, 12],
+        "samples": 2,
+        "tokens": 4,
+        "opening": "=",
+        "end": ";",
+    },
     "chosen": {"name": "opened", "opening": "1+", "chance": 0.25},
 }
-"""Scripts whose answers are samples of their own, and whose first tokens have a ratio to their chance."""
+"""Scripts whose answers are samples of their own, and whose first tokens have a ratio to their
+chance.
+"""
 
 
 @pytest.mark.slow
@@ -139,7 +166,9 @@ SCRIPTED = {
 def test_scripts_are_trained_alike_in_every_layout(
     kind: str, configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Branches in updates of unlike size; a chosen token within a ratio that a whole sequence has."""
+    """Branches in updates of unlike size; a chosen token within a ratio that a whole sequence
+    has.
+    """
     tree = yaml.safe_load(configs["dense"].read_text())
     tree["method"] = {"name": "scripted", "script": SCRIPTED[kind]}
     tree["algorithm"] = {"name": "gspo" if kind == "chosen" else "dr_grpo", "kl": "k3", "beta": 0.1}

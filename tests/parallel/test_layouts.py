@@ -1,6 +1,8 @@
-"""Every parallel layout gives what one process gives: log-probs, gradients, and the state after three optimizer steps.
+"""Every parallel layout gives what one process gives: log-probs, gradients, and the state after
+three optimizer steps.
 
-The one process packs each update into a single micro-batch, so this is invariance to the token budget as well.
+The one process packs each update into a single micro-batch, so this is invariance to the token
+budget as well.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ TWO = [
     "context=2",
     "",  # data parallel
     "expert=2",
-    "expert=1,pipeline=2,virtual_pipeline=2",  # a mixture of experts whose stages replay what is theirs
+    # a mixture of experts whose stages replay what is theirs
+    "expert=1,pipeline=2,virtual_pipeline=2",
 ]
 TWO_SLOW = ["expert=1,tensor=2,sequence=true", "expert=1,context=2", "expert=1,pipeline=2"]
-FOUR = ["tensor=2,sequence=true,pipeline=2", "tensor=2,sequence=true"]  # the latter with data parallelism
+# the latter with data parallelism
+FOUR = ["tensor=2,sequence=true,pipeline=2", "tensor=2,sequence=true"]
 FOUR_SLOW = [
     "context=2,tensor=2,sequence=true",
     "context=2,tensor=2",
@@ -40,7 +44,10 @@ FOUR_SLOW = [
     "tensor=2,sequence=true,expert=2",
     "context=2,expert=2,pipeline=2",
 ]
-EIGHT_SLOW = ["tensor=2,sequence=true,pipeline=2,context=2", "tensor=2,sequence=true,pipeline=2,virtual_pipeline=2"]
+EIGHT_SLOW = [
+    "tensor=2,sequence=true,pipeline=2,context=2",
+    "tensor=2,sequence=true,pipeline=2,virtual_pipeline=2",
+]
 
 Results = dict[tuple[Case, str], dict[str, Any]]
 
@@ -57,7 +64,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(models: Path, out: Path, layouts: list[str], processes: int) -> dict[str, Results]:
     """Start the ranks once, and let them take on the layouts in turn."""
     run_ranks(processes, "tests.parallel.layout", models, out, *layouts)
-    return {layout: torch.load(out / f"{i}.pt", weights_only=False) for i, layout in enumerate(layouts)}
+    return {
+        layout: torch.load(out / f"{i}.pt", weights_only=False) for i, layout in enumerate(layouts)
+    }
 
 
 @pytest.fixture(scope="session")
@@ -121,24 +130,34 @@ def test_eight_ranks(layout: str, eight_slow: dict[str, Results], single: Result
 
 
 def assert_parity(layout: str, many: Results, single: Results) -> None:
-    """Log-probs, and each gradient relative to its norm, to 1e-5; so the change of each weight after three SGD steps,
-    and after three Adam steps to 1e-3 of it. The largest differences are printed (`pytest -rP`).
+    """Log-probs, and each gradient relative to its norm, to 1e-5; so the change of each weight
+    after three SGD steps, and after three Adam steps to 1e-3 of it. The largest differences are
+    printed (`pytest -rP`).
     """
     worst = dict.fromkeys(("log-probs", "gradient", "sgd change", "adam change"), 0.0)
     for case in CASES[kind(layout)]:
         for optimizer in ("sgd", "adam"):
             one, other = single[case, optimizer], many[case, optimizer]
             assert one["logprobs"].keys() == other["logprobs"].keys()
-            logprobs = max(float((one["logprobs"][i] - other["logprobs"][i]).abs().max()) for i in one["logprobs"])
+            logprobs = max(
+                float((one["logprobs"][i] - other["logprobs"][i]).abs().max())
+                for i in one["logprobs"]
+            )
             worst["log-probs"] = max(worst["log-probs"], logprobs)
             for name, a in one["gradients"].items():
-                worst["gradient"] = max(worst["gradient"], float((a - other["gradients"][name]).norm() / a.norm()))
+                worst["gradient"] = max(
+                    worst["gradient"], float((a - other["gradients"][name]).norm() / a.norm())
+                )
             for name, a in one["change"].items():
                 apart = max(float((a - other["change"][name]).norm()) - one["rounding"][name], 0.0)
-                worst[f"{optimizer} change"] = max(worst[f"{optimizer} change"], apart / float(a.norm()))
+                worst[f"{optimizer} change"] = max(
+                    worst[f"{optimizer} change"], apart / float(a.norm())
+                )
             for mine, theirs in zip(one["metrics"], other["metrics"], strict=True):
                 assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5), (case, optimizer)
-    print(f"{layout or 'data'}: " + ", ".join(f"{what} {value:.1e}" for what, value in worst.items()))
+    print(
+        f"{layout or 'data'}: " + ", ".join(f"{what} {value:.1e}" for what, value in worst.items())
+    )
     assert worst["log-probs"] <= 1e-5
     assert worst["gradient"] <= 1e-5
     assert worst["sgd change"] <= 1e-5

@@ -1,4 +1,6 @@
-"""Megatron's distributed optimizer does what the plain one does, and a run that resumes with it goes on bit for bit."""
+"""Megatron's distributed optimizer does what the plain one does, and a run that resumes with it
+goes on bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -101,16 +103,23 @@ def test_four_ranks_otherwise(case: Case, four_slow: Results) -> None:
 
 
 def assert_same_updates(case: Case, results: Results) -> None:
-    """The gradient of the third update, and the change of weights after it, as the plain optimizer makes them.
+    """The gradient of the third update, and the change of weights after it, as the plain optimizer
+    makes them.
 
-    fp32 by the measures of the layouts' parity. In bf16 a weight that lies where bf16 rounds either way differs by one
-    last place, which is forgiven, and the next gradient with it.
+    fp32 by the measures of the layouts' parity. In bf16 a weight that lies where bf16 rounds either
+    way differs by one last place, which is forgiven, and the next gradient with it.
     """
     plain, other = (results[c, "train", 0] for c in (case._replace(ddp=(), offloaded=False), case))
-    metric, gradients, changes = (1e-4, 1e-5, 1e-3) if case.dtype == "float32" else (1e-2, 1e-1, 1e-1)
+    metric, gradients, changes = (
+        (1e-4, 1e-5, 1e-3) if case.dtype == "float32" else (1e-2, 1e-1, 1e-1)
+    )
     gradient = max(relative(g, other["gradients"][name]) for name, g in plain["gradients"].items())
-    forgiven = {n: last_place(w) * (case.dtype == "bfloat16") for n, w in plain["end"]["weights"].items()}
-    change = max(relative(c, other["change"][name], forgiven[name]) for name, c in plain["change"].items())
+    forgiven = {
+        n: last_place(w) * (case.dtype == "bfloat16") for n, w in plain["end"]["weights"].items()
+    }
+    change = max(
+        relative(c, other["change"][name], forgiven[name]) for name, c in plain["change"].items()
+    )
     print(f"{case.name}: gradient {gradient:.1e}, change {change:.1e}")
     for mine, theirs in zip(plain["metrics"], other["metrics"], strict=True):
         assert mine == pytest.approx(theirs, rel=metric, abs=metric / 10)
@@ -118,13 +127,20 @@ def assert_same_updates(case: Case, results: Results) -> None:
     assert gradient <= gradients
     assert change <= changes
     held, whole = (sum(t.numel() for t in r["end"]["optimizer"]) for r in (other, plain))
-    holders = 4 if case.layout == "context=2" else 2  # Megatron shares it over data and context ranks
-    assert held / whole == pytest.approx(1 / holders, rel=0.2) if SHARDED in case.ddp else held == whole
+    # Megatron shares it over data and context ranks
+    holders = 4 if case.layout == "context=2" else 2
+    assert (
+        held / whole == pytest.approx(1 / holders, rel=0.2)
+        if SHARDED in case.ddp
+        else held == whole
+    )
 
 
 def relative(a: torch.Tensor, b: torch.Tensor, forgiven: torch.Tensor | float = 0.0) -> float:
     """||a - b|| / ||a||, in which differences count by what they exceed the forgiven ones."""
-    return float(((a.double() - b.double()).abs() - forgiven).clamp(min=0.0).norm() / a.double().norm())
+    return float(
+        ((a.double() - b.double()).abs() - forgiven).clamp(min=0.0).norm() / a.double().norm()
+    )
 
 
 def last_place(weight: torch.Tensor) -> torch.Tensor:
@@ -133,15 +149,23 @@ def last_place(weight: torch.Tensor) -> torch.Tensor:
 
 
 def assert_resumes(case: Case, results: Results) -> None:
-    """In new processes: weights and optimizer state as they were saved, and the next update, bit for bit."""
+    """In new processes: weights and optimizer state as they were saved, and the next update, bit
+    for bit.
+    """
     ranks = [rank for c, action, rank in results if c == case and action == "train"]
     for rank in ranks:
         whole, resumed = results[case, "train", rank], results[case, "resume", rank]
         for moment in ("saved", "end"):
             there, here = whole[moment], resumed[moment]
             assert len(there["optimizer"]) > 4
-            assert all(torch.equal(a, b) for a, b in zip(there["optimizer"], here["optimizer"], strict=True))
-            assert all(torch.equal(tensor, here["weights"][name]) for name, tensor in there["weights"].items())
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(there["optimizer"], here["optimizer"], strict=True)
+            )
+            assert all(
+                torch.equal(tensor, here["weights"][name])
+                for name, tensor in there["weights"].items()
+            )
         assert whole["metrics"][SAVED_AFTER:] == resumed["metrics"]
         steps = {float(step) for step in resumed["end"]["optimizer"][3::4]}
         assert steps == {SAVED_AFTER + 1.0}

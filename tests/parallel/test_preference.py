@@ -1,4 +1,6 @@
-"""`efr dpo` gives one process's numbers in every layout: the samples of a pair may lie on different replicas."""
+"""`efr dpo` gives one process's numbers in every layout: the samples of a pair may lie on different
+replicas.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,17 @@ observe: {{tensorboard: false}}
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in each layout, and `one` in a single process."""
     place = tmp_path_factory.mktemp("preference")
-    write(place, 0, ArithmeticTask(train_rows=4, test_rows=4, sft_rows=24, model=ModelSize(layers=4)))
+    write(
+        place, 0, ArithmeticTask(train_rows=4, test_rows=4, sft_rows=24, model=ModelSize(layers=4))
+    )
     config = place / "dpo.yaml"
-    config.write_text(CONFIG.format(task=place, path=write_answers(place, place / "answers.jsonl.zst")))
+    config.write_text(
+        CONFIG.format(task=place, path=write_answers(place, place / "answers.jsonl.zst"))
+    )
     run_ranks(1, "tests.parallel.programs", "dpo", place / "one", f"{config} ")
-    run_ranks(2, "tests.parallel.programs", "dpo", place, *(f"{config} {layout}" for layout in LAYOUTS))
+    run_ranks(
+        2, "tests.parallel.programs", "dpo", place, *(f"{config} {layout}" for layout in LAYOUTS)
+    )
     return place
 
 

@@ -1,4 +1,6 @@
-"""Policies of every layout hand out the folder's own tensors, whole, by one plan that all ranks share."""
+"""Policies of every layout hand out the folder's own tensors, whole, by one plan that all ranks
+share.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,16 @@ TWO = [
     "moe:expert=2:float32",
     "one-group:tensor=2:bfloat16",  # one KV group on two ranks
 ]
-FOUR = ["untied:tensor=2,pipeline=2:float32", "tied:tensor=2:bfloat16", "moe:tensor=2,sequence=true,expert=2:float32"]
+FOUR = [
+    "untied:tensor=2,pipeline=2:float32",
+    "tied:tensor=2:bfloat16",
+    "moe:tensor=2,sequence=true,expert=2:float32",
+]
 
 
-@pytest.mark.parametrize(("processes", "cases"), [(2, TWO), pytest.param(4, FOUR, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("processes", "cases"), [(2, TWO), pytest.param(4, FOUR, marks=pytest.mark.slow)]
+)
 def test_parcels_are_the_folders_tensors(processes: int, cases: list[str], tmp_path: Path) -> None:
     models = tmp_path / "models"
     make_model_folder(models / "tied", tied=True)

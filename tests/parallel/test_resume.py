@@ -1,4 +1,6 @@
-"""A checkpoint saved under one layout goes on under another: the same bits taken up, the same next update made."""
+"""A checkpoint saved under one layout goes on under another: the same bits taken up, the same next
+update made.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +41,18 @@ def run(out: Path, asked: list[str], processes: int) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints under every layout of SAVED, with what their runs did next; those of two ranks loaded there too."""
+    """Checkpoints under every layout of SAVED, with what their runs did next; those of two ranks
+    loaded there too.
+    """
     out = tmp_path_factory.mktemp("resume")
     make_model_folder(out / "models/untied", tied=False)
     make_family_folder(out / "models/moe", "qwen3-moe")
     run(out, [f"save {layout}" for layout in SAVED[4]], 4)
-    run(out, [*(f"save {layout}" for layout in SAVED[2]), *(f"load {a} from {b}" for a, b in LOADED)], 2)
+    run(
+        out,
+        [*(f"save {layout}" for layout in SAVED[2]), *((f"load {a} from {b}") for a, b in LOADED)],
+        2,
+    )
     return out
 
 
@@ -70,13 +78,23 @@ def assert_goes_on(out: Path, layout: str, origin: str) -> None:
             assert torch.equal(tensor, other[field][name]), (field, name)
             assert field == "weights" or tensor.abs().max() > 0, (field, name)
     assert other["lr"] == one["lr"]
-    logprobs = max(float((one["logprobs"][i] - other["logprobs"][i]).abs().max()) for i in one["logprobs"])
-    gradient = max(float((a - other["gradients"][name]).norm() / a.norm()) for name, a in one["gradients"].items())
+    logprobs = max(
+        float((one["logprobs"][i] - other["logprobs"][i]).abs().max()) for i in one["logprobs"]
+    )
+    gradient = max(
+        float((a - other["gradients"][name]).norm() / a.norm())
+        for name, a in one["gradients"].items()
+    )
     change = 0.0
     for name, a in one["change"].items():
         rounding = float(one["weights"][name].norm()) * 2.0**-24  # of storing a weight in fp32 once
-        change = max(change, (float((a - other["change"][name]).norm()) - rounding) / float(a.norm()))
-    print(f"{layout or 'data'}: log-probs {logprobs:.1e}, gradient {gradient:.1e}, change {change:.1e}")
+        change = max(
+            change, (float((a - other["change"][name]).norm()) - rounding) / float(a.norm())
+        )
+    print(
+        f"{layout or 'data'}: log-probs {logprobs:.1e}, gradient {gradient:.1e}, change "
+        f"{change:.1e}"
+    )
     assert logprobs <= 1e-5
     assert gradient <= 1e-5
     assert change <= 1e-3

@@ -1,4 +1,6 @@
-"""Ranks wait for rank 0's rollouts over gloo: each one's own arrive exactly, and the wait has a limit and a name."""
+"""Ranks wait for rank 0's rollouts over gloo: each one's own arrive exactly, and the wait has a
+limit and a name.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from tests.parallel.waiting import LIMIT_S, groups
 pytestmark = pytest.mark.parallel
 
 
-def test_each_rank_gets_its_own_sequences_exactly_and_a_wait_in_vain_says_what_for(tmp_path: Path) -> None:
+def test_each_rank_gets_its_own_sequences_exactly_and_a_wait_in_vain_says_what_for(
+    tmp_path: Path,
+) -> None:
     run_ranks(2, "tests.parallel.waiting", tmp_path, check=False)
     drawn = samples(groups())
     for rank, known, own in ((0, 3, [7, 2, 0, 3]), (1, 0, [1, 9, 11, 4])):
@@ -28,4 +32,6 @@ def test_each_rank_gets_its_own_sequences_exactly_and_a_wait_in_vain_says_what_f
         assert torch.load(tmp_path / f"figures{rank}.pt") == figures, "sum and maxima over ranks"
     assert not (tmp_path / "0.txt").exists()
     said = (tmp_path / "1.txt").read_text()
-    assert said.startswith(f"rank 1 waited {LIMIT_S:.0f} s for rollouts of rank 0: the limit is parallel.wait_limit_s")
+    assert said.startswith(
+        f"rank 1 waited {LIMIT_S:.0f} s for rollouts of rank 0: the limit is parallel.wait_limit_s"
+    )

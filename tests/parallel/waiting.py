@@ -1,4 +1,6 @@
-"""One of two ranks (started by launch.py): each gets its own sequences; rank 1 says what it waits for in vain."""
+"""One of two ranks (started by launch.py): each gets its own sequences; rank 1 says what it waits
+for in vain.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def groups() -> list[Credited]:
             )
             for n in rng.integers(2, 9, 4).tolist()
         )
-        made.append(credited(Group(Prompt(f"p{i}", (1, 2, 3), "", ""), responses, i), rng.normal(size=4)))
+        made.append(
+            credited(Group(Prompt(f"p{i}", (1, 2, 3), "", ""), responses, i), rng.normal(size=4))
+        )
     return made
 
 
@@ -46,9 +50,14 @@ def main(out: str) -> None:
     with join_ranks(ParallelConfig(wait_limit_s=LIMIT_S), seed=0) as ranks:
         mine = ranks.on_main(groups) or []
         own = scatter_samples(samples(mine), PLANS, ranks)
-        torch.save((len(mine), list(own), flatten(list(own.values()))), Path(out) / f"{ranks.rank}.pt")
+        torch.save(
+            (len(mine), list(own), flatten(list(own.values()))), Path(out) / f"{ranks.rank}.pt"
+        )
         figures = {"both": float(ranks.rank), f"only {ranks.rank}": 5.0}
-        torch.save((ranks.total(2**40 + ranks.rank), ranks.largest(figures)), Path(out) / f"figures{ranks.rank}.pt")
+        torch.save(
+            (ranks.total(2**40 + ranks.rank), ranks.largest(figures)),
+            Path(out) / f"figures{ranks.rank}.pt",
+        )
         try:
             ranks.on_main(lambda: time.sleep(3 * LIMIT_S), "rollouts")
         except UserError as error:

@@ -30,7 +30,9 @@ def summaries() -> list[dict[str, Any]]:
 
 
 def test_both_families_began_with_the_same_weights(summaries: list[dict[str, Any]]) -> None:
-    first, second = ((RUNS / family / "sft/model/model.safetensors").read_bytes() for family in FAMILIES)
+    first, second = (
+        (RUNS / family / "sft/model/model.safetensors").read_bytes() for family in FAMILIES
+    )
     assert first == second
 
 
@@ -40,7 +42,9 @@ def test_the_base_has_the_same_figures_on_both(summaries: list[dict[str, Any]]) 
     assert [found.row() for found in compared if not found.agree] == []
 
 
-def test_trained_models_are_as_near_as_other_random_numbers_leave_them(summaries: list[dict[str, Any]]) -> None:
+def test_trained_models_are_as_near_as_other_random_numbers_leave_them(
+    summaries: list[dict[str, Any]],
+) -> None:
     compared = compare(*summaries)[2:]
     assert len(compared) == 6
     assert [found.row() for found in compared if found.gap > CHANCE[found.key]] == []
@@ -51,5 +55,7 @@ def test_engine_and_policy_agreed_in_every_iteration(summaries: list[dict[str, A
         path = RUNS / "quickstart-sglang" / f"alpha-{alpha}" / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(1, 51))
-        assert all(line["first_ratio_max"] == 1.0 and line["first_kl_to_old"] == 0.0 for line in lines)
+        assert all(
+            line["first_ratio_max"] == 1.0 and line["first_kl_to_old"] == 0.0 for line in lines
+        )
         assert all(line["logprob_diff_mean"] < 1e-5 for line in lines)

@@ -27,13 +27,16 @@ def models(summary: dict[str, Any]) -> dict[float | None, dict[str, Any]]:
 def test_the_family_is_there_base_first(summary: dict[str, Any]) -> None:
     assert [model["alpha"] for model in summary["models"]] == [None, 0.0, 0.1, 0.4]
     assert all(model["problems"] >= 512 for model in summary["models"])
-    assert summary["seconds"]["total"] <= 20 * 60  # 7 to 16 minutes, as the machine is loaded: only a hang is a fault
+    # 7 to 16 minutes, as the machine is loaded: only a hang is a fault
+    assert summary["seconds"]["total"] <= 20 * 60
 
 
 def test_tokens_fall_along_the_family(models: dict[float | None, dict[str, Any]]) -> None:
     tokens = [models[alpha]["tokens"] for alpha in (None, 0.0, 0.1, 0.4)]
     assert tokens == sorted(tokens, reverse=True)
-    assert models[0.4]["tokens_ci"][1] < models[0.1]["tokens_ci"][0], "0.1 and 0.4 apart beyond their intervals"
+    assert models[0.4]["tokens_ci"][1] < models[0.1]["tokens_ci"][0], (
+        "0.1 and 0.4 apart beyond their intervals"
+    )
 
 
 def test_fewer_tokens_at_no_less_accuracy(models: dict[float | None, dict[str, Any]]) -> None:
@@ -48,7 +51,9 @@ def test_identities_held_in_every_iteration() -> None:
         path = ROOT / "runs" / "quickstart" / f"alpha-{alpha}" / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(1, 51))
-        assert all(line["first_ratio_max"] == 1.0 and line["first_kl_to_old"] == 0.0 for line in lines)
+        assert all(
+            line["first_ratio_max"] == 1.0 and line["first_kl_to_old"] == 0.0 for line in lines
+        )
         assert lines[0]["kl"] == 0.0, "a fresh reference"
         assert all(line["logprob_diff_mean"] < 1e-5 for line in lines)
         assert all(line["skipped"] == 0.0 for line in lines)

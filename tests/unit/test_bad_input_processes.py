@@ -21,7 +21,11 @@ task = test_bad_input.task
 def launched(*command: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -49,9 +53,13 @@ def test_the_command_line_ends_with_2_and_no_traceback(task: Path, tmp_path: Pat
         ("data.datasets.0.path=absent.jsonl", "absent.jsonl: "),
     ],
 )
-def test_two_ranks_end_together_and_the_first_says_why(override: str, message: str, task: Path, tmp_path: Path) -> None:
+def test_two_ranks_end_together_and_the_first_says_why(
+    override: str, message: str, task: Path, tmp_path: Path
+) -> None:
     config = tmp_path / "c.yaml"
-    config.write_text(yaml.safe_dump(configuration("train", task) | {"runs": str(tmp_path / "runs")}))
+    config.write_text(
+        yaml.safe_dump(configuration("train", task) | {"runs": str(tmp_path / "runs")})
+    )
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     done = launched(*torchrun, "megatron_efr.train", str(config), "rollout.prompts=2", override)
     assert done.returncode != 0

@@ -1,4 +1,6 @@
-"""Ends of programs: by Ctrl-C, into a pipe that nobody reads, on a full disk, with their launcher."""
+"""Ends of programs: by Ctrl-C, into a pipe that nobody reads, on a full disk, with their
+launcher.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,15 @@ arguments.run(program)
 
 
 def start(body: str, **options: object) -> subprocess.Popen[str]:
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")
+    }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment} | options
     # what a shell runs in the background, these tests perhaps, ignores Ctrl-C, and so would this
     heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen([sys.executable, "-c", RUN.format(body=body)], text=True, preexec_fn=heeds, **pipes)  # pyright: ignore
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN.format(body=body)], text=True, preexec_fn=heeds, **pipes
+    )  # pyright: ignore
 
 
 def ended(body: str, **options: object) -> tuple[int, str, str]:
@@ -54,7 +60,10 @@ def test_ctrl_c_is_130_and_one_line() -> None:
 
 
 def test_a_second_ctrl_c_ends_a_program_that_takes_long_to_tidy_up() -> None:
-    body = "try: print('works', flush=True); time.sleep(60)\n    finally: print('tidies', flush=True); time.sleep(60)"
+    body = (
+        "try: print('works', flush=True); time.sleep(60)\n    finally: print('tidies', "
+        "flush=True); time.sleep(60)"
+    )
     process = start(body)
     assert process.stdout is not None
     for line in ("works\n", "tidies\n"):
@@ -84,7 +93,10 @@ def test_head_takes_what_it_wants() -> None:
     command = f'{sys.executable} -c "$PROGRAM" | head -n 1; echo "${{PIPESTATUS[0]}}"'
     program = RUN.format(body="for i in range(10**6): print(i)")
     done = subprocess.run(
-        ["bash", "-c", command], env=os.environ | {"PROGRAM": program}, capture_output=True, text=True
+        ["bash", "-c", command],
+        env=os.environ | {"PROGRAM": program},
+        capture_output=True,
+        text=True,
     )
     assert (done.stdout, done.stderr) == ("0\n141\n", "")
 
@@ -103,7 +115,9 @@ def test_a_disk_error_that_nobody_foresaw_is_a_sentence() -> None:
 
 
 def test_in_a_thread_it_is_a_line_and_another_error_shows_itself() -> None:
-    thread = "import threading; t = threading.Thread(target=fail, name='writer'); t.start(); t.join()"
+    thread = (
+        "import threading; t = threading.Thread(target=fail, name='writer'); t.start(); t.join()"
+    )
     code, _, err = ended(f"def fail(): raise OSError(28, 'No space left on device')\n    {thread}")
     assert (code, err) == (0, "writer: [Errno 28] No space left on device\n")
     assert "ValueError: 1" in ended(f"def fail(): raise ValueError(1)\n    {thread}")[2]
@@ -124,9 +138,12 @@ def test_the_exit_codes_of_programs_are_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("0.05", "0.05: at least 0.1"), ("nan", "nan: at least 0.1"), ("inf", "inf: at least 0.1")]
+    ("text", "said"),
+    [("0.05", "0.05: at least 0.1"), ("nan", "nan: at least 0.1"), ("inf", "inf: at least 0.1")],
 )
-def test_a_number_out_of_range_is_refused_by_its_flag(text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_number_out_of_range_is_refused_by_its_flag(
+    text: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         watch(["runs/a", "--every", text])
     assert capsys.readouterr().err.endswith(f"efr watch: error: argument --every: {said}\n")
@@ -155,14 +172,20 @@ time.sleep(600)
 
 @pytest.mark.parametrize("reaped", [True, False])
 @pytest.mark.parametrize("rank", [{}, {"TORCHELASTIC_RUN_ID": "x"}])
-def test_a_program_whose_launcher_ended_before_it_could_look_ends_at_once(rank: dict[str, str], reaped: bool) -> None:
-    """It is another process's child by then; a rank would wait half an hour for a meeting place that is gone."""
+def test_a_program_whose_launcher_ended_before_it_could_look_ends_at_once(
+    rank: dict[str, str], reaped: bool
+) -> None:
+    """It is another process's child by then; a rank would wait half an hour for a meeting place
+    that is gone.
+    """
     launcher = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)
     if reaped:
         launcher.wait()
     environment = os.environ | rank | {"MEGATRON_EFR_LAUNCHER": str(launcher.pid)}
-    orphan = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, timeout=60)
+    orphan = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, timeout=60
+    )
     assert (orphan.returncode, orphan.stdout) == (-signal.SIGKILL, b"")
     launcher.wait()
 
@@ -176,7 +199,10 @@ def test_a_program_whose_launcher_ended_before_it_could_look_ends_at_once(rank: 
     ],
 )
 def test_a_launcher_that_is_killed_takes_its_programs_along(extra: str, survives: bool) -> None:
-    command, environment = [sys.executable, "-c", LAUNCHED.format(extra=extra)], os.environ | {"PROGRAM": PROGRAM}
+    command, environment = (
+        [sys.executable, "-c", LAUNCHED.format(extra=extra)],
+        os.environ | {"PROGRAM": PROGRAM},
+    )
     launcher = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert launcher.stdout is not None
     child = psutil.Process(int(launcher.stdout.readline()))

@@ -1,4 +1,6 @@
-"""Run folders and checkpoints that are empty, another program's, or damaged: a sentence names the file."""
+"""Run folders and checkpoints that are empty, another program's, or damaged: a sentence names the
+file.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def test_what_is_no_run_folder_gets_no_report(tmp_path: Path, ended: Ended) -> N
     assert f"{tmp_path}: no run's folder: none of config.yaml" in ended(report, tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     assert f"{tmp_path}: no run's folder" in ended(report, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"], "a report was written into it"
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"], (
+        "a report was written into it"
+    )
 
 
 def test_a_whole_run_and_one_with_half_a_last_line_get_theirs(folder: RunFolder) -> None:
@@ -86,7 +90,9 @@ def test_a_whole_run_and_one_with_half_a_last_line_get_theirs(folder: RunFolder)
         (b'{"accuracy": NaN}', "no evaluation record: problems: Field required"),
     ],
 )
-def test_an_evaluation_that_is_none_is_named(content: bytes, words: str, folder: RunFolder, ended: Ended) -> None:
+def test_an_evaluation_that_is_none_is_named(
+    content: bytes, words: str, folder: RunFolder, ended: Ended
+) -> None:
     path = folder.evaluations / "base.json"
     path.write_bytes(content)
     message = ended(report, folder.path)
@@ -104,27 +110,41 @@ def test_an_evaluation_that_is_none_is_named(content: bytes, words: str, folder:
         (b"\xff\n", ":3: damaged: no line of metrics"),
     ],
 )
-def test_a_damaged_line_of_metrics_is_named(line: bytes, words: str, folder: RunFolder, ended: Ended) -> None:
+def test_a_damaged_line_of_metrics_is_named(
+    line: bytes, words: str, folder: RunFolder, ended: Ended
+) -> None:
     with folder.metrics.open("ab") as file:
         file.write(line + b'{"step": 4}\n')
     assert f"error: {folder.metrics}{words}" in ended(report, folder.path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"models": 3}', b'{"models": [{}], "seconds": {}}', b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"models": 3}', b'{"models": [{}], "seconds": {}}', b"\xff"]
+)
 def test_a_summary_that_is_none_is_named(content: bytes, folder: RunFolder, ended: Ended) -> None:
     folder.summary.write_bytes(content)
     for more in ([], ["--against", str(folder.path)]):
         assert f"error: {folder.summary}: " in ended(report, folder.path, *more)
     (folder.path / "seed-1").mkdir()
     (folder.path / "seed-1/summary.json").write_bytes(content)
-    assert f"error: {folder.path / 'seed-1/summary.json'}: " in ended(report, folder.path, "--seeds")
+    assert f"error: {folder.path / 'seed-1/summary.json'}: " in ended(
+        report, folder.path, "--seeds"
+    )
 
 
 def test_families_of_other_models_are_not_put_together(folder: RunFolder, ended: Ended) -> None:
     for seed, alpha in (("seed-1", 0.1), ("seed-2", 0.2)):
-        model = {"name": "m", "alpha": alpha, "accuracy": 0.5, "tokens": 9.0, "tokens_by_difficulty": {}}
+        model = {
+            "name": "m",
+            "alpha": alpha,
+            "accuracy": 0.5,
+            "tokens": 9.0,
+            "tokens_by_difficulty": {},
+        }
         RunFolder(folder.path / seed).write_summary({"models": [model], "seconds": {}})
-    assert "seeds can be put together only for one family of models" in ended(report, folder.path, "--seeds")
+    assert ("seeds can be put together only for one family of models") in ended(
+        report, folder.path, "--seeds"
+    )
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])
@@ -135,17 +155,25 @@ def test_what_is_no_checkpoint_is_said_to_be_none(name: str, tmp_path: Path, end
     )
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"\x80\x04K\x01.", b"cos\nnothing\n.", b"\x80\x04}."])
-def test_a_checkpoints_damaged_metadata_is_named(content: bytes, tmp_path: Path, ended: Ended) -> None:
+@pytest.mark.parametrize(
+    "content", [b"", b"x", b"\x80\x04K\x01.", b"cos\nnothing\n.", b"\x80\x04}."]
+)
+def test_a_checkpoints_damaged_metadata_is_named(
+    content: bytes, tmp_path: Path, ended: Ended
+) -> None:
     (tmp_path / ".metadata").write_bytes(content)
     assert f"error: {tmp_path / '.metadata'}: damaged: " in ended(inspect_checkpoint.main, tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", b'{"step": 1, "initial_model": 3}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b"\xff", b'{"step": 1, "initial_model": 3}']
+)
 def test_a_checkpoints_damaged_state_is_named(content: bytes, tmp_path: Path, ended: Ended) -> None:
     (tmp_path / ".metadata").write_bytes(b"x")
     (tmp_path / "state.json").write_bytes(content)
-    assert f"error: {tmp_path / 'state.json'}: damaged: " in ended(inspect_checkpoint.main, tmp_path)
+    assert f"error: {tmp_path / 'state.json'}: damaged: " in ended(
+        inspect_checkpoint.main, tmp_path
+    )
     with pytest.raises(UserError, match=r"state\.json: damaged: "):  # as `efr evaluate` of it asks
         find_model(ModelConfig(path=str(tmp_path)), seed=0)
 
@@ -193,9 +221,15 @@ def test_no_rollouts_end_in_a_traceback(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("read", [read_evaluation, read_summary])
-def test_no_record_ends_in_a_traceback(read: Callable[[Path], dict[str, Any]], tmp_path: Path) -> None:
+def test_no_record_ends_in_a_traceback(
+    read: Callable[[Path], dict[str, Any]], tmp_path: Path
+) -> None:
     record = summarise([group().graded], "base")
-    model = {"name": "m", "alpha": 0.1, **{key: record[key] for key in ("accuracy", "tokens", "tokens_by_difficulty")}}
+    model = {
+        "name": "m",
+        "alpha": 0.1,
+        **{key: record[key] for key in ("accuracy", "tokens", "tokens_by_difficulty")},
+    }
     tree = record if read is read_evaluation else {"models": [model], "seconds": {"rl": 3.0}}
     path, rng, refused = tmp_path / "record.json", random.Random(0), 0
     data = json.dumps(tree).encode()

@@ -1,4 +1,6 @@
-"""The wheel and the source distribution: what they hold, and that programs run from an unpacked wheel in any folder."""
+"""The wheel and the source distribution: what they hold, and that programs run from an unpacked
+wheel in any folder.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,29 @@ from megatron_efr.cli import PROGRAMS
 pytestmark = [pytest.mark.alike, pytest.mark.heavy]
 
 ROOT = Path(__file__).parents[2]
-BUILD = "import setuptools.build_meta as backend; backend.build_wheel('dist'), backend.build_sdist('dist')"
-NOT_SOURCE = ("*.egg-info", "__pycache__", ".venv*", ".git", "runs", "build", "dist", "site", ".*_cache", ".hypothesis")
+BUILD = (
+    "import setuptools.build_meta as backend; backend.build_wheel('dist'), "
+    "backend.build_sdist('dist')"
+)
+NOT_SOURCE = (
+    "*.egg-info",
+    "__pycache__",
+    ".venv*",
+    ".git",
+    "runs",
+    "build",
+    "dist",
+    "site",
+    ".*_cache",
+    ".hypothesis",
+)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository, in which the build backend may leave its files; `dist/` holds what it built."""
+    """A copy of the repository, in which the build backend may leave its files; `dist/` holds what
+    it built.
+    """
     copy = tmp_path_factory.mktemp("source") / "megatron_efr"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_SOURCE))
     subprocess.run([sys.executable, "-c", BUILD], cwd=copy, check=True, capture_output=True)
@@ -51,17 +69,26 @@ def program(unpacked: Path, *words: str, folder: Path) -> str:
     entry = configparser.ConfigParser()
     entry.read(next(unpacked.glob("*.dist-info")) / "entry_points.txt")
     module, function = entry["console_scripts"]["efr"].split(":")
-    script = f"import sys, {module} as m; assert m.__file__.startswith({str(unpacked)!r}); sys.exit(m.{function}())"
+    script = (
+        f"import sys, {module} as m; assert m.__file__.startswith({str(unpacked)!r}); "
+        f"sys.exit(m.{function}())"
+    )
     environment = {**os.environ, "PYTHONPATH": str(unpacked), "COLUMNS": "120"}
     command = [sys.executable, "-c", script, *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def files(folder: Path) -> set[str]:
     """The package's files: modules, templates, style sheets; no byte code."""
-    found = (path for path in (folder / "megatron_efr").rglob("*") if path.is_file() and path.suffix != ".pyc")
+    found = (
+        path
+        for path in (folder / "megatron_efr").rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    )
     return {path.relative_to(folder).as_posix() for path in found}
 
 
@@ -75,7 +102,9 @@ def test_the_source_distribution_holds_what_tests_and_launch_scripts_need(source
     with tarfile.open(archive) as opened:
         held = {name.partition("/")[2] for name in opened.getnames()}
     for folder in ("docs", "examples", "findings", "launch", "megatron_efr", "tests", "tools"):
-        assert {str(path.relative_to(source)) for path in (source / folder).rglob("*") if path.is_file()} <= held
+        assert {
+            str(path.relative_to(source)) for path in (source / folder).rglob("*") if path.is_file()
+        } <= held
 
 
 def test_programs_run_from_any_folder(unpacked: Path, tmp_path: Path) -> None:
@@ -88,22 +117,34 @@ def test_a_report_is_written_from_any_folder(unpacked: Path, tmp_path: Path) -> 
     run = tmp_path / "elsewhere/runs/mine"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("name: mine\n")
-    steps = [{"step": step, "accuracy": step / 10, "tokens_mean": 50.0 - step} for step in range(1, 9)]
+    steps = [
+        {"step": step, "accuracy": step / 10, "tokens_mean": 50.0 - step} for step in range(1, 9)
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     printed = program(unpacked, "report", "runs/mine", folder=run.parents[1])
     assert printed.endswith("report: runs/mine/report/index.html\n")
     page = (run / "report/index.html").read_text(encoding="utf-8")
     assert "<svg" in page
-    assert (ROOT / "megatron_efr/report/report.css").read_text(encoding="utf-8").splitlines()[0] in page
+    assert (ROOT / "megatron_efr/report/report.css").read_text(encoding="utf-8").splitlines()[
+        0
+    ] in page
 
 
-def test_the_version_stands_in_one_place_and_the_changelog_begins_with_its_note(unpacked: Path) -> None:
+def test_the_version_stands_in_one_place_and_the_changelog_begins_with_its_note(
+    unpacked: Path,
+) -> None:
     metadata = (next(unpacked.glob("*.dist-info")) / "METADATA").read_text(encoding="utf-8")
     assert f"\nVersion: {__version__}\n" in metadata
     assert (
-        re.findall(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[0] == __version__
+        re.findall(
+            r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+        )[0]
+        == __version__
     )
-    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == __version__
+    assert (
+        yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"]
+        == __version__
+    )
 
 
 @pytest.mark.slow
@@ -116,7 +157,9 @@ def test_both_install_into_a_clean_environment_and_work_there(source: Path, tmp_
 
     def run(*words: str | Path) -> str:
         command = [place / words[0], *words[1:]]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -129,4 +172,6 @@ def test_both_install_into_a_clean_environment_and_work_there(source: Path, tmp_
         run("python", "-m", "pip", "check")
         assert run("efr", "--version") == f"{__version__}\n"
         assert run("efr", "train", "--help").startswith("usage: efr train")
-        assert json.loads(run("efr", "grade", responses, "--json"))["totals"] == {"math": {"correct": 1}}
+        assert json.loads(run("efr", "grade", responses, "--json"))["totals"] == {
+            "math": {"correct": 1}
+        }

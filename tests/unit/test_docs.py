@@ -1,4 +1,6 @@
-"""The words of README, CONTRIBUTING and docs/ hold: links lead somewhere, and what is named exists."""
+"""The words of README, CONTRIBUTING and docs/ hold: links lead somewhere, and what is named
+exists.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 FILE = re.compile(r"\b(?:tests|tools|launch|examples|docs|findings|megatron_efr)/[\w./-]*\w")
 PROGRAM = re.compile(r"(?:^ {4}|`)(?:\.venv/bin/)?efr ([a-z]+)", re.MULTILINE)
 COMMAND = re.compile(
-    r"(?:^ {4}|`)(?:\.venv/bin/)?(?:efr|bash launch/[\w.]+|python tools/[\w./]+)( [^`\n#]*)", re.MULTILINE
+    r"(?:^ {4}|`)(?:\.venv/bin/)?(?:efr|bash launch/[\w.]+|python tools/[\w./]+)( [^`\n#]*)",
+    re.MULTILINE,
 )
 FLAG = re.compile(r"--[a-z][a-z-]*[a-z]")
 SECTIONS = {name for config in CONFIGS for name in config.model_fields}
@@ -52,7 +55,12 @@ def has_key(model: type[BaseModel], names: list[str]) -> bool:
         return False
     inner = field.annotation
     known = isinstance(inner, type) and issubclass(inner, BaseModel)
-    return len(names) == 1 or not known or bool(inner.model_config.get("extra") == "allow") or has_key(inner, names[1:])
+    return (
+        len(names) == 1
+        or not known
+        or bool(inner.model_config.get("extra") == "allow")
+        or has_key(inner, names[1:])
+    )
 
 
 @each_page
@@ -78,14 +86,26 @@ def test_files_programs_and_keys_exist(page: Path) -> None:
     assert [name for name in FILE.findall(text) if not (ROOT / name).exists()] == []
     assert [name for name in PROGRAM.findall(text) if name not in PROGRAMS] == []
     keys = {key for key in KEY.findall(text) if not key.endswith((".py", ".yaml", ".md"))}
-    keys -= {key for key in keys if (ROOT / "megatron_efr" / key.replace(".", "/")).with_suffix(".py").exists()}
-    unknown = [key for key in keys if not any(has_key(config, key.split(".")) for config in CONFIGS)]
+    keys -= {
+        key
+        for key in keys
+        if (ROOT / "megatron_efr" / key.replace(".", "/")).with_suffix(".py").exists()
+    }
+    unknown = [
+        key for key in keys if not any(has_key(config, key.split(".")) for config in CONFIGS)
+    ]
     assert unknown == []
 
 
 def test_every_flag_of_a_command_exists() -> None:
-    sources = [path for part in ("megatron_efr", "tools", "launch") for path in (ROOT / part).rglob("*.*")]
-    texts = [path.read_text(encoding="utf-8") for path in sources if path.suffix in (".py", ".sh", ".sbatch")]
+    sources = [
+        path for part in ("megatron_efr", "tools", "launch") for path in (ROOT / part).rglob("*.*")
+    ]
+    texts = [
+        path.read_text(encoding="utf-8")
+        for path in sources
+        if path.suffix in (".py", ".sh", ".sbatch")
+    ]
     known = {flag for text in texts for flag in FLAG.findall(text)}
     named = {
         flag
@@ -111,7 +131,9 @@ def test_the_readme_is_one_screen_of_short_paragraphs() -> None:
 
 @each_page
 def test_the_paragraphs_of_a_page_are_short(page: Path) -> None:
-    assert [block for block in prose(page.read_text(encoding="utf-8")) if len(block.split()) > 90] == []
+    assert [
+        block for block in prose(page.read_text(encoding="utf-8")) if len(block.split()) > 90
+    ] == []
 
 
 @pytest.mark.parametrize("page", [README, ROOT / "docs/programs.md"], ids=lambda page: page.name)
@@ -128,7 +150,9 @@ def test_every_room_is_in_the_table_of_rooms() -> None:
 
 def test_the_readme_counts_the_methods() -> None:
     """Those that are not experimental: the page has a row for each."""
-    names = re.findall(r"^\| \[`([\w.]+)`\]", (ROOT / "docs/methods.md").read_text(encoding="utf-8"), re.MULTILINE)
+    names = re.findall(
+        r"^\| \[`([\w.]+)`\]", (ROOT / "docs/methods.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     count = sum(not name.startswith("experimental.") for name in names)
     text = README.read_text(encoding="utf-8")
     assert f"[{count - 1} others](docs/methods.md)" in text

@@ -33,7 +33,9 @@ def blocks(page: str, begins: str) -> list[str]:
     """The indented blocks of a page whose first line begins so, without the indent."""
     text = (DOCS / page).read_text(encoding="utf-8")
     found = re.findall(r"(?:^(?: {4,}.*)?\n)+", text, re.MULTILINE)
-    return [block for each in found if (block := textwrap.dedent(each).strip("\n")).startswith(begins)]
+    return [
+        block for each in found if (block := textwrap.dedent(each).strip("\n")).startswith(begins)
+    ]
 
 
 def texts() -> list[str]:
@@ -42,14 +44,20 @@ def texts() -> list[str]:
     for path in (ROOT / "megatron_efr").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "\n" for v in node.values))
+                found.append(
+                    "".join(
+                        str(v.value) if isinstance(v, ast.Constant) else "\n" for v in node.values
+                    )
+                )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
     return found
 
 
 def test_every_error_that_troubleshooting_quotes_is_one_that_the_source_has() -> None:
-    rows = re.findall(r"^\| (.+?) \|", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (.+?) \|", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     quoted = {quote for row in rows for quote in re.findall(r"`([^`]+)`", row)} - OTHERS
     source = texts()
     assert len(quoted) > 30
@@ -84,4 +92,6 @@ def test_the_example_of_an_algorithm_has_its_objective() -> None:
 def test_the_configuration_of_a_small_real_model_is_valid() -> None:
     [block] = blocks("real-models.md", "name: small")
     config = validate(TrainConfig, parse(block, "page"))
-    assert config.data.prompt.template.format(question="2 + 3?") == "2 + 3? Give the final answer within \\boxed{}."
+    assert config.data.prompt.template.format(question="2 + 3?") == (
+        "2 + 3? Give the final answer within \\boxed{}."
+    )

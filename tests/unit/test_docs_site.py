@@ -1,4 +1,6 @@
-"""The documentation's site: built by its script, every page is in the menu, and what leads nowhere fails it."""
+"""The documentation's site: built by its script, every page is in the menu, and what leads nowhere
+fails it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ PARTS = ("docs", "examples", "launch", "megatron_efr")
 
 
 def build(copy: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", "launch/docs.sh"], cwd=copy, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        ["bash", "launch/docs.sh"], cwd=copy, capture_output=True, text=True, check=False
+    )
 
 
 def test_the_site_has_every_page_and_refuses_what_leads_nowhere(tmp_path: Path) -> None:
@@ -28,10 +32,15 @@ def test_the_site_has_every_page_and_refuses_what_leads_nowhere(tmp_path: Path) 
     done = build(tmp_path)
     assert done.returncode == 0, done.stderr
     site = tmp_path / "site"
-    pages = {str(path.relative_to(tmp_path).with_suffix(".html")) for path in (tmp_path / "docs").rglob("*.md")}
+    pages = {
+        str(path.relative_to(tmp_path).with_suffix(".html"))
+        for path in (tmp_path / "docs").rglob("*.md")
+    }
     front = (site / "index.html").read_text(encoding="utf-8")
     assert pages <= set(
-        re.findall(r'<li class="toctree-l[12][^"]*"><a class="reference internal" href="([^"]+)"', front)
+        re.findall(
+            r'<li class="toctree-l[12][^"]*"><a class="reference internal" href="([^"]+)"', front
+        )
     )
     assert all((site / page).is_file() for page in pages)
 

@@ -1,4 +1,6 @@
-"""Whatever a run writes: if the disk does not take it there is a sentence, and the old content is still there."""
+"""Whatever a run writes: if the disk does not take it there is a sentence, and the old content is
+still there.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ CONFIG = "name: a\nseed: 1\n"
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond ten bytes: a part of what is written arrives, as on a disk that fills up."""
+    """No file may grow beyond ten bytes: a part of what is written arrives, as on a disk that fills
+    up.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
     try:
@@ -40,19 +44,34 @@ WRITES: dict[str, tuple[str, Callable[[RunFolder], Any]]] = {
     "append_metrics": ("metrics.jsonl", lambda folder: folder.append_metrics(3, {"accuracy": 0.5})),
     "truncate_metrics": ("metrics.jsonl", lambda folder: folder.truncate_metrics(1)),
     "journal": ("journal/step_000003.jsonl", lambda folder: folder.journal(3).append(GROUP.group)),
-    "rollouts": ("rollouts/step_000001.jsonl.zst", lambda folder: folder.write_rollouts(1, [GROUP, GROUP])),
-    "evaluation": ("eval/model.json", lambda folder: folder.write_evaluation("model", {"name": "another"})),
+    "rollouts": (
+        "rollouts/step_000001.jsonl.zst",
+        lambda folder: folder.write_rollouts(1, [GROUP, GROUP]),
+    ),
+    "evaluation": (
+        "eval/model.json",
+        lambda folder: folder.write_evaluation("model", {"name": "another"}),
+    ),
     "summary": ("summary.json", lambda folder: folder.write_summary({"models": ["another"]})),
-    "unfinished": ("eval/unfinished/m.json", lambda folder: Unfinished(folder.evaluations / "m.json", {"seed": 12345})),
+    "unfinished": (
+        "eval/unfinished/m.json",
+        lambda folder: Unfinished(folder.evaluations / "m.json", {"seed": 12345}),
+    ),
 }
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.stat().st_size}
+    return {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.stat().st_size
+    }
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_what_a_full_disk_takes_a_part_of_is_taken_back_and_the_old_is_still_there(tmp_path: Path, name: str) -> None:
+def test_what_a_full_disk_takes_a_part_of_is_taken_back_and_the_old_is_still_there(
+    tmp_path: Path, name: str
+) -> None:
     folder = RunFolder(tmp_path)
     folder.claim(CONFIG)
     for step in (1, 2):
@@ -77,31 +96,49 @@ def test_a_model_folder_is_complete_or_absent(tmp_path: Path) -> None:
     template.mkdir()
     (template / "config.json").write_text("{}")
     tensors = {"weight": torch.zeros(100)}
-    with full_disk(), pytest.raises(UnwritableError, match=r"model: cannot be written: .*File too large"):
+    with (
+        full_disk(),
+        pytest.raises(UnwritableError, match=r"model: cannot be written: .*File too large"),
+    ):
         save_folder(tmp_path / "model", tensors.items(), template)
     assert not (tmp_path / "model").exists()
     save_folder(tmp_path / "model", tensors.items(), template)
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # its thread says so too
+# its thread says so too
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_tensorboards_files_too(tmp_path: Path) -> None:
     observer = Observer(RunFolder(tmp_path), ObserveConfig(), total_steps=2)
-    with pytest.raises(UnwritableError, match=r"(metrics\.jsonl|tensorboard): cannot be written: File too large"):
+    with pytest.raises(
+        UnwritableError, match=r"(metrics\.jsonl|tensorboard): cannot be written: File too large"
+    ):
         with full_disk(), observer:
             observer._outputs[0].log(1, {"loss": 0.5}, 1.0)
 
 
-def test_a_folder_that_cannot_be_made_is_named_with_the_one_above_that_is_there(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_named_with_the_one_above_that_is_there(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UnwritableError, match=rf"file/a/b: cannot be written: .* bytes are free at {tmp_path};"):
+    with pytest.raises(
+        UnwritableError, match=rf"file/a/b: cannot be written: .* bytes are free at {tmp_path};"
+    ):
         append_line(tmp_path / "file/a/b", b"x")
     assert standing(tmp_path / "a" / "b") == tmp_path
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not os.path.isdir("/sys"), reason="needs a folder that nobody may write to")
+@pytest.mark.skipif(
+    os.geteuid() == 0 and not os.path.isdir("/sys"),
+    reason=("needs a folder that nobody may write to"),
+)
 def test_a_read_only_place_is_a_sentence() -> None:
-    with pytest.raises(UnwritableError, match=r"/sys/megatron_efr/config\.yaml: cannot be written: "):
+    with pytest.raises(
+        UnwritableError, match=r"/sys/megatron_efr/config\.yaml: cannot be written: "
+    ):
         RunFolder("/sys/megatron_efr").claim(CONFIG)
 
 

@@ -19,7 +19,11 @@ from megatron_efr.methods.page import KINDS
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(path for path in EXAMPLES.rglob("*.yaml") if not is_sweep(path))
 TREES = {path: yaml.safe_load(path.read_text(encoding="utf-8")) for path in FILES}
-ON_SERVERS = [path for path, tree in TREES.items() if "method" in tree and tree["rollout"].get("engine") == "sglang"]
+ON_SERVERS = [
+    path
+    for path, tree in TREES.items()
+    if "method" in tree and tree["rollout"].get("engine") == "sglang"
+]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(EXAMPLES)))
@@ -43,7 +47,12 @@ def test_paper_hyperparameters(file: str, lr: float) -> None:
     algorithm = algorithms.build(config.algorithm, config.rollout)
     assert (algorithm.name, algorithm.baseline, algorithm.normalize) == ("rloo", "others", "none")
     objective = algorithm.objective(config.rollout)
-    assert (objective.low, objective.high, objective.kl, objective.beta) == (0.2, 0.2, "reward", 1e-3)
+    assert (objective.low, objective.high, objective.kl, objective.beta) == (
+        0.2,
+        0.2,
+        "reward",
+        1e-3,
+    )
     assert objective.aggregate == "sequence"
     assert config.data.prompt.prefill == "none"
     assert (config.rollout.temperature, config.rollout.max_new_tokens) == (1.0, 32000)
@@ -51,7 +60,9 @@ def test_paper_hyperparameters(file: str, lr: float) -> None:
     assert config.evaluation.sampling == (0.6, 1.0)
     assert config.evaluation.samples_by_dataset == {"gsm8k_test": 1, "math500": 3, "aime24": 10}
     assert config.seed == 42
-    assert (config.train.micro_batch_tokens or 0) >= config.rollout.max_new_tokens + config.data.prompt.max_tokens
+    assert (
+        config.train.micro_batch_tokens or 0
+    ) >= config.rollout.max_new_tokens + config.data.prompt.max_tokens
 
 
 @pytest.mark.parametrize("path", ON_SERVERS, ids=lambda path: path.name)
@@ -68,7 +79,9 @@ def test_what_lies_beyond_the_paper_is_an_example_whose_levels_are_single_tokens
     models = {member.model: member for member in made.members}
     assert list(models) == ["min_std", "target", "effort"]
     words = models["effort"].config.method.model_dump()["words"]
-    assert len({tuple(arithmetic_tokenizer().encode(word).ids) for word in words}) == len(words) == 3
+    assert (
+        len({tuple(arithmetic_tokenizer().encode(word).ids) for word in words}) == len(words) == 3
+    )
     assert all(len(arithmetic_tokenizer().encode(f"1+2{word}").ids) == 4 for word in words)
 
 
@@ -83,7 +96,9 @@ def test_the_family_has_rloo_grpo_and_sixteen_methods_or_more_of_three_seeds() -
         priced = config.method.name if config.method.options.get("alpha") != 0 else "none"
         built.append((member.model, priced, algorithm.name, config.seed))
     names = list(dict.fromkeys(built[i][:3] for i in range(len(built))))
-    assert names[:2] == [("rloo", "none", "rloo"), ("grpo", "none", "grpo")], "without a price on length"
+    assert names[:2] == [("rloo", "none", "rloo"), ("grpo", "none", "grpo")], (
+        "without a price on length"
+    )
     assert len({method for _, method, _ in names[2:]}) == len(names) - 2 >= 16
     assert [seed for *_, seed in built] == [1, 2, 3] * len(names)
 
@@ -92,9 +107,15 @@ def test_grpo_is_held_against_both_forms_of_filtered_sft() -> None:
     made = {}
     for member in load_sweep(EXAMPLES / "filtered_sft.yaml").members:
         config = member.config
-        assert (config.method.name, config.method.options["alpha"], config.train.updates) == ("efr", 0, 1)
+        assert (config.method.name, config.method.options["alpha"], config.train.updates) == (
+            "efr",
+            0,
+            1,
+        )
         made[member.model] = algorithms.build(config.algorithm, config.rollout)
-    assert {name: algorithm.name for name, algorithm in made.items()} == {name: name for name in made}
+    assert {name: algorithm.name for name, algorithm in made.items()} == {
+        name: name for name in made
+    }
     assert sorted(made) == ["filtered_sft", "filtered_sft_negatives", "grpo"]
     assert {algorithm.kl for algorithm in made.values()} == {"none"}
 
@@ -104,6 +125,8 @@ def test_there_is_an_example_of_every_kind_of_method() -> None:
     for member in load_sweep(EXAMPLES / "kinds.yaml").members:
         config = member.config
         method = methods.build(config.method, config.rollout, config.algorithm)
-        methods.check_together(config.method.name, method, algorithms.build(config.algorithm, config.rollout))
+        methods.check_together(
+            config.method.name, method, algorithms.build(config.algorithm, config.rollout)
+        )
         kinds[member.model] = type(method).__module__.rpartition(".")[2]
     assert kinds == {"paper" if kind == "efr" else kind: kind for kind in KINDS}

@@ -1,4 +1,6 @@
-"""`efr grade`: files of responses and a run's rollouts, judged, compared, counted; what is said, and exit codes."""
+"""`efr grade`: files of responses and a run's rollouts, judged, compared, counted; what is said,
+and exit codes.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def test_json_has_the_same(file: Path, capsys: pytest.CaptureFixture[str]) -> No
     }
 
 
-def test_the_exit_code_says_that_some_could_not_be_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_code_says_that_some_could_not_be_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps({"target": "(a+)+", "output": "a" * 60 + "!"}) + "\n")
     with pytest.raises(SystemExit) as ended:
@@ -82,18 +86,39 @@ def test_the_exit_code_says_that_some_could_not_be_judged(tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("row", "options", "message"),
     [
-        ({"gold": "1"}, [], "r.jsonl:1: no response: no column response, completion, output, prediction, text; it has"),
-        ({"gold": "1", "r": "2"}, ["--response-key", "s"], "r.jsonl:1: no response: no column s; it has gold, r"),
+        (
+            {"gold": "1"},
+            [],
+            "r.jsonl:1: no response: no column response, completion, output, prediction, text; it "
+            "has",
+        ),
+        (
+            {"gold": "1", "r": "2"},
+            ["--response-key", "s"],
+            "r.jsonl:1: no response: no column s; it has gold, r",
+        ),
         ({"response": "1"}, [], "r.jsonl:1: no gold: no column gold, answer, final_answer, target"),
         ({"gold": None, "response": "1"}, [], "r.jsonl:1: the gold is a NoneType, not text"),
         ({"gold": "1", "response": [1]}, [], "r.jsonl:1: a response is a int, not text"),
         ({"gold": "1", "response": "1"}, ["--answer", "marker"], "answer: marker needs `marker`"),
-        ({"gold": "1", "response": r"\boxed{1}"}, ["--verifier", "numerics"], "no verifier 'numerics'; built in: math"),
-        ({"gold": "1", "response": "1"}, ["--config", "none.yaml"], "none.yaml: no such configuration"),
+        (
+            {"gold": "1", "response": r"\boxed{1}"},
+            ["--verifier", "numerics"],
+            "no verifier 'numerics'; built in: math",
+        ),
+        (
+            {"gold": "1", "response": "1"},
+            ["--config", "none.yaml"],
+            "none.yaml: no such configuration",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_with_exit_code_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict[str, Any], options: list[str], message: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    row: dict[str, Any],
+    options: list[str],
+    message: str,
 ) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps(row) + "\n")
@@ -106,7 +131,11 @@ def test_what_is_wrong_is_said_with_exit_code_2(
 def rollouts(place: Path, **grading: Any) -> Path:
     """A run's folder with one iteration's rollouts, judged by math as they were made."""
     folder = RunFolder(place / "run")
-    texts = [(r"\boxed{1/2} Answer: C) half", "stop"), (r"\boxed{0.5} Answer: D", "stop"), (r"\boxed{0.5}", "length")]
+    texts = [
+        (r"\boxed{1/2} Answer: C) half", "stop"),
+        (r"\boxed{0.5} Answer: D", "stop"),
+        (r"\boxed{0.5}", "length"),
+    ]
     responses = tuple(replace(response(1, finish), text=text) for text, finish in texts)
     prompt = Prompt("a/1", (1,), "q", "C", {"dataset": "a"})
     grades = (Grade("wrong"), Grade("wrong"), Grade("truncated"))
@@ -137,7 +166,9 @@ def test_a_runs_rollouts_are_judged_as_the_run_says_and_what_was_recorded_is_com
         "F:1.1: recorded wrong, choice correct",
     ]
     grade.main([str(path), "--totals", "--verifier", "exact"])
-    assert capsys.readouterr().out.splitlines() == ["exact: 0.0% of 3 correct (wrong 2, truncated 1)"]
+    assert capsys.readouterr().out.splitlines() == [
+        "exact: 0.0% of 3 correct (wrong 2, truncated 1)"
+    ]
 
 
 def test_damaged_rollouts_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

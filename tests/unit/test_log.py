@@ -1,4 +1,6 @@
-"""The log: what a line holds, what the terminal and what the file shows, and how a run's end is told."""
+"""The log: what a line holds, what the terminal and what the file shows, and how a run's end is
+told.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def told(path: Path) -> list[tuple[str, str, str]]:
     return [(line.level, line.event, line.text) for line in log.read(path)]
 
 
-def test_a_line_has_time_rank_and_level(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_has_time_rank_and_level(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     log.info("one")
     monkeypatch.setenv("RANK", "3")
     log.event("lost", "engine-0")
@@ -78,7 +82,10 @@ def test_the_terminal_has_its_level_and_the_file_every_event(
     ],
 )
 def test_the_file_says_how_a_run_ended(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: BaseException, line: tuple[str, str, str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    line: tuple[str, str, str],
 ) -> None:
     with pytest.raises(type(error)), log.kept(tmp_path / "log.txt"):
         raise error
@@ -113,7 +120,9 @@ with log.kept(Path(sys.argv[1])):
 
 def test_what_no_file_takes_as_text_is_written_as_an_escape(tmp_path: Path) -> None:
     """In a process of its own: pytest's workers cannot send what pytest keeps of such a line."""
-    subprocess.run([sys.executable, "-c", HALF, str(tmp_path / "log.txt")], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", HALF, str(tmp_path / "log.txt")], check=True, capture_output=True
+    )
     assert told(tmp_path / "log.txt")[0] == ("INFO", "lost", "a name of other bytes: \\udcff")
 
 
@@ -154,5 +163,7 @@ def test_the_level_is_a_flag_of_programs_and_their_own_programs_inherit_it(
     log.warning("not shown")
     assert capsys.readouterr().err == ""
     monkeypatch.setenv(log.VARIABLE, "loud")
-    with pytest.raises(UserError, match="EFR_LOG_LEVEL: 'loud' is no level of a log; there are: debug, info"):
+    with pytest.raises(
+        UserError, match=("EFR_LOG_LEVEL: 'loud' is no level of a log; there are: debug, info")
+    ):
         log.to_terminal()

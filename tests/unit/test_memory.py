@@ -34,11 +34,14 @@ from tests.conftest import ragged_sequences
 
 QWEN_7B = {
     "model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
-    "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 131072,
+    "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064,
+    "max_position_embeddings": 131072,
 }  # fmt: skip
 MOE = {
-    "model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 16,
-    "num_key_value_heads": 2, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 8,
+    "model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "head_dim": 16,
+    "num_key_value_heads": 2, "intermediate_size": 96, "moe_intermediate_size": 32,
+    "num_experts": 8,
     "num_experts_per_tok": 2, "vocab_size": 61, "max_position_embeddings": 512,
 }  # fmt: skip
 
@@ -48,7 +51,9 @@ def test_the_count_is_transformers_own_for_the_quickstart_model(tmp_path: Path) 
 
     write(tmp_path, 0, ArithmeticTask(train_rows=1, test_rows=1, sft_rows=1))
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "model"))
-    assert parameter_count(Architecture.from_folder(tmp_path / "model")) == sum(p.numel() for p in model.parameters())
+    assert parameter_count(Architecture.from_folder(tmp_path / "model")) == sum(
+        p.numel() for p in model.parameters()
+    )
 
 
 def test_the_count_of_the_7b_model_is_the_published_one() -> None:
@@ -57,7 +62,12 @@ def test_the_count_of_the_7b_model_is_the_published_one() -> None:
 
 @pytest.mark.parametrize(
     ("raw", "tensor", "pipeline", "expert"),
-    [(QWEN_7B, 2, 2, 1), (QWEN_7B | {"tie_word_embeddings": True}, 4, 2, 1), (QWEN_7B, 1, 1, 1), (MOE, 2, 2, 4)],
+    [
+        (QWEN_7B, 2, 2, 1),
+        (QWEN_7B | {"tie_word_embeddings": True}, 4, 2, 1),
+        (QWEN_7B, 1, 1, 1),
+        (MOE, 2, 2, 4),
+    ],
 )
 def test_a_stages_count_is_that_of_the_shards_that_the_mapping_cuts(
     raw: dict[str, object], tensor: int, pipeline: int, expert: int
@@ -73,7 +83,9 @@ def test_a_stages_count_is_that_of_the_shards_that_the_mapping_cuts(
         size = mapping.to_megatron(name, whole, 0).numel()
         layer = int(name.split(".")[2]) if name.startswith("decoder.layers.") else None
         at_end = name.startswith(("decoder.final", "output_layer"))
-        stages[layer * pipeline // a.layers if layer is not None else pipeline - 1 if at_end else 0] += size
+        stages[
+            layer * pipeline // a.layers if layer is not None else pipeline - 1 if at_end else 0
+        ] += size
         if a.tied and pipeline > 1 and name.startswith("embedding"):
             stages[-1] += size
     found = stage_parameters(a, ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert))
@@ -86,7 +98,14 @@ def test_parameters_gradients_and_optimizer_are_what_the_policy_holds(
 ) -> None:
     folder = tied_model if tied else untied_model
     architecture = Architecture.from_folder(folder)
-    policy = Policy(ModelConfig(path=str(folder)), ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0)
+    policy = Policy(
+        ModelConfig(path=str(folder)),
+        ParallelConfig(),
+        OptimizerConfig(lr=1e-3),
+        ranks,
+        updates=1,
+        seed=0,
+    )
     [(count, experts)] = stage_parameters(architecture, ParallelConfig())
     assert experts == 0
     assert sum(p.numel() for chunk in policy.chunks for p in chunk.parameters()) == count
@@ -105,11 +124,22 @@ def test_parameters_gradients_and_optimizer_are_what_the_policy_holds(
 
 
 def test_activations_are_what_autograd_keeps(untied_model: Path, ranks: Ranks) -> None:
-    """All that a model of local layers keeps, measured; beside the layers are the final norm, the angles, the head."""
+    """All that a model of local layers keeps, measured; beside the layers are the final norm, the
+    angles, the head.
+    """
     folder, tokens = untied_model, 512
     architecture = Architecture.from_folder(folder)
-    policy = Policy(ModelConfig(path=str(folder)), ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0)
-    parameters = {p.untyped_storage().data_ptr() for chunk in policy.chunks for p in chunk.parameters()}
+    policy = Policy(
+        ModelConfig(path=str(folder)),
+        ParallelConfig(),
+        OptimizerConfig(lr=1e-3),
+        ranks,
+        updates=1,
+        seed=0,
+    )
+    parameters = {
+        p.untyped_storage().data_ptr() for chunk in policy.chunks for p in chunk.parameters()
+    }
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -122,7 +152,9 @@ def test_activations_are_what_autograd_keeps(untied_model: Path, ranks: Ranks) -
     batches = policy.pack_update([sequence], [0], tokens, "token")
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         policy.update(batches, supervised_loss)
-    layers = activation_bytes(architecture, ParallelConfig(), "float32", tokens, recompute=False, local=True)
+    layers = activation_bytes(
+        architecture, ParallelConfig(), "float32", tokens, recompute=False, local=True
+    )
     beside = 4 * tokens * (3 * architecture.hidden + 2 * architecture.head_dim)
     assert sum(kept.values()) == pytest.approx(layers + beside, rel=0.01)
 
@@ -131,13 +163,21 @@ def test_recompute_keeps_each_layers_input_and_one_whole_layer() -> None:
     a = Architecture.from_config(QWEN_7B)
     parallel = ParallelConfig(tensor=2, sequence=True)
     whole = activation_bytes(a, parallel, "bfloat16", 1000, recompute=False)
-    assert activation_bytes(a, parallel, "bfloat16", 1000, recompute=True) == 28 * 1000 * 3584 + whole // 28
+    assert (
+        activation_bytes(a, parallel, "bfloat16", 1000, recompute=True)
+        == 28 * 1000 * 3584 + whole // 28
+    )
 
 
 def test_more_ranks_never_take_more(tmp_path: Path) -> None:
     a = Architecture.from_config(QWEN_7B)
-    for one, two in itertools.pairwise([ParallelConfig(tensor=t, sequence=t > 1) for t in (1, 2, 4)]):
-        assert layer_activation_bytes(a, two, "bfloat16") == layer_activation_bytes(a, one, "bfloat16") / 2
+    for one, two in itertools.pairwise(
+        [ParallelConfig(tensor=t, sequence=t > 1) for t in (1, 2, 4)]
+    ):
+        assert (
+            layer_activation_bytes(a, two, "bfloat16")
+            == layer_activation_bytes(a, one, "bfloat16") / 2
+        )
         assert max(stage_parameters(a, two)) < max(stage_parameters(a, one))
     assert optimizer_bytes(800, "bfloat16", 8) == 1200
 
@@ -146,7 +186,8 @@ def test_a_checkpoint_a_cached_token_and_the_largest_tensor_of_7b() -> None:
     a = Architecture.from_config(QWEN_7B)
     assert checkpoint_bytes(a, "bfloat16") == 14 * parameter_count(a)
     assert kv_bytes_per_token(a, 1, "bfloat16") == 2 * 28 * 4 * 128 * 2
-    assert kv_bytes_per_token(a, 8, "bfloat16") == 2 * 28 * 1 * 128 * 2  # 4 KV heads on 8 ranks: each twice
+    # 4 KV heads on 8 ranks: each twice
+    assert kv_bytes_per_token(a, 8, "bfloat16") == 2 * 28 * 1 * 128 * 2
     assert largest_tensor_bytes(a, "bfloat16") == 152064 * 3584 * BYTES["bfloat16"]
 
 
@@ -166,16 +207,29 @@ def test_published_shapes_have_the_published_counts(name: str, count: int) -> No
 
 def test_a_shape_is_read_from_a_config_alone_and_unknown_ones_are_refused(model_7b: Path) -> None:
     assert shape_of(str(model_7b)) == shape_of(str(model_7b / "config.json")) == QWEN_7B
-    with pytest.raises(ConfigError, match=r"^model\.path: models/own: no model folder .* model\.path=FILE"):
+    with pytest.raises(
+        ConfigError, match=r"^model\.path: models/own: no model folder .* model\.path=FILE"
+    ):
         shape_of("models/own")
 
 
 @pytest.mark.parametrize(
     ("name", "on_gpu", "tokens"),
-    [("DeepSeek-R1-Distill-Qwen-7B", True, 16384), ("SmolLM2-135M-Instruct", False, 478), ("own", False, 16384)],
+    [
+        ("DeepSeek-R1-Distill-Qwen-7B", True, 16384),
+        ("SmolLM2-135M-Instruct", False, 478),
+        ("own", False, 16384),
+    ],
 )
-def test_a_cpus_micro_batch_is_bounded_by_what_it_leaves_behind(name: str, on_gpu: bool, tokens: int) -> None:
-    small = QWEN_7B | {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 192, "num_attention_heads": 4}
+def test_a_cpus_micro_batch_is_bounded_by_what_it_leaves_behind(
+    name: str, on_gpu: bool, tokens: int
+) -> None:
+    small = QWEN_7B | {
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "intermediate_size": 192,
+        "num_attention_heads": 4,
+    }
     a = Architecture.from_config(small if name == "own" else shape_of(f"models/{name}"))
     assert micro_batch_tokens(a, ParallelConfig(), "float32", on_gpu) == tokens
     kept = activation_bytes(a, ParallelConfig(), "float32", tokens, recompute=False, local=True)

@@ -1,4 +1,6 @@
-"""The comparison of log-probs: float64 is float64, rounding passes, a small mistake does not, whatever the size."""
+"""The comparison of log-probs: float64 is float64, rounding passes, a small mistake does not,
+whatever the size.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def test_float64_layer_by_layer_is_the_model_in_float64(family: str, tmp_path: P
     found = exact_log_probs(model, ids)
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert log_probs(model, ids).sub(found).abs().max() > 1e-8  # the model itself is in float32 again
+    # the model itself is in float32 again
+    assert log_probs(model, ids).sub(found).abs().max() > 1e-8
     torch.testing.assert_close(found, log_probs(model.double(), ids), rtol=0, atol=1e-7)
 
 
@@ -35,8 +38,13 @@ def test_rounding_passes_and_a_small_mistake_does_not(tmp_path: Path) -> None:
     assert 1e-8 < reference.mean < reference.worst < 1e-5
     assert "at most" in reference.compare(log_probs(model, ids), "x")
     large = Reference(reference.exact, 3.2e-4, 1.6e-5)  # as Qwen2.5-0.5B rounds
-    assert "transformers' float32 is 3.2e-04 and 1.6e-05 from them" in large.compare(reference.exact + 6e-5, "x")
-    with pytest.raises(UserError, match=r"x: log-probs .* 7\.0e-05 in the mean .* 1\.3e-03 and 6\.4e-05 are allowed"):
+    assert ("transformers' float32 is 3.2e-04 and 1.6e-05 from them") in large.compare(
+        reference.exact + 6e-5, "x"
+    )
+    with pytest.raises(
+        UserError,
+        match=r"x: log-probs .* 7\.0e-05 in the mean .* 1\.3e-03 and 6\.4e-05 are allowed",
+    ):
         large.compare(reference.exact + 7e-5, "x")
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[0] *= 1.001

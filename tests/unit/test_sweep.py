@@ -1,4 +1,6 @@
-"""`efr sweep`: which model each of its evaluations takes, and which engines; how its programs end with it."""
+"""`efr sweep`: which model each of its evaluations takes, and which engines; how its programs end
+with it.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,12 @@ from megatron_efr.errors import UserError
 from megatron_efr.run import side_by_side
 
 
-def evaluations(place: Path, monkeypatch: pytest.MonkeyPatch, rollout: dict[str, Any]) -> list[EvaluateConfig]:
-    """Of a sweep of two ranks, whose programs are not run: the base's, and that of the one model it trains."""
+def evaluations(
+    place: Path, monkeypatch: pytest.MonkeyPatch, rollout: dict[str, Any]
+) -> list[EvaluateConfig]:
+    """Of a sweep of two ranks, whose programs are not run: the base's, and that of the one model it
+    trains.
+    """
     tree = {
         "name": "family",
         "runs": str(place),
@@ -34,7 +40,9 @@ def evaluations(place: Path, monkeypatch: pytest.MonkeyPatch, rollout: dict[str,
     }
     (place / "rl.yaml").write_text(yaml.safe_dump(tree))
     monkeypatch.setattr(sweep, "check_members", lambda *_: None)  # there are no files
-    monkeypatch.setattr(side_by_side.Programs, "run", lambda _, name, command: name.startswith("eval"))
+    monkeypatch.setattr(
+        side_by_side.Programs, "run", lambda _, name, command: name.startswith("eval")
+    )
     with pytest.raises(UserError, match=r"eval base, eval alpha-0\.1 failed"):
         sweep.main([str(place / "rl.yaml"), "--alphas=0.1", "--ranks=2"])
     names = ("base", "alpha-0.1")
@@ -44,15 +52,26 @@ def evaluations(place: Path, monkeypatch: pytest.MonkeyPatch, rollout: dict[str,
 def test_the_base_is_evaluated_as_the_runs_begin_with_it_and_the_others_as_they_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, trained = evaluations(tmp_path, monkeypatch, {"placement": "colocated", "engine": "sglang", "router": True})
+    base, trained = evaluations(
+        tmp_path, monkeypatch, {"placement": "colocated", "engine": "sglang", "router": True}
+    )
     assert (base.model.path, base.model.init) == (str(tmp_path / "model"), "random")
-    assert (trained.model.path, trained.model.init) == (str(tmp_path / "family/alpha-0.1/model"), "load")
+    assert (trained.model.path, trained.model.init) == (
+        str(tmp_path / "family/alpha-0.1/model"),
+        "load",
+    )
     assert base.rollout == trained.rollout
-    assert (trained.rollout.engine, trained.rollout.engines, trained.rollout.router) == ("sglang", 2, True)
+    assert (trained.rollout.engine, trained.rollout.engines, trained.rollout.router) == (
+        "sglang",
+        2,
+        True,
+    )
 
 
 @pytest.mark.parametrize("flag", ["--jobs", "--ranks"])
-def test_numbers_that_make_no_sweep_are_refused_by_flag(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_that_make_no_sweep_are_refused_by_flag(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         sweep.main(["a.yaml", f"{flag}=0"])
     assert f"error: argument {flag}: 0: at least 1\n" in capsys.readouterr().err
@@ -63,8 +82,14 @@ def test_weights_go_by_a_folder_but_to_servers_that_may_not_see_it() -> None:
         return RolloutConfig(engine="sglang", **rollout).for_evaluation(1).transport
 
     urls = ["http://a:1"]
-    assert (transport(), transport(urls=urls), transport(urls=urls, transport="disk")) == ("disk", "tensor", "disk")
-    assert transport(transport="distributed") == "disk", "servers that it starts are on its own machine"
+    assert (transport(), transport(urls=urls), transport(urls=urls, transport="disk")) == (
+        "disk",
+        "tensor",
+        "disk",
+    )
+    assert transport(transport="distributed") == "disk", (
+        "servers that it starts are on its own machine"
+    )
     assert RolloutConfig().for_evaluation(8) == EvaluationEnginesConfig()
 
 
@@ -87,8 +112,12 @@ arguments.run(lambda _: side_by_side.side_by_side(commands, Path(sys.argv[2]), j
 SAVES, FAILS, STAYS = "sys.exit(75)", "sys.exit(3)", "None"
 
 
-def asked_to_end(place: Path, saves: str, *signals: int, seconds: float = 60) -> tuple[int, str, list[str]]:
-    """Of a sweep of three programs, two at a time, whose group gets these signals: exit code, stderr, their logs."""
+def asked_to_end(
+    place: Path, saves: str, *signals: int, seconds: float = 60
+) -> tuple[int, str, list[str]]:
+    """Of a sweep of three programs, two at a time, whose group gets these signals: exit code,
+    stderr, their logs.
+    """
     text = SWEEP.format(saves=saves)
     heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     sweeping = subprocess.Popen(
@@ -106,17 +135,25 @@ def asked_to_end(place: Path, saves: str, *signals: int, seconds: float = 60) ->
         os.killpg(sweeping.pid, number)  # as a terminal does
         sweeping.stdout.readline()
     err = sweeping.communicate(timeout=60)[1]
-    return sweeping.returncode, err, [path.read_text() for path in sorted(place.iterdir()) if path.stat().st_size]
+    return (
+        sweeping.returncode,
+        err,
+        [path.read_text() for path in sorted(place.iterdir()) if path.stat().st_size],
+    )
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+)
 def test_a_sweep_that_is_asked_to_end_lets_its_programs_save_and_begins_no_other(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     found, err, logs = asked_to_end(tmp_path, SAVES, number)
     assert found == code
     assert logs == ["works\ngot 15\n"] * 2, "one signal each, and that asks to save"
-    said = f"sweep: {number.name}: one, two asked to end, and waited for 60 s; a second signal kills\n"
+    said = (
+        f"sweep: {number.name}: one, two asked to end, and waited for 60 s; a second signal kills\n"
+    )
     assert err == said + "interrupted\n" * (number == signal.SIGINT)
 
 
@@ -126,12 +163,21 @@ def test_a_second_signal_ends_a_sweep_at_once(tmp_path: Path) -> None:
 
 
 def test_sigusr1_announces_sigterm_which_then_asks_again_and_kills_nothing(tmp_path: Path) -> None:
-    code, _, logs = asked_to_end(tmp_path, "time.sleep(1); sys.exit(75)", signal.SIGUSR1, signal.SIGTERM)
+    code, _, logs = asked_to_end(
+        tmp_path, "time.sleep(1); sys.exit(75)", signal.SIGUSR1, signal.SIGTERM
+    )
     assert (code, logs) == (75, ["works\ngot 15\n"] * 2)
 
 
-def test_programs_that_do_not_end_in_time_are_killed_and_go_on_from_their_last_checkpoints(tmp_path: Path) -> None:
-    assert asked_to_end(tmp_path, STAYS.replace("None", "time.sleep(60)"), signal.SIGTERM, seconds=0.3)[0] == 75
+def test_programs_that_do_not_end_in_time_are_killed_and_go_on_from_their_last_checkpoints(
+    tmp_path: Path,
+) -> None:
+    assert (
+        asked_to_end(
+            tmp_path, STAYS.replace("None", "time.sleep(60)"), signal.SIGTERM, seconds=0.3
+        )[0]
+        == 75
+    )
 
 
 def test_bytes_that_are_no_text_end_no_sweep(tmp_path: Path) -> None:

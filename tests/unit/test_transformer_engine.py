@@ -1,4 +1,6 @@
-"""A Transformer Engine that is installed by half: the doctor names it, and a run goes on without it."""
+"""A Transformer Engine that is installed by half: the doctor names it, and a run goes on without
+it.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,15 @@ ERROR = "Could not find shared object file for Transformer Engine torch lib"
 
 @pytest.fixture(params=["core", "whole"])
 def half(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A path with the package as its core wheel alone leaves it; `whole`: which fails at its very first line."""
+    """A path with the package as its core wheel alone leaves it; `whole`: which fails at its very
+    first line.
+    """
     raised = f"raise FileNotFoundError({ERROR!r})\n"
     package = tmp_path / "path/transformer_engine"
     (package / "pytorch").mkdir(parents=True)
-    (package / "__init__.py").write_text(raised if request.param == "whole" else "import transformer_engine.common\n")
+    (package / "__init__.py").write_text(
+        raised if request.param == "whole" else "import transformer_engine.common\n"
+    )
     (package / "common.py").write_text("")
     (package / "pytorch/__init__.py").write_text(raised)
     return tmp_path / "path"
@@ -43,7 +49,9 @@ except ConfigError as error:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("room", ["policy", "checkpoint.checkpoints as c", "checkpoint.shards as s"])
+@pytest.mark.parametrize(
+    "room", ["policy", "checkpoint.checkpoints as c", "checkpoint.shards as s"]
+)
 def test_a_run_goes_on_without_it_and_says_so_once(room: str, half: Path) -> None:
     room = room.replace(" as", " as")
     lines = _ASKED.replace("from megatron_efr import {room}", f"import megatron_efr.{room}")
@@ -52,14 +60,23 @@ def test_a_run_goes_on_without_it_and_says_so_once(room: str, half: Path) -> Non
         env=os.environ | {"PYTHONPATH": f"{half}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count(f"does not import (FileNotFoundError: {ERROR}); this process goes on without it") == 1
+    assert (
+        done.stderr.count(
+            f"does not import (FileNotFoundError: {ERROR}); this process goes on without it"
+        )
+        == 1
+    )
     assert "pip uninstall transformer-engine" in done.stderr
-    assert "model.layers: transformer_engine is asked for, and it (or CUDA) is not here" in done.stdout
+    assert (
+        "model.layers: transformer_engine is asked for, and it (or CUDA) is not here"
+    ) in done.stdout
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("needed", [True, False])
-def test_the_doctor_names_it_with_the_cure(needed: bool, half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_doctor_names_it_with_the_cure(
+    needed: bool, half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{half}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.syspath_prepend(half)
     [found] = check_transformer_engine(needed)

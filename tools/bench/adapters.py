@@ -1,9 +1,10 @@
-"""Measures low-rank adapters beside training all weights: bytes by counting tensors, CPU seconds of an update.
+"""Measures low-rank adapters beside training all weights: bytes by counting tensors, CPU seconds of
+an update.
 
     python tools/bench/adapters.py [--rank R]
 
-Both sides take turns in one process, on one thread, with the same batch. CPU seconds and not the clock's: another
-process on the machine lengthens only the latter.
+Both sides take turns in one process, on one thread, with the same batch. CPU seconds and not the
+clock's: another process on the machine lengthens only the latter.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from megatron_efr.policy import Policy, Ranks, join_ranks, policy_loss
 from megatron_efr.samples import PackedBatch, Sample
 
 SHAPE = {
-    "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "vocab_size": 8192,
+    "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 100000.0,
+    "vocab_size": 8192,
     "hidden_size": 576, "num_hidden_layers": 4, "num_attention_heads": 9, "num_key_value_heads": 3,
     "intermediate_size": 1536, "tie_word_embeddings": True, "max_position_embeddings": 8192,
 }  # fmt: skip
@@ -37,15 +39,22 @@ MIB = 2**20
 class Side:
     """A policy that trains all weights, or adapters, and its batch."""
 
-    def __init__(self, path: str, lora: LoraConfig | None, ranks: Ranks, rows: int, length: int) -> None:
+    def __init__(
+        self, path: str, lora: LoraConfig | None, ranks: Ranks, rows: int, length: int
+    ) -> None:
         self.policy = Policy(
-            ModelConfig(path=path, init="random", lora=lora), ParallelConfig(), OptimizerConfig(lr=1e-5), ranks,
+            ModelConfig(path=path, init="random", lora=lora), ParallelConfig(),
+            OptimizerConfig(lr=1e-5), ranks,
             updates=100, seed=0, keep_reference=True,
         )  # fmt: skip
         rng = np.random.default_rng(0)
         rewards = {"advantage": np.ones(length - 32)}
-        samples = [Sample(rng.integers(0, SHAPE["vocab_size"], length), 32, rewards) for _ in range(rows)]
-        self.batches: list[PackedBatch] = self.policy.pack_update(samples, list(range(rows)), rows * length, "token")
+        samples = [
+            Sample(rng.integers(0, SHAPE["vocab_size"], length), 32, rewards) for _ in range(rows)
+        ]
+        self.batches: list[PackedBatch] = self.policy.pack_update(
+            samples, list(range(rows)), rows * length, "token"
+        )
         self.policy.score(self.batches)
         self.seconds: dict[str, list[float]] = {"log-probs": [], "update": []}
 
@@ -63,7 +72,9 @@ class Side:
         """Bytes of tensors by what they are for."""
         [chunk] = self.policy.chunks
         parts: Any = self.policy.optimizer.megatron.chained_optimizers
-        states = [t for part in parts for state in part.optimizer.state.values() for t in state.values()]
+        states = [
+            t for part in parts for state in part.optimizer.state.values() for t in state.values()
+        ]
         reference: Any = self.policy._reference
         return {
             "weights, adapters": sum(p.nbytes for p in chunk.parameters()),
@@ -85,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder, join_ranks(ParallelConfig(), seed=0) as ranks:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPE), encoding="utf-8")
         lora = LoraConfig(rank=given.rank, alpha=2.0 * given.rank)
-        full, adapters = (Side(folder, each, ranks, given.rows, given.length) for each in (None, lora))
+        full, adapters = (
+            Side(folder, each, ranks, given.rows, given.length) for each in (None, lora)
+        )
         for _ in range(given.turns + 1):
             full.turn()
             adapters.turn()
@@ -97,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         one, other = (sum(each.values()) / MIB for each in held)
         print(f"| together, MiB | {one:.1f} | {other:.1f} | {other / one:.2f} |")
         for name in full.seconds:
-            one, other = (min(side.seconds[name][1:]) for side in (full, adapters))  # the first turn warms up
+            # the first turn warms up
+            one, other = (min(side.seconds[name][1:]) for side in (full, adapters))
             print(f"| {name}, CPU seconds | {one:.2f} | {other:.2f} | {other / one:.2f} |")
 
 

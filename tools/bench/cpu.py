@@ -1,20 +1,25 @@
-"""Times megatron_efr on the CPU, one thread, each figure beside what it replaces, measured in turns in one run.
+"""Times megatron_efr on the CPU, one thread, each figure beside what it replaces, measured in turns
+in one run.
 
-    python tools/bench/cpu.py                                  # after `bash launch/quickstart.sh`: its model, its task
+    python tools/bench/cpu.py
+        # after `bash launch/quickstart.sh`: its model, its task
     python tools/bench/cpu.py --trl-python FOLDER/bin/python   # with TRL's row
-    python tools/bench/cpu.py --quick                          # a smoke run: the figures mean nothing
+    python tools/bench/cpu.py --quick
+        # a smoke run: the figures mean nothing
 
-Rows: the engine against `transformers` generate (see engine.py); a policy step (`Policy.update`: forward,
-backward, clip and Adam through Megatron's schedule, DDP and optimizer) against the same model in plain torch on the
-same packed batch; one iteration of the quickstart (rollouts, grading, log-probs, two updates, publication) against
-TRL's GRPOTrainer. Sides of a row run in processes of their own and take turns; while one works the other waits. A
-figure is the median over turns, and a ratio the median of the turns' own ratios. Before a policy step is timed, loss
-and gradients of both sides must agree.
+Rows: the engine against `transformers` generate (see engine.py); a policy step (`Policy.update`:
+forward, backward, clip and Adam through Megatron's schedule, DDP and optimizer) against the same
+model in plain torch on the same packed batch; one iteration of the quickstart (rollouts, grading,
+log-probs, two updates, publication) against TRL's GRPOTrainer. Sides of a row run in processes of
+their own and take turns; while one works the other waits. A figure is the median over turns, and a
+ratio the median of the turns' own ratios. Before a policy step is timed, loss and gradients of both
+sides must agree.
 
 TRL wants an environment of its own that sees this one's torch and transformers:
 
     python -m venv FOLDER
-    ls -d $PWD/.venv/lib/python3.*/site-packages > $(ls -d FOLDER/lib/python3.*/site-packages)/shared.pth
+    ls -d $PWD/.venv/lib/python3.*/site-packages > $(ls -d
+        FOLDER/lib/python3.*/site-packages)/shared.pth
     FOLDER/bin/pip install trl==1.16.0
 """
 
@@ -33,14 +38,19 @@ from typing import Any
 
 from turns import Settings, Side, take_turns
 
-HINT = "run `bash launch/quickstart.sh` first (its warm start is enough), or name a folder and prompts of your own"
+HINT = (
+    "run `bash launch/quickstart.sh` first (its warm start is enough), or name a folder and "
+    "prompts of your own"
+)
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4  # of the gradient's own norm, per tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One comparison; `ours` and `theirs` in `unit`, `ratio` ours over theirs of each turn, its median."""
+    """One comparison; `ours` and `theirs` in `unit`, `ratio` ours over theirs of each turn, its
+    median.
+    """
 
     name: str
     unit: str
@@ -54,13 +64,16 @@ class Row:
     note: str = ""
 
 
-# -- rows --------------------------------------------------------------------------------------------------------------
+# -- rows
+# --------------------------------------------------------------------------------------------------
 
 
 def side(name: str, settings: Settings, folder: Path) -> Side:
     """One of sides.py's as a process."""
     (folder / "settings.json").write_text(json.dumps(asdict(settings)))
-    return Side([sys.executable, str(Path(__file__).resolve().with_name("sides.py")), name, str(folder)])
+    return Side(
+        [sys.executable, str(Path(__file__).resolve().with_name("sides.py")), name, str(folder)]
+    )
 
 
 def median(values: Iterable[float]) -> float:
@@ -84,18 +97,32 @@ def engine_rows(settings: Settings, rows: list[dict[str, Any]], folder: Path) ->
     made = []
     for comparison, goal in zip(comparisons, (">= 2.5x", ">= 1.0x"), strict=True):
         engine, theirs = comparison.engine, comparison.transformers
-        name = f"engine against transformers.generate, {comparison.name}, {comparison.prompts:,} prompts"
+        name = (
+            f"engine against transformers.generate, {comparison.name}, {comparison.prompts:,} "
+            "prompts"
+        )
         lengths = (
-            f"{engine.lengths['mean']:.1f} / {theirs.lengths['mean']:.1f} (longest {engine.lengths['longest']:.0f})"
+            f"{engine.lengths['mean']:.1f} / {theirs.lengths['mean']:.1f} (longest "
+            f"{engine.lengths['longest']:.0f})"
         )
         made.append(
-            Row(name, "tokens/s", engine.tokens_per_second, theirs.tokens_per_second, comparison.ratio, goal, lengths)
+            Row(
+                name,
+                "tokens/s",
+                engine.tokens_per_second,
+                theirs.tokens_per_second,
+                comparison.ratio,
+                goal,
+                lengths,
+            )
         )
     return made
 
 
 def sampled_sequences(settings: Settings, rows: list[dict[str, Any]]) -> list[list[Any]]:
-    """Responses of the model itself, shuffled, until they make up `step_tokens`: [tokens, prompt length, advantage]."""
+    """Responses of the model itself, shuffled, until they make up `step_tokens`: [tokens, prompt
+    length, advantage].
+    """
     import numpy as np
 
     from megatron_efr.rollout.local.engine import LocalEngine
@@ -108,9 +135,15 @@ def sampled_sequences(settings: Settings, rows: list[dict[str, Any]]) -> list[li
     engine = LocalEngine(settings.model, 256)
     engine.publish(FolderWeights(settings.model, architecture).items(), 0)
     stops = tuple(rows[0]["stops"])
-    requests = [plain(Prompt(str(i), tuple(row["tokens"]), "", ""), 8, i) for i, row in enumerate(rows[:64])]
+    requests = [
+        plain(Prompt(str(i), tuple(row["tokens"]), "", ""), 8, i) for i, row in enumerate(rows[:64])
+    ]
     groups = engine.generate(requests, Sampling(1.0, 1.0, settings.max_new_tokens, stops))
-    drawn = [(list(g.prompt.tokens), list(r.tokens)) for g in sorted(groups, key=lambda g: g.seed) for r in g.responses]
+    drawn = [
+        (list(g.prompt.tokens), list(r.tokens))
+        for g in sorted(groups, key=lambda g: g.seed)
+        for r in g.responses
+    ]
     rng, chosen, total = np.random.default_rng(0), [], 0
     for i in rng.permutation(len(drawn)).tolist():
         if total >= settings.step_tokens:
@@ -121,7 +154,9 @@ def sampled_sequences(settings: Settings, rows: list[dict[str, Any]]) -> list[li
     return chosen
 
 
-def step_row(settings: Settings, sequences: list[list[Any]], size: tuple[int, int], folder: Path) -> Row:
+def step_row(
+    settings: Settings, sequences: list[list[Any]], size: tuple[int, int], folder: Path
+) -> Row:
     """A policy step at one size; the model's own weights if it has that size, random ones
     elsewhere.
     """
@@ -132,7 +167,11 @@ def step_row(settings: Settings, sequences: list[list[Any]], size: tuple[int, in
     given: dict[str, Any] = {"sequences": sequences, "model": settings.model, "init": "load"}
     # another size than the model's is drawn at random
     if (config["hidden_size"], config["num_hidden_layers"]) != size:
-        config |= {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 3 * hidden}
+        config |= {
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "intermediate_size": 3 * hidden,
+        }
         config["layer_types"] = ["full_attention"] * layers
         (folder / "config.json").write_text(json.dumps(config))
         given |= {"model": str(folder), "init": "random"}
@@ -143,7 +182,10 @@ def step_row(settings: Settings, sequences: list[list[Any]], size: tuple[int, in
     theirs = side("plain", settings, folder)
     try:
         check_agreement(
-            first["loss"], theirs.turn()["loss"], torch.load(folder / "ours.pt"), torch.load(folder / "theirs.pt")
+            first["loss"],
+            theirs.turn()["loss"],
+            torch.load(folder / "ours.pt"),
+            torch.load(folder / "theirs.pt"),
         )
         taken = take_turns(ours, theirs, settings.step_turns + 1)[1:]  # the first warms both up
     finally:
@@ -153,7 +195,8 @@ def step_row(settings: Settings, sequences: list[list[Any]], size: tuple[int, in
     tokens = sum(len(row[0]) for row in sequences)
     mean = sum(len(row[0]) - row[1] for row in sequences) / len(sequences)
     return Row(
-        f"policy step against plain torch, {hidden} x {layers} layers, {tokens:,} tokens, {len(sequences)} sequences",
+        f"policy step against plain torch, {hidden} x {layers} layers, {tokens:,} tokens, "
+        f"{len(sequences)} sequences",
         "ms",
         1e3 * median(a["seconds"] for a, _ in taken),
         1e3 * median(b["seconds"] for _, b in taken),
@@ -165,18 +208,27 @@ def step_row(settings: Settings, sequences: list[list[Any]], size: tuple[int, in
     )
 
 
-def check_agreement(loss: float, other_loss: float, gradients: dict[str, Any], others: dict[str, Any]) -> None:
+def check_agreement(
+    loss: float, other_loss: float, gradients: dict[str, Any], others: dict[str, Any]
+) -> None:
     """RuntimeError unless both sides computed the same loss and gradients (after clipping)."""
     if abs(loss - other_loss) > LOSS_TOLERANCE:
-        raise RuntimeError(f"the policy's loss is {loss}, plain torch's is {other_loss}: nothing to compare")
+        raise RuntimeError(
+            f"the policy's loss is {loss}, plain torch's is {other_loss}: nothing to compare"
+        )
     if gradients.keys() != others.keys():
-        raise RuntimeError(f"gradients of other parameters: {sorted(gradients.keys() ^ others.keys())}")
+        raise RuntimeError(
+            f"gradients of other parameters: {sorted(gradients.keys() ^ others.keys())}"
+        )
     whole = sum(float(other.norm()) ** 2 for other in others.values()) ** 0.5
     for name, other in others.items():
-        # a tensor whose gradient is next to nothing (a key's bias has none in theory) is held against the whole one
+        # a tensor whose gradient is next to nothing (a key's bias has none in theory) is held
+        # against the whole one
         limit = GRADIENT_TOLERANCE * max(float(other.norm()), 1e-2 * whole)
         if float((gradients[name] - other).norm()) > limit:
-            raise RuntimeError(f"the gradient of {name} differs from plain torch's by more than {limit:.1e}")
+            raise RuntimeError(
+                f"the gradient of {name} differs from plain torch's by more than {limit:.1e}"
+            )
 
 
 def iteration_row(settings: Settings, rows: list[dict[str, Any]], folder: Path) -> Row:
@@ -184,13 +236,17 @@ def iteration_row(settings: Settings, rows: list[dict[str, Any]], folder: Path) 
     turns, ours = settings.iteration_turns, side("iteration", settings, folder)
     rollouts = settings.prompts * settings.samples
     name = (
-        f"iteration against TRL's GRPOTrainer, {rollouts} rollouts ({settings.prompts} x {settings.samples}), 2 updates"
+        f"iteration against TRL's GRPOTrainer, {rollouts} rollouts ({settings.prompts} x "
+        f"{settings.samples}), 2 updates"
     )
     try:
         ours.turn()  # the first iteration starts things up
         if settings.trl_python is None:
             alone = [ours.turn() for _ in range(turns)]
-            note = "TRL not measured: give --trl-python an interpreter that has trl (--help says how to make one)"
+            note = (
+                "TRL not measured: give --trl-python an interpreter that has trl (--help says how "
+                "to make one)"
+            )
             return _ours_alone(name, alone, note)
         # alternating turns
         theirs = trl_side(settings, rows, folder)
@@ -264,7 +320,9 @@ def trl_side(settings: Settings, rows: list[dict[str, Any]], folder: Path) -> Si
 
 
 def task_rows(settings: Settings, folder: Path) -> list[dict[str, Any]]:
-    """The training prompts in the order of the run's stream: their text, tokens, answer, and what ends a response."""
+    """The training prompts in the order of the run's stream: their text, tokens, answer, and what
+    ends a response.
+    """
     from sides import configuration
 
     from megatron_efr.data.prompts import load_tokenizer
@@ -274,11 +332,16 @@ def task_rows(settings: Settings, folder: Path) -> list[dict[str, Any]]:
 
     config = configuration(settings, folder, 1)
     tokenizer = load_tokenizer(settings.model)
-    stream = PromptStream(load_prompts(config.data.datasets, tokenizer, config.data.prompt).prompts, config.seed)
+    stream = PromptStream(
+        load_prompts(config.data.datasets, tokenizer, config.data.prompt).prompts, config.seed
+    )
     stops = stop_ids(settings.model, tokenizer)
     count = max(settings.engine_prompts, settings.prompts * (settings.iteration_turns + 1))
     prompts = [visit.prompt for visit in stream.take(min(count, len(stream)))]
-    return [{"text": p.text, "tokens": list(p.tokens), "answer": p.gold, "stops": stops} for p in prompts]
+    return [
+        {"text": p.text, "tokens": list(p.tokens), "answer": p.gold, "stops": stops}
+        for p in prompts
+    ]
 
 
 def measure(settings: Settings) -> list[Row]:
@@ -307,14 +370,23 @@ def say(text: str) -> None:
 def table(rows: list[Row]) -> str:
     """Markdown."""
     lines = [
-        "| one thread | mean response tokens (ours / theirs) | ours | theirs | ratio | goal | peak memory, MiB |",
+        "| one thread | mean response tokens (ours / theirs) | ours | theirs | ratio | goal | "
+        "peak memory, MiB |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         theirs = "not measured" if row.theirs is None else figure(row.theirs, row.unit)
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
         both = [f"{m:,.0f}" for m in (row.our_memory_mib, row.their_memory_mib) if m is not None]
-        cells = (row.name, row.lengths, figure(row.ours, row.unit), theirs, ratio, row.goal, " / ".join(both))
+        cells = (
+            row.name,
+            row.lengths,
+            figure(row.ours, row.unit),
+            theirs,
+            ratio,
+            row.goal,
+            " / ".join(both),
+        )
         lines.append(f"| {' | '.join(cells)} |")
     notes = [f"{row.name}: {row.note}" for row in rows if row.note]
     return "\n".join([*lines, "", *notes]).rstrip()
@@ -324,20 +396,26 @@ def figure(value: float, unit: str) -> str:
     return f"{value:,.2f} {unit}" if unit == "s" else f"{value:,.0f} {unit}"
 
 
-# -- command line ------------------------------------------------------------------------------------------------------
+# -- command line
+# --------------------------------------------------------------------------------------------------
 
 
 def settings_from(given: argparse.Namespace) -> Settings:
     """Settings, or a SystemExit that says what is missing."""
     # refuse what is missing
     if not (Path(given.model) / "config.json").is_file():
-        raise SystemExit(f"--model {given.model}: no model folder there (config.json is missing); {HINT}")
+        raise SystemExit(
+            f"--model {given.model}: no model folder there (config.json is missing); {HINT}"
+        )
     if not Path(given.train).is_file():
         raise SystemExit(f"--train {given.train}: no such file of problems; {HINT}")
     if given.trl_python is not None and not Path(given.trl_python).is_file():
-        raise SystemExit(f"--trl-python {given.trl_python}: no such interpreter; --help says how to make one")
+        raise SystemExit(
+            f"--trl-python {given.trl_python}: no such interpreter; --help says how to make one"
+        )
     model, train = str(Path(given.model).resolve()), str(Path(given.train).resolve())
-    # not resolved: an environment's interpreter is a link, and the link is what makes it that environment's
+    # not resolved: an environment's interpreter is a link, and the link is what makes it that
+    # environment's
     trl_python = None if given.trl_python is None else os.path.abspath(given.trl_python)
     # --quick: sizes that take seconds
     if not given.quick:
@@ -360,10 +438,16 @@ def settings_from(given: argparse.Namespace) -> Settings:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="runs/quickstart/sft/model", help="a Hugging Face folder with weights")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="runs/quickstart/sft/model", help=("a Hugging Face folder with weights")
+    )
     parser.add_argument("--train", default="runs/quickstart/task/train.jsonl", help="its problems")
-    parser.add_argument("--trl-python", help="an interpreter that has trl; without it that row says so")
+    parser.add_argument(
+        "--trl-python", help=("an interpreter that has trl; without it that row says so")
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     given = parser.parse_args()
@@ -377,7 +461,9 @@ def main() -> None:
     rows = measure(settings_from(given))
     print(table(rows))
     if given.json is not None:
-        given.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+        given.json.write_text(
+            json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

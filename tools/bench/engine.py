@@ -1,14 +1,19 @@
-"""Times the embedded engine against `transformers` generate, same model, prompts and limits, one thread, one run.
+"""Times the embedded engine against `transformers` generate, same model, prompts and limits, one
+thread, one run.
 
-    python tools/bench/engine.py                                   # a random model of the quickstart's shape
-    python tools/bench/engine.py --model FOLDER --prompts FILE     # a trained one; JSON lines with "tokens" or "text"
+    python tools/bench/engine.py
+        # a random model of the quickstart's shape
+    python tools/bench/engine.py --model FOLDER --prompts FILE
+        # a trained one; JSON lines with "tokens" or "text"
 
-Two tables' worth of rows. "own lengths": responses end at the model's stop token or at `--max-new-tokens`;
-`transformers` takes the prompts in their order, 256 at a time, and a batch lasts as long as its longest response. The
-synthetic model's stop token has about one chance in 64 at every token, so that lengths are geometric, cut at 150:
-mean 55 to 60, the quickstart's own mean and longest. "equal lengths": every response has exactly `--equal-length`
-tokens and nothing is wasted by either. Sides take turns and the best turn of each counts; seconds are CPU seconds of
-this process, which one thread on an idle machine spends as wall time: other programs can only slow a side down.
+Two tables' worth of rows. "own lengths": responses end at the model's stop token or at
+`--max-new-tokens`; `transformers` takes the prompts in their order, 256 at a time, and a batch
+lasts as long as its longest response. The synthetic model's stop token has about one chance in 64
+at every token, so that lengths are geometric, cut at 150: mean 55 to 60, the quickstart's own mean
+and longest. "equal lengths": every response has exactly `--equal-length` tokens and nothing is
+wasted by either. Sides take turns and the best turn of each counts; seconds are CPU seconds of this
+process, which one thread on an idle machine spends as wall time: other programs can only slow a
+side down.
 """
 
 from __future__ import annotations
@@ -34,7 +39,9 @@ Tokens = list[tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One side's best turn; `lengths` are mean, 10%, 50%, 90% and longest of its responses, in tokens."""
+    """One side's best turn; `lengths` are mean, 10%, 50%, 90% and longest of its responses, in
+    tokens.
+    """
 
     tokens: int
     seconds: float
@@ -54,7 +61,9 @@ class Comparison:
 
 
 def synthetic_model(stop_id: int = 1) -> Qwen2ForCausalLM:
-    """The quickstart's shape with random weights; the stop token's row is zero, so that its logit is always 0."""
+    """The quickstart's shape with random weights; the stop token's row is zero, so that its logit
+    is always 0.
+    """
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=32,
@@ -82,14 +91,20 @@ def synthetic_prompts(count: int, vocab: int = 32) -> Tokens:
 
 def read_prompts(path: str | Path, model: str | Path) -> Tokens:
     """JSON lines with `tokens`, or `text` for the model's tokenizer to read as it is."""
-    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [
+        json.loads(line)
+        for line in Path(path).read_text(encoding="utf-8").splitlines()
+        if line.strip()
+    ]
     if all("tokens" in row for row in rows):
         return [tuple(row["tokens"]) for row in rows]
     tokenizer = AutoTokenizer.from_pretrained(model)
     return [tuple(tokenizer.encode(row["text"], add_special_tokens=False)) for row in rows]
 
 
-def engine_lengths(engine: LocalEngine, prompts: Tokens, limit: int, stop_ids: tuple[int, ...]) -> list[int]:
+def engine_lengths(
+    engine: LocalEngine, prompts: Tokens, limit: int, stop_ids: tuple[int, ...]
+) -> list[int]:
     """Answer every prompt once with ours; the responses' lengths, in order of completion."""
     requests = (plain(Prompt(str(i), tokens, "", ""), 1, i) for i, tokens in enumerate(prompts))
     groups = engine.generate(requests, Sampling(1.0, 1.0, limit, stop_ids))
@@ -97,9 +112,15 @@ def engine_lengths(engine: LocalEngine, prompts: Tokens, limit: int, stop_ids: t
 
 
 def transformers_lengths(
-    model: Qwen2ForCausalLM, prompts: Tokens, limit: int, stop_ids: tuple[int, ...], batch: int = 256
+    model: Qwen2ForCausalLM,
+    prompts: Tokens,
+    limit: int,
+    stop_ids: tuple[int, ...],
+    batch: int = 256,
 ) -> list[int]:
-    """Answer every prompt once with `generate`, `batch` at a time in their order, padded on the left."""
+    """Answer every prompt once with `generate`, `batch` at a time in their order, padded on the
+    left.
+    """
     settings = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=limit, pad_token_id=0,
         eos_token_id=list(stop_ids) or None,
@@ -127,7 +148,9 @@ def measure(
     equal_length: int = 56,
     turns: int = 2,
 ) -> list[Comparison]:
-    """Both comparisons, on the first `count` prompts (the second on a quarter as many, at least one full batch)."""
+    """Both comparisons, on the first `count` prompts (the second on a quarter as many, at least one
+    full batch).
+    """
     # the model and its questions
     if model is None:
         theirs = synthetic_model()
@@ -140,7 +163,10 @@ def measure(
     # the same weights in the engine
     engine = LocalEngine(theirs.config.to_dict(), slots)
     tied = theirs.config.tie_word_embeddings
-    engine.publish(((n, p) for n, p in theirs.named_parameters() if not (tied and n == "lm_head.weight")), version=0)
+    engine.publish(
+        ((n, p) for n, p in theirs.named_parameters() if not (tied and n == "lm_head.weight")),
+        version=0,
+    )
     stop_ids = _stop_ids(theirs)
     # as long as responses become, and all of one length
     fewer = questions[: max(256, count // 4)]
@@ -175,8 +201,12 @@ def _compare(
         lambda: transformers_lengths(theirs, prompts, limit, stop_ids),
     ]
     turns_taken = [[_timed(side) for side in sides] for _ in range(turns)]
-    ours, others = (max(side, key=lambda t: t.tokens_per_second) for side in zip(*turns_taken, strict=True))
-    return Comparison(name, len(prompts), ours, others, ours.tokens_per_second / others.tokens_per_second)
+    ours, others = (
+        max(side, key=lambda t: t.tokens_per_second) for side in zip(*turns_taken, strict=True)
+    )
+    return Comparison(
+        name, len(prompts), ours, others, ours.tokens_per_second / others.tokens_per_second
+    )
 
 
 def _timed(answer: Callable[[], list[int]]) -> Timing:
@@ -184,7 +214,13 @@ def _timed(answer: Callable[[], list[int]]) -> Timing:
     lengths = answer()
     seconds = time.process_time() - began
     p10, p50, p90 = np.percentile(lengths, [10, 50, 90]).tolist()
-    summary = {"mean": float(np.mean(lengths)), "p10": p10, "p50": p50, "p90": p90, "longest": float(max(lengths))}
+    summary = {
+        "mean": float(np.mean(lengths)),
+        "p10": p10,
+        "p50": p50,
+        "p90": p90,
+        "longest": float(max(lengths)),
+    }
     return Timing(sum(lengths), seconds, sum(lengths) / seconds, summary)
 
 
@@ -194,7 +230,12 @@ def table(comparisons: list[Comparison]) -> str:
 
 
 def _lines(comparisons: list[Comparison]) -> Iterator[str]:
-    head = ("lengths", "prompts", "mean tokens (10%, 50%, 90%, longest), ours / theirs", "engine, tokens/s")
+    head = (
+        "lengths",
+        "prompts",
+        "mean tokens (10%, 50%, 90%, longest), ours / theirs",
+        "engine, tokens/s",
+    )
     yield f"| {' | '.join(head)} | transformers, tokens/s | ratio |"
     yield "|---|---|---|---|---|---|"
     for c in comparisons:
@@ -207,14 +248,21 @@ def _lines(comparisons: list[Comparison]) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a Hugging Face folder; a random model of the quickstart's shape if left out")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        help=("a Hugging Face folder; a random model of the quickstart's shape if left out"),
+    )
     parser.add_argument("--prompts", help='JSON lines with "tokens" or "text"')
     parser.add_argument("--count", type=int, default=1024, help="prompts")
     parser.add_argument("--slots", type=int, default=256, help="rows the engine decodes at once")
     parser.add_argument("--max-new-tokens", type=int, default=150)
     parser.add_argument("--equal-length", type=int, default=56)
-    parser.add_argument("--turns", type=int, default=2, help="times each side runs; its best counts")
+    parser.add_argument(
+        "--turns", type=int, default=2, help=("times each side runs; its best counts")
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = vars(parser.parse_args())
     torch.set_num_threads(1)

@@ -1,8 +1,11 @@
-"""Times the log-prob head against other heads: forward, forward with backward, peak memory, and their errors.
+"""Times the log-prob head against other heads: forward, forward with backward, peak memory, and
+their errors.
 
-    python tools/bench/heads.py                        # one GPU, under 8 minutes: the largest shapes come first
+    python tools/bench/heads.py
+        # one GPU, under 8 minutes: the largest shapes come first
     python tools/bench/heads.py --json heads.json
-    python tools/bench/heads.py --device cpu --quick   # proves that it starts; the figures mean nothing
+    python tools/bench/heads.py --device cpu --quick
+        # proves that it starts; the figures mean nothing
 
 Every head gives the summed log-prob loss of T tokens and its gradients by hidden [T, H] and weight
 [V / TP, H] (a tensor-parallel shard's shape, on one card). `fused` is `fused_policy_loss` with
@@ -88,7 +91,8 @@ class Row:
     note: str = ""
 
 
-# -- heads -------------------------------------------------------------------------------------------------------------
+# -- heads
+# --------------------------------------------------------------------------------------------------
 
 
 def ours(backend: Any, chunk: int) -> Head:
@@ -128,19 +132,25 @@ def chunked(loss: Callable[..., torch.Tensor]) -> Head:
 
     def head(p: Problem) -> tuple[torch.Tensor, None]:
         parts = zip(p.hidden.split(CHUNK), p.targets.split(CHUNK), strict=True)
-        losses: list[Any] = [checkpoint(loss, h, p.weight, t, use_reentrant=False) for h, t in parts]
+        losses: list[Any] = [
+            checkpoint(loss, h, p.weight, t, use_reentrant=False) for h, t in parts
+        ]
         return torch.stack(losses).sum(), None
 
     return head
 
 
 def liger() -> Head:
-    loss: Any = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    loss: Any = importlib.import_module(
+        "liger_kernel.transformers"
+    ).LigerFusedLinearCrossEntropyLoss(reduction="sum")
     return lambda p: (loss(p.weight, p.hidden, p.targets), None)
 
 
 def verl() -> Head:
-    apply: Any = importlib.import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
+    apply: Any = importlib.import_module(
+        "verl.utils.kernel.linear_cross_entropy"
+    ).linear_cross_entropy
 
     def head(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs = apply(p.hidden, p.weight, p.targets, 1.0, "none")[0]
@@ -167,9 +177,16 @@ def heads(device: str) -> tuple[dict[str, Head], list[str]]:
     }
     missing = [] if backend == "triton" else [f"our Triton kernels: not measured ({reason})"]
     if device != "cuda":
-        return found, [*missing, "torch compiled, Liger, verl, cut-cross-entropy: not measured, they want a GPU"]
+        return found, [
+            *missing,
+            "torch compiled, Liger, verl, cut-cross-entropy: not measured, they want a GPU",
+        ]
     found["torch compiled"] = chunked(torch.compile(_chunk_loss))
-    for name, make in {"Liger": liger, "verl": verl, "cut-cross-entropy": cut_cross_entropy}.items():
+    for name, make in {
+        "Liger": liger,
+        "verl": verl,
+        "cut-cross-entropy": cut_cross_entropy,
+    }.items():
         try:
             found[name] = make()
         except (ImportError, AttributeError) as error:
@@ -177,18 +194,31 @@ def heads(device: str) -> tuple[dict[str, Head], list[str]]:
     return found, missing
 
 
-# -- measuring ---------------------------------------------------------------------------------------------------------
+# -- measuring
+# --------------------------------------------------------------------------------------------------
 
 
 def problem(shape: Shape, device: str, dtype: torch.dtype) -> Problem:
     generator = torch.Generator(device).manual_seed(0)
     options: Any = {"device": device, "dtype": dtype, "generator": generator}
     hidden = torch.randn(shape.tokens, shape.hidden, **options).requires_grad_()
-    weight = torch.randn(shape.vocab, shape.hidden, **options).mul_(2.0 / shape.hidden**0.5).requires_grad_()
+    weight = (
+        torch.randn(shape.vocab, shape.hidden, **options)
+        .mul_(2.0 / shape.hidden**0.5)
+        .requires_grad_()
+    )
     targets = torch.randint(shape.vocab, (shape.tokens,), device=device, generator=generator)
     with torch.no_grad():
-        old = linear_logprob(hidden, weight, targets, chunk=CHUNK, backend=choose_backend("auto")[0])[0]
-    return Problem(hidden, weight, targets, old, torch.zeros_like(weight, dtype=torch.float32, requires_grad=False))
+        old = linear_logprob(
+            hidden, weight, targets, chunk=CHUNK, backend=choose_backend("auto")[0]
+        )[0]
+    return Problem(
+        hidden,
+        weight,
+        targets,
+        old,
+        torch.zeros_like(weight, dtype=torch.float32, requires_grad=False),
+    )
 
 
 def timed(work: Callable[[], Any], device: str, turns: int) -> float:
@@ -209,7 +239,9 @@ def _wait(device: str) -> None:
 
 
 def gemm_seconds(p: Problem, device: str, turns: int) -> float:
-    """One product of hidden and weight, all tokens, in chunks into one buffer of the operands' own type."""
+    """One product of hidden and weight, all tokens, in chunks into one buffer of the operands' own
+    type.
+    """
     hidden, weight = p.hidden.detach(), p.weight.detach()
     out = torch.empty(min(CHUNK, len(hidden)), len(weight), device=device, dtype=hidden.dtype)
 
@@ -227,8 +259,12 @@ def copy_rate(device: str, quick: bool) -> float:
     return 2 * source.numel() / timed(lambda: target.copy_(source), device, 3)
 
 
-def measure(shape: Shape, name: str, head: Head, p: Problem, gemm: float, device: str, turns: int) -> Row:
-    """One head on one problem. What it raises becomes the row's note: memory may not suffice, a peer may refuse."""
+def measure(
+    shape: Shape, name: str, head: Head, p: Problem, gemm: float, device: str, turns: int
+) -> Row:
+    """One head on one problem. What it raises becomes the row's note: memory may not suffice, a
+    peer may refuse.
+    """
     row = Row(shape, name)
     try:
 
@@ -260,18 +296,21 @@ def measure(shape: Shape, name: str, head: Head, p: Problem, gemm: float, device
         assert row.forward is not None
         assert row.both is not None
         return replace(
-            row, extra_bytes=extra, forward_of_gemms=row.forward / gemm, both_of_gemms=row.both / (3 * gemm),
+            row, extra_bytes=extra, forward_of_gemms=row.forward / gemm,
+            both_of_gemms=row.both / (3 * gemm),
             logprob_error=logprob_error, gradient_error=gradient_error,
         )  # fmt: skip
     except Exception as error:
-        return replace(row, note=f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}")
+        return replace(row, note=f"{type(error).__name__}: {str(error).split(chr(10), 1)[0][:120]}")
     finally:
         p.hidden.grad = p.weight.grad = None
         if device == "cuda":
             torch.cuda.empty_cache()
 
 
-def errors(p: Problem, logprobs: torch.Tensor | None, gradient: torch.Tensor) -> tuple[float | None, float]:
+def errors(
+    p: Problem, logprobs: torch.Tensor | None, gradient: torch.Tensor
+) -> tuple[float | None, float]:
     """Against fp64 over the first rows."""
     with torch.no_grad():
         weight = p.weight.double()
@@ -280,7 +319,9 @@ def errors(p: Problem, logprobs: torch.Tensor | None, gradient: torch.Tensor) ->
         exact = log_probs.gather(1, targets)[:, 0]
         d_logits = log_probs.exp().scatter_add_(1, targets, torch.full_like(exact, -1.0)[:, None])
         d_hidden = d_logits @ weight
-        wrong = None if logprobs is None else float((logprobs[:CHECKED].double() - exact).abs().max())
+        wrong = (
+            None if logprobs is None else float((logprobs[:CHECKED].double() - exact).abs().max())
+        )
         return wrong, float((gradient[:CHECKED].double() - d_hidden).norm() / d_hidden.norm())
 
 
@@ -306,7 +347,8 @@ def run(device: str, quick: bool, limit_s: float) -> dict[str, Any]:
     for shape in shapes(quick):
         if time.perf_counter() - began > limit_s:
             notes.append(
-                f"not measured, the time was up: {shape.model}, T {shape.tokens}, shard 1/{shape.shards}, and on"
+                f"not measured, the time was up: {shape.model}, T {shape.tokens}, shard "
+                f"1/{shape.shards}, and on"
             )
             break
         p = problem(shape, device, dtype)
@@ -327,7 +369,8 @@ def run(device: str, quick: bool, limit_s: float) -> dict[str, Any]:
     }
 
 
-# -- saying it ---------------------------------------------------------------------------------------------------------
+# -- saying it
+# --------------------------------------------------------------------------------------------------
 
 
 def label(shape: Shape) -> str:
@@ -337,8 +380,8 @@ def label(shape: Shape) -> str:
 def table(result: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
-        "| shape | head | forward, ms | of GEMMs | + backward, ms | of GEMMs | extra, GB | log-prob error "
-        "| gradient error |",
+        "| shape | head | forward, ms | of GEMMs | + backward, ms | of GEMMs | extra, GB | "
+        "log-prob error | gradient error |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
@@ -348,13 +391,18 @@ def table(result: dict[str, Any]) -> str:
             continue
         extra = None if row["extra_bytes"] is None else row["extra_bytes"] / 1e9
         cells = (
-            _cell(row["forward"] * 1e3, ".1f"), _cell(row["forward_of_gemms"], ".2f"), _cell(row["both"] * 1e3, ".1f"),
-            _cell(row["both_of_gemms"], ".2f"), _cell(extra, ".2f"), _cell(row["logprob_error"], ".1e"),
+            _cell(row["forward"] * 1e3, ".1f"), _cell(row["forward_of_gemms"], ".2f"),
+            _cell(row["both"] * 1e3, ".1f"),
+            _cell(row["both_of_gemms"], ".2f"), _cell(extra, ".2f"),
+            _cell(row["logprob_error"], ".1e"),
             _cell(row["gradient_error"], ".1e"),
         )  # fmt: skip
         lines.append(f"| {place} | {row['head']} | {' | '.join(cells)} |")
     best, copies = max(result["gemm_flop_per_s"].values()) / 1e12, result["copy_bytes_per_s"] / 1e9
-    rates = f"{result['device']}, {result['dtype']}: products at up to {best:.3g} TFLOP/s, copies at {copies:.4g} GB/s"
+    rates = (
+        f"{result['device']}, {result['dtype']}: products at up to {best:.3g} TFLOP/s, copies at "
+        f"{copies:.4g} GB/s"
+    )
     return "\n".join([rates, "", *lines, "", *result["notes"]]).rstrip()
 
 
@@ -363,14 +411,20 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="one tiny shape")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="no shape is begun after as many")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help=("no shape is begun after as many")
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("there is no CUDA device; `--device cpu --quick` shows that the program starts")
+        raise SystemExit(
+            "there is no CUDA device; `--device cpu --quick` shows that the program starts"
+        )
     if given.device == "cpu" and not given.quick:
         raise SystemExit("on a CPU only --quick is measured: the shapes are a card's")
     result = run(given.device, given.quick, given.seconds)

@@ -1,4 +1,6 @@
-"""Qwen2 and its policy step in torch's own operations only: what cpu.py holds the Megatron policy against."""
+"""Qwen2 and its policy step in torch's own operations only: what cpu.py holds the Megatron policy
+against.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def serve_plain(settings: Settings, folder: Path) -> None:
     config = json.loads((Path(given["model"]) / "config.json").read_text())
     model = plain_qwen2(config, torch.load(folder / "weights.pt"))
     batches = [plain_batch(batch, config) for batch in torch.load(folder / "batches.pt")]
-    optimizer = torch.optim.AdamW(model.weights.values(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.weights.values(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0
+    )
 
     # PPO's clip in plain torch
     def step() -> float:
@@ -37,22 +41,28 @@ def serve_plain(settings: Settings, folder: Path) -> None:
         return total
 
     def keep_gradients() -> None:
-        torch.save({name: weight.grad for name, weight in model.weights.items()}, folder / "theirs.pt")
+        torch.save(
+            {name: weight.grad for name, weight in model.weights.items()}, folder / "theirs.pt"
+        )
 
     serve(timed_steps(settings, step, keep_gradients))
 
 
 def plain_batch(batch: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """A packed micro-batch with its rotary cosines and sines, and rectangles of similar lengths for attention.
+    """A packed micro-batch with its rotary cosines and sines, and rectangles of similar lengths for
+    attention.
 
-    Plain means torch's own operations only. Rectangles padded for the whole model, at 0.7, 0.8 or 0.9 of the longest
-    row, were no faster than this pack, whose padding only attention sees.
+    Plain means torch's own operations only. Rectangles padded for the whole model, at 0.7, 0.8 or
+    0.9 of the longest row, were no faster than this pack, whose padding only attention sees.
     """
     dim = config["hidden_size"] // config["num_attention_heads"]
     base = config["rope_parameters"]["rope_theta"]
     # rotary cosines and sines of every token
     angles = batch["positions"][:, None] * base ** (-torch.arange(0, dim, 2) / dim)
-    batch["cos"], batch["sin"] = angles.cos().repeat(1, 2)[:, None], angles.sin().repeat(1, 2)[:, None]
+    batch["cos"], batch["sin"] = (
+        angles.cos().repeat(1, 2)[:, None],
+        angles.sin().repeat(1, 2)[:, None],
+    )
     lengths, starts = batch["lengths"], batch["cu_seqlens"].tolist()
     # sequences of similar length to rectangles, for attention
     buckets: list[list[int]] = []
@@ -64,7 +74,9 @@ def plain_batch(batch: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
     for bucket in buckets:
         columns = torch.arange(lengths[bucket[0]])[None]
         length = torch.tensor([lengths[i] for i in bucket])[:, None]
-        rows = torch.tensor([starts[i] for i in bucket])[:, None] + torch.minimum(columns, length - 1)
+        rows = torch.tensor([starts[i] for i in bucket])[:, None] + torch.minimum(
+            columns, length - 1
+        )
         real = (columns < length).flatten().nonzero()[:, 0]
         batch["rectangles"].append((rows, real))
         order.append(rows.flatten()[real])
@@ -74,14 +86,18 @@ def plain_batch(batch: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
 
 
 def plain_qwen2(config: dict[str, Any], tensors: dict[str, Any]) -> Any:
-    """Qwen2 without a framework, from its Hugging Face tensors; tied or not; log-probs of a packed batch."""
+    """Qwen2 without a framework, from its Hugging Face tensors; tied or not; log-probs of a packed
+    batch.
+    """
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     dim, eps = config["hidden_size"] // heads, config["rms_norm_eps"]
 
     # a Qwen2 block by block; no framework, no padding
     class PlainQwen2:
         def __init__(self) -> None:
-            self.weights = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in tensors.items()}
+            self.weights = {
+                name: torch.nn.Parameter(tensor.clone()) for name, tensor in tensors.items()
+            }
 
         # embedding, layers, and the head on the response's rows alone
         def logprobs(self, batch: dict[str, Any]) -> torch.Tensor:
@@ -90,12 +106,18 @@ def plain_qwen2(config: dict[str, Any], tensors: dict[str, Any]) -> Any:
             x = F.embedding(batch["tokens"], w["model.embed_tokens.weight"])
             for layer in range(config["num_hidden_layers"]):
                 at = f"model.layers.{layer}."
-                x = x + self.attention(self.norm(x, at + "input_layernorm.weight"), at + "self_attn.", batch)
+                x = x + self.attention(
+                    self.norm(x, at + "input_layernorm.weight"), at + "self_attn.", batch
+                )
                 h = self.norm(x, at + "post_attention_layernorm.weight")
-                gate, up = (F.linear(h, w[f"{at}mlp.{name}_proj.weight"]) for name in ("gate", "up"))
+                gate, up = (
+                    F.linear(h, w[f"{at}mlp.{name}_proj.weight"]) for name in ("gate", "up")
+                )
                 x = x + F.linear(F.silu(gate) * up, w[at + "mlp.down_proj.weight"])
             head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
-            logits = F.linear(self.norm(x, "model.norm.weight").index_select(0, batch["rows"]), head)
+            logits = F.linear(
+                self.norm(x, "model.norm.weight").index_select(0, batch["rows"]), head
+            )
             return -F.cross_entropy(logits, batch["targets"], reduction="none")
 
         def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -105,18 +127,27 @@ def plain_qwen2(config: dict[str, Any], tensors: dict[str, Any]) -> Any:
         def attention(self, h: torch.Tensor, at: str, batch: dict[str, Any]) -> torch.Tensor:
             w = self.weights
             q, k, v = (
-                F.linear(h, w[f"{at}{n}_proj.weight"], w[f"{at}{n}_proj.bias"]).unflatten(1, (-1, dim)) for n in "qkv"
+                F.linear(h, w[f"{at}{n}_proj.weight"], w[f"{at}{n}_proj.bias"]).unflatten(
+                    1, (-1, dim)
+                )
+                for n in "qkv"
             )
             q, k = (x * batch["cos"] + self.turned(x) * batch["sin"] for x in (q, k))
             done = []
             for rows, real in batch["rectangles"]:
                 n, longest = rows.shape
                 a, b, c = (
-                    x.index_select(0, rows.flatten()).view(n, longest, -1, dim).transpose(1, 2) for x in (q, k, v)
+                    x.index_select(0, rows.flatten()).view(n, longest, -1, dim).transpose(1, 2)
+                    for x in (q, k, v)
                 )
-                y = F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=groups != heads)
+                y = F.scaled_dot_product_attention(
+                    a, b, c, is_causal=True, enable_gqa=groups != heads
+                )
                 done.append(y.transpose(1, 2).flatten(0, 1).index_select(0, real))
-            return F.linear(torch.cat(done).index_select(0, batch["restore"]).flatten(1), w[at + "o_proj.weight"])
+            return F.linear(
+                torch.cat(done).index_select(0, batch["restore"]).flatten(1),
+                w[at + "o_proj.weight"],
+            )
 
         def turned(self, x: torch.Tensor) -> torch.Tensor:
             return torch.cat((-x[..., dim // 2 :], x[..., : dim // 2]), -1)

@@ -1,4 +1,5 @@
-"""The sides of cpu.py that are not TRL's: an iteration and a policy step of ours, and plain torch's step.
+"""The sides of cpu.py that are not TRL's: an iteration and a policy step of ours, and plain torch's
+step.
 
 Started by cpu.py as `sides.py NAME FOLDER`, one process each.
 """
@@ -28,7 +29,9 @@ from megatron_efr.train import iterate
 
 
 def configuration(settings: Settings, folder: Path, turns: int) -> TrainConfig:
-    """The quickstart's own configuration, alpha 0 as TRL's reward is, with the sizes of `settings`."""
+    """The quickstart's own configuration, alpha 0 as TRL's reward is, with the sizes of
+    `settings`.
+    """
     overrides = {
         "runs": folder,
         "model.path": settings.model,
@@ -75,18 +78,28 @@ def made(tokens: list[int], prompt: int, advantage: float) -> Sample:
 
 
 def serve_policy(settings: Settings, folder: Path) -> None:
-    """`Policy.update` on the batch that `folder` describes; leaves weights, batch and first gradients there."""
+    """`Policy.update` on the batch that `folder` describes; leaves weights, batch and first
+    gradients there.
+    """
     given = json.loads((folder / "sequences.json").read_text())
     with join_ranks(ParallelConfig(), seed=1) as ranks:
         model = ModelConfig(path=given["model"], init=given["init"])
-        policy = Policy(model, ParallelConfig(), OptimizerConfig(lr=1e-4), ranks, updates=10_000, seed=1)
+        policy = Policy(
+            model, ParallelConfig(), OptimizerConfig(lr=1e-4), ranks, updates=10_000, seed=1
+        )
         sequences = [made(*row) for row in given["sequences"]]
-        batches = policy.pack_update(sequences, list(range(len(sequences))), 2 * settings.step_tokens, "sequence")
+        batches = policy.pack_update(
+            sequences, list(range(len(sequences))), 2 * settings.step_tokens, "sequence"
+        )
         policy.score(batches)
         generator = torch.Generator().manual_seed(0)
         for batch in batches:  # ratios off 1: at 1 the loss would not depend on the model
-            batch.columns["old_logprob"] += 0.1 * torch.randn(batch.columns["old_logprob"].shape, generator=generator)
-        torch.save({name: tensor.clone() for name, tensor in policy.named_weights()}, folder / "weights.pt")
+            batch.columns["old_logprob"] += 0.1 * torch.randn(
+                batch.columns["old_logprob"].shape, generator=generator
+            )
+        torch.save(
+            {name: tensor.clone() for name, tensor in policy.named_weights()}, folder / "weights.pt"
+        )
         torch.save([asdict(batch) for batch in batches], folder / "batches.pt")
         loss = policy_loss(Objective())
 
@@ -96,7 +109,10 @@ def serve_policy(settings: Settings, folder: Path) -> None:
             values = [p.data.clone() for p in parameters]
             for parameter in parameters:
                 parameter.data.copy_(parameter.main_grad)  # pyright: ignore[reportAttributeAccessIssue]
-            torch.save({name: tensor.clone() for name, tensor in policy.named_weights()}, folder / "ours.pt")
+            torch.save(
+                {name: tensor.clone() for name, tensor in policy.named_weights()},
+                folder / "ours.pt",
+            )
             for parameter, value in zip(parameters, values, strict=True):
                 parameter.data.copy_(value)
 

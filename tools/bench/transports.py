@@ -1,11 +1,14 @@
-"""Times publications to a real SGLang server by each transport, beside a bare broadcast of the same bytes.
+"""Times publications to a real SGLang server by each transport, beside a bare broadcast of the same
+bytes.
 
-    python tools/bench/transports.py               # a Qwen2 of 0.15 GB in fp32 to a server on this machine's CPU
+    python tools/bench/transports.py
+        # a Qwen2 of 0.15 GB in fp32 to a server on this machine's CPU
     python tools/bench/transports.py --hidden 256  # a smaller one
 
-Each transport gets a run of its own (`run.opened`), with a server that it starts. A publication is all of it: pause,
-flush, buckets, flush, version, go on. The first, whose checksums are compared, is not counted. The bare broadcast sends
-the same buckets over gloo to a process that throws them away, within the same turn.
+Each transport gets a run of its own (`run.opened`), with a server that it starts. A publication is
+all of it: pause, flush, buckets, flush, version, go on. The first, whose checksums are compared, is
+not counted. The bare broadcast sends the same buckets over gloo to a process that throws them away,
+within the same turn.
 """
 
 from __future__ import annotations
@@ -35,28 +38,45 @@ BUCKET_MIB = 32
 
 
 def configuration(place: Path, transport: str, python: str, hidden: int) -> TrainConfig:
-    """The quickstart's, with a wider model, a server, and buckets of which the model has several."""
-    size = ModelSize(hidden=hidden, layers=8, heads=hidden // 64, kv_heads=hidden // 64, intermediate=4 * hidden)
+    """The quickstart's, with a wider model, a server, and buckets of which the model has
+    several.
+    """
+    size = ModelSize(
+        hidden=hidden, layers=8, heads=hidden // 64, kv_heads=hidden // 64, intermediate=4 * hidden
+    )
     task = place / "task"
     if not task.exists():
         write(task, 0, ArithmeticTask(train_rows=24, test_rows=4, sft_rows=4, model=size))
     tree: dict[str, Any] = yaml.safe_load((ROOT / "examples/quickstart/rl.yaml").read_text())
-    tree |= {"name": transport, "runs": str(place), "model": {"path": str(task / "model"), "init": "random"}}
+    tree |= {
+        "name": transport,
+        "runs": str(place),
+        "model": {"path": str(task / "model"), "init": "random"},
+    }
     tree["data"]["datasets"][0]["path"] = str(task / "train.jsonl")
     tree.pop("evaluation")
-    tree["rollout"] |= {"engine": "sglang", "python": python, "transport": transport, "bucket_mib": BUCKET_MIB}
+    tree["rollout"] |= {
+        "engine": "sglang",
+        "python": python,
+        "transport": transport,
+        "bucket_mib": BUCKET_MIB,
+    }
     tree["rollout"] |= {"verify_every": 1000}
     (place / "config.yaml").write_text(yaml.safe_dump(tree))
     return load(TrainConfig, place / "config.yaml", [])
 
 
 class Peer:
-    """Another process in a gloo group with this one, which takes broadcasts and throws them away."""
+    """Another process in a gloo group with this one, which takes broadcasts and throws them
+    away.
+    """
 
     def __init__(self, place: Path) -> None:
         self._link, theirs = multiprocessing.get_context("spawn").Pipe()
         store = str(place / "store")
-        self._process = multiprocessing.get_context("spawn").Process(target=serve, args=(store, theirs), daemon=True)
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=serve, args=(store, theirs), daemon=True
+        )
         self._process.start()
         self._group = pair(store, 0)
 
@@ -95,14 +115,19 @@ def measure(config: TrainConfig, peer: Peer, turns: int) -> str:
     """A row of the table."""
     with open_run(config) as run:
         run.publisher.publish(run.policy, 0)
-        sizes = [sum(t.nbytes for _, t in parcel.tensors) for parcel in run.policy.parcels(flat=True)]
+        sizes = [
+            sum(t.nbytes for _, t in parcel.tensors) for parcel in run.policy.parcels(flat=True)
+        ]
         ours, bare = [], []
         for turn in range(1, turns + 1):
             bare.append(peer.seconds(sizes))
             began = time.perf_counter()
             run.publisher.publish(run.policy, turn)
             ours.append(time.perf_counter() - began)
-    seconds, ratio = statistics.median(ours), statistics.median(b / o for b, o in zip(bare, ours, strict=True))
+    seconds, ratio = (
+        statistics.median(ours),
+        statistics.median(b / o for b, o in zip(bare, ours, strict=True)),
+    )
     return (
         f"| {config.rollout.transport} | {sum(sizes) / 1e9:.2f} | {len(sizes)} | {seconds:.2g} s "
         f"| {sum(sizes) / 1e9 / seconds:.2g} | {statistics.median(bare):.2g} s | {ratio:.0%} |"
@@ -110,16 +135,28 @@ def measure(config: TrainConfig, peer: Peer, turns: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512, help="width of the model, a multiple of 64")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--hidden", type=int, default=512, help=("width of the model, a multiple of 64")
+    )
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--python", default=str(ROOT / ".venv-sglang/bin/python"), help="the interpreter with SGLang")
+    parser.add_argument(
+        "--python",
+        default=str(ROOT / ".venv-sglang/bin/python"),
+        help=("the interpreter with SGLang"),
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         peer = Peer(Path(folder))
         rows = [
-            measure(configuration(Path(folder), transport, given.python, given.hidden), peer, given.turns)
+            measure(
+                configuration(Path(folder), transport, given.python, given.hidden),
+                peer,
+                given.turns,
+            )
             for transport in TRANSPORTS
         ]
         peer.close()

@@ -1,8 +1,10 @@
-"""The TRL side of cpu.py: GRPOTrainer on the quickstart's task; every line on its input starts one iteration.
+"""The TRL side of cpu.py: GRPOTrainer on the quickstart's task; every line on its input starts one
+iteration.
 
-Run by cpu.py, in an environment that has trl. An iteration is one generation of all rollouts, old and reference
-log-probs, and two updates: TRL's `steps_per_generation`. Reward: the last box holds the gold answer's very text, which
-costs less than grading. What TRL's defaults add and this comparison does not want is off: gradient checkpointing, bf16.
+Run by cpu.py, in an environment that has trl. An iteration is one generation of all rollouts, old
+and reference log-probs, and two updates: TRL's `steps_per_generation`. Reward: the last box holds
+the gold answer's very text, which costs less than grading. What TRL's defaults add and this
+comparison does not want is off: gradient checkpointing, bf16.
 """
 
 from __future__ import annotations
@@ -45,10 +47,14 @@ class Turns(TrainerCallback):
             }
             print(ANSWER + json.dumps(report), flush=True)
 
-    def reward(self, prompts: Any, completions: list[str], completion_ids: Any, answer: list[str], **_: Any) -> Any:
+    def reward(
+        self, prompts: Any, completions: list[str], completion_ids: Any, answer: list[str], **_: Any
+    ) -> Any:
         """1 if the last box holds the gold answer; notes the lengths."""
         self.lengths += [len(ids) for ids in completion_ids]
-        right = [float(last_box(text) == gold) for text, gold in zip(completions, answer, strict=True)]
+        right = [
+            float(last_box(text) == gold) for text, gold in zip(completions, answer, strict=True)
+        ]
         self.right += right
         return right
 
@@ -60,32 +66,44 @@ def last_box(text: str) -> str | None:
 
 
 def trainer(given: argparse.Namespace, turns: Turns, scratch: Path) -> GRPOTrainer:
-    """GRPO as the quickstart has it: beta in, one mean per response, no division by the rewards' deviation."""
+    """GRPO as the quickstart has it: beta in, one mean per response, no division by the rewards'
+    deviation.
+    """
     rows = [json.loads(line) for line in given.prompts.read_text(encoding="utf-8").splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(given.model, padding_side="left")
     for row in rows:
         if tokenizer(row["text"])["input_ids"] != row["tokens"]:
             raise SystemExit(f"TRL would read {row['text']!r} as other tokens than the engine does")
     config = GRPOConfig(
-        output_dir=str(scratch), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+        output_dir=str(scratch), use_cpu=True, bf16=False, gradient_checkpointing=False,
+        report_to="none",
         save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=1, shuffle_dataset=False,
-        model_init_kwargs={"dtype": "float32"}, per_device_train_batch_size=given.rollouts // given.updates,
-        gradient_accumulation_steps=1, steps_per_generation=given.updates, num_generations=given.samples,
+        model_init_kwargs={"dtype": "float32"},
+        per_device_train_batch_size=given.rollouts // given.updates,
+        gradient_accumulation_steps=1, steps_per_generation=given.updates,
+        num_generations=given.samples,
         max_completion_length=given.max_new_tokens, max_steps=given.updates * given.iterations,
-        temperature=1.0, top_p=1.0, top_k=0, beta=1e-3, loss_type="grpo", scale_rewards="none", epsilon=0.2,
-        learning_rate=1e-4, lr_scheduler_type="constant", max_grad_norm=1.0, weight_decay=0.0, adam_beta2=0.95,
+        temperature=1.0, top_p=1.0, top_k=0, beta=1e-3, loss_type="grpo", scale_rewards="none",
+        epsilon=0.2,
+        learning_rate=1e-4, lr_scheduler_type="constant", max_grad_norm=1.0, weight_decay=0.0,
+        adam_beta2=0.95,
     )  # fmt: skip
     data = Dataset.from_list([{"prompt": row["text"], "answer": row["answer"]} for row in rows])
     return GRPOTrainer(
-        given.model, reward_funcs=turns.reward, args=config, train_dataset=data, processing_class=tokenizer,
+        given.model, reward_funcs=turns.reward, args=config, train_dataset=data,
+        processing_class=tokenizer,
         callbacks=[turns],
     )  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
-    parser.add_argument("--prompts", type=Path, required=True, help='JSON lines of "text", "tokens", "answer"')
+    parser.add_argument(
+        "--prompts", type=Path, required=True, help='JSON lines of "text", "tokens", "answer"'
+    )
     parser.add_argument("--scratch", type=Path, required=True)
     for name in ("rollouts", "samples", "updates", "iterations", "max-new-tokens"):
         parser.add_argument(f"--{name}", type=int, required=True)

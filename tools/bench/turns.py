@@ -1,4 +1,6 @@
-"""Sides of a benchmark as processes that take turns: each answers a line with the figures of one piece of work."""
+"""Sides of a benchmark as processes that take turns: each answers a line with the figures of one
+piece of work.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,19 @@ class Settings:
 
 
 class Side:
-    """A process that answers every line on its input with one line of JSON, after doing its work once."""
+    """A process that answers every line on its input with one line of JSON, after doing its work
+    once.
+    """
 
     def __init__(self, command: list[str]) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True, cwd=ROOT
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+            cwd=ROOT,
         )
 
     def turn(self) -> dict[str, Any]:
@@ -56,7 +65,10 @@ class Side:
         for line in self._process.stdout:
             if line.startswith(ANSWER):
                 return json.loads(line.removeprefix(ANSWER))
-        raise RuntimeError(f"a side of the benchmark ended with status {self._process.wait()}: see its messages above")
+        raise RuntimeError(
+            f"a side of the benchmark ended with status {self._process.wait()}: see its messages "
+            "above"
+        )
 
     def close(self) -> None:
         self._process.kill()
@@ -79,7 +91,11 @@ def peak_mib() -> float:
     """
     status = Path("/proc/self/status")
     if status.is_file():
-        return next(int(line.split()[1]) / 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return next(
+            int(line.split()[1]) / 1024
+            for line in status.read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 

@@ -1,6 +1,8 @@
-"""Lets SGLang keep routed experts in host memory that no GPU reads: registering it with CUDA becomes no work.
+"""Lets SGLang keep routed experts in host memory that no GPU reads: registering it with CUDA
+becomes no work.
 
-`--enable-return-routed-experts` allocates pinned memory on every device, and pinning asks CUDA's runtime.
+`--enable-return-routed-experts` allocates pinned memory on every device, and pinning asks CUDA's
+runtime.
 """
 
 import importlib.abc
@@ -16,7 +18,9 @@ _MODULE = "sglang.srt.mem_cache.pool_host.common"
 class _BeforePoolHost(importlib.abc.MetaPathFinder):
     """Finds one module, once, and has it loaded with another `_cuda_host_register`."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> Any:
         if fullname != _MODULE:
             return None
         sys.meta_path.remove(self)

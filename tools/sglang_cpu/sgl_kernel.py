@@ -1,4 +1,5 @@
-"""Stands where SGLang imports its compiled kernels, on a machine without a GPU; calling one is an error.
+"""Stands where SGLang imports its compiled kernels, on a machine without a GPU; calling one is an
+error.
 
 SGLang imports the names of its CPU kernels even if it then takes plain torch (`--attention-backend
 torch_native`). Only those names exist here, so that whatever else SGLang looks for is still found
@@ -14,6 +15,8 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
         raise AttributeError(name)
 
     def absent(*_: Any, **__: Any) -> NoReturn:
-        raise NotImplementedError(f"sgl_kernel.{name} is not built here: run SGLang with its torch back ends")
+        raise NotImplementedError(
+            f"sgl_kernel.{name} is not built here: run SGLang with its torch back ends"
+        )
 
     return absent

@@ -1,8 +1,8 @@
 """Lets torchvision import beside a PyTorch without CUDA, if PyPI's build of it cannot load its
 library.
 
-Importing torchvision registers fake versions of two operators that this library would have declared; here they are
-declared, before that import. Nothing in a language model calls them.
+Importing torchvision registers fake versions of two operators that this library would have
+declared; here they are declared, before that import. Nothing in a language model calls them.
 """
 
 import importlib.abc
@@ -17,7 +17,9 @@ _libraries = []  # a torch.library.Library withdraws its operators when it is co
 class _BeforeTorchvision(importlib.abc.MetaPathFinder):
     """Finds nothing; is asked once for torchvision, and so knows that its import begins."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> None:
         if fullname != "torchvision":
             return
         sys.meta_path.remove(self)

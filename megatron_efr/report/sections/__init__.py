@@ -6,14 +6,25 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from megatron_efr.report.results import Results
-from megatron_efr.report.sections import apart, budgets, difficulty, family, lengths, made, problem, training
+from megatron_efr.report.sections import (
+    apart,
+    budgets,
+    difficulty,
+    family,
+    lengths,
+    made,
+    problem,
+    training,
+)
 
 Block = dict[str, Any]
 """Values that a section's template shows."""
 
 
 class Section(NamedTuple):
-    """`build` gives what `sections/<anchor>.html.j2` shows, or the sentence that says why there is nothing to show."""
+    """`build` gives what `sections/<anchor>.html.j2` shows, or the sentence that says why there is
+    nothing to show.
+    """
 
     anchor: str
     title: str

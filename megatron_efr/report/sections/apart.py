@@ -25,7 +25,11 @@ def build(results: Results) -> dict[str, Any] | str:
     Models of several seeds are compared by these; those of one run each problem by problem.
     """
     # models of two seeds or more; without two of them there is nothing to compare
-    models = [model for model in results.models if len(model.get("accuracy_by_seed", ())) > 1 and not is_base(model)]
+    models = [
+        model
+        for model in results.models
+        if len(model.get("accuracy_by_seed", ())) > 1 and not is_base(model)
+    ]
     if len(models) < 2:
         return _of_one_run(results)
     by_name = {model["name"]: model for model in models}
@@ -39,7 +43,11 @@ def build(results: Results) -> dict[str, Any] | str:
     # differences with simultaneous intervals
     comparisons = 2 * (len(models) - 1)
     found = {
-        key: differences({name: m[f"{key}_by_seed"] for name, m in by_name.items()}, reference["name"], comparisons)
+        key: differences(
+            {name: m[f"{key}_by_seed"] for name, m in by_name.items()},
+            reference["name"],
+            comparisons,
+        )
         for key in _WORDS
     }
     rows = [
@@ -49,24 +57,35 @@ def build(results: Results) -> dict[str, Any] | str:
     ]
     # table and sentence
     brackets = (
-        f"intervals that hold for all {comparisons} differences together in 95% of cases, from the spread over seeds, "
-        "pooled over all models. They are of training's chance alone, on these problems."
+        f"intervals that hold for all {comparisons} differences together in 95% of cases, from "
+        "the spread over seeds, pooled over all models. They are of training's chance alone, on "
+        "these problems."
     )
     sentence = _sentence(label(reference), found, brackets)
     if unlike:
-        sentence += f" Not among them, since they were asked otherwise: {', '.join(unlike.values())}."
+        sentence += (
+            f" Not among them, since they were asked otherwise: {', '.join(unlike.values())}."
+        )
     return {"sentence": sentence, "rows": rows, "reference": label(reference)}
 
 
 def _unlike(results: Results, one: Record, other: Record) -> bool:
     """True if the two were asked or judged otherwise, as far as their records say how."""
-    records = [found for model in (one, other) if (found := results.record(model)) and found.get("protocol")]
+    records = [
+        found
+        for model in (one, other)
+        if (found := results.record(model)) and found.get("protocol")
+    ]
     return len(records) == 2 and bool(differing(*records))
 
 
 def _of_one_run(results: Results) -> dict[str, Any] | str:
-    """The same of each shown model's first run, against the base's or that of the model which the sweep names."""
-    named_one = [model for model in results.models if model["name"] == results.summary.get("against")]
+    """The same of each shown model's first run, against the base's or that of the model which the
+    sweep names.
+    """
+    named_one = [
+        model for model in results.models if model["name"] == results.summary.get("against")
+    ]
     base = named_one[0] if named_one else base_of(results.models)
     start = results.record(base) if base is not None else None
     if base is None or start is None:
@@ -82,13 +101,22 @@ def _of_one_run(results: Results) -> dict[str, Any] | str:
                 found[each.name][model["name"]] = Interval(value, low, high)
     kept = [model for model in results.shown if all(model["name"] in own for own in found.values())]
     if not kept:
-        return f"No evaluation here was asked as that of {label(base)} was, or they are an older version's."
+        return (
+            f"No evaluation here was asked as that of {label(base)} was, or they are an older "
+            "version's."
+        )
     brackets = (
-        "95% intervals of each difference for itself, paired over the problems. A model is one run here: training's "
-        "chance is not in them."
+        "95% intervals of each difference for itself, paired over the problems. A model is one "
+        "run here: training's chance is not in them."
     )
-    rows = [[label(model), *(_cell(key, found[key][model["name"]]) for key in _WORDS)] for model in kept]
-    return {"sentence": _sentence(label(base), found, brackets), "rows": rows, "reference": label(base)}
+    rows = [
+        [label(model), *(_cell(key, found[key][model["name"]]) for key in _WORDS)] for model in kept
+    ]
+    return {
+        "sentence": _sentence(label(base), found, brackets),
+        "rows": rows,
+        "reference": label(base),
+    }
 
 
 def _sentence(reference: str, found: dict[str, dict[str, Interval]], brackets: str) -> str:
@@ -98,8 +126,8 @@ def _sentence(reference: str, found: dict[str, dict[str, Interval]], brackets: s
     better = sum(each.side > 0 for each in found["accuracy"].values())
     worse = sum(each.side < 0 for each in found["accuracy"].values())
     return (
-        f"Of {count} models, {briefer} are briefer than {reference} beyond chance and {longer} longer; {better} are "
-        f"more accurate and {worse} less. In brackets: {brackets}"
+        f"Of {count} models, {briefer} are briefer than {reference} beyond chance and {longer} "
+        f"longer; {better} are more accurate and {worse} less. In brackets: {brackets}"
     )
 
 
@@ -109,4 +137,7 @@ def _cell(key: str, found: Interval) -> str:
     def write(value: float) -> str:
         return f"{scale * value:+.1f}".replace("-", "−")
 
-    return f"{with_interval(write(found.value) + unit, found.low, found.high, write)}: {_WORDS[key][found.side]}"
+    return (
+        f"{with_interval(write(found.value) + unit, found.low, found.high, write)}: "
+        f"{_WORDS[key][found.side]}"
+    )

@@ -19,7 +19,9 @@ def build(results: Results) -> dict[str, Any] | str:
     """A line for each model over the budgets that all records have, and the table."""
     # budgets that every record has; the limit is one of them
     records = [record for model in results.models for record in results.records(model)]
-    measured = [{n for n in record.get("measures", {}) if n.startswith(_PREFIX)} for record in records]
+    measured = [
+        {n for n in record.get("measures", {}) if n.startswith(_PREFIX)} for record in records
+    ]
     shared = set.intersection(*measured) if measured else set[str]()
     names = {int(name.removeprefix(_PREFIX)): name for name in shared}
     limits = {record.get("protocol", {}).get("max_new_tokens") for record in records}
@@ -29,13 +31,21 @@ def build(results: Results) -> dict[str, Any] | str:
         return "The evaluations here have no figures at hard budgets in common."
     # a line for each model that is shown
     budgets = sorted(names)
-    found = {m["name"]: [results.measure(m, names[budget]) for budget in budgets] for m in results.models}
+    found = {
+        m["name"]: [results.measure(m, names[budget]) for budget in budgets] for m in results.models
+    }
     lines = [
-        _line(results.hues[m["name"]], budgets, [each for each in found[m["name"]] if each is not None])
+        _line(
+            results.hues[m["name"]],
+            budgets,
+            [each for each in found[m["name"]] if each is not None],
+        )
         for m in results.shown
         if all(each is not None for each in found[m["name"]])
     ]
-    draw = partial(plots.draw_lines, lines=lines, x="budget (tokens)", y="accuracy (%)", from_zero=True)
+    draw = partial(
+        plots.draw_lines, lines=lines, x="budget (tokens)", y="accuracy (%)", from_zero=True
+    )
     key = results.key(results.shown)
     alt = "Accuracy at each budget, the figures are in the table below"
     return {
@@ -43,7 +53,9 @@ def build(results: Results) -> dict[str, Any] | str:
         "key": key,
         "choice": results.choice,
         "budgets": budgets,
-        "rows": [[label(m), *(_written(each) for each in found[m["name"]])] for m in results.models],
+        "rows": [
+            [label(m), *(_written(each) for each in found[m["name"]])] for m in results.models
+        ],
     }
 
 
@@ -57,4 +69,6 @@ def _line(hue: str, budgets: list[int], values: list[Interval]) -> plots.Line:
 def _written(value: Interval | None) -> str:
     if value is None:
         return "–"
-    return with_interval(f"{value.value:.1%}", value.low, value.high, lambda end: f"{100 * end:.1f}")
+    return with_interval(
+        f"{value.value:.1%}", value.low, value.high, lambda end: f"{100 * end:.1f}"
+    )

@@ -28,10 +28,16 @@ def build(results: Results) -> dict[str, Any] | str:
     if not models:
         return "No evaluation on held-out problems is in this folder yet: `efr evaluate` makes one."
     numbered = len(models) > _MOST_NAMES
-    texts = {m["name"]: str(number) if numbered else label(m) for number, m in enumerate(models, start=1)}
-    points = {m["name"]: plots.Point.of(m, texts[m["name"]], results.hues[m["name"]]) for m in models}
+    texts = {
+        m["name"]: str(number) if numbered else label(m) for number, m in enumerate(models, start=1)
+    }
+    points = {
+        m["name"]: plots.Point.of(m, texts[m["name"]], results.hues[m["name"]]) for m in models
+    }
     best = front(models)
-    draw = partial(plots.draw_family, points=list(points.values()), front=[points[m["name"]] for m in best])
+    draw = partial(
+        plots.draw_family, points=list(points.values()), front=[points[m["name"]] for m in best]
+    )
     told = "; ".join(f"{label(m)} {m['accuracy']:.1%} at {m['tokens']:.1f} tokens" for m in models)
     alt = f"Accuracy against mean tokens: {told}"
     [(_, plot)] = results.draw("family", [("", draw)], _LARGE if numbered else _SIZE, alt)
@@ -49,13 +55,15 @@ def build(results: Results) -> dict[str, Any] | str:
 def _front(best: list[Record]) -> str:
     names = ", ".join(label(model) for model in best)
     return (
-        f"The line is the front: {names}. To each of them no other model is both at least as accurate and at least as "
-        "brief. What lies within the bars may be chance."
+        f"The line is the front: {names}. To each of them no other model is both at least as "
+        "accurate and at least as brief. What lies within the bars may be chance."
     )
 
 
 def _rows(results: Results) -> list[dict[str, Any]]:
-    """A row per model: the family's figures, and under `more` whatever its evaluation's record adds."""
+    """A row per model: the family's figures, and under `more` whatever its evaluation's record
+    adds.
+    """
     by_name = {model["name"]: model for model in results.models}
     best = {model["name"] for model in front(results.models)}
     rows: list[dict[str, Any]] = []
@@ -108,18 +116,28 @@ def _more(record: Record | None) -> dict[str, str]:
 
 
 def _measures(results: Results) -> dict[str, Any] | None:
-    """A row for each measure of the registry, a column for each model that is shown; None without records."""
+    """A row for each measure of the registry, a column for each model that is shown; None without
+    records.
+    """
     names = dict.fromkeys(
-        n for m in results.shown if (r := results.record(m)) is not None for n in r.get("measures", {})
+        n
+        for m in results.shown
+        if (r := results.record(m)) is not None
+        for n in r.get("measures", {})
     )
     if not names:
         return None
-    rows = [[name, *(_measured(results.measure(m, name), _unit(name)) for m in results.shown)] for name in names]
+    rows = [
+        [name, *(_measured(results.measure(m, name), _unit(name)) for m in results.shown)]
+        for name in names
+    ]
     return {"columns": [label(model) for model in results.shown], "rows": rows}
 
 
 def _unit(name: str) -> str:
-    """The unit of a measure; none of one that the program which evaluated had registered, and this one has not."""
+    """The unit of a measure; none of one that the program which evaluated had registered, and this
+    one has not.
+    """
     try:
         return named(name).unit
     except UserError:
@@ -130,7 +148,9 @@ def _measured(found: Interval | None, unit: str) -> str:
     if found is None:
         return "–"
     scale, sign = (100, "%") if unit == "%" else (1, "")
-    return with_interval(f"{scale * found.value:.4g}{sign}", found.low, found.high, lambda end: f"{scale * end:.4g}")
+    return with_interval(
+        f"{scale * found.value:.4g}{sign}", found.low, found.high, lambda end: f"{scale * end:.4g}"
+    )
 
 
 def _number(value: float | None) -> str:
@@ -143,7 +163,9 @@ def _datasets(results: Results) -> dict[str, Any] | None:
 
     Of a model of several seeds they are the means over these.
     """
-    found = {m["name"]: _by_dataset(records) for m in results.models if (records := results.records(m))}
+    found = {
+        m["name"]: _by_dataset(records) for m in results.models if (records := results.records(m))
+    }
     names = list(dict.fromkeys(name for own in found.values() for name in own))
     if len(names) < 2:
         return None
@@ -152,7 +174,11 @@ def _datasets(results: Results) -> dict[str, Any] | None:
     for model in results.models:
         if (own := found.get(model["name"])) is None:
             continue
-        start = None if is_base(model) and len(found) == 1 else found.get(base_name(model, results.models))
+        start = (
+            None
+            if is_base(model) and len(found) == 1
+            else found.get(base_name(model, results.models))
+        )
         parts = [own.get(name) for name in names]
         try:
             ratio = None if start is None else statistics.normalised(own, start)
@@ -162,8 +188,13 @@ def _datasets(results: Results) -> dict[str, Any] | None:
             {
                 "name": model["name"],
                 "label": label(model),
-                "cells": ["–" if part is None else f"{part['accuracy']:.1%} / {part['tokens']:,.0f}" for part in parts],
-                "normalised": "–" if ratio is None else f"{ratio['accuracy']:.1%} / {ratio['tokens']:.1%}",
+                "cells": [
+                    "–" if part is None else f"{part['accuracy']:.1%} / {part['tokens']:,.0f}"
+                    for part in parts
+                ],
+                "normalised": "–"
+                if ratio is None
+                else f"{ratio['accuracy']:.1%} / {ratio['tokens']:.1%}",
             }
         )
     return {"names": names, "rows": rows}

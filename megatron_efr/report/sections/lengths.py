@@ -16,11 +16,16 @@ _PERCENTILES = (10, 25, 50, 75, 90)
 
 
 def build(results: Results) -> dict[str, Any] | str:
-    """A range for each model, of right responses and of wrong ones, and the table; over all seeds of a model."""
+    """A range for each model, of right responses and of wrong ones, and the table; over all seeds
+    of a model.
+    """
     models = [model for model in results.models if results.records(model)]
     if not models:
         return "No evaluation is in this folder."
-    found = [tuple(_percentiles(_lengths(results.records(m), right)) for right in (True, False)) for m in models]
+    found = [
+        tuple(_percentiles(_lengths(results.records(m), right)) for right in (True, False))
+        for m in models
+    ]
     most = max((p[-1] for pair in found for _, p in pair if len(p)), default=1.0)
     drawn = []
     for side, title in enumerate(("Right", "Wrong")):
@@ -34,7 +39,10 @@ def build(results: Results) -> dict[str, Any] | str:
     size = (4.4, 1.2 + 0.32 * len(models))
     return {
         "plots": results.draw("lengths", drawn, size, alt, columns=2),
-        "rows": [[label(m), *(_written(*each) for each in pair)] for m, pair in zip(models, found, strict=True)],
+        "rows": [
+            [label(m), *(_written(*each) for each in pair)]
+            for m, pair in zip(models, found, strict=True)
+        ],
     }
 
 
@@ -42,7 +50,9 @@ def _lengths(records: list[Record], right: bool) -> np.ndarray:
     """Tokens of all right responses, or of all wrong ones."""
     rows = [row for record in records for row in record["rows"]]
     tokens = np.array([count for row in rows for count in row["tokens"]], dtype=float)
-    return tokens[np.array([value == right for row in rows for value in row["correct"]], dtype=bool)]
+    return tokens[
+        np.array([value == right for row in rows for value in row["correct"]], dtype=bool)
+    ]
 
 
 def _percentiles(lengths: np.ndarray) -> tuple[int, np.ndarray]:

@@ -1,4 +1,6 @@
-"""Provenance: what took how long, versions, how problems were asked, seeds, and the configuration of every run."""
+"""Provenance: what took how long, versions, how problems were asked, seeds, and the configuration
+of every run.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,13 @@ _OWN = ("name", "runs")
 
 
 def build(results: Results) -> dict[str, Any] | str:
-    """Seconds, versions, how problems were asked, what differs between the runs, every configuration."""
+    """Seconds, versions, how problems were asked, what differs between the runs, every
+    configuration.
+    """
     seconds = [
-        (part, duration(value)) for part, value in results.summary.get("seconds", {}).items() if value is not None
+        (part, duration(value))
+        for part, value in results.summary.get("seconds", {}).items()
+        if value is not None
     ]
     if not (seconds or results.versions or results.configs):
         return "Neither configuration nor versions were given."
@@ -32,14 +38,19 @@ def build(results: Results) -> dict[str, Any] | str:
 
 
 def differences(configs: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(run, its keys that differ between the runs, as text) of each configuration that can be read."""
+    """(run, its keys that differ between the runs, as text) of each configuration that can be
+    read.
+    """
     trees = {name: tree for name, text in configs.items() if isinstance(tree := _read(text), dict)}
     if len(trees) < 2:
         return []
     values = {name: {k: json.dumps(v) for k, v in leaves("", tree)} for name, tree in trees.items()}
     keys = dict.fromkeys(key for own in values.values() for key in own if key not in _OWN)
     differing = [key for key in keys if len({own.get(key) for own in values.values()}) > 1]
-    return [(name, ", ".join(f"{key} = {own[key]}" for key in differing if key in own)) for name, own in values.items()]
+    return [
+        (name, ", ".join(f"{key} = {own[key]}" for key in differing if key in own))
+        for name, own in values.items()
+    ]
 
 
 def _read(text: str) -> Any:

@@ -15,12 +15,17 @@ _BOX = "\\boxed{"
 
 def build(results: Results) -> dict[str, Any] | str:
     """The chosen problems, and every model's first response to each."""
-    records = {m["name"]: record for m in results.models if (record := results.record(m)) is not None}
+    records = {
+        m["name"]: record for m in results.models if (record := results.record(m)) is not None
+    }
     chosen = chosen_problems(list(records), records)
     if not chosen:
         return "No problem was answered by every model here."
     labels = {model["name"]: label(model) for model in results.models}
-    ends = {name: (each.get("protocol") or {}).get("model.thinking.closes", _ENDS) for name, each in records.items()}
+    ends = {
+        name: (each.get("protocol") or {}).get("model.thinking.closes", _ENDS)
+        for name, each in records.items()
+    }
     return {"problems": [_problem(each, labels, ends) for each in chosen]}
 
 
@@ -31,7 +36,10 @@ def _problem(chosen: Chosen, labels: dict[str, str], ends: dict[str, str]) -> di
         "rule": chosen.rule,
         "question": row["question"],
         "gold": row["gold"],
-        "answers": [_answer(name, labels[name], ends[name], answer, longest) for name, answer in chosen.rows.items()],
+        "answers": [
+            _answer(name, labels[name], ends[name], answer, longest)
+            for name, answer in chosen.rows.items()
+        ],
     }
 
 
@@ -50,7 +58,9 @@ def _answer(name: str, text: str, ends: str, answer: Record, longest: int) -> di
 
 
 def split(response: str, ends: str = _ENDS) -> tuple[str, str]:
-    """The thinking of a response and its answer: what follows `ends`, or else what begins with the last box."""
+    """The thinking of a response and its answer: what follows `ends`, or else what begins with the
+    last box.
+    """
     at = response.rfind(ends)
     if at >= 0:
         return response[: at + len(ends)], response[at + len(ends) :].strip("\n")

@@ -1,4 +1,6 @@
-"""The core that all streams of an embedded engine share: model, weights, cache, and whose turn it is to use them."""
+"""The core that all streams of an embedded engine share: model, weights, cache, and whose turn it
+is to use them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class Tally:
 
 @dataclass(slots=True)
 class Core:
-    """The state of an engine: `slots` responses are decoded at once, from weights of `version` (-1: none)."""
+    """The state of an engine: `slots` responses are decoded at once, from weights of `version` (-1:
+    none).
+    """
 
     architecture: Architecture
     slots: int

@@ -1,4 +1,5 @@
-"""A lean decoder of every family that the policy trains, over one batched KV cache: prefill and steps, no training.
+"""A lean decoder of every family that the policy trains, over one batched KV cache: prefill and
+steps, no training.
 
 Rows never influence one another, bit for bit, if the libraries below allow it. Matrix products get
 their rows in multiples of `ROWS`, since MKL rounds differently for few rows. A step's attention
@@ -36,13 +37,16 @@ def round_up(number: int, multiple: int) -> int:
 
 
 class Cache:
-    """Keys and values of sequences, one a row: `layers` each [2, rows, kv heads, capacity, head dim], keys first.
+    """Keys and values of sequences, one a row: `layers` each [2, rows, kv heads, capacity, head
+    dim], keys first.
 
-    Rows are added, and capacity doubles, as they are needed. Unused entries are zero or left over from an earlier
-    sequence; both are finite, so that masked attention gives them exactly nothing.
+    Rows are added, and capacity doubles, as they are needed. Unused entries are zero or left over
+    from an earlier sequence; both are finite, so that masked attention gives them exactly nothing.
     """
 
-    def __init__(self, architecture: Architecture, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, architecture: Architecture, device: torch.device, dtype: torch.dtype
+    ) -> None:
         a = architecture
         shape = (2, 0, a.kv_heads, 0, a.head_dim)
         self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(a.layers)]
@@ -72,18 +76,23 @@ class Cache:
             del old
 
     def entries(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The places of keys and values of `positions` [n] in `rows` [n] in one layer, seen as vectors [.., head dim].
+        """The places of keys and values of `positions` [n] in `rows` [n] in one layer, seen as
+        vectors [.., head dim].
 
         In the order [n, keys then values, kv heads], flat.
         """
         two, all_rows, heads, capacity, _ = self.layers[0].shape
         parts = torch.arange(two, device=rows.device)[:, None] * all_rows
         head = torch.arange(heads, device=rows.device)
-        return (((parts + rows[:, None, None]) * heads + head) * capacity + positions[:, None, None]).flatten()
+        return (
+            ((parts + rows[:, None, None]) * heads + head) * capacity + positions[:, None, None]
+        ).flatten()
 
     @torch.inference_mode()
     def write(self, row: int, tokens: int, kv: torch.Tensor) -> None:
-        """Fill the first `tokens` entries of `row` from `kv` [layers, 2, kv heads, >= tokens, head dim]."""
+        """Fill the first `tokens` entries of `row` from `kv` [layers, 2, kv heads, >= tokens, head
+        dim].
+        """
         for layer, given in zip(self.layers, kv, strict=True):
             layer[:, row, :, :tokens] = given[:, :, :tokens]
 
@@ -116,19 +125,27 @@ class _Layer:
 
 
 class Decoder:
-    """The model's weights and its forward pass; float32 on CPU is what the bitwise claims are tested for."""
+    """The model's weights and its forward pass; float32 on CPU is what the bitwise claims are
+    tested for.
+    """
 
-    def __init__(self, architecture: Architecture, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, architecture: Architecture, device: torch.device, dtype: torch.dtype
+    ) -> None:
         a = self.architecture = architecture
         self.device, self.dtype = device, dtype
-        self._targets: dict[str, torch.Tensor] = {}  # Hugging Face name -> place of its values in our tensors
+        # Hugging Face name -> place of its values in our tensors
+        self._targets: dict[str, torch.Tensor] = {}
         self._shapes = WeightMapping(a).shapes()
         self._embedding = self._tensor("model.embed_tokens.weight")
         self._layers = [self._layer(f"model.layers.{n}.") for n in range(a.layers)]
         self._norm = self._tensor("model.norm.weight")
         self._head = self._embedding if a.tied else self._tensor("lm_head.weight")
-        self._head_fp32 = self._head  # logits are fp32, as the policy's are: bf16 ones move log-probs by several 1e-2
-        assert self._targets.keys() == self._shapes.keys(), "the mapping and the decoder disagree about the model"
+        # logits are fp32, as the policy's are: bf16 ones move log-probs by several 1e-2
+        self._head_fp32 = self._head
+        assert self._targets.keys() == self._shapes.keys(), (
+            "the mapping and the decoder disagree about the model"
+        )
         self._inverse_frequencies = inverse_frequencies(a.rotary, a.head_dim).to(device)
 
     def _layer(self, prefix: str) -> _Layer:
@@ -136,14 +153,18 @@ class Decoder:
         attention = prefix + "self_attn."
         mlp = prefix + "mlp."
         bias = [f"{attention}{x}_proj.bias" for x in "qkv"]
-        feed_forward = [f"{mlp}experts.{e}." for e in range(a.experts.count)] if a.experts else [mlp]
+        feed_forward = (
+            [f"{mlp}experts.{e}." for e in range(a.experts.count)] if a.experts else [mlp]
+        )
         return _Layer(
             input_norm=self._tensor(prefix + "input_layernorm.weight"),
             qkv=self._tensor(*(f"{attention}{x}_proj.weight" for x in "qkv")),
             qkv_bias=self._tensor(*bias) if a.qkv_bias else None,
             o=self._tensor(attention + "o_proj.weight"),
             post_norm=self._tensor(prefix + "post_attention_layernorm.weight"),
-            gate_up=[self._tensor(f + "gate_proj.weight", f + "up_proj.weight") for f in feed_forward],
+            gate_up=[
+                self._tensor(f + "gate_proj.weight", f + "up_proj.weight") for f in feed_forward
+            ],
             down=[self._tensor(f + "down_proj.weight") for f in feed_forward],
             q_norm=self._tensor(attention + "q_norm.weight") if a.qk_norm else None,
             k_norm=self._tensor(attention + "k_norm.weight") if a.qk_norm else None,
@@ -153,70 +174,92 @@ class Decoder:
     def _tensor(self, *names: str) -> torch.Tensor:
         """Room for the named tensors, stacked along dim 0."""
         rows = [self._shapes[name][0] for name in names]
-        tensor = torch.empty(sum(rows), *self._shapes[names[0]][1:], device=self.device, dtype=self.dtype)
+        tensor = torch.empty(
+            sum(rows), *self._shapes[names[0]][1:], device=self.device, dtype=self.dtype
+        )
         self._targets.update(zip(names, tensor.split(rows), strict=True))
         return tensor
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy (Hugging Face name, whole tensor) pairs in; ValueError names what is unknown, twice, mis-shaped or
-        missing, after which the weights are a mixture and must not be served.
+        """Copy (Hugging Face name, whole tensor) pairs in; ValueError names what is unknown, twice,
+        mis-shaped or missing, after which the weights are a mixture and must not be served.
 
-        Copies, not views: a version stays what it was while the optimizer goes on changing the policy's tensors.
+        Copies, not views: a version stays what it was while the optimizer goes on changing the
+        policy's tensors.
         """
-        # The iterator's own code runs outside inference mode: it may keep tensors that autograd sees later.
+        # The iterator's own code runs outside inference mode: it may keep tensors that autograd
+        # sees later.
         for name, tensor in check_names(weights, self._shapes):
             with torch.no_grad():
                 self._targets[name].copy_(tensor)
         self._head_fp32 = self._head.float()  # itself if it is fp32
 
-    def read(self, sequences: list[NDArray[np.int64]]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Prefill sequences together with those of the same padded length, PREFILL_TOKENS tokens (or one) at a time.
+    def read(
+        self, sequences: list[NDArray[np.int64]]
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Prefill sequences together with those of the same padded length, PREFILL_TOKENS tokens
+        (or one) at a time.
 
-        Yields (index, keys and values [layers, 2, kv heads, >= its length, head dim], logits after the last token,
-        float32 [vocab]), batch by batch.
+        Yields (index, keys and values [layers, 2, kv heads, >= its length, head dim], logits after
+        the last token, float32 [vocab]), batch by batch.
         """
-        # Padding to the longest in the batch would be fewer batches, but blocks of attention, and with them the
-        # rounding, depend on the padded length from about 200 tokens on.
+        # Padding to the longest in the batch would be fewer batches, but blocks of attention, and
+        # with them the rounding, depend on the padded length from about 200 tokens on.
         by_width: dict[int, list[int]] = {}
         for index, sequence in enumerate(sequences):
             by_width.setdefault(round_up(len(sequence), ROWS), []).append(index)
         for width, members in by_width.items():
             at_once = max(1, PREFILL_TOKENS // width)
-            for batch in (members[first : first + at_once] for first in range(0, len(members), at_once)):
+            for batch in (
+                members[first : first + at_once] for first in range(0, len(members), at_once)
+            ):
                 tokens = np.zeros((len(batch), width), dtype=np.int64)
                 for row, index in zip(tokens, batch, strict=True):
                     row[: len(sequences[index])] = sequences[index]
-                lengths = torch.tensor([len(sequences[index]) for index in batch], device=self.device)
+                lengths = torch.tensor(
+                    [len(sequences[index]) for index in batch], device=self.device
+                )
                 kv, logits = self.prefill(torch.from_numpy(tokens).to(self.device), lengths)
                 yield from zip(batch, kv.unbind(2), logits, strict=True)
 
     @torch.inference_mode()
-    def prefill(self, tokens: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read whole sequences: tokens [n, s], s a multiple of ROWS, padded on the right, and their lengths [n].
+    def prefill(
+        self, tokens: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read whole sequences: tokens [n, s], s a multiple of ROWS, padded on the right, and their
+        lengths [n].
 
-        Returns keys and values [layers, 2, n, kv heads, s, head dim] (what lies beyond a row's length is finite and
-        meaningless), and the logits after each row's last token, float32 [n, vocab].
+        Returns keys and values [layers, 2, n, kv heads, s, head dim] (what lies beyond a row's
+        length is finite and meaningless), and the logits after each row's last token, float32 [n,
+        vocab].
         """
         a = self.architecture
         n, s = tokens.shape
         cos, sin = self._rotation(torch.arange(s, device=self.device))
-        kv = torch.empty(a.layers, 2, n, a.kv_heads, s, a.head_dim, device=self.device, dtype=self.dtype)
+        kv = torch.empty(
+            a.layers, 2, n, a.kv_heads, s, a.head_dim, device=self.device, dtype=self.dtype
+        )
         x = F.embedding(tokens, self._embedding)
         for layer, cached in zip(self._layers, kv, strict=True):
             qkv = self._qkv(layer, x, cos, sin).transpose(1, 2)
             cached.copy_(qkv[:, a.heads :].unflatten(1, (2, a.kv_heads)).transpose(0, 1))
             key, value = cached
-            attended = F.scaled_dot_product_attention(qkv[:, : a.heads], key, value, is_causal=True, enable_gqa=True)
+            attended = F.scaled_dot_product_attention(
+                qkv[:, : a.heads], key, value, is_causal=True, enable_gqa=True
+            )
             x = self._rest(layer, x, attended.transpose(1, 2).reshape(n, s, -1))
         last = x[torch.arange(n, device=self.device), lengths - 1]
         return kv, self._logits(F.pad(last, (0, 0, 0, round_up(n, ROWS) - n)))[:n]
 
     @torch.inference_mode()
-    def step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: Cache, keys: Sequence[int]) -> torch.Tensor:
-        """One token for each of the cache's first n rows (n a multiple of ROWS): tokens and positions, int64 [n].
+    def step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, cache: Cache, keys: Sequence[int]
+    ) -> torch.Tensor:
+        """One token for each of the cache's first n rows (n a multiple of ROWS): tokens and
+        positions, int64 [n].
 
-        `keys` has, for every CHUNK rows, the number of cache entries that the longest of them uses, this token
-        included. Returns the logits after those tokens, float32 [n, vocab].
+        `keys` has, for every CHUNK rows, the number of cache entries that the longest of them uses,
+        this token included. Returns the logits after those tokens, float32 [n, vocab].
         """
         a = self.architecture
         n = tokens.shape[0]
@@ -227,20 +270,30 @@ class Decoder:
         x = F.embedding(tokens, self._embedding)
         for layer, cached in zip(self._layers, cache.layers, strict=True):
             qkv = self._qkv(layer, x, cos, sin)
-            cached.view(-1, a.head_dim).index_copy_(0, entries, qkv[:, a.heads :].reshape(-1, a.head_dim))
+            cached.view(-1, a.head_dim).index_copy_(
+                0, entries, qkv[:, a.heads :].reshape(-1, a.head_dim)
+            )
             q = qkv[:, : a.heads] * a.head_dim**-0.5
-            attended = [_attend(q[block], cached[:, block, :, :k], mask) for block, k, mask in blocks]
+            attended = [
+                _attend(q[block], cached[:, block, :, :k], mask) for block, k, mask in blocks
+            ]
             x = self._rest(layer, x, torch.cat(attended))
         return self._logits(x)
 
     def _mask(self, positions: torch.Tensor, keys: int) -> torch.Tensor:
-        """The mask that attention adds to its scores, [n, 1, keys]: 0 up to each row's position, -inf beyond."""
+        """The mask that attention adds to its scores, [n, 1, keys]: 0 up to each row's position,
+        -inf beyond.
+        """
         beyond = torch.arange(keys, device=self.device) > positions[:, None]
         mask = torch.zeros(beyond.shape, device=self.device, dtype=self.dtype)
         return mask.masked_fill_(beyond, float("-inf"))[:, None]
 
-    def _qkv(self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Rotated queries and keys, and values, of x [..., hidden]: [..., heads + 2 kv heads, head dim]."""
+    def _qkv(
+        self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        """Rotated queries and keys, and values, of x [..., hidden]: [..., heads + 2 kv heads, head
+        dim].
+        """
         a = self.architecture
         qkv = F.linear(self._rms(x, layer.input_norm), layer.qkv, layer.qkv_bias)
         qkv = qkv.unflatten(-1, (a.heads + 2 * a.kv_heads, a.head_dim))
@@ -261,9 +314,11 @@ class Decoder:
         return self._experts(layer, normed.flatten(0, -2), layer.router).view_as(x).add_(x)
 
     def _experts(self, layer: _Layer, x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
-        """The chosen experts' outputs for x [n, hidden], by their probabilities; an expert's rows in multiples of ROWS.
+        """The chosen experts' outputs for x [n, hidden], by their probabilities; an expert's rows
+        in multiples of ROWS.
 
-        Experts are added in their order, so that a row's sum does not depend on which others chose them.
+        Experts are added in their order, so that a row's sum does not depend on which others chose
+        them.
         """
         experts = self.architecture.experts
         assert experts is not None
@@ -287,7 +342,9 @@ class Decoder:
         return F.linear(self._rms(x, self._norm).float(), self._head_fp32)
 
     def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [n, 1, head dim] for `positions` [n]; sin carries the signs of the rotated halves."""
+        """cos and sin [n, 1, head dim] for `positions` [n]; sin carries the signs of the rotated
+        halves.
+        """
         angles = positions[:, None, None] * self._inverse_frequencies
         factor = self.architecture.rotary.attention_factor
         cos, sin = angles.cos() * factor, angles.sin() * factor
@@ -300,7 +357,9 @@ def _swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch
 
 
 def _blocks(rows: int, keys: Sequence[int]) -> Iterator[tuple[slice, int]]:
-    """Runs of chunks that need equally many keys, rounded up, as (rows, keys): one product serves them all."""
+    """Runs of chunks that need equally many keys, rounded up, as (rows, keys): one product serves
+    them all.
+    """
     first = 0
     for length, chunks in itertools.groupby(round_up(k, KEYS) for k in keys):
         last = min(first + CHUNK * len(list(chunks)), rows)
@@ -309,9 +368,11 @@ def _blocks(rows: int, keys: Sequence[int]) -> Iterator[tuple[slice, int]]:
 
 
 def _attend(q: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """One scaled query a head, q [n, heads, head dim], over kv [2, n, kv heads, keys, head dim]: [n, heads * head dim].
+    """One scaled query a head, q [n, heads, head dim], over kv [2, n, kv heads, keys, head dim]:
+    [n, heads * head dim].
 
-    Two batched products: for single queries they take two thirds of the time of scaled_dot_product_attention on CPU.
+    Two batched products: for single queries they take two thirds of the time of
+    scaled_dot_product_attention on CPU.
     """
     n, heads, width = q.shape
     key, value = kv.flatten(1, 2)  # [n * kv heads, keys, head dim], views of the cache
@@ -321,5 +382,7 @@ def _attend(q: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor) -> torch.Tens
     probabilities = torch.softmax(scores, -1)
     attended = torch.bmm(probabilities[..., :SUMMED], value[:, :SUMMED])
     for first in range(SUMMED, value.shape[1], SUMMED):
-        attended += torch.bmm(probabilities[..., first : first + SUMMED], value[:, first : first + SUMMED])
+        attended += torch.bmm(
+            probabilities[..., first : first + SUMMED], value[:, first : first + SUMMED]
+        )
     return attended.view(n, heads * width)

@@ -1,4 +1,5 @@
-"""The embedded engine: continuous batching over our own decoder, in this process, fed by `publish` like any other.
+"""The embedded engine: continuous batching over our own decoder, in this process, fed by `publish`
+like any other.
 
 What does not depend on what. A token is a function of its logits and of (request seed, sample,
 position in the response); what a script writes takes a position too, and goes through the same step
@@ -31,10 +32,11 @@ from megatron_efr.weights.architecture import Architecture
 class LocalEngine:
     """An `Engine` in this process, for small models; `slots` responses are decoded at once.
 
-    `model` is a Hugging Face folder (only config.json is read), the dictionary of a config.json, or an Architecture.
-    One cache serves all streams: one that goes on after another was asked reads again what it holds. A thread that
-    decodes while another has paused waits for `resume`; decoding in the very thread that paused is an error, since it
-    would wait for ever. Misuse raises RuntimeError, a bad request, sampling or tensor ValueError.
+    `model` is a Hugging Face folder (only config.json is read), the dictionary of a config.json, or
+    an Architecture. One cache serves all streams: one that goes on after another was asked reads
+    again what it holds. A thread that decodes while another has paused waits for `resume`; decoding
+    in the very thread that paused is an error, since it would wait for ever. Misuse raises
+    RuntimeError, a bad request, sampling or tensor ValueError.
     """
 
     abilities: ClassVar[frozenset[str]] = frozenset({"forks", "penalties", "seeds"})
@@ -60,7 +62,8 @@ class LocalEngine:
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Stream:
         """Yield each request's whole group as its last response ends, in order of completion.
 
-        Requests are pulled when rows become free for them, at most slots/16 samples ahead, and prefilled together.
+        Requests are pulled when rows become free for them, at most slots/16 samples ahead, and
+        prefilled together.
         """
         check_sampling(sampling, self.architecture.vocab)
         with self._core.pause_lock.changing():
@@ -96,7 +99,8 @@ class LocalEngine:
         self._core.pause_lock.resume()
 
     def sleep(self) -> int:
-        """Pause, and free weights and cache. Unfinished responses are kept as tokens, and read again afterwards.
+        """Pause, and free weights and cache. Unfinished responses are kept as tokens, and read
+        again afterwards.
 
         0: it is no server.
         """
@@ -113,7 +117,9 @@ class LocalEngine:
             self._core.asleep = False
 
     def health(self) -> dict[str, float]:
-        """Since the last call: tokens, seconds spent decoding, tokens per second, mean rows decoded in a step."""
+        """Since the last call: tokens, seconds spent decoding, tokens per second, mean rows decoded
+        in a step.
+        """
         with self._core.pause_lock.changing():
             tally = self._core.tally
             self._core.tally = Tally()

@@ -15,9 +15,11 @@ class Closable(Protocol):
 
 
 class PauseLock:
-    """A lock that the decoding thread lets go of between tokens, and gives up to whoever asks for it.
+    """A lock that the decoding thread lets go of between tokens, and gives up to whoever asks for
+    it.
 
-    Plain locks are not fair: a thread that takes one again at once may keep others waiting for as long as it decodes.
+    Plain locks are not fair: a thread that takes one again at once may keep others waiting for as
+    long as it decodes.
     """
 
     def __init__(self) -> None:
@@ -54,6 +56,8 @@ class PauseLock:
         with self._condition:
             while (self._paused_by is not None or self._wanted_by) and not who.closed:
                 if self._paused_by == threading.get_ident():
-                    raise RuntimeError("the engine is paused: resume() before asking for more groups")
+                    raise RuntimeError(
+                        "the engine is paused: resume() before asking for more groups"
+                    )
                 self._condition.wait()
             yield

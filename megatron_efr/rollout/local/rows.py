@@ -1,4 +1,6 @@
-"""Responses in the making, one a row of the batch: their tokens, how far each may go, and what their scripts order."""
+"""Responses in the making, one a row of the batch: their tokens, how far each may go, and what
+their scripts order.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from megatron_efr.steps import Ending
 from megatron_efr.types import Prompt, Response, Sampling, VersionSpan
 
 WRITTEN = 0
-"""The kind of rows whose next token their script writes; other kinds say which tokens end a drawing."""
+"""The kind of rows whose next token their script writes; other kinds say which tokens end a
+drawing.
+"""
 
 GOES_ON, STOPS, HELD = 0, 1, 2
 """Effects of a token on a drawing: nothing, end it and belong to it, end it and be held back."""
@@ -35,7 +39,8 @@ class Row:
     spans: list[tuple[int, int]]  # (version, first token)
     branch: int = 0
     branches: int = 0  # begun so far
-    writing: deque[tuple[int, float]] = field(default_factory=deque)  # tokens to come that its script writes
+    # tokens to come that its script writes
+    writing: deque[tuple[int, float]] = field(default_factory=deque)
 
     def serve(self, version: int, length: int) -> None:
         """Note that what comes after `length` tokens is made by `version`."""
@@ -45,9 +50,11 @@ class Row:
 
 @dataclass(slots=True)
 class Entry:
-    """A row outside the batch: tokens of prompt and response, and the response's log-probs, those held back too.
+    """A row outside the batch: tokens of prompt and response, and the response's log-probs, those
+    held back too.
 
-    `kv` [layers, 2, kv heads, >= tokens - 1, head dim] is what the weights of number `publication` made of its tokens.
+    `kv` [layers, 2, kv heads, >= tokens - 1, head dim] is what the weights of number `publication`
+    made of its tokens.
     """
 
     row: Row
@@ -71,7 +78,9 @@ class Entry:
         tokens = tuple(self.tokens[self.prompt : self.length].tolist())
         spans = self.row.spans
         ends = [start for _, start in spans[1:]] + [end]
-        versions = tuple(VersionSpan(v, start, end) for (v, start), end in zip(spans, ends, strict=True))
+        versions = tuple(
+            VersionSpan(v, start, end) for (v, start), end in zip(spans, ends, strict=True)
+        )
         driver = self.row.driver
         return Response(
             tokens,
@@ -87,7 +96,8 @@ class Entry:
 class Rows:
     """The state of a batch's rows, of which 0 .. active-1 are in use.
 
-    A row holds prompt and response as `tokens[row, :length]`, of which the first `prompt` were there at its beginning.
+    A row holds prompt and response as `tokens[row, :length]`, of which the first `prompt` were
+    there at its beginning.
     """
 
     def __init__(self, count: int, vocab: int, sampling: Sampling) -> None:
@@ -95,7 +105,8 @@ class Rows:
         self.rows: list[Row | None] = [None] * count
         self.length = np.ones(count, dtype=np.int64)
         self.prompt = np.ones(count, dtype=np.int64)
-        self.limit = np.zeros(count, dtype=np.int64)  # the length at which the present order is over
+        # the length at which the present order is over
+        self.limit = np.zeros(count, dtype=np.int64)
         self.seed = np.zeros(count, dtype=np.uint64)
         self.sample = np.zeros(count, dtype=np.int64)
         self.branch = np.zeros(count, dtype=np.int64)
@@ -185,7 +196,9 @@ class Rows:
         return isinstance(self[index].driver.order, (Drawing, Writing))
 
     def follow(self, index: int) -> None:
-        """Tell row `index`'s script that its order is over, and begin what it orders then, as `obey` does."""
+        """Tell row `index`'s script that its order is over, and begin what it orders then, as
+        `obey` does.
+        """
         row = self[index]
         token = int(self.tokens[index, self.length[index] - 1])
         effect = self._effect[self.kind[index], token]
@@ -199,8 +212,10 @@ class Rows:
         self.obey(index)
 
     def obey(self, index: int) -> None:
-        """Begin what the row's driver orders, with the token that it holds back, up to the next token to be drawn or
-        written. Its order is then one of these; or to fork, or None, which are not the batch's to carry out."""
+        """Begin what the row's driver orders, with the token that it holds back, up to the next
+        token to be drawn or written. Its order is then one of these; or to fork, or None, which are
+        not the batch's to carry out.
+        """
         row = self[index]
         driver = row.driver
         while isinstance(order := driver.order, (Drawing, Writing)):
@@ -226,7 +241,9 @@ class Rows:
             stops = isinstance(order, Drawing) and int(self.tokens[index, at]) in self._stop_ids
             if not stops and at + 1 < self.limit[index]:
                 return
-            self._done(index, order.ending if isinstance(order, Writing) else "stop" if stops else "length")
+            self._done(
+                index, order.ending if isinstance(order, Writing) else "stop" if stops else "length"
+            )
 
     def _done(self, index: int, ending: Ending, met: int | None = None) -> None:
         tokens = self.tokens[index, self.prompt[index] : self.length[index]]

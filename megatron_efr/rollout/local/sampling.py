@@ -1,8 +1,8 @@
 """Drawing tokens: counter-based random numbers (Philox) and inverse-CDF sampling, a row at a time.
 
-A token is a function of its logits and of (request seed, sample, branch, position) alone: no generator carries state
-from one draw to the next, so a response does not depend on what else is in the batch or on what was drawn before a
-restart.
+A token is a function of its logits and of (request seed, sample, branch, position) alone: no
+generator carries state from one draw to the next, so a response does not depend on what else is in
+the batch or on what was drawn before a restart.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ _LOW = np.uint64(0xFFFFFFFF)
 _WORD = np.uint64(32)
 
 
-def philox4x32(counter: NDArray[np.uint64], key: NDArray[np.uint64], rounds: int = 10) -> NDArray[np.uint64]:
-    """Philox-4x32: counters [4, n] and keys [2, n] of 32-bit words, held in uint64, to random words [4, n].
+def philox4x32(
+    counter: NDArray[np.uint64], key: NDArray[np.uint64], rounds: int = 10
+) -> NDArray[np.uint64]:
+    """Philox-4x32: counters [4, n] and keys [2, n] of 32-bit words, held in uint64, to random words
+    [4, n].
 
-    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; word order as in Random123.
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; word order as in
+    Random123.
     """
     even, odd = counter[0::2], counter[1::2]
     for _ in range(rounds):
@@ -40,28 +44,33 @@ def uniforms(
     positions: NDArray[np.int64],
     branches: NDArray[np.int64] | int = 0,
 ) -> NDArray[np.float64]:
-    """One 53-bit uniform in [0, 1) for each (request seed, sample, branch, position in the response), all [n].
+    """One 53-bit uniform in [0, 1) for each (request seed, sample, branch, position in the
+    response), all [n].
 
-    The seed is Philox's key; the counter is (position, sample, branch, 0), so draws of one request never share a
-    counter. Branch 0 is the response itself.
+    The seed is Philox's key; the counter is (position, sample, branch, 0), so draws of one request
+    never share a counter. Branch 0 is the response itself.
     """
     counter = np.zeros((4, len(seeds)), dtype=np.uint64)
     counter[0] = positions
     counter[1] = samples
     counter[2] = branches
     words = philox4x32(counter, np.stack([seeds & _LOW, seeds >> _WORD]))
-    return ((words[0] >> np.uint64(5)) * 67108864.0 + (words[1] >> np.uint64(6))) / 9007199254740992.0
+    return (
+        (words[0] >> np.uint64(5)) * 67108864.0 + (words[1] >> np.uint64(6))
+    ) / 9007199254740992.0
 
 
 @torch.inference_mode()
 def draw(
     logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token a row: logits [n, vocab] and float64 uniforms [n] to tokens [n] and float32 log-probs [n].
+    """Draw one token a row: logits [n, vocab] and float64 uniforms [n] to tokens [n] and float32
+    log-probs [n].
 
-    The token is the first whose cumulative probability, summed in float64 in the order of token ids, exceeds the
-    uniform times the total. Log-probs are of the distribution after temperature and before top-p, as SGLang reports
-    them. Temperature 0 takes the most probable token (the lowest id of equals), with its log-prob at temperature 1.
+    The token is the first whose cumulative probability, summed in float64 in the order of token
+    ids, exceeds the uniform times the total. Log-probs are of the distribution after temperature
+    and before top-p, as SGLang reports them. Temperature 0 takes the most probable token (the
+    lowest id of equals), with its log-prob at temperature 1.
 
     Every operation works row by row, so a row's result does not depend on the others.
     """
@@ -75,8 +84,12 @@ def draw(
             probabilities = _nucleus(probabilities, top_p)
         cumulative = probabilities.cumsum(-1)
         # u * total < total for every u <= 1 - 2^-53, so the token found always has probability > 0.
-        tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    logprobs = torch.log_softmax(logits, -1).gather(-1, tokens[:, None].clamp(max=logits.shape[-1] - 1))[:, 0]
+        tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[
+            :, 0
+        ]
+    logprobs = torch.log_softmax(logits, -1).gather(
+        -1, tokens[:, None].clamp(max=logits.shape[-1] - 1)
+    )[:, 0]
     return tokens, logprobs
 
 
@@ -106,7 +119,11 @@ def lowered(logits: torch.Tensor, penalties: Iterable[tuple[int, TokenPenalty]])
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Zero all but the smallest set of most probable tokens that holds `top_p` of the mass; the lower id wins ties."""
+    """Zero all but the smallest set of most probable tokens that holds `top_p` of the mass; the
+    lower id wins ties.
+    """
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
-    return probabilities.masked_fill(torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, before >= top_p), 0.0)
+    return probabilities.masked_fill(
+        torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, before >= top_p), 0.0
+    )

@@ -1,4 +1,6 @@
-"""One call of `generate` on the embedded engine: continuous batching of responses, each driven by its script."""
+"""One call of `generate` on the embedded engine: continuous batching of responses, each driven by
+its script.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +24,21 @@ from megatron_efr.types import Group, Request, Response, Sampling
 
 @dataclass(slots=True)
 class _Open:
-    """A request with unfinished responses. Its prompt is prefilled once: every sample starts from `kv`, `logits`."""
+    """A request with unfinished responses. Its prompt is prefilled once: every sample starts from
+    `kv`, `logits`.
+    """
 
     request: Request
     responses: list[Response | None]
     started: int = 0
-    kv: torch.Tensor | None = None  # [layers, 2, kv heads, >= prompt, head dim], while samples remain to be started
+    # [layers, 2, kv heads, >= prompt, head dim], while samples remain to be started
+    kv: torch.Tensor | None = None
     logits: torch.Tensor | None = None  # [vocab]
 
 
 class Stream(Iterator[Group]):
-    """One call of `generate`: the rows of the engine's cache, and what waits for a place among them.
+    """One call of `generate`: the rows of the engine's cache, and what waits for a place among
+    them.
 
     The cache holds all but the last token of a row.
     """
@@ -42,13 +48,15 @@ class Stream(Iterator[Group]):
         self._requests = iter(requests)
         self._sampling = sampling
         self._waiting: deque[_Open] = deque()  # prefilled, with samples to start
-        self._ready: deque[Entry] = deque()  # begun, and not in the batch: branches, and what has waited for its own
+        # begun, and not in the batch: branches, and what has waited for its own
+        self._ready: deque[Entry] = deque()
         self._done: deque[Group] = deque()
         self.closed = False
         self._publication = core.publications
         self._rows = Rows(round_up(core.slots, ROWS), core.architecture.vocab, sampling)
         self._most = 1  # tokens of a sequence
-        self._ended: list[int] = []  # active rows whose response has ended, or waits for its branches
+        # active rows whose response has ended, or waits for its branches
+        self._ended: list[int] = []
 
     def __iter__(self) -> Self:
         return self
@@ -72,7 +80,8 @@ class Stream(Iterator[Group]):
         with self._core.pause_lock.changing():
             self.closed = True
 
-    # -- one token -----------------------------------------------------------------------------------------------------
+    # -- one token
+    # ----------------------------------------------------------------------------------------------
 
     def _step(self, tally: Tally) -> None:
         """One token for every active row."""
@@ -83,14 +92,18 @@ class Stream(Iterator[Group]):
         positions = self._rows.length[:padded] - 1
         last = self._rows.tokens[rows, positions]
         cache = self._reserve(padded, int(positions.max()) + 2)
-        keys = [int(positions[first : first + CHUNK].max()) + 1 for first in range(0, padded, CHUNK)]
+        keys = [
+            int(positions[first : first + CHUNK].max()) + 1 for first in range(0, padded, CHUNK)
+        ]
         logits = self._decoder.step(self._to_device(last), self._to_device(positions), cache, keys)
         tally.steps += 1
         tally.rows += n
         self._append(rows[:n], logits)
 
     def _append(self, indices: np.ndarray, logits: torch.Tensor) -> None:
-        """Give the rows `indices` their next token, drawn from the first of `logits` unless their script writes it."""
+        """Give the rows `indices` their next token, drawn from the first of `logits` unless their
+        script writes it.
+        """
         rows, sampling = self._rows, self._sampling
         at = rows.positions(indices)
         uniform = uniforms(rows.seed[indices], rows.sample[indices], at, rows.branch[indices])
@@ -101,7 +114,9 @@ class Stream(Iterator[Group]):
         if not np.isfinite(logprobs).all():
             self._core.cache, self.closed = None, True  # what is not finite is not hidden by a mask
             bad = rows[int(indices[np.flatnonzero(~np.isfinite(logprobs))[0]])]
-            raise RuntimeError(f"prompt {bad.prompt.id}: the weights give logits that are not finite")
+            raise RuntimeError(
+                f"prompt {bad.prompt.id}: the weights give logits that are not finite"
+            )
         self._core.tally.tokens += int(np.count_nonzero(rows.kind[indices] != WRITTEN))
         for index in rows.append(indices, tokens, logprobs).tolist():
             rows.follow(index)
@@ -119,10 +134,13 @@ class Stream(Iterator[Group]):
         self._ended.append(index)
         self._go_on(entry)
 
-    # -- scripts -------------------------------------------------------------------------------------------------------
+    # -- scripts
+    # ----------------------------------------------------------------------------------------------
 
     def _go_on(self, entry: Entry) -> None:
-        """Hand a whole response on, start the branches that it asks for, or let it wait for a place in the batch."""
+        """Hand a whole response on, start the branches that it asks for, or let it wait for a place
+        in the batch.
+        """
         match entry.row.driver.order:
             case None:
                 entry.row.deliver(entry.response(self._core.codec.decode))
@@ -149,12 +167,20 @@ class Stream(Iterator[Group]):
                 [(self._core.version, 0)],
                 branch=row.branches,
             )
-            begun = Entry(branch, entry.tokens[: entry.prompt + at], entry.logprobs[:0], entry.kv, entry.publication)
+            begun = Entry(
+                branch,
+                entry.tokens[: entry.prompt + at],
+                entry.logprobs[:0],
+                entry.kv,
+                entry.publication,
+            )
             if after:  # to be read: no cache has them
                 begun = Entry(branch, np.append(begun.tokens, after), begun.logprobs)
             self._ready.append(begun)
 
-    def _join(self, entry: Entry, responses: list[Response | None], number: int, response: Response) -> None:
+    def _join(
+        self, entry: Entry, responses: list[Response | None], number: int, response: Response
+    ) -> None:
         """Take a branch's response; with the last of them its own goes on."""
         responses[number] = response
         whole = [each for each in responses if each is not None]
@@ -168,12 +194,17 @@ class Stream(Iterator[Group]):
         responses = tuple(each for each in owner.responses if each is not None)
         if len(responses) == owner.request.samples:
             request = owner.request
-            self._done.append(Group(request.prompt, responses, request.seed, request.scripts, request.note))
+            self._done.append(
+                Group(request.prompt, responses, request.seed, request.scripts, request.note)
+            )
 
-    # -- the batch -----------------------------------------------------------------------------------------------------
+    # -- the batch
+    # ----------------------------------------------------------------------------------------------
 
     def _fill(self) -> None:
-        """Take ended responses out of the batch and start waiting ones, until no row is free or nothing waits."""
+        """Take ended responses out of the batch and start waiting ones, until no row is free or
+        nothing waits.
+        """
         while True:
             for index in sorted(self._ended, reverse=True):
                 self._close(index)
@@ -182,7 +213,9 @@ class Stream(Iterator[Group]):
                 self._put([self._ready.popleft() for _ in range(room)])
             free = self._core.slots - self._rows.active
             self._pull(free)
-            started = [self._start(self._waiting[0]) for _ in range(min(free, self._samples_waiting()))]
+            started = [
+                self._start(self._waiting[0]) for _ in range(min(free, self._samples_waiting()))
+            ]
             if not started:
                 if self._ended:
                     continue
@@ -192,13 +225,17 @@ class Stream(Iterator[Group]):
             for index in indices:
                 self._look_at(index)
             if going:
-                self._append(np.array([indices[i] for i in going]), torch.stack([logits[i] for i in going]))
+                self._append(
+                    np.array([indices[i] for i in going]), torch.stack([logits[i] for i in going])
+                )
 
     def _close(self, hole: int) -> None:
-        """Fill row `hole` and drop the last row, so that active rows stay together and long ones come first.
+        """Fill row `hole` and drop the last row, so that active rows stay together and long ones
+        come first.
 
-        Each later chunk gives its longest row to the hole in the chunk before it: chunks stay sorted by length, as
-        new rows enter at the end and all grow alike, and attention of a chunk runs over little more than it needs.
+        Each later chunk gives its longest row to the hole in the chunk before it: chunks stay
+        sorted by length, as new rows enter at the end and all grow alike, and attention of a chunk
+        runs over little more than it needs.
         """
         rows = self._rows
         for first in range(round_up(hole + 1, CHUNK), rows.active, CHUNK):
@@ -215,7 +252,9 @@ class Stream(Iterator[Group]):
         assert owner.kv is not None
         assert owner.logits is not None
         request, sample, logits = owner.request, owner.started, owner.logits
-        driver = Driver(request.scripts[sample].steps(sample), self._sampling, self._core.codec, request.prompt)
+        driver = Driver(
+            request.scripts[sample].steps(sample), self._sampling, self._core.codec, request.prompt
+        )
         deliver = partial(self._deliver, owner, sample)
         row = Row(request.prompt, request.seed, sample, driver, deliver, [(self._core.version, 0)])
         tokens = np.array(request.prompt.tokens, dtype=np.int64)
@@ -229,10 +268,11 @@ class Stream(Iterator[Group]):
         return index, logits
 
     def _put(self, entries: Sequence[Entry]) -> None:
-        """Give what was begun free rows; what no cache has of it, or that of older weights, is read together.
+        """Give what was begun free rows; what no cache has of it, or that of older weights, is read
+        together.
 
-        The last token of each is read in the next step: one that is held back, or what takes its place, was drawn from
-        those before it.
+        The last token of each is read in the next step: one that is held back, or what takes its
+        place, was drawn from those before it.
         """
         longest = max(len(entry.tokens) for entry in entries)
         cache = self._reserve(self._rows.active + len(entries) + len(self._ready), longest + 1)
@@ -253,11 +293,15 @@ class Stream(Iterator[Group]):
             self._look_at(index)  # a token that was held back may be the last that is allowed
 
     def _pull(self, free: int) -> None:
-        """Pull and prefill requests until `free` samples wait; if any must be pulled, slots/16 at least."""
+        """Pull and prefill requests until `free` samples wait; if any must be pulled, slots/16 at
+        least.
+        """
         waiting = self._samples_waiting()
         if waiting < free:
             for request in self._requests:
-                most = check_request(request, self._sampling, self._core.architecture, self._core.codec)
+                most = check_request(
+                    request, self._sampling, self._core.architecture, self._core.codec
+                )
                 self._most = max(self._most, most)
                 self._waiting.append(_Open(request, [None] * request.samples))
                 waiting += request.samples
@@ -288,18 +332,23 @@ class Stream(Iterator[Group]):
         self._publication, self._core.held_by = self._core.publications, self
 
     def _move(self, source: int, target: int) -> None:
-        """Move an active row; its last token is not in the cache yet, so that all but it is copied."""
+        """Move an active row; its last token is not in the cache yet, so that all but it is
+        copied.
+        """
         length = int(self._rows.length[source])
         self._reserve(self._rows.active, length).move(source, target, length - 1)
         self._rows.move(source, target)
 
     def _give_back(self) -> None:
-        """Free the cache if nothing is unfinished: training has its memory until the next request."""
+        """Free the cache if nothing is unfinished: training has its memory until the next
+        request.
+        """
         if len(self._ended) == self._rows.active and not self._ready and not self._waiting:
             self._core.cache = None
 
     def _reserve(self, rows: int, tokens: int) -> Cache:
-        """The engine's cache, with room for `tokens` in every row, here and there; for `rows`, or all that there are.
+        """The engine's cache, with room for `tokens` in every row, here and there; for `rows`, or
+        all that there are.
 
         Few responses take few rows, however many there might be.
         """

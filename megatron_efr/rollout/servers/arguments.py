@@ -1,4 +1,6 @@
-"""Holds `rollout.server` to the arguments that the engine's interpreter has, without importing SGLang."""
+"""Holds `rollout.server` to the arguments that the engine's interpreter has, without importing
+SGLang.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,16 @@ _NAMES: dict[str, Any] = {
 
 
 def check_server_arguments(engines: EnginesConfig) -> None:
-    """ConfigError for a key of `rollout.server` that SGLang does not know, or of another type than it takes.
+    """ConfigError for a key of `rollout.server` that SGLang does not know, or of another type than
+    it takes.
 
     If there is no such interpreter, or no SGLang in it, whatever starts the servers will say so.
     """
     if not engines.server or not os.access(engines.python, os.X_OK):
         return
-    done = subprocess.run([engines.python, "-c", _FIND], capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    done = subprocess.run(
+        [engines.python, "-c", _FIND], capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
     if done.returncode == 0:
         check_against(Path(done.stdout.strip()), engines.server)
 
@@ -42,8 +47,8 @@ def check_against(package: Path, given: dict[str, Any]) -> None:
     """ConfigError if the sources of SGLang in folder `package` have no such argument, or another
     type for it.
 
-    Its dataclass is put together of fields written as `name: A[type, help]`; a flag that is no field (an old name of
-    one) is known by its text alone, and of any type.
+    Its dataclass is put together of fields written as `name: A[type, help]`; a flag that is no
+    field (an old name of one) is known by its text alone, and of any type.
     """
     sources = [*(package / "srt" / "arg_groups").rglob("*.py"), package / "srt" / "server_args.py"]
     texts = [path.read_text(encoding="utf-8") for path in sources if path.is_file()]
@@ -66,7 +71,11 @@ def _fields(text: str) -> Iterator[tuple[str, Any]]:
 
 def _annotation(node: ast.expr) -> Any:
     """The type that an annotation writes; Any if it is in other names than the plain ones."""
-    if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "A" and isinstance(node.slice, ast.Tuple):
+    if (
+        isinstance(node, ast.Subscript)
+        and ast.unparse(node.value) == "A"
+        and isinstance(node.slice, ast.Tuple)
+    ):
         node = node.slice.elts[0]
     try:
         return eval(ast.unparse(node), {"__builtins__": {}}, _NAMES)

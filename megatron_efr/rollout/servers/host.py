@@ -13,7 +13,9 @@ Gpus = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """One machine of the trainer: the `number`-th of `count`, with `ranks` ranks on its first GPUs."""
+    """One machine of the trainer: the `number`-th of `count`, with `ranks` ranks on its first
+    GPUs.
+    """
 
     number: int = 0
     count: int = 1
@@ -28,8 +30,8 @@ class Host:
         ranks = int(environment.get("LOCAL_WORLD_SIZE", world))
         if world % ranks:
             raise ConfigError(
-                f"torchrun: {world} ranks, {ranks} of them on this host: start equally many on each host "
-                "(--nproc-per-node)"
+                f"torchrun: {world} ranks, {ranks} of them on this host: start equally many on "
+                "each host (--nproc-per-node)"
             )
         return cls(int(environment.get("RANK", "0")) // ranks, world // ranks, ranks)
 
@@ -42,8 +44,8 @@ class Host:
         engines, rest = divmod(rollout.engines or 1, self.count)
         if rest:
             raise ConfigError(
-                f"rollout.engines: {rollout.engines} do not divide over {self.count} hosts; make them a multiple of "
-                f"{self.count}, or give engines elsewhere in rollout.urls"
+                f"rollout.engines: {rollout.engines} do not divide over {self.count} hosts; make "
+                f"them a multiple of {self.count}, or give engines elsewhere in rollout.urls"
             )
         return neighbours(range(self.ranks, self.ranks + engines * rollout.tp), rollout.tp)
 
@@ -51,13 +53,15 @@ class Host:
         if self.ranks % rollout.tp:
             fitting = [n for n in range(1, self.ranks + 1) if self.ranks % n == 0]
             raise ConfigError(
-                f"rollout.tp: {rollout.tp} does not divide the {self.ranks} ranks of a host; one of {fitting} would"
+                f"rollout.tp: {rollout.tp} does not divide the {self.ranks} ranks of a host; one "
+                f"of {fitting} would"
             )
         engines = self.count * self.ranks // rollout.tp
         if rollout.engines not in (None, engines):
             raise ConfigError(
-                f"rollout.engines: {rollout.engines}, and colocated there is one for every rollout.tp = {rollout.tp} "
-                f"of {self.count * self.ranks} ranks: {engines}; leave it out"
+                f"rollout.engines: {rollout.engines}, and colocated there is one for every "
+                f"rollout.tp = {rollout.tp} of {self.count * self.ranks} ranks: {engines}; leave "
+                "it out"
             )
         return neighbours(range(self.ranks), rollout.tp)
 

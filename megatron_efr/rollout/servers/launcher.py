@@ -1,7 +1,8 @@
 """Starts SGLang servers, waits until they are ready, has them watched, and ends them.
 
-Each server runs under a supervisor (`supervisor.py`) in a session of its own: Ctrl-C does not reach it, and when the
-process that started it is gone, however it went, the supervisor ends the server and all that the server started.
+Each server runs under a supervisor (`supervisor.py`) in a session of its own: Ctrl-C does not reach
+it, and when the process that started it is gone, however it went, the supervisor ends the server
+and all that the server started.
 """
 
 from __future__ import annotations
@@ -50,8 +51,12 @@ REFUSED = {
     "port": "set by the launcher",
     "api_key": "made for each run",
     "base_gpu_id": "follows from rollout.placement",
-    "enable_custom_logit_processor": "a processor changes the distribution, and log-probs would not be the sampler's",
-    "preferred_sampling_params": "they change the distribution, and log-probs would not be the sampler's",
+    "enable_custom_logit_processor": (
+        "a processor changes the distribution, and log-probs would not be the sampler's"
+    ),
+    "preferred_sampling_params": (
+        "they change the distribution, and log-probs would not be the sampler's"
+    ),
 }
 """Arguments of SGLang's server that a configuration may not set, and why."""
 
@@ -62,8 +67,9 @@ _TORCHRUN_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PYTHON", "P
 def server_environment(outer: Mapping[str, str], on_gpu: bool, tp: int) -> dict[str, str]:
     """`outer` without what torchrun and the trainer's interpreter set for themselves.
 
-    A server that finds RANK or MASTER_ADDR joins the trainer's group instead of its own; memory in expandable segments
-    (PYTORCH_CUDA_ALLOC_CONF) cannot be shared by CUDA IPC; PYTHONPATH is another interpreter's.
+    A server that finds RANK or MASTER_ADDR joins the trainer's group instead of its own; memory in
+    expandable segments (PYTORCH_CUDA_ALLOC_CONF) cannot be shared by CUDA IPC; PYTHONPATH is
+    another interpreter's.
     """
     kept = {
         name: value
@@ -71,7 +77,8 @@ def server_environment(outer: Mapping[str, str], on_gpu: bool, tp: int) -> dict[
         if name not in _TORCHRUN and not name.startswith(_TORCHRUN_PREFIXES)
     }
     kept["HF_HUB_OFFLINE"] = "1"  # the model is a folder
-    kept["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # YaRN reaches beyond config.json's limit
+    # YaRN reaches beyond config.json's limit
+    kept["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     if not on_gpu:
         kept |= CPU_ENVIRONMENT | {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(["0"] * tp)}
     return kept
@@ -85,7 +92,8 @@ def server_arguments(
     first_gpu: int = 0,
     shared: bool = False,
 ) -> dict[str, Any]:
-    """Arguments that the servers of a run are started with, by SGLang's names; `rollout.server` has the last word.
+    """Arguments that the servers of a run are started with, by SGLang's names; `rollout.server` has
+    the last word.
 
     `first_gpu` is the first server's, which may be `shared` with a trainer.
     """
@@ -101,7 +109,8 @@ def server_arguments(
         "dtype": model.dtype,
         "tp_size": rollout.tp,
         "max_running_requests": rollout.slots,
-        "enable_fp32_lm_head": model.dtype != "float32",  # as the policy's head: bf16 logits move log-probs by 1e-2
+        # as the policy's head: bf16 logits move log-probs by 1e-2
+        "enable_fp32_lm_head": model.dtype != "float32",
         "enable_return_routed_experts": model.routing == "replay",
         "log_level_http": "warning",
     }
@@ -109,15 +118,17 @@ def server_arguments(
         arguments["base_gpu_id"] = first_gpu
         arguments["enable_memory_saver"] = shared  # without it they release nothing
     else:
-        arguments |= CPU_ARGUMENTS | {"max_total_tokens": max(CPU_CACHED_TOKENS, architecture.max_positions)}
+        arguments |= CPU_ARGUMENTS | {
+            "max_total_tokens": max(CPU_CACHED_TOKENS, architecture.max_positions)
+        }
     return arguments | rollout.server
 
 
 class Launcher:
     """The servers that this process starts. Use it as a context manager, or call `close`.
 
-    Configuration, key and logs lie in `folder`, which only its owner may read: SGLang reads its arguments from a file,
-    so that `ps` shows no key, but writes them to its log.
+    Configuration, key and logs lie in `folder`, which only its owner may read: SGLang reads its
+    arguments from a file, so that `ps` shows no key, but writes them to its log.
     """
 
     def __init__(self, folder: Path, stop_s: float, key: str | None = None) -> None:
@@ -140,7 +151,8 @@ class Launcher:
         port: int | None = None,
         extra: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Start engine number `index` of a run, with random numbers of its own; returns before it is ready.
+        """Start engine number `index` of a run, with random numbers of its own; returns before it
+        is ready.
 
         It takes `tp` GPUs from `first_gpu` on, `shared` with a trainer or not.
         `extra` are more arguments of
@@ -150,7 +162,9 @@ class Launcher:
         arguments = server_arguments(model, engines, architecture, on_gpu, first_gpu, shared)
         arguments |= {"random_seed": (seed + index) % 2**31, **extra}
         environment = server_environment(os.environ, on_gpu, engines.tp)
-        self.start_one(f"engine-{index}", engines.python, arguments, environment, host=host, port=port)
+        self.start_one(
+            f"engine-{index}", engines.python, arguments, environment, host=host, port=port
+        )
 
     def start_one(
         self,
@@ -173,13 +187,19 @@ class Launcher:
         port = port or free_port(host)
         settings = {**arguments, "host": host, "port": port, "api_key": self.key}
         file = self.folder / f"{name}.yaml"
-        file.write_text(yaml.safe_dump({key.replace("_", "-"): value for key, value in settings.items()}))
+        file.write_text(
+            yaml.safe_dump({key.replace("_", "-"): value for key, value in settings.items()})
+        )
         command = [python, "-m", "sglang.launch_server", "--config", str(file)]
         url = f"http://{host}:{port}"
-        self.servers.append(ServerProcess(name, url, self.folder, command, environment, self._stop_s))
+        self.servers.append(
+            ServerProcess(name, url, self.folder, command, environment, self._stop_s)
+        )
 
     def wait(self, limit_s: float) -> list[str]:
-        """Wait until all are ready, saying so now and then; their addresses, or a UserError with the log's end."""
+        """Wait until all are ready, saying so now and then; their addresses, or a UserError with
+        the log's end.
+        """
         began = said = time.monotonic()
         waiting = list(self.servers)
         while waiting:
@@ -188,17 +208,24 @@ class Launcher:
                 if server.process.poll() is not None:
                     raise UserError(f"{server.name} ended before it was ready; {server.tail()}")
                 if waited > limit_s:
-                    late = f"{server.name} is not ready after rollout.timeouts.start_s = {limit_s:g} s"
+                    late = (
+                        f"{server.name} is not ready after rollout.timeouts.start_s = {limit_s:g} s"
+                    )
                     raise UserError(f"{late}; {server.tail()}")
             if time.monotonic() - said > SAYS_EVERY_S:
                 said = time.monotonic()
-                log.info(f"waiting for {len(waiting)} SGLang servers ({waited:.0f} s); logs: {self.folder}")
+                log.info(
+                    f"waiting for {len(waiting)} SGLang servers ({waited:.0f} s); logs: "
+                    f"{self.folder}"
+                )
             time.sleep(0.5)
             waiting = [server for server in waiting if not is_ready(server.url)]
         return [server.url for server in self.servers]
 
     def watch(self, limits: TimeoutsConfig, restarts: int) -> Watch:
-        """From now on servers that end or hang are started again, each `restarts` times at most; call it when ready."""
+        """From now on servers that end or hang are started again, each `restarts` times at most;
+        call it when ready.
+        """
         self._watch = Watch(self.servers, self.key, limits, restarts)
         return self._watch
 

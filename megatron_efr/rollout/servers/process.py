@@ -1,4 +1,6 @@
-"""One SGLang server as a process under its supervisor: started, ended, and started again at the same address."""
+"""One SGLang server as a process under its supervisor: started, ended, and started again at the
+same address.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ GRACE_S = 10.0  # what a supervisor gets beyond the server's stop_s
 
 
 class ServerProcess:
-    """A server at `url`. Each start has a log of its own: NAME.log, NAME.1.log, NAME.2.log, ... in `folder`."""
+    """A server at `url`. Each start has a log of its own: NAME.log, NAME.1.log, NAME.2.log, ... in
+    `folder`.
+    """
 
     def __init__(
         self,
@@ -37,10 +41,19 @@ class ServerProcess:
         self.start()
 
     def start(self) -> None:
-        """Start it, in a session of its own; what ran before must have ended. Returns before it is ready."""
+        """Start it, in a session of its own; what ran before must have ended. Returns before it is
+        ready.
+        """
         if self._starts:
             self.log = self.log.with_name(f"{self.name}.{self._starts}.log")
-        watched = [sys.executable, "-I", supervisor.__file__, str(os.getpid()), str(self._stop_s), *self._command]
+        watched = [
+            sys.executable,
+            "-I",
+            supervisor.__file__,
+            str(os.getpid()),
+            str(self._stop_s),
+            *self._command,
+        ]
         with open(self.log, "wb") as output:
             self.process = subprocess.Popen(
                 watched,
@@ -53,7 +66,9 @@ class ServerProcess:
         self._starts += 1
 
     def terminate(self) -> None:
-        """Have its supervisor end it and all that it started; a supervisor that was stopped goes on for that."""
+        """Have its supervisor end it and all that it started; a supervisor that was stopped goes on
+        for that.
+        """
         self.process.send_signal(signal.SIGCONT)
         self.process.terminate()
 
@@ -62,7 +77,8 @@ class ServerProcess:
         try:
             self.process.wait(self._stop_s + GRACE_S)
         except subprocess.TimeoutExpired:
-            self.process.kill()  # the kernel kills the server with its supervisor, and SGLang's workers with it
+            # the kernel kills the server with its supervisor, and SGLang's workers with it
+            self.process.kill()
             self.process.wait()
 
     def end(self) -> None:

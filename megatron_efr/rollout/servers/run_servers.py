@@ -1,4 +1,6 @@
-"""The SGLang servers of a run: every host's first rank starts those of its host, and every rank learns of all."""
+"""The SGLang servers of a run: every host's first rank starts those of its host, and every rank
+learns of all.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from megatron_efr.rollout.servers.watch import Watch
 
 @dataclass(frozen=True)
 class Servers:
-    """The addresses of all servers of a run, in the order of the GPUs that they take, and their key.
+    """The addresses of all servers of a run, in the order of the GPUs that they take, and their
+    key.
 
     On a host's first rank `watch` starts the host's servers again if they end or hang.
     """
@@ -38,7 +41,9 @@ class Servers:
             self.watch.hold()
 
     def restart(self, urls: Sequence[str]) -> None:
-        """End those servers that this host has started; they are started again. Every rank may call it."""
+        """End those servers that this host has started; they are started again. Every rank may call
+        it.
+        """
         if self.watch is not None:
             self.watch.restart(urls)
 
@@ -50,7 +55,11 @@ class Servers:
 
 @contextmanager
 def start_servers(
-    model: ModelConfig, rollout: RolloutConfig, folder: Path, seed: int, cpu_world: dist.ProcessGroup
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    folder: Path,
+    seed: int,
+    cpu_world: dist.ProcessGroup,
 ) -> Iterator[Servers]:
     """The servers that a run asks for, ready, and ended with the block; every rank enters it.
 
@@ -80,7 +89,9 @@ def start_servers(
                 failure = error
         # all ranks learn all addresses, or who failed
         everyone: list[Any] = [None] * dist.get_world_size(cpu_world)
-        dist.all_gather_object(everyone, (urls, failure and f"host {address}: {failure}"), group=cpu_world)
+        dist.all_gather_object(
+            everyone, (urls, failure and f"host {address}: {failure}"), group=cpu_world
+        )
         if failure is not None:
             raise failure
         if failures := [said for _, said in everyone if said]:
@@ -90,7 +101,12 @@ def start_servers(
 
 
 def _start(
-    launcher: Launcher, model: ModelConfig, rollout: RolloutConfig, seed: int, host: Host, address: str
+    launcher: Launcher,
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    seed: int,
+    host: Host,
+    address: str,
 ) -> list[str]:
     """This host's servers, ready: their addresses."""
     on_gpu = torch.cuda.is_available()
@@ -105,7 +121,14 @@ def _start(
     for place, gpus in enumerate(engine_gpus):
         index = host.number * len(engine_gpus) + place
         launcher.start_engine(
-            model, rollout, index, seed=seed, on_gpu=on_gpu, first_gpu=gpus[0], shared=shared, host=address
+            model,
+            rollout,
+            index,
+            seed=seed,
+            on_gpu=on_gpu,
+            first_gpu=gpus[0],
+            shared=shared,
+            host=address,
         )
     return launcher.wait(rollout.timeouts.start_s)
 
@@ -114,7 +137,8 @@ def _address(host: Host, cpu_world: dist.ProcessGroup) -> str:
     """The address of this host's servers: one host keeps to itself; of several, each the one by
     which it reaches rank 0's.
 
-    Rank 0's host itself may know its name as 127.0.1.1, so it takes the last rank's word for its address.
+    Rank 0's host itself may know its name as 127.0.1.1, so it takes the last rank's word for its
+    address.
     """
     if host.count == 1:
         return LOOPBACK

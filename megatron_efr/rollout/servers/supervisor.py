@@ -1,10 +1,13 @@
-"""Runs one command, and ends it with all its descendants when it is told to or when the process it works for is gone.
+"""Runs one command, and ends it with all its descendants when it is told to or when the process it
+works for is gone.
 
-    python supervisor.py PID SECONDS COMMAND...     ends with the command's exit code, 128 + n if signal n ended it
+    python supervisor.py PID SECONDS COMMAND...
+        ends with the command's exit code, 128 + n if signal n ended it
 
-PID is the process worked for. SIGTERM gives the command SECONDS to end by itself; when PID is gone, it gets none. A
-file of its own for the standard library alone: it starts in no time and has one thread, so that a child may safely be
-prepared between fork and exec. If the supervisor itself is killed, the kernel kills the command (PR_SET_PDEATHSIG).
+PID is the process worked for. SIGTERM gives the command SECONDS to end by itself; when PID is gone,
+it gets none. A file of its own for the standard library alone: it starts in no time and has one
+thread, so that a child may safely be prepared between fork and exec. If the supervisor itself is
+killed, the kernel kills the command (PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ def prctl(option: int, value: int) -> None:
 
 
 def supervise(pid: int, seconds: float, command: list[str]) -> int:
-    """Run `command` until it ends, process `pid` is gone or SIGTERM comes; its exit code, nothing left of it."""
+    """Run `command` until it ends, process `pid` is gone or SIGTERM comes; its exit code, nothing
+    left of it.
+    """
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of the command become our children, and are found
     told, tell = os.pipe()
     os.set_blocking(tell, False)
@@ -52,7 +57,9 @@ def supervise(pid: int, seconds: float, command: list[str]) -> int:
 
 
 def _kill_descendants() -> None:
-    """Kill until no child is left: what a child leaves behind becomes ours, and is killed in the next round."""
+    """Kill until no child is left: what a child leaves behind becomes ours, and is killed in the
+    next round.
+    """
     while children := _children():
         for child in children:
             with contextlib.suppress(ProcessLookupError):

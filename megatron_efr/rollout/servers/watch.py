@@ -1,4 +1,5 @@
-"""Watches servers from threads of its own, and starts again those that ended or hang, at their old addresses.
+"""Watches servers from threads of its own, and starts again those that ended or hang, at their old
+addresses.
 
 It looks at processes and speaks HTTP, and never touches CUDA or a collective.
 """
@@ -19,14 +20,17 @@ EVERY_S = 1.0
 
 
 class Watch:
-    """A thread for each of `servers`, which are ready; each is started again `restarts` times at most, then stays down.
+    """A thread for each of `servers`, which are ready; each is started again `restarts` times at
+    most, then stays down.
 
     A server hangs when its scheduler, which answers `/server_info` also while it is paused or
     asleep, has not for `limits.hang_s`; while weights are loaded into a paused one, for
     `limits.update_s` if that is longer.
     """
 
-    def __init__(self, servers: Sequence[ServerProcess], key: str, limits: TimeoutsConfig, restarts: int) -> None:
+    def __init__(
+        self, servers: Sequence[ServerProcess], key: str, limits: TimeoutsConfig, restarts: int
+    ) -> None:
         self._key = key
         self._limits = limits
         self._restarts = restarts
@@ -38,7 +42,9 @@ class Watch:
         self._starting = set[ServerProcess]()
         self._ended: set[ServerProcess] = set()  # by `restart`
         self._threads = [
-            threading.Thread(target=self._keep, args=(server,), name=f"watch {server.name}", daemon=True)
+            threading.Thread(
+                target=self._keep, args=(server,), name=f"watch {server.name}", daemon=True
+            )
             for server in servers
         ]
         for thread in self._threads:
@@ -47,7 +53,8 @@ class Watch:
     def hold(self) -> None:
         """Put restarts off until `allow`: when this returns no server is starting, and none will.
 
-        One that was is ended; it is started again after `allow`, and this does not count as one of its times.
+        One that was is ended; it is started again after `allow`, and this does not count as one of
+        its times.
         """
         with self._lock:
             self._allowed.clear()
@@ -60,10 +67,16 @@ class Watch:
         self._allowed.set()
 
     def restart(self, urls: Sequence[str]) -> None:
-        """End those of the servers at `urls` that run; they are started again like others that ended."""
+        """End those of the servers at `urls` that run; they are started again like others that
+        ended.
+        """
         with self._lock:
             for server in self._servers:
-                if server.url in urls and server not in self._starting and server.process.poll() is None:
+                if (
+                    server.url in urls
+                    and server not in self._starting
+                    and server.process.poll() is None
+                ):
                     self._ended.add(server)
                     server.end()
 
@@ -73,8 +86,11 @@ class Watch:
             thread.join()
 
     def close(self) -> None:
-        """Start nothing any more. The servers themselves are left as they are; end them, then `join`."""
-        with self._lock:  # a start that has begun is finished first, and is then seen by who ends the servers
+        """Start nothing any more. The servers themselves are left as they are; end them, then
+        `join`.
+        """
+        # a start that has begun is finished first, and is then seen by who ends the servers
+        with self._lock:
             self._closed.set()
 
     def _keep(self, server: ServerProcess) -> None:
@@ -95,7 +111,9 @@ class Watch:
             if (code := server.process.poll()) is not None:
                 refused = server in self._ended
                 self._ended.discard(server)
-                return self._unless_closed("failed two publications" if refused else f"ended with exit code {code}")
+                return self._unless_closed(
+                    "failed two publications" if refused else (f"ended with exit code {code}")
+                )
             if self._answers(server):
                 answered = excused = time.monotonic()
             elif self._paused(server):
@@ -103,7 +121,9 @@ class Watch:
             for name, since in (("hang_s", excused), ("update_s", answered)):
                 limit = max(self._limits.hang_s, getattr(self._limits, name))
                 if time.monotonic() - since >= limit:
-                    return self._unless_closed(f"hangs: no answer for rollout.timeouts.{name} = {limit:g} s")
+                    return self._unless_closed(
+                        f"hangs: no answer for rollout.timeouts.{name} = {limit:g} s"
+                    )
         return None
 
     def _answers(self, server: ServerProcess) -> bool:
@@ -114,7 +134,8 @@ class Watch:
         """As the web process knows it, whatever the scheduler is doing."""
         patience = min(self._limits.health_s, self._limits.hang_s)
         return (
-            status(f"{server.url}/ready", patience) == 503 and status(f"{server.url}/ping", patience, self._key) == 200
+            status(f"{server.url}/ready", patience) == 503
+            and status(f"{server.url}/ping", patience, self._key) == 200
         )
 
     def _end(self, server: ServerProcess, fault: str, then: str) -> None:
@@ -122,7 +143,9 @@ class Watch:
         log.warning(f"{server.name} at {server.url} {fault}; it {then}; {server.tail()}")
 
     def _bring_back(self, server: ServerProcess) -> str | None:
-        """Start a server that has ended, when that is allowed: what went wrong, or None when it is ready, or closed."""
+        """Start a server that has ended, when that is allowed: what went wrong, or None when it is
+        ready, or closed.
+        """
         while self._start(server):
             fault = self._until_ready(server)
             with self._lock:

@@ -1,6 +1,8 @@
-"""The SGLang engine: servers of their own, spoken to from one background thread, behind the protocol of `Engine`.
+"""The SGLang engine: servers of their own, spoken to from one background thread, behind the
+protocol of `Engine`.
 
-Unlike the embedded engine's, its random numbers are the servers', so a request's seed names it and no more.
+Unlike the embedded engine's, its random numbers are the servers', so a request's seed names it and
+no more.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import WeightMapping
 
 AHEAD = 1.25
-"""Responses asked for at once, over those that the servers decode at once: what starts as soon as a place is free."""
+"""Responses asked for at once, over those that the servers decode at once: what starts as soon as a
+place is free.
+"""
 
 
 class SGLangEngine(ServerUpdates):
@@ -38,12 +42,14 @@ class SGLangEngine(ServerUpdates):
 
     With `penalties`, scripts may penalise tokens: for evaluations.
 
-    With `routed_experts`, responses of a mixture of experts say which of them read their tokens. After a publication in
-    mid-generation these are the new weights' choice for the whole response, since its tokens are read again.
+    With `routed_experts`, responses of a mixture of experts say which of them read their tokens.
+    After a publication in mid-generation these are the new weights' choice for the whole response,
+    since its tokens are read again.
 
-    All streams are answered at the same time. A thread that waits for a group while another has paused or publishes
-    waits until that is over; waiting in the very thread that paused is an error, since it would wait for ever. Misuse
-    raises RuntimeError, a bad request, sampling or tensor ValueError, a server EngineError.
+    All streams are answered at the same time. A thread that waits for a group while another has
+    paused or publishes waits until that is over; waiting in the very thread that paused is an
+    error, since it would wait for ever. Misuse raises RuntimeError, a bad request, sampling or
+    tensor ValueError, a server EngineError.
     """
 
     abilities: ClassVar[frozenset[str]] = frozenset({"forks", "routing"})
@@ -64,7 +70,9 @@ class SGLangEngine(ServerUpdates):
         router: tuple[ServerProcess, int] | None = None,
         codec: Codec | None = None,
     ) -> None:
-        super().__init__(urls, limits, key, engine_ranks, architecture if routed_experts else None, router)
+        super().__init__(
+            urls, limits, key, engine_ranks, architecture if routed_experts else None, router
+        )
         self.architecture, self.bucket_bytes = architecture, bucket_bytes
         # more responses in flight than slots, so that no slot waits
         self.in_flight = max(1, int(AHEAD * slots * self.count))
@@ -76,14 +84,16 @@ class SGLangEngine(ServerUpdates):
         try:
             for server, info in zip(self._fleet.servers, self._all(Server.info), strict=True):
                 check_server(
-                    server.url, info, ranks=engine_ranks, dtype=dtype, routed_experts=routed_experts,
+                    server.url, info, ranks=engine_ranks, dtype=dtype,
+                    routed_experts=routed_experts,
                     penalties=penalties,
                 )  # fmt: skip
         except BaseException:
             self.close()
             raise
 
-    # -- Engine --------------------------------------------------------------------------------------------------------
+    # -- Engine
+    # ----------------------------------------------------------------------------------------------
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> _Stream:
         """Yield each request's whole group as its last response ends, in order of completion.
@@ -97,10 +107,12 @@ class SGLangEngine(ServerUpdates):
         return stream
 
     def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Replace all weights by (Hugging Face name, whole tensor) pairs, in buckets within the requests.
+        """Replace all weights by (Hugging Face name, whole tensor) pairs, in buckets within the
+        requests.
 
-        ValueError names a tensor that is unknown, given twice, mis-shaped or missing, before it, or the last bucket, is
-        sent. After an error the servers stay paused and serve nothing until a publication succeeds.
+        ValueError names a tensor that is unknown, given twice, mis-shaped or missing, before it, or
+        the last bucket, is sent. After an error the servers stay paused and serve nothing until a
+        publication succeeds.
         """
         self.begin_update()
         for bucket in _buckets(check_names(weights, self._shapes), self.bucket_bytes):
@@ -109,7 +121,8 @@ class SGLangEngine(ServerUpdates):
         self.end_update(version)
 
     def publish_folder(self, folder: Path, version: int) -> None:
-        """Replace all weights by those of a Hugging Face folder, which the servers read; after an error as `publish`.
+        """Replace all weights by those of a Hugging Face folder, which the servers read; after an
+        error as `publish`.
 
         SGLang ignores what is not the model's: the folder's tensors must have been checked.
         """
@@ -130,9 +143,11 @@ class SGLangEngine(ServerUpdates):
         self._answering(Server.resume)
 
     def sleep(self) -> int:
-        """Pause, and give up weights and caches; unfinished responses are kept as tokens. How many servers did so.
+        """Pause, and give up weights and caches; unfinished responses are kept as tokens. How many
+        servers did so.
 
-        Servers that were lost and are back do so too: they hold memory, though they have not been published to.
+        Servers that were lost and are back do so too: they hold memory, though they have not been
+        published to.
         """
         self._version = -1
         self._thread.run(self._membership.look())
@@ -143,20 +158,25 @@ class SGLangEngine(ServerUpdates):
         return sum(released)
 
     def wake(self) -> None:
-        """Take the weights' memory again, still paused; a publication must follow, and then `resume`."""
+        """Take the weights' memory again, still paused; a publication must follow, and then
+        `resume`.
+        """
         self._answering(lambda server: server.resume_memory(WEIGHTS))
         self._asleep = False
 
     def health(self) -> dict[str, float]:
-        """Since the last call: tokens generated, seconds in which any was, the share of prompts found in caches,
-        responses that were asked for again, servers lost and back; and how many serve now, and how many would after a
-        publication."""
+        """Since the last call: tokens generated, seconds in which any was, the share of prompts
+        found in caches, responses that were asked for again, servers lost and back; and how many
+        serve now, and how many would after a publication.
+        """
         tally = self._thread.run(self._fleet.read_tally())
         return {
             "tokens": float(tally.tokens),
             "seconds": tally.seconds,
             "tokens_per_second": tally.tokens / tally.seconds if tally.seconds else 0.0,
-            "cached_share": tally.cached_tokens / tally.prompt_tokens if tally.prompt_tokens else 0.0,
+            "cached_share": tally.cached_tokens / tally.prompt_tokens
+            if tally.prompt_tokens
+            else 0.0,
             "serving": float(tally.serving),
             "empty": float(tally.empty),
             "lost": float(tally.lost),
@@ -171,13 +191,16 @@ class SGLangEngine(ServerUpdates):
         self._thread.run(self._fleet.close())
         self._thread.close()
 
-    # -- within --------------------------------------------------------------------------------------------------------
+    # -- within
+    # ----------------------------------------------------------------------------------------------
 
     def _ask(self, request: Request, sampling: Sampling) -> Future[Group]:
         return self._thread.start(self._fleet.group(request, sampling, self._codec))
 
     def _withdraw(self, asked: Iterable[Future[Group]]) -> None:
-        """Cancel requests of a stream that ends. Servers see their connections close; with no other stream, at once."""
+        """Cancel requests of a stream that ends. Servers see their connections close; with no other
+        stream, at once.
+        """
         cancelled = sum(future.cancel() for future in asked)
         if cancelled and not any(stream.asked for stream in self._streams):
             self._answering(Server.abort_all)
@@ -194,7 +217,9 @@ class SGLangEngine(ServerUpdates):
 class _Stream(Iterator[Group]):
     """One call of `generate`: groups that are asked for, and those that came back."""
 
-    def __init__(self, engine: SGLangEngine, requests: Iterable[Request], sampling: Sampling) -> None:
+    def __init__(
+        self, engine: SGLangEngine, requests: Iterable[Request], sampling: Sampling
+    ) -> None:
         self._engine = engine
         self._requests = iter(requests)
         self._sampling = sampling
@@ -224,7 +249,8 @@ class _Stream(Iterator[Group]):
         except BaseException:
             self.close()
             raise
-        # here, in the thread that waits for the group: the thread of all connections must not be held up
+        # here, in the thread that waits for the group: the thread of all connections must not be
+        # held up
         return with_text(group, engine._codec)
 
     def close(self) -> None:
@@ -243,14 +269,20 @@ class _Stream(Iterator[Group]):
                 return
             check_request(request, self._sampling, self._engine.architecture, self._engine._codec)
             if not self._engine._penalties and any(script.penalised for script in request.scripts):
-                raise ValueError(f"prompt {request.prompt.id}: these servers take no penalty on tokens")
+                raise ValueError(
+                    f"prompt {request.prompt.id}: these servers take no penalty on tokens"
+                )
             future = self._engine._ask(request, self._sampling)
             self.asked[future] = request.samples
             future.add_done_callback(self._done.put)
 
 
-def _buckets(weights: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Tensors in their order, in lists of at most `size` bytes (or one tensor), given when the next list is begun."""
+def _buckets(
+    weights: Iterable[tuple[str, torch.Tensor]], size: int
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Tensors in their order, in lists of at most `size` bytes (or one tensor), given when the next
+    list is begun.
+    """
     bucket = []
     held = 0
     for name, tensor in weights:

@@ -59,16 +59,24 @@ class Place:
 
 
 class Fleet:
-    """Servers that share one connection pool. Responses to a prompt come from one server, and share its cache."""
+    """Servers that share one connection pool. Responses to a prompt come from one server, and share
+    its cache.
+    """
 
     def __init__(
-        self, urls: Sequence[str], key: str | None, limits: TimeoutsConfig, mixture: Architecture | None = None
+        self,
+        urls: Sequence[str],
+        key: str | None,
+        limits: TimeoutsConfig,
+        mixture: Architecture | None = None,
     ) -> None:
         headers = {"Content-Type": "application/json"}
         if key:
             headers["Authorization"] = f"Bearer {key}"
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S)
-        self._session = aiohttp.ClientSession(connector=connector, headers=headers, read_bufsize=2**20)
+        self._session = aiohttp.ClientSession(
+            connector=connector, headers=headers, read_bufsize=2**20
+        )
         self.servers = [Server(url, self._session, limits, mixture) for url in urls]
         self.membership = Membership(self.servers, limits)
         self._loads = dict.fromkeys(self.servers, 0)
@@ -84,11 +92,16 @@ class Fleet:
         await self._session.close()
 
     async def group(self, request: Request, sampling: Sampling, codec: Codec) -> Group:
-        """The whole group that answers `request`, from the server with the fewest responses in work."""
+        """The whole group that answers `request`, from the server with the fewest responses in
+        work.
+        """
         server = await self._choose()
-        places = [self._place(server) for _ in range(request.samples)]  # counted before the next group is placed
+        # counted before the next group is placed
+        places = [self._place(server) for _ in range(request.samples)]
         made = enumerate(request.scripts)
-        drivers = [Driver(script.steps(sample), sampling, codec, request.prompt) for sample, script in made]
+        drivers = [
+            Driver(script.steps(sample), sampling, codec, request.prompt) for sample, script in made
+        ]
         tasks = [
             asyncio.create_task(self._response(place, request, driver, sampling))
             for place, driver in zip(places, drivers, strict=True)
@@ -101,7 +114,9 @@ class Fleet:
                 self._move(place, None)  # a task that is cancelled before it began does not
         return Group(request.prompt, tuple(responses), request.seed, request.scripts, request.note)
 
-    async def _response(self, place: Place, request: Request, driver: Driver, sampling: Sampling) -> Response:
+    async def _response(
+        self, place: Place, request: Request, driver: Driver, sampling: Sampling
+    ) -> Response:
         """One response, draw by draw, as its script has it."""
         try:
             ask = partial(self._counted, place, request.prompt.id)
@@ -109,21 +124,29 @@ class Fleet:
         finally:
             self._move(place, None)
 
-    async def _counted(self, place: Place, name: str, tokens: tuple[int, ...], sampling: Sampling) -> Response:
+    async def _counted(
+        self, place: Place, name: str, tokens: tuple[int, ...], sampling: Sampling
+    ) -> Response:
         answer = await self._draw(place, name, tokens, sampling)
         self._tally.tokens += answer.response.length
         self._tally.prompt_tokens += len(tokens)
         self._tally.cached_tokens += answer.cached_tokens
         return answer.response
 
-    async def _draw(self, place: Place, name: str, tokens: tuple[int, ...], sampling: Sampling) -> Answer:
-        """One draw; one that was lost is asked for again, under a new name, of the server least loaded then."""
+    async def _draw(
+        self, place: Place, name: str, tokens: tuple[int, ...], sampling: Sampling
+    ) -> Answer:
+        """One draw; one that was lost is asked for again, under a new name, of the server least
+        loaded then.
+        """
         sends = 0
         while True:
             server = await self._serving(place)
             rid = self._new_rid()
             try:
-                return await self.membership.unless_lost(server, server.generate(rid, tokens, sampling))
+                return await self.membership.unless_lost(
+                    server, server.generate(rid, tokens, sampling)
+                )
             except LostError as error:
                 await self._judge(server, error)
                 sends += server in self.membership.serving
@@ -138,9 +161,11 @@ class Fleet:
             self._move(place, await self._least_loaded())
 
     async def _serving(self, place: Place) -> Server:
-        """The server that a response is in work at; another if it does not serve any more, once it is known who does.
+        """The server that a response is in work at; another if it does not serve any more, once it
+        is known who does.
 
-        A draw that follows another may come while weights are published, or after its server was lost.
+        A draw that follows another may come while weights are published, or after its server was
+        lost.
         """
         if place.server not in await self.membership.settled_serving():
             self._move(place, await self._least_loaded())
@@ -159,7 +184,9 @@ class Fleet:
         return await self._least_loaded()
 
     def _new_rid(self) -> str:
-        """An id of the one length that all have: an abort takes every request whose id begins with the one given."""
+        """An id of the one length that all have: an abort takes every request whose id begins with
+        the one given.
+        """
         return f"{self._name}-{next(self._numbers):012d}"
 
     async def _least_loaded(self) -> Server:
@@ -174,8 +201,9 @@ class Fleet:
         return place
 
     def _move(self, place: Place, server: Server | None) -> None:
-        """Count a response in work against `server` and no more against the one before, and the time in which there is
-        any; None when it is over."""
+        """Count a response in work against `server` and no more against the one before, and the
+        time in which there is any; None when it is over.
+        """
         if server is not None:
             if not any(self._loads.values()):
                 self._busy_since = time.perf_counter()

@@ -1,8 +1,9 @@
 """Membership of servers: health checks, losses, and the members of a publication.
 
-A server is `SERVING` the weights published last; `LOST`, when it did not answer or failed; or `EMPTY`, when it answers
-but has not these weights: it has restarted, or was left out. Only a publication makes a server serve: whatever became
-of one that was lost, it is paused, given all weights, and only then gets responses.
+A server is `SERVING` the weights published last; `LOST`, when it did not answer or failed; or
+`EMPTY`, when it answers but has not these weights: it has restarted, or was left out. Only a
+publication makes a server serve: whatever became of one that was lost, it is paused, given all
+weights, and only then gets responses.
 
 Everything here runs in one asyncio loop.
 """
@@ -47,20 +48,24 @@ class Events:
 
 
 class Membership:
-    """The state of every server, kept by a health check of each every `check_s` seconds but in publications."""
+    """The state of every server, kept by a health check of each every `check_s` seconds but in
+    publications.
+    """
 
     def __init__(self, servers: Sequence[Server], limits: TimeoutsConfig) -> None:
         self.servers, self.members = list(servers), list(servers)
         self.events = Events()
         self.told = asyncio.Event()  # set when the serving servers change; who looks clears it
-        self.changed = True  # this publication's servers, or a start of one, are others than the last one's
+        # this publication's servers, or a start of one, are others than the last one's
+        self.changed = True
         self._limits = limits
         self._state = dict.fromkeys(servers, State.EMPTY)
         self._version: str | None = None
         self._last: set[Server] = set()  # took part in the last publication
         self._same: set[Server] = set()  # and were not lost since
         self._failed: set[Server] = set()  # in the publication that is being begun again
-        self._failures = dict.fromkeys(servers, 0)  # since a publication that it took part in succeeded
+        # since a publication that it took part in succeeded
+        self._failures = dict.fromkeys(servers, 0)
         self._returning: set[Server] = set()
         self._losses = {server: asyncio.Event() for server in servers}
         self._updates = 0
@@ -73,7 +78,8 @@ class Membership:
         for watch in self._watches:
             watch.cancel()
 
-    # -- responses -----------------------------------------------------------------------------------------------------
+    # -- responses
+    # ----------------------------------------------------------------------------------------------
 
     @property
     def serving(self) -> list[Server]:
@@ -101,12 +107,15 @@ class Membership:
         if not self.serving:
             urls = ", ".join(server.url for server in self.servers)
             raise NoEngineError(
-                f"none of {len(self.servers)} servers is left that serves version {self._version}: {urls}"
+                f"none of {len(self.servers)} servers is left that serves version "
+                f"{self._version}: {urls}"
             )
         return self.serving
 
     async def unless_lost(self, server: Server, work: Coroutine[Any, Any, T]) -> T:
-        """Do `work`, which waits for `server`; LostError as soon as the server is lost, however long it could wait."""
+        """Do `work`, which waits for `server`; LostError as soon as the server is lost, however
+        long it could wait.
+        """
         return await unless(self._losses[server], work, f"{server.url}: lost while it worked")
 
     async def examine(self, server: Server) -> None:
@@ -123,7 +132,9 @@ class Membership:
                 self._answered(server, version, began)
 
     def lose(self, server: Server, why: str) -> None:
-        """`server` serves no more, until a publication takes it in again; what waits for it waits no longer."""
+        """`server` serves no more, until a publication takes it in again; what waits for it waits
+        no longer.
+        """
         if self._state[server] in (State.SERVING, State.UPDATING):
             self.events.lost += 1
             self._returning.add(server)
@@ -133,9 +144,12 @@ class Membership:
         self._losses[server].set()
         self.told.set()
 
-    # -- calls ---------------------------------------------------------------------------------------------------------
+    # -- calls
+    # ----------------------------------------------------------------------------------------------
 
-    async def all_members(self, call: Callable[[Server], Coroutine[Any, Any, T]], together: bool = False) -> list[T]:
+    async def all_members(
+        self, call: Callable[[Server], Coroutine[Any, Any, T]], together: bool = False
+    ) -> list[T]:
         """Make `call` of all that take part, at once, and wait for all; those that fail are lost,
         and EngineError, or LostError if none refused, has the words of all of them. Calls that wait
         for each other on the servers' side, `together`, end with the first that fails.
@@ -146,12 +160,18 @@ class Membership:
             self._failures[server] += 1
         self._failed |= failed.keys()
         if failed:
-            kind = LostError if all(isinstance(error, LostError) for error in failed.values()) else EngineError
+            kind = (
+                LostError
+                if all(isinstance(error, LostError) for error in failed.values())
+                else EngineError
+            )
             raise kind("; ".join(map(str, failed.values()))) from next(iter(failed.values()))
         return list(answers.values())
 
     async def all_answering(self, call: Callable[[Server], Coroutine[Any, Any, T]]) -> list[T]:
-        """Make `call` of all that were not lost; one that is lost now is left out, a refusal is an EngineError."""
+        """Make `call` of all that were not lost; one that is lost now is left out, a refusal is an
+        EngineError.
+        """
         answers, failed = await _each(self._not_lost(), call)
         for server, error in failed.items():
             if not isinstance(error, LostError):
@@ -163,7 +183,8 @@ class Membership:
         """Find out which lost servers answer again."""
         await self._look(self.servers)
 
-    # -- publication ---------------------------------------------------------------------------------------------------
+    # -- publication
+    # ----------------------------------------------------------------------------------------------
 
     async def begin(self) -> None:
         """Decide who takes part, and open a session with each: all that answer, but, if there are
@@ -177,13 +198,17 @@ class Membership:
         for server in self.members:
             self._state[server] = State.UPDATING
             self._losses[server].clear()
-        left_out = [f"{s.url} ({self._state[s].value})" for s in self.servers if s not in self.members]
+        left_out = [
+            f"{s.url} ({self._state[s].value})" for s in self.servers if s not in self.members
+        ]
         if left_out:
             log.warning(f"publishing to {len(self.members)} engines, without {', '.join(left_out)}")
         self.changed = not set(self.members) == self._last == self._same
 
     def end(self, version: int) -> None:
-        """All members have the weights, and serve, but those of which a response was lost in the meantime."""
+        """All members have the weights, and serve, but those of which a response was lost in the
+        meantime.
+        """
         self._version, self._failed, self._last = str(version), set(), set(self.members)
         self._same = {server for server in self.members if self._state[server] is State.UPDATING}
         for server in self._same:
@@ -197,12 +222,15 @@ class Membership:
         self.told.set()
 
     def take_failing(self) -> list[Server]:
-        """Servers that have failed `FAILURES` publications in a row, or their beginning; each is told once."""
+        """Servers that have failed `FAILURES` publications in a row, or their beginning; each is
+        told once.
+        """
         found = [server for server, failures in self._failures.items() if failures >= FAILURES]
         self._failures |= dict.fromkeys(found, 0)
         return found
 
-    # -- within --------------------------------------------------------------------------------------------------------
+    # -- within
+    # ----------------------------------------------------------------------------------------------
 
     def _not_lost(self) -> list[Server]:
         return [server for server in self.servers if self._state[server] is not State.LOST]
@@ -221,14 +249,19 @@ class Membership:
         """Wait until at least one server has come back."""
         began = time.monotonic()
         limit = self._limits.start_s
-        log.warning(f"no engine answers: waiting up to rollout.timeouts.start_s = {limit:g} s for one to come back")
+        log.warning(
+            f"no engine answers: waiting up to rollout.timeouts.start_s = {limit:g} s for one to "
+            "come back"
+        )
         while time.monotonic() - began < limit:
             await asyncio.sleep(min(self._limits.check_s, limit))
             await self._look(self.servers)
             if opened := await self._open_answering():
                 return opened
         urls = ", ".join(server.url for server in self.servers)
-        raise EngineError(f"no engine has come back within rollout.timeouts.start_s = {limit:g} s: {urls}")
+        raise EngineError(
+            f"no engine has come back within rollout.timeouts.start_s = {limit:g} s: {urls}"
+        )
 
     async def _look(self, servers: Iterable[Server]) -> None:
         """Lost servers that answer are empty."""
@@ -237,7 +270,9 @@ class Membership:
             self._back(server, version)
 
     def _back(self, server: Server, version: str) -> None:
-        """A lost server answers. One that has restarted has all its memory: its weights have SGLang's name again."""
+        """A lost server answers. One that has restarted has all its memory: its weights have
+        SGLang's name again.
+        """
         self._state[server] = State.EMPTY
         if self._version is not None and not version.isdigit():
             server.released.clear()
@@ -265,7 +300,9 @@ class Membership:
         if began != self._updates:
             return
         if self._state[server] is State.SERVING and version != self._version:
-            self.lose(server, f"it has restarted, with weights {version!r} and not {self._version!r}")
+            self.lose(
+                server, f"it has restarted, with weights {version!r} and not {self._version!r}"
+            )
         if self._state[server] is State.LOST:
             self._back(server, version)
             log.info(f"engine {server.url} answers again, and serves from the next publication on")
@@ -285,8 +322,10 @@ async def unless(happens: asyncio.Event, work: Coroutine[Any, Any, T], said: str
 
 
 async def _open(server: Server) -> None:
-    """Pause (unfinished responses are kept), drop what is cached, open a session, if need be after closing one that a
-    publication left open that failed, here or in a trainer that died. One that slept when others woke wakes here."""
+    """Pause (unfinished responses are kept), drop what is cached, open a session, if need be after
+    closing one that a publication left open that failed, here or in a trainer that died. One that
+    slept when others woke wakes here.
+    """
     await server.check()
     await server.pause()
     await server.flush()
@@ -301,7 +340,9 @@ async def _open(server: Server) -> None:
 
 
 async def _each(
-    servers: Sequence[Server], call: Callable[[Server], Coroutine[Any, Any, T]], together: bool = False
+    servers: Sequence[Server],
+    call: Callable[[Server], Coroutine[Any, Any, T]],
+    together: bool = False,
 ) -> tuple[dict[Server, T], dict[Server, EngineError]]:
     """Make `call` of all `servers` at once: what they answered, and how others failed."""
     calls = {server: asyncio.ensure_future(call(server)) for server in servers}

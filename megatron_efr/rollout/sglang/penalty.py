@@ -1,4 +1,6 @@
-"""A penalty on tokens within SGLang's servers: a custom logit processor, which they are sent as source."""
+"""A penalty on tokens within SGLang's servers: a custom logit processor, which they are sent as
+source.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,16 @@ from megatron_efr.rollout.driver import TokenPenalty
 from megatron_efr.types import Sampling
 
 SERVER = {"enable_custom_logit_processor": True, "disable_overlap_schedule": True}
-"""The arguments of servers that take one. Overlapped, a processor would not see the newest token."""
+"""The arguments of servers that take one. Overlapped, a processor would not see the newest
+token.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class PenalisedSampling(Sampling):
-    """A draw with a penalty, in a response that begins behind `begun` of the tokens it goes on from."""
+    """A draw with a penalty, in a response that begins behind `begun` of the tokens it goes on
+    from.
+    """
 
     penalty: TokenPenalty
     begun: int
@@ -34,7 +40,10 @@ class SwitchPenalty:
     def __call__(self, logits, custom_param_list):
         for row, given in enumerate(custom_param_list):
             request, window, tokens = given["__req__"], given["window"], given["tokens"]
-            said = [*request.origin_input_ids[given["begun"] :][-window:], *request.output_ids[-window:]]
+            said = [
+                *request.origin_input_ids[given["begun"] :][-window:],
+                *request.output_ids[-window:],
+            ]
             if len(said) < window or not set(tokens).isdisjoint(said[len(said) - window + 1 :]):
                 logits[row, tokens] -= given["amount"]
         return logits

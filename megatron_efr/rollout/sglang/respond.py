@@ -1,4 +1,6 @@
-"""One response from SGLang: its script driven with one request for each draw, the tokens so far in its prompt."""
+"""One response from SGLang: its script driven with one request for each draw, the tokens so far in
+its prompt.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ async def respond(driver: Driver, begun: tuple[int, ...], sampling: Sampling, as
                 growing.write(order)
             case Forking():
                 starts = [(*growing.so_far(length), *after) for length, after in order.starts]
-                branches = [respond(driver.branch(i), start, sampling, ask) for i, start in enumerate(starts)]
+                branches = [
+                    respond(driver.branch(i), start, sampling, ask)
+                    for i, start in enumerate(starts)
+                ]
                 driver.forked(growing.seen(await _all(branches)))
             case Scoring(scores):
                 driver.scored(await asyncio.to_thread(scores))
@@ -55,7 +60,9 @@ class _Growing:
 
     def seen(self, branches: list[Response]) -> list[Response]:
         """The branches, whose version is noted: the response may go on with their tokens."""
-        self._seen = max((span.version for made in branches for span in made.versions), default=self._seen)
+        self._seen = max(
+            (span.version for made in branches for span in made.versions), default=self._seen
+        )
         return branches
 
     def write(self, order: Writing) -> None:
@@ -84,7 +91,9 @@ class _Growing:
         temperature = sampling.temperature if order.temperature is None else order.temperature
         asked = replace(sampling, temperature=temperature, max_new_tokens=limit, stop_ids=ends)
         if order.penalty is not None:
-            asked = PenalisedSampling(**asdict(asked), penalty=order.penalty, begun=len(self._begun))
+            asked = PenalisedSampling(
+                **asdict(asked), penalty=order.penalty, begun=len(self._begun)
+            )
         drawn = await ask(self.so_far(first), asked)
         self._tokens += drawn.tokens
         self._logprobs += drawn.logprobs.tolist()
@@ -93,7 +102,9 @@ class _Growing:
         self._end(sampling, order.until)
 
     def _end(self, sampling: Sampling, until: tuple[int, ...]) -> None:
-        """Say how a draw ended: by its last token, since a server says `length` of whatever stands at the limit."""
+        """Say how a draw ended: by its last token, since a server says `length` of whatever stands
+        at the limit.
+        """
         last = self._tokens[-1]
         if last in until:
             self._held = self._tokens.pop(), self._logprobs.pop()
@@ -107,9 +118,13 @@ class _Growing:
     async def whole(self, sampling: Sampling, ask: Ask) -> Response:
         """The response, complete."""
         read = len(self._begun) + len(self._tokens) - 1
-        if self._routed is not None and len(self._routed) < read:  # of what a script wrote behind the last draw
-            # the last token is left to be drawn again: behind it there may be no position in the context
-            again = await ask(self.so_far(len(self._tokens) - 1), replace(sampling, max_new_tokens=1))
+        # of what a script wrote behind the last draw
+        if self._routed is not None and len(self._routed) < read:
+            # the last token is left to be drawn again: behind it there may be no position in the
+            # context
+            again = await ask(
+                self.so_far(len(self._tokens) - 1), replace(sampling, max_new_tokens=1)
+            )
             self._routed = again.routed_experts
         return Response(
             tuple(self._tokens),
@@ -128,7 +143,11 @@ class _Growing:
         """
         if not self._starts:
             return ()
-        starts = [start for i, start in enumerate(self._starts) if i == 0 or start[0] != self._starts[i - 1][0]]
+        starts = [
+            start
+            for i, start in enumerate(self._starts)
+            if i == 0 or start[0] != self._starts[i - 1][0]
+        ]
         ends = [first for _, first in starts[1:]] + [len(self._tokens)]
         return tuple(
             VersionSpan(version, first if i else 0, end)

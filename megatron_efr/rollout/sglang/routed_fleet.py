@@ -1,8 +1,10 @@
-"""A fleet whose groups are placed by sglang-router as long as it lives, and by the fleet itself when it does not.
+"""A fleet whose groups are placed by sglang-router as long as it lives, and by the fleet itself
+when it does not.
 
-The router's workers are kept the servers that serve. It says of no response which server has it: so whatever breaks
-off there, or is in work there when a server is lost, is asked for again, of a server of the fleet's own choice, which
-then is judged as ever. Everything here runs in one asyncio loop.
+The router's workers are kept the servers that serve. It says of no response which server has it: so
+whatever breaks off there, or is in work there when a server is lost, is asked for again, of a
+server of the fleet's own choice, which then is judged as ever. Everything here runs in one asyncio
+loop.
 """
 
 from __future__ import annotations
@@ -31,10 +33,17 @@ ADD_AGAIN_S = 60.0
 
 
 class RoutedFleet(Fleet):
-    """A `Fleet` behind the router that `process` runs; one that ends or hangs is started again `restarts` times."""
+    """A `Fleet` behind the router that `process` runs; one that ends or hangs is started again
+    `restarts` times.
+    """
 
     def __init__(
-        self, urls: Sequence[str], key: str | None, limits: TimeoutsConfig, process: ServerProcess, restarts: int
+        self,
+        urls: Sequence[str],
+        key: str | None,
+        limits: TimeoutsConfig,
+        process: ServerProcess,
+        restarts: int,
     ) -> None:
         super().__init__(urls, key, limits)
         self._router = Router(process.url, self._session, limits)
@@ -54,19 +63,29 @@ class RoutedFleet(Fleet):
         self._keeper.cancel()
         await super().close()
 
-    # -- responses -----------------------------------------------------------------------------------------------------
+    # -- responses
+    # ----------------------------------------------------------------------------------------------
 
     @property
     def routed(self) -> bool:
         """True if the next group goes through the router."""
-        return self._usable and self._workers == self.membership.serving_urls and not self._keeper.done()
+        return (
+            self._usable
+            and self._workers == self.membership.serving_urls
+            and not self._keeper.done()
+        )
 
     async def _choose(self) -> Server:
         least_loaded = await super()._choose()  # waits for a publication that is going on
         return self._router if self.routed else least_loaded
 
-    async def _draw(self, place: Place, name: str, tokens: tuple[int, ...], sampling: Sampling) -> Answer:
-        if place.server is self._router and (answer := await self._through_router(tokens, sampling)) is not None:
+    async def _draw(
+        self, place: Place, name: str, tokens: tuple[int, ...], sampling: Sampling
+    ) -> Answer:
+        if (
+            place.server is self._router
+            and (answer := await self._through_router(tokens, sampling)) is not None
+        ):
             return answer
         return await super()._draw(place, name, tokens, sampling)
 
@@ -83,22 +102,33 @@ class RoutedFleet(Fleet):
             return None
 
     async def _doubt(self) -> None:
-        """A response failed, and the router or any server may be why: look at all, once for all that fail together."""
+        """A response failed, and the router or any server may be why: look at all, once for all
+        that fail together.
+        """
         self._usable = False  # until it has answered
         self.membership.told.set()
         if self._examination is None or self._examination.done():
-            self._examination = asyncio.gather(*map(self.membership.examine, self.membership.serving))
+            self._examination = asyncio.gather(
+                *map(self.membership.examine, self.membership.serving)
+            )
         await asyncio.shield(self._examination)
 
-    # -- the router ----------------------------------------------------------------------------------------------------
+    # -- the router
+    # ----------------------------------------------------------------------------------------------
 
     async def _keep(self) -> None:
         """Keep it in step with the servers that serve, and start it again when it fails."""
         for left in reversed(range(self._restarts + 1)):
             fault = await self._until_it_fails()
             self._break()
-            then = f"it is started again, and {left - 1} times more at most" if left else "it stays down"
-            log.warning(f"router {self._router.url} {fault}: the fleet places its prompts itself; {then}")
+            then = (
+                (f"it is started again, and {left - 1} times more at most")
+                if left
+                else "it stays down"
+            )
+            log.warning(
+                f"router {self._router.url} {fault}: the fleet places its prompts itself; {then}"
+            )
             await asyncio.to_thread(self._process.end)
             self._offered.clear()
             if left:
@@ -131,7 +161,8 @@ class RoutedFleet(Fleet):
     async def _tend(self) -> bool:
         """True if its workers are the servers that serve; if not, have it change them."""
         if not self._workers <= self.membership.current_urls:
-            self._break()  # what a lost server had will not be answered by it, or not with known weights
+            # what a lost server had will not be answered by it, or not with known weights
+            self._break()
         names = await self._router.workers()
         for url in names.keys() - self.membership.current_urls:
             self._offered.pop(url, None)

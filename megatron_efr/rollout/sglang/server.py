@@ -1,8 +1,8 @@
 """One SGLang server over HTTP: the calls that a trainer makes, typed, each with a named limit.
 
-The contract is that of SGLang 0.5.23. A call that is answered with a refusal raises EngineError with the server's
-words; one that is not answered raises LostError, and may or may not have been carried out, as one answered with a
-failure of the server's own (5xx) raises BrokenError.
+The contract is that of SGLang 0.5.23. A call that is answered with a refusal raises EngineError
+with the server's words; one that is not answered raises LostError, and may or may not have been
+carried out, as one answered with a failure of the server's own (5xx) raises BrokenError.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class BrokenError(LostError):
 
 
 class AbortedError(LostError):
-    """The server gave a request up, though nobody here asked it to, or answered with weights that nobody gave it."""
+    """The server gave a request up, though nobody here asked it to, or answered with weights that
+    nobody gave it.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,11 @@ class Server:
     """
 
     def __init__(
-        self, url: str, session: aiohttp.ClientSession, limits: TimeoutsConfig, mixture: Architecture | None = None
+        self,
+        url: str,
+        session: aiohttp.ClientSession,
+        limits: TimeoutsConfig,
+        mixture: Architecture | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self._session = session
@@ -62,12 +68,14 @@ class Server:
         self.released: set[str] = set()
         """Parts (WEIGHTS, CACHES) that it gave up; taking others ends it. Empty once restarted."""
 
-    # -- responses -----------------------------------------------------------------------------------------------------
+    # -- responses
+    # ----------------------------------------------------------------------------------------------
 
     async def generate(self, rid: str, tokens: Sequence[int], sampling: Sampling) -> Answer:
         """One response to a prompt of token ids. `rid` names the request and must be new.
 
-        Ids outside the vocabulary end the server: check them first. Log-probs are after temperature, before top-p.
+        Ids outside the vocabulary end the server: check them first. Log-probs are after
+        temperature, before top-p.
         """
         body: dict[str, Any] = {
             "rid": rid,
@@ -99,10 +107,12 @@ class Server:
         """End every request."""
         await self._post("/abort_request", {"abort_all": True}, "control_s")
 
-    # -- state ---------------------------------------------------------------------------------------------------------
+    # -- state
+    # ----------------------------------------------------------------------------------------------
 
     async def check(self) -> str:
-        """The name of the weights, once the scheduler has shown that it answers, as it does while paused too.
+        """The name of the weights, once the scheduler has shown that it answers, as it does while
+        paused too.
 
         A single attempt: SGLang's own /health wants a token to be generated, and fails if the
         server is paused.
@@ -132,7 +142,9 @@ class Server:
         await self._post("/flush_cache", {}, "control_s")
 
     async def release_memory(self) -> bool:
-        """Give up the memory of weights and caches, if it has any; it must be paused, and its caches flushed."""
+        """Give up the memory of weights and caches, if it has any; it must be paused, and its
+        caches flushed.
+        """
         if held := [kind for kind in (CACHES, WEIGHTS) if kind not in self.released]:
             await self._post("/release_memory_occupation", {"tags": held}, "control_s")
             self.released.update(held)
@@ -146,7 +158,8 @@ class Server:
             self.released.remove(kind)
             await self._post("/resume_memory_occupation", {"tags": [kind]}, "control_s")
 
-    # -- weights -------------------------------------------------------------------------------------------------------
+    # -- weights
+    # ----------------------------------------------------------------------------------------------
 
     async def begin_update(self) -> None:
         """Open the session in which weights may be sent."""
@@ -174,15 +187,16 @@ class Server:
 
     async def update_from_disk(self, path: str) -> None:
         """Load a model folder that the server can read."""
-        body = {"model_path": path, "load_format": "auto", "flush_cache": False}  # the server's own may be dummy
+        # the server's own may be dummy
+        body = {"model_path": path, "load_format": "auto", "flush_cache": False}
         try:
             await self._update("/update_weights_from_disk", body, "update_s")
         except LostError:
             raise
         except EngineError as error:
             raise EngineError(
-                f"{error}; with rollout.transport: disk the server must find {path} on its own machine, with tensor it "
-                "need not"
+                f"{error}; with rollout.transport: disk the server must find {path} on its own "
+                "machine, with tensor it need not"
             ) from error
 
     async def set_version(self, version: int) -> None:
@@ -198,9 +212,12 @@ class Server:
         ranks = [rank["checksums"] for rank in answered["ranks"]]
         if len(ranks) == 1:
             return ranks[0]
-        return {f"rank{r}.{name}": value for r, sums in enumerate(ranks) for name, value in sums.items()}
+        return {
+            f"rank{r}.{name}": value for r, sums in enumerate(ranks) for name, value in sums.items()
+        }
 
-    # -- transport -----------------------------------------------------------------------------------------------------
+    # -- transport
+    # ----------------------------------------------------------------------------------------------
 
     async def _get(self, path: str, limit: str) -> Any:
         """A call that only reads, and so is repeated when it is lost."""
@@ -220,18 +237,24 @@ class Server:
         if not answered["success"]:
             raise EngineError(f"{self.url}{path}: {answered['message']}")
 
-    async def _request(self, method: str, path: str, body: dict[str, Any] | bytes | None, limit: str) -> Any:
+    async def _request(
+        self, method: str, path: str, body: dict[str, Any] | bytes | None, limit: str
+    ) -> Any:
         seconds = getattr(self._limits, limit)
         timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=self._limits.connect_s)
         data = json.dumps(body).encode() if isinstance(body, dict) else body
         try:
-            async with self._session.request(method, self.url + path, data=data, timeout=timeout) as answer:
+            async with self._session.request(
+                method, self.url + path, data=data, timeout=timeout
+            ) as answer:
                 text = await answer.text()
         except TimeoutError as error:
             if isinstance(error, aiohttp.ConnectionTimeoutError):
                 limit = "connect_s"
                 seconds = self._limits.connect_s
-            raise LostError(f"{self.url}{path}: no answer within rollout.timeouts.{limit} = {seconds:g} s") from error
+            raise LostError(
+                f"{self.url}{path}: no answer within rollout.timeouts.{limit} = {seconds:g} s"
+            ) from error
         except aiohttp.ClientError as error:
             raise LostError(f"{self.url}{path}: {error or type(error).__name__}") from error
         if answer.status not in (200, 202):  # 202: sglang-router will do it
@@ -242,12 +265,17 @@ class Server:
 
 def tensor_body(payloads: Sequence[str], load_format: str | None) -> bytes:
     """The body of `update_from_tensor`: a base64 payload for each tensor-parallel rank."""
-    body = {"serialized_named_tensors": list(payloads), "load_format": load_format, "flush_cache": False}
+    body = {
+        "serialized_named_tensors": list(payloads),
+        "load_format": load_format,
+        "flush_cache": False,
+    }
     return json.dumps(body).encode()
 
 
 def _sampling_params(sampling: Sampling) -> dict[str, Any]:
-    """SGLang's words for it; what could change the distribution is set, lest generation_config.json sets it.
+    """SGLang's words for it; what could change the distribution is set, lest generation_config.json
+    sets it.
 
     `ignore_eos` switches stop_token_ids off as well, and the model's own end of sequence always
     stops if it is not set: so it is set if nothing shall stop.
@@ -272,17 +300,25 @@ def _answer(answered: dict[str, Any], sampling: Sampling, url: str) -> Answer:
     finish: Finish = meta["finish_reason"]["type"]
     if finish == "abort":
         raise AbortedError(
-            f"{url}/generate: aborted after {len(tokens)} tokens: {meta['finish_reason'].get('message')}"
+            f"{url}/generate: aborted after {len(tokens)} tokens: "
+            f"{meta['finish_reason'].get('message')}"
         )
-    if unpublished := [span["version"] for span in meta["weight_versions"] if not span["version"].isdigit()]:
-        raise AbortedError(f"{url}/generate: answered with weights {unpublished[0]!r}: the server has restarted")
+    if unpublished := [
+        span["version"] for span in meta["weight_versions"] if not span["version"].isdigit()
+    ]:
+        raise AbortedError(
+            f"{url}/generate: answered with weights {unpublished[0]!r}: the server has restarted"
+        )
     drawn = meta["output_token_logprobs"]
     if [token for _, token, _ in drawn] != tokens:
-        raise EngineError(f"{url}/generate: {len(tokens)} tokens came with {len(drawn)} log-probs of others")
+        raise EngineError(
+            f"{url}/generate: {len(tokens)} tokens came with {len(drawn)} log-probs of others"
+        )
     if finish == "stop" and tokens[-1] not in sampling.stop_ids:
         raise EngineError(
-            f"{url}/generate: stopped at token {tokens[-1]}, which is none of the stop ids {list(sampling.stop_ids)}: "
-            "the server's model has another end of sequence than the tokenizer"
+            f"{url}/generate: stopped at token {tokens[-1]}, which is none of the stop ids "
+            f"{list(sampling.stop_ids)}: the server's model has another end of sequence than the "
+            "tokenizer"
         )
     spans = [VersionSpan(int(s["version"]), s["start"], s["end"]) for s in meta["weight_versions"]]
     logprobs = np.array([logprob for logprob, _, _ in drawn], dtype=np.float32)

@@ -26,7 +26,8 @@ T = TypeVar("T")
 
 
 class ServerUpdates:
-    """The servers at `urls`, each of `engine_ranks` tensor-parallel ranks, spoken to from one background thread.
+    """The servers at `urls`, each of `engine_ranks` tensor-parallel ranks, spoken to from one
+    background thread.
 
     Given `router`, its process and how often it is started again, it places the prompts.
     """
@@ -41,7 +42,11 @@ class ServerUpdates:
         router: tuple[ServerProcess, int] | None = None,
     ) -> None:
         async def make() -> Fleet:  # in the loop that its connections belong to
-            return RoutedFleet(urls, key, limits, *router) if router else Fleet(urls, key, limits, mixture)
+            return (
+                RoutedFleet(urls, key, limits, *router)
+                if router
+                else Fleet(urls, key, limits, mixture)
+            )
 
         self.engine_ranks = engine_ranks
         self._version = -1
@@ -92,20 +97,36 @@ class ServerUpdates:
         included, each server its own.
         """
         ranks = self.engine_ranks
-        bodies = [tensor_body(payloads[i : i + ranks], load_format) for i in range(0, len(payloads), ranks)]
+        bodies = [
+            tensor_body(payloads[i : i + ranks], load_format)
+            for i in range(0, len(payloads), ranks)
+        ]
         servers = self._fleet.servers
         if len(bodies) not in (1, len(servers)):
-            raise ValueError(f"{len(payloads)} payloads for {len(servers)} servers of {ranks} ranks")
+            raise ValueError(
+                f"{len(payloads)} payloads for {len(servers)} servers of {ranks} ranks"
+            )
         own = dict(zip(servers, bodies * (len(servers) if len(bodies) == 1 else 1), strict=True))
         self._all(lambda server: server.update_from_tensor(own[server]))
 
     def join_group(self, address: str, port: int, name: str, backend: str) -> Future[None]:
-        """Have every server enter a process group in which the trainer is rank 0; returns at once."""
+        """Have every server enter a process group in which the trainer is rank 0; returns at
+        once.
+        """
         world = 1 + self.count * self.engine_ranks
-        offsets = {server: 1 + i * self.engine_ranks for i, server in enumerate(self._membership.members)}
-        body = {"master_address": address, "master_port": port, "world_size": world, "group_name": name}
+        offsets = {
+            server: 1 + i * self.engine_ranks for i, server in enumerate(self._membership.members)
+        }
+        body = {
+            "master_address": address,
+            "master_port": port,
+            "world_size": world,
+            "group_name": name,
+        }
         return self._start(
-            lambda server: server.join_group(body | {"backend": backend, "rank_offset": offsets[server]})
+            lambda server: server.join_group(
+                body | {"backend": backend, "rank_offset": offsets[server]}
+            )
         )
 
     def update_from_distributed(
@@ -116,7 +137,9 @@ class ServerUpdates:
         group: str,
         load_format: str | None,
     ) -> Future[None]:
-        """Have every server receive tensors that rank 0 of `group` broadcasts in this order; returns at once."""
+        """Have every server receive tensors that rank 0 of `group` broadcasts in this order;
+        returns at once.
+        """
         body = {
             "names": list(names),
             "dtypes": list(dtypes),
@@ -133,7 +156,8 @@ class ServerUpdates:
         async def leave(server: Server) -> None:
             try:
                 await server.leave_group(name)
-            except EngineError as error:  # it has restarted since, and never was in the group, or is gone
+            # it has restarted since, and never was in the group, or is gone
+            except EngineError as error:
                 log.info(f"weights group {name}: {error}")
 
         async def work() -> None:
@@ -142,7 +166,9 @@ class ServerUpdates:
         return self._thread.start(work())
 
     def take_failing(self) -> list[str]:
-        """Addresses of servers that have failed twice in a row, and ought to be started again; each is told once."""
+        """Addresses of servers that have failed twice in a row, and ought to be started again; each
+        is told once.
+        """
 
         async def take() -> list[str]:
             return [server.url for server in self._membership.take_failing()]
@@ -155,7 +181,9 @@ class ServerUpdates:
         self._all(lambda server: server.update_from_disk(whole))
 
     def end_update(self, version: int) -> None:
-        """Close the session, drop what is cached, name the weights, go on unless paused, check the version."""
+        """Close the session, drop what is cached, name the weights, go on unless paused, check the
+        version.
+        """
         self._all(Server.end_update)
         self._all(Server.flush)
         self._all(lambda server: server.set_version(version))
@@ -163,7 +191,9 @@ class ServerUpdates:
             self._all(Server.resume)
         for url, served in zip(self.urls, self._all(Server.version), strict=True):
             if served != str(version):
-                raise EngineError(f"{url}: serves version {served} after the publication of {version}")
+                raise EngineError(
+                    f"{url}: serves version {served} after the publication of {version}"
+                )
         self._thread.run(self._ended(version))
         self._version = version
         self._updated_by = None
@@ -172,7 +202,8 @@ class ServerUpdates:
         """Each server's checksums of its weights, by SGLang's own parameter names."""
         return self._all(Server.checksums)
 
-    # -- within --------------------------------------------------------------------------------------------------------
+    # -- within
+    # ----------------------------------------------------------------------------------------------
 
     @property
     def _membership(self) -> Membership:

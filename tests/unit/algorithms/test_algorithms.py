@@ -1,4 +1,6 @@
-"""Every algorithm's advantages, loss and gradients against fp64 written out from its formulas, and worked numbers."""
+"""Every algorithm's advantages, loss and gradients against fp64 written out from its formulas, and
+worked numbers.
+"""
 
 from __future__ import annotations
 
@@ -38,17 +40,21 @@ def objective(algorithm: Algorithm, limit: int = LIMIT) -> Objective:
     return algorithm.objective(RolloutConfig(max_new_tokens=limit))
 
 
-def token_advantages(algorithm: Algorithm, groups: list[np.ndarray], lengths: list[np.ndarray]) -> list[np.ndarray]:
+def token_advantages(
+    algorithm: Algorithm, groups: list[np.ndarray], lengths: list[np.ndarray]
+) -> list[np.ndarray]:
     """Per response the one value that its tokens have, without a KL."""
     made = algorithm.credits(groups, lengths, LIMIT)
     sizes = [int(length) for each in lengths for length in each]
     empty = torch.empty(0)
     zeros = torch.zeros(sum(sizes))
     batch = PackedBatch(
-        tokens=empty, positions=empty, lengths=sizes, cu_seqlens=empty, rows=empty, targets=empty, row_lengths=sizes,
+        tokens=empty, positions=empty, lengths=sizes, cu_seqlens=empty, rows=empty, targets=empty,
+        row_lengths=sizes,
         indices=list(range(len(sizes))),
         columns={
-            "advantage": torch.tensor(np.concatenate(made), dtype=torch.float32).repeat_interleave(torch.tensor(sizes)),
+            "advantage": torch.tensor(np.concatenate(made),
+                dtype=torch.float32).repeat_interleave(torch.tensor(sizes)),
             "weight": zeros + 1, "old_logprob": zeros, "reference_logprob": zeros,
         },
     )  # fmt: skip
@@ -57,13 +63,16 @@ def token_advantages(algorithm: Algorithm, groups: list[np.ndarray], lengths: li
     return np.split(np.array(firsts), np.cumsum([len(each) for each in lengths])[:-1])
 
 
-# -- whole updates against fp64 ----------------------------------------------------------------------------------------
+# -- whole updates against fp64
+# ----------------------------------------------------------------------------------------
 
 VOCAB, HIDDEN, SAMPLES = 37, 12, 4
 
 
 class Given(NamedTuple):
-    """Everything a loss is made from, fp64, sequence by sequence; `logprobs` and `entropies` carry gradients."""
+    """Everything a loss is made from, fp64, sequence by sequence; `logprobs` and `entropies` carry
+    gradients.
+    """
 
     rewards: np.ndarray  # [groups, samples]
     logprobs: list[torch.Tensor]
@@ -78,34 +87,50 @@ class Given(NamedTuple):
 
 
 def per_token(given: Given, advantages: np.ndarray) -> list[torch.Tensor]:
-    return [torch.full_like(old, float(a)) for old, a in zip(given.old, advantages.flatten(), strict=True)]
+    return [
+        torch.full_like(old, float(a))
+        for old, a in zip(given.old, advantages.flatten(), strict=True)
+    ]
 
 
 def less_kl_to_go(given: Given, advantages: list[torch.Tensor], beta: float) -> list[torch.Tensor]:
     made = []
     for a, old, reference in zip(advantages, given.old, given.reference, strict=True):
         ratios = (old - reference).tolist()
-        made.append(a - beta * torch.tensor([sum(ratios[t:]) for t in range(len(ratios))], dtype=torch.float64))
+        made.append(
+            a
+            - beta
+            * torch.tensor([sum(ratios[t:]) for t in range(len(ratios))], dtype=torch.float64)
+        )
     return made
 
 
-def whiten(advantages: list[torch.Tensor], unbiased: bool, guard: Callable[[float], float]) -> list[torch.Tensor]:
+def whiten(
+    advantages: list[torch.Tensor], unbiased: bool, guard: Callable[[float], float]
+) -> list[torch.Tensor]:
     flat = torch.cat(advantages)
     scale = guard(float(flat.var(unbiased=unbiased))) ** 0.5
     return [(a - flat.mean()) / scale for a in advantages]
 
 
 def others_mean(rewards: np.ndarray) -> np.ndarray:
-    return np.array([[row[i] - np.delete(row, i).mean() for i in range(len(row))] for row in rewards])
+    return np.array(
+        [[row[i] - np.delete(row, i).mean() for i in range(len(row))] for row in rewards]
+    )
 
 
 def group_z(rewards: np.ndarray) -> np.ndarray:
     return np.array([[(r - row.mean()) / (row.std(ddof=1) + 1e-6) for r in row] for row in rewards])
 
 
-def ppo(given: Given, advantages: list[torch.Tensor], low: float, high: float) -> list[torch.Tensor]:
+def ppo(
+    given: Given, advantages: list[torch.Tensor], low: float, high: float
+) -> list[torch.Tensor]:
     ratios = [(new - old).exp() for new, old in zip(given.logprobs, given.old, strict=True)]
-    return [-torch.minimum(r * a, r.clamp(1 - low, 1 + high) * a) for r, a in zip(ratios, advantages, strict=True)]
+    return [
+        -torch.minimum(r * a, r.clamp(1 - low, 1 + high) * a)
+        for r, a in zip(ratios, advantages, strict=True)
+    ]
 
 
 def sequence_mean(losses: list[torch.Tensor]) -> torch.Tensor:
@@ -140,7 +165,8 @@ def exact_verl_grpo(given: Given) -> torch.Tensor:
     """Token mean, dual clip, entropy bonus, truncated importance."""
     losses = []
     for a, plain, new, old, rho, entropy in zip(
-        per_token(given, group_z(given.rewards)), ppo(given, per_token(given, group_z(given.rewards)), 0.2, 0.2),
+        per_token(given, group_z(given.rewards)),
+        ppo(given, per_token(given, group_z(given.rewards)), 0.2, 0.2),
         given.logprobs, given.old, given.importance, given.entropies, strict=True,
     ):  # fmt: skip
         bounded = torch.where(a < 0, torch.minimum(plain, -1.5 * a), plain)
@@ -151,7 +177,9 @@ def exact_verl_grpo(given: Given) -> torch.Tensor:
 
 def exact_dr_grpo(given: Given) -> torch.Tensor:
     centred = given.rewards - given.rewards.mean(1, keepdims=True)
-    return torch.stack([each.sum() / 40 for each in ppo(given, per_token(given, centred), 0.2, 0.2)]).mean()
+    return torch.stack(
+        [each.sum() / 40 for each in ppo(given, per_token(given, centred), 0.2, 0.2)]
+    ).mean()
 
 
 def exact_reinforce(given: Given) -> torch.Tensor:
@@ -175,7 +203,9 @@ def exact_dapo(given: Given) -> torch.Tensor:
 
 def exact_gspo(given: Given) -> torch.Tensor:
     losses = []
-    for new, old, a in zip(given.logprobs, given.old, group_z(given.rewards).flatten(), strict=True):
+    for new, old, a in zip(
+        given.logprobs, given.old, group_z(given.rewards).flatten(), strict=True
+    ):
         ratio = (new - old).mean().exp()
         losses.append(-torch.minimum(ratio * a, ratio.clamp(1 - 3e-4, 1 + 4e-4) * a))
     return torch.stack(losses).mean()
@@ -185,7 +215,12 @@ def exact_wide_gspo(given: Given) -> torch.Tensor:
     """So that not everything is clipped, with a k3 and an entropy bonus."""
     losses = []
     for new, old, a, kl, entropy in zip(
-        given.logprobs, given.old, group_z(given.rewards).flatten(), k3(given), given.entropies, strict=True
+        given.logprobs,
+        given.old,
+        group_z(given.rewards).flatten(),
+        k3(given),
+        given.entropies,
+        strict=True,
     ):
         ratio = (new - old).mean().exp()
         clipped = -torch.minimum(ratio * a, ratio.clamp(0.95, 1.05) * a)
@@ -195,7 +230,9 @@ def exact_wide_gspo(given: Given) -> torch.Tensor:
 
 def exact_cispo(given: Given) -> torch.Tensor:
     losses = []
-    for new, old, a in zip(given.logprobs, given.old, group_z(given.rewards).flatten(), strict=True):
+    for new, old, a in zip(
+        given.logprobs, given.old, group_z(given.rewards).flatten(), strict=True
+    ):
         losses.append(-(new - old).exp().clamp(max=1.28).detach() * a * new)
     return token_mean(losses)
 
@@ -206,7 +243,9 @@ def exact_opo(given: Given) -> torch.Tensor:
 
 
 def exact_likelihood(given: Given) -> torch.Tensor:
-    return sequence_mean([-r * new for r, new in zip(given.rewards.flatten(), given.logprobs, strict=True)])
+    return sequence_mean(
+        [-r * new for r, new in zip(given.rewards.flatten(), given.logprobs, strict=True)]
+    )
 
 
 def exact_filtered_sft(given: Given) -> torch.Tensor:
@@ -239,7 +278,9 @@ def drawn(seed: int) -> list[Rewarded]:
             for n in lengths
         )
         rewards = (rng.random(SAMPLES) < 0.5) * rng.random(SAMPLES)
-        graded = Graded(Group(Prompt(str(number), (1, 2, 3), "", ""), responses), (Grade("wrong"),) * SAMPLES)
+        graded = Graded(
+            Group(Prompt(str(number), (1, 2, 3), "", ""), responses), (Grade("wrong"),) * SAMPLES
+        )
         groups.append(Rewarded(graded, rewards))
     return groups
 
@@ -263,7 +304,8 @@ WIDE = {"clip_low": 0.05, "clip_high": 0.05, "kl": "k3", "beta": 0.1, "entropy_b
         ("grpo", {}, exact_grpo),
         (
             "grpo",
-            {"kl": "none", "beta": 0.04, "aggregate": "token", "dual_clip": 1.5, "entropy_bonus": 0.01,
+            {"kl": "none", "beta": 0.04, "aggregate": "token", "dual_clip": 1.5,
+                "entropy_bonus": 0.01,
              "importance": "truncate", "importance_cap": 1.2},
             exact_verl_grpo,
         ),
@@ -305,7 +347,10 @@ def test_loss_and_gradients_equal_fp64(
             batch.columns["reference_logprob"] += shift
     fill_advantages(batches, made, lambda t: t)
     head = Head(weight, VOCAB, 1.0, None, sequence_parallel=False, chunk=16, backend="torch")
-    values = [policy_loss(made)(HeadRows(head, s, b, 1.0))[0] for s, b in zip(states, batches, strict=True)]
+    values = [
+        policy_loss(made)(HeadRows(head, s, b, 1.0))[0]
+        for s, b in zip(states, batches, strict=True)
+    ]
     torch.stack(values).sum().backward()
 
     wide = weight.detach().double().requires_grad_()
@@ -322,7 +367,9 @@ def test_loss_and_gradients_equal_fp64(
         parts = zip(*(c.double().split(batch.row_lengths) for c in columns), strict=True)
         found |= dict(zip(batch.indices, parts, strict=True))
     rewards = np.array([group.rewarded.rewards for group in groups])
-    given = Given(rewards, *(list(column) for column in zip(*(found[i] for i in everyone), strict=True)))
+    given = Given(
+        rewards, *(list(column) for column in zip(*(found[i] for i in everyone), strict=True))
+    )
     want = exact(given)
     want.backward()
     assert float(sum(values).detach()) == pytest.approx(float(want.detach()), rel=1e-5, abs=1e-6)

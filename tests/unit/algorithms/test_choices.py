@@ -16,7 +16,15 @@ from megatron_efr.config.file import dump, validate
 from megatron_efr.policy.packing import row_weights, samples
 from megatron_efr.types import Credit, Rewarded
 from tests.groups import KNOWN
-from tests.unit.algorithms.test_algorithms import CORRECT, LENGTHS, LIMIT, SAMPLES, build, drawn, objective
+from tests.unit.algorithms.test_algorithms import (
+    CORRECT,
+    LENGTHS,
+    LIMIT,
+    SAMPLES,
+    build,
+    drawn,
+    objective,
+)
 
 
 @pytest.mark.parametrize("name", sorted(algorithms.ALGORITHMS))
@@ -24,7 +32,12 @@ def test_every_algorithm_is_found_by_name_and_its_choices_run_again(name: str) -
     made = build(name)
     assert made.name == name
     assert made.__doc__
-    tree = {"name": "a", "model": {"path": "m"}, "data": {"datasets": [{"path": "d"}]}, "optimizer": {"lr": 1e-6}}
+    tree = {
+        "name": "a",
+        "model": {"path": "m"},
+        "data": {"datasets": [{"path": "d"}]},
+        "optimizer": {"lr": 1e-6},
+    }
     config = validate(TrainConfig, tree, "test.yaml")
     written = algorithms.resolved(config, made)
     assert f"name: {name}" in dump(written)
@@ -51,18 +64,58 @@ def test_the_default_is_the_papers() -> None:
             {"deviation": "sample"},
             r"algorithm\.deviation: 'sample' has no effect while algorithm\.normalize",
         ),
-        ("grpo", {"divisor": 8}, r"algorithm\.divisor: 8 has no effect while algorithm\.aggregate is sequence"),
-        ("grpo", {"kl": "none", "beta": 0.1}, r"algorithm\.beta: 0\.1 has no effect while algorithm\.kl is none"),
-        ("grpo", {"importance": "mask", "importance_cap": 3.0}, r"algorithm\.importance_cap: 3\.0 has no effect"),
+        (
+            "grpo",
+            {"divisor": 8},
+            r"algorithm\.divisor: 8 has no effect while algorithm\.aggregate is sequence",
+        ),
+        (
+            "grpo",
+            {"kl": "none", "beta": 0.1},
+            r"algorithm\.beta: 0\.1 has no effect while algorithm\.kl is none",
+        ),
+        (
+            "grpo",
+            {"importance": "mask", "importance_cap": 3.0},
+            r"algorithm\.importance_cap: 3\.0 has no effect",
+        ),
         ("grpo", {"overlong_tokens": 5}, r"algorithm\.overlong_tokens: 5 has no effect"),
-        ("dapo", {"overlong_tokens": 5000}, r"algorithm\.overlong_tokens: 5000 is more than a response may have"),
+        (
+            "dapo",
+            {"overlong_tokens": 5000},
+            r"algorithm\.overlong_tokens: 5000 is more than a response may have",
+        ),
         ("grpo", {"deviation": "others"}, r"algorithm\.baseline: mean does not leave it out"),
-        ("reinforce_plus_plus", {"deviation": "others"}, r"normalize: tokens looks at the whole batch"),
-        ("grpo", {"baseline": "none"}, r"normalize: group divides by the spread of a prompt's rewards"),
-        ("cispo", {"dual_clip": 3.0}, r"algorithm\.dual_clip: a ratio that only weighs has no minimum"),
-        ("filtered_sft", {"baseline": "mean"}, r"algorithm\.baseline: filtered_sft tells apart what passes"),
-        ("filtered_sft_negatives", {"normalize": "batch"}, r"algorithm\.normalize: filtered_sft_negatives tells apart"),
-        ("filtered_sft", {"truncated": "soft"}, r"algorithm\.truncated: soft takes .*set algorithm\.truncated: wrong"),
+        (
+            "reinforce_plus_plus",
+            {"deviation": "others"},
+            r"normalize: tokens looks at the whole batch",
+        ),
+        (
+            "grpo",
+            {"baseline": "none"},
+            r"normalize: group divides by the spread of a prompt's rewards",
+        ),
+        (
+            "cispo",
+            {"dual_clip": 3.0},
+            r"algorithm\.dual_clip: a ratio that only weighs has no minimum",
+        ),
+        (
+            "filtered_sft",
+            {"baseline": "mean"},
+            r"algorithm\.baseline: filtered_sft tells apart what passes",
+        ),
+        (
+            "filtered_sft_negatives",
+            {"normalize": "batch"},
+            r"algorithm\.normalize: filtered_sft_negatives tells apart",
+        ),
+        (
+            "filtered_sft",
+            {"truncated": "soft"},
+            r"algorithm\.truncated: soft takes .*set algorithm\.truncated: wrong",
+        ),
         ("filtered_sft", {"negative": 1.0}, r"algorithm\.negative: unknown key"),
         ("gspo", {"dual_clip": 3.0}, r"algorithm\.dual_clip: a sequence's ratio is clipped within"),
         (
@@ -72,7 +125,9 @@ def test_the_default_is_the_papers() -> None:
         ),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_the_reason(name: str, options: dict[str, Any], message: str) -> None:
+def test_what_makes_no_sense_is_refused_with_the_reason(
+    name: str, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         build(name, **options)
 
@@ -90,21 +145,33 @@ def test_algorithms_that_compare_need_company() -> None:
             {"clip": 0.1, "beta": 0.0},
             r"loss\.clip is algorithm\.clip_low and algorithm\.clip_high now; loss\.beta",
         ),
-        ({"normalize": "batch"}, r"loss\.normalize is algorithm\.normalize, and its value batch is called tokens now"),
+        (
+            {"normalize": "batch"},
+            r"loss\.normalize is algorithm\.normalize, and its value batch is called tokens now",
+        ),
         ({"importance_cap": 3.0}, r"loss\.importance_cap is algorithm\.importance_cap now"),
         ({}, r"loss: this section is called algorithm now"),
     ],
 )
 def test_an_old_key_is_refused_with_its_new_name(old: dict[str, Any], message: str) -> None:
-    tree = {"name": "a", "model": {"path": "m"}, "data": {"datasets": [{"path": "d"}]}, "optimizer": {"lr": 1e-6}}
+    tree = {
+        "name": "a",
+        "model": {"path": "m"},
+        "data": {"datasets": [{"path": "d"}]},
+        "optimizer": {"lr": 1e-6},
+    }
     with pytest.raises(ConfigError, match=message):
         validate(TrainConfig, tree | {"loss": old}, "test.yaml")
 
 
 def test_masked_responses_weigh_nothing_and_are_not_counted() -> None:
-    groups = methods.credit(methods.Method(), build("grpo", truncated="masked"), drawn(0), KNOWN._replace(limit=40))
+    groups = methods.credit(
+        methods.Method(), build("grpo", truncated="masked"), drawn(0), KNOWN._replace(limit=40)
+    )
     sizes = [s.size for s in samples(groups)]
-    cut = [i for i, r in enumerate(r for group in groups for r in group.group.responses) if r.truncated]
+    cut = [
+        i for i, r in enumerate(r for group in groups for r in group.group.responses) if r.truncated
+    ]
     assert cut
     assert [i for i, size in enumerate(sizes) if size.trained == 0] == cut
     kept = [i for i in range(len(sizes)) if i not in cut]
@@ -119,11 +186,22 @@ def test_masked_responses_weigh_nothing_and_are_not_counted() -> None:
 
 
 def test_a_filter_asks_on_which_side_of_a_bound_a_reward_is() -> None:
-    """The paper's reward, 0.9 and 0.8 for right answers: both pass alike. Wrong ones are left out, or pushed away."""
-    rewards, lengths = [np.array([0.9, 0.0, 0.8]), np.array([0.0, 0.0, 0.0])], [np.array([5, 6, 7])] * 2
+    """The paper's reward, 0.9 and 0.8 for right answers: both pass alike. Wrong ones are left out,
+    or pushed away.
+    """
+    rewards, lengths = (
+        [np.array([0.9, 0.0, 0.8]), np.array([0.0, 0.0, 0.0])],
+        [np.array([5, 6, 7])] * 2,
+    )
     alone, both = build("filtered_sft"), build("filtered_sft_negatives", negative=0.5)
-    assert [each.tolist() for each in alone.credits(rewards, lengths, LIMIT)] == [[1, 0, 1], [0, 0, 0]]
-    assert [each.tolist() for each in both.credits(rewards, lengths, LIMIT)] == [[1, -0.5, 1], [-0.5, -0.5, -0.5]]
+    assert [each.tolist() for each in alone.credits(rewards, lengths, LIMIT)] == [
+        [1, 0, 1],
+        [0, 0, 0],
+    ]
+    assert [each.tolist() for each in both.credits(rewards, lengths, LIMIT)] == [
+        [1, -0.5, 1],
+        [-0.5, -0.5, -0.5],
+    ]
     assert [alone.passes(each).tolist() for each in rewards] == [[True, False, True], [False] * 3]
     assert both.passes(rewards[1]).all()
     strict = build("filtered_sft", above=0.85)
@@ -147,7 +225,9 @@ def test_a_methods_own_advantages_come_before_the_algorithms() -> None:
     assert all(np.array_equal(group.credit.advantage, [0.5] * SAMPLES) for group in groups)
 
 
-def test_a_third_partys_algorithm_is_found_by_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_third_partys_algorithm_is_found_by_its_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "halved.py").write_text(
         "from megatron_efr.algorithms import Algorithm\n"
         "class Halved(Algorithm):\n"
@@ -159,7 +239,9 @@ def test_a_third_partys_algorithm_is_found_by_its_entry_point(tmp_path: Path, mo
     registration = tmp_path / "halved-1.0.dist-info"
     registration.mkdir()
     (registration / "METADATA").write_text("Metadata-Version: 2.1\nName: halved\nVersion: 1.0\n")
-    (registration / "entry_points.txt").write_text("[megatron_efr.algorithms]\nhalved = halved:Halved\n")
+    (registration / "entry_points.txt").write_text(
+        "[megatron_efr.algorithms]\nhalved = halved:Halved\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     made = build("halved", share=0.25)
     (got,) = made.credits([CORRECT], [LENGTHS], LIMIT)

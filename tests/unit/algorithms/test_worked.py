@@ -35,12 +35,14 @@ from tests.unit.algorithms.test_algorithms import (
         ("grpo", "trl_sample_std_1e_4", "grpo", {"epsilon": 1e-4}),
         ("grpo", "dr_grpo_code_grpo_1e_8", "grpo", {"epsilon": 1e-8}),
         ("grpo", "paper_std_unspecified_population", "grpo", {"deviation": "population"}),
-        ("grpo_nemo_leave_one_out", "advantage", "grpo", {"baseline": "others", "deviation": "others"}),
+        ("grpo_nemo_leave_one_out", "advantage", "grpo",
+            {"baseline": "others", "deviation": "others"}),
         ("dr_grpo", "advantage", "dr_grpo", {}),
         ("reinforce_plus_plus", "verl_token_whitened", "reinforce_plus_plus", {}),
         ("reinforce_plus_plus_baseline", "verl_token_whitened", "reinforce_plus_plus_baseline", {}),
         (
-            "reinforce_plus_plus_baseline", "nemo_token_whitened_biased_clamp", "reinforce_plus_plus_baseline",
+            "reinforce_plus_plus_baseline", "nemo_token_whitened_biased_clamp",
+            "reinforce_plus_plus_baseline",
             {"deviation": "population", "guard": "floor"},
         ),
         ("opo", "advantage", "opo", {}),
@@ -55,7 +57,10 @@ def test_worked_advantages_of_the_papers_rewards() -> None:
     outputs = VECTORS["efr"]["outputs"]
     rewards = methods.efr_rewards(CORRECT, LENGTHS, 0.2)
     assert rewards == pytest.approx(outputs["rewards"], abs=1e-4)
-    for options, key in (({}, "paper_advantage_rloo"), ({"normalize": "tokens"}, "code_advantage_token_whitened")):
+    for options, key in (
+        ({}, "paper_advantage_rloo"),
+        ({"normalize": "tokens"}, "code_advantage_token_whitened"),
+    ):
         (got,) = token_advantages(build("rloo", **options), [rewards], [LENGTHS])
         assert got == pytest.approx(outputs[key], abs=1e-4)
 
@@ -67,16 +72,25 @@ def test_worked_advantages_over_a_batch_of_groups() -> None:
     whitened = token_advantages(build("reinforce_plus_plus_baseline"), rewards, lengths)
     assert whitened[0] == pytest.approx(outputs["code_advantage_A"], abs=1e-4)
     assert whitened[1] == pytest.approx(outputs["code_advantage_B"], abs=1e-4)
-    plain = build("dr_grpo", normalize="batch").credits([np.array(outputs["paper_rewards_A"]), rewards[1]], lengths, 1)
+    plain = build("dr_grpo", normalize="batch").credits(
+        [np.array(outputs["paper_rewards_A"]), rewards[1]], lengths, 1
+    )
     assert plain[0] == pytest.approx(outputs["paper_advantage_A_population"], abs=1e-4)
     assert plain[1] == pytest.approx(outputs["paper_advantage_B_population"], abs=1e-4)
 
 
-def terms(made: Objective, advantage: float, ratio: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def terms(
+    made: Objective, advantage: float, ratio: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and its derivative of the worked sequence's tokens."""
     given = VECTORS["losses_one_sequence"]["inputs"]
     new, old = torch.tensor(given["logp_new"]), torch.tensor(given["logp_old"])
-    rows = PolicyRows(old, torch.full((4,), advantage), torch.ones(4), torch.tensor(VECTORS["kl"]["inputs"]["ref"]))
+    rows = PolicyRows(
+        old,
+        torch.full((4,), advantage),
+        torch.ones(4),
+        torch.tensor(VECTORS["kl"]["inputs"]["ref"]),
+    )
     figures, slope = token_terms(new, new - old if ratio is None else ratio, None, rows, made)
     return figures[0], slope
 
@@ -104,13 +118,17 @@ def test_worked_sequence_ratio() -> None:
     made = objective(build("gspo"))
     assert (made.ratio, made.low, made.high) == ("sequence", 3e-4, 4e-4)
     for advantage, key in ((1.0, "gspo_loss_pos_3e4_4e4"), (-1.0, "gspo_loss_neg_3e4_4e4")):
-        assert terms(made, advantage, mean)[0].tolist() == pytest.approx([outputs[key]] * 4, abs=1e-4)
+        assert terms(made, advantage, mean)[0].tolist() == pytest.approx(
+            [outputs[key]] * 4, abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
 def test_worked_kl(kl: str) -> None:
     given = VECTORS["kl"]
-    rows = PolicyRows(*torch.tensor([given["inputs"]["logp"], [0.0] * 4, [1.0] * 4, given["inputs"]["ref"]]))
+    rows = PolicyRows(
+        *torch.tensor([given["inputs"]["logp"], [0.0] * 4, [1.0] * 4, given["inputs"]["ref"]])
+    )
     made = objective(build("rloo", kl=kl, beta=1.0))
     figures, _ = token_terms(rows.old, torch.zeros(4), None, rows, made)
     assert figures[0].tolist() == pytest.approx(given["outputs"][kl], abs=1e-4)
@@ -129,14 +147,18 @@ def test_worked_aggregation() -> None:
     ):
         made = objective(build(name, **options), limit=given["constant"])
         weights = row_weights(sizes, [0, 1], made.aggregate, made.divisor)
-        assert sum(weights[i] * sum(losses[i]) for i in (0, 1)) == pytest.approx(outputs[key], abs=1e-4), key
+        assert sum(weights[i] * sum(losses[i]) for i in (0, 1)) == pytest.approx(
+            outputs[key], abs=1e-4
+        ), key
     longest = objective(build("dr_grpo", divisor="longest"))
     assert row_weights(sizes, [0, 1], longest.aggregate, longest.divisor) == {0: 1 / 8, 1: 1 / 8}
 
 
 def test_worked_overlong_penalty() -> None:
     given, outputs = VECTORS["overlong"]["inputs"], VECTORS["overlong"]["outputs"]
-    algorithm = build("dapo", baseline="none", normalize="none", overlong_tokens=given["cache"], guard="std")
+    algorithm = build(
+        "dapo", baseline="none", normalize="none", overlong_tokens=given["cache"], guard="std"
+    )
     rewards = np.where(np.array(given["c"]) == 1, 1.0, -1.0)
     (got,) = algorithm.credits([rewards], [np.array(given["l"])], given["Lmax"])
     assert got == pytest.approx(outputs["rewards_plus_minus_1"])

@@ -1,4 +1,6 @@
-"""Checkpoints: complete or absent, verified byte by byte, and older ones outlive whatever happens to a newer one."""
+"""Checkpoints: complete or absent, verified byte by byte, and older ones outlive whatever happens
+to a newer one.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def weights(value: float) -> dict[str, Any]:
 
 @pytest.fixture(params=[False, True], ids=["at once", "in the background"])
 def checkpoints(tmp_path: Path, ranks: Ranks, request: pytest.FixtureRequest) -> Checkpoints:
-    return Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep=2, background=request.param), ranks)
+    return Checkpoints(
+        tmp_path / "checkpoints", CheckpointConfig(keep=2, background=request.param), ranks
+    )
 
 
 def save(checkpoints: Checkpoints, step: int, sharded: dict[str, Any] | None = None) -> Path:
@@ -104,7 +108,10 @@ def damage_unreadable(file: Path) -> None:
     ],
 )
 def test_every_damaged_file_is_named_and_the_checkpoint_before_is_taken(
-    checkpoints: Checkpoints, capfd: pytest.CaptureFixture[str], damage: Callable[[Path], None], message: str
+    checkpoints: Checkpoints,
+    capfd: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+    message: str,
 ) -> None:
     older, newer = (save(checkpoints, step) for step in (2, 4))
     files = [path.name for path in sorted(newer.iterdir()) if path.name != MANIFEST]
@@ -126,7 +133,9 @@ def test_every_damaged_file_is_named_and_the_checkpoint_before_is_taken(
         said = capfd.readouterr().err
         assert f"checkpoint set aside: {newer / file}" in said
         assert f"it is {aside} now" in said
-        assert {path.name: path.read_bytes() for path in aside.iterdir() if path.is_file()} == damaged
+        assert {
+            path.name: path.read_bytes() for path in aside.iterdir() if path.is_file()
+        } == damaged
         assert latest(checkpoints) == older.name
         checkpoints.folder.joinpath(LATEST).write_text(newer.name)
 
@@ -147,7 +156,9 @@ def test_any_bit_of_the_manifest_that_flips_is_noticed(checkpoints: Checkpoints)
         verify(path)
 
 
-def test_a_folder_left_half_written_is_ignored_and_cleared_by_the_next_save(checkpoints: Checkpoints) -> None:
+def test_a_folder_left_half_written_is_ignored_and_cleared_by_the_next_save(
+    checkpoints: Checkpoints,
+) -> None:
     older = save(checkpoints, 2)
     for left in (name(3), name(4)):
         shutil.copytree(older, older.with_name(f"{left}.partial"))
@@ -177,14 +188,18 @@ def test_where_no_checkpoint_verifies_every_fault_is_named_and_nothing_is_change
         assert contents(checkpoints) == before
 
 
-def test_where_all_checkpoints_are_gone_and_latest_names_one_it_does_not_start_over(checkpoints: Checkpoints) -> None:
+def test_where_all_checkpoints_are_gone_and_latest_names_one_it_does_not_start_over(
+    checkpoints: Checkpoints,
+) -> None:
     shutil.rmtree(save(checkpoints, 2))
     with pytest.raises(CheckpointError, match=r"latest: names a checkpoint, and none is there"):
         checkpoints.newest()
     assert checkpoints.newest(last=1) is None
 
 
-def test_a_kill_between_latest_and_the_removal_of_older_ones_is_made_up_for(tmp_path: Path, ranks: Ranks) -> None:
+def test_a_kill_between_latest_and_the_removal_of_older_ones_is_made_up_for(
+    tmp_path: Path, ranks: Ranks
+) -> None:
     many = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep=5), ranks)
     for step in (2, 4, 6, 8):
         save(many, step)
@@ -195,8 +210,12 @@ def test_a_kill_between_latest_and_the_removal_of_older_ones_is_made_up_for(tmp_
     assert held(few) == [LATEST, name(6), name(8)]
 
 
-def test_a_checkpoint_that_did_not_verify_neither_counts_nor_is_lost(tmp_path: Path, ranks: Ranks) -> None:
-    """Resumed from step 2, since 4 was damaged, and saving at other steps now: 4 must not push out 2 or 3."""
+def test_a_checkpoint_that_did_not_verify_neither_counts_nor_is_lost(
+    tmp_path: Path, ranks: Ranks
+) -> None:
+    """Resumed from step 2, since 4 was damaged, and saving at other steps now: 4 must not push out
+    2 or 3.
+    """
     checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep=2), ranks)
     save(checkpoints, 2)
     damage_flipped(save(checkpoints, 4) / STATE)
@@ -216,7 +235,9 @@ def test_a_full_disk_leaves_the_older_checkpoints(
     older = save(checkpoints, 2)
     with monkeypatch.context() as failing:
         failing.setattr(os, call, fail)
-        with pytest.raises(CheckpointError, match=rf"{name(4)}: cannot be written: .*No space left on device"):
+        with pytest.raises(
+            CheckpointError, match=rf"{name(4)}: cannot be written: .*No space left on device"
+        ):
             save(checkpoints, 4)
     assert latest(checkpoints) == older.name
     assert checkpoints.newest() == older
@@ -225,8 +246,12 @@ def test_a_full_disk_leaves_the_older_checkpoints(
     assert held(checkpoints) == [LATEST, name(2), name(4)]
 
 
-def test_a_file_that_cannot_be_written_whole_leaves_the_older_checkpoints(checkpoints: Checkpoints) -> None:
-    """A real limit, within Megatron's own writing: no file of this process may grow beyond 100 kB."""
+def test_a_file_that_cannot_be_written_whole_leaves_the_older_checkpoints(
+    checkpoints: Checkpoints,
+) -> None:
+    """A real limit, within Megatron's own writing: no file of this process may grow beyond 100
+    kB.
+    """
     older = save(checkpoints, 2)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -256,7 +281,9 @@ def test_latest_moves_only_after_the_checkpoint_verified(
 
 
 def test_every_so_many_are_kept_for_good(tmp_path: Path, ranks: Ranks) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(every=2, keep=2, keep_every=6), ranks)
+    checkpoints = Checkpoints(
+        tmp_path / "checkpoints", CheckpointConfig(every=2, keep=2, keep_every=6), ranks
+    )
     for step in (2, 4, 6, 8, 10, 12, 14, 16):
         save(checkpoints, step)
     assert held(checkpoints) == [LATEST, name(6), name(12), name(14), name(16)]
@@ -292,7 +319,9 @@ def test_training_goes_on_while_the_background_writes_what_was_saved(
 
 
 def test_a_later_save_waits_for_the_one_in_the_background(tmp_path: Path, ranks: Ranks) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(background=True, keep=3), ranks)
+    checkpoints = Checkpoints(
+        tmp_path / "checkpoints", CheckpointConfig(background=True, keep=3), ranks
+    )
     for step in (2, 4, 6):
         checkpoints.save(step, weights(float(step)), STEP)
         assert step == 2 or latest(checkpoints) in (name(step - 2), name(step))
@@ -303,7 +332,8 @@ def test_a_later_save_waits_for_the_one_in_the_background(tmp_path: Path, ranks:
 def test_both_ways_write_the_same_bytes(tmp_path: Path, ranks: Ranks) -> None:
     """All but the identity that torch draws for each checkpoint, in its metadata."""
     paths = [
-        save(Checkpoints(tmp_path / str(way), CheckpointConfig(background=way), ranks), 2) for way in (False, True)
+        save(Checkpoints(tmp_path / str(way), CheckpointConfig(background=way), ranks), 2)
+        for way in (False, True)
     ]
     data = [path.name for path in paths[0].iterdir() if path.name not in (".metadata", MANIFEST)]
     assert {"__0_0.distcp", STATE} <= set(data)
@@ -316,7 +346,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("only root may mount a small file system")
     yield disk
@@ -328,12 +360,18 @@ def test_a_disk_that_fills_up_anywhere_in_a_save_leaves_the_older_checkpoints(
     small_disk: Path, ranks: Ranks, background: bool
 ) -> None:
     """A checkpoint takes 500 kB: with less left, one or another of its files cannot be written."""
-    checkpoints = Checkpoints(small_disk / "checkpoints", CheckpointConfig(background=background), ranks)
+    checkpoints = Checkpoints(
+        small_disk / "checkpoints", CheckpointConfig(background=background), ranks
+    )
     older = save(checkpoints, 2)
     for left in (0, 8_000, 16_000, 100_000, 480_000, 488_000, 492_000):
         shutil.rmtree(checkpoints.folder / f"{name(4)}.partial", ignore_errors=True)
-        (small_disk / "filling").write_bytes(bytes(max(shutil.disk_usage(small_disk).free - left, 0)))
-        with pytest.raises(CheckpointError, match=rf"{name(4)}: cannot be written: .* bytes are free at"):
+        (small_disk / "filling").write_bytes(
+            bytes(max(shutil.disk_usage(small_disk).free - left, 0))
+        )
+        with pytest.raises(
+            CheckpointError, match=rf"{name(4)}: cannot be written: .* bytes are free at"
+        ):
             save(checkpoints, 4)
         assert checkpoints.newest() == older
         assert latest(checkpoints) == older.name

@@ -20,7 +20,8 @@ from megatron_efr.policy import Ranks
 from tests.recorded import CHECKPOINTS, OPTIMIZERS, STEP, build, digest, held, update
 
 OLD, NEW = CHECKPOINTS / "megatron-core-0.16.1", CHECKPOINTS / "megatron-core-0.19.2"
-READS_NEW = not hasattr(common, "TorchCommonLoadStrategy")  # the installed one has no file for what is common
+# the installed one has no file for what is common
+READS_NEW = not hasattr(common, "TorchCommonLoadStrategy")
 
 
 def recorded(place: Path, optimizer: str) -> dict[str, Any]:
@@ -42,7 +43,9 @@ def test_a_checkpoint_resumes_to_the_bit_and_goes_on(
     if written_by == NEW and not READS_NEW:
         before = sorted(tmp_path.rglob("*"))
         for ask in (checkpoints.newest, lambda: checkpoints.load(tmp_path / "run" / STEP, {})):
-            with pytest.raises(CheckpointError, match=r"Python 3\.12 or 3\.13 .*; or begin anew .* megatron-to-hf"):
+            with pytest.raises(
+                CheckpointError, match=r"Python 3\.12 or 3\.13 .*; or begin anew .* megatron-to-hf"
+            ):
                 ask()
         assert sorted(tmp_path.rglob("*")) == before
         return
@@ -64,7 +67,9 @@ def test_weights_are_read_from_either_under_either(written_by: Path, tmp_path: P
     template = written_by / "model"
     verify(checkpoint)
     convert.megatron_to_hf(checkpoint, tmp_path / "out", template)
-    assert {name: digest(w) for name, w in load_file(tmp_path / "out/model.safetensors").items()} == wanted
+    assert {
+        name: digest(w) for name, w in load_file(tmp_path / "out/model.safetensors").items()
+    } == wanted
     source = find_model(ModelConfig(path=str(checkpoint)), 0, str(template))
     assert {name: digest(w) for name, w in source.weights().items()} == wanted
     *lines, last = inspect_checkpoint.describe(checkpoint)
@@ -74,7 +79,13 @@ def test_weights_are_read_from_either_under_either(written_by: Path, tmp_path: P
 
 @pytest.mark.skipif(READS_NEW, reason="the installed Megatron-Core reads them all")
 def test_a_conversion_that_would_ask_megatron_is_refused_before_it_begins(tmp_path: Path) -> None:
-    asked = ["megatron-to-hf", str(NEW / "plain" / STEP), str(tmp_path / "out"), "--template", str(NEW / "model")]
+    asked = [
+        "megatron-to-hf",
+        str(NEW / "plain" / STEP),
+        str(tmp_path / "out"),
+        "--template",
+        str(NEW / "model"),
+    ]
     with pytest.raises(CheckpointError, match=r"Megatron-Core 0\.19 or later"):
         convert.main([*asked, "--verify"])
     assert not (tmp_path / "out").exists()

@@ -23,7 +23,8 @@ from megatron_efr.rollout.servers.launcher import server_environment
 
 ROOT = Path(__file__).parents[3]
 TORCHRUNS = {
-    "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "a", "MASTER_PORT": "1", "GROUP_RANK": "0",
+    "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "a", "MASTER_PORT": "1",
+    "GROUP_RANK": "0",
     "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0",
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }  # fmt: skip
@@ -38,7 +39,9 @@ def sglang(**fields: object) -> RolloutConfig:
 
 
 def check_seats(placement: Placement, count: int) -> None:
-    """Every GPU has one seat of a kind at most, every port one engine, ranks count up host by host."""
+    """Every GPU has one seat of a kind at most, every port one engine, ranks count up host by
+    host.
+    """
     assert [rank.rank for rank in placement.ranks] == list(range(len(placement.ranks)))
     seats = [(rank.host, rank.gpu) for rank in placement.ranks]
     assert len(set(seats)) == len(seats)
@@ -46,7 +49,9 @@ def check_seats(placement: Placement, count: int) -> None:
     assert len(set(engine_gpus)) == len(engine_gpus)
     assert len({engine.url for engine in placement.engines if engine.url}) == len(placement.urls)
     assert [engine.index for engine in placement.engines] == list(range(len(placement.engines)))
-    assert not {engine.host for engine in placement.engines if engine.url} & set(placement.trainer_hosts)
+    assert not {engine.host for engine in placement.engines if engine.url} & set(
+        placement.trainer_hosts
+    )
     assert set(placement.hosts) == set(hosts(count))
 
 
@@ -57,7 +62,9 @@ def test_colocated_engines_cover_the_ranks_gpus(count: int, tp: int) -> None:
     check_seats(placement, count)
     assert len(placement.ranks) == 8 * count
     assert len(placement.engines) == 8 * count // tp
-    assert {(e.host, gpu) for e in placement.engines for gpu in e.gpus} == {(r.host, r.gpu) for r in placement.ranks}
+    assert {(e.host, gpu) for e in placement.engines for gpu in e.gpus} == {
+        (r.host, r.gpu) for r in placement.ranks
+    }
     for engine in placement.engines:  # as `tensor` hands its buckets over
         assert [rank.gpu for rank in placement.ranks[engine.index * tp :][:tp]] == list(engine.gpus)
     assert placement.urls == []
@@ -65,14 +72,19 @@ def test_colocated_engines_cover_the_ranks_gpus(count: int, tp: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "engines", "tp", "ranks"), [(1, 2, 2, 4), (2, 8, 1, 8), (2, 2, 4, 8), (4, 4, 4, 16), (4, 1, 8, 24)]
+    ("count", "engines", "tp", "ranks"),
+    [(1, 2, 2, 4), (2, 8, 1, 8), (2, 2, 4, 8), (4, 4, 4, 16), (4, 1, 8, 24)],
 )
-def test_engines_apart_share_no_gpu_with_ranks(count: int, engines: int, tp: int, ranks: int) -> None:
+def test_engines_apart_share_no_gpu_with_ranks(
+    count: int, engines: int, tp: int, ranks: int
+) -> None:
     placement = place(hosts(count), 8, sglang(tp=tp, engines=engines, placement="apart"))
     check_seats(placement, count)
     assert len(placement.ranks) == ranks
     assert len(placement.engines) == engines
-    assert not {(e.host, g) for e in placement.engines for g in e.gpus} & {(r.host, r.gpu) for r in placement.ranks}
+    assert not {(e.host, g) for e in placement.engines for g in e.gpus} & {
+        (r.host, r.gpu) for r in placement.ranks
+    }
     if count == 1:
         assert placement.urls == [], "ranks on their host start them"
     else:
@@ -89,11 +101,27 @@ def test_hosts_are_taken_in_the_order_in_which_torchrun_ranks_them() -> None:
 @pytest.mark.parametrize(
     ("count", "rollout", "says"),
     [
-        (1, sglang(tp=3), r"rollout.tp: 3 does not divide the 8 ranks of a host; one of \[1, 2, 4, 8\] would"),
-        (2, sglang(engines=8), "8, and colocated there is one for every rollout.tp = 1 of 16 ranks: 16; leave it out"),
+        (
+            1,
+            sglang(tp=3),
+            r"rollout.tp: 3 does not divide the 8 ranks of a host; one of \[1, 2, 4, 8\] would",
+        ),
+        (
+            2,
+            sglang(engines=8),
+            "8, and colocated there is one for every rollout.tp = 1 of 16 ranks: 16; leave it out",
+        ),
         (1, sglang(tp=4, engines=2, placement="apart"), "leave none of 8 for the trainer"),
-        (2, sglang(tp=1, engines=4, placement="apart"), r"not whole hosts of 8 .* one of \[8\] would fit"),
-        (2, sglang(tp=4, engines=4, placement="apart"), r"that leave one of 2 for the trainer; one of \[2\]"),
+        (
+            2,
+            sglang(tp=1, engines=4, placement="apart"),
+            r"not whole hosts of 8 .* one of \[8\] would fit",
+        ),
+        (
+            2,
+            sglang(tp=4, engines=4, placement="apart"),
+            r"that leave one of 2 for the trainer; one of \[2\]",
+        ),
     ],
 )
 def test_a_placement_that_does_not_divide_is_refused_with_what_would(
@@ -104,7 +132,9 @@ def test_a_placement_that_does_not_divide_is_refused_with_what_would(
 
 
 def test_an_engines_environment_has_nothing_of_torchruns_and_its_own_gpus() -> None:
-    seen = server_environment(os.environ | TORCHRUNS | {"CUDA_VISIBLE_DEVICES": "4,5"}, on_gpu=True, tp=2)
+    seen = server_environment(
+        os.environ | TORCHRUNS | {"CUDA_VISIBLE_DEVICES": "4,5"}, on_gpu=True, tp=2
+    )
     assert not seen.keys() & TORCHRUNS.keys()
     assert seen["CUDA_VISIBLE_DEVICES"] == "4,5"
     assert set(UNSET) == {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
@@ -113,12 +143,17 @@ def test_an_engines_environment_has_nothing_of_torchruns_and_its_own_gpus() -> N
 def test_the_trainer_is_told_of_engines_elsewhere_and_starts_those_of_its_hosts() -> None:
     placement = place(["a", "b"], 8, sglang(tp=4, engines=2, placement="apart"))
     trainer, *engines = commands(placement, "run.yaml", ["seed=1"], "run")
-    assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in engines] == ["0,1,2,3", "4,5,6,7"]
+    assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in engines] == [
+        "0,1,2,3",
+        "4,5,6,7",
+    ]
     assert trainer.words[-2] == "rollout.urls=[http://b:30000,http://b:30001]"
     for rollout in (sglang(tp=2), sglang(tp=2, engines=2, placement="apart")):
         [alone] = commands(place(["a"], 8, rollout), "run.yaml", [], "run")
         assert not any("rollout.urls" in word for word in alone.words)
-        assert "CUDA_VISIBLE_DEVICES" not in alone.environment, "the engines of this host would not see their GPUs"
+        assert "CUDA_VISIBLE_DEVICES" not in alone.environment, (
+            "the engines of this host would not see their GPUs"
+        )
 
 
 @pytest.mark.parametrize(
@@ -135,39 +170,59 @@ def test_where_weights_go_over_nccl_the_trainer_sets_of_it_what_sglang_sets_unle
 ) -> None:
     [trainer] = commands(place(["a"], 8, rollout), "run.yaml", [], "run")
     assert ("NCCL_CUMEM_ENABLE=0 NCCL_NVLS_ENABLE=0 " in str(trainer)) is agrees
-    host = {"NCCL_CUMEM_ENABLE": "1", "OMP_NUM_THREADS": "8", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    host = {
+        "NCCL_CUMEM_ENABLE": "1",
+        "OMP_NUM_THREADS": "8",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    }
     within = trainer.within(host)
-    assert (within["NCCL_CUMEM_ENABLE"], within.get("NCCL_NVLS_ENABLE")) == ("1", "0" if agrees else None)
+    assert (within["NCCL_CUMEM_ENABLE"], within.get("NCCL_NVLS_ENABLE")) == (
+        "1",
+        "0" if agrees else None,
+    )
     assert within["OMP_NUM_THREADS"] == "1"
     assert not within.keys() & set(UNSET)
 
 
 @pytest.mark.parametrize("hosts", [1, 2])
 @pytest.mark.parametrize("placement", ["colocated", "apart"])
-def test_the_ranks_of_a_host_start_the_engines_that_the_placement_shows(hosts: int, placement: str) -> None:
-    rollout = sglang(tp=2, placement=placement, engines=None if placement == "colocated" else 2 * hosts)
+def test_the_ranks_of_a_host_start_the_engines_that_the_placement_shows(
+    hosts: int, placement: str
+) -> None:
+    rollout = sglang(
+        tp=2, placement=placement, engines=None if placement == "colocated" else 2 * hosts
+    )
     world = {"WORLD_SIZE": str(4 * hosts), "LOCAL_WORLD_SIZE": "4"}
-    seats = [Host.of_this_process(world | {"RANK": str(rank)}).engine_gpus(rollout) for rank in range(0, 4 * hosts, 4)]
+    seats = [
+        Host.of_this_process(world | {"RANK": str(rank)}).engine_gpus(rollout)
+        for rank in range(0, 4 * hosts, 4)
+    ]
     assert seats == [[(0, 1), (2, 3)] if placement == "colocated" else [(4, 5), (6, 7)]] * hosts
     assert Host.of_this_process({}).engine_gpus(sglang()) == [(0,)]
     assert Host.of_this_process({}).engine_gpus(RolloutConfig()) == []
 
 
 def test_engines_that_do_not_divide_over_hosts_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"rollout.engines: 3 do not divide over 2 hosts; .* a multiple of 2"):
+    with pytest.raises(
+        ConfigError, match=r"rollout.engines: 3 do not divide over 2 hosts; .* a multiple of 2"
+    ):
         Host(count=2, ranks=4).engine_gpus(sglang(engines=3, placement="apart"))
     with pytest.raises(ConfigError, match="5 ranks, 3 of them on this host"):
         Host.of_this_process({"WORLD_SIZE": "5", "LOCAL_WORLD_SIZE": "3", "RANK": "0"})
 
 
-# -- the scripts -------------------------------------------------------------------------------------------------------
+# -- the scripts
+# --------------------------------------------------------------------------------------------------
 
 
 def dry_run(script: str, *arguments: str, **environment: str) -> list[str]:
     """Output of a script, with variables set that an outer torchrun might leave behind."""
     done = subprocess.run(
         ["bash", str(ROOT / "launch" / script), *arguments, "--dry-run"],
-        env=os.environ | TORCHRUNS | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ
+        | TORCHRUNS
+        | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+        | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -180,7 +235,9 @@ def option(words: list[str], name: str) -> str:
     return words[words.index(name) + 1]
 
 
-@pytest.mark.parametrize(("nodes", "example"), [("1", "paper_1.5b"), ("2", "paper_7b"), ("4", "r1_32b_4nodes")])
+@pytest.mark.parametrize(
+    ("nodes", "example"), [("1", "paper_1.5b"), ("2", "paper_7b"), ("4", "r1_32b_4nodes")]
+)
 def test_the_slurm_script_prints_every_nodes_part(nodes: str, example: str) -> None:
     lines = dry_run("train_slurm.sbatch", f"examples/{example}.yaml", NODES=nodes)
     commands = [shlex.split(line.split("$ ", 1)[1]) for line in lines if "$ " in line]
@@ -190,16 +247,30 @@ def test_the_slurm_script_prints_every_nodes_part(nodes: str, example: str) -> N
     for words in trainers:
         assert option(words, "--nnodes") == nodes
         assert option(words, "--nproc-per-node") == "8"
-        assert (option(words, "--rdzv-backend"), option(words, "--rdzv-endpoint")) == ("c10d", "node1:29500")
-        assert not any("rollout.urls" in word for word in words), "each host's first rank starts its engines"
+        assert (option(words, "--rdzv-backend"), option(words, "--rdzv-endpoint")) == (
+            "c10d",
+            "node1:29500",
+        )
+        assert not any("rollout.urls" in word for word in words), (
+            "each host's first rank starts its engines"
+        )
     assert sorted(option(words, "--local-addr") for words in trainers) == hosts(int(nodes))
     assert engines == []
-    seats = [re.fullmatch(r"(\S+): engine (\d+) on GPUs (\S+) started by rank (\d+)", line) for line in lines]
+    seats = [
+        re.fullmatch(r"(\S+): engine (\d+) on GPUs (\S+) started by rank (\d+)", line)
+        for line in lines
+    ]
     seated = [m.groups() for m in seats if m]
     assert [int(index) for _, index, _, _ in seated] == list(range(len(seated)))
-    assert {(host, int(rank)) for host, _, _, rank in seated} == {(h, 8 * i) for i, h in enumerate(hosts(int(nodes)))}
-    assert [gpu for _, _, gpus, _ in seated for gpu in gpus.split(",")] == list("01234567") * int(nodes)
-    ranks = [re.fullmatch(r"(\S+): ranks (\d+)-(\d+) on GPUs 0,1,2,3,4,5,6,7", line) for line in lines]
+    assert {(host, int(rank)) for host, _, _, rank in seated} == {
+        (h, 8 * i) for i, h in enumerate(hosts(int(nodes)))
+    }
+    assert [gpu for _, _, gpus, _ in seated for gpu in gpus.split(",")] == list("01234567") * int(
+        nodes
+    )
+    ranks = [
+        re.fullmatch(r"(\S+): ranks (\d+)-(\d+) on GPUs 0,1,2,3,4,5,6,7", line) for line in lines
+    ]
     assert [m.groups() for m in ranks if m] == [
         (h, str(8 * i), str(8 * i + 7)) for i, h in enumerate(hosts(int(nodes)))
     ]
@@ -208,7 +279,11 @@ def test_the_slurm_script_prints_every_nodes_part(nodes: str, example: str) -> N
 def test_the_slurm_script_prints_engines_on_nodes_of_their_own() -> None:
     apart = ["rollout.placement=apart", "rollout.engines=4", "rollout.tp=4"]
     lines = dry_run("train_slurm.sbatch", "examples/paper_7b.yaml", *apart, NODES="4")
-    commands = {line.split("$ ", 1)[0]: shlex.split(line.split("$ ", 1)[1]) for line in lines if "$ " in line}
+    commands = {
+        line.split("$ ", 1)[0]: shlex.split(line.split("$ ", 1)[1])
+        for line in lines
+        if "$ " in line
+    }
     assert list(commands) == hosts(4)
     for host in hosts(2):
         assert option(commands[host], "--nnodes") == "2"
@@ -227,7 +302,9 @@ def test_the_slurm_script_prints_engines_on_nodes_of_their_own() -> None:
 
 def test_a_host_of_several_meets_the_others_over_the_interface_by_which_it_reaches_them() -> None:
     def settings(*where: str) -> list[list[str]]:
-        lines = dry_run("train_slurm.sbatch", "examples/paper_7b.yaml", *where, HOSTS="127.0.0.1,127.0.0.2")
+        lines = dry_run(
+            "train_slurm.sbatch", "examples/paper_7b.yaml", *where, HOSTS="127.0.0.1,127.0.0.2"
+        )
         return [line.split("$ ", 1)[1].split(" /")[0].split() for line in lines if "$ " in line]
 
     [mine, other] = settings("--host", "127.0.0.1")
@@ -244,7 +321,11 @@ def test_the_node_script_and_the_engines_script_print_theirs() -> None:
     assert sum("megatron_efr.cluster.serve" in line for line in lines) == 0
     assert sum("megatron_efr.torchrun" in line for line in lines) == 1
     served = dry_run(
-        "serve_engines.sh", "examples/r1_32b_4nodes.yaml", HOST="10.0.0.7", SGLANG_API_KEY="secret", GPUS="8"
+        "serve_engines.sh",
+        "examples/r1_32b_4nodes.yaml",
+        HOST="10.0.0.7",
+        SGLANG_API_KEY="secret",
+        GPUS="8",
     )
     assert [line.split("$ ")[1].split()[0] for line in served if "$ " in line] == [
         "CUDA_VISIBLE_DEVICES=0,1,2,3",
@@ -256,13 +337,27 @@ def test_the_node_script_and_the_engines_script_print_theirs() -> None:
 def test_engines_without_a_key_or_on_a_public_address_are_refused(tmp_path: Path) -> None:
     script = ["bash", str(ROOT / "launch/serve_engines.sh"), "examples/paper_7b.yaml"]
     bare = {name: value for name, value in os.environ.items() if name != "SGLANG_API_KEY"}
-    done = subprocess.run(script, env=bare | {"HOST": "10.0.0.7"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        script, env=bare | {"HOST": "10.0.0.7"}, capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0
     assert "SGLANG_API_KEY" in done.stderr
-    serve = [sys.executable, "-m", "megatron_efr.cluster.serve", "examples/paper_7b.yaml", "--port", "30000"]
+    serve = [
+        sys.executable,
+        "-m",
+        "megatron_efr.cluster.serve",
+        "examples/paper_7b.yaml",
+        "--port",
+        "30000",
+    ]
     environment = os.environ | {"SGLANG_API_KEY": "secret"}
     done = subprocess.run(
-        [*serve, "--host", "8.8.8.8"], env=environment, capture_output=True, text=True, cwd=ROOT, check=False
+        [*serve, "--host", "8.8.8.8"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
     )
     assert done.returncode == 2
     assert "8.8.8.8 is a public address" in done.stderr
@@ -299,7 +394,9 @@ def test_the_slurm_job_goes_back_into_the_queue_only_where_the_run_asks_for_it(
     }
     apart = ["rollout.placement=apart", "rollout.engines=8"]
     script = ["bash", str(ROOT / "launch/train_slurm.sbatch"), "examples/paper_7b.yaml", *apart]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        script, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == code, done.stderr
     text = log.read_text()
     assert ("requeue 7" in text) == requeued

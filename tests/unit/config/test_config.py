@@ -1,4 +1,6 @@
-"""The configuration: read, overridden, checked; every refusal names the key's path, the value and what would do."""
+"""The configuration: read, overridden, checked; every refusal names the key's path, the value and
+what would do.
+"""
 
 from __future__ import annotations
 
@@ -57,9 +59,20 @@ def test_overrides_reach_sections_new_sections_and_elements_of_lists(tmp_path: P
         "algorithm.beta=.5",
     )
     assert [(d.path, d.limit) for d in config.data.datasets] == [("z.jsonl", None), ("y.jsonl", 7)]
-    assert (config.rollout.samples, config.method.options["alpha"], config.model.path) == (16, 0.4, "with=equals")
-    assert (config.evaluation.datasets[0].path, config.evaluation.samples_by_dataset) == ("e.jsonl", {"e": 3})
-    assert (config.observe.wandb, config.train.iterations, config.algorithm.options["beta"]) == (None, 16, 0.5)
+    assert (config.rollout.samples, config.method.options["alpha"], config.model.path) == (
+        16,
+        0.4,
+        "with=equals",
+    )
+    assert (config.evaluation.datasets[0].path, config.evaluation.samples_by_dataset) == (
+        "e.jsonl",
+        {"e": 3},
+    )
+    assert (config.observe.wandb, config.train.iterations, config.algorithm.options["beta"]) == (
+        None,
+        16,
+        0.5,
+    )
     whole = read(tmp_path, "data.datasets.0={path: w.jsonl}")
     assert [d.path for d in whole.data.datasets] == ["w.jsonl", "y.jsonl"]
 
@@ -72,7 +85,9 @@ def test_overrides_reach_below_what_the_resolved_file_holds_as_null(tmp_path: Pa
     [own, other] = [dataset.grading for dataset in config.data.datasets]
     assert own is not None
     assert (own.verifier, other) == ("exact", None)
-    with pytest.raises(ConfigError, match=r"data.datasets.0.grading.verifer: unknown key; did you mean verifier"):
+    with pytest.raises(
+        ConfigError, match=r"data.datasets.0.grading.verifer: unknown key; did you mean verifier"
+    ):
         load(TrainConfig, resolved, ["data.datasets.0.grading.verifer=exact"])
 
 
@@ -82,14 +97,19 @@ def test_overrides_reach_below_what_the_resolved_file_holds_as_null(tmp_path: Pa
         ("rollout.samples", "an override reads section.key=value"),
         ("=3", "an override reads section.key=value"),
         ("name.first=x", "name is a value, not a section"),
-        ("data.datasets.2.path=x", r"'data.datasets.2.path=x': 2 is not a place in that list; its places are 0 to 1"),
+        (
+            "data.datasets.2.path=x",
+            r"'data.datasets.2.path=x': 2 is not a place in that list; its places are 0 to 1",
+        ),
         ("data.datasets.-1.path=x", "-1 is not a place in that list"),
         ("data.datasets.first.path=x", "first is not a place in that list"),
         ("data.datasets.2={path: x}", "2 is not a place in that list"),
         ("rollout.samples=[1", "the value is not valid YAML"),
     ],
 )
-def test_an_override_that_cannot_be_applied_is_quoted(tmp_path: Path, override: str, message: str) -> None:
+def test_an_override_that_cannot_be_applied_is_quoted(
+    tmp_path: Path, override: str, message: str
+) -> None:
     assert message in refusal(tmp_path, override)
     assert override in refusal(tmp_path, override)
 
@@ -103,7 +123,8 @@ def test_an_override_that_cannot_be_applied_is_quoted(tmp_path: Path, override: 
         ("data.datasets.1.limits=8", "data.datasets.1.limits: unknown key; did you mean limit"),
         (
             "data.prompt.zzz=1",
-            "data.prompt.zzz: unknown key; known keys here: date, max_tokens, overlong, prefill, system",
+            "data.prompt.zzz: unknown key; known keys here: date, max_tokens, overlong, prefill, "
+            "system",
         ),
         ("rollout.samples=eight", "rollout.samples: Input should be a valid integer (got 'eight')"),
         ("rollout.samples=8.5", "(got 8.5)"),
@@ -111,36 +132,60 @@ def test_an_override_that_cannot_be_applied_is_quoted(tmp_path: Path, override: 
         ("rollout.samples=0", "rollout.samples: Input should be greater than 0 (got 0)"),
         ("data.shuffle=1", "data.shuffle: Input should be a valid boolean (got 1)"),
         ("model.path=3", "model.path: Input should be a valid string (got 3)"),
-        ("model.dtype=float16", "model.dtype: Input should be 'float32' or 'bfloat16' (got 'float16')"),
+        (
+            "model.dtype=float16",
+            "model.dtype: Input should be 'float32' or 'bfloat16' (got 'float16')",
+        ),
         ("optimizer.lr=.nan", "optimizer.lr: "),
         ("optimizer.lr=.inf", "optimizer.lr: "),
         ("optimizer.lr=-1e-4", "optimizer.lr: Input should be greater than 0 (got -0.0001)"),
         ("rollout.temperature=0", "rollout.temperature: Input should be greater than 0"),
-        ("rollout.top_p=0.9", "rollout.top_p: Input should be greater than or equal to 1 (got 0.9)"),
+        (
+            "rollout.top_p=0.9",
+            "rollout.top_p: Input should be greater than or equal to 1 (got 0.9)",
+        ),
         ("data.datasets=[]", "data.datasets: List should have at least 1 item"),
         ("name=../elsewhere", "name: String should match pattern"),
         (
             "rollout.logit_bias={'5': 1}",
             "rollout.logit_bias: tokens that were drawn with a penalty are not the policy's own",
         ),
-        ("rollout.urls=[http://a:1]", "rollout.urls and rollout.server speak of SGLang servers; set rollout.engine"),
+        (
+            "rollout.urls=[http://a:1]",
+            "rollout.urls and rollout.server speak of SGLang servers; set rollout.engine",
+        ),
         (
             "rollout={engine: sglang, urls: [a:1]}",
             "rollout.urls.0: String should match pattern '^https?://'",
         ),
-        ("rollout={engine: sglang, urls: [http://a:1], server: {a: 1}}", "rollout.server: with rollout.urls no server"),
+        (
+            "rollout={engine: sglang, urls: [http://a:1], server: {a: 1}}",
+            "rollout.server: with rollout.urls no server",
+        ),
         (
             "rollout={engine: sglang, urls: [http://a:1], placement: colocated}",
-            "c.yaml: rollout.urls with rollout.placement: colocated: colocated engines are on the trainer's own GPUs",
+            "c.yaml: rollout.urls with rollout.placement: colocated: colocated engines are on the "
+            "trainer's own GPUs",
         ),
         ("rollout.timeouts.start=1", "rollout.timeouts.start: unknown key; did you mean start_s"),
-        ("train.updates=3", "rollout.prompts x rollout.samples = 32 x 8 = 256 responses do not split"),
+        (
+            "train.updates=3",
+            "rollout.prompts x rollout.samples = 32 x 8 = 256 responses do not split",
+        ),
         ("evaluation.preset=custom", "evaluation: preset custom needs a temperature"),
-        ("evaluation.temperature=1.0", "evaluation: preset paper fixes temperature and top_p; set preset: custom"),
-        ("evaluation={preset: r1, top_p: 0.5}", "evaluation: preset r1 fixes temperature and top_p"),
+        (
+            "evaluation.temperature=1.0",
+            "evaluation: preset paper fixes temperature and top_p; set preset: custom",
+        ),
+        (
+            "evaluation={preset: r1, top_p: 0.5}",
+            "evaluation: preset r1 fixes temperature and top_p",
+        ),
     ],
 )
-def test_a_value_that_cannot_be_is_named_with_its_path(tmp_path: Path, override: str, message: str) -> None:
+def test_a_value_that_cannot_be_is_named_with_its_path(
+    tmp_path: Path, override: str, message: str
+) -> None:
     assert message in refusal(tmp_path, override)
 
 
@@ -174,10 +219,22 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "ranks", "message"),
     [
-        (["parallel.tensor=2"], 3, "tensor 2 x pipeline 1 x context 1 = 2 ranks hold one model, and 3 launched"),
-        (["rollout.prompts=2", "rollout.samples=3"], 2, "train.updates: 3 responses per update .* a multiple of 2"),
+        (
+            ["parallel.tensor=2"],
+            3,
+            "tensor 2 x pipeline 1 x context 1 = 2 ranks hold one model, and 3 launched",
+        ),
+        (
+            ["rollout.prompts=2", "rollout.samples=3"],
+            2,
+            "train.updates: 3 responses per update .* a multiple of 2",
+        ),
         (["parallel.sequence=true"], 2, r"parallel\.sequence: .* set parallel\.tensor >= 2"),
-        (["parallel.virtual_pipeline=2"], 2, r"parallel\.virtual_pipeline: needs parallel\.pipeline >= 2"),
+        (
+            ["parallel.virtual_pipeline=2"],
+            2,
+            r"parallel\.virtual_pipeline: needs parallel\.pipeline >= 2",
+        ),
     ],
 )
 def test_sizes_that_do_not_divide_over_the_ranks(
@@ -198,7 +255,9 @@ def test_a_warm_start_splits_its_batch_over_the_ranks() -> None:
     }
     config = SftConfig.model_validate(tree)
     config.check_world(3)
-    with pytest.raises(ConfigError, match=r"train\.batch: 6 sequences do not divide over 4 .* a multiple of 4"):
+    with pytest.raises(
+        ConfigError, match=r"train\.batch: 6 sequences do not divide over 4 .* a multiple of 4"
+    ):
         config.check_world(4)
 
 

@@ -41,7 +41,10 @@ def test_every_program_that_reads_a_configuration_is_on_the_page() -> None:
 
 
 def test_the_page_is_up_to_date() -> None:
-    behind = "a field changed: run `python -m megatron_efr.config > docs/configuration.md` and commit the page"
+    behind = (
+        "a field changed: run `python -m megatron_efr.config > docs/configuration.md` and commit "
+        "the page"
+    )
     assert PAGE.read_text(encoding="utf-8") == page(), behind
 
 

@@ -1,4 +1,6 @@
-"""Flat keys of a tree: sections are walked, lists only where that is asked, what is empty is a leaf."""
+"""Flat keys of a tree: sections are walked, lists only where that is asked, what is empty is a
+leaf.
+"""
 
 from __future__ import annotations
 

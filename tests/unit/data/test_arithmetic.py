@@ -1,4 +1,6 @@
-"""The arithmetic task: chains add up, majorities, split, tokenizer, and the same bytes for the same seed."""
+"""The arithmetic task: chains add up, majorities, split, tokenizer, and the same bytes for the same
+seed.
+"""
 
 import json
 import random
@@ -13,7 +15,16 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2ForCausalLM
 
 from megatron_efr.config import DatasetConfig, PromptConfig, SftDataConfig
 from megatron_efr.data import byte_model
-from megatron_efr.data.arithmetic import UNKNOWN, ArithmeticTask, attempt, majority, question, response, split, write
+from megatron_efr.data.arithmetic import (
+    UNKNOWN,
+    ArithmeticTask,
+    attempt,
+    majority,
+    question,
+    response,
+    split,
+    write,
+)
 from megatron_efr.data.datasets import load_problems
 from megatron_efr.data.prompts import load_tokenizer, render_all
 from megatron_efr.data.sft import load_sft
@@ -57,13 +68,17 @@ def test_uncorrupted_responses_are_right() -> None:
             assert all(before + term == after for before, term, after in steps)
 
 
-def test_a_sign_stands_behind_each_question_of_the_warm_start_alone(written: Path, tmp_path: Path) -> None:
+def test_a_sign_stands_behind_each_question_of_the_warm_start_alone(
+    written: Path, tmp_path: Path
+) -> None:
     write(tmp_path, seed=0, task=replace(SMALL, signs=";=}"))
     for name in ("train.jsonl", "test.jsonl"):
         assert (tmp_path / name).read_bytes() == (written / name).read_bytes()
     asked = [
         (plain["question"], signed["question"])
-        for plain, signed in zip(rows(written / "sft.jsonl"), rows(tmp_path / "sft.jsonl"), strict=True)
+        for plain, signed in zip(
+            rows(written / "sft.jsonl"), rows(tmp_path / "sft.jsonl"), strict=True
+        )
     ]
     assert all(signed[:-1] == plain for plain, signed in asked)
     counts = Counter(signed[-1] for _, signed in asked)
@@ -79,7 +94,9 @@ def test_corrupted_steps_are_five_in_a_hundred_and_carried_on(written: Path) -> 
         for one in chain.split("; wait "):
             found = steps_of(one)
             assert all(later[0] == sooner[2] for sooner, later in pairwise(found))
-            assert [found[0][0], *(term for _, term, _ in found)] == [int(term) for term in row["question"].split("+")]
+            assert [found[0][0], *(term for _, term, _ in found)] == [
+                int(term) for term in row["question"].split("+")
+            ]
             steps += len(found)
             wrong += sum(before + term != after for before, term, after in found)
             ends.append(found[-1][2])
@@ -135,7 +152,13 @@ def test_same_seed_same_bytes(written: Path, tmp_path: Path) -> None:
     write(tmp_path / "again", seed=0, task=SMALL)
     write(tmp_path / "other", seed=1, task=SMALL)
     files = sorted(str(path.relative_to(written)) for path in written.rglob("*") if path.is_file())
-    assert {"train.jsonl", "test.jsonl", "sft.jsonl", "model/config.json", "model/tokenizer.json"} <= set(files)
+    assert {
+        "train.jsonl",
+        "test.jsonl",
+        "sft.jsonl",
+        "model/config.json",
+        "model/tokenizer.json",
+    } <= set(files)
     for file in files:
         assert (tmp_path / "again" / file).read_bytes() == (written / file).read_bytes(), file
     for file in ("train.jsonl", "test.jsonl", "sft.jsonl"):
@@ -144,7 +167,8 @@ def test_same_seed_same_bytes(written: Path, tmp_path: Path) -> None:
 
 def test_text_round_trips_and_math_verify_sees_the_box(written: Path) -> None:
     ours = load_tokenizer(written / "model")
-    theirs = AutoTokenizer.from_pretrained(written / "model")  # what users of the trained folder call
+    # what users of the trained folder call
+    theirs = AutoTokenizer.from_pretrained(written / "model")
     sample = rows(written / "sft.jsonl")[:100]
     for row in sample:
         for text in (row["question"], row["response"]):
@@ -153,7 +177,8 @@ def test_text_round_trips_and_math_verify_sees_the_box(written: Path) -> None:
             assert theirs.encode(text, add_special_tokens=False) == ids
             assert theirs.decode(ids, skip_special_tokens=True) == text
     text = "3+5=8+9=17; wait 3+5=8+9=17; \\boxed{17}"
-    assert len(ours.encode(text)) == 11 + 1 + 11 + 4  # two attempts, one wait, and the box with two digits
+    # two attempts, one wait, and the box with two digits
+    assert len(ours.encode(text)) == 11 + 1 + 11 + 4
     assert grade([ours.decode(ours.encode(text))], ["17"])[0].correct
 
 
@@ -163,7 +188,10 @@ def test_sft_rows_through_the_prompt_path(written: Path) -> None:
     loaded = load_sft(SftDataConfig(path=str(written / "sft.jsonl")), tokenizer, config)
     assert len(loaded.samples) == 400
     first, sequence = rows(written / "sft.jsonl")[0], loaded.samples[0]
-    assert tokenizer.decode(sequence.tokens) == f"<bos><user>{first['question']}<assistant>{first['response']}<eos>"
+    assert (
+        tokenizer.decode(sequence.tokens)
+        == f"<bos><user>{first['question']}<assistant>{first['response']}<eos>"
+    )
     unknown = tokenizer.convert_tokens_to_ids(UNKNOWN)
     assert not any(unknown in row.tokens for row in loaded.samples)
     assert unknown in tokenizer.encode("3*5")
@@ -179,10 +207,16 @@ def test_model_folder_builds_a_qwen2(written: Path) -> None:
     assert config.tie_word_embeddings
     assert 0.12e6 < sum(parameter.numel() for parameter in model.parameters()) < 0.2e6
     tokenizer = load_tokenizer(written / "model")
-    assert stop_ids(written / "model", tokenizer) == (tokenizer.eos_token_id,) == (config.eos_token_id,)
+    assert (
+        stop_ids(written / "model", tokenizer)
+        == (tokenizer.eos_token_id,)
+        == (config.eos_token_id,)
+    )
 
 
-def test_byte_tokenizer_round_trips_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_byte_tokenizer_round_trips_any_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.argv", ["byte_model", "--out", str(tmp_path)])
     byte_model.main()
     tokenizer = load_tokenizer(tmp_path)

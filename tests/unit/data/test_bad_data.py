@@ -1,4 +1,6 @@
-"""Data files that cannot be used, by hand and by chance: each ends in a sentence that names the file."""
+"""Data files that cannot be used, by hand and by chance: each ends in a sentence that names the
+file.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ from megatron_efr.errors import UserError
 pytestmark = pytest.mark.alike
 
 INPUTS = 200
-ROWS = [{"question": f"{i}+1?", "answer": str(i + 1), "response": f"It is {i + 1}.", "id": i} for i in range(4)]
+ROWS = [
+    {"question": f"{i}+1?", "answer": str(i + 1), "response": f"It is {i + 1}.", "id": i}
+    for i in range(4)
+]
 LINES = [json.dumps(row) + "\n" for row in ROWS]
 GOOD = "".join(LINES)
 ARRAY = json.dumps(ROWS, indent=1)
@@ -41,15 +46,23 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
     return load_tokenizer(folder)
 
 
-def read(path: Path, tokenizer: PreTrainedTokenizerBase, sft: bool = False, **options: Any) -> str | None:
-    """The refusal of the file's problems (or rows to learn from) as prompts; None if there is none."""
+def read(
+    path: Path, tokenizer: PreTrainedTokenizerBase, sft: bool = False, **options: Any
+) -> str | None:
+    """The refusal of the file's problems (or rows to learn from) as prompts; None if there is
+    none.
+    """
     prompt = PromptConfig(overlong="error", max_tokens=4096)
     try:
         if sft:
             load_sft(SftDataConfig(path=str(path), **options), tokenizer, prompt)
         else:
-            rendered = render_all(load_problems(DatasetConfig(path=str(path), **options)), tokenizer, prompt)
-            json.dumps([[p.text, p.gold, p.meta["question"]] for p in rendered.prompts], ensure_ascii=False).encode()
+            rendered = render_all(
+                load_problems(DatasetConfig(path=str(path), **options)), tokenizer, prompt
+            )
+            json.dumps(
+                [[p.text, p.gold, p.meta["question"]] for p in rendered.prompts], ensure_ascii=False
+            ).encode()
     except UserError as error:
         return str(error)
     return None
@@ -73,45 +86,74 @@ FILES: list[tuple[str, str | bytes, list[str]]] = [
     ("a.json", "[]", ["a.json: holds no rows"]),
     ("a.parquet", parquet(ROWS[0])[:0], ["a.parquet: cannot be read as parquet"]),
     ("a.jsonl", with_line('{"question": "1", "answer": "2"'), ["a.jsonl:3: not valid JSON"]),
-    ("a.jsonl", with_line("{'question': '1', 'answer': '2'}"), ["a.jsonl:3: not valid JSON", "column 2"]),
-    ("a.jsonl", with_line('{"question": "1", "answer": "2"},'), ["a.jsonl:3: not valid JSON: Extra data"]),
+    ("a.jsonl", with_line("{'question': '1', 'answer': '2'}"),
+        ["a.jsonl:3: not valid JSON", "column 2"]),
+    ("a.jsonl", with_line('{"question": "1", "answer": "2"},'),
+        ["a.jsonl:3: not valid JSON: Extra data"]),
     ("a.jsonl", with_line("half"), ["a.jsonl:3: not valid JSON"]),
     ("a.jsonl", with_line("[1, 2]"), ["a.jsonl:3: expected an object", "found list"]),
     ("a.jsonl", with_line('"text"'), ["a.jsonl:3: expected an object", "found str"]),
     ("a.jsonl", with_line("null"), ["a.jsonl:3: expected an object", "found NoneType"]),
     ("a.jsonl", with_line("{}"), ["a.jsonl:3: no question", "the row has no columns"]),
-    ("a.jsonl", with_line('{"question": "1"}'), ["a.jsonl:3: no answer", "the row has columns question"]),
-    ("a.jsonl", with_line('{"answer": "1"}'), ["a.jsonl:3: no question", "the row has columns answer"]),
-    ("a.jsonl", with_line('{"Question": "1", "Answer": "2"}'), ["a.jsonl:3: no question", "columns Question, Answer"]),
-    ("a.jsonl", with_line('{"question": "", "answer": "2"}'), ["a.jsonl:3: the question", "is empty"]),
-    ("a.jsonl", with_line('{"question": " ", "answer": "2"}'), ["a.jsonl:3: the question", "is empty"]),
-    ("a.jsonl", with_line('{"question": null, "answer": "2"}'), ["a.jsonl:3: the question", "is null"]),
-    ("a.jsonl", with_line('{"question": "1", "answer": null}'), ["a.jsonl:3: the answer in column 'answer' is null"]),
-    ("a.jsonl", with_line('{"question": ["1"], "answer": "2"}'), ["a.jsonl:3: the question", "a list, not text"]),
-    ("a.jsonl", with_line('{"question": {"en": "1"}, "answer": "2"}'), ["a.jsonl:3: the question", "a dict, not text"]),
-    ("a.jsonl", with_line('{"question": "1", "answer": ["2"]}'), ["a.jsonl:3: the answer", "a list, not text"]),
-    ("a.jsonl", with_line('{"question": "1", "answer": {"a": 1}}'), ["a.jsonl:3: the answer", "a dict, not text"]),
-    ("a.jsonl", with_line('{"question": "1", "answer": true}'), ["a.jsonl:3: the answer", "boolean true, not text"]),
-    ("a.jsonl", with_line('{"question": "\\ud800", "answer": "2"}'), ["a.jsonl:3: \\ud800 is half a character"]),
-    ("a.jsonl", with_line('{"question": "1", "answer": "\\udc00"}'), ["a.jsonl:3: \\udc00 is half a character"]),
-    ("a.jsonl", with_line('{"question": "1", "answer": "2", "id": "\\ud800"}'), ["a.jsonl:3: \\ud800 is half a char"]),
-    ("a.jsonl", with_line('{"question": "1", "answer": "#### "}'), ["a.jsonl:3: a gsm8k answer ends with '####"]),
-    ("a.jsonl", with_line('{"question": "1", "answer": "2", "answer": 3}'), ["a.jsonl:3: the key 'answer' stands"]),
-    ("a.jsonl", with_line('{"question": "1", "answer": "2", "m": {"a": 1, "a": 1}}'), ["a.jsonl:3: the key 'a'"]),
-    ("a.json", '[\n{"question": "1", "answer": "2"},\n{"id": 1, "id": 1}]', ["a.json:3: the key 'id' stands twice"]),
+    ("a.jsonl", with_line('{"question": "1"}'),
+        ["a.jsonl:3: no answer", "the row has columns question"]),
+    ("a.jsonl", with_line('{"answer": "1"}'),
+        ["a.jsonl:3: no question", "the row has columns answer"]),
+    ("a.jsonl", with_line('{"Question": "1", "Answer": "2"}'),
+        ["a.jsonl:3: no question", "columns Question, Answer"]),
+    ("a.jsonl", with_line('{"question": "", "answer": "2"}'),
+        ["a.jsonl:3: the question", "is empty"]),
+    ("a.jsonl", with_line('{"question": " ", "answer": "2"}'),
+        ["a.jsonl:3: the question", "is empty"]),
+    ("a.jsonl", with_line('{"question": null, "answer": "2"}'),
+        ["a.jsonl:3: the question", "is null"]),
+    ("a.jsonl", with_line('{"question": "1", "answer": null}'),
+        ["a.jsonl:3: the answer in column 'answer' is null"]),
+    ("a.jsonl", with_line('{"question": ["1"], "answer": "2"}'),
+        ["a.jsonl:3: the question", "a list, not text"]),
+    ("a.jsonl", with_line('{"question": {"en": "1"}, "answer": "2"}'),
+        ["a.jsonl:3: the question", "a dict, not text"]),
+    ("a.jsonl", with_line('{"question": "1", "answer": ["2"]}'),
+        ["a.jsonl:3: the answer", "a list, not text"]),
+    ("a.jsonl", with_line('{"question": "1", "answer": {"a": 1}}'),
+        ["a.jsonl:3: the answer", "a dict, not text"]),
+    ("a.jsonl", with_line('{"question": "1", "answer": true}'),
+        ["a.jsonl:3: the answer", "boolean true, not text"]),
+    ("a.jsonl", with_line('{"question": "\\ud800", "answer": "2"}'),
+        ["a.jsonl:3: \\ud800 is half a character"]),
+    ("a.jsonl", with_line('{"question": "1", "answer": "\\udc00"}'),
+        ["a.jsonl:3: \\udc00 is half a character"]),
+    ("a.jsonl", with_line('{"question": "1", "answer": "2", "id": "\\ud800"}'),
+        ["a.jsonl:3: \\ud800 is half a char"]),
+    ("a.jsonl", with_line('{"question": "1", "answer": "#### "}'),
+        ["a.jsonl:3: a gsm8k answer ends with '####"]),
+    ("a.jsonl", with_line('{"question": "1", "answer": "2", "answer": 3}'),
+        ["a.jsonl:3: the key 'answer' stands"]),
+    ("a.jsonl", with_line('{"question": "1", "answer": "2", "m": {"a": 1, "a": 1}}'),
+        ["a.jsonl:3: the key 'a'"]),
+    ("a.json", '[\n{"question": "1", "answer": "2"},\n{"id": 1, "id": 1}]',
+        ["a.json:3: the key 'id' stands twice"]),
     ("a.jsonl", with_line("[" * 5000), ["a.jsonl:3: not JSON that can be read"]),
-    ("a.jsonl", with_line('{"answer": ' + "9" * 5000 + "}"), ["a.jsonl:3: not JSON that can be read"]),
-    ("a.jsonl", GOOD.encode() + b'{"question": "\xe9"}\n', ["a.jsonl:5: cannot be read: not UTF-8 (the byte 0xe9)"]),
-    ("a.jsonl", GOOD.encode("utf-16"), ["a.jsonl: cannot be read: its content is UTF-16; save it as UTF-8"]),
-    ("a.jsonl", gzip.compress(GOOD.encode()), ["a.jsonl: cannot be read: its content is gzip; unpack it"]),
-    ("a.jsonl", zstandard.compress(GOOD.encode()), ["a.jsonl: cannot be read: its content is zstandard; unpack it"]),
+    ("a.jsonl", with_line('{"answer": ' + "9" * 5000 + "}"),
+        ["a.jsonl:3: not JSON that can be read"]),
+    ("a.jsonl", GOOD.encode() + b'{"question": "\xe9"}\n',
+        ["a.jsonl:5: cannot be read: not UTF-8 (the byte 0xe9)"]),
+    ("a.jsonl", GOOD.encode("utf-16"), ["a.jsonl: cannot be read: its content is "
+        "UTF-16; save it as UTF-8"]),
+    ("a.jsonl", gzip.compress(GOOD.encode()),
+        ["a.jsonl: cannot be read: its content is gzip; unpack it"]),
+    ("a.jsonl", zstandard.compress(GOOD.encode()),
+        ["a.jsonl: cannot be read: its content is zstandard; unpack it"]),
     ("a.jsonl", b"BZh91AY", ["a.jsonl: cannot be read: its content is bzip2"]),
     ("a.jsonl", b"\xfd7zXZ\0", ["a.jsonl: cannot be read: its content is xz"]),
     ("a.jsonl", b"PK\x03\x04rest", ["a.jsonl: cannot be read: its content is a zip archive"]),
-    ("a.jsonl", parquet(*ROWS), ["a.jsonl: cannot be read: its content is parquet; rename it to .parquet"]),
+    ("a.jsonl", parquet(*ROWS), ["a.jsonl: cannot be read: its content is parquet; "
+        "rename it to .parquet"]),
     ("a.jsonl", b"ARROW1\0\0", ["a.jsonl: cannot be read: its content is an Arrow table"]),
-    ("a.jsonl", "version https://git-lfs.github.com/spec/v1\n", ["its content is a git-lfs pointer", "git lfs pull"]),
-    ("a.parquet", "version https://git-lfs.github.com/spec/v1\n", ["a.parquet: cannot", "a git-lfs pointer"]),
+    ("a.jsonl", "version https://git-lfs.github.com/spec/v1\n",
+        ["its content is a git-lfs pointer", "git lfs pull"]),
+    ("a.parquet", "version https://git-lfs.github.com/spec/v1\n",
+        ["a.parquet: cannot", "a git-lfs pointer"]),
     ("a.jsonl", "<!DOCTYPE html><html>", ["a.jsonl: cannot be read: its content is a web page"]),
     ("a.jsonl", ARRAY, ["a.jsonl:1: not valid JSON"]),
     ("a.json", ARRAY[:-1], ["a.json:", "not valid JSON"]),
@@ -121,25 +163,36 @@ FILES: list[tuple[str, str | bytes, list[str]]] = [
     ("a.json", "[1]", ["a.json:1: expected an object", "found int"]),
     ("a.json", "[\n[" * 3000, ["a.json:2: not JSON that can be read"]),
     ("a.json", '[{"question": "1",\n "answer": }]', ["a.json:2: not valid JSON: Expecting value"]),
-    ("a.json", '[\n{"question": "\\ud8ab", "answer": "1"}]', ["a.json:2: \\ud8ab is half a character"]),
+    ("a.json", '[\n{"question": "\\ud8ab", "answer": "1"}]',
+        ["a.json:2: \\ud8ab is half a character"]),
     ("a.json", json.dumps({"data": ROWS}), ["a.json:1: no question", "the row has columns data"]),
     ("a.json", json.dumps({"data": ROWS}, indent=1), ["a.json:1: not valid JSON"]),
-    ("a.json", json.dumps({key: [row[key] for row in ROWS] for key in ROWS[0]}), ["a.json:1: the question", "a list"]),
+    ("a.json", json.dumps({key: [row[key] for row in ROWS] for key in ROWS[0]}),
+        ["a.json:1: the question", "a list"]),
     ("a.parquet", GOOD, ["a.parquet: cannot be read as parquet"]),
     ("a.parquet", parquet(*ROWS)[:-100], ["a.parquet: cannot be read as parquet"]),
     ("a.parquet", b"PAR1" + b"\0" * 100 + b"PAR1", ["a.parquet: cannot be read as parquet"]),
-    ("a.parquet", parquet({"question": ["1"], "answer": "2"}), ["a.parquet:row 1: the question", "a list, not text"]),
-    ("a.parquet", parquet({"q": "1", "answer": "2"}), ["a.parquet:row 1: no question", "columns q, answer"]),
-    ("a.parquet", parquet({"question": b"1", "answer": "2"}), ["a.parquet:row 1: the question", "a bytes, not text"]),
-    ("a.parquet", parquet(*ROWS, {"question": "1"}), ["a.parquet:row 5: the answer in column 'answer' is null"]),
-    ("a.csv", "question,answer\n1,2\n", ["a.csv: cannot tell its kind by its name; expected one of .jsonl"]),
+    ("a.parquet", parquet({"question": ["1"], "answer": "2"}),
+        ["a.parquet:row 1: the question", "a list, not text"]),
+    ("a.parquet", parquet({"q": "1", "answer": "2"}),
+        ["a.parquet:row 1: no question", "columns q, answer"]),
+    ("a.parquet", parquet({"question": b"1", "answer": "2"}),
+        ["a.parquet:row 1: the question", "a bytes, not text"]),
+    ("a.parquet", parquet(*ROWS, {"question": "1"}),
+        ["a.parquet:row 5: the answer in column 'answer' is null"]),
+    ("a.csv", "question,answer\n1,2\n", ["a.csv: cannot tell its kind by its name; "
+        "expected one of .jsonl"]),
     ("a.jsonl.gz", gzip.compress(GOOD.encode()), ["a.jsonl.gz: cannot tell its kind by its name"]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "content", "words"), FILES)
 def test_a_file_that_cannot_be_used(
-    name: str, content: str | bytes, words: list[str], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+    name: str,
+    content: str | bytes,
+    words: list[str],
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -157,7 +210,10 @@ def test_a_file_that_cannot_be_used(
         ({"question": "1", "response": ["2"]}, "no text in column 'response', but a list"),
         ({"question": {"a": 1}, "response": "2"}, "no text in column 'question', but a dict"),
         ({"question": 1, "response": "2"}, "no text in column 'question', but a int"),
-        ({"messages": [], "response": "2"}, "no text in column 'question'; the row has columns messages, response"),
+        (
+            {"messages": [], "response": "2"},
+            "no text in column 'question'; the row has columns messages, response",
+        ),
     ],
 )
 def test_a_row_that_nothing_can_be_learnt_from(
@@ -192,23 +248,43 @@ def test_files_of_every_editor_give_the_same_problems(
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert read(path, tokenizer) is None
     problems = load_problems(DatasetConfig(path=str(path)))
-    assert [(p.question, p.gold) for p in problems[:4]] == [(row["question"], row["answer"]) for row in ROWS]
+    assert [(p.question, p.gold) for p in problems[:4]] == [
+        (row["question"], row["answer"]) for row in ROWS
+    ]
     assert len({p.id for p in problems}) == len(problems), "one id twice"
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda folder: (folder / "state.json").unlink(), ["saved: a folder, but not one that datasets' save_to_disk"]),
-        (lambda folder: (folder / "state.json").write_text("{"), ["saved: a folder of save_to_disk that is damaged"]),
-        (lambda folder: (folder / "dataset_info.json").write_text("[]"), ["saved: a folder of save_to_disk"]),
-        (lambda folder: next(folder.glob("*.arrow")).write_bytes(b"x"), ["saved: a folder of save_to_disk"]),
+        (
+            lambda folder: (folder / "state.json").unlink(),
+            ["saved: a folder, but not one that datasets' save_to_disk"],
+        ),
+        (
+            lambda folder: (folder / "state.json").write_text("{"),
+            ["saved: a folder of save_to_disk that is damaged"],
+        ),
+        (
+            lambda folder: (folder / "dataset_info.json").write_text("[]"),
+            ["saved: a folder of save_to_disk"],
+        ),
+        (
+            lambda folder: next(folder.glob("*.arrow")).write_bytes(b"x"),
+            ["saved: a folder of save_to_disk"],
+        ),
         (lambda folder: next(folder.glob("*.arrow")).unlink(), ["saved: a folder"]),
-        (lambda folder: [p.unlink() for p in folder.iterdir()], ["saved: a folder, but not one that datasets'"]),
+        (
+            lambda folder: [p.unlink() for p in folder.iterdir()],
+            ["saved: a folder, but not one that datasets'"],
+        ),
     ],
 )
 def test_a_saved_folder_that_is_damaged(
-    spoil: Callable[[Path], object], words: list[str], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+    spoil: Callable[[Path], object],
+    words: list[str],
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     folder = tmp_path / "saved"
     datasets.Dataset.from_list(ROWS).save_to_disk(str(folder))
@@ -218,11 +294,14 @@ def test_a_saved_folder_that_is_damaged(
     assert [word for word in words if word not in message] == [], message
 
 
-# -- by chance ---------------------------------------------------------------------------------------------------------
+# -- by chance
+# --------------------------------------------------------------------------------------------------
 
 VALUES: list[Any] = [
-    None, True, 0, -1.5, 10**30, float("nan"), float("inf"), "", " ", "\0", "é", "\ud800", "#### 1", "####", "<bos>",
-    [], ["1"], [[]], {}, {"a": 1}, {"a": [{}]}, "x" * 3000, "\u2028", "{question}", "{{", "\\boxed{", "\U0001f600",
+    None, True, 0, -1.5, 10**30, float("nan"), float("inf"), "", " ", "\0", "é", "\ud800", "#### 1",
+    "####", "<bos>",
+    [], ["1"], [[]], {}, {"a": 1}, {"a": [{}]}, "x" * 3000, "\u2028", "{question}", "{{",
+    "\\boxed{", "\U0001f600",
 ]  # fmt: skip
 
 
@@ -233,7 +312,9 @@ def spoilt(data: bytes, rng: random.Random) -> bytes:
     changed = bytearray(data)
     for _ in range(rng.randrange(1, 4)):
         at = rng.randrange(len(changed))
-        changed[at : at + rng.randrange(3)] = bytes(rng.choices(b'{}[]",:\n\r\t\\\0\xff\xd8u9', k=rng.randrange(3)))
+        changed[at : at + rng.randrange(3)] = bytes(
+            rng.choices(b'{}[]",:\n\r\t\\\0\xff\xd8u9', k=rng.randrange(3))
+        )
     return bytes(changed)
 
 
@@ -261,7 +342,9 @@ def some_file(kind: str, rng: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".parquet"])
-def test_no_file_ends_in_a_traceback(kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_no_file_ends_in_a_traceback(
+    kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     rng, refused, path = random.Random(kind), 0, tmp_path / f"data{kind}"
     for turn in range(INPUTS):
         path.write_bytes(some_file(kind, rng))
@@ -271,7 +354,9 @@ def test_no_file_ends_in_a_traceback(kind: str, tmp_path: Path, tokenizer: PreTr
     assert refused >= INPUTS // 3
 
 
-def test_no_saved_folder_ends_in_a_traceback(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_no_saved_folder_ends_in_a_traceback(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     rng, whole, folder = random.Random(0), tmp_path / "whole", tmp_path / "folder"
     datasets.Dataset.from_list(ROWS).save_to_disk(str(whole))
     for _ in range(INPUTS // 4):

@@ -22,10 +22,17 @@ pytestmark = pytest.mark.alike
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folder imported for each way to cut text."""
     found = {}
-    for pre, family in {"smollm": "llama", "qwen2": "qwen2", "deepseek-r1-qwen": "qwen2", "llama-bpe": "llama"}.items():
+    for pre, family in {
+        "smollm": "llama",
+        "qwen2": "qwen2",
+        "deepseek-r1-qwen": "qwen2",
+        "llama-bpe": "llama",
+    }.items():
         place = tmp_path_factory.mktemp("gguf")
         added = {"add_bos_token": True} if pre == "deepseek-r1-qwen" else {}
-        file = write_model(place / "x.gguf", small(place / "model", family), pre=pre, tokenizer=added)
+        file = write_model(
+            place / "x.gguf", small(place / "model", family), pre=pre, tokenizer=added
+        )
         import_gguf.import_gguf(file, place / "out")
         found[pre] = place / "out"
     return found
@@ -41,7 +48,9 @@ def test_digits_stand_alone_in_smollm(folders: dict[str, Path]) -> None:
     assert pieces(folders["smollm"], "55 55") == ["5", "5", "Ġ", "5", "5"]
 
 
-@pytest.mark.parametrize("text", ["e\u0301 caf\u00e9", "a  55 apples", " in\n\n x", "I'LL <think>x<|im_end|>", "xyz"])
+@pytest.mark.parametrize(
+    "text", ["e\u0301 caf\u00e9", "a  55 apples", " in\n\n x", "I'LL <think>x<|im_end|>", "xyz"]
+)
 def test_qwen2_cuts_as_its_own_class_does(folders: dict[str, Path], text: str) -> None:
     tokens, types = vocabulary("qwen2")
     vocab = {token: index for index, token in enumerate(tokens) if types[index] == 1}
@@ -55,7 +64,12 @@ def test_qwen2_cuts_as_its_own_class_does(folders: dict[str, Path], text: str) -
 
 
 def test_llama3_takes_three_digits_whole_words_and_a_beginning(folders: dict[str, Path]) -> None:
-    assert pieces(folders["llama-bpe"], "xyz 55555") == ["<|begin_of_text|>", "xyz", "Ġ", *("55", "5", "55")]
+    assert pieces(folders["llama-bpe"], "xyz 55555") == [
+        "<|begin_of_text|>",
+        "xyz",
+        "Ġ",
+        *("55", "5", "55"),
+    ]
     assert pieces(folders["qwen2"], "xyz") == ["x", "y", "z"]
 
 
@@ -63,7 +77,10 @@ def test_special_tokens_outside_the_byte_alphabet_stay_whole(folders: dict[str, 
     found = pieces(folders["deepseek-r1-qwen"], "<｜User｜>a<think>")
     assert found == ["<｜begin▁of▁sentence｜>", "<｜User｜>", "a", "<think>"]
     tokenizer = load_tokenizer(folders["deepseek-r1-qwen"])
-    assert tokenizer.decode(tokenizer("<｜User｜>a<think>é")["input_ids"], skip_special_tokens=True) == "a<think>é"
+    assert (
+        tokenizer.decode(tokenizer("<｜User｜>a<think>é")["input_ids"], skip_special_tokens=True)
+        == "a<think>é"
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,7 +92,9 @@ def test_special_tokens_outside_the_byte_alphabet_stay_whole(folders: dict[str, 
         ("llama-bpe", "<|begin_of_text|>", ["<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"]),
     ],
 )
-def test_ends_and_beginning(folders: dict[str, Path], pre: str, bos: str | None, ends: list[str]) -> None:
+def test_ends_and_beginning(
+    folders: dict[str, Path], pre: str, bos: str | None, ends: list[str]
+) -> None:
     tokens, types = vocabulary(pre)
     tokenizer = load_tokenizer(folders[pre])
     assert tokenizer.bos_token == bos

@@ -17,7 +17,9 @@ HERE = Path(__file__).parents[2] / "data"
 
 
 def lines(path: Path, *rows: Any) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return str(path)
 
 
@@ -25,7 +27,12 @@ def test_gsm8k_answer_stands_after_the_mark() -> None:
     problems = load_problems(DatasetConfig(path=str(HERE / "gsm8k_train.jsonl")))
     assert len(problems) == 30
     first = problems[0]
-    assert (first.id, first.gold, first.dataset, first.difficulty) == ("gsm8k_train/1", "72", "gsm8k_train", None)
+    assert (first.id, first.gold, first.dataset, first.difficulty) == (
+        "gsm8k_train/1",
+        "72",
+        "gsm8k_train",
+        None,
+    )
     assert first.where == f"{HERE}/gsm8k_train.jsonl:1"
     assert first.question.startswith("Natalia sold clips")
 
@@ -48,7 +55,9 @@ def test_gsm8k_commas_are_taken_out(tmp_path: Path) -> None:
         ("[1,100]", "[1,100]"),
     ],
 )
-def test_gsm8k_keeps_commas_that_group_no_thousands(tmp_path: Path, written: str, gold: str) -> None:
+def test_gsm8k_keeps_commas_that_group_no_thousands(
+    tmp_path: Path, written: str, gold: str
+) -> None:
     path = lines(tmp_path / "g.jsonl", {"question": "q", "answer": f"so\n#### {written}"})
     assert load_problems(DatasetConfig(path=path))[0].gold == gold
 
@@ -87,7 +96,11 @@ def test_numbers_keep_their_meaning_as_golds(tmp_path: Path, value: float, gold:
     ],
 )
 def test_values_that_are_no_gold_are_named(tmp_path: Path, value: str, said: str) -> None:
-    path = lines(tmp_path / "a.jsonl", {"question": "q", "answer": "5"}, f'{{"question": "q", "answer": {value}}}')
+    path = lines(
+        tmp_path / "a.jsonl",
+        {"question": "q", "answer": "5"},
+        f'{{"question": "q", "answer": {value}}}',
+    )
     with pytest.raises(DatasetError, match=rf"a\.jsonl:2: the answer in column 'answer' {said}"):
         load_problems(DatasetConfig(path=path))
 
@@ -99,7 +112,11 @@ def test_a_json_columns_value_is_read_not_its_quotes(tmp_path: Path) -> None:
     table.to_parquet(str(tmp_path / "a.parquet"))
     table.save_to_disk(str(tmp_path / "saved"))
     for place in ("a.parquet", "saved"):
-        assert [p.gold for p in load_problems(DatasetConfig(path=str(tmp_path / place)))] == ["1/2", "5", "0.00001"]
+        assert [p.gold for p in load_problems(DatasetConfig(path=str(tmp_path / place)))] == [
+            "1/2",
+            "5",
+            "0.00001",
+        ]
 
 
 def test_math_has_levels_and_own_ids() -> None:
@@ -110,12 +127,18 @@ def test_math_has_levels_and_own_ids() -> None:
 
 def test_aime() -> None:
     problems = load_problems(DatasetConfig(path=str(HERE / "aime24.jsonl"), name="AIME", limit=3))
-    assert [(p.id, p.gold) for p in problems] == [("AIME/60", "204"), ("AIME/61", "113"), ("AIME/62", "371")]
+    assert [(p.id, p.gold) for p in problems] == [
+        ("AIME/60", "204"),
+        ("AIME/61", "113"),
+        ("AIME/62", "371"),
+    ]
 
 
 def test_columns_as_configured(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", {"ask": "1+1", "reply": 2, "hard": "low"})
-    config = DatasetConfig(path=path, format="columns", question="ask", answer="reply", difficulty="hard")
+    config = DatasetConfig(
+        path=path, format="columns", question="ask", answer="reply", difficulty="hard"
+    )
     [problem] = load_problems(config)
     assert (problem.question, problem.gold, problem.difficulty) == ("1+1", "2", "low")
 
@@ -133,7 +156,9 @@ def test_columns_as_configured(tmp_path: Path) -> None:
         ({"a": 1}, "{'a': 1}"),
     ],
 )
-def test_a_difficulty_of_any_type_is_a_text_or_a_number(tmp_path: Path, value: Any, read: Any) -> None:
+def test_a_difficulty_of_any_type_is_a_text_or_a_number(
+    tmp_path: Path, value: Any, read: Any
+) -> None:
     path = lines(tmp_path / "a.jsonl", {"question": "1+1", "answer": "2", "difficulty": value})
     [problem] = load_problems(DatasetConfig(path=path))
     assert problem.difficulty == read
@@ -145,12 +170,20 @@ def test_difficulties_that_json_has_no_type_for_become_text(tmp_path: Path) -> N
     rows = {"question": ["1+1"], "answer": ["2"], "difficulty": [day], "level": [number]}
     path = tmp_path / "a.parquet"
     datasets.Dataset.from_dict(rows).to_parquet(path)
-    configs = [DatasetConfig(path=str(path), difficulty=column) for column in ("difficulty", "level")]
-    assert [load_problems(config)[0].difficulty for config in configs] == ["2020-02-29 00:00:00", "1.5"]
+    configs = [
+        DatasetConfig(path=str(path), difficulty=column) for column in ("difficulty", "level")
+    ]
+    assert [load_problems(config)[0].difficulty for config in configs] == [
+        "2020-02-29 00:00:00",
+        "1.5",
+    ]
 
 
 def test_ids_are_stable_when_rows_are_appended(tmp_path: Path) -> None:
-    rows = [{"id": "x", "question": "a", "answer": "1"}, {"id": "x", "question": "b", "answer": "2"}]
+    rows = [
+        {"id": "x", "question": "a", "answer": "1"},
+        {"id": "x", "question": "b", "answer": "2"},
+    ]
     path = lines(tmp_path / "a.jsonl", *rows)
     before = [p.id for p in load_problems(DatasetConfig(path=path))]
     lines(tmp_path / "a.jsonl", *rows, rows[0])
@@ -167,12 +200,21 @@ def test_ids_are_stable_when_rows_are_appended(tmp_path: Path) -> None:
             r"a\.jsonl:2: no answer: .* the row has columns question",
         ),
         ([{"question": "q", "answer": None}], r"a\.jsonl:1: the answer in column 'answer' is null"),
-        ([{"question": "q", "answer": ["1"]}], r"a\.jsonl:1: the answer in column 'answer' is a list, not text"),
-        ([{"question": " ", "answer": "1"}], r"a\.jsonl:1: the question in column 'question' is empty"),
+        (
+            [{"question": "q", "answer": ["1"]}],
+            r"a\.jsonl:1: the answer in column 'answer' is a list, not text",
+        ),
+        (
+            [{"question": " ", "answer": "1"}],
+            r"a\.jsonl:1: the question in column 'question' is empty",
+        ),
         ([{"answer": "1"}], r"a\.jsonl:1: no question"),
         (["", "{oops"], r"a\.jsonl:2: not valid JSON"),
         (["[1]"], r"a\.jsonl:1: expected an object"),
-        ([{"question": "q", "answer": "so\n####"}], r"a\.jsonl:1: a gsm8k answer ends with '#### <answer>'"),
+        (
+            [{"question": "q", "answer": "so\n####"}],
+            r"a\.jsonl:1: a gsm8k answer ends with '#### <answer>'",
+        ),
         ([], "holds no rows"),
     ],
 )
@@ -183,19 +225,27 @@ def test_bad_rows_are_named(tmp_path: Path, rows: list[Any], message: str) -> No
 
 def test_configured_column_must_exist(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", {"question": "q", "answer": "1"})
-    with pytest.raises(DatasetError, match=r"a\.jsonl:1: no column 'level' for the difficulty; the row has columns"):
+    with pytest.raises(
+        DatasetError, match=r"a\.jsonl:1: no column 'level' for the difficulty; the row has columns"
+    ):
         load_problems(DatasetConfig(path=path, difficulty="level"))
 
 
 def test_gsm8k_format_demands_the_mark(tmp_path: Path) -> None:
-    path = lines(tmp_path / "a.jsonl", {"question": "q", "answer": "#### 1"}, {"question": "q", "answer": "12"})
+    path = lines(
+        tmp_path / "a.jsonl",
+        {"question": "q", "answer": "#### 1"},
+        {"question": "q", "answer": "12"},
+    )
     with pytest.raises(DatasetError, match=r"a\.jsonl:2: a gsm8k answer"):
         load_problems(DatasetConfig(path=path, format="gsm8k"))
 
 
 def test_json_array_counts_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_text('[\n  {"question": "a\\nb",\n   "answer": "1"},\n  {"question": "c", "answer": "2"}\n]\n')
+    path.write_text(
+        '[\n  {"question": "a\\nb",\n   "answer": "1"},\n  {"question": "c", "answer": "2"}\n]\n'
+    )
     assert [row.where for row in read_rows(str(path))] == [f"{path}:2", f"{path}:4"]
     path.write_text('[\n  {"question": "a"}\n  {"question": "c"}\n]\n')
     with pytest.raises(DatasetError, match=r"a\.json:2: not valid JSON: expected ','"):
@@ -207,13 +257,18 @@ def test_json_array_counts_lines(tmp_path: Path) -> None:
 
 def test_tables(tmp_path: Path) -> None:
     """Parquet, a saved data set and a saved set of splits give the same problems."""
-    table = datasets.Dataset.from_list([{"question": "a", "answer": "1"}, {"question": "b", "answer": "2"}])
+    table = datasets.Dataset.from_list(
+        [{"question": "a", "answer": "1"}, {"question": "b", "answer": "2"}]
+    )
     table.to_parquet(str(tmp_path / "t.parquet"))
     table.save_to_disk(str(tmp_path / "saved"))
     datasets.DatasetDict({"test": table}).save_to_disk(str(tmp_path / "splits"))
     for name, split in (("t.parquet", "train"), ("saved", "train"), ("splits", "test")):
         problems = load_problems(DatasetConfig(path=str(tmp_path / name), split=split, name="t"))
-        assert [(p.id, p.question, p.gold) for p in problems] == [("t/1", "a", "1"), ("t/2", "b", "2")]
+        assert [(p.id, p.question, p.gold) for p in problems] == [
+            ("t/1", "a", "1"),
+            ("t/2", "b", "2"),
+        ]
         assert problems[1].where == f"{tmp_path / name}:row 2"
     with pytest.raises(DatasetError, match="has no split 'train'; it has test"):
         load_problems(DatasetConfig(path=str(tmp_path / "splits")))
@@ -221,8 +276,12 @@ def test_tables(tmp_path: Path) -> None:
         load_problems(DatasetConfig(path=str(tmp_path)))
 
 
-@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "/no/such/place", "../missing", "tests/missing"])
-def test_missing_file_is_not_looked_up_on_the_hub(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "path", ["missing.jsonl", "./missing", "/no/such/place", "../missing", "tests/missing"]
+)
+def test_missing_file_is_not_looked_up_on_the_hub(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(HERE.parents[1])
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(DatasetError, match="no such file or folder"):

@@ -1,4 +1,6 @@
-"""Prompts: the chat template's own ids, what stands after the assistant tag, limits, vocabulary, stop ids."""
+"""Prompts: the chat template's own ids, what stands after the assistant tag, limits, vocabulary,
+stop ids.
+"""
 
 import copy
 import json
@@ -25,17 +27,19 @@ from megatron_efr.data.readers import DatasetError
 from megatron_efr.data.sft import load_sft
 from megatron_efr.data.stop_tokens import stop_ids
 
-# R1-Distill's template in small: the generation prompt opens the thinking, a finished turn drops it.
+# R1-Distill's template in small: the generation prompt opens the thinking, a finished turn drops
+# it.
 R1_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}<assistant>"
-    "{{ m['content'].split('</think>')[-1] }}{{ eos_token }}{% else %}<user>{{ m['content'] }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}<assistant>{{ "
+    "m['content'].split('</think>')[-1] }}{{ eos_token }}{% else %}<user>{{ m['content'] }}{% "
+    "endif %}{% endfor %}{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
 )
-# Qwen3's in small: a finished turn shows an empty thinking, the generation prompt leaves it to the model.
+# Qwen3's in small: a finished turn shows an empty thinking, the generation prompt leaves it to the
+# model.
 QWEN3_TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}<assistant><think>\n\n</think>\n\n{{ m['content'] }}"
-    "{{ eos_token }}{% else %}<user>{{ m['content'] }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<assistant><think>\n\n</think>\n\n{{ "
+    "m['content'] }}{{ eos_token }}{% else %}<user>{{ m['content'] }}{% endif %}{% endfor %}{% if "
+    "add_generation_prompt %}<assistant>{% endif %}"
 )
 ALWAYS_THINKS = CHAT_TEMPLATE.replace("<assistant>", "<assistant><think>\n")
 
@@ -63,23 +67,35 @@ def test_ids_are_the_templates_own_with_one_bos(tokenizer: PreTrainedTokenizerBa
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Q: 1+1? é \\boxed{}"},
     ]
-    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    expected = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
     assert list(prompt.tokens) == expected
     assert prompt.tokens.count(tokenizer.bos_token_id) == 1
     assert prompt.text == "<bos><system>Be brief.<user>Q: 1+1? é \\boxed{}<assistant>"
     assert tokenizer.decode(prompt.tokens) == prompt.text
     assert (prompt.id, prompt.gold) == ("d/1", "2")
-    assert prompt.meta == {"dataset": "d", "difficulty": 3, "where": "d.jsonl:1", "question": prompt.meta["question"]}
+    assert prompt.meta == {
+        "dataset": "d",
+        "difficulty": 3,
+        "where": "d.jsonl:1",
+        "question": prompt.meta["question"],
+    }
     assert prompt.meta["question"] in prompt.text
 
 
-def test_a_template_that_tells_a_date_tells_the_configured_one(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_template_that_tells_a_date_tells_the_configured_one(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     asking = copy.deepcopy(tokenizer)
     asking.chat_template = "{{ strftime_now('%d %b %Y') }}" + str(tokenizer.chat_template)
     plain = render(problem(), tokenizer, PromptConfig())
     dated = render(problem(), asking, PromptConfig(date="2020-02-29"))
     assert dated.text == "29 Feb 2020" + plain.text
-    assert list(dated.tokens) == [*tokenizer.encode("29 Feb 2020", add_special_tokens=False), *plain.tokens]
+    assert list(dated.tokens) == [
+        *tokenizer.encode("29 Feb 2020", add_special_tokens=False),
+        *plain.tokens,
+    ]
     for form in ("%Y-%m-%d", "%A, %-d %B %y", "%H:%M %p 100%%d", "%c|%x|%X|%j"):
         told = "{% set d = strftime_now(" + repr(form) + ") %}{{ d }}|"
         asking.chat_template = told + str(tokenizer.chat_template)
@@ -97,7 +113,9 @@ def test_a_date_is_a_day_however_yaml_reads_it() -> None:
 
 
 def test_bos_adding_tokenizer_still_gives_one_bos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Llama-like tokenizers put a BOS before any text they encode; the template's is the only one here."""
+    """Llama-like tokenizers put a BOS before any text they encode; the template's is the only one
+    here.
+    """
     from tokenizers import processors
 
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
@@ -105,7 +123,10 @@ def test_bos_adding_tokenizer_still_gives_one_bos(tokenizer: PreTrainedTokenizer
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[bos]
     )
     assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
-    assert render(problem(), tokenizer, PromptConfig(prefill="x")).tokens.count(tokenizer.bos_token_id) == 1
+    assert (
+        render(problem(), tokenizer, PromptConfig(prefill="x")).tokens.count(tokenizer.bos_token_id)
+        == 1
+    )
 
 
 def test_prefill_text_is_appended(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -115,18 +136,26 @@ def test_prefill_text_is_appended(tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer.decode(filled.tokens[len(plain.tokens) :]) == "<think>\n"
 
 
-@pytest.mark.parametrize(("template", "extra"), [(R1_TEMPLATE, r"'<think>\\n'"), (ALWAYS_THINKS, r"'<think>\\n'")])
+@pytest.mark.parametrize(
+    ("template", "extra"), [(R1_TEMPLATE, r"'<think>\\n'"), (ALWAYS_THINKS, r"'<think>\\n'")]
+)
 def test_prefill_none_refuses_a_template_that_thinks(
     tokenizer: PreTrainedTokenizerBase, template: str, extra: str
 ) -> None:
     tokenizer.chat_template = template
-    assert render(problem(), tokenizer, PromptConfig(prefill="template")).text.endswith("<assistant><think>\n")
-    with pytest.raises(PromptError, match=f"prefill: none, but the chat template .* writes {extra}"):
+    assert render(problem(), tokenizer, PromptConfig(prefill="template")).text.endswith(
+        "<assistant><think>\n"
+    )
+    with pytest.raises(
+        PromptError, match=(f"prefill: none, but the chat template .* writes {extra}")
+    ):
         render(problem(), tokenizer, PromptConfig(prefill="none"))
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, QWEN3_TEMPLATE])
-def test_prefill_none_accepts_a_bare_assistant_tag(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+def test_prefill_none_accepts_a_bare_assistant_tag(
+    tokenizer: PreTrainedTokenizerBase, template: str
+) -> None:
     tokenizer.chat_template = template
     config = PromptConfig(prefill="none", system="Think between <think> and </think>.")
     assert render(problem(), tokenizer, config).text.endswith("<assistant>")
@@ -147,7 +176,8 @@ def test_overlong_prompts_are_counted_or_an_error(tokenizer: PreTrainedTokenizer
     assert rendered.overlong == 1
     strict = config.model_copy(update={"overlong": "error"})
     with pytest.raises(
-        PromptError, match=rf"d\.jsonl:2: the prompt has {at_limit + 48} tokens, more than .* {at_limit}"
+        PromptError,
+        match=rf"d\.jsonl:2: the prompt has {at_limit + 48} tokens, more than .* {at_limit}",
     ):
         render_all(problems, tokenizer, strict)
     with pytest.raises(PromptError, match="all 3 prompts are longer"):
@@ -175,7 +205,10 @@ def altered(folder: Path, place: Path, file: str, **changes: object) -> Path:
 
 def test_vocabulary_mismatch(folder: Path, tmp_path: Path) -> None:
     assert vocabulary_size(folder) == 272
-    with pytest.raises(PromptError, match=r"vocabulary mismatch: .*'<assistant>' has id 261, but .* vocab_size is 261"):
+    with pytest.raises(
+        PromptError,
+        match=r"vocabulary mismatch: .*'<assistant>' has id 261, but .* vocab_size is 261",
+    ):
         load_tokenizer(altered(folder, tmp_path, "config.json", vocab_size=261))
 
 
@@ -184,7 +217,9 @@ def test_vocabulary_size_must_be_there(folder: Path, tmp_path: Path) -> None:
         vocabulary_size(altered(folder, tmp_path, "config.json", vocab_size=None))
 
 
-@pytest.mark.parametrize(("named", "expected"), [(7, (7, 258)), ([258, 9, 7], (7, 9, 258)), (None, (258,))])
+@pytest.mark.parametrize(
+    ("named", "expected"), [(7, (7, 258)), ([258, 9, 7], (7, 9, 258)), (None, (258,))]
+)
 def test_stop_ids_are_both_files_together(
     folder: Path, tmp_path: Path, named: object, expected: tuple[int, ...]
 ) -> None:
@@ -205,13 +240,16 @@ def test_no_stop_id_or_one_outside_the_vocabulary(folder: Path, tmp_path: Path) 
     place = altered(folder, tmp_path, "generation_config.json", eos_token_id=272)
     tokenizer = load_tokenizer(place)
     with pytest.raises(
-        PromptError, match=r"generation_config.json: .* eos token ids \[272\] are outside vocab_size 272"
+        PromptError,
+        match=r"generation_config.json: .* eos token ids \[272\] are outside vocab_size 272",
     ):
         stop_ids(place, tokenizer)
     (place / "generation_config.json").unlink()
     place = altered(place, tmp_path / "silent", "config.json", eos_token_id=None)
     tokenizer.eos_token = None
-    with pytest.raises(PromptError, match=r"neither the tokenizer nor generation_config.json nor config.json names"):
+    with pytest.raises(
+        PromptError, match=r"neither the tokenizer nor generation_config.json nor config.json names"
+    ):
         stop_ids(place, tokenizer)
 
 
@@ -228,9 +266,13 @@ def test_no_stop_id_or_one_outside_the_vocabulary(folder: Path, tmp_path: Path) 
         (True, "required, found True$"),
     ],
 )
-def test_a_stop_id_that_is_none(file: str, given: object, message: str, folder: Path, tmp_path: Path) -> None:
+def test_a_stop_id_that_is_none(
+    file: str, given: object, message: str, folder: Path, tmp_path: Path
+) -> None:
     place = altered(folder, tmp_path, file, eos_token_id=given)
-    with pytest.raises(PromptError, match=f"{file}: eos_token_id: a token id, or a list of them, is {message}"):
+    with pytest.raises(
+        PromptError, match=(f"{file}: eos_token_id: a token id, or a list of them, is {message}")
+    ):
         stop_ids(place, load_tokenizer(folder))
 
 
@@ -250,5 +292,8 @@ def test_sft_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path.write_text('{"question": "q", "response": "r<eos>"}\n{"question": "q"}\n')
     [ended] = load_sft(SftDataConfig(path=str(path), limit=1), tokenizer, config).samples
     assert ended.tokens.tolist().count(258) == 1  # an EOS that is already there is not doubled
-    with pytest.raises(DatasetError, match=r"sft\.jsonl:2: no text in column 'response'; the row has columns question"):
+    with pytest.raises(
+        DatasetError,
+        match=r"sft\.jsonl:2: no text in column 'response'; the row has columns question",
+    ):
         load_sft(SftDataConfig(path=str(path)), tokenizer, config)

@@ -1,4 +1,6 @@
-"""Data sets as they are published: the examples read files of their columns, here a few rows of our own."""
+"""Data sets as they are published: the examples read files of their columns, here a few rows of our
+own.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +47,16 @@ PROBLEMS: list[tuple[str, str, float]] = [
 def deepmath(tmp_path: Path) -> Path:
     """Four rows; the second lacks its third solution, and the last its first."""
     rows: list[dict[str, Any]] = [
-        {"question": question, "final_answer": gold, "difficulty": hard, "topic": "Mathematics -> Calculus"}
-        | {name: f"Think {number}.\n</think>\n\n\\boxed{{{gold}}}" for number, name in enumerate(SOLUTIONS, start=1)}
+        {
+            "question": question,
+            "final_answer": gold,
+            "difficulty": hard,
+            "topic": "Mathematics -> Calculus",
+        }
+        | {
+            name: f"Think {number}.\n</think>\n\n\\boxed{{{gold}}}"
+            for number, name in enumerate(SOLUTIONS, start=1)
+        }
         for question, gold, hard in PROBLEMS
     ]
     rows[1]["r1_solution_3"], rows[3]["r1_solution_1"] = None, "  "
@@ -63,7 +73,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
 
 
 def test_deepmath_has_problems_with_their_difficulty(deepmath: Path) -> None:
-    config = load(TrainConfig, EXAMPLES / "deepmath_1.5b.yaml", [f"data.datasets.0.path={deepmath}"])
+    config = load(
+        TrainConfig, EXAMPLES / "deepmath_1.5b.yaml", [f"data.datasets.0.path={deepmath}"]
+    )
     (dataset,) = config.data.datasets
     problems = load_problems(dataset, check_golds)
     assert [(each.question, each.gold, each.difficulty) for each in problems] == PROBLEMS
@@ -75,14 +87,20 @@ def test_deepmath_has_problems_with_their_difficulty(deepmath: Path) -> None:
 
 def test_still3_has_problems_that_are_asked_for_once_each(tmp_path: Path) -> None:
     path = tmp_path / "train-00000-of-00001.parquet"
-    pq.write_table(pa.Table.from_pylist([{"question": q, "answer": a} for q, a, _ in PROBLEMS], STILL3), path)
+    pq.write_table(
+        pa.Table.from_pylist([{"question": q, "answer": a} for q, a, _ in PROBLEMS], STILL3), path
+    )
     config = load(TrainConfig, EXAMPLES / "still3_1.5b.yaml", [f"data.datasets.0.path={path}"])
     problems = load_problems(config.data.datasets[0], check_golds)
     assert [(each.question, each.gold) for each in problems] == [(q, a) for q, a, _ in PROBLEMS]
-    assert (config.train.updates, config.method.options["alpha"]) == (1, 0), "on-policy, and no price on length"
+    assert (config.train.updates, config.method.options["alpha"]) == (1, 0), (
+        "on-policy, and no price on length"
+    )
 
 
-def test_every_solution_of_a_row_is_learnt_from(deepmath: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_every_solution_of_a_row_is_learnt_from(
+    deepmath: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     config = load(SftConfig, EXAMPLES / "deepmath_sft_7b.yaml", [f"data.path={deepmath}"])
     prompt = config.prompt.model_copy(update={"template": "{question}"})
     made = load_sft(config.data, tokenizer, prompt)
@@ -95,7 +113,9 @@ def test_every_solution_of_a_row_is_learnt_from(deepmath: Path, tokenizer: PreTr
     ]
     kept = {0: (1, 2, 3), 1: (1, 2), 2: (1, 2, 3), 3: (2, 3)}
     assert [response for _, response in said] == [
-        f"Think {number}.\n</think>\n\n\\boxed{{{PROBLEMS[row][1]}}}" for row in kept for number in kept[row]
+        f"Think {number}.\n</think>\n\n\\boxed{{{PROBLEMS[row][1]}}}"
+        for row in kept
+        for number in kept[row]
     ]
     questions = [PROBLEMS[row][0] for row in kept for _ in kept[row]]
     assert all(question in text for question, (text, _) in zip(questions, said, strict=True))
@@ -111,13 +131,22 @@ def test_rows_without_a_solution_and_prompts_that_are_too_long_are_told(
 ) -> None:
     path = tmp_path / "rows.jsonl"
     data = SftDataConfig(path=str(path), response=["a", "b"])
-    path.write_text('{"question": "1+1", "a": "2", "b": null}\n{"question": "1+2", "a": "", "b": null}\n')
-    with pytest.raises(DatasetError, match=r"rows\.jsonl:2: no text in any of the columns a, b; a row needs one"):
+    path.write_text(
+        '{"question": "1+1", "a": "2", "b": null}\n{"question": "1+2", "a": "", "b": null}\n'
+    )
+    with pytest.raises(
+        DatasetError, match=r"rows\.jsonl:2: no text in any of the columns a, b; a row needs one"
+    ):
         load_sft(data, tokenizer, PromptConfig(template="{question}"))
     path.write_text('{"question": "1+1", "a": "2", "c": "2"}\n')
-    with pytest.raises(DatasetError, match=r"rows\.jsonl:1: no text in column 'b'; the row has columns question, a, c"):
+    with pytest.raises(
+        DatasetError,
+        match=r"rows\.jsonl:1: no text in column 'b'; the row has columns question, a, c",
+    ):
         load_sft(data, tokenizer, PromptConfig(template="{question}"))
-    path.write_text(f'{{"question": "1+1", "a": "2", "b": "3"}}\n{{"question": "{"1" * 99}", "a": "x", "b": "y"}}\n')
+    path.write_text(
+        f'{{"question": "1+1", "a": "2", "b": "3"}}\n{{"question": "{"1" * 99}", "a": "x", "b": "y"}}\n'
+    )
     made = load_sft(data, tokenizer, PromptConfig(template="{question}", max_tokens=20))
     assert (len(made.samples), made.overlong) == (2, 1), "a row counts once, whatever its responses"
     with pytest.raises(PromptError, match="all 2 prompts are longer"):

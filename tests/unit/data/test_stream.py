@@ -1,4 +1,6 @@
-"""The prompt stream: permutations by epoch, wrapping, exact resumption, refusal of another run's state."""
+"""The prompt stream: permutations by epoch, wrapping, exact resumption, refusal of another run's
+state.
+"""
 
 import json
 import subprocess
@@ -28,7 +30,13 @@ def test_every_epoch_is_another_permutation() -> None:
 
 
 def test_order_in_the_file_without_shuffle() -> None:
-    assert ids(PromptStream(prompts(3), seed=3, shuffle=False), 5) == ["d/0", "d/1", "d/2", "d/0", "d/1"]
+    assert ids(PromptStream(prompts(3), seed=3, shuffle=False), 5) == [
+        "d/0",
+        "d/1",
+        "d/2",
+        "d/0",
+        "d/1",
+    ]
 
 
 def test_draws_cross_epochs_and_count_on() -> None:
@@ -62,7 +70,9 @@ def test_order_does_not_depend_on_the_process() -> None:
         "s = PromptStream([Prompt(f'd/{i}', (1, i), str(i), str(i)) for i in range(20)], seed=9)\n"
         "print(*(v.prompt.id for v in s.take(30)), s.state_dict()['checksum'])"
     )
-    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": "1"}, capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONHASHSEED": "1"}, capture_output=True, check=True
+    )
     here = PromptStream(prompts(20), seed=9)
     assert done.stdout.decode().split() == [*ids(here, 30), here.state_dict()["checksum"]]
 

@@ -1,4 +1,6 @@
-"""`efr doctor` in constructed situations: foreign and half-built packages, other interpreters, ports, disks."""
+"""`efr doctor` in constructed situations: foreign and half-built packages, other interpreters,
+ports, disks.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,8 @@ class cuda:
 """
 
 
-# -- packages ----------------------------------------------------------------------------------------------------------
+# -- packages
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_apex_of_the_package_index_is_told_from_nvidias(tmp_path: Path) -> None:
@@ -83,7 +86,9 @@ def test_nvidias_apex_is_ok_only_with_its_extensions(tmp_path: Path) -> None:
     assert bare.verdict == "problem"
     assert "APEX_CUDA_EXT=1" in bare.advice
     (tmp_path / "amp_C.py").write_text("")
-    assert check_apex([str(tmp_path)]) == Finding("NVIDIA apex", "ok", "0.1, with its CUDA extensions")
+    assert check_apex([str(tmp_path)]) == Finding(
+        "NVIDIA apex", "ok", "0.1, with its CUDA extensions"
+    )
 
 
 def test_versions_are_held_to_the_ranges_of_the_installed_package(tmp_path: Path) -> None:
@@ -91,7 +96,9 @@ def test_versions_are_held_to_the_ranges_of_the_installed_package(tmp_path: Path
     assert {finding.verdict for finding in found.values()} == {"ok"}
     pin = "0.16.1" if sys.version_info < (3, 12) else "0.19.2"
     assert found["megatron-core"].found == version("megatron-core") == pin
-    [pinned] = [requirement for requirement in requirements() if requirement.name == "megatron-core"]
+    [pinned] = [
+        requirement for requirement in requirements() if requirement.name == "megatron-core"
+    ]
     distribution(tmp_path, "megatron-core", "0.15.0")
     old = check_version(pinned, [str(tmp_path)])
     assert old.verdict == "problem"
@@ -111,10 +118,13 @@ def test_an_installed_package_says_where_the_scripts_are_that_it_names(
     assert "source distribution" in found.advice
 
 
-# -- the engine's interpreter ------------------------------------------------------------------------------------------
+# -- the engine's interpreter
+# ------------------------------------------------------------------------------------------
 
 
-def test_an_interpreter_without_sglang_is_a_problem_only_where_the_run_needs_it(tmp_path: Path) -> None:
+def test_an_interpreter_without_sglang_is_a_problem_only_where_the_run_needs_it(
+    tmp_path: Path,
+) -> None:
     python = interpreter(tmp_path, TORCH)
     [found] = check_engine(python, "0.5.23", needed=True)
     assert found.verdict == "problem"
@@ -127,7 +137,9 @@ def test_an_interpreter_without_sglang_is_a_problem_only_where_the_run_needs_it(
     assert "No module named 'torch'" in found.found
 
 
-def test_an_engine_of_another_version_cuda_or_without_the_memory_saver_is_named(tmp_path: Path) -> None:
+def test_an_engine_of_another_version_cuda_or_without_the_memory_saver_is_named(
+    tmp_path: Path,
+) -> None:
     python = interpreter(tmp_path, TORCH)
     distribution(tmp_path, "sglang", "0.5.9")
     found = {finding.subject: finding for finding in check_engine(python, "0.5.23", needed=True)}
@@ -137,8 +149,20 @@ def test_an_engine_of_another_version_cuda_or_without_the_memory_saver_is_named(
 
 
 def test_two_versions_of_nccl_are_a_problem_with_the_command_that_mends_it() -> None:
-    ours: Versions = {"sglang": None, "torch": "2.13.0", "cuda": "13.0", "nccl": [2, 29, 7], "saver": None}
-    theirs: Versions = {"sglang": "0.5.23", "torch": "2.14.1", "cuda": "13.0", "nccl": [2, 30, 7], "saver": "0.0.10"}
+    ours: Versions = {
+        "sglang": None,
+        "torch": "2.13.0",
+        "cuda": "13.0",
+        "nccl": [2, 29, 7],
+        "saver": None,
+    }
+    theirs: Versions = {
+        "sglang": "0.5.23",
+        "torch": "2.14.1",
+        "cuda": "13.0",
+        "nccl": [2, 30, 7],
+        "saver": "0.0.10",
+    }
     found = {finding.subject: finding for finding in compare(theirs, ours, needed=True)}
     assert found["CUDA of both"].verdict == "ok"
     assert found["NCCL of both"].verdict == "problem"
@@ -163,7 +187,8 @@ def test_a_router_that_is_missing_broken_or_of_another_version_comes_with_the_co
     assert check_router(python, "0.2.0").verdict == "ok"
 
 
-# -- the machine -------------------------------------------------------------------------------------------------------
+# -- the machine
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_port_that_somebody_listens_on_is_found() -> None:
@@ -212,13 +237,16 @@ def test_without_a_gpu_it_says_what_runs() -> None:
     assert found.verdict == "problem"
 
 
-# -- the program -------------------------------------------------------------------------------------------------------
+# -- the program
+# --------------------------------------------------------------------------------------------------
 
 
 def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"TRITON_INTERPRET": "0", "COLUMNS": "160"}
     command = [sys.executable, "-m", "megatron_efr.doctor", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -252,7 +280,9 @@ def test_a_configuration_that_cannot_be_read_is_said_to_be_so(tmp_path: Path) ->
 @pytest.mark.heavy
 def test_the_exit_code_says_whether_this_run_could_start(tmp_path: Path) -> None:
     write(tmp_path, 0, ArithmeticTask(max_terms=3, train_rows=16, test_rows=8, sft_rows=16))
-    rows = [f"{section}.datasets.0.path={tmp_path}/train.jsonl" for section in ("data", "evaluation")]
+    rows = [
+        f"{section}.datasets.0.path={tmp_path}/train.jsonl" for section in ("data", "evaluation")
+    ]
     model = [f"model.path={tmp_path}/model", "model.init=random"]
     config = ["examples/quickstart/rl.yaml", f"runs={tmp_path}", *model, *rows]
     with socket.socket() as free:
@@ -262,7 +292,12 @@ def test_the_exit_code_says_whether_this_run_could_start(tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 problems" in done.stdout
     assert "Triton compiles" in done.stdout
-    asked = [*config, "rollout.engine=sglang", f"rollout.python={tmp_path}/python", f"model.path={tmp_path}/absent"]
+    asked = [
+        *config,
+        "rollout.engine=sglang",
+        f"rollout.python={tmp_path}/python",
+        f"model.path={tmp_path}/absent",
+    ]
     done = doctor(*asked, "observe.wandb=project", "--port", str(port))
     problems = re.findall(r"problem (\w+)", done.stdout)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -270,7 +305,8 @@ def test_the_exit_code_says_whether_this_run_could_start(tmp_path: Path) -> None
     assert f"{len(problems)} problems" in done.stdout
 
 
-# -- the model, as the run will read it --------------------------------------------------------------------------------
+# -- the model, as the run will read it
+# --------------------------------------------------------------------------------
 
 
 def test_the_weights_are_opened_and_one_prompt_is_rendered(tmp_path: Path) -> None:
@@ -285,7 +321,10 @@ def test_the_weights_are_opened_and_one_prompt_is_rendered(tmp_path: Path) -> No
     }
     config = TrainConfig.model_validate(tree)
     prompt = check_prompt(config)
-    assert (prompt.verdict, prompt.found) == ("ok", "15 tokens: '<bos><user>Two and two?<assistant>'")
+    assert (prompt.verdict, prompt.found) == (
+        "ok",
+        "15 tokens: '<bos><user>Two and two?<assistant>'",
+    )
     assert check_weights(config.model, 0).verdict == "ok"
     missing = check_weights(config.model.model_copy(update={"init": "load"}), 0)
     assert missing.verdict == "problem"

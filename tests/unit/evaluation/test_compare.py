@@ -1,4 +1,6 @@
-"""Two evaluations compared: intervals and tests against loops, enumeration and scipy; unlike protocols; the program."""
+"""Two evaluations compared: intervals and tests against loops, enumeration and scipy; unlike
+protocols; the program.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +27,28 @@ from megatron_efr.types import Graded, Prompt
 from tests.groups import graded
 
 pytestmark = pytest.mark.alike
-PROTOCOL = {"max_new_tokens": 64, "temperature": 0.6, "script": {"name": "plain"}, "samples": {"A": 2, "B": 2}}
+PROTOCOL = {
+    "max_new_tokens": 64,
+    "temperature": 0.6,
+    "script": {"name": "plain"},
+    "samples": {"A": 2, "B": 2},
+}
 
 
-def groups(seed: int, problems: int = 40, rate: float = 0.6, longest: int = 60, samples: int = 2) -> list[Graded]:
+def groups(
+    seed: int, problems: int = 40, rate: float = 0.6, longest: int = 60, samples: int = 2
+) -> list[Graded]:
     rng = np.random.default_rng(seed)
     return [
         graded(
             rng.random(samples) < np.clip(rate + rng.normal(0, 0.2), 0, 1),
             rng.integers(10, longest, samples).tolist(),
             prompt=Prompt(
-                f"{'AB'[i % 2]}/{i}", (1,) * 9, f"Q{i}", str(i), {"dataset": "AB"[i % 2], "difficulty": i % 3}
+                f"{'AB'[i % 2]}/{i}",
+                (1,) * 9,
+                f"Q{i}",
+                str(i),
+                {"dataset": "AB"[i % 2], "difficulty": i % 3},
             ),
         )
         for i in range(problems)
@@ -76,7 +89,9 @@ def test_a_difference_is_that_of_the_figures_and_its_interval_a_loops_over_both_
         chosen = rng.integers(0, 40, 40).tolist()
         one, other = (sum(means[i] for i in chosen) / 40 for means in each_ones)
         draws.append(other - one)
-    assert found["tokens"].difference[1:] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.5)
+    assert found["tokens"].difference[1:] == pytest.approx(
+        np.quantile(draws, [0.025, 0.975]), abs=0.5
+    )
     assert found["tokens"].p == pytest.approx(1 / 10_001)
     assert {row.test for row in found.values() if row.p is not None} == {"sign-flip"}
 
@@ -84,7 +99,8 @@ def test_a_difference_is_that_of_the_figures_and_its_interval_a_loops_over_both_
 def test_pairing_takes_out_what_is_hard_for_both() -> None:
     first = groups(3, problems=60)
     longer = [
-        graded(g.correct, (g.group.lengths + 2 + i % 2).tolist(), prompt=g.group.prompt) for i, g in enumerate(first)
+        graded(g.correct, (g.group.lengths + 2 + i % 2).tolist(), prompt=g.group.prompt)
+        for i, g in enumerate(first)
     ]
     (row,) = paired(*(samples_of(record(each)) for each in (first, longer)), [named("tokens")])
     assert row.difference.value == pytest.approx(2.5)
@@ -94,9 +110,13 @@ def test_pairing_takes_out_what_is_hard_for_both() -> None:
     assert 2.3 < low < 2.5 < high < 2.7, "though tokens themselves are known to some 3"
 
 
-@pytest.mark.parametrize("name", ["accuracy", "tokens", "pass@2", "tokens_right", "tokens_per_right_answer"])
+@pytest.mark.parametrize(
+    "name", ["accuracy", "tokens", "pass@2", "tokens_right", "tokens_per_right_answer"]
+)
 def test_the_sign_flip_test_is_that_of_all_swaps(name: str) -> None:
-    of = [record(groups(seed, problems=9, rate=rate))["rows"] for seed, rate in ((5, 0.7), (6, 0.6))]
+    of = [
+        record(groups(seed, problems=9, rate=rate))["rows"] for seed, rate in ((5, 0.7), (6, 0.6))
+    ]
     measure = named(name)
     (row,) = paired(*map(Samples.of, of), [measure])
 
@@ -107,18 +127,27 @@ def test_the_sign_flip_test_is_that_of_all_swaps(name: str) -> None:
 
     differences = []
     for swaps in itertools.product([0, 1], repeat=9):
-        pairs = [pair[::-1] if swap else pair for pair, swap in zip(zip(*of, strict=True), swaps, strict=True)]
+        pairs = [
+            pair[::-1] if swap else pair
+            for pair, swap in zip(zip(*of, strict=True), swaps, strict=True)
+        ]
         one, other = zip(*pairs, strict=True)
         differences.append(abs(value(other) - value(one)))
     assert differences[0] == pytest.approx(abs(row.difference.value or 0.0))
-    assert row.p == pytest.approx(np.mean(np.array(differences) >= differences[0] - 1e-12), abs=0.02)
+    assert row.p == pytest.approx(
+        np.mean(np.array(differences) >= differences[0] - 1e-12), abs=0.02
+    )
 
 
 def test_a_difference_of_rounding_alone_is_none() -> None:
     shares = np.random.default_rng(8).integers(0, 4, 9)
     of = [shares.copy(), shares.copy()]
-    of[0][[2, 7]], of[1][[2, 7]] = [1, 2], [2, 1]  # the sums are of the same numbers, in another order
-    one, other = (samples_of(record([graded([i < n for i in range(3)], [9] * 3) for n in own.tolist()])) for own in of)
+    # the sums are of the same numbers, in another order
+    of[0][[2, 7]], of[1][[2, 7]] = [1, 2], [2, 1]
+    one, other = (
+        samples_of(record([graded([i < n for i in range(3)], [9] * 3) for n in own.tolist()]))
+        for own in of
+    )
     for measure in ("accuracy", "accuracy_area", "tokens_per_right_answer"):
         (row,) = paired(one, other, [named(measure)])
         assert (row.difference.value, row.p) == (0.0, 1.0), measure
@@ -132,12 +161,18 @@ def test_problems_that_count_for_one_alone_are_not_in_the_difference() -> None:
     one, other = samples([4, 4, 1, 1], 1), samples([4, 4, 4, 2], 2)
     (row,) = paired(one, other, [named("pass@2")])
     assert (row.one.value, row.other.value) == pytest.approx((1 / 2, (3 * 5 / 6 + 1) / 4))
-    assert row.difference == pytest.approx((1 / 3, 1 / 3, 1 / 3)), "5 / 6 less 1 / 2, of the first two"
+    assert row.difference == pytest.approx((1 / 3, 1 / 3, 1 / 3)), (
+        "5 / 6 less 1 / 2, of the first two"
+    )
 
 
 def test_a_cost_that_a_record_says_nothing_of_is_refused(base: Record, brief: Record) -> None:
-    old = base | {"rows": [{k: v for k, v in row.items() if k != "prompt_tokens"} for row in base["rows"]]}
-    with pytest.raises(UserError, match="measure cost_of_pass: one of the two records does not say what it needs"):
+    old = base | {
+        "rows": [{k: v for k, v in row.items() if k != "prompt_tokens"} for row in base["rows"]]
+    }
+    with pytest.raises(
+        UserError, match="measure cost_of_pass: one of the two records does not say what it needs"
+    ):
         compare(old, brief, prices=(1.0, 4.0))
     assert by_name(compare(old, brief, prices=(0.0, 4.0)).figures)["cost_of_pass"].unit == "money"
 
@@ -151,7 +186,10 @@ def test_one_sample_of_each_problem_is_mcnemars_exact_test() -> None:
     row = by_name(compare(a, b).figures)["accuracy"]
     right = [np.array([each.correct[0] for each in part]) for part in of]
     only = [int((x & ~y).sum()) for x, y in (right, right[::-1])]
-    assert (row.test, row.p) == ("McNemar", pytest.approx(scipy.stats.binomtest(only[0], sum(only)).pvalue))
+    assert (row.test, row.p) == (
+        "McNemar",
+        pytest.approx(scipy.stats.binomtest(only[0], sum(only)).pvalue),
+    )
 
 
 def test_a_model_does_not_differ_from_itself_and_the_other_way_round_the_signs_turn(
@@ -161,14 +199,17 @@ def test_a_model_does_not_differ_from_itself_and_the_other_way_round_the_signs_t
         assert row.difference in ((0.0, 0.0, 0.0), (None, None, None)), row.name
         assert row.p in (1.0, None)
     there, back = (
-        by_name(paired(*map(samples_of, pair), [named("tokens")])) for pair in ((base, brief), (brief, base))
+        by_name(paired(*map(samples_of, pair), [named("tokens")]))
+        for pair in ((base, brief), (brief, base))
     )
     low, high = there["tokens"].difference[1:]
     assert back["tokens"].difference[1:] == pytest.approx((-(high or 0), -(low or 0)))
     assert compare(base, brief, seed=1) == compare(base, brief, seed=1)
 
 
-def test_figures_against_the_base_are_those_of_the_plain_formulas(base: Record, brief: Record) -> None:
+def test_figures_against_the_base_are_those_of_the_plain_formulas(
+    base: Record, brief: Record
+) -> None:
     found = compare(base, brief).relative
     saved, won = 1 - brief["tokens"] / base["tokens"], brief["accuracy"] / base["accuracy"] - 1
     assert won > 0
@@ -176,27 +217,44 @@ def test_figures_against_the_base_are_those_of_the_plain_formulas(base: Record, 
     plain = statistics.normalised(brief["datasets"], base["datasets"])
     assert found["accuracy_normalised"].value == pytest.approx(plain["accuracy"])
     assert found["tokens_normalised"].value == pytest.approx(plain["tokens"])
-    assert all(f.low is not None and f.high is not None and f.low <= (f.value or 0) <= f.high for f in found.values())
+    assert all(
+        f.low is not None and f.high is not None and f.low <= (f.value or 0) <= f.high
+        for f in found.values()
+    )
     assert compare(base, base).relative["aes"] == (0.0, 0.0, 0.0)
     never = record(groups(0, rate=-9.0))
     assert compare(never, brief).relative["aes"].value is None
-    assert compare(brief, never).relative["aes"].value == pytest.approx(1 - never["tokens"] / brief["tokens"] - 5)
+    assert compare(brief, never).relative["aes"].value == pytest.approx(
+        1 - never["tokens"] / brief["tokens"] - 5
+    )
     assert all(measure.about for measure in RELATIVE.values())
 
 
 def test_what_was_forgotten_is_what_turned_from_right_to_wrong() -> None:
-    """Of eight problems of A two are forgotten and one is learnt; of B, of three samples each, two right ones count."""
+    """Of eight problems of A two are forgotten and one is learnt; of B, of three samples each, two
+    right ones count.
+    """
 
     def one(dataset: str, number: int, right: Sequence[int]) -> Graded:
         meta = {"dataset": dataset, "difficulty": None}
-        return graded(right, [9] * len(right), prompt=Prompt(f"{dataset}/{number}", (1,), f"Q{number}", "1", meta))
+        return graded(
+            right,
+            [9] * len(right),
+            prompt=Prompt(f"{dataset}/{number}", (1,), f"Q{number}", "1", meta),
+        )
 
     verdicts = {
         "A": ([[1], [1], [1], [0], [0], [1], [1], [0]], [[0], [0], [1], [1], [0], [1], [1], [0]]),
         "B": ([[1, 1, 0], [1, 0, 0], [1, 1, 1]], [[1, 0, 0], [0, 0, 1], [0, 1, 1]]),
     }
     before, after = (
-        record([one(name, i, right) for name, both in verdicts.items() for i, right in enumerate(both[side])])
+        record(
+            [
+                one(name, i, right)
+                for name, both in verdicts.items()
+                for i, right in enumerate(both[side])
+            ]
+        )
         for side in (0, 1)
     )
     found = compare(before, after).turned
@@ -211,7 +269,9 @@ def test_what_was_forgotten_is_what_turned_from_right_to_wrong() -> None:
         chosen = rng.integers(0, 8, 8)
         draws.append([lost[chosen].mean(), won[chosen].mean(), (won - lost)[chosen].mean()])
     for figure, column in zip((a.forgotten, a.learnt, a.net), np.array(draws).T, strict=True):
-        assert figure[1:] == pytest.approx(np.quantile(column, [0.025, 0.975]), abs=0.126), "draws are eighths"
+        assert figure[1:] == pytest.approx(np.quantile(column, [0.025, 0.975]), abs=0.126), (
+            "draws are eighths"
+        )
     back = compare(after, before).turned["A"]
     assert (back.forgotten, back.learnt) == (a.learnt, a.forgotten)
     same = compare(before, before).turned["A"]
@@ -224,13 +284,22 @@ def test_parts_are_compared_each_on_its_own(base: Record, brief: Record) -> None
     assert list(found.difficulties) == ["0", "1", "2"]
     for part, rows in found.datasets.items():
         row = by_name(rows)["tokens"]
-        assert (row.one.value, row.other.value) == (base["datasets"][part]["tokens"], brief["datasets"][part]["tokens"])
+        assert (row.one.value, row.other.value) == (
+            base["datasets"][part]["tokens"],
+            brief["datasets"][part]["tokens"],
+        )
 
 
 def test_unlike_protocols_are_refused_with_the_keys_that_differ_or_compared_up_to_the_lower_limit(
     base: Record, brief: Record
 ) -> None:
-    other = record(groups(1), temperature=1.0, script={"name": "forks", "at": [4]}, max_new_tokens=32, top_p=0.95)
+    other = record(
+        groups(1),
+        temperature=1.0,
+        script={"name": "forks", "at": [4]},
+        max_new_tokens=32,
+        top_p=0.95,
+    )
     with pytest.raises(UserError) as refused:
         compare(base, other)
     assert str(refused.value) == (
@@ -249,7 +318,9 @@ def test_unlike_protocols_are_refused_with_the_keys_that_differ_or_compared_up_t
     }
     assert differing(base, brief) == []
     old = {key: value for key, value in base.items() if key not in ("protocol", "schema")}
-    with pytest.raises(UserError, match="protocol: a record that says none was made by an older version"):
+    with pytest.raises(
+        UserError, match="protocol: a record that says none was made by an older version"
+    ):
         compare(old, brief)
 
 
@@ -259,7 +330,9 @@ def test_only_the_same_problems_are_compared(base: Record) -> None:
     assert found.problems == 20
     tokens = by_name(found.figures)["tokens"]
     assert tokens.other.value == pytest.approx(few["tokens"])
-    assert tokens.one.value == pytest.approx(np.mean([np.mean(row["tokens"]) for row in base["rows"][5:25]]))
+    assert tokens.one.value == pytest.approx(
+        np.mean([np.mean(row["tokens"]) for row in base["rows"][5:25]])
+    )
     others = [row | {"id": f"x{row['id']}"} for row in base["rows"]]
     with pytest.raises(UserError, match="no problem in common"):
         compare(base, base | {"rows": others})
@@ -288,23 +361,36 @@ def test_the_program_prints_a_table_or_json_and_takes_a_run_for_its_one_evaluati
     assert names[table + 1 : table + 4] == ["A", "B", ""]
     forgotten = compare(base, brief).turned["A"].forgotten
     assert f"{100 * (forgotten.value or 0):.1f}% [" in lines[table + 1]
-    cli._dispatch(["compare", *map(str, paths), "--json", "--measures", "tokens,pass@2", "--prices", "1,4"])
+    cli._dispatch(
+        ["compare", *map(str, paths), "--json", "--measures", "tokens,pass@2", "--prices", "1,4"]
+    )
     tree = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in tree["figures"]] == ["tokens", "pass@2", "cost_of_pass"]
     assert tree["figures"][0]["one"]["value"] == base["tokens"]
     assert tree["relative"]["aes"]["value"] is not None
-    assert tree["turned"]["B"]["net"]["value"] == pytest.approx(compare(base, brief).turned["B"].net.value)
+    assert tree["turned"]["B"]["net"]["value"] == pytest.approx(
+        compare(base, brief).turned["B"].net.value
+    )
     (paths[0].parent / "other.json").write_text(paths[0].read_text())
     for given, said in [
-        ([str(tmp_path / "base"), str(paths[1])], r"several evaluations: model.json, other.json; name the file of one"),
+        (
+            [str(tmp_path / "base"), str(paths[1])],
+            r"several evaluations: model.json, other.json; name the file of one",
+        ),
         ([str(tmp_path), str(paths[1])], "has no evaluation"),
         ([str(tmp_path / "x.json"), str(paths[1])], "x.json: cannot be read: No such file"),
         ([*map(str, paths), "--measures", "tokenz"], "did you mean tokens"),
-        ([*map(str, paths), "--measures", "tokens,anytime"], "measure anytime: one of the two records does not say"),
+        (
+            [*map(str, paths), "--measures", "tokens,anytime"],
+            "measure anytime: one of the two records does not say",
+        ),
         ([*map(str, paths), "--prices", "1"], "--prices '1': not enough values"),
         ([*map(str, paths), "--prices", "1,-2"], "a price is negative"),
         ([*map(str, paths), "--prices", "nan,1"], "'nan,1': a price is negative, or no number"),
-        ([*map(str, paths), "--measures", "pass@0"], "measure pass@0: one of the two records does not say"),
+        (
+            [*map(str, paths), "--measures", "pass@0"],
+            "measure pass@0: one of the two records does not say",
+        ),
     ]:
         with pytest.raises(UserError, match=said):
             cli._dispatch(["compare", *given])

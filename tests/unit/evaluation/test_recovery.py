@@ -36,7 +36,9 @@ class Servers:
         return {"empty": 1.0}
 
 
-def test_servers_that_are_lost_are_published_to_three_times_more_and_what_they_refuse_is_not_asked_again() -> None:
+def test_servers_that_are_lost_are_published_to_three_times_more_and_what_they_refuse_is_not_asked_again() -> (
+    None
+):
     gone = NoEngineError("none is left: http://a:1")
     lost = Servers(None, gone, LostError("http://a:1"), None, gone)  # asked, published to, asked
     assert ask_with_recovery(lost.publish, lost.next) == {}
@@ -63,7 +65,9 @@ ASKED = {"model": "ab12", "seed": 3, "grading of test": {"parts": [{"weight": 1.
 
 
 def record_of(folder: Path, **more: Any) -> Path:
-    return RunFolder(folder).write_evaluation("model", summarise([graded([True], [2])], "model") | more)
+    return RunFolder(folder).write_evaluation(
+        "model", summarise([graded([True], [2])], "model") | more
+    )
 
 
 def test_a_finished_evaluation_is_not_made_again(tmp_path: Path) -> None:
@@ -75,7 +79,9 @@ def test_a_finished_evaluation_is_not_made_again(tmp_path: Path) -> None:
         assert (kept["name"], kept["asked"]) == ("model", ASKED)
 
 
-def test_the_record_of_another_evaluation_is_refused_with_what_differs_or_written_over(tmp_path: Path) -> None:
+def test_the_record_of_another_evaluation_is_refused_with_what_differs_or_written_over(
+    tmp_path: Path,
+) -> None:
     path = record_of(tmp_path, asked=ASKED)
     other = ASKED | {"seed": 4, "grading of test": {"parts": [{"weight": 2.0}]}, "top_p": 0.95}
     with pytest.raises(EvaluationError) as refused:
@@ -88,17 +94,25 @@ def test_the_record_of_another_evaluation_is_refused_with_what_differs_or_writte
         "give this one another name (--record), or write over that one (--replace)"
     )
     assert finished(path, other, True) is None
-    with pytest.raises(EvaluationError, match=r"model.json: is a record that does not say what was asked\n.*--replace"):
+    with pytest.raises(
+        EvaluationError,
+        match=r"model.json: is a record that does not say what was asked\n.*--replace",
+    ):
         finished(record_of(tmp_path), ASKED, False)
 
 
-def test_answers_of_another_evaluation_are_refused_or_replaced_and_forgotten_by_their_own(tmp_path: Path) -> None:
+def test_answers_of_another_evaluation_are_refused_or_replaced_and_forgotten_by_their_own(
+    tmp_path: Path,
+) -> None:
     path, other = tmp_path / "eval/model.json", ASKED | {"seed": 4}
     group = graded([True], [2]).group
     begun = Unfinished(path, ASKED)
     begun.journal.append(group)
     begun.journal.close()
-    with pytest.raises(EvaluationError, match=r"(?s)was another; it differs in\n  seed: there 3, here 4\n.*--replace"):
+    with pytest.raises(
+        EvaluationError,
+        match=r"(?s)was another; it differs in\n  seed: there 3, here 4\n.*--replace",
+    ):
         Unfinished(path, other)
     forget(path, other)
     assert len(Unfinished(path, ASKED).journal.read().groups) == 1

@@ -14,11 +14,15 @@ from megatron_efr.evaluation import statistics as measure
 pytestmark = pytest.mark.alike
 
 
-@given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+@given(
+    st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n)))
+)
 def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_answer(case):
     n, c, k = case
     subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
-    assert measure.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+    assert measure.pass_at_k(n, c, k) == pytest.approx(
+        sum(map(any, subsets)) / len(subsets), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("case", [(4, 5, 1), (4, 1, 5), (4, 1, 0), (4, -1, 1)])
@@ -70,8 +74,11 @@ def test_the_interval_of_a_rate_is_wilsons_where_each_problem_has_one_response()
     for right, problems in [(0, 30), (30, 30), (1, 30), (17, 30), (700, 1000), (1, 1)]:
         rates = np.array([1.0] * right + [0.0] * (problems - right))
         reference = scipy.stats.binomtest(right, problems).proportion_ci(method="wilson")
-        assert measure.rate_interval(rates, problems) == pytest.approx((reference.low, reference.high), abs=1e-12)
-    assert measure.rate_interval(np.zeros(30), 300) == pytest.approx((0.0, 0.1135), abs=1e-4)  # problems count, not 300
+        assert measure.rate_interval(rates, problems) == pytest.approx(
+            (reference.low, reference.high), abs=1e-12
+        )
+    # problems count, not 300
+    assert measure.rate_interval(np.zeros(30), 300) == pytest.approx((0.0, 0.1135), abs=1e-4)
     assert measure.rate_interval(np.ones(30), 300) == pytest.approx((0.8865, 1.0), abs=1e-4)
     with pytest.raises(ValueError, match="at least one problem"):
         measure.rate_interval(np.array([]), 0)
@@ -88,7 +95,9 @@ def test_the_interval_of_a_rate_covers_the_truth_near_its_ends_too(rate):
     rng = np.random.default_rng(3)
     spread = rng.beta(4 * rate, 4 * (1 - rate), size=(2000, 30))  # problems of their own difficulty
     drawn = rng.binomial(4, spread) / 4
-    covered = np.mean([low <= rate <= high for low, high in (measure.rate_interval(row, 120) for row in drawn)])
+    covered = np.mean(
+        [low <= rate <= high for low, high in (measure.rate_interval(row, 120) for row in drawn)]
+    )
     assert covered >= 0.93
 
 
@@ -123,7 +132,8 @@ def test_difficulties_have_their_own_order():
 
 
 def test_normalised_figures_are_the_papers():
-    # Arora & Zanette 2025, 7B, alpha 0.1 (reference/paper.md): 67.5% of the tokens, 96.6% of the accuracy
+    # Arora & Zanette 2025, 7B, alpha 0.1 (reference/paper.md): 67.5% of the tokens, 96.6% of the
+    # accuracy
     start = {
         "GSM8K": {"accuracy": 92.6, "tokens": 1626},
         "MATH500": {"accuracy": 93.3, "tokens": 4046},
@@ -164,6 +174,8 @@ def test_the_ratio_of_tokens_and_its_interval_against_a_loop():
     assert on_hard == pytest.approx(sum(m for m, _ in hard) / sum(b for _, b in hard))
     differences = []
     for _ in range(4000):
-        a, b = (part[[int(i) for i in rng.integers(0, 80, 80)]].sum(axis=0) for part in (easy, hard))
+        a, b = (
+            part[[int(i) for i in rng.integers(0, 80, 80)]].sum(axis=0) for part in (easy, hard)
+        )
         differences.append(a[0] / a[1] - b[0] / b[1])
     assert (low, high) == pytest.approx(tuple(np.quantile(differences, [0.025, 0.975])), abs=2e-3)

@@ -23,20 +23,32 @@ from tests.respellings import RESPELLINGS, respellings
 pytestmark = pytest.mark.alike
 
 DATA = Path(__file__).parents[2] / "data"
-REPORTED = [json.loads(line) for line in (DATA / "grading_cases.jsonl").read_text(encoding="utf-8").splitlines()]
+REPORTED = [
+    json.loads(line)
+    for line in (DATA / "grading_cases.jsonl").read_text(encoding="utf-8").splitlines()
+]
 
 
-@pytest.mark.parametrize("case", REPORTED, ids=lambda case: f"{case['kind']}: {case['gold']} ? {case['box']}")
+@pytest.mark.parametrize(
+    "case", REPORTED, ids=lambda case: f"{case['kind']}: {case['gold']} ? {case['box']}"
+)
 def test_reported_pairs(case: dict[str, str | bool]) -> None:
     assert (judge(str(case["gold"]), str(case["box"])) == "correct") == case["correct"]
 
 
-OWN = [json.loads(line) for line in (DATA / "grading_pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+OWN = [
+    json.loads(line)
+    for line in (DATA / "grading_pairs.jsonl").read_text(encoding="utf-8").splitlines()
+]
 
 
 def test_further_pairs_of_the_same_kinds() -> None:
-    """Right and wrong ones, among them forms that look alike: brackets, names, digits, letters in another order."""
-    misjudged = [case for case in OWN if (judge(case["gold"], case["box"]) == "correct") != case["correct"]]
+    """Right and wrong ones, among them forms that look alike: brackets, names, digits, letters in
+    another order.
+    """
+    misjudged = [
+        case for case in OWN if (judge(case["gold"], case["box"]) == "correct") != case["correct"]
+    ]
     assert misjudged == []
     assert len(OWN) > 400
 
@@ -50,12 +62,16 @@ print(json.dumps([judge(*pair) for pair in pairs]))
 
 
 def test_a_verdict_depends_on_nothing_but_its_pair() -> None:
-    """The same twice, in another order, after others, and in processes that hash text differently."""
+    """The same twice, in another order, after others, and in processes that hash text
+    differently.
+    """
     pairs = [(case["gold"], case["box"]) for case in (*REPORTED, *OWN[::3])]
 
     def judged(seed: str, order: list[tuple[str, str]]) -> list[str]:
         command, environment = [sys.executable, "-c", AGAIN], os.environ | {"PYTHONHASHSEED": seed}
-        done = subprocess.run(command, input=json.dumps(order), env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, input=json.dumps(order), env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -64,8 +80,12 @@ def test_a_verdict_depends_on_nothing_but_its_pair() -> None:
     assert back[len(pairs) :] == forth[-9:]
 
 
-PUBLIC = [json.loads(line) for line in (DATA / "math_verify_pairs.jsonl").read_text(encoding="utf-8").splitlines()]
-DISAGREED = {  # line of the file: why the answer is judged otherwise than math-verify's own test wants
+PUBLIC = [
+    json.loads(line)
+    for line in (DATA / "math_verify_pairs.jsonl").read_text(encoding="utf-8").splitlines()
+]
+# line of the file: why the answer is judged otherwise than math-verify's own test wants
+DISAGREED = {
     8: "a number inside a sentence in French, before a dollar sign",
     32: "dollars around three lines are read; math-verify's test wants them not to be",
     33: "so are \\( and \\) around three lines",
@@ -85,7 +105,8 @@ DISAGREED = {  # line of the file: why the answer is judged otherwise than math-
 
 
 def test_math_verifys_own_pairs() -> None:
-    """266 pairs of its public tests (huggingface/Math-Verify at 5d148cf, Apache-2.0), all at its default precision.
+    """266 pairs of its public tests (huggingface/Math-Verify at 5d148cf, Apache-2.0), all at its
+    default precision.
 
     Boxes of gold and response are read by the rule `boxes`; a response without one is taken whole.
     """
@@ -137,7 +158,9 @@ def test_the_tables_in_the_docs_are_true() -> None:
     rows = page.split("| gold | right | wrong |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
     misjudged, count = [], 0
     for row in rows:
-        gold, right, wrong = (re.findall(r"`([^`]*)`", cell) for cell in row.removeprefix("| ").split(" | "))
+        gold, right, wrong = (
+            re.findall(r"`([^`]*)`", cell) for cell in row.removeprefix("| ").split(" | ")
+        )
         for answer, correct in [(text, True) for text in right] + [(text, False) for text in wrong]:
             count += 1
             if (judge(gold[0], answer) == "correct") != correct:
@@ -148,17 +171,27 @@ def test_the_tables_in_the_docs_are_true() -> None:
 
 def _golds(folder: Path | str) -> list[str]:
     names = ("gsm8k_test", "math500", "aime24")
-    problems = [problem for name in names for problem in load_problems(DatasetConfig(path=f"{folder}/{name}.jsonl"))]
+    problems = [
+        problem
+        for name in names
+        for problem in load_problems(DatasetConfig(path=f"{folder}/{name}.jsonl"))
+    ]
     return list(dict.fromkeys(problem.gold for problem in problems))
 
 
 def _check_respellings(golds: list[str]) -> int:
-    """Each gold against itself and its respellings, 20 at least; returns how many pairs there were."""
+    """Each gold against itself and its respellings, 20 at least; returns how many pairs there
+    were.
+    """
     count = 0
     for gold in golds:
         pairs = list(respellings(gold))
         assert len(pairs) >= 20
-        lost = [(name, text) for name, text in [("itself", gold), *pairs] if judge(gold, text) != "correct"]
+        lost = [
+            (name, text)
+            for name, text in [("itself", gold), *pairs]
+            if judge(gold, text) != "correct"
+        ]
         assert (gold, lost) == (gold, [])
         count += len(pairs)
     return count
@@ -177,10 +210,18 @@ def test_usual_respellings_of_every_gold_are_right() -> None:
 
 
 def test_pairs_without_algebra_take_less_than_a_millisecond() -> None:
-    """Plain numbers, letters, units and equal texts, each pair new; CPU time, so that a loaded machine counts alike."""
-    pairs = [(f"{i}.5", f"{i}.50") for i in range(200)] + [(f"{i}", f"\\frac{{{2 * i}}}{{2}}") for i in range(200)]
-    pairs += [(f"{i} dollars", f"\\${i}.00") for i in range(200)] + [(f"name {i}", f"Name {i}.") for i in range(200)]
-    pairs += [("C", f"(C) {i}") for i in range(200)] + [(f"\\sqrt{{{i}}}", f"$\\sqrt{{{i}}}$.") for i in range(200)]
+    """Plain numbers, letters, units and equal texts, each pair new; CPU time, so that a loaded
+    machine counts alike.
+    """
+    pairs = [(f"{i}.5", f"{i}.50") for i in range(200)] + [
+        (f"{i}", f"\\frac{{{2 * i}}}{{2}}") for i in range(200)
+    ]
+    pairs += [(f"{i} dollars", f"\\${i}.00") for i in range(200)] + [
+        (f"name {i}", f"Name {i}.") for i in range(200)
+    ]
+    pairs += [("C", f"(C) {i}") for i in range(200)] + [
+        (f"\\sqrt{{{i}}}", f"$\\sqrt{{{i}}}$.") for i in range(200)
+    ]
     for gold, _ in pairs:
         judge(gold, gold)
     started = time.process_time()

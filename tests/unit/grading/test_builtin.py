@@ -54,7 +54,11 @@ def test_exact(answer: str, gold: str, options: dict[str, Any], status: str) -> 
     ],
 )
 def test_every_spelling_of_an_option_is_its_letter(answer: str) -> None:
-    assert verdicts(Verifier("choice"), (answer, "C"), (answer, "D"), ("C", answer)) == [CORRECT, WRONG, CORRECT]
+    assert verdicts(Verifier("choice"), (answer, "C"), (answer, "D"), ("C", answer)) == [
+        CORRECT,
+        WRONG,
+        CORRECT,
+    ]
 
 
 @pytest.mark.parametrize("answer", ["", "5", "CD", "Cats", "A cat", "both A and B", "12"])
@@ -107,10 +111,15 @@ def test_regex(answer: str, gold: str, options: dict[str, Any], status: str) -> 
 
 def test_a_pattern_that_backtracks_without_end_costs_its_own_answer_alone(grader: Grader) -> None:
     answers, golds = ["b", "a" * 60 + "!", "c"], ["b", "(a+)+", "d"]
-    assert [g.status for g in grader.compare(answers, golds, Verifier("regex"))] == ["correct", "timeout", "wrong"]
+    assert [g.status for g in grader.compare(answers, golds, Verifier("regex"))] == [
+        "correct",
+        "timeout",
+        "wrong",
+    ]
 
 
-# -- where the answer stands -------------------------------------------------------------------------------------------
+# -- where the answer stands
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,9 @@ def test_votes_are_for_answers_and_not_for_spellings(grader: Grader) -> None:
     assert (record["majority"], record["shortest_majority"]) == (1.0, 1.0)
 
 
-def test_each_pair_is_asked_once_however_many_problems_have_it(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_pair_is_asked_once_however_many_problems_have_it(
+    grader: Grader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     groups = [group("9", ["0.5", "1/2", "0.75", "1/2"]) for _ in range(20)]
     graded = grade_groups(grader, groups)
     asked: list[object] = []
@@ -76,13 +78,21 @@ def test_each_pair_is_asked_once_however_many_problems_have_it(grader: Grader, m
     assert len(asked) == len(set(asked)) == 4  # both ways: 0.5 with 1/2, 0.5 with 0.75
 
 
-def test_what_could_not_be_judged_is_compared_with_nothing(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_could_not_be_judged_is_compared_with_nothing(
+    grader: Grader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     statuses = ("wrong", "timeout", "timeout", "wrong")
-    hostile = Graded(group("5", ["6", "9^{9^{9^{9}}}", "9^{9^{9^{9}}}", "7"]), tuple(map(Grade, statuses)))
+    hostile = Graded(
+        group("5", ["6", "9^{9^{9^{9}}}", "9^{9^{9^{9}}}", "7"]), tuple(map(Grade, statuses))
+    )
     texts: list[str] = []
     ask = grader.ask
     monkeypatch.setattr(
-        grader, "ask", lambda questions: texts.extend(q.answer for q in questions if q is not None) or ask(questions)
+        grader,
+        "ask",
+        lambda questions: (
+            texts.extend(q.answer for q in questions if q is not None) or ask(questions)
+        ),
     )
     assert equal_answers(grader, [hostile]) == [[1, 2, 2, 3]]
     assert sorted(texts) == ["6", "7"]
@@ -101,12 +111,16 @@ def test_right_answers_to_a_pattern_need_not_be_equal(grader: Grader) -> None:
 
 def test_cut_off_responses_have_no_vote(grader: Grader) -> None:
     whole = group("5", ["5", "6"])
-    cut = replace(whole, responses=(replace(whole.responses[0], finish="length"), whole.responses[1]))
+    cut = replace(
+        whole, responses=(replace(whole.responses[0], finish="length"), whole.responses[1])
+    )
     graded = grade_groups(grader, [cut])
     assert equal_answers(grader, graded) == [[None, 1]]
 
 
-def test_answers_that_were_forced_early_are_judged_and_told_apart_as_the_responses_are(grader: Grader) -> None:
+def test_answers_that_were_forced_early_are_judged_and_told_apart_as_the_responses_are(
+    grader: Grader,
+) -> None:
     def forced(at: int, *answers: str | None) -> Branch:
         made = group("1/2", list(answers)).responses
         return Branch("summary", at, tuple(replace(each, finish="length") for each in made))
@@ -117,21 +131,32 @@ def test_answers_that_were_forced_early_are_judged_and_told_apart_as_the_respons
         (forced(0, "4", None), forced(8, "0.5", "0.50"), forced(16, "3", "3")),
         (),
     ]
-    responses = [replace(each, branches=own) for each, own in zip(whole.responses, branches, strict=True)]
-    judged = judge([replace(whole, responses=tuple(responses))], Forks(at=(0, 8, 16), tokens=5), grader, Judgings())
+    responses = [
+        replace(each, branches=own) for each, own in zip(whole.responses, branches, strict=True)
+    ]
+    judged = judge(
+        [replace(whole, responses=tuple(responses))],
+        Forks(at=(0, 8, 16), tokens=5),
+        grader,
+        Judgings(),
+    )
     assert judged.early is not None
     assert [grade.correct for grade in judged.graded[0].grades] == [True, False, False]
-    assert judged.early.right == [[[0.5, 0.5, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]]  # its own if none was forced
+    # its own if none was forced
+    assert judged.early.right == [[[0.5, 0.5, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]]
     ((right, wrong, none),), (direct,) = judged.answers, judged.early.direct
     assert none is None
-    assert list(direct) == [right, wrong, max(right or 0, wrong or 0) + 1, None]  # 4 is neither's answer
+    # 4 is neither's answer
+    assert list(direct) == [right, wrong, max(right or 0, wrong or 0) + 1, None]
     record = summarise(judged.graded, "m", answers=judged.answers, early=judged.early)
     assert record["rows"][0]["early"] == {"at": [0, 8, 16], "right": judged.early.right[0]}
     # the right one: one of three direct answers differs not; the wrong one: one of three
     assert record["measures"]["internal_bias"]["value"] == pytest.approx(2 / 3)
     assert record["measures"]["early@8"]["value"] == 0.5
     assert record["measures"]["underthinking"]["value"] == pytest.approx((1 - 8 / 20 + 0) / 2)
-    later = judge([replace(whole, responses=tuple(responses))], Forks(at=(8,), tokens=5), grader, Judgings())
+    later = judge(
+        [replace(whole, responses=tuple(responses))], Forks(at=(8,), tokens=5), grader, Judgings()
+    )
     assert later.early is not None
     assert (later.answers, later.early.direct) == (judged.answers, [])
 
@@ -143,8 +168,15 @@ def test_the_mode_of_a_responses_subthoughts_is_its_answer(grader: Grader) -> No
         return tuple(Branch("subthought", 3 * at, (each,)) for at, each in enumerate(made, 1))
 
     whole = group("1/2", ["3", "0.5", "3", "1/2"])
-    branches = [later("3", "1/2", "3.0", "0.5", "2/4"), later("4", "0.5", "1/2", "4.0"), later(None, None), ()]
-    responses = tuple(replace(each, branches=own) for each, own in zip(whole.responses, branches, strict=True))
+    branches = [
+        later("3", "1/2", "3.0", "0.5", "2/4"),
+        later("4", "0.5", "1/2", "4.0"),
+        later(None, None),
+        (),
+    ]
+    responses = tuple(
+        replace(each, branches=own) for each, own in zip(whole.responses, branches, strict=True)
+    )
     script = SCRIPTS["subthoughts"]()
     judged = judge([replace(whole, responses=responses)], script, grader, Judgings())
     record = summarise(judged.graded, "m", answers=judged.answers, subthoughts=judged.subthoughts)

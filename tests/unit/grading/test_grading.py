@@ -99,7 +99,9 @@ HOSTILE = {
 def test_hostile_expression_costs_only_itself(grader: Grader, name: str) -> None:
     responses = [r"\boxed{x+1}", r"\boxed{x+2}", HOSTILE[name], r"\boxed{\frac{34}{2}}", "none"]
     started = time.monotonic()
-    statuses = [verdict.status for verdict in grader.grade(responses, ["1+x", "1+x", "17", "17", "17"])]
+    statuses = [
+        verdict.status for verdict in grader.grade(responses, ["1+x", "1+x", "17", "17", "17"])
+    ]
     assert time.monotonic() - started < 20 * LIMIT_S
     assert statuses[2] in {"timeout", "memory", "crash", "unparsed"}
     assert statuses[:2] + statuses[3:] == ["correct", "wrong", "correct", "no_answer"]
@@ -119,13 +121,18 @@ def test_memory_limit_is_named() -> None:
     with Grader(timeout_s=60.0, memory_bytes=200 << 20) as pool:
         statuses = [
             v.status
-            for v in pool.grade([r"\boxed{\frac12}", r"\boxed{2^{3000000000}}", r"\boxed{2x}"], ["0.5", "17", "x+x"])
+            for v in pool.grade(
+                [r"\boxed{\frac12}", r"\boxed{2^{3000000000}}", r"\boxed{2x}"], ["0.5", "17", "x+x"]
+            )
         ]
     assert statuses == ["correct", "memory", "correct"]
 
 
 def test_limit_below_the_processs_own_size_is_named_too() -> None:
-    with Grader(memory_bytes=1 << 20) as pool, pytest.raises(GraderError, match="before they were ready"):
+    with (
+        Grader(memory_bytes=1 << 20) as pool,
+        pytest.raises(GraderError, match=("before they were ready")),
+    ):
         pool.grade([r"\boxed{2x}"], ["x+x"])
 
 
@@ -168,7 +175,10 @@ def test_killed_worker_costs_one_response() -> None:
         [victim] = pool.pids
         killer = threading.Timer(0.5, os.kill, (victim, 9))
         killer.start()
-        statuses = [v.status for v in pool.grade([r"\boxed{x+1}", TOWER, r"\boxed{2x}"], ["1+x", "17", "x+x"])]
+        statuses = [
+            v.status
+            for v in pool.grade([r"\boxed{x+1}", TOWER, r"\boxed{2x}"], ["1+x", "17", "x+x"])
+        ]
         killer.join()
         assert statuses == ["correct", "crash", "correct"]
         assert pool.pids != [victim]
@@ -212,11 +222,14 @@ def test_warm_pool_is_fast(grader: Grader) -> None:
     [pid] = grader.pids
     before = sum(psutil.Process(pid).cpu_times()[:2])
     counts = count_statuses(grader.grade(responses, [str(i % 128) for i in range(256)]))
-    assert sum(psutil.Process(pid).cpu_times()[:2]) - before < 2.0  # seconds of CPU, 0.3 on an idle core
+    # seconds of CPU, 0.3 on an idle core
+    assert sum(psutil.Process(pid).cpu_times()[:2]) - before < 2.0
     assert counts == {**dict.fromkeys(STATUSES, 0), "correct": 128, "wrong": 128}
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(gold=st.integers(-(10**17), 10**17), offset=st.sampled_from([0, 1, -1, 10**9]))
 @example(gold=0, offset=0)
 @example(gold=123456789012345678, offset=1)
@@ -268,6 +281,9 @@ def test_close_ends_the_processes_and_the_grader_can_go_on() -> None:
 
 
 def test_worker_does_not_import_torch() -> None:
-    code = "import sys, megatron_efr.grading.worker, megatron_efr.grading, math_verify; print('torch' in sys.modules)"
+    code = (
+        "import sys, megatron_efr.grading.worker, megatron_efr.grading, math_verify; "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -1,4 +1,6 @@
-"""Verifiers beside math: built-in ones, plug-ins of a real package in killable processes, and their configuration."""
+"""Verifiers beside math: built-in ones, plug-ins of a real package in killable processes, and their
+configuration.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ not_callable = 5
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A third party's package as pip installs it, its entry points in its metadata, on the path of new processes."""
+    """A third party's package as pip installs it, its entry points in its metadata, on the path of
+    new processes.
+    """
     tmp_path = tmp_path_factory.mktemp("site")
     (tmp_path / "third_party.py").write_text(PACKAGE)
     (tmp_path / "broken_party.py").write_text("import a_module_that_is_not_there\n")
@@ -93,7 +97,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def grader(package: Path) -> Iterator[Grader]:
-    with Grader(timeout_s=0.5, memory_bytes=400 << 20, stall_s=1.0, verifiers=[Verifier("exact")]) as pool:
+    with Grader(
+        timeout_s=0.5, memory_bytes=400 << 20, stall_s=1.0, verifiers=[Verifier("exact")]
+    ) as pool:
         yield pool
 
 
@@ -101,7 +107,8 @@ def verdicts(verifier: Verifier, *pairs: tuple[str, str]) -> list[str]:
     return [ask(Question(verifier, gold, answer)).status for answer, gold in pairs]
 
 
-# -- plug-ins ----------------------------------------------------------------------------------------------------------
+# -- plug-ins
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_registered_plugin_is_found_by_its_name(grader: Grader) -> None:
@@ -115,12 +122,17 @@ def test_a_registered_plugin_is_found_by_its_name(grader: Grader) -> None:
 
 
 def test_a_plugin_is_found_as_module_and_function_and_a_class_is_made_once(grader: Grader) -> None:
-    assert [g.status for g in grader.compare(["4", "5"], ["", ""], Verifier("third_party:even"))] == [
+    assert [
+        g.status for g in grader.compare(["4", "5"], ["", ""], Verifier("third_party:even"))
+    ] == [
         "correct",
         "wrong",
     ]
     among = Verifier.of("third_party:Among", {"words": ["sun", "moon"]})
-    assert [g.status for g in grader.compare(["sun", "sea"], ["moon", "moon"], among)] == ["correct", "wrong"]
+    assert [g.status for g in grader.compare(["sun", "sea"], ["moon", "moon"], among)] == [
+        "correct",
+        "wrong",
+    ]
 
 
 HOSTILE = {
@@ -163,10 +175,27 @@ def test_a_score_is_kept_and_true_numbers_are_scores(grader: Grader) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("broken", {}, "verifier 'broken' cannot be imported: ModuleNotFoundError: No module named 'a_module_that"),
-        ("no_party:verify", {}, "verifier 'no_party:verify' cannot be imported: ModuleNotFoundError"),
-        ("third_party:missing", {}, "verifier 'third_party:missing' cannot be imported: AttributeError"),
-        ("closed", {}, "no verifier 'closed'; built in: math, exact, choice, numeric, regex; registered under"),
+        (
+            "broken",
+            {},
+            "verifier 'broken' cannot be imported: ModuleNotFoundError: No module named "
+            "'a_module_that",
+        ),
+        (
+            "no_party:verify",
+            {},
+            "verifier 'no_party:verify' cannot be imported: ModuleNotFoundError",
+        ),
+        (
+            "third_party:missing",
+            {},
+            "verifier 'third_party:missing' cannot be imported: AttributeError",
+        ),
+        (
+            "closed",
+            {},
+            "no verifier 'closed'; built in: math, exact, choice, numeric, regex; registered under",
+        ),
         ("third_party:even", {"odd": 1}, r"does not take options \{'odd': 1\}: TypeError"),
         ("third_party:not_callable", {}, "a int, which cannot be called"),
     ],
@@ -179,7 +208,8 @@ def test_a_plugin_that_cannot_be_loaded_is_refused_at_the_start(
         check_for(judging, GradingConfig(), [("a.jsonl:1", "5")])
 
 
-# -- golds, by the data set's own verifier -----------------------------------------------------------------------------
+# -- golds, by the data set's own verifier
+# -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -190,7 +220,12 @@ def test_a_plugin_that_cannot_be_loaded_is_refused_at_the_start(
         ("regex", {}, ["a+", "(", "b"], ["a.jsonl:2: '(': no regular expression"]),
         ("exact", {}, ["a", " "], ["a.jsonl:2: ' ': empty"]),
         ("close", {}, ["5", "x"], ["a.jsonl:2: 'x': a gold of digits is expected"]),
-        ("third_party:Among", {"words": ["sun"]}, ["sun", "sea"], ["a.jsonl:2: 'sea': sea is none of the words"]),
+        (
+            "third_party:Among",
+            {"words": ["sun"]},
+            ["sun", "sea"],
+            ["a.jsonl:2: 'sea': sea is none of the words"],
+        ),
         ("math", {}, ["5", "(("], ["a.jsonl:2: '(('"]),
     ],
 )
@@ -207,7 +242,8 @@ def test_golds_are_checked_by_the_verifier(
     check_for(judging, GradingConfig(), rows[:1])
 
 
-# -- groups and scores -------------------------------------------------------------------------------------------------
+# -- groups and scores
+# -------------------------------------------------------------------------------------------------
 
 
 def group(gold: str, *texts: str, dataset: str = "a", cut: int = 0) -> Group:
@@ -220,14 +256,21 @@ def statuses(graded: Graded) -> list[str]:
     return [grade.status for grade in graded.grades]
 
 
-def test_scores_are_the_mean_by_weight_and_the_first_verifier_alone_says_what_is_correct(grader: Grader) -> None:
+def test_scores_are_the_mean_by_weight_and_the_first_verifier_alone_says_what_is_correct(
+    grader: Grader,
+) -> None:
     config = JudgingConfig.model_validate(
         {
             "verifier": "numeric",
             "weight": 3.0,
             "parts": [
                 {"verifier": "close", "weight": 1.0, "options": {"scale": 4.0}},
-                {"verifier": "regex", "weight": 2.0, "answer": "whole", "options": {"search": True}},
+                {
+                    "verifier": "regex",
+                    "weight": 2.0,
+                    "answer": "whole",
+                    "options": {"search": True},
+                },
             ],
         }
     )
@@ -236,31 +279,48 @@ def test_scores_are_the_mean_by_weight_and_the_first_verifier_alone_says_what_is
     assert statuses(graded) == ["correct", "wrong", "no_answer", "truncated"]
     assert graded.correct.tolist() == [True, False, False, False]
     # by hand: (3 x numeric + 1 x close + 2 x regex) / 6
-    np.testing.assert_allclose(graded.scores, [1.0, (0 + 0.75 + 0) / 6, (0 + 0 + 2) / 6, 0.0], rtol=1e-15)
+    np.testing.assert_allclose(
+        graded.scores, [1.0, (0 + 0.75 + 0) / 6, (0 + 0 + 2) / 6, 0.0], rtol=1e-15
+    )
     read = decode_credited(encode_credited(credited(graded, np.zeros(4))))
     assert read.graded.scores.tolist() == graded.scores.tolist()
 
 
 def test_the_answers_of_branches_are_judged_beside_their_responses(grader: Grader) -> None:
-    """By their own text, and also if they were cut off; a response that was cut off keeps its branches."""
+    """By their own text, and also if they were cut off; a response that was cut off keeps its
+    branches.
+    """
     asked = group("10", r"\boxed{10}", r"\boxed{11}", cut=1)
     texts = [[], [r"\boxed{11}", r"\boxed{10}"], [r"\boxed{10}"]]
     responses = []
     for each, own in zip(asked.responses, texts, strict=True):
         answers = (Response((1,), np.zeros(1, np.float32), "length", text=text) for text in own)
-        responses.append(replace(each, branches=tuple(Branch("exit", 1, (answer,)) for answer in answers)))
+        responses.append(
+            replace(each, branches=tuple(Branch("exit", 1, (answer,)) for answer in answers))
+        )
     asked = replace(asked, responses=tuple(responses))
-    (plain,), (graded,) = grade_groups(grader, [asked]), grade_groups(grader, [asked], branches=True)
+    (plain,), (graded,) = (
+        grade_groups(grader, [asked]),
+        grade_groups(grader, [asked], branches=True),
+    )
     assert statuses(plain) == statuses(graded) == ["correct", "wrong", "truncated"]
     assert plain.branches == ()
-    assert [[grade.correct for grade in each] for each in graded.branches] == [[], [False, True], [True]]
+    assert [[grade.correct for grade in each] for each in graded.branches] == [
+        [],
+        [False, True],
+        [True],
+    ]
 
 
 def test_each_data_set_is_judged_its_own_way() -> None:
     own = JudgingConfig(verifier="choice", answer="marker", marker="Answer:")
     judgings = Judgings.of(GradingConfig(), [("a", None), ("b", own)])
     text = r"\boxed{1/2}" + "\nAnswer: C) half"
-    groups = [group("0.5", text, dataset="a"), group("C", text, dataset="b"), group("D", text, dataset="b")]
+    groups = [
+        group("0.5", text, dataset="a"),
+        group("C", text, dataset="b"),
+        group("D", text, dataset="b"),
+    ]
     with Grader.of(GradingConfig(), judgings.verifiers) as pool:
         graded = grade_groups(pool, groups, judgings)
     assert [statuses(each) for each in graded] == [["correct"], ["correct"], ["wrong"]]
@@ -268,20 +328,27 @@ def test_each_data_set_is_judged_its_own_way() -> None:
         Judgings.of(GradingConfig(), [("b", None), ("b", own)])
 
 
-# -- configuration -----------------------------------------------------------------------------------------------------
+# -- configuration
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
         ({"answer": "marker"}, "c.yaml: grading: answer: marker needs `marker`"),
-        ({"marker": "Answer:"}, "c.yaml: grading: marker: 'Answer:' is read by answer: marker alone"),
+        (
+            {"marker": "Answer:"},
+            "c.yaml: grading: marker: 'Answer:' is read by answer: marker alone",
+        ),
         ({"answer": "last"}, "c.yaml: grading.answer: Input should be 'last_box'"),
         (
             {"verifier": "numeric", "options": {"tolerance": 1}},
             "options.tolerance: Extra inputs .* numeric: relative, abs",
         ),
-        ({"verifier": "numeric", "options": {"relative": "x"}}, "options.relative: Input should be a valid number"),
+        (
+            {"verifier": "numeric", "options": {"relative": "x"}},
+            "options.relative: Input should be a valid number",
+        ),
         ({"options": {"x": 1}}, "options of math: none"),
         ({"weight": 0}, "grading: weight: 0 leaves no verifier"),
         ({"threshold": 2}, "grading.threshold: Input should be less than or equal to 1"),

@@ -22,7 +22,9 @@ def test_auto_without_cuda_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert choose_backend("auto") == ("torch", "auto: there is no CUDA device")
     assert choose_backend("torch") == ("torch", "as configured")
-    with pytest.raises(ConfigError, match=r"model\.kernels: triton is asked for, and there is no CUDA device"):
+    with pytest.raises(
+        ConfigError, match=r"model\.kernels: triton is asked for, and there is no CUDA device"
+    ):
         choose_backend("triton")
 
 
@@ -39,8 +41,17 @@ def test_auto_with_cuda_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @without_cuda
-def test_a_policy_says_its_choice_once(tied_model: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
-    Policy(ModelConfig(path=str(tied_model)), ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0)
+def test_a_policy_says_its_choice_once(
+    tied_model: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Policy(
+        ModelConfig(path=str(tied_model)),
+        ParallelConfig(),
+        OptimizerConfig(lr=1e-3),
+        ranks,
+        updates=1,
+        seed=0,
+    )
     assert capsys.readouterr().err.count("kernels: torch (auto: there is no CUDA device)") == 1
 
 
@@ -57,4 +68,9 @@ kernels.linear_logprob(x, w, torch.arange(5), entropy=True)[0].sum().backward()
 assert x.grad is not None
 assert sys.modules.get("triton") is None, "triton was imported"
 """
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )

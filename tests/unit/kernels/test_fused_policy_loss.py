@@ -1,4 +1,6 @@
-"""The one-sweep policy loss in plain torch: the numbers of autograd, the promise it makes, the work it leaves out."""
+"""The one-sweep policy loss in plain torch: the numbers of autograd, the promise it makes, the work
+it leaves out.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from megatron_efr.kernels import PolicyRows, fused_policy_loss, linear_logprob, 
 T, H, V = 23, 8, 30
 
 
-def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PolicyRows]:
+def inputs(
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PolicyRows]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(T, H, generator=generator).to(dtype).requires_grad_()
     w = torch.randn(V, H, generator=generator).mul_(0.5).to(dtype).requires_grad_()
@@ -36,7 +40,9 @@ def test_equals_autograd_of_the_formula() -> None:
     value = by_autograd(logprobs, rows)
     d_hidden, d_weight = torch.autograd.grad(value, [x, w], retain_graph=True)
     main_grad = torch.zeros(V, H)
-    out = fused_policy_loss(x, w, targets, rows, Objective(), main_grad=main_grad, factor=1.0, chunk=5)
+    out = fused_policy_loss(
+        x, w, targets, rows, Objective(), main_grad=main_grad, factor=1.0, chunk=5
+    )
     assert torch.equal(out.logprobs, logprobs)
     value = value.detach()
     assert (out.loss.detach() - value).abs() <= 1e-6
@@ -48,7 +54,8 @@ def test_equals_autograd_of_the_formula() -> None:
         log_probs, weights = torch.log_softmax(x @ w.t(), -1), rows.weights
         figures = {
             "loss": value, "clip_fraction": rows.weights[bites].sum(), "ratio_max": ratio.max(),
-            "clip_above": weights[bites & (ratio > 1)].sum(), "clip_below": weights[bites & (ratio < 1)].sum(),
+            "clip_above": weights[bites & (ratio > 1)].sum(),
+            "clip_below": weights[bites & (ratio < 1)].sum(),
             "kl_to_old": (rows.weights * (rows.old - logprobs)).sum(),
             "entropy": -(rows.weights * (log_probs.exp() * log_probs).sum(-1)).sum(),
         }  # fmt: skip
@@ -75,7 +82,9 @@ def test_finite_differences() -> None:
     direction = torch.randn(T, H, generator=torch.Generator().manual_seed(5))
 
     def loss(at: torch.Tensor) -> torch.Tensor:
-        return fused_policy_loss(at, w, targets, rows, terms, main_grad=torch.zeros(V, H), factor=1.0).loss
+        return fused_policy_loss(
+            at, w, targets, rows, terms, main_grad=torch.zeros(V, H), factor=1.0
+        ).loss
 
     with torch.no_grad():
         slope = float(loss(x + step * direction) - loss(x - step * direction)) / (2 * step)
@@ -86,7 +95,9 @@ def test_finite_differences() -> None:
 @pytest.mark.parametrize("arrives", [1.0, 2.0 * (1 + 1e-4), float("nan")])
 def test_another_factor_than_promised_is_an_error(arrives: float) -> None:
     x, w, targets, rows = inputs()
-    out = fused_policy_loss(x, w, targets, rows, Objective(), main_grad=torch.zeros(V, H), factor=2.0)
+    out = fused_policy_loss(
+        x, w, targets, rows, Objective(), main_grad=torch.zeros(V, H), factor=2.0
+    )
     with pytest.raises(RuntimeError, match=r"written for a factor of 2\.0"):
         (out.loss * arrives).backward()
 
@@ -96,7 +107,9 @@ def test_the_factor_scales_both_gradients() -> None:
     for factor in (1.0, 1024.0):
         x, w, targets, rows = inputs()
         main_grad = torch.zeros(V, H)
-        out = fused_policy_loss(x, w, targets, rows, Objective(), main_grad=main_grad, factor=factor)
+        out = fused_policy_loss(
+            x, w, targets, rows, Objective(), main_grad=main_grad, factor=factor
+        )
         (out.loss * factor).backward()
         assert w.grad is None, "main_grad has it"
         results.append((x.grad, main_grad))
@@ -119,13 +132,18 @@ def test_refusals() -> None:
     for main_grad in (torch.zeros(V, H, dtype=torch.bfloat16), torch.zeros(V, H + 1)):
         with pytest.raises(ValueError, match="adds to an fp32"):
             fused_policy_loss(x, w, targets, rows, plain, main_grad=main_grad, factor=1.0)
-    for terms, words in ((Objective(kl="k3", beta=0.1), "reference's"), (Objective(ratio="sequence"), "two passes")):
+    for terms, words in (
+        (Objective(kl="k3", beta=0.1), "reference's"),
+        (Objective(ratio="sequence"), "two passes"),
+    ):
         with pytest.raises(ValueError, match=words):
             fused_policy_loss(x, w, targets, rows, terms, main_grad=torch.zeros(V, H), factor=1.0)
 
 
 @pytest.mark.parametrize("live", [0, 4, 5, 6, 12])
-def test_rows_without_advantage_skip_their_products_exactly(live: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_without_advantage_skip_their_products_exactly(
+    live: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, w, targets, rows = inputs()
     advantages = rows.advantages.clone()
     advantages[live:] = 0.0
@@ -147,7 +165,13 @@ def test_rows_without_advantage_skip_their_products_exactly(live: int, monkeypat
         out = fused_policy_loss(
             x, w, targets, rows, terms, main_grad=main_grad, factor=1.0, chunk=5, live=live
         )  # fmt: skip
-        return [out.loss.detach(), out.logprobs, torch.autograd.grad(out.loss, x)[0], main_grad, *out.figures.values()]
+        return [
+            out.loss.detach(),
+            out.logprobs,
+            torch.autograd.grad(out.loss, x)[0],
+            main_grad,
+            *out.figures.values(),
+        ]
 
     plain = Objective()
     all_rows = run(plain, None)
@@ -157,7 +181,9 @@ def test_rows_without_advantage_skip_their_products_exactly(live: int, monkeypat
     assert all((a - b).abs().max() <= 1e-7 for a, b in zip(all_rows, skipped, strict=True))
     assert torch.all(skipped[2][live:] == 0)
     with_kl = Objective(kl="k3", beta=0.1)
-    assert all(torch.equal(a, b) for a, b in zip(run(with_kl, None), run(with_kl, live), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(run(with_kl, None), run(with_kl, live), strict=True)
+    )
     assert sum(multiplied) == T, "a KL gives every row a gradient"
 
 

@@ -33,7 +33,9 @@ def extra(dtype: torch.dtype) -> dict[str, float]:
     chunk, peaks, found = 4 * default_chunk(V, 1, w.device) * V, Peaks(), {}
 
     def fused(n: int) -> None:
-        fused_policy_loss(x[:n], w, targets[:n], rows[slice(n)], objective, factor=1.0, main_grad=main_grad)
+        fused_policy_loss(
+            x[:n], w, targets[:n], rows[slice(n)], objective, factor=1.0, main_grad=main_grad
+        )
 
     def forward(n: int) -> None:
         with torch.no_grad():
@@ -46,7 +48,9 @@ def extra(dtype: torch.dtype) -> dict[str, float]:
 
     for way in (fused, forward, backward):
         way(8)  # what libraries set up once is not the head's
-        before = int(re.findall(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
+        before = (
+            int(re.findall(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
+        )
         peaks.enter(way.__name__)
         way(T)
         peaks.leave()
@@ -54,13 +58,19 @@ def extra(dtype: torch.dtype) -> dict[str, float]:
     return found
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel tells no peak of resident memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(),
+    reason=("the kernel tells no peak of resident memory"),
+)
 def test_little_more_than_one_chunks_logits() -> None:
     each = "{d: t.extra(getattr(torch, d)) for d in ('float32', 'bfloat16')}"
-    code = f"import json, torch, tests.unit.kernels.test_head_memory as t; print(json.dumps({each}))"
+    code = (
+        f"import json, torch, tests.unit.kernels.test_head_memory as t; print(json.dumps({each}))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -70,7 +80,12 @@ def test_little_more_than_one_chunks_logits() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "ranks", "device", "tokens"),
-    [(151_936, 1, "cpu", 441), (300, 1, "cpu", 2048), (75_968, 2, "cpu", 883), (151_936, 1, "cuda", 2048)],
+    [
+        (151_936, 1, "cpu", 441),
+        (300, 1, "cpu", 2048),
+        (75_968, 2, "cpu", 883),
+        (151_936, 1, "cuda", 2048),
+    ],
 )
 def test_a_cpus_chunk_is_bounded_in_bytes(rows: int, ranks: int, device: str, tokens: int) -> None:
     assert default_chunk(rows, ranks, torch.device(device)) == tokens

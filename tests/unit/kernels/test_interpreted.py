@@ -1,4 +1,6 @@
-"""The kernel suite under Triton's interpreter, which must be asked for before triton is first imported."""
+"""The kernel suite under Triton's interpreter, which must be asked for before triton is first
+imported.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,11 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [pytest.mark.alike, pytest.mark.heavy]
 ROOT = Path(__file__).resolve().parents[3]
-INTERPRETED = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+INTERPRETED = os.environ | {
+    "TRITON_INTERPRET": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def run(*command: str) -> None:
@@ -29,4 +35,10 @@ def test_suite() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_tensor_parallel_over_gloo(ranks: int) -> None:
-    run("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "tests.kernel_ranks")
+    run(
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "-m",
+        "tests.kernel_ranks",
+    )

@@ -11,7 +11,11 @@ from megatron_efr.kernels import linear_logprob
 
 
 def reference(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float, vocab: int
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    vocab: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     logits = (hidden.double() @ weight.double()[:vocab].t()) / temperature
     log_probs = torch.log_softmax(logits, dim=-1)
@@ -109,7 +113,9 @@ def test_rows_that_are_not_live_get_no_gradient(live: int) -> None:
     x, w = case(11, 8, 12)
     targets = torch.arange(11)
     got = torch.autograd.grad(linear_logprob(x, w, targets, chunk=4, live=live)[0].sum(), [x, w])
-    want = torch.autograd.grad(reference(x, w, targets, 1.0, 12)[0][:live].sum(), [x, w], materialize_grads=True)
+    want = torch.autograd.grad(
+        reference(x, w, targets, 1.0, 12)[0][:live].sum(), [x, w], materialize_grads=True
+    )
     assert all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(got, want, strict=True))
     assert torch.all(got[0][live:] == 0)
 
@@ -117,5 +123,8 @@ def test_rows_that_are_not_live_get_no_gradient(live: int) -> None:
 def test_repeats_bit_for_bit() -> None:
     x, w = case(64, 16, 50)
     targets = torch.arange(64) % 50
-    runs = [torch.autograd.grad(linear_logprob(x, w, targets, chunk=9)[0].sum(), [x, w]) for _ in range(2)]
+    runs = [
+        torch.autograd.grad(linear_logprob(x, w, targets, chunk=9)[0].sum(), [x, w])
+        for _ in range(2)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

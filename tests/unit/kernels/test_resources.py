@@ -1,4 +1,6 @@
-"""Every shipped Triton kernel compiles for sm_90a without a GPU, spills nothing, and fits; in a process of its own."""
+"""Every shipped Triton kernel compiles for sm_90a without a GPU, spills nothing, and fits; in a
+process of its own.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def test_no_kernel_spills(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(figures.read_text())
     names = {row["name"].split()[0] for row in rows}
-    assert names == {"statistics", "gradient", "policy", "credits"}, "a kernel is missing from the gate"
+    assert names == {"statistics", "gradient", "policy", "credits"}, (
+        "a kernel is missing from the gate"
+    )
     for row in rows:
         assert (row["stack_bytes"], row["local_loads"], row["local_stores"]) == (0, 0, 0), row
         assert row["registers"] <= MOST_REGISTERS, row

@@ -24,13 +24,17 @@ THOUGHT = 50
 
 
 def credited(method: Method, group: Graded) -> Credited:
-    """The group with the method's own credit: that it fits the group is checked when this is made."""
+    """The group with the method's own credit: that it fits the group is checked when this is
+    made.
+    """
     rewarded = methods.reward(method, group, KNOWN)
     (credit,) = method.credits([rewarded], KNOWN) or []
     return Credited(rewarded, credit)
 
 
-def tried(method: Method, right: Sequence[int], verdicts: Sequence[Sequence[int]], tokens: int = THOUGHT) -> Credited:
+def tried(
+    method: Method, right: Sequence[int], verdicts: Sequence[Sequence[int]], tokens: int = THOUGHT
+) -> Credited:
     """Thoughts of so many tokens, and the verdicts on them and on their early answers."""
     return credited(method, branched(graded(right, [tokens + 1] * len(right)), method, verdicts))
 
@@ -39,7 +43,9 @@ def anytime(**options: Any) -> Method:
     return build("anytime", **({"budgets": [10, 20, 30, 40], "answer_tokens": 5} | options))
 
 
-@pytest.mark.parametrize(("prior", "key"), [("uniform", "uniform"), ("linear", "linear"), ("last", "base")])
+@pytest.mark.parametrize(
+    ("prior", "key"), [("uniform", "uniform"), ("linear", "linear"), ("last", "base")]
+)
 def test_worked_advantages_of_budgets(prior: str, key: str) -> None:
     vector = VECTORS["anytime_brpo"]
     scores = np.array(vector["inputs"]["score_mean_of_4_summaries"])
@@ -48,7 +54,10 @@ def test_worked_advantages_of_budgets(prior: str, key: str) -> None:
     wanted = np.array(vector["outputs"][key])
     assert brpo_advantages(scores, np.array(weights)) == close(wanted)
 
-    verdicts = [[right for score in row for right in [1] * int(4 * score) + [0] * int(4 - 4 * score)] for row in scores]
+    verdicts = [
+        [right for score in row for right in [1] * int(4 * score) + [0] * int(4 - 4 * score)]
+        for row in scores
+    ]
     made = tried(method, [0, 1], verdicts, tokens=40)
     assert made.rewarded.rewards == close(scores @ weights)
     credit = made.credit
@@ -62,7 +71,9 @@ def test_worked_advantages_of_budgets(prior: str, key: str) -> None:
 
 
 def test_a_thought_that_ends_is_answered_for_the_budgets_that_it_did_not_reach() -> None:
-    """25 tokens reach two of four budgets; eight answers come after the end, of which four count for each budget."""
+    """25 tokens reach two of four budgets; eight answers come after the end, of which four count
+    for each budget.
+    """
     method = anytime()
     verdicts = [[1] * 4 + [0] * 4 + [1, 1, 1, 1] + [0, 0, 0, 1]]
     made = tried(method, [1], verdicts, tokens=25)
@@ -77,7 +88,9 @@ def test_a_thought_that_ends_is_answered_for_the_budgets_that_it_did_not_reach()
     assert credit.per_token is not None
     assert credit.weight is not None
     assert credit.branches is not None
-    assert credit.advantage[0] + credit.per_token[0] == close(np.repeat(advantages[:3], [10, 10, 6]))
+    assert credit.advantage[0] + credit.per_token[0] == close(
+        np.repeat(advantages[:3], [10, 10, 6])
+    )
     assert credit.weight[0].tolist() == [1.0] * 26, "with the token that ends the thought"
     after = np.array([1, 1, 1, 1, 0, 0, 0, 1]) - 5 / 8
     assert credit.branches[0] == close([0] * 8 + after.tolist())
@@ -87,13 +100,21 @@ def test_what_follows_a_thought_is_not_trained_on_and_a_second_end_is_wrong() ->
     method = anytime(budgets=[10, 20])
     group = branched(graded([1, 0], [31, 31]), method, [[1] * 8, [1] * 8])
     responses = [
-        replace(each, parts=(each.parts[0]._replace(end=15, ending="until"), each.parts[0]._replace(start=15, end=31)))
+        replace(
+            each,
+            parts=(
+                each.parts[0]._replace(end=15, ending="until"),
+                each.parts[0]._replace(start=15, end=31),
+            ),
+        )
         for each in group.group.responses
     ]
     texts = ["4", "4</think>", "4", "4", "4</think>4"]
     first = responses[0].branches
     said = [
-        branch._replace(responses=tuple(replace(each, text=texts[k]) for k, each in enumerate(branch.responses)))
+        branch._replace(
+            responses=tuple(replace(each, text=texts[k]) for k, each in enumerate(branch.responses))
+        )
         for branch in first
     ]
     responses[0] = replace(responses[0], branches=tuple(said))
@@ -120,11 +141,16 @@ def test_worked_advantages_against_a_stop() -> None:
     assert made.credit.branches is None
     four = tried(build("mrt", answers=4), [1, 0], [[1, 0, 0, 0], [1, 1, 1, 0]])
     assert four.credit.advantage == close([0.75, -0.75])
-    assert tried(build("mrt"), [1], [[]], tokens=1).credit.advantage == close([1.0]), "too short to be left"
+    assert tried(build("mrt"), [1], [[]], tokens=1).credit.advantage == close([1.0]), (
+        "too short to be left"
+    )
 
 
 def test_worked_rewards_of_a_serial_group() -> None:
-    serial, found = VECTORS["s_grpo"]["inputs"]["correct_in_order_of_exit_full_last"], outputs("s_grpo")
+    serial, found = (
+        VECTORS["s_grpo"]["inputs"]["correct_in_order_of_exit_full_last"],
+        outputs("s_grpo"),
+    )
     assert s_grpo_rewards(np.array(serial, dtype=bool)) == close(found["rewards"])
     method = build("s_grpo", exits=4)
     made = tried(method, [serial[-1], 0], [serial[:-1], [0] * 4])
@@ -133,7 +159,9 @@ def test_worked_rewards_of_a_serial_group() -> None:
     assert credit.branches is not None
     assert credit.masked is not None
     assert [*credit.branches[0], credit.advantage[0]] == close(found["advantage"])
-    assert (credit.masked.tolist(), len(credit.branches[1])) == ([False, True], 0), "without a right answer: left out"
+    assert (credit.masked.tolist(), len(credit.branches[1])) == ([False, True], 0), (
+        "without a right answer: left out"
+    )
     assert credit.beginnings
 
 
@@ -143,15 +171,22 @@ def test_worked_rewards_of_shortened_responses() -> None:
         right, lengths = np.array(group["c"], dtype=bool), np.array(group["l"], dtype=float)
         got = JET().rule(right, lengths, np.ones(len(right), dtype=bool))
         assert got == close(vector["outputs"][f"paper_per_question_{name}"])
-    assert JET().rule(np.zeros(2, dtype=bool), np.ones(2), np.array([True, False])).tolist() == [0.1, 0.0]
+    assert JET().rule(np.zeros(2, dtype=bool), np.ones(2), np.array([True, False])).tolist() == [
+        0.1,
+        0.0,
+    ]
 
 
 def test_whole_and_shortened_responses_are_one_group() -> None:
-    """A thought of 50 and its shares of 12, 25 and 37 tokens, each with an answer of 6; the second gave no answer."""
+    """A thought of 50 and its shares of 12, 25 and 37 tokens, each with an answer of 6; the second
+    gave no answer.
+    """
     method = build("jet", answer_tokens=6)
     made = tried(method, [1, 0], [[1, 0, 1], [0, 1, 0]])
     judged = made.graded
-    silent = replace(judged, branches=(judged.branches[0], (Grade("no_answer"), *judged.branches[1][1:])))
+    silent = replace(
+        judged, branches=(judged.branches[0], (Grade("no_answer"), *judged.branches[1][1:]))
+    )
     lengths = np.array([51, 51, 18, 31, 43, 18, 31, 43.0])
     right = np.array([1, 0, 1, 0, 1, 0, 1, 0], dtype=bool)
     rewards = JET().rule(right, lengths, np.arange(8) != 5)
@@ -177,7 +212,10 @@ def test_where_responses_are_left_is_a_function_of_the_visit() -> None:
 
 
 def test_budgets_that_no_thought_reaches_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^method\.budgets: no thought reaches 8000 .* = 1000; raise that to 8000"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^method\.budgets: no thought reaches 8000 .* = 1000; raise that to 8000",
+    ):
         build("anytime", tokens=1000)
     with pytest.raises(ConfigError, match=r"^method\.budgets: 20, 10 do not ascend"):
         build("anytime", budgets=[20, 10])

@@ -46,17 +46,24 @@ def test_the_pages_of_methods_are_what_the_classes_say() -> None:
     """If not: `python -m megatron_efr.methods`."""
     docs = Path(__file__).parents[3] / "docs"
     stored = [docs / "methods.md", *(docs / "methods").iterdir()]
-    assert {str(path.relative_to(docs)): path.read_text(encoding="utf-8") for path in stored} == pages()
+    assert {
+        str(path.relative_to(docs)): path.read_text(encoding="utf-8") for path in stored
+    } == pages()
     assert set(sections()) == set(METHODS)
     rows = re.findall(r"^\| \[`([\w.]+)`\]", pages()["methods.md"], re.MULTILINE)
     assert sorted(rows) == sorted(METHODS)
 
 
-def test_a_folder_of_pages_is_written_whole_and_has_no_page_of_a_kind_that_went(tmp_path: Path) -> None:
+def test_a_folder_of_pages_is_written_whole_and_has_no_page_of_a_kind_that_went(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods/gone.md").write_text("# Gone\n")
     write(tmp_path)
-    found = {str(path.relative_to(tmp_path)): path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.md")}
+    found = {
+        str(path.relative_to(tmp_path)): path.read_text(encoding="utf-8")
+        for path in tmp_path.rglob("*.md")
+    }
     assert found == pages()
 
 
@@ -71,4 +78,6 @@ def test_the_pages_name_every_option_with_a_default_that_reads_back() -> None:
             if row[3] == "required":
                 assert field.is_required(), (name, row)
             else:
-                assert ("null" if row[3] == "left out" else row[3].strip("`")) == json.dumps(field.default), (name, row)
+                assert ("null" if row[3] == "left out" else row[3].strip("`")) == json.dumps(
+                    field.default
+                ), (name, row)

@@ -16,7 +16,8 @@ from tests.judged import C, L, asked, build, drawn_groups, rewarded, trained_on
 pytestmark = pytest.mark.alike
 
 
-# -- properties --------------------------------------------------------------------------------------------------------
+# -- properties
+# --------------------------------------------------------------------------------------------------
 
 KINDS: dict[str, tuple[list[int], list[int]]] = {
     "mixed": (C, L),
@@ -26,25 +27,37 @@ KINDS: dict[str, tuple[list[int], list[int]]] = {
     "equal lengths": (C, [300, 300, 300, 300]),
 }
 BOUNDS = {
-    "efr": (0.8, 1, 0, 0), "shorterbetter": (-38, 2, -40, 0), "kimi": (0.5, 1.5, -0.5, 0), "lapo": (1, 1.7, 0, 0),
-    "prime_rl": (0.55, 1, -0.45, 0), "overlong": (0, 1, -2, -1), "thinkprune": (0, 1, 0, 0), "cosine": (-10, 2, -10, 0),
-    "laser": (1, 1.5, -0.5, -0.5), "dler": (0, 1, 0, 0), "da_dler": (0, 1, 0, 0), "stop_properly": (1, 1, 0, 0),
-    "experimental.alp": (0.996, 1, -0.004, 0), "experimental.gr3": (0, 1, 0, 0), "grpo_lambda": (0.8, 1, 0, 0),
-    "hapo": (0.3, 2, -1, 0), "short_rl": (2.5, 3.5, -0.5, -0.5), "leash": (-1, 1, -1, -1), "a_dlp": (-39, 1, -40, 0),
-    "acoer": (1, 1.02, 0, 0), "twyn": (-0.1, 4, -4, 0), "gfpo": (0, 4, -4, 0), "gdpo": (-4, 4, -4, 4),
-    "qglas": (0, 2, -1, 0), "l1_exact": (-11, 1, -12, 0), "l1_max": (-11, 1, -12, 0), "asrr": (0.5, 1, 0, 0),
+    "efr": (0.8, 1, 0, 0), "shorterbetter": (-38, 2, -40, 0), "kimi": (0.5, 1.5, -0.5, 0),
+    "lapo": (1, 1.7, 0, 0),
+    "prime_rl": (0.55, 1, -0.45, 0), "overlong": (0, 1, -2, -1), "thinkprune": (0, 1, 0, 0),
+    "cosine": (-10, 2, -10, 0),
+    "laser": (1, 1.5, -0.5, -0.5), "dler": (0, 1, 0, 0), "da_dler": (0, 1, 0, 0),
+    "stop_properly": (1, 1, 0, 0),
+    "experimental.alp": (0.996, 1, -0.004, 0), "experimental.gr3": (0, 1, 0, 0),
+    "grpo_lambda": (0.8, 1, 0, 0),
+    "hapo": (0.3, 2, -1, 0), "short_rl": (2.5, 3.5, -0.5, -0.5), "leash": (-1, 1, -1, -1),
+    "a_dlp": (-39, 1, -40, 0),
+    "acoer": (1, 1.02, 0, 0), "twyn": (-0.1, 4, -4, 0), "gfpo": (0, 4, -4, 0),
+    "gdpo": (-4, 4, -4, 4),
+    "qglas": (0, 2, -1, 0), "l1_exact": (-11, 1, -12, 0), "l1_max": (-11, 1, -12, 0),
+    "asrr": (0.5, 1, 0, 0),
     "elastic": (1, 1, 0, 0), "autothink": (0, 2, -2, 0), "adactrl": (0.5, 2, -0.5, 0.5),
-    "grlc": (0, 3, -1, 2), "experimental.effort": (0.6, 1, 0, 0), "experimental.target": (1, 1, 0, 0),
+    "grlc": (0, 3, -1, 2), "experimental.effort": (0.6, 1, 0, 0),
+    "experimental.target": (1, 1, 0, 0),
     "laser_d": (1, 1.5, -0.5, -0.5),
     "laser_de": (1, 1.5, -0.5, 0),
-    "anytime": (-1, 1, -1, 1), "mrt": (0, 1, -1, 0), "s_grpo": (-0.35, 1, -0.5, 0), "jet": (-3, 7, -7, 0),
+    "anytime": (-1, 1, -1, 1), "mrt": (0, 1, -1, 0), "s_grpo": (-0.35, 1, -0.5, 0),
+    "jet": (-3, 7, -7, 0),
     "drpo": (0, 12, -12, 0), "o1_pruner": (-1, 1, -1, 1),
     "adapt_think": (-0.5, 0.55, -0.5, -0.45), "thinkless": (-0.5, 2, -2, 0),
     "experimental.o1_pruner_online": (-2, 4, -2, 4), "experimental.self_budgeter": (-1, 1, -1, 0),
     "experimental.adacot": (0.7, 1, -0.3, 0), "experimental.memory_r": (1, 3, 0, 2),
-    "infty_think": (0, 1, -1, 0), "experimental.sgpo": (1, 1, 0, 1), "experimental.l2t": (0, 1, -1, 0),
+    "infty_think": (0, 1, -1, 0), "experimental.sgpo": (1, 1, 0, 1),
+    "experimental.l2t": (0, 1, -1, 0),
 }  # fmt: skip
-"""Least and most that a right answer may earn, and a wrong one: rewards, or advantages if the method gives them."""
+"""Least and most that a right answer may earn, and a wrong one: rewards, or advantages if the
+method gives them.
+"""
 PRICED = {
     "laser_de",
     "o1_pruner",
@@ -62,7 +75,9 @@ PRICED = {
 }
 """Methods that tell wrong answers apart by their lengths, whatever else is in the group."""
 BRANCHING = {"anytime", "mrt", "s_grpo", "experimental.sgpo"}
-"""Methods to which what a thought would have answered before tells responses apart, whatever their own answer."""
+"""Methods to which what a thought would have answered before tells responses apart, whatever their
+own answer.
+"""
 NOT_MONOTONE = {
     "lapo": "a middle length earns most",
     "adapt_think": "one that does not think earns more, however long",
@@ -86,7 +101,9 @@ def knowns(name: str) -> list[Known]:
     """Knowledge that a method may meet: none, and a history of which it makes use."""
     if name == "experimental.memory_r":
         before = build(name).learn({}, rewarded(build(name), [(C, L), ([0, 0], [7, 80])]), KNOWN)
-        near = KNOWN._replace(step=60, state={**before, "near": [-110.0, 0.0], "unlike": [0.0, 0.001]})
+        near = KNOWN._replace(
+            step=60, state={**before, "near": [-110.0, 0.0], "unlike": [0.0, 0.001]}
+        )
         return [KNOWN, near]
     if name in ("laser_d", "laser_de"):
         monitored = {
@@ -104,13 +121,24 @@ def test_bounds_and_signs(name: str) -> None:
     for right, lengths in [*KINDS.values(), *drawn_groups(1, 80)]:
         for known in knowns(name):
             said = TEXTS.get(name, SAID)
-            got, hit = trained_on(method, right, lengths, known, texts=said), np.array(right, dtype=bool)
+            got, hit = (
+                trained_on(method, right, lengths, known, texts=said),
+                np.array(right, dtype=bool),
+            )
             if name == "o1_pruner":  # the others are not trained on
                 got, hit = got[: method.trained], hit[: method.trained]
             assert got.dtype == np.float64
             assert np.all(np.isfinite(got))
-            assert np.all((got[hit] >= low - 1e-9) & (got[hit] <= high + 1e-9)), (right, lengths, got)
-            assert np.all((got[~hit] >= wrong_low - 1e-9) & (got[~hit] <= wrong_high + 1e-9)), (right, lengths, got)
+            assert np.all((got[hit] >= low - 1e-9) & (got[hit] <= high + 1e-9)), (
+                right,
+                lengths,
+                got,
+            )
+            assert np.all((got[~hit] >= wrong_low - 1e-9) & (got[~hit] <= wrong_high + 1e-9)), (
+                right,
+                lengths,
+                got,
+            )
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - set(NOT_MONOTONE)))
@@ -130,35 +158,51 @@ def test_a_wrong_answer_earns_more_than_a_right_one_only_where_that_is_said(name
     method = build(name, beta=1e-4) if name == "experimental.alp" else build(name)
     found = []
     few = ([1] + [0] * 11, [5] * 12, [f"{'t' * 90}</think>{'a' * 90}", *["t</think>a"] * 11])
-    drawn = [(right, lengths, TEXTS.get(name, SAID)) for right, lengths in [*KINDS.values(), *drawn_groups(3, 100)]]
+    drawn = [
+        (right, lengths, TEXTS.get(name, SAID))
+        for right, lengths in [*KINDS.values(), *drawn_groups(3, 100)]
+    ]
     for right, lengths, texts in [few, *drawn]:
         for known in knowns(name):
-            got, hit = trained_on(method, right, lengths, known, texts=texts), np.array(right, dtype=bool)
+            got, hit = (
+                trained_on(method, right, lengths, known, texts=texts),
+                np.array(right, dtype=bool),
+            )
             if hit.any() and not hit.all() and got[~hit].max() > got[hit].min() + 1e-9:
                 found.append((right, lengths, got))
     assert bool(found) == bool(method.wrong_may_win), (method.wrong_may_win, found[:1])
 
 
 CHOSEN: dict[str, list[dict[str, Any]]] = {
-    "hapo": [{"weight": 2.0}], "adactrl": [{"tag": 1.0}], "overlong": [{"floor": False, "max_tokens": 100}],
+    "hapo": [{"weight": 2.0}], "adactrl": [{"tag": 1.0}],
+    "overlong": [{"floor": False, "max_tokens": 100}],
     "short_rl": [{"right": -2.0}, {"wrong": 1.9}], "autothink": [{"stage": 3, "decay": 3.0}],
     "grlc": [{"thinking": 3.0, "answer": 3.0, "thinking_bonus": 0.0, "answer_bonus": 0.0}],
     "cosine": [{"wrong_long": 3.0, "exceeded": None}], "gdpo": [{"short": 3.0}],
-    "efr": [{"alpha": 0.99}], "kimi": [{}], "prime_rl": [{"length": 1.0, "prompt": 1.0, "turns": 1.0}],
-    "laser": [{"wrong": 0.99, "unanswered": 0.99}], "laser_d": [{"wrong": 0.99, "unanswered": 0.99, "bonus": 9.0}],
-    "infty_think": [{}], "experimental.sgpo": [{"slope": 99.0}], "experimental.l2t": [{"alpha": 9.0}],
-    "drpo": [{"spread": 0.001}, {"tau": 0.001}], "adapt_think": [{"delta": 2.0}], "thinkless": [{"thinking": -3.0}],
+    "efr": [{"alpha": 0.99}], "kimi": [{}],
+    "prime_rl": [{"length": 1.0, "prompt": 1.0, "turns": 1.0}],
+    "laser": [{"wrong": 0.99, "unanswered": 0.99}],
+    "laser_d": [{"wrong": 0.99, "unanswered": 0.99, "bonus": 9.0}],
+    "infty_think": [{}], "experimental.sgpo": [{"slope": 99.0}],
+    "experimental.l2t": [{"alpha": 9.0}],
+    "drpo": [{"spread": 0.001}, {"tau": 0.001}], "adapt_think": [{"delta": 2.0}],
+    "thinkless": [{"thinking": -3.0}],
     "experimental.adacot": [{"missed": 1.5}, {"needless": 1.5}],
     "laser_de": [{"wrong": 0.6, "lowest": 60}, {"unanswered": 0.6, "lowest": 60}],
     "dler": [{"limit": 50}], "da_dler": [{"easy": 5, "hard": 50}],
-    "thinkprune": [{"limit": 50}], "stop_properly": [{"cut_off": -9.0}], "grpo_lambda": [{"share": 1.0, "alpha": 0.99}],
+    "thinkprune": [{"limit": 50}], "stop_properly": [{"cut_off": -9.0}],
+    "grpo_lambda": [{"share": 1.0, "alpha": 0.99}],
     "twyn": [{"margin": 1.0}], "gfpo": [{"keep": 1}, {"keep": 3, "by": "reward_per_token"}],
-    "qglas": [{"low": 5.0, "high": 9.0}, {"low": 0.0, "high": 0.0}], "leash": [{"target": 1, "start": 1.0}],
+    "qglas": [{"low": 5.0, "high": 9.0}, {"low": 0.0, "high": 0.0}],
+    "leash": [{"target": 1, "start": 1.0}],
     "acoer": [{"start": 9.0, "budget": 512}], "asrr": [{"beta": 1.0, "tau": 0.0, "window": 1.0}],
     "elastic": [{}], "lapo": [{"weight": 9.0}], "experimental.gr3": [{"alpha": 99.0}],
-    "experimental.effort": [{"low": 0.99}], "mrt": [{"answers": 3}], "jet": [{"form": 1.0, "least": 0.0, "alpha": 9.0}],
+    "experimental.effort": [{"low": 0.99}], "mrt": [{"answers": 3}],
+    "jet": [{"form": 1.0, "least": 0.0, "alpha": 9.0}],
 }  # fmt: skip
-"""Options away from the defaults, of every method that does not let a wrong answer win by its nature."""
+"""Options away from the defaults, of every method that does not let a wrong answer win by its
+nature.
+"""
 
 
 @pytest.mark.parametrize("name", sorted(CHOSEN))
@@ -166,19 +210,32 @@ def test_other_options_let_a_wrong_answer_win_only_where_that_is_said(name: str)
     for options in CHOSEN[name]:
         method, found = build(name, **options), False
         for number, (right, lengths) in enumerate([*KINDS.values(), *drawn_groups(5, 100)]):
-            ends: list[Finish] = ["stop" if good or number % 2 else "length" for good in right]  # wrong ones may be cut
+            # wrong ones may be cut
+            ends: list[Finish] = ["stop" if good or number % 2 else "length" for good in right]
             for known in knowns(name):
-                texts = [f"{'t' * n}</think>{'a' * n}" for n in lengths] if name == "grlc" else TEXTS.get(name, SAID)
+                texts = (
+                    [f"{'t' * n}</think>{'a' * n}" for n in lengths]
+                    if name == "grlc"
+                    else TEXTS.get(name, SAID)
+                )
                 got = trained_on(method, right, lengths, known, finish=ends, texts=texts)
                 hit = np.array(right, dtype=bool)
-                found |= bool(hit.any() and not hit.all() and got[~hit].max() > got[hit].min() + 1e-9)
+                found |= bool(
+                    hit.any() and not hit.all() and got[~hit].max() > got[hit].min() + 1e-9
+                )
         assert found == bool(method.wrong_may_win_if), (options, method.wrong_may_win_if)
 
 
 def test_the_added_form_pays_a_wrong_answer_at_most_as_much() -> None:
     for right, lengths in drawn_groups(6, 100):
-        got = trained_on(build("l1_max", form="added"), right, lengths, note={"budget": 400, "exact": False})
-        assert got[np.array(right) == 1].min(initial=1.0) >= 1.0 >= got[np.array(right) == 0].max(initial=0.0)
+        got = trained_on(
+            build("l1_max", form="added"), right, lengths, note={"budget": 400, "exact": False}
+        )
+        assert (
+            got[np.array(right) == 1].min(initial=1.0)
+            >= 1.0
+            >= got[np.array(right) == 0].max(initial=0.0)
+        )
 
 
 def test_an_over_long_right_answer_of_the_cosine_loses_to_any_wrong_one() -> None:
@@ -193,7 +250,10 @@ def test_groups_of_each_kind(name: str, kind: str) -> None:
     right, lengths = KINDS[kind]
     got = trained_on(build(name), right, lengths)
     if kind == "equal lengths":
-        assert np.ptp(got[[0, 2, 3]]) == pytest.approx(0, abs=1e-9) or name in ("gfpo", "adapt_think")
+        assert np.ptp(got[[0, 2, 3]]) == pytest.approx(0, abs=1e-9) or name in (
+            "gfpo",
+            "adapt_think",
+        )
     if kind == "all wrong" and name not in PRICED | BRANCHING | {"jet"}:
         assert np.ptp(got) == pytest.approx(0, abs=1e-9)
 
@@ -201,5 +261,8 @@ def test_groups_of_each_kind(name: str, kind: str) -> None:
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_what_was_cut_off_is_wrong_whatever_it_says(name: str) -> None:
     method, finish = build(name), ["stop", "stop", "length", "stop"]
-    said = [methods.reward(method, asked(c, L, finish), KNOWN).rewards for c in ([1, 0, 1, 1], [1, 0, 0, 1])]  # type: ignore[arg-type]
+    said = [
+        methods.reward(method, asked(c, L, finish), KNOWN).rewards
+        for c in ([1, 0, 1, 1], [1, 0, 0, 1])
+    ]  # type: ignore[arg-type]
     assert np.array_equal(said[0], said[1])

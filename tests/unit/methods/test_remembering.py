@@ -1,4 +1,6 @@
-"""Methods with a memory against worked numbers: histories, controllers, prices; a kill changes nothing."""
+"""Methods with a memory against worked numbers: histories, controllers, prices; a kill changes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,12 @@ def test_worked_rewards_against_a_prompts_history() -> None:
     assert trained_on(build("hapo"), C, L, known) == close(outputs("hapo")["rewards"])
     assert trained_on(build("hapo"), C, L) == close(outputs("hapo")["rewards_h_unset"])
     mean = trained_on(build("hapo", history="mean"), C, L, known)  # of 400 tokens
-    assert mean == close([1 + np.cos(np.pi * 3 / 8), -1, 1 + np.cos(np.pi * 5 / 8), 1 + np.cos(np.pi * 0.15)])
-    unsolved = KNOWN._replace(history={"p": seen._replace(right=0, right_tokens=0, shortest_right=None)})
+    assert mean == close(
+        [1 + np.cos(np.pi * 3 / 8), -1, 1 + np.cos(np.pi * 5 / 8), 1 + np.cos(np.pi * 0.15)]
+    )
+    unsolved = KNOWN._replace(
+        history={"p": seen._replace(right=0, right_tokens=0, shortest_right=None)}
+    )
     assert trained_on(build("hapo"), C, L, unsolved) == close(C)
     knowledge = methods.Knowledge(build("hapo"), 1000)
     knowledge.begin(1)
@@ -39,7 +45,9 @@ def test_right_answers_are_shortened_while_the_iteration_is_accurate() -> None:
         vector["rewards_gate_open"]
     )
     # 0.35 is exactly the slack below 0.4, since 0.4 - 0.05 is 0.35000000000000003
-    (least,) = rewarded(method, [([1] * 7 + [0] * 13, list(range(1, 21)))], KNOWN._replace(state={"best": 0.4}))
+    (least,) = rewarded(
+        method, [([1] * 7 + [0] * 13, list(range(1, 21)))], KNOWN._replace(state={"best": 0.4})
+    )
     assert least.rewards[0] == 3.5
     closed = KNOWN._replace(state={"best": 0.81})
     assert rewarded(method, [(C, L)], closed)[0].rewards == close(vector["rewards_gate_closed"])
@@ -56,7 +64,9 @@ def test_a_price_follows_the_batch() -> None:
     after = leash.learn(known.state, rewarded(leash, [(C, L)]), known)
     assert after["lambda"] == pytest.approx(float(outputs("leash")["lambda_next"]), abs=1e-12)
     assert leash.learn({"lambda": 0.9999}, rewarded(leash, [(C, L)]), known) == {"lambda": 1.0}
-    longest = build("leash", target=400, over="max").learn(known.state, rewarded(leash, [(C, L)]), known)
+    longest = build("leash", target=400, over="max").learn(
+        known.state, rewarded(leash, [(C, L)]), known
+    )
     assert longest["lambda"] == pytest.approx(0.2 + 0.005 * 1.25)
     a_dlp = build("a_dlp")
     assert trained_on(a_dlp, C, L) == close(outputs("a_dlp")["rewards"])
@@ -78,7 +88,9 @@ def test_a_bonus_and_its_budget_follow_accuracy_and_length() -> None:
     assert after["alpha"] == close(vector["alpha_next"])
     assert after["budget"] * 4 == vector["B_next"]
     assert state["alpha"] == 0.1, "what was remembered stays as it was"
-    assert method.learn(state | {"accuracies": [0.65]}, groups, known)["alpha"] == pytest.approx(0.095)
+    assert method.learn(state | {"accuracies": [0.65]}, groups, known)["alpha"] == pytest.approx(
+        0.095
+    )
     assert method.learn(state, groups, known._replace(step=200))["alpha"] == 0.1
     none_right = method.learn({}, rewarded(method, [([0] * 4, L)]), KNOWN)
     assert (none_right["length"], none_right["accuracy"]) == (None, 0.0)
@@ -89,19 +101,27 @@ def test_easier_prompts_keep_fewer_responses() -> None:
     state = {"iterations": 10, "solved": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]}
     lengths = list(range(10, 26))
     for right, kept in ((1, 8), (4, 8), (9, 6), (13, 4)):
-        correct = [i % 2 == 1 for i in range(16)] if right == 8 else [True] * right + [False] * (16 - right)
+        correct = (
+            [i % 2 == 1 for i in range(16)]
+            if right == 8
+            else [True] * right + [False] * (16 - right)
+        )
         correct[0], correct[15] = False, True  # the shortest is wrong
         made = trained_on(method, correct, lengths, KNOWN._replace(state=state))
         unlike_shortest = [i for i in range(kept) if correct[i] != correct[0]]
         assert np.count_nonzero(made) == (kept if unlike_shortest else 0), right
     assert isinstance(method, GFPO)
-    early = trained_on(method, [False] + [True] * 15, lengths, KNOWN._replace(state=state | {"iterations": 9}))
+    early = trained_on(
+        method, [False] + [True] * 15, lengths, KNOWN._replace(state=state | {"iterations": 9})
+    )
     assert np.count_nonzero(early) == 8
     after = method.learn(state, rewarded(method, [([1] * 12 + [0] * 4, lengths)]), KNOWN)
     assert (after["iterations"], after["solved"][-1]) == (11, 0.75)
 
 
-def learn_from(method: Method, knowledge: methods.Knowledge, first: int, last: int) -> list[np.ndarray]:
+def learn_from(
+    method: Method, knowledge: methods.Knowledge, first: int, last: int
+) -> list[np.ndarray]:
     """Credits of iterations `first` to `last`, of ever the same groups."""
     made = []
     for step in range(first, last + 1):
@@ -112,7 +132,11 @@ def learn_from(method: Method, knowledge: methods.Knowledge, first: int, last: i
         groups = [(rng.random(4) < 0.5, rng.integers(1, 3000, 4).tolist()) for _ in range(3)]
         settled = rewarded(method, groups, known, note=method.ask(visit(step), known).note)
         credits = method.credits(settled, known)
-        made += [group.rewards for group in settled] if credits is None else [each.advantage for each in credits]
+        made += (
+            [group.rewards for group in settled]
+            if credits is None
+            else [each.advantage for each in credits]
+        )
         knowledge.learn(step, settled)
     return made
 

@@ -18,7 +18,8 @@ from tests.judged import VECTORS, C, L, build, close, outputs, rewarded, trained
 pytestmark = pytest.mark.alike
 
 
-# -- worked numbers ----------------------------------------------------------------------------------------------------
+# -- worked numbers
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,8 @@ pytestmark = pytest.mark.alike
         ("cosine", {"max_tokens": 1000}, "cosine", "rewards"),
         (
             "cosine",
-            {"max_tokens": 1000, "right_short": 1, "right_long": 0.5, "wrong_short": -1, "wrong_long": -0.5,
+            {"max_tokens": 1000, "right_short": 1, "right_long": 0.5, "wrong_short": -1,
+                "wrong_long": -0.5,
              "exceeded": None},
             "cosine", "trl_defaults",
         ),
@@ -59,17 +61,29 @@ def test_worked_rewards(name: str, options: dict[str, Any], vector: str, key: st
 
 
 def test_worked_rewards_of_groups_of_other_kinds() -> None:
-    assert methods.rewards("efr", [0, 1, 0, 0], L, alpha=0.2) == close(outputs("efr")["one_correct"])
-    assert methods.rewards("efr", [1, 1, 1, 1], L, alpha=0.2) == close(outputs("efr")["all_correct"])
-    assert methods.rewards("shorterbetter", [0] * 4, L) == close(outputs("shorterbetter")["none_correct_rewards"])
+    assert methods.rewards("efr", [0, 1, 0, 0], L, alpha=0.2) == close(
+        outputs("efr")["one_correct"]
+    )
+    assert methods.rewards("efr", [1, 1, 1, 1], L, alpha=0.2) == close(
+        outputs("efr")["all_correct"]
+    )
+    assert methods.rewards("shorterbetter", [0] * 4, L) == close(
+        outputs("shorterbetter")["none_correct_rewards"]
+    )
     assert methods.rewards("kimi", C, [7] * 4) == close(np.add(C, outputs("kimi")["equal_lengths"]))
-    assert methods.rewards("lapo", [0, 1, 0, 0], L) == close(outputs("lapo_stage1")["one_correct_rewards"])
-    assert methods.rewards("cosine", [1, 1], [984, 983], max_tokens=1000) == close(outputs("cosine")["at_984_and_983"])
+    assert methods.rewards("lapo", [0, 1, 0, 0], L) == close(
+        outputs("lapo_stage1")["one_correct_rewards"]
+    )
+    assert methods.rewards("cosine", [1, 1], [984, 983], max_tokens=1000) == close(
+        outputs("cosine")["at_984_and_983"]
+    )
     cut = methods.rewards("stop_properly", C, L, truncated=[False, False, True, False])
     assert cut == close(outputs("stop_properly")["rewards"])
     overlong = {"max_tokens": 1000, "cache": 400}
     longer = [500, 700, 1000, 1100]
-    assert methods.rewards("overlong", [1] * 4, longer, **overlong) - 1 == close(outputs("overlong")["second_capped"])
+    assert methods.rewards("overlong", [1] * 4, longer, **overlong) - 1 == close(
+        outputs("overlong")["second_capped"]
+    )
     assert methods.rewards("asrr", [1] * 4, L) == close(outputs("asrr")["tau1_all_correct_rewards"])
     uncapped = methods.rewards("overlong", [1] * 4, longer, floor=False, **overlong)
     assert uncapped - 1 == close(outputs("overlong")["second_verl_nemo_uncapped"])
@@ -79,7 +93,9 @@ def test_limits_are_the_rollouts_where_they_are_left_out() -> None:
     """Of 1,000 tokens: a fifth of them is DAPO's 4,096 of 20,480."""
     got = methods.rewards("overlong", C, L, max_new_tokens=1000)
     assert got.tolist() == pytest.approx([1.0, -1.5, 1.0, 1.0])
-    assert np.array_equal(got, build("overlong", tokens=1000).rewards(graded(C, L), KNOWN._replace(limit=1000)))
+    assert np.array_equal(
+        got, build("overlong", tokens=1000).rewards(graded(C, L), KNOWN._replace(limit=1000))
+    )
     cosine = methods.rewards("cosine", C, L, max_tokens=1000)
     assert np.array_equal(methods.rewards("cosine", C, L, max_new_tokens=1000), cosine)
     assert methods.rewards("thinkprune", C, L, max_new_tokens=1000).tolist() == [1, 0, 1, 1]
@@ -89,7 +105,9 @@ def test_limits_are_the_rollouts_where_they_are_left_out() -> None:
 
 
 def monitored(**lengths: list[int]) -> dict[str, Sampled]:
-    """A monitor set whose prompts are solved as their bands say, with right responses of these lengths."""
+    """A monitor set whose prompts are solved as their bands say, with right responses of these
+    lengths.
+    """
     others = {"high": 0, "medium": 1, "low": 3}  # wrong ones to each right one, far too long
     return {
         f"{band}-{i}": Sampled((length, *[16_000] * others[band]), (True, *[False] * others[band]))
@@ -104,7 +122,8 @@ def test_targets_follow_the_monitor_set() -> None:
     assert isinstance(method, LaserD)
     assert method.targets(monitored(**lengths), 16_384) == vector["outputs"]["targets"]
     assert method.samplings.monitor == Monitor(500, 8, 20)
-    # the released code takes the wrong ones' lengths too, which are a half of those of medium, and most of low
+    # the released code takes the wrong ones' lengths too, which are a half of those of medium, and
+    # most of low
     released = build("laser_d", coverage="all")
     assert isinstance(released, LaserD)
     made = released.targets(monitored(**lengths), 16_384)
@@ -117,15 +136,23 @@ def test_targets_follow_the_monitor_set() -> None:
 def test_worked_rewards_of_a_target_by_difficulty(name: str) -> None:
     targets, expected = VECTORS[name]["inputs"]["targets"], VECTORS[name]["outputs"]["rewards"]
     method = build(name, lowest=50, step=50)
-    known = KNOWN._replace(monitor=monitored(**{band: [target] for band, target in targets.items()}))
+    known = KNOWN._replace(
+        monitor=monitored(**{band: [target] for band, target in targets.items()})
+    )
     assert trained_on(method, C, L, known) == close(expected)
     repeating = method.rewards(graded(C, L), known)  # one token, 900 times
     assert repeating == close(VECTORS["laser_d"]["outputs"]["rewards"])
-    assert trained_on(method, C, L) == close([1.5, -0.5, 1.5, 1.5]), "no target: each right answer is within it"
-    cut = trained_on(method, [1, 0, 0, 0], [300, 900, 500, 120], known, finish=["length", "stop", "stop", "stop"])
+    assert trained_on(method, C, L) == close([1.5, -0.5, 1.5, 1.5]), (
+        "no target: each right answer is within it"
+    )
+    cut = trained_on(
+        method, [1, 0, 0, 0], [300, 900, 500, 120], known, finish=["length", "stop", "stop", "stop"]
+    )
     assert cut == close([-1.0, expected[1], -0.5, -0.5]), "none is right: the target is that of low"
     low = KNOWN._replace(monitor=monitored(low=[200]))
-    cut = trained_on(method, [1, 0, 0, 0], [300, 900, 500, 120], low, finish=["length", "stop", "stop", "stop"])
+    cut = trained_on(
+        method, [1, 0, 0, 0], [300, 900, 500, 120], low, finish=["length", "stop", "stop", "stop"]
+    )
     assert cut == close([-0.5, 0, 0, -0.5] if name == "laser_de" else [-1.0, -0.5, -0.5, -0.5])
 
 
@@ -133,10 +160,12 @@ def test_worked_rewards_of_a_target_by_difficulty(name: str) -> None:
     ("tokens", "expected"),
     [
         (range(300), False),
-        ([*range(300), *range(296, 300)], False),  # four tokens twice: in a long response thrice is needed
+        # four tokens twice: in a long response thrice is needed
+        ([*range(300), *range(296, 300)], False),
         ([*range(300), *range(292, 300)], True),  # eight tokens twice
         ([*range(300), 296, 297, 298, 299, 999, 296, 297, 298, 299], True),
-        ([*range(4), *range(100, 220), *range(4), *range(220, 340), *range(4)], False),  # thrice, but far apart
+        # thrice, but far apart
+        ([*range(4), *range(100, 220), *range(4), *range(220, 340), *range(4)], False),
         ([7] * 300, True),  # eight times one token, twice
         ([*range(150), *range(146, 150)], True),  # four tokens twice in fewer than 200
         ([*range(50), 47, 48, 49], True),
@@ -158,9 +187,13 @@ def test_the_best_solved_groups_alone_are_shortened() -> None:
     got = rewarded(build("grpo_lambda"), [(group["c"], group["l"]) for group in groups.values()])
     for group, expected in zip(got, vector["outputs"]["rewards"].values(), strict=True):
         assert group.rewards == close(expected)
-    all_of_them = rewarded(build("grpo_lambda", share=1.0), [(group["c"], group["l"]) for group in groups.values()])
+    all_of_them = rewarded(
+        build("grpo_lambda", share=1.0), [(group["c"], group["l"]) for group in groups.values()]
+    )
     for group, given in zip(all_of_them, groups.values(), strict=True):
-        assert np.array_equal(group.rewards, methods.rewards("efr", given["c"], given["l"], alpha=0.2))
+        assert np.array_equal(
+            group.rewards, methods.rewards("efr", given["c"], given["l"], alpha=0.2)
+        )
 
 
 def test_worked_advantages_of_a_groups_own() -> None:
@@ -172,18 +205,24 @@ def test_worked_advantages_of_a_groups_own() -> None:
     assert trained_on(by_reward, C, lengths) == close(gfpo["advantage_reward_per_token"])
     assert trained_on(build("gfpo", keep=2), C, L) == close(gfpo["original_l_k2_advantage"])
     gdpo = outputs("gdpo")
-    assert trained_on(build("gdpo", limit=40_000 - 1, over="nothing", short=0.0), C, L) == close([0.5, -1.5, 0.5, 0.5])
+    assert trained_on(build("gdpo", limit=40_000 - 1, over="nothing", short=0.0), C, L) == close(
+        [0.5, -1.5, 0.5, 0.5]
+    )
     for over, key in (
         ("nothing", "summed_group_z"),
         ("tokens", "verl_token_whitened"),
         ("responses", "nemo_trl_batch_z_single_group"),
     ):
         # TRL adds 1e-4 to the deviation
-        assert trained_on(build("gdpo", limit=400, over=over), C, L) == pytest.approx(np.array(gdpo[key]), abs=2e-4)
+        assert trained_on(build("gdpo", limit=400, over=over), C, L) == pytest.approx(
+            np.array(gdpo[key]), abs=2e-4
+        )
     qglas = VECTORS["qglas"]
     assert trained_on(build("qglas"), C, L) == close(qglas["outputs"]["binary_quality"])
     quality = np.array(qglas["inputs"]["quality"])
-    assert qglas_advantages(quality, np.array(L, float), 0.3, 0.6, 0.5) == close(qglas["outputs"]["dense_quality"])
+    assert qglas_advantages(quality, np.array(L, float), 0.3, 0.6, 0.5) == close(
+        qglas["outputs"]["dense_quality"]
+    )
 
 
 def test_brevity_is_normalised_over_the_whole_iteration() -> None:
@@ -192,4 +231,7 @@ def test_brevity_is_normalised_over_the_whole_iteration() -> None:
     credits = method.credits(rewarded(method, groups), KNOWN)
     flat = np.concatenate([credit.advantage for credit in credits])
     assert [len(credit.advantage) for credit in credits] == [4, 4]
-    assert (flat.mean(), flat.std(ddof=1)) == (pytest.approx(0, abs=1e-12), pytest.approx(1, abs=1e-4))
+    assert (flat.mean(), flat.std(ddof=1)) == (
+        pytest.approx(0, abs=1e-12),
+        pytest.approx(1, abs=1e-4),
+    )

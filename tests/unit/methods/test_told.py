@@ -34,11 +34,15 @@ def visit(seed: int, name: str = "p", samples: int = 4) -> Visit:
         ("l1_max", {"form": "multiplied", "alpha": 1 / 500}, False, "code_first_release"),
     ],
 )
-def test_worked_rewards_of_a_budget(name: str, options: dict[str, Any], exact: bool, key: str) -> None:
+def test_worked_rewards_of_a_budget(
+    name: str, options: dict[str, Any], exact: bool, key: str
+) -> None:
     note = {"budget": 400, "exact": exact}
     assert trained_on(build(name, **options), C, L, note=note) == close(outputs(name)[key])
     first_release = build("l1_max", form="multiplied", alpha=1 / 500, exact_alpha=1 / 3000)
-    assert trained_on(first_release, [1], [900], note={"budget": 400, "exact": True}) == close([1 - 500 / 3000])
+    assert trained_on(first_release, [1], [900], note={"budget": 400, "exact": True}) == close(
+        [1 - 500 / 3000]
+    )
     exactly = trained_on(build("l1_max"), C, L, note={"budget": 400, "exact": True})
     assert exactly == close(outputs("l1_exact")["rewards"])
 
@@ -47,7 +51,10 @@ def test_a_budget_is_told_as_the_seed_of_the_visit_has_it() -> None:
     method = build("l1_exact", shortest=10, longest=12)
     asks = [method.ask(visit(seed), KNOWN) for seed in range(300)]
     assert {ask.note["budget"] for ask in asks} == {10, 11, 12}
-    assert all(ask.suffix == f" Think for {ask.note['budget']} tokens." and not ask.scripts for ask in asks)
+    assert all(
+        ask.suffix == (f" Think for {ask.note['budget']} tokens.") and not ask.scripts
+        for ask in asks
+    )
     assert asks == [method.ask(visit(seed), KNOWN) for seed in range(300)]
     both = [build("l1_max", exact=0.25).ask(visit(seed), KNOWN) for seed in range(1000)]
     assert np.mean([ask.note["exact"] for ask in both]) == pytest.approx(0.25, abs=0.05)
@@ -75,16 +82,31 @@ def test_levels_of_effort_have_words_of_their_own() -> None:
 
 
 def test_alpha_follows_the_accuracy_of_the_start_within_its_tolerance() -> None:
-    """At 1/2 - 1/4 the accuracy is lost; nothing happens between samplings, and one is looked at once."""
+    """At 1/2 - 1/4 the accuracy is lost; nothing happens between samplings, and one is looked at
+    once.
+    """
     method = build("experimental.target", alpha=0.1, most=0.4, up=0.2, down=0.25, tolerance=0.25)
     state: State = {}
     alphas = []
-    for monitored, right in ((0, 2), (0, 2), (10, 1), (20, 3), (20, 3), (30, 4), (40, 0), (50, 0), (60, 0), (70, 1)):
+    for monitored, right in (
+        (0, 2),
+        (0, 2),
+        (10, 1),
+        (20, 3),
+        (20, 3),
+        (30, 4),
+        (40, 0),
+        (50, 0),
+        (60, 0),
+        (70, 1),
+    ):
         sampled = Sampled((1, 2, 3, 4), tuple(n < right for n in range(4)))
         known = KNOWN._replace(state=state, monitor={"p": sampled}, monitored=monitored)
         (given,) = rewarded(method, [(C, L)], known)
         alphas.append(method.learn(state, [given], known)["alpha"])
-        assert np.array_equal(given.rewards, methods.rewards("efr", C, L, alpha=alphas[-1])), "at once"
+        assert np.array_equal(given.rewards, methods.rewards("efr", C, L, alpha=alphas[-1])), (
+            "at once"
+        )
         state = json.loads(json.dumps(method.learn(state, [given], known)))
     assert alphas == pytest.approx([0.1, 0.1, 0.3, 0.4, 0.4, 0.4, 0.15, 0, 0, 0.2], abs=1e-12)
     assert state == {"alpha": pytest.approx(0.2), "start": 0.5, "looked": 70}
@@ -93,13 +115,17 @@ def test_alpha_follows_the_accuracy_of_the_start_within_its_tolerance() -> None:
         before = {"alpha": 0.5, "start": 13 / 50, "looked": 0}
         sampled = Sampled((1,) * 50, tuple(n < right for n in range(50)))
         known = KNOWN._replace(state=before, monitor={"p": sampled}, monitored=10)
-        assert build("experimental.target").learn(before, [], known)["alpha"] == pytest.approx(alpha)
+        assert build("experimental.target").learn(before, [], known)["alpha"] == pytest.approx(
+            alpha
+        )
 
 
 def test_a_largest_budget_never_pays_a_wrong_answer_more() -> None:
     for form in ("paper", "multiplied"):
         for right, lengths in drawn_groups(4, 40):
-            got = trained_on(build("l1_max", form=form), right, lengths, note={"budget": 400, "exact": False})
+            got = trained_on(
+                build("l1_max", form=form), right, lengths, note={"budget": 400, "exact": False}
+            )
             assert np.all(got[~np.array(right, dtype=bool)] == 0)
             assert np.all((got >= 0) & (got <= 1))
 
@@ -125,10 +151,16 @@ def test_the_second_stage_tells_the_length_that_a_prompt_took() -> None:
     first, second = KNOWN._replace(step=4), KNOWN._replace(step=5, state={"targets": {"p": 250.0}})
     method, vector = build("lapo", second_from=5), outputs("lapo_stage2")
     assert trained_on(method, C, L, first, note={}) == close(outputs("lapo_stage1")["rewards"])
-    assert trained_on(method, C, L, second, note={"target": 250.0}) == close(vector["paper_weight_0_7"])
+    assert trained_on(method, C, L, second, note={"target": 250.0}) == close(
+        vector["paper_weight_0_7"]
+    )
     weighed = build("lapo", second_from=5, weight=0.8)
-    assert trained_on(weighed, C, L, second, note={"target": 250.0}) == close(vector["code_weight_0_8"])
-    median = trained_on(method, C, L, second, note={"target": outputs("lapo_stage1")["median_for_stage2"]})
+    assert trained_on(weighed, C, L, second, note={"target": 250.0}) == close(
+        vector["code_weight_0_8"]
+    )
+    median = trained_on(
+        method, C, L, second, note={"target": outputs("lapo_stage1")["median_for_stage2"]}
+    )
     assert np.array_equal(trained_on(method, C, L, second, note={}), median)
 
     assert method.ask(visit(0), first._replace(state=second.state)) == Ask()
@@ -139,8 +171,10 @@ def test_the_second_stage_tells_the_length_that_a_prompt_took() -> None:
 
     groups = rewarded(method, [(C, L)], note={})
     assert method.learn({}, groups, first) == {"targets": {"p": 300.0}}
-    assert method.learn({"targets": {"p": 250.0}}, groups, first) == {"targets": {"p": 300.0}}  # the last visit's
-    assert method.learn({"targets": {"p": 250.0}}, groups, second) == {"targets": {"p": 250.0}}  # the lower one
+    # the last visit's
+    assert method.learn({"targets": {"p": 250.0}}, groups, first) == {"targets": {"p": 300.0}}
+    # the lower one
+    assert method.learn({"targets": {"p": 250.0}}, groups, second) == {"targets": {"p": 250.0}}
     assert method.learn({"targets": {"p": 350.0}}, groups, second) == {"targets": {"p": 300.0}}
     none_right = rewarded(method, [([0] * 4, L)], note={})
     assert method.learn({"targets": {"p": 350.0}}, none_right, second) == {"targets": {"p": 350.0}}
@@ -155,7 +189,9 @@ def test_modes_are_read_in_the_text() -> None:
         vector["outputs"]["stage3_rewards"]
     )
     often = [thinks, thinks, thinks, closed]
-    assert trained_on(build("autothink"), C, L, texts=often) == close(vector["outputs"]["stage1_rewards"])
+    assert trained_on(build("autothink"), C, L, texts=often) == close(
+        vector["outputs"]["stage1_rewards"]
+    )
     seldom = trained_on(build("autothink"), C, L, texts=[closed, closed, closed, thinks])
     assert seldom == close([1.5, -1.5, 1.5, 1.0])
     # the share is the whole iteration's
@@ -165,7 +201,8 @@ def test_modes_are_read_in_the_text() -> None:
     parts = zip(grlc["inputs"]["think_len"], grlc["inputs"]["answer_len"], strict=True)
     texts = ["a" * thinking + "</think>" + "b" * answer for thinking, answer in parts]
     assert trained_on(build("grlc"), C, L, texts=texts) == close(grlc["outputs"]["scores"])
-    # the third was cut off in its thought: an empty answer is not the shortest, and space is no answer
+    # the third was cut off in its thought: an empty answer is not the shortest, and space is no
+    # answer
     pairs = zip([400, 500, 1000, 600], [100, 200, 0, 150], strict=True)
     parts = ["t" * thinking + "</think>\n\n" + "a" * answer + " " for thinking, answer in pairs]
     weights = np.array([1, 5 / 6, 0, 2 / 3]) - 0.625 + np.array([0.5, 0, 1, 0.25]) - 0.4375
@@ -174,5 +211,7 @@ def test_modes_are_read_in_the_text() -> None:
     tags = ["[Easy] 4", "[Hard] 4", " [Easy] 4", "[Easy] 4"]
     adactrl = VECTORS["adactrl"]["outputs"]
     assert trained_on(build("adactrl"), C, L, texts=tags) == close(adactrl["rewards"])
-    hard = trained_on(build("adactrl", threshold=0.75), C, L, texts=["[Hard] 4", "4", "[Easy] 4", "[Hard] 4"])
+    hard = trained_on(
+        build("adactrl", threshold=0.75), C, L, texts=["[Hard] 4", "4", "[Easy] 4", "[Hard] 4"]
+    )
     assert hard == close([1.5, -0.5, 1.0 + adactrl["length_part"][2] / 2, 1.5])

@@ -1,4 +1,6 @@
-"""`efr watch`: curves dot by dot, and what the view says of a run that works, has ended or was killed."""
+"""`efr watch`: curves dot by dot, and what the view says of a run that works, has ended or was
+killed.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +36,26 @@ NOW = datetime(2026, 1, 2, 3, 4, 5)
 
 
 def step(number: int) -> dict[str, float | None]:
-    """A step of ten seconds: accuracy rises by 5 points, tokens of right answers fall, wrong ones are missing at 1."""
-    figures: dict[str, float | None] = {"reward_mean": 0.1 * number, "accuracy": 0.4 + 0.05 * number}
+    """A step of ten seconds: accuracy rises by 5 points, tokens of right answers fall, wrong ones
+    are missing at 1.
+    """
+    figures: dict[str, float | None] = {
+        "reward_mean": 0.1 * number,
+        "accuracy": 0.4 + 0.05 * number,
+    }
     figures |= {"tokens_mean": 100.0 - number, "tokens_correct": 90.0 - number, "entropy": 0.5}
     figures |= {"tokens_wrong": None if number == 1 else 120.0, "kl": 0.001 * number}
-    figures |= {"engine/serving": 3.0, "engine/lost": float(number == 2), "engine/back": float(number == 3)}
-    return figures | {"time/total": 10.0, "time/rollout": 6.5, "time/train": 3.0, "time/tokens_per_s": 1234.0}
+    figures |= {
+        "engine/serving": 3.0,
+        "engine/lost": float(number == 2),
+        "engine/back": float(number == 3),
+    }
+    return figures | {
+        "time/total": 10.0,
+        "time/rollout": 6.5,
+        "time/train": 3.0,
+        "time/tokens_per_s": 1234.0,
+    }
 
 
 @pytest.fixture
@@ -83,7 +99,13 @@ def test_the_view_says_what_a_run_says(folder: RunFolder) -> None:
     text = shown(run)
     assert not run.running
     assert re.search(r"mine  finished *\nstep 4 of 10", text)
-    for title in ("reward 0.400", "accuracy 60.0%", "tokens 96.0", "tokens right 86.0 wrong 120.0", "entropy 0.500"):
+    for title in (
+        "reward 0.400",
+        "accuracy 60.0%",
+        "tokens 96.0",
+        "tokens right 86.0 wrong 120.0",
+        "entropy 0.500",
+    ):
         assert f"─ {title} ─" in text
     assert "engines: 3 serving, 1 lost, 1 back" in text
     assert "1,234 tokens/s" in text
@@ -108,11 +130,13 @@ def test_a_run_that_works_has_time_left_and_one_that_was_killed_says_so(folder: 
     assert state(Watched("a", 0, [], [], False)) == "nobody works on it"
     evaluated = Line(NOW, 0, "INFO", "end", "evaluation base: finished")
     killed = [Line(NOW, 0, "INFO", "start", "runs/mine: efr train a.yaml"), evaluated]
-    assert state(run._replace(running=False, log=killed)) == "ended without a word: killed, or its machine"
-    assert state(run._replace(running=False, log=[evaluated])) == "evaluation base: finished"
-    assert state(run._replace(running=False, log=[Line(NOW, 0, "ERROR", "end", "with an error: no\nroom")])) == (
-        "with an error: no"
+    assert state(run._replace(running=False, log=killed)) == (
+        "ended without a word: killed, or its machine"
     )
+    assert state(run._replace(running=False, log=[evaluated])) == "evaluation base: finished"
+    assert state(
+        run._replace(running=False, log=[Line(NOW, 0, "ERROR", "end", "with an error: no\nroom")])
+    ) == ("with an error: no")
 
 
 def test_the_log_is_shown_without_a_servers_colours_and_without_text_too(folder: RunFolder) -> None:
@@ -123,12 +147,15 @@ def test_the_log_is_shown_without_a_servers_colours_and_without_text_too(folder:
 
 
 def test_time_left_counts_steps_that_are_not_logged(folder: RunFolder) -> None:
-    lines = [{"step": 10 * number, "time/total": 50.0} for number in range(1, 13)]  # a warm start: each tenth update
+    # a warm start: each tenth update
+    lines = [{"step": 10 * number, "time/total": 50.0} for number in range(1, 13)]
     assert seconds_left(Watched("sft", 200, lines, [], True)) == 5.0 * 80
     assert seconds_left(Watched("sft", 0, lines, [], True)) is None
 
 
-def test_what_is_no_runs_folder_is_refused_and_a_familys_members_are_named(folder: RunFolder) -> None:
+def test_what_is_no_runs_folder_is_refused_and_a_familys_members_are_named(
+    folder: RunFolder,
+) -> None:
     with pytest.raises(UserError, match=r"no run's folder: .* the runs below it are .*runs/mine$"):
         read(folder.path.parent)
 
@@ -144,15 +171,22 @@ def test_outside_a_terminal_and_in_a_dumb_one_there_is_one_view(
         assert "\x1b[?" not in file.getvalue()
 
 
-def test_a_view_that_is_ended_leaves_the_terminal_as_it_was(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_view_that_is_ended_leaves_the_terminal_as_it_was(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TERM", "xterm")
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
     with claimed(folder, "train: {iterations: 10}\n", True), closing(io.StringIO()) as file:
         with pytest.raises(SystemExit, match="143"):
-            watch(folder.path, Console(file=file, width=100, height=40, force_terminal=True), every_s=60)
+            watch(
+                folder.path,
+                Console(file=file, width=100, height=40, force_terminal=True),
+                every_s=60,
+            )
         shown = file.getvalue()
-    for entered, left in (("\x1b[?1049h", "\x1b[?1049l"), ("\x1b[?25l", "\x1b[?25h")):  # the other screen, no cursor
+    # the other screen, no cursor
+    for entered, left in (("\x1b[?1049h", "\x1b[?1049l"), ("\x1b[?25l", "\x1b[?25h")):
         assert 0 <= shown.find(entered) < shown.rfind(left)
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -167,9 +201,19 @@ def terminal() -> Iterator[tuple[int, int]]:
 
 
 @pytest.mark.heavy
-def test_in_a_terminal_it_follows_the_run_to_its_end(folder: RunFolder, terminal: tuple[int, int]) -> None:
+def test_in_a_terminal_it_follows_the_run_to_its_end(
+    folder: RunFolder, terminal: tuple[int, int]
+) -> None:
     user, program = terminal
-    command = [sys.executable, "-m", "megatron_efr.cli", "watch", str(folder.path), "--every", "0.2"]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_efr.cli",
+        "watch",
+        str(folder.path),
+        "--every",
+        "0.2",
+    ]
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"}
     said = b""
 

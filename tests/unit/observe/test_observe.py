@@ -64,7 +64,9 @@ def test_a_phase_has_its_own_peak_memory_and_the_largest_of_all_ranks_is_written
                 pass
         first = observer.log(1, METRICS)
         second = observer.log(2, METRICS)
-    small, large, outer = (first[f"time/{phase}_memory_gib"] for phase in ("small", "large", "outer"))
+    small, large, outer = (
+        first[f"time/{phase}_memory_gib"] for phase in ("small", "large", "outer")
+    )
     assert 0.2 < large - small < 0.3, "what was freed before is not counted again"
     assert outer == large <= first["time/memory_gib"]
     assert first["time/elsewhere_memory_gib"] == 7.0
@@ -76,14 +78,20 @@ def test_a_phase_has_its_own_peak_memory_and_the_largest_of_all_ranks_is_written
 def test_without_a_terminal_each_step_is_one_aligned_line_without_control_codes(tmp_path, capsys):
     with Observer(RunFolder(tmp_path), QUIET, 100, start_step=7) as observer:
         observer.log(8, METRICS)
-        observer.log(9, METRICS | {"accuracy": 1.0, "tokens_mean": 1234.5, "kl": -0.00002, "time/tokens_per_s": 99.0})
+        observer.log(
+            9,
+            METRICS
+            | {"accuracy": 1.0, "tokens_mean": 1234.5, "kl": -0.00002, "time/tokens_per_s": 99.0},
+        )
         observer.log(100, METRICS)
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "\r" not in out
     lines = out.splitlines()
     assert len(lines) == 3
-    assert lines[0].startswith("  8/100  accuracy  81.2%  tokens    41.2  reward  0.780  KL  0.00123  grad  0.432")
+    assert lines[0].startswith(
+        "  8/100  accuracy  81.2%  tokens    41.2  reward  0.780  KL  0.00123  grad  0.432"
+    )
     assert "tok/s   7.9k" in lines[0]
     assert [lines[0].index(word) for word in ("KL", "grad", "left")] == [
         lines[1].index(word) for word in ("KL", "grad", "left")
@@ -136,7 +144,9 @@ def test_wandb_that_is_not_installed_is_a_clear_error(tmp_path, monkeypatch):
 def test_wandb_that_is_installed_by_half_says_what_it_lacks(tmp_path, monkeypatch):
     (tmp_path / "wandb.py").write_text("import no_such_part_of_it\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match=r"which does not import \(No module named 'no_such_part_of_it'\); pip"):
+    with pytest.raises(
+        ConfigError, match=r"which does not import \(No module named 'no_such_part_of_it'\); pip"
+    ):
         Observer(RunFolder(tmp_path / "run"), ObserveConfig(tensorboard=False, wandb="efr"), 1)
 
 
@@ -144,13 +154,22 @@ def test_all_outputs_get_the_same_figures_from_one_place(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     told = {}
-    run = SimpleNamespace(log=lambda figures, step: told.update({step: figures}), finish=lambda: told.update(end=True))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **named: told.update(named) or run))
+    run = SimpleNamespace(
+        log=lambda figures, step: told.update({step: figures}), finish=lambda: told.update(end=True)
+    )
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=lambda **named: told.update(named) or run)
+    )
     folder = RunFolder(tmp_path)
     with Observer(folder, ObserveConfig(wandb="efr"), 2, name="family/run") as observer:
         for step in (1, 2):
             observer.log(step, {"accuracy": 0.25 * step, "what": "text"})
-    assert (told["project"], told["id"], told["resume"], told["end"]) == ("efr", "family-run", "allow", True)
+    assert (told["project"], told["id"], told["resume"], told["end"]) == (
+        "efr",
+        "family-run",
+        "allow",
+        True,
+    )
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     for line in folder.read_metrics():
         numbers = {key: value for key, value in line.items() if key not in ("step", "what")}
@@ -160,7 +179,8 @@ def test_all_outputs_get_the_same_figures_from_one_place(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0s"), (59.4, "59s"), (59.6, "1m00s"), (67, "1m07s"), (3600, "1h00m"), (7503, "2h05m")]
+    ("seconds", "text"),
+    [(0.4, "0s"), (59.4, "59s"), (59.6, "1m00s"), (67, "1m07s"), (3600, "1h00m"), (7503, "2h05m")],
 )
 def test_durations_read_easily(seconds, text):
     assert duration(seconds) == text
@@ -187,7 +207,9 @@ with observer.phase("train"):
 
 
 def test_the_watchdog_names_phase_and_rank_dumps_stacks_and_ends_the_process(tmp_path):
-    done = subprocess.run([sys.executable, "-c", HANGS, str(tmp_path)], capture_output=True, text=True, timeout=50)
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS, str(tmp_path)], capture_output=True, text=True, timeout=50
+    )
     assert done.returncode == EXIT_STUCK
     written = (tmp_path / "stuck_rank3.txt").read_text()
     for text in (done.stderr, written):
@@ -212,7 +234,8 @@ def test_a_terminal_gets_a_line_per_step_and_a_bar(tmp_path, monkeypatch, capsys
     out, limit = "", time.monotonic() + 20
     with Observer(RunFolder(tmp_path), QUIET, 3) as observer:
         with observer.phase("rollout"):
-            while "rollout" not in out and time.monotonic() < limit:  # the bar is drawn ten times a second
+            # the bar is drawn ten times a second
+            while "rollout" not in out and time.monotonic() < limit:
                 time.sleep(0.05)
                 out += capsys.readouterr().out
         observer.log(1, METRICS)

@@ -1,4 +1,6 @@
-"""The paper's offline baselines: which answers are learnt from, and DPO's loss and gradient against fp64."""
+"""The paper's offline baselines: which answers are learnt from, and DPO's loss and gradient against
+fp64.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ import zstandard
 from transformers import Qwen2ForCausalLM
 
 from megatron_efr import dpo, sft
-from megatron_efr.config import ConfigError, DpoConfig, ModelConfig, OptimizerConfig, ParallelConfig, SftConfig
+from megatron_efr.config import (
+    ConfigError,
+    DpoConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    SftConfig,
+)
 from megatron_efr.data.readers import DatasetError
 from megatron_efr.offline import answers
 from megatron_efr.offline.loop import schedule
@@ -25,7 +34,9 @@ from tests.conftest import ragged_sequences
 
 
 def graded(name: str, *responses: tuple[int, bool]) -> Graded:
-    """A group whose responses have these lengths, right or wrong, and tokens that tell them apart."""
+    """A group whose responses have these lengths, right or wrong, and tokens that tell them
+    apart.
+    """
     number = int(name[1:])
     made = tuple(
         Response((*[20 + place] * (length - 1), 2), np.zeros(length, np.float32), "stop")
@@ -51,7 +62,11 @@ def kept(tmp_path: Path) -> str:
         graded("p0", (9, True), (4, False), (7, True), (7, True)),
         graded("p1", (5, False)),
     )
-    write(folder / "step_000002.jsonl.zst", graded("p2", (6, True), (6, True)), graded("p0", (8, True), (12, True)))
+    write(
+        folder / "step_000002.jsonl.zst",
+        graded("p2", (6, True), (6, True)),
+        graded("p0", (8, True), (12, True)),
+    )
     return str(folder)
 
 
@@ -63,7 +78,15 @@ def shape(samples: list[Sample]) -> list[tuple[int, int, int]]:
 def test_the_shortest_right_answer_of_all_visits_is_learnt_from(kept: str) -> None:
     assert shape(answers.shortest(kept, 100)) == [(6, 22, 7), (8, 20, 6)]
     assert shape(answers.shortest(kept, 100, limit=1)) == [(6, 22, 7)]
-    assert [length for *_, length in shape(answers.every_right(kept, 100))] == [7, 7, 8, 9, 12, 6, 6]
+    assert [length for *_, length in shape(answers.every_right(kept, 100))] == [
+        7,
+        7,
+        8,
+        9,
+        12,
+        6,
+        6,
+    ]
     assert shape(answers.shortest(f"{kept}/step_000002.jsonl.zst", 100)) == [(8, 20, 6), (6, 20, 8)]
 
 
@@ -72,15 +95,21 @@ def test_pairs_are_the_shortest_and_the_longest_right_answer(kept: str) -> None:
     assert shape(answers.pairs(kept, 100)) == [(6, 22, 7), (6, 21, 12)]
 
 
-def test_answers_that_cannot_be_learnt_from_are_named(kept: str, tied_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"absent\.jsonl\.zst: no such file; a run keeps its answers in rollouts/"):
+def test_answers_that_cannot_be_learnt_from_are_named(
+    kept: str, tied_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        DatasetError,
+        match=r"absent\.jsonl\.zst: no such file; a run keeps its answers in rollouts/",
+    ):
         answers.shortest(str(tmp_path / "absent.jsonl.zst"), 100)
     damaged = tmp_path / "damaged.jsonl.zst"
     damaged.write_bytes(b"no")
     with pytest.raises(UserError, match=r"damaged\.jsonl\.zst: damaged rollouts"):
         answers.pairs(str(damaged), 100)
     with pytest.raises(
-        UserError, match="prompt p0: prompt and response have 14 tokens, and the model has 10 positions"
+        UserError,
+        match=("prompt p0: prompt and response have 14 tokens, and the model has 10 positions"),
     ):
         answers.pairs(kept, 10)
     tree: dict[str, Any] = {
@@ -89,9 +118,14 @@ def test_answers_that_cannot_be_learnt_from_are_named(kept: str, tied_model: Pat
         "data": {"path": kept},
         "optimizer": {"lr": 1.0},
     }
-    with pytest.raises(ConfigError, match=r"rollouts: 1 prompts with two right answers of different lengths"):
+    with pytest.raises(
+        ConfigError, match=r"rollouts: 1 prompts with two right answers of different lengths"
+    ):
         dpo.load_pairs(DpoConfig.model_validate(tree | {"train": {"updates": 1, "batch": 2}}))
-    assert len(sft.load_rows(SftConfig.model_validate(tree | {"train": {"updates": 1, "batch": 2}}))) == 2
+    assert (
+        len(sft.load_rows(SftConfig.model_validate(tree | {"train": {"updates": 1, "batch": 2}})))
+        == 2
+    )
     right = tree | {"data": {"path": kept, "pick": "right"}, "train": {"updates": 1, "batch": 7}}
     assert len(sft.load_rows(SftConfig.model_validate(right))) == 7
 
@@ -100,7 +134,9 @@ def test_graded_groups_are_written_and_read_again() -> None:
     group = graded("p3", (5, True), (3, False))
     again = decode_graded(encode_graded(group))
     assert again.correct.tolist() == [True, False]
-    assert [each.tokens for each in again.group.responses] == [each.tokens for each in group.group.responses]
+    assert [each.tokens for each in again.group.responses] == [
+        each.tokens for each in group.group.responses
+    ]
 
 
 def test_the_samples_of_a_pair_stay_together_and_every_pair_is_used_once_in_an_epoch() -> None:
@@ -124,17 +160,24 @@ def test_the_samples_of_a_pair_stay_together_and_every_pair_is_used_once_in_an_e
 
 
 def exact_sum(model: Qwen2ForCausalLM, sample: Sample) -> torch.Tensor:
-    logits = model(torch.tensor(sample.tokens)[None].long()).logits[0, sample.prompt_length - 1 : -1]
+    logits = model(torch.tensor(sample.tokens)[None].long()).logits[
+        0, sample.prompt_length - 1 : -1
+    ]
     targets = torch.tensor(sample.tokens[sample.prompt_length :]).long()
     return torch.log_softmax(logits, -1).gather(1, targets[:, None]).sum()
 
 
 def test_loss_and_gradient_are_those_of_fp64(tied_model: Path, ranks: Ranks) -> None:
     beta, samples = 0.3, ragged_sequences(12)
-    optimizer = OptimizerConfig(lr=0.5, clip_grad=0.0, megatron={"optimizer": "sgd", "sgd_momentum": 0.0})
+    optimizer = OptimizerConfig(
+        lr=0.5, clip_grad=0.0, megatron={"optimizer": "sgd", "sgd_momentum": 0.0}
+    )
     model = ModelConfig(path=str(tied_model))
-    policy = Policy(model, ParallelConfig(), optimizer, ranks, updates=10, seed=0, keep_reference=True)
-    policy.update(policy.pack_update(samples, [0, 3, 5, 6], 400, "token"), supervised_loss)  # away from the reference
+    policy = Policy(
+        model, ParallelConfig(), optimizer, ranks, updates=10, seed=0, keep_reference=True
+    )
+    # away from the reference
+    policy.update(policy.pack_update(samples, [0, 3, 5, 6], 400, "token"), supervised_loss)
     moved, start = (Qwen2ForCausalLM.from_pretrained(tied_model).double() for _ in range(2))
     with torch.no_grad():
         for name, tensor in policy.named_weights():
@@ -143,7 +186,9 @@ def test_loss_and_gradient_are_those_of_fp64(tied_model: Path, ranks: Ranks) -> 
     with torch.no_grad():
         gains = [exact_sum(start, samples[i]) for i in update]
     gains = [exact_sum(moved, samples[i]) - gain for i, gain in zip(update, gains, strict=True)]
-    margins = beta * torch.stack([one - other for one, other in zip(gains[::2], gains[1::2], strict=True)])
+    margins = beta * torch.stack(
+        [one - other for one, other in zip(gains[::2], gains[1::2], strict=True)]
+    )
     loss = -torch.nn.functional.logsigmoid(margins).mean()
     loss.backward()
     metrics = PreferenceUpdate(beta, micro_batch_tokens=200)(policy, samples, update)
@@ -154,4 +199,6 @@ def test_loss_and_gradient_are_those_of_fp64(tied_model: Path, ranks: Ranks) -> 
     for name, gradient in policy.named_gradients():
         exact = moved.get_parameter(name).grad
         assert exact is not None
-        assert float((gradient - exact).abs().max()) <= 1e-5 * max(1.0, float(exact.abs().max())), name
+        assert float((gradient - exact).abs().max()) <= 1e-5 * max(1.0, float(exact.abs().max())), (
+            name
+        )

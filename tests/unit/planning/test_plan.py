@@ -23,14 +23,20 @@ MODEL = "models/SmolLM2-135M-Instruct"
 
 
 def config(**rollout: Any) -> TrainConfig:
-    tree: dict[str, Any] = {"name": "plan", "model": {"path": MODEL}, "data": {"datasets": [{"path": "none"}]}}
+    tree: dict[str, Any] = {
+        "name": "plan",
+        "model": {"path": MODEL},
+        "data": {"datasets": [{"path": "none"}]},
+    }
     tree |= {"rollout": {"prompts": 8, "samples": 8, "slots": 40, "max_new_tokens": 128} | rollout}
     tree |= {"algorithm": {"beta": 0.0}, "optimizer": {"lr": 1e-5}}
     tree |= {"train": {"iterations": 10, "updates": 2, "micro_batch_tokens": 1000}}
     return TrainConfig.model_validate(tree)
 
 
-def test_each_layer_beyond_the_first_adds_what_the_second_did(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_layer_beyond_the_first_adds_what_the_second_did(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     depths: list[int] = []
 
     def seconds(raw: dict[str, Any], model: ModelConfig, work: Work) -> Seconds:
@@ -50,7 +56,11 @@ def test_an_iteration_is_the_sum_of_its_parts(monkeypatch: pytest.MonkeyPatch) -
     found = host.HostPlan(config(), 56, 100).seconds()
     assert asked == [Work(groups=5, samples=8, prompt=56, response=100, budget=1000)]
     assert found == pytest.approx(
-        {"rollout": 8 * 0.5 + 64 * 100 / 40 * 0.1, "logprobs": 64 * 0.25, "train": 64 * 1.0 + 2 * 3.0}
+        {
+            "rollout": 8 * 0.5 + 64 * 100 / 40 * 0.1,
+            "logprobs": 64 * 0.25,
+            "train": 64 * 1.0 + 2 * 3.0,
+        }
     )
 
 
@@ -59,10 +69,17 @@ def test_memory_is_counted_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     count, memory = parameter_count(plan.architecture), plan.memory()
     assert count == 134_515_008
     for phase in memory.values():
-        assert (phase["weights"], phase["gradients"], phase["optimizer"]) == (4 * count, 4 * count, 8 * count)
+        assert (phase["weights"], phase["gradients"], phase["optimizer"]) == (
+            4 * count,
+            4 * count,
+            8 * count,
+        )
         assert phase["engine"] == BYTES["float32"] * count
-    # rows in blocks of 32, and the prompts of 5 groups that fill them and of one begun, not of all 8
-    assert memory["rollout"]["KV cache"] == (64 * 192 + 6 * 56) * kv_bytes_per_token(plan.architecture, 1, "float32")
+    # rows in blocks of 32, and the prompts of 5 groups that fill them and of one begun, not of all
+    # 8
+    assert memory["rollout"]["KV cache"] == (64 * 192 + 6 * 56) * kv_bytes_per_token(
+        plan.architecture, 1, "float32"
+    )
     assert memory["train"]["head"] == 4 * 1000 * 49152 + 2 * 1000 * 576 * 4
     assert host.HostPlan(config(), 56, 100).budget == 1000
     assert host.fits(plan)
@@ -76,16 +93,22 @@ def test_what_a_cpu_does_not_run_is_refused() -> None:
 
 
 def test_lengths_that_the_run_or_the_model_does_not_allow_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^--tokens 129: rollout\.max_new_tokens cuts a response off at 128$"):
+    with pytest.raises(
+        ConfigError, match=r"^--tokens 129: rollout\.max_new_tokens cuts a response off at 128$"
+    ):
         host.HostPlan(config(), 56, 129)
-    with pytest.raises(ConfigError, match=r"^rollout\.max_new_tokens: 8137 .* come to 8193, and the model has 8192"):
+    with pytest.raises(
+        ConfigError, match=r"^rollout\.max_new_tokens: 8137 .* come to 8193, and the model has 8192"
+    ):
         host.HostPlan(config(max_new_tokens=8137), 56, 100)
     assert host.HostPlan(config(max_new_tokens=8136), 56, 100).tokens == 100
 
 
 def test_what_does_not_fit_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "host_bytes", lambda: 2**31)
-    monkeypatch.setattr(host, "measured", lambda *_: pytest.fail("a model of the same width may not fit either"))
+    monkeypatch.setattr(
+        host, "measured", lambda *_: pytest.fail("a model of the same width may not fit either")
+    )
     out = io.StringIO()
     assert not on_cpu(host.HostPlan(config(), 56, 100), Console(file=out, width=160))
     assert "It does not fit." in out.getvalue()
@@ -132,11 +155,20 @@ def test_a_small_model_is_measured_and_the_iteration_told(tmp_path: Path) -> Non
         '{"model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 61,'
         '"num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 512}'
     )
-    command = [sys.executable, "-m", "megatron_efr.cli", "plan", "examples/quickstart/rl.yaml", "--tokens", "40"]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_efr.cli",
+        "plan",
+        "examples/quickstart/rl.yaml",
+        "--tokens",
+        "40",
+    ]
     root = Path(__file__).parents[3]
     # a process of its own, since Megatron's groups are a process's, and other tests hold some
     done = subprocess.run(
-        [*command, f"model.path={tmp_path}/config.json"], cwd=root, env=os.environ | {"PYTHONPATH": str(root)},
+        [*command, f"model.path={tmp_path}/config.json"], cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""Columns: what is declared goes everywhere unharmed, and credits of responses and tokens become columns."""
+"""Columns: what is declared goes everywhere unharmed, and credits of responses and tokens become
+columns.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,17 @@ from megatron_efr.policy import context
 from megatron_efr.policy.packing import pack, samples
 from megatron_efr.policy.scatter import flatten, unflatten
 from megatron_efr.samples import COLUMNS, NOT_DRAWN, Column, Sample, SequenceSize
-from megatron_efr.types import Branch, Credit, Credited, Group, Part, Prompt, Response, Rewarded, VersionSpan
+from megatron_efr.types import (
+    Branch,
+    Credit,
+    Credited,
+    Group,
+    Part,
+    Prompt,
+    Response,
+    Rewarded,
+    VersionSpan,
+)
 from tests.conftest import ragged_sequences
 from tests.groups import credited, sample, with_columns
 
@@ -24,7 +36,10 @@ def test_a_declared_column_is_scattered_packed_and_split(monkeypatch: pytest.Mon
     """A new quantity is one line of COLUMNS: nothing else knows its name."""
     monkeypatch.setitem(COLUMNS, "surprise", Column("surprise", np.int64))
     rng = np.random.default_rng(0)
-    given = [with_columns(s, surprise=rng.integers(2**40, 2**41, s.response_length)) for s in ragged_sequences(9)]
+    given = [
+        with_columns(s, surprise=rng.integers(2**40, 2**41, s.response_length))
+        for s in ragged_sequences(9)
+    ]
     drawn = unflatten(flatten(given))
     ranks, chosen = 2, [5, 0, 7, 2]
     batch = pack(drawn, chosen, dict.fromkeys(chosen, 1.0), CPU, 2 * ranks, 2 * ranks)
@@ -33,9 +48,13 @@ def test_a_declared_column_is_scattered_packed_and_split(monkeypatch: pytest.Mon
     assert batch.columns["surprise"].tolist() == wanted.tolist()
     whole = torch.zeros(len(wanted), dtype=torch.int64)
     for rank in range(ranks):
-        whole[context.own_rows(batch, rank, ranks)] += context.part(batch, rank, ranks).columns["surprise"]
+        whole[context.own_rows(batch, rank, ranks)] += context.part(batch, rank, ranks).columns[
+            "surprise"
+        ]
     assert whole.tolist() == wanted.tolist()
-    assert "surprise" not in pack(ragged_sequences(2), [0, 1], {0: 1.0, 1: 1.0}, CPU).columns, "nobody said it"
+    assert "surprise" not in pack(ragged_sequences(2), [0, 1], {0: 1.0, 1: 1.0}, CPU).columns, (
+        "nobody said it"
+    )
 
 
 def test_a_default_stands_where_a_sample_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +66,9 @@ def test_a_default_stands_where_a_sample_says_nothing(monkeypatch: pytest.Monkey
 
 
 def test_an_unknown_column_or_a_wrong_length_is_refused() -> None:
-    with pytest.raises(ValueError, match="no column 'advantages' is declared; there are advantage, weight"):
+    with pytest.raises(
+        ValueError, match=("no column 'advantages' is declared; there are advantage, weight")
+    ):
         Sample(np.arange(3), 1, {"advantages": np.zeros(2)})
     with pytest.raises(ValueError, match=r"column weight is \[3\], of 2 response tokens"):
         Sample(np.arange(3), 1, {"weight": np.zeros(3)})
@@ -58,7 +79,9 @@ def test_samples_come_back_exactly_from_flat_tensors() -> None:
     given = [
         replace(
             with_columns(s, version=rng.integers(-1, 2**31 - 1, s.response_length)),
-            routed_experts=rng.integers(0, 60000, (s.length - 1, 3, 2)).astype(np.uint16) if s.length % 2 else None,
+            routed_experts=rng.integers(0, 60000, (s.length - 1, 3, 2)).astype(np.uint16)
+            if s.length % 2
+            else None,
         )
         for s in ragged_sequences(20)
     ]
@@ -66,8 +89,14 @@ def test_samples_come_back_exactly_from_flat_tensors() -> None:
     back = unflatten(flatten(given))
     assert len(back) == len(given)
     for one, other in zip(given, back, strict=True):
-        assert (one.prompt_length, one.columns.keys()) == (other.prompt_length, other.columns.keys())
-        pairs = [(one.tokens, other.tokens), *((one.columns[name], other.columns[name]) for name in one.columns)]
+        assert (one.prompt_length, one.columns.keys()) == (
+            other.prompt_length,
+            other.columns.keys(),
+        )
+        pairs = [
+            (one.tokens, other.tokens),
+            *((one.columns[name], other.columns[name]) for name in one.columns),
+        ]
         assert all(np.array_equal(a, b) for a, b in pairs)
         assert all(other.columns[name].dtype == COLUMNS[name].dtype for name in other.columns)
         assert (one.routed_experts is None) == (other.routed_experts is None)
@@ -95,15 +124,22 @@ def test_credits_become_columns() -> None:
     weight = (np.array([1.0, 0.0, 0.25]), np.array([2.0, 1.0]))
     masked = np.array([False, True])
     one, other = samples(
-        [with_credit(advantage=np.array([1.0, -1.0]), per_token=per_token, weight=weight, masked=masked)]
+        [
+            with_credit(
+                advantage=np.array([1.0, -1.0]), per_token=per_token, weight=weight, masked=masked
+            )
+        ]
     )
     assert one.tokens.tolist() == [1, 2, 5, 6, 7]
     assert {name: values.tolist() for name, values in one.columns.items()} == {
-        "advantage": [1.5, 1.0, 0.5], "weight": [1.0, 0.0, 0.25], "engine_logprob": [-1.0, -2.0, -3.0],
+        "advantage": [1.5, 1.0, 0.5], "weight": [1.0, 0.0, 0.25],
+        "engine_logprob": [-1.0, -2.0, -3.0],
         "version": [4, NOT_DRAWN, 5],
     }  # fmt: skip
     assert one.size == SequenceSize(2, 3, 2)
-    assert other.columns["weight"].tolist() == [0.0, 0.0], "masked: whatever the method says of its tokens"
+    assert other.columns["weight"].tolist() == [0.0, 0.0], (
+        "masked: whatever the method says of its tokens"
+    )
     assert other.columns["advantage"].tolist() == [0.0, 1.0]
     assert other.size == SequenceSize(2, 2, 0)
     plain, _ = samples([with_credit(advantage=np.array([0.1 + 0.2, 0.0]))])
@@ -112,16 +148,21 @@ def test_credits_become_columns() -> None:
 
 
 def test_answers_of_branches_become_samples() -> None:
-    """Behind prompt and beginning, which is read alone, or trained on but for what a script forced."""
+    """Behind prompt and beginning, which is read alone, or trained on but for what a script
+    forced.
+    """
     parts = (Part("opening", 0, 1, "forced"), Part("thought", 1, 4, "stop"))
     answers = [
-        Response((20 + k, 30 + k), np.array([0.0, -0.5 - k], np.float32), "length", (VersionSpan(6, 0, 2),),
+        Response((20 + k, 30 + k), np.array([0.0, -0.5 - k], np.float32), "length",
+            (VersionSpan(6, 0, 2),),
                  parts=(Part("exit", 0, 1, "forced"), Part("answer", 1, 2, "length")))
         for k in range(3)
     ]  # fmt: skip
     branches = (Branch("exit", 2, (answers[0], answers[1])), Branch("exit", 3, (answers[2],)))
     logprobs = np.array([0.0, -1.0, -2.0, -3.0], np.float32)
-    whole = Response((5, 6, 7, 8), logprobs, "stop", (VersionSpan(5, 0, 4),), parts=parts, branches=branches)
+    whole = Response(
+        (5, 6, 7, 8), logprobs, "stop", (VersionSpan(5, 0, 4),), parts=parts, branches=branches
+    )
     base = credited(Group(Prompt("p", (1, 2), "q", "1"), (whole, whole)), [0.5, 0.0]).rewarded
     given = Credit(np.array([0.5, 0.0]), branches=(np.array([1.0, 2.0, 3.0]), np.zeros(0)))
 
@@ -141,7 +182,8 @@ def test_answers_of_branches_become_samples() -> None:
     one = made[3]
     assert (one.prompt_length, one.size) == (2, SequenceSize(2, 5, 3))
     assert {name: one.column(name).tolist() for name in one.columns} == {
-        "advantage": [3.0] * 5, "weight": [0.0, 1.0, 1.0, 0.0, 1.0], "engine_logprob": [0.0, -1.0, -2.0, 0.0, -2.5],
+        "advantage": [3.0] * 5, "weight": [0.0, 1.0, 1.0, 0.0, 1.0],
+        "engine_logprob": [0.0, -1.0, -2.0, 0.0, -2.5],
         "version": [NOT_DRAWN, 5, 5, NOT_DRAWN, 6],
     }  # fmt: skip
 
@@ -149,16 +191,36 @@ def test_answers_of_branches_become_samples() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"advantage": np.zeros(3)}, r"prompt p: advantage is \[3\], and the group has 2 responses"),
+        (
+            {"advantage": np.zeros(3)},
+            r"prompt p: advantage is \[3\], and the group has 2 responses",
+        ),
         ({"masked": np.zeros(1, bool)}, r"masked is \[1\]"),
-        ({"per_token": (np.zeros(3),)}, r"per_token is \[3\], and the responses have \[3, 2\] tokens"),
-        ({"weight": (np.zeros(3), np.zeros(3))}, r"weight is \[3\], \[3\], and the responses have \[3, 2\] tokens"),
-        ({"branches": (np.zeros(1), np.zeros(0))}, r"branches is of \[1, 0\] advantages, and the .* have \[0, 0\]"),
-        ({"weight": (np.ones(3), np.array([1.0, -0.5]))}, r"a weight of response 1 is negative or not finite"),
-        ({"weight": (np.array([1.0, np.nan, 1.0]), np.ones(2))}, r"a weight of response 0 is negative or not finite"),
+        (
+            {"per_token": (np.zeros(3),)},
+            r"per_token is \[3\], and the responses have \[3, 2\] tokens",
+        ),
+        (
+            {"weight": (np.zeros(3), np.zeros(3))},
+            r"weight is \[3\], \[3\], and the responses have \[3, 2\] tokens",
+        ),
+        (
+            {"branches": (np.zeros(1), np.zeros(0))},
+            r"branches is of \[1, 0\] advantages, and the .* have \[0, 0\]",
+        ),
+        (
+            {"weight": (np.ones(3), np.array([1.0, -0.5]))},
+            r"a weight of response 1 is negative or not finite",
+        ),
+        (
+            {"weight": (np.array([1.0, np.nan, 1.0]), np.ones(2))},
+            r"a weight of response 0 is negative or not finite",
+        ),
     ],
 )
-def test_a_credit_that_does_not_fit_its_group_is_refused(fields: dict[str, object], message: str) -> None:
+def test_a_credit_that_does_not_fit_its_group_is_refused(
+    fields: dict[str, object], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         with_credit(**({"advantage": np.zeros(2)} | fields))
     assert isinstance(with_credit(advantage=np.zeros(2)).rewarded, Rewarded)

@@ -1,4 +1,6 @@
-"""Per-token advantages against fp64: the KL to go, whitening over an iteration, tokens that are not trained."""
+"""Per-token advantages against fp64: the KL to go, whitening over an iteration, tokens that are not
+trained.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,12 @@ from megatron_efr.samples import PackedBatch
 REWARD = Objective(kl="reward", beta=0.01)
 
 
-def batch(lengths: list[int], advantages: list[float], seed: int, trained: float = 1.0) -> PackedBatch:
-    """Responses with one advantage each; a token is trained with that probability, with a weight of its own."""
+def batch(
+    lengths: list[int], advantages: list[float], seed: int, trained: float = 1.0
+) -> PackedBatch:
+    """Responses with one advantage each; a token is trained with that probability, with a weight of
+    its own.
+    """
     rows = sum(lengths)
     generator = torch.Generator().manual_seed(seed)
     empty = torch.empty(0)
@@ -22,10 +28,12 @@ def batch(lengths: list[int], advantages: list[float], seed: int, trained: float
         tokens=empty, positions=empty, lengths=lengths, cu_seqlens=empty, rows=empty, targets=empty,
         row_lengths=lengths, indices=list(range(len(lengths))), live=len(lengths),
         columns={
-            "advantage": torch.tensor(advantages).repeat_interleave(torch.tensor(lengths, dtype=torch.int64)),
+            "advantage": torch.tensor(advantages).repeat_interleave(torch.tensor(lengths,
+                dtype=torch.int64)),
             "old_logprob": torch.randn(rows, generator=generator),
             "reference_logprob": torch.randn(rows, generator=generator),
-            "weight": torch.rand(rows, generator=generator) * (torch.rand(rows, generator=generator) < trained),
+            "weight": torch.rand(rows, generator=generator) * (torch.rand(rows,
+                generator=generator) < trained),
         },
     )  # fmt: skip
 
@@ -35,7 +43,8 @@ def expected_advantages(batches: list[PackedBatch], beta: float) -> np.ndarray:
     result = []
     for b in batches:
         advantage, old, reference, weight = (
-            b.columns[name].double().tolist() for name in ("advantage", "old_logprob", "reference_logprob", "weight")
+            b.columns[name].double().tolist()
+            for name in ("advantage", "old_logprob", "reference_logprob", "weight")
         )
         start = 0
         for n in b.row_lengths:

@@ -1,4 +1,6 @@
-"""The fused head in Megatron's schedule, on one rank: gradients, the factor promised, what is never held or written."""
+"""The fused head in Megatron's schedule, on one rank: gradients, the factor promised, what is never
+held or written.
+"""
 
 from __future__ import annotations
 
@@ -37,21 +39,29 @@ def build(models: str, ranks: Ranks) -> tuple[Policy, list[PackedBatch]]:
 
 
 @pytest.mark.parametrize("case", head.CASES, ids=str)
-def test_gradients_equal_autograd_through_all_logits(case: head.Case, models: str, ranks: Ranks) -> None:
+def test_gradients_equal_autograd_through_all_logits(
+    case: head.Case, models: str, ranks: Ranks
+) -> None:
     apart = head.compare(case, models, ParallelConfig(), ranks)
     assert max(apart.values()) <= 1e-5, apart
 
 
-def test_the_first_update_is_exact_in_small_chunks_with_rows_left_out(models: str, ranks: Ranks) -> None:
+def test_the_first_update_is_exact_in_small_chunks_with_rows_left_out(
+    models: str, ranks: Ranks
+) -> None:
     policy, batches = build(models, ranks)
     policy.score(batches)
-    assert any(0 < batch.live_rows < len(batch.targets) for batch in batches), "sequences of advantage 0 are last"
+    assert any(0 < batch.live_rows < len(batch.targets) for batch in batches), (
+        "sequences of advantage 0 are last"
+    )
     metrics = policy.update(batches, PPO)
     assert metrics["ratio_max"] == 1.0
     assert metrics["kl_to_old"] == metrics["clip_fraction"] == 0.0
 
 
-def test_no_more_logits_than_a_chunk(models: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_logits_than_a_chunk(
+    models: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows: list[int] = []
 
     def counted(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -59,12 +69,16 @@ def test_no_more_logits_than_a_chunk(models: str, ranks: Ranks, monkeypatch: pyt
         return matmul.logits_into(out, hidden, weight)
 
     # the module shares its function's name; the fused loss makes its logits there too
-    monkeypatch.setattr(importlib.import_module("megatron_efr.kernels.linear_logprob"), "logits_into", counted)
+    monkeypatch.setattr(
+        importlib.import_module("megatron_efr.kernels.linear_logprob"), "logits_into", counted
+    )
     policy, batches = build(models, ranks)
     for loss, times in ((PPO, 1), (supervised_loss, 2)):
         rows.clear()
         policy.update(batches, loss)
-        assert sum(rows) == times * sum(len(batch.targets) for batch in batches), "computed once, or again in backward"
+        assert sum(rows) == times * sum(len(batch.targets) for batch in batches), (
+            "computed once, or again in backward"
+        )
         assert max(rows) == 7
 
 
@@ -78,7 +92,9 @@ def test_nothing_is_written_by_a_forward_pass_alone(models: str, ranks: Ranks) -
 
 def test_a_loss_that_arrives_otherwise_scaled_stops_the_update(models: str, ranks: Ranks) -> None:
     policy, batches = build(models, ranks)
-    with pytest.raises(RuntimeError, match=r"scaled by 3\.0, and its gradients were written for a factor of 1\.0"):
+    with pytest.raises(
+        RuntimeError, match=r"scaled by 3\.0, and its gradients were written for a factor of 1\.0"
+    ):
         policy.update(batches, lambda rows: (PPO(rows)[0] * 3.0, {}))
 
 
@@ -88,7 +104,9 @@ def test_the_optimizers_own_loss_scale_is_promised(models: str, ranks: Ranks) ->
     for scale in ({}, {"loss_scale": 4096.0}):
         parallel = ParallelConfig(ddp={"use_distributed_optimizer": True})
         optimizer = OptimizerConfig(lr=1e-3, clip_grad=0.0, megatron=scale)
-        policy = Policy(ModelConfig(path=f"{models}/untied"), parallel, optimizer, ranks, updates=1, seed=0)
+        policy = Policy(
+            ModelConfig(path=f"{models}/untied"), parallel, optimizer, ranks, updates=1, seed=0
+        )
         norms.append(policy.update(head.batches(policy, head.PLAIN), PPO)["grad_norm"])
         assert loss_scaling(policy.config, ranks, 3) == (1.0, scale.get("loss_scale", 1.0))
     assert norms[0] == norms[1], "a power of 2 changes no bit"
@@ -99,13 +117,18 @@ def test_gradients_reduced_in_bf16_go_through_autograd(ranks: Ranks, tmp_path: P
     gradients: list[dict[str, torch.Tensor]] = []
     for fp32 in (True, False):
         policy = Policy(
-            ModelConfig(path=str(path), dtype="bfloat16"), ParallelConfig(ddp={"grad_reduce_in_fp32": fp32}),
+            ModelConfig(path=str(path), dtype="bfloat16"),
+            ParallelConfig(ddp={"grad_reduce_in_fp32": fp32}),
             OptimizerConfig(lr=1e-3, clip_grad=0.0), ranks, updates=1, seed=0,
         )  # fmt: skip
         batches = head.batches(policy, head.PLAIN)
-        assert cast(Any, policy._head).weight.main_grad.dtype == (torch.float32 if fp32 else torch.bfloat16)
+        assert cast(Any, policy._head).weight.main_grad.dtype == (
+            torch.float32 if fp32 else torch.bfloat16
+        )
         policy.update(batches, PPO)
-        gradients.append({name: gradient.float().clone() for name, gradient in policy.named_gradients()})
+        gradients.append(
+            {name: gradient.float().clone() for name, gradient in policy.named_gradients()}
+        )
     for name, gradient in gradients[0].items():
         assert (gradient - gradients[1][name]).norm() <= 5e-3 * gradient.norm(), name
 
@@ -123,5 +146,7 @@ def test_tokens_outside_the_vocabulary_are_refused_before_they_are_packed(
 ) -> None:
     policy, _ = build(models, ranks)
     sequences = [*head.sequences(), sample([1, 2, token], 1)]
-    with pytest.raises(UserError, match=rf"sequence 12 holds token id {token}, .* vocabulary is 61"):
+    with pytest.raises(
+        UserError, match=rf"sequence 12 holds token id {token}, .* vocabulary is 61"
+    ):
         policy.pack_update(sequences, list(range(13)), 100, "token")

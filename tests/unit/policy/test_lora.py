@@ -1,4 +1,6 @@
-"""Low-rank adapters against transformers with A and B beside its projections, written out, in fp64."""
+"""Low-rank adapters against transformers with A and B beside its projections, written out, in
+fp64.
+"""
 
 from __future__ import annotations
 
@@ -33,18 +35,28 @@ from tests.families import make_family_folder
 
 PREFIX = "base_model.model."
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 
 
-def build(path: Path, ranks: Ranks, targets: list[Any] = ALL, lr: float = 1e-2, **changes: Any) -> Policy:
+def build(
+    path: Path, ranks: Ranks, targets: list[Any] = ALL, lr: float = 1e-2, **changes: Any
+) -> Policy:
     lora = LoraConfig(rank=4, alpha=6.0, targets=targets)
     model = ModelConfig(path=str(path), lora=lora, **changes)
     optimizer = OptimizerConfig(lr=lr, clip_grad=0.0)
-    return Policy(model, ParallelConfig(), optimizer, ranks, updates=10, seed=0, keep_reference=True)
+    return Policy(
+        model, ParallelConfig(), optimizer, ranks, updates=10, seed=0, keep_reference=True
+    )
 
 
 def trained(policy: Policy, updates: int = 2) -> list[PackedBatch]:
-    """After some updates, so that B is not zero; batches with advantages, and log-probs from before."""
+    """After some updates, so that B is not zero; batches with advantages, and log-probs from
+    before.
+    """
     sequences = ragged_sequences(9)
     batches = policy.pack_update(sequences, list(range(9)), 300, "sequence")
     for _ in range(updates):
@@ -57,8 +69,12 @@ def trained(policy: Policy, updates: int = 2) -> list[PackedBatch]:
     return batches
 
 
-def written_out(path: Path, adapters: dict[str, torch.Tensor], scaling: float) -> tuple[Any, dict[str, torch.Tensor]]:
-    """transformers' model in fp64 with the adapters beside its projections, and their tensors, which are leaves."""
+def written_out(
+    path: Path, adapters: dict[str, torch.Tensor], scaling: float
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """transformers' model in fp64 with the adapters beside its projections, and their tensors,
+    which are leaves.
+    """
     model: Any = Qwen2ForCausalLM.from_pretrained(path, dtype=torch.float64)
     leaves = {name: tensor.double().requires_grad_() for name, tensor in adapters.items()}
     for name in [name.removesuffix(".lora_A.weight") for name in leaves if "lora_A" in name]:
@@ -69,7 +85,9 @@ def written_out(path: Path, adapters: dict[str, torch.Tensor], scaling: float) -
 
 
 def response_logprobs(model: Any, sequence: Sample) -> torch.Tensor:
-    logits = model(torch.tensor(sequence.tokens)[None].long()).logits[0, sequence.prompt_length - 1 : -1]
+    logits = model(torch.tensor(sequence.tokens)[None].long()).logits[
+        0, sequence.prompt_length - 1 : -1
+    ]
     targets = torch.tensor(sequence.tokens[sequence.prompt_length :]).long()
     return torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
 
@@ -78,14 +96,23 @@ def by_sequence(batches: list[PackedBatch], column: str) -> dict[int, torch.Tens
     return {
         i: part
         for batch in batches
-        for i, part in zip(batch.indices, batch.columns[column].split(batch.row_lengths), strict=True)
+        for i, part in zip(
+            batch.indices, batch.columns[column].split(batch.row_lengths), strict=True
+        )
     }
 
 
-def test_training_begins_with_the_starting_model_bit_for_bit(tied_model: Path, ranks: Ranks) -> None:
+def test_training_begins_with_the_starting_model_bit_for_bit(
+    tied_model: Path, ranks: Ranks
+) -> None:
     policy = build(tied_model, ranks)
     plain = Policy(
-        ModelConfig(path=str(tied_model)), ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0
+        ModelConfig(path=str(tied_model)),
+        ParallelConfig(),
+        OptimizerConfig(lr=1e-3),
+        ranks,
+        updates=1,
+        seed=0,
     )
     weights = dict(policy.named_weights())
     assert all(torch.equal(weights[name], tensor) for name, tensor in plain.named_weights())
@@ -97,23 +124,33 @@ def test_training_begins_with_the_starting_model_bit_for_bit(tied_model: Path, r
     assert all(not tensor.any() for name, tensor in adapters.items() if "lora_B" in name)
     for name, tensor in adapters.items():
         if "lora_A" in name:
-            assert 0.8 < float(tensor.abs().max()) * tensor.shape[1] ** 0.5 <= 1.0, "uniform within 1 / sqrt(in)"
+            assert 0.8 < float(tensor.abs().max()) * tensor.shape[1] ** 0.5 <= 1.0, (
+                "uniform within 1 / sqrt(in)"
+            )
 
 
 @pytest.mark.parametrize("targets", [ALL, ["k_proj", "up_proj", "down_proj"]])
-def test_logprobs_loss_and_gradients_equal_fp64(targets: list[Any], untied_model: Path, ranks: Ranks) -> None:
+def test_logprobs_loss_and_gradients_equal_fp64(
+    targets: list[Any], untied_model: Path, ranks: Ranks
+) -> None:
     policy = build(untied_model, ranks, targets)
     batches = trained(policy)
     sequences = ragged_sequences(9)
     old, advantages = by_sequence(batches, "old_logprob"), by_sequence(batches, "advantage")
     adapters = policy.parameters.adapter_tensors()
-    assert sum(float(tensor.abs().sum()) for name, tensor in adapters.items() if "lora_B" in name) > 1.0
+    assert (
+        sum(float(tensor.abs().sum()) for name, tensor in adapters.items() if "lora_B" in name)
+        > 1.0
+    )
     metrics = policy.update(batches, policy_loss(Objective()))
 
     model, leaves = written_out(untied_model, adapters, scaling=1.5)
     losses = []
     for i, sequence in enumerate(sequences):
-        ratio, a = (response_logprobs(model, sequence) - old[i].double()).exp(), advantages[i].double()
+        ratio, a = (
+            (response_logprobs(model, sequence) - old[i].double()).exp(),
+            advantages[i].double(),
+        )
         losses.append(-torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).mean() / len(sequences))
     exact = torch.stack(losses).sum()
     exact.backward()
@@ -123,11 +160,17 @@ def test_logprobs_loss_and_gradients_equal_fp64(targets: list[Any], untied_model
     for name, leaf in leaves.items():
         assert leaf.grad is not None
         assert float((gradients[name].double() - leaf.grad).norm() / leaf.grad.norm()) <= 1e-5, name
-    norm = float(torch.stack([leaf.grad.norm() ** 2 for leaf in leaves.values() if leaf.grad is not None]).sum().sqrt())
+    norm = float(
+        torch.stack([leaf.grad.norm() ** 2 for leaf in leaves.values() if leaf.grad is not None])
+        .sum()
+        .sqrt()
+    )
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
-def test_merged_weights_are_the_base_and_the_product(tied_model: Path, ranks: Ranks, tmp_path: Path) -> None:
+def test_merged_weights_are_the_base_and_the_product(
+    tied_model: Path, ranks: Ranks, tmp_path: Path
+) -> None:
     policy = build(tied_model, ranks)
     before = load_file(tied_model / "model.safetensors")
     batches = trained(policy)
@@ -147,12 +190,18 @@ def test_merged_weights_are_the_base_and_the_product(tied_model: Path, ranks: Ra
     found = torch.cat(policy.logprobs(batches))
     with torch.no_grad():
         exact = torch.cat(
-            [response_logprobs(model, ragged_sequences(9)[i]) for batch in batches for i in batch.indices]
+            [
+                response_logprobs(model, ragged_sequences(9)[i])
+                for batch in batches
+                for i in batch.indices
+            ]
         )
     assert float((found - exact).abs().max()) <= 1e-5
 
 
-def test_reference_is_the_base_and_adapters_are_back_after_it(tied_model: Path, ranks: Ranks) -> None:
+def test_reference_is_the_base_and_adapters_are_back_after_it(
+    tied_model: Path, ranks: Ranks
+) -> None:
     policy = build(tied_model, ranks)
     batches = policy.pack_update(ragged_sequences(6), list(range(6)), 300, "sequence")
     policy.score(batches)
@@ -178,10 +227,17 @@ def test_only_adapters_have_gradients_and_optimizer_state(tied_model: Path, rank
     assert sum(parameter.numel() for parameter in learning) == numbers
     assert sum(buffer.numel for buffer in chunk.buffers) == numbers
     held: Any = policy.optimizer.megatron.chained_optimizers
-    states = [tensor for part in held for state in part.optimizer.state.values() for tensor in state.values()]
+    states = [
+        tensor
+        for part in held
+        for state in part.optimizer.state.values()
+        for tensor in state.values()
+    ]
     assert sum(tensor.numel() for tensor in states if tensor.dim()) == 2 * numbers
     frozen = [parameter for parameter in chunk.parameters() if not parameter.requires_grad]
-    assert all(parameter.grad is None and not hasattr(parameter, "main_grad") for parameter in frozen)
+    assert all(
+        parameter.grad is None and not hasattr(parameter, "main_grad") for parameter in frozen
+    )
 
 
 def test_recompute_gives_the_same_gradient(tied_model: Path, ranks: Ranks) -> None:
@@ -194,7 +250,9 @@ def test_recompute_gives_the_same_gradient(tied_model: Path, ranks: Ranks) -> No
         assert torch.equal(gradient, gradients[1][name]), name
 
 
-def test_a_resumed_policy_goes_on_bit_for_bit(tied_model: Path, ranks: Ranks, tmp_path: Path) -> None:
+def test_a_resumed_policy_goes_on_bit_for_bit(
+    tied_model: Path, ranks: Ranks, tmp_path: Path
+) -> None:
     whole, first = build(tied_model, ranks), build(tied_model, ranks)
     trained(whole, updates=4)
     trained(first, updates=2)
@@ -212,11 +270,15 @@ def test_a_resumed_policy_goes_on_bit_for_bit(tied_model: Path, ranks: Ranks, tm
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def test_a_checkpoint_becomes_a_merged_folder_and_a_peft_one(tied_model: Path, ranks: Ranks, tmp_path: Path) -> None:
+def test_a_checkpoint_becomes_a_merged_folder_and_a_peft_one(
+    tied_model: Path, ranks: Ranks, tmp_path: Path
+) -> None:
     policy = build(tied_model, ranks, ["q_proj", "v_proj", "up_proj"])
     trained(policy)
     state = {"step": 2, "initial_model": policy.initial_model}
-    saved = Checkpoints(tmp_path / "run", CheckpointConfig(), ranks).save(2, policy.sharded_state(), state)
+    saved = Checkpoints(tmp_path / "run", CheckpointConfig(), ranks).save(
+        2, policy.sharded_state(), state
+    )
     convert.main(["megatron-to-hf", str(saved), str(tmp_path / "merged"), "--verify-bytes"])
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     for name, weight in policy.named_weights():
@@ -238,18 +300,30 @@ def test_a_checkpoint_becomes_a_merged_folder_and_a_peft_one(tied_model: Path, r
         f"{PREFIX}model.layers.3.mlp.up_proj.lora_A.weight": (4, 64),
         f"{PREFIX}model.layers.3.mlp.up_proj.lora_B.weight": (96, 4),
     }
-    assert "low-rank adapters of rank 4 beside q_proj, up_proj, v_proj" in "\n".join(inspect_checkpoint.describe(saved))
+    assert ("low-rank adapters of rank 4 beside q_proj, up_proj, v_proj") in "\n".join(
+        inspect_checkpoint.describe(saved)
+    )
 
 
-def test_peft_loads_the_folder_with_the_same_logits(tied_model: Path, ranks: Ranks, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="PEFT is not installed; the folder is compared with what it is, above")
+def test_peft_loads_the_folder_with_the_same_logits(
+    tied_model: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip(
+        "peft", reason=("PEFT is not installed; the folder is compared with what it is, above")
+    )
     policy = build(tied_model, ranks)
     batches = trained(policy)
     policy.save_adapter(tmp_path / "adapter")
-    model = peft.PeftModel.from_pretrained(Qwen2ForCausalLM.from_pretrained(tied_model), tmp_path / "adapter")
+    model = peft.PeftModel.from_pretrained(
+        Qwen2ForCausalLM.from_pretrained(tied_model), tmp_path / "adapter"
+    )
     found = torch.cat(policy.logprobs(batches))
     with torch.no_grad():
-        theirs = [response_logprobs(model, ragged_sequences(9)[i]) for batch in batches for i in batch.indices]
+        theirs = [
+            response_logprobs(model, ragged_sequences(9)[i])
+            for batch in batches
+            for i in batch.indices
+        ]
     assert float((found - torch.cat(theirs)).abs().max()) <= 1e-5
 
 
@@ -261,9 +335,14 @@ def test_what_does_not_go_together_is_refused_by_key(tied_model: Path, tmp_path:
         return str(caught.value)
 
     said = refused(tied_model, ParallelConfig(tensor=4))
-    assert said.startswith("model.lora.targets: q_proj, k_proj and v_proj have adapters on whole KV heads")
+    assert said.startswith(
+        "model.lora.targets: q_proj, k_proj and v_proj have adapters on whole KV heads"
+    )
     assert "with tensor 1 or 2 they would" in said
-    check_fit(ModelConfig(path=str(tied_model), lora=LoraConfig(targets=["o_proj"])), ParallelConfig(tensor=4))
+    check_fit(
+        ModelConfig(path=str(tied_model), lora=LoraConfig(targets=["o_proj"])),
+        ParallelConfig(tensor=4),
+    )
     said = refused(tied_model, ParallelConfig(), layers="transformer_engine", dtype="bfloat16")
     assert said.startswith("model.lora: adapters stand beside Megatron's own linear layers")
     mixture = make_family_folder(tmp_path / "moe", "qwen3-moe")
@@ -284,5 +363,7 @@ def test_a_mixture_of_experts_trains_its_attention(ranks: Ranks, tmp_path: Path)
     batches = policy.pack_update(ragged_sequences(6), list(range(6)), 300, "token")
     losses = [policy.update(batches, supervised_loss)["loss"] for _ in range(4)]
     assert losses[3] < losses[0]
-    changed = {name for name, weight in policy.named_weights() if not torch.equal(weight, before[name])}
+    changed = {
+        name for name, weight in policy.named_weights() if not torch.equal(weight, before[name])
+    }
     assert changed == {name for name in before if name.endswith(("q_proj.weight", "o_proj.weight"))}

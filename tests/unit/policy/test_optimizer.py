@@ -1,4 +1,6 @@
-"""Megatron's optimizers as the policy sets them up: schedule, clipping, leaving the device, being saved at any time."""
+"""Megatron's optimizers as the policy sets them up: schedule, clipping, leaving the device, being
+saved at any time.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +14,35 @@ import torch
 
 from megatron_efr.algorithms import Objective
 from megatron_efr.checkpoint.checkpoints import Checkpoints
-from megatron_efr.config import CheckpointConfig, ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.config import (
+    CheckpointConfig,
+    ConfigError,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
 from megatron_efr.policy import Policy, Ranks, policy_loss, supervised_loss
 from tests.conftest import ragged_sequences
 
 SHARDED: dict[str, Any] = {"use_distributed_optimizer": True}
-OVERLAPPED = SHARDED | {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 3000}
+OVERLAPPED = SHARDED | {
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+    "bucket_size": 3000,
+}
 
 
 def build(
-    path: Path, ranks: Ranks, ddp: dict[str, Any] | None = None, dtype: Any = "float32", **optimizer: Any
+    path: Path,
+    ranks: Ranks,
+    ddp: dict[str, Any] | None = None,
+    dtype: Any = "float32",
+    **optimizer: Any,
 ) -> Policy:
     return Policy(
         ModelConfig(path=str(path), dtype=dtype), ParallelConfig(ddp=ddp or {}),
-        OptimizerConfig(**{"lr": 1e-3, "clip_grad": 0.0} | optimizer), ranks, updates=8, seed=0, keep_reference=True,
+        OptimizerConfig(**{"lr": 1e-3, "clip_grad": 0.0} | optimizer), ranks, updates=8, seed=0,
+        keep_reference=True,
     )  # fmt: skip
 
 
@@ -44,7 +61,12 @@ def state(policy: Policy) -> list[torch.Tensor]:
     """Every tensor of the weights and of the optimizer."""
     weights = [tensor.clone() for _, tensor in policy.named_weights()]
     parts = policy.optimizer.megatron.chained_optimizers
-    kept = [part.optimizer.state[p] for part in parts for group in part.param_groups for p in group["params"]]
+    kept = [
+        part.optimizer.state[p]
+        for part in parts
+        for group in part.param_groups
+        for p in group["params"]
+    ]
     return weights + [tensor.clone() for entry in kept for _, tensor in sorted(entry.items())]
 
 
@@ -73,7 +95,9 @@ def test_the_learning_rate_warms_up_and_follows_its_closed_form(
 def test_clipping_scales_the_gradient_to_the_norm_and_leaves_a_smaller_one_alone(
     share: float, tied_model: Path, ranks: Ranks
 ) -> None:
-    """SGD moves by -lr times what was left of the gradient; `share` is the limit over the gradient's norm."""
+    """SGD moves by -lr times what was left of the gradient; `share` is the limit over the
+    gradient's norm.
+    """
     sgd = {"optimizer": "sgd", "sgd_momentum": 0.0}
     free = build(tied_model, ranks, lr=0.5, megatron=sgd)
     norm = update(free)["grad_norm"]
@@ -84,7 +108,10 @@ def test_clipping_scales_the_gradient_to_the_norm_and_leaves_a_smaller_one_alone
     for name, tensor in free.named_weights():
         whole = tensor - before[name]
         rounding = 2.0**-23 * float(before[name].norm())
-        assert float((moved[name] - min(share, 1.0) * whole).norm()) <= 1e-5 * float(whole.norm()) + rounding, name
+        assert (
+            float((moved[name] - min(share, 1.0) * whole).norm())
+            <= 1e-5 * float(whole.norm()) + rounding
+        ), name
 
 
 @pytest.mark.parametrize("ddp", [{}, SHARDED, OVERLAPPED], ids=["plain", "sharded", "overlapped"])
@@ -100,11 +127,16 @@ def test_training_state_that_left_the_device_comes_back_as_it_was(
     gradients = [buffer.grad_data for chunk in left.chunks for buffer in chunk.buffers]
     left.offload_training_state()
     assert all(buffer.untyped_storage().nbytes() == 0 for buffer in gradients)
-    with pytest.raises(RuntimeError, match="offload: gradients and optimizer state have been offloaded"):
+    with pytest.raises(
+        RuntimeError, match=("offload: gradients and optimizer state have been offloaded")
+    ):
         left.offload_training_state()
     with pytest.raises(RuntimeError, match="restore them first"):
         left.update(batches, supervised_loss)
-    with pytest.raises(RuntimeError, match="load the optimizer: gradients and optimizer state have been offloaded"):
+    with pytest.raises(
+        RuntimeError,
+        match=("load the optimizer: gradients and optimizer state have been offloaded"),
+    ):
         left.sharded_state(loading=True)
     assert equal(left.logprobs(batches), logprobs), "weights can be read meanwhile"
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(), ranks)
@@ -139,12 +171,19 @@ def test_an_optimizer_that_has_only_skipped_steps_is_saved_and_resumed_like_any_
     assert equal(state(policy), state(resumed))
 
 
-def test_what_megatrons_optimizers_cannot_do_here_is_refused_with_what_it_needs(tied_model: Path, ranks: Ranks) -> None:
-    message = "optimizer.megatron.optimizer: Megatron's distributed optimizer knows adam only, not 'sgd'"
+def test_what_megatrons_optimizers_cannot_do_here_is_refused_with_what_it_needs(
+    tied_model: Path, ranks: Ranks
+) -> None:
+    message = (
+        "optimizer.megatron.optimizer: Megatron's distributed optimizer knows adam only, not 'sgd'"
+    )
     with pytest.raises(ConfigError, match=re.escape(message)):
         build(tied_model, ranks, SHARDED, megatron={"optimizer": "sgd"})
     offload = {"optimizer_cpu_offload": True}
-    message = "optimizer.megatron.optimizer_cpu_offload: Megatron's offloading also needs a GPU; Transformer Engine"
+    message = (
+        "optimizer.megatron.optimizer_cpu_offload: Megatron's offloading also needs a GPU; "
+        "Transformer Engine"
+    )
     with pytest.raises(ConfigError, match=re.escape(message)) as refused:
         build(tied_model, ranks, megatron=offload)
     for need in (

@@ -1,4 +1,6 @@
-"""Splitting work: every sequence once, the same updates in every layout, packs that say where everything is."""
+"""Splitting work: every sequence once, the same updates in every layout, packs that say where
+everything is.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ from transformers import Qwen2ForCausalLM
 
 from megatron_efr.policy import context, packing
 from megatron_efr.policy.layers import PackedAttention, packed_sequences
-from megatron_efr.policy.packing import balance, pack, row_weights, samples, sequence_flops, split_into_updates
+from megatron_efr.policy.packing import (
+    balance,
+    pack,
+    row_weights,
+    samples,
+    sequence_flops,
+    split_into_updates,
+)
 from megatron_efr.samples import NOT_DRAWN
 from megatron_efr.steps import Part
 from megatron_efr.types import Credit, Credited, Group, Prompt, Response, VersionSpan
@@ -25,7 +34,8 @@ from tests.groups import credited, with_columns
 
 QWEN_1_5B = Architecture.from_config({
     "model_type": "qwen2", "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12,
-    "num_key_value_heads": 2, "intermediate_size": 8960, "vocab_size": 151936, "max_position_embeddings": 131072,
+    "num_key_value_heads": 2, "intermediate_size": 8960, "vocab_size": 151936,
+    "max_position_embeddings": 131072,
 })  # fmt: skip
 
 
@@ -42,14 +52,18 @@ def test_updates_are_a_partition_drawn_from_the_seed() -> None:
     budget=st.integers(100, 1000),
 )
 @settings(max_examples=150, deadline=None)
-def test_balance_loses_nothing_and_keeps_its_budget(lengths: list[int], replicas: int, budget: int) -> None:
+def test_balance_loses_nothing_and_keeps_its_budget(
+    lengths: list[int], replicas: int, budget: int
+) -> None:
     table = dict(enumerate(lengths, start=10))
     shares = balance(table, replicas, budget)
     assert sorted(i for share in shares for batch in share for i in batch) == sorted(table)
     assert len({len(share) for share in shares}) == 1, "every replica runs as many micro-batches"
     for share in shares:
         for batch in share:
-            assert batch or all(len(other) <= 1 for other in share), "split what can be split before adding empty ones"
+            assert batch or all(len(other) <= 1 for other in share), (
+                "split what can be split before adding empty ones"
+            )
             assert sum(table[i] for i in batch) <= budget or len(batch) == 1
     loads = [sum(table[i] for batch in share for i in batch) for share in shares]
     # longest-first greedy: no replica exceeds the mean by more than one sequence
@@ -60,8 +74,12 @@ def test_weights_are_the_two_means() -> None:
     sizes = [sequence.size for sequence in ragged_sequences(10)]
     update = [1, 4, 7]
     n = {i: sizes[i].response for i in update}
-    assert row_weights(sizes, update, "sequence") == {i: pytest.approx(1 / (3 * n[i])) for i in update}
-    assert row_weights(sizes, update, "token") == {i: pytest.approx(1 / sum(n.values())) for i in update}
+    assert row_weights(sizes, update, "sequence") == {
+        i: pytest.approx(1 / (3 * n[i])) for i in update
+    }
+    assert row_weights(sizes, update, "token") == {
+        i: pytest.approx(1 / sum(n.values())) for i in update
+    }
 
 
 def test_pack_says_where_everything_is() -> None:
@@ -78,12 +96,19 @@ def test_pack_says_where_everything_is() -> None:
     responses = [t for i in (3, 0) for t in sequences[i].tokens[sequences[i].prompt_length :]]
     assert batch.targets.tolist() == responses
     assert (batch.tokens[batch.rows + 1]).tolist() == responses
-    assert batch.columns["weight"].tolist() == [0.5] * batch.row_lengths[0] + [0.25] * batch.row_lengths[1]
+    assert (
+        batch.columns["weight"].tolist()
+        == [0.5] * batch.row_lengths[0] + [0.25] * batch.row_lengths[1]
+    )
 
 
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), groups=st.sampled_from([1, 2, 4]))
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), groups=st.sampled_from([1, 2, 4])
+)
 @settings(max_examples=40, deadline=None)
-def test_packed_attention_is_attention_within_each_sequence(lengths: list[int], groups: int) -> None:
+def test_packed_attention_is_attention_within_each_sequence(
+    lengths: list[int], groups: int
+) -> None:
     torch.manual_seed(sum(lengths))
     heads, dim, tokens = 4, 8, sum(lengths)
     q = torch.randn(tokens, heads, dim, dtype=torch.float64, requires_grad=True)
@@ -112,7 +137,9 @@ def test_packed_attention_is_attention_within_each_sequence(lengths: list[int], 
 @pytest.mark.parametrize("replicas", [2, 4, 8, 16, 32])
 @pytest.mark.parametrize("spread", [0.5, 1.0, 1.5])
 def test_replicas_have_similar_work(replicas: int, spread: float) -> None:
-    """256 log-normal responses up to 32k tokens: at most 5% above max(mean, longest), attention counted."""
+    """256 log-normal responses up to 32k tokens: at most 5% above max(mean, longest), attention
+    counted.
+    """
     flops = sequence_flops(QWEN_1_5B)
     for seed in range(5):
         drawn = np.random.default_rng(seed).lognormal(np.log(4000), spread, 256)
@@ -136,17 +163,26 @@ def test_flops_count_what_torch_multiplies(tied_model: Path) -> None:
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, tokens, dtype=torch.int64))
         pairs = 2.0 * architecture.layers * architecture.heads * architecture.head_dim * tokens**2
-        assert counter.get_total_flops() == flops(tokens) + pairs, "eager attention computes both triangles"
+        assert counter.get_total_flops() == flops(tokens) + pairs, (
+            "eager attention computes both triangles"
+        )
 
 
 def test_interleaved_counts_and_replicas_without_a_sequence() -> None:
     assert balance({0: 5}, 2, 100, multiple=2) == [[[0], []], [[], []]]
-    assert [len(share) for share in balance(dict.fromkeys(range(5), 60), 2, 100, multiple=4)] == [4, 4]
+    assert [len(share) for share in balance(dict.fromkeys(range(5), 60), 2, 100, multiple=4)] == [
+        4,
+        4,
+    ]
 
 
 @pytest.mark.parametrize(("length", "needed"), [(300, 200), (200, 100), (150, 67), (110, 50)])
-def test_sequences_that_are_alike_take_one_try(length: int, needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of those a little over half of the budget each has a micro-batch of its own, which their tokens do not tell."""
+def test_sequences_that_are_alike_take_one_try(
+    length: int, needed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those a little over half of the budget each has a micro-batch of its own, which their
+    tokens do not tell.
+    """
     tried, spread = [], packing._spread
     monkeypatch.setattr(packing, "_spread", lambda *asked: tried.append(asked[2]) or spread(*asked))
     (share,) = balance(dict.fromkeys(range(200), length), 1, 478)
@@ -171,19 +207,33 @@ def test_sequences_without_advantage_come_last_on_every_context_rank() -> None:
     assert batch.live == 2
     for part in [batch, *(context.part(batch, rank, 2) for rank in range(2))]:
         live = part.columns["advantage"] != 0
-        assert live.tolist() == [True] * part.live_rows + [False] * (len(part.targets) - part.live_rows)
-    unknown = pack([replace(s, columns={}) for s in drawn], [0, 4], {0: 1.0, 4: 1.0}, torch.device("cpu"))
-    assert (unknown.indices, unknown.live, unknown.live_rows) == ([0, 4], None, len(unknown.targets))
+        assert live.tolist() == [True] * part.live_rows + [False] * (
+            len(part.targets) - part.live_rows
+        )
+    unknown = pack(
+        [replace(s, columns={}) for s in drawn], [0, 4], {0: 1.0, 4: 1.0}, torch.device("cpu")
+    )
+    assert (unknown.indices, unknown.live, unknown.live_rows) == (
+        [0, 4],
+        None,
+        len(unknown.targets),
+    )
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_context_parts_are_the_batch(ranks: int) -> None:
-    """Every token and every row on exactly one rank, in the chunks r and 2 * ranks - 1 - r of its sequence."""
+    """Every token and every row on exactly one rank, in the chunks r and 2 * ranks - 1 - r of its
+    sequence.
+    """
     sequences = ragged_sequences(6)
-    batch = pack(sequences, [4, 1, 2], {4: 0.5, 1: 0.25, 2: 1.0}, torch.device("cpu"), 2 * ranks, 2 * ranks)
+    batch = pack(
+        sequences, [4, 1, 2], {4: 0.5, 1: 0.25, 2: 1.0}, torch.device("cpu"), 2 * ranks, 2 * ranks
+    )
     batch.columns["advantage"] = torch.randn(len(batch.targets))
     parts = [context.part(batch, rank, ranks) for rank in range(ranks)]
-    assert {"weight", "advantage", "engine_logprob"} == batch.columns.keys() == parts[0].columns.keys()
+    assert (
+        {"weight", "advantage", "engine_logprob"} == batch.columns.keys() == parts[0].columns.keys()
+    )
     pieces = [{"targets": part.targets, **part.columns} for part in parts]
     for name, wanted in {"targets": batch.targets, **batch.columns}.items():
         whole = torch.zeros_like(wanted)
@@ -198,14 +248,21 @@ def test_context_parts_are_the_batch(ranks: int) -> None:
         assert sum(part.row_lengths) == len(mine)
     first = batch.lengths[0] // (2 * ranks)
     held = context.zigzag(batch.lengths, 1, ranks)[: 2 * first].tolist()
-    assert held == [*range(first, 2 * first), *range((2 * ranks - 2) * first, (2 * ranks - 1) * first)]
+    assert held == [
+        *range(first, 2 * first),
+        *range((2 * ranks - 2) * first, (2 * ranks - 1) * first),
+    ]
     with pytest.raises(ValueError, match=rf"do not divide into {2 * ranks} chunks"):
         context.zigzag([2 * ranks + 1], 0, ranks)
 
 
 def test_tokens_that_a_script_forced_weigh_nothing_and_no_weights_drew_them() -> None:
     """Two forced, three drawn, one that was written with a known chance, and is trained on."""
-    parts = (Part("opening", 0, 2, "forced"), Part("thought", 2, 5, "until"), Part("mode", 5, 6, "chosen"))
+    parts = (
+        Part("opening", 0, 2, "forced"),
+        Part("thought", 2, 5, "until"),
+        Part("mode", 5, 6, "chosen"),
+    )
     logprobs = np.array([0, 0, -1, -2, -3, np.log(0.5)], np.float32)
     response = Response((1,) * 6, logprobs, "stop", (VersionSpan(7, 0, 6),), parts=parts)
     plain = Response((1,) * 6, logprobs, "stop", (VersionSpan(7, 0, 6),))

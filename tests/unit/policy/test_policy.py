@@ -1,4 +1,6 @@
-"""The Megatron policy against transformers and an independent fp64 implementation of the whole loss."""
+"""The Megatron policy against transformers and an independent fp64 implementation of the whole
+loss.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,20 @@ SGD: dict[str, Any] = {"optimizer": "sgd", "sgd_momentum": 0.0}
 
 
 def build(path: Path, ranks: Ranks, **changes: Any) -> Policy:
-    optimizer = OptimizerConfig(lr=changes.pop("lr", 1e-3), clip_grad=0.0, megatron=changes.pop("megatron", {}))
+    optimizer = OptimizerConfig(
+        lr=changes.pop("lr", 1e-3), clip_grad=0.0, megatron=changes.pop("megatron", {})
+    )
     model = ModelConfig(path=str(path), dtype=changes.pop("dtype", "float32"))
     return Policy(model, ParallelConfig(), optimizer, ranks, updates=10, seed=0, **changes)
 
 
-def exact_logprobs(model: Qwen2ForCausalLM, sequence: Sample, temperature: float = 1.0) -> torch.Tensor:
+def exact_logprobs(
+    model: Qwen2ForCausalLM, sequence: Sample, temperature: float = 1.0
+) -> torch.Tensor:
     """Response log-probs from a full forward pass of transformers, at the model's own precision."""
-    logits = model(torch.tensor(sequence.tokens)[None].long()).logits[0, sequence.prompt_length - 1 : -1]
+    logits = model(torch.tensor(sequence.tokens)[None].long()).logits[
+        0, sequence.prompt_length - 1 : -1
+    ]
     targets = torch.tensor(sequence.tokens[sequence.prompt_length :]).long()
     return torch.log_softmax(logits / temperature, -1).gather(1, targets[:, None])[:, 0]
 
@@ -57,7 +65,8 @@ def test_logprobs_equal_transformers(
     model = Qwen2ForCausalLM.from_pretrained(path)
     with torch.no_grad():
         worst = max(
-            float((got[i] - exact_logprobs(model, s, temperature)).abs().max()) for i, s in enumerate(sequences)
+            float((got[i] - exact_logprobs(model, s, temperature)).abs().max())
+            for i, s in enumerate(sequences)
         )
     assert worst <= 1e-5
 
@@ -68,12 +77,17 @@ def test_folder_written_back_is_the_folder_read(
 ) -> None:
     path = tied_model if tied else untied_model
     build(path, ranks).save_folder(tmp_path / "out")
-    before, after = load_file(path / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    before, after = (
+        load_file(path / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
     assert before.keys() - {"lm_head.weight"} == after.keys() - {"lm_head.weight"}
     assert all(torch.equal(before[name], after[name]) for name in after)
     tokens = torch.arange(40)[None] % 61
     with torch.no_grad():
-        logits = [Qwen2ForCausalLM.from_pretrained(p)(tokens).logits for p in (path, tmp_path / "out")]
+        logits = [
+            Qwen2ForCausalLM.from_pretrained(p)(tokens).logits for p in (path, tmp_path / "out")
+        ]
     assert torch.equal(logits[0], logits[1])
 
 
@@ -92,19 +106,24 @@ def fp64_loss(
         ratio = (exact_logprobs(model, sequence) - old[i].double()).exp()
         a = advantages[i].double()
         terms = -torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
-        losses.append(terms.mean() / len(sequences) if aggregate == "sequence" else terms.sum() / total_tokens)
+        losses.append(
+            terms.mean() / len(sequences) if aggregate == "sequence" else terms.sum() / total_tokens
+        )
     return torch.stack(losses).sum()
 
 
 @pytest.mark.parametrize("aggregate", ["sequence", "token"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_loss_and_gradient_equal_fp64(aggregate: Any, seed: int, tied_model: Path, ranks: Ranks) -> None:
+def test_loss_and_gradient_equal_fp64(
+    aggregate: Any, seed: int, tied_model: Path, ranks: Ranks
+) -> None:
     sequences = ragged_sequences(17, seed)
     policy = build(tied_model, ranks)
     batches = policy.pack_update(sequences, list(range(17)), 250, aggregate)
     policy.score(batches)
     generator = torch.Generator().manual_seed(seed)
-    for batch in batches:  # old log-probs off by up to several clip widths, so that clipping bites on both sides
+    # old log-probs off by up to several clip widths, so that clipping bites on both sides
+    for batch in batches:
         batch.columns["old_logprob"] += 0.3 * torch.randn(len(batch.targets), generator=generator)
         batch.columns["advantage"] = torch.randn(len(batch.targets), generator=generator)
     old = by_sequence(batches, [b.columns["old_logprob"] for b in batches])
@@ -121,11 +140,15 @@ def test_loss_and_gradient_equal_fp64(aggregate: Any, seed: int, tied_model: Pat
         want = wanted[name]
         assert want is not None
         assert float((gradient.double() - want).norm() / want.norm()) <= 1e-5, name
-    norm = float(torch.stack([g.norm() ** 2 for g in wanted.values() if g is not None]).sum().sqrt())
+    norm = float(
+        torch.stack([g.norm() ** 2 for g in wanted.values() if g is not None]).sum().sqrt()
+    )
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
-def test_supervised_loss_is_the_mean_negative_log_likelihood(untied_model: Path, ranks: Ranks) -> None:
+def test_supervised_loss_is_the_mean_negative_log_likelihood(
+    untied_model: Path, ranks: Ranks
+) -> None:
     sequences = ragged_sequences(9)
     policy = build(untied_model, ranks)
     batches = policy.pack_update(sequences, list(range(9)), 200, "token")
@@ -159,7 +182,9 @@ def test_packing_changes_nothing(tied_model: Path, ranks: Ranks) -> None:
 def test_identities_of_the_first_update(tied_model: Path, ranks: Ranks) -> None:
     sequences = ragged_sequences(32)
     policy = build(tied_model, ranks, keep_reference=True)
-    updates = [policy.pack_update(sequences, u, 300, "sequence") for u in split_into_updates(32, 2, (0, 1))]
+    updates = [
+        policy.pack_update(sequences, u, 300, "sequence") for u in split_into_updates(32, 2, (0, 1))
+    ]
     batches = [batch for update in updates for batch in update]
     policy.score(batches)
     for batch in batches:
@@ -174,7 +199,9 @@ def test_identities_of_the_first_update(tied_model: Path, ranks: Ranks) -> None:
     assert second["ratio_max"] != 1.0, "the weights moved, so the second update must see it"
 
 
-def test_reference_stays_the_initial_model_and_leaves_no_trace(tied_model: Path, ranks: Ranks) -> None:
+def test_reference_stays_the_initial_model_and_leaves_no_trace(
+    tied_model: Path, ranks: Ranks
+) -> None:
     sequences = ragged_sequences(12)
     policy = build(tied_model, ranks, keep_reference=True, lr=1e-2)
     batches = policy.pack_update(sequences, list(range(12)), 400, "sequence")
@@ -187,7 +214,9 @@ def test_reference_stays_the_initial_model_and_leaves_no_trace(tied_model: Path,
     assert all(torch.equal(weights[name], tensor) for name, tensor in policy.named_weights())
     for batch, first in zip(batches, initial, strict=True):
         assert torch.equal(batch.columns["reference_logprob"], first)
-        assert (batch.columns["old_logprob"] - first).abs().max() > 1e-2, "three updates at 1e-2 are far from the start"
+        assert (batch.columns["old_logprob"] - first).abs().max() > 1e-2, (
+            "three updates at 1e-2 are far from the start"
+        )
 
 
 def test_sgd_step_is_minus_lr_times_gradient(tied_model: Path, ranks: Ranks) -> None:
@@ -220,7 +249,9 @@ def test_compare_logprobs_measures_engine_and_reference(tied_model: Path, ranks:
     batches = policy.pack_update(plain, list(range(8)), 400, "sequence")
     policy.score(batches)
     exact = by_sequence(batches, [b.columns["old_logprob"] for b in batches])
-    shifted = [with_columns(s, engine_logprob=(exact[i] + 0.25).numpy()) for i, s in enumerate(plain)]
+    shifted = [
+        with_columns(s, engine_logprob=(exact[i] + 0.25).numpy()) for i, s in enumerate(plain)
+    ]
     batches = policy.pack_update(shifted, list(range(8)), 400, "sequence")
     policy.score(batches)
     drift = policy.compare_logprobs(batches)
@@ -241,7 +272,12 @@ def test_an_empty_micro_batch_adds_nothing(tied_model: Path, ranks: Ranks) -> No
         for batch in batches:
             batch.columns["advantage"] = torch.ones(len(batch.targets))
         drift = policy.compare_logprobs(batches)
-        results.append((policy.update(batches, policy_loss(Objective())) | drift, dict(policy.named_gradients())))
+        results.append(
+            (
+                policy.update(batches, policy_loss(Objective())) | drift,
+                dict(policy.named_gradients()),
+            )
+        )
     assert results[0][0] == results[1][0]
     assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
 
@@ -249,7 +285,13 @@ def test_an_empty_micro_batch_adds_nothing(tied_model: Path, ranks: Ranks) -> No
 def test_warm_up_and_schedule(tied_model: Path, ranks: Ranks) -> None:
     optimizer = OptimizerConfig(lr=1.0e-3, warmup_updates=4, schedule="cosine")
     policy = Policy(
-        ModelConfig(path=str(tied_model)), ParallelConfig(), optimizer, ranks, updates=8, seed=0, keep_reference=False
+        ModelConfig(path=str(tied_model)),
+        ParallelConfig(),
+        optimizer,
+        ranks,
+        updates=8,
+        seed=0,
+        keep_reference=False,
     )
     batches = policy.pack_update(ragged_sequences(4), list(range(4)), 400, "token")
     rates = [policy.update(batches, supervised_loss)["lr"] for _ in range(8)]
@@ -271,19 +313,28 @@ def test_bf16_stays_close_to_fp32(ranks: Ranks, tmp_path: Path) -> None:
     assert difference.max() > 1e-4, "bf16 that equals fp32 would be fp32"
 
 
-RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 
 
 @pytest.mark.parametrize("section", ["model.megatron", "parallel.ddp", "optimizer.megatron"])
-def test_pass_through_fields_reach_megatron_or_are_refused(section: str, tied_model: Path, ranks: Ranks) -> None:
+def test_pass_through_fields_reach_megatron_or_are_refused(
+    section: str, tied_model: Path, ranks: Ranks
+) -> None:
     bad = {"no_such_field": 1}
-    model = ModelConfig(path=str(tied_model), megatron=bad if section == "model.megatron" else RECOMPUTE)
+    model = ModelConfig(
+        path=str(tied_model), megatron=bad if section == "model.megatron" else RECOMPUTE
+    )
     parallel = ParallelConfig(ddp=bad if section == "parallel.ddp" else {})
     optimizer = OptimizerConfig(lr=1e-3, megatron=bad if section == "optimizer.megatron" else SGD)
     with pytest.raises(ConfigError, match=rf"{section}\.no_such_field"):
         Policy(model, parallel, optimizer, ranks, updates=1, seed=0)
     good = Policy(
-        ModelConfig(path=str(tied_model), megatron=RECOMPUTE), ParallelConfig(), OptimizerConfig(lr=1e-3), ranks,
+        ModelConfig(path=str(tied_model), megatron=RECOMPUTE), ParallelConfig(),
+        OptimizerConfig(lr=1e-3), ranks,
         updates=1, seed=0,
     )  # fmt: skip
     assert good.config.recompute_granularity == "full"

@@ -1,4 +1,6 @@
-"""Routing replay: the engine's experts with the policy's own weights for them, in every pass; and what is refused."""
+"""Routing replay: the engine's experts with the policy's own weights for them, in every pass; and
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_efr.algorithms import Objective
-from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig, TrainConfig
+from megatron_efr.config import (
+    ConfigError,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    TrainConfig,
+)
 from megatron_efr.config.file import validate
 from megatron_efr.errors import UserError
 from megatron_efr.policy import Policy, Ranks, check_fit, policy_loss, supervised_loss
@@ -53,7 +62,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(moe: Path, ranks: Ranks) -> MakePolicy:
     def make(path: Path = moe, *, keep_reference: bool = False, **model: Any) -> Policy:
         return Policy(
-            ModelConfig(path=str(path), **model), ParallelConfig(), OptimizerConfig(lr=1e-3, clip_grad=0.0), ranks,
+            ModelConfig(path=str(path), **model), ParallelConfig(),
+            OptimizerConfig(lr=1e-3, clip_grad=0.0), ranks,
             updates=1, seed=0, keep_reference=keep_reference,
         )  # fmt: skip
 
@@ -70,8 +80,13 @@ def logprobs(policy: Policy, sequences: list[Sample], budget: int = 600) -> list
     return [found[i] for i in range(len(sequences))]
 
 
-def gradients(policy: Policy, sequences: list[Sample], budget: int = 300) -> dict[str, torch.Tensor]:
-    policy.update(policy.pack_update(sequences, list(range(len(sequences))), budget, "sequence"), supervised_loss)
+def gradients(
+    policy: Policy, sequences: list[Sample], budget: int = 300
+) -> dict[str, torch.Tensor]:
+    policy.update(
+        policy.pack_update(sequences, list(range(len(sequences))), budget, "sequence"),
+        supervised_loss,
+    )
     return {name: gradient.clone() for name, gradient in policy.named_gradients()}
 
 
@@ -81,15 +96,27 @@ def test_replaying_its_own_choice_changes_no_bit(make: MakePolicy) -> None:
     assert all(torch.equal(a, b) for a, b in zip(logprobs(policy, sequences), own, strict=True))
     batches = policy.pack_update(sequences, list(range(16)), 600, "sequence")
     policy.score(batches)
-    assert policy.compare_logprobs(batches)["kl"] == 0, "a fresh reference chooses the same by itself"
+    assert policy.compare_logprobs(batches)["kl"] == 0, (
+        "a fresh reference chooses the same by itself"
+    )
     plain, replayed = gradients(make(), sequences), gradients(policy, sequences)
-    for name in plain:  # sequences' last tokens, whose gradients are 0, add rows to the first experts' products
-        first = name.startswith("model.layers.") and 0 <= int(name.partition("experts.")[2].partition(".")[0] or -1) < 4
-        assert float((plain[name] - replayed[name]).norm()) <= first * 1e-6 * float(plain[name].norm()), name
+    # sequences' last tokens, whose gradients are 0, add rows to the first experts' products
+    for name in plain:
+        first = (
+            name.startswith("model.layers.")
+            and 0 <= int(name.partition("experts.")[2].partition(".")[0] or -1) < 4
+        )
+        assert float((plain[name] - replayed[name]).norm()) <= first * 1e-6 * float(
+            plain[name].norm()
+        ), name
 
 
-def test_the_first_update_of_a_mixture_sees_a_ratio_of_exactly_1(make: MakePolicy, wide: Path) -> None:
-    """Log-probs are computed without gradients, updates with them: routing and rounding must be the same in both."""
+def test_the_first_update_of_a_mixture_sees_a_ratio_of_exactly_1(
+    make: MakePolicy, wide: Path
+) -> None:
+    """Log-probs are computed without gradients, updates with them: routing and rounding must be the
+    same in both.
+    """
     policy = make(wide)
     sequences = ragged_sequences(24)
     batches = policy.pack_update(sequences, list(range(24)), 600, "sequence")
@@ -104,7 +131,10 @@ def test_the_order_of_a_tokens_experts_changes_no_bit(make: MakePolicy, wide: Pa
     """Engines list them as they like."""
     sequences = randomly_routed(ragged_sequences(8), 2, 16, 8)
     rng = np.random.default_rng(0)
-    mixed = [replace(s, routed_experts=rng.permuted(cast(np.ndarray, s.routed_experts), axis=-1)) for s in sequences]
+    mixed = [
+        replace(s, routed_experts=rng.permuted(cast(np.ndarray, s.routed_experts), axis=-1))
+        for s in sequences
+    ]
     one, other = (logprobs(make(wide, routing="replay"), asked) for asked in (sequences, mixed))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -112,25 +142,37 @@ def test_the_order_of_a_tokens_experts_changes_no_bit(make: MakePolicy, wide: Pa
 @pytest.mark.parametrize("recompute", [FULL, MOE, FIRST], ids=["full", "moe", "first layer"])
 def test_recomputation_takes_the_same_experts(recompute: dict[str, Any], make: MakePolicy) -> None:
     sequences = randomly_routed(ragged_sequences(16), 4, 16, 4)
-    kept, again = (gradients(make(routing="replay", megatron=m), sequences) for m in ({}, recompute))
+    kept, again = (
+        gradients(make(routing="replay", megatron=m), sequences) for m in ({}, recompute)
+    )
     assert all(torch.equal(kept[name], again[name]) for name in kept)
     own = gradients(make(), sequences)
     gate = "model.layers.0.mlp.gate.weight"
-    assert float((own[gate] - kept[gate]).norm() / kept[gate].norm()) > 0.5, "these are other experts"
+    assert float((own[gate] - kept[gate]).norm() / kept[gate].norm()) > 0.5, (
+        "these are other experts"
+    )
 
 
-def test_transformers_with_the_same_experts_gives_the_same_numbers(make: MakePolicy, moe: Path) -> None:
-    """Log-probs, and the gradient of every parameter: routers learn from the weights of what was chosen for them."""
+def test_transformers_with_the_same_experts_gives_the_same_numbers(
+    make: MakePolicy, moe: Path
+) -> None:
+    """Log-probs, and the gradient of every parameter: routers learn from the weights of what was
+    chosen for them.
+    """
     sequences = randomly_routed(ragged_sequences(6), 4, 16, 4)
     policy, model = make(routing="replay"), AutoModelForCausalLM.from_pretrained(moe)
     routing = torch.empty(0)
     for number, layer in enumerate(model.model.layers):
-        layer.mlp.gate.register_forward_hook(lambda _, __, out, number=number: _choose(out[0], routing[:, number]))
+        layer.mlp.gate.register_forward_hook(
+            lambda _, __, out, number=number: _choose(out[0], routing[:, number])
+        )
     for sequence, mine in zip(sequences, logprobs(policy, sequences), strict=True):
         assert sequence.routed_experts is not None
         last = np.arange(4, dtype=np.int8)[None, None].repeat(4, 1)
         routing = torch.from_numpy(np.concatenate([sequence.routed_experts, last])).long()
-        logits = model(torch.tensor(sequence.tokens)[None].long()).logits[0, sequence.prompt_length - 1 : -1]
+        logits = model(torch.tensor(sequence.tokens)[None].long()).logits[
+            0, sequence.prompt_length - 1 : -1
+        ]
         targets = torch.tensor(sequence.tokens[sequence.prompt_length :]).long()
         theirs = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
         assert float((mine - theirs.detach()).abs().max()) <= 1e-5
@@ -150,10 +192,16 @@ def _choose(logits: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 @pytest.mark.parametrize("engine", ["noise", "bfloat16"])
-def test_replay_removes_what_flipped_experts_add(engine: str, make: MakePolicy, moe: Path, tmp_path: Path) -> None:
-    """An engine that is a little off: what remains is its own error, if it chose the same experts anyway."""
+def test_replay_removes_what_flipped_experts_add(
+    engine: str, make: MakePolicy, moe: Path, tmp_path: Path
+) -> None:
+    """An engine that is a little off: what remains is its own error, if it chose the same experts
+    anyway.
+    """
     torch.manual_seed(1)
-    noisy = change_weights(moe, tmp_path / "noisy", lambda _, w: w * (1 + 1e-4 * torch.randn_like(w)))
+    noisy = change_weights(
+        moe, tmp_path / "noisy", lambda _, w: w * (1 + 1e-4 * torch.randn_like(w))
+    )
     sampler = make(noisy) if engine == "noise" else make(dtype="bfloat16")
     sequences, sampled = as_sampled_by(sampler, ragged_sequences(48))
     chosen, own = as_sampled_by(make(), sequences)
@@ -162,8 +210,9 @@ def test_replay_removes_what_flipped_experts_add(engine: str, make: MakePolicy, 
     replayed = logprobs(make(routing="replay"), sequences)
     together = torch.cat([(a - b).abs() for a, b in zip(replayed, sampled, strict=True)])
     print(
-        f"{engine}: {after_flip.double().mean():.1%} of tokens at or after a flipped expert; own routing: mean "
-        f"{apart.mean():.1e}, max {apart.max():.1e}; replay: mean {together.mean():.1e}, max {together.max():.1e}"
+        f"{engine}: {after_flip.double().mean():.1%} of tokens at or after a flipped expert; own "
+        f"routing: mean {apart.mean():.1e}, max {apart.max():.1e}; replay: mean "
+        f"{together.mean():.1e}, max {together.max():.1e}"
     )
     assert 0.05 < after_flip.double().mean() < 0.95
     assert torch.allclose(apart[~after_flip], together[~after_flip], atol=1e-6)
@@ -189,10 +238,14 @@ def test_a_servers_routing_is_read_as_it_was_written(moe: Path) -> None:
     read = decode_routing(encoded, 9, model)
     assert read.dtype == np.int8
     assert np.array_equal(read, chosen)
-    with pytest.raises(ValueError, match="are not the int32 choices of 8 tokens in 4 layers of 4 experts"):
+    with pytest.raises(
+        ValueError, match=("are not the int32 choices of 8 tokens in 4 layers of 4 experts")
+    ):
         decode_routing(encoded, 8, model)
     with pytest.raises(ValueError, match="-1 to 15, of experts 0 to 15"):
-        decode_routing(base64.b64encode(np.where(chosen == 0, -1, chosen).tobytes()).decode(), 9, model)
+        decode_routing(
+            base64.b64encode(np.where(chosen == 0, -1, chosen).tobytes()).decode(), 9, model
+        )
 
 
 def test_what_cannot_be_replayed_is_named(make: MakePolicy, moe: Path, tied_model: Path) -> None:
@@ -202,25 +255,47 @@ def test_what_cannot_be_replayed_is_named(make: MakePolicy, moe: Path, tied_mode
     assert routed.routed_experts is not None
     with pytest.raises(UserError, match="a response came without"):
         policy.pack_update([plain], [0], 100, "token")
-    with pytest.raises(UserError, match=r"routing is \[\d+, 3, 4\], and the policy's model has \[\d+, 4, 4\]"):
-        policy.pack_update([replace(routed, routed_experts=routed.routed_experts[:, :3])], [0], 100, "token")
+    with pytest.raises(
+        UserError, match=r"routing is \[\d+, 3, 4\], and the policy's model has \[\d+, 4, 4\]"
+    ):
+        policy.pack_update(
+            [replace(routed, routed_experts=routed.routed_experts[:, :3])], [0], 100, "token"
+        )
     with pytest.raises(UserError, match="model has 0 to 15"):
-        policy.pack_update([replace(routed, routed_experts=routed.routed_experts + 1)], [0], 100, "token")
+        policy.pack_update(
+            [replace(routed, routed_experts=routed.routed_experts + 1)], [0], 100, "token"
+        )
     with pytest.raises(ConfigError, match="replay is for a mixture of experts"):
         check_fit(ModelConfig(path=str(tied_model), routing="replay"), ParallelConfig())
     with (
         pytest.raises(ConfigError, match="an engine that says which experts it chose"),
         ExitStack() as stack,
     ):
-        build_engine(ModelConfig(path=str(moe), routing="replay"), RolloutConfig(), Servers(), moe, NoText(), stack)
+        build_engine(
+            ModelConfig(path=str(moe), routing="replay"),
+            RolloutConfig(),
+            Servers(),
+            moe,
+            NoText(),
+            stack,
+        )
     tree = {
-        "name": "x", "model": {"path": str(moe), "routing": "replay"}, "data": {"datasets": [{"path": "x"}]},
+        "name": "x", "model": {"path": str(moe), "routing": "replay"},
+        "data": {"datasets": [{"path": "x"}]},
         "method": {"name": "efr", "alpha": 0.1}, "optimizer": {"lr": 1e-4},
         "rollout": {"engine": "sglang", "router": True},
     }  # fmt: skip
     config = validate(TrainConfig, tree)
-    with pytest.raises(ConfigError, match=r"^rollout\.router: .* which model\.routing: replay needs"):
+    with pytest.raises(
+        ConfigError, match=r"^rollout\.router: .* which model\.routing: replay needs"
+    ):
         check_configuration(config, 1)  # before servers are started
-    for field, name in (("moe_router_fusion", "fused router"), ("moe_enable_routing_replay", "set model.routing")):
+    for field, name in (
+        ("moe_router_fusion", "fused router"),
+        ("moe_enable_routing_replay", "set model.routing"),
+    ):
         with pytest.raises(ConfigError, match=name):
-            check_fit(ModelConfig(path=str(moe), routing="replay", megatron={field: True}), ParallelConfig())
+            check_fit(
+                ModelConfig(path=str(moe), routing="replay", megatron={field: True}),
+                ParallelConfig(),
+            )

@@ -1,4 +1,6 @@
-"""Credits and weights of single tokens in the loss, against fp64 written out sequence by sequence."""
+"""Credits and weights of single tokens in the loss, against fp64 written out sequence by
+sequence.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,16 @@ OBJECTIVES = {
 
 
 def weighed() -> list[Sample]:
-    """Ragged weights: about half of the tokens have none, one of the sequences has a single trained token."""
+    """Ragged weights: about half of the tokens have none, one of the sequences has a single trained
+    token.
+    """
     rng, made = np.random.default_rng(5), []
     for i, s in enumerate(ragged_sequences(COUNT, seed=5)):
-        weight = (0.2 + rng.random(s.response_length)) * (rng.random(s.response_length) < 0.5) * (i not in UNTRAINED)
+        weight = (
+            (0.2 + rng.random(s.response_length))
+            * (rng.random(s.response_length) < 0.5)
+            * (i not in UNTRAINED)
+        )
         if i == 0:
             weight[:] = np.arange(s.response_length) == s.response_length // 2
         made.append(with_columns(s, weight=weight, advantage=rng.normal(size=s.response_length)))
@@ -42,13 +50,19 @@ def weighed() -> list[Sample]:
 
 
 def token_losses(
-    objective: Objective, logprob: torch.Tensor, entropy: torch.Tensor, batch: dict[str, torch.Tensor]
+    objective: Objective,
+    logprob: torch.Tensor,
+    entropy: torch.Tensor,
+    batch: dict[str, torch.Tensor],
 ) -> torch.Tensor:
-    """One sequence's losses, unweighted, fp64 [tokens]; its ratio is over the trained tokens alone."""
+    """One sequence's losses, unweighted, fp64 [tokens]; its ratio is over the trained tokens
+    alone.
+    """
     a, old, d = batch["advantage"], batch["old_logprob"], batch["reference_logprob"] - logprob
     trained = batch["weight"] > 0
     ratio = (logprob - old).exp()
-    if objective.ratio == "sequence":  # GSPO-token: its value, and the gradient of the token's own log-prob
+    # GSPO-token: its value, and the gradient of the token's own log-prob
+    if objective.ratio == "sequence":
         mean = (logprob - old)[trained].mean().detach() if trained.any() else torch.zeros(())
         ratio = (mean + logprob - logprob.detach()).exp()
     bounded = ratio.clamp(1 - objective.low, 1 + objective.high)
@@ -62,8 +76,12 @@ def token_losses(
     return loss + objective.beta * kl - objective.bonus * entropy
 
 
-def aggregated(aggregate: str, losses: list[torch.Tensor], weights: list[torch.Tensor]) -> torch.Tensor:
-    """Weighted losses over what is trained: its tokens, then its sequences; all its tokens; or a constant."""
+def aggregated(
+    aggregate: str, losses: list[torch.Tensor], weights: list[torch.Tensor]
+) -> torch.Tensor:
+    """Weighted losses over what is trained: its tokens, then its sequences; all its tokens; or a
+    constant.
+    """
     sums = torch.stack([(w * loss)[w > 0].sum() for w, loss in zip(weights, losses, strict=True)])
     counts = torch.tensor([float((w > 0).sum()) for w in weights], dtype=torch.float64)
     live = counts > 0
@@ -80,7 +98,10 @@ def test_loss_and_gradients_equal_fp64(name: str, aggregate: Any) -> None:
     samples, everyone = weighed(), list(range(COUNT))
     factors = row_weights([s.size for s in samples], everyone, aggregate, DIVISOR)
     assert {i for i in everyone if factors[i] == 0} == UNTRAINED
-    batches = [pack(samples, part, factors, torch.device("cpu")) for part in (everyone[::2], everyone[1::2])]
+    batches = [
+        pack(samples, part, factors, torch.device("cpu"))
+        for part in (everyone[::2], everyone[1::2])
+    ]
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(VOCAB, HIDDEN))
     states = [torch.randn(len(batch.targets), HIDDEN, requires_grad=True) for batch in batches]
@@ -90,7 +111,10 @@ def test_loss_and_gradients_equal_fp64(name: str, aggregate: Any) -> None:
         batch.columns["old_logprob"] = now + 0.15 * noise[0]
         batch.columns["reference_logprob"] = now + 0.3 * noise[1]
     head = Head(weight, VOCAB, 1.0, None, sequence_parallel=False, chunk=16, backend="torch")
-    values = [policy_loss(objective)(HeadRows(head, s, b, 1.0))[0] for s, b in zip(states, batches, strict=True)]
+    values = [
+        policy_loss(objective)(HeadRows(head, s, b, 1.0))[0]
+        for s, b in zip(states, batches, strict=True)
+    ]
     torch.stack(values).sum().backward()
 
     wide = weight.detach().double().requires_grad_()
@@ -119,22 +143,37 @@ def test_no_device_is_asked_if_a_token_was_chosen() -> None:
     chosen = with_columns(drawn, version=begun, **told)
     forced = with_columns(chosen, weight=begun == 4)
     plain = with_columns(drawn, version=4, **told)
-    batches = [pack([sample], [0], {0: 1.0}, torch.device("meta")) for sample in (chosen, forced, plain, drawn)]
+    batches = [
+        pack([sample], [0], {0: 1.0}, torch.device("meta"))
+        for sample in (chosen, forced, plain, drawn)
+    ]
     fill_behaviour(batches)
-    assert ["behaviour_logprob" in batch.columns for batch in batches] == [True, False, False, False]
+    assert ["behaviour_logprob" in batch.columns for batch in batches] == [
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("name", ["clip", "whole"])
 def test_the_ratio_of_a_chosen_token_is_to_its_chance(name: str) -> None:
-    """AdaptThink's opening: the policy's probability over 0.5, in fp64; how far the policy moved is not to that."""
+    """AdaptThink's opening: the policy's probability over 0.5, in fp64; how far the policy moved is
+    not to that.
+    """
     objective, chance = OBJECTIVES[name], 0.5
     drawn = ragged_sequences(6, seed=8)
-    versions = [[NOT_DRAWN] * (i % 2) + [4] * (s.response_length - i % 2) for i, s in enumerate(drawn)]
+    versions = [
+        [NOT_DRAWN] * (i % 2) + [4] * (s.response_length - i % 2) for i, s in enumerate(drawn)
+    ]
     drawn = [with_columns(s, version=version) for s, version in zip(drawn, versions, strict=True)]
     factors = row_weights([s.size for s in drawn], list(range(6)), "sequence")
     batch = pack(drawn, list(range(6)), factors, torch.device("cpu"))
     torch.manual_seed(1)
-    weight, states = torch.nn.Parameter(torch.randn(VOCAB, HIDDEN)), torch.randn(len(batch.targets), HIDDEN)
+    weight, states = (
+        torch.nn.Parameter(torch.randn(VOCAB, HIDDEN)),
+        torch.randn(len(batch.targets), HIDDEN),
+    )
     states.requires_grad_()
     now = log_probs(states.detach(), weight.detach()).gather(1, batch.targets[:, None])[:, 0]
     before = now + 0.1 * torch.randn(len(now))
@@ -149,7 +188,9 @@ def test_the_ratio_of_a_chosen_token_is_to_its_chance(name: str) -> None:
 
     wide, wide_states = (each.detach().double().requires_grad_() for each in (weight, states))
     ratios_to = torch.where(chosen, math.log(chance), before.double())
-    exact = replace(batch, columns={**batch.columns, "old_logprob": ratios_to, "weight": torch.ones(len(now))})
+    exact = replace(
+        batch, columns={**batch.columns, "old_logprob": ratios_to, "weight": torch.ones(len(now))}
+    )
     losses = by_sequence(objective, exact, wide_states, wide)
     want = torch.stack([loss.mean() for loss in losses.values()]).mean()
     want.backward()
@@ -170,7 +211,10 @@ def test_the_largest_ratio_is_of_trained_tokens() -> None:
     off = np.arange(one.response_length) % 2
     batch = pack([with_columns(one, weight=off)], [0], {0: 1.0}, torch.device("cpu"))
     torch.manual_seed(2)
-    weight, states = torch.nn.Parameter(torch.randn(VOCAB, HIDDEN)), torch.randn(len(batch.targets), HIDDEN)
+    weight, states = (
+        torch.nn.Parameter(torch.randn(VOCAB, HIDDEN)),
+        torch.randn(len(batch.targets), HIDDEN),
+    )
     now = log_probs(states, weight.detach()).gather(1, batch.targets[:, None])[:, 0]
     batch.columns["old_logprob"] = now - torch.where(batch.columns["weight"] > 0, 0.25, 3.0)
     head = Head(weight, VOCAB, 1.0, None, sequence_parallel=False, chunk=16, backend="torch")
@@ -204,7 +248,11 @@ def by_sequence(
 
 def test_figures_are_means_whatever_the_weights_sum_to() -> None:
     figures = {"loss": 3.0, "entropy": 0.5, "clip_fraction": 0.1}
-    assert as_means(figures | {"weight": 0.25}) == {"loss": 3.0, "entropy": 2.0, "clip_fraction": 0.4}
+    assert as_means(figures | {"weight": 0.25}) == {
+        "loss": 3.0,
+        "entropy": 2.0,
+        "clip_fraction": 0.4,
+    }
     assert as_means(figures | {"weight": 1.0 + 3e-7}) == figures, "rounding of weights is no weight"
     nothing = as_means({"loss": 0.0, "entropy": 0.0, "clip_fraction": 0.0, "weight": 0.0})
     assert np.isnan(nothing.pop("entropy"))

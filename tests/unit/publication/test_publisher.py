@@ -15,7 +15,9 @@ from megatron_efr.publication.reshard import Parcel
 
 
 class Engines:
-    """Engines, transport and check at once, which note the version of each publication and of each that is checked."""
+    """Engines, transport and check at once, which note the version of each publication and of each
+    that is checked.
+    """
 
     everywhere = False
 
@@ -73,8 +75,12 @@ def make_publisher(engines: Any, ranks: Ranks, every: int) -> Publisher:
     return Publisher(engines, engines, ranks.cpu_world, check=lambda: engines, verify_every=every)
 
 
-@pytest.mark.parametrize(("every", "checked"), [(1, [*range(1, 10)]), (3, [1, 4, 7]), (4, [1, 5, 9]), (20, [1])])
-def test_the_first_publication_and_every_nth_is_checked(every: int, checked: list[int], ranks: Ranks) -> None:
+@pytest.mark.parametrize(
+    ("every", "checked"), [(1, [*range(1, 10)]), (3, [1, 4, 7]), (4, [1, 5, 9]), (20, [1])]
+)
+def test_the_first_publication_and_every_nth_is_checked(
+    every: int, checked: list[int], ranks: Ranks
+) -> None:
     engines = Engines()
     publisher = make_publisher(engines, ranks, every)
     for version in range(1, 10):
@@ -83,7 +89,9 @@ def test_the_first_publication_and_every_nth_is_checked(every: int, checked: lis
     assert engines.checked == checked
 
 
-def test_so_is_one_that_takes_in_another_engine_without_putting_off_the_others(ranks: Ranks) -> None:
+def test_so_is_one_that_takes_in_another_engine_without_putting_off_the_others(
+    ranks: Ranks,
+) -> None:
     engines = Engines()
     publisher = make_publisher(engines, ranks, 4)
     for version in range(1, 10):
@@ -92,7 +100,9 @@ def test_so_is_one_that_takes_in_another_engine_without_putting_off_the_others(r
     assert engines.checked == [1, 3, 4, 5, 9]
 
 
-def test_what_is_sent_again_counts_once_and_is_checked_as_the_first_attempt_was(ranks: Ranks) -> None:
+def test_what_is_sent_again_counts_once_and_is_checked_as_the_first_attempt_was(
+    ranks: Ranks,
+) -> None:
     engines = Engines()
     publisher = make_publisher(engines, ranks, 3)
     for version in range(1, 8):
@@ -110,7 +120,8 @@ def test_what_is_sent_again_counts_once_and_is_checked_as_the_first_attempt_was(
 def test_engines_that_fail_again_and_again_are_given_to_who_can_start_them(ranks: Ranks) -> None:
     engines, given = Engines(), []
     publisher = Publisher(
-        engines, engines, ranks.cpu_world, check=lambda: engines, verify_every=1, restart=given.append
+        engines, engines, ranks.cpu_world, check=lambda: engines, verify_every=1,
+        restart=given.append
     )  # fmt: skip
     publisher.publish(OneTensor(), 1)
     engines.refuses, engines.failing = 2, ["http://a:1"]

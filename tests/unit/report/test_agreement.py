@@ -14,7 +14,9 @@ from megatron_efr.report.agreement import agreement_markdown, compare
 pytestmark = pytest.mark.alike
 
 
-def family(*models: tuple[float | None, tuple[float, float], tuple[float, float]]) -> dict[str, Any]:
+def family(
+    *models: tuple[float | None, tuple[float, float], tuple[float, float]],
+) -> dict[str, Any]:
     """A summary with intervals of accuracy and tokens; each figure is its interval's middle."""
     return {
         "models": [
@@ -55,7 +57,9 @@ def test_other_families_are_not_compared() -> None:
 
 
 def test_equal_families_are_found_apart_as_seldom_as_it_is_said() -> None:
-    """Intervals that touch are 2 x 1.96 standard errors of one mean apart, 2.77 of the difference: 0.6%."""
+    """Intervals that touch are 2 x 1.96 standard errors of one mean apart, 2.77 of the difference:
+    0.6%.
+    """
     rng = np.random.default_rng(0)
     intervals = [interval(rng.normal(size=400), seed=i, resamples=400) for i in range(1600)]
     pairs = zip(intervals[::2], intervals[1::2], strict=True)

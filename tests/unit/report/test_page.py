@@ -25,7 +25,14 @@ def evaluate(name, accuracy, lengths, seed=0, problems=120, dataset="sums"):
         count = max(1, round(lengths[level - 2] * rng.uniform(0.8, 1.2)))
         meta = {"difficulty": level, "dataset": dataset, "question": f"Sum number {index} <b>&"}
         prompt = Prompt(f"p{index}", (1, 2), "text", str(index), meta)
-        groups.append(graded([rng.random() < accuracy], [count], text=f"<i>{name}</i> says {index}", prompt=prompt))
+        groups.append(
+            graded(
+                [rng.random() < accuracy],
+                [count],
+                text=f"<i>{name}</i> says {index}",
+                prompt=prompt,
+            )
+        )
     return summarise(groups, name)
 
 
@@ -35,7 +42,10 @@ def family():
     alphas = {"alpha-0.4": 0.4, "base": None, "alpha-0": 0.0, "alpha-0.1": 0.1}
     shares = {"base": 1.0, "alpha-0": 0.9, "alpha-0.1": np.linspace(0.5, 0.8, 7), "alpha-0.4": 0.5}
     rates = {"base": 0.6, "alpha-0": 0.9, "alpha-0.1": 0.95, "alpha-0.4": 0.9}
-    evaluations = {name: evaluate(name, rates[name], shares[name] * lengths, seed=i) for i, name in enumerate(alphas)}
+    evaluations = {
+        name: evaluate(name, rates[name], shares[name] * lengths, seed=i)
+        for i, name in enumerate(alphas)
+    }
     metrics = {
         name: [
             {
@@ -50,7 +60,9 @@ def family():
         for name in alphas
         if name != "base"
     }
-    summary = build_summary(evaluations, alphas, {"sft": 12.0, "rl": 100.0, "evaluate": 5.0, "total": 117.0})
+    summary = build_summary(
+        evaluations, alphas, {"sft": 12.0, "rl": 100.0, "evaluate": 5.0, "total": 117.0}
+    )
     return summary, evaluations, metrics
 
 
@@ -88,8 +100,11 @@ class Tags(HTMLParser):
 
 def test_the_page_holds_the_figures_and_refers_to_nothing_outside(tmp_path, family):
     summary, evaluations, metrics = family
-    metrics["warm-start"] = [{"step": 1, "loss": 2.0}]  # a run without any of the curves is left out of them
-    path = write_report(summary, evaluations, metrics, tmp_path / "report", note="A tiny model on a toy task.")
+    # a run without any of the curves is left out of them
+    metrics["warm-start"] = [{"step": 1, "loss": 2.0}]
+    path = write_report(
+        summary, evaluations, metrics, tmp_path / "report", note=("A tiny model on a toy task.")
+    )
     html = path.read_text()
     tags = Tags(html)
     text = " ".join(tags.text)
@@ -123,7 +138,14 @@ def test_everything_that_came_from_outside_is_escaped(tmp_path, family):
     evaluations = {record["name"]: record for record in evaluations.values()}
     metrics[evil] = metrics.pop("alpha-0")
     html = write_report(
-        summary, evaluations, metrics, tmp_path, title=evil, note=evil, configs={evil: evil}, versions={evil: evil}
+        summary,
+        evaluations,
+        metrics,
+        tmp_path,
+        title=evil,
+        note=evil,
+        configs={evil: evil},
+        versions={evil: evil},
     ).read_text()
     assert "<script" not in html
     assert "<i>base</i>" not in html
@@ -141,7 +163,9 @@ def test_a_single_model_and_an_empty_folder_still_make_a_page(tmp_path, family):
     alone = build_summary({"m": {**evaluations["base"], "name": "m"}}, {"m": None}, {})
     html = write_report(alone, {"m": evaluations["base"]}, {}, tmp_path / "one").read_text()
     assert "No training metrics" in html
-    trained = write_report({"models": [], "seconds": {}}, {}, {"run": metrics["alpha-0"]}, tmp_path / "run").read_text()
+    trained = write_report(
+        {"models": [], "seconds": {}}, {}, {"run": metrics["alpha-0"]}, tmp_path / "run"
+    ).read_text()
     assert "training accuracy went from 51.5% to 78.5%" in trained  # steps 1, 2 and 28, 29
     assert "No evaluation on held-out problems" in trained
     empty = write_report({"models": [], "seconds": {}}, {}, {}, tmp_path / "none").read_text()
@@ -150,14 +174,24 @@ def test_a_single_model_and_an_empty_folder_still_make_a_page(tmp_path, family):
 
 
 def model(name, alpha, accuracy, tokens):
-    return {"name": name, "alpha": alpha, "accuracy": accuracy, "tokens": tokens, "tokens_by_difficulty": {}}
+    return {
+        "name": name,
+        "alpha": alpha,
+        "accuracy": accuracy,
+        "tokens": tokens,
+        "tokens_by_difficulty": {},
+    }
 
 
 def test_the_headline_picks_the_briefest_that_is_no_less_accurate():
-    base, good, brief = model("base", None, 0.7, 50.0), model("a", 0.1, 0.9, 40.0), model("b", 0.4, 0.6, 20.0)
+    base, good, brief = (
+        model("base", None, 0.7, 50.0),
+        model("a", 0.1, 0.9, 40.0),
+        model("b", 0.4, 0.6, 20.0),
+    )
     assert headline([base, good, brief], {}) == (
-        "With alpha 0.1, the model uses 20% fewer tokens than the base (40.0 against 50.0 on average) "
-        "and is right 90.0% of the time, against 70.0%."
+        "With alpha 0.1, the model uses 20% fewer tokens than the base (40.0 against 50.0 on "
+        "average) and is right 90.0% of the time, against 70.0%."
     )
     assert "alpha 0.4" in headline([base, brief], {})
     assert "is less often right: 60.0% of the time, against 70.0%" in headline([base, brief], {})
@@ -166,11 +200,17 @@ def test_the_headline_picks_the_briefest_that_is_no_less_accurate():
 
 def test_the_headline_says_its_interval_its_deviation_or_that_it_is_one_iteration():
     base, good = model("base", None, 0.7, 50.0), model("a", 0.1, 0.9, 40.0)
-    known = [one | {"accuracy_ci": [one["accuracy"] - 0.05, one["accuracy"] + 0.04]} for one in (base, good)]
+    known = [
+        one | {"accuracy_ci": [one["accuracy"] - 0.05, one["accuracy"] + 0.04]}
+        for one in (base, good)
+    ]
     assert headline(known, {}).endswith(
-        "is right 90.0% (95% interval 85.0% to 94.0%) of the time, against 70.0% (95% interval 65.0% to 74.0%)."
+        "is right 90.0% (95% interval 85.0% to 94.0%) of the time, against 70.0% (95% interval "
+        "65.0% to 74.0%)."
     )
-    assert headline(known[:1], {}).startswith("base is right 70.0% (95% interval 65.0% to 74.0%) of the time")
+    assert headline(known[:1], {}).startswith(
+        "base is right 70.0% (95% interval 65.0% to 74.0%) of the time"
+    )
     seeds = [one | {"accuracy_sd": 0.02, "accuracy_by_seed": [1, 2, 3]} for one in (base, good)]
     assert "is right 90.0% (± 2.0% over 3 seeds) of the time" in headline(seeds, {})
     line = {"step": 1, "accuracy": 0.25, "tokens_mean": 31.04}
@@ -199,7 +239,9 @@ def test_difficulty_is_reported_whichever_way_it_falls(share, expected):
     assert expected in first
     assert "difficulty 2, 3, 4; hard, 5, 6, 7" in first
     easy, hard = (int(value) / 100 for value in re.findall(r"(\d+)% (?:of|on hard)", sentence)[:2])
-    weighted = [np.average(share[part], weights=lengths[part]) for part in (slice(0, 3), slice(3, 6))]
+    weighted = [
+        np.average(share[part], weights=lengths[part]) for part in (slice(0, 3), slice(3, 6))
+    ]
     assert [easy, hard] == pytest.approx(weighted, abs=0.02)
 
 
@@ -211,7 +253,9 @@ def test_the_shown_problem_is_the_first_of_median_difficulty_that_the_base_gets_
         ]
         return {"rows": rows}
 
-    chosen, *more = chosen_problems(["base", "x"], {"base": record([1, 0, 0, 1, 1]), "x": record([0] * 5)})
+    chosen, *more = chosen_problems(
+        ["base", "x"], {"base": record([1, 0, 0, 1, 1]), "x": record([0] * 5)}
+    )
     assert chosen.rows["base"]["id"] == "3"
     assert "median difficulty (3)" in chosen.rule
     assert [(each.rows["x"]["id"], each.rule.split(" that ")[0]) for each in more] == [

@@ -1,4 +1,6 @@
-"""Evaluation records and summary.json: figures against hand-computed ones, JSON-ready, base first."""
+"""Evaluation records and summary.json: figures against hand-computed ones, JSON-ready, base
+first.
+"""
 
 import json
 
@@ -14,9 +16,17 @@ pytestmark = pytest.mark.alike
 
 
 def group(index, correct, lengths, dataset="A", difficulty=None, text="answer"):
-    meta = {"dataset": dataset, "question": f"Q{index}?"} | ({} if difficulty is None else {"difficulty": difficulty})
+    meta = {"dataset": dataset, "question": f"Q{index}?"} | (
+        {} if difficulty is None else {"difficulty": difficulty}
+    )
     finish = ["stop" if n < 50 else "length" for n in lengths]
-    return graded(correct, lengths, finish, text=text, prompt=Prompt(f"p{index}", (1,), "rendered", "42", meta))
+    return graded(
+        correct,
+        lengths,
+        finish,
+        text=text,
+        prompt=Prompt(f"p{index}", (1,), "rendered", "42", meta),
+    )
 
 
 GROUPS = [
@@ -64,10 +74,15 @@ def test_problems_that_were_left_out_stand_in_record_and_report():
     record = summarise(GROUPS, "m", left_out={"A": 1200, "B": 1})
     assert record["left_out"] == {"A": 1200, "B": 1}
     shown = summary_markdown(build_summary({"m": record}, {"m": None}, {}))
-    said = "Left out, since the prompt is longer than prompt.max_tokens: 1,201 problems, 1,200 of A, 1 of B."
+    said = (
+        "Left out, since the prompt is longer than prompt.max_tokens: 1,201 problems, 1,200 of A, "
+        "1 of B."
+    )
     assert said in shown
     assert said in describe(record)
-    assert "Left out" not in summary_markdown(build_summary({"m": summarise(GROUPS, "m")}, {"m": None}, {}))
+    assert "Left out" not in summary_markdown(
+        build_summary({"m": summarise(GROUPS, "m")}, {"m": None}, {})
+    )
     del record["left_out"]  # a record of before it was counted
     assert "Left out" not in summary_markdown(build_summary({"m": record}, {"m": None}, {}))
 
@@ -88,9 +103,21 @@ def test_the_summary_has_the_base_first_and_then_every_alpha_in_order():
     records = {name: summarise(GROUPS, name) for name in ("b", "a4", "a0")}
     seconds = {"sft": 1.0, "rl": 2.0, "evaluate": 3.0, "total": 6.0}
     summary = build_summary(records, {"a4": 0.4, "a0": 0.0, "b": None}, seconds)
-    assert [(model["name"], model["alpha"]) for model in summary["models"]] == [("b", None), ("a0", 0.0), ("a4", 0.4)]
+    assert [(model["name"], model["alpha"]) for model in summary["models"]] == [
+        ("b", None),
+        ("a0", 0.0),
+        ("a4", 0.4),
+    ]
     assert summary["seconds"] == seconds
-    keys = {"name", "alpha", "accuracy", "accuracy_ci", "tokens", "tokens_ci", "tokens_by_difficulty"}
+    keys = {
+        "name",
+        "alpha",
+        "accuracy",
+        "accuracy_ci",
+        "tokens",
+        "tokens_ci",
+        "tokens_by_difficulty",
+    }
     assert keys <= set(summary["models"][0])
     with pytest.raises(ValueError, match="no evaluation of a1; there are: a0, a4, b"):
         build_summary(records, {"a1": 0.1}, seconds)
@@ -99,14 +126,29 @@ def test_the_summary_has_the_base_first_and_then_every_alpha_in_order():
 def summary(accuracy, tokens, total):
     levels = {"2": tokens / 2, "10": tokens}
     models = [
-        {"name": "base", "alpha": None, "accuracy": 0.7, "tokens": 50.0, "tokens_by_difficulty": levels, "problems": 9},
-        {"name": "x", "alpha": 0.1, "accuracy": accuracy, "tokens": tokens, "tokens_by_difficulty": levels},
+        {
+            "name": "base",
+            "alpha": None,
+            "accuracy": 0.7,
+            "tokens": 50.0,
+            "tokens_by_difficulty": levels,
+            "problems": 9,
+        },
+        {
+            "name": "x",
+            "alpha": 0.1,
+            "accuracy": accuracy,
+            "tokens": tokens,
+            "tokens_by_difficulty": levels,
+        },
     ]
     return {"models": models, "seconds": {"total": total}}
 
 
 def test_seeds_are_put_together_as_mean_and_deviation():
-    merged = over_seeds([summary(0.90, 30.0, 100.0), summary(0.94, 34.0, 200.0), summary(0.92, 38.0, 300.0)])
+    merged = over_seeds(
+        [summary(0.90, 30.0, 100.0), summary(0.94, 34.0, 200.0), summary(0.92, 38.0, 300.0)]
+    )
     base, trained = merged["models"]
     assert merged["seeds"] == 3
     assert merged["seconds"] == {"total": 200.0}

@@ -1,4 +1,6 @@
-"""The report's sections: the front, budgets, lengths, what differs between runs; each from the records alone."""
+"""The report's sections: the front, budgets, lengths, what differs between runs; each from the
+records alone.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,16 @@ from megatron_efr.report.__main__ import gather_seeds
 from megatron_efr.report.differences import differences, student
 from megatron_efr.report.records import Listed, build_summary, family_summary, summary_markdown
 from megatron_efr.report.results import Results
-from megatron_efr.report.sections import apart, budgets, difficulty, family, lengths, made, problem, training
+from megatron_efr.report.sections import (
+    apart,
+    budgets,
+    difficulty,
+    family,
+    lengths,
+    made,
+    problem,
+    training,
+)
 from megatron_efr.report.sentences import front, headline
 from megatron_efr.report.stored import read_summary
 from megatron_efr.run.folder import RunFolder
@@ -40,7 +51,12 @@ MODELS = [
 
 def record(name: str) -> Record:
     groups = [
-        graded(rights, tokens, text=f"{name} </think>so", prompt=Prompt(f"p{i}", (1,), "", "7", {"difficulty": i % 2}))
+        graded(
+            rights,
+            tokens,
+            text=f"{name} </think>so",
+            prompt=Prompt(f"p{i}", (1,), "", "7", {"difficulty": i % 2}),
+        )
         for i, (rights, tokens) in enumerate(SAMPLES[name])
     ]
     return summarise(groups, name, protocol={"max_new_tokens": LIMIT, "temperature": 1.0})
@@ -50,7 +66,10 @@ def record(name: str) -> Record:
 def results(tmp_path: Path) -> Results:
     records = {name: record(name) for name in SAMPLES}
     lines = [{"step": s, "accuracy": 0.5, "tokens_mean": 9.0} for s in (1, 2)]
-    configs = {name: f"name: {name}\nseed: {i}\nmethod: {{name: efr}}\n" for i, name in enumerate(list(SAMPLES)[1:])}
+    configs = {
+        name: (f"name: {name}\nseed: {i}\nmethod: {{name: efr}}\n")
+        for i, name in enumerate(list(SAMPLES)[1:])
+    }
     summary = family_summary(records, MODELS, {"total": 3.0})
     return Results(summary, records, dict.fromkeys(configs, lines), tmp_path, configs)
 
@@ -62,7 +81,9 @@ def block(found: dict[str, Any] | str) -> dict[str, Any]:
 
 def within(name: str, budget: int) -> float:
     """Mean over problems of the share that is right and no longer."""
-    shares = [np.mean([r and t <= budget for r, t in zip(*each, strict=True)]) for each in SAMPLES[name]]
+    shares = [
+        np.mean([r and t <= budget for r, t in zip(*each, strict=True)]) for each in SAMPLES[name]
+    ]
     return float(np.mean(shares))
 
 
@@ -72,13 +93,24 @@ def test_budgets_are_the_shares_that_are_right_and_no_longer(results: Results) -
     rows = {row[0]: row[1:] for row in found["rows"]}
     for name in ("base", "b"):
         shown = [float(text.partition("%")[0]) for text in rows[name]]
-        assert shown == pytest.approx([100 * within(name, budget) for budget in found["budgets"]], abs=0.05)
+        assert shown == pytest.approx(
+            [100 * within(name, budget) for budget in found["budgets"]], abs=0.05
+        )
     for text, budget in zip(rows["method a"], found["budgets"], strict=True):
         both = [100 * within(f"a_seed-{seed}", budget) for seed in (1, 2)]
-        expected = [np.mean(both), np.mean(both) - np.std(both, ddof=1), np.mean(both) + np.std(both, ddof=1)]
-        assert [float(n) for n in re.findall(r"-?\d+\.\d", text)] == pytest.approx(expected, abs=0.06)
+        expected = [
+            np.mean(both),
+            np.mean(both) - np.std(both, ddof=1),
+            np.mean(both) + np.std(both, ddof=1),
+        ]
+        assert [float(n) for n in re.findall(r"-?\d+\.\d", text)] == pytest.approx(
+            expected, abs=0.06
+        )
     older = Results(
-        results.summary, {n: {**r, "measures": {}} for n, r in results.evaluations.items()}, {}, results.out
+        results.summary,
+        {n: {**r, "measures": {}} for n, r in results.evaluations.items()},
+        {},
+        results.out,
     )
     assert "no figures at hard budgets" in str(budgets.build(older))
 
@@ -95,23 +127,35 @@ def test_families_of_several_seeds_have_the_budgets_of_all_of_them(tmp_path: Pat
     gather_seeds(folder)
     evaluations, summary = folder.read_evaluations(), read_summary(folder.summary)
     assert set(evaluations) == {"base", "base.seed-2", "alpha-0.1", "alpha-0.1.seed-2"}
-    assert [row["id"] for row in evaluations["base.seed-2"]["rows"]] == ["seed-2/p0", "seed-2/p1", "seed-2/p2"]
+    assert [row["id"] for row in evaluations["base.seed-2"]["rows"]] == [
+        "seed-2/p0",
+        "seed-2/p1",
+        "seed-2/p2",
+    ]
     found = block(budgets.build(Results(summary, evaluations, {}, tmp_path)))
     shown = [float(text.partition("%")[0]) for text in found["rows"][1][1:]]
-    both = [np.mean([within(name, n) for name in ("a_seed-1", "a_seed-2")]) for n in found["budgets"]]
+    both = [
+        np.mean([within(name, n) for name in ("a_seed-1", "a_seed-2")]) for n in found["budgets"]
+    ]
     assert shown == pytest.approx([100 * share for share in both], abs=0.05)
 
 
 def test_the_front_has_whom_nobody_beats_in_both(results: Results) -> None:
     assert [model["name"] for model in front(results.models)] == ["b", "a"]
-    equal = [{"accuracy": accuracy, "tokens": tokens} for accuracy, tokens in ((0.5, 9), (0.7, 9), (0.7, 12), (0.6, 8))]
+    equal = [
+        {"accuracy": accuracy, "tokens": tokens}
+        for accuracy, tokens in ((0.5, 9), (0.7, 9), (0.7, 12), (0.6, 8))
+    ]
     assert front(equal) == [equal[3], equal[1]]
     found = block(family.build(results))
     assert found["front"].startswith("The line is the front: b, method a.")
     assert [row["on_front"] for row in found["rows"]] == [False, True, True]
     base, trained = found["rows"][0], found["rows"][1]
     assert base["against"] == ""
-    tokens = [np.mean([np.mean(each) for _, each in SAMPLES[name]]) for name in ("base", "a_seed-1", "a_seed-2")]
+    tokens = [
+        np.mean([np.mean(each) for _, each in SAMPLES[name]])
+        for name in ("base", "a_seed-1", "a_seed-2")
+    ]
     share = np.mean(tokens[1:]) / tokens[0] - 1
     assert trained["against"] == f"{100 * share:+.0f}%".replace("-", "−")
     assert trained["tokens"][1] == f"± {np.std(tokens[1:], ddof=1):.1f}"
@@ -121,7 +165,12 @@ def test_the_front_has_whom_nobody_beats_in_both(results: Results) -> None:
 
 def test_lengths_are_told_of_right_and_of_wrong_responses_of_all_seeds(results: Results) -> None:
     rows = {row[0]: row[1:] for row in block(lengths.build(results))["rows"]}
-    pairs = [pair for name in ("a_seed-1", "a_seed-2") for each in SAMPLES[name] for pair in zip(*each, strict=True)]
+    pairs = [
+        pair
+        for name in ("a_seed-1", "a_seed-2")
+        for each in SAMPLES[name]
+        for pair in zip(*each, strict=True)
+    ]
     for text, right in zip(rows["method a"], (1, 0), strict=True):
         own = [tokens for value, tokens in pairs if value == right]
         low, middle, high = np.percentile(own, [10, 50, 90])
@@ -145,8 +194,15 @@ def test_a_large_family_is_numbered_and_its_lines_are_those_of_the_front(results
 
 
 def test_what_differs_between_runs_is_said_and_nothing_else(results: Results) -> None:
-    assert made.differences(results.configs) == [("a_seed-1", "seed = 0"), ("a_seed-2", "seed = 1"), ("b", "seed = 2")]
-    assert made.differences({"a": "x: 1", "b": "x: [", "c": "x: 1\ny: {z: t}"}) == [("a", ""), ("c", 'y.z = "t"')]
+    assert made.differences(results.configs) == [
+        ("a_seed-1", "seed = 0"),
+        ("a_seed-2", "seed = 1"),
+        ("b", "seed = 2"),
+    ]
+    assert made.differences({"a": "x: 1", "b": "x: [", "c": ("x: 1\ny: {z: t}")}) == [
+        ("a", ""),
+        ("c", 'y.z = "t"'),
+    ]
     assert made.differences({"a": "x: 1"}) == []
     [protocol] = block(made.build(results))["protocols"]
     assert protocol == f"max_new_tokens = {LIMIT}, temperature = 1.0"
@@ -188,13 +244,19 @@ def test_intervals_of_differences_are_those_of_pooled_deviations() -> None:
 def test_equal_models_are_told_apart_as_seldom_as_it_is_said() -> None:
     rng = np.random.default_rng(0)
     families = [{f"m{i}": list(rng.normal(size=3)) for i in range(6)} for _ in range(400)]
-    wrong = [any(each.side for each in differences(family, "m0", 5).values()) for family in families]
+    wrong = [
+        any(each.side for each in differences(family, "m0", 5).values()) for family in families
+    ]
     assert 0.0 < np.mean(wrong) < 0.08
 
 
 def test_what_is_apart_is_said_of_models_of_several_seeds(tmp_path: Path) -> None:
     def model(name: str, accuracy: list[float], tokens: list[float]) -> Record:
-        means = {"accuracy": np.mean(accuracy), "tokens": np.mean(tokens), "tokens_by_difficulty": {}}
+        means = {
+            "accuracy": np.mean(accuracy),
+            "tokens": np.mean(tokens),
+            "tokens_by_difficulty": {},
+        }
         return {
             "name": name,
             "label": name,
@@ -205,20 +267,34 @@ def test_what_is_apart_is_said_of_models_of_several_seeds(tmp_path: Path) -> Non
         }
 
     models = [
-        {"name": "base", "label": "base", "base": "base", "accuracy": 0.5, "tokens": 60.0, "tokens_by_difficulty": {}},
+        {
+            "name": "base",
+            "label": "base",
+            "base": "base",
+            "accuracy": 0.5,
+            "tokens": 60.0,
+            "tokens_by_difficulty": {},
+        },
         model("plain", [0.80, 0.82, 0.81], [50.0, 51.0, 52.0]),
         model("brief", [0.80, 0.81, 0.82], [30.0, 31.0, 32.0]),
         model("worse", [0.60, 0.62, 0.61], [50.0, 52.0, 51.0]),
     ]
     found = block(apart.build(Results({"models": models, "seconds": {}}, {}, {}, tmp_path)))
     assert found["reference"] == "plain"
-    assert found["sentence"].startswith("Of 2 models, 1 are briefer than plain beyond chance and 0 longer; 0 are more")
+    assert found["sentence"].startswith(
+        "Of 2 models, 1 are briefer than plain beyond chance and 0 longer; 0 are more"
+    )
     ends = [[text.rpartition(": ")[2] for text in row[1:]] for row in found["rows"]]
     assert ends == [["not told apart", "briefer"], ["less accurate", "not told apart"]]
     assert found["rows"][1][1].startswith("−20.0 points [")
     against = Results({"models": models, "seconds": {}, "against": "brief"}, {}, {}, tmp_path)
-    assert [row[2].rpartition(": ")[2] for row in block(apart.build(against))["rows"]] == ["longer", "longer"]
-    assert "no base" in str(apart.build(Results({"models": models[1:2], "seconds": {}}, {}, {}, tmp_path)))
+    assert [row[2].rpartition(": ")[2] for row in block(apart.build(against))["rows"]] == [
+        "longer",
+        "longer",
+    ]
+    assert "no base" in str(
+        apart.build(Results({"models": models[1:2], "seconds": {}}, {}, {}, tmp_path))
+    )
 
 
 def test_models_of_one_run_are_compared_with_the_base_problem_by_problem(results: Results) -> None:
@@ -228,8 +304,12 @@ def test_models_of_one_run_are_compared_with_the_base_problem_by_problem(results
     rows = {row[0]: row[1:] for row in found["rows"]}
     for name, run in (("method a", "a_seed-1"), ("b", "b")):
         for text, column, scale in zip(rows[name], (0, 1), (100, 1), strict=True):
-            means = [np.mean([np.mean(each[column]) for each in SAMPLES[key]]) for key in (run, "base")]
-            value, low, high = (float(n.replace("−", "-")) for n in re.findall(r"[+−]\d+\.\d", text))
+            means = [
+                np.mean([np.mean(each[column]) for each in SAMPLES[key]]) for key in (run, "base")
+            ]
+            value, low, high = (
+                float(n.replace("−", "-")) for n in re.findall(r"[+−]\d+\.\d", text)
+            )
             assert value == pytest.approx(scale * (means[0] - means[1]), abs=0.06)
             assert low <= value <= high
     assert rows["b"][1].endswith("briefer")
@@ -245,13 +325,23 @@ def test_one_run_each_is_compared_with_the_model_that_the_sweep_names(results: R
     assert found["rows"][0][2].endswith("longer")
 
 
-def test_models_of_several_seeds_that_were_asked_otherwise_are_left_out_and_named(results: Results) -> None:
+def test_models_of_several_seeds_that_were_asked_otherwise_are_left_out_and_named(
+    results: Results,
+) -> None:
     records = dict(results.evaluations)
     for name in ("c", "d"):
         records |= {f"{name}_seed-{seed}": record(f"a_seed-{seed}") for seed in (1, 2)}
-    records["d_seed-1"] = {**records["d_seed-1"], "protocol": {"max_new_tokens": LIMIT, "temperature": 0.5}}
-    listed = [*MODELS, *(Listed(n, f"method {n}", (f"{n}_seed-1", f"{n}_seed-2"), "base") for n in ("c", "d"))]
-    found = block(apart.build(Results(family_summary(records, listed, {}), records, {}, results.out)))
+    records["d_seed-1"] = {
+        **records["d_seed-1"],
+        "protocol": {"max_new_tokens": LIMIT, "temperature": 0.5},
+    }
+    listed = [
+        *MODELS,
+        *(Listed(n, f"method {n}", (f"{n}_seed-1", f"{n}_seed-2"), "base") for n in ("c", "d")),
+    ]
+    found = block(
+        apart.build(Results(family_summary(records, listed, {}), records, {}, results.out))
+    )
     assert [row[0] for row in found["rows"]] == ["method c"]
     assert found["sentence"].startswith("Of 1 models")
     assert found["sentence"].endswith("Not among them, since they were asked otherwise: method d.")
@@ -262,22 +352,35 @@ def test_models_of_several_seeds_that_were_asked_otherwise_are_left_out_and_name
 def test_parts_of_a_model_of_several_seeds_are_the_means_over_these(results: Results) -> None:
     records = {}
     for name, own in results.evaluations.items():
-        halves = {part: {"accuracy": own["accuracy"], "tokens": own["tokens"] * k} for k, part in ((1, "A"), (2, "B"))}
+        halves = {
+            part: {"accuracy": own["accuracy"], "tokens": own["tokens"] * k}
+            for k, part in ((1, "A"), (2, "B"))
+        }
         records[name] = {**own, "datasets": halves}
     both = Results(results.summary, records, {}, results.out)
     cells = {row["label"]: row["cells"] for row in block(family.build(both))["datasets"]["rows"]}
     model, ends = results.models[1], results.evaluations
-    assert cells["method a"] == [f"{model['accuracy']:.1%} / {k * model['tokens']:,.0f}" for k in (1, 2)]
+    assert cells["method a"] == [
+        f"{model['accuracy']:.1%} / {k * model['tokens']:,.0f}" for k in (1, 2)
+    ]
     pair = [ends[f"a_seed-{seed}"]["accuracy_by_difficulty"] for seed in (1, 2)]
-    expected = {level: pytest.approx(50 * (pair[0][level] + pair[1][level])) for level in ("0", "1")}
+    expected = {
+        level: pytest.approx(50 * (pair[0][level] + pair[1][level])) for level in ("0", "1")
+    }
     assert difficulty._accuracy(both.records(model)) == expected
-    together = {row["id"]: row["tokens"] for row in difficulty._together(both.records(model))["rows"]}
+    together = {
+        row["id"]: row["tokens"] for row in difficulty._together(both.records(model))["rows"]
+    }
     assert together == {"p0": [10, 33, 5, 30], "p1": [8, 60, 9, 40], "p2": [30, 30, 33, 30]}
 
 
-def test_a_measure_that_somebody_registered_for_an_evaluation_alone_is_shown(results: Results) -> None:
+def test_a_measure_that_somebody_registered_for_an_evaluation_alone_is_shown(
+    results: Results,
+) -> None:
     own = {"mine": {"value": 0.25, "low": None, "high": None}}
-    records = {n: {**r, "measures": {**r["measures"], **own}} for n, r in results.evaluations.items()}
+    records = {
+        n: {**r, "measures": {**r["measures"], **own}} for n, r in results.evaluations.items()
+    }
     found = block(family.build(Results(results.summary, records, {}, results.out)))
     assert found["measures"]["rows"][-1] == ["mine", "0.25", "0.25 [0.25, 0.25]", "0.25"]
 
@@ -292,5 +395,7 @@ def test_models_are_told_against_the_base_that_they_begin_with() -> None:
     assert headline([small, large, own, brief], {}).startswith(
         "With own, the model uses 10% fewer tokens than the base"
     )
-    assert headline([small, large, brief], {}).startswith("With brief, the model uses 60% fewer tokens than the base-2")
+    assert headline([small, large, brief], {}).startswith(
+        "With brief, the model uses 60% fewer tokens than the base-2"
+    )
     assert headline([small, large], {}).startswith("Only starting models")

@@ -24,12 +24,15 @@ NEVER = TimeoutsConfig(check_s=1000)
 
 
 class Wired(Server):
-    """A server that answers as a test wants: weights that are `named` so, and responses when they are let go."""
+    """A server that answers as a test wants: weights that are `named` so, and responses when they
+    are let go.
+    """
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.named, self.cuts = "1", 0
-        self.working: list[tuple[int, asyncio.Event]] = []  # the prompt's first token, and what lets a response go
+        # the prompt's first token, and what lets a response go
+        self.working: list[tuple[int, asyncio.Event]] = []
 
     @property
     def prompts(self) -> list[int]:
@@ -77,10 +80,14 @@ class Placed:
         self.fleet.membership.end(1)
 
     async def ask(self, samples: int) -> list[list[int]]:
-        """Ask for one more group, of a prompt of its own number; whose responses each server has then."""
+        """Ask for one more group, of a prompt of its own number; whose responses each server has
+        then.
+        """
         number = len(self.asked)
         request = plain(Prompt(f"p{number}", (number,), "", ""), samples, seed=number)
-        self.asked.append(asyncio.create_task(self.fleet.group(request, Sampling(1.0, 1.0, 8, ()), NoText())))
+        self.asked.append(
+            asyncio.create_task(self.fleet.group(request, Sampling(1.0, 1.0, 8, ()), NoText()))
+        )
         return await self.settle()
 
     async def settle(self) -> list[list[int]]:
@@ -103,7 +110,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs a test in the loop that its fleet lives in."""
     monkeypatch.setattr("megatron_efr.rollout.sglang.fleet.Server", Wired)
 
-    def run(test: Callable[[Placed], Awaitable[None]], count: int = 3, limits: TimeoutsConfig = NEVER) -> None:
+    def run(
+        test: Callable[[Placed], Awaitable[None]], count: int = 3, limits: TimeoutsConfig = NEVER
+    ) -> None:
         async def whole() -> None:
             placed = Placed(limits, count)
             try:
@@ -119,13 +128,16 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return run
 
 
-def test_a_whole_group_goes_to_the_server_with_the_fewest_responses_in_work(run: Callable[..., None]) -> None:
+def test_a_whole_group_goes_to_the_server_with_the_fewest_responses_in_work(
+    run: Callable[..., None],
+) -> None:
     async def test(placed: Placed) -> None:
         a = placed.servers[0]
         assert await placed.ask(6) == [[0] * 6, [], []]
         assert await placed.ask(1) == [[0] * 6, [1], []]
         assert await placed.ask(3) == [[0] * 6, [1], [2] * 3]
-        assert await placed.ask(1) == [[0] * 6, [1, 3], [2] * 3]  # in turn it would be the first server's
+        # in turn it would be the first server's
+        assert await placed.ask(1) == [[0] * 6, [1, 3], [2] * 3]
         assert await placed.ask(2) == [[0] * 6, [1, 3, 4, 4], [2] * 3]
         assert (await placed.ask(1))[2] == [2, 2, 2, 5]
         a.let_go(0, 4)  # counted as each response ends, not with its group
@@ -138,7 +150,9 @@ def test_a_whole_group_goes_to_the_server_with_the_fewest_responses_in_work(run:
     run(test)
 
 
-def test_a_server_that_lost_a_response_is_passed_over_while_others_serve(run: Callable[..., None]) -> None:
+def test_a_server_that_lost_a_response_is_passed_over_while_others_serve(
+    run: Callable[..., None],
+) -> None:
     async def test(placed: Placed) -> None:
         a, b = placed.servers
         a.cuts = 1
@@ -164,10 +178,16 @@ def test_a_server_that_restarts_empty_between_health_checks_is_found_out_by_its_
         await placed.ask(2)
         a.named = "default"  # SGLang's name for weights that nobody named
         a.let_go(0, 1)
-        assert await placed.settle() == [[], [1, 1, 0, 0]]  # the other response is not waited for either
+        # the other response is not waited for either
+        assert await placed.settle() == [[], [1, 1, 0, 0]]
         assert (await placed.ask(1))[1] == [1, 1, 0, 0, 2]
         groups = await placed.finish()
-        assert {span.version for group in groups for response in group.responses for span in response.versions} == {1}
+        assert {
+            span.version
+            for group in groups
+            for response in group.responses
+            for span in response.versions
+        } == {1}
         tally = await placed.fleet.read_tally()
         assert (tally.serving, tally.lost, tally.back, tally.resent) == (1, 1, 0, 2)
         placed.fleet.membership.lose(b, "killed")
@@ -175,7 +195,9 @@ def test_a_server_that_restarts_empty_between_health_checks_is_found_out_by_its_
             await placed.fleet.membership.settled_serving()
 
     run(test, count=2)
-    assert "http://server-0:1 is lost: it has restarted, with weights 'default' and not '1'" in capfd.readouterr().err
+    assert (
+        "http://server-0:1 is lost: it has restarted, with weights 'default' and not '1'"
+    ) in capfd.readouterr().err
 
 
 def test_a_health_check_finds_out_a_server_that_restarted_empty_and_the_next_publication_takes_it_in(
@@ -198,7 +220,10 @@ def test_a_health_check_finds_out_a_server_that_restarted_empty_and_the_next_pub
 
     run(test, count=2, limits=TimeoutsConfig(check_s=0.02))
     err = capfd.readouterr().err
-    assert [err.count(f"[{event}] engine http://server-0:1 ") for event in ("lost", "back")] == [1, 1]
+    assert [err.count(f"[{event}] engine http://server-0:1 ") for event in ("lost", "back")] == [
+        1,
+        1,
+    ]
     assert [err.count(f"[{event}]") for event in ("lost", "back")] == [1, 1]
 
 

@@ -51,12 +51,15 @@ def test_scripts_of_another_version_are_named_with_their_file(tmp_path):
         assert text != encode_group(group())
         journal.path.write_text(text + "\n")
         with pytest.raises(
-            JournalError, match=rf"x\.jsonl:1: a group that this version does not know: script.*{known}"
+            JournalError,
+            match=rf"x\.jsonl:1: a group that this version does not know: script.*{known}",
         ):
             journal.read()
         rollouts = encode_credited(credited()).replace(before, before.replace(made, "later"))
         path.write_bytes(zstandard.compress(rollouts.encode()))
-        with pytest.raises(RunFolderError, match=rf"zst: rollouts that this version does not know: script.*{known}"):
+        with pytest.raises(
+            RunFolderError, match=rf"zst: rollouts that this version does not know: script.*{known}"
+        ):
             folder.read_rollouts(1)
 
 

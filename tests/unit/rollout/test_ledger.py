@@ -1,4 +1,6 @@
-"""The book of rollouts over the embedded engine: whole groups, none dropped, none lost, as old as allowed."""
+"""The book of rollouts over the embedded engine: whole groups, none dropped, none lost, as old as
+allowed.
+"""
 
 from __future__ import annotations
 
@@ -35,18 +37,22 @@ pytestmark = pytest.mark.alike
 
 STOP, START, LEVELS = 1, 2, 6
 CONFIG = {
-    "model_type": "qwen2", "vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "intermediate_size": 32, "max_position_embeddings": 1024, "tie_word_embeddings": False,
+    "model_type": "qwen2", "vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4, "intermediate_size": 32, "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
     "rms_norm_eps": 1e-6, "rope_theta": 1e4,
 }  # fmt: skip
 Weights = list[tuple[str, torch.Tensor]]
 
 
 def heavy_tailed_weights() -> Weights:
-    """A model whose next token depends on the last alone, and whose lengths have a tail like 1 / sqrt(length).
+    """A model whose next token depends on the last alone, and whose lengths have a tail like 1 /
+    sqrt(length).
 
-    From the prompt's token it goes to level k with probability proportional to 2^(-k/2). There it stops at each token
-    with probability 2^-(k + 1). Embeddings are one-hot, attention and MLP add nothing, the head has log-probabilities.
+    From the prompt's token it goes to level k with probability proportional to 2^(-k/2). There it
+    stops at each token with probability 2^-(k + 1). Embeddings are one-hot, attention and MLP add
+    nothing, the head has log-probabilities.
     """
     chain = np.full((32, 32), 1e-30)  # [token, next token]
     levels = range(3, 3 + LEVELS)
@@ -60,8 +66,12 @@ def heavy_tailed_weights() -> Weights:
         "lm_head.weight": logprobs.T / math.sqrt(32.0),  # the norm makes sqrt(32) of a one
     }
     shapes = WeightMapping(Architecture.from_config(CONFIG)).shapes()
-    norms = {name: torch.ones(shape) for name, shape in shapes.items() if name.endswith("norm.weight")}
-    return [(name, (values | norms).get(name, torch.zeros(shape))) for name, shape in shapes.items()]
+    norms = {
+        name: torch.ones(shape) for name, shape in shapes.items() if name.endswith("norm.weight")
+    }
+    return [
+        (name, (values | norms).get(name, torch.zeros(shape))) for name, shape in shapes.items()
+    ]
 
 
 class SayLength(Letters):
@@ -86,12 +96,17 @@ class Loop:
     ) -> None:
         settings = {"prompts": 4, "samples": 4, "slots": slots, "max_new_tokens": 600} | rollout
         self.config = RolloutConfig.model_validate(settings)
-        self.engine, self.weights = LocalEngine(CONFIG, slots, codec=SayLength()), heavy_tailed_weights()
+        self.engine, self.weights = (
+            LocalEngine(CONFIG, slots, codec=SayLength()),
+            heavy_tailed_weights(),
+        )
         prompts = PromptStream([Prompt(f"p{i}", (START,), "", gold) for i in range(7)], seed=0)
         sampling = Sampling(1.0, 1.0, self.config.max_new_tokens, (STOP,))
         self.refuses = refuses
         self.feed = GroupFeed(self.engine, sampling)
-        self.ledger = Ledger(prompts, lambda step: self.accept, self.feed, self.config, seed=11, last=last, ask=ask)
+        self.ledger = Ledger(
+            prompts, lambda step: self.accept, self.feed, self.config, seed=11, last=last, ask=ask
+        )
         self.folder, self.step, self.last = RunFolder(folder), 0, last
 
     def accept(self, groups: Sequence[Group]) -> list[Rewarded | None]:
@@ -108,12 +123,18 @@ class Loop:
         self.step = step
 
     def iterate(self) -> list[Group]:
-        """Publish, collect, and train for as long as it takes until the next iteration has a group, if it is begun."""
+        """Publish, collect, and train for as long as it takes until the next iteration has a group,
+        if it is begun.
+        """
         self.engine.publish(iter(self.weights), self.step)
         self.step += 1
         groups = self.collect(self.step)
         limit = time.monotonic() + 60
-        while self.config.overlap and self.step < self.last and not self.folder.journal(self.step + 1).read().groups:
+        while (
+            self.config.overlap
+            and self.step < self.last
+            and not self.folder.journal(self.step + 1).read().groups
+        ):
             assert time.monotonic() < limit
             time.sleep(0.005)
         return groups
@@ -134,7 +155,11 @@ def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
     yield make
     for loop in made:
         loop.ledger.close()
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("rollouts", "judging"))]
+    assert not [
+        thread.name
+        for thread in threading.enumerate()
+        if thread.name.startswith(("rollouts", "judging"))
+    ]
 
 
 MODES: dict[str, dict[str, Any]] = {
@@ -199,7 +224,9 @@ def test_an_iteration_that_lost_its_engine_is_collected_again_and_no_prompt_is_l
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_iteration_gets_whole_groups_and_no_prompt_is_lost_or_taken_twice(mode: str, make_loop: MakeLoop) -> None:
+def test_every_iteration_gets_whole_groups_and_no_prompt_is_lost_or_taken_twice(
+    mode: str, make_loop: MakeLoop
+) -> None:
     loop = make_loop(**MODES[mode])
     iterations = [loop.iterate() for _ in range(12)]
     loop.ledger.close()
@@ -217,8 +244,12 @@ def test_every_iteration_gets_whole_groups_and_no_prompt_is_lost_or_taken_twice(
             assert response.text == str(response.length)
             assert response.versions[0].start == 0
             assert response.versions[-1].end == response.length
-            assert all(a.end == b.start and a.version < b.version for a, b in pairwise(response.versions))
-    oldest = max(staleness(group, version) for version, groups in enumerate(iterations) for group in groups)
+            assert all(
+                a.end == b.start and a.version < b.version for a, b in pairwise(response.versions)
+            )
+    oldest = max(
+        staleness(group, version) for version, groups in enumerate(iterations) for group in groups
+    )
     assert (oldest > 0) == loop.config.off_policy
 
 
@@ -230,7 +261,9 @@ def lengths(groups: list[Group]) -> np.ndarray:
     return np.concatenate([group.lengths for group in groups])
 
 
-def drop_the_slow(engine: LocalEngine, requests: Iterator[Request], sampling: Sampling) -> Iterator[Group]:
+def drop_the_slow(
+    engine: LocalEngine, requests: Iterator[Request], sampling: Sampling
+) -> Iterator[Group]:
     """The wrong way: ask for more prompts than needed, and abort those that are not among the
     first.
     """
@@ -254,9 +287,17 @@ def test_lengths_are_the_samplers_if_the_slow_are_resumed_and_not_if_they_are_dr
     sampled = lengths(list(loop.engine.generate(requests(0, 240), sampling)))
     dropped = lengths(list(drop_the_slow(loop.engine, requests(1000, 480), sampling)))
     resumed = lengths([group for _ in range(60) for group in loop.iterate()])
-    assert np.quantile(sampled, 0.99) > 20 * np.median(sampled), "the tail is not heavy: an exponential's is 6.6"
-    print(f"KS: resumed {stats.ks_2samp(resumed, sampled)}, dropped {stats.ks_2samp(dropped, sampled)}")
-    print(f"means: sampled {sampled.mean():.2f}, resumed {resumed.mean():.2f}, dropped {dropped.mean():.2f}")
+    assert np.quantile(sampled, 0.99) > 20 * np.median(sampled), (
+        "the tail is not heavy: an exponential's is 6.6"
+    )
+    print(
+        f"KS: resumed {stats.ks_2samp(resumed, sampled)}, dropped "
+        f"{stats.ks_2samp(dropped, sampled)}"
+    )
+    print(
+        f"means: sampled {sampled.mean():.2f}, resumed {resumed.mean():.2f}, dropped "
+        f"{dropped.mean():.2f}"
+    )
     assert stats.ks_2samp(resumed, sampled).pvalue > 0.01
     assert stats.ks_2samp(dropped, sampled).pvalue < 1e-6
     assert abs(resumed.mean() / sampled.mean() - 1) < 0.25
@@ -264,8 +305,12 @@ def test_lengths_are_the_samplers_if_the_slow_are_resumed_and_not_if_they_are_dr
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_after_a_kill_prompts_in_flight_come_first_and_finished_groups_are_kept(mode: str, make_loop: MakeLoop) -> None:
-    """Checkpoint after iteration 3, killed after 6: the journals give 4 to 6 the groups they had."""
+def test_after_a_kill_prompts_in_flight_come_first_and_finished_groups_are_kept(
+    mode: str, make_loop: MakeLoop
+) -> None:
+    """Checkpoint after iteration 3, killed after 6: the journals give 4 to 6 the groups they
+    had.
+    """
     loop = make_loop(**MODES[mode])
     before = [loop.iterate() for _ in range(3)]
     state = loop.ledger.state_dict()
@@ -279,8 +324,12 @@ def test_after_a_kill_prompts_in_flight_come_first_and_finished_groups_are_kept(
     again.ledger.close()
     for groups, repeated in zip(lost, after, strict=False):
         assert [g.seed for g in groups] == [g.seed for g in repeated]
-        assert [r.tokens for g in groups for r in g.responses] == [r.tokens for g in repeated for r in g.responses]
-        assert [r.versions for g in groups for r in g.responses] == [r.versions for g in repeated for r in g.responses]
+        assert [r.tokens for g in groups for r in g.responses] == [
+            r.tokens for g in repeated for r in g.responses
+        ]
+        assert [r.versions for g in groups for r in g.responses] == [
+            r.versions for g in repeated for r in g.responses
+        ]
     taken = [group.seed for groups in [*before, *after] for group in groups]
     waiting = [request_seed(11, index) for index, *_ in again.ledger.state_dict()["in_flight"]]
     assert sorted([*taken, *waiting]) == sorted(seeds(again.ledger.state_dict()["next_index"]))
@@ -289,7 +338,9 @@ def test_after_a_kill_prompts_in_flight_come_first_and_finished_groups_are_kept(
 
 
 class Asking:
-    """Asks by what it has seen: a budget that is one token more at every visit, and a fork for one sample of four."""
+    """Asks by what it has seen: a budget that is one token more at every visit, and a fork for one
+    sample of four.
+    """
 
     def __init__(self, asked: int = 0) -> None:
         self.asked = asked
@@ -302,8 +353,12 @@ class Asking:
 
 
 @pytest.mark.parametrize("mode", ["in step", "partial, far ahead, old"])
-def test_after_a_kill_scripts_are_asked_for_as_they_were_and_give_the_same_bits(mode: str, make_loop: MakeLoop) -> None:
-    """Killed without a journal: all of iterations 3 and 4 is generated again, from what the checkpoint says."""
+def test_after_a_kill_scripts_are_asked_for_as_they_were_and_give_the_same_bits(
+    mode: str, make_loop: MakeLoop
+) -> None:
+    """Killed without a journal: all of iterations 3 and 4 is generated again, from what the
+    checkpoint says.
+    """
     asking = Asking()
     loop = make_loop(ask=asking, **MODES[mode])
     for _ in range(2):
@@ -326,7 +381,9 @@ def test_after_a_kill_scripts_are_asked_for_as_they_were_and_give_the_same_bits(
             assert [r.tokens for b in one.branches for r in b.responses] == [
                 r.tokens for b in other.branches for r in b.responses
             ]
-    parts = [part for group in lost.values() for response in group.responses for part in response.parts]
+    parts = [
+        part for group in lost.values() for response in group.responses for part in response.parts
+    ]
     assert any(part.forced for part in parts)
     assert any(response.branches for group in lost.values() for response in group.responses)
 
@@ -347,14 +404,21 @@ def test_a_journal_of_what_was_asked_otherwise_is_refused(make_loop: MakeLoop) -
         make_loop(ask=Asking(7)).iterate()
 
 
-def test_async_rollouts_are_made_while_nobody_waits_for_them_and_end_with_the_run(make_loop: MakeLoop) -> None:
+def test_async_rollouts_are_made_while_nobody_waits_for_them_and_end_with_the_run(
+    make_loop: MakeLoop,
+) -> None:
     loop = make_loop(last=2, **{"async": True})
     loop.iterate()
     begun = {thread.name for thread in threading.enumerate()}
     assert any(name.startswith("rollouts") for name in begun)
     groups = loop.iterate()  # what was begun with version 0 is taken with version 1
-    assert {span.version for group in groups for r in group.responses for span in r.versions} <= {0, 1}
-    assert min(span.version for group in groups for r in group.responses for span in r.versions) == 0
+    assert {span.version for group in groups for r in group.responses for span in r.versions} <= {
+        0,
+        1,
+    }
+    assert (
+        min(span.version for group in groups for r in group.responses for span in r.versions) == 0
+    )
     assert loop.ledger.state_dict()["in_flight"] == [], "the last iteration has no next"
 
 
@@ -370,7 +434,9 @@ def test_another_thread_is_answered_between_two_groups(make_loop: MakeLoop) -> N
     loop.ledger.close()
 
 
-def test_an_error_of_the_thread_reaches_the_iteration_that_waits_for_it(make_loop: MakeLoop) -> None:
+def test_an_error_of_the_thread_reaches_the_iteration_that_waits_for_it(
+    make_loop: MakeLoop,
+) -> None:
     loop = make_loop(**{"async": True})
     loop.iterate()
     broken = [(name, tensor * float("nan")) for name, tensor in loop.weights]
@@ -385,8 +451,14 @@ def test_an_error_of_the_thread_reaches_the_iteration_that_waits_for_it(make_loo
 
 
 def test_a_journal_of_other_prompts_is_not_taken_for_these(make_loop: MakeLoop) -> None:
-    """Data changed between a killed first iteration and its resume: no checkpoint knows, the journal does."""
+    """Data changed between a killed first iteration and its resume: no checkpoint knows, the
+    journal does.
+    """
     groups = make_loop().iterate()
-    assert [answers(group) for group in make_loop().iterate()] == [answers(group) for group in groups]
-    with pytest.raises(UserError, match=r"prompt p\d: the journal of this iteration holds 4 responses to another"):
+    assert [answers(group) for group in make_loop().iterate()] == [
+        answers(group) for group in groups
+    ]
+    with pytest.raises(
+        UserError, match=r"prompt p\d: the journal of this iteration holds 4 responses to another"
+    ):
         make_loop(gold="2").iterate()

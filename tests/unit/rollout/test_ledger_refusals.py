@@ -1,4 +1,6 @@
-"""Groups that are refused for their content: replaced in order, never asked twice, and never without end."""
+"""Groups that are refused for their content: replaced in order, never asked twice, and never
+without end.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,20 @@ def odd(group: Group) -> bool:
 def all_answers(loop: Loop, count: int) -> list[Group]:
     """Whole groups of the stream's first `count` prompts, in its order."""
     prompts = PromptStream([Prompt(f"p{i}", (START,), "", "") for i in range(7)], seed=0)
-    requests = [plain(visit.prompt, 4, request_seed(11, visit.index)) for visit in prompts.take(count)]
+    requests = [
+        plain(visit.prompt, 4, request_seed(11, visit.index)) for visit in prompts.take(count)
+    ]
     loop.engine.publish(iter(loop.weights), 0)
-    made = {group.seed: group for group in loop.engine.generate(iter(requests), Sampling(1.0, 1.0, 600, (STOP,)))}
+    made = {
+        group.seed: group
+        for group in loop.engine.generate(iter(requests), Sampling(1.0, 1.0, 600, (STOP,)))
+    }
     return [made[request.seed] for request in requests]
 
 
-def test_the_streams_first_groups_that_are_not_refused_are_taken_whatever_finishes_first(make_loop: MakeLoop) -> None:
+def test_the_streams_first_groups_that_are_not_refused_are_taken_whatever_finishes_first(
+    make_loop: MakeLoop,
+) -> None:
     loop = make_loop(refuses=odd)
     everything = all_answers(loop, 60)
     iterations, refused = [], []
@@ -45,11 +54,17 @@ def test_the_streams_first_groups_that_are_not_refused_are_taken_whatever_finish
     assert [group.seed for groups in iterations for group in groups] == wanted
     used = [group.seed for group in everything].index(wanted[-1]) + 1
     assert sum(refused) == used - 16 > 5
-    assert loop.ledger.state_dict() == {**loop.ledger.state_dict(), "next_index": used, "in_flight": []}
+    assert loop.ledger.state_dict() == {
+        **loop.ledger.state_dict(),
+        "next_index": used,
+        "in_flight": [],
+    }
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_refused_groups_are_replaced_and_no_prompt_is_lost_or_taken_twice(mode: str, make_loop: MakeLoop) -> None:
+def test_refused_groups_are_replaced_and_no_prompt_is_lost_or_taken_twice(
+    mode: str, make_loop: MakeLoop
+) -> None:
     loop = make_loop(refuses=odd, **MODES[mode])
     turned_away: set[int] = set()
 
@@ -66,7 +81,8 @@ def test_refused_groups_are_replaced_and_no_prompt_is_lost_or_taken_twice(mode: 
     taken = {group.seed for groups in iterations for group in groups}
     asked = loop.ledger.state_dict()
     waiting = {request_seed(11, index) for index, *_ in asked["in_flight"]}
-    # what a thread has just finished may have been turned away, with the run ending before another was drawn
+    # what a thread has just finished may have been turned away, with the run ending before another
+    # was drawn
     gone = turned_away - waiting
     assert len(taken) == 32
     assert taken | waiting | gone == set(seeds(asked["next_index"])), "a prompt was lost"
@@ -87,13 +103,19 @@ def test_after_a_kill_refused_groups_are_not_generated_again(make_loop: MakeLoop
     assert len(before) == 2
 
 
-def test_prompts_that_teach_nothing_at_all_are_an_error_and_not_an_endless_search(make_loop: MakeLoop) -> None:
+def test_prompts_that_teach_nothing_at_all_are_an_error_and_not_an_endless_search(
+    make_loop: MakeLoop,
+) -> None:
     loop = make_loop(refuses=lambda group: True, max_new_tokens=20)
-    with pytest.raises(UserError, match=r"iteration 1: 81 groups were refused .* rollout\.prompts = 4"):
+    with pytest.raises(
+        UserError, match=r"iteration 1: 81 groups were refused .* rollout\.prompts = 4"
+    ):
         loop.iterate()
 
 
-def test_groups_are_judged_while_others_are_generated(make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_are_judged_while_others_are_generated(
+    make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The engine here does not finish its second group before the first has been judged."""
     loop, judged = make_loop(), threading.Event()
     generate = loop.engine.generate

@@ -1,4 +1,6 @@
-"""The embedded engine: the contract, log-probs against transformers, and what does not depend on the batch."""
+"""The embedded engine: the contract, log-probs against transformers, and what does not depend on
+the batch.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,16 @@ from megatron_efr.rollout.local.stream import Stream
 from megatron_efr.scripts import plain
 from megatron_efr.types import Prompt, Sampling
 from tests.engine_contract import EngineContract, MakeEngine, Weights
-from tests.small_qwen2 import STOP, answers, differing, exact_logprobs, mixed_requests, model, serving, weights_of
+from tests.small_qwen2 import (
+    STOP,
+    answers,
+    differing,
+    exact_logprobs,
+    mixed_requests,
+    model,
+    serving,
+    weights_of,
+)
 
 pytestmark = pytest.mark.alike
 
@@ -36,22 +47,33 @@ class TestContract(EngineContract):
 @pytest.mark.parametrize(
     "changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 2}, {"rope_theta": 5e5}]
 )
-def test_log_probs_equal_a_full_forward_of_transformers(changes: dict[str, Any], temperature: float) -> None:
+def test_log_probs_equal_a_full_forward_of_transformers(
+    changes: dict[str, Any], temperature: float
+) -> None:
     built = model(**changes)
     worst = 0.0
-    for group in serving(built, slots=16).generate(mixed_requests(20, 2), Sampling(temperature, 1.0, 90, (STOP,))):
+    for group in serving(built, slots=16).generate(
+        mixed_requests(20, 2), Sampling(temperature, 1.0, 90, (STOP,))
+    ):
         for response in group.responses:
             exact = exact_logprobs(built, group.prompt, response, temperature)
             worst = max(worst, (exact - torch.tensor(response.logprobs)).abs().max().item())
-    assert worst <= 1e-5 / temperature  # by which logits are divided, with what they were rounded by
+    # by which logits are divided, with what they were rounded by
+    assert worst <= 1e-5 / temperature
 
 
 def test_greedy_equals_transformers_greedy() -> None:
     built = model()
-    for id, responses in answers(serving(built), asked := mixed_requests(12), Sampling(0.0, 1.0, 40, (STOP,))).items():
+    for id, responses in answers(
+        serving(built), asked := mixed_requests(12), Sampling(0.0, 1.0, 40, (STOP,))
+    ).items():
         prompt = next(request.prompt for request in asked if request.prompt.id == id)
         theirs = built.generate(  # pyright: ignore[reportAttributeAccessIssue]
-            torch.tensor([prompt.tokens]), do_sample=False, max_new_tokens=40, eos_token_id=STOP, pad_token_id=0
+            torch.tensor([prompt.tokens]),
+            do_sample=False,
+            max_new_tokens=40,
+            eos_token_id=STOP,
+            pad_token_id=0,
         )
         assert list(responses[0].tokens) == theirs[0, len(prompt.tokens) :].tolist()
 
@@ -60,8 +82,12 @@ def test_first_tokens_follow_the_models_distribution() -> None:
     built = model()
     prompt = Prompt("p", (5, 9, 3), "", "")
     with torch.no_grad():
-        exact = torch.softmax(built(torch.tensor([prompt.tokens])).logits[0, -1].double(), -1).numpy()
-    (group,) = serving(built, slots=256).generate([plain(prompt, 20_000, 5)], Sampling(1.0, 1.0, 1, ()))
+        exact = torch.softmax(
+            built(torch.tensor([prompt.tokens])).logits[0, -1].double(), -1
+        ).numpy()
+    (group,) = serving(built, slots=256).generate(
+        [plain(prompt, 20_000, 5)], Sampling(1.0, 1.0, 1, ())
+    )
     counts = np.bincount([response.tokens[0] for response in group.responses], minlength=32)
     likely = exact * 20_000 >= 5
     observed = np.append(counts[likely], counts[~likely].sum())
@@ -70,12 +96,23 @@ def test_first_tokens_follow_the_models_distribution() -> None:
     assert stats.chisquare(observed[keep], wanted[keep]).pvalue > 1e-3
 
 
-# What shares the batch ---------------------------------------------------------------------------------------------
+# What shares the batch
+# ---------------------------------------------------------------------------------------------
 
 SHAPES: dict[str, dict[str, Any]] = {
     "quickstart": {},
-    "128": {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 8, "num_key_value_heads": 2},
-    "256": {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 1},
+    "128": {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    },
+    "256": {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+    },
     "odd": {"intermediate_size": 170, "vocab_size": 37, "num_hidden_layers": 2},
 }
 
@@ -91,8 +128,12 @@ def test_tokens_and_log_prob_bits_do_not_depend_on_the_batch(shape: str) -> None
     counts = {
         "few slots": differing(everything, answers(serving(built, slots=40), asked, sampling)),
         "one slot": differing(everything, answers(serving(built, slots=1), asked[:6], sampling)),
-        "other order": differing(everything, answers(serving(built, slots=70), asked[::-1], sampling)),
-        "after a kill": differing(everything, answers(serving(built, slots=256), asked[5::7], sampling)),
+        "other order": differing(
+            everything, answers(serving(built, slots=70), asked[::-1], sampling)
+        ),
+        "after a kill": differing(
+            everything, answers(serving(built, slots=256), asked[5::7], sampling)
+        ),
         "alone": differing(everything, answers(serving(built, slots=256), asked[50:51], sampling)),
     }
     assert counts == dict.fromkeys(counts, (0, 0))
@@ -106,7 +147,10 @@ def test_nor_do_long_responses_to_long_prompts() -> None:
     asked, sampling = [plain(prompt, 2, 7) for prompt in prompts], Sampling(1.0, 1.0, 400, ())
     everything = answers(serving(built, slots=16), asked, sampling)
     for request in asked[1:4]:
-        assert differing(everything, answers(serving(built, slots=1), [request], sampling)) == (0, 0)
+        assert differing(everything, answers(serving(built, slots=1), [request], sampling)) == (
+            0,
+            0,
+        )
 
 
 def test_a_used_engine_answers_as_a_fresh_one() -> None:
@@ -124,14 +168,19 @@ def test_few_responses_take_few_rows_and_none_take_no_memory() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stream, "_reserve", lambda *given: cache.append(reserve(*given)) or cache[-1])
         assert len(list(stream)) == 1
-    assert (cache[-1].rows, cache[-1].capacity) == (64, 96), "33 rows of 3 + 90 tokens, in blocks of 32"
+    assert (cache[-1].rows, cache[-1].capacity) == (64, 96), (
+        "33 rows of 3 + 90 tokens, in blocks of 32"
+    )
     assert engine._core.cache is None
 
 
-# Ends of responses -------------------------------------------------------------------------------------------------
+# Ends of responses
+# -------------------------------------------------------------------------------------------------
 
 
-def test_stop_ids_end_a_response_and_belong_to_it_and_the_length_limit_cuts_the_same_tokens() -> None:
+def test_stop_ids_end_a_response_and_belong_to_it_and_the_length_limit_cuts_the_same_tokens() -> (
+    None
+):
     engine, asked = serving(model()), mixed_requests(30, 2)
     free = answers(engine, asked, Sampling(1.0, 1.0, 50, ()))
     stopped = answers(engine, asked, Sampling(1.0, 1.0, 30, (STOP, 7)))
@@ -147,12 +196,16 @@ def test_stop_ids_end_a_response_and_belong_to_it_and_the_length_limit_cuts_the_
 
 
 def test_a_response_may_be_one_token() -> None:
-    groups = list(serving(model(), slots=3).generate(mixed_requests(20, 2), Sampling(1.0, 1.0, 1, ())))
+    groups = list(
+        serving(model(), slots=3).generate(mixed_requests(20, 2), Sampling(1.0, 1.0, 1, ()))
+    )
     assert [group.lengths.tolist() for group in groups] == [[1, 1]] * 20
 
 
 def test_the_last_position_of_the_model_can_be_used() -> None:
     built = model(max_position_embeddings=40)
-    (group,) = serving(built).generate([plain(Prompt("p", (3, 4), "", ""), 1, 0)], Sampling(1.0, 1.0, 38, ()))
+    (group,) = serving(built).generate(
+        [plain(Prompt("p", (3, 4), "", ""), 1, 0)], Sampling(1.0, 1.0, 38, ())
+    )
     exact = exact_logprobs(built, group.prompt, group.responses[0], 1.0)
     assert (exact - torch.tensor(group.responses[0].logprobs)).abs().max() <= 1e-5

@@ -1,4 +1,6 @@
-"""The embedded engine, disturbed while it answers: publications, sleep, pauses, other streams, what it must refuse."""
+"""The embedded engine, disturbed while it answers: publications, sleep, pauses, other streams, what
+it must refuse.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,21 @@ from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.scripts import plain
 from megatron_efr.types import Group, Prompt, Request, Response, Sampling
 from tests.engine_contract import Weights, requests
-from tests.small_qwen2 import STOP, answers, differing, exact_logprobs, mixed_requests, model, serving, weights_of
+from tests.small_qwen2 import (
+    STOP,
+    answers,
+    differing,
+    exact_logprobs,
+    mixed_requests,
+    model,
+    serving,
+    weights_of,
+)
 
 pytestmark = pytest.mark.alike
 
-# Publications ------------------------------------------------------------------------------------------------------
+# Publications
+# --------------------------------------------------------------------------------------------------
 
 
 def test_after_a_publication_the_new_weights_speak_over_the_whole_of_what_was_said() -> None:
@@ -30,7 +42,9 @@ def test_after_a_publication_the_new_weights_speak_over_the_whole_of_what_was_sa
     mixed = 0
     for group in groups:
         for response in group.responses:
-            exact = {v: exact_logprobs(m, group.prompt, response, 1.0) for v, m in ((0, old), (1, new))}
+            exact = {
+                v: exact_logprobs(m, group.prompt, response, 1.0) for v, m in ((0, old), (1, new))
+            }
             mixed += len(response.versions) == 2
             for version, start, end in response.versions:
                 difference = exact[version][start:end] - torch.tensor(response.logprobs[start:end])
@@ -52,7 +66,8 @@ def test_sleep_keeps_unfinished_responses_and_the_same_weights_go_on_with_the_sa
     engine.publish(iter(weights_of(built)), version=1)
     engine.resume()
     groups += stream
-    # Reading again rounds otherwise than decoding did, so only tokens are promised to agree, short of a near tie.
+    # Reading again rounds otherwise than decoding did, so only tokens are promised to agree, short
+    # of a near tie.
     assert {group.prompt.id: group.responses[0].tokens for group in groups} == {
         k: v[0].tokens for k, v in whole.items()
     }
@@ -96,11 +111,16 @@ def test_bad_weights_are_refused_by_name_and_nothing_is_served(
     assert len(list(engine.generate(requests(2), Sampling(1.0, 1.0, 4, ())))) == 2
 
 
-# Pause, misuse -----------------------------------------------------------------------------------------------------
+# Pause, misuse
+# --------------------------------------------------------------------------------------------------
 
 
 def test_pausing_keeps_the_stream_and_asking_the_paused_engine_is_an_error_here() -> None:
-    engine, asked, sampling = serving(model(), slots=8), mixed_requests(12), Sampling(1.0, 1.0, 40, (STOP,))
+    engine, asked, sampling = (
+        serving(model(), slots=8),
+        mixed_requests(12),
+        Sampling(1.0, 1.0, 40, (STOP,)),
+    )
     whole = answers(engine, asked, sampling)
     stream = engine.generate(asked, sampling)
     groups = [next(stream)]
@@ -118,7 +138,9 @@ def test_a_decoding_thread_waits_while_another_has_paused() -> None:
     engine, sampling = serving(model(), slots=8), Sampling(1.0, 1.0, 60, ())
     engine.pause()
     groups: list[Group] = []
-    worker = threading.Thread(target=lambda: groups.extend(engine.generate(mixed_requests(12), sampling)))
+    worker = threading.Thread(
+        target=lambda: groups.extend(engine.generate(mixed_requests(12), sampling))
+    )
     worker.start()
     worker.join(timeout=0.2)
     assert worker.is_alive()
@@ -132,7 +154,9 @@ def test_a_bad_request_is_named_and_the_others_are_still_answered() -> None:
     engine = serving(model())
     bad = {
         "it has no tokens": plain(Prompt("bad", (), "", ""), 1, 0),
-        r"250 tokens \+ max_new_tokens 20 = 270.*256": plain(Prompt("bad", (3,) * 250, "", ""), 1, 0),
+        r"250 tokens \+ max_new_tokens 20 = 270.*256": plain(
+            Prompt("bad", (3,) * 250, "", ""), 1, 0
+        ),
         "vocabulary of 32": plain(Prompt("bad", (3, 32), "", ""), 1, 0),
         "samples 0": plain(Prompt("bad", (3,), "", ""), 0, 0),
         "seed -1": plain(Prompt("bad", (3,), "", ""), 1, -1),
@@ -141,7 +165,8 @@ def test_a_bad_request_is_named_and_the_others_are_still_answered() -> None:
         good = mixed_requests(6)
         stream = engine.generate([*good[:3], request, *good[3:]], Sampling(1.0, 1.0, 20, ()))
         with pytest.raises(
-            ValueError, match=f"prompt bad: .*{message}" if message[0] == "v" else f"prompt bad: {message}"
+            ValueError,
+            match=f"prompt bad: .*{message}" if message[0] == "v" else f"prompt bad: {message}",
         ):
             next(stream)
         assert {group.prompt.id for group in stream} == {request.prompt.id for request in good}
@@ -158,7 +183,9 @@ def test_another_streams_turn_changes_no_token_of_a_response() -> None:
         if len(disturbed) % 8 == 0:
             assert len(list(engine.generate(mixed_requests(5, seed=9), sampling))) == 5
     assert differing(whole, disturbed)[0] == 0
-    assert all(r.versions == ((0, 0, r.length),) for responses in disturbed.values() for r in responses)
+    assert all(
+        r.versions == ((0, 0, r.length),) for responses in disturbed.values() for r in responses
+    )
     worst = max(
         np.abs(np.subtract(x.logprobs, y.logprobs)).max()
         for id in whole
@@ -206,7 +233,8 @@ def test_requests_are_pulled_little_ahead_of_free_rows() -> None:
 
     stream = serving(model(), slots=32).generate(source(), Sampling(1.0, 1.0, 40, (STOP,)))
     for done, _ in enumerate(stream, start=1):
-        assert pulled <= done + 32 + 2 + 31  # active rows, two ahead, groups that ended in the same step
+        # active rows, two ahead, groups that ended in the same step
+        assert pulled <= done + 32 + 2 + 31
     assert pulled == 300
 
 
@@ -218,4 +246,9 @@ def test_health_reports_mean_active_rows() -> None:
     assert health["tokens"] == 160
     assert health["mean_active"] == 8.0
     assert health["tokens_per_second"] == pytest.approx(160 / health["seconds"])
-    assert engine.health() == {"tokens": 0.0, "seconds": 0.0, "tokens_per_second": 0.0, "mean_active": 0.0}
+    assert engine.health() == {
+        "tokens": 0.0,
+        "seconds": 0.0,
+        "tokens_per_second": 0.0,
+        "mean_active": 0.0,
+    }

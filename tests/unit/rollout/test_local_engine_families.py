@@ -1,4 +1,6 @@
-"""The embedded engine beyond Qwen2: log-probs and greedy tokens are transformers', whatever the batch."""
+"""The embedded engine beyond Qwen2: log-probs and greedy tokens are transformers', whatever the
+batch.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def asked(count: int, samples: int) -> list[Request]:
     """Random prompts of 1 to 40 tokens."""
     rng = np.random.default_rng(0)
     prompts = [tuple(rng.integers(3, 61, rng.integers(1, 41)).tolist()) for _ in range(count)]
-    return [plain(Prompt(f"p{i}", tokens, "", ""), samples, 77 * i) for i, tokens in enumerate(prompts)]
+    return [
+        plain(Prompt(f"p{i}", tokens, "", ""), samples, 77 * i) for i, tokens in enumerate(prompts)
+    ]
 
 
 def answers(
@@ -48,7 +52,9 @@ def test_log_probs_equal_a_full_forward_of_transformers(family: str, tmp_path: P
         for response in found[request.prompt.id]:
             tokens = [*request.prompt.tokens, *response.tokens]
             with torch.no_grad():
-                logits = reference(torch.tensor([tokens])).logits[0, len(request.prompt.tokens) - 1 : -1]
+                logits = reference(torch.tensor([tokens])).logits[
+                    0, len(request.prompt.tokens) - 1 : -1
+                ]
             wanted = torch.log_softmax(logits.double() / SAMPLING.temperature, -1)
             wanted = wanted.gather(1, torch.tensor(response.tokens)[:, None])[:, 0]
             assert float((torch.tensor(response.logprobs) - wanted).abs().max()) <= 1e-5
@@ -66,7 +72,8 @@ def test_greedy_tokens_are_those_of_transformers(family: str, tmp_path: Path) ->
         prompt, [response] = torch.tensor([request.prompt.tokens]), found[request.prompt.id]
         with torch.no_grad():
             wanted = reference.generate(
-                prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=60, eos_token_id=2,
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=60,
+                eos_token_id=2,
                 pad_token_id=0,
             )  # fmt: skip
         assert list(response.tokens) == wanted[0, prompt.shape[1] :].tolist()
@@ -78,7 +85,11 @@ def test_tokens_and_log_prob_bits_do_not_depend_on_the_batch(family: str, tmp_pa
     requests = asked(40, samples=3)
     together = answers(folder, 100, requests)
     few = answers(folder, 5, requests[::-1])
-    alone = {key: value for request in requests[:5] for key, value in answers(folder, 64, [request]).items()}
+    alone = {
+        key: value
+        for request in requests[:5]
+        for key, value in answers(folder, 64, [request]).items()
+    }
     for other in (few, alone):
         for key, responses in other.items():
             for mine, theirs in zip(responses, together[key], strict=True):

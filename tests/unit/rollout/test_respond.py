@@ -1,4 +1,6 @@
-"""One response of several requests to a server: tokens held back, versions, branches, routed experts."""
+"""One response of several requests to a server: tokens held back, versions, branches, routed
+experts.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,16 @@ BEGUN = (5, 6)
 class Saying:
     """A server that says what it is to say, request by request, and keeps what it was asked."""
 
-    def __init__(self, *said: str, versions: Sequence[tuple[VersionSpan, ...]] = (), routes: bool = False) -> None:
+    def __init__(
+        self, *said: str, versions: Sequence[tuple[VersionSpan, ...]] = (), routes: bool = False
+    ) -> None:
         self._said, self._versions, self._routes = iter(said), iter(versions), routes
         self.asked: list[tuple[str, int, str]] = []
 
     async def __call__(self, tokens: tuple[int, ...], sampling: Sampling) -> Response:
-        self.asked.append((Letters().decode(tokens), sampling.max_new_tokens, Letters().decode(sampling.stop_ids)))
+        self.asked.append(
+            (Letters().decode(tokens), sampling.max_new_tokens, Letters().decode(sampling.stop_ids))
+        )
         said = Letters().encode(next(self._said))
         read = len(tokens) + len(said) - 1
         return Response(
@@ -72,8 +78,13 @@ def test_a_stop_token_at_the_limit_stops_as_on_the_embedded_engine() -> None:
 
 
 def test_versions_of_all_draws_tile_the_response() -> None:
-    first, second = (VersionSpan(3, 0, 1), VersionSpan(4, 1, 3)), (VersionSpan(4, 0, 1), VersionSpan(6, 1, 3))
-    response = made(Budget(most=3, end="Z", cut="HI", answer=5), Saying("CDE", "FGA", versions=(first, second)))
+    first, second = (
+        (VersionSpan(3, 0, 1), VersionSpan(4, 1, 3)),
+        (VersionSpan(4, 0, 1), VersionSpan(6, 1, 3)),
+    )
+    response = made(
+        Budget(most=3, end="Z", cut="HI", answer=5), Saying("CDE", "FGA", versions=(first, second))
+    )
     assert response.versions == ((3, 0, 1), (4, 1, 6), (6, 6, 8))
 
 
@@ -81,7 +92,9 @@ def test_branches_are_asked_from_where_they_begin_and_the_response_stays_as_it_i
     server = Saying("CDEA", "GG", "HA", "KK", "LL")
     response = made(Forks(at=(0, 3, 9), samples=2, tokens=2, opening="W"), server)
     assert server.asked[1:] == [("EFW", 2, "A")] * 2 + [("EFCDEW", 2, "A")] * 2
-    said = [[Letters().decode(each.tokens) for each in branch.responses] for branch in response.branches]
+    said = [
+        [Letters().decode(each.tokens) for each in branch.responses] for branch in response.branches
+    ]
     assert said == [["WGG", "WHA"], ["WKK", "WLL"]]
     assert [each.length for branch in response.branches for each in branch.responses] == [2] * 4
     assert Letters().decode(response.tokens) == "CDEA"
@@ -91,11 +104,16 @@ def test_a_probe_that_is_sure_has_the_pause_left_and_one_that_is_not_has_it_said
     unsure, sure = Saying("CW", "GH", "DDA"), Saying("CW", "GH", "DDA")
     script = EarlyExit(pauses=("W",), probe="P", tokens=2, end="Z", exit="X", tries=1, sure=0.3)
     assert Letters().decode(made(script, unsure).tokens) == "CWDDA"  # exp(-1.5) = 0.22
-    assert Letters().decode(made(EarlyExit(**{**script.model_dump(), "sure": 0.2}), sure).tokens) == "CXDDA"
+    assert (
+        Letters().decode(made(EarlyExit(**{**script.model_dump(), "sure": 0.2}), sure).tokens)
+        == "CXDDA"
+    )
     assert sure.asked == [("EF", 12, "AWZ"), ("EFCP", 2, "A"), ("EFCX", 11, "A")]
 
 
-def test_a_summary_is_asked_for_behind_the_thought_and_the_answer_behind_the_summary_alone() -> None:
+def test_a_summary_is_asked_for_behind_the_thought_and_the_answer_behind_the_summary_alone() -> (
+    None
+):
     server = Saying("CDEZ", "GHZ", "KKA")
     script = SummaryThinking(most=6, tokens=3, end="Z", wish="WW", cut="X")
     response = made(script, server)
@@ -107,7 +125,9 @@ def test_a_summary_is_asked_for_behind_the_thought_and_the_answer_behind_the_sum
     ]  # fmt: skip
     assert (response.length, response.finish, response.branches) == (5, "stop", ())
     ended = Saying("CDA")
-    assert Letters().decode(made(script, ended).tokens) == "CDA", "without a thought it is taken as it is"
+    assert Letters().decode(made(script, ended).tokens) == "CDA", (
+        "without a thought it is taken as it is"
+    )
     assert len(ended.asked) == 1
 
 

@@ -13,9 +13,21 @@ from megatron_efr.types import Sampling
 
 # kat_vectors of Random123 1.14: philox4x32, 10 rounds: counter, key, result
 KNOWN = [
-    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    (
+        "00000000 00000000 00000000 00000000",
+        "00000000 00000000",
+        "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+    ),
+    (
+        "ffffffff ffffffff ffffffff ffffffff",
+        "ffffffff ffffffff",
+        "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    ),
+    (
+        "243f6a88 85a308d3 13198a2e 03707344",
+        "a4093822 299f31d0",
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
 ]
 COUNT = 200_000
 
@@ -46,7 +58,9 @@ def test_uniforms_are_uniform_and_differ_in_seed_sample_and_position() -> None:
         assert len(np.unique(values)) == len(n)
         assert stats.kstest(values, "uniform").pvalue > 1e-3
     cube = np.stack(np.meshgrid(np.arange(20), np.arange(20), np.arange(20)), -1).reshape(-1, 3)
-    assert len(np.unique(uniforms(cube[:, 0].astype(np.uint64), cube[:, 1], cube[:, 2]))) == len(cube)
+    assert len(np.unique(uniforms(cube[:, 0].astype(np.uint64), cube[:, 1], cube[:, 2]))) == len(
+        cube
+    )
 
 
 def reference(logits: torch.Tensor, temperature: float, top_p: float) -> np.ndarray:
@@ -61,7 +75,9 @@ def reference(logits: torch.Tensor, temperature: float, top_p: float) -> np.ndar
     return kept / kept.sum()
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (2.0, 0.9), (0.6, 0.5), (1.0, 0.05)])
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (2.0, 0.9), (0.6, 0.5), (1.0, 0.05)]
+)
 def test_draws_follow_the_exact_distribution(temperature: float, top_p: float) -> None:
     logits = 2 * torch.randn(40, generator=torch.Generator().manual_seed(1))
     expected = reference(logits, temperature, top_p)
@@ -86,14 +102,21 @@ def test_the_chi_square_notices_a_wrong_temperature() -> None:
     n = np.arange(COUNT)
     uniform = torch.from_numpy(uniforms(np.full(COUNT, 11, np.uint64), n, n * 0))
     tokens, _ = draw(logits.expand(COUNT, -1), uniform, 1.02, 1.0)
-    assert stats.chisquare(np.bincount(tokens.numpy(), minlength=40), reference(logits, 1.0, 1.0) * COUNT).pvalue < 1e-3
+    assert (
+        stats.chisquare(
+            np.bincount(tokens.numpy(), minlength=40), reference(logits, 1.0, 1.0) * COUNT
+        ).pvalue
+        < 1e-3
+    )
 
 
 def test_greedy_takes_the_lowest_of_equal_tokens_and_its_untempered_log_prob() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0]])
     tokens, logprobs = draw(logits, torch.tensor([0.999], dtype=torch.float64), 0.0, 0.5)
     assert tokens.tolist() == [1]
-    assert logprobs[0] == pytest.approx(torch.log_softmax(logits.double(), -1)[0, 1].item(), abs=1e-6)
+    assert logprobs[0] == pytest.approx(
+        torch.log_softmax(logits.double(), -1)[0, 1].item(), abs=1e-6
+    )
 
 
 def test_the_ends_of_the_unit_interval_hit_tokens_that_exist() -> None:

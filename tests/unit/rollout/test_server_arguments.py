@@ -1,4 +1,6 @@
-"""`rollout.server` is held to the sources of the SGLang that will read it, which is not imported for that."""
+"""`rollout.server` is held to the sources of the SGLang that will read it, which is not imported
+for that.
+"""
 
 from __future__ import annotations
 
@@ -57,9 +59,15 @@ def test_what_sglang_takes_passes(package: Path, given: dict[str, Any]) -> None:
             r"rollout\.server\.mem_fraction_statc: .* no such field; did you mean mem_fraction",
         ),
         ({"max_total_tokens": 1.5}, r"rollout\.server\.max_total_tokens: .*int.*, not 1\.5"),
-        ({"schedule_policy": "lru"}, r"rollout\.server\.schedule_policy: .*'lpm', 'fcfs'.*, not 'lru'"),
+        (
+            {"schedule_policy": "lru"},
+            r"rollout\.server\.schedule_policy: .*'lpm', 'fcfs'.*, not 'lru'",
+        ),
         ({"cuda_graph_bs": 4}, r"rollout\.server\.cuda_graph_bs: .*not 4"),
-        ({"disable_radix_cache": "yes"}, r"rollout\.server\.disable_radix_cache: .*bool, not 'yes'"),
+        (
+            {"disable_radix_cache": "yes"},
+            r"rollout\.server\.disable_radix_cache: .*bool, not 'yes'",
+        ),
         ({"mem_fraction_static": float("nan")}, r"rollout\.server\.mem_fraction_static: .*not nan"),
     ],
 )

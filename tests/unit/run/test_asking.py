@@ -38,7 +38,10 @@ def asking(task: Path, **method: Any) -> tuple[Asking, list[Prompt], TokenizerCo
     tree = {
         "name": "run",
         "model": {"path": str(task / "model"), "init": "random"},
-        "data": {"datasets": [{"path": str(task / "train.jsonl")}], "prompt": {"template": "{question}"}},
+        "data": {
+            "datasets": [{"path": str(task / "train.jsonl")}],
+            "prompt": {"template": "{question}"},
+        },
         "rollout": {"prompts": 2, "samples": 3, "max_new_tokens": 24},
         "optimizer": {"lr": 1e-3},
         "method": method,
@@ -61,7 +64,9 @@ def test_a_plain_method_asks_prompts_as_they_are(task: Path) -> None:
 
 
 def test_a_budget_is_in_the_prompt_that_the_model_reads(task: Path) -> None:
-    made, prompts, codec = asking(task, name="l1_exact", shortest=5, longest=20, suffix="={budget};")
+    made, prompts, codec = asking(
+        task, name="l1_exact", shortest=5, longest=20, suffix="={budget};"
+    )
     made.check(prompts, codec, 10_000)
     stream = PromptStream(prompts, 0)
     requests = [made.request(visit) for visit in stream.take(8)]
@@ -70,7 +75,9 @@ def test_a_budget_is_in_the_prompt_that_the_model_reads(task: Path) -> None:
         question = request.prompt.meta["question"]
         assert request.prompt.text == f"<bos><user>{question}={request.note['budget']};<assistant>"
         assert codec.decode(request.prompt.tokens) == f"{question}={request.note['budget']};"
-        assert decode_request(encode_request(request)) == request, "it is journalled, and comes back"
+        assert decode_request(encode_request(request)) == request, (
+            "it is journalled, and comes back"
+        )
     assert [made.request(stream.visit(index)) for index in range(8)] == requests
 
 
@@ -81,7 +88,11 @@ FEW = {"thought": 8, "answer": 8}
 @pytest.mark.parametrize(
     ("method", "positions", "message"),
     [
-        ({"name": "elastic", "end": "12", **FEW}, 999, r"^method\.end: '12' is 2 tokens of this model's tokenizer"),
+        (
+            {"name": "elastic", "end": "12", **FEW},
+            999,
+            r"^method\.end: '12' is 2 tokens of this model's tokenizer",
+        ),
         (
             {"name": "asrr", "opening": "1234;"},
             40,
@@ -89,7 +100,11 @@ FEW = {"thought": 8, "answer": 8}
             r"asrr adds, come to \d+, and the model has 40 positions; at most \d+ would fit",
         ),
         # later on: in the second stage, or a seldom suffix
-        ({"name": "lapo", "second_from": 9, "opening": "={budget};"}, 42, r"^rollout.* is 19 tokens with"),
+        (
+            {"name": "lapo", "second_from": 9, "opening": "={budget};"},
+            42,
+            r"^rollout.* is 19 tokens with",
+        ),
         (
             {
                 "name": "l1_max",
@@ -102,8 +117,16 @@ FEW = {"thought": 8, "answer": 8}
             45,
             "^rollout.max_new_tokens: ",
         ),
-        ({"name": "grlc"}, 999, r"^method\.end: '</think>' would never be found in a response: .* reads ''"),
-        ({"name": "autothink", "opening": "1"}, 999, r"^method\.end: '</think>' would never be found"),
+        (
+            {"name": "grlc"},
+            999,
+            r"^method\.end: '</think>' would never be found in a response: .* reads ''",
+        ),
+        (
+            {"name": "autothink", "opening": "1"},
+            999,
+            r"^method\.end: '</think>' would never be found",
+        ),
         ({"name": "adactrl", "easy": "1"}, 999, r"^method\.hard: '\[Hard\]' would never be found"),
     ],
 )
@@ -138,8 +161,13 @@ def test_training_refuses_scripts_that_are_for_evaluations_by_their_names(
 ) -> None:
     made, prompts, codec = asking(task, name="efr", alpha=0.1)
     for script in (Tip(switch=("1",)), VgSearch(ends=("1",))):
-        monkeypatch.setattr(type(made._method), "ask", lambda *_, script=script: Ask(scripts=(script,) * 3))
-        with pytest.raises(ConfigError, match=rf"^method\.name: efr asks with {type(script).__name__}, a script for"):
+        monkeypatch.setattr(
+            type(made._method), "ask", lambda *_, script=script: Ask(scripts=(script,) * 3)
+        )
+        with pytest.raises(
+            ConfigError,
+            match=rf"^method\.name: efr asks with {type(script).__name__}, a script for",
+        ):
             made.check(prompts, codec, 10_000)
 
 
@@ -157,18 +185,27 @@ def test_a_run_on_servers_refuses_to_evaluate_with_a_penalty(task: Path) -> None
         if engine == "local":
             build().close()
         else:
-            with pytest.raises(ConfigError, match=r"^evaluation\.script\.name: tip penalises tokens, and the servers"):
+            with pytest.raises(
+                ConfigError,
+                match=r"^evaluation\.script\.name: tip penalises tokens, and the servers",
+            ):
                 build()
 
 
 @pytest.mark.parametrize(
     ("key", "options"),
-    [("short", {"name": "thinkless", "short": "11", "think": "2"}), ("word", {"name": "adapt_think", "word": "11"})],
+    [
+        ("short", {"name": "thinkless", "short": "11", "think": "2"}),
+        ("word", {"name": "adapt_think", "word": "11"}),
+    ],
 )
-def test_a_text_that_must_be_one_token_is_refused_if_it_is_more(task: Path, key: str, options: dict[str, Any]) -> None:
+def test_a_text_that_must_be_one_token_is_refused_if_it_is_more(
+    task: Path, key: str, options: dict[str, Any]
+) -> None:
     made, prompts, codec = asking(task, **options)
     with pytest.raises(
-        ConfigError, match=rf"^method\.{key}: '11' is 2 tokens .* method {options['name']} wants a single"
+        ConfigError,
+        match=rf"^method\.{key}: '11' is 2 tokens .* method {options['name']} wants a single",
     ):
         made.check(prompts, codec, 10_000)
     made, prompts, codec = asking(task, **options | {key: "1"})

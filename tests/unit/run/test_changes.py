@@ -47,7 +47,9 @@ def lacking(tree: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"0.{below}", [changed, *tree[1:]]) for below, changed in lacking(tree[0]))
 
 
-def test_a_key_that_an_older_configuration_lacks_is_no_difference_where_it_has_its_default(tmp_path: Path) -> None:
+def test_a_key_that_an_older_configuration_lacks_is_no_difference_where_it_has_its_default(
+    tmp_path: Path,
+) -> None:
     older, required = dict(lacking(yaml.safe_load(resolved(TREE)))), []
     for key, held in older.items():
         try:
@@ -59,12 +61,15 @@ def test_a_key_that_an_older_configuration_lacks_is_no_difference_where_it_has_i
         if key in ("method", "method.alpha"):
             assert differs is not None
             assert (
-                "method.alpha: there 0.0, here 0.1" in differs or "method.alpha: there '(not set)', here 0.1" in differs
+                "method.alpha: there 0.0, here 0.1" in differs
+                or ("method.alpha: there '(not set)', here 0.1") in differs
             )
         else:
             assert differs is None, key
     assert {"name", "optimizer.lr", "data.datasets.0.path"} <= set(required)
-    assert {"algorithm.beta", "train.max_skipped", "data.datasets.0.grading", "rollout"} <= set(older) - set(required)
+    assert {"algorithm.beta", "train.max_skipped", "data.datasets.0.grading", "rollout"} <= set(
+        older
+    ) - set(required)
 
 
 def test_where_it_has_another_value_now_the_default_stands_beside_it(tmp_path: Path) -> None:
@@ -76,14 +81,18 @@ def test_where_it_has_another_value_now_the_default_stands_beside_it(tmp_path: P
     assert "  algorithm.beta: there 0.001, here 0.5\n" in said
 
 
-def test_micro_batches_may_have_another_size_as_an_older_version_wrote_it_out(tmp_path: Path) -> None:
+def test_micro_batches_may_have_another_size_as_an_older_version_wrote_it_out(
+    tmp_path: Path,
+) -> None:
     held = yaml.safe_load(resolved(TREE))
     assert held["train"]["micro_batch_tokens"] is None
     held["train"]["micro_batch_tokens"] = 16_384
     for ours in (TREE, TREE | {"train": {"micro_batch_tokens": 4096}}):
         assert refused(tmp_path, held, ours) is None
         config = tmp_path / "config.yaml"
-        assert "train.micro_batch_tokens: there 16384" in str(refusal(config, resolved(ours), False, resolved))
+        assert "train.micro_batch_tokens: there 16384" in str(
+            refusal(config, resolved(ours), False, resolved)
+        )
 
 
 def test_what_this_version_does_not_know_is_a_difference(tmp_path: Path) -> None:

@@ -12,11 +12,27 @@ import zstandard
 
 from megatron_efr.durable import UnwritableError, write_atomic
 from megatron_efr.evaluation.records import summarise
-from megatron_efr.rollout.group_json import decode_credited, decode_group, encode_credited, encode_group
+from megatron_efr.rollout.group_json import (
+    decode_credited,
+    decode_group,
+    encode_credited,
+    encode_group,
+)
 from megatron_efr.run.folder import RunFolder, RunFolderError
 from megatron_efr.scripts import Budget, Forks, Plain
 from megatron_efr.steps import Part
-from megatron_efr.types import Branch, Credit, Credited, Grade, Graded, Group, Prompt, Response, Rewarded, VersionSpan
+from megatron_efr.types import (
+    Branch,
+    Credit,
+    Credited,
+    Grade,
+    Graded,
+    Group,
+    Prompt,
+    Response,
+    Rewarded,
+    VersionSpan,
+)
 
 CONFIG = """
 name: a
@@ -43,25 +59,46 @@ def group(index=0, n=3):
             finish="length" if i else "stop",
             versions=(VersionSpan(1, 0, 2), VersionSpan(2, 2, 5)),
             text='a "quoted"\ntext',
-            routed_experts=None if i == 1 else rng.integers(0, 128, (7, 2, 4)).astype((np.int8, np.int16)[i > 0]),
+            routed_experts=None
+            if i == 1
+            else rng.integers(0, 128, (7, 2, 4)).astype((np.int8, np.int16)[i > 0]),
             parts=(Part("opening", 0, 2, "chosen"), Part("response", 2, 5, "length")) if i else (),
-            branches=(Branch("probe", 3, (Response((7,), np.zeros(1, np.float32), "stop"),)),) if i else (),
+            branches=(Branch("probe", 3, (Response((7,), np.zeros(1, np.float32), "stop"),)),)
+            if i
+            else (),
         )
         for i in range(n)
     )
     scripts = (Plain(), *[Forks(at=(2, 30), tokens=9), Budget(most=7, end="</t>")] * (n // 2))[:n]
-    return Group(Prompt(f"p{index}", (1, 2, 3), "q", "42", meta), responses, 2**62 + index, scripts, {"budget": 7})
+    return Group(
+        Prompt(f"p{index}", (1, 2, 3), "q", "42", meta),
+        responses,
+        2**62 + index,
+        scripts,
+        {"budget": 7},
+    )
 
 
 def credited(index=0):
     rng = np.random.default_rng(index)
     verdicts = ((), (Grade("wrong", 0.0),), (Grade("correct", 1.0),))
-    graded = Graded(group(index), (Grade("correct", 1.0), Grade("timeout", 0.0), Grade("wrong", 0.1 + 0.2)), verdicts)
+    graded = Graded(
+        group(index),
+        (Grade("correct", 1.0), Grade("timeout", 0.0), Grade("wrong", 0.1 + 0.2)),
+        verdicts,
+    )
     rewards, masked = rng.random(3), rng.random(3) < 0.5
     lengths = [len(response.tokens) for response in graded.group.responses]
     per_token, weight = (tuple(rng.random(length) for length in lengths) for _ in range(2))
     branches = (np.zeros(0), np.zeros(0), np.array([-0.1 - 0.2]))
-    credit = Credit(np.array([0.1 + 0.2, math.pi, -1e-300]), per_token, weight, masked, branches, beginnings=True)
+    credit = Credit(
+        np.array([0.1 + 0.2, math.pi, -1e-300]),
+        per_token,
+        weight,
+        masked,
+        branches,
+        beginnings=True,
+    )
     return Credited(Rewarded(graded, rewards), credit)
 
 
@@ -84,10 +121,17 @@ def assert_same(one, two, name=""):
 def test_a_group_comes_back_exactly():
     assert_same(decode_group(encode_group(group())), group())
     assert_same(decode_credited(encode_credited(credited())), credited())
-    bare = Group(Prompt("p", (1,), "q", "1"), (Response((1,), np.array([-0.1], dtype=np.float32), "stop"),))
+    bare = Group(
+        Prompt("p", (1,), "q", "1"), (Response((1,), np.array([-0.1], dtype=np.float32), "stop"),)
+    )
     assert_same(decode_group(encode_group(bare)), bare)
     before = json.loads(encode_group(bare))  # as it was written before there were scripts
-    del before["scripts"], before["note"], before["responses"][0]["parts"], before["responses"][0]["branches"]
+    del (
+        before["scripts"],
+        before["note"],
+        before["responses"][0]["parts"],
+        before["responses"][0]["branches"],
+    )
     assert_same(decode_group(json.dumps(before)), bare)
     assert "\n" not in encode_group(group())
 
@@ -129,7 +173,9 @@ def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch
     path = tmp_path / "deep" / "file.txt"
     write_atomic(path, "old")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(UnwritableError, match=r"file\.txt: cannot be written: disk full; [\d,]+ bytes are free at "):
+    with pytest.raises(
+        UnwritableError, match=r"file\.txt: cannot be written: disk full; [\d,]+ bytes are free at "
+    ):
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
@@ -146,7 +192,11 @@ def test_another_configuration_is_refused_with_its_differing_keys(tmp_path):
     folder = RunFolder(tmp_path)
     folder.claim(CONFIG)
     folder.append_metrics(1, {"accuracy": 0.5})
-    ours = CONFIG.replace("alpha: 0.1", "alpha: 0.4").replace("path: y", "path: z").replace("seed: 42", "dtype: bf16")
+    ours = (
+        CONFIG.replace("alpha: 0.1", "alpha: 0.4")
+        .replace("path: y", "path: z")
+        .replace("seed: 42", "dtype: bf16")
+    )
     for resume in (False, True):
         with pytest.raises(RunFolderError) as caught:
             folder.claim(ours, resume)
@@ -192,7 +242,9 @@ def test_groups_of_a_first_iteration_that_was_killed_are_work_too(tmp_path):
 def test_a_resumed_run_may_train_longer_only_where_that_bends_no_schedule(tmp_path):
     folder = RunFolder(tmp_path)
     folder.claim(CONFIG)
-    longer = CONFIG.replace("iterations: 10", "iterations: 20").replace("tensorboard: true", "tensorboard: false")
+    longer = CONFIG.replace("iterations: 10", "iterations: 20").replace(
+        "tensorboard: true", "tensorboard: false"
+    )
     folder.append_metrics(1, {"accuracy": 0.5})
     with pytest.raises(RunFolderError, match=r"train\.iterations: there 10, here 20"):
         folder.claim(longer)
@@ -208,12 +260,18 @@ def test_a_resumed_run_may_change_what_touches_no_iteration_before_it(tmp_path):
     folder = RunFolder(tmp_path)
     folder.claim(CONFIG)
     folder.append_metrics(1, {"accuracy": 0.5})
-    changed = CONFIG.replace("every: 5, datasets: [{path: e}]", "every: 2, datasets: [{path: f}, {path: g}]")
-    changed = changed.replace("keep: 2", "keep: 7").replace("max_new_tokens: 100", "max_new_tokens: 60")
+    changed = CONFIG.replace(
+        "every: 5, datasets: [{path: e}]", "every: 2, datasets: [{path: f}, {path: g}]"
+    )
+    changed = changed.replace("keep: 2", "keep: 7").replace(
+        "max_new_tokens: 100", "max_new_tokens: 60"
+    )
     folder.claim(changed, resume=True)
     assert folder.config.read_text() == changed
     longer = changed.replace("max_new_tokens: 60", "max_new_tokens: 61")
-    with pytest.raises(RunFolderError, match=r"rollout\.max_new_tokens: there 60, here 61\n.*but only downwards"):
+    with pytest.raises(
+        RunFolderError, match=r"rollout\.max_new_tokens: there 60, here 61\n.*but only downwards"
+    ):
         folder.claim(longer, resume=True)
 
 
@@ -227,7 +285,9 @@ def test_a_resumed_run_may_change_what_touches_no_iteration_before_it(tmp_path):
         (lambda data: b"7\n" + data, r"metrics\.jsonl:1: damaged"),
     ],
 )
-def test_damaged_metrics_are_named_by_file_and_line_before_anything_is_touched(tmp_path, damage, said):
+def test_damaged_metrics_are_named_by_file_and_line_before_anything_is_touched(
+    tmp_path, damage, said
+):
     folder = RunFolder(tmp_path)
     folder.claim(CONFIG)
     for step in (1, 2, 3):
@@ -305,7 +365,9 @@ def test_metrics_cut_at_the_resumed_step_go_on_as_an_uninterrupted_runs(tmp_path
 
 def test_metrics_are_strict_json(tmp_path):
     folder = RunFolder(tmp_path)
-    folder.append_metrics(1, {"a": math.nan, "b": np.float64(math.inf), "c": np.int64(3), "d": None, "e": "x"})
+    folder.append_metrics(
+        1, {"a": math.nan, "b": np.float64(math.inf), "c": np.int64(3), "d": None, "e": "x"}
+    )
     assert folder.read_metrics() == [{"step": 1, "a": None, "b": None, "c": 3, "d": None, "e": "x"}]
 
 

@@ -13,21 +13,34 @@ from megatron_efr.config import ModelConfig
 from megatron_efr.evaluation.responses import repetition
 from megatron_efr.run.iteration import IdentityError, check_identities, rollout_figures
 from megatron_efr.steps import Part
-from megatron_efr.types import Credited, Grade, Graded, Group, Prompt, Response, Rewarded, VersionSpan
+from megatron_efr.types import (
+    Credited,
+    Grade,
+    Graded,
+    Group,
+    Prompt,
+    Response,
+    Rewarded,
+    VersionSpan,
+)
 from tests.groups import credited
 
 
 def group(correct: list[bool], advantages: list[float], lengths: list[int]) -> Credited:
     responses = tuple(
-        Response(tuple(range(n)), np.zeros(n, dtype=np.float32), "stop", (VersionSpan(0, 0, n),)) for n in lengths
+        Response(tuple(range(n)), np.zeros(n, dtype=np.float32), "stop", (VersionSpan(0, 0, n),))
+        for n in lengths
     )
     grades = tuple(Grade("correct" if right else "wrong") for right in correct)
-    return credited(Graded(Group(Prompt("p", (1,), "q", "1"), responses), grades), advantages, correct)
+    return credited(
+        Graded(Group(Prompt("p", (1,), "q", "1"), responses), grades), advantages, correct
+    )
 
 
 def test_signal_and_the_sign_of_right_answers() -> None:
     groups = [
-        group([True, True], [0.5, -0.5], [3, 9]),  # all right, told apart by length: one right answer is pushed down
+        # all right, told apart by length: one right answer is pushed down
+        group([True, True], [0.5, -0.5], [3, 9]),
         group([False, False], [0.0, 0.0], [4, 4]),
         group([True, False], [1.0, -1.0], [5, 2]),
         group([True, True], [0.0, 0.0], [4, 4]),
@@ -45,7 +58,9 @@ def test_signal_and_the_sign_of_right_answers() -> None:
 
 def test_a_tokens_own_credit_is_a_signal() -> None:
     silent = group([True, True], [0.0, 0.0], [3, 2])
-    spoken = Credited(silent.rewarded, silent.credit._replace(per_token=(np.zeros(3), np.array([0.0, 0.1]))))
+    spoken = Credited(
+        silent.rewarded, silent.credit._replace(per_token=(np.zeros(3), np.array([0.0, 0.1])))
+    )
     assert rollout_figures([silent, spoken], version=0)["groups_without_signal"] == 0.5
 
 
@@ -66,8 +81,10 @@ def test_accuracy_and_lengths_by_data_set() -> None:
         version=0,
     )
     assert {name: figures[name] for name in figures if "/" in name and not name.startswith("graded/")} == {
-        "accuracy/easy": 0.75, "tokens_mean/easy": 5.0, "tokens_correct/easy": 6.0, "tokens_wrong/easy": 2.0,
-        "accuracy/hard": 0.0, "tokens_mean/hard": 5.5, "tokens_correct/hard": pytest.approx(math.nan, nan_ok=True),
+        "accuracy/easy": 0.75, "tokens_mean/easy": 5.0, "tokens_correct/easy": 6.0,
+        "tokens_wrong/easy": 2.0,
+        "accuracy/hard": 0.0, "tokens_mean/hard": 5.5,
+        "tokens_correct/hard": pytest.approx(math.nan, nan_ok=True),
         "tokens_wrong/hard": 5.5,
     }  # fmt: skip
 
@@ -77,7 +94,9 @@ def test_staleness_is_a_mean_over_the_tokens_that_versions_drew() -> None:
     spans = (VersionSpan(4, 2, 4), VersionSpan(5, 4, 8))
     parts = (Part("opening", 0, 2, "forced"), Part("response", 2, 8, "stop"))
     response = Response(tuple(range(8)), np.zeros(8, np.float32), "stop", spans, parts=parts)
-    found = rollout_figures([credited(Group(Prompt("p", (1,), "", ""), (response,) * 2), np.array([1.0, -1.0]))], 5)
+    found = rollout_figures(
+        [credited(Group(Prompt("p", (1,), "", ""), (response,) * 2), np.array([1.0, -1.0]))], 5
+    )
     assert (found["staleness_mean"], found["staleness_max"]) == (2 / 6, 1.0)
 
 
@@ -102,13 +121,17 @@ def figures(**changes: float) -> dict[str, float]:
     [(name, dtype, off) for name in ("first_ratio_max", "first_kl_to_old", "kl")
      for dtype, off in (("float32", 2e-5), ("bfloat16", 2e-2))],
 )  # fmt: skip
-def test_a_first_update_that_sees_another_policy_stops_the_run(name: str, dtype: str, off: float) -> None:
+def test_a_first_update_that_sees_another_policy_stops_the_run(
+    name: str, dtype: str, off: float
+) -> None:
     model = ModelConfig(path="m", dtype=dtype)  # type: ignore[arg-type]
     for found in (off, off / 10):
         metrics = figures()
         metrics[name] += found
         if found == off:
-            with pytest.raises(IdentityError, match=rf"iteration 1: {name} is off by {off:g}.*{dtype}"):
+            with pytest.raises(
+                IdentityError, match=rf"iteration 1: {name} is off by {off:g}.*{dtype}"
+            ):
                 check_identities(metrics, model, 1)
         else:
             check_identities(metrics, model, 1)

@@ -1,4 +1,6 @@
-"""The memory of the devices goes from engines to policy and back in one order; what fails leaves no engine serving."""
+"""The memory of the devices goes from engines to policy and back in one order; what fails leaves no
+engine serving.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,17 @@ from tests.conftest import ragged_sequences
 from tests.engine_contract import requests
 
 ORDER = (
-    ["offload:", "offload_training_state", "wake:", "allow", "wake", "publish:", "publish", "resume:", "resume"],
+    [
+        "offload:",
+        "offload_training_state",
+        "wake:",
+        "allow",
+        "wake",
+        "publish:",
+        "publish",
+        "resume:",
+        "resume",
+    ],
     ["release:", "hold", "sleep", "restore:", "restore_training_state"],
 )
 
@@ -103,7 +115,9 @@ def test_in_any_other_state_a_scatter_samples_is_refused_in_words_and_asks_nothi
         ("resume", State.PUBLISHED),
     ],
 )
-def test_whatever_fails_no_engine_goes_on_serving(failing: str, left: State, parts: Parts, ranks: Ranks) -> None:
+def test_whatever_fails_no_engine_goes_on_serving(
+    failing: str, left: State, parts: Parts, ranks: Ranks
+) -> None:
     phases = Phases(parts, parts, parts, ranks, shared=True)
     parts.failing = failing
     with pytest.raises(OSError, match=failing):
@@ -119,11 +133,18 @@ def test_whatever_fails_no_engine_goes_on_serving(failing: str, left: State, par
 def test_unfinished_responses_of_the_embedded_engine_go_on_after_an_update_with_its_weights(
     tied_model: Path, ranks: Ranks
 ) -> None:
-    """With real parts: what was drawn before the engine slept is of version 1, what came after of version 2."""
+    """With real parts: what was drawn before the engine slept is of version 1, what came after of
+    version 2.
+    """
     engine = LocalEngine(tied_model, 8)
     phases = Phases(Embedded(engine), engine, Servers(), ranks, shared=True)
     policy = Policy(
-        ModelConfig(path=str(tied_model)), ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0
+        ModelConfig(path=str(tied_model)),
+        ParallelConfig(),
+        OptimizerConfig(lr=1e-3),
+        ranks,
+        updates=1,
+        seed=0,
     )
     untimed = contextlib.nullcontext
     phases.to_engines(policy, 1, untimed)
@@ -132,11 +153,17 @@ def test_unfinished_responses_of_the_embedded_engine_go_on_after_an_update_with_
     phases.to_policy(policy, untimed)
     with pytest.raises(RuntimeError, match="paused"):
         next(stream)
-    policy.update(policy.pack_update(ragged_sequences(4), [0, 1, 2, 3], 400, "token"), supervised_loss)
+    policy.update(
+        policy.pack_update(ragged_sequences(4), [0, 1, 2, 3], 400, "token"), supervised_loss
+    )
     phases.to_engines(policy, 2, untimed)
     groups += stream
     assert len(groups) == 20
-    kinds = {tuple(span.version for span in response.versions) for group in groups for response in group.responses}
+    kinds = {
+        tuple(span.version for span in response.versions)
+        for group in groups
+        for response in group.responses
+    }
     assert kinds == {(1,), (1, 2), (2,)}
 
 
@@ -154,6 +181,7 @@ def test_engines_that_release_nothing_stop_the_run_and_the_memory_saver_is_named
     """Here there is no GPU whose memory could grow."""
     monkeypatch.setattr("megatron_efr.run.phases.WAIT_S", 0.0)
     with pytest.raises(
-        UserError, match=r"0\.00 GiB more free; .* are 3\.00 GiB\. .*rollout\.server\.enable_memory_saver"
+        UserError,
+        match=r"0\.00 GiB more free; .* are 3\.00 GiB\. .*rollout\.server\.enable_memory_saver",
     ):
         Phases(parts, parts, parts, ranks, shared=True, engine_bytes=3 * 2**30)

@@ -1,4 +1,6 @@
-"""Published decode-time rules: their sources' defaults and worked numbers, and the turns that they take."""
+"""Published decode-time rules: their sources' defaults and worked numbers, and the turns that they
+take.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,16 @@ from megatron_efr.rollout.sglang.penalty import SwitchPenalty, processor
 from megatron_efr.rollout.sglang.server_check import check_server
 from megatron_efr.scripts import SCRIPTS, build, decode, encode, search
 from megatron_efr.scripts.probed import Concise, Deer, EarlyStop, Subthoughts
-from megatron_efr.scripts.published import S1, CutOff, Elastic, NoThinking, Sketch, ThinkFor, Tip, Told
+from megatron_efr.scripts.published import (
+    S1,
+    CutOff,
+    Elastic,
+    NoThinking,
+    Sketch,
+    ThinkFor,
+    Tip,
+    Told,
+)
 from megatron_efr.scripts.search import Scorer, VgSearch, scorer_of
 from megatron_efr.steps import Draw, Force, Fork, Part, Penalty, Score, Step, Take
 from megatron_efr.types import Branch, Done, Prompt, Response, Script, UserError
@@ -37,11 +48,17 @@ VECTORS = json.loads((Path(__file__).parents[2] / "data" / "decode_vectors.json"
 
 def trial(probabilities: list[float], *parts: Part, text: str = "") -> Branch:
     logprobs = np.log(np.array(probabilities, dtype=np.float64)).astype(np.float32)
-    return Branch("probe", 5, (Response(tuple(range(len(probabilities))), logprobs, "stop", text=text, parts=parts),))
+    return Branch(
+        "probe",
+        5,
+        (Response(tuple(range(len(probabilities))), logprobs, "stop", text=text, parts=parts),),
+    )
 
 
 def follow(script: Script, *done: tuple[int, str, str, str]) -> list[Step]:
-    """The steps that a script takes, told of each draw: its tokens, how it ended, at what, and its text."""
+    """The steps that a script takes, told of each draw: its tokens, how it ended, at what, and its
+    text.
+    """
     steps, taken, length, told = script.steps(0), [], 0, list(done)
     step = next(steps)
     while True:
@@ -72,14 +89,21 @@ def test_confidence_of_a_trial_answer_is_the_worked_one() -> None:
     assert arithmetic == pytest.approx(given["outputs"]["avg1_skips_first"], abs=1e-4)
     assert geometric == pytest.approx(given["outputs"]["avg2_geometric_skips_first"], abs=1e-4)
     assert [arithmetic > 0.95, geometric > 0.95] == given["outputs"]["exits"]
-    assert Deer(form="transformers").confidence(branch) == pytest.approx(0.9999, abs=1e-6)  # nor the last
-    assert Deer(form="qwen3").confidence(trial(probabilities, Part("probe", 0, 6, "length"))) == 0.0  # not closed
+    # nor the last
+    assert Deer(form="transformers").confidence(branch) == pytest.approx(0.9999, abs=1e-6)
+    # not closed
+    assert Deer(form="qwen3").confidence(trial(probabilities, Part("probe", 0, 6, "length"))) == 0.0
     assert Deer().confidence(trial([0.9])) == 0.0
 
 
 def test_forms_of_deer_have_the_defaults_of_their_files() -> None:
-    vllm, transformers, qwen3 = (build("deer", {"form": form}, "x") for form in ("vllm", "transformers", "qwen3"))
-    said = [(d.tokens, d.temperature, d.mean, d.tries, d.share, d.sure) for d in (vllm, transformers, qwen3)]  # type: ignore[attr-defined]
+    vllm, transformers, qwen3 = (
+        build("deer", {"form": form}, "x") for form in ("vllm", "transformers", "qwen3")
+    )
+    said = [
+        (d.tokens, d.temperature, d.mean, d.tries, d.share, d.sure)
+        for d in (vllm, transformers, qwen3)
+    ]  # type: ignore[attr-defined]
     assert said == [
         (20, 1.0, "arithmetic", 10, 0.6, 0.95),
         (21, 0.0, "arithmetic", None, 0.9, 0.95),
@@ -93,7 +117,11 @@ def test_forms_of_deer_have_the_defaults_of_their_files() -> None:
 
 def test_deer_leaves_a_thought_near_its_limit_and_passes_pauses_after_its_tries() -> None:
     script = Deer(most=100, near=50, tries=2)
-    assert [type(step) for step in follow(script, (50, "until", "Wait", "."))] == [Draw, Force, Draw]
+    assert [type(step) for step in follow(script, (50, "until", "Wait", "."))] == [
+        Draw,
+        Force,
+        Draw,
+    ]
     assert isinstance(follow(script, (49, "until", "Wait", "."))[-1], Fork)
     one = Deer(tries=1).steps(0)
     next(one)
@@ -102,7 +130,9 @@ def test_deer_leaves_a_thought_near_its_limit_and_passes_pauses_after_its_tries(
     again = one.send(Done(Part("probe", 4, 4, "forced"), branches=(trial([0.5, 0.5]),)))
     assert isinstance(again, Draw)
     assert again.until == ("</think>",)
-    with pytest.raises(ConfigError, match=r"x\.most: a thought of 100 tokens uses up max_new_tokens = 90"):
+    with pytest.raises(
+        ConfigError, match=r"x\.most: a thought of 100 tokens uses up max_new_tokens = 90"
+    ):
         script.check(90, "x")
 
 
@@ -118,9 +148,14 @@ def test_s1_shares_one_budget_and_ends_it_on_a_new_line() -> None:
     by_itself = follow(S1(most=9, waits=0), (4, "until", "</think>", "x"))
     assert by_itself[1] == Force("header", "</think>\n\n")
     assert len(follow(S1(most=9), (4, "stop", "", ""))) == 1
-    with pytest.raises(ConfigError, match=r"x\.most: a thought of 50 tokens uses up max_new_tokens = 50"):
+    with pytest.raises(
+        ConfigError, match=r"x\.most: a thought of 50 tokens uses up max_new_tokens = 50"
+    ):
         S1(most=50).check(50, "x")
-    with pytest.raises(ConfigError, match=r"x\.leave: 100 tokens for the answer leave none of max_new_tokens = 100 "):
+    with pytest.raises(
+        ConfigError,
+        match=r"x\.leave: 100 tokens for the answer leave none of max_new_tokens = 100 ",
+    ):
         S1().within(100).check(100, "x")
     S1().within(102).check(102, "x")
 
@@ -138,7 +173,9 @@ def test_early_stop_wants_the_same_answer_in_a_row_without_a_word_of_doubt() -> 
         for number, answer in enumerate(answers, start=1):
             fork = steps.send(Done(Part("thought", 64 * number - 64, 64 * number, "length")))
             assert fork == Fork("probe", (64 * number,), 1, script.probe, 20, temperature=0.6)
-            step = steps.send(Done(Part("probe", 0, 0, "forced"), branches=(trial([0.5], text=answer),)))
+            step = steps.send(
+                Done(Part("probe", 0, 0, "forced"), branches=(trial([0.5], text=answer),))
+            )
             if isinstance(step, Force):
                 return number
         return 0
@@ -146,14 +183,20 @@ def test_early_stop_wants_the_same_answer_in_a_row_without_a_word_of_doubt() -> 
     assert stops("7}", "8}", "7}", "7}") == 4
     assert stops("7", "7", "7") == 0
     assert stops("7}", "7} but", "7}", "7}") == 4
-    assert follow(script, (0, "until", "</think>", ""))[1:] == [Draw("answer")], "right behind a probe, it ends as ever"
+    assert follow(script, (0, "until", "</think>", ""))[1:] == [Draw("answer")], (
+        "right behind a probe, it ends as ever"
+    )
     assert len(follow(script, (0, "length", "", ""))) == 1
 
 
 def test_subthoughts_go_on_from_where_each_begins() -> None:
     script = Subthoughts(samples=3, tokens=9)
     taken = follow(
-        script, (5, "until", "Wait", ""), (7, "until", "So", ""), (4, "until", "</think>", ""), (3, "stop", "", "")
+        script,
+        (5, "until", "Wait", ""),
+        (7, "until", "So", ""),
+        (4, "until", "</think>", ""),
+        (3, "stop", "", ""),
     )
     assert taken[-1] == Fork("subthought", (5, 12), 3, "", 9)
     evenly = follow(Subthoughts(most=2), *[(1, "until", "Wait", "")] * 5, (1, "stop", "", ""))
@@ -174,8 +217,12 @@ def test_wishes_stand_behind_the_question() -> None:
 
 
 def test_a_summary_takes_the_place_of_a_thought_that_was_drawn_apart() -> None:
-    """The answer sees the prompt and the summary: the thought's tokens are in no step of the response."""
-    script: Any = build("summary_thinking", {"tokens": 5, "wish": "W", "cut": "C", "end": "E"}, "x").within(20)
+    """The answer sees the prompt and the summary: the thought's tokens are in no step of the
+    response.
+    """
+    script: Any = build(
+        "summary_thinking", {"tokens": 5, "wish": "W", "cut": "C", "end": "E"}, "x"
+    ).within(20)
     assert script.most == 15
 
     def branch(name: str, first: int, tokens: Sequence[int], ending: Any) -> Done:
@@ -189,21 +236,29 @@ def test_a_summary_takes_the_place_of_a_thought_that_was_drawn_apart() -> None:
     assert next(steps) == Fork("thought", (0,), 1, "", 15, ("E",), after=((),))
     summary = steps.send(branch("thought", 0, [1, 2, 3], "until"))
     assert summary == Fork("summary", (0,), 1, "W", 5, ("E",), after=((1, 2, 3),))
-    assert steps.send(branch("summary", 1, [23, 7, 8], "until")) == Take("summary", (7, 8), (-0.5, -0.5), "length")
+    assert steps.send(branch("summary", 1, [23, 7, 8], "until")) == Take(
+        "summary", (7, 8), (-0.5, -0.5), "length"
+    )
     assert steps.send(Done(Part("summary", 0, 2, "length"))) == Force("cut", "C")
     assert steps.send(Done(Part("cut", 2, 3, "forced"))) == Draw("answer")
     steps = script.steps(0)
     next(steps)
     steps.send(branch("thought", 0, [1], "length"))
-    assert steps.send(branch("summary", 1, [23, 7, 9], "stop")) == Take("summary", (7,), (-0.5,), "length"), "no end"
+    assert steps.send(branch("summary", 1, [23, 7, 9], "stop")) == Take(
+        "summary", (7,), (-0.5,), "length"
+    ), "no end"
     steps = script.steps(0)
     next(steps)
-    assert steps.send(branch("thought", 0, [1, 9], "stop")) == Take("response", (1, 9), (-0.5, -0.5), "stop")
+    assert steps.send(branch("thought", 0, [1, 9], "stop")) == Take(
+        "response", (1, 9), (-0.5, -0.5), "stop"
+    )
     assert not script.trainable
     assert longest(script, 20, Letters()) == 22
     for options in ({"tokens": 20}, {"tokens": 5, "most": 16}):
         large: Any = build("summary_thinking", options, "x")
-        with pytest.raises(ConfigError, match=r"^x\.tokens: a summary of .* does not fit into max_new_tokens = 20"):
+        with pytest.raises(
+            ConfigError, match=r"^x\.tokens: a summary of .* does not fit into max_new_tokens = 20"
+        ):
             large.within(20).check(20, "x")
     script.check(20, "x")
 
@@ -248,7 +303,9 @@ def test_a_penalty_holds_for_the_first_tokens_of_each_thought() -> None:
         took = [(0, penalty)] if penalty.applies(response[:length]) else []
         assert penalty.applies(response[:length][-600:]) is bool(took)
         assert lowered(logits, took).tolist() == [pytest.approx(wanted)]
-        request = SimpleNamespace(origin_input_ids=[1, 1, *response[:50]], output_ids=response[50:length])
+        request = SimpleNamespace(
+            origin_input_ids=[1, 1, *response[:50]], output_ids=response[50:length]
+        )
         told = {"__req__": request, "tokens": [1], "amount": 3.0, "window": 600, "begun": 2}
         assert SwitchPenalty()(logits.clone(), [told]).tolist() == [pytest.approx(wanted)]
     assert [penalty.applies([5] * length) for length in (0, 599, 600)] == [True, True, False]
@@ -265,13 +322,16 @@ def test_servers_get_the_penalty_as_source() -> None:
 
 def test_a_penalty_is_of_single_tokens() -> None:
     check_script(Tip(switch=("A",)), Letters(), "x")
-    with pytest.raises(ConfigError, match=r"^x\.switch: 'Alternatively' is 13 tokens .* only a single one can be"):
+    with pytest.raises(
+        ConfigError, match=r"^x\.switch: 'Alternatively' is 13 tokens .* only a single one can be"
+    ):
         check_script(Tip(), Letters(), "x")
 
 
 def test_servers_of_an_evaluation_with_a_penalty_must_take_it() -> None:
     info = {
-        "tp_size": 1, "dtype": "float32", "enable_custom_logit_processor": True, "preferred_sampling_params": None,
+        "tp_size": 1, "dtype": "float32", "enable_custom_logit_processor": True,
+        "preferred_sampling_params": None,
         "disable_overlap_schedule": True,
     }  # fmt: skip
     check = partial(check_server, "http://a:1", ranks=1, dtype="float32", routed_experts=False)
@@ -280,7 +340,10 @@ def test_servers_of_an_evaluation_with_a_penalty_must_take_it() -> None:
         check(info)
     for flag in ("enable_custom_logit_processor", "disable_overlap_schedule"):
         with pytest.raises(
-            UserError, match=f"evaluation.script: it penalises tokens, .* without --{flag.replace('_', '-')}"
+            UserError,
+            match=(
+                f"evaluation.script: it penalises tokens, .* without --{flag.replace('_', '-')}"
+            ),
         ):
             check(info | {flag: False}, penalties=True)
 
@@ -290,8 +353,14 @@ def test_a_router_that_passes_no_penalty_on_is_refused_before_servers_start(
 ) -> None:
     monkeypatch.setattr(build_module, "Launcher", None)
     router = EnginesConfig(engine="sglang", router=True)
-    for model, penalties in ((ModelConfig(path="x"), True), (ModelConfig(path="x", routing="replay"), False)):
-        with ExitStack() as resources, pytest.raises(ConfigError, match=r"^rollout\.router: .* leave router out"):
+    for model, penalties in (
+        (ModelConfig(path="x"), True),
+        (ModelConfig(path="x", routing="replay"), False),
+    ):
+        with (
+            ExitStack() as resources,
+            pytest.raises(ConfigError, match=r"^rollout\.router: .* leave router out"),
+        ):
             build_module.sglang_engine(model, router, tmp_path, 0, Letters(), resources, penalties)
 
 
@@ -307,13 +376,20 @@ def test_doubts_give_way_to_confidence_and_the_thought_ends_once_it_is_sure() ->
     sure = Done(Part("probe", 9, 9, "forced"), branches=(trial([0.99, 0.95]),))
     assert steps.send(sure) == Force("exit", "\n</think>\n\n")
     assert steps.send(Done(Part("exit", 9, 10, "forced"))) == Draw("answer")
-    assert longest(Concise(phrases=("A", "BCD"), exit="E", probe="F", tokens=4, tries=3), 100, Letters()) == 114
+    assert (
+        longest(
+            Concise(phrases=("A", "BCD"), exit="E", probe="F", tokens=4, tries=3), 100, Letters()
+        )
+        == 114
+    )
     with pytest.raises(ConfigError, match=r"x\.phrases"):
         build("concise", {"phrases": ["A", ""]}, "x")
 
 
 def test_a_search_keeps_the_best_beams_and_answers_with_the_best_that_ended() -> None:
-    """Three rounds of four beams, two of which go on: every step is one token, and the score is the last one drawn."""
+    """Three rounds of four beams, two of which go on: every step is one token, and the score is the
+    last one drawn.
+    """
     script = VgSearch(scorer="letters", beams=4, width=2, iterations=3, ends=(".",), tokens=1)
 
     def last(prompt: Prompt, texts: Sequence[str]) -> list[float]:
@@ -326,13 +402,20 @@ def test_a_search_keeps_the_best_beams_and_answers_with_the_best_that_ended() ->
         for step in steps:
             part = Part("step", 0, 1, "stop") if step.islower() else Part("end", 0, 1, "length")
             made.append(
-                Branch("step", 0, (Response((ord(step),), np.full(1, -0.5), "stop", text=step, parts=(part,)),))
+                Branch(
+                    "step",
+                    0,
+                    (Response((ord(step),), np.full(1, -0.5), "stop", text=step, parts=(part,)),),
+                )
             )
         return Done(Part("step", 0, 0, "forced"), branches=tuple(made))
 
     def scored(score: Step) -> Done:
         assert isinstance(score, Score)
-        return Done(Part("score", 0, 0, "forced"), scores=tuple(last(Prompt("p", (1,), "", ""), score.texts)))
+        return Done(
+            Part("score", 0, 0, "forced"),
+            scores=tuple(last(Prompt("p", (1,), "", ""), score.texts)),
+        )
 
     steps = script.steps(0)
     fork = next(steps)
@@ -345,7 +428,8 @@ def test_a_search_keeps_the_best_beams_and_answers_with_the_best_that_ended() ->
     assert score.texts == ("DE", "Cf", "DG", "CH")
     fork = steps.send(scored(score))
     assert isinstance(fork, Fork)
-    assert (fork.after[:2], fork.ends, fork.limit) == (((67, 72), (68, 71)), (), None)  # the last goes to the end
+    # the last goes to the end
+    assert (fork.after[:2], fork.ends, fork.limit) == (((67, 72), (68, 71)), (), None)
     score = steps.send(grown(fork, "z", "a", "b", "c"))
     assert steps.send(scored(score)) == Take("search", (67, 72, 122), (-0.5,) * 3, "stop")
     assert longest(script, 100, Letters()) == 100, "a beam is no longer than the response may be"
@@ -370,7 +454,11 @@ def test_a_plug_in_scorer_is_loaded_once_for_all_responses(monkeypatch: pytest.M
 
 def test_scorers_are_known_by_name() -> None:
     prompt = Prompt("p", (1,), "q", "1/2")
-    assert scorer_of("verifier")(prompt, [r"so \boxed{0.5}", r"\boxed{2}", "half"]) == [1.0, 0.0, 0.0]
+    assert scorer_of("verifier")(prompt, [r"so \boxed{0.5}", r"\boxed{2}", "half"]) == [
+        1.0,
+        0.0,
+        0.0,
+    ]
     with pytest.raises(ConfigError, match=r"x\.scorer: no scorer 'prm'; there are .*verifier"):
         build("vg_search", {"scorer": "prm"}, "x")
     with pytest.raises(ConfigError, match="beams: 6 is no multiple of width = 4"):

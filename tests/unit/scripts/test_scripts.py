@@ -1,4 +1,6 @@
-"""Scripts: each kind on the embedded engine, held to a model that reads everything again; and what is refused."""
+"""Scripts: each kind on the embedded engine, held to a model that reads everything again; and what
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,18 @@ def said(prompt: Prompt) -> Sequence[int]:
 
 
 def asked(prompts: Sequence[Prompt] = PROMPTS) -> list[Request]:
-    return [Request(prompt, 100 + i, every_kind(said(prompt)), {"i": i}) for i, prompt in enumerate(prompts)]
+    return [
+        Request(prompt, 100 + i, every_kind(said(prompt)), {"i": i})
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def rules(prompts: Sequence[Prompt] = PROMPTS) -> list[Request]:
     trial = 0.9  # of trial answers, beside responses at the sampling's
-    return [Request(prompt, 100 + i, every_rule(said(prompt), trial), {"i": i}) for i, prompt in enumerate(prompts)]
+    return [
+        Request(prompt, 100 + i, every_rule(said(prompt), trial), {"i": i})
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 @pytest.mark.parametrize("asked", [asked, rules])
@@ -59,8 +67,14 @@ def test_every_kind_makes_what_a_model_makes_that_reads_everything_again(
     endings = set()
     for group in serving(slots=5).generate(requests, sampling):
         request = requests[group.note["i"]]
-        assert (group.scripts, group.prompt, group.seed) == (request.scripts, request.prompt, request.seed)
-        for sample, (script, response) in enumerate(zip(request.scripts, group.responses, strict=True)):
+        assert (group.scripts, group.prompt, group.seed) == (
+            request.scripts,
+            request.prompt,
+            request.seed,
+        )
+        for sample, (script, response) in enumerate(
+            zip(request.scripts, group.responses, strict=True)
+        ):
             again = Rereading(BUILT, sampling, request.seed, sample, LOGITS)
             assert_made(response, again.make(script.steps(sample), request.prompt.tokens))
             endings |= {part.ending for part in response.parts}
@@ -68,7 +82,9 @@ def test_every_kind_makes_what_a_model_makes_that_reads_everything_again(
 
 
 def test_a_round_begins_anew_with_the_summary_alone() -> None:
-    """Greedily: each further round is what the model says after the prompt, and the summary of the round before."""
+    """Greedily: each further round is what the model says after the prompt, and the summary of the
+    round before.
+    """
     found = 0
     for prompt in PROMPTS:
         script = rounds(said(prompt))
@@ -84,7 +100,9 @@ def test_a_round_begins_anew_with_the_summary_alone() -> None:
         assert len(texts) == 3 or not script.summary(texts[-1])
         found += len(response.answers)
     assert found >= 2
-    with pytest.raises(ConfigError, match=r"tells no round of the one before; put \{summary\} where"):
+    with pytest.raises(
+        ConfigError, match=r"tells no round of the one before; put \{summary\} where"
+    ):
         build("rounds", {"tokens": 4, "history": "so"}, "method")
     with pytest.raises(ConfigError, match="holds '<summary>', and each round would have a summary"):
         build("rounds", {"tokens": 4, "history": "<summary>{summary}"}, "method")
@@ -92,7 +110,12 @@ def test_a_round_begins_anew_with_the_summary_alone() -> None:
         rounds(said(PROMPTS[0])).check(30, "evaluation.script")
     made: Any = build("rounds", {"tokens": 4}, "method")
     assert made.summary("a<summary> b </summary>c") == "b"
-    for text in ("<summary>b", "<summary></summary>", "b</summary>", "<summary>a</summary><summary>b"):
+    for text in (
+        "<summary>b",
+        "<summary></summary>",
+        "b</summary>",
+        "<summary>a</summary><summary>b",
+    ):
         assert made.summary(text) == ""
 
 
@@ -105,13 +128,17 @@ def test_published_rules_take_the_turns_that_are_compared() -> None:
         for part in each.parts
     }
     assert parts >= {
-        ("CutOff", "response", "length"), ("NoThinking", "opening", "forced"), ("Elastic", "cut", "forced"),
+        ("CutOff", "response", "length"), ("NoThinking", "opening", "forced"),
+        ("Elastic", "cut", "forced"),
         ("S1", "wait", "forced"), ("S1", "header", "forced"), ("S1", "answer", "length"),
         ("Deer", "thought", "until"), ("Deer", "thought", "length"), ("Deer", "probe", "until"),
         ("Deer", "end", "length"), ("Deer", "probe", "length"), ("Deer", "exit", "forced"),
-        ("EarlyStop", "thought", "until"), ("EarlyStop", "probe", "length"), ("EarlyStop", "answer", "length"),
-        ("Subthoughts", "subthought", "length"), ("Told", "response", "stop"), ("Concise", "phrase", "forced"),
-        ("VgSearch", "search", "stop"), ("VgSearch", "search", "length"), ("SummaryThinking", "summary", "length"),
+        ("EarlyStop", "thought", "until"), ("EarlyStop", "probe", "length"),
+        ("EarlyStop", "answer", "length"),
+        ("Subthoughts", "subthought", "length"), ("Told", "response", "stop"),
+        ("Concise", "phrase", "forced"),
+        ("VgSearch", "search", "stop"), ("VgSearch", "search", "length"),
+        ("SummaryThinking", "summary", "length"),
         ("SummaryThinking", "cut", "forced"), ("SummaryThinking", "answer", "length"),
     }  # fmt: skip
 
@@ -122,7 +149,9 @@ def test_tokens_and_bits_do_not_depend_on_the_batch() -> None:
 
     def made(slots: int, order: int) -> dict[int, str]:
         groups = serving(slots).generate(requests[::order], sampling)
-        return {group.seed: str([bits(response) for response in group.responses]) for group in groups}
+        return {
+            group.seed: str([bits(response) for response in group.responses]) for group in groups
+        }
 
     assert made(64, 1) == made(3, -1) == made(1, 1)
 
@@ -133,7 +162,9 @@ def bits(response: Response) -> tuple[Any, ...]:
 
 
 def test_after_a_publication_a_script_goes_on_with_the_new_weights() -> None:
-    """Parents that wait for branches, and branches themselves, are read again by the new weights."""
+    """Parents that wait for branches, and branches themselves, are read again by the new
+    weights.
+    """
     other = model(1)
     engine, sampling = serving(slots=7), Sampling(1.0, 1.0, 60, (STOP,))
     scripts = (
@@ -154,24 +185,37 @@ def test_after_a_publication_a_script_goes_on_with_the_new_weights() -> None:
             for branch in response.branches:
                 for each in branch.responses:
                     kinds.add(("branch", *[span.version for span in each.versions]))
-                    check_versions(each, (*group.prompt.tokens, *response.tokens[: branch.at]), (BUILT, other))
+                    check_versions(
+                        each, (*group.prompt.tokens, *response.tokens[: branch.at]), (BUILT, other)
+                    )
     assert {(0, 1), (1,), (0,), ("branch", 0, 1), ("branch", 0), ("branch", 1)} <= kinds
 
 
 def check_versions(response: Response, begun: tuple[int, ...], models: tuple[Any, Any]) -> None:
-    """Every drawn token has the log-prob that its version gives it after all that was said before."""
+    """Every drawn token has the log-prob that its version gives it after all that was said
+    before.
+    """
     assert [response.versions[0].start, response.versions[-1].end] == [0, len(response.tokens)]
     assert all(a.end == b.start for a, b in pairwise(response.versions))
     prompt = Prompt("p", begun, "", "")
-    exact = {version: exact_logprobs(models[version], prompt, response, 1.0) for version, *_ in response.versions}
+    exact = {
+        version: exact_logprobs(models[version], prompt, response, 1.0)
+        for version, *_ in response.versions
+    }
     for version, start, end in response.versions:
         difference = np.abs(exact[version][start:end].numpy() - response.logprobs[start:end])
         assert difference[response.trained[start:end]].max(initial=0.0) <= 1e-5
 
 
 def test_forced_tokens_are_outside_length_and_training_and_chosen_ones_are_not() -> None:
-    parts = (Part("opening", 0, 2, "chosen"), Part("thought", 2, 5, "length"), Part("cut", 5, 6, "forced"))
-    response = Response(tuple(range(9)), np.zeros(9), "stop", parts=(*parts, Part("answer", 6, 9, "stop")))
+    parts = (
+        Part("opening", 0, 2, "chosen"),
+        Part("thought", 2, 5, "length"),
+        Part("cut", 5, 6, "forced"),
+    )
+    response = Response(
+        tuple(range(9)), np.zeros(9), "stop", parts=(*parts, Part("answer", 6, 9, "stop"))
+    )
     assert response.length == 8
     assert response.trained.tolist() == [True] * 5 + [False] + [True] * 3
     assert not response.truncated
@@ -196,27 +240,37 @@ def test_a_pause_that_is_the_last_token_allowed_ends_the_response() -> None:
     at = max(i for i in range(1, 12) if said(prompt)[i] not in said(prompt)[:i])
     sampling = Sampling(0.0, 1.0, at + 1, ())
     pause = Letters().decode([said(prompt)[at]])
-    script = EarlyExit(pauses=(pause,), probe="C", tokens=3, sure=1.0, end=other, exit="FG", tries=1)
+    script = EarlyExit(
+        pauses=(pause,), probe="C", tokens=3, sure=1.0, end=other, exit="FG", tries=1
+    )
     (group,) = serving(2).generate([Request(prompt, 0, (script,))], sampling)
     (response,) = group.responses
-    assert_made(response, Rereading(BUILT, sampling, 0, 0, LOGITS).make(script.steps(0), prompt.tokens))
+    assert_made(
+        response, Rereading(BUILT, sampling, 0, 0, LOGITS).make(script.steps(0), prompt.tokens)
+    )
     assert (response.tokens, response.finish) == (tuple(said(prompt)[: at + 1]), "length")
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- what is refused
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_text_of_several_tokens_that_is_to_end_a_draw_is_refused_by_its_key() -> None:
     codec = Letters()
     check_script(Budget(most=3, end="A"), codec, "evaluation.script")
     with pytest.raises(
-        ConfigError, match=r"^evaluation\.script\.end: '</think>' is 8 tokens of this model's tokenizer"
+        ConfigError,
+        match=r"^evaluation\.script\.end: '</think>' is 8 tokens of this model's tokenizer",
     ):
         check_script(Budget(most=3), codec, "evaluation.script")
     with pytest.raises(ConfigError, match=r"^evaluation\.script\.pauses: 'Wait' is 4 tokens"):
         check_script(EarlyExit(end="A"), codec, "evaluation.script")
     with pytest.raises(ConfigError, match=r"^prompt p0: script\.end: '</think>' is 8 tokens"):
-        next(serving(1).generate([Request(PROMPTS[0], 0, (Budget(most=3),))], Sampling(1.0, 1.0, 8, ())))
+        next(
+            serving(1).generate(
+                [Request(PROMPTS[0], 0, (Budget(most=3),))], Sampling(1.0, 1.0, 8, ())
+            )
+        )
 
 
 def test_what_a_script_writes_must_fit_the_models_positions() -> None:
@@ -225,19 +279,27 @@ def test_what_a_script_writes_must_fit_the_models_positions() -> None:
     assert longest(Forks(at=(3,), tokens=20, opening="DE"), 100, Letters()) == 122
     request = Request(PROMPTS[0], 0, (Opened(opening="C" * 10),))
     assert len(list(serving(1).generate([request], Sampling(0.0, 1.0, 243, (STOP,))))) == 1
-    with pytest.raises(ValueError, match=r"^prompt p0: 3 tokens \+ max_new_tokens 244 \+ 10 of its script = 257"):
+    with pytest.raises(
+        ValueError, match=r"^prompt p0: 3 tokens \+ max_new_tokens 244 \+ 10 of its script = 257"
+    ):
         next(serving(1).generate([request], Sampling(0.0, 1.0, 244, ())))
 
 
 def test_options_and_names_are_refused_by_their_path() -> None:
     assert build("budget", {"most": 7, "end": "A"}, "x") == Budget(most=7, end="A")
     assert build("forks", {"at": [1, 2], "tokens": 3}, "x") == Forks(at=(1, 2), tokens=3)
-    with pytest.raises(ConfigError, match=r"^evaluation\.script\.name: no script 'elastik'; there are plain, opened"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^evaluation\.script\.name: no script 'elastik'; there are plain, opened",
+    ):
         build("elastik", {}, "evaluation.script")
     with pytest.raises(ConfigError, match=r"evaluation\.script\.most"):
         build("budget", {"most": 0}, "evaluation.script")
     for options in ({}, {"shares": [0.5], "drawn": 2}):
-        with pytest.raises(ConfigError, match="shares: give either shares of the thought, or how many exits are drawn"):
+        with pytest.raises(
+            ConfigError,
+            match=("shares: give either shares of the thought, or how many exits are drawn"),
+        ):
             build("exits", {"tokens": 4, **options}, "evaluation.script")
     with pytest.raises(ConfigError, match="ended: a thought without `end` never ends by itself"):
         build("forks", {"at": [1], "tokens": 4, "ended": "E"}, "evaluation.script")
@@ -245,9 +307,13 @@ def test_options_and_names_are_refused_by_their_path() -> None:
         build("budget", {"most": 7, "least": 9}, "evaluation.script")
 
 
-@pytest.mark.parametrize("key", ["repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias"])
+@pytest.mark.parametrize(
+    "key", ["repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias"]
+)
 def test_training_refuses_a_token_penalty_by_its_key(key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"rollout\.{key}: tokens that were drawn with a penalty are not"):
+    with pytest.raises(
+        ConfigError, match=rf"rollout\.{key}: tokens that were drawn with a penalty are not"
+    ):
         validate(RolloutConfig, {key: 1.1}, prefix="rollout")
 
 
@@ -260,8 +326,13 @@ class Nowhere(Plain):
 
 
 def test_a_fork_without_places_leaves_the_response_as_it_is() -> None:
-    (group,) = serving(1).generate([Request(PROMPTS[0], 0, (Nowhere(),))], Sampling(0.0, 1.0, 24, ()))
-    assert (group.responses[0].tokens, group.responses[0].branches) == (tuple(said(PROMPTS[0])[:3]), ())
+    (group,) = serving(1).generate(
+        [Request(PROMPTS[0], 0, (Nowhere(),))], Sampling(0.0, 1.0, 24, ())
+    )
+    assert (group.responses[0].tokens, group.responses[0].branches) == (
+        tuple(said(PROMPTS[0])[:3]),
+        (),
+    )
 
 
 class Behind(Plain):
@@ -302,4 +373,8 @@ class Wrong(Plain):
 
 def test_a_script_that_draws_after_a_stop_token_is_told_so() -> None:
     with pytest.raises(RuntimeError, match="the step 'more' comes after a stop token"):
-        list(serving(1).generate([Request(PROMPTS[0], 0, (Wrong(),))], Sampling(1.0, 1.0, 200, (STOP,))))
+        list(
+            serving(1).generate(
+                [Request(PROMPTS[0], 0, (Wrong(),))], Sampling(1.0, 1.0, 200, (STOP,))
+            )
+        )

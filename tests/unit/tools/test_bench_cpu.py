@@ -1,4 +1,6 @@
-"""tools/bench/cpu.py: a smoke run on a model and task of its own, and what it says when they are missing."""
+"""tools/bench/cpu.py: a smoke run on a model and task of its own, and what it says when they are
+missing.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "f
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*BENCH, *arguments], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=300)
+    return subprocess.run(
+        [*BENCH, *arguments], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=300
+    )
 
 
 @pytest.mark.heavy
@@ -29,9 +33,18 @@ def test_smoke_run_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     subprocess.run(make, check=True, env=ENVIRONMENT, cwd=ROOT, capture_output=True)
     model = tmp_path / "model"
     torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config.from_pretrained(model)).save_pretrained(model)  # as good as any: nothing is learnt
+    # as good as any: nothing is learnt
+    Qwen2ForCausalLM(Qwen2Config.from_pretrained(model)).save_pretrained(model)
     figures = tmp_path / "figures.json"
-    done = run("--quick", "--model", str(model), "--train", str(tmp_path / "train.jsonl"), "--json", str(figures))
+    done = run(
+        "--quick",
+        "--model",
+        str(model),
+        "--train",
+        str(tmp_path / "train.jsonl"),
+        "--json",
+        str(figures),
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads(figures.read_text())
     assert [row["name"].split()[0] for row in rows] == ["engine", "engine", "policy", "iteration"]

@@ -12,13 +12,17 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[3]
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason=("says what happens without a CUDA device")
+)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tools" / "bench" / "heads.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=200)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=200
+    )
 
 
 def test_smoke_run_prints_a_table_and_writes_json(tmp_path: Path) -> None:

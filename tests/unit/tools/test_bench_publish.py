@@ -1,4 +1,6 @@
-"""tools/bench/publish.py: a smoke run, and the memory that a publication takes, which it measures."""
+"""tools/bench/publish.py: a smoke run, and the memory that a publication takes, which it
+measures.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,22 @@ MIB = 2**20
 @pytest.mark.heavy
 def test_a_publication_takes_two_buckets_and_the_largest_tensor_at_most(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    command = [sys.executable, str(ROOT / "tools" / "bench" / "publish.py"), "--quick", "--json", str(figures)]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "bench" / "publish.py"),
+        "--quick",
+        "--json",
+        str(figures),
+    ]
     # freed memory goes back to the system, so that resident memory is what is held
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(figures.read_text())
     for row in found["measured"]:

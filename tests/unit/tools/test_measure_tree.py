@@ -72,7 +72,9 @@ def test_a_tree_is_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert row == "| package | 3 | 24 | 2.5 / 2 | 5 / 4 (`long`) | 542 | 8.3% | 42 / 5 |"
 
 
-def test_a_tree_without_python_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tree_without_python_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         main([str(tmp_path)])
     assert f"{tmp_path}: there is no Python file in it" in capsys.readouterr().err

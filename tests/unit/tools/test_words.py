@@ -40,10 +40,16 @@ def test_docstrings_of_modules_constants_classes_fields_and_functions_are_found(
         (12, "Size, where known."),
         (15, "True if it holds."),
     ]
-    assert [word for word in prose(SOURCE).words if word.lower() == "where"] == ["Where", "where", "where"]
+    assert [word for word in prose(SOURCE).words if word.lower() == "where"] == [
+        "Where",
+        "where",
+        "where",
+    ]
 
 
-def test_the_report_names_the_line_and_the_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_names_the_line_and_the_share(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "module.py"
     path.write_text(SOURCE + "# " + "word " * 300)
     lines = list(report(path))

@@ -1,4 +1,6 @@
-"""Model folders spoilt at random, from a fixed seed: each is read, or refused in a sentence that names the file."""
+"""Model folders spoilt at random, from a fixed seed: each is read, or refused in a sentence that
+names the file.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,22 @@ from megatron_efr.weights.folder import FolderWeights, RandomWeights, fingerprin
 
 INPUTS = 200
 VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 3, 10**30, 0.5, -0.0, 1e-300, float("nan"), float("inf"), "", "2", "false", "yarn",
-    [], [1], [[2]], ["full_attention"], {}, {"a": 1}, {"rope_type": "yarn"}, {"rope_type": "yarn", "factor": "4"},
-    {"rope_type": {}, "rope_theta": []}, {"rope_type": "llama3", "factor": 8}, {"type": "linear", "factor": 2},
+    None, True, False, 0, 1, -1, 3, 10**30, 0.5, -0.0, 1e-300, float("nan"), float("inf"), "", "2",
+    "false", "yarn",
+    [], [1], [[2]], ["full_attention"], {}, {"a": 1}, {"rope_type": "yarn"},
+    {"rope_type": "yarn", "factor": "4"},
+    {"rope_type": {}, "rope_theta": []}, {"rope_type": "llama3", "factor": 8},
+    {"type": "linear", "factor": 2},
 ]  # fmt: skip
-EXTRA = ["rope_scaling", "rope_theta", "is_causal", "quantization_config", "head_dim", "layer_types", "sliding_window"]
+EXTRA = [
+    "rope_scaling",
+    "rope_theta",
+    "is_causal",
+    "quantization_config",
+    "head_dim",
+    "layer_types",
+    "sliding_window",
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +52,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Everything that a program reads of a model folder before work; what it says, if it refuses."""
+    """Everything that a program reads of a model folder before work; what it says, if it
+    refuses.
+    """
     try:
         architecture = Architecture.from_folder(folder)
         stop_ids(folder, tokenizer)
@@ -64,7 +79,9 @@ def spoilt_text(text: str, rng: random.Random) -> bytes:
         case 6:
             return text.encode()[: rng.randrange(len(text))]
         case _:
-            return text.encode().replace(rng.choice([b":", b'"', b"}"]), rng.choice([b"\xff", b"", b"[", b"\x00"]), 1)
+            return text.encode().replace(
+                rng.choice([b":", b'"', b"}"]), rng.choice([b"\xff", b"", b"[", b"\x00"]), 1
+            )
     return json.dumps(raw).encode()
 
 
@@ -78,7 +95,9 @@ def spoilt_bytes(data: bytes, rng: random.Random) -> bytes:
     return bytes(spoilt)
 
 
-@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "model.safetensors.index.json", "weights"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "generation_config.json", "model.safetensors.index.json", "weights"]
+)
 def test_no_input_ends_in_a_traceback(file: str, whole: Path, tmp_path: Path) -> None:
     rng, refused, tokenizer = random.Random(file), 0, load_tokenizer(whole / "whole")
     folder = tmp_path / "folder"
@@ -86,7 +105,9 @@ def test_no_input_ends_in_a_traceback(file: str, whole: Path, tmp_path: Path) ->
     path = folder / ("model.safetensors" if file == "weights" else file)
     data = path.read_bytes()
     for _ in range(INPUTS):
-        path.write_bytes(spoilt_bytes(data, rng) if file == "weights" else spoilt_text(data.decode(), rng))
+        path.write_bytes(
+            spoilt_bytes(data, rng) if file == "weights" else spoilt_text(data.decode(), rng)
+        )
         said = read(folder, tokenizer)
         refused += said is not None
         assert said is None or str(folder) in said, said

@@ -1,4 +1,6 @@
-"""Model folders as downloads, copies and other programs leave them: each fault is a sentence that names the file."""
+"""Model folders as downloads, copies and other programs leave them: each fault is a sentence that
+names the file.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,12 @@ def folder(tied_model: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def sharded(untied_model: Path, tmp_path: Path) -> Path:
     architecture = Architecture.from_folder(untied_model)
-    save_folder(tmp_path / "many", FolderWeights(untied_model, architecture).items(), untied_model, shard_bytes=100_000)
+    save_folder(
+        tmp_path / "many",
+        FolderWeights(untied_model, architecture).items(),
+        untied_model,
+        shard_bytes=100_000,
+    )
     return tmp_path / "many"
 
 
@@ -57,19 +64,36 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\ns
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda file: file.write_text(POINTER), "is a git-lfs pointer, which stands for the weights; .*git lfs pull"),
+        (
+            lambda file: file.write_text(POINTER),
+            "is a git-lfs pointer, which stands for the weights; .*git lfs pull",
+        ),
         (lambda file: file.write_bytes(b""), "is empty; fetch it again"),
-        (lambda file: file.write_bytes(b"\x01\x02"), "is no safetensors file, or was cut off or damaged .2 bytes"),
-        (lambda file: file.write_bytes(file.read_bytes()[:-1000]), "is no safetensors file, or was cut off or damaged"),
+        (
+            lambda file: file.write_bytes(b"\x01\x02"),
+            "is no safetensors file, or was cut off or damaged .2 bytes",
+        ),
+        (
+            lambda file: file.write_bytes(file.read_bytes()[:-1000]),
+            "is no safetensors file, or was cut off or damaged",
+        ),
         (
             lambda file: file.write_bytes(file.read_bytes()[:100]),
             "is no safetensors file, or was cut off or damaged .100 bytes",
         ),
-        (lambda file: file.write_bytes(b"\xff" * 4096), "is no safetensors file, or was cut off or damaged"),
-        (lambda file: file.write_text("<html>404</html>" * 99), "is no safetensors file, or was cut off or damaged"),
+        (
+            lambda file: file.write_bytes(b"\xff" * 4096),
+            "is no safetensors file, or was cut off or damaged",
+        ),
+        (
+            lambda file: file.write_text("<html>404</html>" * 99),
+            "is no safetensors file, or was cut off or damaged",
+        ),
     ],
 )
-def test_a_file_that_holds_no_weights(damage: Callable[[Path], Any], message: str, folder: Path, sharded: Path) -> None:
+def test_a_file_that_holds_no_weights(
+    damage: Callable[[Path], Any], message: str, folder: Path, sharded: Path
+) -> None:
     damage(folder / WEIGHTS)
     with pytest.raises(ConfigError, match=f"model.path: .*copy/model.safetensors {message}"):
         open_weights(folder)
@@ -83,7 +107,10 @@ def test_a_file_that_holds_no_weights(damage: Callable[[Path], Any], message: st
 
 def test_what_is_there_instead_is_named(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"neither .* found \(pytorch_model.bin is there: convert it to safetensors"):
+    with pytest.raises(
+        ConfigError,
+        match=r"neither .* found \(pytorch_model.bin is there: convert it to safetensors",
+    ):
         open_weights(folder)
 
 
@@ -95,7 +122,10 @@ def test_what_is_there_instead_is_named(folder: Path) -> None:
         ("{}", "index.json: weight_map: an object of tensors and their files is required"),
         ('{"weight_map": ["a"]}', "index.json: weight_map: an object"),
         ('{"weight_map": {"a": 1}}', "index.json: weight_map: an object"),
-        ('{"weight_map": {"a": "gone.safetensors"}}', "index.json names files that are not there: .*gone"),
+        (
+            '{"weight_map": {"a": "gone.safetensors"}}',
+            "index.json names files that are not there: .*gone",
+        ),
         (POINTER, "index.json: not valid JSON"),
         (b"\xff\xfe", "index.json: not valid JSON"),
     ],
@@ -112,11 +142,16 @@ def test_an_index_that_names_the_wrong_shard(sharded: Path) -> None:
         index["weight_map"][EMBEDDING] = files[-1]
 
     change_index(sharded, swap)
-    with pytest.raises(ConfigError, match=rf"says that model-.* holds {EMBEDDING}, which it does not; 1 of 51 tensors"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"says that model-.* holds {EMBEDDING}, which it does not; 1 of 51 tensors",
+    ):
         open_weights(sharded)
 
 
-def test_an_index_that_leaves_a_tensor_out_is_read_as_transformers_reads_it(sharded: Path, untied_model: Path) -> None:
+def test_an_index_that_leaves_a_tensor_out_is_read_as_transformers_reads_it(
+    sharded: Path, untied_model: Path
+) -> None:
     change_index(sharded, lambda index: index["weight_map"].pop("model.norm.weight"))
     wanted = open_weights(untied_model)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in open_weights(sharded).items())
@@ -126,30 +161,42 @@ def test_an_index_that_leaves_a_tensor_out_is_read_as_transformers_reads_it(shar
 
 def test_an_index_beside_a_single_file(sharded: Path, untied_model: Path) -> None:
     shutil.copy(untied_model / WEIGHTS, sharded)
-    message = (
-        rf"holds model.safetensors, and beside it {INDEX}, which names model-00001-of-.*: one of them is left over"
-    )
+    message = rf"holds model.safetensors, and beside it {INDEX}, which names model-00001-of-.*: one of them is left over"
     with pytest.raises(ConfigError, match=message):
         open_weights(sharded)
     for shard in sharded.glob("model-*.safetensors"):
         shard.unlink()
     with pytest.raises(ConfigError, match=message):
         open_weights(sharded)
-    change_index(sharded, lambda index: index.update(weight_map=dict.fromkeys(index["weight_map"], WEIGHTS)))
+    change_index(
+        sharded, lambda index: index.update(weight_map=dict.fromkeys(index["weight_map"], WEIGHTS))
+    )
     assert torch.equal(open_weights(sharded)[HEAD], open_weights(untied_model)[HEAD])
 
 
 @pytest.mark.parametrize(
-    ("dtype", "name"), [(torch.int8, "I8"), (torch.uint8, "U8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.int64, "I64")]
+    ("dtype", "name"),
+    [
+        (torch.int8, "I8"),
+        (torch.uint8, "U8"),
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.int64, "I64"),
+    ],
 )
 def test_quantised_weights(dtype: torch.dtype, name: str, folder: Path) -> None:
     tensor = "model.layers.1.mlp.up_proj.weight"
     change(folder, lambda tensors: tensors.update({tensor: tensors[tensor].to(dtype)}))
-    with pytest.raises(ConfigError, match=rf"{WEIGHTS}: {tensor} is stored as {name}; supported: F32, BF16, F16"):
+    with pytest.raises(
+        ConfigError, match=rf"{WEIGHTS}: {tensor} is stored as {name}; supported: F32, BF16, F16"
+    ):
         open_weights(folder)
-    raw = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    raw = json.loads((folder / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "fp8"}
+    }
     (folder / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ConfigError, match=r"config\.json: quantization_config: quantised weights are not read"):
+    with pytest.raises(
+        ConfigError, match=r"config\.json: quantization_config: quantised weights are not read"
+    ):
         open_weights(folder)
 
 
@@ -177,7 +224,9 @@ def test_a_tied_model_with_a_head_of_its_own(folder: Path, tmp_path: Path) -> No
     change(folder, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
     assert HEAD not in dict(open_weights(folder).items())  # the same a second time changes nothing
     change(folder, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].to(torch.bfloat16)}))
-    message = rf"{WEIGHTS}: {HEAD} is not {EMBEDDING}, and config.json says tie_word_embeddings: true"
+    message = (
+        rf"{WEIGHTS}: {HEAD} is not {EMBEDDING}, and config.json says tie_word_embeddings: true"
+    )
     with pytest.raises(ConfigError, match=message):
         open_weights(folder)
     change(folder, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING][:-1].clone()}))

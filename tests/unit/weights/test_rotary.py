@@ -1,4 +1,6 @@
-"""Rotary embeddings are transformers' own, bit for bit, for every combination of the fields of them, or refused."""
+"""Rotary embeddings are transformers' own, bit for bit, for every combination of the fields of
+them, or refused.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
@@ -29,7 +38,12 @@ MODELS: dict[str, tuple[type[PreTrainedConfig], Any]] = {
     "qwen3": (Qwen3Config, Qwen3RotaryEmbedding),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeRotaryEmbedding),
 }
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 1024}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 1024,
+}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 1024}
 KINDS: dict[str, dict[str, Any] | None] = {
     "absent": None,
@@ -40,18 +54,23 @@ KINDS: dict[str, dict[str, Any] | None] = {
     "yarn": {"rope_type": "yarn", **YARN},
     "old yarn": {"type": "yarn", **YARN},
     "llama3": {"rope_type": "llama3", **LLAMA3},
-    "longrope": {"rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64, "factor": 4.0,
+    "longrope": {"rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64,
+        "factor": 4.0,
                  "original_max_position_embeddings": 1024},
     "of no kind": {"factor": 2.0},
 }  # fmt: skip
-COUNTS = (140, 260)  # of 10 x 10 x 4: what is refused names a kind that is not computed, or two that differ
+# of 10 x 10 x 4: what is refused names a kind that is not computed, or two that differ
+COUNTS = (140, 260)
 THETAS = ["nowhere", "top", "inside", "both"]
 
 
 def config_json(model: str, **changes: Any) -> dict[str, Any]:
-    """A config.json of one head's width, with what `changes` say; a change to ... leaves the field out."""
+    """A config.json of one head's width, with what `changes` say; a change to ... leaves the field
+    out.
+    """
     base: dict[str, Any] = {
-        "model_type": model, "hidden_size": 2 * HEAD, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "model_type": model, "hidden_size": 2 * HEAD, "num_hidden_layers": 1,
+        "num_attention_heads": 2,
         "num_key_value_heads": 2, "head_dim": HEAD, "intermediate_size": 8, "vocab_size": 8,
         "max_position_embeddings": POSITIONS, "sliding_window": None,
     }  # fmt: skip
@@ -69,7 +88,9 @@ def of_transformers(raw: dict[str, Any]) -> tuple[torch.Tensor, float]:
 
 def ours(raw: dict[str, Any]) -> tuple[torch.Tensor, float]:
     architecture = Architecture.from_config(copy.deepcopy(raw))
-    return inverse_frequencies(architecture.rotary, architecture.head_dim), architecture.rotary.attention_factor
+    return inverse_frequencies(
+        architecture.rotary, architecture.head_dim
+    ), architecture.rotary.attention_factor
 
 
 def assert_same(raw: dict[str, Any]) -> None:
@@ -83,7 +104,9 @@ def with_rope(scaling: str, parameters: str, theta: str) -> dict[str, Any]:
     for field, kind in (("rope_scaling", scaling), ("rope_parameters", parameters)):
         section = KINDS[kind]
         if section is not None:
-            raw[field] = dict(section) | ({"rope_theta": 5e5} if theta in ("inside", "both") and section else {})
+            raw[field] = dict(section) | (
+                {"rope_theta": 5e5} if theta in ("inside", "both") and section else {}
+            )
     return raw
 
 
@@ -101,7 +124,10 @@ def test_every_combination_of_the_fields_is_transformers_or_refused(model: str) 
             assert_same(raw)
             computed += 1
     assert (computed, len(refusals)) == COUNTS
-    assert all(text.startswith(("config.json: rope_scaling", "config.json: rope_parameters.")) for text in refusals)
+    assert all(
+        text.startswith(("config.json: rope_scaling", "config.json: rope_parameters."))
+        for text in refusals
+    )
 
 
 @pytest.mark.parametrize("model", ["llama", "qwen3"])
@@ -117,18 +143,28 @@ def test_every_combination_of_the_fields_is_transformers_or_refused(model: str) 
         YARN | {"beta_fast": None, "beta_slow": None, "attention_factor": None, "mscale": None},
         {"factor": 4.0},  # the original positions are then max_position_embeddings
         {"factor": 40, "original_max_position_embeddings": 32, "rope_theta": 100.5},
-        {"factor": 4.0, "original_max_position_embeddings": 131072, "beta_fast": 1000.0, "beta_slow": 900.0},
+        {
+            "factor": 4.0,
+            "original_max_position_embeddings": 131072,
+            "beta_fast": 1000.0,
+            "beta_slow": 900.0,
+        },
     ],
 )
 def test_yarn_with_every_field(model: str, rope: dict[str, Any]) -> None:
-    assert_same(config_json(model, rope_parameters={"rope_theta": 1e6} | rope | {"rope_type": "yarn"}))
+    assert_same(
+        config_json(model, rope_parameters={"rope_theta": 1e6} | rope | {"rope_type": "yarn"})
+    )
 
 
 @pytest.mark.parametrize(
-    "rope", [LLAMA3, LLAMA3 | {"high_freq_factor": 2, "low_freq_factor": 0.5}, LLAMA3 | {"factor": 32.0}]
+    "rope",
+    [LLAMA3, LLAMA3 | {"high_freq_factor": 2, "low_freq_factor": 0.5}, LLAMA3 | {"factor": 32.0}],
 )
 def test_llama_3_with_other_constants(rope: dict[str, Any]) -> None:
-    assert_same(config_json("llama", rope_parameters={"rope_type": "llama3", "rope_theta": 5e5} | rope))
+    assert_same(
+        config_json("llama", rope_parameters={"rope_type": "llama3", "rope_theta": 5e5} | rope)
+    )
 
 
 @pytest.mark.parametrize("model", ["qwen2", "qwen3"])
@@ -139,12 +175,19 @@ def test_qwens_way_to_131072_positions(model: str) -> None:
     raw = config_json(model, max_position_embeddings=40960, **added)
     assert_same(raw)
     assert Architecture.from_config(raw).max_positions == 131072
-    assert Architecture.from_config(raw | {"max_position_embeddings": 200000}).max_positions == 200000
-    rewritten = raw | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}  # by transformers 5
+    assert (
+        Architecture.from_config(raw | {"max_position_embeddings": 200000}).max_positions == 200000
+    )
+    # by transformers 5
+    rewritten = raw | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
     del rewritten["rope_theta"]
-    with pytest.raises(ConfigError, match=r"config.json: rope_scaling: stands beside rope_parameters.* yarn .*take"):
+    with pytest.raises(
+        ConfigError, match=r"config.json: rope_scaling: stands beside rope_parameters.* yarn .*take"
+    ):
         Architecture.from_config(rewritten)
-    assert of_transformers(rewritten)[0][1] != of_transformers(raw)[0][1], "transformers lost rope_theta"
+    assert of_transformers(rewritten)[0][1] != of_transformers(raw)[0][1], (
+        "transformers lost rope_theta"
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,29 +197,83 @@ def test_qwens_way_to_131072_positions(model: str) -> None:
         ({"rope_parameters": [1]}, r"rope_parameters: an object or null is required, found \[1\]"),
         ({"rope_theta": 0}, "config.json: rope_theta: a number above 1 is required, found 0"),
         ({"rope_theta": None}, "config.json: rope_theta: a number above 1 is required, found None"),
-        ({"rope_theta": "1e6"}, "config.json: rope_theta: a number above 1 is required, found '1e6'"),
+        (
+            {"rope_theta": "1e6"},
+            "config.json: rope_theta: a number above 1 is required, found '1e6'",
+        ),
         ({"rope_theta": float("nan")}, "rope_theta: a number above 1 is required, found nan"),
         ({"rope_theta": True}, "rope_theta: a number above 1 is required, found True"),
         ({"rope_parameters": {"rope_theta": -1}}, "rope_parameters.rope_theta: a number above 1"),
-        ({"rope_parameters": {"rope_type": None}}, "rope_parameters.rope_type: None is not supported; supported: def"),
-        ({"rope_parameters": {"rope_type": ["yarn"]}}, r"rope_parameters.rope_type: \['yarn'\] is not supported"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type: 'dynamic' is not .*it is default"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor: is not"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.factor: a number above 0 is required, found N"),
-        ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "rope_scaling.factor: a number of at least 1 .*found 0.5"),
-        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "rope_scaling.factor: a number above 0 .*found '4'"),
-        ({"rope_scaling": {"type": "yarn", **YARN, "beta_slow": 40}}, "rope_scaling.beta_fast: 32 is less than beta_s"),
-        ({"rope_scaling": {"type": "yarn", **YARN, "truncate": "no"}}, "rope_scaling.truncate: true or false"),
-        ({"rope_scaling": {"type": "yarn", **YARN, "attn_factor": 1}}, "rope_scaling.attn_factor: is not known for"),
+        (
+            {"rope_parameters": {"rope_type": None}},
+            "rope_parameters.rope_type: None is not supported; supported: def",
+        ),
+        (
+            {"rope_parameters": {"rope_type": ["yarn"]}},
+            r"rope_parameters.rope_type: \['yarn'\] is not supported",
+        ),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_scaling.type: 'dynamic' is not .*it is default",
+        ),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "rope_parameters.partial_rotary_factor: is not",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}},
+            "rope_parameters.factor: a number above 0 is required, found N",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 0.5}},
+            "rope_scaling.factor: a number of at least 1 .*found 0.5",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": "4"}},
+            "rope_scaling.factor: a number above 0 .*found '4'",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", **YARN, "beta_slow": 40}},
+            "rope_scaling.beta_fast: 32 is less than beta_s",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", **YARN, "truncate": "no"}},
+            "rope_scaling.truncate: true or false",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", **YARN, "attn_factor": 1}},
+            "rope_scaling.attn_factor: is not known for",
+        ),
         (
             {"rope_scaling": {"type": "yarn", **YARN, "mscale_all_dim": 0}},
             "rope_scaling.mscale_all_dim: a number above",
         ),
-        ({"rope_scaling": {"type": "yarn", **YARN, "attention_factor": 0}}, "rope_scaling.attention_factor: a number"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 1.5}}, "an integer"),
-        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor: a number above 0"),
-        ({"rope_scaling": {"type": "llama3", **LLAMA3, "high_freq_factor": 1}}, "high_freq_factor: a number above 1"),
-        ({"rope_scaling": {"type": "default", "factor": 2.0}}, "rope_scaling.factor: is not known for rope_type 'def"),
+        (
+            {"rope_scaling": {"type": "yarn", **YARN, "attention_factor": 0}},
+            "rope_scaling.attention_factor: a number",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 2,
+                    "original_max_position_embeddings": 1.5,
+                }
+            },
+            "an integer",
+        ),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 8.0}},
+            "rope_scaling.low_freq_factor: a number above 0",
+        ),
+        (
+            {"rope_scaling": {"type": "llama3", **LLAMA3, "high_freq_factor": 1}},
+            "high_freq_factor: a number above 1",
+        ),
+        (
+            {"rope_scaling": {"type": "default", "factor": 2.0}},
+            "rope_scaling.factor: is not known for rope_type 'def",
+        ),
     ],
 )
 def test_fields_without_meaning_are_refused_by_key(rope: dict[str, Any], message: str) -> None:

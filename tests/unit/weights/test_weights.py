@@ -16,7 +16,13 @@ from transformers import Qwen2ForCausalLM
 
 from megatron_efr.config import ConfigError, ModelConfig
 from megatron_efr.weights.architecture import Architecture
-from megatron_efr.weights.folder import FolderWeights, RandomWeights, fingerprint, initial_weights, save_folder
+from megatron_efr.weights.folder import (
+    FolderWeights,
+    RandomWeights,
+    fingerprint,
+    initial_weights,
+    save_folder,
+)
 from megatron_efr.weights.mapping import WeightMapping
 from megatron_efr.weights.tensor_parallel_split import padded_vocab
 
@@ -47,7 +53,9 @@ def test_vocabulary_is_padded_with_zeros_and_cut_again(untied_model: Path) -> No
     whole = {"lm_head.weight": source["lm_head.weight"]}
     shards = [mapping.to_megatron("output_layer.weight", whole, rank) for rank in range(2)]
     assert torch.all(shards[1][29:] == 0)
-    assert torch.equal(mapping.to_hugging_face("output_layer.weight", shards)[0][1], whole["lm_head.weight"])
+    assert torch.equal(
+        mapping.to_hugging_face("output_layer.weight", shards)[0][1], whole["lm_head.weight"]
+    )
 
 
 def test_transformer_engine_names_mean_the_same(tied_model: Path) -> None:
@@ -64,7 +72,11 @@ def test_transformer_engine_names_mean_the_same(tied_model: Path) -> None:
 
 def test_random_weights_follow_seed_and_name_alone(tied_model: Path) -> None:
     architecture = Architecture.from_folder(tied_model)
-    one, again, other = RandomWeights(architecture, 1), RandomWeights(architecture, 1), RandomWeights(architecture, 2)
+    one, again, other = (
+        RandomWeights(architecture, 1),
+        RandomWeights(architecture, 1),
+        RandomWeights(architecture, 2),
+    )
     name = "model.layers.2.mlp.up_proj.weight"
     assert torch.equal(one[name], again[name])
     assert not torch.equal(one[name], other[name])
@@ -84,7 +96,9 @@ def test_fingerprint_names_the_weights(tied_model: Path, tmp_path: Path) -> None
     assert fingerprint(copy) != fingerprint(tied_model)
 
 
-def test_sharded_folder_with_index_loads_in_transformers(untied_model: Path, tmp_path: Path) -> None:
+def test_sharded_folder_with_index_loads_in_transformers(
+    untied_model: Path, tmp_path: Path
+) -> None:
     architecture = Architecture.from_folder(untied_model)
     source = FolderWeights(untied_model, architecture)
     save_folder(tmp_path / "many", source.items(), untied_model, shard_bytes=40_000)
@@ -95,7 +109,10 @@ def test_sharded_folder_with_index_loads_in_transformers(untied_model: Path, tmp
     assert all(torch.equal(tensor, again[name]) for name, tensor in source.items())
     tokens = torch.arange(30)[None]
     with torch.no_grad():
-        logits = [Qwen2ForCausalLM.from_pretrained(p)(tokens).logits for p in (untied_model, tmp_path / "many")]
+        logits = [
+            Qwen2ForCausalLM.from_pretrained(p)(tokens).logits
+            for p in (untied_model, tmp_path / "many")
+        ]
     assert torch.equal(logits[0], logits[1])
     assert not (tmp_path / "many.partial").exists()
 
@@ -103,14 +120,17 @@ def test_sharded_folder_with_index_loads_in_transformers(untied_model: Path, tmp
 def config(**changes: Any) -> dict[str, Any]:
     base = {
         "model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "intermediate_size": 96, "vocab_size": 32, "max_position_embeddings": 128,
+        "num_key_value_heads": 4, "intermediate_size": 96, "vocab_size": 32,
+        "max_position_embeddings": 128,
     }  # fmt: skip
     return {key: value for key, value in (base | changes).items() if value is not None}
 
 
 def test_old_and_new_rope_fields() -> None:
     old = Architecture.from_config(config(rope_theta=1e6))
-    new = Architecture.from_config(config(rope_parameters={"rope_theta": 1e6, "rope_type": "default"}))
+    new = Architecture.from_config(
+        config(rope_parameters={"rope_theta": 1e6, "rope_type": "default"})
+    )
     assert old.rotary.theta == new.rotary.theta == 1e6
     assert Architecture.from_config(config()).rotary.theta == 1e4
 
@@ -121,7 +141,10 @@ def test_old_and_new_rope_fields() -> None:
         ({"model_type": "gemma"}, "model_type 'gemma' is not supported"),
         ({"use_sliding_window": True}, "sliding-window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4}}, "rope_scaling.rope_type: 'dynamic'"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 4}},
+            "rope_scaling.rope_type: 'dynamic'",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"num_hidden_layers": None}, "num_hidden_layers: an integer is required, found None"),
     ],
@@ -148,5 +171,7 @@ def test_folders_that_cannot_be_read_are_named(tied_model: Path, tmp_path: Path)
     tensors = load_file(tied_model / "model.safetensors")
     tensors["model.norm.weight"] = torch.ones(3)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"model\.norm\.weight is \(3,\), config\.json makes it \(64,\)"):
+    with pytest.raises(
+        ConfigError, match=r"model\.norm\.weight is \(3,\), config\.json makes it \(64,\)"
+    ):
         FolderWeights(tmp_path, architecture)
