@@ -224,9 +224,8 @@ def describe(record: Record) -> str:
     """The figures of every data set, a line each."""
     lines = [f"{record['name']}:"]
     for dataset, figures in record["datasets"].items():
-        accuracy = with_interval(
-            f"{figures['accuracy']:.1%}", *figures["accuracy_ci"], "{:.1%}".format
-        )
+        low, high = figures["accuracy_ci"]
+        accuracy = with_interval(f"{figures['accuracy']:.1%}", low, high, "{:.1%}".format)
         lines.append(
             f"  {dataset}: accuracy {accuracy}, "
             f"{figures['tokens']:.1f} tokens, {figures['truncated']:.1%} cut off, "

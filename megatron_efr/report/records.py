@@ -163,7 +163,8 @@ def figure(model: Mapping[str, Any], key: str, write: Any, unit: str = "") -> st
     """`92.0% [90.1, 93.6]` with an interval, `92.0% ± 0.8` over seeds, `92.0%` with neither."""
     text = write(model[key]) + unit
     if model.get(f"{key}_ci"):
-        return with_interval(text, *model[f"{key}_ci"], write)
+        low, high = model[f"{key}_ci"]
+        return with_interval(text, low, high, write)
     if model.get(f"{key}_sd") is not None:
         return f"{text} ± {write(model[f'{key}_sd'])}"
     return text

@@ -70,7 +70,7 @@ class Side:
 
     def bytes(self) -> dict[str, int]:
         """Bytes of tensors by what they are for."""
-        [chunk] = self.policy.chunks
+        chunk: Any = self.policy.chunks[0]
         parts: Any = self.policy.optimizer.megatron.chained_optimizers
         states = [
             t for part in parts for state in part.optimizer.state.values() for t in state.values()
