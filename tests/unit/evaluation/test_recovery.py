@@ -111,7 +111,7 @@ def test_answers_of_another_evaluation_are_refused_or_replaced_and_forgotten_by_
     begun.journal.close()
     with pytest.raises(
         EvaluationError,
-        match=r"(?s)was another; it differs in\n  seed: there 3, here 4\n.*--replace",
+        match=r"(?s)answers of another evaluation, .*; it differs in\n  seed: there 3, here 4\n.*--replace",
     ):
         Unfinished(path, other)
     forget(path, other)
