@@ -56,11 +56,9 @@ class PolicyModel(GPTModel):
             return prepared
         hidden, by_position, *rest = prepared  # [longest, 1, 1, head_dim]
         assert by_position is not None
-        if (
-            self.config.recompute_granularity
-            and torch.is_grad_enabled()
-            and not hidden.requires_grad
-        ):
+        recomputed = self.config.recompute_granularity and torch.is_grad_enabled()
+        # a later pipeline stage has no embedding, and its input has come with a gradient
+        if recomputed and hidden is not None and not hidden.requires_grad:
             # of a frozen embedding: else what is recomputed has no gradient, silently
             hidden.requires_grad_()
         angles = by_position.index_select(0, inputs["position_ids"][0])[:, 0]
