@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from megatron_efr.errors import UserError
 
@@ -23,8 +24,13 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def private_address(host: str) -> str:
-    """The IPv4 address of `host`; UserError if the internet may reach it."""
-    address = socket.gethostbyname(host)
+    """The IPv4 address of `host`; UserError if there is no such host, or the internet may reach
+    it.
+    """
+    try:
+        address = socket.gethostbyname(host)
+    except OSError as error:
+        raise UserError(f"{host}: no such host is known here: {error}") from error
     if not ipaddress.ip_address(address).is_private:
         raise UserError(
             f"{host}: {address} is a public address, and an engine must not be reachable from "
@@ -41,8 +47,13 @@ def address_towards(host: str) -> str:
 
 
 def own_address(url: str) -> str:
-    """The address of this machine at which the server at `url` reaches it."""
-    return address_towards(url.split("://")[-1].split(":")[0])
+    """The address of this machine at which the server at `url` reaches it; UserError if there is
+    no such host.
+    """
+    try:
+        return address_towards(urlsplit(url).hostname or "")
+    except OSError as error:
+        raise UserError(f"rollout.urls: {url} is not reached from here: {error}") from error
 
 
 def kernels_port(host: str) -> int:

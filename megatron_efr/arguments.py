@@ -43,16 +43,16 @@ def parser(program: str, description: str, *, resumes: bool = False) -> argparse
     made = argparse.ArgumentParser(prog=f"efr {program}", description=description)
     made.add_argument("config", help="YAML file; see examples/")
     made.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help=("values that replace the file's")
+        "overrides", nargs="*", metavar="section.key=value", help="values that replace the file's"
     )
     if resumes:
         made.add_argument(
-            "--resume", action="store_true", help=("go on from the run folder's newest checkpoint")
+            "--resume", action="store_true", help="go on from the run folder's newest checkpoint"
         )
     made.add_argument(
         "--log-level",
         choices=log.LEVELS,
-        help=("least level that the terminal shows (default: info)"),
+        help="least level that the terminal shows (default: info)",
     )
     return made
 

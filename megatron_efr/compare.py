@@ -147,10 +147,10 @@ def _named(found: Turned) -> dict[str, object]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr compare`."""
     parser = argparse.ArgumentParser(
-        prog="efr compare", description=("Two evaluations of the same problems.")
+        prog="efr compare", description="Two evaluations of the same problems."
     )
     parser.add_argument(
-        "one", type=Path, help=("RUN/eval/NAME.json, or a run with one evaluation; the base")
+        "one", type=Path, help="RUN/eval/NAME.json, or a run with one evaluation; the base"
     )
     parser.add_argument("other", type=Path, help="likewise, the one that is compared with it")
     parser.add_argument(
@@ -159,15 +159,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="these alone, such as accuracy,pass@4,accuracy_within@512",
     )
     parser.add_argument(
-        "--prices", metavar="IN,OUT", help=("of a million tokens read and drawn, for cost_of_pass")
+        "--prices", metavar="IN,OUT", help="of a million tokens read and drawn, for cost_of_pass"
     )
     parser.add_argument(
         "--unlike",
         action="store_true",
-        help=("compare what was not asked or judged alike, and say so"),
+        help="compare what was not asked or judged alike, and say so",
     )
     parser.add_argument(
-        "--seed", type=arguments.within(int, 0), default=0, help=("of the draws of problems")
+        "--seed", type=arguments.within(int, 0), default=0, help="of the draws of problems"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     given = parser.parse_args(argv)

@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         direction.add_argument("destination", type=Path, metavar="DST")
         if name != "megatron-to-peft":
             direction.add_argument(
-                "--verify-bytes", action="store_true", help=("convert back and compare every byte")
+                "--verify-bytes", action="store_true", help="convert back and compare every byte"
             )
             direction.add_argument(
                 "--verify",
@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--template",
                 type=Path,
                 metavar="HF_FOLDER",
-                help=("configuration and tokenizer, if not the start's"),
+                help="configuration and tokenizer, if not the start's",
             )
     return made
 

@@ -93,16 +93,24 @@ def whole_folder(destination: Path) -> Iterator[Path]:
     A folder that is there is replaced. UnwritableError if the disk does not take it; whatever
     fails, nothing is left.
     """
-    partial = destination.with_name(destination.name + ".partial")
+    partial, old = (destination.with_name(destination.name + end) for end in (".partial", ".old"))
     with writing(destination):
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             yield partial
+            # the folder that is there stays whole until the new one stands in its place
             if destination.exists():
-                shutil.rmtree(destination)
-            os.replace(partial, destination)
+                os.replace(destination, old)
+            try:
+                os.replace(partial, destination)
+            except OSError:
+                if old.exists():
+                    os.replace(old, destination)
+                raise
             sync_folder(destination.parent)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # gone if it was moved
 

@@ -152,10 +152,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--engine", choices=["local", "sglang"], help="the same as rollout.engine=..."
     )
     parser.add_argument(
-        "--record", default="model", help=("name of the record: eval/RECORD.json in the run folder")
+        "--record", default="model", help="name of the record: eval/RECORD.json in the run folder"
     )
     parser.add_argument(
-        "--replace", action="store_true", help=("write over the record of another evaluation")
+        "--replace", action="store_true", help="write over the record of another evaluation"
     )
     given = parser.parse_intermixed_args(argv)
     if given.engine:

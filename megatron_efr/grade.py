@@ -265,21 +265,21 @@ def _option(text: str) -> tuple[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr grade`."""
     parser = argparse.ArgumentParser(
-        prog="efr grade", description=("Judge a file of responses; say how and why.")
+        prog="efr grade", description="Judge a file of responses; say how and why."
     )
     parser.add_argument(
         "file",
-        help=("JSON lines, JSON or parquet with golds and responses, or a run's rollouts (.zst)"),
+        help="JSON lines, JSON or parquet with golds and responses, or a run's rollouts (.zst)",
     )
     parser.add_argument(
-        "--gold-key", help=(f"column of the gold; by default the first of {', '.join(_GOLD)}")
+        "--gold-key", help=f"column of the gold; by default the first of {', '.join(_GOLD)}"
     )
     parser.add_argument(
         "--response-key",
-        help=(f"column of the response; by default the first of {', '.join(_RESPONSE)}"),
+        help=f"column of the response; by default the first of {', '.join(_RESPONSE)}",
     )
     parser.add_argument(
-        "--verifier", action="append", help=("as grading.verifier; repeat it to compare")
+        "--verifier", action="append", help="as grading.verifier; repeat it to compare"
     )
     parser.add_argument("--answer", help="as grading.answer: last_box (the default), marker, ...")
     parser.add_argument("--marker", help="as grading.marker")
@@ -288,11 +288,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--config",
-        help=("a run's configuration, to judge as it does; rollouts in a run folder have it"),
+        help="a run's configuration, to judge as it does; rollouts in a run folder have it",
     )
     parser.add_argument("--workers", type=arguments.within(int, 1), help="grading processes")
     parser.add_argument(
-        "--timeout-s", type=arguments.within(float, 0.001), help=("CPU seconds for one response")
+        "--timeout-s", type=arguments.within(float, 0.001), help="CPU seconds for one response"
     )
     parser.add_argument("--totals", action="store_true", help="no line for each response")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")

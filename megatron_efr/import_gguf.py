@@ -139,7 +139,7 @@ def _notes(file: GGUFFile, config: dict[str, Any]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="efr import", description=str(__doc__).partition(": ")[2])
     made.add_argument(
-        "source", type=Path, metavar="SRC", help=("a GGUF file of a Llama, Qwen 2 or Qwen 3")
+        "source", type=Path, metavar="SRC", help="a GGUF file of a Llama, Qwen 2 or Qwen 3"
     )
     made.add_argument("destination", type=Path, metavar="DST", help="the model folder to write")
     made.add_argument(
@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--verify",
         action="store_true",
-        help=("also compare log-probs with the weights that transformers reads"),
+        help="also compare log-probs with the weights that transformers reads",
     )
     return made
 

@@ -77,7 +77,7 @@ def main(argv: SequenceOf[str] | None = None) -> None:
     parser.add_argument(
         "--no-verify",
         action="store_true",
-        help=("do not read the files to compare their checksums"),
+        help="do not read the files to compare their checksums",
     )
     given = parser.parse_args(argv)
     print("\n".join(describe(given.checkpoint)))

@@ -167,17 +167,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--alphas", help="values of method.alpha, such as 0,0.1,0.4")
     parser.add_argument(
-        "--jobs", type=positive, help=("programs at once; 1 unless the file says otherwise")
+        "--jobs", type=positive, help="programs at once; 1 unless the file says otherwise"
     )
     parser.add_argument(
-        "--ranks", type=positive, help=("processes of each run (torchrun --nproc-per-node)")
+        "--ranks", type=positive, help="processes of each run (torchrun --nproc-per-node)"
     )
     parser.add_argument(
         "--seconds",
         action="append",
         default=[],
         metavar="PART=S",
-        help=("time spent before, to report"),
+        help="time spent before, to report",
     )
     parser.add_argument("--note", help="what the report's reader must know about these figures")
     parser.add_argument(
@@ -185,14 +185,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help=("members by name, as in 'efr*'"),
+        help="members by name, as in 'efr*'",
     )
     parser.add_argument("--list", action="store_true", help="print the models, numbered, and end")
     parser.add_argument(
-        "--slurm", action="store_true", help=("write a script for sbatch instead of running here")
+        "--slurm", action="store_true", help="write a script for sbatch instead of running here"
     )
     parser.add_argument(
-        "--member", type=number, metavar="N", help=("make the model of that number alone")
+        "--member", type=number, metavar="N", help="make the model of that number alone"
     )
     given = parser.parse_intermixed_args(argv)
     try:

@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--replay",
         type=Path,
         metavar="FILE",
-        help=("run the updates of these saved rollouts, no more"),
+        help="run the updates of these saved rollouts, no more",
     )
     given = parser.parse_intermixed_args(argv)
     with arguments.configured(TrainConfig, given) as config:

@@ -88,7 +88,7 @@ def _tidy() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr watch`."""
     parser = argparse.ArgumentParser(
-        prog="efr watch", description=("A live view of a run in the terminal.")
+        prog="efr watch", description="A live view of a run in the terminal."
     )
     parser.add_argument("folder", type=Path, help="runs/NAME")
     parser.add_argument(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 
 gguf: Any = pytest.importorskip(
-    "gguf", reason=("the package gguf is not installed: pip install 'megatron-efr[gguf]'")
+    "gguf", reason="the package gguf is not installed: pip install 'megatron-efr[gguf]'"
 )
 
 CONTROL = {

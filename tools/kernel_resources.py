@@ -226,7 +226,7 @@ def main() -> None:
         type=int,
         default=90,
         choices=sorted(SHARED_LIMIT),
-        help=("compute capability x 10"),
+        help="compute capability x 10",
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     given = parser.parse_args()

@@ -121,7 +121,7 @@ def share(rate: float) -> str:
     return (
         f" (no peak is known of {name})"
         if peak is None
-        else (f", {rate / peak:.1%} of {peak / 1e12:.0f} (MFU)")
+        else f", {rate / peak:.1%} of {peak / 1e12:.0f} (MFU)"
     )
 
 
@@ -180,7 +180,7 @@ def handle_rows() -> Iterator[Row]:
     )
     yield (
         "bucket by handle",
-        (f"{BUCKET_BYTES / 2**20:.0f} MiB: {whole * 1e3:.1f} ms there and answered"),
+        f"{BUCKET_BYTES / 2**20:.0f} MiB: {whole * 1e3:.1f} ms there and answered",
     )
     yield (
         "of which",

@@ -147,8 +147,9 @@ class CISPO(GRPO):
 class Likelihood(Algorithm):
     """Log-likelihood weighed by the rewards as they are: no ratio, no clip, no baseline, no KL.
 
-    A reward is the weight of its response: of 0 and 1 too, it stays a mean over all responses, if
-    `filtered_sft` has that over the right ones. DRPO's credits are made for it (arXiv 2510.04474).
+    A reward is the weight of its response. Rewards of 0 and 1 too make a mean over all responses;
+    `filtered_sft` takes it over the right ones alone. DRPO's credits are made for it (arXiv
+    2510.04474).
     """
 
     surrogate: ClassVar[Surrogate] = "reweight"
@@ -183,6 +184,10 @@ class FilteredSFT(Likelihood):
 
     def passes(self, rewards: np.ndarray) -> np.ndarray:
         return self._positive(rewards)
+
+    def keeps(self, rewards: np.ndarray) -> bool:
+        # responses that are all alike teach here too, if they pass
+        return not self.dynamic_sampling or bool(self._positive(rewards).any())
 
     def _positive(self, rewards: np.ndarray) -> np.ndarray:
         return np.asarray(rewards, dtype=np.float64) > self.above
@@ -225,9 +230,20 @@ class FilteredSFTNegatives(FilteredSFT):
     def passes(self, rewards: np.ndarray) -> np.ndarray:
         return np.ones(len(rewards), dtype=bool)
 
+    def keeps(self, rewards: np.ndarray) -> bool:
+        return True  # every response teaches: towards it, or away from it
+
     @property
     def _otherwise(self) -> float:
         return -self.negative
+
+    def _contradictions(self) -> list[str]:
+        found = super()._contradictions()
+        if self.dynamic_sampling:
+            found.append(
+                f"algorithm.dynamic_sampling: every group teaches {self.name}; leave it out"
+            )
+        return found
 
 
 class OPO(Algorithm):

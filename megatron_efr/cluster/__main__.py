@@ -24,6 +24,7 @@ from megatron_efr.cluster.network import interface_towards
 from megatron_efr.cluster.placement import RENDEZVOUS_PORT, place, place_engines
 from megatron_efr.config import TrainConfig
 from megatron_efr.config.file import load
+from megatron_efr.config.page import first_sentence
 from megatron_efr.errors import UserError
 
 
@@ -50,14 +51,14 @@ def start(chosen: Sequence[Command]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_efr.cluster", description=(__doc__ or "").split("\n")[0]
+        prog="python -m megatron_efr.cluster", description=first_sentence(__doc__ or "")
     )
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(
         "--hosts",
         required=True,
-        help=("every host of the run, with commas, by their private names"),
+        help="every host of the run, with commas, by their private names",
     )
     parser.add_argument("--gpus", type=within(int, 1), default=8, help="GPUs of each host")
     parser.add_argument("--host", help="this host's name among them; needed to start anything")
@@ -65,12 +66,12 @@ def _parser() -> argparse.ArgumentParser:
         "--port",
         type=within(int, *PORTS),
         default=RENDEZVOUS_PORT,
-        help=("of torchrun's rendezvous on the first host"),
+        help="of torchrun's rendezvous on the first host",
     )
     parser.add_argument(
         "--only-engines",
         action="store_true",
-        help=("engines on every GPU; the trainer is elsewhere"),
+        help="engines on every GPU; the trainer is elsewhere",
     )
     parser.add_argument(
         "--print",

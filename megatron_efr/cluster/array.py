@@ -53,7 +53,7 @@ def array_script(
 
 
 def _written(path: Path) -> str:
-    """A path as sbatch reads it in a directive: it ends at a space and at `#`, quotes group, and
-    `%` is a symbol.
+    """A path as sbatch reads it in a directive: only quotes keep a space in it, a backslash keeps
+    any other sign, and `%` is a symbol.
     """
-    return re.sub(r"""([\s"'#\\])""", r"\\\1", str(path).replace("%", "%%"))
+    return '"' + re.sub(r'(["#\\])', r"\\\1", str(path).replace("%", "%%")) + '"'

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(
-        "--host", required=True, help=("this machine's name or address on the private network")
+        "--host", required=True, help="this machine's name or address on the private network"
     )
     parser.add_argument("--port", type=within(int, *PORTS), required=True)
     parser.add_argument("--index", type=int, default=0, help="which of the run's engines this is")

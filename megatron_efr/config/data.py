@@ -136,12 +136,12 @@ class DataConfig(Section):
     """The stream of training prompts."""
 
     datasets: list[DatasetConfig] = Field(
-        min_length=1, description=("their rows make one stream of prompts")
+        min_length=1, description="their rows make one stream of prompts"
     )
     prompt: PromptConfig = Field(default_factory=PromptConfig)
     shuffle: bool = Field(
         default=True,
-        description=("a new order in every pass, drawn from the seed; else the files' order"),
+        description="a new order in every pass, drawn from the seed; else the files' order",
     )
     reference: str | None = Field(
         default=None,
@@ -170,7 +170,7 @@ class SftDataConfig(Section):
     )
     pick: Literal["shortest", "right"] = Field(
         default="shortest",
-        description=("of answers: the shortest right one of each prompt, or every right one"),
+        description="of answers: the shortest right one of each prompt, or every right one",
     )
     question: str = Field(default="question", description="column of the question")
     response: str | list[str] = Field(

@@ -60,18 +60,18 @@ class OptimizerConfig(Section):
         default="constant", description="of the learning rate, over all updates of the run"
     )
     warmup_updates: int = Field(
-        default=0, ge=0, description=("first updates, over which the rate rises evenly")
+        default=0, ge=0, description="first updates, over which the rate rises evenly"
     )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of Adam's mean of gradients")
     beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of Adam's mean of squares")
     eps: float = Field(
-        default=1e-8, gt=0, description=("added to the root of Adam's mean of squares")
+        default=1e-8, gt=0, description="added to the root of Adam's mean of squares"
     )
     weight_decay: float = Field(
-        default=0.0, ge=0, description=("decoupled from the gradient, as in AdamW")
+        default=0.0, ge=0, description="decoupled from the gradient, as in AdamW"
     )
     clip_grad: float = Field(
-        default=1.0, ge=0, description=("largest norm of the gradient; 0 turns clipping off")
+        default=1.0, ge=0, description="largest norm of the gradient; 0 turns clipping off"
     )
     megatron: dict[str, Any] = Field(
         default_factory=dict, description="any field of Megatron's OptimizerConfig"
@@ -91,10 +91,10 @@ class TrainingConfig(Section):
     """The loop: how many iterations, how many updates in each, how work is packed."""
 
     iterations: PositiveInt = Field(
-        default=100, description=("iterations in all, those before a resume included")
+        default=100, description="iterations in all, those before a resume included"
     )
     updates: PositiveInt = Field(
-        default=2, description=("optimizer updates per iteration, over equal shares of it")
+        default=2, description="optimizer updates per iteration, over equal shares of it"
     )
     micro_batch_tokens: PositiveInt | None = Field(
         default=None,
@@ -114,10 +114,10 @@ class TrainingConfig(Section):
     warn_logprob_diff: float | None = Field(
         default=None,
         gt=0,
-        description=("say so when it exceeds this; a fifth of max_logprob_diff when left out"),
+        description="say so when it exceeds this; a fifth of max_logprob_diff when left out",
     )
     max_skipped: PositiveInt = Field(
-        default=3, description=("stop when so many updates in a row had to be skipped")
+        default=3, description="stop when so many updates in a row had to be skipped"
     )
 
     @property
@@ -155,10 +155,10 @@ class SftTrainingConfig(Section):
         ),
     )
     log_every: PositiveInt = Field(
-        default=10, description=("updates from one line of metrics to the next")
+        default=10, description="updates from one line of metrics to the next"
     )
     max_skipped: PositiveInt = Field(
-        default=3, description=("stop when so many updates in a row had to be skipped")
+        default=3, description="stop when so many updates in a row had to be skipped"
     )
 
 
@@ -166,5 +166,5 @@ class PreferenceConfig(Section):
     """Preference of one response of a pair to the other (DPO, arXiv 2305.18290)."""
 
     beta: float = Field(
-        default=0.1, gt=0, description=("of the implicit reward: how dear it is to leave the start")
+        default=0.1, gt=0, description="of the implicit reward: how dear it is to leave the start"
     )

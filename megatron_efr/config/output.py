@@ -39,14 +39,14 @@ class ObserveConfig(Section):
     """Metrics and rollouts: where they go, and a limit on silence."""
 
     tensorboard: bool = Field(
-        default=True, description=("write the metrics to `tensorboard/` in the run folder too")
+        default=True, description="write the metrics to `tensorboard/` in the run folder too"
     )
     wandb: str | None = Field(default=None, description="project name; needs the wandb extra")
     watchdog_s: float | None = Field(
         default=None,
         gt=0,
-        description=("end the run when one phase lasts longer than this many seconds"),
+        description="end the run when one phase lasts longer than this many seconds",
     )
     rollouts: bool = Field(
-        default=True, description=("keep every iteration's rollouts in the run folder, replayable")
+        default=True, description="keep every iteration's rollouts in the run folder, replayable"
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -205,8 +206,14 @@ def _row(
         schema.get("type", ""), "section"
     )
     default = "" if kind == "section" and field.default_factory else default_of(field)
-    purpose = described or (inner.__doc__ or "").strip().splitlines()[0].rstrip(".")
+    purpose = described or first_sentence(inner.__doc__ or "").rstrip(".")
     return f"| `{key}` | {kind} {_link(inner, shown)} | {default} | {purpose} |"
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of a docstring, on one line."""
+    paragraph = " ".join(inspect.cleandoc(text).partition("\n\n")[0].split())
+    return re.split(r"(?<=\.)\s+(?=[A-Z`])", paragraph, maxsplit=1)[0]
 
 
 def values(schema: dict[str, Any]) -> str:

@@ -45,7 +45,7 @@ def load_plugin(entry: EntryPoint, base: type[Kind], key: str) -> type[Kind]:
     named = f"{key}: {entry.name}, which is registered as {entry.value}"
     try:
         found = entry.load()
-    except Exception as error:  # anything may happen in a module of somebody else
+    except (Exception, SystemExit) as error:  # anything may happen in a module of somebody else
         raise ConfigError(f"{named}, cannot be loaded: {type(error).__name__}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(
@@ -67,8 +67,14 @@ def load_function(name: str, group: str, key: str, arguments: Sequence[str]) -> 
         raise ConfigError(
             f"{key}: no {name!r}; registered under {group}: {there}; or give module:function"
         )
+    entry = others.get(name) or EntryPoint(name, name, group)
+    if not entry.pattern.match(entry.value):
+        raise ConfigError(
+            f"{key}: {name} is no module:function; write it as Python imports it, such as "
+            "my_package.judges:judge"
+        )
     try:
-        found = others.get(name, EntryPoint(name, name, group)).load()
+        found = entry.load()
     except (Exception, SystemExit) as error:  # anything may happen in a module of somebody else
         raise ConfigError(
             f"{key}: {name} cannot be imported: {type(error).__name__}: {error}; install its "

@@ -37,7 +37,7 @@ class RunConfig(Section):
         default=42,
         ge=0,
         le=2**63 - 1,
-        description=("every random number is a function of it and a place"),
+        description="every random number is a function of it and a place",
     )
     model: ModelConfig
 
@@ -119,7 +119,7 @@ class SftConfig(RunConfig):
     train: SftTrainingConfig
     loss_aggregate: Literal["sequence", "token"] = Field(
         default="token",
-        description=("the mean over all tokens, or over each sequence's and then over sequences"),
+        description="the mean over all tokens, or over each sequence's and then over sequences",
     )
     checkpoint: CheckpointConfig = Field(
         default_factory=lambda: CheckpointConfig(every=500, keep=1)

@@ -132,13 +132,13 @@ class RolloutConfig(EnginesConfig):
     prompts: PositiveInt = Field(default=32, description="prompts per iteration")
     samples: PositiveInt = Field(default=8, description="responses per prompt")
     temperature: float = Field(
-        default=1.0, gt=0, description=("of sampling; the policy's log-probs are taken at it too")
+        default=1.0, gt=0, description="of sampling; the policy's log-probs are taken at it too"
     )
     top_p: float = Field(
-        default=1.0, ge=1, le=1, description=("training needs the sampler's own distribution")
+        default=1.0, ge=1, le=1, description="training needs the sampler's own distribution"
     )
     max_new_tokens: PositiveInt = Field(
-        default=32000, description=("the longest response; a longer one is cut off")
+        default=32000, description="the longest response; a longer one is cut off"
     )
     placement: Literal["apart", "colocated"] = Field(
         default="apart",
@@ -172,12 +172,12 @@ class RolloutConfig(EnginesConfig):
     )
     ahead: PositiveInt | None = Field(
         default=None,
-        description=("partial: prompts in flight beyond `prompts`; half as many when left out"),
+        description="partial: prompts in flight beyond `prompts`; half as many when left out",
     )
     overlap: bool = Field(
         default=False,
         alias="async",
-        description=("the next rollouts are generated while the policy trains"),
+        description="the next rollouts are generated while the policy trains",
     )
     max_staleness: PositiveInt = Field(
         default=1,

@@ -203,14 +203,14 @@ def _write_rows(path: Path, rows: Iterable[dict[str, str | int]]) -> None:
 def main() -> None:
     """Write the files under --out."""
     parser = argparse.ArgumentParser(
-        description=("Write the quickstart's arithmetic task and its tiny model.")
+        description="Write the quickstart's arithmetic task and its tiny model."
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help=("folder for the data files and model/")
+        "--out", type=Path, required=True, help="folder for the data files and model/"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--signs", default="", help=("of which one stands behind each question of sft.jsonl")
+        "--signs", default="", help="of which one stands behind each question of sft.jsonl"
     )
     arguments = parser.parse_args()
     task = ArithmeticTask(signs=arguments.signs)

@@ -45,7 +45,7 @@ def byte_tokenizer() -> Tokenizer:
 def main() -> None:
     """Write the folder named by --out."""
     parser = argparse.ArgumentParser(
-        description=("Write a small random Qwen2's folder with a byte-level tokenizer.")
+        description="Write a small random Qwen2's folder with a byte-level tokenizer."
     )
     parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
     folder = parser.parse_args().out

@@ -146,7 +146,7 @@ def _difficulty(row: Row, config: DatasetConfig) -> str | int | float | None:
         value = row.columns[_column(row, config.difficulty, (), "difficulty")]
     else:
         value = next((row.columns[name] for name in _DIFFICULTY if name in row.columns), None)
-    # NaN: if a table has nothing
+    # NaN: a table has nothing there
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     return value if type(value) in (str, int, float) else str(value)

@@ -177,7 +177,7 @@ class GGUFTokenizer:
             return processors.ByteLevel(trim_offsets=False)
         return processors.TemplateProcessing(
             single=f"{bos} $A",
-            pair=(f"{bos} $A {bos}:1 $B:1"),
+            pair=f"{bos} $A {bos}:1 $B:1",
             special_tokens=[(bos, self._of["bos_token_id"])],
         )
 

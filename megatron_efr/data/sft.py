@@ -96,9 +96,11 @@ def _responses(row: Row, columns: str | list[str]) -> list[str]:
 
 
 def _empty(row: Row, name: str) -> bool:
-    """True if the row has such a column, and nothing in it."""
-    value = row.columns.get(name, name)
-    return value is None or (isinstance(value, str) and not value.strip())
+    """True if the row has such a column, and nothing in it; NaN: a table has nothing there."""
+    if name not in row.columns:
+        return False
+    value = row.columns[name]
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _column(row: Row, name: str) -> str:
@@ -108,7 +110,7 @@ def _column(row: Row, name: str) -> str:
     found = (
         ""
         if value is None
-        else (", but an empty one")
+        else ", but an empty one"
         if isinstance(value, str)
         else f", but a {type(value).__name__}"
     )

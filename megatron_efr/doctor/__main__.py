@@ -144,13 +144,13 @@ def table(findings: Sequence[Finding]) -> Table:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr doctor`."""
     parser = argparse.ArgumentParser(
-        prog="efr doctor", description=("What this machine has and lacks for a run.")
+        prog="efr doctor", description="What this machine has and lacks for a run."
     )
     parser.add_argument(
-        "config", nargs="?", help=("YAML file of the run; 1 if the machine lacks what it needs")
+        "config", nargs="?", help="YAML file of the run; 1 if the machine lacks what it needs"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help=("values that replace the file's")
+        "overrides", nargs="*", metavar="section.key=value", help="values that replace the file's"
     )
     port = within(int, *PORTS)
     parser.add_argument(

@@ -184,7 +184,7 @@ def check_transformer_engine(needed: bool) -> Iterator[Finding]:
         seen = (
             "not installed"
             if flash is None
-            else (f"{flash}, which Transformer Engine does not take (up to {newest})")
+            else f"{flash}, which Transformer Engine does not take (up to {newest})"
         )
         yield Finding(
             "flash attention", "note", seen, f"cuDNN's attention stands in for it; {install}"

@@ -20,7 +20,7 @@ def write(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_efr.methods", description=("Writes the pages of methods.")
+        prog="python -m megatron_efr.methods", description="Writes the pages of methods."
     )
     parser.add_argument("folder", nargs="?", default="docs", type=Path, help="docs/ by default")
     folder = parser.parse_args().folder

@@ -207,7 +207,7 @@ class MRT(Branching):
     answers: PositiveInt = Field(default=1, description="answers at the stop")
     stop: Token = Field(
         default="\n</think>\n\n**Final Answer**\n",
-        description=("what ends the thought and opens an answer at a stop"),
+        description="what ends the thought and opens an answer at a stop",
     )
 
     def ask(self, visit: Visit, known: Known) -> Ask:
@@ -255,7 +255,7 @@ class SGRPO(Branching):
     needs = Needs(samples=1, branches=True)
 
     exits: PositiveInt = Field(
-        default=8, description=("places at which a thought is left, each equally likely")
+        default=8, description="places at which a thought is left, each equally likely"
     )
     stop: Token = Field(
         default="Time is limited, stop thinking and start answering.\n</think>\n\n",
@@ -342,7 +342,7 @@ class JET(Branching):
     form: float = Field(default=0.1, ge=0, le=1, description="weight of having answered at all")
     alpha: float = Field(default=1.2, ge=0, description="weight of brevity")
     least: float = Field(
-        default=0.05, ge=0, le=1, description=("what the longest right one earns for brevity")
+        default=0.05, ge=0, le=1, description="what the longest right one earns for brevity"
     )
 
     def ask(self, visit: Visit, known: Known) -> Ask:

@@ -116,16 +116,16 @@ class AdaptThink(Method):
 
     delta: float = Field(default=0.05, ge=0, description="what it is worth not to think")
     share: float = Field(
-        default=0.5, gt=0, lt=1, description=("of a prompt's responses that do not think")
+        default=0.5, gt=0, lt=1, description="of a prompt's responses that do not think"
     )
     word: str = Field(
-        default="Alright", min_length=1, description=("what the others begin with: one token")
+        default="Alright", min_length=1, description="what the others begin with: one token"
     )
     brief: PositiveInt = Field(
-        default=4096, description=("tokens of a response that does not think, at most")
+        default=4096, description="tokens of a response that does not think, at most"
     )
     reference: PositiveInt = Field(
-        default=16, description=("responses of the starting model to each prompt")
+        default=16, description="responses of the starting model to each prompt"
     )
 
     @property

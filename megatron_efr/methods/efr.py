@@ -63,21 +63,21 @@ class EFR(Plain):
         r = c (1 - alpha sigmoid((l - mean_C) / (std_C + 1e-7)))
 
     mean_C and std_C (population) are those of the right responses. A wrong or truncated response
-    earns 0, and is in neither. Nothing is remembered. `min_std` is this project's: lengths of 1,000
-    and 1,001 tokens earn today what 1,000 and 30,000 do; with `min_std` of 100 they earn almost the
-    same.
+    earns 0, and is in neither. Nothing is remembered. `min_std` is this project's: by the paper's
+    rule lengths of 1,000 and 1,001 tokens earn what 1,000 and 30,000 do; with `min_std` of 100 they
+    earn almost the same.
     """
 
     source = "Arora & Zanette 2025, arXiv 2502.04463, eq. 4 and 5"
     standing = "code"
 
     alpha: float = Field(
-        ge=0, lt=1, description=("0 is plain accuracy RL; larger is briefer; the paper: 0 to 0.4")
+        ge=0, lt=1, description="0 is plain accuracy RL; larger is briefer; the paper: 0 to 0.4"
     )
     min_std: float = Field(
         default=0.0,
         ge=0,
-        description=("tokens that the deviation counts as at least; 0: the paper's rule"),
+        description="tokens that the deviation counts as at least; 0: the paper's rule",
     )
 
     def rule(self, group: Outcomes) -> FloatArray:

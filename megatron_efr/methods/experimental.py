@@ -40,7 +40,7 @@ class ALP(Plain):
     )
 
     beta: float = Field(
-        default=1e-7, ge=0, description=("price of a token of a prompt that is always solved")
+        default=1e-7, ge=0, description="price of a token of a prompt that is always solved"
     )
 
     def rule(self, group: Outcomes) -> FloatArray:
@@ -94,10 +94,10 @@ class Target(Method):
     up: float = Field(default=0.05, gt=0, lt=1, description="what alpha rises while accuracy holds")
     down: float = Field(default=0.1, gt=0, lt=1, description="what alpha falls if it does not")
     tolerance: float = Field(
-        default=0.02, ge=0, le=1, description=("accuracy that may be lost against the start")
+        default=0.02, ge=0, le=1, description="accuracy that may be lost against the start"
     )
     prompts: PositiveInt = Field(
-        default=100, description=("held-out problems that are watched, at most")
+        default=100, description="held-out problems that are watched, at most"
     )
     monitor_samples: PositiveInt = Field(default=4, description="responses to each of them")
     every: PositiveInt = Field(default=10, description="iterations between samplings")
@@ -160,7 +160,7 @@ class O1PrunerOnline(Method):
     least: float = Field(default=-2.0, description="bound of the reward")
     most: float = Field(default=4.0, description="bound of the reward")
     reference: PositiveInt = Field(
-        default=12, description=("responses of the starting model to each prompt")
+        default=12, description="responses of the starting model to each prompt"
     )
 
     @property
@@ -195,10 +195,10 @@ class SelfBudgeter(Method):
     wrong_may_win = "the right one says no budget"
 
     slack: float = Field(
-        default=1.0, gt=0, description=("difference from the budget, in budgets, that earns least")
+        default=1.0, gt=0, description="difference from the budget, in budgets, that earns least"
     )
     most: PositiveInt | None = Field(
-        default=None, description=("the largest budget in tokens; none when left out")
+        default=None, description="the largest budget in tokens; none when left out"
     )
     over: float = Field(default=-0.4, le=0, description="for a larger one")
     unformed: float = Field(default=-1.0, le=0, description="for a response that says no budget")
@@ -247,7 +247,7 @@ class AdaCoT(Method):
     missed: float = Field(default=0.3, ge=0, description="what a missing thought costs")
     needless: float = Field(default=0.1, ge=0, description="what a needless thought costs")
     enough: float = Field(
-        default=0.5, ge=0, le=1, description=("share of right answers without a thought")
+        default=0.5, ge=0, le=1, description="share of right answers without a thought"
     )
     masked_from: PositiveInt | None = Field(
         default=None,
@@ -326,17 +326,17 @@ class MemoryR(Method):
     exploit: float = Field(default=1.0, ge=0, description="weight of being near to right ones")
     explore: float = Field(default=1.0, ge=0, description="weight of being unlike wrong ones")
     explore_from: PositiveInt = Field(
-        default=50, description=("iteration from which the second counts")
+        default=50, description="iteration from which the second counts"
     )
     window: PositiveInt = Field(default=100, description="values that each part is scaled by")
     kept: PositiveInt = Field(default=8, description="wrong responses that are kept of a prompt")
     size: PositiveInt = Field(default=64, description="numbers of an embedding")
     remembered: PositiveInt = Field(
-        default=4000, description=("prompts that are remembered: the first that are seen")
+        default=4000, description="prompts that are remembered: the first that are seen"
     )
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
-        near, unlike = self._parts(group, known.state)
+        near, unlike = self._parts(group, self._embedded(group), known.state)
         explore = self.explore if known.step >= self.explore_from else 0.0
         scaled = [
             self._scaled(each, known.state.get(name, []))
@@ -350,10 +350,11 @@ class MemoryR(Method):
         near, unlike = list(state.get("near", [])), list(state.get("unlike", []))
         right, wrong = dict(state.get("right", {})), dict(state.get("wrong", {}))
         for group in groups:
-            for values, held in zip(self._parts(group.graded, state), (near, unlike), strict=True):
+            made = self._embedded(group.graded)
+            parts = self._parts(group.graded, made, state)
+            for values, held in zip(parts, (near, unlike), strict=True):
                 held += values[~np.isnan(values)].tolist()
             name, hit = group.group.prompt.id, Outcomes.of(group.graded, known.limit).right
-            made = self._embedded(group.graded)
             if hit.any() and self._remembers(name, right):
                 count, total = right.get(name, (0, [0] * self.size))
                 right[name] = [
@@ -372,9 +373,11 @@ class MemoryR(Method):
     def _remembers(self, prompt: str, memory: Mapping[str, object]) -> bool:
         return prompt in memory or len(memory) < self.remembered
 
-    def _parts(self, group: Graded, state: State) -> tuple[FloatArray, FloatArray]:
+    def _parts(
+        self, group: Graded, embedded: IntArray, state: State
+    ) -> tuple[FloatArray, FloatArray]:
         """Nearness of each response to right ones, and distance from wrong ones, [n]; nan: none."""
-        made = self._embedded(group).astype(np.float64)
+        made = embedded.astype(np.float64)
         name = group.group.prompt.id
         near = unlike = np.full(len(made), np.nan)
         if name in state.get("right", {}):

@@ -33,10 +33,9 @@ def scores(name: str, prompt: Prompt, steps: Sequence[str]) -> list[float]:
     """The judge's scores of a prompt's `steps`; ConfigError, with the prompt, for what is no number
     from 0 to 1.
     """
+    judge = judge_of(name)
     try:
-        made = [float(score) for score in judge_of(name)(prompt, list(steps))]
-    except ConfigError:
-        raise
+        made = [float(score) for score in judge(prompt, list(steps))]
     except Exception as error:  # anything may happen in a function of somebody else
         raise ConfigError(
             f"{KEY}: {name} failed on prompt {prompt.id}: {type(error).__name__}: {error}; it has "

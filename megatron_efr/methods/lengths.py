@@ -114,10 +114,10 @@ class GRLC(Method):
     thinking_bonus: float = Field(default=0.5, ge=0, description="of the shortest thinking")
     answer_bonus: float = Field(default=0.5, ge=0, description="of the shortest answer")
     top: float = Field(
-        default=0.2, ge=0, le=1, description=("share of the group that may get a bonus")
+        default=0.2, ge=0, le=1, description="share of the group that may get a bonus"
     )
     end: str = Field(
-        default="</think>", min_length=1, description=("the text that ends the thinking")
+        default="</think>", min_length=1, description="the text that ends the thinking"
     )
 
     @property

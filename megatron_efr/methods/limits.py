@@ -85,7 +85,7 @@ class ThinkPrune(Plain):
     needs = Needs(samples=1)
 
     limit: PositiveInt | None = Field(
-        default=None, description=("tokens; rollout.max_new_tokens when left out")
+        default=None, description="tokens; rollout.max_new_tokens when left out"
     )
 
     def rule(self, group: Outcomes) -> FloatArray:
@@ -119,17 +119,17 @@ class Cosine(Plain):
     needs = Needs(samples=1)
 
     max_tokens: PositiveInt | None = Field(
-        default=None, description=("rollout.max_new_tokens when left out")
+        default=None, description="rollout.max_new_tokens when left out"
     )
     right_short: float = Field(default=2.0, description="a right answer of no length")
     right_long: float = Field(default=1.0, description="a right answer at the limit")
     wrong_short: float = Field(default=-10.0, description="a wrong answer of no length")
     wrong_long: float = Field(default=0.0, description="a wrong answer at the limit")
     exceeded: float | None = Field(
-        default=-10.0, description=("at the limit, whatever the answer; null: as just below")
+        default=-10.0, description="at the limit, whatever the answer; null: as just below"
     )
     margin: int = Field(
-        default=16, ge=0, description=("tokens before the limit from which it counts as exceeded")
+        default=16, ge=0, description="tokens before the limit from which it counts as exceeded"
     )
 
     def rule(self, group: Outcomes) -> FloatArray:
@@ -173,7 +173,7 @@ class Laser(Plain):
     bonus: float = Field(default=0.5, ge=0, description="of a right answer within the target")
     wrong: float = Field(default=-0.5, lt=1, description="reward of a wrong answer")
     unanswered: float = Field(
-        default=-1.0, lt=1, description=("reward of a response without an answer")
+        default=-1.0, lt=1, description="reward of a response without an answer"
     )
 
     def rule(self, group: Outcomes) -> FloatArray:
@@ -206,7 +206,7 @@ class DLER(Plain):
         default=None, description="tokens; rollout.max_new_tokens when left out; the source: 4000"
     )
     over_limit: float = Field(
-        default=0.0, ge=0, lt=1, description=("what a right answer over the limit earns")
+        default=0.0, ge=0, lt=1, description="what a right answer over the limit earns"
     )
 
     def rule(self, group: Outcomes) -> FloatArray:
@@ -237,11 +237,11 @@ class DADLER(Plain):
     standing = "text"
 
     easy: PositiveInt = Field(
-        default=2000, description=("limit in tokens for prompts above the threshold")
+        default=2000, description="limit in tokens for prompts above the threshold"
     )
     hard: PositiveInt = Field(default=4000, description="limit in tokens for the others")
     threshold: float = Field(
-        default=0.5, ge=0, le=1, description=("share of right responses above which one is easy")
+        default=0.5, ge=0, le=1, description="share of right responses above which one is easy"
     )
 
     @model_validator(mode="after")

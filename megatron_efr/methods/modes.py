@@ -44,12 +44,12 @@ class AutoThink(Method):
         default=0.5,
         ge=0,
         le=1,
-        description=("share of a mode above which it earns less in stage 1"),
+        description="share of a mode above which it earns less in stage 1",
     )
     slope: float = Field(default=2.0, ge=0, description="how fast it does")
     decay: float = Field(default=0.05, ge=0, description="weight of the length in stage 3")
     opening: str = Field(
-        default="...\n", min_length=1, description=("what a thought begins with; not trained on")
+        default="...\n", min_length=1, description="what a thought begins with; not trained on"
     )
     end: str = Field(default="</think>", min_length=1, description="what closes a thought")
 
@@ -126,16 +126,16 @@ class Thinkless(Method):
     needs = Needs(aggregate="token")
 
     thinking: float = Field(
-        default=0.5, le=1, description=("what a right answer earns that thought before")
+        default=0.5, le=1, description="what a right answer earns that thought before"
     )
     control: float = Field(
-        default=0.001, gt=0, description=("weight of the first tokens beside all others")
+        default=0.001, gt=0, description="weight of the first tokens beside all others"
     )
     short: str = Field(
-        default="<short>", min_length=1, description=("the token that opens a brief answer")
+        default="<short>", min_length=1, description="the token that opens a brief answer"
     )
     think: str = Field(
-        default="<think>", min_length=1, description=("the token that opens a thought")
+        default="<think>", min_length=1, description="the token that opens a thought"
     )
 
     @model_validator(mode="after")
@@ -193,7 +193,7 @@ class AdaCtrl(Method):
     wrong_may_win_if = "`tag` is above 0.5"
 
     threshold: float = Field(
-        default=0.625, ge=0, le=1, description=("share of right responses above which one is easy")
+        default=0.625, ge=0, le=1, description="share of right responses above which one is easy"
     )
     tag: float = Field(default=0.5, ge=0, description="weight of the tag")
     length: float = Field(default=0.5, ge=0, description="weight of the length")

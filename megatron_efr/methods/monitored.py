@@ -58,10 +58,10 @@ class LaserD(Method):
     bonus: float = Field(default=0.5, ge=0, description="of a right answer within the target")
     wrong: float = Field(default=-0.5, lt=1, description="reward of a wrong answer")
     unanswered: float = Field(
-        default=-1.0, lt=1, description=("reward of a response without an answer")
+        default=-1.0, lt=1, description="reward of a response without an answer"
     )
     coverage: Literal["right", "all"] = Field(
-        default="right", description=("responses of which a share must fit")
+        default="right", description="responses of which a share must fit"
     )
     lowest: PositiveInt = Field(default=1024, description="the least target in tokens")
     step: PositiveInt = Field(default=1024, description="tokens between targets")

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from megatron_efr.config.page import default_of, values
+from megatron_efr.config.page import default_of, first_sentence, values
 from megatron_efr.methods.base import Method
 from megatron_efr.methods.plain import Plain
 from megatron_efr.methods.registry import METHODS
@@ -94,8 +94,8 @@ KINDS = {
     "modes": Kind(
         "Modes that the model chooses",
         "Take one if the model is to decide by itself when to think. `adactrl` and "
-        "`thinkless` need a model that already knows their marks, from supervised fine- "
-        "tuning (`efr sft`).",
+        "`thinkless` need a model that already knows their marks, from supervised "
+        "fine-tuning (`efr sft`).",
     ),
     "experimental": Kind(
         "Experimental",
@@ -177,7 +177,7 @@ def _kinds() -> Iterator[str]:
     yield "|---|---|---:|"
     for kind, (title, _) in KINDS.items():
         yield (
-            f"| [{title}](methods/{kind}.md) | {_first_sentence(_summary(kind))} | "
+            f"| [{title}](methods/{kind}.md) | {first_sentence(_summary(kind))} | "
             f"{len(_methods(kind))} |"
         )
 
@@ -214,7 +214,7 @@ def _page(kind: str) -> str:
         "|---|---|",
     ]
     for name, method in _methods(kind):
-        lines.append(f"| [`{name}`](#{_anchor(name)}) | {_first_sentence(_text(method))} |")
+        lines.append(f"| [`{name}`](#{_anchor(name)}) | {first_sentence(_text(method))} |")
     lines += ["", "[All methods](../methods.md), and what c and l stand for.", ""]
     for name, method in _methods(kind):
         lines += [f"## {name}", "", _text(method), "", *_options(method)]
@@ -245,10 +245,6 @@ def _summary(kind: str) -> str:
 
 def _text(method: type[Method]) -> str:
     return inspect.cleandoc(method.__doc__ or "")
-
-
-def _first_sentence(text: str) -> str:
-    return text.partition("\n")[0]
 
 
 def _anchor(name: str) -> str:

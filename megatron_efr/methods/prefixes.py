@@ -22,13 +22,13 @@ class Prefixes(Branching):
     """A method that has each thought left after equal shares of it, and answered there."""
 
     exits: PositiveInt = Field(
-        default=4, description=("places at which a thought is left, at equal shares of it")
+        default=4, description="places at which a thought is left, at equal shares of it"
     )
     answers: PositiveInt = Field(default=2, description="answers at each")
     stop: str = Field(
         default="\n</think>\n\n**Final Answer**\n",
         min_length=1,
-        description=("what opens an answer there"),
+        description="what opens an answer there",
     )
 
     def ask(self, visit: Visit, known: Known) -> Ask:
@@ -67,17 +67,20 @@ class SGPO(Prefixes):
     whether one will be right, and not trained on.
 
     A `judge` takes their place: a function of a prompt, with its `gold`, and the list of a
-    thought's steps, which returns a number from 0 to 1 for each step. It is called in the run's
-    first process, once for each response of a group that is all wrong, and what it returns is in
-    the rewards that are kept with the rollouts; after a kill, groups that no iteration had used are
+    thought's steps, which returns a number from 0 to 1 for each step. What it returns is in the
+    rewards that are kept with the rollouts; after a kill, groups that no iteration had used are
     judged again.
+
+    It is called in the run's first process, in the grading thread, once for each response of a
+    group that is all wrong, one response at a time. One that asks a server has to try again by
+    itself.
     """
 
     source = "arXiv 2505.11595 v4, second-hand"
 
     slope: float = Field(default=10.0, gt=0, description="of the logistic; the source's beta")
     middle: float = Field(
-        default=0.5, ge=0, le=1, description=("share of the thought that is worth 0.5; its gamma")
+        default=0.5, ge=0, le=1, description="share of the thought that is worth 0.5; its gamma"
     )
     judge: str | None = Field(
         default=None,
@@ -88,10 +91,10 @@ class SGPO(Prefixes):
         ),
     )
     step: str = Field(
-        default="\n\n", min_length=1, description=("what stands between two steps, for a judge")
+        default="\n\n", min_length=1, description="what stands between two steps, for a judge"
     )
     sound: float = Field(
-        default=0.5, gt=0, le=1, description=("the least score of a right step, for a judge")
+        default=0.5, gt=0, le=1, description="the least score of a right step, for a judge"
     )
 
     @model_validator(mode="after")
@@ -104,7 +107,7 @@ class SGPO(Prefixes):
         reason = (
             "without method.judge"
             if self.judge is None
-            else ("with method.judge: nothing is answered early")
+            else "with method.judge: nothing is answered early"
         )
         for key in vain:
             if getattr(self, key) != type(self).model_fields[key].default:

@@ -61,7 +61,7 @@ class TWYN(Relative):
     margin: float = Field(
         default=10.0,
         ge=1,
-        description=("what a pair of right and wrong counts, in pairs of right ones"),
+        description="what a pair of right and wrong counts, in pairs of right ones",
     )
 
     def advantages(self, group: Outcomes, known: Known) -> FloatArray:
@@ -89,6 +89,11 @@ class GFPO(Relative):
     `warmup` iterations. The source: 8 of 16, 6 of 16, 4 of 16 (keep of samples), and its own
     reward; `warmup` is this project's. TRL drops the other responses from the batch; they stay in
     its means here.
+
+    The kept ones' advantages sum to 0, so a response earns nothing for being kept. Training then
+    does not make responses longer, and it shortens little if the long ones are the wrong ones,
+    which are not looked at. With r = c and `reward_per_token` a group of `keep` right responses or
+    more teaches nothing, and its wrong ones tie, in the order of sampling.
     """
 
     source = "Shrivastava et al. 2025, arXiv 2508.09726"
@@ -96,13 +101,13 @@ class GFPO(Relative):
 
     keep: PositiveInt = Field(default=8, description="responses of a prompt that are learnt from")
     by: Literal["length", "reward_per_token"] = Field(
-        default="length", description=("what they are chosen by")
+        default="length", description="what they are chosen by"
     )
     adaptive: bool = Field(
-        default=False, description=("fewer of prompts that are easier than others")
+        default=False, description="fewer of prompts that are easier than others"
     )
     warmup: PositiveInt = Field(
-        default=10, description=("iterations in which adaptive keeps `keep` of all")
+        default=10, description="iterations in which adaptive keeps `keep` of all"
     )
 
     def advantages(self, group: Outcomes, known: Known) -> FloatArray:
@@ -165,13 +170,13 @@ class DRPO(Relative):
     needs = Needs(aggregate="sequence")
 
     spread: float = Field(
-        default=0.1, gt=0, description=("less prefers short answers more; the source's lambda")
+        default=0.1, gt=0, description="less prefers short answers more; the source's lambda"
     )
     tau: float = Field(
-        default=10.0, gt=0, description=("less pushes the likeliest wrong answers alone")
+        default=10.0, gt=0, description="less pushes the likeliest wrong answers alone"
     )
     max_tokens: PositiveInt | None = Field(
-        default=None, description=("rollout.max_new_tokens when left out")
+        default=None, description="rollout.max_new_tokens when left out"
     )
 
     def credits(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Credit]:
@@ -222,7 +227,7 @@ class GDPO(Relative):
     correct: float = Field(default=1.0, ge=0, description="weight of accuracy")
     short: float = Field(default=1.0, ge=0, description="weight of brevity")
     over: Literal["responses", "tokens", "nothing"] = Field(
-        default="responses", description=("what is normalised over")
+        default="responses", description="what is normalised over"
     )
 
     def credits(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Credit]:
@@ -277,7 +282,7 @@ class QGLAS(Relative):
         default=0.5,
         gt=0,
         le=1,
-        description=("saving, as a share of the mean, with the whole bonus"),
+        description="saving, as a share of the mean, with the whole bonus",
     )
 
     @model_validator(mode="after")

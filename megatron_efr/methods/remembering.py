@@ -42,10 +42,10 @@ class HAPO(Method):
 
     weight: float = Field(default=1.0, ge=0, description="of the length's part")
     least: float = Field(
-        default=-0.7, ge=-1, le=0, description=("the least that a right answer's length may earn")
+        default=-0.7, ge=-1, le=0, description="the least that a right answer's length may earn"
     )
     history: Literal["shortest", "mean"] = Field(
-        default="shortest", description=("of a prompt's right responses so far")
+        default="shortest", description="of a prompt's right responses so far"
     )
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
@@ -81,16 +81,16 @@ class ShortRL(Method):
     wrong_may_win_if = "`right` is less than 0.5 above `wrong` or `missing`"
 
     tolerance: int = Field(
-        default=100, ge=0, description=("tokens above the shortest right answer that cost nothing")
+        default=100, ge=0, description="tokens above the shortest right answer that cost nothing"
     )
     slack: float = Field(
-        default=0.05, ge=0, le=1, description=("accuracy below the best that still shortens")
+        default=0.05, ge=0, le=1, description="accuracy below the best that still shortens"
     )
     right: float = Field(default=2.0, description="base of a right answer")
     wrong: float = Field(default=-1.5, description="base of a wrong answer")
     missing: float = Field(default=-2.0, description="base of a response without an answer")
     form: float = Field(
-        default=1.0, ge=0, description=("of a response with an answer, or off one without")
+        default=1.0, ge=0, description="of a response with an answer, or off one without"
     )
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
@@ -148,7 +148,7 @@ class LEASH(Method):
     least: float = Field(default=0.0, ge=0, description="lambda's lower bound")
     most: float = Field(default=1.0, ge=0, description="lambda's upper bound")
     over: Literal["mean", "max"] = Field(
-        default="mean", description=("the length that the target is held against")
+        default="mean", description="the length that the target is held against"
     )
 
     @model_validator(mode="after")
@@ -197,7 +197,7 @@ class ADLP(Method):
     start: float = Field(default=1e-3, ge=0, description="lambda at first")
     rate: float = Field(default=1e-3, ge=0, description="how fast lambda follows")
     reference: float = Field(
-        default=0.62, ge=0, le=1, description=("accuracy that is held: the starting model's")
+        default=0.62, ge=0, le=1, description="accuracy that is held: the starting model's"
     )
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
@@ -236,11 +236,11 @@ class Acoer(Method):
     start: float = Field(default=0.02, ge=0, description="alpha at first")
     budget: PositiveInt = Field(default=4096, description="tokens at first")
     least_budget: PositiveInt = Field(
-        default=512, description=("tokens that the budget keeps at least")
+        default=512, description="tokens that the budget keeps at least"
     )
     warmup: int = Field(default=200, ge=0, description="iterations before anything follows")
     lookback: PositiveInt = Field(
-        default=100, description=("iterations back with which accuracy is compared")
+        default=100, description="iterations back with which accuracy is compared"
     )
 
     @model_validator(mode="after")

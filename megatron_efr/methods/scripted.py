@@ -40,13 +40,13 @@ class ASRR(Plain):
         default=1.0,
         ge=0,
         le=1,
-        description=("share of right responses from which a group is shortened"),
+        description="share of right responses from which a group is shortened",
     )
     beta: float = Field(default=0.5, ge=0, le=1, description="the largest price of length")
     window: float = Field(
         default=2048.0,
         gt=0,
-        description=("tokens above the shortest right answer that cost it all"),
+        description="tokens above the shortest right answer that cost it all",
     )
     opening: str = Field(
         default="Okay, I have finished thinking.\n</think>\n\n",
@@ -90,10 +90,10 @@ class Elastic(Plain):
     thought: PositiveInt = Field(default=1024, description="tokens of the thought at most")
     answer: PositiveInt = Field(default=1024, description="tokens of the answer at most")
     end: str = Field(
-        default="</think>", min_length=1, description=("the single token that ends a thought")
+        default="</think>", min_length=1, description="the single token that ends a thought"
     )
     cut: str = Field(
-        default="\n</think>\n\n", min_length=1, description=("what closes a thought that is cut")
+        default="\n</think>\n\n", min_length=1, description="what closes a thought that is cut"
     )
 
     def ask(self, visit: Visit, known: Known) -> Ask:
@@ -154,7 +154,7 @@ class LAPO(Plain):
     slope: float = Field(default=100.0, gt=0, description="tokens over which the bonus falls to 0")
     second_from: PositiveInt | None = Field(
         default=None,
-        description=("iteration with which the second stage begins; without it there is none"),
+        description="iteration with which the second stage begins; without it there is none",
     )
     sigma: float = Field(default=120.0, gt=0, description="tokens, in the second stage")
     opening: Annotated[str, tells("budget")] = Field(

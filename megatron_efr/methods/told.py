@@ -62,7 +62,7 @@ class L1Exact(_Told):
     )
 
     suffix: Text = Field(
-        default=" Think for {budget} tokens.", description=("what is added to the question")
+        default=" Think for {budget} tokens.", description="what is added to the question"
     )
 
     def longest_asks(self, visit: Visit, known: Known) -> Sequence[Ask]:
@@ -98,7 +98,7 @@ class L1Max(_Told):
     wrong_may_win = "the budget is exact, as in l1_exact"
 
     form: Literal["paper", "multiplied", "added"] = Field(
-        default="paper", description=("of the three rules")
+        default="paper", description="of the three rules"
     )
     exact_alpha: float | None = Field(
         default=None,
@@ -108,13 +108,13 @@ class L1Max(_Told):
         ),
     )
     exact: float = Field(
-        default=0.5, ge=0, le=1, description=("share of visits whose budget is exact")
+        default=0.5, ge=0, le=1, description="share of visits whose budget is exact"
     )
     suffix: Text = Field(
-        default=" Think for maximum {budget} tokens.", description=("what is added to the question")
+        default=" Think for maximum {budget} tokens.", description="what is added to the question"
     )
     exact_suffix: Text = Field(
-        default=" Think for {budget} tokens.", description=("the same, of an exact budget")
+        default=" Think for {budget} tokens.", description="the same, of an exact budget"
     )
 
     def ask(self, visit: Visit, known: Known) -> Ask:

@@ -81,7 +81,7 @@ def on_gpus(case: Case, console: Console) -> bool:
     console.print(
         "It does not fit. Any of these lines would:"
         if choices
-        else ("It does not fit, nor would three changes")
+        else "It does not fit, nor would three changes"
     )
     for choice in choices:
         quoted = (f"'{override}'" if " " in override else override for override in choice)

@@ -91,19 +91,19 @@ def _renamed(record: dict[str, Any], seed: str) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `efr report`."""
     parser = argparse.ArgumentParser(
-        prog="efr report", description=("The table and the HTML page of a run folder.")
+        prog="efr report", description="The table and the HTML page of a run folder."
     )
     parser.add_argument("folder", type=Path, help="runs/NAME: a run or a family")
     parser.add_argument(
         "--seeds",
         action="store_true",
-        help=("the folder holds one family per seed, in seed-1, seed-2 ..."),
+        help="the folder holds one family per seed, in seed-1, seed-2 ...",
     )
     parser.add_argument(
         "--against",
         type=Path,
         metavar="FOLDER",
-        help=("compare a family's figures with this one's"),
+        help="compare a family's figures with this one's",
     )
     given = parser.parse_args(argv)
     print(report(given.folder, given.seeds, given.against))

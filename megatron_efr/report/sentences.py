@@ -138,7 +138,7 @@ def halves(base: Record) -> Halves | None:
         levels = sorted(levels, key=lambda level: tokens[level])
     half = len(levels) // 2
     return Halves(
-        levels[:half], levels[-half:], "" if numbered else (" (ordered by the base's tokens)")
+        levels[:half], levels[-half:], "" if numbered else " (ordered by the base's tokens)"
     )
 
 

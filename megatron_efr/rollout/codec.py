@@ -72,6 +72,7 @@ def with_text(group: Group, codec: Codec) -> Group:
             branch._replace(responses=tuple(told(each) for each in branch.responses))
             for branch in response.branches
         )
-        return replace(response, text=codec.decode(response.tokens), branches=branches)
+        text = response.text or codec.decode(response.tokens)  # a branch may have its own by now
+        return replace(response, text=text, branches=branches)
 
     return replace(group, responses=tuple(told(response) for response in group.responses))

@@ -59,11 +59,11 @@ def refusal(
     if not refused:
         return None
     lines = [
-        (f"  {key}: there {held.get(key, _ABSENT)!r}, here {here.get(key, _ABSENT)!r}\n")
+        f"  {key}: there {held.get(key, _ABSENT)!r}, here {here.get(key, _ABSENT)!r}\n"
         for key in refused
     ]
     hints = [
-        (f"{key} may change on resuming, but only {BENT[key]}\n")
+        f"{key} may change on resuming, but only {BENT[key]}\n"
         for key in refused
         if resume and key in BENT
     ]

@@ -21,19 +21,20 @@ _ELSEWHERE = {"name", "runs", "seed", "optimizer", "train", "checkpoint", "obser
 
 
 def check_configuration(
-    config: TrainConfig, ranks: int
+    config: TrainConfig, ranks: int, asks: bool = True
 ) -> tuple[methods.Method, algorithms.Algorithm]:
     """The method and the algorithm of a run of `ranks` ranks; ConfigError for what its
-    configuration shows is wrong.
+    configuration shows is wrong. A replay `asks` no engine, and needs none that could be had here.
     """
     method = methods.build(config.method, config.rollout, config.algorithm)
     algorithm = algorithms.build(config.algorithm, config.rollout)
     methods.check_together(config.method.name, method, algorithm)
     config.check_world(ranks)
-    check_engine(config.model, config.rollout)
-    Host.of_this_process().engine_gpus(config.rollout)
     check_policy(config.model, config.parallel, config.optimizer)
-    check_server_arguments(config.rollout)
+    if asks:
+        check_engine(config.model, config.rollout)
+        Host.of_this_process().engine_gpus(config.rollout)
+        check_server_arguments(config.rollout)
     return method, algorithm
 
 

@@ -151,24 +151,30 @@ class MainRank:
 
         `model` is the starting model's checksum. What is known already is not sampled again.
         """
-        wanted, monitor = self._method.samplings, self._method.samplings.monitor
-        lacks = bool(wanted.reference) and not self.knowledge.reference
-        due = monitor is not None and step % monitor.every == 0 and self.knowledge.monitored != step
-        watching = self._sampler(model, self._prompts, self._judgings)
-        if monitor and wanted.held_out:
-            assert self.evaluator is not None
-            watching = self._sampler(model, self.evaluator.prompts, self.evaluator.judgings)
-            watching.check_held_out(monitor, self.knowledge.latest.monitor)
-        if not (lacks or due):  # rollouts of later iterations go on
+        wanted, known = self._method.samplings, self.knowledge
+        # other held-out problems than those watched before are refused
+        watched = wanted.monitor and (wanted.monitor, self._monitored(model, wanted.held_out))
+        if watched and wanted.held_out:
+            watched[1].check_held_out(watched[0], known.latest.monitor)
+        # what of the starting model is not known yet
+        if wanted.reference and not known.reference:
+            with self.feed.held():
+                known.reference = self._reference(wanted.reference, folder, model)
+        # the monitor set, if it is its iteration
+        if not watched or step % watched[0].every or known.monitored == step:
             return {}
+        monitor, sampler = watched
         with self.feed.held():
-            if lacks:
-                self.knowledge.reference = self._reference(wanted.reference, folder, model)
-            if not (monitor and due):
-                return {}
-            sampled = watching.monitor(self.engine, monitor, step, folder.monitor(step))
-        self.knowledge.monitor(step, sampled)
+            sampled = sampler.monitor(self.engine, monitor, step, folder.monitor(step))
+        known.monitor(step, sampled)
         return figures(sampled)
+
+    def _monitored(self, model: str, held_out: bool) -> Sampler:
+        """Samples a method's monitor set: of held-out problems, or of the run's prompts."""
+        if not held_out:
+            return self._sampler(model, self._prompts, self._judgings)
+        assert self.evaluator is not None
+        return self._sampler(model, self.evaluator.prompts, self.evaluator.judgings)
 
     def _reference(self, samples: int, folder: RunFolder, model: str) -> ByPrompt:
         """The starting model's responses: another run's, if they are configured, or this run's

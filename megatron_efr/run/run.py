@@ -189,7 +189,7 @@ def open_run(config: TrainConfig, *, resume: bool = False, asks: bool = True) ->
     If it `asks` no engine, it claims no folder and has no main rank: its rollouts come from
     elsewhere.
     """
-    method, algorithm = check_configuration(config, arguments.world_size())
+    method, algorithm = check_configuration(config, arguments.world_size(), asks)
     keep_reference = algorithm.objective(config.rollout).needs_reference
     with join_ranks(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
         folder = RunFolder(config.folder)

@@ -97,23 +97,23 @@ class Deer(Kind):
     form: Literal["vllm", "transformers", "qwen3"] = "vllm"
     pauses: Texts = Field(default=("Wait",), min_length=1, description="single tokens")
     leaves: Texts = Field(
-        default=(), description=("single tokens at which the thought is left as at its end")
+        default=(), description="single tokens at which the thought is left as at its end"
     )
     probe: Token = "\n**Final Answer**\n\\boxed"
     probe_end: Texts = CLOSING
     tokens: PositiveInt = 20
     temperature: float = Field(
-        default=1.0, ge=0, description=("of the trial answer; 0 takes the most probable tokens")
+        default=1.0, ge=0, description="of the trial answer; 0 takes the most probable tokens"
     )
     mean: Literal["arithmetic", "geometric"] = "arithmetic"
     skip: int = Field(default=1, ge=0)
     skip_last: int = Field(default=0, ge=0)
     closed: bool = Field(
-        default=False, description=("a trial answer counts only if one of `probe_end` ended it")
+        default=False, description="a trial answer counts only if one of `probe_end` ended it"
     )
     sure: float = Field(default=0.95, gt=0, le=1)
     tries: PositiveInt | None = Field(
-        default=10, description=("pauses that are probed; later ones are passed")
+        default=10, description="pauses that are probed; later ones are passed"
     )
     most: PositiveInt | None = None
     share: Annotated[float, Field(gt=0, lt=1)] = 0.6
@@ -213,7 +213,7 @@ class EarlyStop(Kind):
     )
     tokens: PositiveInt = 20
     temperature: float | None = Field(
-        default=0.6, ge=0, description=("of the probes; none: the evaluation's")
+        default=0.6, ge=0, description="of the probes; none: the evaluation's"
     )
     unsure: Texts = UNSURE
     end: Token = Field(default="</think>", description="a single token")
@@ -278,7 +278,7 @@ class Subthoughts(Kind):
     samples: PositiveInt = 1
     tokens: PositiveInt = Field(default=8192, description="tokens of a branch at most")
     temperature: float | None = Field(
-        default=None, ge=0, description=("of the branches; none: the evaluation's")
+        default=None, ge=0, description="of the branches; none: the evaluation's"
     )
     most: PositiveInt | None = Field(default=None, description="places, spread evenly; none: all")
     end: Token = Field(default="</think>", description="a single token")

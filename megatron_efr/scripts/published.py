@@ -72,7 +72,7 @@ class S1(Kind):
 
     most: PositiveInt | None = None
     leave: PositiveInt = Field(
-        default=100, description=("tokens for the answer, if `most` is not given")
+        default=100, description="tokens for the answer, if `most` is not given"
     )
     answer: PositiveInt | None = None
     end: Token = Field(default="</think>", description="a single token")

@@ -6,12 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import cache
-from importlib import import_module
 from typing import Any, NamedTuple, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from megatron_efr.config.plugins import registered
+from megatron_efr.config.plugins import load_function, registered
 from megatron_efr.scripts.kinds import Kind, Steps, Texts
 from megatron_efr.steps import Fork, Score, Step, Take
 from megatron_efr.types import Done, Prompt
@@ -58,7 +57,7 @@ class VgSearch(Kind):
     every: PositiveInt = 1
     iterations: PositiveInt | None = None
     ends: Texts = Field(
-        default=("\n\n", ".\n\n", ":\n\n", " \n\n"), min_length=1, description=("ends of a step")
+        default=("\n\n", ".\n\n", ":\n\n", " \n\n"), min_length=1, description="ends of a step"
     )
     tokens: PositiveInt = Field(default=2048, description="tokens of a step at most")
 
@@ -84,6 +83,10 @@ class VgSearch(Kind):
     @property
     def trainable(self) -> bool:
         return False
+
+    def check(self, limit: int, path: str) -> None:
+        super().check(limit, path)
+        scorer_of(self.scorer)  # before anything is asked
 
     def steps(self, sample: int) -> Steps:
         scorer = scorer_of(self.scorer)
@@ -131,11 +134,12 @@ class VgSearch(Kind):
 
 @cache
 def scorer_of(name: str) -> Scorer:
-    """The scorer of that name, loaded once: every response asks for it."""
-    if name in SCORERS:
-        module, _, function = SCORERS[name].partition(":")
-        return getattr(import_module(module), function)
-    return registered(GROUP)[name].load()
+    """The scorer of that name, loaded once: every response asks for it.
+
+    ConfigError if a third party's does not load, or has another signature.
+    """
+    found = SCORERS.get(name, name)
+    return load_function(found, GROUP, "evaluation.script.scorer", ("prompt", "texts"))
 
 
 def _longer(beam: _Beam, step: Any) -> _Beam:

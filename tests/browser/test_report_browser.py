@@ -28,7 +28,7 @@ from tests.groups import graded
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason=("no chromium here; apt-get install chromium runs this test")
+    CHROMIUM is None, reason="no chromium here; apt-get install chromium runs this test"
 )
 
 FLAGS = [

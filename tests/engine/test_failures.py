@@ -193,7 +193,7 @@ def test_an_id_outside_the_vocabulary_never_reaches_the_server(
 ) -> None:
     engine = make_engine_again(make_engine, models)
     with pytest.raises(
-        ValueError, match=(f"prompt bad: a token is outside the model's vocabulary of {VOCAB}")
+        ValueError, match=f"prompt bad: a token is outside the model's vocabulary of {VOCAB}"
     ):
         list(engine.generate([plain(Prompt("bad", (3, VOCAB), "", ""), 1, 0)], FREE))
     with pytest.raises(ValueError, match="stop_ids"):

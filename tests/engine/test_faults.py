@@ -434,7 +434,7 @@ def test_a_run_whose_servers_all_die_in_mid_generation_goes_on_where_it_was(
     # in whichever came first, a prompt or a publication
     assert (
         "none of 2 servers is left that serves version" in said
-        or ("no engine answers: waiting up to") in said
+        or "no engine answers: waiting up to" in said
     )
     groups = {step: [each.group for each in folder.read_rollouts(step)] for step in range(1, 5)}
     assert [len(taken) for taken in groups.values()] == [24] * 4

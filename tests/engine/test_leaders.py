@@ -21,7 +21,7 @@ from tests.loop.test_interruption import wait_for
 pytestmark = [
     pytest.mark.parallel,
     pytest.mark.skipif(
-        not os.access(PYTHON, os.X_OK), reason=("bash tools/setup_sglang_cpu.sh makes .venv-sglang")
+        not os.access(PYTHON, os.X_OK), reason="bash tools/setup_sglang_cpu.sh makes .venv-sglang"
     ),
 ]
 

@@ -30,7 +30,7 @@ with launcher:
 
 
 @pytest.mark.skipif(
-    not os.access(PYTHON, os.X_OK), reason=("bash tools/setup_sglang_cpu.sh makes .venv-sglang")
+    not os.access(PYTHON, os.X_OK), reason="bash tools/setup_sglang_cpu.sh makes .venv-sglang"
 )
 @pytest.mark.parametrize(
     "number",

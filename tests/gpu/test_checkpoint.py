@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
         torch.cuda.device_count() < 2,
-        reason=("needs a second CUDA device: on the first none is wrong"),
+        reason="needs a second CUDA device: on the first none is wrong",
     ),
 ]
 

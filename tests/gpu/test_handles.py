@@ -16,7 +16,7 @@ from megatron_efr.publication.transports import encode
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason=("needs a CUDA device")),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
 OPENER = """

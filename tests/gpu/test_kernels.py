@@ -19,7 +19,7 @@ from megatron_efr.kernels.row_kernels import Logits, Softmax, Statistics, merge
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available(), reason=("needs a CUDA device, and there is none here")
+        not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here"
     ),
 ]
 

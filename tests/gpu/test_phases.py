@@ -32,7 +32,7 @@ from tests.unit.policy.test_optimizer import SHARDED, build, equal, state, updat
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason=("needs a CUDA device")),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
 

@@ -4,6 +4,7 @@ still there.
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -15,7 +16,13 @@ import pytest
 import torch
 
 from megatron_efr.config import ObserveConfig
-from megatron_efr.durable import UnwritableError, append_line, remove_torn_writes, standing
+from megatron_efr.durable import (
+    UnwritableError,
+    append_line,
+    remove_torn_writes,
+    standing,
+    whole_folder,
+)
 from megatron_efr.evaluation.journal import Unfinished
 from megatron_efr.observe import Observer
 from megatron_efr.run.folder import RunFolder
@@ -109,6 +116,29 @@ def test_a_model_folder_is_complete_or_absent(tmp_path: Path) -> None:
     ]
 
 
+def test_a_folder_that_is_there_stands_until_the_new_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "model"
+    with whole_folder(place) as partial:
+        (partial / "a").write_text("1")
+    move = os.replace
+
+    def busy(source: Path, target: Path) -> None:
+        if Path(source).suffix == ".partial":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    with pytest.raises(UnwritableError, match="busy"), whole_folder(place) as partial:
+        (partial / "a").write_text("2")
+    assert [path.read_text() for path in tmp_path.rglob("a")] == ["1"]
+    monkeypatch.undo()
+    with whole_folder(place) as partial:
+        (partial / "a").write_text("2")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["model", "model/a"]
+
+
 # its thread says so too
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_tensorboards_files_too(tmp_path: Path) -> None:
@@ -133,7 +163,7 @@ def test_a_folder_that_cannot_be_made_is_named_with_the_one_above_that_is_there(
 
 @pytest.mark.skipif(
     os.geteuid() == 0 and not os.path.isdir("/sys"),
-    reason=("needs a folder that nobody may write to"),
+    reason="needs a folder that nobody may write to",
 )
 def test_a_read_only_place_is_a_sentence() -> None:
     with pytest.raises(

@@ -164,6 +164,6 @@ def test_the_level_is_a_flag_of_programs_and_their_own_programs_inherit_it(
     assert capsys.readouterr().err == ""
     monkeypatch.setenv(log.VARIABLE, "loud")
     with pytest.raises(
-        UserError, match=("EFR_LOG_LEVEL: 'loud' is no level of a log; there are: debug, info")
+        UserError, match="EFR_LOG_LEVEL: 'loud' is no level of a log; there are: debug, info"
     ):
         log.to_terminal()

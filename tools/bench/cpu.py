@@ -442,11 +442,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--model", default="runs/quickstart/sft/model", help=("a Hugging Face folder with weights")
+        "--model", default="runs/quickstart/sft/model", help="a Hugging Face folder with weights"
     )
     parser.add_argument("--train", default="runs/quickstart/task/train.jsonl", help="its problems")
     parser.add_argument(
-        "--trl-python", help=("an interpreter that has trl; without it that row says so")
+        "--trl-python", help="an interpreter that has trl; without it that row says so"
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--quick", action="store_true", help="a smoke run")

@@ -253,7 +253,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--model",
-        help=("a Hugging Face folder; a random model of the quickstart's shape if left out"),
+        help="a Hugging Face folder; a random model of the quickstart's shape if left out",
     )
     parser.add_argument("--prompts", help='JSON lines with "tokens" or "text"')
     parser.add_argument("--count", type=int, default=1024, help="prompts")
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=150)
     parser.add_argument("--equal-length", type=int, default=56)
     parser.add_argument(
-        "--turns", type=int, default=2, help=("times each side runs; its best counts")
+        "--turns", type=int, default=2, help="times each side runs; its best counts"
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = vars(parser.parse_args())

@@ -417,7 +417,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="one tiny shape")
     parser.add_argument(
-        "--seconds", type=float, default=SECONDS, help=("no shape is begun after as many")
+        "--seconds", type=float, default=SECONDS, help="no shape is begun after as many"
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     given = parser.parse_args()

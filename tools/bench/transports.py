@@ -139,13 +139,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--hidden", type=int, default=512, help=("width of the model, a multiple of 64")
+        "--hidden", type=int, default=512, help="width of the model, a multiple of 64"
     )
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument(
         "--python",
         default=str(ROOT / ".venv-sglang/bin/python"),
-        help=("the interpreter with SGLang"),
+        help="the interpreter with SGLang",
     )
     given = parser.parse_args()
     torch.set_num_threads(1)

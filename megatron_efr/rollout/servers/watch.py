@@ -112,7 +112,7 @@ class Watch:
                 refused = server in self._ended
                 self._ended.discard(server)
                 return self._unless_closed(
-                    "failed two publications" if refused else (f"ended with exit code {code}")
+                    "failed two publications" if refused else f"ended with exit code {code}"
                 )
             if self._answers(server):
                 answered = excused = time.monotonic()

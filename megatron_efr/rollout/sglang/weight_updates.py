@@ -1,6 +1,6 @@
 """A publication's calls to SGLang's servers: the `Engines` of `publication.publisher`.
 
-Every call goes to the servers that take part in the update that is going on (`membership`).
+Every call goes to the servers that take part in the update that is going on (`health.Membership`).
 """
 
 from __future__ import annotations

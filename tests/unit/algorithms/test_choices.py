@@ -216,6 +216,14 @@ def test_groups_without_a_signal_are_kept_unless_sampling_is_dynamic() -> None:
     assert not build("grpo", dynamic_sampling=True).keeps(same)
 
 
+def test_dynamic_sampling_keeps_what_a_filter_learns_from() -> None:
+    filtered = build("filtered_sft", dynamic_sampling=True)
+    kept = [filtered.keeps(np.array(each)) for each in ([1.0, 1.0], [0.0, -1.0], [0.0, 1.0])]
+    assert kept == [True, False, True]  # all of a group that is right pass
+    with pytest.raises(ConfigError, match=r"algorithm\.dynamic_sampling: every group teaches"):
+        build("filtered_sft_negatives", dynamic_sampling=True)
+
+
 def test_a_methods_own_advantages_come_before_the_algorithms() -> None:
     class Own(methods.Method):
         def credits(self, groups: Sequence[Rewarded], known: methods.Known) -> list[Credit]:

@@ -134,7 +134,7 @@ def test_a_sweep_says_what_is_wrong_with_all_its_members_before_one_begins(
         sweep.main([str(place / "family.yaml")])
     said = str(found.value).splitlines()
     starts = [
-        (f"{place}/family.yaml: members {name}_seed-1, {name}_seed-2: ")
+        f"{place}/family.yaml: members {name}_seed-1, {name}_seed-2: "
         for name in members
         if name != "fine"
     ]

@@ -147,7 +147,7 @@ def test_prefill_none_refuses_a_template_that_thinks(
         "<assistant><think>\n"
     )
     with pytest.raises(
-        PromptError, match=(f"prefill: none, but the chat template .* writes {extra}")
+        PromptError, match=f"prefill: none, but the chat template .* writes {extra}"
     ):
         render(problem(), tokenizer, PromptConfig(prefill="none"))
 
@@ -271,7 +271,7 @@ def test_a_stop_id_that_is_none(
 ) -> None:
     place = altered(folder, tmp_path, file, eos_token_id=given)
     with pytest.raises(
-        PromptError, match=(f"{file}: eos_token_id: a token id, or a list of them, is {message}")
+        PromptError, match=f"{file}: eos_token_id: a token id, or a list of them, is {message}"
     ):
         stop_ids(place, load_tokenizer(folder))
 

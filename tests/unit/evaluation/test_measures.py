@@ -385,7 +385,7 @@ def test_a_record_gives_back_the_samples_that_its_figures_are_of() -> None:
             [1, 0],
             [3, 9],
             ["stop", "length"],
-            text=("Wait, but no. Verify"),
+            text="Wait, but no. Verify",
             prompt=Prompt("p0", (1, 2), "q", "4"),
         ),
         graded([1, 1], [20, 30], prompt=Prompt("p1", (1,), "q", "5")),

@@ -131,7 +131,7 @@ def test_memory_limit_is_named() -> None:
 def test_limit_below_the_processs_own_size_is_named_too() -> None:
     with (
         Grader(memory_bytes=1 << 20) as pool,
-        pytest.raises(GraderError, match=("before they were ready")),
+        pytest.raises(GraderError, match="before they were ready"),
     ):
         pool.grade([r"\boxed{2x}"], ["x+x"])
 

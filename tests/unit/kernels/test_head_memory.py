@@ -60,7 +60,7 @@ def extra(dtype: torch.dtype) -> dict[str, float]:
 
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(),
-    reason=("the kernel tells no peak of resident memory"),
+    reason="the kernel tells no peak of resident memory",
 )
 def test_little_more_than_one_chunks_logits() -> None:
     each = "{d: t.extra(getattr(torch, d)) for d in ('float32', 'bfloat16')}"

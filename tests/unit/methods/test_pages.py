@@ -81,3 +81,18 @@ def test_the_pages_name_every_option_with_a_default_that_reads_back() -> None:
                 assert ("null" if row[3] == "left out" else row[3].strip("`")) == json.dumps(
                     field.default
                 ), (name, row)
+
+
+def test_the_tables_have_whole_sentences() -> None:
+    kinds, methods = [], []
+    for path, text in pages().items():
+        index = path == "methods.md"
+        for line in text.splitlines():
+            cells = line.split(" | ")
+            if index and re.match(r"\| \[[^`]*\]\(methods/\w+\.md\) ", line):
+                kinds.append(cells[1])
+            if not index and re.match(r"\| \[`[\w.]+`\]\(#", line):
+                methods.append(cells[1].removesuffix(" |"))
+    assert len(kinds) > 10
+    assert len(methods) == len(METHODS)
+    assert [text for text in [*kinds, *methods] if not text.endswith(".")] == []

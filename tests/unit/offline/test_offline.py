@@ -109,7 +109,7 @@ def test_answers_that_cannot_be_learnt_from_are_named(
         answers.pairs(str(damaged), 100)
     with pytest.raises(
         UserError,
-        match=("prompt p0: prompt and response have 14 tokens, and the model has 10 positions"),
+        match="prompt p0: prompt and response have 14 tokens, and the model has 10 positions",
     ):
         answers.pairs(kept, 10)
     tree: dict[str, Any] = {

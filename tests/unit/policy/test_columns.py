@@ -67,7 +67,7 @@ def test_a_default_stands_where_a_sample_says_nothing(monkeypatch: pytest.Monkey
 
 def test_an_unknown_column_or_a_wrong_length_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=("no column 'advantages' is declared; there are advantage, weight")
+        ValueError, match="no column 'advantages' is declared; there are advantage, weight"
     ):
         Sample(np.arange(3), 1, {"advantages": np.zeros(2)})
     with pytest.raises(ValueError, match=r"column weight is \[3\], of 2 response tokens"):

@@ -309,7 +309,7 @@ def test_peft_loads_the_folder_with_the_same_logits(
     tied_model: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
     peft = pytest.importorskip(
-        "peft", reason=("PEFT is not installed; the folder is compared with what it is, above")
+        "peft", reason="PEFT is not installed; the folder is compared with what it is, above"
     )
     policy = build(tied_model, ranks)
     batches = trained(policy)

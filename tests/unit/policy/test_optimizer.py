@@ -128,14 +128,14 @@ def test_training_state_that_left_the_device_comes_back_as_it_was(
     left.offload_training_state()
     assert all(buffer.untyped_storage().nbytes() == 0 for buffer in gradients)
     with pytest.raises(
-        RuntimeError, match=("offload: gradients and optimizer state have been offloaded")
+        RuntimeError, match="offload: gradients and optimizer state have been offloaded"
     ):
         left.offload_training_state()
     with pytest.raises(RuntimeError, match="restore them first"):
         left.update(batches, supervised_loss)
     with pytest.raises(
         RuntimeError,
-        match=("load the optimizer: gradients and optimizer state have been offloaded"),
+        match="load the optimizer: gradients and optimizer state have been offloaded",
     ):
         left.sharded_state(loading=True)
     assert equal(left.logprobs(batches), logprobs), "weights can be read meanwhile"

@@ -239,7 +239,7 @@ def test_a_servers_routing_is_read_as_it_was_written(moe: Path) -> None:
     assert read.dtype == np.int8
     assert np.array_equal(read, chosen)
     with pytest.raises(
-        ValueError, match=("are not the int32 choices of 8 tokens in 4 layers of 4 experts")
+        ValueError, match="are not the int32 choices of 8 tokens in 4 layers of 4 experts"
     ):
         decode_routing(encoded, 8, model)
     with pytest.raises(ValueError, match="-1 to 15, of experts 0 to 15"):

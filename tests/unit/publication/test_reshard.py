@@ -305,7 +305,7 @@ def test_experts_are_held_to_the_layers_fused_weights_in_whatever_order_they_are
         check.compare([held])
     wrong = f"{'rank1.' if ranks > 1 else ''}model.layers.1.mlp.experts.w2_weight"
     with pytest.raises(
-        WeightMismatchError, match=(f"server 0: {wrong} is not what was sent").replace(".", r"\.")
+        WeightMismatchError, match=f"server 0: {wrong} is not what was sent".replace(".", r"\.")
     ):
         check.compare([held | {wrong: "0"}])
 

@@ -103,7 +103,7 @@ def test_the_page_holds_the_figures_and_refers_to_nothing_outside(tmp_path, fami
     # a run without any of the curves is left out of them
     metrics["warm-start"] = [{"step": 1, "loss": 2.0}]
     path = write_report(
-        summary, evaluations, metrics, tmp_path / "report", note=("A tiny model on a toy task.")
+        summary, evaluations, metrics, tmp_path / "report", note="A tiny model on a toy task."
     )
     html = path.read_text()
     tags = Tags(html)

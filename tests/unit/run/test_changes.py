@@ -62,7 +62,7 @@ def test_a_key_that_an_older_configuration_lacks_is_no_difference_where_it_has_i
             assert differs is not None
             assert (
                 "method.alpha: there 0.0, here 0.1" in differs
-                or ("method.alpha: there '(not set)', here 0.1") in differs
+                or "method.alpha: there '(not set)', here 0.1" in differs
             )
         else:
             assert differs is None, key

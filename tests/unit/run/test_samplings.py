@@ -242,7 +242,7 @@ def test_a_monitor_set_is_fixed_and_its_responses_are_not(
     assert len(sampler(grader).monitor(engine, Monitor(99, 1, 1), 0, tmp_path / "all")) == 6
     with pytest.raises(
         SamplingError,
-        match=("step: there 5, here 6; set that as it is there, or go without this file"),
+        match="step: there 5, here 6; set that as it is there, or go without this file",
     ):
         sampler(grader).monitor(engine, wanted, 6, tmp_path / "cut")
     # a resumed run may have a lower limit than those that a kill left

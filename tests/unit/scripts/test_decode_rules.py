@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_efr.config import ConfigError, EnginesConfig, ModelConfig
+from megatron_efr.config import ConfigError, EnginesConfig, ModelConfig, plugins
 from megatron_efr.rollout import build as build_module
 from megatron_efr.rollout.checks import check_script, longest
 from megatron_efr.rollout.driver import TokenPenalty
@@ -36,7 +37,7 @@ from megatron_efr.scripts.published import (
     Tip,
     Told,
 )
-from megatron_efr.scripts.search import Scorer, VgSearch, scorer_of
+from megatron_efr.scripts.search import VgSearch, scorer_of
 from megatron_efr.steps import Draw, Force, Fork, Part, Penalty, Score, Step, Take
 from megatron_efr.types import Branch, Done, Prompt, Response, Script, UserError
 from tests.scripts import Letters
@@ -435,20 +436,31 @@ def test_a_search_keeps_the_best_beams_and_answers_with_the_best_that_ended() ->
     assert longest(script, 100, Letters()) == 100, "a beam is no longer than the response may be"
 
 
-def test_a_plug_in_scorer_is_loaded_once_for_all_responses(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = []
-
-    class Entry:
-        def load(self) -> Scorer:
-            loaded.append(self)
-            return lambda prompt, texts: [float(len(text)) for text in texts]
-
-    monkeypatch.setattr(search, "registered", lambda group: {"by-length": Entry()})
-    script = VgSearch(scorer="by-length", beams=2, width=1)
+def test_a_scorer_is_loaded_once_for_all_responses_and_before_any_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_scorers.py").write_text(
+        "def by_length(prompt, texts):\n    return [float(len(text)) for text in texts]\n"
+        "def of_one(text):\n    return 0.0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    entries = {
+        name: EntryPoint(name, f"own_scorers:{name}", search.GROUP)
+        for name in ("by_length", "of_one", "absent")
+    }
+    for module in (search, plugins):
+        monkeypatch.setattr(module, "registered", lambda group: entries)
+    scorer_of.cache_clear()
+    script = VgSearch(scorer="by_length", beams=2, width=1)
+    script.check(100, "evaluation.script")
     for sample in range(3):
         next(script.steps(sample))
-    assert len(loaded) == 1
-    assert scorer_of("by-length")(Prompt("p", "", (1,), "2"), ["ab", ""]) == [2.0, 0.0]
+    assert scorer_of.cache_info().misses == 1
+    assert scorer_of("by_length")(Prompt("p", "", (1,), "2"), ["ab", ""]) == [2.0, 0.0]
+    with pytest.raises(ConfigError, match=r"scorer: of_one is not a function of \(prompt, texts\)"):
+        VgSearch(scorer="of_one").check(100, "evaluation.script")
+    with pytest.raises(ConfigError, match=r"scorer: absent cannot be imported: AttributeError"):
+        VgSearch(scorer="absent").check(100, "evaluation.script")
     scorer_of.cache_clear()
 
 

@@ -298,7 +298,7 @@ def test_options_and_names_are_refused_by_their_path() -> None:
     for options in ({}, {"shares": [0.5], "drawn": 2}):
         with pytest.raises(
             ConfigError,
-            match=("shares: give either shares of the thought, or how many exits are drawn"),
+            match="shares: give either shares of the thought, or how many exits are drawn",
         ):
             build("exits", {"tokens": 4, **options}, "evaluation.script")
     with pytest.raises(ConfigError, match="ended: a thought without `end` never ends by itself"):

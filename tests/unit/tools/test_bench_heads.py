@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason=("says what happens without a CUDA device")
+    torch.cuda.is_available(), reason="says what happens without a CUDA device"
 )
 
 
