@@ -7,14 +7,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_efr import arguments
 from megatron_efr.errors import UserError
 from megatron_efr.evaluation.comparison import Comparison, Paired, compare
 from megatron_efr.evaluation.figures import Figure, with_interval
-from megatron_efr.evaluation.forgetting import Turned
 from megatron_efr.evaluation.measures import named
 from megatron_efr.evaluation.relative import RELATIVE
 from megatron_efr.evaluation.stored import read_evaluation
@@ -121,27 +121,16 @@ def write(figure: Figure, unit: str, sign: str = "") -> str:
 
 def as_json(comparison: Comparison) -> str:
     """The comparison as JSON: its fields by name."""
-
-    def plain(rows: Sequence[Paired]) -> list[dict[str, object]]:
-        ends = ("one", "other", "difference")
-        return [row._asdict() | {end: getattr(row, end)._asdict() for end in ends} for row in rows]
-
-    tree = comparison._asdict() | {
-        "figures": plain(comparison.figures),
-        "relative": {name: figure._asdict() for name, figure in comparison.relative.items()},
-        "datasets": {name: plain(rows) for name, rows in comparison.datasets.items()},
-        "difficulties": {name: plain(rows) for name, rows in comparison.difficulties.items()},
-        "turned": {name: _named(found) for name, found in comparison.turned.items()},
-    }
-    return json.dumps(tree, indent=1, allow_nan=False, ensure_ascii=False)
+    return json.dumps(_plain(comparison), indent=1, allow_nan=False, ensure_ascii=False)
 
 
-def _named(found: Turned) -> dict[str, object]:
-    """The same as JSON has it: figures by the names of their fields."""
-    return {
-        key: value._asdict() if isinstance(value, Figure) else value
-        for key, value in found._asdict().items()
-    }
+def _plain(tree: Any) -> Any:
+    """The same of dicts and lists, a named tuple's fields by their names."""
+    if hasattr(tree, "_asdict"):
+        tree = tree._asdict()
+    if isinstance(tree, Mapping):
+        return {key: _plain(value) for key, value in tree.items()}
+    return [_plain(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def main(argv: Sequence[str] | None = None) -> None:

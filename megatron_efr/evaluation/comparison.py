@@ -95,14 +95,15 @@ def compare(
             )
     # their differences, on all problems and on parts of them
     shown = {measure.name: measure for measure in [*(measures or _offered(a, b)), *asked]}
+    datasets, others = a.by_dataset(), b.by_dataset()
     return Comparison(
         len(a.ids),
         differences,
         paired(a, b, list(shown.values()), seed),
         {name: against_base(b, a, measure, seed) for name, measure in RELATIVE.items()},
-        _by_part(a.by_dataset(), b.by_dataset(), seed),
+        _by_part(datasets, others, seed),
         _by_part(a.by_difficulty(), b.by_difficulty(), seed),
-        {name: turned(own, b.by_dataset()[name], seed) for name, own in a.by_dataset().items()},
+        {name: turned(own, others[name], seed) for name, own in datasets.items()},
     )
 
 

@@ -8,20 +8,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_efr.evaluation.figures import Figure, resampled, spread, summed
+from megatron_efr.evaluation.figures import Figure
 from megatron_efr.evaluation.samples import Samples
-from megatron_efr.evaluation.statistics import mcnemar
-from megatron_efr.types import BoolArray
+from megatron_efr.evaluation.statistics import interval, mcnemar, rate_interval
+from megatron_efr.types import BoolArray, FloatArray
 
 
 class Turned(NamedTuple):
-    """Shares of all problems, with 95% intervals by bootstrap over problems, both models' answers
-    to one together.
+    """Shares of all problems, with 95% intervals.
 
-    `forgotten`: right before and wrong after; `learnt`: the reverse; `net`: learnt less forgotten,
-    the difference of the shares that are right. A problem is right if more than half of its
-    responses are. `p`: the chance of a net as large if the models were the same, by McNemar's exact
-    test.
+    `forgotten`: right before and wrong after; `learnt`: the reverse; both with Wilson's interval.
+    `net`: learnt less forgotten, the difference of the shares that are right, with an interval by
+    bootstrap over problems. A problem is right if more than half of its responses are. `p`: the
+    chance of a net as large if the models were the same, by McNemar's exact test.
     """
 
     problems: int
@@ -34,13 +33,20 @@ class Turned(NamedTuple):
 def turned(before: Samples, after: Samples, seed: int = 0) -> Turned:
     """Count what turned from `before` to `after`, which have the same problems."""
     was, is_now = (_right(samples) for samples in (before, after))
-    forgotten, learnt = was & ~is_now, is_now & ~was
-    terms = np.stack([forgotten, learnt, np.ones(len(was))], axis=1).astype(np.float64)
-    found, drawn = summed(terms), resampled(terms, seed)
-    shares, by_chance = found[:2] / found[2], drawn[:, :2] / drawn[:, 2:]
-    lost, won = (Figure(float(shares[i]), *spread(by_chance[:, i])) for i in (0, 1))
-    net = Figure(float(shares[1] - shares[0]), *spread(by_chance[:, 1] - by_chance[:, 0]))
-    return Turned(len(was), lost, won, net, mcnemar(int(forgotten.sum()), int(learnt.sum())))
+    lost, won = ((a & ~b).astype(np.float64) for a, b in ((was, is_now), (is_now, was)))
+    net = won - lost
+    return Turned(
+        len(was),
+        _rate(lost),
+        _rate(won),
+        Figure(float(net.mean()), *interval(net, seed)),
+        mcnemar(int(lost.sum()), int(won.sum())),
+    )
+
+
+def _rate(turned: FloatArray) -> Figure:
+    """The share of problems that turned, from 0 or 1 for each, [problems]."""
+    return Figure(float(turned.mean()), *rate_interval(turned, len(turned)))
 
 
 def _right(samples: Samples) -> BoolArray:

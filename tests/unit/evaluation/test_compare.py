@@ -232,7 +232,7 @@ def test_figures_against_the_base_are_those_of_the_plain_formulas(
 
 def test_what_was_forgotten_is_what_turned_from_right_to_wrong() -> None:
     """Of eight problems of A two are forgotten and one is learnt; of B, of three samples each, two
-    right ones count.
+    right ones count; of thirty of C six are forgotten and none is learnt.
     """
 
     def one(dataset: str, number: int, right: Sequence[int]) -> Graded:
@@ -246,6 +246,7 @@ def test_what_was_forgotten_is_what_turned_from_right_to_wrong() -> None:
     verdicts = {
         "A": ([[1], [1], [1], [0], [0], [1], [1], [0]], [[0], [0], [1], [1], [0], [1], [1], [0]]),
         "B": ([[1, 1, 0], [1, 0, 0], [1, 1, 1]], [[1, 0, 0], [0, 0, 1], [0, 1, 1]]),
+        "C": ([[1]] * 30, [[0]] * 6 + [[1]] * 24),
     }
     before, after = (
         record(
@@ -258,24 +259,25 @@ def test_what_was_forgotten_is_what_turned_from_right_to_wrong() -> None:
         for side in (0, 1)
     )
     found = compare(before, after).turned
-    assert list(found) == ["A", "B"]
-    a, b = found["A"], found["B"]
+    assert list(found) == ["A", "B", "C"]
+    a, b, c = found.values()
     assert (a.problems, a.forgotten.value, a.learnt.value, a.net.value) == (8, 2 / 8, 1 / 8, -1 / 8)
     assert (b.problems, b.forgotten.value, b.learnt.value, b.net.value) == (3, 1 / 3, 0.0, -1 / 3)
-    assert (a.p, b.p) == (1.0, 1.0), "2 of 3 and 1 of 1 are a fair coin's"
-    rng, draws = np.random.default_rng(5), []
-    lost, won = np.array([1, 1, 0, 0, 0, 0, 0, 0]), np.array([0, 0, 0, 1, 0, 0, 0, 0])
-    for _ in range(4000):
-        chosen = rng.integers(0, 8, 8)
-        draws.append([lost[chosen].mean(), won[chosen].mean(), (won - lost)[chosen].mean()])
-    for figure, column in zip((a.forgotten, a.learnt, a.net), np.array(draws).T, strict=True):
-        assert figure[1:] == pytest.approx(np.quantile(column, [0.025, 0.975]), abs=0.126), (
-            "draws are eighths"
-        )
-    back = compare(after, before).turned["A"]
-    assert (back.forgotten, back.learnt) == (a.learnt, a.forgotten)
+    assert (c.problems, c.forgotten.value, c.learnt.value, c.net.value) == (30, 0.2, 0.0, -0.2)
+    assert (a.p, b.p, c.p) == (1.0, 1.0, 2 / 2**6), "2 of 3, 1 of 1 and 6 of 6 of a fair coin"
+    back = compare(after, before).turned
+    assert (back["A"].forgotten, back["A"].learnt, back["C"].p) == (a.learnt, a.forgotten, c.p)
     same = compare(before, before).turned["A"]
-    assert (same.forgotten, same.net, same.p) == ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), 1.0)
+    assert (same.forgotten, same.net, same.p) == (same.learnt, (0.0, 0.0, 0.0), 1.0)
+
+    for name, of in found.items():
+        was, is_now = ([np.mean(v) > 0.5 for v in side] for side in verdicts[name])
+        net = np.subtract(is_now, was, dtype=float)
+        assert of.net[1:] == statistics.interval(net)
+        for figure, sign in ((of.forgotten, -1), (of.learnt, 1)):
+            turned = scipy.stats.binomtest(int((net == sign).sum()), len(net))
+            wilson = turned.proportion_ci(method="wilson")
+            assert figure[1:] == pytest.approx((wilson.low, wilson.high), abs=1e-9)
 
 
 def test_parts_are_compared_each_on_its_own(base: Record, brief: Record) -> None:
