@@ -60,7 +60,7 @@ def compare(one: Record, other: Record) -> list[Compared]:
             f"{', '.join(theirs)}"
         )
     pairs = list(zip(one["models"], other["models"], strict=True))
-    if any(f"{key}_ci" not in model for pair in pairs for model in pair for key in FIGURES):
+    if any(not model.get(f"{key}_ci") for pair in pairs for model in pair for key in FIGURES):
         raise UserError(
             "families over several seeds have no intervals; compare those of single seeds"
         )

@@ -132,6 +132,42 @@ def test_a_summary_that_is_none_is_named(content: bytes, folder: RunFolder, ende
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "where"),
+    [
+        ("label", 3, "models.0.label"),
+        ("base", None, "models.0.base"),
+        ("runs", [3], "models.0.runs.0"),
+        ("problems", "9", "models.0.problems"),
+        ("left_out", {"d": "1"}, "models.0.left_out.d"),
+        ("accuracy_by_seed", ["0.5"], "models.0.accuracy_by_seed.0"),
+        ("tokens_by_seed", 9.0, "models.0.tokens_by_seed"),
+        ("accuracy_sd", "0.1", "models.0.accuracy_sd"),
+        ("tokens_sd", [], "models.0.tokens_sd"),
+        ("seeds", "2", "seeds"),
+        ("against", 1, "against"),
+    ],
+)
+def test_a_key_of_a_summary_that_is_of_another_kind_is_named(
+    key: str, value: object, where: str, tmp_path: Path
+) -> None:
+    model = {
+        "name": "m",
+        "alpha": None,
+        "accuracy": 0.5,
+        "tokens": 9.0,
+        "tokens_by_difficulty": {},
+    }
+    tree: dict[str, Any] = {"models": [model], "seconds": {}}
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps(tree))
+    assert read_summary(path) == tree
+    (model if where.startswith("models") else tree)[key] = value
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=rf"summary\.json: no family's summary: {where}: "):
+        read_summary(path)
+
+
 def test_families_of_other_models_are_not_put_together(folder: RunFolder, ended: Ended) -> None:
     for seed, alpha in (("seed-1", 0.1), ("seed-2", 0.2)):
         model = {

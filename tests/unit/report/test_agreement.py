@@ -54,6 +54,9 @@ def test_other_families_are_not_compared() -> None:
     del over_seeds["models"][0]["tokens_ci"]
     with pytest.raises(UserError, match="several seeds"):
         compare(over_seeds, over_seeds)
+    over_seeds["models"][0]["tokens_ci"] = None
+    with pytest.raises(UserError, match="several seeds"):
+        compare(over_seeds, over_seeds)
 
 
 def test_equal_families_are_found_apart_as_seldom_as_it_is_said() -> None:
