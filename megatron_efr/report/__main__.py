@@ -53,39 +53,59 @@ def _family(folder: RunFolder) -> dict[str, Any]:
 
 def _members(folder: RunFolder, summary: dict[str, Any]) -> list[RunFolder]:
     """The runs behind a family's models, in the first seed's folder if there are several."""
-    first = folder.path / "seed-1" if summary.get("seeds") else folder.path
+    seeds = _seeds(folder) if summary.get("seeds") else []
+    first = seeds[0] if seeds else folder.path
     runs = [RunFolder(first / name) for model in summary["models"] for name in runs_of(model)]
     return [run for run in runs if run.config.exists()]
+
+
+def _seeds(folder: RunFolder) -> list[Path]:
+    """The folders of a family over several seeds, `seed-2` before `seed-10`."""
+    found = [path.parent for path in folder.path.glob("seed-*/summary.json")]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
 def gather_seeds(folder: RunFolder) -> None:
     """Put the summaries and the evaluations of `seed-*/` together; the first seed's keep their
     names.
     """
-    paths = sorted(folder.path.glob("seed-*/summary.json"))
-    if not paths:
+    seeds = _seeds(folder)
+    if not seeds:
         raise UserError(
             f"{folder.path}: no seed-*/summary.json; run `efr sweep` with name=.../seed-1 and so "
             "on first"
         )
-    summaries = [read_summary(path) for path in paths]
+    summaries = [read_summary(seed / "summary.json") for seed in seeds]
     said = {key: summaries[0][key] for key in ("note", "against") if key in summaries[0]}
     merged = over_seeds(summaries)
     for model in merged["models"]:
         model["runs"] = []
-    for path, summary in zip(paths, summaries, strict=True):
-        seed = path.parent.name
-        ending = "" if path == paths[0] else f".{seed}"
+    names: dict[tuple[str, str, str], str] = {}
+    for seed, summary in zip(seeds, summaries, strict=True):
+        ending = "" if seed == seeds[0] else f".{seed.name}"
         for model, own in zip(merged["models"], summary["models"], strict=True):
             model["runs"] += [f"{run}{ending}" for run in runs_of(own)]
-        for run, record in RunFolder(path.parent).read_evaluations().items():
-            folder.write_evaluation(f"{run}{ending}", _renamed(record, seed) if ending else record)
+        for run, record in RunFolder(seed).read_evaluations().items():
+            folder.write_evaluation(f"{run}{ending}", _renamed(record, seed.name, names))
     folder.write_summary(merged | said)
 
 
-def _renamed(record: dict[str, Any], seed: str) -> dict[str, Any]:
-    """The record with other names for its problems: each seed may have a task of its own."""
-    return record | {"rows": [row | {"id": f"{seed}/{row['id']}"} for row in record["rows"]]}
+def _renamed(
+    record: dict[str, Any], seed: str, names: dict[tuple[str, str, str], str]
+) -> dict[str, Any]:
+    """The record with another name for each problem whose own already stands for another problem.
+
+    Seeds may share their held-out problems, or each have a task of its own. `names` has those given
+    so far, by own name, question and reference answer; it gets those that are new.
+    """
+    given, rows = set(names.values()), []
+    for row in record["rows"]:
+        own = row["id"]
+        name = names.setdefault(
+            (own, row["question"], row["gold"]), f"{seed}/{own}" if own in given else own
+        )
+        rows.append(row | {"id": name})
+    return record | {"rows": rows}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

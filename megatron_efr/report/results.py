@@ -75,16 +75,21 @@ class Results:
         )
 
     def records(self, model: Record) -> list[Record]:
-        """The evaluation of each of a model's runs, as far as they are there."""
-        return [self.evaluations[run] for run in runs_of(model) if run in self.evaluations]
+        """The evaluation of each of a model's runs; none if one is missing, since a figure of fewer
+        seeds is another than the model's.
+        """
+        runs = runs_of(model)
+        seeds = len(model.get("accuracy_by_seed", ()))
+        found = [self.evaluations[run] for run in runs if run in self.evaluations]
+        return found if len(found) == len(runs) >= seeds else []
 
     def record(self, model: Record) -> Record | None:
         """The evaluation of a model's first run."""
-        return next(iter(self.records(model)), None)
+        return self.evaluations.get(runs_of(model)[0])
 
     def measure(self, model: Record, name: str) -> Interval | None:
-        """A measure of a model; None if a record lacks it. Its interval is that of one run, or over
-        seeds one deviation either way.
+        """A measure of a model; None if a record lacks it, or a seed its record. Its interval is
+        that of one run, or over seeds one deviation either way.
         """
         found = [record.get("measures", {}).get(name) for record in self.records(model)]
         if not found or any(each is None or each["value"] is None for each in found):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_efr.evaluation.comparison import differing, matched, paired
+from megatron_efr.errors import UserError
+from megatron_efr.evaluation.comparison import Paired, differing, matched, paired
 from megatron_efr.evaluation.figures import with_interval
 from megatron_efr.evaluation.measures import named
 from megatron_efr.evaluation.records import Record
@@ -93,17 +94,17 @@ def _of_one_run(results: Results) -> dict[str, Any] | str:
     found: dict[str, dict[str, Interval]] = {key: {} for key in _WORDS}
     for model in results.shown:
         record = results.record(model)
-        if model is base or record is None or differing(start, record):
+        if model is base or record is None:
             continue
-        for each in paired(*matched(start, record), [named(key) for key in _WORDS]):
+        for each in _paired(start, record):
             value, low, high = each.difference
             if value is not None and low is not None and high is not None:
                 found[each.name][model["name"]] = Interval(value, low, high)
     kept = [model for model in results.shown if all(model["name"] in own for own in found.values())]
     if not kept:
         return (
-            f"No evaluation here was asked as that of {label(base)} was, or they are an older "
-            "version's."
+            f"No other evaluation here can be compared with that of {label(base)}: they were asked "
+            "otherwise, or other problems, or are an older version's."
         )
     brackets = (
         "95% intervals of each difference for itself, paired over the problems. A model is one "
@@ -117,6 +118,17 @@ def _of_one_run(results: Results) -> dict[str, Any] | str:
         "rows": rows,
         "reference": label(base),
     }
+
+
+def _paired(start: Record, record: Record) -> list[Paired]:
+    """Differences on the problems of both; none if these were asked otherwise, or are others."""
+    if differing(start, record):
+        return []
+    try:
+        pair = matched(start, record)
+    except UserError:
+        return []
+    return paired(*pair, [named(key) for key in _WORDS])
 
 
 def _sentence(reference: str, found: dict[str, dict[str, Interval]], brackets: str) -> str:

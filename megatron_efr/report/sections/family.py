@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -20,6 +21,7 @@ from megatron_efr.report.sentences import front, is_base
 _SIZE = (5.2, 3.7)  # inches
 _LARGE = (6.4, 5.0)
 _MOST_NAMES = 10  # that a plot has room for; points of larger families are numbered
+_VOTES = ("majority", "shortest_majority")
 
 
 def build(results: Results) -> dict[str, Any] | str:
@@ -41,11 +43,13 @@ def build(results: Results) -> dict[str, Any] | str:
     told = "; ".join(f"{label(m)} {m['accuracy']:.1%} at {m['tokens']:.1f} tokens" for m in models)
     alt = f"Accuracy against mean tokens: {told}"
     [(_, plot)] = results.draw("family", [("", draw)], _LARGE if numbered else _SIZE, alt)
+    rows = _rows(results)
     return {
         "plot": plot,
         "front": _front(best) if len(models) > 1 else "",
         "numbered": numbered,
-        "rows": _rows(results),
+        "rows": rows,
+        "more": list(dict.fromkeys(name for row in rows for name in row["more"])),
         "spread": spread_note(results.summary),
         "measures": _measures(results),
         "datasets": _datasets(results),
@@ -61,8 +65,8 @@ def _front(best: list[Record]) -> str:
 
 
 def _rows(results: Results) -> list[dict[str, Any]]:
-    """A row per model: the family's figures, and under `more` whatever its evaluation's record
-    adds.
+    """A row per model: the family's figures, and under `more` whatever its evaluations' records
+    add.
     """
     by_name = {model["name"]: model for model in results.models}
     best = {model["name"] for model in front(results.models)}
@@ -79,7 +83,7 @@ def _rows(results: Results) -> list[dict[str, Any]]:
                 "accuracy": _split(figure(model, "accuracy", lambda v: f"{100 * v:.1f}", "%")),
                 "tokens": _split(figure(model, "tokens", lambda v: f"{v:.1f}")),
                 "against": "" if against is None else relative(model["tokens"], against["tokens"]),
-                "more": _more(results.record(model)) | _score(model, against),
+                "more": _more(results.records(model)) | _score(model, against),
             }
         )
     return rows
@@ -98,21 +102,26 @@ def _split(text: str) -> tuple[str, str]:
     return value, spread
 
 
-def _more(record: Record | None) -> dict[str, str]:
-    """Further figures of a model's first run."""
-    if record is None:
+def _more(records: list[Record]) -> dict[str, str]:
+    """Further figures, each the mean over a model's runs; a dash if one of them lacks it."""
+    if not records:
         return {}
     cells = {
-        "tokens when right": _number(record["tokens_right"]),
-        "when wrong": _number(record["tokens_wrong"]),
-        "per right answer": _number(record["tokens_per_right_answer"]),
-        "truncated": f"{record['truncated']:.1%}",
+        "tokens when right": _number(_mean(records, "tokens_right")),
+        "when wrong": _number(_mean(records, "tokens_wrong")),
+        "per right answer": _number(_mean(records, "tokens_per_right_answer")),
+        "truncated": f"{fmean(record['truncated'] for record in records):.1%}",
     }
-    cells |= {f"pass@{k}": f"{value:.1%}" for k, value in record["pass_at_k"].items() if k != "1"}
-    for key, name in (("majority", "majority"), ("shortest_majority", "shortest majority")):
-        if record.get(key) is not None:
-            cells[name] = f"{record[key]:.1%}"
-    return cells
+    drawn = [record["pass_at_k"] for record in records]
+    rates = {f"pass@{k}": _mean(drawn, k) for k in drawn[0] if k != "1"}
+    rates |= {key.replace("_", " "): _mean(records, key) for key in _VOTES}
+    return cells | {name: f"{rate:.1%}" for name, rate in rates.items() if rate is not None}
+
+
+def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """The mean of a figure over records; None if one of them lacks it."""
+    values = [record.get(key) for record in records]
+    return None if None in values else fmean(values)
 
 
 def _measures(results: Results) -> dict[str, Any] | None:

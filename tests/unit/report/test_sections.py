@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from megatron_efr.evaluation.records import Record, summarise
-from megatron_efr.report.__main__ import gather_seeds
+from megatron_efr.report.__main__ import _members, _renamed, gather_seeds
 from megatron_efr.report.differences import differences, student
 from megatron_efr.report.records import Listed, build_summary, family_summary, summary_markdown
 from megatron_efr.report.results import Results
@@ -49,13 +49,13 @@ MODELS = [
 ]
 
 
-def record(name: str) -> Record:
+def record(name: str, gold: str = "7") -> Record:
     groups = [
         graded(
             rights,
             tokens,
             text=f"{name} </think>so",
-            prompt=Prompt(f"p{i}", (1,), "", "7", {"difficulty": i % 2}),
+            prompt=Prompt(f"p{i}", (1,), "", gold, {"difficulty": i % 2}),
         )
         for i, (rights, tokens) in enumerate(SAMPLES[name])
     ]
@@ -115,10 +115,16 @@ def test_budgets_are_the_shares_that_are_right_and_no_longer(results: Results) -
     assert "no figures at hard budgets" in str(budgets.build(older))
 
 
-def test_families_of_several_seeds_have_the_budgets_of_all_of_them(tmp_path: Path) -> None:
-    """The tasks of two seeds have other problems under the same names."""
-    for seed, trained in (("seed-1", "a_seed-1"), ("seed-2", "a_seed-2")):
-        records = {"base": record("base"), "alpha-0.1": record(trained)}
+@pytest.mark.parametrize("shared", [True, False], ids=["same problems", "others of the same name"])
+def test_families_of_several_seeds_have_the_budgets_of_all_of_them(
+    shared: bool, tmp_path: Path
+) -> None:
+    """A problem that both seeds ask is one problem, not two; another one has a name of its own."""
+    golds = ("7", "7" if shared else "8")
+    for seed, trained, gold in zip(
+        ("seed-2", "seed-10"), ("a_seed-1", "a_seed-2"), golds, strict=True
+    ):
+        records = {"base": record("base", gold), "alpha-0.1": record(trained, gold)}
         own = RunFolder(tmp_path / seed)
         own.write_summary(build_summary(records, {"base": None, "alpha-0.1": 0.1}, {}))
         for name, each in records.items():
@@ -126,18 +132,43 @@ def test_families_of_several_seeds_have_the_budgets_of_all_of_them(tmp_path: Pat
     folder = RunFolder(tmp_path)
     gather_seeds(folder)
     evaluations, summary = folder.read_evaluations(), read_summary(folder.summary)
-    assert set(evaluations) == {"base", "base.seed-2", "alpha-0.1", "alpha-0.1.seed-2"}
-    assert [row["id"] for row in evaluations["base.seed-2"]["rows"]] == [
-        "seed-2/p0",
-        "seed-2/p1",
-        "seed-2/p2",
-    ]
-    found = block(budgets.build(Results(summary, evaluations, {}, tmp_path)))
+    assert set(evaluations) == {"base", "base.seed-10", "alpha-0.1", "alpha-0.1.seed-10"}
+    names = ["p0", "p1", "p2"]
+    assert [row["id"] for row in evaluations["base"]["rows"]] == names
+    others = names if shared else [f"seed-10/{name}" for name in names]
+    for run in ("base.seed-10", "alpha-0.1.seed-10"):
+        assert [row["id"] for row in evaluations[run]["rows"]] == others
+    both = Results(summary, evaluations, {}, tmp_path)
+    together = difficulty._together(both.records(summary["models"][1]))
+    assert len(together["rows"]) == len({*names, *others})
+    found = block(budgets.build(both))
     shown = [float(text.partition("%")[0]) for text in found["rows"][1][1:]]
-    both = [
+    shares = [
         np.mean([within(name, n) for name in ("a_seed-1", "a_seed-2")]) for n in found["budgets"]
     ]
-    assert shown == pytest.approx([100 * share for share in both], abs=0.05)
+    assert shown == pytest.approx([100 * share for share in shares], abs=0.05)
+
+
+def test_a_problem_has_one_name_in_all_seeds_that_ask_it() -> None:
+    names: dict[tuple[str, str, str], str] = {}
+    seeds = {"seed-1": "7", "seed-2": "8", "seed-3": "8", "seed-4": "7", "seed-5": "9"}
+    given = [
+        _renamed({"rows": [{"id": "p", "question": "?", "gold": gold}]}, seed, names)["rows"]
+        for seed, gold in seeds.items()
+    ]
+    assert [row["id"] for [row] in given] == ["p", "seed-2/p", "seed-2/p", "p", "seed-5/p"]
+
+
+def test_the_runs_of_a_family_over_seeds_are_those_of_its_first_seed(tmp_path: Path) -> None:
+    for seed in ("seed-2", "seed-10"):
+        own = RunFolder(tmp_path / seed)
+        own.write_summary(build_summary({"a": record("b")}, {"a": None}, {}))
+        (own.path / "a").mkdir()
+        (own.path / "a/config.yaml").write_text("")
+    folder = RunFolder(tmp_path)
+    gather_seeds(folder)
+    summary = read_summary(folder.summary)
+    assert [run.path for run in _members(folder, summary)] == [tmp_path / "seed-2/a"]
 
 
 def test_the_front_has_whom_nobody_beats_in_both(results: Results) -> None:
@@ -313,6 +344,9 @@ def test_models_of_one_run_are_compared_with_the_base_problem_by_problem(results
             assert value == pytest.approx(scale * (means[0] - means[1]), abs=0.06)
             assert low <= value <= high
     assert rows["b"][1].endswith("briefer")
+    other = {**results.evaluations, "a_seed-1": record("a_seed-1", gold="8")}
+    others = block(apart.build(Results(results.summary, other, {}, results.out)))
+    assert [row[0] for row in others["rows"]] == ["b"], "the other has no problem of the base"
     older = {name: {**record, "protocol": {}} for name, record in results.evaluations.items()}
     assert "older version" in str(apart.build(Results(results.summary, older, {}, results.out)))
 
@@ -372,6 +406,38 @@ def test_parts_of_a_model_of_several_seeds_are_the_means_over_these(results: Res
         row["id"]: row["tokens"] for row in difficulty._together(both.records(model))["rows"]
     }
     assert together == {"p0": [10, 33, 5, 30], "p1": [8, 60, 9, 40], "p2": [30, 30, 33, 30]}
+
+
+def test_further_figures_are_means_over_all_seeds_and_none_over_some(results: Results) -> None:
+    voted = {
+        name: {**each, "majority": 0.1 * place}
+        for place, (name, each) in enumerate(results.evaluations.items())
+    }
+    found = block(family.build(Results(results.summary, voted, {}, results.out)))
+    cells = found["rows"][1]["more"]
+    assert found["more"] == [
+        "tokens when right", "when wrong", "per right answer", "truncated", "pass@2", "majority",
+        "AES",
+    ]  # fmt: skip
+    own = [results.evaluations[f"a_seed-{seed}"] for seed in (1, 2)]
+    for key, name in (
+        ("tokens_right", "tokens when right"),
+        ("tokens_wrong", "when wrong"),
+        ("tokens_per_right_answer", "per right answer"),
+    ):
+        assert cells[name] == f"{np.mean([record[key] for record in own]):.1f}"
+    assert own[0]["tokens_right"] != own[1]["tokens_right"]
+    assert cells["pass@2"] == f"{np.mean([record['pass_at_k']['2'] for record in own]):.1%}"
+    assert cells["majority"] == "15.0%"
+    fewer = {name: each for name, each in results.evaluations.items() if name != "a_seed-2"}
+    some = Results(results.summary, fewer, {}, results.out)
+    model = some.models[1]
+    assert results.measure(model, "accuracy") is not None
+    assert some.measure(model, "accuracy") is None
+    assert some.record(model) == own[0]
+    assert list(block(family.build(some))["rows"][1]["more"]) == ["AES"]
+    before = {**model, "runs": ["a_seed-1"]}  # of two seeds, and one run is named
+    assert results.records(before) == []
 
 
 def test_a_measure_that_somebody_registered_for_an_evaluation_alone_is_shown(
