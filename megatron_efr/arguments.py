@@ -141,6 +141,7 @@ def _ended(
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _is_unread():
             return 128 + signal.SIGPIPE
+        # a full or read-only disk is the user's to mend; any other fault keeps its traceback
         if error.errno not in _OF_THE_DISK:
             raise
         _say(f"error: {error.filename or 'output'}: {reason(error.filename or os.curdir, error)}")

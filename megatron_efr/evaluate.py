@@ -65,7 +65,7 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
         resources.enter_context(
             owned(folder.evaluation_lock(record_name), f"{folder.path}: evaluation {record_name}")
         )
-        judged = {**asked, **evaluator.judged()}
+        judged = {**asked, **evaluator.judged()}  # what grades depend on besides
         if (kept := finished(path, judged, replace)) is not None:
             print(f"{path}: holds this very evaluation; delete it to evaluate again", flush=True)
             forget(path, asked)

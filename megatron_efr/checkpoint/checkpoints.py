@@ -179,8 +179,9 @@ class Checkpoints:
             except CheckpointError as error:
                 damaged[path] = error
                 continue
-            # this one counts: what is newer and damaged is set aside, what is older may go
+            # refused before anything is renamed: a whole one may be for a newer Megatron-Core
             check_readable(path)
+            # this one counts: what is newer and damaged is set aside, what is older may go
             for other, error in damaged.items():
                 log.warning(f"checkpoint set aside: {error}")
                 if last is None:

@@ -146,6 +146,7 @@ class _Writer(torch_checkpoint.DefaultSavePlanner):
 
     def _items(self, name: str) -> Iterator[WriteItem]:
         """The chunks of one parameter."""
+        # q, k and v, or gate and up, become one parameter, and a parameter has one type
         mapping = self._mapping
         sources = self._mapping.sources(name)
         kinds = {self._source.dtype(source) for source in sources}
@@ -154,6 +155,7 @@ class _Writer(torch_checkpoint.DefaultSavePlanner):
                 f"{self._source.folder}: {' and '.join(sources)} differ in type; Megatron holds "
                 "them in one"
             )
+        # layers, and experts, are leading axes of one global tensor
         place = _place(name, self._architecture)
         shape = mapping.shape(name)
         # each half is a chunk, and a tensor of the folder as it stands
@@ -171,6 +173,7 @@ class _Writer(torch_checkpoint.DefaultSavePlanner):
                     chunk, TensorProperties(dtype=next(iter(kinds))), torch.Size(place.whole(shape))
                 ),
             )
+            # the data is read when the writer asks for this chunk, one tensor at a time
             self._parts[item.index] = name, number if alone else None
             yield item
 

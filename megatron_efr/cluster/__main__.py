@@ -53,8 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_efr.cluster", description=first_sentence(__doc__ or "")
     )
+    # the run, as `efr train` takes it
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    # the hosts that it is spread over, and which of them this is
     parser.add_argument(
         "--hosts",
         required=True,
@@ -68,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         default=RENDEZVOUS_PORT,
         help="of torchrun's rendezvous on the first host",
     )
+    # what to start, or to print instead
     parser.add_argument(
         "--only-engines",
         action="store_true",
@@ -121,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "\n".join([*describe(placement), *(f"{command.host}$ {command}" for command in every)])
         )
         return
+    # asked for last: whoever only prints the plan is on none of the hosts
     if given.host not in placement.hosts:
         raise UserError(
             f"--host {given.host}: not one of the run's hosts, {', '.join(placement.hosts)}"

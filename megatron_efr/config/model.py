@@ -138,6 +138,7 @@ class ParallelConfig(Section):
 
 def check_parallel(parallel: ParallelConfig, world_size: int) -> None:
     """Refuse a split that the number of ranks cannot hold."""
+    # tensor x pipeline x context ranks hold one model; data parallelism repeats it
     if world_size % parallel.model_ranks:
         raise ConfigError(
             f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
@@ -146,11 +147,13 @@ def check_parallel(parallel: ParallelConfig, world_size: int) -> None:
             f"{-(-world_size // parallel.model_ranks) * parallel.model_ranks}, or split the model "
             "less"
         )
+    # norms and dropout split along the sequence, among the tensor ranks
     if parallel.sequence and parallel.tensor == 1:
         raise ConfigError(
             "parallel.sequence: sequence parallelism splits over tensor ranks; set "
             "parallel.tensor >= 2"
         )
+    # interleaved pipeline: each stage holds several chunks of layers
     if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
         raise ConfigError("parallel.virtual_pipeline: needs parallel.pipeline >= 2")
     if parallel.virtual_pipeline == 1:

@@ -61,6 +61,7 @@ def load_function(name: str, group: str, key: str, arguments: Sequence[str]) -> 
     ConfigError, under the key that asks for it, if there is none, if it cannot be imported, or if
     it cannot be called with these positional arguments.
     """
+    # a registered name, or a path: both have the grammar of entry points
     others = registered(group)
     if name not in others and ":" not in name:
         there = ", ".join(sorted(others)) or "none"
@@ -73,6 +74,7 @@ def load_function(name: str, group: str, key: str, arguments: Sequence[str]) -> 
             f"{key}: {name} is no module:function; write it as Python imports it, such as "
             "my_package.judges:judge"
         )
+    # imported before the run starts, since its first use may be hours away
     try:
         found = entry.load()
     except (Exception, SystemExit) as error:  # anything may happen in a module of somebody else
@@ -80,6 +82,7 @@ def load_function(name: str, group: str, key: str, arguments: Sequence[str]) -> 
             f"{key}: {name} cannot be imported: {type(error).__name__}: {error}; install its "
             "package, or put its folder on PYTHONPATH"
         ) from error
+    # the call is tried on its signature alone: nothing of it runs yet
     wanted = f"a function of ({', '.join(arguments)})"
     if not callable(found):
         raise ConfigError(

@@ -199,6 +199,7 @@ class RolloutConfig(EnginesConfig):
 
     @model_validator(mode="after")
     def _what_is_in_flight_can_be_waited_for(self) -> RolloutConfig:
+        # all that is in flight may reach max_staleness at once, and one iteration must take it
         if self.ahead is not None and not self.partial:
             raise ValueError(
                 "rollout.ahead: only partial rollouts have prompts in flight; set "
@@ -216,11 +217,13 @@ class RolloutConfig(EnginesConfig):
                 "trainer's own GPUs, and its ranks start them; leave urls out, or set "
                 "rollout.placement: apart"
             )
+        # generation beside training needs GPUs of its own
         if self.overlap and self.placement == "colocated":
             raise ValueError(
                 "rollout.async: colocated engines sleep while the policy trains, and cannot "
                 "generate meanwhile; set rollout.placement: apart, or leave async out"
             )
+        # each of async and partial costs a publication
         if self.partial and self.overlap and self.max_staleness < 2:
             raise ValueError(
                 "rollout.max_staleness: 1 lets no response go on in a later iteration, since async "

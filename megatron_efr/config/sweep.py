@@ -232,10 +232,12 @@ def _products(file: SweepConfig, source: str) -> Iterator[Sequence[_Part]]:
         raise ConfigError(
             f"{source}: nothing varies; give members, or keys with their values in vary"
         )
+    # an axis each: the named members, and the values of every key of vary
     axes: list[list[_Part]] = []
     if file.members:
         axes.append([_Part(name, name, changed) for name, changed in file.members.items()])
     axes += [list(_values(key, values, source)) for key, values in file.vary.items()]
+    # a name becomes a run's folder: it must be the member's own, free and short enough
     seen: set[str] = set()
     for parts in itertools.product(*axes):
         name = _name(parts)
@@ -244,6 +246,7 @@ def _products(file: SweepConfig, source: str) -> Iterator[Sequence[_Part]]:
                 f"{source}: two members are named {name}; name the values: vary.KEY: {{NAME: "
                 f"value}}"
             )
+        # the model has a folder too: the member's name without its seed
         for taken in (name, _name(_but_seed(parts))):
             if _TAKEN.fullmatch(taken):
                 raise ConfigError(

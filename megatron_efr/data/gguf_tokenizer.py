@@ -140,6 +140,7 @@ class GGUFTokenizer:
         vocabulary = {self._tokens[index]: index for index in used}
         if len(vocabulary) != len(used):
             raise UserError(f"{self._where}: {_KEY}tokens holds a token twice")
+        # byte-level BPE; some families look a word up whole before they merge
         merges = [tuple(merge.split(" ", 1)) for merge in self._of["merges"]]
         try:
             bpe = models.BPE(vocabulary, merges, ignore_merges=self._pre.whole_words)
@@ -147,12 +148,14 @@ class GGUFTokenizer:
             raise UserError(
                 f"{self._where}: {_KEY}merges do not belong to {_KEY}tokens: {error}"
             ) from error
+        # from text to bytes to tokens, and back
         made = Tokenizer(bpe)
         if self._pre.nfc:
             made.normalizer = normalizers.NFC()
         made.pre_tokenizer = self._pre_tokenizer()
         made.decoder = decoders.ByteLevel()
         made.post_processor = self._post_processor(bos)
+        # tokens that are matched before BPE; control tokens alone are hidden from decoded text
         for kind in (_CONTROL, _USER_DEFINED):
             texts = [self._tokens[index] for index in used if types[index] == kind]
             made.add_tokens(

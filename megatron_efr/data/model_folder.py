@@ -91,4 +91,5 @@ def write_model_folder(folder: Path, backend: Tokenizer, size: ModelSize) -> Non
         **ids,
     )
     config.save_pretrained(str(folder))
+    # sampled from the model's own distribution, as training samples
     GenerationConfig(**ids, do_sample=True, temperature=1.0).save_pretrained(str(folder))

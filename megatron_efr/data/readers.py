@@ -171,6 +171,7 @@ def _json_rows(path: str, text: str) -> Iterator[Row]:
     if not text.startswith("[", position):
         yield from _json_lines(path, text)
         return
+    # line breaks are counted from `counted` on, so that a long file is counted once
     decoder = json.JSONDecoder(object_pairs_hook=_once)
     number = 0
     line = 1
@@ -254,12 +255,14 @@ def _saved_rows(path: str, place: Path, split: str) -> Iterator[Row]:
         raise DatasetError(
             f"{path}: a folder of save_to_disk that is damaged: {_said(error)}"
         ) from error
+    # a dict of splits, or one split alone
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise DatasetError(
                 f"{path}: has no split {split!r}; it has {', '.join(map(str, saved))}"
             )
         saved = saved[split]
+    # values are decoded one by one, and only then does a damaged one show
     rows = _table_rows(path, saved)
     while True:
         try:

@@ -48,6 +48,7 @@ def load_sft(
     DatasetError names file and line of a row without question or response; PromptError, of one that
     is longer than the model's `positions`, if they are given.
     """
+    # the model must also learn where a response ends
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
         raise PromptError(

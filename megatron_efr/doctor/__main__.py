@@ -97,6 +97,7 @@ def check_run(config: RunConfig) -> Iterator[Finding]:
     what = "records"
     model = config.model
     checkpoint = None
+    # config.json tells what the weights, the prompts and the disk have to fit
     try:
         if isinstance(config, EvaluateConfig):  # perhaps of a checkpoint, or of a run's newest
             source = find_model(config.model, config.seed, config.template)
@@ -114,11 +115,13 @@ def check_run(config: RunConfig) -> Iterator[Finding]:
         if checkpoint is None:
             yield check_weights(model, config.seed)
         yield check_prompt(config.model_copy(update={"model": model}))
+        # one more than are kept: the oldest goes when the new one is whole
         if isinstance(config, TrainConfig | SftConfig | DpoConfig):
             each = checkpoint_bytes(architecture, config.model.dtype, config.model.lora)
             needed += (config.checkpoint.keep + 1) * each
             what = f"{config.checkpoint.keep} checkpoints, one being written, and records"
     yield machine.check_disk(config.folder, needed, what)
+    # the run would import it only after the model is built
     wandb = (
         config.observe.wandb if isinstance(config, TrainConfig | SftConfig | DpoConfig) else None
     )

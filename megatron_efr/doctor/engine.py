@@ -59,6 +59,7 @@ def check_engine(python: str, pin: str | None, needed: bool) -> Iterator[Finding
     install = (
         "bash launch/install_h100.sh (on a machine without a GPU: bash tools/setup_sglang_cpu.sh)"
     )
+    # SGLang has an interpreter, and a torch, of its own
     if not Path(python).exists():
         yield missing(
             "SGLang",
@@ -73,12 +74,14 @@ def check_engine(python: str, pin: str | None, needed: bool) -> Iterator[Finding
     if done.returncode:
         yield missing("SGLang", f"{python}: {last_line(done.stderr)}", install, needed)
         return
+    # the last line: what is imported may have printed others
     theirs: Versions = json.loads(done.stdout.splitlines()[-1])
     if theirs["sglang"] is None:
         yield missing(
             "SGLang", f"{python}: has torch {theirs['torch']}, and no sglang", install, needed
         )
         return
+    # another version may serve, and yet take no weights
     if pin is not None and theirs["sglang"] != pin:
         advice = f"its update endpoints differ between versions: {install}"
         yield missing(
@@ -89,6 +92,7 @@ def check_engine(python: str, pin: str | None, needed: bool) -> Iterator[Finding
         )
     else:
         yield Finding("SGLang", "ok", f"{theirs['sglang']} on torch {theirs['torch']} in {python}")
+    # weights cross between the two interpreters
     yield from compare(theirs, own_versions(), needed)
 
 
@@ -161,6 +165,7 @@ def compare(engine: Versions, trainer: Versions, needed: bool) -> Iterator[Findi
     """Check that weights can pass between two interpreters: by CUDA IPC (one driver), by NCCL (one
     version).
     """
+    # CUDA IPC: one driver opens the memory of both
     theirs, ours = engine["cuda"], trainer["cuda"]
     if (theirs is None) != (ours is None):
         seen = f"trainer: {ours or 'a CPU build'}, engine: {theirs or 'a CPU build'}"
@@ -171,6 +176,7 @@ def compare(engine: Versions, trainer: Versions, needed: bool) -> Iterator[Findi
         yield Finding(
             "CUDA of both", "ok" if same else "note", f"trainer {ours}, engine {theirs}", advice
         )
+    # NCCL: trainer and engine are members of one group
     if engine["nccl"] and trainer["nccl"]:
         seen = f"trainer {_dotted(trainer['nccl'])}, engine {_dotted(engine['nccl'])}"
         if engine["nccl"] == trainer["nccl"]:
@@ -182,6 +188,7 @@ def compare(engine: Versions, trainer: Versions, needed: bool) -> Iterator[Findi
                 f"nvidia-nccl-cu13=={_dotted(engine['nccl'])}"
             )
             yield missing("NCCL of both", seen, advice, needed)
+    # colocated: a sleeping engine gives its memory to the trainer
     if theirs is not None and engine["saver"] is None:
         advice = (
             "without it a released engine frees nothing, and colocated training runs out of memory"

@@ -22,6 +22,7 @@ SHM_GIB = 1.0
 
 def check_gpus(needed: bool) -> Iterator[Finding]:
     """Driver, GPUs and NCCL, or what runs without them."""
+    # no GPU: enough for tests, which the report says
     if not torch.cuda.is_available():
         build = (
             f"torch is built for CUDA {torch.version.cuda}"
@@ -35,6 +36,7 @@ def check_gpus(needed: bool) -> Iterator[Finding]:
         )
         yield missing("GPU", f"none that torch sees ({build})", runs, needed)
         return
+    # the smallest GPU bounds the run: every rank holds as much as the others
     smallest = (
         min(
             torch.cuda.get_device_properties(i).total_memory
@@ -49,6 +51,7 @@ def check_gpus(needed: bool) -> Iterator[Finding]:
         f"{torch.version.cuda}"
     )
     yield Finding("GPU", "ok", seen)
+    # Ampere was the first to multiply bfloat16 in hardware
     if torch.cuda.get_device_capability(0) < (8, 0):
         yield missing(
             "bfloat16",
@@ -56,6 +59,7 @@ def check_gpus(needed: bool) -> Iterator[Finding]:
             "a GPU of compute capability 8.0 or newer",
             needed,
         )
+    # ranks on several GPUs reduce their gradients by NCCL
     if dist.is_nccl_available():
         yield Finding("NCCL", "ok", ".".join(map(str, nccl.version())))
     else:

@@ -104,6 +104,7 @@ def check_apex(paths: Sequence[str] | None = None) -> Finding:
     the package index, a toolkit for web applications, has neither, and Megatron-Core takes any
     `apex` that imports for NVIDIA's.
     """
+    # looked up without an import: nobody knows whose code it is
     paths = list(sys.path if paths is None else paths)
     spec = PathFinder.find_spec("apex", paths)
     if spec is None:
@@ -112,6 +113,7 @@ def check_apex(paths: Sequence[str] | None = None) -> Finding:
             "it from source"
         )
         return Finding("NVIDIA apex", "note", "not installed", advice)
+    # NVIDIA's is told from its namesake by a part that Megatron imports
     places = [Path(place) for place in spec.submodule_search_locations or ()]
     if not any((place / "multi_tensor_apply").is_dir() for place in places):
         version = installed_version("apex", paths) or "of no distribution"
@@ -122,6 +124,7 @@ def check_apex(paths: Sequence[str] | None = None) -> Finding:
             "NVIDIA's",
             "pip uninstall apex; NVIDIA's is built from source: bash launch/install_h100.sh",
         )
+    # without its compiled part, the Adam that Megatron takes from it raises
     if PathFinder.find_spec("amp_C", paths) is None:
         advice = (
             "build it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, as launch/install_h100.sh does, or "
