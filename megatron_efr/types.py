@@ -364,6 +364,7 @@ class Credited:
 def _check_credit(credit: Credit, group: Group) -> None:
     lengths = [len(response.tokens) for response in group.responses]
     where = f"method: the credit of prompt {group.prompt.id}"
+    # a number for each response
     for name in ("advantage", "masked"):
         values = getattr(credit, name)
         if values is not None and np.shape(values) != (len(lengths),):
@@ -371,6 +372,7 @@ def _check_credit(credit: Credit, group: Group) -> None:
                 f"{where}: {name} is {list(np.shape(values))}, and the group has {len(lengths)} "
                 "responses"
             )
+    # a number for each token
     for name in ("per_token", "weight"):
         values = getattr(credit, name)
         if values is not None and [np.shape(each) for each in values] != [
@@ -378,6 +380,7 @@ def _check_credit(credit: Credit, group: Group) -> None:
         ]:
             found = ", ".join(str(list(np.shape(each))) for each in values)
             raise UserError(f"{where}: {name} is {found}, and the responses have {lengths} tokens")
+    # branches of a response: an advantage for each, or for none
     if credit.branches is not None:
         given, there = (
             [len(each) for each in credit.branches],
@@ -390,6 +393,7 @@ def _check_credit(credit: Credit, group: Group) -> None:
                 f"{where}: branches is of {given} advantages, and the responses' branches have "
                 f"{there}"
             )
+    # a negative weight would turn the objective round, a nan would reach every gradient
     for number, weight in enumerate(credit.weight or ()):
         if not np.all(np.isfinite(weight) & (np.asarray(weight) >= 0)):
             raise UserError(

@@ -174,6 +174,7 @@ class _LinearLogprob(torch.autograd.Function):
         grad_weight = (
             torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         )
+        # logits again, a chunk at a time: [tokens, vocabulary] never stands as a whole
         buffer = logits_buffer(ctx.live, weight, shard.chunk)
         for rows in chunks(ctx.live, shard.chunk):
             states = hidden[rows].to(weight.dtype)
@@ -188,11 +189,13 @@ class _LinearLogprob(torch.autograd.Function):
                 None if grad_entropy is None else grad_entropy[rows],
                 weight.dtype,
             )
+            # both products of the head, while the chunk is in memory
             if grad_hidden is not None:
                 grad_hidden[rows] = (d_logits @ weight).to(hidden.dtype)
             if grad_weight is not None:
                 accumulate_weight_gradient(grad_weight, d_logits, states)
         if grad_hidden is not None:
+            # each tensor rank saw the hidden states through its part of the vocabulary
             shard.sum_hidden(grad_hidden)
         return (
             grad_hidden,

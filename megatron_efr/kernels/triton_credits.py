@@ -21,10 +21,12 @@ def credit_kernel(
     KL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The formula of `token_credits`, from a response's end, at which no KL is left to pay."""
+    # this program's response, tokens `first` to `last` of the micro-batch
     response = tl.program_id(0)
     first = tl.load(ends + response)
     last = tl.load(ends + response + 1) - 1
     length = last - first + 1
+    # KL still to pay in fp64; moments lane by lane, and summed once at the end
     to_go = tl.zeros((), tl.float64)
     total = tl.zeros((BLOCK,), tl.float64)
     square = tl.zeros((BLOCK,), tl.float64)
@@ -43,6 +45,7 @@ def credit_kernel(
             credit -= beta * (tl.cumsum(log_ratio, 0) + to_go).to(tl.float32)
             to_go += tl.sum(log_ratio, 0)
         tl.store(per_token + last - back, credit, mask=inside)
+        # moments of trained tokens alone: one of weight 0 has a credit, and no say in them
         wide = tl.where(trained, credit, 0.0).to(tl.float64)
         total += wide
         square += wide * wide

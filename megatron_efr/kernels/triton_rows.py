@@ -44,6 +44,7 @@ def statistics_kernel(
             tl.load(base + column, mask=column < columns, other=float("-inf")).to(tl.float32)
             * scale
         )
+        # online softmax: what was summed so far moves to the new peak
         higher = tl.maximum(peak, tl.max(z, 0))
         # the first block has nothing to shrink
         drop = tl.where(peak == float("-inf"), 0.0, peak - higher)
@@ -59,6 +60,7 @@ def statistics_kernel(
     tl.store(totals + row, tl.sum(total, 0))
     if ENTROPY:
         tl.store(moments + row, tl.sum(moment, 0))
+    # below 0: the target is no column of this tensor rank
     target = tl.load(targets + row)
     here = tl.load(base + target, mask=target >= 0, other=0.0).to(tl.float32)
     tl.store(target_logits + row, here * scale)
@@ -165,6 +167,7 @@ def policy_kernel(
     """The loss of one token (`Objective`), what is measured of it, and its gradient by the
     logits.
     """
+    # the surrogate, by the importance of tokens that other weights drew
     row = tl.program_id(0).to(tl.int64)
     logprob = tl.load(logprobs + row)
     advantage = tl.load(advantages + row)
@@ -178,6 +181,7 @@ def policy_kernel(
         importance = tl.load(importances + row)
         value *= importance
         slope *= importance
+    # KL and entropy in the loss; the entropy's slope is written with the row
     loss = -value
     slope = -slope
     kl = 0.0
@@ -192,6 +196,7 @@ def policy_kernel(
             loss -= bonus * entropy
     trained = weight != 0.0  # a row of weight 0 adds exactly 0, whatever it holds
     slope = tl.where(trained, slope, 0.0)
+    # an entry in each of FIGURES, in their order
     tl.store(figures + row, tl.where(trained, weight * loss, 0.0))
     tl.store(figures + rows + row, tl.where(cut, weight, 0.0))
     tl.store(figures + 2 * rows + row, tl.where(cut & (ratio > 1.0), weight, 0.0))
@@ -200,6 +205,7 @@ def policy_kernel(
     tl.store(figures + 5 * rows + row, tl.where(trained, weight * kl, 0.0))
     tl.store(figures + 6 * rows + row, tl.where(trained, weight * entropy, 0.0))
     tl.store(figures + 7 * rows + row, ratio)
+    # the logits are at hand: their gradient takes their place in the same launch
     if GRADIENT:
         _write_row(
             logits + row * stride, out + row * out_stride, columns, width, scale,

@@ -35,6 +35,7 @@ def prepare() -> None:
         )
     if isinstance(schedules.torch, _TorchOnCpu):
         return
+    # what Megatron calls without asking if there is a device
     _patch("torch.cuda.current_device", torch.cuda, "current_device", lambda: torch.device("cpu"))
     _patch("torch.cuda.synchronize", torch.cuda, "synchronize", lambda *args, **kwargs: None)
     # asked for before every reduction of gradients, to wait for CUDA graphs that there are none of
@@ -76,6 +77,7 @@ def prepare() -> None:
     )
     scatter = _uneven_reduce_scatter(mappings._reduce_scatter_along_first_dim)
     _patch("uneven scatter", mappings, "_reduce_scatter_along_first_dim", scatter)
+    # modules that write the device "cuda" out
     for module in _WITH_LITERAL_DEVICE:
         _patch("literal device", module, "torch", _TorchOnCpu())
 

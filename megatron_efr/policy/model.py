@@ -94,6 +94,7 @@ def transformer_config(
     on_cpu = not torch.cuda.is_available()
     fields: dict[str, Any] = {
         **architecture_fields(architecture),
+        # what the supported families have in common
         "normalization": "RMSNorm",
         "add_bias_linear": False,
         "gated_linear_unit": True,
@@ -184,6 +185,7 @@ def build_models(
         vp_stage = stage if parallel.virtual_pipeline is not None else None
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        # logits stay split over the vocabulary: the head's kernels take them so
         model = PolicyModel(
             config=config,
             transformer_layer_spec=_layers(config, use_te, vp_stage),
@@ -201,9 +203,11 @@ def build_models(
         model.rotary_pos_emb.inv_freq = inverse_frequencies(
             architecture.rotary, architecture.head_dim
         ).to(device)
+        # what our own attention and head have to know
         model.local_attention = not use_te
         model.attention_factor = architecture.rotary.attention_factor
         _mark_split_weights(model)
+        # all frozen but for adapters, which are split as the weights beside them
         if lora is not None:
             mapping = WeightMapping(
                 architecture,

@@ -109,6 +109,7 @@ class Parameters:
         All ranks iterate together. Gradients are what the last backward pass left, after clipping
         if that is on. Weights have the adapters' added, one at a time.
         """
+        # the last update's shards may still be on their way to the replicas
         self.finish_gather()
         local = {
             name: parameter.detach()
@@ -129,6 +130,7 @@ class Parameters:
                 self._bucket_bytes,
             )
             self._reshards[of] = Reshard(plan, self._mapping, group)
+        # merged weight by weight as they pass: no second model stands beside this one
         by_weight = {
             weight: each
             for adapters in self._adapters

@@ -82,6 +82,7 @@ class Policy:
     ) -> None:
         self.ranks = ranks
         self.model_config = model
+        # refused by config.json alone, before a weight is read
         self.architecture = Architecture.from_folder(model.path)
         check_fit(model, parallel, self.architecture)
         self.config = transformer_config(model, self.architecture, parallel)
@@ -108,6 +109,7 @@ class Policy:
         self._head = build_head(
             last, vocab, model.head_chunk_tokens, ranks, temperature, self._kernels
         )
+        # sequences split evenly over ranks, batches into whole rounds of virtual stages
         self._sequence_multiple, self._pack_multiple = multiples(parallel)
         self._batch_multiple = parallel.pipeline if parallel.virtual_pipeline is not None else 1
         # weights in, by the one mapping; the reference is a copy of them

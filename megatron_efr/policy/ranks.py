@@ -277,6 +277,7 @@ def join_ranks(
             wait_limit=wait_limit,
         )
     finally:
+        # a world that somebody else joined is theirs to leave
         parallel_state.destroy_model_parallel()
         if not joined:
             dist.destroy_process_group()
