@@ -262,11 +262,11 @@ def _option(text: str) -> tuple[str, Any]:
         ) from error
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line of `efr grade`."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="efr grade", description="Judge a file of responses; say how and why."
     )
+    # the responses, and where their golds are
     parser.add_argument(
         "file",
         help="JSON lines, JSON or parquet with golds and responses, or a run's rollouts (.zst)",
@@ -278,6 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--response-key",
         help=f"column of the response; by default the first of {', '.join(_RESPONSE)}",
     )
+    # the judging: by options, or as a run does it
     parser.add_argument(
         "--verifier", action="append", help="as grading.verifier; repeat it to compare"
     )
@@ -290,16 +291,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--config",
         help="a run's configuration, to judge as it does; rollouts in a run folder have it",
     )
+    # limits of the processes that judge
     parser.add_argument("--workers", type=arguments.within(int, 1), help="grading processes")
     parser.add_argument(
         "--timeout-s", type=arguments.within(float, 0.001), help="CPU seconds for one response"
     )
+    # how the verdicts are shown
     parser.add_argument("--totals", action="store_true", help="no line for each response")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    given = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of `efr grade`."""
+    given = _parser().parse_args(argv)
     judgings, config = _judgings(given)
     judged = judge(read_entries(given.file, given.gold_key, given.response_key), judgings, config)
     _print(judged, given.json, given.totals)
+    # a script is told by the exit code that some responses have no verdict
     if any(grade.status in UNJUDGED for one in judged for grade in one.grades.values()):
         sys.exit(EXIT_UNJUDGED)
 

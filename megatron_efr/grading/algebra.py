@@ -198,6 +198,7 @@ def different(left: Any, right: Any) -> bool:
     import sympy
     from sympy.core.evalf import PrecisionExhausted
 
+    # by name, so that one pair of answers takes the same values in every process
     symbols = sorted(left.free_symbols | right.free_symbols, key=lambda symbol: symbol.name)
     for over, under in _POINTS if symbols else _POINTS[:1]:
         values = {
@@ -205,6 +206,7 @@ def different(left: Any, right: Any) -> bool:
             for index, symbol in enumerate(symbols)
         }
         try:
+            # few digits are enough to tell from 0; strict, so that a digit said is a digit known
             value = (
                 (left.subs(values) - right.subs(values))
                 .doit()
@@ -214,6 +216,7 @@ def different(left: Any, right: Any) -> bool:
             continue
         except (ArithmeticError, TypeError, ValueError, AttributeError, NotImplementedError):
             return False
+        # a value that is no number decides nothing
         if (
             not value.is_number
             or not value.is_finite
@@ -221,6 +224,7 @@ def different(left: Any, right: Any) -> bool:
             or value.is_comparable is None
         ):
             return False
+        # equal here: the next point may tell them apart
         if value == 0:
             continue
         real, imaginary = value.as_real_imag()

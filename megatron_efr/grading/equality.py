@@ -48,6 +48,7 @@ class _Classes:
         group = graded.group
         part = judging_of(group, judgings).main
         self._verifier: Verifier = part.verifier
+        # a response that was cut off votes for nothing
         answers = [
             None if r.truncated else part.extractor(r.text, group.prompt.gold)
             for r in group.responses
@@ -55,6 +56,7 @@ class _Classes:
         self._spellings = [
             None if answer is None else " ".join(answer.split()) for answer in answers
         ]
+        # answers that are right by the gold are class 0 without a question
         by_status = list(
             zip(self._spellings, (grade.status for grade in graded.grades), strict=True)
         )
@@ -68,6 +70,7 @@ class _Classes:
         # the first spelling of each class that others are compared with
         self._heads: dict[int, str] = {}
         self._next = 1
+        # each other spelling is placed once, however many responses have it
         self.waiting = [
             text
             for text in dict.fromkeys(self._spellings)

@@ -134,6 +134,7 @@ def _list(text: str, items: list[Form]) -> Form:
 
 def _single(text: str) -> Form:
     """A form without list separators at its top."""
+    # signs that bind least are looked for first, and the parts are read on their own
     if found := _CONGRUENCE.fullmatch(text):
         residue = found.group(1)
         if (sides := split(residue, re.compile(r"\\equiv(?![A-Za-z])|="))) and len(sides) == 2:
@@ -146,12 +147,14 @@ def _single(text: str) -> Form:
         return Form("congruence", text, (_read(residue.strip()), _read(found.group(2))))
     if relation := _relation(text):
         return relation
+    # sets made of sets
     pieces = split(text, re.compile(r"\\cup(?![A-Za-z])"))
     if len(pieces) > 1:
         return Form("union", text, tuple(_read(piece.strip()) for piece in pieces))
     pieces = split(text, re.compile(r"\\setminus(?![A-Za-z])|(?<=\})\s*-(?=\s*\\\{)"))
     if len(pieces) == 2:
         return Form("difference", text, tuple(_read(piece.strip()) for piece in pieces))
+    # a ratio, brackets, and two values in one; else plain mathematics
     sides = split(text, re.compile(":"))
     if len(sides) > 1 and all(side.strip() for side in sides):
         return Form("ratio", text, tuple(_read(side.strip()) for side in sides))
@@ -206,6 +209,7 @@ _CONGRUENCE = re.compile(
 
 
 def _relation(text: str) -> Form | None:
+    # what stands between the signs at the top level
     pieces, signs = [], []
     position = 0
     for start, end in places(text, _RELATION):
@@ -215,18 +219,21 @@ def _relation(text: str) -> Form | None:
     if not signs:
         return None
     pieces.append(text[position:].strip())
+    # `x = 2` names its value, and `x = 1 \pm 2` names two
     if set(signs) == {"="} and len(pieces) >= 2 and (name := _name(pieces[0])):
         value = _chain(pieces[1:], signs[1:]) if len(pieces) > 2 else _read(pieces[1])
         if value.kind == "list" and value.name == "\\pm":
             items = tuple(Form("named", item.text, (item,), name=name) for item in value.items)
             return Form("list", text, items, name="\\pm")
         return Form("named", text, (value,), name=name)
+    # a part is missing: `= 5` is 5 with the name left out
     if not pieces[0] and signs == ["="]:
         return _read(pieces[1])
     if not all(pieces):
         return Form(
             "relation", text, tuple(_read(piece) for piece in pieces if piece), signs=tuple(signs)
         )
+    # `x = 0.5 \approx 1/2`: named, and the rest a chain
     if (
         signs[0] in ("=", "\\approx")
         and (name := _name(pieces[0]))

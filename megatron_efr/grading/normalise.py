@@ -379,6 +379,7 @@ def _arguments(text: str, command: str, count: int) -> str:
         if count == 1 and (whole := _DIGITS.match(text, end)):
             arguments = [whole.group(1)]
             end = whole.end()
+        # as TeX reads them: a group, or the next character
         while len(arguments) < count:
             gap = len(text[end:]) - len(text[end:].lstrip())
             if text.startswith("{", end + gap):

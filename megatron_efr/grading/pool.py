@@ -172,6 +172,7 @@ class Grader:
         waiting = deque(range(len(questions)))
         checked = time.monotonic()
         try:
+            # a worker that is still starting is heard too: it may die of it
             while waiting or any(worker.jobs for worker in self._workers):
                 self._hand_out(questions, waiting)
                 active = {
@@ -185,6 +186,7 @@ class Grader:
                         self._bury(worker, worker.cause_of_death(), verdicts, waiting)
                     elif worker.ready:
                         self._failed_starts = 0
+                # CPU, memory and stalls are watched from outside: a verifier may never return
                 if time.monotonic() - checked >= _POLL_S:
                     for worker in [worker for worker in self._workers if worker in active.values()]:
                         if excess := worker.excess(self._limits):
@@ -295,6 +297,7 @@ class _Worker:
             "from megatron_efr.grading.worker import main; main()",
             *arguments,
         ]
+        # the package is found as this process found it, installed or not
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         # A fixed hash seed makes sympy walk its sets in one order, hence take the same path to a

@@ -130,6 +130,7 @@ def _absolute(items: Sequence[Form], signs: Sequence[str]) -> Region | None:
     """`|x - c| < b`, `a < |x - c| < b`, `|x - c| > a` for positive bounds; `signs` are `<` and
     `\\le`.
     """
+    # one absolute value, and bounds that are known to be positive
     found = {
         index: match
         for index, item in enumerate(items)
@@ -138,6 +139,7 @@ def _absolute(items: Sequence[Form], signs: Sequence[str]) -> Region | None:
     bounds = [item for index, item in enumerate(items) if index not in found]
     if len(found) != 1 or not all((_value(bound) or 0) > 0 for bound in bounds):
         return None
+    # centre and radius: |x - c| < b has the edges c - b and c + b
     [place] = found
     name, sign, shift = found[place].groups()
     centre = f"{'-' if sign == '+' else ''}({shift})" if shift else ""
@@ -147,13 +149,16 @@ def _absolute(items: Sequence[Form], signs: Sequence[str]) -> Region | None:
             f"{centre}{side}({bound.text})" if centre or side == "-" else bound.text
         ), closed
 
+    # the bounds on its left and right, each with whether it belongs to the region
     below = [(item, _CLOSED[sign]) for item, sign in zip(items[:place], signs[:place], strict=True)]
     above = [
         (item, _CLOSED[sign]) for item, sign in zip(items[place + 1 :], signs[place:], strict=True)
     ]
+    # bounded above alone: one interval about the centre
     if not below:
         [(high, closed)] = above
         return name, [(edge(high, "-", closed), edge(high, "+", closed))]
+    # bounded below: two intervals, out to the upper bound or without end
     [(low, closed)] = below
     left: Edge = (edge(above[0][0], "-", above[0][1])) if above else (_LOWEST, False)
     right: Edge = (edge(above[0][0], "+", above[0][1])) if above else (_HIGHEST, False)

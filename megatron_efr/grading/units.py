@@ -99,6 +99,7 @@ def split_unit(text: str) -> tuple[str, str | None, int]:
     """(what is left, the unit's name or None, the factor that a word such as `million` brings) of
     normalised text.
     """
+    # a currency's sign before the number, after its minus
     core = text
     unit = None
     factor = 1
@@ -106,6 +107,7 @@ def split_unit(text: str) -> tuple[str, str | None, int]:
         mark = _PREFIX_UNIT.search(found.group())
         core = found.group(1) + core[found.end() :]
         unit = _NAMES.get((mark.group().lower() if mark else "$"), "$")
+    # a sign, or text in \text{}, behind it; degrees of an angle's function are no unit
     if (
         (found := _SUFFIX.match(core))
         and found.group("core").strip()
@@ -118,12 +120,14 @@ def split_unit(text: str) -> tuple[str, str | None, int]:
         unit = _join(unit, name)
         factor = times
     elif found := _WORDS.match(core):
+        # bare words behind it: a single letter counts only after a gap
         name, times = _unit_name(found.group("unit"), apart=bool(found.group("gap")))
         if name is None:
             return text, None, 1
         core = found.group("core").strip()
         unit = _join(unit, name)
         factor = times
+    # `50% of the students`: the sign goes with the words
     if unit is not None and core.endswith("%"):
         core = core[:-1].strip()
     return core, unit or None, factor
