@@ -18,17 +18,20 @@ def check_together(name: str, method: Method, algorithm: Choices) -> None:
 
 
 def _in_vain(name: str, method: Method, algorithm: Choices) -> Iterator[str]:
+    # what the method needs, and the algorithm would undo
     if algorithm.dynamic_sampling and method.equal_rewards_teach:
         yield (
             "algorithm.dynamic_sampling: true throws away prompts whose responses are all right, "
             f"and {name} tells those apart by their lengths afterwards; set "
             "algorithm.dynamic_sampling: false"
         )
+    # credits are made for one mean over tokens, and count otherwise under another
     if (mean := method.needs.aggregate) is not None and algorithm.aggregate != mean:
         yield (
             f"algorithm.aggregate: {algorithm.aggregate}, and the credits of {name} are made for "
             f"the mean that {mean} takes; set algorithm.aggregate: {mean}"
         )
+    # rewards do nothing where a method makes the credits itself
     if type(method).credits is Method.credits:
         return
     own = f"{name} gives credits of its own"

@@ -200,9 +200,11 @@ class Driver:
                     self._tokens(penalty.texts), penalty.amount, penalty.window
                 )
                 self.order = Drawing(limit, self._tokens(until), temperature, lowered)
+                # no token is left: the script hears so, and nobody is asked
                 if not limit:
                     self._send(Done(self._note(self._length, "length")))
             case Force(_, text, chance):
+                # a choice that was drawn has its chance on its first token; forced tokens have none
                 tokens = self._codec.encode(text)
                 first = 0.0 if chance is None else math.log(chance)
                 self.order = Writing(
@@ -211,6 +213,7 @@ class Driver:
                     "forced" if chance is None else "chosen",
                 )
             case Take(_, tokens, logprobs, ending):
+                # tokens that another response drew, as far as there is room
                 ending = ending if len(tokens) <= self._left else "length"
                 self.order = Writing(tokens[: self._left], logprobs[: self._left], ending)
                 if not self.order.tokens:
@@ -218,6 +221,7 @@ class Driver:
             case Score(texts, scorer):
                 self.order = Scoring(partial(scorer, self._prompt, texts))
             case Fork(_, at, samples):
+                # branches start within the response, and leave it as it is
                 if not all(0 <= start <= self._length for start in at):
                     raise RuntimeError(
                         f"the step {step.part!r} forks at {at}, and the response has "

@@ -161,17 +161,21 @@ class Deer(Kind):
     def steps(self, sample: int) -> Steps:
         tries, thought = 0, 0
         while True:
+            # once the tries are spent, pauses are drawn like any other token
             pauses = self.pauses if self.tries is None or tries < self.tries else ()
             left = None if self.most is None else max(0, self.most - thought)
             done = yield Draw("thought", left, (*pauses, *self.leaves, self.end))
+            # the model ended by itself, or left the thought by itself
             if done.part.ending == "stop":
                 return
             thought = done.part.end
             tries = tries + 1
             if done.part.ending == "length" or done.met not in self.pauses:
                 break
+            # too near the limit for another thought
             if self.most is not None and thought >= self.most - self.near:
                 break
+            # a trial answer beside the response, which does not see it
             fork = Fork(
                 "probe",
                 (thought,),
@@ -184,6 +188,7 @@ class Deer(Kind):
             )
             if self.confidence((yield fork).branches[0]) > self.sure:
                 break
+        # however it was left, the thought is closed by the same text
         yield Force("exit", self.exit)
         yield Draw("answer")
 

@@ -89,11 +89,13 @@ class VgSearch(Kind):
         scorer_of(self.scorer)  # before anything is asked
 
     def steps(self, sample: int) -> Steps:
+        # about 12 steps deep, unless a number of rounds is given
         scorer = scorer_of(self.scorer)
         rounds = self.iterations or max(1, 12 // self.every)
         active = [_Beam()] * self.beams
         ended = list[tuple[float, _Beam]]()
         for number in range(rounds):
+            # steps that are not scored between
             for _ in range(self.every - 1 if number else 0):
                 active = yield from self._grow(active, self.ends)
             scored = yield from _scored([beam for beam in active if beam.ending], scorer)
@@ -101,15 +103,19 @@ class VgSearch(Kind):
             active = [beam for beam in active if not beam.ending]
             if not active:
                 break
+            # copies draw apart from here: one step more, to the end in the last round
             active = (active * self.beams)[: self.beams]
             active = yield from self._grow(active, () if number == rounds - 1 else self.ends)
             scored = yield from _scored(active, scorer)
             ended += [pair for pair in scored if pair[1].ending]
             scored = [pair for pair in scored if not pair[1].ending]
+            # enough have ended, or none is left to grow
             if len(ended) >= self.beams or not scored:
                 break
+            # the best go on
             best = sorted(scored, key=lambda pair: -pair[0])[: self.beams // self.width]
             active = [beam for _, beam in best]
+        # the first of equals, as `max` has it
         chosen = max(ended, key=lambda pair: pair[0])[1]
         yield Take(
             "search",

@@ -296,6 +296,7 @@ def _sampling_params(sampling: Sampling) -> dict[str, Any]:
 
 def _answer(answered: dict[str, Any], sampling: Sampling, url: str) -> Answer:
     """Read what /generate answered, and hold it to what was asked."""
+    # an abort, or weights that nobody published: the request has to be made again
     tokens, meta = answered["output_ids"], answered["meta_info"]
     finish: Finish = meta["finish_reason"]["type"]
     if finish == "abort":
@@ -309,17 +310,20 @@ def _answer(answered: dict[str, Any], sampling: Sampling, url: str) -> Answer:
         raise AbortedError(
             f"{url}/generate: answered with weights {unpublished[0]!r}: the server has restarted"
         )
+    # log-probs must be those of the tokens: ratios rest on them
     drawn = meta["output_token_logprobs"]
     if [token for _, token, _ in drawn] != tokens:
         raise EngineError(
             f"{url}/generate: {len(tokens)} tokens came with {len(drawn)} log-probs of others"
         )
+    # the server's end of sequence must be the run's
     if finish == "stop" and tokens[-1] not in sampling.stop_ids:
         raise EngineError(
             f"{url}/generate: stopped at token {tokens[-1]}, which is none of the stop ids "
             f"{list(sampling.stop_ids)}: the server's model has another end of sequence than the "
             "tokenizer"
         )
+    # which publication drew which tokens
     spans = [VersionSpan(int(s["version"]), s["start"], s["end"]) for s in meta["weight_versions"]]
     logprobs = np.array([logprob for logprob, _, _ in drawn], dtype=np.float32)
     response = Response(tuple(tokens), logprobs, finish, _merged(spans))
