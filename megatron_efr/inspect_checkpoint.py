@@ -19,12 +19,14 @@ from megatron_efr.weights.lora import shape_of_adapters
 def describe(checkpoint: Path) -> list[str]:
     """Describe a checkpoint, line by line, without reading a tensor."""
     lines = []
+    # a converted checkpoint belongs to no run, and has no state of one
     if (checkpoint / STATE).is_file():
         state = read_state(checkpoint)
         start = state["initial_model"]
         lines.append(
             f"step {state['step']}, from {start['path']} (SHA-256 {start['sha256'][:12]}...)"
         )
+    # every tensor by its metadata; optimizer states are most of the bytes
     stored = read_metadata(checkpoint).state_dict_metadata
     tensors = {
         key: value for key, value in stored.items() if isinstance(value, TensorStorageMetadata)
@@ -39,16 +41,19 @@ def describe(checkpoint: Path) -> list[str]:
             f"  {key:{width}}  {kind:8}  {list(tensor.size)}  {_size(bytes_)}, "
             f"{len(tensor.chunks)} chunks"
         )
+    # adapters show by names and shapes alone
     if found := shape_of_adapters({key: tuple(tensor.size) for key, tensor in tensors.items()}):
         lines.append(
             f"low-rank adapters of rank {found[0]} beside {', '.join(found[1])}; converted, they "
             "are merged"
         )
+    # as it weighs on disk, beside what it holds
     files = {path.name: path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()}
     lines.append(
         f"{len(tensors)} tensors: model {_size(sizes['model'])}, optimizer "
         f"{_size(sizes['optimizer'])}; {len(files)} files, {_size(sum(files.values()))}"
     )
+    # 0.19 keeps the common state among the tensors, and reads the older file too
     since = "0.16" if (checkpoint / COMMON_FILE).is_file() else "0.19"
     lines.append(
         f"a run goes on from it under Megatron-Core {since} or later; its weights need none"

@@ -101,12 +101,14 @@ def kept(path: Path, work: str = "") -> Iterator[None]:
         _end(f"{of}with an error: {error}", logging.ERROR)
         raise
     except KeyboardInterrupt:
+        # asked to end, which is no fault
         _end(f"{of}interrupted", logging.WARNING)
         raise
     except SystemExit as end:
         _end(f"{of}with exit code {end.code}", logging.INFO)
         raise
     except BaseException as error:
+        # a fault of ours: the file keeps its traceback, which the terminal may have lost
         LOG.critical(
             "[end] %swith a fault: %r",
             of,

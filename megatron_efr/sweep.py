@@ -112,23 +112,18 @@ def write_results(family: Family, seconds: dict[str, float], file: SweepConfig) 
 
 def write_script(file: SweepConfig, family: Family, tasks: int, given: Namespace) -> None:
     """Write a SLURM script with a task for each model, and print how to submit it."""
+    # each task of the array asks for its model by number: it must count the same models
     flags = [f"--only={pattern}" for pattern in given.only]
     flags += [
         f"--{key}={getattr(given, key)}"
         for key in ("alphas", "ranks", "note")
         if getattr(given, key) is not None
     ]
-    command = [
-        sys.executable,
-        "-m",
-        "megatron_efr.sweep",
-        given.config,
-        *given.overrides,
-        *flags,
-        "--resume",
-    ]
+    program = [sys.executable, "-m", "megatron_efr.sweep"]
+    command = [*program, given.config, *given.overrides, *flags, "--resume"]
     path = family.folder.path / "sweep.sbatch"
     script = array_script(family.name, tasks, command, family.logs, file.slurm, EXIT_REQUEUE)
+    # the folder of logs must be there before SLURM starts a task
     family.logs.mkdir(parents=True, exist_ok=True)
     write_atomic(path, script)
     print(f"{tasks} models; submit them with\n    sbatch {shlex.quote(str(path))}", flush=True)
@@ -165,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments.parser(
         "sweep", "Train, evaluate and report a family of models.", resumes=True
     )
+    # what varies, if the file does not say it, and how much of the machine it takes
     parser.add_argument("--alphas", help="values of method.alpha, such as 0,0.1,0.4")
     parser.add_argument(
         "--jobs", type=positive, help="programs at once; 1 unless the file says otherwise"
@@ -172,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--ranks", type=positive, help="processes of each run (torchrun --nproc-per-node)"
     )
+    # what the report tells beside its figures
     parser.add_argument(
         "--seconds",
         action="append",
@@ -180,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="time spent before, to report",
     )
     parser.add_argument("--note", help="what the report's reader must know about these figures")
+    # a part of the models, or none here: a list, or an array of jobs
     parser.add_argument(
         "--only",
         action="append",
@@ -195,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--member", type=number, metavar="N", help="make the model of that number alone"
     )
     given = parser.parse_intermixed_args(argv)
+    # a time that cannot be read is refused before days of training
     try:
         seconds = {
             part: float(value) for part, value in (text.split("=") for text in given.seconds)

@@ -68,6 +68,7 @@ def train_on_rows(
         )
         with Interruption() as interruption, observing as observer:
             for step, items in enumerate(schedule(samples, config, samples_each), start=1):
+                # the order of rows is the seed's alone, so a resumed run takes up its place in it
                 if step <= done:
                     continue
                 with observer.phase("train"):

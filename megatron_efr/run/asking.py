@@ -52,6 +52,7 @@ class Asking:
         """Refuse, with a ConfigError, texts that a script cannot have, and what is longer than the
         model.
         """
+        # a method may draw how it asks, so its ways are tried on the longest prompt
         prompt = max(prompts, key=lambda each: len(each.tokens))
         self._check_sought(codec)
         requests = [self._request(prompt, seed) for seed in range(CHECKED)]
@@ -59,6 +60,7 @@ class Asking:
         requests += [
             self._asked(visit, asked) for asked in self._method.longest_asks(visit, self._known())
         ]
+        # texts that no token can have, and tokens that are not the policy's own
         for script in {script for request in requests for script in request.scripts}:
             check_script(script, codec, "method")
             if not script.trainable:
@@ -67,6 +69,7 @@ class Asking:
                     "a script for evaluations: tokens that were penalised or searched for are not "
                     "the policy's own, and their ratio and KL would be wrong"
                 )
+        # prompt, forced texts and drawn tokens within the model's positions
         drawn = self._config.rollout.max_new_tokens
         for request in requests:
             written = max(longest(script, 0, codec) for script in request.scripts)

@@ -43,12 +43,14 @@ def refusal(
     It names every key that differs, with both values; or `config` itself, if it is damaged. A key
     that an older version did not know has its default there: `completed` writes it out.
     """
+    # a damaged file is no other configuration
     try:
         tree = yaml.safe_load(config.read_bytes())
     except (OSError, yaml.YAMLError) as error:
         return f"{config}: not readable: {error}; put a copy of it back"
     if not isinstance(tree, dict):
         return f"{config}: damaged: no mapping of sections; put a copy of it back"
+    # each key as this version knows it, so that new keys make no difference
     with suppress(UserError):  # what this version does not take shows as a difference
         tree = yaml.safe_load(completed(tree))
     held, here = (
@@ -58,6 +60,7 @@ def refusal(
     refused = [key for key in differing if not (resume and _may_change(key, held, here))]
     if not refused:
         return None
+    # every key at once, both values beside each other
     lines = [
         f"  {key}: there {held.get(key, _ABSENT)!r}, here {here.get(key, _ABSENT)!r}\n"
         for key in refused

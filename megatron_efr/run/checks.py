@@ -65,6 +65,7 @@ def check_members(members: Sequence[Member], ranks: int, jobs: int = 1) -> None:
         else:
             read = member.config.model_dump_json(exclude=_ELSEWHERE)
             alike.setdefault(read, []).append(member)
+    # tokenizing the data takes the time: once for members that ask the same of it
     for same in alike.values():
         try:
             _check_data(same[0].config)

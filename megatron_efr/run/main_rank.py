@@ -73,6 +73,7 @@ class MainRank:
             if config.evaluation.every or watches
             else None
         )
+        # an evaluation's penalties would change the log-probs that rollouts report
         abilities = ENGINES[config.rollout.engine].abilities
         if self.evaluator and self.evaluator.script.penalised and "penalties" not in abilities:
             raise ConfigError(

@@ -31,10 +31,12 @@ def replay(run: Run, file: Path, improve: Improve) -> None:
     ranks = run.ranks
     folder = run.folder
     step = step_of(file)
+    # from the nearest checkpoint, over the rollouts between
     start = run.load(step - 1)
     between = [folder.rollouts_path(number) for number in range(start + 1, step)]
     if left_out := ranks.share(lambda: [path for path in between if not path.exists()]):
         between = []
+    # said before the work: these numbers may not be the run's
     if ranks.is_main:
         print(
             f"replaying iteration {step} from "
@@ -46,10 +48,12 @@ def replay(run: Run, file: Path, improve: Improve) -> None:
                 "kept",
                 flush=True,
             )
+    # no figure goes where the run's own are
     silent = config.observe.model_copy(update={"tensorboard": False, "wandb": None})
     with Observer(
         _Printed(folder.path), silent, step, ranks.rank, start, config.name, ranks.largest
     ) as observer:
+        # rollouts from disk in the engines' place, and the run's own improvement
         metrics: dict[str, float] = {}
         for path in [*between, file]:
             with observer.phase("rollout"):

@@ -189,6 +189,7 @@ def open_run(config: TrainConfig, *, resume: bool = False, asks: bool = True) ->
     If it `asks` no engine, it claims no folder and has no main rank: its rollouts come from
     elsewhere.
     """
+    # refused before ranks join: an error then has one voice
     method, algorithm = check_configuration(config, arguments.world_size(), asks)
     keep_reference = algorithm.objective(config.rollout).needs_reference
     with join_ranks(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
@@ -196,6 +197,7 @@ def open_run(config: TrainConfig, *, resume: bool = False, asks: bool = True) ->
         main_rank = None
         servers = Servers()
         if asks:
+            # the folder first, so that a second run of this name starts no engine
             claim = claimed(
                 folder,
                 written_out(config),
@@ -205,10 +207,12 @@ def open_run(config: TrainConfig, *, resume: bool = False, asks: bool = True) ->
             ranks.on_main(lambda: resources.enter_context(claim))
             ranks.on_main(lambda: date_prompts(config.data.prompt, folder))
             main_rank, servers = _start_main_rank(config, method, algorithm, ranks, resources)
+        # ways from the policy to the engines, and whose turn it is on shared GPUs
         publisher = build_publisher(
             config, main_rank and main_rank.engine, ranks.cpu_world, servers.restart
         )
         phases = build_phases(config, publisher, main_rank, servers, ranks, asks)
+        # the model last: what is cheap to refuse is refused by now
         policy = Policy.to_train(config, ranks, keep_reference=keep_reference)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
         watch = Watch(config.rollout.max_new_tokens)

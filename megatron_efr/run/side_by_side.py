@@ -76,6 +76,7 @@ def side_by_side(
     failed = [
         name for (name, _), each in zip(commands, started, strict=True) if each.result() not in fine
     ]
+    # failures are named even if a signal came
     if failed and interruption.received:
         raise UserError(str(FailedError(failed, logs)))
     if failed:
