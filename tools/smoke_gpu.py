@@ -77,6 +77,7 @@ def step_rows(*, on_gpu: bool) -> Iterator[Row]:
     """The time of a step, and its share of the card's peak if that is known."""
     shape, count, longest, budget = ("1.5B", 24, 4096, 8192) if on_gpu else ("tiny", 4, 64, 128)
     with tempfile.TemporaryDirectory() as folder, join_ranks(ParallelConfig(), seed=0) as ranks:
+        # a model of published shape with random weights: time does not depend on their values
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
         model = ModelConfig(path=folder, init="random", dtype="bfloat16" if on_gpu else "float32")
         policy = Policy(
@@ -84,6 +85,7 @@ def step_rows(*, on_gpu: bool) -> Iterator[Row]:
         )
         drawn = sequences(count, longest, policy.architecture.vocab)
         batches = policy.pack_update(drawn, list(range(count)), budget, "sequence")
+        # operations of one forward pass; an update is three of them
         loss, flops = (
             policy_loss(Objective()),
             sum(map(sequence_flops(policy.architecture), map(len, tokens(drawn)))),
@@ -96,6 +98,7 @@ def step_rows(*, on_gpu: bool) -> Iterator[Row]:
                 f"{len(batches)} batches"
             ),
         )
+        # medians, the first call apart
         for name, (action, passes) in work.items():
             action(batches)  # compiles and allocates
             seconds = statistics.median(
@@ -163,6 +166,7 @@ def handle_rows() -> Iterator[Row]:
             (16 * shape[0] * shape[1],), float(turn), dtype=torch.bfloat16, device="cuda"
         )
         pairs = [(f"layer{i}", part.view(shape)) for i, part in enumerate(flat.chunk(16))]
+        # the fill must be over before the clock starts
         synchronize()
         began = time.perf_counter()
         payload, _ = encode(Parcel(pairs, flat.view(torch.uint8)))
@@ -170,6 +174,7 @@ def handle_rows() -> Iterator[Row]:
         print(payload, file=opener.stdin, flush=True)
         answer = json.loads(opener.stdout.readline())
         turns.append((encoded, answer["open"], answer["copy"], time.perf_counter() - began))
+        # the sum shows that the other process read these very bytes
         if answer["sum"] != 16.0 * turn * shape[0] * shape[1]:
             raise SystemExit(f"a bucket of {turn}s came out otherwise: its sum is {answer['sum']}")
     # the rows

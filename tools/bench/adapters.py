@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     given = parser.parse_args(argv)
+    # one thread, so that CPU seconds are the work and not the waiting
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, join_ranks(ParallelConfig(), seed=0) as ranks:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPE), encoding="utf-8")
@@ -99,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         full, adapters = (
             Side(folder, each, ranks, given.rows, given.length) for each in (None, lora)
         )
+        # alternating turns: what the machine does besides meets both sides
         for _ in range(given.turns + 1):
             full.turn()
             adapters.turn()
@@ -107,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in held[0]:
             one, other = (each[name] / MIB for each in held)
             print(f"| {name}, MiB | {one:.1f} | {other:.1f} | {other / one:.2f} |")
+        # the sum: what a card would have to hold
         one, other = (sum(each.values()) / MIB for each in held)
         print(f"| together, MiB | {one:.1f} | {other:.1f} | {other / one:.2f} |")
         for name in full.seconds:

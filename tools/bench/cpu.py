@@ -82,9 +82,11 @@ def median(values: Iterable[float]) -> float:
 
 def engine_rows(settings: Settings, rows: list[dict[str, Any]], folder: Path) -> list[Row]:
     """engine.py's comparisons on the task's own prompts."""
+    # imported here, since the other rows need neither engine
     from engine import measure
 
     prompts = folder / "prompts.jsonl"
+    # the task's prompts as often as it takes to fill the rows
     repeated = [rows[i % len(rows)] for i in range(settings.engine_prompts)]
     prompts.write_text("".join(json.dumps({"tokens": row["tokens"]}) + "\n" for row in repeated))
     comparisons = measure(
@@ -94,6 +96,7 @@ def engine_rows(settings: Settings, rows: list[dict[str, Any]], folder: Path) ->
         max_new_tokens=settings.max_new_tokens,
         turns=settings.engine_turns,
     )
+    # a row for each comparison, against its goal
     made = []
     for comparison, goal in zip(comparisons, (">= 2.5x", ">= 1.0x"), strict=True):
         engine, theirs = comparison.engine, comparison.transformers
@@ -101,6 +104,7 @@ def engine_rows(settings: Settings, rows: list[dict[str, Any]], folder: Path) ->
             f"engine against transformers.generate, {comparison.name}, {comparison.prompts:,} "
             "prompts"
         )
+        # lengths beside the rates: a model that stops early would look fast
         lengths = (
             f"{engine.lengths['mean']:.1f} / {theirs.lengths['mean']:.1f} (longest "
             f"{engine.lengths['longest']:.0f})"
@@ -131,6 +135,7 @@ def sampled_sequences(settings: Settings, rows: list[dict[str, Any]]) -> list[li
     from megatron_efr.weights.architecture import Architecture
     from megatron_efr.weights.folder import FolderWeights
 
+    # responses that the model itself draws: their lengths are those of training
     architecture = Architecture.from_folder(settings.model)
     engine = LocalEngine(settings.model, 256)
     engine.publish(FolderWeights(settings.model, architecture).items(), 0)
@@ -139,11 +144,13 @@ def sampled_sequences(settings: Settings, rows: list[dict[str, Any]]) -> list[li
         plain(Prompt(str(i), tuple(row["tokens"]), "", ""), 8, i) for i, row in enumerate(rows[:64])
     ]
     groups = engine.generate(requests, Sampling(1.0, 1.0, settings.max_new_tokens, stops))
+    # by the prompts' seeds, since groups come in the order in which they ended
     drawn = [
         (list(g.prompt.tokens), list(r.tokens))
         for g in sorted(groups, key=lambda g: g.seed)
         for r in g.responses
     ]
+    # any order will do, if it is the same for both sides
     rng, chosen, total = np.random.default_rng(0), [], 0
     for i in rng.permutation(len(drawn)).tolist():
         if total >= settings.step_tokens:
@@ -233,6 +240,7 @@ def check_agreement(
 
 def iteration_row(settings: Settings, rows: list[dict[str, Any]], folder: Path) -> Row:
     """One iteration against TRL's; without an interpreter that has trl, ours alone."""
+    # what is compared, told with its sizes
     turns, ours = settings.iteration_turns, side("iteration", settings, folder)
     rollouts = settings.prompts * settings.samples
     name = (

@@ -167,6 +167,7 @@ def cut_cross_entropy() -> Head:
 def heads(device: str) -> tuple[dict[str, Head], list[str]]:
     """Those that can be measured here, by name, and a sentence for each that cannot."""
     backend, reason = choose_backend("auto")
+    # ours in each form, and the two that torch offers without a kernel
     found: dict[str, Head] = {
         f"fused ({backend})": fused(backend, CHUNK),
         f"fused ({backend}, chunk {LARGE_CHUNK})": fused(backend, LARGE_CHUNK),
@@ -176,11 +177,13 @@ def heads(device: str) -> tuple[dict[str, Head], list[str]]:
         "torch chunked": chunked(_chunk_loss),
     }
     missing = [] if backend == "triton" else [f"our Triton kernels: not measured ({reason})"]
+    # the others' kernels run on a GPU alone
     if device != "cuda":
         return found, [
             *missing,
             "torch compiled, Liger, verl, cut-cross-entropy: not measured, they want a GPU",
         ]
+    # peers as they are installed; one that is missing is named, not passed over
     found["torch compiled"] = chunked(torch.compile(_chunk_loss))
     for name, make in {
         "Liger": liger,
@@ -351,10 +354,12 @@ def run(device: str, quick: bool, limit_s: float) -> dict[str, Any]:
                 f"1/{shape.shards}, and on"
             )
             break
+        # the bare matrix product is the time that no head can be below
         p = problem(shape, device, dtype)
         gemm = gemm_seconds(p, device, turns)
         rates[label(shape)] = 2.0 * p.hidden.numel() * shape.vocab / gemm
         rows += [measure(shape, name, head, p, gemm, device, turns) for name, head in found.items()]
+        # the next shape wants the memory
         del p
     # facts that times are read against
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"

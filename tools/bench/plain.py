@@ -36,6 +36,7 @@ def serve_plain(settings: Settings, folder: Path) -> None:
             loss = -(weight * torch.minimum(ratio * advantage, clipped)).sum()
             loss.backward()
             total += loss.item()
+        # the norm is clipped over the whole update, as Megatron does
         torch.nn.utils.clip_grad_norm_(model.weights.values(), 1.0)
         optimizer.step()
         return total
@@ -106,6 +107,7 @@ def plain_qwen2(config: dict[str, Any], tensors: dict[str, Any]) -> Any:
             x = F.embedding(batch["tokens"], w["model.embed_tokens.weight"])
             for layer in range(config["num_hidden_layers"]):
                 at = f"model.layers.{layer}."
+                # pre-norm residuals: attention, then the gated MLP
                 x = x + self.attention(
                     self.norm(x, at + "input_layernorm.weight"), at + "self_attn.", batch
                 )
@@ -114,6 +116,7 @@ def plain_qwen2(config: dict[str, Any], tensors: dict[str, Any]) -> Any:
                     F.linear(h, w[f"{at}mlp.{name}_proj.weight"]) for name in ("gate", "up")
                 )
                 x = x + F.linear(F.silu(gate) * up, w[at + "mlp.down_proj.weight"])
+            # a tied model has no head of its own
             head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
             logits = F.linear(
                 self.norm(x, "model.norm.weight").index_select(0, batch["rows"]), head
@@ -132,6 +135,7 @@ def plain_qwen2(config: dict[str, Any], tensors: dict[str, Any]) -> Any:
                 )
                 for n in "qkv"
             )
+            # rotated in halves, as Hugging Face's weights are laid out
             q, k = (x * batch["cos"] + self.turned(x) * batch["sin"] for x in (q, k))
             done = []
             for rows, real in batch["rectangles"]:

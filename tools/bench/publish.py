@@ -337,6 +337,7 @@ def work(shape: str, tensor: int, pipeline: int, limit: int, turns: int, out: Pa
     everyone = torch.tensor(processor)
     dist.all_reduce(everyone)
     if rank.rank == 0:
+        # the model of publish time is held against the bandwidths measured here
         median = Bandwidths(
             *(statistics.median(values) for values in zip(*(r.values for r in rates), strict=True))
         )

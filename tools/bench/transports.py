@@ -138,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    # a wider model says more of bandwidth, and takes longer
     parser.add_argument(
         "--hidden", type=int, default=512, help="width of the model, a multiple of 64"
     )
@@ -148,6 +149,7 @@ def main() -> None:
         help="the interpreter with SGLang",
     )
     given = parser.parse_args()
+    # one thread each: trainer, server and peer share the cores
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         peer = Peer(Path(folder))
@@ -160,6 +162,7 @@ def main() -> None:
             for transport in TRANSPORTS
         ]
         peer.close()
+    # a bare broadcast of the same bytes is what a transport is measured by
     print("| transport | GB | buckets | publication | GB/s | broadcast alone | of it |")
     print("\n".join(["|---|---:|---:|---:|---:|---:|---:|", *rows]))
 
