@@ -298,6 +298,7 @@ def measure(
         logprob_error, gradient_error = errors(p, logprobs, gradient)
         assert row.forward is not None
         assert row.both is not None
+        # in units of bare products: one for the forward pass, three with the backward
         return replace(
             row, extra_bytes=extra, forward_of_gemms=row.forward / gemm,
             both_of_gemms=row.both / (3 * gemm),

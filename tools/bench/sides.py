@@ -87,6 +87,7 @@ def serve_policy(settings: Settings, folder: Path) -> None:
         policy = Policy(
             model, ParallelConfig(), OptimizerConfig(lr=1e-4), ranks, updates=10_000, seed=1
         )
+        # packed and scored as a run does it
         sequences = [made(*row) for row in given["sequences"]]
         batches = policy.pack_update(
             sequences, list(range(len(sequences))), 2 * settings.step_tokens, "sequence"
@@ -97,6 +98,7 @@ def serve_policy(settings: Settings, folder: Path) -> None:
             batch.columns["old_logprob"] += 0.1 * torch.randn(
                 batch.columns["old_logprob"].shape, generator=generator
             )
+        # what the other side needs to take the same step
         torch.save(
             {name: tensor.clone() for name, tensor in policy.named_weights()}, folder / "weights.pt"
         )
