@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "plan", "Memory and time of a run, phase by phase, before anything is downloaded."
     )
     some = arguments.within(int, 1)
+    # machines that need not be there
     parser.add_argument("--nodes", type=some, default=1, help="machines (default: 1)")
     parser.add_argument(
         "--gpus",
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--memory-gib", type=arguments.within(float, 1), default=80, help="of a GPU (default: 80)"
     )
+    # on a CPU time goes by what is drawn, not by what may be drawn
     parser.add_argument(
         "--tokens", type=some, help="on a CPU: a response's mean (default: rollout.max_new_tokens)"
     )
@@ -38,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_intermixed_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     with arguments.configured(TrainConfig, given) as config:
+        # the embedded engine decodes on this CPU, and the whole run with it
         gpus = (0 if config.rollout.embedded else 8) if given.gpus is None else given.gpus
         if gpus == 0:
             prompt = given.prompt or min(128, config.data.prompt.max_tokens)

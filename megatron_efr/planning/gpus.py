@@ -83,6 +83,7 @@ class Case:
                     or config.model.lora is not None
                 ),
                 sharded_optimizer=bool(config.parallel.ddp.get("use_distributed_optimizer", False)),
+                # what the engine takes of the same GPUs
                 engine_ranks=config.rollout.tp,
                 static_fraction=self.static_fraction,
                 bucket_bytes=config.rollout.bucket_mib * 2**20,

@@ -153,6 +153,7 @@ class Reshard:
 
     def _receive(self, bucket: Bucket, local: Shards, memory: _Memory, flat: bool) -> _Transfer:
         """The others' shards: what lands into whole tensors, the rest beside them."""
+        # whole tensors, and behind them shards that have to be put together first
         raw = memory.take(self.plan.room(bucket, self._main))
         room = self._room(bucket, raw, local if not flat or bucket.is_at(self._main) else None)
         beside = raw[bucket.nbytes :]
@@ -160,6 +161,7 @@ class Reshard:
         shards = {}
         for holder, entries in bucket.messages(self._main).items():
             for entry in entries:
+                # received where it belongs, without a copy; a shard on `meta` tells the places
                 if entry.lands:
                     shard = torch.empty(entry.shape, device="meta")
                     targets = [
@@ -173,6 +175,7 @@ class Reshard:
                 operations += [
                     dist.P2POp(dist.irecv, target, holder, group=self._group) for target in targets
                 ]
+        # its own shards meanwhile: CUDA's copies return at once, a CPU's take another thread
         works = _together(operations)
         lay = partial(self._lay_own, bucket, local, room)
         if raw.is_cuda:

@@ -186,6 +186,7 @@ _KV_HEADS = {"qwen2": 32, "qwen3": 32, "qwen3_moe": 4, "mistral": 8}
 
 def _refuse_unknown(raw: dict[str, Any], model_type: str, source: str) -> None:
     """ConfigError for the first field whose meaning, or whose value, is not what will be built."""
+    # each family has fields of its own, and defaults of its own for the same fields
     if model_type not in _TYPES:
         raise ConfigError(
             f"{source}: model_type {raw.get('model_type')!r} is not supported; supported: "

@@ -19,6 +19,7 @@ def check_split(architecture: Architecture, tensor: int, expert: int) -> None:
             f"parallel.tensor: {heads} attention heads do not divide over {tensor} ranks; "
             f"{divisors(heads)} would fit"
         )
+    # more ranks than key-value heads is fine: several ranks then hold the same head
     if kv_heads % tensor and tensor % kv_heads:
         fitting = [
             t

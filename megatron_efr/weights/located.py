@@ -91,6 +91,7 @@ def _single(folder: Path) -> Path:
 
 def _header(file: Path) -> dict[str, Stored]:
     try:
+        # a pointer or nothing, as a clone without its large files leaves it
         with file.open("rb") as opened:
             beginning = opened.read(len(_POINTER))
         if beginning == _POINTER:
@@ -100,6 +101,7 @@ def _header(file: Path) -> dict[str, Stored]:
             )
         if not beginning:
             raise ConfigError(f"model.path: {file} is empty; fetch it again")
+        # names, types and shapes stand in the header: no tensor is read
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
             return {
@@ -107,6 +109,7 @@ def _header(file: Path) -> dict[str, Stored]:
                 for name, part in slices.items()
             }
     except SafetensorError as error:
+        # the size tells a download that was cut off
         size = file.stat().st_size
         raise ConfigError(
             f"model.path: {file} is no safetensors file, or was cut off or damaged ({size:,} "

@@ -219,9 +219,11 @@ class WeightMapping:
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
+        # widths of heads, and of the feed-forward layers or each expert's
         a = self.architecture
         q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
         ffn = a.experts.ffn if a.experts else a.ffn
+        # the first suffix that fits counts: q_norm and k_norm stand before norm
         by_suffix: dict[str, tuple[int, ...]] = {
             "embed_tokens.weight": (a.vocab, a.hidden),
             "lm_head.weight": (a.vocab, a.hidden),
@@ -240,6 +242,7 @@ class WeightMapping:
             "up_proj.weight": (ffn, a.hidden),
             "down_proj.weight": (a.hidden, ffn),
         }
+        # experts and layers repeat the same suffixes
         names = [name for row in self._table() for name in row.hugging_face]
         return {
             name: next(s for suffix, s in by_suffix.items() if name.endswith(suffix))
