@@ -138,10 +138,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="efr compare", description="Two evaluations of the same problems."
     )
+    # two records, of which the first is what the other is measured by
     parser.add_argument(
         "one", type=Path, help="RUN/eval/NAME.json, or a run with one evaluation; the base"
     )
     parser.add_argument("other", type=Path, help="likewise, the one that is compared with it")
+    # which figures, and what they need to be told
     parser.add_argument(
         "--measures",
         metavar="NAME,...",
@@ -150,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--prices", metavar="IN,OUT", help="of a million tokens read and drawn, for cost_of_pass"
     )
+    # what is refused otherwise, the draws, and how it is shown
     parser.add_argument(
         "--unlike",
         action="store_true",

@@ -184,6 +184,7 @@ def paired(
     ]
     if not shown:
         return []
+    # a figure is of all problems of a model, a difference of those that both speak of
     parts = [(measure, *_of_both(measure, mine, theirs)) for measure, mine, theirs in shown]
     mine = np.concatenate([terms for _, terms, _ in shown], axis=1)
     theirs = np.concatenate([terms for _, _, terms in shown], axis=1)
@@ -214,6 +215,7 @@ def paired(
             figures[1][measure.name],
         )
         if math.isfinite(found):
+            # sums of another order differ by rounding, which is no difference
             rounding = sums.rounding(measure, columns)
             found = 0.0 if abs(found) <= rounding else found
             difference = Figure(found, *spread(differing_by.difference(measure, columns)))

@@ -53,6 +53,7 @@ class Evaluator:
         seed: int,
         marks: Marks | None = None,
     ) -> None:
+        # the section's own faults, before a tokenizer is asked
         if not config.datasets:
             raise ConfigError(
                 "evaluation.datasets: empty, and an evaluation needs at least one data set of "
@@ -85,6 +86,7 @@ class Evaluator:
         written = " and what evaluation.script adds" if limit > config.max_new_tokens else ""
         check_prompts(rendered.prompts, limit, positions, f"evaluation.max_new_tokens{written}")
         say_overlong(rendered)
+        # the protocol names the date only if the template tells it to the model
         self._asking = prompt.model_dump(
             mode="json", exclude=set() if tells_date(tokenizer) else {"date"}
         )

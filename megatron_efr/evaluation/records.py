@@ -78,6 +78,7 @@ def summarise(
     bootstrap; the text of the first `shown` responses of each problem is kept. ValueError if
     nothing was evaluated.
     """
+    # a mean of nothing, or votes of other problems
     if not groups:
         raise ValueError(f"evaluation {name}: no problems to summarise")
     if answers is not None and len(answers) != len(groups):

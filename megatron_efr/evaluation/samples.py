@@ -117,6 +117,7 @@ class Samples:
 
     def take(self, problems: Sequence[int]) -> Samples:
         """The samples of these problems, in this order."""
+        # a problem's samples stand together: their places, in the new order
         sizes = self.sizes
         starts = np.cumsum(sizes) - sizes
         places = [np.arange(starts[index], starts[index] + sizes[index]) for index in problems]
@@ -127,6 +128,7 @@ class Samples:
 
         return replace(
             self,
+            # columns over problems, and the two of samples that are no plain arrays
             ids=tuple(self.ids[index] for index in problems),
             datasets=tuple(self.datasets[index] for index in problems),
             difficulties=tuple(self.difficulties[index] for index in problems),
@@ -136,6 +138,7 @@ class Samples:
             problem=np.repeat(np.arange(len(places)), [len(each) for each in places]),
             later=None if self.later is None else tuple(self.later[index] for index in of),
             direct=None if self.direct is None else tuple(self.direct[index] for index in problems),
+            # columns over samples, as far as the record has them
             **{
                 name: some(getattr(self, name))
                 for name in ("correct", "tokens", "truncated", "answered", "answer")

@@ -89,6 +89,7 @@ def _accuracy(model: Record) -> str:
 
 
 def _training(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
+    # iterations whose rollouts were measured
     known = [
         line
         for line in lines
@@ -96,12 +97,14 @@ def _training(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
     ]
     if not known:
         return ""
+    # one iteration has a level, and no course
     if len(known) == 1:
         [only] = known
         return (
             f"{name}: in the one iteration that there is, training accuracy was "
             f"{only['accuracy']:.1%} and mean tokens {only['tokens_mean']:.1f}."
         )
+    # a tenth at either end, since one iteration's mean is noise
     tenth = max(1, len(known) // 10)
     (right, tokens), (right_now, tokens_now) = (
         (
@@ -260,6 +263,7 @@ def chosen_problems(names: Sequence[str], evaluations: Mapping[str, Record]) -> 
 def _picked(shared: Sequence[Record], who: str) -> list[tuple[Record, str]]:
     """(row, rule) of each problem that is shown."""
     right = [row for row in shared if row["correct"][0]]
+    # the lowest, the median and the highest difficulty; the median is over problems
     levels = statistics.in_order(
         {row["difficulty"] for row in shared if row["difficulty"] is not None}
     )
@@ -273,6 +277,7 @@ def _picked(shared: Sequence[Record], who: str) -> list[tuple[Record, str]]:
             f"the lowest difficulty ({levels[0]})": levels[0],
             f"the highest ({levels[-1]})": levels[-1],
         }
+    # of each the first that is right; two levels may be one
     found: dict[str, tuple[Record, str]] = {}
     for text, level in named.items():
         row = next((row for row in right if level is not None and row["difficulty"] == level), None)
@@ -280,6 +285,7 @@ def _picked(shared: Sequence[Record], who: str) -> list[tuple[Record, str]]:
             found.setdefault(
                 row["id"], (row, f"the first problem of {text} that {who} gets right at first try")
             )
+    # no levels, or none right there: the first right one, else the first
     if found:
         return list(found.values())
     if right:

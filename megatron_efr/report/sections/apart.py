@@ -84,6 +84,7 @@ def _of_one_run(results: Results) -> dict[str, Any] | str:
     """The same of each shown model's first run, against the base's or that of the model which the
     sweep names.
     """
+    # the reference: the sweep's own, else the base
     named_one = [
         model for model in results.models if model["name"] == results.summary.get("against")
     ]
@@ -91,6 +92,7 @@ def _of_one_run(results: Results) -> dict[str, Any] | str:
     start = results.record(base) if base is not None else None
     if base is None or start is None:
         return "There is no base, and no family of several seeds, to compare models with."
+    # differences over the problems that both were asked
     found: dict[str, dict[str, Interval]] = {key: {} for key in _WORDS}
     for model in results.shown:
         record = results.record(model)
@@ -100,12 +102,14 @@ def _of_one_run(results: Results) -> dict[str, Any] | str:
             value, low, high = each.difference
             if value is not None and low is not None and high is not None:
                 found[each.name][model["name"]] = Interval(value, low, high)
+    # a row needs both accuracy and tokens
     kept = [model for model in results.shown if all(model["name"] in own for own in found.values())]
     if not kept:
         return (
             f"No other evaluation here can be compared with that of {label(base)}: they were asked "
             "otherwise, or other problems, or are an older version's."
         )
+    # what these intervals leave out must stand beside them
     brackets = (
         "95% intervals of each difference for itself, paired over the problems. A model is one "
         "run here: training's chance is not in them."

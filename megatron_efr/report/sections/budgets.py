@@ -43,6 +43,7 @@ def build(results: Results) -> dict[str, Any] | str:
         for m in results.shown
         if all(each is not None for each in found[m["name"]])
     ]
+    # the plot, and the table that says the same
     draw = partial(
         plots.draw_lines, lines=lines, x="budget (tokens)", y="accuracy (%)", from_zero=True
     )
@@ -53,6 +54,7 @@ def build(results: Results) -> dict[str, Any] | str:
         "key": key,
         "choice": results.choice,
         "budgets": budgets,
+        # models without a line have their figures here
         "rows": [
             [label(m), *(_written(each) for each in found[m["name"]])] for m in results.models
         ],

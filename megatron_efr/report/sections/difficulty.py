@@ -43,11 +43,13 @@ def build(results: Results) -> dict[str, Any] | str:
 
 
 def _drawn(results: Results, levels: Sequence[str]) -> list[tuple[str, plots.Draw]]:
+    # tokens as they are
     draw = partial(plots.draw_lines, x="difficulty", ticks=levels, from_zero=True)
     lines = [_line(results, m, levels, m["tokens_by_difficulty"]) for m in results.shown]
     drawn: list[tuple[str, plots.Draw]] = [
         ("Mean tokens", partial(draw, lines=lines, y="mean tokens"))
     ]
+    # as shares of the one base: the same share of a hard problem is many more tokens
     if (base := base_of(results.models)) is not None and sum(map(is_base, results.models)) == 1:
         start = base["tokens_by_difficulty"]
         shares = [
@@ -67,6 +69,7 @@ def _drawn(results: Results, levels: Sequence[str]) -> list[tuple[str, plots.Dra
                 partial(draw, lines=lines, y=f"tokens (% of {label(base)})"),
             )
         )
+    # accuracy, of the models whose records are here
     lines = [
         _line(results, m, levels, _accuracy(found))
         for m in results.shown

@@ -29,6 +29,7 @@ def build(results: Results) -> dict[str, Any] | str:
     models = results.models
     if not models:
         return "No evaluation on held-out problems is in this folder yet: `efr evaluate` makes one."
+    # many names would cover the plot: numbers there, names in the table
     numbered = len(models) > _MOST_NAMES
     texts = {
         m["name"]: str(number) if numbered else label(m) for number, m in enumerate(models, start=1)
@@ -36,13 +37,16 @@ def build(results: Results) -> dict[str, Any] | str:
     points = {
         m["name"]: plots.Point.of(m, texts[m["name"]], results.hues[m["name"]]) for m in models
     }
+    # the front: nobody else is both shorter and more accurate
     best = front(models)
     draw = partial(
         plots.draw_family, points=list(points.values()), front=[points[m["name"]] for m in best]
     )
+    # the plot in words, for those who cannot see it
     told = "; ".join(f"{label(m)} {m['accuracy']:.1%} at {m['tokens']:.1f} tokens" for m in models)
     alt = f"Accuracy against mean tokens: {told}"
     [(_, plot)] = results.draw("family", [("", draw)], _LARGE if numbered else _SIZE, alt)
+    # the tables, and what they rest on
     rows = _rows(results)
     return {
         "plot": plot,
@@ -172,6 +176,7 @@ def _datasets(results: Results) -> dict[str, Any] | None:
 
     Of a model of several seeds they are the means over these.
     """
+    # one data set alone is the whole, which the first table has
     found = {
         m["name"]: _by_dataset(records) for m in results.models if (records := results.records(m))
     }
@@ -193,6 +198,7 @@ def _datasets(results: Results) -> dict[str, Any] | None:
             ratio = None if start is None else statistics.normalised(own, start)
         except ValueError:  # a start that solves nothing has no ratio to it
             ratio = None
+        # a dash for what was not asked: 0 would be a figure
         rows.append(
             {
                 "name": model["name"],
