@@ -72,6 +72,7 @@ class Evaluator:
         script = scripts.build(config.script.name, config.script.options, "evaluation.script")
         self.script = script.within(config.max_new_tokens)
         self.script.check(config.max_new_tokens, "evaluation.script")
+        # the length of a thought, for models that mark its end
         codec = TokenizerCodec(tokenizer)
         self._closes = (
             marks.closes if marks and marks != thinking_marks(ThinkingConfig(), tokenizer) else None

@@ -384,6 +384,7 @@ def _arguments(text: str, command: str, count: int) -> str:
             gap = len(text[end:]) - len(text[end:].lstrip())
             if text.startswith("{", end + gap):
                 close = closing(text, end + gap)
+                # a brace that is never closed: nobody knows what was meant
                 if close < 0:
                     return text
                 arguments.append(text[end + gap + 1 : close])
@@ -393,6 +394,7 @@ def _arguments(text: str, command: str, count: int) -> str:
                 end = single.end()
             else:
                 return text
+        # the search goes on behind the command, since an argument may hold it again
         text = (
             text[:found] + head + "".join(f"{{{argument}}}" for argument in arguments) + text[end:]
         )

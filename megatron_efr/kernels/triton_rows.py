@@ -56,6 +56,7 @@ def statistics_kernel(
             moment = (moment + drop * total) * shrink + tl.where(exp > 0, (z - higher) * exp, 0.0)
         total = total * shrink + exp
         peak = higher
+    # the lanes are summed once, at the end of the row
     tl.store(peaks + row, peak)
     tl.store(totals + row, tl.sum(total, 0))
     if ENTROPY:
@@ -167,13 +168,14 @@ def policy_kernel(
     """The loss of one token (`Objective`), what is measured of it, and its gradient by the
     logits.
     """
-    # the surrogate, by the importance of tokens that other weights drew
+    # the token: its log-prob here, and what the rollout and the credits say of it
     row = tl.program_id(0).to(tl.int64)
     logprob = tl.load(logprobs + row)
     advantage = tl.load(advantages + row)
     weight = tl.load(weights + row)
     log_ratio = logprob - tl.load(olds + row)
     ratio = tl.exp(log_ratio)
+    # the surrogate, by the importance of tokens that other weights drew
     value, slope, cut = _surrogate(  # pyright: ignore[reportGeneralTypeIssues]
         logprob, ratio, advantage, low, high, dual, REWEIGHT, DUAL
     )
@@ -189,6 +191,7 @@ def policy_kernel(
         kl, kl_slope = _kl(tl.load(references + row) - logprob, KL)  # pyright: ignore[reportGeneralTypeIssues]
         loss += beta * kl
         slope += beta * kl_slope
+    # measured if it is asked for, and in the loss if it has a weight there
     entropy = 0.0
     if ENTROPY:
         entropy = tl.load(entropies + row)

@@ -60,6 +60,7 @@ def train_on_rows(
         )  # fmt: skip
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
         done = restore(policy, checkpoints, rows, config.data.path) if resume else 0
+        # records of updates that the checkpoint has not are cut off, and made again
         total = config.train.updates
         if resume:
             ranks.on_main(lambda: folder.go_on_from(done, total, "update", config.train.log_every))

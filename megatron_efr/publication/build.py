@@ -66,6 +66,7 @@ def _transport(
     if kind == "distributed":
         address = own_address(engines.urls[0]) if engines else ""
         return Broadcast(engines, address, "nccl" if on_gpu else "gloo", rollout.timeouts.update_s)
+    # slices are cut here, so the server's split must be known to the row
     if kind == "direct":
         if layout.architecture.experts:
             raise ConfigError(

@@ -58,6 +58,7 @@ def check_members(members: Sequence[Member], ranks: int, jobs: int = 1) -> None:
             raise ConfigError(
                 "evaluation.datasets: a sweep evaluates every model, and needs held-out problems"
             )
+        # a fault that many members share is said once, with their names
         try:
             check_configuration(member.config, ranks)
         except UserError as error:

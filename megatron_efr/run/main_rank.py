@@ -92,6 +92,7 @@ class MainRank:
         self._config = config
         self._codec = TokenizerCodec(tokenizer)
         self._method, self._algorithm = method, algorithm
+        # the method's needs: an engine that can, a thought with an end, iterations enough
         rollout = config.rollout
         marks = thinking_marks(config.model.thinking, tokenizer)
         given = Given(rollout.engine, abilities, marks, config.train.iterations)

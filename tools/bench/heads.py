@@ -270,7 +270,7 @@ def measure(
     """
     row = Row(shape, name)
     try:
-
+        # the forward pass alone is what old and reference log-probs cost
         def forward() -> None:
             with torch.no_grad():
                 head(p)
@@ -291,6 +291,7 @@ def measure(
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         logprobs, gradient = both()
+        # the weight's gradient is a result, which every head has to leave
         if device == "cuda":
             own = 0 if p.weight.grad is None else p.weight.grad.nbytes
             extra = torch.cuda.max_memory_allocated() - before - own

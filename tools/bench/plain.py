@@ -30,6 +30,7 @@ def serve_plain(settings: Settings, folder: Path) -> None:
         total = 0.0
         for batch in batches:
             logprobs = model.logprobs(batch)
+            # the clipped surrogate, each token by its weight
             ratio = (logprobs - batch["columns"]["old_logprob"]).exp()
             advantage, weight = batch["columns"]["advantage"], batch["columns"]["weight"]
             clipped = ratio.clamp(0.8, 1.2) * advantage
@@ -137,6 +138,7 @@ def plain_qwen2(config: dict[str, Any], tensors: dict[str, Any]) -> Any:
             )
             # rotated in halves, as Hugging Face's weights are laid out
             q, k = (x * batch["cos"] + self.turned(x) * batch["sin"] for x in (q, k))
+            # each sequence sees itself alone, as a row of a rectangle
             done = []
             for rows, real in batch["rectangles"]:
                 n, longest = rows.shape
