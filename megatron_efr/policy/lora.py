@@ -8,6 +8,7 @@ that one linear layer joins.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -28,7 +29,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 
-from megatron_efr.config import LoraConfig
+from megatron_efr.config import ConfigError, LoraConfig
 from megatron_efr.weights.lora import ALPHA, drawn, merge, tensor_names
 from megatron_efr.weights.mapping import WeightMapping
 
@@ -73,21 +74,32 @@ class Adapter(torch.nn.Module):
         }
         self.names = [name for name in projections if name.rpartition(".")[2] in config.targets]
         weight = cast(torch.nn.Parameter, linear.weight)
-        self.a = torch.nn.ParameterList(
-            [weight.new_empty(config.rank, weight.shape[1]) for _ in self.names]
-        )
-        self.b = torch.nn.ParameterList(
-            [weight.new_zeros(self._rows[name], config.rank) for name in self.names]
-        )
+        # the module's own, in no ParameterList: overlap_param_gather gathers the parameters of
+        # modules that are called, and a list is not
+        for i, name in enumerate(self.names):
+            a = weight.new_empty(config.rank, weight.shape[1])
+            b = weight.new_zeros(self._rows[name], config.rank)
+            self.register_parameter(f"a{i}", torch.nn.Parameter(a))
+            self.register_parameter(f"b{i}", torch.nn.Parameter(b))
         split, whole, dim = (self.b, self.a, 0) if self.by_rows else (self.a, self.b, 1)
         for parameter in split:
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
         for parameter in whole:
             cast(Any, parameter).sequence_parallel = linear.sequence_parallel
 
+    @property
+    def a(self) -> list[torch.nn.Parameter]:
+        """A of each of `names`."""
+        return [self.get_parameter(f"a{i}") for i in range(len(self.names))]
+
+    @property
+    def b(self) -> list[torch.nn.Parameter]:
+        """B of each of `names`."""
+        return [self.get_parameter(f"b{i}") for i in range(len(self.names))]
+
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The layer's result `y`, from input `x`, with the adapters' added."""
-        low = self._across(F.linear(x, torch.cat(list(self.a))))
+        low = self._across(F.linear(x, torch.cat(self.a)))
         flat = torch.addmm(
             y.flatten(0, -2), low.flatten(0, -2), self._joined_b().t(), alpha=self.scaling
         )
@@ -113,11 +125,12 @@ class Adapter(torch.nn.Module):
         """The Bs in the layer's order of rows, each in columns of its own; zeros for what has no
         adapter.
         """
-        width, parts = len(self.names) * self.rank, []
+        each = dict(zip(self.names, self.b, strict=True))
+        width, parts = len(each) * self.rank, []
         for name, rows in self._rows.items():
-            if name in self.names:
+            if name in each:
                 before = self.names.index(name) * self.rank
-                part = F.pad(self.b[self.names.index(name)], (before, width - before - self.rank))
+                part = F.pad(each[name], (before, width - before - self.rank))
             else:
                 part = self.b[0].new_zeros(rows, width)
             parts.append(part.view(self._groups, -1, width))
@@ -126,7 +139,7 @@ class Adapter(torch.nn.Module):
     @torch.no_grad()
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """This rank's shard of the layer's weight with the adapters' added, computed in float32."""
-        return merge(weight, torch.cat(list(self.a)), self._joined_b(), self.scaling)
+        return merge(weight, torch.cat(self.a), self._joined_b(), self.scaling)
 
     @torch.no_grad()
     def draw(self, seed: int) -> None:
@@ -193,6 +206,8 @@ def adapt(
     """Freeze the model, and give it adapters beside those of `linears` (by their weights' canonical
     names) that are targets. They stand apart in `model.lora`, so that nothing else finds other
     names, tensors or layers than it knows.
+
+    ConfigError if a layer has no linear layer for a target.
     """
     model.requires_grad_(False)
     made: dict[str, Adapter] = {}
@@ -208,10 +223,24 @@ def adapt(
                 else 1
             )
             made[weight] = Adapter(linear, sources, groups, config)
+    _check_targets(model, made, config)
     adapters = Adapters(made)
     cast(Any, model).lora = adapters
     for weight, adapter in made.items():
         linears[weight].register_forward_hook(_adding(adapters, adapter))
+
+
+def _check_targets(model: torch.nn.Module, made: Mapping[str, Adapter], config: LoraConfig) -> None:
+    """Refuse a target that got no adapter in some layer: it would stay untrained, silently."""
+    found = Counter(name.rpartition(".")[2] for each in made.values() for name in each.names)
+    layers = len(cast(Any, model).decoder.layers)
+    missing = [target for target in config.targets if found[target] != layers]
+    if missing:
+        raise ConfigError(
+            f"model.lora.targets: of a stage's {layers} layers some have no linear layer of "
+            f"Megatron's for {', '.join(missing)}; leave it out, or set model.megatron so that "
+            "every layer has one"
+        )
 
 
 def _adding(adapters: Adapters, adapter: Adapter) -> Any:

@@ -179,6 +179,12 @@ def build_models(
     Of Transformer Engine's layers (`use_te`), or of Megatron's and our own; with the adapters of
     `lora`, frozen.
     """
+    mapping = WeightMapping(
+        architecture,
+        parallel.tensor,
+        expert_ranks=parallel.expert,
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+    )
     models = []
     for stage in range(parallel.virtual_pipeline or 1):
         # one model for each virtual stage; only the outer ones have embedding and head
@@ -209,13 +215,7 @@ def build_models(
         _mark_split_weights(model)
         # all frozen but for adapters, which are split as the weights beside them
         if lora is not None:
-            mapping = WeightMapping(
-                architecture,
-                parallel.tensor,
-                expert_ranks=parallel.expert,
-                expert_rank=parallel_state.get_expert_model_parallel_rank(),
-            )
-            adapt(model, _linear_layers(model, mapping), mapping, lora)
+            adapt(model, linear_layers(model, mapping), mapping, lora)
         if device.type == "cuda":
             model.cuda()
         models.append(model)
@@ -261,7 +261,7 @@ def canonical_parameters(
     return found
 
 
-def _linear_layers(
+def linear_layers(
     model: PolicyModel, mapping: WeightMapping
 ) -> dict[str, ColumnParallelLinear | RowParallelLinear]:
     """The model's linear layers by their weights' names in the whole model."""

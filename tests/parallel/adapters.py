@@ -29,6 +29,16 @@ from tests.conftest import ragged_sequences
 from tests.parallel.layout import folder, gathered, split
 
 SGD = {"optimizer": "sgd", "sgd_momentum": 0.0}
+# DDP's settings under which Adam trains; small buckets, so that the passes gather one after the
+# other
+ADAM: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "overlapped": {
+        "use_distributed_optimizer": True,
+        "overlap_param_gather": True,
+        "bucket_size": 3000,
+    },
+}
 
 
 def train(model: str, parallel: ParallelConfig, ranks: Ranks, out: Path) -> dict[str, Any]:
@@ -62,12 +72,29 @@ def train(model: str, parallel: ParallelConfig, ranks: Ranks, out: Path) -> dict
     return result
 
 
+def train_by_adam(model: str, ddp: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Two updates in a row: nothing but the second's passes gathers what the first has changed."""
+    policy = Policy(
+        ModelConfig(path=model, lora=LoraConfig(rank=4, alpha=6.0)), ParallelConfig(ddp=ddp),
+        OptimizerConfig(lr=1e-2, clip_grad=0.0), ranks, updates=2, seed=0,
+    )  # fmt: skip
+    batches = policy.pack_update(ragged_sequences(16), list(range(16)), 200, "sequence")
+    losses = [policy.update(batches, supervised_loss)["loss"] for _ in range(2)]
+    return {"losses": losses, "adapters": policy.parameters.adapter_tensors()}
+
+
 def main(model: str, out: str, *layouts: str) -> None:
+    """`layouts`: of the ranks, or names of `ADAM`."""
     dist.init_process_group("gloo")
     for layout in layouts:
         place = Path(out) / folder(layout)
-        with join_ranks(split(layout), seed=0) as ranks:
-            result = train(model, split(layout), ranks, place)
+        parallel = ParallelConfig() if layout in ADAM else split(layout)
+        with join_ranks(parallel, seed=0) as ranks:
+            result = (
+                train_by_adam(model, ADAM[layout], ranks)
+                if layout in ADAM
+                else train(model, parallel, ranks, place)
+            )
             if ranks.is_main:
                 torch.save(result, place / "result.pt")
             ranks.barrier()

@@ -60,3 +60,18 @@ def test_every_split_trains_the_same_adapters(model: Path, tmp_path: Path) -> No
         )
         assert stored.adapters().keys() == found["adapters"].keys()
         assert apart(dict(stored.items()), found["weights"]) <= 1e-7
+
+
+def test_adapters_that_the_passes_gather_are_the_newest(model: Path, tmp_path: Path) -> None:
+    """Adam's second update, of adapters whose halves two ranks have changed: as without sharding,
+    bit for bit.
+    """
+    run(model, tmp_path, ["plain", "overlapped"], 2)
+    plain, found = (torch.load(tmp_path / each / "result.pt") for each in ("plain", "overlapped"))
+    print(f"losses {plain['losses']}, {found['losses']}")
+    assert plain["losses"][1] < plain["losses"][0] - 0.1
+    assert found["losses"] == plain["losses"]
+    assert found["adapters"].keys() == plain["adapters"].keys()
+    assert all(
+        torch.equal(tensor, found["adapters"][name]) for name, tensor in plain["adapters"].items()
+    )
