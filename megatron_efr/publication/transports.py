@@ -12,6 +12,8 @@ import io
 import pickle
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,16 +21,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch.multiprocessing import reductions
 
 from megatron_efr.addresses import kernels_port
+from megatron_efr.durable import UnwritableError, writing
 from megatron_efr.errors import EngineError, LostError
 from megatron_efr.publication.engine_group import EngineGroup
 from megatron_efr.publication.publisher import Engines
 from megatron_efr.publication.reshard import Parcel
 from megatron_efr.publication.sglang_layout import EngineLayout
-from megatron_efr.weights.folder import copy_all_but_weights
+from megatron_efr.weights.folder import copy_all_but_weights, save_tensors
 
 Prepared = tuple[list[str], str | None]
 """Payloads, one for each engine rank, and their `load_format`."""
@@ -215,25 +217,36 @@ class Disk:
 
     def begin(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
-        copy_all_but_weights(self._template, self._folder)
+        with self._written():
+            self._folder.mkdir(parents=True)
+            copy_all_but_weights(self._template, self._folder)
         self._files = 0
 
     def deliver(self, prepared: Parcel) -> None:
         tensors = {name: tensor.to("cpu").contiguous() for name, tensor in prepared.tensors}
         self._files += 1
-        path = self._folder / f"model-{self._files:05d}.safetensors"
-        save_file(
-            {name: _own(tensor) for name, tensor in tensors.items()},
-            path,
-            metadata={"format": "pt"},
-        )
+        with self._written():
+            save_tensors(
+                {name: _own(tensor) for name, tensor in tensors.items()},
+                self._folder / f"model-{self._files:05d}.safetensors",
+            )
 
     def finish(self) -> None:
         assert self._engines is not None
         self._engines.update_from_disk(str(self._folder))
 
     def abandon(self) -> None: ...
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """Let a disk that does not take what this block writes be an EngineError: the other ranks
+        hear of those.
+        """
+        try:
+            with writing(self._folder, "the engines have the weights that they had before"):
+                yield
+        except UnwritableError as error:
+            raise EngineError(str(error)) from error
 
 
 def encode(parcel: Parcel) -> tuple[str, str | None]:

@@ -228,7 +228,7 @@ def _write_shards(
     dtypes: set[torch.dtype] = set()
     total = 0
     for shard in _batches(tensors, shard_bytes):
-        _save(shard, folder / f"shard-{len(shards)}.safetensors")
+        save_tensors(shard, folder / f"shard-{len(shards)}.safetensors")
         total += sum(tensor.nbytes for tensor in shard.values())
         dtypes |= {tensor.dtype for tensor in shard.values()}
         shards.append(list(shard))
@@ -246,9 +246,12 @@ def _write_shards(
     return dtypes
 
 
-def _save(shard: dict[str, torch.Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write contiguous tensors in host memory as one safetensors file; OSError if the disk does not
+    take it.
+    """
     try:
-        save_file(shard, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:  # what it says of a full disk
         raise OSError(str(error)) from error
 

@@ -6,20 +6,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from megatron_efr.config import LoraConfig
-from megatron_efr.durable import writing
-from megatron_efr.weights.folder import generator
+from megatron_efr.durable import whole_folder
+from megatron_efr.weights.folder import generator, save_tensors
 
 PREFIX = "base_model.model."  # PEFT's, before a module's name in Hugging Face's model
 ALPHA = "lora_alpha"  # beside the tensors in a checkpoint, float64 [1]
+_NUMBERS = 2**22  # of a weight that are merged at once
 
 
 def tensor_names(module: str) -> tuple[str, str]:
@@ -40,8 +38,16 @@ def drawn(seed: int, name: str, shape: tuple[int, int]) -> torch.Tensor:
 def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
     """weight [out, in] + scaling * b [out, rank] @ a [rank, in], computed in float32, in the
     weight's type.
+
+    Some rows at a time: beside the result there are 32 MiB in float32 at most, and a.
     """
-    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling).to(weight.dtype)
+    merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    rows, a = max(1, _NUMBERS // weight.shape[1]), a.float()
+    for into, part, b_part in zip(
+        merged.split(rows), weight.split(rows), b.split(rows), strict=True
+    ):
+        into.copy_(torch.addmm(part.float(), b_part.float(), a, alpha=scaling))
+    return merged
 
 
 def shape_of_adapters(sizes: Mapping[str, Sequence[int]]) -> tuple[int, list[str]] | None:
@@ -71,8 +77,6 @@ def save_adapter(
 
     Complete or absent: it is built beside its place and moved there.
     """
-    destination = Path(destination)
-    partial = destination.with_name(destination.name + ".partial")
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -85,13 +89,9 @@ def save_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    with writing(destination):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with whole_folder(Path(destination)) as partial:
         (partial / "adapter_config.json").write_text(
             json.dumps(described, indent=2) + "\n", encoding="utf-8"
         )
         kept = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-        save_file(kept, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        shutil.rmtree(destination, ignore_errors=True)
-        os.replace(partial, destination)
+        save_tensors(kept, partial / "adapter_model.safetensors")

@@ -5,6 +5,7 @@ still there.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from megatron_efr.config import ObserveConfig
+from megatron_efr.config import LoraConfig, ObserveConfig
 from megatron_efr.durable import (
     UnwritableError,
     append_line,
@@ -23,10 +25,14 @@ from megatron_efr.durable import (
     standing,
     whole_folder,
 )
+from megatron_efr.errors import EngineError
 from megatron_efr.evaluation.journal import Unfinished
 from megatron_efr.observe import Observer
+from megatron_efr.publication.reshard import Parcel
+from megatron_efr.publication.transports import Disk
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.weights.folder import save_folder
+from megatron_efr.weights.lora import save_adapter
 from tests.groups import credited, graded
 
 GROUP = credited(graded([True], [2]), [0.5])
@@ -137,6 +143,42 @@ def test_a_folder_that_is_there_stands_until_the_new_one_does(
     with whole_folder(place) as partial:
         (partial / "a").write_text("2")
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["model", "model/a"]
+
+
+def test_an_adapter_is_complete_or_absent_and_the_last_one_is_kept(tmp_path: Path) -> None:
+    lora = LoraConfig(rank=2, alpha=4.0)
+    save_adapter(tmp_path / "adapter", {"a": torch.zeros(100)}, lora, "model")
+    before = contents(tmp_path)
+    with (
+        full_disk(),
+        pytest.raises(UnwritableError, match=r"adapter: cannot be written: .*File too large"),
+    ):
+        save_adapter(tmp_path / "adapter", {"a": torch.ones(100)}, lora, "model")
+    assert contents(tmp_path) == before
+    save_adapter(tmp_path / "adapter", {"a": torch.ones(100)}, lora, "model")
+    assert load_file(tmp_path / "adapter/adapter_model.safetensors")["a"].sum() == 100
+    assert len(contents(tmp_path)) == 2
+
+
+# Rust's words of a full disk, and Python's
+@pytest.mark.parametrize("step", ["begin", "deliver"])
+def test_a_full_shared_disk_is_the_engines_error_which_every_rank_hears(
+    step: str, tmp_path: Path
+) -> None:
+    template, shared = tmp_path / "template", tmp_path / "shared"
+    template.mkdir()
+    (template / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    disk, parcel = Disk(None, shared, template), Parcel([("a", torch.ones(100))], None)
+    if step == "deliver":
+        disk.begin()
+    with (
+        full_disk(),
+        pytest.raises(EngineError, match=rf"^{shared}: cannot be written: .*File too large.*free"),
+    ):
+        disk.begin() if step == "begin" else disk.deliver(parcel)
+    disk.begin()  # tried again, with room
+    disk.deliver(parcel)
+    assert load_file(shared / "model-00001.safetensors")["a"].sum() == 100
 
 
 # its thread says so too
