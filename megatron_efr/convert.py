@@ -86,21 +86,22 @@ def megatron_to_peft(source: Path, destination: Path, template: Path | None = No
     save_adapter(destination, weights.adapters(), weights.lora, template)
 
 
-def compare_bytes(folder: Path, checkpoint: Path) -> int:
-    """Convert every tensor both ways and compare the bytes; UserError names the first that differs.
+def compare_bytes(folder: Path, checkpoint: Path) -> str:
+    """A sentence of what was compared, byte by byte; UserError names the first tensor that differs.
 
-    Returns how many Hugging Face tensors there are. Memory: one tensor at a time.
+    Every tensor is converted both ways. A checkpoint with low-rank adapters goes one way, since no
+    file holds merged weights but the folder: they are merged anew. Memory: one tensor at a time.
     """
     architecture = Architecture.from_folder(folder)
     there = FolderWeights(folder, architecture)
     here = torch_dist.CheckpointWeights(checkpoint, architecture)
-    if here.lora is not None:  # merged weights are in no checkpoint: they are computed anew
+    if here.lora is not None:
         for name, tensor in here.items():
             if not _same_bytes(tensor, there[name]):
                 raise UserError(
                     f"{folder}: {name} is not what {checkpoint} holds, with its adapter"
                 )
-        return len(there.shapes)
+        return f"{len(there.shapes)} tensors merged anew: every byte is the same"
     mapping = here.mapping
     for name in mapping.parameters():
         parameter = here.parameter(name)
@@ -114,7 +115,7 @@ def compare_bytes(folder: Path, checkpoint: Path) -> int:
         for source, tensor in mapping.to_hugging_face(name, [parameter]):
             if not _same_bytes(tensor, sources[source]):
                 raise UserError(f"{folder}: {source} is not what {checkpoint} holds in {name}")
-    return len(there.shapes)
+    return f"{len(there.shapes)} tensors converted both ways: every byte is the same"
 
 
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -164,13 +165,17 @@ def _parser() -> argparse.ArgumentParser:
         direction.add_argument("destination", type=Path, metavar="DST")
         if name != "megatron-to-peft":
             direction.add_argument(
-                "--verify-bytes", action="store_true", help="convert back and compare every byte"
+                "--verify-bytes",
+                action="store_true",
+                help="convert back, or merge low-rank adapters anew, and compare every byte",
             )
             direction.add_argument(
                 "--verify",
                 action="store_true",
                 help="also compare log-probs with transformers; builds both models in turn",
             )
+        else:
+            direction.set_defaults(verify_bytes=False, verify=False)
         if name != "hf-to-megatron":
             direction.add_argument(
                 "--template",
@@ -184,10 +189,6 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: SequenceOf[str] | None = None) -> None:
     """Command line of `efr convert`."""
     given = _parser().parse_args(argv)
-    if given.direction == "megatron-to-peft":
-        megatron_to_peft(given.source, given.destination, given.template)
-        print(f"{given.destination}: written")
-        return
     began = time.perf_counter()
     forth = given.direction == "hf-to-megatron"
     if forth:
@@ -204,8 +205,10 @@ def main(argv: SequenceOf[str] | None = None) -> None:
     try:
         if forth:
             hf_to_megatron(folder, checkpoint)
-        else:
+        elif given.direction == "megatron-to-hf":
             megatron_to_hf(checkpoint, folder, given.template)
+        else:
+            megatron_to_peft(checkpoint, folder, given.template)
     except OSError as error:
         raise UserError(
             f"{given.source} to {given.destination}: cannot be read or written: {error}"
@@ -213,10 +216,7 @@ def main(argv: SequenceOf[str] | None = None) -> None:
     print(f"{given.destination}: written in {time.perf_counter() - began:.1f} s")
     # compare what was written with what was read
     if given.verify or given.verify_bytes:
-        print(
-            f"{compare_bytes(folder, checkpoint)} tensors converted both ways: every byte is the "
-            "same"
-        )
+        print(compare_bytes(folder, checkpoint))
     if given.verify:
         print(f"Megatron's {compare_logits(folder, checkpoint)}")
     sys.stdout.flush()

@@ -379,7 +379,8 @@ class Policy:
         """(Hugging Face name, whole tensor) pairs on rank 0, bucket by bucket; empty tensors
         elsewhere.
 
-        All ranks iterate together. If nothing is split the tensors are views of the parameters.
+        All ranks iterate together. If nothing is split the tensors are views of the parameters;
+        those with adapters are added up for the bucket.
         """
         return (pair for parcel in self.parcels() for pair in parcel.tensors)
 

@@ -3,15 +3,16 @@
 While a bucket is in use at its destination the next is on its way, so one pipeline stage sends
 while another's weights go to the engines. Two ways:
 
-- to one rank, `main`: shards travel from their own memory. What lands (`Entry.lands`) arrives in
-  its place in the whole tensors; the rest arrives beside them and is copied into place, as are
-  main's own shards.
+- to one rank, `main`: shards travel from the memory they are in. What lands (`Entry.lands`)
+  arrives in its place in the whole tensors; the rest arrives beside them and is copied into place,
+  as are main's own shards.
 - to every rank: each holder packs its shards into one message for all, from which everyone puts
   them together. More than a bucket is not copied once more: a parameter split by rows, as
   vocabularies are, is whole as it arrives.
 
 Memory beyond the parameters, on a rank that receives: two buckets and the largest parameter at
-most. Senders to one rank need none.
+most. Senders to one rank need none if their shards lie in memory; those that are computed when
+they are asked for, as weights with low-rank adapters are, a bucket's.
 """
 
 from __future__ import annotations
@@ -70,9 +71,10 @@ class Reshard:
     ) -> Iterator[Parcel]:
         """Every bucket in turn; all ranks of the group iterate together.
 
-        `local`: this rank's shards. `everywhere`: every rank of its group gets the tensors, else
-        `main` alone, and the groups without it have nothing to do. Without `flat` tensors are views
-        of live shards if nothing is split. A parcel is good until the next is asked for.
+        `local`: this rank's shards, in memory or computed when they are asked for. `everywhere`:
+        every rank of its group gets the tensors, else `main` alone, and the groups without it have
+        nothing to do. Without `flat` tensors are views of the shards if nothing is split. A parcel
+        is good until the next is asked for.
         """
         if not everywhere and not self._member:
             yield from map(self._names, self.plan.buckets)
@@ -134,7 +136,7 @@ class Reshard:
     # ----------------------------------------------------------------------------------------------
 
     def _send(self, bucket: Bucket, local: Shards) -> _Transfer:
-        """Send this rank's shards to `main`, from their own memory."""
+        """Send this rank's shards to `main`, from the memory they are in."""
         parts: list[torch.Tensor] = []
         for entry in bucket.messages(self._main).get(self._rank, []):
             shard = local[entry.name]

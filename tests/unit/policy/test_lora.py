@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2ForCausalLM
 
 from megatron_efr import convert, inspect_checkpoint
@@ -25,11 +26,16 @@ from megatron_efr.config import (
 )
 from megatron_efr.errors import UserError
 from megatron_efr.memory import trained_count
-from megatron_efr.parity import load, log_probs, random_tokens
+from megatron_efr.parity import Reference, load, log_probs, random_tokens
 from megatron_efr.policy import Policy, Ranks, policy_loss, supervised_loss
 from megatron_efr.policy.divisibility import check_fit
 from megatron_efr.policy.forward import checkpoint_log_probs
+from megatron_efr.policy.lora import adapt
+from megatron_efr.policy.model import build_models, linear_layers, transformer_config
 from megatron_efr.samples import PackedBatch, Sample
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.lora import merge
+from megatron_efr.weights.mapping import WeightMapping
 from tests.conftest import ragged_sequences
 from tests.families import make_family_folder
 
@@ -271,7 +277,7 @@ def test_a_resumed_policy_goes_on_bit_for_bit(
 
 
 def test_a_checkpoint_becomes_a_merged_folder_and_a_peft_one(
-    tied_model: Path, ranks: Ranks, tmp_path: Path
+    tied_model: Path, ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     policy = build(tied_model, ranks, ["q_proj", "v_proj", "up_proj"])
     trained(policy)
@@ -281,12 +287,15 @@ def test_a_checkpoint_becomes_a_merged_folder_and_a_peft_one(
     )
     convert.main(["megatron-to-hf", str(saved), str(tmp_path / "merged"), "--verify-bytes"])
     merged = load_file(tmp_path / "merged" / "model.safetensors")
+    said = capsys.readouterr().out
+    assert said.endswith(f"\n{len(merged)} tensors merged anew: every byte is the same\n")
     for name, weight in policy.named_weights():
         assert float((merged[name] - weight).abs().max()) <= 1e-7, name
     ids = random_tokens(61, rows=2)
     found = checkpoint_log_probs(tied_model, saved, ids, ranks, policy.model_config.lora)
     assert float((found - log_probs(load(tmp_path / "merged"), ids)).abs().max()) <= 1e-5
     convert.main(["megatron-to-peft", str(saved), str(tmp_path / "converted")])
+    assert f"{tmp_path / 'converted'}: written in " in capsys.readouterr().out
     policy.save_adapter(tmp_path / "adapter")
     one, other = (tmp_path / name for name in ("adapter", "converted"))
     for file in ("adapter_config.json", "adapter_model.safetensors"):
@@ -303,6 +312,53 @@ def test_a_checkpoint_becomes_a_merged_folder_and_a_peft_one(
     assert ("low-rank adapters of rank 4 beside q_proj, up_proj, v_proj") in "\n".join(
         inspect_checkpoint.describe(saved)
     )
+
+
+def test_a_folder_of_bfloat16_is_what_megatron_makes_of_its_checkpoint(
+    tied_model: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """The folder's sums are rounded, so Megatron's must be: apart from that the two differ by more
+    than float32's rounding.
+    """
+    policy = build(tied_model, ranks, dtype="bfloat16")
+    trained(policy)
+    adapters = policy.parameters.adapter_tensors()
+    assert all(tensor.any() for tensor in adapters.values()), "a B that is zero still"
+    state = {"step": 2, "initial_model": policy.initial_model}
+    saved = Checkpoints(tmp_path / "run", CheckpointConfig(), ranks).save(
+        2, policy.sharded_state(), state
+    )
+    convert.megatron_to_hf(saved, tmp_path / "merged")
+    ids = random_tokens(61)
+    reference = Reference.of(load(tmp_path / "merged"), ids)
+    lora = policy.model_config.lora
+    found = checkpoint_log_probs(tmp_path / "merged", saved, ids, ranks, lora)
+    reference.compare(found, "Megatron's")
+
+
+def test_merging_takes_room_for_some_rows_alone() -> None:
+    """And gives the sum in float64 of a weight of several chunks, rounded to its type."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1500, 4096, generator=generator).bfloat16()
+    a, b = torch.randn(4, 4096, generator=generator), torch.randn(1500, 4, generator=generator)
+    with Largest() as largest:
+        merged = merge(weight, a, b, 0.5)
+    assert largest.numbers == 2**22
+    exact = weight.double() + 0.5 * b.double() @ a.double()
+    assert merged.dtype == torch.bfloat16
+    assert torch.allclose(merged.double(), exact, rtol=2.0**-8, atol=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest float32 tensor has that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **kwargs or {})
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float32:
+            self.numbers = max(self.numbers, made.numel())
+        return made
 
 
 def test_peft_loads_the_folder_with_the_same_logits(
@@ -327,7 +383,21 @@ def test_peft_loads_the_folder_with_the_same_logits(
     assert float((found - torch.cat(theirs)).abs().max()) <= 1e-5
 
 
-def test_what_does_not_go_together_is_refused_by_key(tied_model: Path, tmp_path: Path) -> None:
+def adapt_all_but_one(path: Path, ranks: Ranks) -> None:
+    """Adapters for a model whose last layer has no down_proj, as far as is known."""
+    model, parallel = ModelConfig(path=str(path)), ParallelConfig()
+    architecture = Architecture.from_folder(path)
+    config = transformer_config(model, architecture, parallel)
+    [built] = build_models(config, architecture, parallel, False, ranks.device)
+    mapping = WeightMapping(architecture)
+    linears = linear_layers(built, mapping)
+    del linears["decoder.layers.3.mlp.linear_fc2.weight"]
+    adapt(built, linears, mapping, LoraConfig(targets=["q_proj", "down_proj"]))
+
+
+def test_what_does_not_go_together_is_refused_by_key(
+    tied_model: Path, ranks: Ranks, tmp_path: Path
+) -> None:
     def refused(path: Path, parallel: ParallelConfig, **changes: Any) -> str:
         lora = LoraConfig(targets=changes.pop("targets", ALL))
         with pytest.raises(ConfigError) as caught:
@@ -351,6 +421,10 @@ def test_what_does_not_go_together_is_refused_by_key(tied_model: Path, tmp_path:
     assert said.endswith("name attention's projections alone: q_proj")
     said = refused(mixture, ParallelConfig(expert=2), targets=["q_proj"])
     assert said.startswith("parallel.expert: 2 ranks would share experts")
+    with pytest.raises(
+        ConfigError, match=r"^model\.lora\.targets: of a stage's 4 layers some have"
+    ):
+        adapt_all_but_one(tied_model, ranks)
     convert.hf_to_megatron(tied_model, tmp_path / "megatron")
     with pytest.raises(UserError, match="holds no low-rank adapters"):
         convert.megatron_to_peft(tmp_path / "megatron", tmp_path / "none")
