@@ -41,6 +41,12 @@ def trained_count(architecture: Architecture, lora: LoraConfig | None) -> int:
     return sum(lora.rank * sum(shape) for name, shape in shapes if name.endswith(ends))
 
 
+def held_count(architecture: Architecture, lora: LoraConfig | None) -> int:
+    """Parameters of the whole model, with the adapters beside them if there are any."""
+    adapters = 0 if lora is None else trained_count(architecture, lora)
+    return parameter_count(architecture) + adapters
+
+
 def stage_parameters(architecture: Architecture, parallel: ParallelConfig) -> list[tuple[int, int]]:
     """(parameters, experts' among them) of one rank of each pipeline stage; exact for stages of
     equal layers.
@@ -176,8 +182,7 @@ def kv_bytes_per_token(architecture: Architecture, engine_ranks: int, dtype: str
 
 def checkpoint_bytes(architecture: Architecture, dtype: str, lora: LoraConfig | None = None) -> int:
     """One checkpoint on disk: the weights, adapters too, and the optimizer's state once."""
-    trained = trained_count(architecture, lora)
-    held = parameter_count(architecture) + (0 if lora is None else trained)
+    held, trained = held_count(architecture, lora), trained_count(architecture, lora)
     return held * BYTES[dtype] + optimizer_bytes(trained, dtype)
 
 

@@ -175,6 +175,15 @@ class EvaluateConfig(RunConfig):
     evaluation: EvaluationConfig
     grading: GradingConfig = Field(default_factory=GradingConfig)
 
+    @model_validator(mode="after")
+    def _adapters_are_merged(self) -> EvaluateConfig:
+        if self.model.lora is not None:
+            raise ValueError(
+                "model.lora: an evaluation trains none, and asks the weights at model.path, a "
+                "checkpoint's with its adapters merged; leave it out"
+            )
+        return self
+
 
 def _check_divides(sequences: int, said: str, parallel: ParallelConfig, world_size: int) -> None:
     """Refuse the sequences of an update, as they are `said`, that do not divide over the replicas

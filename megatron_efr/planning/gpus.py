@@ -19,7 +19,7 @@ from megatron_efr.config import ConfigError, TrainConfig
 from megatron_efr.config.file import load
 from megatron_efr.memory import MICRO_BATCH_TOKENS, MemoryPlan, Shape, parameter_count, plan
 from megatron_efr.planning.shapes import shape_of
-from megatron_efr.policy.divisibility import check_fit
+from megatron_efr.policy.divisibility import check_fit, te_layers_suit
 from megatron_efr.weights.architecture import Architecture
 
 # if rollout.server.mem_fraction_static is left out; SGLang then decides for itself
@@ -77,11 +77,7 @@ class Case:
                 world=self.world,
                 micro_batch_tokens=self.micro_batch_tokens,
                 recompute=config.model.megatron.get("recompute_granularity") == "full",
-                local_layers=(
-                    config.model.layers == "local"
-                    or config.model.dtype != "bfloat16"
-                    or config.model.lora is not None
-                ),
+                local_layers=not te_layers_suit(config.model),
                 sharded_optimizer=bool(config.parallel.ddp.get("use_distributed_optimizer", False)),
                 # what the engine takes of the same GPUs
                 engine_ranks=config.rollout.tp,

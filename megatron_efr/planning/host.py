@@ -22,6 +22,7 @@ from megatron_efr.memory import (
     BYTES,
     activation_bytes,
     gradient_bytes,
+    held_count,
     kv_bytes_per_token,
     micro_batch_tokens,
     optimizer_bytes,
@@ -117,7 +118,7 @@ class HostPlan:
         # tensors that are there in every phase
         always = {
             "process": resident_bytes(),
-            "weights": (count + (0 if lora is None else trained)) * BYTES[dtype],
+            "weights": held_count(a, lora) * BYTES[dtype],
             "gradients": gradient_bytes(trained),
             "optimizer": optimizer_bytes(trained, dtype),
             "engine": count * BYTES[dtype] + (4 * a.vocab * a.hidden if dtype != "float32" else 0),

@@ -84,9 +84,14 @@ def te_layers(model: ModelConfig) -> bool:
                 "model.layers: transformer_engine is asked for, and it (or CUDA) is not here; use "
                 "auto or local"
             )
-    # adapters are beside Megatron's own linear layers
-    wanted = model.layers != "local" and model.lora is None
-    return wanted and model.dtype == "bfloat16" and _te_is_here()
+    return te_layers_suit(model) and _te_is_here()
+
+
+def te_layers_suit(model: ModelConfig) -> bool:
+    """True if Transformer Engine's layers are used wherever it is installed, on a GPU. Adapters are
+    beside Megatron's own linear layers.
+    """
+    return model.layers != "local" and model.lora is None and model.dtype == "bfloat16"
 
 
 def _te_is_here() -> bool:

@@ -169,7 +169,7 @@ class Family:
             name=self._config.name,
             runs=self._config.runs,
             seed=self._config.seed,
-            model=config.model.model_copy(update={"path": model, "init": init}),
+            model=config.model.model_copy(update={"path": model, "init": init, "lora": None}),
             prompt=config.data.prompt,
             evaluation=config.evaluation,
             grading=config.grading,

@@ -278,3 +278,19 @@ def test_phases_hold_what_their_names_say(model_7b: Path) -> None:
     assert static == int(case.static_fraction * case.gpu_bytes)
     assert phases["publish"].total - phases["wake"].total == 2 * 512 * 2**20 + 2 * 152064 * 3584
     assert "KV cache" not in phases["train"].parts
+
+
+def test_layers_with_adapters_are_planned_as_local_ones(model_7b: Path) -> None:
+    from megatron_efr.planning.gpus import Case
+
+    example = str(Path(__file__).parents[2] / "examples/paper_7b.yaml")
+    case = Case(example, (f"model.path={model_7b}",), world=8, gpu_bytes=80 * 2**30)
+    kept = [
+        next(p.parts["activations"] for p in each.plan.phases if p.name == "train")
+        for each in (
+            case,
+            case.and_also(["model.layers=local"]),
+            case.and_also(["model.lora={}", "model.layers=auto"]),
+        )
+    ]
+    assert kept[0] < kept[1] == kept[2]

@@ -31,7 +31,7 @@ def evaluations(
     tree = {
         "name": "family",
         "runs": str(place),
-        "model": {"path": str(place / "model"), "init": "random"},
+        "model": {"path": str(place / "model"), "init": "random", "lora": {"rank": 4}},
         "data": {"datasets": [{"path": "train.jsonl"}]},
         "rollout": rollout,
         "method": {"name": "efr"},

@@ -184,6 +184,8 @@ OVERRIDES: list[tuple[str, str, list[str]]] = [
         "are both called 'x'"]),
     ("evaluate", "evaluation.datasets=[{path: a/b}, {path: c/b}]", ["evaluation.datasets.1: c/b "
         "and a/b are both"]),
+    ("evaluate", "model.lora={rank: 4}", ["c.yaml: model.lora: an evaluation trains none",
+        "leave it out"]),
     ("evaluate", "evaluation.samples_by_dataset={2024: 3}", ["samples_by_dataset: 2024: a key "
         "is text; put quotes"]),
     ("sft", "train.updates=1.0", ["c.yaml: train.updates: ", "(got 1.0)"]),
