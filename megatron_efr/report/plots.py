@@ -18,7 +18,10 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from matplotlib.transforms import Bbox
+
+from megatron_efr.report import labels
+
+_REACH = 4.0  # of a mark and of a bar's cap, in points
 
 # Each colour is a CSS variable on the page, so that one drawing serves light and dark; a PNG shows
 # the light values.
@@ -133,48 +136,47 @@ def _bars(model: Mapping[str, Any], key: str, scale: float) -> np.ndarray | None
 
 
 def _place_labels(axis: Axes, points: Sequence[Point]) -> None:
-    """Put each text beside its point, at the first place on the axis that no other text, point or
-    bar has.
+    """Put each text beside its point, off other texts, points and bars; a line leads to one that is
+    not next to it.
     """
     figure = axis.get_figure(root=True)
     assert figure is not None
-    canvas = FigureCanvasAgg(figure)
+    renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()  # settles the layout, so that pixels mean something
-    ends = [
-        (0.0, 0.0) if p.accuracy_bars is None else (p.accuracy_bars[0, 0], p.accuracy_bars[1, 0])
-        for p in points
-    ]
-    low = (
-        axis.transData.transform(
-            [(p.tokens, p.accuracy - e[0]) for p, e in zip(points, ends, strict=True)]
-        )
-        - 9
-    )
-    high = (
-        axis.transData.transform(
-            [(p.tokens, p.accuracy + e[1]) for p, e in zip(points, ends, strict=True)]
-        )
-        + 9
-    )
-    taken = [Bbox(corners) for corners in np.stack([low, high], axis=1)]
-    places = [
-        (9, 7, "left", "bottom"),
-        (-9, 7, "right", "bottom"),
-        (9, -7, "left", "top"),
-        (-9, -7, "right", "top"),
-    ]
-    places += [(0, 22, "center", "bottom"), (0, -22, "center", "top")]
+    pixels = figure.dpi / 72  # of a point
+    style: Any = {"textcoords": "offset points", "fontweight": "bold", "ha": "center"}
+    style |= {"va": "center", "xytext": (0, 0)}
+    middles, sizes = np.empty((2, len(points), 2))
     for own, p in enumerate(points):
-        others = [box for index, box in enumerate(taken) if index != own]
-        for last, (dx, dy, ha, va) in enumerate(places, start=1):
-            place = {"xytext": (dx, dy), "textcoords": "offset points", "ha": ha, "va": va}
-            note = axis.annotate(p.text, (p.tokens, p.accuracy), fontweight="bold", **place)
-            box = note.get_window_extent(canvas.get_renderer())
-            inside = axis.bbox.containsx(box.x0) and axis.bbox.containsx(box.x1)
-            if last == len(places) or (inside and not any(box.overlaps(other) for other in others)):
-                taken.append(box)
-                break
-            note.remove()
+        note = axis.annotate(p.text, (p.tokens, p.accuracy), **style)
+        middles[own] = axis.transData.transform(note.xy) / pixels
+        sizes[own] = np.array(note.get_window_extent(renderer).size) / pixels
+        note.remove()
+    frame = np.array(axis.bbox.extents) / pixels
+    placed = labels.place(middles, sizes, _taken(axis, points) / pixels, frame)
+    axis.autoscale(False)
+    ends = axis.transData.inverted().transform(placed.ends * pixels)
+    for p, offset, lined, end in zip(
+        points, placed.middles - middles, placed.lined, ends, strict=True
+    ):
+        axis.annotate(p.text, (p.tokens, p.accuracy), **style | {"xytext": offset})
+        if lined:
+            line = (p.tokens, end[0]), (p.accuracy, end[1])
+            axis.plot(*line, color=MUTED, linewidth=0.7, zorder=4)
+
+
+def _taken(axis: Axes, points: Sequence[Point]) -> np.ndarray:
+    """The boxes of marks and bars, [boxes, 4], in pixels."""
+    ends: list[np.ndarray] = []  # low and high, [2, 2] each
+    for p in points:
+        middle = np.array([[p.tokens, p.accuracy]])
+        ends.append(middle.repeat(2, axis=0))
+        for way, bar in zip(np.eye(2), (p.token_bars, p.accuracy_bars), strict=True):
+            if bar is not None:
+                ends.append(middle + np.array([[-1.0], [1.0]]) * bar * way)
+    pixels = axis.transData.transform(np.reshape(ends, (-1, 2))).reshape(-1, 2, 2)
+    reach = _REACH * axis.figure.dpi / 72
+    return (pixels + np.array([[-reach], [reach]])).reshape(-1, 4)
 
 
 class Line(NamedTuple):
