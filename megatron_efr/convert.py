@@ -151,6 +151,7 @@ def _refuse_existing(destination: Path) -> None:
 def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="efr convert", description=str(__doc__).partition(": ")[2])
     directions = made.add_subparsers(dest="direction", required=True)
+    # a command for each direction: its help lists what it takes, and no more
     for name, text in {
         "hf-to-megatron": "a Hugging Face folder to a Megatron checkpoint",
         "megatron-to-hf": (
@@ -164,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         direction.add_argument("source", type=Path, metavar="SRC")
         direction.add_argument("destination", type=Path, metavar="DST")
         if name != "megatron-to-peft":
+            # adapters alone are no model that could be converted back
             direction.add_argument(
                 "--verify-bytes",
                 action="store_true",
@@ -177,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         else:
             direction.set_defaults(verify_bytes=False, verify=False)
         if name != "hf-to-megatron":
+            # a checkpoint holds weights alone; the rest of a model folder comes from here
             direction.add_argument(
                 "--template",
                 type=Path,

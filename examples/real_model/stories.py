@@ -102,6 +102,7 @@ def write(out: Path, seed: int, train: int, test: int, sums: int, sft: int) -> N
     few for that.
     """
     out.mkdir(parents=True, exist_ok=True)
+    # drawn first, so that nothing else may hold a problem of two steps that is asked here
     rng = random.Random(f"{seed}/test")
     held_out = [draw(rng, 1 + i % 2) for i in range(test)]
     kept = {numbers(story) for story in held_out if len(story.steps) > 1}
@@ -115,6 +116,7 @@ def write(out: Path, seed: int, train: int, test: int, sums: int, sft: int) -> N
                 drawn.append(story)
         return drawn
 
+    # problems to be trained on, and solutions that show how one is written
     _write(out / "test.jsonl", map(_problem, held_out))
     _write(out / "train.jsonl", map(_problem, others(train, "train")))
     rng = random.Random(f"{seed}/solutions")
@@ -125,6 +127,7 @@ def write(out: Path, seed: int, train: int, test: int, sums: int, sft: int) -> N
             for story in others(sft, "sft")
         ),
     )
+    # bare sums: what every step of a story comes down to
     rng = random.Random(f"{seed}/sums")
     pairs = [(rng.randint(SMALLEST, LARGEST), rng.randint(SMALLEST, LARGEST)) for _ in range(sums)]
     _write(
