@@ -52,9 +52,10 @@ def checkpoint_log_probs(
     [built] = build_models(
         config, architecture, parallel, te_layers(model), ranks.device, model.lora
     )
+    # its weights, with the adapters in them: the one model that a folder holds
     loaded: Any = dist_checkpointing.load({"model0": built.sharded_state_dict()}, str(checkpoint))
     built.load_state_dict(loaded["model0"])
-    del loaded
+    del loaded  # a second copy, which the model does not need any more
     if built.adapters is not None:
         _merge(built, built.adapters, WeightMapping(architecture), checkpoint)
     built.eval()
