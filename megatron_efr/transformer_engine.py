@@ -26,6 +26,7 @@ def _imports() -> bool:
     try:
         importlib.import_module(f"{NAME}.pytorch")
     except Exception as error:  # of any kind: see above
+        # parts that did import would pass for the whole
         for name in [name for name in sys.modules if name.split(".")[0] == NAME]:
             del sys.modules[name]
         sys.modules[NAME] = None  # type: ignore[assignment] - from now on importing it is an ImportError

@@ -158,6 +158,7 @@ def _uneven_reduce_scatter(even: Any) -> Any:
             return even(tensor, group, None, *args, **kwargs)
         whole = tensor.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(whole, group=group)
+        # a copy: a view would keep all ranks' sums
         return whole.split(sizes)[group.rank()].clone()
 
     return scatter

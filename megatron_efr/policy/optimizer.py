@@ -112,6 +112,7 @@ class Optimizer:
                 peers: dist.ProcessGroup = group.intra_distributed_optimizer_instance_group
                 for bucket in group.buckets:
                     shares = list(bucket.grad_data.chunk(peers.size()))
+                    # a copy, since its own share is also written
                     dist.all_gather(shares, shares[peers.rank()].clone(), group=peers)
 
     # -- leaving the GPU between phases

@@ -400,8 +400,10 @@ class Policy:
         if self.ranks.is_main:
             save_folder(destination, self.named_weights(), self.model_config.path)
         else:
+            # weights are gathered by all ranks together, whoever writes them
             for _ in self.named_weights():
                 pass
+        # nobody goes on before the folder is whole
         self.ranks.barrier()
 
     def save_adapter(self, destination: str | Path) -> None:

@@ -97,6 +97,7 @@ class Reshard:
             if following is not None and self.plan.overlaps(bucket, following, main):
                 moving = self._start(following, local, main, memory, flat)
             yield parcel
+            # its memory is room for a later one
             del parcel
 
     def _memory(self, local: Shards, *, kept: bool) -> _Memory:

@@ -163,6 +163,7 @@ class Phases:
             self._on_engine(lambda engine: engine.wake(), "the engines' waking")
         with self._step("publish", timer):
             self._publisher.publish(policy, version)
+            # caches take the memory next, on devices that belong to several ranks
             give_back_buckets()
             self._ranks.barrier()
         with self._step("resume", timer):

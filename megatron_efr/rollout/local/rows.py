@@ -149,6 +149,7 @@ class Rows:
         row = self[index]
         prompt = int(self.prompt[index])
         end = int(self.length[index]) + row.driver.holds
+        # copies: the place will be another row's
         tokens = self.tokens[index, :end].copy()
         logprobs = self.logprobs[index, prompt:end].copy()
         return Entry(row, tokens, logprobs)

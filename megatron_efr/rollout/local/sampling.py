@@ -113,6 +113,7 @@ def draw_rows(
 def lowered(logits: torch.Tensor, penalties: Iterable[tuple[int, TokenPenalty]]) -> torch.Tensor:
     """Logits [n, vocab] less what these rows' penalties take; the same tensor if there are none."""
     for number, (row, penalty) in enumerate(penalties):
+        # the caller's logits stay the model's own
         logits = logits if number else logits.clone()
         logits[row, list(penalty.tokens)] -= penalty.amount
     return logits
