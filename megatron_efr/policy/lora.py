@@ -99,10 +99,10 @@ class Adapter(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The layer's result `y`, from input `x`, with the adapters' added."""
-        low = self._across(F.linear(x, torch.cat(self.a)))
-        flat = torch.addmm(
-            y.flatten(0, -2), low.flatten(0, -2), self._joined_b().t(), alpha=self.scaling
-        )
+        # of two dimensions: of three torch may choose another product if a gradient is wanted, and
+        # the pass that trains would differ from the one that scores
+        low = self._across(F.linear(x.flatten(0, -2), torch.cat(self.a)))
+        flat = torch.addmm(y.flatten(0, -2), low, self._joined_b().t(), alpha=self.scaling)
         return flat.view_as(y)
 
     def _across(self, low: torch.Tensor) -> torch.Tensor:

@@ -205,6 +205,22 @@ def test_merged_weights_are_the_base_and_the_product(
     assert float((found - exact).abs().max()) <= 1e-5
 
 
+def test_scoring_and_training_passes_give_the_same_bits(tied_model: Path, ranks: Ranks) -> None:
+    """Importance ratios begin at exactly 1: with and without a gradient the same products."""
+    policy, found = build(tied_model, ranks), []
+    batches = policy.pack_update(ragged_sequences(16), list(range(16)), 4096, "sequence")
+    policy.update(batches, supervised_loss)
+
+    def noted(rows: Any) -> Any:
+        found.append(rows.logprobs().detach().clone())
+        return supervised_loss(rows)
+
+    scored = policy.logprobs(batches)
+    policy.update(batches, noted)
+    assert len(scored) == len(found)
+    assert all(torch.equal(one, other) for one, other in zip(scored, found, strict=True))
+
+
 def test_reference_is_the_base_and_adapters_are_back_after_it(
     tied_model: Path, ranks: Ranks
 ) -> None:
