@@ -107,6 +107,7 @@ def write(out: Path, seed: int, train: int, test: int, sums: int, sft: int) -> N
     held_out = [draw(rng, 1 + i % 2) for i in range(test)]
     kept = {numbers(story) for story in held_out if len(story.steps) > 1}
 
+    # rows of the other files: their problems of one step may come twice, there are too few
     def others(count: int, stream: str) -> list[Story]:
         rng = random.Random(f"{seed}/{stream}")
         drawn: list[Story] = []

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
+import tokenize
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -118,6 +121,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 PROGRAMS = {"train", "sft", "dpo", "evaluate", "sweep", "report.__main__"}
 
 LINES, FUNCTION_LINES, PROGRAM_LINES = 500, 72, 210  # of 100 columns
+LONG_BODY = 25  # lines of a function, without docstring, blank lines and comments, that has steps
+STEP_LINES, STEP_STATEMENTS = 12, 10  # lines to a comment on average, statements in a row at most
 PATCHES = {"policy.cpu"}  # the one module that may reach into megatron and torch
 
 
@@ -127,7 +132,7 @@ class Module:
     def __init__(self, path: Path, package: Path) -> None:
         parts = path.relative_to(package).with_suffix("").parts
         self.name = ".".join(parts)
-        self.source = path.read_text(encoding="utf-8")
+        self.path, self.source = path, path.read_text(encoding="utf-8")
         self.tree = ast.parse(self.source)
         self._package, self._base = package, [package.name, *parts[:-1]]
 
@@ -166,6 +171,7 @@ class Module:
         return None
 
 
+@cache
 def modules(package: Path) -> list[Module]:
     return [Module(path, package) for path in sorted(package.rglob("*.py"))]
 
@@ -255,6 +261,49 @@ def long_functions(module: Module) -> list[str]:
     ]
 
 
+_FOR_TOOLS = re.compile(r"# ?(noqa|type:|pyright:|fmt:|pragma)")
+
+
+def silent_functions(path: Path, tree: ast.AST, source: str) -> list[str]:
+    """Longer functions of a file that say too little of their steps, each with its line."""
+    lines = source.splitlines(keepends=True)
+    said = (
+        (node, _silence(node, lines))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    return [f"{path}:{node.lineno} {node.name}: {silence}" for node, silence in said if silence]
+
+
+def _silence(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
+    """A sentence if a longer function lacks comments, else empty. Comments on lines that follow
+    each other are one.
+    """
+    body = node.body[ast.get_docstring(node) is not None :]
+    last = node.end_lineno or 0
+    span = range(body[0].lineno, last + 1) if body else range(0)
+    code = [line for line in span if not re.match(r"\s*(#|$)", lines[line - 1])]
+    if len(code) <= LONG_BODY:
+        return ""
+    first = node.lineno
+    comments = {
+        first - 1 + token.start[0]
+        for token in tokenize.generate_tokens(iter(lines[first - 1 : last]).__next__)
+        if token.type == tokenize.COMMENT and not _FOR_TOOLS.match(token.string)
+    }
+    count = sum(line - 1 not in comments for line in comments)
+    if count * STEP_LINES < len(code):
+        return f"{len(code)} lines, {count} comments; say what each step is for, 3 to 8 statements"
+    # a few comments close together leave the rest in silence
+    starts = {each.lineno for part in body for each in ast.walk(part) if isinstance(each, ast.stmt)}
+    run = 0
+    for line in span:
+        run = (0 if {line, line - 1} & comments else run) + (line in starts)
+        if run > STEP_STATEMENTS:
+            return f"{run} statements up to line {line} without a comment"
+    return ""
+
+
 def test_nobody_imports_whom_it_may_not() -> None:
     assert forbidden_imports(PACKAGE) == []
 
@@ -277,6 +326,17 @@ def test_files_and_functions_stay_short() -> None:
         limit = PROGRAM_LINES if module.name in PROGRAMS else LINES
         assert len(module.source.splitlines()) <= limit, f"{module.name}: more than {limit} lines"
         assert long_functions(module) == []
+
+
+def test_longer_functions_say_what_their_steps_are_for() -> None:
+    root = PACKAGE.parent
+    scripts = [
+        path for name in ("tools", "examples") for path in sorted((root / name).rglob("*.py"))
+    ]
+    sources = [(path, path.read_text(encoding="utf-8")) for path in scripts]
+    files = [(module.path, module.tree, module.source) for module in modules(PACKAGE)]
+    files += [(path, ast.parse(source), source) for path, source in sources]
+    assert [line for file in files for line in silent_functions(*file)] == []
 
 
 def test_every_module_says_what_it_is_and_none_is_a_drawer() -> None:
@@ -420,3 +480,33 @@ def test_the_checker_finds_a_long_function(tree: Path) -> None:
     assert long_functions(Module(tree / "types.py", tree)) == [
         f"types.long: {FUNCTION_LINES + 1} lines"
     ]
+
+
+@pytest.mark.parametrize(
+    ("comments", "found"),
+    [
+        # 26 statements: every 8th has a comment, above it or behind it
+        ({0: "above", 8: "above", 16: "behind", 24: "above"}, []),
+        ({0: "above", 8: "above", 19: "above"}, ["11 statements up to line 24"]),
+        ({0: "above", 10: "above", 20: "noqa"}, ["26 lines, 2 comments"]),
+        ({}, ["26 lines, 0 comments"]),
+    ],
+)
+def test_the_checker_finds_steps_without_a_comment(
+    comments: dict[int, str], found: list[str]
+) -> None:
+    behind = {"behind": "  # why", "noqa": "  # noqa: E501"}
+    lines = [
+        ("    # why\n" if comments.get(number) == "above" else "")
+        + f"    x = {number}{behind.get(comments.get(number, ''), '')}\n"
+        for number in range(26)
+    ]
+
+    def said(body: str) -> list[str]:
+        source = f"class C:\n  def f():\n{body}"
+        return silent_functions(Path("made.py"), ast.parse(source), source)
+
+    told = said('    """Docstring."""\n' + "".join(lines))
+    assert [each in line for each, line in zip(found, told, strict=True)] == [True] * len(found)
+    assert all(line.startswith("made.py:2 f: ") for line in told)
+    assert said("    x = 0\n" * 25) == []  # a body that has no steps to tell
