@@ -86,7 +86,7 @@ class _Places(NamedTuple):
         return chosen
 
     def shared(self, own: int, chosen: IntArray) -> FloatArray:
-        """What the others' places cost one label at each of its places, [places]."""
+        """The cost of the others' places to one label, at each of its own, [places]."""
         others = np.flatnonzero(np.arange(len(chosen)) != own)
         at = chosen[others]
         mine = self.points[own], self.ends[own][:, None]
@@ -99,7 +99,7 @@ class _Places(NamedTuple):
         return found.sum(axis=1)
 
     def total(self, chosen: IntArray) -> float:
-        """What all places cost together."""
+        """The cost of all places together."""
         alone = self.cost[np.arange(len(chosen)), chosen].sum()
         pairs = [self.shared(own, chosen)[at] for own, at in enumerate(chosen)]
         return float(alone + sum(pairs) / 2)
