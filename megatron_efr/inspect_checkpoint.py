@@ -26,7 +26,7 @@ def describe(checkpoint: Path) -> list[str]:
         lines.append(
             f"step {state['step']}, from {start['path']} (SHA-256 {start['sha256'][:12]}...)"
         )
-    # every tensor by its metadata; optimizer states are most of the bytes
+    # every tensor by its metadata, and the optimizer's bytes apart from the model's
     stored = read_metadata(checkpoint).state_dict_metadata
     tensors = {
         key: value for key, value in stored.items() if isinstance(value, TensorStorageMetadata)

@@ -164,7 +164,7 @@ def _section(
         for key, field in rest:
             yield _row(key, field, schema["properties"][key], shown)
         yield ""
-    # the page that says more of this section
+    # some sections have a page of their own
     if more := PAGES.get(_title(place, shown)):
         yield f"More: [{more.removesuffix('.md').replace('-', ' ')}]({more})."
         yield ""

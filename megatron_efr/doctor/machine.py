@@ -22,7 +22,7 @@ SHM_GIB = 1.0
 
 def check_gpus(needed: bool) -> Iterator[Finding]:
     """Driver, GPUs and NCCL, or what runs without them."""
-    # no GPU: enough for tests, which the report says
+    # what runs without one is more than people think
     if not torch.cuda.is_available():
         build = (
             f"torch is built for CUDA {torch.version.cuda}"
