@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.config import ConfigError, ParallelConfig
 from megatron_efr.data.arithmetic import ArithmeticTask, write
 from megatron_efr.memory import (
     BYTES,
@@ -26,11 +26,12 @@ from megatron_efr.memory import (
 )
 from megatron_efr.planning.__main__ import main as plan_program
 from megatron_efr.planning.shapes import shape_of
-from megatron_efr.policy import Policy, supervised_loss
+from megatron_efr.policy import supervised_loss
 from megatron_efr.policy.ranks import Ranks
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import WeightMapping
 from tests.conftest import ragged_sequences
+from tests.policies import make_policy
 
 QWEN_7B = {
     "model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
@@ -98,14 +99,7 @@ def test_parameters_gradients_and_optimizer_are_what_the_policy_holds(
 ) -> None:
     folder = tied_model if tied else untied_model
     architecture = Architecture.from_folder(folder)
-    policy = Policy(
-        ModelConfig(path=str(folder)),
-        ParallelConfig(),
-        OptimizerConfig(lr=1e-3),
-        ranks,
-        updates=1,
-        seed=0,
-    )
+    policy = make_policy(folder, ranks)
     [(count, experts)] = stage_parameters(architecture, ParallelConfig())
     assert experts == 0
     assert sum(p.numel() for chunk in policy.chunks for p in chunk.parameters()) == count
@@ -129,14 +123,7 @@ def test_activations_are_what_autograd_keeps(untied_model: Path, ranks: Ranks) -
     """
     folder, tokens = untied_model, 512
     architecture = Architecture.from_folder(folder)
-    policy = Policy(
-        ModelConfig(path=str(folder)),
-        ParallelConfig(),
-        OptimizerConfig(lr=1e-3),
-        ranks,
-        updates=1,
-        seed=0,
-    )
+    policy = make_policy(folder, ranks)
     parameters = {
         p.untyped_storage().data_ptr() for chunk in policy.chunks for p in chunk.parameters()
     }

@@ -14,20 +14,20 @@ import torch
 from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.checkpoint.manifest import CheckpointError
 from megatron_efr.checkpoint.model_source import ModelSource, find_model
-from megatron_efr.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.config import CheckpointConfig, ModelConfig
 from megatron_efr.convert import hf_to_megatron, megatron_to_hf
 from megatron_efr.errors import UserError
-from megatron_efr.policy import Policy, Ranks
+from megatron_efr.policy import Ranks
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import FolderWeights
+from tests.policies import make_policy
 
 
 @pytest.fixture(scope="module")
 def run(tied_model: Path, ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with a checkpoint of a policy that still has the weights of `tied_model`."""
     folder = tmp_path_factory.mktemp("run")
-    start = ModelConfig(path=str(tied_model))
-    policy = Policy(start, ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0)
+    policy = make_policy(tied_model, ranks)
     state = {"step": 3, "initial_model": policy.initial_model}
     Checkpoints(folder / "checkpoints", CheckpointConfig(), ranks).save(
         3, policy.sharded_state(), state

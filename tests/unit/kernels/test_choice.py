@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.config import ConfigError
 from megatron_efr.kernels import choose_backend
-from megatron_efr.policy import Policy, Ranks
+from megatron_efr.policy import Ranks
+from tests.policies import make_policy
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
 
@@ -44,14 +45,7 @@ def test_auto_with_cuda_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_policy_says_its_choice_once(
     tied_model: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Policy(
-        ModelConfig(path=str(tied_model)),
-        ParallelConfig(),
-        OptimizerConfig(lr=1e-3),
-        ranks,
-        updates=1,
-        seed=0,
-    )
+    make_policy(tied_model, ranks)
     assert capsys.readouterr().err.count("kernels: torch (auto: there is no CUDA device)") == 1
 
 

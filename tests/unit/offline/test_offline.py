@@ -17,20 +17,19 @@ from megatron_efr import dpo, sft
 from megatron_efr.config import (
     ConfigError,
     DpoConfig,
-    ModelConfig,
     OptimizerConfig,
-    ParallelConfig,
     SftConfig,
 )
 from megatron_efr.data.readers import DatasetError
 from megatron_efr.offline import answers
 from megatron_efr.offline.loop import schedule
 from megatron_efr.offline.preferences import PreferenceUpdate
-from megatron_efr.policy import Policy, Ranks, supervised_loss
+from megatron_efr.policy import Ranks, supervised_loss
 from megatron_efr.rollout.group_json import decode_graded, encode_graded
 from megatron_efr.samples import Sample
 from megatron_efr.types import Grade, Graded, Group, Prompt, Response, UserError
 from tests.conftest import ragged_sequences
+from tests.policies import make_policy
 
 
 def graded(name: str, *responses: tuple[int, bool]) -> Graded:
@@ -172,10 +171,7 @@ def test_loss_and_gradient_are_those_of_fp64(tied_model: Path, ranks: Ranks) -> 
     optimizer = OptimizerConfig(
         lr=0.5, clip_grad=0.0, megatron={"optimizer": "sgd", "sgd_momentum": 0.0}
     )
-    model = ModelConfig(path=str(tied_model))
-    policy = Policy(
-        model, ParallelConfig(), optimizer, ranks, updates=10, seed=0, keep_reference=True
-    )
+    policy = make_policy(tied_model, ranks, optimizer=optimizer, updates=10, keep_reference=True)
     # away from the reference
     policy.update(policy.pack_update(samples, [0, 3, 5, 6], 400, "token"), supervised_loss)
     moved, start = (Qwen2ForCausalLM.from_pretrained(tied_model).double() for _ in range(2))

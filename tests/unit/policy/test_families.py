@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_efr.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.policy import Policy, Ranks
+from megatron_efr.config import ConfigError
+from megatron_efr.policy import Ranks
 from megatron_efr.weights.architecture import Architecture, Experts
 from megatron_efr.weights.folder import FolderWeights
 from megatron_efr.weights.mapping import WeightMapping
 from tests.conftest import ragged_sequences
 from tests.families import FAMILIES, LLAMA3_ROPE, make_family_folder
+from tests.policies import make_policy
 
 DENSE = [family for family in FAMILIES if "moe" not in family]
 
@@ -67,10 +68,7 @@ def test_mixtures_equal_transformers(family: str, ranks: Ranks, tmp_path: Path) 
 def _worst_difference(path: Path, ranks: Ranks, longest: int) -> float:
     """The largest difference of a response's log-probs between the policy and transformers."""
     sequences = ragged_sequences(16, longest=longest)
-    policy = Policy(
-        ModelConfig(path=str(path)), ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1,
-        seed=0
-    )  # fmt: skip
+    policy = make_policy(path, ranks)
     batches = policy.pack_update(sequences, list(range(16)), 600, "sequence")
     got = {
         i: part

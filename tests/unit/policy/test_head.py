@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_efr.algorithms import Objective
-from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_efr.config import OptimizerConfig, ParallelConfig
 from megatron_efr.kernels import matmul
 from megatron_efr.policy import Policy, Ranks, policy_loss, supervised_loss
 from megatron_efr.policy.head import loss_scaling
@@ -21,6 +21,7 @@ from megatron_efr.types import UserError
 from tests.conftest import make_model_folder
 from tests.groups import sample
 from tests.parallel import head
+from tests.policies import make_policy
 
 PPO = policy_loss(Objective())
 
@@ -104,9 +105,7 @@ def test_the_optimizers_own_loss_scale_is_promised(models: str, ranks: Ranks) ->
     for scale in ({}, {"loss_scale": 4096.0}):
         parallel = ParallelConfig(ddp={"use_distributed_optimizer": True})
         optimizer = OptimizerConfig(lr=1e-3, clip_grad=0.0, megatron=scale)
-        policy = Policy(
-            ModelConfig(path=f"{models}/untied"), parallel, optimizer, ranks, updates=1, seed=0
-        )
+        policy = make_policy(f"{models}/untied", ranks, parallel=parallel, optimizer=optimizer)
         norms.append(policy.update(head.batches(policy, head.PLAIN), PPO)["grad_norm"])
         assert loss_scaling(policy.config, ranks, 3) == (1.0, scale.get("loss_scale", 1.0))
     assert norms[0] == norms[1], "a power of 2 changes no bit"
@@ -116,11 +115,13 @@ def test_gradients_reduced_in_bf16_go_through_autograd(ranks: Ranks, tmp_path: P
     path = make_model_folder(tmp_path / "bf16", tied=True, dtype=torch.bfloat16)
     gradients: list[dict[str, torch.Tensor]] = []
     for fp32 in (True, False):
-        policy = Policy(
-            ModelConfig(path=str(path), dtype="bfloat16"),
-            ParallelConfig(ddp={"grad_reduce_in_fp32": fp32}),
-            OptimizerConfig(lr=1e-3, clip_grad=0.0), ranks, updates=1, seed=0,
-        )  # fmt: skip
+        policy = make_policy(
+            path,
+            ranks,
+            parallel=ParallelConfig(ddp={"grad_reduce_in_fp32": fp32}),
+            optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.0),
+            dtype="bfloat16",
+        )
         batches = head.batches(policy, head.PLAIN)
         assert cast(Any, policy._head).weight.main_grad.dtype == (
             torch.float32 if fp32 else torch.bfloat16
@@ -135,8 +136,7 @@ def test_gradients_reduced_in_bf16_go_through_autograd(ranks: Ranks, tmp_path: P
 
 def test_the_chunk_is_configured(models: str, ranks: Ranks) -> None:
     assert cast(Any, build(models, ranks)[0])._head.chunk == 7
-    model = ModelConfig(path=f"{models}/tied")
-    plain: Any = Policy(model, ParallelConfig(), OptimizerConfig(lr=1e-3), ranks, updates=1, seed=0)
+    plain: Any = make_policy(f"{models}/tied", ranks)
     assert plain._head.chunk == 2048
 
 

@@ -17,12 +17,12 @@ from megatron_efr.checkpoint.checkpoints import Checkpoints
 from megatron_efr.config import (
     CheckpointConfig,
     ConfigError,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
 )
 from megatron_efr.policy import Policy, Ranks, policy_loss, supervised_loss
 from tests.conftest import ragged_sequences
+from tests.policies import make_policy
 
 SHARDED: dict[str, Any] = {"use_distributed_optimizer": True}
 OVERLAPPED = SHARDED | {
@@ -39,11 +39,15 @@ def build(
     dtype: Any = "float32",
     **optimizer: Any,
 ) -> Policy:
-    return Policy(
-        ModelConfig(path=str(path), dtype=dtype), ParallelConfig(ddp=ddp or {}),
-        OptimizerConfig(**{"lr": 1e-3, "clip_grad": 0.0} | optimizer), ranks, updates=8, seed=0,
+    return make_policy(
+        path,
+        ranks,
+        parallel=ParallelConfig(ddp=ddp or {}),
+        optimizer=OptimizerConfig(**{"lr": 1e-3, "clip_grad": 0.0} | optimizer),
+        updates=8,
         keep_reference=True,
-    )  # fmt: skip
+        dtype=dtype,
+    )
 
 
 def update(policy: Policy, advantage: float | None = None) -> dict[str, float]:

@@ -20,6 +20,7 @@ from megatron_efr.policy.packing import pack
 from megatron_efr.samples import PackedBatch, Sample
 from tests.conftest import make_model_folder, ragged_sequences
 from tests.groups import with_columns
+from tests.policies import make_policy
 
 SGD: dict[str, Any] = {"optimizer": "sgd", "sgd_momentum": 0.0}
 
@@ -28,8 +29,7 @@ def build(path: Path, ranks: Ranks, **changes: Any) -> Policy:
     optimizer = OptimizerConfig(
         lr=changes.pop("lr", 1e-3), clip_grad=0.0, megatron=changes.pop("megatron", {})
     )
-    model = ModelConfig(path=str(path), dtype=changes.pop("dtype", "float32"))
-    return Policy(model, ParallelConfig(), optimizer, ranks, updates=10, seed=0, **changes)
+    return make_policy(path, ranks, optimizer=optimizer, updates=10, **changes)
 
 
 def exact_logprobs(
@@ -284,15 +284,7 @@ def test_an_empty_micro_batch_adds_nothing(tied_model: Path, ranks: Ranks) -> No
 
 def test_warm_up_and_schedule(tied_model: Path, ranks: Ranks) -> None:
     optimizer = OptimizerConfig(lr=1.0e-3, warmup_updates=4, schedule="cosine")
-    policy = Policy(
-        ModelConfig(path=str(tied_model)),
-        ParallelConfig(),
-        optimizer,
-        ranks,
-        updates=8,
-        seed=0,
-        keep_reference=False,
-    )
+    policy = make_policy(tied_model, ranks, optimizer=optimizer, updates=8)
     batches = policy.pack_update(ragged_sequences(4), list(range(4)), 400, "token")
     rates = [policy.update(batches, supervised_loss)["lr"] for _ in range(8)]
     cosine = [1e-3 * 0.5 * (1 + np.cos(np.pi * k / 4)) for k in range(1, 5)]
@@ -332,11 +324,7 @@ def test_pass_through_fields_reach_megatron_or_are_refused(
     optimizer = OptimizerConfig(lr=1e-3, megatron=bad if section == "optimizer.megatron" else SGD)
     with pytest.raises(ConfigError, match=rf"{section}\.no_such_field"):
         Policy(model, parallel, optimizer, ranks, updates=1, seed=0)
-    good = Policy(
-        ModelConfig(path=str(tied_model), megatron=RECOMPUTE), ParallelConfig(),
-        OptimizerConfig(lr=1e-3), ranks,
-        updates=1, seed=0,
-    )  # fmt: skip
+    good = make_policy(tied_model, ranks, megatron=RECOMPUTE)
     assert good.config.recompute_granularity == "full"
 
 
@@ -344,10 +332,9 @@ def test_recompute_gives_the_same_gradient(tied_model: Path, ranks: Ranks) -> No
     sequences = ragged_sequences(10)
     gradients = []
     for megatron in ({}, RECOMPUTE):
-        policy = Policy(
-            ModelConfig(path=str(tied_model), megatron=megatron), ParallelConfig(),
-            OptimizerConfig(lr=1e-3, clip_grad=0.0), ranks, updates=1, seed=0,
-        )  # fmt: skip
+        policy = make_policy(
+            tied_model, ranks, optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.0), megatron=megatron
+        )
         policy.update(policy.pack_update(sequences, list(range(10)), 300, "token"), supervised_loss)
         gradients.append(dict(policy.named_gradients()))
     for name, gradient in gradients[0].items():

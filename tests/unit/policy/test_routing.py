@@ -37,6 +37,7 @@ from megatron_efr.samples import Sample
 from megatron_efr.weights.architecture import Architecture
 from tests.conftest import ragged_sequences
 from tests.families import make_family_folder
+from tests.policies import make_policy
 from tests.routing import as_sampled_by, change_weights, make_moe_folder, randomly_routed
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -61,11 +62,13 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def make(moe: Path, ranks: Ranks) -> MakePolicy:
     def make(path: Path = moe, *, keep_reference: bool = False, **model: Any) -> Policy:
-        return Policy(
-            ModelConfig(path=str(path), **model), ParallelConfig(),
-            OptimizerConfig(lr=1e-3, clip_grad=0.0), ranks,
-            updates=1, seed=0, keep_reference=keep_reference,
-        )  # fmt: skip
+        return make_policy(
+            path,
+            ranks,
+            optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.0),
+            keep_reference=keep_reference,
+            **model,
+        )
 
     return make
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_efr.policy import Policy, Ranks, supervised_loss
+from megatron_efr.policy import Ranks, supervised_loss
 from megatron_efr.publication.publisher import Embedded
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.rollout.servers.run_servers import Servers
@@ -20,6 +19,7 @@ from megatron_efr.run.phases import FREED, STEPS, Phases, State, is_freed
 from megatron_efr.types import Sampling, UserError
 from tests.conftest import ragged_sequences
 from tests.engine_contract import requests
+from tests.policies import make_policy
 
 ORDER = (
     [
@@ -138,14 +138,7 @@ def test_unfinished_responses_of_the_embedded_engine_go_on_after_an_update_with_
     """
     engine = LocalEngine(tied_model, 8)
     phases = Phases(Embedded(engine), engine, Servers(), ranks, shared=True)
-    policy = Policy(
-        ModelConfig(path=str(tied_model)),
-        ParallelConfig(),
-        OptimizerConfig(lr=1e-3),
-        ranks,
-        updates=1,
-        seed=0,
-    )
+    policy = make_policy(tied_model, ranks)
     untimed = contextlib.nullcontext
     phases.to_engines(policy, 1, untimed)
     stream = engine.generate(requests(20), Sampling(1.0, 1.0, 40, (2,)))
