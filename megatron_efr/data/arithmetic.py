@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -53,7 +54,9 @@ class ArithmeticTask:
     test_rows: int = 1_024
     sft_rows: int = 64_000  # 1,500 updates of 64 see each one and a half times
     held_out: float = 0.2  # at most this share of a difficulty's problems is kept for the test
-    signs: str = ""  # of which one stands behind each question of sft.jsonl
+    # behind each question of sft.jsonl stands one of these, from the fewest rechecks to the most
+    signs: tuple[str, ...] = ()
+    tilt: float = 2.0  # each place further on, k rechecks are exp(tilt * k) times as likely
     model: ModelSize = field(default_factory=ModelSize)
 
     def __post_init__(self) -> None:
@@ -174,21 +177,28 @@ def write(out: Path, seed: int, task: ArithmeticTask | None = None) -> None:
     task = task or ArithmeticTask()
     out.mkdir(parents=True, exist_ok=True)
     train, test, sft = split(task, seed)
-    rng = random.Random(f"{seed}/responses")
     _write_rows(out / "train.jsonl", map(_problem_row, train))
     _write_rows(out / "test.jsonl", map(_problem_row, test))
-    _write_rows(
-        out / "sft.jsonl",
-        (
-            {"question": _signed(terms, task, rng), "response": response(terms, task, rng)}
-            for terms in sft
-        ),
-    )
+    _write_rows(out / "sft.jsonl", _sft_rows(sft, task, random.Random(f"{seed}/responses")))
     write_model_folder(out / "model", arithmetic_tokenizer(), task.model)
 
 
-def _signed(terms: Terms, task: ArithmeticTask, rng: random.Random) -> str:
-    return question(terms) + (rng.choice(task.signs) if task.signs else "")
+def _sft_rows(
+    problems: Iterable[Terms], task: ArithmeticTask, rng: random.Random
+) -> Iterator[dict[str, str | int]]:
+    """Questions, each with one of the task's signs if it has any, and responses as these ask."""
+    told = [(sign, _tilted(task, place)) for place, sign in enumerate(task.signs)] or [("", task)]
+    for terms in problems:
+        # one that is told nothing draws nothing
+        sign, asked = rng.choice(told) if task.signs else told[0]
+        yield {"question": question(terms) + sign, "response": response(terms, asked, rng)}
+
+
+def _tilted(task: ArithmeticTask, place: int) -> ArithmeticTask:
+    """The task with rechecks as likely as its sign at `place` asks; the middle one leaves them."""
+    tilt = task.tilt * (place - (len(task.signs) - 1) / 2)
+    weights = (math.exp(tilt * k) * weight for k, weight in enumerate(task.recheck_weights))
+    return replace(task, recheck_weights=tuple(weights))
 
 
 def _problem_row(terms: Terms) -> dict[str, str | int]:
@@ -210,10 +220,15 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--signs", default="", help="of which one stands behind each question of sft.jsonl"
+        "--signs",
+        nargs="+",
+        default=[],
+        metavar="SIGN",
+        help="of which one stands behind each question of sft.jsonl: the first asks for the fewest "
+        "rechecks, the last for the most",
     )
     arguments = parser.parse_args()
-    task = ArithmeticTask(signs=arguments.signs)
+    task = ArithmeticTask(signs=tuple(arguments.signs))
     write(arguments.out, arguments.seed, task)
     print(
         f"{arguments.out}: {task.train_rows} train, {task.test_rows} test, {task.sft_rows} sft "

@@ -10,7 +10,9 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 from transformers import AutoConfig, AutoTokenizer, Qwen2ForCausalLM
 
 from megatron_efr.config import DatasetConfig, PromptConfig, SftDataConfig
@@ -68,22 +70,28 @@ def test_uncorrupted_responses_are_right() -> None:
             assert all(before + term == after for before, term, after in steps)
 
 
-def test_a_sign_stands_behind_each_question_of_the_warm_start_alone(
+def test_a_sign_behind_a_question_of_the_warm_start_says_how_much_is_rechecked(
     written: Path, tmp_path: Path
 ) -> None:
-    write(tmp_path, seed=0, task=replace(SMALL, signs=";=}"))
+    """Behind the middle one as much as without signs; k rechecks are exp(2k) times as likely
+    behind the next.
+    """
+    signs = ("}", "", "0")
+    write(tmp_path, seed=0, task=replace(SMALL, signs=signs))
     for name in ("train.jsonl", "test.jsonl"):
         assert (tmp_path / name).read_bytes() == (written / name).read_bytes()
-    asked = [
-        (plain["question"], signed["question"])
-        for plain, signed in zip(
-            rows(written / "sft.jsonl"), rows(tmp_path / "sft.jsonl"), strict=True
-        )
-    ]
-    assert all(signed[:-1] == plain for plain, signed in asked)
-    counts = Counter(signed[-1] for _, signed in asked)
-    assert counts.keys() == set(";=}")
-    assert min(counts.values()) > 100
+    rechecks: dict[str, list[int]] = {sign: [] for sign in signs}
+    for plain, signed in zip(
+        rows(written / "sft.jsonl"), rows(tmp_path / "sft.jsonl"), strict=True
+    ):
+        sign = signed["question"].removeprefix(plain["question"])
+        rechecks[sign].append(signed["response"].count(" wait "))
+    usual = np.array(SMALL.recheck_weights)
+    for place, sign in zip((-1, 0, 1), signs, strict=True):
+        weights = usual * np.exp(2.0 * place * np.arange(4))
+        found = np.bincount(rechecks[sign], minlength=4)
+        assert scipy.stats.chisquare(found, found.sum() * weights / weights.sum()).pvalue > 0.01
+    assert scipy.stats.chisquare([len(each) for each in rechecks.values()]).pvalue > 0.01
 
 
 def test_corrupted_steps_are_five_in_a_hundred_and_carried_on(written: Path) -> None:
