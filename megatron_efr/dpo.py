@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from megatron_efr import arguments
 from megatron_efr.config import ConfigError, DpoConfig
@@ -20,15 +21,14 @@ def dpo(config: DpoConfig, resume: bool = False) -> None:
     """
     update = PreferenceUpdate(config.preference.beta, config.train.micro_batch_tokens)
     train_on_rows(
-        config, resume, lambda: load_pairs(config), update, samples_each=2, keep_reference=True
+        config, resume, partial(load_pairs, config), update, samples_each=2, keep_reference=True
     )
 
 
-def load_pairs(config: DpoConfig) -> list[Sample]:
+def load_pairs(config: DpoConfig, architecture: Architecture) -> list[Sample]:
     """The pairs' samples, the preferred one first; ConfigError if they are fewer than an update
     takes.
     """
-    architecture = Architecture.from_folder(config.model.path)
     initial_weights(config.model, architecture, config.seed)  # refused here if missing
     samples = answers.pairs(config.data.path, architecture.max_positions, config.data.limit)
     if len(samples) < 2 * config.train.batch:

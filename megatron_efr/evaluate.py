@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from megatron_efr import arguments, log
-from megatron_efr.checkpoint.model_source import find_model
+from megatron_efr.checkpoint.model_source import ModelSource, find_model
 from megatron_efr.config import EvaluateConfig
 from megatron_efr.data.prompts import load_tokenizer
 from megatron_efr.data.stop_tokens import stop_ids
@@ -33,7 +33,6 @@ from megatron_efr.rollout.sglang.engine import SGLangEngine
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.run.main_rank import date_prompts
 from megatron_efr.run.owner import owned
-from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import TensorSource, as_folder
 
 
@@ -51,9 +50,9 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
     check_server_arguments(config.rollout)
     # the model and everything that decides what is asked of it
     source = find_model(config.model, config.seed, config.template)
-    tokenizer = load_tokenizer(source.start.path)
+    tokenizer = load_tokenizer(source.start.path, source.architecture.raw)
     weights = source.weights()
-    evaluator = _evaluator(config, source.start.path, tokenizer, folder)
+    evaluator = _evaluator(config, source, tokenizer, folder)
     asked = {
         "model": source.fingerprint(),
         "model.dtype": config.model.dtype,
@@ -80,7 +79,16 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
         logs = folder.path / "engines" / f"eval-{record_name}"
         codec = TokenizerCodec(tokenizer)
         penalties = bool(evaluator.script.penalised)
-        engine = open_engine(source.start, config.rollout, logs, seed, codec, resources, penalties)
+        engine = open_engine(
+            source.start,
+            source.architecture,
+            config.rollout,
+            logs,
+            seed,
+            codec,
+            resources,
+            penalties,
+        )
         publish = publication(
             weights,
             engine,
@@ -112,14 +120,15 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
 
 
 def _evaluator(
-    config: EvaluateConfig, start: str, tokenizer: PreTrainedTokenizerBase, folder: RunFolder
+    config: EvaluateConfig,
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: RunFolder,
 ) -> Evaluator:
-    """The evaluator of the configured problems, for the tokenizer and config.json of folder
-    `start`.
-    """
-    stops = stop_ids(start, tokenizer)
+    """The evaluator of the configured problems, for the tokenizer and config.json of `source`."""
+    stops = stop_ids(source.start.path, tokenizer, source.architecture.raw)
     date_prompts(config.prompt, folder)
-    positions = Architecture.from_folder(start).max_positions
+    positions = source.architecture.max_positions
     marks = thinking_marks(config.model.thinking, tokenizer)
     asking = config.evaluation, config.prompt, config.grading
     return Evaluator(*asking, tokenizer, stops, positions, config.seed, marks)

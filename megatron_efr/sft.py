@@ -5,6 +5,7 @@ policy's own code.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from megatron_efr import arguments
 from megatron_efr.config import ConfigError, SftConfig
@@ -29,12 +30,11 @@ def sft(config: SftConfig, resume: bool = False) -> None:
         )
         return policy.update(batches, supervised_loss)
 
-    train_on_rows(config, resume, lambda: load_rows(config), update)
+    train_on_rows(config, resume, partial(load_rows, config), update)
 
 
-def load_rows(config: SftConfig) -> list[Sample]:
+def load_rows(config: SftConfig, architecture: Architecture) -> list[Sample]:
     """The rows as samples to train on; ConfigError if they are fewer than one update takes."""
-    architecture = Architecture.from_folder(config.model.path)
     initial_weights(config.model, architecture, config.seed)  # refused here if missing
     data, positions = config.data, architecture.max_positions
     if holds_answers(data.path):
@@ -42,7 +42,8 @@ def load_rows(config: SftConfig) -> list[Sample]:
         samples = pick(data.path, positions, data.limit)
         said = "right answers to train on"
     else:
-        rows = load_sft(data, load_tokenizer(config.model.path), config.prompt, positions)
+        tokenizer = load_tokenizer(config.model.path, architecture.raw)
+        rows = load_sft(data, tokenizer, config.prompt, positions)
         samples = rows.samples
         said = f"rows to train on, {rows.overlong} left out: prompt too long"
     if len(samples) < config.train.batch:

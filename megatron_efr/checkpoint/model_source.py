@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from megatron_efr.checkpoint.manifest import LATEST, MANIFEST, STATE, read_state, verify
@@ -33,16 +34,20 @@ class ModelSource:
     seed: int
     checkpoint: Path | None
 
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The architecture of `start`, read when it is first asked for; ConfigError as there."""
+        return Architecture.from_folder(self.start.path)
+
     def weights(self) -> TensorSource:
         """The weights, read (or drawn from the seed, if `start` says so) tensor by tensor.
 
         A checkpoint is verified first; UserError names what is missing or damaged.
         """
-        architecture = Architecture.from_folder(self.start.path)
         if self.checkpoint is None:
-            return initial_weights(self.start, architecture, self.seed)
+            return initial_weights(self.start, self.architecture, self.seed)
         verify(self.checkpoint)
-        return CheckpointWeights(self.checkpoint, architecture)
+        return CheckpointWeights(self.checkpoint, self.architecture)
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json and the weights; of a checkpoint, over the checksums in its

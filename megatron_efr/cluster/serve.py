@@ -21,6 +21,7 @@ from megatron_efr.config import TrainConfig
 from megatron_efr.config.file import load
 from megatron_efr.errors import UserError
 from megatron_efr.rollout.servers.launcher import Launcher
+from megatron_efr.weights.architecture import Architecture
 
 
 def serve(config: TrainConfig, host: str, port: int, index: int) -> int:
@@ -39,10 +40,13 @@ def serve(config: TrainConfig, host: str, port: int, index: int) -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
+    architecture = Architecture.from_folder(config.model.path)
     with Launcher(config.folder / "engines", rollout.timeouts.stop_s, key) as launcher:
         launcher.start_engine(
-            config.model, rollout, index, seed=config.seed, on_gpu=on_gpu, host=address, port=port
-        )
+            config.model, architecture, rollout, index, seed=config.seed, on_gpu=on_gpu,
+            host=address,
+            port=port,
+        )  # fmt: skip
         [url] = launcher.wait(rollout.timeouts.start_s)
         print(f"engine {index} is ready at {url}", flush=True)
         launcher.watch(rollout.timeouts, rollout.restarts).join()

@@ -4,7 +4,7 @@ folder's vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from megatron_efr.types import Prompt
 _BATCH = 1024
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    folder: str | Path, config: Mapping[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder; never looks on the hub. PromptError when the folder
     or files are missing.
 
     Checks that no token id reaches config.json's `vocab_size`, which is the model's true
-    vocabulary.
+    vocabulary. `config` is that file's content, if it has been read.
     """
     place = model_folder(folder)
     # tokenizer.json says all. AutoTokenizer would replace parts of it with what transformers' class
@@ -47,18 +49,24 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             if (place / name).is_file():
                 read_object(place / name, PromptError)
         raise PromptError(f"{place}: the tokenizer's files cannot be loaded: {error}") from error
-    check_vocabulary(tokenizer, vocabulary_size(place), str(place))
+    check_vocabulary(tokenizer, vocabulary_size(place, config), str(place))
     return tokenizer
 
 
-def vocabulary_size(folder: str | Path) -> int:
-    """config.json's `vocab_size`: rows of the embedding, which may exceed the tokenizer's
-    length.
-    """
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The content of a model folder's config.json; PromptError if there is none."""
     path = model_folder(folder) / "config.json"
     if not path.is_file():
         raise PromptError(f"{path}: no such file; a model folder has a config.json")
-    size = read_object(path, PromptError).get("vocab_size")
+    return read_object(path, PromptError)
+
+
+def vocabulary_size(folder: str | Path, config: Mapping[str, Any] | None = None) -> int:
+    """config.json's `vocab_size`: rows of the embedding, which may exceed the tokenizer's
+    length. `config` is that file's content, if it has been read.
+    """
+    path = model_folder(folder) / "config.json"
+    size = (read_config(folder) if config is None else config).get("vocab_size")
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise PromptError(f"{path}: vocab_size is {size!r}, expected a positive integer")
     return size

@@ -113,8 +113,8 @@ def check_run(config: RunConfig) -> Iterator[Finding]:
     else:
         yield Finding("model", "ok", f"{architecture.model_type} in {config.model.path}")
         if checkpoint is None:
-            yield check_weights(model, config.seed)
-        yield check_prompt(config.model_copy(update={"model": model}))
+            yield check_weights(model, architecture, config.seed)
+        yield check_prompt(config.model_copy(update={"model": model}), architecture)
         # one more than are kept: the oldest goes when the new one is whole
         if isinstance(config, TrainConfig | SftConfig | DpoConfig):
             each = checkpoint_bytes(architecture, config.model.dtype, config.model.lora)

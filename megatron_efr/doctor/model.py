@@ -25,12 +25,12 @@ from megatron_efr.weights.folder import initial_weights
 _EXAMPLE = "What is 1 + 1?"
 
 
-def check_weights(model: ModelConfig, seed: int) -> Finding:
+def check_weights(model: ModelConfig, architecture: Architecture, seed: int) -> Finding:
     """Check that the weights are there, whole by their headers, and those that config.json
     describes.
     """
     try:
-        weights = initial_weights(model, Architecture.from_folder(model.path), seed)
+        weights = initial_weights(model, architecture, seed)
     except UserError as error:
         return Finding(
             "weights",
@@ -42,7 +42,7 @@ def check_weights(model: ModelConfig, seed: int) -> Finding:
     return Finding("weights", "ok", f"{len(weights.shapes)} tensors {drawn}")
 
 
-def check_prompt(config: RunConfig) -> Finding:
+def check_prompt(config: RunConfig, architecture: Architecture) -> Finding:
     """The first question as the model will read it."""
     prompt = (
         config.data.prompt
@@ -50,7 +50,7 @@ def check_prompt(config: RunConfig) -> Finding:
         else getattr(config, "prompt", PromptConfig())
     )
     try:
-        renderer = Renderer(load_tokenizer(config.model.path), prompt)
+        renderer = Renderer(load_tokenizer(config.model.path, architecture.raw), prompt)
         [(text, ids)] = renderer.render([next(_questions(config), _EXAMPLE)])
     except UserError as error:
         return Finding("prompt", "problem", str(error), "see data.prompt in docs/configuration.md")

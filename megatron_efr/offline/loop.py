@@ -23,6 +23,7 @@ from megatron_efr.run.main_rank import date_prompts
 from megatron_efr.run.owner import claimed
 from megatron_efr.samples import Sample
 from megatron_efr.types import UserError
+from megatron_efr.weights.architecture import Architecture
 
 Update = Callable[[Policy, Sequence[Sample], list[int]], dict[str, float]]
 """Makes one update of the policy from the samples of these items; its figures. Every rank calls it
@@ -33,7 +34,7 @@ alike.
 def train_on_rows(
     config: SftConfig | DpoConfig,
     resume: bool,
-    load: Callable[[], list[Sample]],
+    load: Callable[[Architecture], list[Sample]],
     update: Update,
     *,
     samples_each: int = 1,
@@ -41,22 +42,24 @@ def train_on_rows(
 ) -> None:
     """Train to the end, from the start or from the newest checkpoint, and write the model folder.
 
-    `load` reads and checks the samples, on rank 0; `samples_each` in a row are an item, of which
-    `train.batch` make an update. With `keep_reference` the policy keeps the initial model beside
-    it.
+    `load` reads and checks the samples, on rank 0, for the model's architecture; `samples_each` in
+    a row are an item, of which `train.batch` make an update. With `keep_reference` the policy keeps
+    the initial model beside it.
     """
     config.check_world(arguments.world_size())
-    check_policy(config.model, config.parallel, config.optimizer)
-    with join_ranks(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
+    architecture = Architecture.from_folder(config.model.path)
+    check_policy(config.model, config.parallel, config.optimizer, architecture)
+    with join_ranks(config.parallel, config.seed) as ranks, ExitStack() as resources:
         folder = RunFolder(config.folder)
         ranks.on_main(lambda: _claim(config, folder, resume, resources))
         # rows from rank 0; the policy; the newest checkpoint if it resumes
-        samples = ranks.share(load)
+        samples = ranks.share(lambda: load(architecture))
         rows = checksum(samples)
         policy = Policy(
             config.model, config.parallel, config.optimizer, ranks, updates=config.train.updates,
             seed=config.seed,
             keep_reference=keep_reference,
+            architecture=architecture,
         )  # fmt: skip
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
         done = restore(policy, checkpoints, rows, config.data.path) if resume else 0

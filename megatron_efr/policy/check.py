@@ -9,11 +9,15 @@ from megatron_efr.policy.optimizer import optimizer_config
 from megatron_efr.weights.architecture import Architecture
 
 
-def check_policy(model: ModelConfig, parallel: ParallelConfig, optimizer: OptimizerConfig) -> None:
+def check_policy(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    optimizer: OptimizerConfig,
+    architecture: Architecture,
+) -> None:
     """ConfigError if the model does not divide over `parallel`, or Megatron refuses what is handed
     on to it.
     """
-    architecture = Architecture.from_folder(model.path)
     check_fit(model, parallel, architecture)
     transformer_config(model, architecture, parallel)
     distributed = ddp_config(parallel).use_distributed_optimizer

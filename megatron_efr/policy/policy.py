@@ -79,11 +79,12 @@ class Policy:
         temperature: float = 1.0,
         keep_reference: bool = False,
         bucket_bytes: int = BUCKET_BYTES,
+        architecture: Architecture | None = None,
     ) -> None:
         self.ranks = ranks
         self.model_config = model
         # refused by config.json alone, before a weight is read
-        self.architecture = Architecture.from_folder(model.path)
+        self.architecture = architecture or Architecture.from_folder(model.path)
         check_fit(model, parallel, self.architecture)
         self.config = transformer_config(model, self.architecture, parallel)
         self._flops = sequence_flops(self.architecture)
@@ -133,7 +134,9 @@ class Policy:
         self.config.grad_scale_func = self.optimizer.megatron.scale_loss
 
     @classmethod
-    def to_train(cls, config: TrainConfig, ranks: Ranks, *, keep_reference: bool) -> Policy:
+    def to_train(
+        cls, config: TrainConfig, architecture: Architecture, ranks: Ranks, *, keep_reference: bool
+    ) -> Policy:
         """The policy of a reinforcement-learning run."""
         return cls(
             config.model,
@@ -145,6 +148,7 @@ class Policy:
             temperature=config.rollout.temperature,
             keep_reference=keep_reference,
             bucket_bytes=config.rollout.bucket_mib * 2**20,
+            architecture=architecture,
         )
 
     # -- batches

@@ -17,9 +17,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_efr.config import ModelConfig, ParallelConfig
+from megatron_efr.config import ParallelConfig
 from megatron_efr.policy import cpu
-from megatron_efr.policy.divisibility import check_fit
 from megatron_efr.types import UserError
 
 T = TypeVar("T")
@@ -231,18 +230,13 @@ class Ranks:
 
 
 @contextmanager
-def join_ranks(
-    parallel: ParallelConfig, seed: int, model: ModelConfig | None = None
-) -> Iterator[Ranks]:
+def join_ranks(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
     """Join the ranks that torchrun started (or be the only one), split them as configured, and
     leave at the end.
 
-    ConfigError, before anything starts, if the `model` to be trained does not divide over the
-    split. A process that has joined its world already stays in it: it may be split anew, one layout
-    after the other.
+    A process that has joined its world already stays in it: it may be split anew, one layout after
+    the other.
     """
-    if model is not None:
-        check_fit(model, parallel)
     # the world, unless somebody has joined it already
     device = _device()
     joined = dist.is_initialized()

@@ -22,6 +22,7 @@ from megatron_efr.weights.architecture import Architecture
 
 def build_publisher(
     config: TrainConfig,
+    architecture: Architecture,
     engine: Receiver | Engines | None,
     cpu_world: dist.ProcessGroup,
     restart: Callable[[Sequence[str]], None],
@@ -33,7 +34,7 @@ def build_publisher(
     if config.rollout.embedded:
         return Embedded(cast(Receiver | None, engine))
     # how tensors travel
-    layout = EngineLayout(Architecture.from_folder(config.model.path), config.rollout.tp)
+    layout = EngineLayout(architecture, config.rollout.tp)
     on_gpu = torch.cuda.is_available()
     transport = _transport(config, cast(Engines | None, engine), cpu_world, layout, on_gpu)
     dtype = getattr(torch, config.model.dtype)

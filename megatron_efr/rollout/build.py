@@ -35,6 +35,7 @@ ENGINES: dict[str, type[LocalEngine] | type[SGLangEngine]] = {
 
 def build_engine(
     model: ModelConfig,
+    architecture: Architecture,
     rollout: RolloutConfig,
     servers: Servers,
     folder: Path,
@@ -46,8 +47,10 @@ def build_engine(
     """
     check_engine(model, rollout)
     if rollout.embedded:
-        return local_engine(model.path, rollout.slots, model.dtype, codec)
-    return _connected(model, rollout, servers.urls, servers.key, folder, codec, resources)
+        return local_engine(architecture, rollout.slots, model.dtype, codec)
+    return _connected(
+        model, architecture, rollout, servers.urls, servers.key, folder, codec, resources
+    )
 
 
 def check_engine(model: ModelConfig, rollout: RolloutConfig) -> None:
@@ -71,6 +74,7 @@ def check_engine(model: ModelConfig, rollout: RolloutConfig) -> None:
 
 def open_engine(
     model: ModelConfig,
+    architecture: Architecture,
     engines: EnginesConfig,
     logs: Path,
     seed: int,
@@ -82,12 +86,13 @@ def open_engine(
     Servers take scripts that penalise tokens only if they are told to.
     """
     if engines.embedded:
-        return local_engine(model.path, engines.slots, model.dtype, codec)
-    return sglang_engine(model, engines, logs, seed, codec, resources, penalties)
+        return local_engine(architecture, engines.slots, model.dtype, codec)
+    return sglang_engine(model, architecture, engines, logs, seed, codec, resources, penalties)
 
 
 def sglang_engine(
     model: ModelConfig,
+    architecture: Architecture,
     engines: EnginesConfig,
     folder: Path,
     seed: int,
@@ -106,22 +111,27 @@ def sglang_engine(
     # servers that run already
     if engines.urls:
         key = os.environ.get(KEY)
-        return _connected(model, engines, engines.urls, key, folder, codec, resources, penalties)
+        return _connected(
+            model, architecture, engines, engines.urls, key, folder, codec, resources, penalties
+        )
     # or servers of this process's own, watched and started again
     launcher = resources.enter_context(Launcher(folder, engines.timeouts.stop_s))
     for index in range(engines.engines or 1):
         launcher.start_engine(
-            model, engines, index, seed=seed, on_gpu=torch.cuda.is_available(),
+            model, architecture, engines, index, seed=seed, on_gpu=torch.cuda.is_available(),
             first_gpu=index * engines.tp,
             extra=SERVER if penalties else {},
         )  # fmt: skip
     urls = launcher.wait(engines.timeouts.start_s)
     launcher.watch(engines.timeouts, engines.restarts)
-    return _connected(model, engines, urls, launcher.key, folder, codec, resources, penalties)
+    return _connected(
+        model, architecture, engines, urls, launcher.key, folder, codec, resources, penalties
+    )
 
 
 def _connected(
     model: ModelConfig,
+    architecture: Architecture,
     engines: EnginesConfig,
     urls: Sequence[str],
     key: str | None,
@@ -132,7 +142,6 @@ def _connected(
 ) -> SGLangEngine:
     """Running servers as one engine, behind a router if one is asked for."""
     # a model that SGLang serves, a router if asked for, and servers that answer
-    architecture = Architecture.from_folder(model.path)
     check_servable(architecture)
     router = _router(engines, key, folder, resources)
     wait_until_ready(urls, engines.timeouts.start_s)
@@ -183,7 +192,7 @@ def _router(
     return router
 
 
-def local_engine(model: str, slots: int, dtype: str, codec: Codec) -> LocalEngine:
-    """The embedded engine for a model folder, on the GPU if there is one."""
+def local_engine(architecture: Architecture, slots: int, dtype: str, codec: Codec) -> LocalEngine:
+    """The embedded engine for a model, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LocalEngine(model, slots, device, getattr(torch, dtype), codec)
+    return LocalEngine(architecture, slots, device, getattr(torch, dtype), codec)

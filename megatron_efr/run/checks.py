@@ -15,6 +15,7 @@ from megatron_efr.rollout.build import check_engine
 from megatron_efr.rollout.servers.arguments import check_server_arguments
 from megatron_efr.rollout.servers.host import Host
 from megatron_efr.run.main_rank import MainRank, check_evaluation
+from megatron_efr.weights.architecture import Architecture
 
 # no data is read by these
 _ELSEWHERE = {"name", "runs", "seed", "optimizer", "train", "checkpoint", "observe"}
@@ -22,20 +23,22 @@ _ELSEWHERE = {"name", "runs", "seed", "optimizer", "train", "checkpoint", "obser
 
 def check_configuration(
     config: TrainConfig, ranks: int, asks: bool = True
-) -> tuple[methods.Method, algorithms.Algorithm]:
-    """The method and the algorithm of a run of `ranks` ranks; ConfigError for what its
-    configuration shows is wrong. A replay `asks` no engine, and needs none that could be had here.
+) -> tuple[methods.Method, algorithms.Algorithm, Architecture]:
+    """The method and the algorithm of a run of `ranks` ranks, and its model's architecture;
+    ConfigError for what its configuration shows is wrong. A replay `asks` no engine, and needs none
+    that could be had here.
     """
     method = methods.build(config.method, config.rollout, config.algorithm)
     algorithm = algorithms.build(config.algorithm, config.rollout)
     methods.check_together(config.method.name, method, algorithm)
     config.check_world(ranks)
-    check_policy(config.model, config.parallel, config.optimizer)
+    architecture = Architecture.from_folder(config.model.path)
+    check_policy(config.model, config.parallel, config.optimizer, architecture)
     if asks:
         check_engine(config.model, config.rollout)
         Host.of_this_process().engine_gpus(config.rollout)
         check_server_arguments(config.rollout)
-    return method, algorithm
+    return method, algorithm, architecture
 
 
 def check_members(members: Sequence[Member], ranks: int, jobs: int = 1) -> None:
@@ -52,6 +55,7 @@ def check_members(members: Sequence[Member], ranks: int, jobs: int = 1) -> None:
         )
     # each member's configuration; data that several share is read once
     alike: dict[str, list[Member]] = {}
+    architectures: dict[str, Architecture] = {}
     problems: dict[str, list[str]] = {}
     for member in members:
         if not member.config.evaluation.datasets:
@@ -60,16 +64,17 @@ def check_members(members: Sequence[Member], ranks: int, jobs: int = 1) -> None:
             )
         # a fault that many members share is said once, with their names
         try:
-            check_configuration(member.config, ranks)
+            *_, architecture = check_configuration(member.config, ranks)
         except UserError as error:
             problems.setdefault(str(error), []).append(member.name)
         else:
             read = member.config.model_dump_json(exclude=_ELSEWHERE)
             alike.setdefault(read, []).append(member)
+            architectures[read] = architecture
     # tokenizing the data takes the time: once for members that ask the same of it
-    for same in alike.values():
+    for read, same in alike.items():
         try:
-            _check_data(same[0].config)
+            _check_data(same[0].config, architectures[read])
         except UserError as error:
             problems.setdefault(str(error), []).extend(member.name for member in same)
     # all faults in one error, each with its members
@@ -79,16 +84,16 @@ def check_members(members: Sequence[Member], ranks: int, jobs: int = 1) -> None:
         )
 
 
-def _check_data(config: TrainConfig) -> None:
+def _check_data(config: TrainConfig, architecture: Architecture) -> None:
     """Read the model's folder, the training and the held-out problems, and take none into use."""
     method = methods.build(config.method, config.rollout, config.algorithm)
     algorithm = algorithms.build(config.algorithm, config.rollout)
     with contextlib.redirect_stdout(io.StringIO()):  # each run shows its prompts itself
-        main_rank = MainRank(config, method, algorithm)
+        main_rank = MainRank(config, method, algorithm, architecture)
         main_rank.close()
         # else it has rendered and checked the held-out problems itself
         if main_rank.evaluator is None:
-            check_evaluation(config)
+            check_evaluation(config, architecture)
 
 
 def _said(text: str, names: Sequence[str], count: int) -> str:

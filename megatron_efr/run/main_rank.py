@@ -51,15 +51,20 @@ class MainRank:
     feed: GroupFeed
     ledger: Ledger
 
-    def __init__(self, config: TrainConfig, method: Method, algorithm: Algorithm) -> None:
-        tokenizer = load_tokenizer(config.model.path)
+    def __init__(
+        self,
+        config: TrainConfig,
+        method: Method,
+        algorithm: Algorithm,
+        architecture: Architecture,
+    ) -> None:
+        tokenizer = load_tokenizer(config.model.path, architecture.raw)
         # refuses a folder whose weights are missing or are others than config.json's, before
         # anything is built
-        architecture = Architecture.from_folder(config.model.path)
         initial_weights(config.model, architecture, config.seed)
         # prompts, and the tokens that end a response
         rendered = load_prompts(config.data.datasets, tokenizer, config.data.prompt, config.grading)
-        stops = stop_ids(config.model.path, tokenizer)
+        stops = stop_ids(config.model.path, tokenizer, architecture.raw)
         self.stream = PromptStream(rendered.prompts, config.seed, config.data.shuffle)
         # the held-out problems, if they are evaluated or watched
         watches = method.samplings.held_out
@@ -89,7 +94,7 @@ class MainRank:
             architecture.max_positions,
             "rollout.max_new_tokens",
         )
-        self._config = config
+        self._config, self._architecture = config, architecture
         self._codec = TokenizerCodec(tokenizer)
         self._method, self._algorithm = method, algorithm
         # the method's needs: an engine that can, a thought with an end, iterations enough
@@ -119,7 +124,13 @@ class MainRank:
         config = self._config
         logs = config.folder / "engines"
         self.engine = build_engine(
-            config.model, config.rollout, servers, logs, self._codec, resources
+            config.model,
+            self._architecture,
+            config.rollout,
+            servers,
+            logs,
+            self._codec,
+            resources,
         )
         self.feed = GroupFeed(self.engine, self._sampling)
         self.ledger = Ledger(
@@ -241,11 +252,11 @@ def evaluator_of(
     return Evaluator(*asking, tokenizer, stops, positions, config.seed, marks)
 
 
-def check_evaluation(config: TrainConfig) -> None:
+def check_evaluation(config: TrainConfig, architecture: Architecture) -> None:
     """Load and check the held-out problems of a run that itself does not ask them."""
-    tokenizer = load_tokenizer(config.model.path)
-    positions = Architecture.from_folder(config.model.path).max_positions
-    evaluator_of(config, tokenizer, stop_ids(config.model.path, tokenizer), positions)
+    tokenizer = load_tokenizer(config.model.path, architecture.raw)
+    stops = stop_ids(config.model.path, tokenizer, architecture.raw)
+    evaluator_of(config, tokenizer, stops, architecture.max_positions)
 
 
 def date_prompts(prompt: PromptConfig, folder: RunFolder) -> None:

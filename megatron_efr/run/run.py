@@ -190,9 +190,9 @@ def open_run(config: TrainConfig, *, resume: bool = False, asks: bool = True) ->
     elsewhere.
     """
     # refused before ranks join: an error then has one voice
-    method, algorithm = check_configuration(config, arguments.world_size(), asks)
+    method, algorithm, architecture = check_configuration(config, arguments.world_size(), asks)
     keep_reference = algorithm.objective(config.rollout).needs_reference
-    with join_ranks(config.parallel, config.seed, config.model) as ranks, ExitStack() as resources:
+    with join_ranks(config.parallel, config.seed) as ranks, ExitStack() as resources:
         folder = RunFolder(config.folder)
         main_rank = None
         servers = Servers()
@@ -206,14 +206,16 @@ def open_run(config: TrainConfig, *, resume: bool = False, asks: bool = True) ->
             )
             ranks.on_main(lambda: resources.enter_context(claim))
             ranks.on_main(lambda: date_prompts(config.data.prompt, folder))
-            main_rank, servers = _start_main_rank(config, method, algorithm, ranks, resources)
+            main_rank, servers = _start_main_rank(
+                config, method, algorithm, architecture, ranks, resources
+            )
         # ways from the policy to the engines, and whose turn it is on shared GPUs
         publisher = build_publisher(
-            config, main_rank and main_rank.engine, ranks.cpu_world, servers.restart
+            config, architecture, main_rank and main_rank.engine, ranks.cpu_world, servers.restart
         )
-        phases = build_phases(config, publisher, main_rank, servers, ranks, asks)
+        phases = build_phases(config, architecture, publisher, main_rank, servers, ranks, asks)
         # the model last: what is cheap to refuse is refused by now
-        policy = Policy.to_train(config, ranks, keep_reference=keep_reference)
+        policy = Policy.to_train(config, architecture, ranks, keep_reference=keep_reference)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, ranks)
         watch = Watch(config.rollout.max_new_tokens)
         yield Run(
@@ -244,6 +246,7 @@ def _start_main_rank(
     config: TrainConfig,
     method: methods.Method,
     algorithm: algorithms.Algorithm,
+    architecture: Architecture,
     ranks: Ranks,
     resources: ExitStack,
 ) -> tuple[MainRank | None, Servers]:
@@ -252,11 +255,16 @@ def _start_main_rank(
 
     Prompts and graders come first: what is wrong with them is said before any server starts.
     """
-    main_rank = ranks.on_main(lambda: MainRank(config, method, algorithm))
+    main_rank = ranks.on_main(lambda: MainRank(config, method, algorithm, architecture))
     if main_rank is not None:
         resources.callback(main_rank.close)
     started = start_servers(
-        config.model, config.rollout, config.folder / "engines", config.seed, ranks.cpu_world
+        config.model,
+        architecture,
+        config.rollout,
+        config.folder / "engines",
+        config.seed,
+        ranks.cpu_world,
     )
     servers = resources.enter_context(started)
 
@@ -270,6 +278,7 @@ def _start_main_rank(
 
 def build_phases(
     config: TrainConfig,
+    architecture: Architecture,
     publisher: Publisher | Embedded,
     main_rank: MainRank | None,
     servers: Servers,
@@ -279,9 +288,7 @@ def build_phases(
     """Phases of engine and policy. Servers on shared GPUs give up theirs before a policy is
     built.
     """
-    weights = (
-        parameter_count(Architecture.from_folder(config.model.path)) * BYTES[config.model.dtype]
-    )
+    weights = parameter_count(architecture) * BYTES[config.model.dtype]
     return Phases(
         publisher,
         main_rank and main_rank.engine,

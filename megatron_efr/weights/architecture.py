@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Architecture:
     initializer_range: float
     qk_norm: bool = False  # RMSNorm over each head of queries and keys
     experts: Experts | None = None  # in place of the dense MLP, in every layer
+    # config.json as it was read, for those who need more of it: it is read once
+    raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, model: str | Path | Mapping[str, Any] | Architecture) -> Architecture:
@@ -109,6 +111,7 @@ class Architecture:
             qk_norm=model_type in ("qwen3", "qwen3_moe"),
             initializer_range=fields.number("initializer_range", 0.02),
             experts=_experts(fields) if model_type == "qwen3_moe" else None,
+            raw=raw,
         )
         made._check(fields)
         return made
@@ -195,27 +198,27 @@ def _refuse_unknown(raw: dict[str, Any], model_type: str, source: str) -> None:
     # fields that must have one value; fields that nobody reads
     read, fixed = _TYPES[model_type]
     fixed = _FIXED | fixed
-    for field, value in raw.items():
-        if field in fixed:
-            if value is not None and not _same(value, fixed[field]):
+    for name, value in raw.items():
+        if name in fixed:
+            if value is not None and not _same(value, fixed[name]):
                 window = (
-                    ": sliding-window attention is not built" if "sliding_window" in field else ""
+                    ": sliding-window attention is not built" if "sliding_window" in name else ""
                 )
                 raise ConfigError(
-                    f"{source}: {field} {value!r} is not supported; supported: "
-                    f"{json.dumps(fixed[field])}{window}"
+                    f"{source}: {name} {value!r} is not supported; supported: "
+                    f"{json.dumps(fixed[name])}{window}"
                 )
         # silent or null fields change nothing
-        elif field not in _READ | _NEUTRAL | read and value is not None and value is not False:
+        elif name not in _READ | _NEUTRAL | read and value is not None and value is not False:
             why = (
                 "quantised weights are not read: take the folder that they were made from"
-                if field == "quantization_config"
+                if name == "quantization_config"
                 else (
                     f"{repr(value)[:80]} is not known for a {model_type} model; if it does not "
                     "change what the model computes, take it out"
                 )
             )
-            raise ConfigError(f"{source}: {field}: {why}")
+            raise ConfigError(f"{source}: {name}: {why}")
     # sliding windows, by the fields of several families
     if model_type == "mistral" and "sliding_window" not in raw:
         raise ConfigError(

@@ -56,10 +56,12 @@ def start(
     if not os.access(PYTHON, os.X_OK):
         pytest.skip(f"{PYTHON} is not there: bash tools/setup_sglang_cpu.sh makes it")
     launcher = Launcher(folder, config.timeouts.stop_s)
+    shape, architecture = ModelConfig(path=str(model), **changes), Architecture.from_folder(model)
     try:
         for index in range(config.engines or 1):
-            shape = ModelConfig(path=str(model), **changes)
-            launcher.start_engine(shape, config, index, seed=0, on_gpu=False, extra=extra or {})
+            launcher.start_engine(
+                shape, architecture, config, index, seed=0, on_gpu=False, extra=extra or {}
+            )
         return launcher, launcher.wait(config.timeouts.start_s)
     except BaseException:
         launcher.close()

@@ -127,11 +127,12 @@ def test_a_wrong_key_is_refused(
         make_engine(key="another")
     monkeypatch.setenv(KEY, "another")
     engines = EnginesConfig(engine="sglang", urls=[server[0]])
+    model, architecture = ModelConfig(path=str(folders[0])), Architecture.from_folder(folders[0])
     with (
         ExitStack() as stack,
         pytest.raises(UserError, match=rf"{server[0]}/.* 401: .* in rollout\.urls in {KEY}\?"),
     ):
-        sglang_engine(ModelConfig(path=str(folders[0])), engines, tmp_path, 0, str, stack)
+        sglang_engine(model, architecture, engines, tmp_path, 0, str, stack)
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,10 @@ def test_a_mixture_in_bf16_is_held_to_every_bit(tmp_path: Path, ranks: Ranks) ->
         limits = config.rollout.timeouts
         engine = SGLangEngine(urls, architecture, SLOTS, limits, key=launcher.key, dtype="bfloat16")
         policy = Policy(config.model, config.parallel, config.optimizer, ranks, updates=1, seed=0)
-        build_publisher(config, engine, ranks.cpu_world, lambda urls: None).publish(policy, 1)
+        publisher = build_publisher(
+            config, architecture, engine, ranks.cpu_world, lambda urls: None
+        )
+        publisher.publish(policy, 1)
         apart = [mean_difference(engine, folder) for folder in folders]
         print(
             f"mean |server - transformers|: {apart[0]:.1e} from its weights, {apart[1]:.1e} from "

@@ -109,16 +109,31 @@ def test_whoever_asks_for_a_router_gets_one_and_leaves_none(
         "urls": servers.urls,
     }
     asked |= {"timeouts": LIMITS.model_dump()}
-    model = ModelConfig(path=str(servers.model))
+    model, architecture = (
+        ModelConfig(path=str(servers.model)),
+        Architecture.from_folder(servers.model),
+    )
     with ExitStack() as resources:
         if program == "run":
             running = RunServers(servers.urls, servers.key)
             engine = build_engine(
-                model, RolloutConfig.model_validate(asked), running, tmp_path, NoText(), resources
+                model,
+                architecture,
+                RolloutConfig.model_validate(asked),
+                running,
+                tmp_path,
+                NoText(),
+                resources,
             )
         else:
             engine = sglang_engine(
-                model, EnginesConfig.model_validate(asked), tmp_path, 0, NoText(), resources
+                model,
+                architecture,
+                EnginesConfig.model_validate(asked),
+                tmp_path,
+                0,
+                NoText(),
+                resources,
             )
         engine.publish(weights_of(models[0]), version=1)
         wait_until(lambda: routers() == 1 and engine._fleet.routed, "the fleet goes through it")  # pyright: ignore
@@ -229,7 +244,7 @@ def test_a_server_frozen_behind_the_router_holds_no_response_up(
         servers.thaw(1)
 
 
-def test_a_router_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
+def test_a_router_that_cannot_be_had_is_refused(tied_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rollout\.router: the embedded engine has no servers"):
         RolloutConfig(router=True)
     bare = tmp_path / "python"
@@ -248,6 +263,7 @@ def test_a_router_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
     ):
         build_engine(
             ModelConfig(path="", routing="replay"),
+            Architecture.from_folder(tied_model),
             rollout(router=True),
             RunServers(),
             tmp_path,

@@ -93,7 +93,7 @@ def engine(wide_model: Path, tmp_path: Path) -> Iterator[SGLangEngine]:
     model = ModelConfig(path=str(wide_model), dtype="bfloat16")
     torch.cuda.empty_cache()  # what other tests have left
     with Launcher(tmp_path / "engines", rollout.timeouts.stop_s) as launcher:
-        launcher.start_engine(model, rollout, 0, seed=0, on_gpu=True, shared=True)
+        launcher.start_engine(model, architecture, rollout, 0, seed=0, on_gpu=True, shared=True)
         urls = launcher.wait(rollout.timeouts.start_s)
         made = SGLangEngine(
             urls, architecture, rollout.slots, rollout.timeouts, key=launcher.key, dtype=model.dtype

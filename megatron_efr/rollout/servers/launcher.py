@@ -140,6 +140,7 @@ class Launcher:
     def start_engine(
         self,
         model: ModelConfig,
+        architecture: Architecture,
         engines: EnginesConfig,
         index: int,
         *,
@@ -158,7 +159,6 @@ class Launcher:
         `extra` are more arguments of
         the server.
         """
-        architecture = Architecture.from_folder(model.path)
         arguments = server_arguments(model, engines, architecture, on_gpu, first_gpu, shared)
         arguments |= {"random_seed": (seed + index) % 2**31, **extra}
         environment = server_environment(os.environ, on_gpu, engines.tp)

@@ -21,6 +21,7 @@ from megatron_efr.errors import UserError
 from megatron_efr.rollout.servers.host import Host
 from megatron_efr.rollout.servers.launcher import Launcher
 from megatron_efr.rollout.servers.watch import Watch
+from megatron_efr.weights.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Servers:
 @contextmanager
 def start_servers(
     model: ModelConfig,
+    architecture: Architecture,
     rollout: RolloutConfig,
     folder: Path,
     seed: int,
@@ -83,7 +85,8 @@ def start_servers(
         if dist.get_rank(cpu_world) % host.ranks == 0:
             try:
                 launcher = resources.enter_context(Launcher(folder, rollout.timeouts.stop_s, key))
-                urls = _start(launcher, model, rollout, seed, host, private_address(address))
+                listen = private_address(address)
+                urls = _start(launcher, model, architecture, rollout, seed, host, listen)
                 watch = launcher.watch(rollout.timeouts, rollout.restarts)
             except Exception as error:  # the others must not wait for what will never come
                 failure = error
@@ -103,6 +106,7 @@ def start_servers(
 def _start(
     launcher: Launcher,
     model: ModelConfig,
+    architecture: Architecture,
     rollout: RolloutConfig,
     seed: int,
     host: Host,
@@ -122,6 +126,7 @@ def _start(
         index = host.number * len(engine_gpus) + place
         launcher.start_engine(
             model,
+            architecture,
             rollout,
             index,
             seed=seed,

@@ -107,9 +107,10 @@ def tree(place: Path, **changed: Any) -> dict[str, Any]:
     } | changed
 
 
-def how(config: TrainConfig) -> tuple[methods.Method, algorithms.Algorithm]:
+def how(config: TrainConfig) -> tuple[methods.Method, algorithms.Algorithm, Architecture]:
     method = methods.build(config.method, config.rollout, config.algorithm)
-    return method, algorithms.build(config.algorithm, config.rollout)
+    algorithm = algorithms.build(config.algorithm, config.rollout)
+    return method, algorithm, Architecture.from_folder(config.model.path)
 
 
 @pytest.mark.heavy
@@ -182,7 +183,9 @@ def test_every_program_refuses_what_is_longer_than_the_model(
     with pytest.raises(
         PromptError, match=r"sft\.jsonl:2: prompt and response have 50\d\d tokens.*; 1 of 2 rows"
     ):
-        sft.load_rows(SftConfig.model_validate(supervised))
+        sft.load_rows(
+            SftConfig.model_validate(supervised), Architecture.from_folder(place / "model")
+        )
 
 
 @pytest.mark.heavy

@@ -27,6 +27,7 @@ from megatron_efr.doctor.finding import Finding
 from megatron_efr.doctor.model import check_prompt, check_weights
 from megatron_efr.doctor.packages import check_apex, check_packages, check_version, requirements
 from megatron_efr.doctor.programs import load_any
+from megatron_efr.weights.architecture import Architecture
 
 ROOT = Path(__file__).parents[3]
 
@@ -320,16 +321,17 @@ def test_the_weights_are_opened_and_one_prompt_is_rendered(tmp_path: Path) -> No
         "optimizer": {"lr": 1e-3},
     }
     config = TrainConfig.model_validate(tree)
-    prompt = check_prompt(config)
+    architecture = Architecture.from_folder(folder)
+    prompt = check_prompt(config, architecture)
     assert (prompt.verdict, prompt.found) == (
         "ok",
         "15 tokens: '<bos><user>Two and two?<assistant>'",
     )
-    assert check_weights(config.model, 0).verdict == "ok"
-    missing = check_weights(config.model.model_copy(update={"init": "load"}), 0)
+    assert check_weights(config.model, architecture, 0).verdict == "ok"
+    missing = check_weights(config.model.model_copy(update={"init": "load"}), architecture, 0)
     assert missing.verdict == "problem"
     assert "neither model.safetensors nor" in missing.found
     (folder / "chat_template.jinja").write_text("{{ messages")
-    broken = check_prompt(config)
+    broken = check_prompt(config, architecture)
     assert broken.verdict == "problem"
     assert f"{folder}: the chat template is no Jinja template: line 1" in broken.found

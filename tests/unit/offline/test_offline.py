@@ -28,6 +28,7 @@ from megatron_efr.policy import Ranks, supervised_loss
 from megatron_efr.rollout.group_json import decode_graded, encode_graded
 from megatron_efr.samples import Sample
 from megatron_efr.types import Grade, Graded, Group, Prompt, Response, UserError
+from megatron_efr.weights.architecture import Architecture
 from tests.conftest import ragged_sequences
 from tests.policies import make_policy
 
@@ -111,6 +112,7 @@ def test_answers_that_cannot_be_learnt_from_are_named(
         match="prompt p0: prompt and response have 14 tokens, and the model has 10 positions",
     ):
         answers.pairs(kept, 10)
+    architecture = Architecture.from_folder(tied_model)
     tree: dict[str, Any] = {
         "name": "x",
         "model": {"path": str(tied_model)},
@@ -120,13 +122,13 @@ def test_answers_that_cannot_be_learnt_from_are_named(
     with pytest.raises(
         ConfigError, match=r"rollouts: 1 prompts with two right answers of different lengths"
     ):
-        dpo.load_pairs(DpoConfig.model_validate(tree | {"train": {"updates": 1, "batch": 2}}))
-    assert (
-        len(sft.load_rows(SftConfig.model_validate(tree | {"train": {"updates": 1, "batch": 2}})))
-        == 2
-    )
+        dpo.load_pairs(
+            DpoConfig.model_validate(tree | {"train": {"updates": 1, "batch": 2}}), architecture
+        )
+    shortest = SftConfig.model_validate(tree | {"train": {"updates": 1, "batch": 2}})
+    assert len(sft.load_rows(shortest, architecture)) == 2
     right = tree | {"data": {"path": kept, "pick": "right"}, "train": {"updates": 1, "batch": 7}}
-    assert len(sft.load_rows(SftConfig.model_validate(right))) == 7
+    assert len(sft.load_rows(SftConfig.model_validate(right), architecture)) == 7
 
 
 def test_graded_groups_are_written_and_read_again() -> None:

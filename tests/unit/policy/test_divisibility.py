@@ -13,7 +13,7 @@ import torch
 from megatron.core.transformer.moe import moe_utils
 
 from megatron_efr.config import ConfigError, ModelConfig, ParallelConfig, check_parallel
-from megatron_efr.policy import check_fit, join_ranks
+from megatron_efr.policy import check_fit
 from megatron_efr.weights.architecture import Architecture, Experts
 
 
@@ -146,11 +146,8 @@ def test_megatron_fields_that_would_undo_the_split(
     field: str, message: str, tied_model: Path
 ) -> None:
     model = ModelConfig(path=str(tied_model), megatron={field: False})
-    with (
-        pytest.raises(ConfigError, match=rf"model\.megatron\.{field}: .*{message}"),
-        join_ranks(ParallelConfig(pipeline=2, virtual_pipeline=2), seed=0, model=model),
-    ):
-        pass
+    with pytest.raises(ConfigError, match=rf"model\.megatron\.{field}: .*{message}"):
+        check_fit(model, ParallelConfig(pipeline=2, virtual_pipeline=2))
 
 
 def test_transformer_engines_layers_are_refused_in_fp32_which_its_packed_attention_does_not_know(

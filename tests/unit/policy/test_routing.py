@@ -276,6 +276,7 @@ def test_what_cannot_be_replayed_is_named(make: MakePolicy, moe: Path, tied_mode
     ):
         build_engine(
             ModelConfig(path=str(moe), routing="replay"),
+            Architecture.from_folder(moe),
             RolloutConfig(),
             Servers(),
             moe,

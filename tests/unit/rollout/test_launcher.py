@@ -255,10 +255,16 @@ def test_each_server_has_gpus_and_random_numbers_of_its_own(
 ) -> None:
     python = fake_python(tmp_path, "exec sleep 300")
     engines = EnginesConfig.model_validate({"engine": "sglang", "python": python, "tp": 2})
-    model = ModelConfig(path=str(tied_model))
+    model, architecture = ModelConfig(path=str(tied_model)), Architecture.from_folder(tied_model)
     for index in (0, 1):
         launcher.start_engine(
-            model, engines, index, seed=2**31 - 1, on_gpu=True, first_gpu=first + 2 * index
+            model,
+            architecture,
+            engines,
+            index,
+            seed=2**31 - 1,
+            on_gpu=True,
+            first_gpu=first + 2 * index,
         )
     settings = [yaml.safe_load((launcher.folder / f"engine-{i}.yaml").read_text()) for i in (0, 1)]
     assert [s["base-gpu-id"] for s in settings] == gpus

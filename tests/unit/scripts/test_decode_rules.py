@@ -40,6 +40,7 @@ from megatron_efr.scripts.published import (
 from megatron_efr.scripts.search import VgSearch, scorer_of
 from megatron_efr.steps import Draw, Force, Fork, Part, Penalty, Score, Step, Take
 from megatron_efr.types import Branch, Done, Prompt, Response, Script, UserError
+from megatron_efr.weights.architecture import Architecture
 from tests.scripts import Letters
 
 pytestmark = pytest.mark.alike
@@ -350,9 +351,10 @@ def test_servers_of_an_evaluation_with_a_penalty_must_take_it() -> None:
 
 
 def test_a_router_that_passes_no_penalty_on_is_refused_before_servers_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tied_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build_module, "Launcher", None)
+    architecture = Architecture.from_folder(tied_model)
     router = EnginesConfig(engine="sglang", router=True)
     for model, penalties in (
         (ModelConfig(path="x"), True),
@@ -362,7 +364,9 @@ def test_a_router_that_passes_no_penalty_on_is_refused_before_servers_start(
             ExitStack() as resources,
             pytest.raises(ConfigError, match=r"^rollout\.router: .* leave router out"),
         ):
-            build_module.sglang_engine(model, router, tmp_path, 0, Letters(), resources, penalties)
+            build_module.sglang_engine(
+                model, architecture, router, tmp_path, 0, Letters(), resources, penalties
+            )
 
 
 def test_doubts_give_way_to_confidence_and_the_thought_ends_once_it_is_sure() -> None:
