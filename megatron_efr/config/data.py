@@ -84,8 +84,8 @@ class PromptConfig(Section):
     prefill: str = Field(
         default="template",
         description=(
-            "what stands after the assistant tag: 'template' (as the chat template has it), "
-            "'none' (refuse a template that adds more), or a text to append"
+            "what follows the assistant tag: 'template' (what the chat template writes), 'none' "
+            "(refuse a template that adds more), or a text to append"
         ),
     )
     max_tokens: PositiveInt = Field(
@@ -98,8 +98,8 @@ class PromptConfig(Section):
         default=None,
         pattern=r"^\d{4}-\d\d-\d\d$",
         description=(
-            "YYYY-MM-DD, the day that a chat template which asks for it is told; by default the "
-            "day that the run began, also if it is resumed on another"
+            "date, as YYYY-MM-DD, for a chat template that asks for one; by default the day that "
+            "the run began, after a resume too"
         ),
     )
 

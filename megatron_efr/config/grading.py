@@ -12,7 +12,7 @@ from megatron_efr.config.section import Section
 class ExactOptions(Section):
     """Options of the verifier `exact`."""
 
-    ignore_case: bool = Field(default=False, description="capital and small letters are the same")
+    ignore_case: bool = Field(default=False, description="upper and lower case are the same")
 
 
 class NumericOptions(Section):
@@ -30,7 +30,7 @@ class RegexOptions(Section):
     search: bool = Field(
         default=False, description="the pattern may match anywhere, not only the whole answer"
     )
-    ignore_case: bool = Field(default=False, description="capital and small letters are the same")
+    ignore_case: bool = Field(default=False, description="upper and lower case are the same")
 
 
 OPTIONS: dict[str, type[Section]] = {
@@ -77,7 +77,7 @@ class VerifierConfig(Section):
             )
         if self.answer != "marker" and self.marker is not None:
             raise ValueError(
-                f"marker: {self.marker!r} is read by answer: marker alone; here answer is "
+                f"marker: {self.marker!r} is used only with answer: marker; here answer is "
                 f"{self.answer}"
             )
         return self
@@ -102,7 +102,7 @@ class VerifierConfig(Section):
 class PartConfig(VerifierConfig):
     """A further verifier, whose score counts beside the first one's."""
 
-    weight: float = Field(gt=0, description="its share of the score, beside the others'")
+    weight: float = Field(gt=0, description="its weight in the score, relative to the others'")
 
 
 class JudgingConfig(VerifierConfig):
@@ -112,10 +112,12 @@ class JudgingConfig(VerifierConfig):
         default=1.0,
         gt=0,
         le=1,
-        description="the score from which an answer is correct, of a verifier that gives scores",
+        description="for a verifier that gives scores: the least score of a correct answer",
     )
     weight: float = Field(
-        default=1.0, ge=0, description="of the first verifier, beside those of `parts`"
+        default=1.0,
+        ge=0,
+        description="the first verifier's weight in the score, relative to those of `parts`",
     )
     parts: list[PartConfig] = Field(
         default_factory=list,

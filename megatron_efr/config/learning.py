@@ -114,7 +114,7 @@ class TrainingConfig(Section):
     warn_logprob_diff: float | None = Field(
         default=None,
         gt=0,
-        description="say so when it exceeds this; a fifth of max_logprob_diff when left out",
+        description="warn when it exceeds this; a fifth of max_logprob_diff when left out",
     )
     max_skipped: PositiveInt = Field(
         default=3, description="stop when so many updates in a row had to be skipped"
@@ -166,5 +166,7 @@ class PreferenceConfig(Section):
     """Preference of one response of a pair to the other (DPO, arXiv 2305.18290)."""
 
     beta: float = Field(
-        default=0.1, gt=0, description="of the implicit reward: how dear it is to leave the start"
+        default=0.1,
+        gt=0,
+        description="DPO's beta: a larger one keeps the policy closer to the starting model",
     )

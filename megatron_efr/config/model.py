@@ -37,7 +37,9 @@ class LoraConfig(Section):
     """
 
     rank: PositiveInt = Field(default=16, description="rows of A and columns of B")
-    alpha: float = Field(default=32.0, gt=0, description="B A counts alpha / rank times")
+    alpha: float = Field(
+        default=32.0, gt=0, description="the product B A is scaled by alpha / rank"
+    )
     targets: list[Projection] = Field(
         default=list(get_args(Projection)),
         min_length=1,

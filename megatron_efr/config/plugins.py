@@ -85,9 +85,7 @@ def load_function(name: str, group: str, key: str, arguments: Sequence[str]) -> 
     # the call is tried on its signature alone: nothing of it runs yet
     wanted = f"a function of ({', '.join(arguments)})"
     if not callable(found):
-        raise ConfigError(
-            f"{key}: {name} is of type {type(found).__name__}, and {wanted} is asked for"
-        )
+        raise ConfigError(f"{key}: {name} is of type {type(found).__name__}; {wanted} is required")
     try:
         inspect.signature(found).bind(*arguments)
     except TypeError as error:

@@ -19,10 +19,10 @@ class TimeoutsConfig(Section):
     start_s: float = Field(
         default=900,
         gt=0,
-        description="a launched server, until it is ready; all having been lost, until one is back",
+        description="a launched server, until it is ready; after all are lost, until one is back",
     )
     connect_s: float = Field(default=10, gt=0, description="a connection to a server")
-    health_s: float = Field(default=30, gt=0, description="a sign of life")
+    health_s: float = Field(default=30, gt=0, description="an answer to a health check")
     check_s: float = Field(
         default=5, gt=0, description="between health checks; three that fail, and a server is lost"
     )
@@ -38,7 +38,7 @@ class TimeoutsConfig(Section):
     hang_s: float = Field(
         default=120,
         gt=0,
-        description="a sign of life of a server's scheduler, before the server is started again",
+        description="an answer of a server's scheduler, before the server is started again",
     )
     stop_s: float = Field(
         default=10, gt=0, description="a server asked to end, before it is killed"
@@ -78,7 +78,7 @@ class EnginesConfig(Section):
         ),
     )
     restarts: int = Field(
-        default=3, ge=0, description="how often a server that ended or hangs is started again"
+        default=3, ge=0, description="how many times a server that ended or hangs is started again"
     )
     bucket_mib: PositiveInt = Field(default=512, description="weights sent to the servers at once")
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
@@ -94,8 +94,7 @@ class EnginesConfig(Section):
     def _keys_belong_together(self) -> Self:
         if self.embedded and (self.urls or self.server):
             raise ValueError(
-                "rollout.urls and rollout.server speak of SGLang servers; set rollout.engine: "
-                "sglang"
+                "rollout.urls and rollout.server are for SGLang servers; set rollout.engine: sglang"
             )
         if self.urls and self.server:
             raise ValueError(
@@ -207,8 +206,8 @@ class RolloutConfig(EnginesConfig):
             )
         if self.in_flight_beyond > self.prompts:
             raise ValueError(
-                f"rollout.ahead: {self.ahead} prompts that may have to be waited for together are "
-                f"more than an iteration takes; at most rollout.prompts = {self.prompts}"
+                f"rollout.ahead: {self.ahead} prompts in flight beyond those of an iteration are "
+                f"more than one iteration takes; at most rollout.prompts = {self.prompts}"
             )
         # one left asleep would die when it is put to sleep again
         if self.urls and self.placement == "colocated":

@@ -308,7 +308,7 @@ def _together(parts: Sequence[_Part], name: str, source: str) -> Values:
     for key, value in ((key, value) for part in parts for key, value in part.changed.items()):
         if key in _OWN:
             raise ConfigError(
-                f"{source}: member {name}: {key}: the sweep gives each member its own"
+                f"{source}: member {name}: {key}: the sweep sets it for each member; leave it out"
             )
         if lost := next((other for other in changed if f"{other}.".startswith(f"{key}.")), None):
             raise ConfigError(

@@ -20,9 +20,9 @@ _KNOWN = {_TAG + name for name in ("map", "seq", "str", "int", "float", "bool", 
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
 _HINTS = {
     "'\\t'": "; indent with spaces, a tab may not begin a line or a value",
-    "mapping values are not allowed": "; a colon and a space within a text want quotes around it",
+    "mapping values are not allowed": "; put quotes around a text that holds a colon and a space",
     "another document": "; one file is one configuration: take the line of --- out",
-    "cannot start any token": "; a text that begins with this character wants quotes around it",
+    "cannot start any token": "; put quotes around a text that begins with this character",
 }
 
 
@@ -78,7 +78,7 @@ def parse(text: str, source: str, prefix: str = "", what: str = "not valid YAML"
         line = text.count("\n", 0, error.position)
         character: Any = error.character  # its number, whatever the stub says
         raise ConfigError(
-            f"{at(line)}: {what}: the character U+{character:04X} may not stand here"
+            f"{at(line)}: {what}: the character U+{character:04X} is not allowed here"
         ) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

@@ -98,8 +98,8 @@ FILES: list[tuple[str, str | bytes, list[str]]] = [
     ("an open bracket", "name: [a\n", ["c.yaml:2: not valid YAML"]),
     ("an open quote", 'name: "a\n', ["c.yaml:2: not valid YAML"]),
     ("a colon in a text", TRAIN + "runs: a: b\n", ["c.yaml:10: not valid YAML: "
-        "mapping values", "want quotes"]),
-    ("a per cent sign", TRAIN + "runs: %d\n", ["c.yaml:10: not valid YAML", "wants quotes"]),
+        "mapping values", "put quotes around"]),
+    ("a per cent sign", TRAIN + "runs: %d\n", ["c.yaml:10: not valid YAML", "put quotes around"]),
     ("a bad indent", TRAIN + "  seed: 3\n", ["c.yaml:10: not valid YAML"]),
     ("an unknown anchor", TRAIN + "seed: *s\n", ["c.yaml:10: not valid YAML", "undefined alias"]),
     ("an anchor in itself", TRAIN + "observe: &o {wandb: *o}\n", ["observe.wandb: this anchor "

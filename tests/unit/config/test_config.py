@@ -152,7 +152,7 @@ def test_an_override_that_cannot_be_applied_is_quoted(
         ),
         (
             "rollout.urls=[http://a:1]",
-            "rollout.urls and rollout.server speak of SGLang servers; set rollout.engine",
+            "rollout.urls and rollout.server are for SGLang servers; set rollout.engine",
         ),
         (
             "rollout={engine: sglang, urls: [a:1]}",

@@ -152,7 +152,7 @@ def test_a_key_into_a_list_is_among_those_that_vary(write: Write) -> None:
             {"vary": {"model.path": ["a/" * 120]}},
             "its name has 244 characters, and a folder's at most 200",
         ),
-        ({"members": {"a": {"name": "x"}}}, "member a: name: the sweep gives each member its own"),
+        ({"members": {"a": {"name": "x"}}}, "member a: name: the sweep sets it for each"),
         (
             {"vary": {"method.alpha": [0], "method": {"m": {"name": "kimi"}}}},
             "method would replace method.alpha, set before it; put method first",

@@ -338,7 +338,7 @@ def test_each_data_set_is_judged_its_own_way() -> None:
         ({"answer": "marker"}, "c.yaml: grading: answer: marker needs `marker`"),
         (
             {"marker": "Answer:"},
-            "c.yaml: grading: marker: 'Answer:' is read by answer: marker alone",
+            "c.yaml: grading: marker: 'Answer:' is used only with answer: marker",
         ),
         ({"answer": "last"}, "c.yaml: grading.answer: Input should be 'last_box'"),
         (

@@ -339,7 +339,7 @@ def rewarded_plainly(method: Method, right: list[int]) -> list[Rewarded]:
         ("judges_of_steps:gone", r"judges_of_steps:gone cannot be imported: AttributeError"),
         (
             "judges_of_steps:table",
-            r".*:table is of type dict, and a function of \(prompt, steps\) is asked for",
+            r".*:table is of type dict; a function of \(prompt, steps\) is required",
         ),
         (
             "judges_of_steps:one",
