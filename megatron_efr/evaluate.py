@@ -78,25 +78,14 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
         seed = request_seed(config.seed, len(unfinished.journal.read().groups))
         logs = folder.path / "engines" / f"eval-{record_name}"
         codec = TokenizerCodec(tokenizer)
-        penalties = bool(evaluator.script.penalised)
         engine = open_engine(
-            source.start,
-            source.architecture,
-            config.rollout,
-            logs,
-            seed,
-            codec,
-            resources,
-            penalties,
-        )
+            source.start, source.architecture, config.rollout, logs, seed, codec, resources,
+            penalties=bool(evaluator.script.penalised),
+        )  # fmt: skip
         publish = publication(
-            weights,
-            engine,
-            config.rollout.transport,
-            logs / "weights",
-            source.start.path,
+            weights, engine, config.rollout.transport, logs / "weights", source.start.path,
             resources,
-        )
+        )  # fmt: skip
         take_in = take_in_returned(engine, publish)
 
         def ask() -> Record:

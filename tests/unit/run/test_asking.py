@@ -24,6 +24,7 @@ from megatron_efr.scripts import Opened, Plain
 from megatron_efr.scripts.published import Tip
 from megatron_efr.scripts.search import VgSearch
 from megatron_efr.types import Prompt
+from megatron_efr.weights.architecture import Architecture
 from tests.groups import KNOWN
 
 
@@ -181,7 +182,9 @@ def test_a_run_on_servers_refuses_to_evaluate_with_a_penalty(task: Path) -> None
     for engine in ("local", "sglang"):
         config = validate(TrainConfig, tree | {"rollout": {**tree["rollout"], "engine": engine}})
         algorithm = algorithms.build(config.algorithm, config.rollout)
-        build = partial(MainRank, config, made._method, algorithm)
+        build = partial(
+            MainRank, config, made._method, algorithm, Architecture.from_folder(task / "model")
+        )
         if engine == "local":
             build().close()
         else:
