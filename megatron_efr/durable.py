@@ -25,11 +25,14 @@ GOES_ON = (
 @contextlib.contextmanager
 def writing(path: str | Path, remains: str = "what was there before is whole") -> Iterator[None]:
     """Let an OSError of this block, which writes `path`, end the program with a sentence:
-    UnwritableError.
+    UnwritableError. Of a folder it names the file that was refused.
     """
     try:
         yield
     except OSError as error:
+        refused = error.filename
+        if isinstance(refused, str) and Path(refused).is_relative_to(path):
+            path = refused
         raise UnwritableError(
             f"{path}: cannot be written: {reason(path, error)}; {remains}"
         ) from error

@@ -24,6 +24,7 @@ from megatron_efr.durable import (
     remove_torn_writes,
     standing,
     whole_folder,
+    writing,
 )
 from megatron_efr.errors import EngineError
 from megatron_efr.evaluation.journal import Unfinished
@@ -190,6 +191,14 @@ def test_tensorboards_files_too(tmp_path: Path) -> None:
     ):
         with full_disk(), observer:
             observer._outputs[0].log(1, {"loss": 0.5}, 1.0)
+
+
+def test_of_a_folder_the_file_that_was_refused_is_named(tmp_path: Path) -> None:
+    (tmp_path / "report" / "family.png").mkdir(parents=True)
+    for refused, named in (("report/family.png", "report/family.png"), (".", "report")):
+        said = rf"^{tmp_path / named}: cannot be written: Is a directory; "
+        with pytest.raises(UnwritableError, match=said), writing(tmp_path / "report"):
+            open(tmp_path / refused, "w").close()
 
 
 def test_a_folder_that_cannot_be_made_is_named_with_the_one_above_that_is_there(
