@@ -129,11 +129,8 @@ class Algorithm(Section):
     @model_validator(mode="after")
     def _choices_go_together(self) -> Algorithm:
         for key, speaks, reason in self._conditions():
-            if not speaks and self.changed(key):
-                raise ValueError(
-                    f"algorithm.{key}: {getattr(self, key)!r} has no effect while {reason}; leave "
-                    "it out"
-                )
+            if not speaks:
+                self.refuse_idle("algorithm", [key], f"while {reason}")
         for refusal in self._contradictions():
             raise ValueError(refusal)
         return self
@@ -187,10 +184,6 @@ class Algorithm(Section):
                 "out"
             )
         return found
-
-    def changed(self, key: str) -> bool:
-        """True if a choice is another than its algorithm's source has."""
-        return bool(getattr(self, key) != type(self).model_fields[key].default)
 
     @property
     def min_samples(self) -> int:

@@ -266,10 +266,8 @@ class AdaCoT(Method):
 
     @model_validator(mode="after")
     def _place_is_asked_for(self) -> AdaCoT:
-        if self.decides and self.masked_from is None:
-            raise ValueError(
-                "method.decides: it has no effect without method.masked_from; leave it out"
-            )
+        if self.masked_from is None:
+            self.refuse_idle("method", ["decides"], "without method.masked_from")
         return self
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:

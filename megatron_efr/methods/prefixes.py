@@ -99,19 +99,11 @@ class SGPO(Prefixes):
 
     @model_validator(mode="after")
     def _options_speak(self) -> SGPO:
-        vain = (
-            ("step", "sound")
-            if self.judge is None
-            else ("exits", "answers", "answer_tokens", "stop")
-        )
-        reason = (
-            "without method.judge"
-            if self.judge is None
-            else "with method.judge: nothing is answered early"
-        )
-        for key in vain:
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"method.{key}: it has no effect {reason}; leave it out")
+        if self.judge is None:
+            self.refuse_idle("method", ("step", "sound"), "without method.judge")
+        else:
+            early = ("exits", "answers", "answer_tokens", "stop")
+            self.refuse_idle("method", early, "with method.judge: nothing is answered early")
         return self
 
     @property
