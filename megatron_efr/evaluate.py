@@ -66,7 +66,7 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
         )
         judged = {**asked, **evaluator.judged()}  # what grades depend on besides
         if (kept := finished(path, judged, replace)) is not None:
-            print(f"{path}: holds this very evaluation; delete it to evaluate again", flush=True)
+            print(f"{path}: holds this evaluation already; delete it to evaluate again", flush=True)
             forget(path, asked)
             return kept
         unfinished = Unfinished(path, asked, replace)

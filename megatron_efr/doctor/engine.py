@@ -135,7 +135,7 @@ def check_servers(urls: Sequence[str], key: str | None) -> Iterator[Finding]:
             said = (
                 f"{url} refuses the key in {KEY}"
                 if key
-                else f"{url} wants a key, and {KEY} is not set"
+                else f"{url} requires a key, and {KEY} is not set"
             )
             yield Finding(
                 "engine",

@@ -188,7 +188,7 @@ def check_shared_memory(path: Path = Path("/dev/shm"), several: bool = True) -> 
             "shared memory",
             "note",
             f"no {path}",
-            "NCCL and data loaders want it: mount a tmpfs there",
+            "NCCL and data loaders need it: mount a tmpfs there",
         )
     size = shutil.disk_usage(path).total / 2**30
     if size < SHM_GIB:

@@ -147,7 +147,7 @@ def check_transformer_engine(needed: bool) -> Iterator[Finding]:
     # absent: Megatron's local layers do
     there = installed_version(requirement.name) is not None
     if not there and PathFinder.find_spec("transformer_engine", sys.path) is None:
-        advice = f"Megatron's local layers stand in for it, at a lower speed; {install}"
+        advice = f"Megatron's local layers are used instead, at a lower speed; {install}"
         yield missing(subject, "not installed", install if needed else advice, needed)
         return
     # present in another version than pinned
@@ -190,7 +190,7 @@ def check_transformer_engine(needed: bool) -> Iterator[Finding]:
             else f"{flash}, which Transformer Engine does not take (up to {newest})"
         )
         yield Finding(
-            "flash attention", "note", seen, f"cuDNN's attention stands in for it; {install}"
+            "flash attention", "note", seen, f"cuDNN's attention is used instead; {install}"
         )
 
 

@@ -100,11 +100,11 @@ def state(run: Watched) -> str:
     ends = [line for line in run.log if line.event in ("start", "resume", "end")]
     ends = [line for line in ends if not line.text.startswith("evaluation ")] or ends
     if not ends:
-        return "nobody works on it"
+        return "no process works on it"
     return (
         _first(ends[-1].text)
         if ends[-1].event == "end"
-        else "ended without a word: killed, or its machine"
+        else "ended without a log line: killed, or its machine failed"
     )
 
 

@@ -182,7 +182,7 @@ class Ranks:
             why = (
                 "the limit is parallel.wait_limit_s"
                 if waited >= 0.99 * limit
-                else "rank 0 has gone"
+                else "rank 0 has ended"
             )
             raise UserError(
                 f"rank {self.rank} waited {waited:.0f} s for {what} of rank 0: {why} ({error})"

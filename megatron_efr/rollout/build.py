@@ -65,7 +65,7 @@ def check_engine(model: ModelConfig, rollout: RolloutConfig) -> None:
             )
         if model.routing == "replay" and "routing" not in ENGINES[rollout.engine].abilities:
             raise ConfigError(
-                "model.routing: replay needs an engine that says which experts it chose; set "
+                "model.routing: replay needs an engine that returns the experts it chose; set "
                 "rollout.engine: sglang"
             )
     else:
@@ -177,7 +177,7 @@ def _check_router(model: ModelConfig, engines: EnginesConfig, penalties: bool = 
         )
     if engines.router and model.routing == "replay":
         raise ConfigError(
-            "rollout.router: sglang-router does not pass on that routed experts are asked for, "
+            "rollout.router: sglang-router does not pass on the request for routed experts, "
             "which model.routing: replay needs; leave router out"
         )
 

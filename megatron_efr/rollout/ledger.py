@@ -326,7 +326,7 @@ class Ledger:
         if refused > REFUSALS * self._config.prompts:
             raise UserError(
                 f"iteration {step}: {refused} groups were refused for their content, and "
-                f"rollout.prompts = {self._config.prompts} are wanted: the prompts teach nothing, "
+                f"rollout.prompts = {self._config.prompts} are needed: the prompts teach nothing, "
                 "since the model gets all responses to them right, or all wrong. Give it harder "
                 "or easier prompts, or an algorithm that takes every group"
             )

@@ -100,7 +100,7 @@ class Asking:
             if (count := len(codec.encode(text))) != 1:
                 raise ConfigError(
                     f"method.{key}: {text!r} is {count} tokens of this model's tokenizer, and "
-                    f"method {self._config.method.name} wants a single one; name one of the "
+                    f"method {self._config.method.name} needs a single one; name one of the "
                     "tokenizer's own tokens"
                 )
 

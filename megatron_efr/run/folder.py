@@ -91,8 +91,8 @@ class RunFolder:
             )
         if self.has_work and not resume:
             raise RunFolderError(
-                f"{self.path}: this very run has been started before and has work here; "
-                f"pass --resume to go on from its last checkpoint, or choose another name"
+                f"{self.path}: this run, with the same configuration, has been started before; "
+                "pass --resume to go on from its last checkpoint, or choose another name"
             )
         if resume:
             self.read_metrics()

@@ -65,8 +65,8 @@ class Watch:
             )
         elif right == 1.0:
             why = (
-                "every answer is right, and the method tells them not apart: take harder "
-                "problems, or a stronger pull"
+                "every answer is right, and the method rewards them alike: take harder problems, "
+                "or weigh brevity more"
             )
         else:
             why = (
@@ -74,8 +74,8 @@ class Watch:
                 "rewards that differ"
             )
         return (
-            f"no group has had a signal for {self._silent} iterations, so that the policy stands "
-            f"still; {why}"
+            f"no group has had a signal for {self._silent} iterations, so that the policy learns "
+            f"nothing; {why}"
         )
 
     def _entropy(self, metrics: Mapping[str, float]) -> str:
@@ -90,7 +90,7 @@ class Watch:
             return ""
         change = f"the entropy is {entropy:.3g}, and was {self._start:.3g} at the start"
         if self._strayed == "high":
-            return f"{change}: the policy comes apart; lower optimizer.lr, or raise algorithm.beta"
+            return f"{change}: the policy diverges; lower optimizer.lr, or raise algorithm.beta"
         return (
             f"{change}: the policy hardly explores any more; raise algorithm.entropy_bonus or "
             "algorithm.clip_high"

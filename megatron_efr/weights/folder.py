@@ -71,7 +71,7 @@ class FolderWeights(TensorSource):
         if not math.isfinite(tensor.sum(dtype=torch.float32)) and not tensor.isfinite().all():
             raise ConfigError(
                 f"model.path: {self._stored[name].file}: {name} holds numbers that are not "
-                "finite; the weights are spoilt: take an earlier checkpoint, or fetch them again"
+                "finite; the weights are damaged: take an earlier checkpoint, or fetch them again"
             )
         return tensor
 

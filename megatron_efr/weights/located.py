@@ -42,7 +42,7 @@ def locate(folder: Path) -> dict[str, Stored]:
     if astray := [name for name in index if name not in stored]:
         raise ConfigError(
             f"model.path: {folder / INDEX} says that {index[astray[0]].name} holds {astray[0]}, "
-            f"which it does not; {len(astray)} of {len(index)} tensors are astray: index and "
+            f"which it does not; {len(astray)} of {len(index)} tensors are misplaced: index and "
             "shards do not belong together"
         )
     return stored
@@ -96,8 +96,8 @@ def _header(file: Path) -> dict[str, Stored]:
             beginning = opened.read(len(_POINTER))
         if beginning == _POINTER:
             raise ConfigError(
-                f"model.path: {file} is a git-lfs pointer, which stands for the weights; fetch "
-                "them: git lfs pull"
+                f"model.path: {file} is a git-lfs pointer, not the weights; fetch them: git lfs "
+                "pull"
             )
         if not beginning:
             raise ConfigError(f"model.path: {file} is empty; fetch it again")

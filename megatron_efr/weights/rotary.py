@@ -60,7 +60,7 @@ def read_rotary(raw: dict[str, Any], where: str) -> Rotary:
     if scaling.theta == parameters.theta and parameters.kind == "default":
         return scaling
     raise ConfigError(
-        f"{where}rope_scaling: stands beside rope_parameters, and transformers reads rope_scaling "
+        f"{where}rope_scaling: given beside rope_parameters, and transformers reads rope_scaling "
         f"alone: rope_type {scaling.kind} with rope_theta {scaling.theta:g}, in place of "
         f"{parameters.kind} with {parameters.theta:g}; put its fields into rope_parameters, "
         "beside the rope_theta there, and take rope_scaling out"

@@ -28,7 +28,7 @@ def test_a_server_that_answers_is_told_from_one_that_does_not_and_from_one_of_an
     assert (other.verdict, other.found) == ("problem", f"{url} refuses the key in SGLANG_API_KEY")
     assert (none.verdict, none.found) == (
         "problem",
-        f"{url} wants a key, and SGLANG_API_KEY is not set",
+        f"{url} requires a key, and SGLANG_API_KEY is not set",
     )
     engine = make_engine()
     engine.publish(weights_of(models[0]), version=1)

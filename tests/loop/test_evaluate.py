@@ -40,7 +40,7 @@ def test_a_record_is_not_made_twice_nor_lost_to_another_evaluation(
     before = path.read_bytes()
     again = program("evaluate", config, runs, "rollout.slots=64").stdout
     assert again == (
-        f"{path}: holds this very evaluation; delete it to evaluate again\nmodel:\n{figures}"
+        f"{path}: holds this evaluation already; delete it to evaluate again\nmodel:\n{figures}"
     )
     refused = program("evaluate", config, runs, "grading.verifier=exact", expect=2).stderr
     assert (

@@ -302,7 +302,9 @@ def test_a_run_that_is_killed_while_it_samples_the_starting_model_goes_on(
     tree = (tmp_path / "whole" / name / "config.yaml").read_text()
     (cut / "config.yaml").write_text(tree.replace(str(tmp_path / "whole"), str(tmp_path / "cut")))
     (cut / "reference.jsonl").write_bytes(data[: len(data) // 2])  # in the middle of a line
-    with pytest.raises(UserError, match="this very run has been started before and has work here"):
+    with pytest.raises(
+        UserError, match="this run, with the same configuration, has been started before"
+    ):
         train(configured(task, tmp_path / "cut", name, 2))
     train(configured(task, tmp_path / "cut", name, 2), resume=True)
     assert lines(tmp_path / "cut", name) == expected

@@ -119,7 +119,7 @@ def _start(
         raise ConfigError(
             f"rollout.engines: {len(engine_gpus)} engines x rollout.tp {rollout.tp} after "
             f"{host.ranks} ranks need GPUs up to number {engine_gpus[-1][-1]}, and "
-            f"{torch.cuda.device_count()} are in sight; start fewer ranks or engines"
+            f"{torch.cuda.device_count()} are visible; start fewer ranks or engines"
         )
     shared = rollout.placement == "colocated"
     for place, gpus in enumerate(engine_gpus):

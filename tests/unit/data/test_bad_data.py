@@ -132,7 +132,7 @@ FILES: list[tuple[str, str | bytes, list[str]]] = [
     ("a.jsonl", with_line('{"question": "1", "answer": "2", "m": {"a": 1, "a": 1}}'),
         ["a.jsonl:3: the key 'a'"]),
     ("a.json", '[\n{"question": "1", "answer": "2"},\n{"id": 1, "id": 1}]',
-        ["a.json:3: the key 'id' stands twice"]),
+        ["a.json:3: the key 'id' occurs twice"]),
     ("a.jsonl", with_line("[" * 5000), ["a.jsonl:3: not JSON that can be read"]),
     ("a.jsonl", with_line('{"answer": ' + "9" * 5000 + "}"),
         ["a.jsonl:3: not JSON that can be read"]),

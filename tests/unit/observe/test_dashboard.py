@@ -126,12 +126,15 @@ def test_a_run_that_works_has_time_left_and_one_that_was_killed_says_so(folder: 
         at = lines.index("n" * 98 + "  running")
         assert lines[at + 1].startswith("step 4 of 10  left 1m00s")
     assert state(read(folder.path)) == "finished"
-    assert state(run._replace(running=False)) == "ended without a word: killed, or its machine"
-    assert state(Watched("a", 0, [], [], False)) == "nobody works on it"
+    assert (
+        state(run._replace(running=False))
+        == "ended without a log line: killed, or its machine failed"
+    )
+    assert state(Watched("a", 0, [], [], False)) == "no process works on it"
     evaluated = Line(NOW, 0, "INFO", "end", "evaluation base: finished")
     killed = [Line(NOW, 0, "INFO", "start", "runs/mine: efr train a.yaml"), evaluated]
     assert state(run._replace(running=False, log=killed)) == (
-        "ended without a word: killed, or its machine"
+        "ended without a log line: killed, or its machine failed"
     )
     assert state(run._replace(running=False, log=[evaluated])) == "evaluation base: finished"
     assert state(

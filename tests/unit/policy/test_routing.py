@@ -271,7 +271,7 @@ def test_what_cannot_be_replayed_is_named(make: MakePolicy, moe: Path, tied_mode
     with pytest.raises(ConfigError, match="replay is for a mixture of experts"):
         check_fit(ModelConfig(path=str(tied_model), routing="replay"), ParallelConfig())
     with (
-        pytest.raises(ConfigError, match="an engine that says which experts it chose"),
+        pytest.raises(ConfigError, match="an engine that returns the experts it chose"),
         ExitStack() as stack,
     ):
         build_engine(

@@ -208,7 +208,7 @@ def test_a_text_that_must_be_one_token_is_refused_if_it_is_more(
     made, prompts, codec = asking(task, **options)
     with pytest.raises(
         ConfigError,
-        match=rf"^method\.{key}: '11' is 2 tokens .* method {options['name']} wants a single",
+        match=rf"^method\.{key}: '11' is 2 tokens .* method {options['name']} needs a single",
     ):
         made.check(prompts, codec, 10_000)
     made, prompts, codec = asking(task, **options | {key: "1"})

@@ -60,7 +60,7 @@ def test_a_limit_below_the_starting_models_quantile_is_told_once() -> None:
     ("right", "wrong", "why"),
     [
         (0.0, 1.0, "every answer is wrong: the problems are too hard"),
-        (1.0, 0.0, "every answer is right, and the method tells them not apart"),
+        (1.0, 0.0, "every answer is right, and the method rewards them alike"),
         (
             0.75,
             0.25,
@@ -78,7 +78,7 @@ def test_no_signal_is_told_every_five_iterations_across_a_resume(
         watch = resumed(watch)
     assert [step for step, _ in told] == [5, 10]
     assert (
-        f"no group has had a signal for 10 iterations, so that the policy stands still; {why}"
+        f"no group has had a signal for 10 iterations, so that the policy learns nothing; {why}"
     ) in told[1][1]
     assert watch.see(13, figures(groups_without_signal=0.99)) == []
     assert [watch.see(step, still) for step in range(14, 18)] == [[]] * 4, "counted anew"
@@ -92,7 +92,7 @@ def test_entropy_is_told_when_it_crosses_a_bound_of_its_start() -> None:
         told += [(step, said) for said in watch.see(step, figures(entropy=entropy))]
         watch = resumed(watch)
     assert [step for step, _ in told] == [3, 6, 8, 11]
-    assert "the entropy is 1, and was 0.5 at the start: the policy comes apart" in told[0][1]
+    assert "the entropy is 1, and was 0.5 at the start: the policy diverges" in told[0][1]
     assert "the entropy is 0.05, and was 0.5 at the start: the policy hardly explores" in told[2][1]
 
 

@@ -66,7 +66,7 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\ns
     [
         (
             lambda file: file.write_text(POINTER),
-            "is a git-lfs pointer, which stands for the weights; .*git lfs pull",
+            "is a git-lfs pointer, not the weights; .*git lfs pull",
         ),
         (lambda file: file.write_bytes(b""), "is empty; fetch it again"),
         (

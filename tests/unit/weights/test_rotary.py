@@ -182,7 +182,7 @@ def test_qwens_way_to_131072_positions(model: str) -> None:
     rewritten = raw | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
     del rewritten["rope_theta"]
     with pytest.raises(
-        ConfigError, match=r"config.json: rope_scaling: stands beside rope_parameters.* yarn .*take"
+        ConfigError, match=r"config.json: rope_scaling: given beside rope_parameters.* yarn .*take"
     ):
         Architecture.from_config(rewritten)
     assert of_transformers(rewritten)[0][1] != of_transformers(raw)[0][1], (
