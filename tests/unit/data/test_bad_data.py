@@ -128,7 +128,7 @@ FILES: list[tuple[str, str | bytes, list[str]]] = [
     ("a.jsonl", with_line('{"question": "1", "answer": "#### "}'),
         ["a.jsonl:3: a gsm8k answer ends with '####"]),
     ("a.jsonl", with_line('{"question": "1", "answer": "2", "answer": 3}'),
-        ["a.jsonl:3: the key 'answer' stands"]),
+        ["a.jsonl:3: the key 'answer' occurs"]),
     ("a.jsonl", with_line('{"question": "1", "answer": "2", "m": {"a": 1, "a": 1}}'),
         ["a.jsonl:3: the key 'a'"]),
     ("a.json", '[\n{"question": "1", "answer": "2"},\n{"id": 1, "id": 1}]',
