@@ -41,7 +41,7 @@ def test_problems_and_solutions_come_out_and_the_test_is_held_out(tmp_path: Path
     for row in files["train"] + files["test"]:
         found = computed(row["question"])
         assert (sum(found), len(found) - 1) == (int(row["answer"]), row["difficulty"])
-        assert min(sum(found[: i + 1]) for i in range(len(found))) >= 0
+        assert all(2 <= number <= 12 for number in found)
     assert [row["difficulty"] for row in files["test"]] == [1, 2] * 30
     known = {computed(row["question"]) for row in files["train"] + files["sft"]}
     assert not known & {computed(r["question"]) for r in files["test"] if r["difficulty"] == 2}
@@ -50,7 +50,9 @@ def test_problems_and_solutions_come_out_and_the_test_is_held_out(tmp_path: Path
         equations = re.findall(r"(\d+) ([+-]) (\d+) = (\d+)\.", row["response"])
         for a, sign, b, c in equations:
             assert int(a) + (int(b) if sign == "+" else -int(b)) == int(c)
-        answer = sum(computed(row["question"]))
+        found = computed(row["question"])
+        assert min(sum(found[: i + 1]) for i in range(len(found))) >= 0
+        answer = sum(found)
         assert row["response"].endswith(f" The answer is {answer}.")
         assert int(equations[-1][3]) == answer
         kinds.append(("check" in row["response"]) + row["response"][0].isalpha())
