@@ -26,12 +26,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     the second.
     """
     place = tmp_path_factory.mktemp("train")
+    return trained(place, quickstart(place))
+
+
+def quickstart(place: Path, **model: Any) -> dict[str, Any]:
+    """Configuration of that run, its task written to `place`; more of its `model` section."""
     write(place / "task", 0, ArithmeticTask(max_terms=3, train_rows=24, test_rows=16, sft_rows=64))
     config = yaml.safe_load((ROOT / "examples/quickstart/rl.yaml").read_text())
     config |= {
         "name": "sglang",
         "runs": str(place),
-        "model": {"path": str(place / "task/model"), "init": "random"},
+        "model": {"path": str(place / "task/model"), "init": "random", **model},
     }
     config["data"]["datasets"][0]["path"] = str(place / "task/train.jsonl")
     config["evaluation"]["datasets"][0]["path"] = str(place / "task/test.jsonl")
@@ -46,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     }
     # without a GPU too, servers sleep while the policy trains
     config["rollout"]["placement"] = "colocated"
-    return trained(place, config)
+    return config
 
 
 def trained(place: Path, config: dict[str, Any]) -> RunFolder:
@@ -131,6 +136,35 @@ def test_every_kind_of_method_trains(kind: str, tmp_path: Path) -> None:
         assert 0 < line["logprob_diff_max"] <= 1e-4
         assert line["grad_norm"] > 0
         assert ("branches/accuracy" in line) == (kind in ("budgets", "exits"))
+
+
+@pytest.mark.slow
+def test_servers_answer_with_adapters_merged(tmp_path: Path) -> None:
+    """They know weights alone: those of the second iteration have the first's adapters in them."""
+    config = quickstart(tmp_path, lora={"rank": 4})
+    # every text with a low digit is right, so that a model that has learnt nothing learns
+    config["grading"] = {
+        "verifier": "regex", "answer": "whole", "options": {"search": True}, "workers": 1,
+    }  # fmt: skip
+    rows = [{"question": f"{n}+1", "answer": "[0-2]"} for n in range(24)]
+    digits = tmp_path / "digits.jsonl"
+    digits.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config["data"]["datasets"] = [{"path": str(digits)}]
+    config["optimizer"] = {"lr": 1e-2}
+    del config["evaluation"]
+    run = trained(tmp_path, config)
+    lines = run.read_metrics()
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["kl"] == 0
+    assert lines[1]["kl"] > 1e-4, "the second's weights are others"
+    for line in lines:
+        assert line["first_ratio_max"] == 1
+        assert line["grad_norm"] > 0
+        assert 0 < line["logprob_diff_max"] <= 1e-4
+    assert {path.name for path in (run.path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
 
 
 def test_nothing_of_the_servers_is_left_and_only_the_owner_reads_their_folder(

@@ -207,7 +207,8 @@ def test_merged_weights_are_the_base_and_the_product(
 
 def test_scoring_and_training_passes_give_the_same_bits(tied_model: Path, ranks: Ranks) -> None:
     """Importance ratios begin at exactly 1: with and without a gradient the same products."""
-    policy, found = build(tied_model, ranks), []
+    policy = build(tied_model, ranks)
+    found: list[torch.Tensor] = []
     batches = policy.pack_update(ragged_sequences(16), list(range(16)), 4096, "sequence")
     policy.update(batches, supervised_loss)
 
