@@ -135,11 +135,12 @@ def compare_logits(folder: Path, checkpoint: Path) -> str:
     from megatron_efr.policy import join_ranks
     from megatron_efr.policy.forward import checkpoint_log_probs
 
-    ids = random_tokens(Architecture.from_folder(folder).vocab)
+    architecture = Architecture.from_folder(folder)
+    ids = random_tokens(architecture.vocab)
     reference = Reference.of(load(folder), ids)
-    lora = torch_dist.CheckpointWeights(checkpoint, Architecture.from_folder(folder)).lora
+    lora = torch_dist.CheckpointWeights(checkpoint, architecture).lora
     with join_ranks(ParallelConfig(), seed=0) as ranks:
-        found = checkpoint_log_probs(folder, checkpoint, ids, ranks, lora)
+        found = checkpoint_log_probs(architecture, checkpoint, ids, ranks, lora)
     return reference.compare(found, f"{checkpoint}, beside {folder}")
 
 

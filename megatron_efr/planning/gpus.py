@@ -36,10 +36,12 @@ class Case:
     overrides: tuple[str, ...]
     world: int
     gpu_bytes: int
+    shape: Architecture | None = None  # of the model, if it has been read
 
     def and_also(self, overrides: Sequence[str]) -> Case:
-        """The same with more overrides."""
-        return Case(self.path, (*self.overrides, *overrides), self.world, self.gpu_bytes)
+        """The same model with more overrides."""
+        more = (*self.overrides, *overrides)
+        return Case(self.path, more, self.world, self.gpu_bytes, self.architecture)
 
     @cached_property
     def config(self) -> TrainConfig:
@@ -47,7 +49,7 @@ class Case:
 
     @cached_property
     def architecture(self) -> Architecture:
-        return Architecture.from_config(shape_of(self.config.model.path))
+        return self.shape or Architecture.from_config(shape_of(self.config.model.path))
 
     @cached_property
     def static_fraction(self) -> float:

@@ -33,7 +33,7 @@ from megatron_efr.weights.mapping import WeightMapping
 
 @torch.no_grad()
 def checkpoint_log_probs(
-    folder: Path,
+    architecture: Architecture,
     checkpoint: Path,
     ids: list[list[int]],
     ranks: Ranks,
@@ -41,13 +41,12 @@ def checkpoint_log_probs(
 ) -> torch.Tensor:
     """Log-probs float32 [rows, length - 1] of each row's tokens but the first, in one process.
 
-    The model is `folder`'s; its weights are the Megatron checkpoint's, read by Megatron's own
+    The model has `architecture`; its weights are the Megatron checkpoint's, read by Megatron's own
     loader, and so are the adapters beside them if there are any, `lora`: these are merged.
     """
     # the model as a checkpoint has it, in one process
-    model = ModelConfig(path=str(folder), lora=lora)
+    model = ModelConfig(path=str(checkpoint), lora=lora)
     parallel = ParallelConfig()
-    architecture = Architecture.from_folder(folder)
     config = transformer_config(model, architecture, parallel)
     [built] = build_models(
         config, architecture, parallel, te_layers(model), ranks.device, model.lora

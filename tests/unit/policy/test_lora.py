@@ -309,7 +309,8 @@ def test_a_checkpoint_becomes_a_merged_folder_and_a_peft_one(
     for name, weight in policy.named_weights():
         assert float((merged[name] - weight).abs().max()) <= 1e-7, name
     ids = random_tokens(61, rows=2)
-    found = checkpoint_log_probs(tied_model, saved, ids, ranks, policy.model_config.lora)
+    architecture = Architecture.from_folder(tied_model)
+    found = checkpoint_log_probs(architecture, saved, ids, ranks, policy.model_config.lora)
     assert float((found - log_probs(load(tmp_path / "merged"), ids)).abs().max()) <= 1e-5
     convert.main(["megatron-to-peft", str(saved), str(tmp_path / "converted")])
     assert f"{tmp_path / 'converted'}: written in " in capsys.readouterr().out
@@ -349,7 +350,8 @@ def test_a_folder_of_bfloat16_is_what_megatron_makes_of_its_checkpoint(
     ids = random_tokens(61)
     reference = Reference.of(load(tmp_path / "merged"), ids)
     lora = policy.model_config.lora
-    found = checkpoint_log_probs(tmp_path / "merged", saved, ids, ranks, lora)
+    merged = Architecture.from_folder(tmp_path / "merged")
+    found = checkpoint_log_probs(merged, saved, ids, ranks, lora)
     reference.compare(found, "Megatron's")
 
 
