@@ -88,14 +88,14 @@ class Adapter(torch.nn.Module):
             cast(Any, parameter).sequence_parallel = linear.sequence_parallel
 
     @property
-    def a(self) -> list[torch.nn.Parameter]:
+    def a(self) -> tuple[torch.nn.Parameter, ...]:
         """A of each of `names`."""
-        return [self.get_parameter(f"a{i}") for i in range(len(self.names))]
+        return tuple(self.get_parameter(f"a{i}") for i in range(len(self.names)))
 
     @property
-    def b(self) -> list[torch.nn.Parameter]:
+    def b(self) -> tuple[torch.nn.Parameter, ...]:
         """B of each of `names`."""
-        return [self.get_parameter(f"b{i}") for i in range(len(self.names))]
+        return tuple(self.get_parameter(f"b{i}") for i in range(len(self.names)))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The layer's result `y`, from input `x`, with the adapters' added."""

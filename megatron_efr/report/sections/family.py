@@ -124,8 +124,8 @@ def _more(records: list[Record]) -> dict[str, str]:
 
 def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
     """The mean of a figure over records; None if one of them lacks it."""
-    values = [record.get(key) for record in records]
-    return None if None in values else fmean(values)
+    values = [record[key] for record in records if record.get(key) is not None]
+    return fmean(values) if len(values) == len(records) else None
 
 
 def _measures(results: Results) -> dict[str, Any] | None:
