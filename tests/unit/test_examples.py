@@ -74,15 +74,15 @@ def test_a_training_run_on_servers_divides_over_nodes_of_eight_gpus(path: Path) 
     assert len(placement.ranks) == 8 * nodes
 
 
-def test_what_lies_beyond_the_paper_is_an_example_whose_levels_are_single_tokens() -> None:
+def test_what_lies_beyond_the_paper_is_an_example_whose_levels_are_told_apart() -> None:
     made = load_sweep(EXAMPLES / "beyond.yaml")
     models = {member.model: member for member in made.members}
-    assert list(models) == ["min_std", "target", "effort"]
+    assert list(models) == ["min_std", "paper", "target", "effort", "one_alpha"]
     words = models["effort"].config.method.model_dump()["words"]
-    assert (
-        len({tuple(arithmetic_tokenizer().encode(word).ids) for word in words}) == len(words) == 3
-    )
-    assert all(len(arithmetic_tokenizer().encode(f"1+2{word}").ids) == 4 for word in words)
+    assert models["one_alpha"].config.method.model_dump()["words"] == words
+    asked = [arithmetic_tokenizer().encode(f"1+2{word}").ids for word in words]
+    assert len({tuple(ids) for ids in asked}) == len(words) == 3
+    assert [len(ids) - 3 for ids in asked] == [1, 0, 1], "medium effort has no sign"
 
 
 def test_the_family_has_rloo_grpo_and_sixteen_methods_or_more_of_three_seeds() -> None:
