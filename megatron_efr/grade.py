@@ -1,4 +1,4 @@
-"""`efr grade`: judges a file of responses, and says who was judged how and why, and where verifiers
+"""`efr grade`: judges a file of responses, and says who was judged how and why, and on what verifiers
 disagree.
 """
 
@@ -193,7 +193,7 @@ def _question(entry: Entry, part: Part) -> Question | None:
 
 
 def _named(entry: Entry, judgings: Judgings) -> dict[str, Part]:
-    """The verifiers of an entry's data set; one that is there twice says where it looks, or its
+    """The verifiers of an entry's data set; one that is there twice says its region, or its
     place.
     """
     parts = judgings.of_dataset(entry.dataset).parts
@@ -266,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="efr grade", description="Judge a file of responses; say how and why."
     )
-    # the responses, and where their golds are
+    # the responses, and their golds
     parser.add_argument(
         "file",
         help="JSON lines, JSON or parquet with golds and responses, or a run's rollouts (.zst)",
