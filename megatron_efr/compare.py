@@ -49,7 +49,8 @@ def priced(text: str) -> tuple[float, float]:
             raise ValueError("a price is negative, or no number")
     except ValueError as error:
         raise UserError(
-            f"--prices {text!r}: {error}; give two, of a million tokens read and drawn: 0.5,2"
+            f"--prices {text!r}: {error}; give two, of a million prompt tokens and of a million "
+            "generated ones: 0.5,2"
         ) from error
     return read, drawn
 
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "one", type=Path, help="RUN/eval/NAME.json, or a run with one evaluation; the base"
     )
-    parser.add_argument("other", type=Path, help="likewise, the one that is compared with it")
+    parser.add_argument("other", type=Path, help="likewise, compared with the base")
     # which figures, and what they need to be told
     parser.add_argument(
         "--measures",
@@ -150,7 +151,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="these alone, such as accuracy,pass@4,accuracy_within@512",
     )
     parser.add_argument(
-        "--prices", metavar="IN,OUT", help="of a million tokens read and drawn, for cost_of_pass"
+        "--prices",
+        metavar="IN,OUT",
+        help="prices of a million prompt tokens and a million generated ones, for cost_of_pass",
     )
     # what is refused otherwise, the draws, and how it is shown
     parser.add_argument(
@@ -159,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="compare what was not asked or judged alike, and say so",
     )
     parser.add_argument(
-        "--seed", type=arguments.within(int, 0), default=0, help="of the draws of problems"
+        "--seed", type=arguments.within(int, 0), default=0, help="seed of the bootstrap"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     given = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""`efr grade`: judges a file of responses, and says who was judged how and why, and on what verifiers
+"""`efr grade`: judges a file of responses, says how each was judged and why, and on what verifiers
 disagree.
 """
 

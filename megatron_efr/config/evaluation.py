@@ -14,7 +14,7 @@ class ScriptConfig(BaseModel):
     """The script that makes a response; the other keys are the script's own, checked by it."""
 
     model_config = ConfigDict(extra="allow", strict=True)
-    name: str = Field(default="plain", description="which script; `plain` draws to the end")
+    name: str = Field(default="plain", description="name of the script; `plain` draws to the end")
 
     @property
     def options(self) -> dict[str, Any]:

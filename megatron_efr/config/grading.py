@@ -20,7 +20,9 @@ class NumericOptions(Section):
     two counts.
     """
 
-    relative: float = Field(default=1e-6, ge=0, description="of the gold's size")
+    relative: float = Field(
+        default=1e-6, ge=0, description="largest difference, as a share of the gold's size"
+    )
     absolute: float = Field(default=0.0, ge=0, description="in the gold's unit")
 
 

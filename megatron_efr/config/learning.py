@@ -15,7 +15,7 @@ class MethodConfig(BaseModel):
     """
 
     model_config = ConfigDict(extra="allow", strict=True)
-    name: str = Field(default="efr", description="which method")
+    name: str = Field(default="efr", description="name of the method")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -26,7 +26,7 @@ class AlgorithmConfig(BaseModel):
     """The way from rewards to updates; the other keys are the algorithm's own, checked by it."""
 
     model_config = ConfigDict(extra="allow", strict=True)
-    name: str = Field(default="rloo", description="which algorithm")
+    name: str = Field(default="rloo", description="name of the algorithm")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class OptimizerConfig(Section):
     lr: float = Field(gt=0, description="learning rate after the warm-up")
     min_lr: float = Field(default=0.0, ge=0, description="the rate at which a cosine schedule ends")
     schedule: Literal["constant", "cosine"] = Field(
-        default="constant", description="of the learning rate, over all updates of the run"
+        default="constant", description="course of the learning rate over all updates of the run"
     )
     warmup_updates: int = Field(
         default=0, ge=0, description="first updates, over which the rate rises evenly"

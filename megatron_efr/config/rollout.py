@@ -131,7 +131,9 @@ class RolloutConfig(EnginesConfig):
     prompts: PositiveInt = Field(default=32, description="prompts per iteration")
     samples: PositiveInt = Field(default=8, description="responses per prompt")
     temperature: float = Field(
-        default=1.0, gt=0, description="of sampling; the policy's log-probs are taken at it too"
+        default=1.0,
+        gt=0,
+        description="sampling temperature; the policy's log-probs are taken at it too",
     )
     top_p: float = Field(
         default=1.0, ge=1, le=1, description="training needs the sampler's own distribution"

@@ -86,7 +86,7 @@ def check_engine(python: str, pin: str | None, needed: bool) -> Iterator[Finding
         advice = f"its update endpoints differ between versions: {install}"
         yield missing(
             "SGLang",
-            f"{theirs['sglang']}, and {pin} is what this version speaks to",
+            f"{theirs['sglang']}, and megatron_efr needs {pin}",
             advice,
             needed,
         )
@@ -112,9 +112,7 @@ def check_router(python: str, pin: str | None) -> Finding:
         return Finding(subject, "problem", f"{python}: {last_line(done.stderr)}", advice)
     version = last_line(done.stdout)
     if pin is not None and version != pin:
-        return Finding(
-            subject, "problem", f"{version}, and {pin} is what this version speaks to", advice
-        )
+        return Finding(subject, "problem", f"{version}, and megatron_efr needs {pin}", advice)
     return Finding(subject, "ok", f"{version} in {python}")
 
 

@@ -156,7 +156,7 @@ def matched(one: Record, other: Record) -> tuple[Samples, Samples]:
         mine, theirs = one["rows"][rows[id]], other["rows"][others[id]]
         if (mine["question"], mine["gold"]) != (theirs["question"], theirs["gold"]):
             raise UserError(
-                f"problem {id} is another in each of the two: {mine['question']!r}, "
+                f"problem {id} is not the same in both: {mine['question']!r}, "
                 f"{theirs['question']!r}"
             )
     a = samples_of(one).take([rows[id] for id in both])

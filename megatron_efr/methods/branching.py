@@ -207,7 +207,7 @@ class MRT(Branching):
     answers: PositiveInt = Field(default=1, description="answers at the stop")
     stop: Token = Field(
         default="\n</think>\n\n**Final Answer**\n",
-        description="what ends the thought and opens an answer at a stop",
+        description="text that ends the thought and opens an answer at a stop",
     )
 
     def ask(self, visit: Visit, known: Known) -> Ask:
@@ -259,7 +259,7 @@ class SGRPO(Branching):
     )
     stop: Token = Field(
         default="Time is limited, stop thinking and start answering.\n</think>\n\n",
-        description="what leaves the thought",
+        description="text that ends the thought and opens an answer",
     )
 
     def ask(self, visit: Visit, known: Known) -> Ask:
@@ -326,7 +326,7 @@ class JET(Branching):
     standing = "code"
 
     shares: Annotated[tuple[Share, ...], Field(strict=False, min_length=1)] = Field(
-        default=(0.25, 0.5, 0.75), description="of the thought, that shortened responses keep"
+        default=(0.25, 0.5, 0.75), description="shares of the thought that shortened responses keep"
     )
     answer_tokens: PositiveInt = Field(
         default=50,
@@ -337,12 +337,12 @@ class JET(Branching):
     stop: Token = Field(
         default="\n\nWait, I have enough information to get the final answer.</think>"
         "\n\nTherefore, the final answer is \\boxed{",
-        description="what stops the thought",
+        description="text that ends the thought and opens an answer",
     )
     form: float = Field(default=0.1, ge=0, le=1, description="weight of having answered at all")
     alpha: float = Field(default=1.2, ge=0, description="weight of brevity")
     least: float = Field(
-        default=0.05, ge=0, le=1, description="what the longest right one earns for brevity"
+        default=0.05, ge=0, le=1, description="reward of the longest right response for brevity"
     )
 
     def ask(self, visit: Visit, known: Known) -> Ask:

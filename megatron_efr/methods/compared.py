@@ -47,8 +47,8 @@ class O1Pruner(Method):
     needs = Needs(offline=True)
 
     alpha: float = Field(default=5.0, ge=0, description="weight of accuracy beside length")
-    least: float = Field(default=-2.0, description="bound of w")
-    most: float = Field(default=4.0, description="bound of w")
+    least: float = Field(default=-2.0, description="lower bound of w")
+    most: float = Field(default=4.0, description="upper bound of w")
     trained: PositiveInt = Field(default=2, description="responses of a prompt that are trained on")
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
@@ -114,12 +114,12 @@ class AdaptThink(Method):
 
     needs = Needs(thinking=True)
 
-    delta: float = Field(default=0.05, ge=0, description="what it is worth not to think")
+    delta: float = Field(default=0.05, ge=0, description="reward of not thinking")
     share: float = Field(
-        default=0.5, gt=0, lt=1, description="of a prompt's responses that do not think"
+        default=0.5, gt=0, lt=1, description="share of a prompt's responses that do not think"
     )
     word: str = Field(
-        default="Alright", min_length=1, description="what the others begin with: one token"
+        default="Alright", min_length=1, description="first token of the responses that think"
     )
     brief: PositiveInt = Field(
         default=4096, description="tokens of a response that does not think, at most"

@@ -72,7 +72,9 @@ class EFR(Plain):
     standing = "code"
 
     alpha: float = Field(
-        ge=0, lt=1, description="0 is plain accuracy RL; larger is briefer; the paper: 0 to 0.4"
+        ge=0,
+        lt=1,
+        description="price of length: 0 is plain accuracy RL, larger briefer; the paper: 0 to 0.4",
     )
     min_std: float = Field(
         default=0.0,

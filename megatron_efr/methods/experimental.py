@@ -60,7 +60,7 @@ class GR3(Plain):
 
     source = "arXiv 2603.10535, as restated in QGLAS, appendix A.2"
 
-    alpha: float = Field(default=0.33, ge=0, description="larger is briefer")
+    alpha: float = Field(default=0.33, ge=0, description="price of length: larger is briefer")
 
     def rule(self, group: Outcomes) -> FloatArray:
         return np.where(
@@ -89,10 +89,14 @@ class Target(Method):
 
     source = "this project; its reward is Arora & Zanette 2025, arXiv 2502.04463, eq. 4 and 5"
 
-    alpha: float = Field(default=0.0, ge=0, lt=1, description="alpha at first")
+    alpha: float = Field(default=0.0, ge=0, lt=1, description="starting alpha")
     most: float = Field(default=0.9, ge=0, lt=1, description="the largest alpha")
-    up: float = Field(default=0.05, gt=0, lt=1, description="what alpha rises while accuracy holds")
-    down: float = Field(default=0.1, gt=0, lt=1, description="what alpha falls if it does not")
+    up: float = Field(
+        default=0.05, gt=0, lt=1, description="step by which alpha rises while accuracy holds"
+    )
+    down: float = Field(
+        default=0.1, gt=0, lt=1, description="step by which alpha falls if it does not"
+    )
     tolerance: float = Field(
         default=0.02, ge=0, le=1, description="accuracy that may be lost against the start"
     )
@@ -157,8 +161,8 @@ class O1PrunerOnline(Method):
     )
 
     alpha: float = Field(default=5.0, ge=0, description="weight of accuracy beside length")
-    least: float = Field(default=-2.0, description="bound of the reward")
-    most: float = Field(default=4.0, description="bound of the reward")
+    least: float = Field(default=-2.0, description="lower bound of the reward")
+    most: float = Field(default=4.0, description="upper bound of the reward")
     reference: PositiveInt = Field(
         default=12, description="responses of the starting model to each prompt"
     )
@@ -200,8 +204,10 @@ class SelfBudgeter(Method):
     most: PositiveInt | None = Field(
         default=None, description="the largest budget in tokens; none when left out"
     )
-    over: float = Field(default=-0.4, le=0, description="for a larger one")
-    unformed: float = Field(default=-1.0, le=0, description="for a response that says no budget")
+    over: float = Field(default=-0.4, le=0, description="reward if the budget is larger than that")
+    unformed: float = Field(
+        default=-1.0, le=0, description="reward of a response that says no budget"
+    )
     tag: Annotated[str, tells("budget")] = Field(
         default="<budget>{budget}</budget>", description="what a response begins with"
     )
@@ -424,10 +430,10 @@ class Effort(Method):
     medium: float = Field(default=0.1, ge=0, lt=1, description="alpha of medium effort")
     high: float = Field(default=0.0, ge=0, lt=1, description="alpha of high effort")
     suffix: Annotated[str, tells("level")] = Field(
-        default=" Effort: {level}.", description="what is added to the question"
+        default=" Effort: {level}.", description="text added to the question"
     )
     words: Annotated[tuple[str, ...], Field(strict=False, min_length=3, max_length=3)] = Field(
-        default=LEVELS, description="what low, medium and high effort are called in it"
+        default=LEVELS, description="words for low, medium and high effort in it"
     )
 
     @model_validator(mode="after")

@@ -35,10 +35,10 @@ class GRPOLambda(Method):
         default=0.2,
         ge=0,
         lt=1,
-        description="of the paper's reward, in the groups that are shortened",
+        description="alpha of the paper's reward, in the groups that are shortened",
     )
     share: float = Field(
-        default=0.2, gt=0, le=1, description="of an iteration's groups that are shortened"
+        default=0.2, gt=0, le=1, description="share of an iteration's groups that are shortened"
     )
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:

@@ -29,8 +29,8 @@ class ShorterBetter(Plain):
         "answer is"
     )
 
-    alpha: float = Field(default=2.0, gt=0, description="what a right answer earns")
-    beta: float = Field(default=1e-3, ge=0, description="what a token of distance costs")
+    alpha: float = Field(default=2.0, gt=0, description="reward of a right answer")
+    beta: float = Field(default=1e-3, ge=0, description="price of a token of distance")
 
     def rule(self, group: Outcomes) -> FloatArray:
         wanted = group.right_lengths.min() if group.right.any() else group.lengths.mean()
@@ -52,7 +52,7 @@ class Kimi(Plain):
     source = "Kimi team 2025, arXiv 2501.12599, section 2.3.3"
     standing = "text"
 
-    weight: float = Field(default=1.0, ge=0, le=1, description="of the length's part")
+    weight: float = Field(default=1.0, ge=0, le=1, description="weight of the length's part")
 
     def rule(self, group: Outcomes) -> FloatArray:
         shortest = group.lengths.min()
@@ -111,8 +111,8 @@ class GRLC(Method):
 
     thinking: float = Field(default=0.5, ge=0, description="weight of the thinking's length")
     answer: float = Field(default=0.5, ge=0, description="weight of the answer's length")
-    thinking_bonus: float = Field(default=0.5, ge=0, description="of the shortest thinking")
-    answer_bonus: float = Field(default=0.5, ge=0, description="of the shortest answer")
+    thinking_bonus: float = Field(default=0.5, ge=0, description="bonus of the shortest thinking")
+    answer_bonus: float = Field(default=0.5, ge=0, description="bonus of the shortest answer")
     top: float = Field(
         default=0.2, ge=0, le=1, description="share of the group that may get a bonus"
     )

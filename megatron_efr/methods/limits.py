@@ -38,7 +38,8 @@ class Overlong(Plain):
     needs = Needs(samples=1)
 
     max_tokens: PositiveInt | None = Field(
-        default=None, description="where the punishment is 1; rollout.max_new_tokens when left out"
+        default=None,
+        description="length at which the punishment is 1; rollout.max_new_tokens when left out",
     )
     cache: PositiveInt | None = Field(
         default=None,
@@ -85,7 +86,7 @@ class ThinkPrune(Plain):
     needs = Needs(samples=1)
 
     limit: PositiveInt | None = Field(
-        default=None, description="tokens; rollout.max_new_tokens when left out"
+        default=None, description="limit in tokens; rollout.max_new_tokens when left out"
     )
 
     def rule(self, group: Outcomes) -> FloatArray:
@@ -119,14 +120,15 @@ class Cosine(Plain):
     needs = Needs(samples=1)
 
     max_tokens: PositiveInt | None = Field(
-        default=None, description="rollout.max_new_tokens when left out"
+        default=None, description="limit in tokens; rollout.max_new_tokens when left out"
     )
     right_short: float = Field(default=2.0, description="a right answer of no length")
     right_long: float = Field(default=1.0, description="a right answer at the limit")
     wrong_short: float = Field(default=-10.0, description="a wrong answer of no length")
     wrong_long: float = Field(default=0.0, description="a wrong answer at the limit")
     exceeded: float | None = Field(
-        default=-10.0, description="at the limit, whatever the answer; null: as just below"
+        default=-10.0,
+        description="reward at the limit, whatever the answer; null: as just below it",
     )
     margin: int = Field(
         default=16, ge=0, description="tokens before the limit from which it counts as exceeded"
@@ -169,8 +171,10 @@ class Laser(Plain):
 
     needs = Needs(samples=1)
 
-    target: PositiveInt = Field(default=4096, description="tokens; the scripts: 2048, 4096, 8192")
-    bonus: float = Field(default=0.5, ge=0, description="of a right answer within the target")
+    target: PositiveInt = Field(
+        default=4096, description="target in tokens; the scripts: 2048, 4096, 8192"
+    )
+    bonus: float = Field(default=0.5, ge=0, description="bonus of a right answer within the target")
     wrong: float = Field(default=-0.5, lt=1, description="reward of a wrong answer")
     unanswered: float = Field(
         default=-1.0, lt=1, description="reward of a response without an answer"
@@ -203,10 +207,11 @@ class DLER(Plain):
     needs = Needs(samples=1)
 
     limit: PositiveInt | None = Field(
-        default=None, description="tokens; rollout.max_new_tokens when left out; the source: 4000"
+        default=None,
+        description="limit in tokens; rollout.max_new_tokens when left out; the source: 4000",
     )
     over_limit: float = Field(
-        default=0.0, ge=0, lt=1, description="what a right answer over the limit earns"
+        default=0.0, ge=0, lt=1, description="reward of a right answer over the limit"
     )
 
     def rule(self, group: Outcomes) -> FloatArray:

@@ -39,14 +39,14 @@ class AutoThink(Method):
     standing = "code"
     wrong_may_win_if = "`stage` is 3, and `decay` times the root of rollout.samples is above 0.69"
 
-    stage: Literal[1, 2, 3] = Field(default=1, description="of its three")
+    stage: Literal[1, 2, 3] = Field(default=1, description="stage of the method's three")
     balance: float = Field(
         default=0.5,
         ge=0,
         le=1,
         description="share of a mode above which it earns less in stage 1",
     )
-    slope: float = Field(default=2.0, ge=0, description="how fast it does")
+    slope: float = Field(default=2.0, ge=0, description="rate at which it earns less")
     decay: float = Field(default=0.05, ge=0, description="weight of the length in stage 3")
     opening: str = Field(
         default="...\n", min_length=1, description="what a thought begins with; not trained on"
@@ -126,7 +126,7 @@ class Thinkless(Method):
     needs = Needs(aggregate="token")
 
     thinking: float = Field(
-        default=0.5, le=1, description="what a right answer earns that thought before"
+        default=0.5, le=1, description="reward of a right answer after a thought"
     )
     control: float = Field(
         default=0.001, gt=0, description="weight of the first tokens beside all others"

@@ -55,7 +55,7 @@ class LaserD(Method):
     )
     standing = "code"
 
-    bonus: float = Field(default=0.5, ge=0, description="of a right answer within the target")
+    bonus: float = Field(default=0.5, ge=0, description="bonus of a right answer within the target")
     wrong: float = Field(default=-0.5, lt=1, description="reward of a wrong answer")
     unanswered: float = Field(
         default=-1.0, lt=1, description="reward of a response without an answer"
@@ -67,7 +67,9 @@ class LaserD(Method):
     step: PositiveInt = Field(default=1024, description="tokens between targets")
     monitored: PositiveInt = Field(default=500, description="prompts of the monitor set, at most")
     monitor_samples: PositiveInt = Field(default=8, description="responses to each of them")
-    every: PositiveInt = Field(default=20, description="iterations between its samplings")
+    every: PositiveInt = Field(
+        default=20, description="iterations between samplings of the monitor set"
+    )
 
     @property
     def samplings(self) -> Samplings:

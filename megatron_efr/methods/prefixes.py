@@ -78,7 +78,7 @@ class SGPO(Prefixes):
 
     source = "arXiv 2505.11595 v4, second-hand"
 
-    slope: float = Field(default=10.0, gt=0, description="of the logistic; the source's beta")
+    slope: float = Field(default=10.0, gt=0, description="slope of the logistic; the source's beta")
     middle: float = Field(
         default=0.5, ge=0, le=1, description="share of the thought that is worth 0.5; its gamma"
     )

@@ -61,7 +61,7 @@ class TWYN(Relative):
     margin: float = Field(
         default=10.0,
         ge=1,
-        description="what a pair of right and wrong counts, in pairs of right ones",
+        description="weight of a pair of right and wrong, in pairs of right ones",
     )
 
     def advantages(self, group: Outcomes, known: Known) -> FloatArray:
@@ -101,7 +101,7 @@ class GFPO(Relative):
 
     keep: PositiveInt = Field(default=8, description="responses of a prompt that are learnt from")
     by: Literal["length", "reward_per_token"] = Field(
-        default="length", description="what they are chosen by"
+        default="length", description="figure by which they are chosen"
     )
     adaptive: bool = Field(
         default=False, description="fewer of prompts that are easier than others"
@@ -176,7 +176,7 @@ class DRPO(Relative):
         default=10.0, gt=0, description="less pushes the likeliest wrong answers alone"
     )
     max_tokens: PositiveInt | None = Field(
-        default=None, description="rollout.max_new_tokens when left out"
+        default=None, description="limit in tokens; rollout.max_new_tokens when left out"
     )
 
     def credits(self, groups: Sequence[Rewarded], known: Known) -> Sequence[Credit]:

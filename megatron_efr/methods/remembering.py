@@ -40,12 +40,12 @@ class HAPO(Method):
 
     needs = Needs(samples=1)
 
-    weight: float = Field(default=1.0, ge=0, description="of the length's part")
+    weight: float = Field(default=1.0, ge=0, description="weight of the length's part")
     least: float = Field(
         default=-0.7, ge=-1, le=0, description="the least that a right answer's length may earn"
     )
     history: Literal["shortest", "mean"] = Field(
-        default="shortest", description="of a prompt's right responses so far"
+        default="shortest", description="length taken from a prompt's right responses so far"
     )
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
@@ -90,7 +90,9 @@ class ShortRL(Method):
     wrong: float = Field(default=-1.5, description="base of a wrong answer")
     missing: float = Field(default=-2.0, description="base of a response without an answer")
     form: float = Field(
-        default=1.0, ge=0, description="of a response with an answer, or off one without"
+        default=1.0,
+        ge=0,
+        description="reward of a response's form: added with an answer, taken off without",
     )
 
     def rewards(self, group: Graded, known: Known) -> FloatArray:
@@ -142,9 +144,9 @@ class LEASH(Method):
 
     needs = Needs(samples=1)
 
-    target: PositiveInt = Field(default=4096, description="tokens")
-    start: float = Field(default=0.1, ge=0, description="lambda at first")
-    rate: float = Field(default=0.005, ge=0, description="how fast lambda follows")
+    target: PositiveInt = Field(default=4096, description="target in tokens")
+    start: float = Field(default=0.1, ge=0, description="starting lambda")
+    rate: float = Field(default=0.005, ge=0, description="rate at which lambda follows")
     least: float = Field(default=0.0, ge=0, description="lambda's lower bound")
     most: float = Field(default=1.0, ge=0, description="lambda's upper bound")
     over: Literal["mean", "max"] = Field(
@@ -194,8 +196,8 @@ class ADLP(Method):
 
     needs = Needs(samples=1)
 
-    start: float = Field(default=1e-3, ge=0, description="lambda at first")
-    rate: float = Field(default=1e-3, ge=0, description="how fast lambda follows")
+    start: float = Field(default=1e-3, ge=0, description="starting lambda")
+    rate: float = Field(default=1e-3, ge=0, description="rate at which lambda follows")
     reference: float = Field(
         default=0.62, ge=0, le=1, description="accuracy that is held: the starting model's"
     )

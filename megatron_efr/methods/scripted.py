@@ -148,7 +148,7 @@ class LAPO(Plain):
     )
     standing = "code"
 
-    weight: float = Field(default=0.7, ge=0, description="of the bonus, in both stages")
+    weight: float = Field(default=0.7, ge=0, description="weight of the bonus, in both stages")
     low: float = Field(default=30.0, ge=0, le=100, description="percentile of the right lengths")
     high: float = Field(default=70.0, ge=0, le=100, description="percentile of the right lengths")
     slope: float = Field(default=100.0, gt=0, description="tokens over which the bonus falls to 0")

@@ -23,7 +23,7 @@ class _Told(Method):
 
     needs = Needs(samples=1)
 
-    alpha: float = Field(default=3e-4, gt=0, description="what a token of difference costs")
+    alpha: float = Field(default=3e-4, gt=0, description="price of a token of difference")
     shortest: PositiveInt = Field(default=100, description="least number of tokens that is told")
     longest: PositiveInt = Field(default=4000, description="largest number of tokens that is told")
 
@@ -62,7 +62,7 @@ class L1Exact(_Told):
     )
 
     suffix: Text = Field(
-        default=" Think for {budget} tokens.", description="what is added to the question"
+        default=" Think for {budget} tokens.", description="text added to the question"
     )
 
     def longest_asks(self, visit: Visit, known: Known) -> Sequence[Ask]:
@@ -98,20 +98,18 @@ class L1Max(_Told):
     wrong_may_win = "the budget is exact, as in l1_exact"
 
     form: Literal["paper", "multiplied", "added"] = Field(
-        default="paper", description="of the three rules"
+        default="paper", description="form of the rule, of three"
     )
     exact_alpha: float | None = Field(
         default=None,
         gt=0,
-        description=(
-            "what a token of difference costs if the budget is exact; alpha when left out"
-        ),
+        description=("price of a token of difference if the budget is exact; alpha when left out"),
     )
     exact: float = Field(
         default=0.5, ge=0, le=1, description="share of visits whose budget is exact"
     )
     suffix: Text = Field(
-        default=" Think for maximum {budget} tokens.", description="what is added to the question"
+        default=" Think for maximum {budget} tokens.", description="text added to the question"
     )
     exact_suffix: Text = Field(
         default=" Think for {budget} tokens.", description="the same, of an exact budget"

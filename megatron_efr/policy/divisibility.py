@@ -81,8 +81,8 @@ def te_layers(model: ModelConfig) -> bool:
             )
         if not _te_is_here():
             raise ConfigError(
-                "model.layers: transformer_engine is asked for, and it (or CUDA) is not here; use "
-                "auto or local"
+                "model.layers: transformer_engine is set, and Transformer Engine or CUDA is "
+                "missing; use auto or local"
             )
     return te_layers_suit(model) and _te_is_here()
 

@@ -71,7 +71,7 @@ def _transport(
     if kind == "direct":
         if layout.architecture.experts:
             raise ConfigError(
-                "rollout.transport: direct knows dense models alone; tensor sends a mixture of "
+                "rollout.transport: direct sends dense models only; tensor sends a mixture of "
                 "experts"
             )
         if not on_gpu and layout.padded_on_cpu:

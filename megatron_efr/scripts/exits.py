@@ -24,7 +24,7 @@ class Exits(Answered):
     """
 
     shares: Annotated[tuple[Share, ...], Field(strict=False)] = Field(
-        default=(), description="of the thought"
+        default=(), description="shares of the thought after which it is left"
     )
     drawn: int = Field(
         default=0, ge=0, description="exits that are drawn at random, instead of shares"

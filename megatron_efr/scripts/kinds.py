@@ -101,7 +101,7 @@ class Budget(Kind):
 
     most: PositiveInt
     answer: PositiveInt | None = None
-    end: Token = Field(default="</think>", description="a single token")
+    end: Token = Field(default="</think>", description="text that ends the thought: a single token")
     cut: Token = "\n</think>\n\n"
     least: int = Field(default=0, ge=0)
     wait: Token = "Wait"
@@ -155,7 +155,9 @@ class EarlyExit(Kind):
     takes the place of the pause.
     """
 
-    pauses: Texts = Field(default=("Wait",), min_length=1, description="single tokens")
+    pauses: Texts = Field(
+        default=("Wait",), min_length=1, description="texts that pause a thought: single tokens"
+    )
     probe: Token = "\n\n**Final Answer**\n\\boxed{"
     probe_end: Texts = Field(default=(), description="single tokens that end an answer")
     tokens: PositiveInt = 20
@@ -163,7 +165,7 @@ class EarlyExit(Kind):
     tries: PositiveInt = Field(
         default=10, description="pauses that are probed; later ones are passed"
     )
-    end: Token = Field(default="</think>", description="a single token")
+    end: Token = Field(default="</think>", description="text that ends the thought: a single token")
     exit: Token = "\n</think>\n\n"
 
     @property

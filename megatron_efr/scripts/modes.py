@@ -44,7 +44,7 @@ class SummaryThinking(Kind):
 
     most: PositiveInt | None = None
     tokens: PositiveInt = Field(default=512, description="tokens of the summary at most")
-    end: Token = Field(default="</think>", description="a single token")
+    end: Token = Field(default="</think>", description="text that ends the thought: a single token")
     wish: Token = "\n\nIn short, what matters of this reasoning:\n"
     cut: Token = "\n</think>\n\n"
 

@@ -95,7 +95,9 @@ class Deer(Kind):
     """
 
     form: Literal["vllm", "transformers", "qwen3"] = "vllm"
-    pauses: Texts = Field(default=("Wait",), min_length=1, description="single tokens")
+    pauses: Texts = Field(
+        default=("Wait",), min_length=1, description="texts that pause a thought: single tokens"
+    )
     leaves: Texts = Field(
         default=(), description="single tokens at which the thought is left as at its end"
     )
@@ -103,7 +105,9 @@ class Deer(Kind):
     probe_end: Texts = CLOSING
     tokens: PositiveInt = 20
     temperature: float = Field(
-        default=1.0, ge=0, description="of the trial answer; 0 takes the most probable tokens"
+        default=1.0,
+        ge=0,
+        description="temperature of the trial answer; 0 takes the most probable tokens",
     )
     mean: Literal["arithmetic", "geometric"] = "arithmetic"
     skip: int = Field(default=1, ge=0)
@@ -118,7 +122,7 @@ class Deer(Kind):
     most: PositiveInt | None = None
     share: Annotated[float, Field(gt=0, lt=1)] = 0.6
     near: int = Field(default=50, ge=0)
-    end: Token = Field(default="</think>", description="a single token")
+    end: Token = Field(default="</think>", description="text that ends the thought: a single token")
     exit: Token = "\n</think>\n\n"
 
     @model_validator(mode="before")
@@ -218,10 +222,10 @@ class EarlyStop(Kind):
     )
     tokens: PositiveInt = 20
     temperature: float | None = Field(
-        default=0.6, ge=0, description="of the probes; none: the evaluation's"
+        default=0.6, ge=0, description="temperature of the probes; none: the evaluation's"
     )
     unsure: Texts = UNSURE
-    end: Token = Field(default="</think>", description="a single token")
+    end: Token = Field(default="</think>", description="text that ends the thought: a single token")
     exit: Token = (
         "\n\n...</think>\n Oh, I have got the answer to the whole problem\n**Final "
         "Answer:**\n\\[\n \\boxed{"
@@ -283,10 +287,10 @@ class Subthoughts(Kind):
     samples: PositiveInt = 1
     tokens: PositiveInt = Field(default=8192, description="tokens of a branch at most")
     temperature: float | None = Field(
-        default=None, ge=0, description="of the branches; none: the evaluation's"
+        default=None, ge=0, description="temperature of the branches; none: the evaluation's"
     )
     most: PositiveInt | None = Field(default=None, description="places, spread evenly; none: all")
-    end: Token = Field(default="</think>", description="a single token")
+    end: Token = Field(default="</think>", description="text that ends the thought: a single token")
 
     @property
     def until(self) -> tuple[str, ...]:
@@ -334,7 +338,9 @@ class Concise(EarlyExit):
     """
 
     pauses: Texts = Field(
-        default=("Wait", "Alternatively", "Hmm"), min_length=1, description="single tokens"
+        default=("Wait", "Alternatively", "Hmm"),
+        min_length=1,
+        description="texts that pause a thought: single tokens",
     )
     phrases: Annotated[tuple[Token, ...], Field(strict=False)] = Field(
         default=("This step is right. ", "I am confident in this. ", "That is clear. "),

@@ -75,11 +75,13 @@ class S1(Kind):
         default=100, description="tokens for the answer, if `most` is not given"
     )
     answer: PositiveInt | None = None
-    end: Token = Field(default="</think>", description="a single token")
+    end: Token = Field(default="</think>", description="text that ends the thought: a single token")
     header: Token = "</think>\n\n"
     final: Token = "Final Answer:"
     wait: Token = "Wait"
-    waits: int = Field(default=2, ge=0, description="the source tries 1, 2, 4 and 6")
+    waits: int = Field(
+        default=2, ge=0, description="how often the thought goes on; the source tries 1, 2, 4 and 6"
+    )
 
     @property
     def until(self) -> tuple[str, ...]:
@@ -129,7 +131,11 @@ class Tip(Kind):
     of its tokens.
     """
 
-    switch: Texts = Field(default=("Alternatively",), min_length=1, description="single tokens")
+    switch: Texts = Field(
+        default=("Alternatively",),
+        min_length=1,
+        description="texts that switch the thought: single tokens",
+    )
     amount: float = Field(default=3.0, gt=0)
     window: PositiveInt = Field(default=600, description="tokens")
 
@@ -144,7 +150,7 @@ class Tip(Kind):
 class Told(Plain):
     """A question with a wish behind it, as to how to think; the response is drawn at once."""
 
-    suffix: Token = Field(description="what is written behind the question")
+    suffix: Token = Field(description="text added to the question")
 
     @property
     def behind(self) -> str:

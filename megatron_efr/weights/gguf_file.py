@@ -80,8 +80,7 @@ class GGUFFile:
         version = header.number("I", "the version")
         if version not in _VERSIONS:
             raise UserError(
-                f"{self.path}: GGUF of version {version}; read are 2 and 3, of little-endian "
-                "machines"
+                f"{self.path}: GGUF of version {version}; supported: 2 and 3, little-endian"
             )
         tensors, keys = (
             header.number("Q", "the number of tensors"),
@@ -108,7 +107,7 @@ class GGUFFile:
         kind, block, block_bytes = sizes.get(number, (f"number {number}", 1, 1))
         if kind not in KINDS:
             raise UserError(
-                f"{self.path}: {name} is quantised as {kind}; read are {', '.join(KINDS)}"
+                f"{self.path}: {name} is quantised as {kind}; supported: {', '.join(KINDS)}"
             )
         if not shape or shape[-1] % block:
             raise UserError(

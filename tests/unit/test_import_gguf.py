@@ -340,7 +340,7 @@ NORM, FACTORS = "output_norm.weight", "rope_freqs.weight"
         ),
         (
             {"kinds": {"0.ffn_up.weight": "TQ2_0"}},
-            "blk.0.ffn_up.weight is quantised as TQ2_0; read are F32, F16, BF16",
+            "blk.0.ffn_up.weight is quantised as TQ2_0; supported: F32, F16, BF16",
         ),
         (
             {"tokenizer": {"pre": "viking"}},
@@ -393,7 +393,7 @@ def test_a_file_that_is_cut_off_says_where(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a GGUF file"):
         import_gguf.import_gguf(path, tmp_path / "out")
     path.write_bytes(whole.replace(struct.pack("<I", 3), struct.pack("<I", 1), 1))
-    with pytest.raises(UserError, match="GGUF of version 1; read are 2 and 3"):
+    with pytest.raises(UserError, match="GGUF of version 1; supported: 2 and 3"):
         import_gguf.import_gguf(path, tmp_path / "out")
     with pytest.raises(UserError, match=r"none\.gguf: cannot be read: No such file"):
         import_gguf.import_gguf(tmp_path / "none.gguf", tmp_path / "out")

@@ -68,7 +68,7 @@ def test_a_run_goes_on_without_it_and_says_so_once(room: str, half: Path) -> Non
     )
     assert "pip uninstall transformer-engine" in done.stderr
     assert (
-        "model.layers: transformer_engine is asked for, and it (or CUDA) is not here"
+        "model.layers: transformer_engine is set, and Transformer Engine or CUDA is missing"
     ) in done.stdout
 
 

@@ -144,7 +144,7 @@ def test_an_engine_of_another_version_cuda_or_without_the_memory_saver_is_named(
     python = interpreter(tmp_path, TORCH)
     distribution(tmp_path, "sglang", "0.5.9")
     found = {finding.subject: finding for finding in check_engine(python, "0.5.23", needed=True)}
-    assert "0.5.9, and 0.5.23" in found["SGLang"].found
+    assert "0.5.9, and megatron_efr needs 0.5.23" in found["SGLang"].found
     assert found["CUDA of both"].verdict == ("problem" if torch.version.cuda is None else "ok")
     assert found["torch_memory_saver"].verdict == "problem"
 
@@ -181,7 +181,7 @@ def test_a_router_that_is_missing_broken_or_of_another_version_comes_with_the_co
     (tmp_path / "sglang_router/launch_router.py").write_text("")
     distribution(tmp_path, "sglang-router", "0.2.0")
     found.append(check_router(python, "0.3.2"))
-    said = ("no such interpreter", "No module named 'sglang_router'", "0.2.0, and 0.3.2")
+    said = ("no such interpreter", "No module named 'sglang_router'", "0.2.0, and megatron_efr needs 0.3.2")
     assert [s in f.found for s, f in zip(said, found, strict=True)] == [True] * 3, found
     assert {f.verdict for f in found} == {"problem"}
     assert f"{python} -m pip install --no-deps sglang-router==0.3.2" in found[2].advice

@@ -338,7 +338,7 @@ def test_only_the_same_problems_are_compared(base: Record) -> None:
     others = [row | {"id": f"x{row['id']}"} for row in base["rows"]]
     with pytest.raises(UserError, match="no problem in common"):
         compare(base, base | {"rows": others})
-    with pytest.raises(UserError, match=r"problem A/0 is another in each of the two: 'Q0', 'Q\?'"):
+    with pytest.raises(UserError, match=r"problem A/0 is not the same in both: 'Q0', 'Q\?'"):
         compare(base, base | {"rows": [row | {"question": "Q?"} for row in base["rows"]]})
 
 
