@@ -181,7 +181,11 @@ def test_a_router_that_is_missing_broken_or_of_another_version_comes_with_the_co
     (tmp_path / "sglang_router/launch_router.py").write_text("")
     distribution(tmp_path, "sglang-router", "0.2.0")
     found.append(check_router(python, "0.3.2"))
-    said = ("no such interpreter", "No module named 'sglang_router'", "0.2.0, and megatron_efr needs 0.3.2")
+    said = (
+        "no such interpreter",
+        "No module named 'sglang_router'",
+        "0.2.0, and megatron_efr needs 0.3.2",
+    )
     assert [s in f.found for s, f in zip(said, found, strict=True)] == [True] * 3, found
     assert {f.verdict for f in found} == {"problem"}
     assert f"{python} -m pip install --no-deps sglang-router==0.3.2" in found[2].advice
