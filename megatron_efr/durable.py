@@ -98,6 +98,9 @@ def whole_folder(destination: Path) -> Iterator[Path]:
     """
     partial, old = (destination.with_name(destination.name + end) for end in (".partial", ".old"))
     with writing(destination):
+        # one that was killed between its two moves left the whole folder under the other name
+        if old.exists() and not destination.exists():
+            os.replace(old, destination)
         for left in (partial, old):
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -33,7 +33,7 @@ SMALLEST, LARGEST, LARGEST_ASKED = 2, 30, 12
 
 
 class Step(NamedTuple):
-    """What happens: its words, the number before, the change and the number after."""
+    """A change of a number: its words, the number before, the change and the number after."""
 
     words: str
     before: int
@@ -99,7 +99,7 @@ def asked(rng: random.Random, steps: int) -> Story:
 
 
 def numbers(story: Story) -> tuple[int, ...]:
-    """What is to be computed, whoever has it."""
+    """The sum to compute, whoever has the things: the first number and the changes."""
     return (story.steps[0].before, *(step.change for step in story.steps))
 
 

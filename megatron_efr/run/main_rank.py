@@ -165,18 +165,18 @@ class MainRank:
         `model` is the starting model's checksum. What is known already is not sampled again.
         """
         wanted, known = self._method.samplings, self.knowledge
+        monitor = wanted.monitor
         # other held-out problems than those watched before are refused
-        watched = wanted.monitor and (wanted.monitor, self._monitored(model, wanted.held_out))
-        if watched and wanted.held_out:
-            watched[1].check_held_out(watched[0], known.latest.monitor)
+        if monitor and wanted.held_out:
+            self._monitored(model, True).check_held_out(monitor, known.latest.monitor)
         # what of the starting model is not known yet
         if wanted.reference and not known.reference:
             with self.feed.held():
                 known.reference = self._reference(wanted.reference, folder, model)
         # the monitor set, if it is its iteration
-        if not watched or step % watched[0].every or known.monitored == step:
+        if not monitor or step % monitor.every or known.monitored == step:
             return {}
-        monitor, sampler = watched
+        sampler = self._monitored(model, wanted.held_out)
         with self.feed.held():
             sampled = sampler.monitor(self.engine, monitor, step, folder.monitor(step))
         known.monitor(step, sampled)

@@ -146,6 +146,16 @@ def test_a_folder_that_is_there_stands_until_the_new_one_does(
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["model", "model/a"]
 
 
+def test_a_folder_whose_writer_was_killed_between_its_moves_comes_back(tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    with whole_folder(place) as partial:
+        (partial / "a").write_text("1")
+    place.rename(tmp_path / "model.old")
+    with pytest.raises(UnwritableError), whole_folder(place):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert (place / "a").read_text() == "1"
+
+
 def test_an_adapter_is_complete_or_absent_and_the_last_one_is_kept(tmp_path: Path) -> None:
     lora = LoraConfig(rank=2, alpha=4.0)
     save_adapter(tmp_path / "adapter", {"a": torch.zeros(100)}, lora, "model")

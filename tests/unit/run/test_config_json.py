@@ -22,7 +22,7 @@ from megatron_efr.run import run
 
 @pytest.fixture
 def tree(tmp_path: Path) -> dict[str, Any]:
-    """What every program is told of its run: a random model, and where the run's folder lies."""
+    """A configuration that every program shares: a random model, and the run's folder."""
     write_model_folder(tmp_path / "model", byte_tokenizer(), BYTE_MODEL)
     (tmp_path / "sums.jsonl").write_text(json.dumps({"question": "1 + 1", "answer": "2"}) + "\n")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "Q", "response": "R"}) + "\n")
