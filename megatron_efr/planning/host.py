@@ -23,7 +23,6 @@ from megatron_efr.memory import (
     activation_bytes,
     gradient_bytes,
     held_count,
-    kv_bytes_per_token,
     micro_batch_tokens,
     optimizer_bytes,
     parameter_count,
@@ -32,16 +31,14 @@ from megatron_efr.memory import (
 from megatron_efr.planning.probe import Seconds, Work, measured
 from megatron_efr.planning.shapes import shape_of
 from megatron_efr.policy.divisibility import check_fit
+from megatron_efr.rollout.local.size import cache_bytes, token_bytes, weight_bytes
 from megatron_efr.weights.architecture import Architecture
 
 GIB = 2**30
 PROBED = 512  # response tokens of the measured sequences at most
-DRAWING = (
-    # bytes for each logit while tokens are drawn: fp32 logits and log-probs, fp64 probabilities and
-    # their sums
-    28
-)
-ROWS = 32  # the embedded engine's rows and keys come in blocks of as many
+# bytes for each logit while tokens are drawn: fp32 logits and log-probs, fp64 probabilities and
+# their sums
+DRAWING = 28
 
 
 @dataclass(frozen=True)
@@ -121,16 +118,17 @@ class HostPlan:
             "weights": held_count(a, lora) * BYTES[dtype],
             "gradients": gradient_bytes(trained),
             "optimizer": optimizer_bytes(trained, dtype),
-            "engine": count * BYTES[dtype] + (4 * a.vocab * a.hidden if dtype != "float32" else 0),
+            "engine": weight_bytes(a, getattr(torch, dtype)),
         }
         if self.needs_reference and lora is None:
             always["reference"] = count * BYTES[dtype]
         # rollout: the engine's cache, for rows as long as they may become
-        longest = -(-(self.prompt + config.rollout.max_new_tokens) // ROWS) * ROWS
+        longest = self.prompt + config.rollout.max_new_tokens
+        cache = cache_bytes(a, getattr(torch, dtype), self.rows, longest)
         # a prompt has a cache of its own while samples of it wait: those of one begun, and as many
         # as all rows can take
         waiting = min(config.rollout.prompts, -(-self.rows // config.rollout.samples) + 1)
-        cached = -(-self.rows // ROWS) * ROWS * longest + waiting * self.prompt
+        cache += waiting * self.prompt * token_bytes(a, getattr(torch, dtype))
         # training: activations and logits of one micro-batch
         tokens = self.responses * (self.prompt + self.tokens) // config.train.updates
         own = min(self.budget, tokens)
@@ -141,7 +139,7 @@ class HostPlan:
         return {
             "rollout": always
             | {
-                "KV cache": cached * kv_bytes_per_token(a, 1, dtype),
+                "KV cache": cache,
                 "drawing": DRAWING * self.rows * a.vocab,
             },
             "train": always | {"activations": kept, "head": head},

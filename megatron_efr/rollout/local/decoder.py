@@ -2,17 +2,17 @@
 steps, no training.
 
 Rows never influence one another, bit for bit, if the libraries below allow it. Matrix products get
-their rows in multiples of `ROWS`, since MKL rounds differently for few rows. A step's attention
-runs over keys in multiples of `KEYS`, whose masked tail contributes exact zeros, summed in blocks
-of `SUMMED`. A prompt is prefilled at its own length, rounded up, only beside others of that length.
-All else is row-wise.
+as many rows as `products.py` asks for. A step's attention runs over keys in multiples of `KEYS`,
+whose masked tail contributes exact zeros, summed in blocks of `SUMMED`. A prompt is prefilled at
+its own length, rounded up, only beside others of that length. All else is row-wise.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from megatron_efr.publication.named_tensors import check_names
+from megatron_efr.rollout.local.products import Form, Product
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.frequencies import inverse_frequencies
 from megatron_efr.weights.mapping import WeightMapping
 
-ROWS = 32  # two AVX-512 vectors: also keeps element-wise kernels out of their scalar tails
-KEYS = 32
+KEYS = 32  # two AVX-512 vectors: also keeps element-wise kernels out of their scalar tails
 CHUNK = 64  # rows whose attention runs over as many keys as the longest of them has
 SUMMED = 256  # keys summed in one product: beyond 384 MKL splits the sum anywhere
 PREFILL_TOKENS = 2048  # padded tokens of one prefill: bounds its activations
@@ -113,12 +113,12 @@ class _Layer:
     """One layer's weights; q, k, v and gate, up are stacked so that each is one product."""
 
     input_norm: torch.Tensor
-    qkv: torch.Tensor
+    qkv: Product
     qkv_bias: torch.Tensor | None
-    o: torch.Tensor
+    o: Product
     post_norm: torch.Tensor
-    gate_up: list[torch.Tensor]  # a single one, or one per expert
-    down: list[torch.Tensor]
+    gate_up: list[Product]  # a single one, or one per expert
+    down: list[Product]
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     router: torch.Tensor | None
@@ -134,19 +134,34 @@ class Decoder:
     ) -> None:
         a = self.architecture = architecture
         self.device, self.dtype = device, dtype
-        # Hugging Face name -> place of its values in our tensors
-        self._targets: dict[str, torch.Tensor] = {}
+        self._form = Form(a.hidden, device, dtype)
+        # Hugging Face name -> what copies its values into our tensors
+        self._targets: dict[str, Callable[[torch.Tensor], object]] = {}
         self._shapes = WeightMapping(a).shapes()
         self._embedding = self._tensor("model.embed_tokens.weight")
         self._layers = [self._layer(f"model.layers.{n}.") for n in range(a.layers)]
         self._norm = self._tensor("model.norm.weight")
-        self._head = self._embedding if a.tied else self._tensor("lm_head.weight")
         # logits are fp32, as the policy's are: bf16 ones move log-probs by several 1e-2
-        self._head_fp32 = self._head
+        wide = Form(a.hidden, device, torch.float32)
+        self._head = Product(wide, [a.vocab], a.hidden)
+        if not a.tied:
+            self._targets["lm_head.weight"] = partial(self._head.fill, 0)
         assert self._targets.keys() == self._shapes.keys(), (
             "the mapping and the decoder disagree about the model"
         )
         self._inverse_frequencies = inverse_frequencies(a.rotary, a.head_dim).to(device)
+
+    @property
+    def rows(self) -> int:
+        """The multiple in which `step` takes rows, and `prefill` tokens."""
+        return self._form.rows
+
+    @property
+    def cached(self) -> torch.dtype:
+        """The dtype of keys and values, in which attention works: float32 for bfloat16 on a
+        processor that does not multiply it.
+        """
+        return self._form.held
 
     def _layer(self, prefix: str) -> _Layer:
         a = self.architecture
@@ -158,14 +173,14 @@ class Decoder:
         )
         return _Layer(
             input_norm=self._tensor(prefix + "input_layernorm.weight"),
-            qkv=self._tensor(*(f"{attention}{x}_proj.weight" for x in "qkv")),
+            qkv=self._product(*(f"{attention}{x}_proj.weight" for x in "qkv")),
             qkv_bias=self._tensor(*bias) if a.qkv_bias else None,
-            o=self._tensor(attention + "o_proj.weight"),
+            o=self._product(attention + "o_proj.weight"),
             post_norm=self._tensor(prefix + "post_attention_layernorm.weight"),
             gate_up=[
-                self._tensor(f + "gate_proj.weight", f + "up_proj.weight") for f in feed_forward
+                self._product(f + "gate_proj.weight", f + "up_proj.weight") for f in feed_forward
             ],
-            down=[self._tensor(f + "down_proj.weight") for f in feed_forward],
+            down=[self._product(f + "down_proj.weight") for f in feed_forward],
             q_norm=self._tensor(attention + "q_norm.weight") if a.qk_norm else None,
             k_norm=self._tensor(attention + "k_norm.weight") if a.qk_norm else None,
             router=self._tensor(mlp + "gate.weight") if a.experts else None,
@@ -177,8 +192,16 @@ class Decoder:
         tensor = torch.empty(
             sum(rows), *self._shapes[names[0]][1:], device=self.device, dtype=self.dtype
         )
-        self._targets.update(zip(names, tensor.split(rows), strict=True))
+        parts = (part.copy_ for part in tensor.split(rows))
+        self._targets.update(zip(names, parts, strict=True))
         return tensor
+
+    def _product(self, *names: str) -> Product:
+        """The product with the named weights, stacked along dim 0."""
+        rows = [self._shapes[name][0] for name in names]
+        product = Product(self._form, rows, self._shapes[names[0]][1])
+        self._targets.update((name, partial(product.fill, n)) for n, name in enumerate(names))
+        return product
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy (Hugging Face name, whole tensor) pairs in; ValueError names what is unknown, twice,
@@ -191,8 +214,9 @@ class Decoder:
         # sees later.
         for name, tensor in check_names(weights, self._shapes):
             with torch.no_grad():
-                self._targets[name].copy_(tensor)
-        self._head_fp32 = self._head.float()  # itself if it is fp32
+                self._targets[name](tensor)
+        if self.architecture.tied:
+            self._head.take(self._embedding.float())  # itself if it is fp32
 
     def read(
         self, sequences: list[NDArray[np.int64]]
@@ -207,7 +231,7 @@ class Decoder:
         # with them the rounding, depend on the padded length from about 200 tokens on.
         by_width: dict[int, list[int]] = {}
         for index, sequence in enumerate(sequences):
-            by_width.setdefault(round_up(len(sequence), ROWS), []).append(index)
+            by_width.setdefault(round_up(len(sequence), self.rows), []).append(index)
         for width, members in by_width.items():
             at_once = max(1, PREFILL_TOKENS // width)
             for batch in (
@@ -226,8 +250,8 @@ class Decoder:
     def prefill(
         self, tokens: torch.Tensor, lengths: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read whole sequences: tokens [n, s], s a multiple of ROWS, padded on the right, and their
-        lengths [n].
+        """Read whole sequences: tokens [n, s], s a multiple of `rows`, padded on the right, and
+        their lengths [n].
 
         Returns keys and values [layers, 2, n, kv heads, s, head dim] (what lies beyond a row's
         length is finite and meaningless), and the logits after each row's last token, float32 [n,
@@ -237,7 +261,7 @@ class Decoder:
         n, s = tokens.shape
         cos, sin = self._rotation(torch.arange(s, device=self.device))
         kv = torch.empty(
-            a.layers, 2, n, a.kv_heads, s, a.head_dim, device=self.device, dtype=self.dtype
+            a.layers, 2, n, a.kv_heads, s, a.head_dim, device=self.device, dtype=self.cached
         )
         x = F.embedding(tokens, self._embedding)
         for layer, cached in zip(self._layers, kv, strict=True):
@@ -249,13 +273,13 @@ class Decoder:
             )
             x = self._rest(layer, x, attended.transpose(1, 2).reshape(n, s, -1))
         last = x[torch.arange(n, device=self.device), lengths - 1]
-        return kv, self._logits(F.pad(last, (0, 0, 0, round_up(n, ROWS) - n)))[:n]
+        return kv, self._logits(F.pad(last, (0, 0, 0, round_up(n, self.rows) - n)))[:n]
 
     @torch.inference_mode()
     def step(
         self, tokens: torch.Tensor, positions: torch.Tensor, cache: Cache, keys: Sequence[int]
     ) -> torch.Tensor:
-        """One token for each of the cache's first n rows (n a multiple of ROWS): tokens and
+        """One token for each of the cache's first n rows (n a multiple of `rows`): tokens and
         positions, int64 [n].
 
         `keys` has, for every CHUNK rows, the number of cache entries that the longest of them uses,
@@ -285,7 +309,7 @@ class Decoder:
         -inf beyond.
         """
         beyond = torch.arange(keys, device=self.device) > positions[:, None]
-        mask = torch.zeros(beyond.shape, device=self.device, dtype=self.dtype)
+        mask = torch.zeros(beyond.shape, device=self.device, dtype=self.cached)
         return mask.masked_fill_(beyond, float("-inf"))[:, None]
 
     def _qkv(
@@ -295,7 +319,7 @@ class Decoder:
         dim].
         """
         a = self.architecture
-        qkv = F.linear(self._rms(x, layer.input_norm), layer.qkv, layer.qkv_bias)
+        qkv = layer.qkv(self._rms(x, layer.input_norm), layer.qkv_bias)
         qkv = qkv.unflatten(-1, (a.heads + 2 * a.kv_heads, a.head_dim))
         qk = qkv[..., : a.heads + a.kv_heads, :]
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -303,11 +327,11 @@ class Decoder:
             qk.copy_(torch.cat((self._rms(q, layer.q_norm), self._rms(k, layer.k_norm)), -2))
         first, second = qk.chunk(2, -1)
         torch.addcmul(qk * cos, torch.cat((second, first), -1), sin, out=qk)
-        return qkv
+        return qkv.to(self.cached)
 
     def _rest(self, layer: _Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The rest of a layer after attention: output projection, residual, SwiGLU, residual."""
-        x = F.linear(attended, layer.o).add_(x)
+        x = layer.o(attended.to(x.dtype)).add_(x)
         normed = self._rms(x, layer.post_norm)
         if layer.router is None:
             return _swiglu(normed, layer.gate_up[0], layer.down[0]).add_(x)
@@ -315,7 +339,7 @@ class Decoder:
 
     def _experts(self, layer: _Layer, x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
         """The chosen experts' outputs for x [n, hidden], by their probabilities; an expert's rows
-        in multiples of ROWS.
+        in multiples of `rows`.
 
         Experts are added in their order, so that a row's sum does not depend on which others chose
         them.
@@ -331,7 +355,7 @@ class Decoder:
         for expert, (gate_up, down) in enumerate(zip(layer.gate_up, layer.down, strict=True)):
             rows = (chosen == expert).any(-1).nonzero()[:, 0]
             if n := len(rows):
-                padded = F.pad(x[rows], (0, 0, 0, round_up(n, ROWS) - n))
+                padded = F.pad(x[rows], (0, 0, 0, round_up(n, self.rows) - n))
                 total[rows] += _swiglu(padded, gate_up, down)[:n] * scale[rows, expert, None]
         return total
 
@@ -339,7 +363,7 @@ class Decoder:
         return F.rms_norm(x, weight.shape, weight, self.architecture.norm_eps)
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(self._rms(x, self._norm).float(), self._head_fp32)
+        return self._head(self._rms(x, self._norm).float())
 
     def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [n, 1, head dim] for `positions` [n]; sin carries the signs of the rotated
@@ -351,9 +375,9 @@ class Decoder:
         return torch.cat((cos, cos), -1).to(self.dtype), torch.cat((-sin, sin), -1).to(self.dtype)
 
 
-def _swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    gate, up = F.linear(x, gate_up).chunk(2, -1)
-    return F.linear(F.silu(gate).mul_(up), down)
+def _swiglu(x: torch.Tensor, gate_up: Product, down: Product) -> torch.Tensor:
+    gate, up = gate_up(x).chunk(2, -1)
+    return down(F.silu(gate).mul_(up))
 
 
 def _blocks(rows: int, keys: Sequence[int]) -> Iterator[tuple[slice, int]]:

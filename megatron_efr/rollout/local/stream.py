@@ -16,7 +16,7 @@ import torch
 from megatron_efr.rollout.checks import check_request
 from megatron_efr.rollout.driver import Driver, Forking, Scoring
 from megatron_efr.rollout.local.core import Core, Tally
-from megatron_efr.rollout.local.decoder import CHUNK, ROWS, Cache, Decoder, round_up
+from megatron_efr.rollout.local.decoder import CHUNK, Cache, Decoder, round_up
 from megatron_efr.rollout.local.rows import WRITTEN, Entry, Row, Rows
 from megatron_efr.rollout.local.sampling import draw_rows, lowered, uniforms
 from megatron_efr.types import Group, Request, Response, Sampling
@@ -53,7 +53,8 @@ class Stream(Iterator[Group]):
         self._done: deque[Group] = deque()
         self.closed = False
         self._publication = core.publications
-        self._rows = Rows(round_up(core.slots, ROWS), core.architecture.vocab, sampling)
+        slots = round_up(core.slots, self._decoder.rows)
+        self._rows = Rows(slots, core.architecture.vocab, sampling)
         self._most = 1  # tokens of a sequence
         # active rows whose response has ended, or waits for its branches
         self._ended: list[int] = []
@@ -86,7 +87,7 @@ class Stream(Iterator[Group]):
     def _step(self, tally: Tally) -> None:
         """One token for every active row."""
         n = self._rows.active
-        padded = round_up(self._rows.active, ROWS)
+        padded = round_up(self._rows.active, self._decoder.rows)
         self._rows.length[n:padded] = 1  # rows that only fill up the batch
         rows = np.arange(padded)
         positions = self._rows.length[:padded] - 1
@@ -354,8 +355,10 @@ class Stream(Iterator[Group]):
         """
         core = self._core
         if core.cache is None:
-            core.cache = Cache(core.architecture, core.device, core.dtype)
-        core.cache.reserve(min(round_up(rows, ROWS), len(self._rows.rows)), tokens, self._most)
+            core.cache = Cache(core.architecture, core.device, self._decoder.cached)
+        core.cache.reserve(
+            min(round_up(rows, self._decoder.rows), len(self._rows.rows)), tokens, self._most
+        )
         self._rows.widen(core.cache.capacity)
         return core.cache
 

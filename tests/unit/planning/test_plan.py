@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from megatron_efr.config import ConfigError, ModelConfig, TrainConfig
-from megatron_efr.memory import BYTES, kv_bytes_per_token, parameter_count
+from megatron_efr.memory import kv_bytes_per_token, parameter_count
 from megatron_efr.planning import host, probe
 from megatron_efr.planning.__main__ import main, on_cpu
 from megatron_efr.planning.probe import Seconds, Work, measured
@@ -64,7 +65,11 @@ def test_an_iteration_is_the_sum_of_its_parts(monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def test_memory_is_counted_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("vectors", "rows"), [("AVX2", 40), ("AVX512", 64)])
+def test_memory_is_counted_by_part(
+    vectors: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
     plan = host.HostPlan(config(), 56, 100)
     count, memory = parameter_count(plan.architecture), plan.memory()
     assert count == 134_515_008
@@ -74,10 +79,11 @@ def test_memory_is_counted_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
             4 * count,
             8 * count,
         )
-        assert phase["engine"] == BYTES["float32"] * count
-    # rows in blocks of 32, and the prompts of 5 groups that fill them and of one begun, not of all
-    # 8
-    assert memory["rollout"]["KV cache"] == (64 * 192 + 6 * 56) * kv_bytes_per_token(
+        # a packed head is another copy of the embedding that it is tied to
+        assert phase["engine"] == 4 * (count + (49152 * 576 if vectors == "AVX2" else 0))
+    # 40 rows in blocks of 8 or 32, and the prompts of 5 groups that fill them and of one begun,
+    # not of all 8
+    assert memory["rollout"]["KV cache"] == (rows * 192 + 6 * 56) * kv_bytes_per_token(
         plan.architecture, 1, "float32"
     )
     assert memory["train"]["head"] == 4 * 1000 * 49152 + 2 * 1000 * 576 * 4

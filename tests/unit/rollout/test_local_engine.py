@@ -113,6 +113,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 1,
     },
+    "SmolLM2": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "num_hidden_layers": 2,
+        "initializer_range": 0.05,
+    },
     "odd": {"intermediate_size": 170, "vocab_size": 37, "num_hidden_layers": 2},
 }
 
@@ -139,8 +147,11 @@ def test_tokens_and_log_prob_bits_do_not_depend_on_the_batch(shape: str) -> None
     assert counts == dict.fromkeys(counts, (0, 0))
 
 
-def test_nor_do_long_responses_to_long_prompts() -> None:
-    built = model(max_position_embeddings=1024, num_hidden_layers=1, num_key_value_heads=2)
+@pytest.mark.parametrize("hidden", [64, 320])
+def test_nor_do_long_responses_to_long_prompts(hidden: int) -> None:
+    built = model(
+        max_position_embeddings=1024, num_hidden_layers=1, num_key_value_heads=2, hidden_size=hidden
+    )
     rng = np.random.default_rng(0)
     lengths = (5, 190, 300, 310, 420)
     prompts = [Prompt(f"p{n}", tuple(rng.integers(2, 32, n).tolist()), "", "") for n in lengths]

@@ -95,3 +95,32 @@ def test_tokens_and_log_prob_bits_do_not_depend_on_the_batch(family: str, tmp_pa
             for mine, theirs in zip(responses, together[key], strict=True):
                 assert mine.tokens == theirs.tokens
                 assert np.array_equal(mine.logprobs, theirs.logprobs)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3-moe", "llama3"])
+def test_a_bfloat16_engine_is_as_close_to_exact_as_transformers_in_bfloat16(
+    family: str, tmp_path: Path
+) -> None:
+    folder = make_family_folder(tmp_path, family)
+    weights = {name: w.bfloat16() for name, w in load_file(folder / "model.safetensors").items()}
+    engine = LocalEngine(folder, 16, dtype=torch.bfloat16)
+    engine.publish(weights.items(), version=0)
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float()
+    rounded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ours, theirs = [], []
+    for group in engine.generate(iter(asked(12, samples=2)), replace(SAMPLING, temperature=1.0)):
+        prompt = group.prompt.tokens
+        for response in group.responses:
+            tokens, drawn = torch.tensor([[*prompt, *response.tokens]]), len(prompt) - 1
+            with torch.no_grad():
+                wanted, other = (
+                    torch.log_softmax(model(tokens).logits[0, drawn:-1].double(), -1).gather(
+                        1, torch.tensor(response.tokens)[:, None]
+                    )[:, 0]
+                    for model in (exact, rounded)
+                )
+            ours.append((torch.tensor(response.logprobs) - wanted).abs())
+            theirs.append((other - wanted).abs())
+    error = torch.cat(ours).mean().item()
+    # transformers rounds logits too
+    assert 1e-4 < error <= min(1e-2, torch.cat(theirs).mean().item())
