@@ -7,13 +7,13 @@ thread, one run.
         # a trained one; JSON lines with "tokens" or "text"
 
 Two tables' worth of rows. "own lengths": responses end at the model's stop token or at
-`--max-new-tokens`; `transformers` takes the prompts in their order, 256 at a time, and a batch
-lasts as long as its longest response. The synthetic model's stop token has about one chance in 64
-at every token, so that lengths are geometric, cut at 150: mean 55 to 60, the quickstart's own mean
-and longest. "equal lengths": every response has exactly `--equal-length` tokens and nothing is
-wasted by either. Sides take turns and the best turn of each counts; seconds are CPU seconds of this
-process, which one thread on an idle machine spends as wall time: other programs can only slow a
-side down.
+`--max-new-tokens`; `transformers` takes the prompts in their order, as many at a time as the engine
+has slots, and a batch lasts as long as its longest response. The synthetic model's stop token has
+about one chance in 64 at every token, so that lengths are geometric, cut at 150: mean 55 to 60, the
+quickstart's own mean and longest. "equal lengths": every response has exactly `--equal-length`
+tokens and nothing is wasted by either. Sides take turns and the best turn of each counts; seconds
+are CPU seconds of this process, which one thread on an idle machine spends as wall time: other
+programs can only slow a side down.
 """
 
 from __future__ import annotations
@@ -23,12 +23,20 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.scripts import plain
@@ -112,11 +120,11 @@ def engine_lengths(
 
 
 def transformers_lengths(
-    model: Qwen2ForCausalLM,
+    model: PreTrainedModel,
     prompts: Tokens,
     limit: int,
     stop_ids: tuple[int, ...],
-    batch: int = 256,
+    batch: int,
 ) -> list[int]:
     """Answer every prompt once with `generate`, `batch` at a time in their order, padded on the
     left.
@@ -148,8 +156,8 @@ def measure(
     equal_length: int = 56,
     turns: int = 2,
 ) -> list[Comparison]:
-    """Both comparisons, on the first `count` prompts (the second on a quarter as many, at least one
-    full batch).
+    """Both comparisons, `slots` responses at once on either side, on the first `count` prompts (the
+    second on a quarter as many, at least one full batch).
     """
     # the model and its questions
     if model is None:
@@ -158,7 +166,7 @@ def measure(
     else:
         if prompts is None:
             raise ValueError("a model of one's own needs prompts of its own: --prompts FILE")
-        theirs = Qwen2ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         questions = read_prompts(prompts, model)[:count]
     # the same weights in the engine
     engine = LocalEngine(theirs.config.to_dict(), slots)
@@ -169,14 +177,15 @@ def measure(
     )
     stop_ids = _stop_ids(theirs)
     # as long as responses become, and all of one length
-    fewer = questions[: max(256, count // 4)]
+    fewer = questions[: max(slots, count // 4)]
+    compare = partial(_compare, engine=engine, theirs=theirs, batch=slots, turns=turns)
     return [
-        _compare("own lengths", engine, theirs, questions, max_new_tokens, stop_ids, turns),
-        _compare(f"equal lengths ({equal_length})", engine, theirs, fewer, equal_length, (), turns),
+        compare("own lengths", questions, max_new_tokens, stop_ids),
+        compare(f"equal lengths ({equal_length})", fewer, equal_length, ()),
     ]
 
 
-def _stop_ids(model: Qwen2ForCausalLM) -> tuple[int, ...]:
+def _stop_ids(model: PreTrainedModel) -> tuple[int, ...]:
     """generation_config's, or else config.json's."""
     for settings in (model.generation_config, model.config):
         stop: int | list[int] | None = getattr(settings, "eos_token_id", None)
@@ -187,18 +196,20 @@ def _stop_ids(model: Qwen2ForCausalLM) -> tuple[int, ...]:
 
 def _compare(
     name: str,
-    engine: LocalEngine,
-    theirs: Qwen2ForCausalLM,
     prompts: Tokens,
     limit: int,
     stop_ids: tuple[int, ...],
+    *,
+    engine: LocalEngine,
+    theirs: PreTrainedModel,
+    batch: int,
     turns: int,
 ) -> Comparison:
     engine_lengths(engine, prompts[:64], 4, stop_ids)  # warm both up
-    transformers_lengths(theirs, prompts[:64], 4, stop_ids)
+    transformers_lengths(theirs, prompts[:64], 4, stop_ids, batch)
     sides: list[Callable[[], list[int]]] = [
         lambda: engine_lengths(engine, prompts, limit, stop_ids),
-        lambda: transformers_lengths(theirs, prompts, limit, stop_ids),
+        lambda: transformers_lengths(theirs, prompts, limit, stop_ids, batch),
     ]
     turns_taken = [[_timed(side) for side in sides] for _ in range(turns)]
     ours, others = (
