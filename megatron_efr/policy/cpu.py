@@ -1,5 +1,5 @@
-"""Megatron-Core on a machine without a GPU: the one module that patches it, and refuses if CUDA is
-present.
+"""Megatron-Core and torch on a machine without a GPU: the one module that patches them, and refuses
+if CUDA is present.
 
 Megatron-Core 0.16.1 and 0.19.2 name the device "cuda" in places that no option reaches. Each patch
 below answers one of them, in both.
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +25,15 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 _WITH_LITERAL_DEVICE = (schedules, optimizer, clip_grads, grad_scaler, megatron_utils)
+# torch's products, and how many of their results have the operands' dtype
+_PRODUCTS = {
+    "mm": 1,
+    "addmm": 1,
+    "bmm": 1,
+    "baddbmm": 1,
+    "_scaled_dot_product_flash_attention_for_cpu": 1,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": 3,
+}
 
 
 def prepare() -> None:
@@ -80,6 +90,41 @@ def prepare() -> None:
     # modules that write the device "cuda" out
     for module in _WITH_LITERAL_DEVICE:
         _patch("literal device", module, "torch", _TorchOnCpu())
+
+
+@functools.cache
+def multiply_bfloat16() -> torch.library.Library | None:
+    """Have torch compute products of bfloat16 tensors in float32, and round them, in this process;
+    None if the processor multiplies bfloat16 (AVX-512 and later), or there is CUDA.
+
+    Without such instructions torch multiplies one element at a time: up to 60 times as slowly.
+    """
+    if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():  # that kernels are overridden
+        warnings.simplefilter("ignore")
+        for name, rounded in _PRODUCTS.items():
+            library.impl(name, _in_float32(name, rounded), "CPU", with_keyset=True)
+    return library  # what it overrides lasts as long as it
+
+
+def _in_float32(name: str, rounded: int) -> Callable[..., Any]:
+    """Torch's operator, which turns bfloat16 operands to float32 and the first `rounded` results
+    back.
+    """
+    kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
+
+    def product(keys: Any, *given: Any, **options: Any) -> Any:
+        if given[0].dtype != torch.bfloat16:
+            return kernel.call_boxed(keys, *given, **options)
+        wide = (each.float() if isinstance(each, torch.Tensor) else each for each in given)
+        found = kernel.call_boxed(keys, *wide, **options)
+        if isinstance(found, torch.Tensor):
+            return found.bfloat16()
+        return tuple(each.bfloat16() if n < rounded else each for n, each in enumerate(found))
+
+    return product
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_efr.config import LoraConfig, ModelConfig, ParallelConfig
+from megatron_efr.policy import cpu
 from megatron_efr.policy.layers import local_layers
 from megatron_efr.policy.lora import Adapters, adapt
 from megatron_efr.policy.settings import made
@@ -233,6 +234,8 @@ def build_chunks(
     """This rank's model chunks (one, or one per virtual stage), in DDP, with weights still to be
     loaded.
     """
+    if config.bf16 and device.type == "cpu":
+        cpu.multiply_bfloat16()
     ddp = ddp_config(parallel)
     wrapped = []
     for number, model in enumerate(

@@ -1,0 +1,72 @@
+"""bfloat16 on a processor that does not multiply it: products in float32, rounded once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from megatron_efr.policy import cpu
+
+if cpu.multiply_bfloat16() is None:
+    pytest.skip("this processor multiplies bfloat16", allow_module_level=True)
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))).bfloat16()
+
+
+def rounded_float32(
+    function: object, tensors: list[torch.Tensor], back: torch.Tensor
+) -> list[torch.Tensor]:
+    """Result and gradients of `function` of these tensors in float32, rounded."""
+    assert callable(function)
+    wide = [each.detach().float().requires_grad_() for each in tensors]
+    result = function(*wide)
+    result.backward(back.float())
+    return [
+        each.bfloat16() for each in (result.detach(), *(w.grad for w in wide if w.grad is not None))
+    ]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_and_its_gradients_are_those_of_float32_rounded_once(bias: bool) -> None:
+    tensors = [drawn(6, 32, 48), drawn(80, 48), *([drawn(80)] if bias else [])]
+    given, back = [each.clone().requires_grad_() for each in tensors], drawn(6, 32, 80)
+    result = linear(*given)
+    result.backward(back)
+    found = [result.detach(), *(each.grad for each in given)]
+    wanted = rounded_float32(linear, tensors, back)
+    assert len(found) == len(wanted) == 3 + bias
+    for mine, exact in zip(found, wanted, strict=True):
+        assert mine is not None
+        assert mine.dtype == torch.bfloat16
+        assert torch.equal(mine, exact)
+
+
+def test_batched_products_too() -> None:
+    a, b, c = drawn(5, 16, 24), drawn(5, 24, 8), drawn(5, 16, 8)
+    assert torch.equal(a @ b, (a.float() @ b.float()).bfloat16())
+    wanted = torch.baddbmm(c.float(), a.float(), b.float(), beta=0.5, alpha=2.0).bfloat16()
+    assert torch.equal(torch.baddbmm(c, a, b, beta=0.5, alpha=2.0), wanted)
+
+
+def test_attention_and_its_gradients_are_close_to_float32s() -> None:
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    tensors, back = [drawn(2, 3, 40 + 8 * n, 16)[:, :, :40] for n in range(3)], drawn(2, 3, 40, 16)
+    given = [each.clone().requires_grad_() for each in tensors]
+    result = attention(*given)
+    result.backward(back)
+    wanted = rounded_float32(attention, tensors, back)
+    assert torch.equal(result, wanted[0])
+    # the gradients begin with the rounded result
+    for each, exact in zip(given, wanted[1:], strict=True):
+        assert each.grad is not None
+        assert (each.grad - exact).abs().max() <= 2**-6 * exact.abs().max()
+
+
+def test_float32_products_are_torchs_own() -> None:
+    a, b = drawn(64, 48).float(), drawn(48, 32).float()
+    assert torch.equal(a @ b, torch.mm(a, b, out=torch.empty(64, 32)))
