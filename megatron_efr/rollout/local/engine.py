@@ -6,10 +6,10 @@ position in the response); what a script writes takes a position too, and goes t
 as what is drawn. Logits of a row do not depend on the other rows, on the number of slots or on the
 order of requests: in float32 on CPU, with one thread, tokens and log-probs are then the same bit
 for bit whatever shares the batch, which lets a killed run generate only its unfinished responses
-again. Tested on x86 with AVX-512 (MKL) at hidden sizes 64 to 256 and up to 820 tokens, in
-tests/unit/rollout/test_local_engine.py. Elsewhere (bfloat16, CUDA, another BLAS) log-probs may
-differ in the last bits, and a token only if its uniform falls between two such roundings. Weights
-published within a response make what follows depend on when they came.
+again. Tested on x86 at hidden sizes 64 to 256 (AVX-512, AVX2) and 320 to 576 (AVX2), up to 820
+tokens, in tests/unit/rollout/test_local_engine.py. Elsewhere (bfloat16, CUDA, another BLAS)
+log-probs may differ in the last bits, and a token only if its uniform falls between two such
+roundings. Weights published within a response make what follows depend on when they came.
 """
 
 from __future__ import annotations

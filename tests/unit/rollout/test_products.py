@@ -4,10 +4,18 @@ not depend on.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from megatron_efr.rollout.local.products import PACKED_WIDTH, Form, Product
+from megatron_efr.rollout.local.size import weight_bytes
+from megatron_efr.weights.architecture import Architecture
+from tests.families import make_family_folder
 
 CPU = torch.device("cpu")
 FORMS = [(64, torch.float32), (PACKED_WIDTH, torch.float32), (64, torch.bfloat16)]
@@ -70,3 +78,38 @@ def test_only_wide_models_are_packed_in_float32_and_only_on_a_cpu() -> None:
     assert Form(PACKED_WIDTH - 1, CPU, torch.float32).packed is None
     assert Form(PACKED_WIDTH, torch.device("cuda"), torch.float32).packed is None
     assert Form(PACKED_WIDTH, torch.device("cuda"), torch.bfloat16).packed is None
+
+
+_PUBLISHED = """
+import sys
+from megatron_efr.rollout.local.engine import LocalEngine
+from megatron_efr.weights.architecture import Architecture
+from megatron_efr.weights.folder import FolderWeights
+
+def peak():  # of this program alone: ru_maxrss has what its parent held when it was started
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+before, folder = peak(), sys.argv[1]
+architecture = Architecture.from_folder(folder)
+LocalEngine(architecture, 8).publish(FolderWeights(folder, architecture).items(), 0)
+print((peak() - before) * 2**10)
+"""
+
+
+@pytest.mark.heavy
+def test_publication_holds_little_more_than_the_engines_weights(tmp_path: Path) -> None:
+    """Of a model of 0.4 GB, a third of it its tied embedding, which packing doubles."""
+    folder = make_family_folder(
+        tmp_path, "qwen2", vocab_size=40_000, hidden_size=896, intermediate_size=4864,
+        num_hidden_layers=4, num_attention_heads=14, initializer_range=0.02,
+    )  # fmt: skip
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    done = subprocess.run(
+        [sys.executable, "-c", _PUBLISHED, str(folder)],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    peak, held = float(done.stdout), weight_bytes(Architecture.from_folder(folder), torch.float32)
+    print(f"{peak / weights:.2f} times the weights at its peak, {held / weights:.2f} held")
+    assert held <= 1.5 * weights
+    assert peak <= 1.6 * weights
