@@ -78,14 +78,8 @@ def evaluate(config: EvaluateConfig, record_name: str, replace: bool = False) ->
         seed = request_seed(config.seed, len(unfinished.journal.read().groups))
         logs = folder.path / "engines" / f"eval-{record_name}"
         codec = TokenizerCodec(tokenizer)
-        engine = open_engine(
-            source.start, source.architecture, config.rollout, logs, seed, codec, resources,
-            penalties=bool(evaluator.script.penalised),
-        )  # fmt: skip
-        publish = publication(
-            weights, engine, config.rollout.transport, logs / "weights", source.start.path,
-            resources,
-        )  # fmt: skip
+        engine = _open_engine(config, source, codec, evaluator, logs, seed, resources)
+        publish = _publication(config, source, weights, engine, logs / "weights", resources)
         take_in = take_in_returned(engine, publish)
 
         def ask() -> Record:
@@ -123,22 +117,37 @@ def _evaluator(
     return Evaluator(*asking, tokenizer, stops, positions, config.seed, marks)
 
 
-def publication(
+def _open_engine(
+    config: EvaluateConfig,
+    source: ModelSource,
+    codec: TokenizerCodec,
+    evaluator: Evaluator,
+    logs: Path,
+    seed: int,
+    resources: ExitStack,
+) -> Engine:
+    """The configured engine, without weights; `resources` close it."""
+    shape = source.start, source.architecture
+    penalties = bool(evaluator.script.penalised)
+    return open_engine(*shape, config.rollout, logs, seed, codec, resources, penalties=penalties)
+
+
+def _publication(
+    config: EvaluateConfig,
+    source: ModelSource,
     weights: TensorSource,
     engine: Engine,
-    transport: str,
     place: Path,
-    template: str,
     resources: ExitStack,
 ) -> Callable[[], None]:
     """Make a function that gives the engine the weights.
 
     Servers read them from a folder: for a checkpoint's, one written to `place`, with all else from
-    `template`, that `resources` remove.
+    the model that it began with, that `resources` remove.
     """
-    if transport == "tensor" or not isinstance(engine, SGLangEngine):
+    if config.rollout.transport == "tensor" or not isinstance(engine, SGLangEngine):
         return lambda: engine.publish(weights.items(), version=0)
-    folder = as_folder(weights, place, template)
+    folder = as_folder(weights, place, source.start.path)
     resources.callback(shutil.rmtree, place, ignore_errors=True)
     return lambda: engine.publish_folder(folder, version=0)
 
