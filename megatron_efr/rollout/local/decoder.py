@@ -135,6 +135,7 @@ class Decoder:
         a = self.architecture = architecture
         self.device, self.dtype = device, dtype
         self._form = Form(a.hidden, device, dtype)
+        self._products: list[Product] = []
         # Hugging Face name -> what copies its values into our tensors
         self._targets: dict[str, Callable[[torch.Tensor], object]] = {}
         self._shapes = WeightMapping(a).shapes()
@@ -144,6 +145,7 @@ class Decoder:
         # logits are fp32, as the policy's are: bf16 ones move log-probs by several 1e-2
         wide = Form(a.hidden, device, torch.float32)
         self._head = Product(wide, [a.vocab], a.hidden)
+        self._products.append(self._head)
         if not a.tied:
             self._targets["lm_head.weight"] = partial(self._head.fill, 0)
         assert self._targets.keys() == self._shapes.keys(), (
@@ -200,6 +202,7 @@ class Decoder:
         """The product with the named weights, stacked along dim 0."""
         rows = [self._shapes[name][0] for name in names]
         product = Product(self._form, rows, self._shapes[names[0]][1])
+        self._products.append(product)
         self._targets.update((name, partial(product.fill, n)) for n, name in enumerate(names))
         return product
 
@@ -210,6 +213,8 @@ class Decoder:
         Copies, not views: a version stays what it was while the optimizer goes on changing the
         policy's tensors.
         """
+        for product in self._products:  # what an earlier publication left half done
+            product.clear()
         # The iterator's own code runs outside inference mode: it may keep tensors that autograd
         # sees later.
         for name, tensor in check_names(weights, self._shapes):

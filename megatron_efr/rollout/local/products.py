@@ -57,19 +57,20 @@ class Product:
     def __init__(self, form: Form, outputs: Sequence[int], inputs: int) -> None:
         self._form, self._outputs, self._inputs = form, list(outputs), inputs
         self._weight: torch.Tensor | None = None  # packed, if that is the form
-        self._missing: set[int] = set()
+        self._missing: set[int] = set()  # parts still to be filled in
+
+    def clear(self) -> None:
+        """Have every part filled in anew, before the next product."""
+        self._missing = set(range(len(self._outputs)))
+        if self._form.packed:
+            self._weight = None
 
     @torch.no_grad()
     def fill(self, part: int, values: torch.Tensor) -> None:
-        """Copy a part in. The first makes room for all, the last packs them."""
-        if not self._missing:
-            self._missing = set(range(len(self._outputs)))
-            if self._weight is None or self._form.packed:
-                form = self._form
-                self._weight = torch.empty(
-                    sum(self._outputs), self._inputs, device=form.device, dtype=form.dtype
-                )
-        assert self._weight is not None
+        """Copy a part in. The first since `clear` makes room for all, the last packs them."""
+        if self._weight is None:
+            size = sum(self._outputs), self._inputs
+            self._weight = torch.empty(size, device=self._form.device, dtype=self._form.dtype)
         self._weight.split(self._outputs)[part].copy_(values)
         self._missing.discard(part)
         if not self._missing:

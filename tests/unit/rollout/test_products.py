@@ -35,6 +35,7 @@ def test_a_product_of_parts_is_that_of_their_stack_and_its_bias(
     product = Product(Form(hidden, CPU, dtype), [48, 16, 7], 40)
     for _ in range(2):  # a second publication replaces the first
         parts = [drawn(rows, 40) for rows in (48, 16, 7)]
+        product.clear()
         for number in (2, 0, 1):
             product.fill(number, parts[number])
         x, bias = drawn(3, 24, 40), drawn(71)
@@ -51,8 +52,20 @@ def test_a_product_of_parts_is_that_of_their_stack_and_its_bias(
 def test_what_was_filled_in_may_change_afterwards(hidden: int, dtype: torch.dtype) -> None:
     given = torch.ones(8, 16)
     product = Product(Form(hidden, CPU, dtype), [8], 16)
+    product.clear()
     product.fill(0, given)
     given.zero_()
+    assert product(torch.ones(8, 16, dtype=dtype)).eq(16).all()
+
+
+@pytest.mark.parametrize(("hidden", "dtype"), FORMS)
+def test_what_a_broken_publication_filled_in_is_not_used(hidden: int, dtype: torch.dtype) -> None:
+    product = Product(Form(hidden, CPU, dtype), [8, 8, 8], 16)
+    old, new = torch.zeros(8, 16), torch.ones(8, 16)
+    for values, parts in ((old, (0, 1)), (new, (2, 1, 0))):  # the second comes in another order
+        product.clear()
+        for part in parts:
+            product.fill(part, values)
     assert product(torch.ones(8, 16, dtype=dtype)).eq(16).all()
 
 
@@ -61,6 +74,7 @@ def test_a_row_does_not_depend_on_how_many_share_its_product(columns: int, rows:
     generator = torch.Generator().manual_seed(0)
     form = Form(columns, CPU, torch.float32)
     product = Product(form, [rows], columns)
+    product.clear()
     product.fill(0, torch.randn(rows, columns, generator=generator))
     x, bias = torch.randn(2048, columns, generator=generator), torch.randn(rows)
     whole = product(x, bias)
