@@ -19,8 +19,8 @@ PACKED_WIDTH = 256  # for fewer columns oneDNN's calls take longer than packing 
 
 
 class Form:
-    """How weights of a model with `hidden` columns are held: packed as `packed`, or unpacked if
-    that is None.
+    """The form of the weights of a model with `hidden` columns: packed as `packed`, or as they are
+    if that is None.
 
     bfloat16 is packed as such where the processor multiplies it (AVX-512). Elsewhere it is packed
     as float32 and results are rounded: torch's own bfloat16 products take six times as long.
