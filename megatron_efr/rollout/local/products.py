@@ -22,7 +22,7 @@ class Form:
     """The form of the weights of a model with `hidden` columns: packed as `packed`, or as they are
     if that is None.
 
-    bfloat16 is packed as such where the processor multiplies it (AVX-512). Elsewhere it is packed
+    bfloat16 is packed as such if the processor multiplies it (AVX-512). If not, it is packed
     as float32 and results are rounded: torch's own bfloat16 products take six times as long.
     """
 
