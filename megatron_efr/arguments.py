@@ -30,7 +30,8 @@ NumberT = TypeVar("NumberT", int, float)
 
 EXIT_USER_ERROR = 2
 PORTS = (1, 65535)
-PATIENCE_S = 20.0  # for rank 0, which meets the same error
+PATIENCE_S = 20.0  # for the rank that says what is wrong: torchrun ends the others after it
+_PEER_ENDED = ("closed by peer", "reset by peer")  # gloo's errors begin with a file and a line
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -138,6 +139,13 @@ def _ended(
         if not is_rank():  # their launcher says it
             _say("interrupted")
         return 128 + signal.SIGINT
+    except RuntimeError as error:
+        # a collective that waited for a rank that has ended
+        if not (is_rank() and any(words in str(error) for words in _PEER_ENDED)):
+            raise
+        time.sleep(PATIENCE_S)
+        _say(f"rank {os.environ['RANK']}: another rank has ended, for the reason that it gave")
+        return 1
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _is_unread():
             return 128 + signal.SIGPIPE

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import psutil
 import pytest
@@ -129,6 +130,43 @@ def test_output_to_a_full_device_is_a_sentence() -> None:
         assert (code, err.split(";")[0]) == (2, "error: output: No space left on device")
         code, _, err = ended("print('x')", stdout=full)
         assert (code, err.split(";")[0]) == (2, "error: output: No space left on device")
+
+
+RANKS = """
+import os, sys
+import torch.distributed as dist
+from megatron_efr import arguments
+from megatron_efr.errors import UserError
+
+def program(argv):
+    dist.init_process_group("gloo")
+    dist.barrier()
+    if os.environ["RANK"] == "0":
+        {body}
+    dist.barrier()
+
+arguments.run(program)
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("body", "tracebacks"), [("raise UserError('the disk is full')", 0), ("1 / 0", 1)]
+)
+def test_ranks_that_waited_for_one_that_failed_leave_the_word_to_it(
+    body: str, tracebacks: int, tmp_path: Path
+) -> None:
+    (tmp_path / "ranks.py").write_text(RANKS.format(body=body))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(tmp_path / "ranks.py")],
+        capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 1
+    # a rank's own; torchrun has one of its own
+    assert done.stderr.count("]: Traceback (most recent call last)") == tracebacks
+    assert ("error: the disk is full" in done.stderr) == (not tracebacks)
 
 
 def test_the_exit_codes_of_programs_are_their_own() -> None:
