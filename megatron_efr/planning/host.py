@@ -28,10 +28,10 @@ from megatron_efr.memory import (
     parameter_count,
     trained_count,
 )
+from megatron_efr.planning.embedded import cache_bytes, token_bytes, weight_bytes
 from megatron_efr.planning.probe import Seconds, Work, measured
 from megatron_efr.planning.shapes import shape_of
 from megatron_efr.policy.divisibility import check_fit
-from megatron_efr.rollout.local.size import cache_bytes, token_bytes, weight_bytes
 from megatron_efr.weights.architecture import Architecture
 
 GIB = 2**30
@@ -118,17 +118,17 @@ class HostPlan:
             "weights": held_count(a, lora) * BYTES[dtype],
             "gradients": gradient_bytes(trained),
             "optimizer": optimizer_bytes(trained, dtype),
-            "engine": weight_bytes(a, getattr(torch, dtype)),
+            "engine": weight_bytes(a, dtype),
         }
         if self.needs_reference and lora is None:
             always["reference"] = count * BYTES[dtype]
         # rollout: the engine's cache, for rows as long as they may become
         longest = self.prompt + config.rollout.max_new_tokens
-        cache = cache_bytes(a, getattr(torch, dtype), self.rows, longest)
+        cache = cache_bytes(a, dtype, self.rows, longest)
         # a prompt has a cache of its own while samples of it wait: those of one begun, and as many
         # as all rows can take
         waiting = min(config.rollout.prompts, -(-self.rows // config.rollout.samples) + 1)
-        cache += waiting * self.prompt * token_bytes(a, getattr(torch, dtype))
+        cache += waiting * self.prompt * token_bytes(a, dtype)
         # training: activations and logits of one micro-batch
         tokens = self.responses * (self.prompt + self.tokens) // config.train.updates
         own = min(self.budget, tokens)

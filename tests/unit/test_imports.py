@@ -116,7 +116,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planning": BASE
     | WEIGHTS
     | {"algorithms", "arguments", "kernels", "memory", "policy", "scripts"}
-    | {"rollout.local.engine", "rollout.local.size"},
+    | {"rollout.local.decoder", "rollout.local.engine", "rollout.local.products"},
     "cli": {"arguments", "__init__"},  # it finds the programs by name, when they are asked for
 }
 PROGRAMS = {"train", "sft", "dpo", "evaluate", "sweep", "report.__main__"}

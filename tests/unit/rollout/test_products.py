@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_efr.planning.embedded import weight_bytes
 from megatron_efr.rollout.local.products import PACKED_WIDTH, Form, Product
-from megatron_efr.rollout.local.size import weight_bytes
 from megatron_efr.weights.architecture import Architecture
 from tests.families import make_family_folder
 
@@ -123,7 +123,7 @@ def test_publication_holds_little_more_than_the_engines_weights(tmp_path: Path) 
         capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    peak, held = float(done.stdout), weight_bytes(Architecture.from_folder(folder), torch.float32)
+    peak, held = float(done.stdout), weight_bytes(Architecture.from_folder(folder), "float32")
     print(f"{peak / weights:.2f} times the weights at its peak, {held / weights:.2f} held")
     assert held <= 1.5 * weights
     assert peak <= 1.6 * weights
