@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 
@@ -29,6 +30,7 @@ from megatron_efr.memory import (
     trained_count,
 )
 from megatron_efr.planning.embedded import cache_bytes, token_bytes, weight_bytes
+from megatron_efr.planning.lengths import geometric, rows_of_steps
 from megatron_efr.planning.probe import Seconds, Work, measured
 from megatron_efr.planning.shapes import shape_of
 from megatron_efr.policy.divisibility import check_fit
@@ -159,9 +161,12 @@ class HostPlan:
         # sequences than the measured ones
         longer = (self.prompt + self.tokens) / (self.prompt + probed)
         scored = self.responses * found.score * longer
-        steps = self.responses * self.tokens / (groups * samples)
+        # a step's time grows with its rows; the first token comes of the prompt's own logits
+        lengths = geometric(self.tokens, rollout.max_new_tokens, self.responses)
+        rows = rows_of_steps(lengths - 1, self.rows)
+        steps = np.interp(rows, (samples, groups * samples), (found.few, found.full)).sum()
         return {
-            "rollout": rollout.prompts * found.prefill + steps * found.step,
+            "rollout": rollout.prompts * found.prefill + float(steps),
             "logprobs": scored * (2 if self.needs_reference else 1),
             "train": self.responses * found.train * longer + updates * found.update,
         }

@@ -45,12 +45,13 @@ class Work(NamedTuple):
 
 
 class Seconds(NamedTuple):
-    """Of a prompt, a step of all rows, a sequence's log-probs, its part of an update, an update's
-    rest.
+    """Of a prompt, a step of one prompt's rows and of all rows, a sequence's log-probs, its part of
+    an update, an update's rest.
     """
 
     prefill: float
-    step: float
+    few: float
+    full: float
     score: float
     train: float
     update: float
@@ -85,18 +86,18 @@ def _fastest(action: Callable[[], object]) -> float:
     return min(times)
 
 
-def _engine(model: ModelConfig, work: Work) -> tuple[float, float]:
-    """Of a prompt's prefill, and a step of all rows when their responses are half there."""
+def _engine(model: ModelConfig, work: Work) -> tuple[float, float, float]:
+    """Of a prompt's prefill, and a step of few and of all rows when their responses are half
+    there.
+    """
     architecture = Architecture.from_folder(model.path)
     engine = LocalEngine(
         architecture, work.groups * work.samples, dtype=getattr(torch, model.dtype)
     )
     engine.publish(RandomWeights(architecture, 0).items(), 0)
 
-    def generate(prompt: int, tokens: int) -> None:
-        ids = (
-            np.random.default_rng(0).integers(0, architecture.vocab, (work.groups, prompt)).tolist()
-        )
+    def generate(groups: int, prompt: int, tokens: int) -> None:
+        ids = np.random.default_rng(0).integers(0, architecture.vocab, (groups, prompt)).tolist()
         asked = [
             plain(Prompt(str(i), tuple(each), "", ""), work.samples, i)
             for i, each in enumerate(ids)
@@ -104,13 +105,17 @@ def _engine(model: ModelConfig, work: Work) -> tuple[float, float]:
         for _ in engine.generate(asked, Sampling(1.0, 1.0, tokens, ())):
             pass
 
-    generate(work.prompt, 1)
-    prefill = _fastest(lambda: generate(work.prompt, 1)) / work.groups
-    middle = work.prompt + work.response // 2
-    began, further = (
-        _fastest(lambda tokens=tokens: generate(middle, tokens)) for tokens in (2, 2 + STEPS)
-    )
-    return prefill, max(further - began, 0.0) / STEPS
+    def step(groups: int) -> float:
+        middle = work.prompt + work.response // 2
+        began, further = (
+            _fastest(lambda tokens=tokens: generate(groups, middle, tokens))
+            for tokens in (2, 2 + STEPS)
+        )
+        return max(further - began, 0.0) / STEPS
+
+    generate(work.groups, work.prompt, 1)
+    prefill = _fastest(lambda: generate(work.groups, work.prompt, 1)) / work.groups
+    return prefill, step(1), step(work.groups)
 
 
 def _policy(model: ModelConfig, work: Work) -> tuple[float, float, float]:

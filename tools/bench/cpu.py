@@ -4,16 +4,19 @@ in one run.
     python tools/bench/cpu.py
         # after `bash launch/quickstart.sh`: its model, its task
     python tools/bench/cpu.py --trl-python FOLDER/bin/python   # with TRL's row
+    python tools/bench/cpu.py --model FOLDER --train FILE --config examples/real_model/rl.yaml
+        --slots 64 --prompts 128 --sizes 576x30 model.lora=null rollout.samples=8
+        # another model, and the iteration of another configuration
     python tools/bench/cpu.py --quick
         # a smoke run: the figures mean nothing
 
 Rows: the engine against `transformers` generate (see engine.py); a policy step (`Policy.update`:
 forward, backward, clip and Adam through Megatron's schedule, DDP and optimizer) against the same
-model in plain torch on the same packed batch; one iteration of the quickstart (rollouts, grading,
-log-probs, two updates, publication) against TRL's GRPOTrainer. Sides of a row run in processes of
-their own and take turns; while one works the other waits. A figure is the median over turns, and a
-ratio the median of the turns' own ratios. Before a policy step is timed, loss and gradients of both
-sides must agree.
+model in plain torch on the same packed batch; one iteration of the configuration (rollouts,
+grading, log-probs, updates, publication) against TRL's GRPOTrainer. Sides of a row run in processes
+of their own and take turns; while one works the other waits. A figure is the median over turns, and
+a ratio the median of the turns' own ratios. Before a policy step is timed, loss and gradients of
+both sides must agree.
 
 TRL wants an environment of its own that sees this one's torch and transformers:
 
@@ -32,11 +35,14 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from turns import Settings, Side, take_turns
+from table import Row, table
+from turns import ROOT, ROWS, Settings, Side, take_turns
+
+from megatron_efr.config import TrainConfig
 
 HINT = (
     "run `bash launch/quickstart.sh` first (its warm start is enough), or name a folder and "
@@ -44,24 +50,6 @@ HINT = (
 )
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4  # of the gradient's own norm, per tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One comparison; `ours` and `theirs` in `unit`, `ratio` ours over theirs of each turn, its
-    median.
-    """
-
-    name: str
-    unit: str
-    ours: float
-    theirs: float | None
-    ratio: float | None
-    goal: str
-    lengths: str
-    our_memory_mib: float | None = None
-    their_memory_mib: float | None = None
-    note: str = ""
 
 
 # -- rows
@@ -80,7 +68,9 @@ def median(values: Iterable[float]) -> float:
     return statistics.median(values)
 
 
-def engine_rows(settings: Settings, rows: list[dict[str, Any]], folder: Path) -> list[Row]:
+def engine_rows(
+    settings: Settings, limit: int, rows: list[dict[str, Any]], folder: Path
+) -> list[Row]:
     """engine.py's comparisons on the task's own prompts."""
     # imported here, since the other rows need neither engine
     from engine import measure
@@ -93,7 +83,8 @@ def engine_rows(settings: Settings, rows: list[dict[str, Any]], folder: Path) ->
         settings.model,
         prompts,
         settings.engine_prompts,
-        max_new_tokens=settings.max_new_tokens,
+        settings.slots,
+        max_new_tokens=limit,
         turns=settings.engine_turns,
     )
     # a row for each comparison, against its goal
@@ -123,7 +114,9 @@ def engine_rows(settings: Settings, rows: list[dict[str, Any]], folder: Path) ->
     return made
 
 
-def sampled_sequences(settings: Settings, rows: list[dict[str, Any]]) -> list[list[Any]]:
+def sampled_sequences(
+    settings: Settings, limit: int, rows: list[dict[str, Any]]
+) -> list[list[Any]]:
     """Responses of the model itself, shuffled, until they make up `step_tokens`: [tokens, prompt
     length, advantage].
     """
@@ -137,13 +130,13 @@ def sampled_sequences(settings: Settings, rows: list[dict[str, Any]]) -> list[li
 
     # responses that the model itself draws: their lengths are those of training
     architecture = Architecture.from_folder(settings.model)
-    engine = LocalEngine(settings.model, 256)
+    engine = LocalEngine(settings.model, settings.slots)
     engine.publish(FolderWeights(settings.model, architecture).items(), 0)
     stops = tuple(rows[0]["stops"])
     requests = [
         plain(Prompt(str(i), tuple(row["tokens"]), "", ""), 8, i) for i, row in enumerate(rows[:64])
     ]
-    groups = engine.generate(requests, Sampling(1.0, 1.0, settings.max_new_tokens, stops))
+    groups = engine.generate(requests, Sampling(1.0, 1.0, limit, stops))
     # by the prompts' seeds, since groups come in the order in which they ended
     drawn = [
         (list(g.prompt.tokens), list(r.tokens))
@@ -179,7 +172,8 @@ def step_row(
             "num_hidden_layers": layers,
             "intermediate_size": 3 * hidden,
         }
-        config["layer_types"] = ["full_attention"] * layers
+        if config.get("layer_types"):
+            config["layer_types"] = ["full_attention"] * layers
         (folder / "config.json").write_text(json.dumps(config))
         given |= {"model": str(folder), "init": "random"}
     (folder / "sequences.json").write_text(json.dumps(given))
@@ -238,14 +232,16 @@ def check_agreement(
             )
 
 
-def iteration_row(settings: Settings, rows: list[dict[str, Any]], folder: Path) -> Row:
+def iteration_row(
+    settings: Settings, config: TrainConfig, rows: list[dict[str, Any]], folder: Path
+) -> Row:
     """One iteration against TRL's; without an interpreter that has trl, ours alone."""
     # what is compared, told with its sizes
     turns, ours = settings.iteration_turns, side("iteration", settings, folder)
-    rollouts = settings.prompts * settings.samples
+    prompts, samples = config.rollout.prompts, config.rollout.samples
     name = (
-        f"iteration against TRL's GRPOTrainer, {rollouts} rollouts ({settings.prompts} x "
-        f"{settings.samples}), 2 updates"
+        f"iteration against TRL's GRPOTrainer, {prompts * samples} rollouts ({prompts} x "
+        f"{samples}), {config.train.updates} updates"
     )
     try:
         ours.turn()  # the first iteration starts things up
@@ -257,7 +253,7 @@ def iteration_row(settings: Settings, rows: list[dict[str, Any]], folder: Path) 
             )
             return _ours_alone(name, alone, note)
         # alternating turns
-        theirs = trl_side(settings, rows, folder)
+        theirs = trl_side(settings, config, rows, folder)
         try:
             theirs.turn()
             taken = take_turns(ours, theirs, turns)
@@ -306,45 +302,46 @@ def phases(answers: Iterable[dict[str, Any]]) -> str:
     return "ours: " + ", ".join(f"{name} {median(p[name] for p in kept):.2f} s" for name in kept[0])
 
 
-def trl_side(settings: Settings, rows: list[dict[str, Any]], folder: Path) -> Side:
+def trl_side(
+    settings: Settings, config: TrainConfig, rows: list[dict[str, Any]], folder: Path
+) -> Side:
     """trl_side.py, with the prompts in the order in which ours takes them."""
     assert settings.trl_python is not None
     prompts, turns = folder / "trl.jsonl", settings.iteration_turns + 1
-    needed = (rows[i % len(rows)] for i in range(turns * settings.prompts))
+    needed = (rows[i % len(rows)] for i in range(turns * config.rollout.prompts))
     prompts.write_text("".join(json.dumps(row) + "\n" for row in needed))
     options = {
         "model": settings.model,
         "prompts": prompts,
         "scratch": folder / "trl",
-        "rollouts": settings.prompts * settings.samples,
-        "samples": settings.samples,
-        "updates": 2,
+        "rollouts": config.rollout.prompts * config.rollout.samples,
+        "samples": config.rollout.samples,
+        "updates": config.train.updates,
         "iterations": turns,
-        "max-new-tokens": settings.max_new_tokens,
+        "max-new-tokens": config.rollout.max_new_tokens,
+        "beta": config.algorithm.beta,
+        "lr": config.optimizer.lr,
     }
     script = str(Path(__file__).resolve().with_name("trl_side.py"))
     given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     return Side([settings.trl_python, script, *given])
 
 
-def task_rows(settings: Settings, folder: Path) -> list[dict[str, Any]]:
+def task_rows(settings: Settings, config: TrainConfig) -> list[dict[str, Any]]:
     """The training prompts in the order of the run's stream: their text, tokens, answer, and what
     ends a response.
     """
-    from sides import configuration
-
     from megatron_efr.data.prompts import load_tokenizer
     from megatron_efr.data.stop_tokens import stop_ids
     from megatron_efr.data.stream import PromptStream
     from megatron_efr.evaluation.problems import load_prompts
 
-    config = configuration(settings, folder, 1)
     tokenizer = load_tokenizer(settings.model)
     stream = PromptStream(
         load_prompts(config.data.datasets, tokenizer, config.data.prompt).prompts, config.seed
     )
     stops = stop_ids(settings.model, tokenizer)
-    count = max(settings.engine_prompts, settings.prompts * (settings.iteration_turns + 1))
+    count = max(settings.engine_prompts, config.rollout.prompts * (settings.iteration_turns + 1))
     prompts = [visit.prompt for visit in stream.take(min(count, len(stream)))]
     return [
         {"text": p.text, "tokens": list(p.tokens), "answer": p.gold, "stops": stops}
@@ -354,54 +351,31 @@ def task_rows(settings: Settings, folder: Path) -> list[dict[str, Any]]:
 
 def measure(settings: Settings) -> list[Row]:
     """Every row, one after the other; says on stderr which one is under way."""
+    from sides import configuration
+
     made: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        rows = task_rows(settings, folder)
-        say("engine")
-        made += engine_rows(settings, rows, folder)
-        sequences = sampled_sequences(settings, rows)
-        for size in settings.step_sizes:
-            say(f"policy step, hidden {size[0]} x {size[1]} layers")
-            place = folder / f"step-{size[0]}"
-            place.mkdir()
-            made.append(step_row(settings, sequences, size, place))
-        say("iteration")
-        made.append(iteration_row(settings, rows, folder))
+        config = configuration(settings, folder, 1)
+        rows, limit = task_rows(settings, config), config.rollout.max_new_tokens
+        if "engine" in settings.rows:
+            say("engine")
+            made += engine_rows(settings, limit, rows, folder)
+        if "step" in settings.rows:
+            sequences = sampled_sequences(settings, limit, rows)
+            for size in settings.step_sizes:
+                say(f"policy step, hidden {size[0]} x {size[1]} layers")
+                place = folder / f"step-{size[0]}"
+                place.mkdir()
+                made.append(step_row(settings, sequences, size, place))
+        if "iteration" in settings.rows:
+            say("iteration")
+            made.append(iteration_row(settings, config, rows, folder))
     return made
 
 
 def say(text: str) -> None:
     print(f"measuring: {text}", file=sys.stderr, flush=True)
-
-
-def table(rows: list[Row]) -> str:
-    """Markdown."""
-    lines = [
-        "| one thread | mean response tokens (ours / theirs) | ours | theirs | ratio | goal | "
-        "peak memory, MiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        theirs = "not measured" if row.theirs is None else figure(row.theirs, row.unit)
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
-        both = [f"{m:,.0f}" for m in (row.our_memory_mib, row.their_memory_mib) if m is not None]
-        cells = (
-            row.name,
-            row.lengths,
-            figure(row.ours, row.unit),
-            theirs,
-            ratio,
-            row.goal,
-            " / ".join(both),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    notes = [f"{row.name}: {row.note}" for row in rows if row.note]
-    return "\n".join([*lines, "", *notes]).rstrip()
-
-
-def figure(value: float, unit: str) -> str:
-    return f"{value:,.2f} {unit}" if unit == "s" else f"{value:,.0f} {unit}"
 
 
 # -- command line
@@ -425,24 +399,37 @@ def settings_from(given: argparse.Namespace) -> Settings:
     # not resolved: an environment's interpreter is a link, and the link is what makes it that
     # environment's
     trl_python = None if given.trl_python is None else os.path.abspath(given.trl_python)
-    # --quick: sizes that take seconds
-    if not given.quick:
-        return Settings(model, train, trl_python)
-    return Settings(
+    settings = Settings(
         model,
         train,
+        given.config,
+        tuple(given.overrides),
         trl_python,
+        tuple(given.rows),
+        given.slots,
+        given.prompts,
+        step_sizes=tuple(given.sizes),
+    )
+    if not given.quick:
+        return settings
+    # sizes that take seconds
+    return replace(
+        settings,
+        overrides=("rollout.prompts=4", "rollout.samples=2", "rollout.max_new_tokens=60"),
         engine_prompts=32,
         engine_turns=1,
         step_tokens=512,
         step_sizes=((64, 3),),
         step_turns=2,
         steps_per_turn=1,
-        prompts=4,
-        samples=2,
-        max_new_tokens=60,
         iteration_turns=2,
     )
+
+
+def size(text: str) -> tuple[int, int]:
+    """Hidden size and layers of `HIDDENxLAYERS`."""
+    hidden, _, layers = text.partition("x")
+    return int(hidden), int(layers)
 
 
 def main() -> None:
@@ -456,9 +443,25 @@ def main() -> None:
     parser.add_argument(
         "--trl-python", help="an interpreter that has trl; without it that row says so"
     )
+    # another iteration, and other sizes
+    parser.add_argument("overrides", nargs="*", help="over the configuration: KEY=VALUE ...")
+    parser.add_argument(
+        "--config", default=str(ROOT / "examples/quickstart/rl.yaml"), help="a run's, to be timed"
+    )
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="default: all")
+    parser.add_argument("--slots", type=int, default=256, help="responses decoded at once")
+    parser.add_argument("--prompts", type=int, default=1024, help="that the engines answer")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=size,
+        default=((64, 3), (128, 4)),
+        metavar="HIDDENxLAYERS",
+        help="of the policy steps (default: 64x3 128x4)",
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     if os.environ.get("OMP_NUM_THREADS") != "1":
         # read when numpy and torch are loaded, so it must stand before: start over with it
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

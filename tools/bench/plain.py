@@ -1,5 +1,5 @@
-"""Qwen2 and its policy step in torch's own operations only: what cpu.py holds the Megatron policy
-against.
+"""Qwen2 or Llama and its policy step in torch's own operations only: what cpu.py holds the Megatron
+policy against.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def serve_plain(settings: Settings, folder: Path) -> None:
     # weights and batches that the other side left
     given = json.loads((folder / "sequences.json").read_text())
     config = json.loads((Path(given["model"]) / "config.json").read_text())
-    model = plain_qwen2(config, torch.load(folder / "weights.pt"))
+    model = plain_model(config, torch.load(folder / "weights.pt"))
     batches = [plain_batch(batch, config) for batch in torch.load(folder / "batches.pt")]
     optimizer = torch.optim.AdamW(
         model.weights.values(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0
@@ -87,15 +87,15 @@ def plain_batch(batch: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
     return batch
 
 
-def plain_qwen2(config: dict[str, Any], tensors: dict[str, Any]) -> Any:
-    """Qwen2 without a framework, from its Hugging Face tensors; tied or not; log-probs of a packed
-    batch.
+def plain_model(config: dict[str, Any], tensors: dict[str, Any]) -> Any:
+    """Qwen2, or Llama without scaled frequencies, without a framework, from its Hugging Face
+    tensors; tied or not; log-probs of a packed batch.
     """
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     dim, eps = config["hidden_size"] // heads, config["rms_norm_eps"]
 
-    # a Qwen2 block by block; no framework, no padding
-    class PlainQwen2:
+    # block by block; no framework, no padding
+    class Plain:
         def __init__(self) -> None:
             self.weights = {
                 name: torch.nn.Parameter(tensor.clone()) for name, tensor in tensors.items()
@@ -131,10 +131,10 @@ def plain_qwen2(config: dict[str, Any], tensors: dict[str, Any]) -> Any:
         def attention(self, h: torch.Tensor, at: str, batch: dict[str, Any]) -> torch.Tensor:
             w = self.weights
             q, k, v = (
-                F.linear(h, w[f"{at}{n}_proj.weight"], w[f"{at}{n}_proj.bias"]).unflatten(
+                F.linear(h, w[f"{at}{n}_proj.weight"], w.get(f"{at}{n}_proj.bias")).unflatten(
                     1, (-1, dim)
                 )
-                for n in "qkv"
+                for n in "qkv"  # Llama has no biases
             )
             # rotated in halves, as Hugging Face's weights are laid out
             q, k = (x * batch["cos"] + self.turned(x) * batch["sin"] for x in (q, k))
@@ -158,4 +158,4 @@ def plain_qwen2(config: dict[str, Any], tensors: dict[str, Any]) -> Any:
         def turned(self, x: torch.Tensor) -> torch.Tensor:
             return torch.cat((-x[..., dim // 2 :], x[..., : dim // 2]), -1)
 
-    return PlainQwen2()
+    return Plain()

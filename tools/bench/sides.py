@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from plain import serve_plain
-from turns import ROOT, Settings, serve, timed_steps
+from turns import Settings, serve, timed_steps
 
 from megatron_efr.algorithms import Objective
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
@@ -29,21 +29,16 @@ from megatron_efr.train import iterate
 
 
 def configuration(settings: Settings, folder: Path, turns: int) -> TrainConfig:
-    """The quickstart's own configuration, alpha 0 as TRL's reward is, with the sizes of
-    `settings`.
-    """
+    """That of `settings`, alpha 0 as TRL's reward is, with its model and its problems."""
     overrides = {
         "runs": folder,
         "model.path": settings.model,
-        "rollout.prompts": settings.prompts,
-        "rollout.samples": settings.samples,
-        "rollout.max_new_tokens": settings.max_new_tokens,
         "train.iterations": turns,
         "method.alpha": 0.0,
         "data.datasets": f"[{{path: {json.dumps(settings.train)}, difficulty: difficulty}}]",
     }
-    example = ROOT / "examples" / "quickstart" / "rl.yaml"
-    return load(TrainConfig, example, [f"{key}={value}" for key, value in overrides.items()])
+    given = [f"{key}={value}" for key, value in overrides.items()]
+    return load(TrainConfig, Path(settings.config), [*given, *settings.overrides])
 
 
 def serve_iteration(settings: Settings, folder: Path) -> None:

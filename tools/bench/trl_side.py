@@ -1,16 +1,17 @@
-"""The TRL side of cpu.py: GRPOTrainer on the quickstart's task; every line on its input starts one
+"""The TRL side of cpu.py: GRPOTrainer on the same task; every line on its input starts one
 iteration.
 
 Run by cpu.py, in an environment that has trl. An iteration is one generation of all rollouts, old
-and reference log-probs, and two updates: TRL's `steps_per_generation`. Reward: the last box holds
-the gold answer's very text, which costs less than grading. What TRL's defaults add and this
-comparison does not want is off: gradient checkpointing, bf16.
+and reference log-probs, and the updates: TRL's `steps_per_generation`. Reward: the last box, or the
+last number, is the gold answer's very text, which costs less than grading. Of TRL's defaults,
+gradient checkpointing and bf16 are off.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -50,23 +51,27 @@ class Turns(TrainerCallback):
     def reward(
         self, prompts: Any, completions: list[str], completion_ids: Any, answer: list[str], **_: Any
     ) -> Any:
-        """1 if the last box holds the gold answer; notes the lengths."""
+        """1 if the answer is the gold one; notes the lengths."""
         self.lengths += [len(ids) for ids in completion_ids]
         right = [
-            float(last_box(text) == gold) for text, gold in zip(completions, answer, strict=True)
+            float(answer_of(text) == gold) for text, gold in zip(completions, answer, strict=True)
         ]
         self.right += right
         return right
 
 
-def last_box(text: str) -> str | None:
-    """The content of the last \\boxed{}, for answers without braces."""
+def answer_of(text: str) -> str | None:
+    """The content of the last \\boxed{}, for answers without braces; without a box the last
+    number.
+    """
     _, box, rest = text.rpartition("\\boxed{")
-    return rest.partition("}")[0].strip() if box and "}" in rest else None
+    if box:
+        return rest.partition("}")[0].strip() if "}" in rest else None
+    return next(iter(re.findall(r"\d+", text)[-1:]), None)
 
 
 def trainer(given: argparse.Namespace, turns: Turns, scratch: Path) -> GRPOTrainer:
-    """GRPO as the quickstart has it: beta in, one mean per response, no division by the rewards'
+    """GRPO with the configuration's beta, one mean per response, no division by the rewards'
     deviation.
     """
     rows = [json.loads(line) for line in given.prompts.read_text(encoding="utf-8").splitlines()]
@@ -83,9 +88,9 @@ def trainer(given: argparse.Namespace, turns: Turns, scratch: Path) -> GRPOTrain
         gradient_accumulation_steps=1, steps_per_generation=given.updates,
         num_generations=given.samples,
         max_completion_length=given.max_new_tokens, max_steps=given.updates * given.iterations,
-        temperature=1.0, top_p=1.0, top_k=0, beta=1e-3, loss_type="grpo", scale_rewards="none",
-        epsilon=0.2,
-        learning_rate=1e-4, lr_scheduler_type="constant", max_grad_norm=1.0, weight_decay=0.0,
+        temperature=1.0, top_p=1.0, top_k=0, beta=given.beta, loss_type="grpo",
+        scale_rewards="none", epsilon=0.2,
+        learning_rate=given.lr, lr_scheduler_type="constant", max_grad_norm=1.0, weight_decay=0.0,
         adam_beta2=0.95,
     )  # fmt: skip
     data = Dataset.from_list([{"prompt": row["text"], "answer": row["answer"]} for row in rows])
@@ -107,6 +112,8 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True)
     for name in ("rollouts", "samples", "updates", "iterations", "max-new-tokens"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    for name in ("beta", "lr"):
+        parser.add_argument(f"--{name}", type=float, required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
     trainer(given, Turns(given.updates), given.scratch).train()

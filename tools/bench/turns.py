@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+ROWS = ("engine", "step", "iteration")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +25,17 @@ class Settings:
 
     model: str
     train: str
-    trl_python: str | None
+    config: str  # of a run, `overrides` over it: the iteration that is measured
+    overrides: tuple[str, ...] = ()
+    trl_python: str | None = None
+    rows: tuple[str, ...] = ROWS
+    slots: int = 256
     engine_prompts: int = 1024
     engine_turns: int = 2
     step_tokens: int = 8192
     step_sizes: tuple[tuple[int, int], ...] = ((64, 3), (128, 4))
     step_turns: int = 9
     steps_per_turn: int = 4
-    prompts: int = 32
-    samples: int = 8
-    max_new_tokens: int = 200
     iteration_turns: int = 4
 
 

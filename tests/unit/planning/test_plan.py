@@ -9,14 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from scipy.optimize import brentq
 
 from megatron_efr.config import ConfigError, ModelConfig, TrainConfig
 from megatron_efr.memory import kv_bytes_per_token, parameter_count
 from megatron_efr.planning import host, probe
 from megatron_efr.planning.__main__ import main, on_cpu
+from megatron_efr.planning.lengths import geometric, rows_of_steps
 from megatron_efr.planning.probe import Seconds, Work, measured
 from megatron_efr.planning.shapes import shape_of
 
@@ -42,27 +45,54 @@ def test_each_layer_beyond_the_first_adds_what_the_second_did(
 
     def seconds(raw: dict[str, Any], model: ModelConfig, work: Work) -> Seconds:
         depths.append(raw["num_hidden_layers"])
-        return Seconds(*(number + 0.5 * depths[-1] for number in range(5)))
+        return Seconds(*(number + 0.5 * depths[-1] for number in range(6)))
 
     monkeypatch.setattr(probe, "_seconds", seconds)
     found = measured(shape_of(MODEL), ModelConfig(path=MODEL), Work(1, 1, 1, 1, 1))
     assert depths == [1, 2]
-    assert found == tuple(number + 0.5 * 30 for number in range(5))
+    assert found == tuple(number + 0.5 * 30 for number in range(6))
 
 
 def test_an_iteration_is_the_sum_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Work] = []
-    seconds = Seconds(prefill=0.5, step=0.1, score=0.25, train=1.0, update=3.0)
+    seconds = Seconds(prefill=0.5, few=0.1, full=0.3, score=0.25, train=1.0, update=3.0)
     monkeypatch.setattr(host, "measured", lambda raw, model, work: asked.append(work) or seconds)
-    found = host.HostPlan(config(), 56, 100).seconds()
+    # 40 of 64 rows end together, and the 24 others after them
+    found = host.HostPlan(config(max_new_tokens=100), 56, 100).seconds()
     assert asked == [Work(groups=5, samples=8, prompt=56, response=100, budget=1000)]
     assert found == pytest.approx(
         {
-            "rollout": 8 * 0.5 + 64 * 100 / 40 * 0.1,
+            "rollout": 8 * 0.5 + 99 * 0.3 + 99 * (0.1 + 0.2 * (24 - 8) / (40 - 8)),
             "logprobs": 64 * 0.25,
             "train": 64 * 1.0 + 2 * 3.0,
         }
     )
+
+
+@pytest.mark.parametrize(("mean", "most"), [(1, 9), (38, 128), (128, 128), (58, 4000)])
+def test_lengths_are_geometric_with_the_mean_that_was_given(mean: int, most: int) -> None:
+    found = geometric(mean, most, 4000)
+    assert found.mean() == pytest.approx(mean, rel=2e-3)
+    # drawn token by token, with the probability that has this mean
+    going_on = brentq(lambda p: sum(p**k for k in range(most)) - mean, 0, 1)
+    drawn = np.random.default_rng(1).random((4000, most)) >= going_on
+    ends = np.where(drawn.any(1), drawn.argmax(1) + 1, most)
+    for part in (25, 50, 75, 95):
+        expected = np.percentile(ends, part)
+        assert np.percentile(found, part) == pytest.approx(expected, rel=0.1, abs=1)
+
+
+def test_a_row_that_ends_is_filled_and_the_longest_responses_are_left() -> None:
+    # the third begins as the second ends, the fourth as the first and the third do
+    assert rows_of_steps(np.array([3, 1, 2, 5]), 2).tolist() == [2, 2, 2, 1, 1, 1, 1, 1]
+    lengths = geometric(58, 200, 256)
+    rows = rows_of_steps(lengths, 64)
+    assert rows.sum() == lengths.sum()
+    assert rows.max() == rows[0] == 64
+    assert rows_of_steps(lengths, 256).tolist() == [
+        int((lengths > step).sum()) for step in range(lengths.max())
+    ]
+    assert rows_of_steps(np.zeros(3, np.int64), 2).tolist() == []
 
 
 @pytest.mark.parametrize(("vectors", "rows"), [("AVX2", 40), ("AVX512", 64)])
@@ -126,7 +156,7 @@ def test_measuring_does_not_change_what_fits(monkeypatch: pytest.MonkeyPatch) ->
 
     def measured(*_: object) -> Seconds:
         resident[0] = 2**50  # what the measured models leave behind
-        return Seconds(0.5, 0.1, 0.25, 1.0, 3.0)
+        return Seconds(0.5, 0.1, 0.3, 0.25, 1.0, 3.0)
 
     monkeypatch.setattr(host, "host_bytes", lambda: 2**40)
     monkeypatch.setattr(host, "measured", measured)
