@@ -1,9 +1,9 @@
-"""Seconds of the parts of an iteration on this CPU, measured with a model of the same widths and
-one and two layers.
+"""Seconds of the parts of an iteration on this CPU, measured with models of the same widths and few
+layers.
 
 The engine and the policy themselves are timed, not products alone: what is not a product takes its
-share of a small model's time. All that a layer adds is the difference of the two; the vocabulary's
-part is in both.
+share of a small model's time. A further layer takes what it adds to a model of few tokens, since
+beside a whole vocabulary its time would be within the measurement's error.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from megatron_efr.types import Prompt, Sampling
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.folder import RandomWeights
 
-TURNS = 3  # of which the fastest counts: what else the machine does only adds to a time
+TURNS = 2  # of which the fastest counts: what else the machine does only adds to a time
 STEPS = 6  # decoded to time one
+FURTHER = 4  # layers, which are timed together
+VOCABULARY = 256  # of the models that layers are timed with
 # tokens of a batch, and how much larger the other is: their difference is its sequences' time
 FEW, TIMES = 512, 4
 
@@ -60,14 +62,16 @@ class Seconds(NamedTuple):
 def measured(raw: Mapping[str, Any], model: ModelConfig, work: Work) -> Seconds:
     """For the model of config.json `raw`, in the type and with the layers that `model` names."""
     layers = int(raw["num_hidden_layers"])
-    one, two = (_seconds(_cut(raw, depth), model, work) for depth in (1, 2))
-    return Seconds(*(max(a, a + (layers - 1) * (b - a)) for a, b in zip(one, two, strict=True)))
+    one = _seconds(_cut(raw, 1, raw["vocab_size"]), model, work)
+    few, more = (_seconds(_cut(raw, depth, VOCABULARY), model, work) for depth in (1, 1 + FURTHER))
+    each = ((b - a) / FURTHER for a, b in zip(few, more, strict=True))
+    return Seconds(*(a + (layers - 1) * max(b, 0.0) for a, b in zip(one, each, strict=True)))
 
 
-def _cut(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """The same with so many layers."""
-    kinds = {"layer_types": raw["layer_types"][:layers]} if raw.get("layer_types") else {}
-    return {**raw, "num_hidden_layers": layers, **kinds}
+def _cut(raw: Mapping[str, Any], layers: int, vocab: int) -> dict[str, Any]:
+    """The same with so many layers and tokens."""
+    kinds = {"layer_types": raw["layer_types"][:1] * layers} if raw.get("layer_types") else {}
+    return {**raw, "num_hidden_layers": layers, "vocab_size": vocab, **kinds}
 
 
 def _seconds(raw: dict[str, Any], model: ModelConfig, work: Work) -> Seconds:

@@ -38,19 +38,21 @@ def config(**rollout: Any) -> TrainConfig:
     return TrainConfig.model_validate(tree)
 
 
-def test_each_layer_beyond_the_first_adds_what_the_second_did(
+def test_each_further_layer_adds_what_it_does_beside_few_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    depths: list[int] = []
+    asked: list[tuple[int, int]] = []
 
     def seconds(raw: dict[str, Any], model: ModelConfig, work: Work) -> Seconds:
-        depths.append(raw["num_hidden_layers"])
-        return Seconds(*(number + 0.5 * depths[-1] for number in range(6)))
+        depth, vocab = raw["num_hidden_layers"], raw["vocab_size"]
+        asked.append((depth, vocab))
+        # a layer takes half a second, a token of the vocabulary a millisecond
+        return Seconds(*(number + 0.5 * depth + 1e-3 * vocab for number in range(6)))
 
     monkeypatch.setattr(probe, "_seconds", seconds)
     found = measured(shape_of(MODEL), ModelConfig(path=MODEL), Work(1, 1, 1, 1, 1))
-    assert depths == [1, 2]
-    assert found == tuple(number + 0.5 * 30 for number in range(6))
+    assert asked == [(1, 49152), (1, 256), (5, 256)]
+    assert found == pytest.approx([number + 0.5 * 30 + 49.152 for number in range(6)])
 
 
 def test_an_iteration_is_the_sum_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
