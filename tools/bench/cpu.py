@@ -5,7 +5,8 @@ in one run.
         # after `bash launch/quickstart.sh`: its model, its task
     python tools/bench/cpu.py --trl-python FOLDER/bin/python   # with TRL's row
     python tools/bench/cpu.py --model FOLDER --train FILE --config examples/real_model/rl.yaml
-        --slots 64 --prompts 128 --sizes 576x30 model.lora=null rollout.samples=8
+        --slots 64 --prompts 256 --sizes 576x30 --tokens 2048 --steps 1 --turns 2
+        model.lora=null rollout.samples=8
         # another model, and the iteration of another configuration
     python tools/bench/cpu.py --quick
         # a smoke run: the figures mean nothing
@@ -408,7 +409,11 @@ def settings_from(given: argparse.Namespace) -> Settings:
         tuple(given.rows),
         given.slots,
         given.prompts,
+        step_tokens=given.tokens,
         step_sizes=tuple(given.sizes),
+        step_turns=2 * given.turns + 1,  # they are shorter
+        steps_per_turn=given.steps,
+        iteration_turns=given.turns,
     )
     if not given.quick:
         return settings
@@ -458,6 +463,11 @@ def main() -> None:
         default=((64, 3), (128, 4)),
         metavar="HIDDENxLAYERS",
         help="of the policy steps (default: 64x3 128x4)",
+    )
+    parser.add_argument("--tokens", type=int, default=8192, help="of a policy step")
+    parser.add_argument("--steps", type=int, default=4, help="of a turn")
+    parser.add_argument(
+        "--turns", type=int, default=4, help="of an iteration; of steps twice as many"
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
