@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import heapq
+from bisect import bisect
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
-from scipy.stats import geom
+
+GRID = 10**9  # parts of 1 in which a probability is sought
 
 
 def geometric(mean: float, most: int, count: int) -> NDArray[np.int64]:
@@ -20,9 +21,9 @@ def geometric(mean: float, most: int, count: int) -> NDArray[np.int64]:
         return np.full(count, mean, dtype=np.int64)
     # the expected length is the sum of the probabilities that a token comes at all
     before = np.arange(most)
-    going_on = float(brentq(lambda p: (p**before).sum() - mean, 0.0, 1.0))
+    found = bisect(range(GRID), mean, key=lambda n: ((n / GRID) ** before).sum())
     longer = (np.arange(count) + 0.5) / count  # part of the responses that are longer
-    lengths = geom.isf(longer, 1 - going_on).clip(1, most).astype(np.int64)
+    lengths = np.ceil(np.log(longer) / np.log(found / GRID)).clip(1, most).astype(np.int64)
     return np.random.default_rng(0).permutation(lengths)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import AutoConfig
 from turns import Settings, serve, timed_steps
 
 
@@ -17,7 +18,7 @@ def serve_plain(settings: Settings, folder: Path) -> None:
     """The step of `serve_policy` in plain torch, on its weights and batch."""
     # weights and batches that the other side left
     given = json.loads((folder / "sequences.json").read_text())
-    config = json.loads((Path(given["model"]) / "config.json").read_text())
+    config = AutoConfig.from_pretrained(given["model"]).to_dict()
     model = plain_model(config, torch.load(folder / "weights.pt"))
     batches = [plain_batch(batch, config) for batch in torch.load(folder / "batches.pt")]
     optimizer = torch.optim.AdamW(
