@@ -320,6 +320,7 @@ def trl_side(
         "updates": config.train.updates,
         "iterations": turns,
         "max-new-tokens": config.rollout.max_new_tokens,
+        "batch": settings.trl_batch,
         "beta": config.algorithm.beta,
         "lr": config.optimizer.lr,
     }
@@ -406,6 +407,7 @@ def settings_from(given: argparse.Namespace) -> Settings:
         given.config,
         tuple(given.overrides),
         trl_python,
+        given.trl_batch,
         tuple(given.rows),
         given.slots,
         given.prompts,
@@ -468,6 +470,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="of a turn")
     parser.add_argument(
         "--turns", type=int, default=4, help="of an iteration; of steps twice as many"
+    )
+    parser.add_argument(
+        "--trl-batch", type=int, default=128, help="responses in one pass of TRL's, for its memory"
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--quick", action="store_true", help="a smoke run")

@@ -79,13 +79,16 @@ def trainer(given: argparse.Namespace, turns: Turns, scratch: Path) -> GRPOTrain
     for row in rows:
         if tokenizer(row["text"])["input_ids"] != row["tokens"]:
             raise SystemExit(f"TRL would read {row['text']!r} as other tokens than the engine does")
+    # an update's responses at once, or in parts
+    batch = min(given.batch, given.rollouts // given.updates)
+    parts = given.rollouts // given.updates // batch
     config = GRPOConfig(
         output_dir=str(scratch), use_cpu=True, bf16=False, gradient_checkpointing=False,
         report_to="none",
         save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=1, shuffle_dataset=False,
         model_init_kwargs={"dtype": "float32"},
-        per_device_train_batch_size=given.rollouts // given.updates,
-        gradient_accumulation_steps=1, steps_per_generation=given.updates,
+        per_device_train_batch_size=batch, gradient_accumulation_steps=parts,
+        steps_per_generation=given.updates * parts,
         num_generations=given.samples,
         max_completion_length=given.max_new_tokens, max_steps=given.updates * given.iterations,
         temperature=1.0, top_p=1.0, top_k=0, beta=given.beta, loss_type="grpo",
@@ -110,7 +113,7 @@ def main() -> None:
         "--prompts", type=Path, required=True, help='JSON lines of "text", "tokens", "answer"'
     )
     parser.add_argument("--scratch", type=Path, required=True)
-    for name in ("rollouts", "samples", "updates", "iterations", "max-new-tokens"):
+    for name in ("rollouts", "samples", "updates", "iterations", "max-new-tokens", "batch"):
         parser.add_argument(f"--{name}", type=int, required=True)
     for name in ("beta", "lr"):
         parser.add_argument(f"--{name}", type=float, required=True)

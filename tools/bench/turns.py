@@ -28,6 +28,7 @@ class Settings:
     config: str  # of a run, `overrides` over it: the iteration that is measured
     overrides: tuple[str, ...] = ()
     trl_python: str | None = None
+    trl_batch: int = 128
     rows: tuple[str, ...] = ROWS
     slots: int = 256
     engine_prompts: int = 1024
