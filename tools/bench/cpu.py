@@ -35,7 +35,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -321,7 +321,7 @@ def trl_side(
         "iterations": turns,
         "max-new-tokens": config.rollout.max_new_tokens,
         "batch": settings.trl_batch,
-        "beta": config.algorithm.beta,
+        "beta": getattr(config.algorithm, "beta", 0.0),
         "lr": config.optimizer.lr,
     }
     script = str(Path(__file__).resolve().with_name("trl_side.py"))
@@ -351,29 +351,27 @@ def task_rows(settings: Settings, config: TrainConfig) -> list[dict[str, Any]]:
     ]
 
 
-def measure(settings: Settings) -> list[Row]:
+def measure(settings: Settings) -> Iterator[Row]:
     """Every row, one after the other; says on stderr which one is under way."""
     from sides import configuration
 
-    made: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         config = configuration(settings, folder, 1)
         rows, limit = task_rows(settings, config), config.rollout.max_new_tokens
         if "engine" in settings.rows:
             say("engine")
-            made += engine_rows(settings, limit, rows, folder)
+            yield from engine_rows(settings, limit, rows, folder)
         if "step" in settings.rows:
             sequences = sampled_sequences(settings, limit, rows)
             for size in settings.step_sizes:
                 say(f"policy step, hidden {size[0]} x {size[1]} layers")
                 place = folder / f"step-{size[0]}"
                 place.mkdir()
-                made.append(step_row(settings, sequences, size, place))
+                yield step_row(settings, sequences, size, place)
         if "iteration" in settings.rows:
             say("iteration")
-            made.append(iteration_row(settings, config, rows, folder))
-    return made
+            yield iteration_row(settings, config, rows, folder)
 
 
 def say(text: str) -> None:
@@ -484,7 +482,10 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    rows = measure(settings_from(given))
+    rows: list[Row] = []
+    for row in measure(settings_from(given)):  # told at once, since a later one may fail
+        rows.append(row)
+        print(table([row]), file=sys.stderr, flush=True)
     print(table(rows))
     if given.json is not None:
         given.json.write_text(

@@ -38,6 +38,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from megatron_efr.rollout.engine import Engine
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.scripts import plain
 from megatron_efr.types import Prompt, Sampling
@@ -111,7 +112,7 @@ def read_prompts(path: str | Path, model: str | Path) -> Tokens:
 
 
 def engine_lengths(
-    engine: LocalEngine, prompts: Tokens, limit: int, stop_ids: tuple[int, ...]
+    engine: Engine, prompts: Tokens, limit: int, stop_ids: tuple[int, ...]
 ) -> list[int]:
     """Answer every prompt once with ours; the responses' lengths, in order of completion."""
     requests = (plain(Prompt(str(i), tokens, "", ""), 1, i) for i, tokens in enumerate(prompts))
