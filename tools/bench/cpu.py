@@ -40,7 +40,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from table import Row, table
+from table import Row, phases, table
 from turns import ROOT, ROWS, Settings, Side, take_turns
 
 from megatron_efr.config import TrainConfig
@@ -297,12 +297,6 @@ def _ours_alone(name: str, answers: list[dict[str, Any]], note: str) -> Row:
     )
 
 
-def phases(answers: Iterable[dict[str, Any]]) -> str:
-    """Our iteration's seconds by phase, as medians."""
-    kept = [answer["phases"] for answer in answers]
-    return "ours: " + ", ".join(f"{name} {median(p[name] for p in kept):.2f} s" for name in kept[0])
-
-
 def trl_side(
     settings: Settings, config: TrainConfig, rows: list[dict[str, Any]], folder: Path
 ) -> Side:
@@ -437,10 +431,12 @@ def size(text: str) -> tuple[int, int]:
     return int(hidden), int(layers)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    # a model, its task, and TRL
     parser.add_argument(
         "--model", default="runs/quickstart/sft/model", help="a Hugging Face folder with weights"
     )
@@ -448,12 +444,13 @@ def main() -> None:
     parser.add_argument(
         "--trl-python", help="an interpreter that has trl; without it that row says so"
     )
-    # another iteration, and other sizes
+    # another iteration
     parser.add_argument("overrides", nargs="*", help="over the configuration: KEY=VALUE ...")
     parser.add_argument(
         "--config", default=str(ROOT / "examples/quickstart/rl.yaml"), help="a run's, to be timed"
     )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="default: all")
+    # other sizes
     parser.add_argument("--slots", type=int, default=256, help="responses decoded at once")
     parser.add_argument("--prompts", type=int, default=1024, help="that the engines answer")
     parser.add_argument(
@@ -464,6 +461,7 @@ def main() -> None:
         metavar="HIDDENxLAYERS",
         help="of the policy steps (default: 64x3 128x4)",
     )
+    # how much is measured, and how often
     parser.add_argument("--tokens", type=int, default=8192, help="of a policy step")
     parser.add_argument("--steps", type=int, default=4, help="of a turn")
     parser.add_argument(
@@ -474,7 +472,11 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
-    given = parser.parse_intermixed_args()
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    given = arguments()
     if os.environ.get("OMP_NUM_THREADS") != "1":
         # read when numpy and torch are loaded, so it must stand before: start over with it
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

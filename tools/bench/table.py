@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,14 @@ class Row:
     our_memory_mib: float | None = None
     their_memory_mib: float | None = None
     note: str = ""
+
+
+def phases(answers: Iterable[dict[str, Any]]) -> str:
+    """Our iteration's seconds by phase, as medians."""
+    kept = [answer["phases"] for answer in answers]
+    return "ours: " + ", ".join(
+        f"{name} {statistics.median(p[name] for p in kept):.2f} s" for name in kept[0]
+    )
 
 
 def table(rows: list[Row]) -> str:

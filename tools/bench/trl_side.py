@@ -74,6 +74,7 @@ def trainer(given: argparse.Namespace, turns: Turns, scratch: Path) -> GRPOTrain
     """GRPO with the configuration's beta, one mean per response, no division by the rewards'
     deviation.
     """
+    # the same tokens as the engine's
     rows = [json.loads(line) for line in given.prompts.read_text(encoding="utf-8").splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(given.model, padding_side="left")
     for row in rows:
@@ -96,6 +97,7 @@ def trainer(given: argparse.Namespace, turns: Turns, scratch: Path) -> GRPOTrain
         learning_rate=given.lr, lr_scheduler_type="constant", max_grad_norm=1.0, weight_decay=0.0,
         adam_beta2=0.95,
     )  # fmt: skip
+    # the prompts in their order
     data = Dataset.from_list([{"prompt": row["text"], "answer": row["answer"]} for row in rows])
     return GRPOTrainer(
         given.model, reward_funcs=turns.reward, args=config, train_dataset=data,
