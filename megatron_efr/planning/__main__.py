@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--tokens", type=some, help="on a CPU: a response's mean (default: rollout.max_new_tokens)"
     )
     parser.add_argument(
-        "--prompt", type=some, help="on a CPU: a prompt's mean (default: 128, or prompt.max_tokens)"
+        "--prompt",
+        type=some,
+        help="on a CPU: a prompt's mean (default: 128, or data.prompt.max_tokens if that is less)",
     )
     parser.set_defaults(log_level="warning")  # what the measured models log is no part of the plan
     given = parser.parse_intermixed_args(argv)
@@ -66,8 +68,8 @@ def on_cpu(plan: host.HostPlan, console: Console) -> bool:
         console.print(host.told(plan))
     else:
         console.print(
-            "It does not fit. A smaller train.micro_batch_tokens or rollout.slots, or bfloat16, "
-            "takes less"
+            "It does not fit. A smaller train.micro_batch_tokens or rollout.slots, or adapters "
+            "(model.lora), take less"
         )
     return fits
 

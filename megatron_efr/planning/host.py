@@ -156,9 +156,10 @@ class HostPlan:
         probed = min(self.tokens, PROBED)
         groups = -(-self.rows // rollout.samples)
         samples = min(rollout.samples, self.rows)
-        work = Work(groups, samples, self.prompt, probed, self.budget)
+        beyond = (self.tokens - probed) // 2
+        work = Work(groups, samples, self.prompt, probed, beyond, self.budget)
         found: Seconds = measured(self.raw, self.config.model, work)
-        # sequences than the measured ones
+        # times of sequences as long as the measured ones, by as much longer as these are
         longer = (self.prompt + self.tokens) / (self.prompt + probed)
         scored = self.responses * found.score * longer
         # a step's time grows with its rows; the first token comes of the prompt's own logits
@@ -191,7 +192,7 @@ def describe(plan: HostPlan) -> Iterator[str | Table]:
 
 
 def told(plan: HostPlan) -> str:
-    """The time of an iteration and of the run, in words, after some seconds of measuring."""
+    """The time of an iteration and of the run, in words, after up to a minute of measuring."""
     config = plan.config
     seconds = plan.seconds()
     total = sum(seconds.values())

@@ -2,7 +2,7 @@
 layers.
 
 The engine and the policy themselves are timed, not products alone: what is not a product takes its
-share of a small model's time. A further layer takes what it adds to a model of few tokens, since
+share of a small model's time. A further layer takes what it adds to a model of small vocabulary:
 beside a whole vocabulary its time would be within the measurement's error.
 """
 
@@ -12,6 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,17 +33,19 @@ TURNS = 2  # of which the fastest counts: what else the machine does only adds t
 STEPS = 6  # decoded to time one
 FURTHER = 4  # layers, which are timed together
 VOCABULARY = 256  # of the models that layers are timed with
-# tokens of a batch, and how much larger the other is: their difference is its sequences' time
+# tokens of a batch, and how much larger a second one is: what that takes more is the time of the
+# sequences that it has more
 FEW, TIMES = 512, 4
 
 
 class Work(NamedTuple):
-    """Work that is timed: `groups` prompts, `samples` responses each, both in tokens."""
+    """Work that is timed: `groups` prompts and `samples` responses to each, of so many tokens."""
 
     groups: int
     samples: int
     prompt: int
     response: int
+    beyond: int  # tokens by which half a response is longer than half of the timed one
     budget: int  # tokens of a micro-batch
 
 
@@ -94,6 +97,7 @@ def _engine(model: ModelConfig, work: Work) -> tuple[float, float, float]:
     """Of a prompt's prefill, and a step of few and of all rows when their responses are half
     there.
     """
+    # an engine with room for all rows
     architecture = Architecture.from_folder(model.path)
     engine = LocalEngine(
         architecture, work.groups * work.samples, dtype=getattr(torch, model.dtype)
@@ -109,17 +113,28 @@ def _engine(model: ModelConfig, work: Work) -> tuple[float, float, float]:
         for _ in engine.generate(asked, Sampling(1.0, 1.0, tokens, ())):
             pass
 
-    def step(groups: int) -> float:
-        middle = work.prompt + work.response // 2
-        began, further = (
-            _fastest(lambda tokens=tokens: generate(groups, middle, tokens))
-            for tokens in (2, 2 + STEPS)
-        )
-        return max(further - began, 0.0) / STEPS
-
+    # the first call warms up
     generate(work.groups, work.prompt, 1)
     prefill = _fastest(lambda: generate(work.groups, work.prompt, 1)) / work.groups
-    return prefill, step(1), step(work.groups)
+    few, full = (_step(work, partial(generate, groups)) for groups in (1, work.groups))
+    return prefill, few, full
+
+
+def _step(work: Work, generate: Callable[[int, int], None]) -> float:
+    """Of a step in the middle of responses; `generate` takes what is known and how many tokens are
+    drawn.
+    """
+
+    def behind(known: int) -> float:
+        began, further = (_fastest(partial(generate, known, tokens)) for tokens in (2, 2 + STEPS))
+        return max(further - began, 0.0) / STEPS
+
+    half = work.response // 2
+    middle = behind(work.prompt + half)
+    if not work.beyond:
+        return middle
+    # attention's time grows with what is known, as it did up to there
+    return middle + max(middle - behind(work.prompt), 0.0) * work.beyond / half
 
 
 def _policy(model: ModelConfig, work: Work) -> tuple[float, float, float]:

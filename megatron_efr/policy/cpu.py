@@ -97,7 +97,8 @@ def multiply_bfloat16() -> torch.library.Library | None:
     """Have torch compute products of bfloat16 tensors in float32, and round them, in this process;
     None if the processor multiplies bfloat16 (AVX-512 and later), or there is CUDA.
 
-    Without such instructions torch's own take up to 60 times as long as float32's (with AVX2).
+    Without such instructions (AVX2) torch's own took up to 60 times as long as float32's, product
+    by product.
     """
     if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None

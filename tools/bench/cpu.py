@@ -16,8 +16,8 @@ forward, backward, clip and Adam through Megatron's schedule, DDP and optimizer)
 model in plain torch on the same packed batch; one iteration of the configuration (rollouts,
 grading, log-probs, updates, publication) against TRL's GRPOTrainer. Sides of a row run in processes
 of their own and take turns; while one works the other waits. A figure is the median over turns, and
-a ratio the median of the turns' own ratios. Before a policy step is timed, loss and gradients of
-both sides must agree.
+a ratio the median of the turns' own ratios; of the engine each side's best turn counts, in CPU
+seconds of this process. Before a policy step is timed, loss and gradients of both sides must agree.
 
 TRL wants an environment of its own that sees this one's torch and transformers:
 
@@ -360,7 +360,7 @@ def measure(settings: Settings) -> Iterator[Row]:
             sequences = sampled_sequences(settings, limit, rows)
             for size in settings.step_sizes:
                 say(f"policy step, hidden {size[0]} x {size[1]} layers")
-                place = folder / f"step-{size[0]}"
+                place = folder / f"step-{size[0]}x{size[1]}"
                 place.mkdir()
                 yield step_row(settings, sequences, size, place)
         if "iteration" in settings.rows:
@@ -412,9 +412,10 @@ def settings_from(given: argparse.Namespace) -> Settings:
     if not given.quick:
         return settings
     # sizes that take seconds
+    small = ("rollout.prompts=4", "rollout.samples=2", "rollout.max_new_tokens=60")
     return replace(
         settings,
-        overrides=("rollout.prompts=4", "rollout.samples=2", "rollout.max_new_tokens=60"),
+        overrides=(*small, *settings.overrides),
         engine_prompts=32,
         engine_turns=1,
         step_tokens=512,

@@ -135,6 +135,8 @@ def transformers_lengths(
         eos_token_id=list(stop_ids) or None,
     )  # fmt: skip
     lengths: list[int] = []
+    # generate fills in from these what is None above: an end, a repetition penalty
+    model.generation_config = GenerationConfig()
     for first in range(0, len(prompts), batch):
         some = prompts[first : first + batch]
         width = max(map(len, some))

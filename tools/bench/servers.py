@@ -51,8 +51,10 @@ def measure(given: argparse.Namespace) -> list[str]:
 def opened(given: argparse.Namespace, kind: str, logs: Path, resources: ExitStack) -> Engine:
     """An engine with the folder's weights; a server if `kind` is sglang."""
     model, architecture = ModelConfig(path=given.model), Architecture.from_folder(given.model)
+    # a server would answer a prompt's second turn from its cache
+    server = {"server": {"disable_radix_cache": True}} if kind == "sglang" else {}
     engines = EnginesConfig.model_validate(
-        {"engine": kind, "slots": given.slots, "python": given.python}
+        {"engine": kind, "slots": given.slots, "python": given.python} | server
     )
     engine = open_engine(model, architecture, engines, logs, 0, NoText(), resources)
     engine.publish(FolderWeights(given.model, architecture).items(), 0)

@@ -10,8 +10,8 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One comparison; `ours` and `theirs` in `unit`, `ratio` ours over theirs of each turn, its
-    median.
+    """One comparison; `ours` and `theirs` in `unit`. `ratio` is ours over theirs, of an iteration
+    theirs over ours.
     """
 
     name: str

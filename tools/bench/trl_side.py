@@ -25,7 +25,7 @@ from turns import ANSWER, peak_mib
 
 
 class Turns(TrainerCallback):
-    """Waits for a line before each iteration of two steps, and reports it after."""
+    """Waits for a line before each iteration of so many steps, and reports it after."""
 
     def __init__(self, steps: int) -> None:
         self.steps, self.lengths, self.right, self.began = steps, [], [], 0.0
@@ -81,8 +81,9 @@ def trainer(given: argparse.Namespace, turns: Turns, scratch: Path) -> GRPOTrain
         if tokenizer(row["text"])["input_ids"] != row["tokens"]:
             raise SystemExit(f"TRL would read {row['text']!r} as other tokens than the engine does")
     # an update's responses at once, or in parts
-    batch = min(given.batch, given.rollouts // given.updates)
-    parts = given.rollouts // given.updates // batch
+    each = given.rollouts // given.updates
+    batch = max(n for n in range(1, given.batch + 1) if each % n == 0)
+    parts = each // batch
     config = GRPOConfig(
         output_dir=str(scratch), use_cpu=True, bf16=False, gradient_checkpointing=False,
         report_to="none",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def test_each_further_layer_adds_what_it_does_beside_few_tokens(
         return Seconds(*(number + 0.5 * depth + 1e-3 * vocab for number in range(6)))
 
     monkeypatch.setattr(probe, "_seconds", seconds)
-    found = measured(shape_of(MODEL), ModelConfig(path=MODEL), Work(1, 1, 1, 1, 1))
+    found = measured(shape_of(MODEL), ModelConfig(path=MODEL), Work(1, 1, 1, 1, 0, 1))
     assert asked == [(1, 49152), (1, 256), (5, 256)]
     assert found == pytest.approx([number + 0.5 * 30 + 49.152 for number in range(6)])
 
@@ -61,7 +62,7 @@ def test_an_iteration_is_the_sum_of_its_parts(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(host, "measured", lambda raw, model, work: asked.append(work) or seconds)
     # 40 of 64 rows end together, and the 24 others after them
     found = host.HostPlan(config(max_new_tokens=100), 56, 100).seconds()
-    assert asked == [Work(groups=5, samples=8, prompt=56, response=100, budget=1000)]
+    assert asked == [Work(groups=5, samples=8, prompt=56, response=100, beyond=0, budget=1000)]
     assert found == pytest.approx(
         {
             "rollout": 8 * 0.5 + 99 * 0.3 + 99 * (0.1 + 0.2 * (24 - 8) / (40 - 8)),
@@ -69,6 +70,42 @@ def test_an_iteration_is_the_sum_of_its_parts(monkeypatch: pytest.MonkeyPatch) -
             "train": 64 * 1.0 + 2 * 3.0,
         }
     )
+
+
+def test_half_of_a_long_response_is_as_far_as_the_timed_one_and_what_is_beyond(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = host.HostPlan(config(max_new_tokens=4000), 56, 2000)
+    asked: list[Work] = []
+    seconds = Seconds(0.5, 0.1, 0.3, 0.25, 1.0, 3.0)
+    monkeypatch.setattr(host, "measured", lambda raw, model, work: asked.append(work) or seconds)
+    plan.seconds()
+    assert asked[0].response // 2 + asked[0].beyond == 2000 // 2
+
+
+def test_a_step_grows_with_what_is_known_beyond_the_timed_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    class Engine:
+        """A step takes a second, and a hundredth for each token of the prompt."""
+
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def publish(self, *_: object) -> None: ...
+
+        def generate(self, asked: list[Any], sampling: Any) -> list[Any]:
+            known = len(asked[0].prompt.tokens)
+            now[0] += (sampling.max_new_tokens - 1) * (1 + 0.01 * known)
+            return []
+
+    monkeypatch.setattr(probe, "LocalEngine", Engine)
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: now[0])
+    (tmp_path / "config.json").write_text(json.dumps(shape_of(MODEL)))
+    work = Work(groups=2, samples=4, prompt=100, response=512, beyond=744, budget=1000)
+    _, few, full = probe._engine(ModelConfig(path=str(tmp_path)), work)
+    assert (few, full) == pytest.approx((12.0, 12.0))  # 1 + 0.01 * (100 + 1000)
 
 
 @pytest.mark.parametrize(("mean", "most"), [(1, 9), (38, 128), (128, 128), (58, 4000)])
