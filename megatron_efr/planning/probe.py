@@ -116,8 +116,8 @@ def _engine(model: ModelConfig, work: Work) -> tuple[float, float, float]:
     # the first call warms up
     generate(work.groups, work.prompt, 1)
     prefill = _fastest(lambda: generate(work.groups, work.prompt, 1)) / work.groups
-    few, full = (_step(work, partial(generate, groups)) for groups in (1, work.groups))
-    return prefill, few, full
+    few = _step(work, partial(generate, 1))
+    return prefill, few, few if work.groups == 1 else _step(work, partial(generate, work.groups))
 
 
 def _step(work: Work, generate: Callable[[int, int], None]) -> float:

@@ -135,8 +135,6 @@ def transformers_lengths(
         eos_token_id=list(stop_ids) or None,
     )  # fmt: skip
     lengths: list[int] = []
-    # generate fills in from these what is None above: an end, a repetition penalty
-    model.generation_config = GenerationConfig()
     for first in range(0, len(prompts), batch):
         some = prompts[first : first + batch]
         width = max(map(len, some))
@@ -179,6 +177,8 @@ def measure(
         version=0,
     )
     stop_ids = _stop_ids(theirs)
+    # what settings leave out, generate fills in from the model's own: an end, a repetition penalty
+    theirs.generation_config = GenerationConfig()
     # as long as responses become, and all of one length
     fewer = questions[: max(slots, count // 4)]
     compare = partial(_compare, engine=engine, theirs=theirs, batch=slots, turns=turns)

@@ -4,6 +4,7 @@ missing.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -69,3 +70,25 @@ def test_missing_problems_say_to_run_the_quickstart_first(tmp_path: Path) -> Non
     assert done.returncode == 1
     assert "nowhere.jsonl: no such file of problems" in done.stderr
     assert "launch/quickstart.sh" in done.stderr
+
+
+def test_a_size_that_the_heads_do_not_divide_is_refused_before_anything_is_measured(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 9}')
+    (tmp_path / "train.jsonl").write_text("")
+    given = ["--model", str(tmp_path), "--train", str(tmp_path / "train.jsonl")]
+    done = run(*given, "--sizes", "576x30", "64x3")
+    assert done.returncode == 1
+    assert done.stderr == "--sizes 64x3: the model's 9 heads do not divide 64\n"
+
+
+def test_generate_does_not_end_at_the_models_own_token_where_lengths_are_equal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "bench"))
+    engine = importlib.import_module("engine")
+    # one row at a time; a response would end within 100 tokens with a chance of four in five
+    _, equal = engine.measure(count=16, slots=1, max_new_tokens=4, equal_length=100, turns=1)
+    assert equal.prompts == 4
+    assert equal.transformers.lengths["p10"] == equal.transformers.lengths["longest"] == 100
