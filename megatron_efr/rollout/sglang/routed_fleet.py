@@ -136,7 +136,7 @@ class RoutedFleet(Fleet):
 
     async def _until_it_fails(self) -> str:
         """Watch it until something is wrong with it, and name that."""
-        began = time.monotonic()
+        began = counted = time.monotonic()
         missed = 0
         error = "it never answered"
         ready = False
@@ -147,8 +147,10 @@ class RoutedFleet(Fleet):
             except EngineError as failure:
                 self._break()
                 settled = False
-                missed = missed + ready
                 error = str(failure)
+                # responses that fail together have it looked at many times in one moment
+                if ready and (not missed or time.monotonic() - counted >= self._limits.check_s):
+                    missed, counted = missed + 1, time.monotonic()
             else:
                 missed, ready = 0, True
             if missed == MISSES or (not ready and time.monotonic() - began > self._limits.start_s):
