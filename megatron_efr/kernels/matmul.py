@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
+from megatron_efr.bfloat16_products import float32_sums
+
 # rows of the weight turned to fp32 at a time if 16-bit operands have no fp32 product
-_UPCAST_ROWS = 4096
+_UPCAST_ROWS = 2048
 
 
 def logits_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -48,15 +50,17 @@ def _upcast_logits_into(
     out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
     wide = hidden.float()
-    for part in _parts(len(weight)):
-        torch.mm(wide, weight[part].float().t(), out=out[:, part])
+    with float32_sums(weight.dtype):
+        for part in _parts(len(weight)):
+            torch.mm(wide, weight[part].float().t(), out=out[:, part])
     return out
 
 
 def _upcast_accumulate(total: torch.Tensor, d_logits: torch.Tensor, hidden: torch.Tensor) -> None:
     wide = hidden.float()
-    for part in _parts(len(total)):
-        total[part].addmm_(d_logits[:, part].t().float(), wide)
+    with float32_sums(d_logits.dtype):
+        for part in _parts(len(total)):
+            total[part].addmm_(d_logits[:, part].t().float(), wide)
 
 
 def _parts(rows: int) -> Iterator[slice]:

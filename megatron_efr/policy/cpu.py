@@ -8,6 +8,7 @@ below answers one of them, in both.
 from __future__ import annotations
 
 import functools
+import math
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,16 +25,20 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
+from megatron_efr.bfloat16_products import multiplied
+
 _WITH_LITERAL_DEVICE = (schedules, optimizer, clip_grads, grad_scaler, megatron_utils)
 # torch's products, and how many of their results have the operands' dtype
-_PRODUCTS = {
+_ATTENTION_BACKWARD = {"_scaled_dot_product_flash_attention_for_cpu_backward": 3}
+_PRODUCTS = _ATTENTION_BACKWARD | {
     "mm": 1,
     "addmm": 1,
     "bmm": 1,
     "baddbmm": 1,
     "_scaled_dot_product_flash_attention_for_cpu": 1,
-    "_scaled_dot_product_flash_attention_for_cpu_backward": 3,
 }
+# tokens from which on it is as fast in bfloat16, if the processor multiplies that
+_BFLOAT16_BACKWARD = 512
 
 
 def prepare() -> None:
@@ -94,18 +99,20 @@ def prepare() -> None:
 
 @functools.cache
 def multiply_bfloat16() -> torch.library.Library | None:
-    """Have torch compute products of bfloat16 tensors in float32, and round them, in this process;
-    None if the processor multiplies bfloat16 (AVX-512 and later), or there is CUDA.
+    """Have torch compute products of bfloat16 tensors in float32, and round them, where it is the
+    faster way, in this process; None if there is CUDA.
 
-    Without such instructions (AVX2) torch's own took up to 60 times as long as float32's, product
-    by product.
+    Without bfloat16 instructions (AVX2) torch's own took up to 60 times as long as float32's,
+    product by product. With them (AMX) that is so of short sequences' gradients in attention alone:
+    2 to 5 times.
     """
-    if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if torch.cuda.is_available():
         return None
+    slower = _ATTENTION_BACKWARD if multiplied() else _PRODUCTS
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():  # that kernels are overridden
         warnings.simplefilter("ignore")
-        for name, rounded in _PRODUCTS.items():
+        for name, rounded in slower.items():
             library.impl(name, _in_float32(name, rounded), "CPU", with_keyset=True)
     return library  # what it overrides lasts as long as it
 
@@ -115,9 +122,10 @@ def _in_float32(name: str, rounded: int) -> Callable[..., Any]:
     back.
     """
     kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
+    longest = _BFLOAT16_BACKWARD if multiplied() else math.inf
 
     def product(keys: Any, *given: Any, **options: Any) -> Any:
-        if given[0].dtype != torch.bfloat16:
+        if given[0].dtype != torch.bfloat16 or given[0].shape[-2] >= longest:
             return kernel.call_boxed(keys, *given, **options)
         wide = (each.float() if isinstance(each, torch.Tensor) else each for each in given)
         found = kernel.call_boxed(keys, *wide, **options)

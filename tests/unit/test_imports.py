@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_efr"
 
 # A unit is a room (folder) or a module of the package. What is listed it may import, and itself;
 # "weights.mapping" is that module of the room alone.
-BASE = {"errors", "types", "steps", "samples", "config", "durable", "log"}
+BASE = {"errors", "types", "steps", "samples", "config", "durable", "log", "bfloat16_products"}
 WEIGHTS = {"weights"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),

@@ -156,21 +156,22 @@ def measure(
     max_new_tokens: int = 150,
     equal_length: int = 56,
     turns: int = 2,
+    dtype: str = "float32",
 ) -> list[Comparison]:
     """Both comparisons, `slots` responses at once on either side, on the first `count` prompts (the
-    second on a quarter as many, at least one full batch).
+    second on a quarter as many, at least one full batch); weights of either side have `dtype`.
     """
     # the model and its questions
     if model is None:
-        theirs = synthetic_model()
+        theirs = synthetic_model().to(getattr(torch, dtype))
         questions = synthetic_prompts(count)
     else:
         if prompts is None:
             raise ValueError("a model of one's own needs prompts of its own: --prompts FILE")
-        theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        theirs = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
         questions = read_prompts(prompts, model)[:count]
     # the same weights in the engine
-    engine = LocalEngine(theirs.config.to_dict(), slots)
+    engine = LocalEngine(theirs.config.to_dict(), slots, dtype=getattr(torch, dtype))
     tied = theirs.config.tie_word_embeddings
     engine.publish(
         ((n, p) for n, p in theirs.named_parameters() if not (tied and n == "lm_head.weight")),
@@ -276,6 +277,9 @@ def main() -> None:
     parser.add_argument("--equal-length", type=int, default=56)
     parser.add_argument(
         "--turns", type=int, default=2, help="times each side runs; its best counts"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of both sides' weights"
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = vars(parser.parse_args())

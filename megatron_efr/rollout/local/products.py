@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from megatron_efr.bfloat16_products import multiplied
+
 MKL_ROWS = 32  # MKL rounds differently for fewer
 PACKED_ROWS = 8  # no vector of a column is left half empty
 PACKED_WIDTH = 256  # for fewer columns oneDNN's calls take longer than packing spares
@@ -34,8 +36,7 @@ class Form:
         if device.type != "cpu" or not vectors.startswith("AVX"):
             return
         if dtype == torch.bfloat16:
-            multiplied = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            self.packed = torch.bfloat16 if multiplied else torch.float32
+            self.packed = torch.bfloat16 if multiplied() else torch.float32
         elif vectors == "AVX2" and hidden >= PACKED_WIDTH:
             self.packed = torch.float32
 

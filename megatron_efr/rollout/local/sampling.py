@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from megatron_efr.rollout.driver import TokenPenalty
@@ -19,6 +20,8 @@ _MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
 _WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
 _LOW = np.uint64(0xFFFFFFFF)
 _WORD = np.uint64(32)
+_LARGE = 4096  # tokens of a vocabulary from which on draws take two steps
+_BLOCK = 256  # tokens of the first step's blocks
 
 
 def philox4x32(
@@ -68,9 +71,10 @@ def draw(
     log-probs [n].
 
     The token is the first whose cumulative probability, summed in float64 in the order of token
-    ids, exceeds the uniform times the total. Log-probs are of the distribution after temperature
-    and before top-p, as SGLang reports them. Temperature 0 takes the most probable token (the
-    lowest id of equals), with its log-prob at temperature 1.
+    ids, exceeds the uniform times the total; of large vocabularies that is looked for in two steps.
+    Log-probs are of the distribution after temperature and before top-p, as SGLang reports them.
+    Temperature 0 takes the most probable token (the lowest id of equals), with its log-prob at
+    temperature 1.
 
     Every operation works row by row, so a row's result does not depend on the others.
     """
@@ -78,7 +82,10 @@ def draw(
     if temperature == 0:
         tokens = logits.argmax(-1)
     else:
-        logits = logits / temperature
+        if temperature != 1:
+            logits = logits / temperature
+        if top_p == 1 and logits.shape[-1] > _LARGE:
+            return _draw_of_many(logits, uniform)
         probabilities = torch.softmax(logits.double(), -1)
         if top_p < 1:
             probabilities = _nucleus(probabilities, top_p)
@@ -117,6 +124,33 @@ def lowered(logits: torch.Tensor, penalties: Iterable[tuple[int, TokenPenalty]])
         logits = logits if number else logits.clone()
         logits[row, list(penalty.tokens)] -= penalty.amount
     return logits
+
+
+def _draw_of_many(logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`draw` from a large vocabulary: the block of token ids first, and then the token in it.
+
+    A third of the time of exponentials and cumulative sums in float64: exponentials are float32,
+    which moves a probability by 1e-7 of itself, and only sums are float64.
+    """
+    n, vocab = logits.shape
+    # unnormalised probabilities, and their sums over blocks
+    peak = logits.amax(-1, keepdim=True)
+    weights = (logits - peak).exp_()
+    blocks = F.pad(weights, (0, -vocab % _BLOCK)).view(n, -1, _BLOCK)
+    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    total = cumulative[:, -1:]
+    # the block in which the uniform's share of the total ends; of what is not finite, any
+    share = uniform[:, None] * total
+    block = torch.searchsorted(cumulative, share, right=True).clamp_(max=blocks.shape[1] - 1)
+    before = cumulative.gather(-1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0.0)
+    # the token in it, as over the whole; sums rounded otherwise may not lead beyond its last one
+    inside = blocks.gather(1, block[..., None].expand(n, 1, _BLOCK))[:, 0].double()
+    inside = inside.cumsum(-1).add_(before)
+    found = torch.searchsorted(inside, share, right=True)
+    tokens = block * _BLOCK + torch.minimum(found, inside.argmax(-1, keepdim=True))
+    tokens.clamp_(max=vocab - 1)
+    logprobs = (logits.gather(-1, tokens) - peak).double() - total.log()
+    return tokens[:, 0], logprobs[:, 0].float()
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""bfloat16 on a processor that does not multiply it: products in float32, rounded once."""
+"""bfloat16 in float32, rounded once, where that is faster: every product if the processor does not
+multiply it, and otherwise gradients of attention over short sequences.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,11 @@ import pytest
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from megatron_efr.bfloat16_products import multiplied
 from megatron_efr.policy import cpu
 
-if cpu.multiply_bfloat16() is None:
-    pytest.skip("this processor multiplies bfloat16", allow_module_level=True)
+cpu.multiply_bfloat16()
+needs_none = pytest.mark.skipif(multiplied(), reason="this processor multiplies bfloat16")
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -29,6 +32,7 @@ def rounded_float32(
     ]
 
 
+@needs_none
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_linear_layer_and_its_gradients_are_those_of_float32_rounded_once(bias: bool) -> None:
     tensors = [drawn(6, 32, 48), drawn(80, 48), *([drawn(80)] if bias else [])]
@@ -44,6 +48,7 @@ def test_a_linear_layer_and_its_gradients_are_those_of_float32_rounded_once(bias
         assert torch.equal(mine, exact)
 
 
+@needs_none
 def test_batched_products_too() -> None:
     a, b, c = drawn(5, 16, 24), drawn(5, 24, 8), drawn(5, 16, 8)
     assert torch.equal(a @ b, (a.float() @ b.float()).bfloat16())
@@ -60,11 +65,24 @@ def test_attention_and_its_gradients_are_close_to_float32s() -> None:
     result = attention(*given)
     result.backward(back)
     wanted = rounded_float32(attention, tensors, back)
-    assert torch.equal(result, wanted[0])
+    if multiplied():
+        assert (result - wanted[0]).abs().max() <= 2**-6 * wanted[0].abs().max()
+    else:
+        assert torch.equal(result, wanted[0])
     # the gradients begin with the rounded result
     for each, exact in zip(given, wanted[1:], strict=True):
         assert each.grad is not None
         assert (each.grad - exact).abs().max() <= 2**-6 * exact.abs().max()
+
+
+def test_gradients_of_attention_over_short_sequences_are_those_of_float32_rounded_once() -> None:
+    q, k, v, back = (x for x in drawn(4, 2, 3, 40, 16))
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    out, sums = forward(q, k, v, is_causal=True)
+    found = backward(back, q, k, v, out, sums, 0.0, True)
+    wide = backward(*(x.float() for x in (back, q, k, v, out)), sums, 0.0, True)
+    assert all(torch.equal(mine, exact.bfloat16()) for mine, exact in zip(found, wide, strict=True))
 
 
 def test_float32_products_are_torchs_own() -> None:

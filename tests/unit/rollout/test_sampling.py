@@ -151,3 +151,47 @@ def test_a_rows_draw_does_not_depend_on_the_others() -> None:
 def test_sampling_that_has_no_meaning_is_refused_by_name(sampling: Sampling, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         check_sampling(sampling, 32)
+
+
+@pytest.mark.parametrize("vocab", [4097, 8192, 49152])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_large_vocabularys_draws_are_those_of_sums_over_the_whole(
+    vocab: int, temperature: float
+) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    logits = 3 * torch.randn(64, vocab, generator=generator)
+    logits[::2, : vocab // 2] = -torch.inf  # whole blocks without probability
+    uniform = torch.rand(64, generator=generator, dtype=torch.float64)
+    uniform[:2], uniform[2:4] = 0.0, 1 - 2**-53
+    tokens, logprobs = draw(logits, uniform, temperature, 1.0)
+    # quotients are float32, as in the draw: of logits up to 24 they are off by 1e-6
+    exact = torch.log_softmax((logits / temperature).double(), -1)
+    cumulative = exact.exp().cumsum(-1)
+    wanted = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    # weights of float32 move the bounds between tokens by parts in 1e7
+    assert torch.equal(tokens, wanted[:, 0].clamp(max=vocab - 1))
+    found = exact.gather(-1, tokens[:, None])[:, 0]
+    assert found.isfinite().all()
+    assert ((logprobs - found).abs() <= 1e-6 + 2**-23 * found.abs()).all()
+
+
+def test_a_large_vocabularys_draws_follow_the_exact_distribution() -> None:
+    logits = torch.full((5000,), -30.0)
+    likely = torch.tensor([0, 255, 256, 300, 2047, 4999])  # the ends of blocks, and of all
+    logits[likely] = torch.tensor([0.0, 1.0, 2.0, 1.0, 0.5, 1.5])
+    n = np.arange(20_000)
+    uniform = torch.from_numpy(uniforms(np.full(len(n), 3, np.uint64), n % 8, n // 8))
+    drawn = [draw(logits.expand(2000, -1), u, 1.0, 1.0)[0] for u in uniform.split(2000)]
+    counts = np.bincount(torch.cat(drawn).numpy(), minlength=5000)[likely.numpy()]
+    assert counts.sum() == len(n)
+    expected = torch.softmax(logits.double(), -1)[likely].numpy()
+    assert stats.chisquare(counts, expected / expected.sum() * len(n)).pvalue > 1e-3
+
+
+def test_a_row_of_a_large_vocabulary_that_is_not_finite_has_no_log_prob() -> None:
+    logits = torch.zeros(3, 5000)
+    logits[0, 7], logits[1, 4999] = torch.nan, torch.inf
+    tokens, logprobs = draw(logits, torch.full((3,), 0.5, dtype=torch.float64), 1.0, 1.0)
+    assert logprobs.isfinite().tolist() == [False, False, True]
+    assert ((tokens >= 0) & (tokens < 5000)).all()
+    assert tokens[2] == 2500

@@ -1,0 +1,67 @@
+"""Float32 products of bfloat16 values: as exact as float32's own, and the process's setting put
+back.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from megatron_efr.bfloat16_products import float32_sums, multiplied
+
+
+def setting() -> str:
+    return torch.backends.mkldnn.matmul.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))).bfloat16()
+
+
+@pytest.mark.parametrize(("rows", "columns", "inner"), [(64, 2048, 576), (2048, 576, 1102)])
+def test_products_of_bfloat16_values_are_off_by_float32s_sums_alone(
+    rows: int, columns: int, inner: int
+) -> None:
+    a, b = drawn(rows, inner).float(), drawn(inner, columns).float()
+    exact, terms = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    with float32_sums(torch.bfloat16):
+        found = a @ b
+        added = torch.ones(rows, columns).addmm_(a, b)
+    assert ((found - exact).abs() <= 1e-6 * terms).all()
+    assert ((added - exact - 1).abs() <= 1e-6 * (terms + 1)).all()
+
+
+def test_other_values_are_rounded_where_the_processor_multiplies_bfloat16() -> None:
+    a, b = drawn(64, 576).float() * (1 + 2**-12), drawn(576, 256).float()
+    exact, terms = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    with float32_sums(torch.bfloat16):
+        off = ((a @ b - exact).abs() / terms).max()
+    assert (off > 1e-5) == multiplied()
+    with float32_sums(torch.float32):
+        assert ((a @ b - exact).abs() <= 1e-6 * terms).all()
+
+
+@pytest.mark.skipif(not multiplied(), reason="this processor does not multiply bfloat16")
+def test_the_setting_lasts_while_any_thread_is_inside_and_is_put_back() -> None:
+    before, entered, leave = setting(), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with float32_sums(torch.bfloat16):
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=other)
+    with float32_sums(torch.bfloat16):
+        thread.start()
+        entered.wait()
+        with float32_sums(torch.bfloat16):
+            assert setting() == "bf16"
+    assert setting() == "bf16"
+    leave.set()
+    thread.join()
+    assert setting() == before
+    with pytest.raises(ZeroDivisionError), float32_sums(torch.bfloat16):
+        raise ZeroDivisionError
+    assert setting() == before
