@@ -63,6 +63,7 @@ def settings_from(given: argparse.Namespace) -> Settings:
         given.slots,
         given.prompts,
         step_tokens=given.tokens,
+        step_micro_batch=given.micro_batch,
         step_sizes=sizes_of(given),
         step_turns=2 * given.turns + 1,  # they are shorter
         steps_per_turn=given.steps,
@@ -122,6 +123,9 @@ def arguments(description: str | None) -> argparse.Namespace:
     )
     # how much is measured, and how often
     parser.add_argument("--tokens", type=int, default=8192, help="of a policy step")
+    parser.add_argument(
+        "--micro-batch", type=int, default=16384, help="most tokens of a pass of a policy step"
+    )
     parser.add_argument("--steps", type=int, default=4, help="of a turn")
     parser.add_argument(
         "--turns", type=int, default=4, help="of an iteration; of steps twice as many"

@@ -21,9 +21,11 @@ def serve_plain(settings: Settings, folder: Path) -> None:
     config = AutoConfig.from_pretrained(given["model"]).to_dict()
     model = plain_model(config, torch.load(folder / "weights.pt"))
     batches = [plain_batch(batch, config) for batch in torch.load(folder / "batches.pt")]
-    optimizer = torch.optim.AdamW(
-        model.weights.values(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0
-    )
+    # weights of 16 bits have a float32 copy, which the optimizer changes
+    wide = [weight.detach().float().requires_grad_() for weight in model.weights.values()]
+    narrow = given["dtype"] != "float32"
+    masters = wide if narrow else list(model.weights.values())
+    optimizer = torch.optim.AdamW(masters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
 
     # PPO's clip in plain torch
     def step() -> float:
@@ -38,14 +40,20 @@ def serve_plain(settings: Settings, folder: Path) -> None:
             loss = -(weight * torch.minimum(ratio * advantage, clipped)).sum()
             loss.backward()
             total += loss.item()
+            if narrow:
+                model.move_gradients(masters)
         # the norm is clipped over the whole update, as Megatron does
-        torch.nn.utils.clip_grad_norm_(model.weights.values(), 1.0)
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.step()
+        if narrow:
+            with torch.no_grad():
+                for master, weight in zip(masters, model.weights.values(), strict=True):
+                    weight.copy_(master)
         return total
 
     def keep_gradients() -> None:
         torch.save(
-            {name: weight.grad for name, weight in model.weights.items()}, folder / "theirs.pt"
+            {n: m.grad for n, m in zip(model.weights, masters, strict=True)}, folder / "theirs.pt"
         )
 
     serve(timed_steps(settings, step, keep_gradients))
@@ -123,7 +131,15 @@ def plain_model(config: dict[str, Any], tensors: dict[str, Any]) -> Any:
             logits = F.linear(
                 self.norm(x, "model.norm.weight").index_select(0, batch["rows"]), head
             )
-            return -F.cross_entropy(logits, batch["targets"], reduction="none")
+            return -F.cross_entropy(logits.float(), batch["targets"], reduction="none")
+
+        def move_gradients(self, masters: list[torch.Tensor]) -> None:
+            """Add them to those of the float32 copies."""
+            for master, weight in zip(masters, self.weights.values(), strict=True):
+                assert weight.grad is not None
+                wide = weight.grad.float()
+                master.grad = wide if master.grad is None else master.grad.add_(wide)
+                weight.grad = None
 
         def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
             return F.rms_norm(x, (x.shape[-1],), self.weights[name], eps)
@@ -138,7 +154,8 @@ def plain_model(config: dict[str, Any], tensors: dict[str, Any]) -> Any:
                 for n in "qkv"  # Llama has no biases
             )
             # rotated in halves, as Hugging Face's weights are laid out
-            q, k = (x * batch["cos"] + self.turned(x) * batch["sin"] for x in (q, k))
+            cos, sin = (batch[name].to(h.dtype) for name in ("cos", "sin"))
+            q, k = (x * cos + self.turned(x) * sin for x in (q, k))
             # each sequence sees itself alone, as a row of a rectangle
             done = []
             for rows, real in batch["rectangles"]:

@@ -78,14 +78,14 @@ def serve_policy(settings: Settings, folder: Path) -> None:
     """
     given = json.loads((folder / "sequences.json").read_text())
     with join_ranks(ParallelConfig(), seed=1) as ranks:
-        model = ModelConfig(path=given["model"], init=given["init"])
+        model = ModelConfig(path=given["model"], init=given["init"], dtype=given["dtype"])
         policy = Policy(
             model, ParallelConfig(), OptimizerConfig(lr=1e-4), ranks, updates=10_000, seed=1
         )
         # packed and scored as a run does it
         sequences = [made(*row) for row in given["sequences"]]
         batches = policy.pack_update(
-            sequences, list(range(len(sequences))), 2 * settings.step_tokens, "sequence"
+            sequences, list(range(len(sequences))), given["micro_batch_tokens"], "sequence"
         )
         policy.score(batches)
         generator = torch.Generator().manual_seed(0)

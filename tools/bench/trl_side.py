@@ -4,7 +4,7 @@ iteration.
 Run by cpu.py, in an environment that has trl. An iteration is one generation of all rollouts, old
 and reference log-probs, and the updates: TRL's `steps_per_generation`. Reward: the last box, or the
 last number, is the gold answer's very text, which costs less than grading. Of TRL's defaults,
-gradient checkpointing and bf16 are off.
+gradient checkpointing is off, and bf16 is on where our side's weights are bfloat16.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ def trainer(given: argparse.Namespace, turns: Turns, scratch: Path) -> GRPOTrain
     batch = max(n for n in range(1, given.batch + 1) if each % n == 0)
     parts = each // batch
     config = GRPOConfig(
-        output_dir=str(scratch), use_cpu=True, bf16=False, gradient_checkpointing=False,
-        report_to="none",
+        output_dir=str(scratch), use_cpu=True, gradient_checkpointing=False, report_to="none",
+        bf16=given.dtype == "bfloat16",
         save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=1, shuffle_dataset=False,
-        model_init_kwargs={"dtype": "float32"},
+        model_init_kwargs={"dtype": "float32"},  # autocast's products are bfloat16, if asked for
         per_device_train_batch_size=batch, gradient_accumulation_steps=parts,
         steps_per_generation=given.updates * parts,
         num_generations=given.samples,
@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True)
     for name in ("rollouts", "samples", "updates", "iterations", "max-new-tokens", "batch"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
     for name in ("beta", "lr"):
         parser.add_argument(f"--{name}", type=float, required=True)
     given = parser.parse_args()

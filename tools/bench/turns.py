@@ -34,6 +34,7 @@ class Settings:
     engine_prompts: int = 1024
     engine_turns: int = 2
     step_tokens: int = 8192
+    step_micro_batch: int = 16384
     step_sizes: tuple[tuple[int, int], ...] = ((64, 3), (128, 4))
     step_turns: int = 9
     steps_per_turn: int = 4

