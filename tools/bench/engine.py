@@ -266,6 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    # a model and its prompts
     parser.add_argument(
         "--model",
         help="a Hugging Face folder; a random model of the quickstart's shape if left out",
@@ -273,6 +274,7 @@ def main() -> None:
     parser.add_argument("--prompts", help='JSON lines with "tokens" or "text"')
     parser.add_argument("--count", type=int, default=1024, help="prompts")
     parser.add_argument("--slots", type=int, default=256, help="rows the engine decodes at once")
+    # responses, and how often they are asked for
     parser.add_argument("--max-new-tokens", type=int, default=150)
     parser.add_argument("--equal-length", type=int, default=56)
     parser.add_argument(
@@ -283,6 +285,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = vars(parser.parse_args())
+    # measured on one thread, told as a table and as figures
     torch.set_num_threads(1)
     target: Path | None = arguments.pop("json")
     comparisons = measure(**arguments)

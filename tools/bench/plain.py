@@ -133,6 +133,7 @@ def plain_model(config: dict[str, Any], tensors: dict[str, Any]) -> Any:
             )
             return -F.cross_entropy(logits.float(), batch["targets"], reduction="none")
 
+        # bfloat16 would lose small ones among the sums
         def move_gradients(self, masters: list[torch.Tensor]) -> None:
             """Add them to those of the float32 copies."""
             for master, weight in zip(masters, self.weights.values(), strict=True):

@@ -423,7 +423,7 @@ def _attend(q: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor) -> torch.Tens
 
 
 def _attend_bfloat16(q: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What `_attend` gives, by torch's own attention."""
+    """`_attend` in bfloat16, by torch's own attention."""
     n, heads, width = q.shape
     groups = kv.shape[2]
     # many queries that share a key head are its query rows; a few are faster one by one
