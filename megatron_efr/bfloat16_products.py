@@ -17,7 +17,7 @@ _outside = "none"  # torch's setting before the first
 
 def multiplied() -> bool:
     """True if the processor multiplies bfloat16 (AVX-512 and AMX)."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @contextmanager

@@ -33,12 +33,12 @@ def test_products_of_bfloat16_values_are_off_by_float32s_sums_alone(
     assert ((added - exact - 1).abs() <= 1e-6 * (terms + 1)).all()
 
 
-def test_other_values_are_rounded_where_the_processor_multiplies_bfloat16() -> None:
+def test_other_values_lose_a_bfloat16s_rounding_at_most_and_none_if_they_are_float32s() -> None:
     a, b = drawn(64, 576).float() * (1 + 2**-12), drawn(576, 256).float()
     exact, terms = a.double() @ b.double(), a.double().abs() @ b.double().abs()
     with float32_sums(torch.bfloat16):
         off = ((a @ b - exact).abs() / terms).max()
-    assert (off > 1e-5) == multiplied()
+    assert off <= (2**-7 if multiplied() else 1e-6)
     with float32_sums(torch.float32):
         assert ((a @ b - exact).abs() <= 1e-6 * terms).all()
 
