@@ -8,7 +8,6 @@ below answers one of them, in both.
 from __future__ import annotations
 
 import functools
-import math
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -108,24 +107,26 @@ def multiply_bfloat16() -> torch.library.Library | None:
     """
     if torch.cuda.is_available():
         return None
-    slower = _ATTENTION_BACKWARD if multiplied() else _PRODUCTS
+    slower, shorter_than = (
+        (_ATTENTION_BACKWARD, _BFLOAT16_BACKWARD) if multiplied() else (_PRODUCTS, None)
+    )
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():  # that kernels are overridden
         warnings.simplefilter("ignore")
         for name, rounded in slower.items():
-            library.impl(name, _in_float32(name, rounded), "CPU", with_keyset=True)
+            library.impl(name, _in_float32(name, rounded, shorter_than), "CPU", with_keyset=True)
     return library  # what it overrides lasts as long as it
 
 
-def _in_float32(name: str, rounded: int) -> Callable[..., Any]:
+def _in_float32(name: str, rounded: int, shorter_than: int | None) -> Callable[..., Any]:
     """Torch's operator, which turns bfloat16 operands to float32 and the first `rounded` results
-    back.
+    back; with `shorter_than`, of attention over sequences of fewer tokens alone.
     """
     kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
-    longest = _BFLOAT16_BACKWARD if multiplied() else math.inf
 
     def product(keys: Any, *given: Any, **options: Any) -> Any:
-        if given[0].dtype != torch.bfloat16 or given[0].shape[-2] >= longest:
+        long = shorter_than is not None and given[0].shape[-2] >= shorter_than
+        if long or given[0].dtype != torch.bfloat16:
             return kernel.call_boxed(keys, *given, **options)
         wide = (each.float() if isinstance(each, torch.Tensor) else each for each in given)
         found = kernel.call_boxed(keys, *wide, **options)

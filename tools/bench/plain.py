@@ -22,9 +22,8 @@ def serve_plain(settings: Settings, folder: Path) -> None:
     model = plain_model(config, torch.load(folder / "weights.pt"))
     batches = [plain_batch(batch, config) for batch in torch.load(folder / "batches.pt")]
     # weights of 16 bits have a float32 copy, which the optimizer changes
-    wide = [weight.detach().float().requires_grad_() for weight in model.weights.values()]
-    narrow = given["dtype"] != "float32"
-    masters = wide if narrow else list(model.weights.values())
+    narrow, weights = given["dtype"] != "float32", list(model.weights.values())
+    masters = [w.detach().float().requires_grad_() for w in weights] if narrow else weights
     optimizer = torch.optim.AdamW(masters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
 
     # PPO's clip in plain torch
@@ -41,13 +40,13 @@ def serve_plain(settings: Settings, folder: Path) -> None:
             loss.backward()
             total += loss.item()
             if narrow:
-                model.move_gradients(masters)
+                move_gradients(weights, masters)
         # the norm is clipped over the whole update, as Megatron does
         torch.nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.step()
         if narrow:
             with torch.no_grad():
-                for master, weight in zip(masters, model.weights.values(), strict=True):
+                for master, weight in zip(masters, weights, strict=True):
                     weight.copy_(master)
         return total
 
@@ -57,6 +56,15 @@ def serve_plain(settings: Settings, folder: Path) -> None:
         )
 
     serve(timed_steps(settings, step, keep_gradients))
+
+
+def move_gradients(weights: list[torch.Tensor], masters: list[torch.Tensor]) -> None:
+    """Add the weights' gradients to their float32 copies': bfloat16 sums would lose small ones."""
+    for master, weight in zip(masters, weights, strict=True):
+        assert weight.grad is not None
+        wide = weight.grad.float()
+        master.grad = wide if master.grad is None else master.grad.add_(wide)
+        weight.grad = None
 
 
 def plain_batch(batch: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -132,15 +140,6 @@ def plain_model(config: dict[str, Any], tensors: dict[str, Any]) -> Any:
                 self.norm(x, "model.norm.weight").index_select(0, batch["rows"]), head
             )
             return -F.cross_entropy(logits.float(), batch["targets"], reduction="none")
-
-        # bfloat16 would lose small ones among the sums
-        def move_gradients(self, masters: list[torch.Tensor]) -> None:
-            """Add them to those of the float32 copies."""
-            for master, weight in zip(masters, self.weights.values(), strict=True):
-                assert weight.grad is not None
-                wide = weight.grad.float()
-                master.grad = wide if master.grad is None else master.grad.add_(wide)
-                weight.grad = None
 
         def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
             return F.rms_norm(x, (x.shape[-1],), self.weights[name], eps)

@@ -20,7 +20,7 @@ _MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
 _WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
 _LOW = np.uint64(0xFFFFFFFF)
 _WORD = np.uint64(32)
-_LARGE = 4096  # tokens of a vocabulary from which on draws take two steps
+_LARGE = 4096  # tokens: from a vocabulary of more, draws take two steps
 _BLOCK = 256  # tokens of the first step's blocks
 _ROWS = 8  # drawn together, so that a processor's cache holds what is computed of them
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -136,8 +137,8 @@ class RoutedFleet(Fleet):
 
     async def _until_it_fails(self) -> str:
         """Watch it until something is wrong with it, and name that."""
-        began = counted = time.monotonic()
-        missed = 0
+        began = time.monotonic()
+        missed, counted = 0, -math.inf
         error = "it never answered"
         ready = False
         while (code := self._process.process.poll()) is None:
@@ -149,7 +150,7 @@ class RoutedFleet(Fleet):
                 settled = False
                 error = str(failure)
                 # responses that fail together have it looked at many times in one moment
-                if ready and (not missed or time.monotonic() - counted >= self._limits.check_s):
+                if ready and time.monotonic() - counted >= self._limits.check_s:
                     missed, counted = missed + 1, time.monotonic()
             else:
                 missed, ready = 0, True

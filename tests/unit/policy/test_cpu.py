@@ -4,6 +4,9 @@ multiply it, and otherwise gradients of attention over short sequences.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
@@ -12,6 +15,12 @@ from megatron_efr.bfloat16_products import multiplied
 from megatron_efr.policy import cpu
 
 cpu.multiply_bfloat16()
+AS_WITHOUT = """
+import sys, pytest
+from megatron_efr import bfloat16_products
+bfloat16_products.multiplied = lambda: False
+sys.exit(pytest.main([sys.argv[1], "-p", "no:cacheprovider", "-k", "not as_on_a_processor"]))
+"""
 needs_none = pytest.mark.skipif(multiplied(), reason="this processor multiplies bfloat16")
 
 
@@ -88,3 +97,13 @@ def test_gradients_of_attention_over_short_sequences_are_those_of_float32_rounde
 def test_float32_products_are_torchs_own() -> None:
     a, b = drawn(64, 48).float(), drawn(48, 32).float()
     assert torch.equal(a @ b, torch.mm(a, b, out=torch.empty(64, 32)))
+
+
+@pytest.mark.skipif(not multiplied(), reason="this processor is one that multiplies none")
+def test_all_of_it_as_on_a_processor_that_multiplies_no_bfloat16() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", AS_WITHOUT, __file__], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout
+    assert "passed" in ran.stdout
+    assert "skipped" not in ran.stdout
