@@ -100,17 +100,19 @@ def layer_activation_bytes(
     SwiGLU, attention that keeps no scores (Dao et al. 2022). Kept are: both norms' inputs and
     outputs (4 hidden); rotated queries and keys, values, attention's result (2 q + 2 kv) with its
     fp32 log-sums (heads); Megatron-Core 0.16.1's unfused SwiGLU (gate and up, SiLU(gate), a copy of
-    up, the product: 5 ffn, of each chosen expert). `local` layers keep the norms' results before
-    the weight too (6 hidden), keys and values repeated for every query, and the result twice (5 q).
+    up, the product: 5 ffn, of each chosen expert). `local` layers keep the norms' fp32 factors too,
+    keys and values repeated for every query, and the result twice (5 q), but of SwiGLU only gate,
+    up and the product (3 ffn; an expert's also before it is weighted).
     Tensor ranks divide all but the norms', which sequence parallelism divides too.
     """
     a = architecture
     width = BYTES[dtype]
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
     ffn = a.experts.ffn * a.experts.per_token if a.experts else a.ffn
-    norms = (6 if local else 4) * a.hidden * width / (parallel.tensor if parallel.sequence else 1)
+    norms = (4 * a.hidden * width + 8 * local) / (parallel.tensor if parallel.sequence else 1)
     attention = 5 * q if local else 2 * q + 2 * kv
-    return norms + ((attention + 5 * ffn) * width + 4 * a.heads) / parallel.tensor
+    glu = (4 if a.experts else 3) * ffn if local else 5 * ffn
+    return norms + ((attention + glu) * width + 4 * a.heads) / parallel.tensor
 
 
 def activation_bytes(

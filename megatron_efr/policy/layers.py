@@ -1,5 +1,5 @@
-"""Layers that need no Transformer Engine: RMSNorm under sequence parallelism, and attention over
-packed sequences.
+"""Layers that need no Transformer Engine: attention over packed sequences, and the layer that it
+stands in.
 """
 
 from __future__ import annotations
@@ -20,24 +20,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_efr.policy.context import heads_for_tokens, rank_order, tokens_for_heads
+from megatron_efr.policy.recomputed import RMSNorm
 
 # sequences share a padded batch when the shortest is at least this fraction of the longest
 _WASTE = 0.8
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with Megatron's constructor, and a weight that Megatron reduces under
-    sequence parallelism.
-
-    Megatron's own wrapper refuses sequence parallelism, so this one stands in for it everywhere,
-    the final norm too.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
-    ) -> None:
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -214,9 +200,7 @@ class PackedAttention(MegatronModule):
 
 
 def local_layers(config: TransformerConfig, stage_layers: int) -> TransformerBlockSubmodules:
-    """A stage's layers from Megatron's local parts, with the norm and attention above in place of
-    its own.
-    """
+    """A stage's layers from Megatron's local parts, with attention and norms of our own."""
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
         qk_layernorm=config.qk_layernorm,

@@ -30,6 +30,7 @@ from megatron_efr.config import LoraConfig, ModelConfig, ParallelConfig
 from megatron_efr.policy import cpu
 from megatron_efr.policy.layers import local_layers
 from megatron_efr.policy.lora import Adapters, adapt
+from megatron_efr.policy.recomputed import use_swiglu
 from megatron_efr.policy.settings import made
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.frequencies import inverse_frequencies
@@ -212,6 +213,8 @@ def build_models(
         ).to(device)
         # what our own attention and head have to know
         model.local_attention = not use_te
+        if not use_te:
+            use_swiglu(model)
         model.attention_factor = architecture.rotary.attention_factor
         _mark_split_weights(model)
         # all frozen but for adapters, which are split as the weights beside them

@@ -50,7 +50,8 @@ def measure(given: argparse.Namespace) -> list[str]:
 
 def opened(given: argparse.Namespace, kind: str, logs: Path, resources: ExitStack) -> Engine:
     """An engine with the folder's weights; a server if `kind` is sglang."""
-    model, architecture = ModelConfig(path=given.model), Architecture.from_folder(given.model)
+    model = ModelConfig(path=given.model, dtype=given.dtype)
+    architecture = Architecture.from_folder(given.model)
     # a server would answer a prompt's second turn from its cache
     server = {"server": {"disable_radix_cache": True}} if kind == "sglang" else {}
     engines = EnginesConfig.model_validate(
@@ -99,6 +100,9 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--equal-length", type=int, default=56)
     parser.add_argument("--turns", type=int, default=2, help="that count")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of both sides' weights"
+    )
     parser.add_argument(
         "--python",
         default=str(ROOT / ".venv-sglang/bin/python"),

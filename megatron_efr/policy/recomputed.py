@@ -1,0 +1,120 @@
+"""RMSNorm and SwiGLU that keep their input alone for the gradient, and compute the rest again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mlp import MLP
+from torch.nn.functional import silu
+
+# bytes of rows that a core's cache holds several times over, as whole tensors would not be
+_BLOCK = 1 << 18
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with Megatron's constructor, and a weight that Megatron reduces under
+    sequence parallelism.
+
+    Megatron's own wrapper refuses sequence parallelism, so this one stands in for it everywhere,
+    the final norm too. On a GPU torch's kernel computes it; on a CPU torch would keep two more
+    tensors, in float32 where the model is in bfloat16, and read each anew from memory.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if x.is_cuda else _RMSNorm.apply(x, self.weight, self.eps)
+
+
+def swiglu(both: torch.Tensor) -> torch.Tensor:
+    """SiLU(gate) * up [..., ffn] of [..., 2 * ffn], which holds both (Shazeer 2020, GLU Variants
+    Improve Transformer, section 2).
+    """
+    return _SwiGLU.apply(both)
+
+
+def use_swiglu(model: torch.nn.Module) -> None:
+    """Have the model's MLPs compute theirs so: Megatron would keep SiLU(gate) and a copy of up too.
+
+    Not if `model.megatron` fuses it, or changes what it computes.
+    """
+    for module in model.modules():
+        if not isinstance(module, MLP):
+            continue
+        config = module.config
+        changed = config.glu_linear_offset or config.activation_func_clamp_value is not None
+        if not (config.bias_activation_fusion or changed):
+            module.activation_func = swiglu
+            # Megatron's name for a function that is given gate and up
+            config.use_te_activation_func = True
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x [..., hidden] / rms(x) * weight, computed in float32 (or wider), a block of rows at a time;
+    the same bits as torch's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        rows = x.detach().flatten(0, -2)
+        result = rows.new_empty(rows.shape)
+        inverse = rows.new_empty(len(rows), 1, dtype=wide)
+        factor = weight.to(wide)
+        for part, out, scale in _blocks(rows, result, inverse):
+            held = part.to(wide, copy=True)
+            torch.mean(held * held, -1, keepdim=True, out=scale)
+            scale.add_(eps).rsqrt_()
+            out.copy_(held.mul_(scale).mul_(factor))
+        ctx.save_for_backward(x, weight, inverse)
+        return result.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        rows, d_rows = x.flatten(0, -2), grads[0].flatten(0, -2)
+        d_x = rows.new_empty(rows.shape)
+        factor = weight.to(inverse.dtype)
+        d_weight = torch.zeros_like(factor)
+        for part, scale, given, out in _blocks(rows, inverse, d_rows, d_x):
+            normed = part * scale
+            change = given.to(inverse.dtype, copy=True)
+            both = change * normed
+            d_weight += both.sum(0)
+            # what of the change is along the row, which its norm takes away
+            along = torch.mv(both, factor).div_(rows.shape[1])[:, None]
+            out.copy_(change.mul_(factor).addcmul_(normed, along, value=-1).mul_(scale))
+        return d_x.view(x.shape), d_weight.to(weight.dtype), None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """The same operations as autograd would do, and so the same bits."""
+
+    @staticmethod
+    def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, dim=-1)
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (both,) = ctx.saved_tensors
+        gate, up = both.chunk(2, dim=-1)
+        d_both = torch.empty_like(both)
+        d_gate, d_up = d_both.chunk(2, dim=-1)
+        torch.mul(silu(gate), grads[0], out=d_up)
+        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=d_gate)
+        return d_both
+
+
+def _blocks(rows: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same rows of all, as many at a time as stay in the cache."""
+    size = max(1, _BLOCK // (4 * rows.shape[1]))
+    return zip(*(each.split(size) for each in (rows, *others)), strict=True)
