@@ -34,7 +34,7 @@ class PackedSequences(PackedSeqParams):
     `rectangles` are (sequences, longest) each, their cells one after the other: cell c holds token
     `cells[c]` of the attention's input, and token t of it stands in cell `places[t]`. Padding
     repeats a sequence's last token behind it, so causal attention lets no real token see it.
-    `rotary` are the tokens' cosines and sines [tokens, 1, head_dim].
+    `rotary` are the tokens' cosines and sines [tokens, 1, head_dim], of the queries' dtype.
     """
 
     rectangles: list[tuple[int, int]] = field(default_factory=list)
@@ -174,9 +174,7 @@ class PackedAttention(MegatronModule):
         assert pack.places is not None
         # rotate, and with context parallelism trade tokens for heads
         if pack.rotary is not None:
-            query, key = (
-                _rotate(x, *(angles.to(x.dtype) for angles in pack.rotary)) for x in (query, key)
-            )
+            query, key = (_rotate(x, *pack.rotary) for x in (query, key))
         if self.context is not None:
             query, key, value = tokens_for_heads(query, key, value, self.context)
         # pad sequences of similar length to rectangles: few calls, little padding

@@ -64,8 +64,11 @@ class PolicyModel(GPTModel):
             # of a frozen embedding: else what is recomputed has no gradient, silently
             hidden.requires_grad_()
         angles = by_position.index_select(0, inputs["position_ids"][0])[:, 0]
-        turns = (angles.cos() * self.attention_factor, angles.sin() * self.attention_factor)
-        inputs["packed_seq_params"].rotary = turns
+        # in the queries' dtype: cast in a layer, every layer would keep its own for the gradient
+        inputs["packed_seq_params"].rotary = tuple(
+            (turned * self.attention_factor).to(self.config.params_dtype)
+            for turned in (angles.cos(), angles.sin())
+        )
         return hidden, None, *rest
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

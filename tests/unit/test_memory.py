@@ -117,13 +117,14 @@ def test_parameters_gradients_and_optimizer_are_what_the_policy_holds(
     assert sum(t.numel() * t.element_size() for t in states) == optimizer_bytes(count, "float32")
 
 
-def test_activations_are_what_autograd_keeps(untied_model: Path, ranks: Ranks) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_are_what_autograd_keeps(untied_model: Path, ranks: Ranks, dtype: str) -> None:
     """All that a model of local layers keeps, measured; beside the layers are the final norm, the
     angles, the head.
     """
     folder, tokens = untied_model, 512
     architecture = Architecture.from_folder(folder)
-    policy = make_policy(folder, ranks)
+    policy = make_policy(folder, ranks, dtype=dtype)
     parameters = {
         p.untyped_storage().data_ptr() for chunk in policy.chunks for p in chunk.parameters()
     }
@@ -140,9 +141,11 @@ def test_activations_are_what_autograd_keeps(untied_model: Path, ranks: Ranks) -
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         policy.update(batches, supervised_loss)
     layers = activation_bytes(
-        architecture, ParallelConfig(), "float32", tokens, recompute=False, local=True
+        architecture, ParallelConfig(), dtype, tokens, recompute=False, local=True
     )
-    beside = 4 * tokens * (2 * architecture.hidden + 1 + 2 * architecture.head_dim)
+    width, hidden = BYTES[dtype], architecture.hidden
+    final_norm, angles, head = width * hidden + 4, 2 * width * architecture.head_dim, 4 * hidden
+    beside = tokens * (final_norm + angles + head)
     assert sum(kept.values()) == pytest.approx(layers + beside, rel=0.01)
 
 
