@@ -51,7 +51,8 @@ def test_smoke_run_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     assert [row["name"].split()[0] for row in rows] == ["engine", "engine", "policy", "iteration"]
     assert all(row["ours"] > 0 for row in rows)
     assert all(row["ratio"] > 0 for row in rows[:3])
-    assert rows[2]["our_memory_mib"] > rows[2]["their_memory_mib"] > 0
+    # peaks of whole processes, and so torch's libraries at least
+    assert all(rows[2][f"{side}_memory_mib"] > 100 for side in ("our", "their"))
     assert rows[3]["theirs"] is None
     assert "TRL not measured: give --trl-python" in done.stdout
     assert done.stdout.count("\n| ") == len(rows)
