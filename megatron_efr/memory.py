@@ -98,11 +98,12 @@ def layer_activation_bytes(
 
     Counted as Korthikanti et al. 2022 (section 4) count, for this layer: RMSNorm, grouped queries,
     SwiGLU, attention that keeps no scores (Dao et al. 2022). Kept are: both norms' inputs and
-    outputs (4 hidden); rotated queries and keys, values, attention's result (2 q + 2 kv) with its
-    fp32 log-sums (heads); Megatron-Core 0.16.1's unfused SwiGLU (gate and up, SiLU(gate), a copy of
-    up, the product: 5 ffn, of each chosen expert). `local` layers keep the norms' fp32 factors too,
-    keys and values repeated for every query, and the result twice (5 q), but of SwiGLU only gate,
-    up and the product (3 ffn; an expert's also before it is weighted).
+    outputs (4 hidden); queries and keys before norms of their own (q + kv); rotated queries and
+    keys, values, attention's result (2 q + 2 kv) with its fp32 log-sums (heads); each chosen
+    expert's input (hidden); Megatron-Core 0.16.1's unfused SwiGLU (gate and up, SiLU(gate), a copy
+    of up, the product: 5 ffn, of each chosen expert). `local` layers keep fp32 factors of the
+    norms' rows, keys and values repeated for every query, and the result twice (5 q), but of SwiGLU
+    only gate, up and the product (3 ffn; an expert's also before it is weighted).
     Tensor ranks divide all but the norms', which sequence parallelism divides too.
     """
     a = architecture
@@ -111,8 +112,14 @@ def layer_activation_bytes(
     ffn = a.experts.ffn * a.experts.per_token if a.experts else a.ffn
     norms = (4 * a.hidden * width + 8 * local) / (parallel.tensor if parallel.sequence else 1)
     attention = 5 * q if local else 2 * q + 2 * kv
+    factors = 0
+    if a.qk_norm:
+        attention += q + kv
+        factors = (a.heads + a.kv_heads) * local
     glu = (4 if a.experts else 3) * ffn if local else 5 * ffn
-    return norms + ((attention + glu) * width + 4 * a.heads) / parallel.tensor
+    given = a.experts.per_token * a.hidden if a.experts else 0
+    split = (attention + given + glu) * width + 4 * (a.heads + factors)
+    return norms + split / parallel.tensor
 
 
 def activation_bytes(

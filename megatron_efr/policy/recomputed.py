@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 # bytes of rows that a core's cache holds several times over, as whole tensors would not be
@@ -19,8 +20,8 @@ class RMSNorm(torch.nn.RMSNorm):
     sequence parallelism.
 
     Megatron's own wrapper refuses sequence parallelism, so this one stands in for it everywhere,
-    the final norm too. On a GPU torch's kernel computes it; on a CPU torch would keep two more
-    tensors, in float32 where the model is in bfloat16, and read each anew from memory.
+    the final norm too. On a GPU torch's kernel computes it. On a CPU torch would keep the result
+    before the weight too, in bfloat16 it and the input as float32, and read each anew from memory.
     """
 
     def __init__(
@@ -58,29 +59,32 @@ def use_swiglu(model: torch.nn.Module) -> None:
 
 class _RMSNorm(torch.autograd.Function):
     """x [..., hidden] / rms(x) * weight, computed in float32 (or wider), a block of rows at a time;
-    the same bits as torch's.
+    the result has the same bits as torch's.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        rows = x.detach().flatten(0, -2)
-        result = rows.new_empty(rows.shape)
+        # a copy of what is part of a larger tensor, as a head's keys are: that is not kept for them
+        rows = x.detach().flatten(0, -2).contiguous()
+        result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         inverse = rows.new_empty(len(rows), 1, dtype=wide)
         factor = weight.to(wide)
-        for part, out, scale in _blocks(rows, result, inverse):
+        for part, out, scale in _blocks(rows, result.flatten(0, -2), inverse):
             held = part.to(wide, copy=True)
             torch.mean(held * held, -1, keepdim=True, out=scale)
             scale.add_(eps).rsqrt_()
             out.copy_(held.mul_(scale).mul_(factor))
-        ctx.save_for_backward(x, weight, inverse)
-        return result.view(x.shape)
+        ctx.save_for_backward(rows, weight, inverse)
+        return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors
-        rows, d_rows = x.flatten(0, -2), grads[0].flatten(0, -2)
-        d_x = rows.new_empty(rows.shape)
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        rows, weight, inverse = ctx.saved_tensors
+        d_rows, d_x = grads[0].flatten(0, -2), torch.empty_like(rows)
         factor = weight.to(inverse.dtype)
         d_weight = torch.zeros_like(factor)
         for part, scale, given, out in _blocks(rows, inverse, d_rows, d_x):
@@ -89,13 +93,13 @@ class _RMSNorm(torch.autograd.Function):
             both = change * normed
             d_weight += both.sum(0)
             # what of the change is along the row, which its norm takes away
-            along = torch.mv(both, factor).div_(rows.shape[1])[:, None]
+            along = both.mul_(factor).mean(-1, keepdim=True)
             out.copy_(change.mul_(factor).addcmul_(normed, along, value=-1).mul_(scale))
-        return d_x.view(x.shape), d_weight.to(weight.dtype), None
+        return d_x.view(grads[0].shape), d_weight.to(weight.dtype), None
 
 
 class _SwiGLU(torch.autograd.Function):
-    """The same operations as autograd would do, and so the same bits."""
+    """The operations that autograd would do."""
 
     @staticmethod
     def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
@@ -104,7 +108,10 @@ class _SwiGLU(torch.autograd.Function):
         return silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: torch.Tensor
+    ) -> torch.Tensor:
         (both,) = ctx.saved_tensors
         gate, up = both.chunk(2, dim=-1)
         d_both = torch.empty_like(both)

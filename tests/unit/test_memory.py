@@ -31,6 +31,7 @@ from megatron_efr.policy.ranks import Ranks
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import WeightMapping
 from tests.conftest import ragged_sequences
+from tests.families import make_family_folder
 from tests.policies import make_policy
 
 QWEN_7B = {
@@ -118,11 +119,14 @@ def test_parameters_gradients_and_optimizer_are_what_the_policy_holds(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_activations_are_what_autograd_keeps(untied_model: Path, ranks: Ranks, dtype: str) -> None:
+@pytest.mark.parametrize("family", ["qwen2", "llama3", "qwen3", "qwen3-tied", "qwen3-moe"])
+def test_activations_are_what_autograd_keeps(
+    tmp_path: Path, ranks: Ranks, family: str, dtype: str
+) -> None:
     """All that a model of local layers keeps, measured; beside the layers are the final norm, the
     angles, the head.
     """
-    folder, tokens = untied_model, 512
+    folder, tokens = make_family_folder(tmp_path / family, family), 512
     architecture = Architecture.from_folder(folder)
     policy = make_policy(folder, ranks, dtype=dtype)
     parameters = {
@@ -146,7 +150,9 @@ def test_activations_are_what_autograd_keeps(untied_model: Path, ranks: Ranks, d
     width, hidden = BYTES[dtype], architecture.hidden
     final_norm, angles, head = width * hidden + 4, 2 * width * architecture.head_dim, 4 * hidden
     beside = tokens * (final_norm + angles + head)
-    assert sum(kept.values()) == pytest.approx(layers + beside, rel=0.01)
+    assert sum(kept.values()) == pytest.approx(
+        layers + beside, rel=0.03 if architecture.experts else 0.01
+    )
 
 
 def test_recompute_keeps_each_layers_input_and_one_whole_layer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP
 from torch.nn.functional import rms_norm, silu
 
+from megatron_efr.bfloat16_products import float32_sums
 from megatron_efr.policy import Ranks, recomputed
 from megatron_efr.policy.recomputed import RMSNorm, swiglu
 from tests.policies import make_policy
@@ -82,8 +84,16 @@ def test_swiglu_has_the_bits_of_autograds(dtype: torch.dtype) -> None:
     assert torch.equal(*backward(swiglu(both), both), *backward(theirs, both))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_they_keep_their_input_alone(dtype: torch.dtype) -> None:
+def test_a_norms_gradient_is_the_same_while_another_thread_multiplies_bfloat16() -> None:
+    module, x = norm(torch.bfloat16, 64), drawn(torch.bfloat16, 50, 64)
+    alone = backward(module(x), x, module.weight)
+    with float32_sums(torch.bfloat16):
+        beside = backward(module(x), x, module.weight)
+    assert all(torch.equal(one, other) for one, other in zip(alone, beside, strict=True))
+
+
+def kept_bytes(function: Callable[[], object]) -> int:
+    """Of the storages that autograd keeps for what `function` computes."""
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -91,12 +101,21 @@ def test_they_keep_their_input_alone(dtype: torch.dtype) -> None:
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    module, x, both = norm(dtype, 64), drawn(dtype, 100, 64), drawn(dtype, 100, 2 * 96)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        results = module(x), swiglu(both)
+        results = function()
+    assert results is not None
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_they_keep_their_input_alone(dtype: torch.dtype) -> None:
+    module, x, both = norm(dtype, 64), drawn(dtype, 100, 64), drawn(dtype, 100, 2 * 96)
     inputs = sum(each.untyped_storage().nbytes() for each in (x, module.weight, both))
-    assert sum(kept.values()) == inputs + 4 * 100
-    assert len(results) == 2
+    assert kept_bytes(lambda: (module(x), swiglu(both))) == inputs + 4 * 100
+    # keys beside queries and values: a part of a tensor does not keep the whole
+    keys = both[:, 64:128]
+    part = 64 * 100 * dtype.itemsize
+    assert kept_bytes(lambda: module(keys)) == part + 64 * dtype.itemsize + 4 * 100
 
 
 @pytest.mark.parametrize(
