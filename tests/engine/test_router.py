@@ -90,9 +90,10 @@ def test_groups_come_back_once_through_the_router_and_both_servers_are_asked(
     engine: SGLangEngine, router: ServerProcess
 ) -> None:
     assert_each_came_once(list(engine.generate(requests(COUNT), LONG)), 1)
-    first, second = answered(router)
-    assert min(first, second) > 0
-    assert first + second >= 2 * COUNT
+    # it counts a response once it has passed it on, which may be after we have it
+    wait_until(lambda: sum(answered(router)) >= 2 * COUNT, "the router has counted them all", 20)
+    assert min(answered(router)) > 0
+    assert len(answered(router)) == 2
 
 
 @pytest.mark.slow
