@@ -86,16 +86,19 @@ class _RMSNorm(torch.autograd.Function):
         rows, weight, inverse = ctx.saved_tensors
         d_rows, d_x = grads[0].flatten(0, -2), torch.empty_like(rows)
         factor = weight.to(inverse.dtype)
-        d_weight = torch.zeros_like(factor)
+        # none for adapters' models, whose norms are frozen
+        d_weight = torch.zeros_like(factor) if ctx.needs_input_grad[1] else None
         for part, scale, given, out in _blocks(rows, inverse, d_rows, d_x):
             normed = part * scale
             change = given.to(inverse.dtype, copy=True)
             both = change * normed
-            d_weight += both.sum(0)
+            if d_weight is not None:
+                d_weight += both.sum(0)
             # what of the change is along the row, which its norm takes away
             along = both.mul_(factor).mean(-1, keepdim=True)
             out.copy_(change.mul_(factor).addcmul_(normed, along, value=-1).mul_(scale))
-        return d_x.view(grads[0].shape), d_weight.to(weight.dtype), None
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        return d_x.view(grads[0].shape), d_weight, None
 
 
 class _SwiGLU(torch.autograd.Function):
