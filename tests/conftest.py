@@ -37,6 +37,19 @@ def _log_of_a_program() -> None:
     log.to_terminal()
 
 
+@pytest.fixture
+def without_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's operations alone, as with more threads or without Numba."""
+    monkeypatch.setattr("megatron_efr.compiled._loops", lambda: None)
+
+
+@pytest.fixture(params=["loops", "torch"])
+def either_way(request: pytest.FixtureRequest) -> None:
+    """By compiled loops, and by torch's operations alone."""
+    if request.param == "torch":
+        request.getfixturevalue("without_loops")
+
+
 def make_model_folder(
     folder: Path,
     *,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_efr.algorithms.objective import Objective
+from megatron_efr.compiled import loops_for
 from megatron_efr.kernels.row_kernels import Logits, PolicyRows, Softmax, Statistics, chunks
 
 _LOWEST = -1e30  # for -inf, which is to add nothing: (-inf) * 0 would be nan
@@ -42,8 +43,16 @@ def write_gradient(
     its own gradient, fp32 [rows].
     """
     out = _room(logits.values, dtype)
-    dead = grad_logprob == 0 if grad_entropy is None else (grad_logprob == 0) & (grad_entropy == 0)
     owned = torch.where(logits.targets >= 0, grad_logprob, 0.0)[:, None]
+    if logits.values.is_contiguous() and (loops := loops_for(logits.values, out)):
+        none = torch.zeros_like(grad_logprob)
+        entropy, d_entropy = (none if x is None else x for x in (softmax.entropy, grad_entropy))
+        row = (softmax.peak, softmax.log_total, entropy, grad_logprob, d_entropy, owned[:, 0])
+        loops.write_logits_gradient(
+            logits.values, out, logits.columns, logits.scale, logits.targets, torch.stack(row)
+        )
+        return out
+    dead = grad_logprob == 0 if grad_entropy is None else (grad_logprob == 0) & (grad_entropy == 0)
     for rows, z, p in _blocks(logits):
         z.sub_(softmax.peak[rows, None]).sub_(softmax.log_total[rows, None]).clamp_(min=_LOWEST)
         torch.exp(z, out=p)

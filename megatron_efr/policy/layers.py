@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_efr.policy.context import heads_for_tokens, rank_order, tokens_for_heads
-from megatron_efr.policy.recomputed import RMSNorm
+from megatron_efr.policy.recomputed import RMSNorm, rotated
 
 # sequences share a padded batch when the shortest is at least this fraction of the longest
 _WASTE = 0.8
@@ -118,14 +118,6 @@ class _Pad(torch.autograd.Function):
         return grads[0].index_select(0, places), None, None
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of [tokens, heads, dim]; Megatron's own slices the pack by sequence, in
-    every layer.
-    """
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((-second, first), dim=-1), sin)
-
-
 class PackedAttention(MegatronModule):
     """Causal attention within each sequence of a pack, over torch's scaled_dot_product_attention.
 
@@ -172,9 +164,10 @@ class PackedAttention(MegatronModule):
         pack = packed_seq_params
         assert pack.cells is not None
         assert pack.places is not None
-        # rotate, and with context parallelism trade tokens for heads
+        # rotate (Megatron's own slices the pack by sequence, in every layer), and with context
+        # parallelism trade tokens for heads
         if pack.rotary is not None:
-            query, key = (_rotate(x, *pack.rotary) for x in (query, key))
+            query, key = (rotated(x, *pack.rotary) for x in (query, key))
         if self.context is not None:
             query, key, value = tokens_for_heads(query, key, value, self.context)
         # pad sequences of similar length to rectangles: few calls, little padding

@@ -1,4 +1,6 @@
-"""RMSNorm and SwiGLU that keep their input alone for the gradient, and compute the rest again."""
+"""RMSNorm, SwiGLU and rotary embedding that keep at most their input for the gradient, and compute
+the rest again.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
+
+from megatron_efr.compiled import loops_for
 
 # bytes of rows that a core's cache holds several times over, as whole tensors would not be
 _BLOCK = 1 << 18
@@ -57,9 +61,16 @@ def use_swiglu(model: torch.nn.Module) -> None:
             config.use_te_activation_func = True
 
 
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x [tokens, heads, dim] by cos and sin [tokens, 1, dim], whose halves are
+    alike (Su et al. 2021, RoFormer, eq. 34, halves for pairs).
+    """
+    return _Rotation.apply(x, cos, sin)
+
+
 class _RMSNorm(torch.autograd.Function):
-    """x [..., hidden] / rms(x) * weight, computed in float32 (or wider), a block of rows at a time;
-    the result has the same bits as torch's.
+    """x [..., hidden] / rms(x) * weight, computed in float32 (or wider): by compiled loops, or a
+    block of rows at a time with the bits of torch's.
     """
 
     @staticmethod
@@ -67,8 +78,11 @@ class _RMSNorm(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         # a copy of what is part of a larger tensor, as a head's keys are: that is not kept for them
         rows = x.detach().flatten(0, -2).contiguous()
-        result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         inverse = rows.new_empty(len(rows), 1, dtype=wide)
+        if loops := loops_for(rows, weight):
+            ctx.save_for_backward(rows, weight, inverse)
+            return loops.rms_norm(rows, weight, eps, inverse[:, 0]).view(x.shape)
+        result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         factor = weight.to(wide)
         for part, out, scale in _blocks(rows, result.flatten(0, -2), inverse):
             held = part.to(wide, copy=True)
@@ -84,10 +98,14 @@ class _RMSNorm(torch.autograd.Function):
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         rows, weight, inverse = ctx.saved_tensors
-        d_rows, d_x = grads[0].flatten(0, -2), torch.empty_like(rows)
-        factor = weight.to(inverse.dtype)
+        d_rows, factor = grads[0].flatten(0, -2), weight.to(inverse.dtype)
         # none for adapters' models, whose norms are frozen
         d_weight = torch.zeros_like(factor) if ctx.needs_input_grad[1] else None
+        if loops := loops_for(rows, weight, d_rows):
+            d_x = loops.rms_norm_gradient(rows, weight, inverse[:, 0], d_rows, d_weight)
+            d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+            return d_x.view(grads[0].shape), d_weight, None
+        d_x = torch.empty_like(rows)
         for part, scale, given, out in _blocks(rows, inverse, d_rows, d_x):
             normed = part * scale
             change = given.to(inverse.dtype, copy=True)
@@ -102,11 +120,13 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """The operations that autograd would do."""
+    """The operations that autograd would do, or compiled loops."""
 
     @staticmethod
     def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(both)
+        if loops := loops_for(both):
+            return loops.swiglu(both)
         gate, up = both.chunk(2, dim=-1)
         return silu(gate).mul_(up)
 
@@ -116,12 +136,38 @@ class _SwiGLU(torch.autograd.Function):
         ctx: Any, *grads: torch.Tensor
     ) -> torch.Tensor:
         (both,) = ctx.saved_tensors
+        if loops := loops_for(both, grads[0]):
+            return loops.swiglu_gradient(both, grads[0])
         gate, up = both.chunk(2, dim=-1)
         d_both = torch.empty_like(both)
         d_gate, d_up = d_both.chunk(2, dim=-1)
         torch.mul(silu(gate), grads[0], out=d_up)
         torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=d_gate)
         return d_both
+
+
+class _Rotation(torch.autograd.Function):
+    """Rotary embedding; its gradient is rotated back, and nothing of it is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x.detach(), cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grads[0], cos, -sin), None, None
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    if loops := loops_for(x, cos, sin):
+        return loops.rotate(x, cos, sin)
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((-second, first), dim=-1), sin)
 
 
 def _blocks(rows: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

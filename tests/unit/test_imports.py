@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scripts": {"errors", "types", "steps", "config"},
     "durable": {"errors"},
     "bfloat16_products": set(),
+    "compiled": set(),
     "config": {"errors"},
     "log": {"errors"},
     "parent": set(),
@@ -33,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "arguments": BASE | {"parent"},
     "transformer_engine": {"log"},
     "algorithms": BASE,
-    "kernels": BASE | {"algorithms.objective", "bfloat16_products"},
+    "kernels": BASE | {"algorithms.objective", "bfloat16_products", "compiled"},
     "grading": BASE,
     "methods": BASE | {"scripts"},
     "data": BASE,
@@ -46,13 +47,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "kernels",
         "algorithms.objective",
         "bfloat16_products",
+        "compiled",
         "memory",
         "publication.bucket_plan",
         "publication.reshard",
         "transformer_engine",
     },
     "rollout": BASE
-    | {"addresses", "bfloat16_products", "scripts"}
+    | {"addresses", "bfloat16_products", "compiled", "scripts"}
     | {"weights.architecture", "weights.frequencies", "weights.mapping"}
     | {"publication.named_tensors", "publication.reshard", "publication.transports"},
     "evaluation": BASE

@@ -2,9 +2,10 @@
 steps, no training.
 
 Rows never influence one another, bit for bit, if the libraries below allow it. Matrix products get
-as many rows as `products.py` asks for. A step's attention runs over keys in multiples of `KEYS`,
-whose masked tail contributes exact zeros, summed in blocks of `SUMMED`. A prompt is prefilled at
-its own length, rounded up, only beside others of that length. All else is row-wise.
+as many rows as `products.py` asks for. A step's attention is a compiled loop over each row's own
+keys; by torch's operations it runs over keys in multiples of `KEYS`, whose masked tail contributes
+exact zeros, summed in blocks of `SUMMED`. A prompt is prefilled at its own length, rounded up, only
+beside others of that length. All else is row-wise.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from megatron_efr.bfloat16_products import float32_sums
+from megatron_efr.compiled import loops_for
 from megatron_efr.publication.named_tensors import check_names
 from megatron_efr.rollout.local.products import Form, Product
 from megatron_efr.weights.architecture import Architecture
@@ -272,7 +274,7 @@ class Decoder:
         )
         x = F.embedding(tokens, self._embedding)
         for layer, cached in zip(self._layers, kv, strict=True):
-            qkv = self._qkv(layer, x, cos, sin).transpose(1, 2)
+            qkv = self._rotated(self._qkv(layer, x), cos, sin).transpose(1, 2)
             cached.copy_(qkv[:, a.heads :].unflatten(1, (2, a.kv_heads)).transpose(0, 1))
             key, value = cached
             attended = F.scaled_dot_product_attention(
@@ -292,24 +294,37 @@ class Decoder:
         `keys` has, for every CHUNK rows, the number of cache entries that the longest of them uses,
         this token included. Returns the logits after those tokens, float32 [n, vocab].
         """
-        a = self.architecture
-        n = tokens.shape[0]
-        rows = torch.arange(n, device=self.device)
-        entries = cache.entries(rows, positions)
-        blocks = [(block, k, self._mask(positions[block], k)) for block, k in _blocks(n, keys)]
-        cos, sin = self._rotation(positions)
+        attend = self._attention(positions, cache, keys)
         x = F.embedding(tokens, self._embedding)
         for layer, cached in zip(self._layers, cache.layers, strict=True):
-            qkv = self._qkv(layer, x, cos, sin)
+            x = self._rest(layer, x, attend(self._qkv(layer, x), cached))
+        return self._logits(x)
+
+    def _attention(
+        self, positions: torch.Tensor, cache: Cache, keys: Sequence[int]
+    ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """A step's attention: of (qkv [n, heads + 2 kv heads, head dim], not rotated yet, a layer's
+        cache, which takes keys and values) it makes [n, heads * head dim].
+        """
+        a = self.architecture
+        cos, sin = self._rotation(positions)
+        if loops := loops_for(cache.layers[0]):
+            return loops.attention(positions, cos, sin, a.heads)
+        n = len(positions)
+        entries = cache.entries(torch.arange(n, device=self.device), positions)
+        blocks = [(block, k, self._mask(positions[block], k)) for block, k in _blocks(n, keys)]
+
+        def attend(qkv: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
+            qkv = self._rotated(qkv, cos, sin)
             cached.view(-1, a.head_dim).index_copy_(
                 0, entries, qkv[:, a.heads :].reshape(-1, a.head_dim)
             )
             q = qkv[:, : a.heads] * a.head_dim**-0.5
-            attended = [
-                _attend(q[block], cached[:, block, :, :k], mask) for block, k, mask in blocks
-            ]
-            x = self._rest(layer, x, torch.cat(attended))
-        return self._logits(x)
+            return torch.cat(
+                [_attend(q[block], cached[:, block, :, :k], mask) for block, k, mask in blocks]
+            )
+
+        return attend
 
     def _mask(self, positions: torch.Tensor, keys: int) -> torch.Tensor:
         """The mask that attention adds to its scores, [n, 1, keys]: 0 up to each row's position,
@@ -319,21 +334,23 @@ class Decoder:
         mask = torch.zeros(beyond.shape, device=self.device, dtype=self.cached)
         return mask.masked_fill_(beyond, float("-inf"))[:, None]
 
-    def _qkv(
-        self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
-        """Rotated queries and keys, and values, of x [..., hidden]: [..., heads + 2 kv heads, head
-        dim].
-        """
+    def _qkv(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values of x [..., hidden]: [..., heads + 2 kv heads, head dim]."""
         a = self.architecture
         qkv = layer.qkv(self._rms(x, layer.input_norm), layer.qkv_bias)
         qkv = qkv.unflatten(-1, (a.heads + 2 * a.kv_heads, a.head_dim))
-        qk = qkv[..., : a.heads + a.kv_heads, :]
         if layer.q_norm is not None and layer.k_norm is not None:
+            qk = qkv[..., : a.heads + a.kv_heads, :]
             q, k = qk.split([a.heads, a.kv_heads], -2)
             qk.copy_(torch.cat((self._rms(q, layer.q_norm), self._rms(k, layer.k_norm)), -2))
+        return qkv
+
+    def _rotated(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """The same with queries and keys rotated, in the cache's dtype."""
+        a = self.architecture
+        qk = qkv[..., : a.heads + a.kv_heads, :]
         first, second = qk.chunk(2, -1)
-        torch.addcmul(qk * cos, torch.cat((second, first), -1), sin, out=qk)
+        torch.addcmul(qk * cos, torch.cat((-second, first), -1), sin, out=qk)
         return qkv.to(self.cached)
 
     def _rest(self, layer: _Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
@@ -367,24 +384,28 @@ class Decoder:
         return total
 
     def _rms(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.architecture.norm_eps)
+        eps = self.architecture.norm_eps
+        if loops := loops_for(x, weight):
+            return loops.rms_norm(x, weight, eps)
+        return F.rms_norm(x, weight.shape, weight, eps)
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         with float32_sums(self.dtype):
             return self._head(self._rms(x, self._norm).float())
 
     def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [n, 1, head dim] for `positions` [n]; sin carries the signs of the rotated
-        halves.
-        """
+        """cos and sin [n, 1, head dim] for `positions` [n]."""
         angles = positions[:, None, None] * self._inverse_frequencies
         factor = self.architecture.rotary.attention_factor
         cos, sin = angles.cos() * factor, angles.sin() * factor
-        return torch.cat((cos, cos), -1).to(self.dtype), torch.cat((-sin, sin), -1).to(self.dtype)
+        return torch.cat((cos, cos), -1).to(self.dtype), torch.cat((sin, sin), -1).to(self.dtype)
 
 
 def _swiglu(x: torch.Tensor, gate_up: Product, down: Product) -> torch.Tensor:
-    gate, up = gate_up(x).chunk(2, -1)
+    both = gate_up(x)
+    if loops := loops_for(both):
+        return down(loops.swiglu(both))
+    gate, up = both.chunk(2, -1)
     return down(F.silu(gate).mul_(up))
 
 

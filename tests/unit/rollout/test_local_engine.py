@@ -126,6 +126,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.heavy
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tokens_and_log_prob_bits_do_not_depend_on_the_batch(shape: str) -> None:
     built = model(**SHAPES[shape])
@@ -147,6 +148,7 @@ def test_tokens_and_log_prob_bits_do_not_depend_on_the_batch(shape: str) -> None
     assert counts == dict.fromkeys(counts, (0, 0))
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("hidden", [64, 320])
 def test_nor_do_long_responses_to_long_prompts(hidden: int) -> None:
     built = model(

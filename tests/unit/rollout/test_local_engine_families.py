@@ -41,6 +41,7 @@ def answers(
     return {group.prompt.id: group.responses for group in engine.generate(iter(requests), sampling)}
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("family", DECODED)
 def test_log_probs_equal_a_full_forward_of_transformers(family: str, tmp_path: Path) -> None:
     folder = make_family_folder(tmp_path, family)
@@ -79,6 +80,7 @@ def test_greedy_tokens_are_those_of_transformers(family: str, tmp_path: Path) ->
         assert list(response.tokens) == wanted[0, prompt.shape[1] :].tolist()
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("family", ["qwen3", "qwen3-moe", "llama3", "mistral", "qwen2-yarn"])
 def test_tokens_and_log_prob_bits_do_not_depend_on_the_batch(family: str, tmp_path: Path) -> None:
     folder = make_family_folder(tmp_path, family)
@@ -97,6 +99,7 @@ def test_tokens_and_log_prob_bits_do_not_depend_on_the_batch(family: str, tmp_pa
                 assert np.array_equal(mine.logprobs, theirs.logprobs)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("family", ["qwen2", "qwen3-moe", "llama3"])
 def test_a_bfloat16_engine_is_as_close_to_exact_as_transformers_in_bfloat16(
     family: str, tmp_path: Path
