@@ -100,10 +100,13 @@ def test_tokens_and_log_prob_bits_do_not_depend_on_the_batch(family: str, tmp_pa
 
 
 @pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("processor", ["this", "one that does not multiply bfloat16"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3-moe", "llama3"])
 def test_a_bfloat16_engine_is_as_close_to_exact_as_transformers_in_bfloat16(
-    family: str, tmp_path: Path
+    family: str, processor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if processor != "this":
+        monkeypatch.setattr("megatron_efr.rollout.local.products.multiplied", lambda: False)
     folder = make_family_folder(tmp_path, family)
     weights = {name: w.bfloat16() for name, w in load_file(folder / "model.safetensors").items()}
     engine = LocalEngine(folder, 16, dtype=torch.bfloat16)
