@@ -193,6 +193,7 @@ class Optimizer:
         for part, mine in zip(parts, tensors, strict=True):
             if mine is not None:
                 optimizer_state.put_tensors(cast(DistributedOptimizer, part), mine)
+            optimizer_state.fuse(part)
         self.schedule.load_state_dict(state["schedule"])
         self.skipped_in_a_row = state["skipped_in_a_row"]
 

@@ -200,3 +200,32 @@ def test_what_megatrons_optimizers_cannot_do_here_is_refused_with_what_it_needs(
     offload |= {"use_precision_aware_optimizer": True, "optimizer_offload_fraction": 1.0}
     with pytest.raises(ConfigError, match=r"needs a GPU; Transformer Engine [^;]*$"):
         build(tied_model, ranks, SHARDED, "bfloat16", megatron=offload)
+
+
+@pytest.mark.parametrize("ddp", [{}, SHARDED], ids=["plain", "sharded"])
+def test_torchs_adam_takes_one_pass_on_a_cpu_whatever_a_checkpoint_says(
+    ddp: dict[str, Any], tied_model: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    policy, resumed = (build(tied_model, ranks, ddp) for _ in range(2))
+    groups = [
+        [
+            group
+            for part in each.optimizer.megatron.chained_optimizers
+            for group in part.param_groups
+        ]
+        for each in (policy, resumed)
+    ]
+    assert all(group["fused"] is True for group in groups[0])
+    for group in groups[0]:  # as one from a GPU does
+        group["fused"] = None
+    update(policy)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), ranks)
+    path = checkpoints.save(1, policy.sharded_state(), {})
+    resumed.load_sharded_state(checkpoints.load(path, resumed.sharded_state(loading=True))[0])
+    parts = resumed.optimizer.megatron.chained_optimizers
+    assert all(group["fused"] is True for part in parts for group in part.param_groups)
+    # and it steps as torch's several passes do
+    for each in (policy, resumed):
+        update(each)
+    for one, several in zip(state(resumed), state(policy), strict=True):
+        torch.testing.assert_close(one, several, rtol=1e-5, atol=1e-7)
