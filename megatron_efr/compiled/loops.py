@@ -112,8 +112,8 @@ def _prefetch(_: Any, vector: Any, line: Any) -> Any:
 
 
 def _exp_of(x: np.float32) -> Any:
-    """exp x in float32, within 2 units of its last place: 2^n times a polynomial (Cephes, expf), in
-    operations that vectorise. 0 below -87, and not beyond exp 88.
+    """exp x in float32, within a unit of its last place: 2^n times a polynomial (Cephes, expf), in
+    operations that vectorise. 0 below -87.3, and not beyond exp 88.
     """
     held = np.float32(-87.3) if x < np.float32(-87.3) else x
     held = np.float32(88.0) if held > np.float32(88.0) else held

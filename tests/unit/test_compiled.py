@@ -4,9 +4,11 @@ float64. (Norms, SwiGLU and rotary embedding: policy/test_recomputed.py.)
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -64,6 +66,15 @@ def test_importing_the_package_of_loops_imports_no_numba() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "False\n"
     assert compiled._loops() is loops
+
+
+def test_exponentials_are_float64s_within_a_unit() -> None:
+    x = torch.linspace(-87.2, 88.0, 20_001)
+    found = torch.tensor([float(loops._exp(value)) for value in x.numpy()])
+    assert ((found.double() / x.double().exp() - 1).abs() <= 2**-23).all()
+    ends = [float(loops._exp(np.float32(value))) for value in (-np.inf, -88, 0, 89, np.inf)]
+    assert ends == [0.0, 0.0, 1.0, ends[4], pytest.approx(math.exp(88), rel=1e-6)]
+    assert math.isnan(loops._exp(np.float32(np.nan)))
 
 
 def angles(dtype: torch.dtype, n: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
