@@ -261,15 +261,18 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 @_loop
 def _rotate(x, cos, sin, out):
-    tokens, heads, width = x.shape
+    for t in range(x.shape[0]):
+        for h in range(x.shape[1]):
+            _turn(x[t, h], cos[t, 0], sin[t, 0], np.float32(1), x.shape[2], out[t, h])
+
+
+@_part
+def _turn(x, cos, sin, scaling, width, out):
     half = width // 2
-    for t in range(tokens):
-        for h in range(heads):
-            for d in range(half):
-                a, b = _wide(x[t, h, d]), _wide(x[t, h, half + d])
-                c, s = _wide(cos[t, 0, d]), _wide(sin[t, 0, d])
-                out[t, h, d] = _rounded(a * c - b * s, out[t, h, d])
-                out[t, h, half + d] = _rounded(b * c + a * s, out[t, h, d])
+    for d in range(half):
+        a, b, c, s = _wide(x[d]), _wide(x[half + d]), _wide(cos[d]), _wide(sin[d])
+        out[d] = _rounded((a * c - b * s) * scaling, out[d])
+        out[half + d] = _rounded((b * c + a * s) * scaling, out[d])
 
 
 # -- attention of a decoding step
@@ -290,6 +293,7 @@ def attention(
 
     def attend(qkv: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
         n, _, width = qkv.shape
+        assert cache.shape[3] % _KEYS == 0, "the loop reads so many keys at once, unchecked"
         out = torch.empty(n, heads, width, dtype=qkv.dtype)
         loop = _attention(width, heads // cache.shape[2], cache.itemsize)
         loop(*given, _array(qkv), _array(cache), _array(out))
@@ -336,15 +340,6 @@ def _attention(width: int, queries: int, itemsize: int) -> Callable[..., Any]:
                         out[i, first + h, d] = _rounded(sums[h, d], out[i, first, d])
 
     return attend
-
-
-@_part
-def _turn(x, cos, sin, scaling, width, out):
-    half = width // 2
-    for d in range(half):
-        a, b, c, s = _wide(x[d]), _wide(x[half + d]), _wide(cos[d]), _wide(sin[d])
-        out[d] = _rounded((a * c - b * s) * scaling, out[d])
-        out[half + d] = _rounded((b * c + a * s) * scaling, out[d])
 
 
 @_part
