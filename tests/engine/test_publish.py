@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_efr.addresses import status
 from megatron_efr.config import TrainConfig
 from megatron_efr.errors import EngineError, WeightMismatchError
 from megatron_efr.policy import Policy
@@ -104,6 +106,20 @@ def test_a_server_answers_with_the_published_weights(
     processes: int, cases: list[str], server: tuple[str, str], folders: tuple[Path, Path]
 ) -> None:
     train(server, folders, cases, processes)
+
+
+def test_a_flush_of_caches_does_not_search_the_whole_server_for_garbage(
+    server: tuple[str, str],
+) -> None:
+    """Two of them are in each publication. They took 0.36 to 0.42 s, and take 0.004 s."""
+    url, key = server
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        assert status(f"{url}/flush_cache", 60, key) == 200
+        seconds.append(time.perf_counter() - began)
+    print(f"flushes took {[round(each, 4) for each in seconds]} s")
+    assert min(seconds) < 0.1
 
 
 @pytest.mark.parametrize("kind", ["tensor", "distributed"])

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from megatron_efr import log
-from megatron_efr.addresses import LOOPBACK, free_port, is_ready
+from megatron_efr.addresses import LOOPBACK, free_port
 from megatron_efr.config import EnginesConfig, ModelConfig, TimeoutsConfig
 from megatron_efr.errors import UserError
 from megatron_efr.rollout.checks import check_servable
@@ -219,7 +219,7 @@ class Launcher:
                     f"{self.folder}"
                 )
             time.sleep(0.5)
-            waiting = [server for server in waiting if not is_ready(server.url)]
+            waiting = [server for server in waiting if not server.is_ready(self.key)]
         return [server.url for server in self.servers]
 
     def watch(self, limits: TimeoutsConfig, restarts: int) -> Watch:

@@ -11,9 +11,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_efr.addresses import is_ready, status
 from megatron_efr.rollout.servers import supervisor
 
 TAIL = 20  # lines of a log that an error shows
+CONTROL_S = 10.0  # for a server to freeze what its garbage collector looks at
 GRACE_S = 10.0  # what a supervisor gets beyond the server's stop_s
 
 
@@ -64,6 +66,18 @@ class ServerProcess:
                 start_new_session=True,
             )
         self._starts += 1
+
+    def is_ready(self, key: str) -> bool:
+        """True if it takes requests; from then on its garbage collector passes by what its start
+        has left.
+
+        SGLang does that itself, but before it listens if it skips its warm-up (0.5.23), and in
+        vain. Each flush of its caches then takes 0.4 s on a CPU: there it collects garbage.
+        """
+        if not is_ready(self.url):
+            return False
+        status(f"{self.url}/freeze_gc", CONTROL_S, key)
+        return True
 
     def terminate(self) -> None:
         """Have its supervisor end it and all that it started; a supervisor that was stopped goes on

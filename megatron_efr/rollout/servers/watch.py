@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 
 from megatron_efr import log
-from megatron_efr.addresses import is_ready, status
+from megatron_efr.addresses import status
 from megatron_efr.config import TimeoutsConfig
 from megatron_efr.rollout.servers.process import ServerProcess
 
@@ -171,7 +171,7 @@ class Watch:
         while not self._closed.wait(EVERY_S):
             if (code := server.process.poll()) is not None:
                 return self._unless_closed(f"ended with exit code {code} before it was ready")
-            if is_ready(server.url):
+            if server.is_ready(self._key):
                 log.info(f"{server.name} is back at {server.url}")
                 return None
             if time.monotonic() - began > self._limits.start_s:
