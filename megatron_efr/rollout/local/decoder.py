@@ -4,8 +4,8 @@ steps, no training.
 Rows never influence one another, bit for bit, if the libraries below allow it. Matrix products get
 as many rows as `products.py` asks for. A step's attention is a compiled loop over each row's own
 keys; by torch's operations it runs over keys in multiples of `KEYS`, whose masked tail contributes
-exact zeros, summed in blocks of `SUMMED`. A prompt is prefilled at its own length, rounded up, only
-beside others of that length. All else is row-wise.
+exact zeros, summed in blocks of `SUMMED`. A prompt's attention is that of its own length, rounded
+up. All else is row-wise.
 """
 
 from __future__ import annotations
@@ -228,61 +228,81 @@ class Decoder:
             self._head.take(self._embedding.float())  # itself if it is fp32
 
     def read(
-        self, sequences: list[NDArray[np.int64]]
+        self, sequences: Sequence[NDArray[np.int64]]
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Prefill sequences together with those of the same padded length, PREFILL_TOKENS tokens
-        (or one) at a time.
+        """Prefill sequences, PREFILL_TOKENS padded tokens (or one of them) at a time.
 
         Yields (index, keys and values [layers, 2, kv heads, >= its length, head dim], logits after
         the last token, float32 [vocab]), batch by batch.
         """
-        # Padding to the longest in the batch would be fewer batches, but blocks of attention, and
-        # with them the rounding, depend on the padded length from about 200 tokens on.
-        by_width: dict[int, list[int]] = {}
-        for index, sequence in enumerate(sequences):
-            by_width.setdefault(round_up(len(sequence), self.rows), []).append(index)
-        for width, members in by_width.items():
-            at_once = max(1, PREFILL_TOKENS // width)
-            for batch in (
-                members[first : first + at_once] for first in range(0, len(members), at_once)
-            ):
-                tokens = np.zeros((len(batch), width), dtype=np.int64)
-                for row, index in zip(tokens, batch, strict=True):
-                    row[: len(sequences[index])] = sequences[index]
-                lengths = torch.tensor(
-                    [len(sequences[index]) for index in batch], device=self.device
-                )
-                kv, logits = self.prefill(torch.from_numpy(tokens).to(self.device), lengths)
-                yield from zip(batch, kv.unbind(2), logits, strict=True)
+        # those of one width beside one another: their attention is one call
+        widths = [round_up(len(sequence), self.rows) for sequence in sequences]
+        order = sorted(range(len(sequences)), key=widths.__getitem__)
+        while order:
+            total = itertools.accumulate(widths[index] for index in order)
+            count = max(1, sum(1 for tokens in total if tokens <= PREFILL_TOKENS))
+            batch, order = order[:count], order[count:]
+            kv, logits = self.prefill([sequences[index] for index in batch])
+            yield from zip(batch, kv, logits, strict=True)
 
     @torch.inference_mode()
     def prefill(
-        self, tokens: torch.Tensor, lengths: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read whole sequences: tokens [n, s], s a multiple of `rows`, padded on the right, and
-        their lengths [n].
+        self, sequences: Sequence[NDArray[np.int64]]
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Read whole sequences in one pass; those of one width, which is their length rounded up to
+        `rows`, stand together.
 
-        Returns keys and values [layers, 2, n, kv heads, s, head dim] (what lies beyond a row's
-        length is finite and meaningless), and the logits after each row's last token, float32 [n,
-        vocab].
+        Returns each one's keys and values [layers, 2, kv heads, its width, head dim] (what lies
+        beyond its length is finite and meaningless), and the logits after the last tokens, float32
+        [sequences, vocab].
+        """
+        # one after another, each padded to its width: products know no sequences
+        a = self.architecture
+        n, lengths = len(sequences), np.array([len(sequence) for sequence in sequences])
+        widths = np.array([round_up(length, self.rows) for length in lengths.tolist()])
+        starts = np.cumsum(widths) - widths
+        tokens = np.zeros(int(widths.sum()), dtype=np.int64)
+        for start, sequence in zip(starts, sequences, strict=True):
+            tokens[start : start + len(sequence)] = sequence
+        positions = torch.cat([torch.arange(width, device=self.device) for width in widths])
+        cos, sin = self._rotation(positions)
+        # Attention runs over those of one width: blocks of it, and with them the rounding, depend
+        # on the padded length from about 200 tokens on.
+        runs = [(len(list(run)), width) for width, run in itertools.groupby(widths.tolist())]
+        shape = (a.layers, 2, a.kv_heads, a.head_dim)
+        caches = [
+            torch.empty(
+                *shape[:2], count, shape[2], width, shape[3], device=self.device, dtype=self.cached
+            )
+            for count, width in runs
+        ]
+        x = F.embedding(torch.from_numpy(tokens).to(self.device), self._embedding)
+        for number, layer in enumerate(self._layers):
+            qkv = self._rotated(self._qkv(layer, x), cos, sin)
+            attended = [
+                self._causal(part.unflatten(0, run), kv[number])
+                for part, run, kv in zip(
+                    qkv.split([count * width for count, width in runs]), runs, caches, strict=True
+                )
+            ]
+            x = self._rest(layer, x, torch.cat(attended))
+        last = x[torch.from_numpy(starts + lengths - 1).to(self.device)]
+        logits = self._logits(F.pad(last, (0, 0, 0, round_up(n, self.rows) - n)))[:n]
+        return [kv for cache in caches for kv in cache.unbind(2)], logits
+
+    def _causal(self, qkv: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
+        """Attention within n sequences of one width, qkv [n, width, heads + 2 kv heads, head dim],
+        as [n * width, heads * head dim]. `cached` [2, n, kv heads, width, head dim] takes keys and
+        values.
         """
         a = self.architecture
-        n, s = tokens.shape
-        cos, sin = self._rotation(torch.arange(s, device=self.device))
-        kv = torch.empty(
-            a.layers, 2, n, a.kv_heads, s, a.head_dim, device=self.device, dtype=self.cached
+        qkv = qkv.transpose(1, 2)
+        cached.copy_(qkv[:, a.heads :].unflatten(1, (2, a.kv_heads)).transpose(0, 1))
+        key, value = cached
+        attended = F.scaled_dot_product_attention(
+            qkv[:, : a.heads], key, value, is_causal=True, enable_gqa=True
         )
-        x = F.embedding(tokens, self._embedding)
-        for layer, cached in zip(self._layers, kv, strict=True):
-            qkv = self._rotated(self._qkv(layer, x), cos, sin).transpose(1, 2)
-            cached.copy_(qkv[:, a.heads :].unflatten(1, (2, a.kv_heads)).transpose(0, 1))
-            key, value = cached
-            attended = F.scaled_dot_product_attention(
-                qkv[:, : a.heads], key, value, is_causal=True, enable_gqa=True
-            )
-            x = self._rest(layer, x, attended.transpose(1, 2).reshape(n, s, -1))
-        last = x[torch.arange(n, device=self.device), lengths - 1]
-        return kv, self._logits(F.pad(last, (0, 0, 0, round_up(n, self.rows) - n)))[:n]
+        return attended.transpose(1, 2).reshape(-1, a.heads * a.head_dim)
 
     @torch.inference_mode()
     def step(

@@ -21,6 +21,11 @@ from megatron_efr.rollout.local.rows import WRITTEN, Entry, Row, Rows
 from megatron_efr.rollout.local.sampling import draw_rows, lowered, uniforms
 from megatron_efr.types import Group, Request, Response, Sampling
 
+READ_TOGETHER = 256
+"""Tokens of prompts up to which a prefill takes hardly longer than a few of them do: it reads all
+weights.
+"""
+
 
 @dataclass(slots=True)
 class _Open:
@@ -295,10 +300,11 @@ class Stream(Iterator[Group]):
 
     def _pull(self, free: int) -> None:
         """Pull and prefill requests until `free` samples wait; if any must be pulled, slots/16 at
-        least.
+        least, and up to slots/4 while all that is read together is short.
         """
         waiting = self._samples_waiting()
         if waiting < free:
+            read, slots = 0, self._core.slots
             for request in self._requests:
                 most = check_request(
                     request, self._sampling, self._core.architecture, self._core.codec
@@ -306,7 +312,9 @@ class Stream(Iterator[Group]):
                 self._most = max(self._most, most)
                 self._waiting.append(_Open(request, [None] * request.samples))
                 waiting += request.samples
-                if waiting >= max(free, self._core.slots // 16):
+                read += len(request.prompt.tokens)
+                few = slots // 16 if read >= READ_TOGETHER else slots // 4
+                if waiting >= max(free, few):
                     break
         if fresh := [owner for owner in self._waiting if owner.kv is None]:
             self._prefill(fresh)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
+from megatron_efr.rollout.local.decoder import PREFILL_TOKENS
 from megatron_efr.rollout.local.engine import LocalEngine
 from megatron_efr.rollout.local.stream import Stream
 from megatron_efr.scripts import plain
@@ -164,6 +165,25 @@ def test_nor_do_long_responses_to_long_prompts(hidden: int) -> None:
             0,
             0,
         )
+
+
+@pytest.mark.usefixtures("either_way")
+def test_sequences_read_together_are_what_each_is_alone() -> None:
+    """Of all widths, the longest several prefills' worth, and one that is more than a prefill."""
+    built = model(max_position_embeddings=4096, num_key_value_heads=2)
+    decoder = serving(built)._core.decoder
+    assert decoder is not None
+    rng = np.random.default_rng(0)
+    lengths = [5, 300, 31, 32, 33, PREFILL_TOKENS + 1, 300, *[700] * 5, 64, 1]
+    sequences = [rng.integers(2, 32, length) for length in lengths]
+    together = {index: (kv, logits) for index, kv, logits in decoder.read(sequences)}
+    assert sorted(together) == list(range(len(lengths)))
+    for index, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
+        ((_, kv, logits),) = decoder.read([sequence])
+        assert torch.equal(together[index][1], logits), length
+        assert torch.equal(together[index][0][..., :length, :], kv[..., :length, :]), length
+        exact = built(torch.from_numpy(sequence)[None]).logits[0, -1]
+        assert (logits - exact).abs().max() < 1e-4, length
 
 
 def test_a_used_engine_answers_as_a_fresh_one() -> None:

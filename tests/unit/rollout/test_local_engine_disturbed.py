@@ -4,8 +4,10 @@ it must refuse.
 
 from __future__ import annotations
 
+import statistics
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -233,9 +235,33 @@ def test_requests_are_pulled_little_ahead_of_free_rows() -> None:
 
     stream = serving(model(), slots=32).generate(source(), Sampling(1.0, 1.0, 40, (STOP,)))
     for done, _ in enumerate(stream, start=1):
-        # active rows, two ahead, groups that ended in the same step
-        assert pulled <= done + 32 + 2 + 31
+        # active rows, a quarter of them ahead, groups that ended in the same step
+        assert pulled <= done + 32 + 8 + 31
     assert pulled == 300
+
+
+def test_short_prompts_are_read_several_at_a_time_and_long_ones_as_few_as_can_be() -> None:
+    """For 16 rows that end one by one: until 4 samples wait, or their prompts have 256 tokens."""
+    built = model(max_position_embeddings=1024)
+    rng = np.random.default_rng(0)
+    for length, usual in ((20, 4), (100, 3), (300, 1)):
+        engine, read = serving(built, slots=16), []
+        decoder = engine._core.decoder
+        assert decoder is not None
+
+        def prefill(
+            given: Sequence[np.ndarray], true: Any = decoder.prefill, read: list[int] = read
+        ) -> Any:
+            read.append(len(given))
+            return true(given)
+
+        decoder.prefill = prefill
+        prompts = [Prompt(f"p{i}", tuple(rng.integers(2, 32, length)), "", "") for i in range(60)]
+        asked = [plain(prompt, 1, i) for i, prompt in enumerate(prompts)]
+        list(engine.generate(iter(asked), Sampling(1.0, 1.0, 60, (STOP,))))
+        assert sum(read) == 60
+        # but where many rows ended together
+        assert statistics.median(read[1:]) == usual, (length, read)
 
 
 def test_health_reports_mean_active_rows() -> None:
