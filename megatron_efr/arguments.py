@@ -53,7 +53,7 @@ def parser(program: str, description: str, *, resumes: bool = False) -> argparse
     made.add_argument(
         "--log-level",
         choices=log.LEVELS,
-        help="least level that the terminal shows (default: %(default)s)",
+        help="least level that the terminal shows (default: EFR_LOG_LEVEL, or info)",
     )
     return made
 

@@ -1,7 +1,8 @@
-"""Bytes that a run takes on each GPU, by part and phase of a colocated step: formulas alone.
+"""Bytes of a run's tensors by part and phase of a step, on GPUs or a CPU, by formula; and the size
+of micro-batch that follows if none is asked for.
 
-They say what tensors must be there at once. Fragmentation, workspaces and what a library keeps for
-itself are not in them, but for OVERHEAD, which is an assumption.
+Formulas say what tensors must be there at once. Fragmentation, workspaces and what a library keeps
+for itself are not in them, but for OVERHEAD, which is an assumption.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python tools/words.py FOLDER ...
 
-A condition is an `if`; a docstring names the thing or the act first. `tests/unit/test_imports.py`
-refuses such openings in the package and in tools; the share of "where" is reported alone.
+A condition is an `if`; a docstring names the thing or the act first. The tests refuse such openings
+in the package and in tools (tests/unit/tools/test_words.py); the share of "where" is reported
+alone.
 """
 
 from __future__ import annotations

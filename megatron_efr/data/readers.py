@@ -80,14 +80,21 @@ def _rows(path: str, split: str) -> Iterator[Row]:
             return _parquet_rows(path, place)
         text = _text(path, place.read_bytes())
         return _json_lines(path, text) if place.suffix == ".jsonl" else _json_rows(path, text)
-    local = (
-        path.startswith(("/", "./", "../", "~"))
+    if is_local(path):
+        raise DatasetError(f"{path}: no such file or folder")
+    return _hub_rows(path, split)
+
+
+def is_local(path: str) -> bool:
+    """True if `path` is on this machine or nowhere: the hub is not asked for it."""
+    place = Path(path).expanduser()
+    return (
+        place.exists()
+        or place.suffix in SUFFIXES
+        or path.startswith(("/", "./", "../", "~"))
         or ("/" in path and place.parent.is_dir())
         or path.count("/") > 1
     )
-    if local or place.suffix in SUFFIXES:
-        raise DatasetError(f"{path}: no such file or folder")
-    return _hub_rows(path, split)
 
 
 def _text(path: str, data: bytes) -> str:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +31,7 @@ from megatron_efr.config import (
 from megatron_efr.doctor import machine
 from megatron_efr.doctor.engine import check_engine, check_router, check_servers
 from megatron_efr.doctor.finding import Finding, missing
-from megatron_efr.doctor.model import check_prompt, check_weights
+from megatron_efr.doctor.model import check_data, check_prompt, check_weights
 from megatron_efr.doctor.packages import (
     check_apex,
     check_packages,
@@ -39,7 +40,7 @@ from megatron_efr.doctor.packages import (
 )
 from megatron_efr.doctor.programs import load_any
 from megatron_efr.errors import UserError
-from megatron_efr.memory import checkpoint_bytes
+from megatron_efr.memory import BYTES, checkpoint_bytes, parameter_count
 from megatron_efr.weights.architecture import Architecture
 
 STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
@@ -50,11 +51,9 @@ def examine(config: RunConfig | None, ports: Sequence[int]) -> Iterator[Finding]
     """Every finding, in the order in which they would stop a run; what `config` needs and lacks is
     a problem.
     """
-    # on a CPU only tests train, and they in fp32
-    real = config is not None and config.model.dtype == "bfloat16"
     # what is installed, and what the configuration asks of it
     yield from check_packages()
-    yield from machine.check_gpus(needed=real)
+    yield from machine.check_gpus(needed=config is not None and not fits_host(config))
     yield machine.check_triton(needed=config is not None and config.model.kernels == "triton")
     yield from check_transformer_engine(
         needed=config is not None and config.model.layers == "transformer_engine"
@@ -80,15 +79,30 @@ def examine(config: RunConfig | None, ports: Sequence[int]) -> Iterator[Finding]
     else:
         yield machine.check_disk(Path("runs"), ROOM, "a small run")
     # the machine
-    yield machine.check_shared_memory()
+    on_gpu = torch.cuda.is_available()
+    yield machine.check_shared_memory(needed=config is not None and on_gpu)
     yield machine.check_threads(os.environ, len(os.sched_getaffinity(0)))
     apart = isinstance(rollout, RolloutConfig) and rollout.placement == "apart"
-    if torch.cuda.is_available() and not rollout.embedded and apart:
+    if on_gpu and not rollout.embedded and apart:
         yield machine.check_nccl_settings(os.environ)
     for port in ports:
         yield machine.check_port(
             port, "torchrun's rendezvous" if port == RENDEZVOUS_PORT else "asked for"
         )
+
+
+def fits_host(config: RunConfig) -> bool:
+    """True unless the model, or what training keeps of it, takes more than this machine's memory: a
+    CPU does whatever a GPU does, Transformer Engine's layers and Triton's kernels excepted.
+    """
+    try:
+        architecture = Architecture.from_folder(config.model.path)
+    except UserError:  # a checkpoint, or not there, which is said elsewhere
+        return True
+    held = parameter_count(architecture) * BYTES[config.model.dtype]
+    if not isinstance(config, EvaluateConfig):
+        held = checkpoint_bytes(architecture, config.model.dtype, config.model.lora)
+    return held <= psutil.virtual_memory().total
 
 
 def check_run(config: RunConfig) -> Iterator[Finding]:
@@ -120,6 +134,7 @@ def check_run(config: RunConfig) -> Iterator[Finding]:
             each = checkpoint_bytes(architecture, config.model.dtype, config.model.lora)
             needed += (config.checkpoint.keep + 1) * each
             what = f"{config.checkpoint.keep} checkpoints, one being written, and records"
+    yield check_data(config)
     yield machine.check_disk(config.folder, needed, what)
     # the run would import it only after the model is built
     wandb = (

@@ -30,9 +30,8 @@ def check_gpus(needed: bool) -> Iterator[Finding]:
             else "torch is a CPU build"
         )
         runs = (
-            "runs here: efr sft, evaluate, convert, report, and efr train of small models, on "
-            "gloo; not: bf16 runs of real size, Triton kernels (but for its interpreter), "
-            "Transformer Engine, NCCL, CUDA IPC"
+            "runs here: all programs, of models that this machine's memory holds, on gloo; not: "
+            "Triton kernels (but for its interpreter), Transformer Engine, NCCL, CUDA IPC"
         )
         yield missing("GPU", f"none that torch sees ({build})", runs, needed)
         return
@@ -181,7 +180,7 @@ def check_disk(folder: Path, needed_bytes: int, what: str) -> Finding:
     return Finding("disk", "ok", seen)
 
 
-def check_shared_memory(path: Path = Path("/dev/shm"), several: bool = True) -> Finding:
+def check_shared_memory(needed: bool, path: Path = Path("/dev/shm")) -> Finding:
     """/dev/shm, through which processes of one machine exchange tensors."""
     if not path.is_dir():
         return Finding(
@@ -194,6 +193,6 @@ def check_shared_memory(path: Path = Path("/dev/shm"), several: bool = True) -> 
     if size < SHM_GIB:
         advice = "docker run --ipc=host, or --shm-size 16g"
         return missing(
-            "shared memory", f"{path} has {size:.2f} GiB; {SHM_GIB:g} are wanted", advice, several
+            "shared memory", f"{path} has {size:.2f} GiB; {SHM_GIB:g} are wanted", advice, needed
         )
     return Finding("shared memory", "ok", f"{path}: {size:.1f} GiB")

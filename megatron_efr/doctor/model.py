@@ -1,4 +1,4 @@
-"""Reads a model folder as the run would: the weights opened, one prompt rendered."""
+"""Reads a model folder and data sets as the run would: the weights opened, one prompt rendered."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_efr.config import (
     DatasetConfig,
+    DpoConfig,
     ModelConfig,
     PromptConfig,
     RunConfig,
@@ -15,7 +16,7 @@ from megatron_efr.config import (
 )
 from megatron_efr.data.datasets import load_problems
 from megatron_efr.data.prompts import Renderer, load_tokenizer
-from megatron_efr.data.readers import read_rows
+from megatron_efr.data.readers import DatasetError, is_local, read_rows
 from megatron_efr.data.sft import holds_answers
 from megatron_efr.doctor.finding import Finding
 from megatron_efr.errors import UserError
@@ -62,19 +63,56 @@ def check_prompt(config: RunConfig, architecture: Architecture) -> Finding:
     return Finding("prompt", "ok", f"{len(ids)} tokens: {text!r}")
 
 
+def check_data(config: RunConfig) -> Finding:
+    """Check that every data set is there, and that its first row is one; of a hub's, which would
+    have to be downloaded, the name alone is told.
+    """
+    if isinstance(config, SftConfig | DpoConfig):
+        paths, read = [config.data.path], _first_row
+    else:
+        datasets = {each.path: each for each in _datasets(config)}
+        paths, read = list(datasets), lambda path: load_problems(_one_row(datasets[path]))
+    faults = []
+    for path in filter(is_local, paths):
+        try:
+            read(path)
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        advice = "see data.datasets, evaluation.datasets and data.path in docs/configuration.md"
+        return Finding("data", "problem", "; ".join(faults), advice)
+    return Finding("data", "ok", ", ".join(paths) or "none is asked for")
+
+
+def _first_row(path: str) -> None:
+    if not Path(path).expanduser().exists():
+        raise DatasetError(f"{path}: no such file or folder")
+    if not holds_answers(path):
+        read_rows(path, limit=1)
+
+
+def _datasets(config: RunConfig) -> list[DatasetConfig]:
+    """Those of training and of evaluation."""
+    evaluation = getattr(config, "evaluation", None)
+    return [
+        *(config.data.datasets if isinstance(config, TrainConfig) else ()),
+        *(() if evaluation is None else evaluation.datasets),
+    ]
+
+
+def _one_row(dataset: DatasetConfig) -> DatasetConfig:
+    return dataset.model_copy(update={"limit": 1})
+
+
 def _questions(config: RunConfig) -> Iterator[str]:
-    """The first question of each data set on this machine; one of a hub would have to be
-    downloaded.
+    """The first question of each data set on this machine that can be read; one of a hub would have
+    to be downloaded.
     """
     if isinstance(config, SftConfig):
         if Path(config.data.path).expanduser().exists() and not holds_answers(config.data.path):
             [row] = read_rows(config.data.path, limit=1)
             yield str(row.columns.get(config.data.question, _EXAMPLE))
         return
-    section = (
-        config.data if isinstance(config, TrainConfig) else getattr(config, "evaluation", None)
-    )
-    datasets: list[DatasetConfig] = [] if section is None else section.datasets
-    for dataset in datasets:
+    for dataset in _datasets(config):
         if Path(dataset.path).expanduser().exists():
-            yield load_problems(dataset.model_copy(update={"limit": 1}))[0].question
+            yield load_problems(_one_row(dataset))[0].question

@@ -56,8 +56,8 @@ class HostPlan:
     def __post_init__(self) -> None:
         if not self.config.rollout.embedded:
             raise ConfigError(
-                "rollout.engine: sglang is not planned on a CPU; set rollout.engine: local, or "
-                "give --gpus"
+                "rollout.engine: sglang is not planned on a CPU; set rollout.engine=local and "
+                "'rollout.server={}', or give --gpus"
             )
         if self.config.parallel.model_ranks > 1:
             raise ConfigError(

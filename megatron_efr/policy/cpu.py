@@ -1,5 +1,5 @@
 """Megatron-Core and torch on a machine without a GPU: the one module that patches them, and refuses
-if CUDA is present.
+if CUDA is present. (What `publication/transports.py` puts back is torch's own.)
 
 Megatron-Core 0.16.1 and 0.19.2 name the device "cuda" in places that no option reaches. Each patch
 below answers one of them, in both.

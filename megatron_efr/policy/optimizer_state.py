@@ -1,4 +1,5 @@
-"""Adds what Megatron's optimizers lack to be saved and taken up again exactly.
+"""Adds what Megatron's optimizers lack to be saved and taken up again exactly, and has torch's Adam
+step in one pass on a CPU.
 
 In Megatron-Core 0.16.1 the DistributedOptimizer mixes up a checkpoint's tensors if a bucket ends in
 padding. With torch's Adam, if neither Transformer Engine nor apex is there, it cannot resume at

@@ -1,8 +1,5 @@
-"""The run folder: what a run writes, where it lies, and how it survives a fault.
-
-runs/<name>/ config.yaml · began · metrics.jsonl · checkpoints/ · journal/ ·
-rollouts/step_000010.jsonl.zst
-             reference.jsonl · eval/<name>.json · eval/unfinished/ · report/ · summary.json
+"""The run folder: what a run writes, where it lies (docs/run-folder.md), and how it survives a
+fault.
 """
 
 from __future__ import annotations

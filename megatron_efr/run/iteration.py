@@ -1,4 +1,6 @@
-"""The figures of one training iteration, from its groups and its updates."""
+"""The figures of one training iteration, from its groups and its updates, and what in them ends a
+run.
+"""
 
 from __future__ import annotations
 

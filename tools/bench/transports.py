@@ -2,10 +2,10 @@
 bytes.
 
     python tools/bench/transports.py
-        # a Qwen2 of 0.15 GB in fp32 to a server on this machine's CPU
+        # a Qwen2 of 0.13 GB in fp32 to a server on this machine's CPU
     python tools/bench/transports.py --hidden 256  # a smaller one
 
-Each transport gets a run of its own (`run.opened`), with a server that it starts. A publication is
+Each transport gets a run of its own (`open_run`), with a server that it starts. A publication is
 all of it: pause, flush, buckets, flush, version, go on. The first, whose checksums are compared, is
 not counted. The bare broadcast sends the same buckets over gloo to a process that throws them away,
 within the same turn.

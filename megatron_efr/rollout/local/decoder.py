@@ -276,6 +276,7 @@ class Decoder:
             )
             for count, width in runs
         ]
+        # all of them through each layer: its weights are read once
         x = F.embedding(torch.from_numpy(tokens).to(self.device), self._embedding)
         for number, layer in enumerate(self._layers):
             qkv = self._rotated(self._qkv(layer, x), cos, sin)
@@ -286,6 +287,7 @@ class Decoder:
                 )
             ]
             x = self._rest(layer, x, torch.cat(attended))
+        # what follows the last tokens, and nothing else, through the head
         last = x[torch.from_numpy(starts + lengths - 1).to(self.device)]
         logits = self._logits(F.pad(last, (0, 0, 0, round_up(n, self.rows) - n)))[:n]
         return [kv for cache in caches for kv in cache.unbind(2)], logits

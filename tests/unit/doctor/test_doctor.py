@@ -4,6 +4,7 @@ ports, disks.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +23,10 @@ from megatron_efr.data.arithmetic import ArithmeticTask, write
 from megatron_efr.data.byte_model import BYTE_MODEL, byte_tokenizer
 from megatron_efr.data.model_folder import write_model_folder
 from megatron_efr.doctor import machine, packages
-from megatron_efr.doctor.__main__ import examine
+from megatron_efr.doctor.__main__ import examine, fits_host
 from megatron_efr.doctor.engine import Versions, check_engine, check_router, compare
 from megatron_efr.doctor.finding import Finding
-from megatron_efr.doctor.model import check_prompt, check_weights
+from megatron_efr.doctor.model import check_data, check_prompt, check_weights
 from megatron_efr.doctor.packages import check_apex, check_packages, check_version, requirements
 from megatron_efr.doctor.programs import load_any
 from megatron_efr.weights.architecture import Architecture
@@ -221,7 +223,19 @@ def test_threads_and_shared_memory(tmp_path: Path) -> None:
     assert machine.check_threads({"OMP_NUM_THREADS": "1"}, 8).verdict == "ok"
     assert machine.check_threads({"OMP_NUM_THREADS": "64"}, 8).verdict == "note"
     assert machine.check_threads({"OMP_NUM_THREADS": "all"}, 8).verdict == "note"
-    assert machine.check_shared_memory(tmp_path / "shm").verdict == "note"
+    assert machine.check_shared_memory(True, tmp_path / "shm").verdict == "note"
+
+
+def test_little_shared_memory_stops_a_run_and_no_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image is built with the 64 MB that Docker gives, and ends with this program."""
+    docker = SimpleNamespace(total=64 * 2**20)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: docker)
+    assert machine.check_shared_memory(False, tmp_path).verdict == "note"
+    found = machine.check_shared_memory(True, tmp_path)
+    assert found.verdict == "problem"
+    assert "has 0.06 GiB" in found.found
 
 
 def test_nccl_settings_that_a_plain_torchrun_lacks_come_with_the_command_that_makes_them() -> None:
@@ -236,7 +250,7 @@ def test_nccl_settings_that_a_plain_torchrun_lacks_come_with_the_command_that_ma
 def test_without_a_gpu_it_says_what_runs() -> None:
     [found] = machine.check_gpus(needed=False)
     assert found.verdict == "note"
-    assert "runs here: efr sft" in found.advice
+    assert "runs here: all programs" in found.advice
     assert "NCCL" in found.advice
     [found] = machine.check_gpus(needed=True)
     assert found.verdict == "problem"
@@ -310,8 +324,49 @@ def test_the_exit_code_says_whether_this_run_could_start(tmp_path: Path) -> None
     assert f"{len(problems)} problems" in done.stdout
 
 
+def test_bfloat16_runs_on_a_cpu_and_a_model_that_its_memory_does_not_hold_does_not(
+    tied_model: Path, tmp_path: Path
+) -> None:
+    train = str(ROOT / "examples/quickstart/rl.yaml")
+    for dtype in ("float32", "bfloat16"):
+        small = load_any(train, [f"model.path={tied_model}", f"model.dtype={dtype}"])
+        assert fits_host(small)
+    shape = json.loads((tied_model / "config.json").read_text())
+    # an embedding of 2^40 parameters: 2 TiB in bfloat16
+    wide = shape | {"vocab_size": 2**20, "hidden_size": 2**20}
+    (tmp_path / "config.json").write_text(json.dumps(wide))
+    for file in ("quickstart/rl.yaml", "evaluate.yaml"):
+        huge = [f"model.path={tmp_path}", "model.dtype=bfloat16"]
+        assert not fits_host(load_any(str(ROOT / "examples" / file), huge))
+
+
 # -- the model, as the run will read it
 # --------------------------------------------------------------------------------
+
+
+def test_data_that_is_not_there_or_not_data_is_found_and_a_hubs_is_not_asked_for(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "Two and two?", "answer": "4"}\n')
+    (tmp_path / "torn.jsonl").write_text('{"question": "Two and')
+
+    def found(*paths: str) -> Finding:
+        sets = ", ".join(f"{{path: {path}}}" for path in paths)
+        overrides = [f"data.datasets=[{sets}]", "evaluation.datasets=[{path: openai/gsm8k}]"]
+        train = load_any(str(ROOT / "examples/quickstart/rl.yaml"), overrides)
+        return check_data(train)
+
+    there = found(f"{tmp_path}/rows.jsonl")
+    assert (there.verdict, there.found) == ("ok", f"{tmp_path}/rows.jsonl, openai/gsm8k")
+    lacking = found("data/none.jsonl", f"{tmp_path}/rows.jsonl", f"{tmp_path}/torn.jsonl")
+    assert lacking.verdict == "problem"
+    assert lacking.found.startswith(
+        f"data/none.jsonl: no such file or folder; {tmp_path}/torn.jsonl:1: "
+    )
+    for rows, verdict in (("rows", "ok"), ("torn", "problem"), ("none", "problem")):
+        path = f"data.path={tmp_path}/{rows}.jsonl"
+        sft = load_any(str(ROOT / "examples/quickstart/sft.yaml"), [path])
+        assert check_data(sft).verdict == verdict
 
 
 def test_the_weights_are_opened_and_one_prompt_is_rendered(tmp_path: Path) -> None:
