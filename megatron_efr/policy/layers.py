@@ -8,6 +8,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -34,20 +35,25 @@ class PackedSequences(PackedSeqParams):
     `rectangles` are (sequences, longest) each, their cells one after the other: cell c holds token
     `cells[c]` of the attention's input, and token t of it stands in cell `places[t]`. Padding
     repeats a sequence's last token behind it, so causal attention lets no real token see it.
+    `again` are cells of tokens that stand in an earlier sequence's cell already: of shared prompts.
     `rotary` are the tokens' cosines and sines [tokens, 1, head_dim], of the queries' dtype.
     """
 
     rectangles: list[tuple[int, int]] = field(default_factory=list)
     cells: torch.Tensor | None = None
     places: torch.Tensor | None = None
+    again: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def packed_sequences(
-    lengths: list[int], cu_seqlens: torch.Tensor, context_ranks: int = 1
+    lengths: list[int],
+    cu_seqlens: torch.Tensor,
+    context_ranks: int = 1,
+    layout: torch.Tensor | None = None,
 ) -> PackedSequences:
     """Describe a pack of whole sequences of these `lengths`; `cu_seqlens` int32 [sequences + 1] are
-    their bounds.
+    their bounds, and `layout` is `PackedBatch`'s.
 
     Under context parallelism the lengths are multiples of 2 * `context_ranks`, padding at a
     sequence's end included: the tokens before it never see it, so Megatron and Transformer Engine
@@ -58,6 +64,14 @@ def packed_sequences(
     if context_ranks > 1:
         cells = rank_order(lengths, context_ranks)[cells]
     places = torch.empty(sum(lengths), dtype=torch.int64).scatter_(0, cells[real], real)
+    # a prompt that several sequences share is attended from in the first, and to in all of them
+    again = None
+    if layout is not None:
+        layout = layout.cpu()
+        first = torch.from_numpy(np.unique(layout.numpy(), return_index=True)[1])
+        others = torch.ones(len(layout), dtype=torch.bool).index_fill_(0, first, False)
+        again = places[others].to(cu_seqlens.device)
+        cells, places = layout[cells], places[first]
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -69,6 +83,7 @@ def packed_sequences(
         rectangles=rectangles,
         cells=cells.to(cu_seqlens.device),
         places=places.to(cu_seqlens.device),
+        again=again,
     )
 
 
@@ -102,20 +117,30 @@ def _rectangles(lengths: list[int]) -> tuple[list[tuple[int, int]], torch.Tensor
 
 class _Pad(torch.autograd.Function):
     """[tokens, ...] to [cells, ...]. No gradient reaches a padding cell, so backward only collects
-    the real ones.
+    the real ones, and adds those of cells that hold a token `again`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, cells: torch.Tensor, places: torch.Tensor
+        ctx: Any,
+        x: torch.Tensor,
+        cells: torch.Tensor,
+        places: torch.Tensor,
+        again: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(places)
+        ctx.save_for_backward(places, cells if again is None else cells[again], again)
         return x.index_select(0, cells)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (places,) = ctx.saved_tensors
-        return grads[0].index_select(0, places), None, None
+        (grad,) = grads
+        places, tokens, again = ctx.saved_tensors
+        collected = grad.index_select(0, places)
+        if again is not None:
+            wide = collected.to(torch.promote_types(grad.dtype, torch.float32))
+            more = grad.index_select(0, again).to(wide.dtype)
+            collected = wide.index_add_(0, tokens, more).to(grad.dtype)
+        return collected, None, None, None
 
 
 class PackedAttention(MegatronModule):
@@ -172,7 +197,7 @@ class PackedAttention(MegatronModule):
             query, key, value = tokens_for_heads(query, key, value, self.context)
         # pad sequences of similar length to rectangles: few calls, little padding
         repeat = query.shape[1] // key.shape[1]
-        padded = [_Pad.apply(x, pack.cells, pack.places) for x in (query, key, value)]
+        padded = [_Pad.apply(x, pack.cells, pack.places, pack.again) for x in (query, key, value)]
         sizes = [n * longest for n, longest in pack.rectangles]
         # causal attention, a rectangle at a time
         outputs = []

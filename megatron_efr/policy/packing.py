@@ -267,13 +267,16 @@ def pack(
     device: torch.device,
     multiple: int = 1,
     each: int = 1,
+    share_prompts: bool = False,
 ) -> PackedBatch:
     """Lay `samples[i] for i in indices` end to end, each padded at its end to a multiple of `each`.
 
     Those of advantage 0 come last, so that the head can leave them out of its gradients at no cost.
-    Column `weight` is each token's times its sample's of `weights`. A padding sequence fills the
-    pack up to a multiple of `multiple`, itself one of `each`. Without indices the pack is padding
-    alone: a replica with less work than the others still takes part.
+    With `share_prompts`, for `multiple` and `each` of 1, a prompt that several of them have is laid
+    once. Column `weight` is each token's times its sample's of `weights`.
+
+    A padding sequence fills the pack up to a multiple of `multiple`, itself one of `each`. Without
+    indices the pack is padding alone: a replica with less work than the others still takes part.
     """
     # samples without an advantage last: their rows need no gradient
     known = all("advantage" in samples[i].columns for i in indices)
@@ -299,26 +302,49 @@ def pack(
         ]
     )
     row_lengths = [s.response_length for s in chosen]
+    targets = tokens[rows + 1]
     # each sequence counts positions from 0; the loss's weight goes into a column
     positions = np.arange(len(tokens)) - np.repeat(starts[:-1], lengths)
     columns = _joined_columns(chosen)
     columns["weight"] *= np.repeat(
         np.array([weights[i] for i in indices], dtype=np.float32), row_lengths
     )
+    # a prompt that was laid before is left out, and its places are those of the first
+    layout = _shared(chosen, starts) if share_prompts else None
+    if layout is not None:
+        _, first = np.unique(layout, return_index=True)
+        tokens, positions, rows = tokens[first], positions[first], layout[rows]
     return PackedBatch(
         tokens=torch.from_numpy(tokens).to(device),
         positions=torch.from_numpy(positions).to(device),
         lengths=lengths,
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)).to(device),
         rows=torch.from_numpy(rows).to(device),
-        targets=torch.from_numpy(tokens[rows + 1]).to(device),
+        targets=torch.from_numpy(targets).to(device),
         row_lengths=row_lengths,
         indices=indices,
         columns={name: torch.from_numpy(values).to(device) for name, values in columns.items()},
         live=len(indices) - sum(idle.values()) if known else None,
         chosen="version" in columns
         and bool(np.any((columns["version"] == NOT_DRAWN) & (columns["weight"] > 0))),
+        layout=None if layout is None else torch.from_numpy(layout).to(device),
     )
+
+
+def _shared(chosen: Sequence[Sample], starts: Array) -> Array | None:
+    """The `layout` of samples that begin at `starts`, each distinct prompt laid once; None if all
+    are distinct.
+    """
+    kept = np.ones(starts[-1], bool)
+    layout = np.arange(starts[-1])
+    first: dict[bytes, int] = {}
+    for sample, start in zip(chosen, starts, strict=False):
+        prompt = sample.prompt_length
+        earlier = first.setdefault(sample.tokens[:prompt].tobytes(), start)
+        if earlier != start:
+            kept[start : start + prompt] = False
+            layout[start : start + prompt] = np.arange(earlier, earlier + prompt)
+    return None if kept.all() else (np.cumsum(kept) - 1)[layout]
 
 
 def _joined_columns(samples: Sequence[Sample]) -> dict[str, Array]:

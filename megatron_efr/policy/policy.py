@@ -112,6 +112,10 @@ class Policy:
         )
         # sequences split evenly over ranks, batches into whole rounds of virtual stages
         self._sequence_multiple, self._pack_multiple = multiples(parallel)
+        # attention of our own knows prompts that responses share; routers would count them once
+        self._share_prompts = (
+            not engine and not self.architecture.experts and self._pack_multiple == 1
+        )
         self._batch_multiple = parallel.pipeline if parallel.virtual_pipeline is not None else 1
         # weights in, by the one mapping; the reference is a copy of them
         mapping = WeightMapping(
@@ -188,6 +192,7 @@ class Policy:
                 self.ranks.device,
                 self._pack_multiple,
                 self._sequence_multiple,
+                self._share_prompts,
             )
             for indices in plan.shares[self.ranks.replica]
         ]
@@ -344,7 +349,7 @@ class Policy:
                     position_ids=batch.positions[None],
                     attention_mask=None,
                     packed_seq_params=packed_sequences(
-                        batch.lengths, batch.cu_seqlens, self.ranks.context_ranks
+                        batch.lengths, batch.cu_seqlens, self.ranks.context_ranks, batch.layout
                     ),
                 )
 

@@ -25,7 +25,7 @@ from megatron_efr.policy.packing import (
     sequence_flops,
     split_into_updates,
 )
-from megatron_efr.samples import NOT_DRAWN
+from megatron_efr.samples import NOT_DRAWN, Sample
 from megatron_efr.steps import Part
 from megatron_efr.types import Credit, Credited, Group, Prompt, Response, VersionSpan
 from megatron_efr.weights.architecture import Architecture
@@ -132,6 +132,49 @@ def test_packed_attention_is_attention_within_each_sequence(
     got = torch.autograd.grad(out, [q, k, v], upstream)
     want = torch.autograd.grad(exact, [q, k, v], upstream)
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(got, want, strict=True))
+
+
+@given(
+    prompts=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    asked=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 20)), min_size=1, max_size=8),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_shared_prompt_is_laid_once_and_attended_to_as_if_each_response_had_its_own(
+    prompts: list[int], asked: list[tuple[int, int]]
+) -> None:
+    rng = np.random.default_rng(sum(prompts))
+    known = [rng.integers(0, 61, length) for length in prompts]
+    pairs = [(known[which % len(known)], rng.integers(0, 61, n)) for which, n in asked]
+    drawn = [Sample(np.concatenate([p, r]), len(p)) for p, r in pairs]
+    everyone, weights = list(range(len(drawn))), dict.fromkeys(range(len(drawn)), 1.0)
+    plain = pack(drawn, everyone, weights, torch.device("cpu"))
+    batch = pack(drawn, everyone, weights, torch.device("cpu"), share_prompts=True)
+    # one of each prompt, and all that is said of tokens is what was said of them apart
+    distinct = {tuple(p.tolist()) for p, _ in pairs}
+    assert len(batch.tokens) == sum(map(len, distinct)) + sum(len(r) for _, r in pairs)
+    layout = torch.arange(len(plain.tokens)) if batch.layout is None else batch.layout
+    assert (batch.layout is None) == (len(distinct) == len(pairs))
+    assert torch.equal(batch.tokens[layout], plain.tokens)
+    assert torch.equal(batch.positions[layout], plain.positions)
+    assert torch.equal(batch.rows, layout[plain.rows])
+    assert torch.equal(batch.targets, plain.targets)
+    assert (batch.lengths, batch.row_lengths) == (plain.lengths, plain.row_lengths)
+    # attention, and its gradients, which add up over those that attend to a shared prompt
+    x = torch.randn(3, len(batch.tokens), 2, 8, dtype=torch.float64, requires_grad=True)
+    attention = PackedAttention.__new__(PackedAttention)
+    torch.nn.Module.__init__(attention)
+    attention.scale = None
+    described = packed_sequences(batch.lengths, batch.cu_seqlens, layout=batch.layout)
+    out = attention.forward(*x.unbind(), None, packed_seq_params=described)[batch.rows]
+    exact = attention.forward(
+        *x[:, layout].unbind(), None,
+        packed_seq_params=packed_sequences(plain.lengths, plain.cu_seqlens),
+    )[plain.rows]  # fmt: skip
+    assert (out - exact).abs().max() < 1e-12
+    upstream = torch.randn_like(exact)
+    (got,) = torch.autograd.grad(out, x, upstream)
+    (want,) = torch.autograd.grad(exact, x, upstream)
+    assert (got - want).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("replicas", [2, 4, 8, 16, 32])

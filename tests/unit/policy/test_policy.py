@@ -179,6 +179,38 @@ def test_packing_changes_nothing(tied_model: Path, ranks: Ranks) -> None:
             assert float((gradient - other_gradients[name]).norm() / gradient.norm()) <= 2e-6, name
 
 
+@pytest.mark.parametrize("budget", [300, 100_000])
+def test_a_prompt_that_responses_share_is_computed_once_and_changes_nothing(
+    budget: int, tied_model: Path, ranks: Ranks
+) -> None:
+    """Of 8 prompts with 4 responses each, in one micro-batch and in several."""
+    drawn = ragged_sequences(32)
+    prompts = [np.arange(3 * i, 3 * i + 20 + i, dtype=np.int32) % 61 for i in range(8)]
+    sequences = [
+        Sample(np.concatenate([prompts[i % 8], s.tokens[s.prompt_length :]]), 20 + i % 8, s.columns)
+        for i, s in enumerate(drawn)
+    ]
+    results = []
+    for shares in (True, False):
+        policy = build(tied_model, ranks, megatron=SGD)
+        assert policy._share_prompts
+        policy._share_prompts = shares
+        batches = policy.pack_update(sequences, list(range(32)), budget, "sequence")
+        policy.score(batches)
+        logprobs = by_sequence(batches, [b.columns["old_logprob"] for b in batches])
+        metrics = policy.update(batches, policy_loss(Objective()))
+        tokens = sum(b.tokens.numel() for b in batches)
+        results.append((tokens, logprobs, metrics, dict(policy.named_gradients())))
+    (once, logprobs, metrics, gradients), (each, plain, plain_metrics, plain_gradients) = results
+    spared = sum(3 * len(prompt) for prompt in prompts)
+    assert each - once == spared if budget > 300 else 0 < each - once < spared
+    assert max(float((logprobs[i] - plain[i]).abs().max()) for i in plain) <= 2e-6
+    assert metrics["ratio_max"] == plain_metrics["ratio_max"] == 1.0
+    assert metrics["loss"] == pytest.approx(plain_metrics["loss"], abs=1e-6)
+    for name, gradient in plain_gradients.items():
+        assert float((gradient - gradients[name]).norm() / gradient.norm()) <= 2e-6, name
+
+
 def test_identities_of_the_first_update(tied_model: Path, ranks: Ranks) -> None:
     sequences = ragged_sequences(32)
     policy = build(tied_model, ranks, keep_reference=True)
