@@ -127,8 +127,9 @@ class PackedBatch:
 
     `tokens`, `positions` are int64 [T]; sequence s stands at `cu_seqlens[s]:cu_seqlens[s + 1]`
     (int32) and is `lengths[s]` long, padding at its end included; a last sequence may be padding.
-    With `layout` [sum of lengths] a prompt that several begin with stands once in `tokens`: the
-    token at place p of the sequences end to end is `tokens[layout[p]]`.
+    With `layout` [sum of lengths], on the host, a prompt that several begin with stands once in
+    `tokens`: the token at place p of the sequences end to end is `tokens[layout[p]]`.
+
     Row r of `rows` [R] predicts response token `targets[r]`. Everything per token that the loss
     reads is a column [R] (COLUMNS), sequence by sequence, `row_lengths` each. `indices` says which
     samples these are, padding left out. The loss is the sum of its terms times column `weight`,

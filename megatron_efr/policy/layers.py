@@ -67,7 +67,6 @@ def packed_sequences(
     # a prompt that several sequences share is attended from in the first, and to in all of them
     again = None
     if layout is not None:
-        layout = layout.cpu()
         first = torch.from_numpy(np.unique(layout.numpy(), return_index=True)[1])
         others = torch.ones(len(layout), dtype=torch.bool).index_fill_(0, first, False)
         again = places[others].to(cu_seqlens.device)

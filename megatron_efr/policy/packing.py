@@ -327,7 +327,7 @@ def pack(
         live=len(indices) - sum(idle.values()) if known else None,
         chosen="version" in columns
         and bool(np.any((columns["version"] == NOT_DRAWN) & (columns["weight"] > 0))),
-        layout=None if layout is None else torch.from_numpy(layout).to(device),
+        layout=None if layout is None else torch.from_numpy(layout),
     )
 
 
