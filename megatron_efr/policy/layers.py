@@ -127,13 +127,13 @@ class _Pad(torch.autograd.Function):
         places: torch.Tensor,
         again: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(places, cells if again is None else cells[again], again)
+        ctx.save_for_backward(places, again, None if again is None else cells[again])
         return x.index_select(0, cells)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
-        places, tokens, again = ctx.saved_tensors
+        places, again, tokens = ctx.saved_tensors
         collected = grad.index_select(0, places)
         if again is not None:
             wide = collected.to(torch.promote_types(grad.dtype, torch.float32))
