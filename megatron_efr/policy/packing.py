@@ -337,10 +337,10 @@ def _shared(chosen: Sequence[Sample], starts: Array) -> Array | None:
     """
     kept = np.ones(starts[-1], bool)
     layout = np.arange(starts[-1])
-    first: dict[bytes, int] = {}
+    first: dict[tuple[int, ...], int] = {}
     for sample, start in zip(chosen, starts, strict=False):
         prompt = sample.prompt_length
-        earlier = first.setdefault(sample.tokens[:prompt].tobytes(), start)
+        earlier = first.setdefault(tuple(sample.tokens[:prompt].tolist()), start)
         if earlier != start:
             kept[start : start + prompt] = False
             layout[start : start + prompt] = np.arange(earlier, earlier + prompt)
