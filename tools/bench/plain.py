@@ -74,6 +74,16 @@ def plain_batch(batch: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
     Plain means torch's own operations only. Rectangles padded for the whole model, at 0.7, 0.8 or
     0.9 of the longest row, were no faster than this pack, whose padding only attention sees.
     """
+    # each sequence with a prompt of its own: what plain torch does
+    if (layout := batch["layout"]) is not None:
+        batch["tokens"], batch["positions"] = batch["tokens"][layout], batch["positions"][layout]
+        ends = batch["cu_seqlens"].tolist()[1:]
+        batch["rows"] = torch.cat(
+            [
+                torch.arange(end - 1 - n, end - 1)
+                for end, n in zip(ends, batch["row_lengths"], strict=False)
+            ]
+        )
     dim = config["hidden_size"] // config["num_attention_heads"]
     base = config["rope_parameters"]["rope_theta"]
     # rotary cosines and sines of every token
