@@ -99,6 +99,7 @@ def plain_batch(batch: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
         if not buckets or lengths[i] < 0.8 * lengths[buckets[-1][0]]:
             buckets.append([])
         buckets[-1].append(i)
+    # each with its padding, and which of its cells are real
     batch["rectangles"], order = [], []
     for bucket in buckets:
         columns = torch.arange(lengths[bucket[0]])[None]
