@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from megatron_efr.config import (
@@ -68,20 +69,21 @@ def check_data(config: RunConfig) -> Finding:
     have to be downloaded, the name alone is told.
     """
     if isinstance(config, SftConfig | DpoConfig):
-        paths, read = [config.data.path], _first_row
+        sources = [(config.data.path, partial(_first_row, config.data.path))]
     else:
-        datasets = {each.path: each for each in _datasets(config)}
-        paths, read = list(datasets), lambda path: load_problems(_one_row(datasets[path]))
+        sources = [(d.path, partial(load_problems, _one_row(d))) for d in _datasets(config)]
     faults = []
-    for path in filter(is_local, paths):
-        try:
-            read(path)
-        except UserError as error:
-            faults.append(str(error))
+    for path, read in sources:
+        # answers of a run are never on the hub
+        if isinstance(config, DpoConfig) or is_local(path):
+            try:
+                read()
+            except UserError as error:
+                faults.append(str(error))
     if faults:
         advice = "see data.datasets, evaluation.datasets and data.path in docs/configuration.md"
         return Finding("data", "problem", "; ".join(faults), advice)
-    return Finding("data", "ok", ", ".join(paths) or "none is asked for")
+    return Finding("data", "ok", ", ".join(path for path, _ in sources) or "none is asked for")
 
 
 def _first_row(path: str) -> None:

@@ -310,10 +310,9 @@ def pack(
         np.array([weights[i] for i in indices], dtype=np.float32), row_lengths
     )
     # a prompt that was laid before is left out, and its places are those of the first
-    layout = _shared(chosen, starts) if share_prompts else None
+    layout, kept = _shared(chosen, starts) if share_prompts else (None, None)
     if layout is not None:
-        _, first = np.unique(layout, return_index=True)
-        tokens, positions, rows = tokens[first], positions[first], layout[rows]
+        tokens, positions, rows = tokens[kept], positions[kept], layout[rows]
     return PackedBatch(
         tokens=torch.from_numpy(tokens).to(device),
         positions=torch.from_numpy(positions).to(device),
@@ -331,9 +330,9 @@ def pack(
     )
 
 
-def _shared(chosen: Sequence[Sample], starts: Array) -> Array | None:
-    """The `layout` of samples that begin at `starts`, each distinct prompt laid once; None if all
-    are distinct.
+def _shared(chosen: Sequence[Sample], starts: Array) -> tuple[Array | None, Array]:
+    """The `layout` of samples that begin at `starts`, each distinct prompt laid once (None if all
+    are distinct), and which tokens are kept.
     """
     kept = np.ones(starts[-1], bool)
     layout = np.arange(starts[-1])
@@ -344,7 +343,7 @@ def _shared(chosen: Sequence[Sample], starts: Array) -> Array | None:
         if earlier != start:
             kept[start : start + prompt] = False
             layout[start : start + prompt] = np.arange(earlier, earlier + prompt)
-    return None if kept.all() else (np.cumsum(kept) - 1)[layout]
+    return None if kept.all() else (np.cumsum(kept) - 1)[layout], kept
 
 
 def _joined_columns(samples: Sequence[Sample]) -> dict[str, Array]:

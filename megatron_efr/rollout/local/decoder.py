@@ -269,13 +269,8 @@ class Decoder:
         # Attention runs over those of one width: blocks of it, and with them the rounding, depend
         # on the padded length from about 200 tokens on.
         runs = [(len(list(run)), width) for width, run in itertools.groupby(widths.tolist())]
-        shape = (a.layers, 2, a.kv_heads, a.head_dim)
-        caches = [
-            torch.empty(
-                *shape[:2], count, shape[2], width, shape[3], device=self.device, dtype=self.cached
-            )
-            for count, width in runs
-        ]
+        shapes = [(a.layers, 2, count, a.kv_heads, width, a.head_dim) for count, width in runs]
+        caches = [torch.empty(s, device=self.device, dtype=self.cached) for s in shapes]
         # all of them through each layer: its weights are read once
         x = F.embedding(torch.from_numpy(tokens).to(self.device), self._embedding)
         for number, layer in enumerate(self._layers):

@@ -367,6 +367,9 @@ def test_data_that_is_not_there_or_not_data_is_found_and_a_hubs_is_not_asked_for
         path = f"data.path={tmp_path}/{rows}.jsonl"
         sft = load_any(str(ROOT / "examples/quickstart/sft.yaml"), [path])
         assert check_data(sft).verdict == verdict
+    # a run's answers, which no hub has
+    dpo = load_any(str(ROOT / "examples/paper_dpo_7b.yaml"), ["data.path=none.jsonl.zst"])
+    assert check_data(dpo).verdict == "problem"
 
 
 def test_the_weights_are_opened_and_one_prompt_is_rendered(tmp_path: Path) -> None:
