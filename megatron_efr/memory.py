@@ -123,6 +123,16 @@ def layer_activation_bytes(
     return norms + split / parallel.tensor
 
 
+def attention_share(architecture: Architecture, parallel: ParallelConfig, dtype: str) -> float:
+    """The part of `local` layers' activations that attention keeps of every token of every
+    sequence, also of a prompt that several share and that is laid once: queries, repeated keys and
+    values, its result (4 q), log-sums.
+    """
+    a = architecture
+    kept = (4 * a.heads * a.head_dim * BYTES[dtype] + 4 * a.heads) / parallel.tensor
+    return kept / layer_activation_bytes(architecture, parallel, dtype, local=True)
+
+
 def activation_bytes(
     architecture: Architecture,
     parallel: ParallelConfig,

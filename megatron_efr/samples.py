@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,12 +62,13 @@ class SequenceSize(NamedTuple):
     """A sample's tokens: all that a rank has to know of the samples that others train on.
 
     `trained` are the response's tokens of a weight above 0. A sample without any is left out of the
-    loss.
+    loss. `prompt_id` is the same for samples of the same prompt, and hardly ever for others.
     """
 
     prompt: int
     response: int
     trained: int
+    prompt_id: int
 
     @property
     def length(self) -> int:
@@ -109,7 +111,11 @@ class Sample:
     def size(self) -> SequenceSize:
         weight = self.columns.get("weight")
         trained = self.response_length if weight is None else np.count_nonzero(weight)
-        return SequenceSize(self.prompt_length, self.response_length, int(trained))
+        # a checksum, which is the same in every process
+        prompt = np.asarray(self.tokens[: self.prompt_length], np.int32).tobytes()
+        return SequenceSize(
+            self.prompt_length, self.response_length, int(trained), zlib.crc32(prompt)
+        )
 
     def column(self, name: str) -> Array:
         """Column `name` in its declared type, [response tokens]. KeyError if it is not there and

@@ -17,6 +17,15 @@ from megatron_efr.weights.architecture import Architecture
 
 MicroBatches = list[list[int]]  # indices of sequences, micro-batch by micro-batch
 
+_PIECES = 4  # in which a replica's work is dealt at least
+
+
+class SharedPrompt(NamedTuple):
+    """A prompt as the dealing knows it: `SequenceSize.prompt_id`, and its tokens."""
+
+    prompt_id: int
+    tokens: int
+
 
 class UpdateShares(NamedTuple):
     """An optimizer update before its tokens are there: each replica's micro-batches, each
@@ -148,12 +157,22 @@ def multiples(parallel: ParallelConfig) -> tuple[int, int]:
     return sequence, math.lcm(sequence, parallel.context * slices)
 
 
+class _Piece(NamedTuple):
+    """Sequences that stay together, the tokens of the budget that they take, and their work."""
+
+    indices: list[int]
+    tokens: float
+    work: float
+
+
 def balance(
     lengths: Mapping[int, int],
     replicas: int,
     budget: int,
     multiple: int = 1,
     cost: Callable[[int], float] = float,
+    prompts: Mapping[int, SharedPrompt] | None = None,
+    repeated: float = 1.0,
 ) -> list[MicroBatches]:
     """Micro-batches of one update for every replica: similar work, equally many, at most `budget`
     tokens each.
@@ -163,59 +182,116 @@ def balance(
     replica to the micro-batch with the least. Their number is a multiple of `multiple`: the
     interleaved pipeline schedule takes groups of as many as there are stages. A sequence longer
     than the budget gets a micro-batch of its own; with few sequences some are empty.
+
+    With `prompts`, where `pack` is to lay those once that several sequences share, such sequences
+    are kept together as far as that leaves replicas balanced and micro-batches few. Their prompt's
+    work counts once, and for every other sequence of them its tokens take `repeated` of the budget
+    each.
     """
-    # longest first, each to the replica that has least to do
-    shares: list[list[int]] = [[] for _ in range(replicas)]
+
+    def piece(indices: list[int]) -> _Piece:
+        tokens = float(sum(lengths[i] for i in indices))
+        work = sum(cost(lengths[i]) for i in indices)
+        if prompts is not None and (others := len(indices) - 1):
+            prompt = prompts[indices[0]].tokens
+            tokens -= others * prompt * (1 - repeated)
+            work -= others * cost(prompt)
+        return _Piece(indices, tokens, work)
+
+    # costliest first, each to the replica that has least to do
+    together = [[i] for i in lengths] if prompts is None else _of_one_prompt(lengths, prompts)
+    most = sum(map(cost, lengths.values())) / (replicas * _PIECES)
+    pieces = [part for each in together for part in _parts(piece, each, budget, most)]
+    shares: list[list[_Piece]] = [[] for _ in range(replicas)]
     loads = [0.0] * replicas
-    for i in sorted(lengths, key=lambda i: (-lengths[i], i)):
+    for each in sorted(pieces, key=lambda each: (-each.work, each.indices)):
         replica = loads.index(min(loads))
-        shares[replica].append(i)
-        loads[replica] += cost(lengths[i])
+        shares[replica].append(each)
+        loads[replica] += each.work
     # the fewest micro-batches that fit the budget, as many on every replica
-    count = round_up(
-        max(_fewest([lengths[i] for i in share], budget) for share in shares), multiple
-    )
+    count = round_up(max(_fewest(share, budget) for share in shares), multiple)
     while True:
-        spread = [_spread(share, lengths, count, budget, cost) for share in shares]
+        spread = [_spread(share, count, budget, piece) for share in shares]
         found = [batches for batches in spread if batches is not None]
         if len(found) == replicas:
             return found
         count += multiple
 
 
-def _fewest(lengths: Sequence[int], budget: int) -> int:
-    """A number of micro-batches below which these sequences cannot do: at least 1, and near what
-    they need.
+def _of_one_prompt(
+    lengths: Mapping[int, int], prompts: Mapping[int, SharedPrompt]
+) -> list[list[int]]:
+    """The sequences of each prompt, longest first."""
+    found: dict[SharedPrompt, list[int]] = {}
+    for i in sorted(lengths, key=lambda i: (-lengths[i], i)):
+        found.setdefault(prompts[i], []).append(i)
+    return list(found.values())
 
-    At most k of those longer than 1 / (k + 1) of the budget fit into one. Without that, trying
+
+def _parts(
+    piece: Callable[[list[int]], _Piece], indices: list[int], budget: int, most: float
+) -> list[_Piece]:
+    """Sequences of one prompt in as few alike parts as fit into a micro-batch each, with at most
+    the work `most`.
+    """
+    whole = piece(indices)
+    count = min(len(indices), math.ceil(max(whole.tokens / budget, whole.work / most)))
+    return [piece(indices[part::count]) for part in range(count)]
+
+
+def _fewest(share: Sequence[_Piece], budget: int) -> int:
+    """A number of micro-batches below which these pieces cannot do: at least 1, and near what they
+    need.
+
+    At most k sequences longer than 1 / (k + 1) of the budget fit into one. Without that, trying
     numbers one by one from what the tokens need takes minutes if a thousand sequences are all a
     little over half of the budget.
     """
-    over = (-(-sum(length * (k + 1) > budget for length in lengths) // k) for k in range(1, 9))
-    return max(1, -(-sum(lengths) // budget), *over)
+    alone = [each.tokens for each in share if len(each.indices) == 1]
+    over = (-(-sum(tokens * (k + 1) > budget for tokens in alone) // k) for k in range(1, 9))
+    return max(1, math.ceil(sum(each.tokens for each in share) / budget), *over)
 
 
 def _spread(
-    share: list[int],
-    lengths: Mapping[int, int],
-    count: int,
-    budget: int,
-    cost: Callable[[int], float],
+    share: Sequence[_Piece], count: int, budget: int, piece: Callable[[list[int]], _Piece]
 ) -> MicroBatches | None:
-    """A replica's sequences, costliest first, over `count` similar micro-batches; None if one does
-    not fit.
+    """A replica's pieces, costliest first, over `count` similar micro-batches; one that does not
+    fit is halved. None if a sequence does not fit.
     """
     batches: MicroBatches = [[] for _ in range(count)]
-    tokens, work = [0] * count, [0.0] * count
-    for i in share:
-        fitting = [b for b in range(count) if not batches[b] or tokens[b] + lengths[i] <= budget]
-        if not fitting:
+    tokens, work = [0.0] * count, [0.0] * count
+    waiting = list(reversed(share))
+    while waiting:
+        each = waiting.pop()
+        alone = len(each.indices) == 1  # it may be longer than the budget
+        fitting = [
+            b
+            for b in range(count)
+            if tokens[b] + each.tokens <= budget or (alone and not batches[b])
+        ]
+        if fitting:
+            b = min(fitting, key=lambda b: work[b])
+            batches[b] += each.indices
+            tokens[b] += each.tokens
+            work[b] += each.work
+        elif alone:
             return None
-        b = min(fitting, key=lambda b: work[b])
-        batches[b].append(i)
-        tokens[b] += lengths[i]
-        work[b] += cost(lengths[i])
+        else:
+            waiting += [piece(each.indices[half::2]) for half in (1, 0)]
     return batches
+
+
+def costs(batch: PackedBatch, cost: Callable[[int], float]) -> list[float]:
+    """The work of each of a micro-batch's sequences, by `cost` of its tokens; that of a shared
+    prompt is the first one's.
+    """
+    found, seen = [], set()
+    starts = np.cumsum([0, *batch.lengths])
+    for start, length, response in zip(starts, batch.lengths, batch.row_lengths, strict=False):
+        at = start if batch.layout is None else int(batch.layout[start])
+        found.append(cost(length) - (cost(length - response) if at in seen else 0.0))
+        seen.add(at)
+    return found
 
 
 def round_up(number: int, multiple: int) -> int:

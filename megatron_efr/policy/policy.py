@@ -19,7 +19,7 @@ from megatron_efr import log
 from megatron_efr.algorithms.objective import Aggregate, Objective
 from megatron_efr.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_efr.kernels import Backend, choose_backend
-from megatron_efr.memory import micro_batch_tokens
+from megatron_efr.memory import attention_share, micro_batch_tokens
 from megatron_efr.policy import context
 from megatron_efr.policy.credits import fill_advantages
 from megatron_efr.policy.divisibility import check_fit, te_layers
@@ -36,9 +36,11 @@ from megatron_efr.policy.loss import Loss, Metrics, as_means, combine
 from megatron_efr.policy.model import PolicyModel, build_chunks, transformer_config
 from megatron_efr.policy.optimizer import Optimizer
 from megatron_efr.policy.packing import (
+    SharedPrompt,
     UpdateShares,
     balance,
     check_tokens,
+    costs,
     multiples,
     pack,
     round_up,
@@ -116,6 +118,7 @@ class Policy:
         self._share_prompts = (
             not engine and not self.architecture.experts and self._pack_multiple == 1
         )
+        self._repeated = attention_share(self.architecture, parallel, model.dtype)
         self._batch_multiple = parallel.pipeline if parallel.virtual_pipeline is not None else 1
         # weights in, by the one mapping; the reference is a copy of them
         mapping = WeightMapping(
@@ -174,7 +177,19 @@ class Policy:
         # a sequence takes its padded length, and costs its FLOPs
         lengths = {i: round_up(sizes[i].length, self._sequence_multiple) for i in update}
         budget = micro_batch_tokens or self._micro_batch_tokens
-        shares = balance(lengths, self.ranks.replicas, budget, self._batch_multiple, self._flops)
+        # what is laid once is kept together
+        prompts = None
+        if self._share_prompts:
+            prompts = {i: SharedPrompt(sizes[i].prompt_id, sizes[i].prompt) for i in update}
+        shares = balance(
+            lengths,
+            self.ranks.replicas,
+            budget,
+            self._batch_multiple,
+            self._flops,
+            prompts,
+            self._repeated,
+        )
         return UpdateShares(shares, row_weights(sizes, update, aggregate, divisor))
 
     def pack(self, samples: ByIndex[Sample], plan: UpdateShares) -> list[PackedBatch]:
@@ -304,14 +319,8 @@ class Policy:
     def _work(self, batches: list[PackedBatch]) -> dict[str, float]:
         """This replica's FLOPs, stated by its first context rank."""
         first = batches if self.ranks.context_rank == 0 else []
-        costs = [
-            self._flops(length) for batch in first for length in batch.lengths[: len(batch.indices)]
-        ]
-        return {
-            "flops": sum(costs),
-            "flops_max": sum(costs),
-            "longest_max": max(costs, default=0.0),
-        }
+        own = [work for batch in first for work in costs(batch, self._flops)]
+        return {"flops": sum(own), "flops_max": sum(own), "longest_max": max(own, default=0.0)}
 
     def _run(self, batches: list[PackedBatch], loss: Loss, *, forward_only: bool) -> list[Metrics]:
         """Drive Megatron's schedule; per micro-batch, on the last stage, what the loss measured."""

@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from megatron_efr.data.arithmetic import ArithmeticTask, write
 from megatron_efr.memory import (
     BYTES,
     activation_bytes,
+    attention_share,
     checkpoint_bytes,
     gradient_bytes,
     kv_bytes_per_token,
@@ -26,8 +28,9 @@ from megatron_efr.memory import (
 )
 from megatron_efr.planning.__main__ import main as plan_program
 from megatron_efr.planning.shapes import shape_of
-from megatron_efr.policy import supervised_loss
+from megatron_efr.policy import Policy, supervised_loss
 from megatron_efr.policy.ranks import Ranks
+from megatron_efr.samples import PackedBatch, Sample
 from megatron_efr.weights.architecture import Architecture
 from megatron_efr.weights.mapping import WeightMapping
 from tests.conftest import ragged_sequences
@@ -118,17 +121,8 @@ def test_parameters_gradients_and_optimizer_are_what_the_policy_holds(
     assert sum(t.numel() * t.element_size() for t in states) == optimizer_bytes(count, "float32")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["qwen2", "llama3", "qwen3", "qwen3-tied", "qwen3-moe"])
-def test_activations_are_what_autograd_keeps(
-    tmp_path: Path, ranks: Ranks, family: str, dtype: str
-) -> None:
-    """All that a model of local layers keeps, measured; beside the layers are the final norm, the
-    angles, the head.
-    """
-    folder, tokens = make_family_folder(tmp_path / family, family), 512
-    architecture = Architecture.from_folder(folder)
-    policy = make_policy(folder, ranks, dtype=dtype)
+def kept_by_autograd(policy: Policy, batches: list[PackedBatch]) -> int:
+    """Bytes that an update keeps for its gradients, parameters left out."""
     parameters = {
         p.untyped_storage().data_ptr() for chunk in policy.chunks for p in chunk.parameters()
     }
@@ -140,19 +134,58 @@ def test_activations_are_what_autograd_keeps(
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    [sequence] = ragged_sequences(1, shortest=tokens, longest=tokens + 1)
-    batches = policy.pack_update([sequence], [0], tokens, "token")
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         policy.update(batches, supervised_loss)
+    return sum(kept.values())
+
+
+def beside_layers(architecture: Architecture, dtype: str) -> int:
+    """What a token leaves beside the layers: the final norm's, the angles', the head's."""
+    width, hidden = BYTES[dtype], architecture.hidden
+    final_norm, angles, head = width * hidden + 4, 2 * width * architecture.head_dim, 4 * hidden
+    return final_norm + angles + head
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["qwen2", "llama3", "qwen3", "qwen3-tied", "qwen3-moe"])
+def test_activations_are_what_autograd_keeps(
+    tmp_path: Path, ranks: Ranks, family: str, dtype: str
+) -> None:
+    """All that a model of local layers keeps, measured."""
+    folder, tokens = make_family_folder(tmp_path / family, family), 512
+    architecture = Architecture.from_folder(folder)
+    policy = make_policy(folder, ranks, dtype=dtype)
+    [sequence] = ragged_sequences(1, shortest=tokens, longest=tokens + 1)
+    kept = kept_by_autograd(policy, policy.pack_update([sequence], [0], tokens, "token"))
     layers = activation_bytes(
         architecture, ParallelConfig(), dtype, tokens, recompute=False, local=True
     )
-    width, hidden = BYTES[dtype], architecture.hidden
-    final_norm, angles, head = width * hidden + 4, 2 * width * architecture.head_dim, 4 * hidden
-    beside = tokens * (final_norm + angles + head)
-    assert sum(kept.values()) == pytest.approx(
-        layers + beside, rel=0.03 if architecture.experts else 0.01
-    )
+    beside = tokens * beside_layers(architecture, dtype)
+    assert kept == pytest.approx(layers + beside, rel=0.03 if architecture.experts else 0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["qwen2", "llama3", "qwen3"])
+def test_of_a_shared_prompt_attention_alone_keeps_each_sequences_tokens(
+    tmp_path: Path, ranks: Ranks, family: str, dtype: str
+) -> None:
+    """Four sequences of 128 tokens, the first 100 of which are the same: 212 are laid, and
+    attention keeps 300 more.
+    """
+    folder = make_family_folder(tmp_path / family, family)
+    architecture = Architecture.from_folder(folder)
+    policy = make_policy(folder, ranks, dtype=dtype)
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(0, 60, 100)
+    drawn = [Sample(np.concatenate([prompt, rng.integers(0, 60, 28)]), 100) for _ in range(4)]
+    [batch] = policy.pack_update(drawn, [0, 1, 2, 3], 1000, "token")
+    laid, again = len(batch.tokens), 300
+    assert laid == 212
+    token = layer_activation_bytes(architecture, ParallelConfig(), dtype, local=True)
+    share = attention_share(architecture, ParallelConfig(), dtype)
+    layers = architecture.layers * token * (laid + share * again)
+    kept = kept_by_autograd(policy, [batch])
+    assert kept == pytest.approx(layers + laid * beside_layers(architecture, dtype), rel=0.03)
 
 
 def test_recompute_keeps_each_layers_input_and_one_whole_layer() -> None:

@@ -137,7 +137,7 @@ def test_worked_kl(kl: str) -> None:
 def test_worked_aggregation() -> None:
     given, outputs = VECTORS["aggregation"]["inputs"], VECTORS["aggregation"]["outputs"]
     losses = given["token_losses"]
-    sizes = [SequenceSize(3, len(each), len(each)) for each in losses]
+    sizes = [SequenceSize(3, len(each), len(each), 0) for each in losses]
     for name, options, key in (
         ("dapo", {}, "token_mean"),
         ("grpo", {}, "seq_mean_token_mean"),

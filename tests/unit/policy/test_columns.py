@@ -136,12 +136,12 @@ def test_credits_become_columns() -> None:
         "engine_logprob": [-1.0, -2.0, -3.0],
         "version": [4, NOT_DRAWN, 5],
     }  # fmt: skip
-    assert one.size == SequenceSize(2, 3, 2)
+    assert one.size == SequenceSize(2, 3, 2, one.size.prompt_id)
     assert other.columns["weight"].tolist() == [0.0, 0.0], (
         "masked: whatever the method says of its tokens"
     )
     assert other.columns["advantage"].tolist() == [0.0, 1.0]
-    assert other.size == SequenceSize(2, 2, 0)
+    assert other.size == SequenceSize(2, 2, 0, one.size.prompt_id)
     plain, _ = samples([with_credit(advantage=np.array([0.1 + 0.2, 0.0]))])
     assert plain.columns.keys() == {"advantage", "engine_logprob", "version"}
     assert set(plain.columns["advantage"].tolist()) == {float(np.float32(0.1 + 0.2))}
@@ -172,7 +172,10 @@ def test_answers_of_branches_become_samples() -> None:
     for k, at in enumerate((2, 2, 3)):
         one = made[1 + k]
         assert one.tokens.tolist() == [1, 2, *(5, 6, 7, 8)[:at], 20 + k, 30 + k]
-        assert (one.prompt_length, one.size) == (2 + at, SequenceSize(2 + at, 2, 1))
+        assert (one.prompt_length, one.size) == (
+            2 + at,
+            SequenceSize(2 + at, 2, 1, one.size.prompt_id),
+        )
         assert {name: one.column(name).tolist() for name in one.columns} == {
             "advantage": [k + 1.0] * 2, "weight": [0.0, 1.0], "engine_logprob": [0.0, -0.5 - k],
             "version": [NOT_DRAWN, 6],
@@ -180,7 +183,7 @@ def test_answers_of_branches_become_samples() -> None:
 
     made = samples([Credited(base, given._replace(beginnings=True))])
     one = made[3]
-    assert (one.prompt_length, one.size) == (2, SequenceSize(2, 5, 3))
+    assert (one.prompt_length, one.size) == (2, SequenceSize(2, 5, 3, one.size.prompt_id))
     assert {name: one.column(name).tolist() for name in one.columns} == {
         "advantage": [3.0] * 5, "weight": [0.0, 1.0, 1.0, 0.0, 1.0],
         "engine_logprob": [0.0, -1.0, -2.0, 0.0, -2.5],

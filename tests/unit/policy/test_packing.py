@@ -18,7 +18,9 @@ from transformers import Qwen2ForCausalLM
 from megatron_efr.policy import context, packing
 from megatron_efr.policy.layers import PackedAttention, packed_sequences
 from megatron_efr.policy.packing import (
+    SharedPrompt,
     balance,
+    costs,
     pack,
     row_weights,
     samples,
@@ -68,6 +70,83 @@ def test_balance_loses_nothing_and_keeps_its_budget(
     loads = [sum(table[i] for batch in share for i in batch) for share in shares]
     # longest-first greedy: no replica exceeds the mean by more than one sequence
     assert max(loads) <= np.mean(loads) + max(lengths)
+
+
+@given(
+    drawn=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 60)), min_size=8, max_size=80),
+    prompts=st.lists(st.integers(1, 90), min_size=6, max_size=6),
+    replicas=st.integers(1, 4),
+    budget=st.integers(100, 1000),
+    repeated=st.sampled_from([0.25, 1.0]),
+)
+@settings(max_examples=150, deadline=None)
+def test_sequences_of_one_prompt_stay_together_within_the_budget(
+    drawn: list[tuple[int, int]],
+    prompts: list[int],
+    replicas: int,
+    budget: int,
+    repeated: float,
+) -> None:
+    known = {i: SharedPrompt(which, prompts[which]) for i, (which, _) in enumerate(drawn, start=10)}
+    lengths = {i: prompts[which] + n for i, (which, n) in enumerate(drawn, start=10)}
+    shares = balance(lengths, replicas, budget, prompts=known, repeated=repeated)
+    assert sorted(i for share in shares for batch in share for i in batch) == sorted(lengths)
+    assert len({len(share) for share in shares}) == 1
+
+    def size(batch: list[int], again: float) -> float:
+        """Tokens, of a prompt that was there before so many."""
+        distinct = {known[i] for i in batch}
+        repeats = sum(known[i].tokens for i in batch) - sum(each.tokens for each in distinct)
+        return sum(lengths[i] for i in batch) - repeats * (1 - again)
+
+    for share in shares:
+        for batch in share:
+            assert size(batch, repeated) <= budget + 1e-9 or len(batch) == 1
+    loads = [sum(size(batch, 0.0) for batch in share) for share in shares]
+    # a piece is at most a quarter of a replica's work, or a sequence
+    total = sum(lengths.values())
+    assert max(loads) <= total / replicas + max(total / replicas / 4, *lengths.values())
+
+
+def test_what_shares_a_prompt_is_placed_together() -> None:
+    """Of 16 prompts with 4 responses each, dealt to two updates at random and two micro-batches of
+    each: nearly every prompt is laid once an update.
+    """
+    rng = np.random.default_rng(0)
+    lengths = {i: 50 + int(n) for i, n in enumerate(rng.integers(20, 70, 64))}
+    prompts = {i: SharedPrompt(i // 4, 50) for i in lengths}
+    laid = {"together": 0, "apart": 0}
+    least = 0
+    for update in split_into_updates(64, 2, (1, 2)):
+        own = {i: lengths[i] for i in update}
+        least += len({prompts[i] for i in update})
+        for name, known in (("together", prompts), ("apart", None)):
+            (batches,) = balance(own, 1, 1600, prompts=known, repeated=0.3)
+            assert len(batches) == 2
+            laid[name] += sum(len({prompts[i] for i in batch}) for batch in batches)
+    assert (least, laid) == (31, {"together": 31, "apart": 44})
+
+
+def test_a_piece_that_fits_nowhere_is_halved() -> None:
+    """Three responses of 30 tokens and their prompt of 40 are 130. Three such pieces fit into two
+    micro-batches of 235 tokens if one of them is parted: 200 and 230; of 200 each they need three.
+    """
+    lengths, prompts = dict.fromkeys(range(9), 70), {i: SharedPrompt(i // 3, 40) for i in range(9)}
+    for budget, sizes in ((235, [4, 5]), (200, [3, 3, 3])):
+        (batches,) = balance(lengths, 1, budget, prompts=prompts, repeated=0.0)
+        assert sorted(len(batch) for batch in batches) == sizes
+
+
+def test_work_counts_a_shared_prompt_once() -> None:
+    rng = np.random.default_rng(0)
+    one, other = rng.integers(0, 61, 7), rng.integers(0, 61, 5)
+    drawn = [Sample(np.concatenate([p, rng.integers(0, 61, n)]), len(p))
+             for p, n in ((one, 3), (other, 4), (one, 6))]  # fmt: skip
+    for share, work in ((True, [100.0, 81.0, 169.0 - 49.0]), (False, [100.0, 81.0, 169.0])):
+        batch = pack(
+            drawn, [0, 1, 2], dict.fromkeys(range(3), 1.0), torch.device("cpu"), share_prompts=share
+        )
+        assert costs(batch, lambda tokens: float(tokens**2)) == work
 
 
 def test_weights_are_the_two_means() -> None:
@@ -227,7 +306,7 @@ def test_sequences_that_are_alike_take_one_try(
     tokens do not tell.
     """
     tried, spread = [], packing._spread
-    monkeypatch.setattr(packing, "_spread", lambda *asked: tried.append(asked[2]) or spread(*asked))
+    monkeypatch.setattr(packing, "_spread", lambda *asked: tried.append(asked[1]) or spread(*asked))
     (share,) = balance(dict.fromkeys(range(200), length), 1, 478)
     assert [len(share)] == tried == [needed]
 
