@@ -203,7 +203,8 @@ def test_a_prompt_that_responses_share_is_computed_once_and_changes_nothing(
         results.append((tokens, logprobs, metrics, dict(policy.named_gradients())))
     (once, logprobs, metrics, gradients), (each, plain, plain_metrics, plain_gradients) = results
     spared = sum(3 * len(prompt) for prompt in prompts)
-    assert each - once == spared if budget > 300 else 0 < each - once < spared
+    # what shares a prompt is in one micro-batch, or in two that it must be parted to
+    assert each - once == spared if budget > 300 else 0.7 * spared < each - once < spared
     assert max(float((logprobs[i] - plain[i]).abs().max()) for i in plain) <= 2e-6
     assert metrics["ratio_max"] == plain_metrics["ratio_max"] == 1.0
     assert metrics["loss"] == pytest.approx(plain_metrics["loss"], abs=1e-6)
