@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import date, time
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -113,6 +114,12 @@ def _text(row: Row, column: str, kind: str) -> str:
         )
     elif value is None:
         found = "null"
+    elif isinstance(value, date | time):
+        found = (
+            f"a {type(value).__name__}, not text (the library datasets makes dates of a JSON "
+            "file's text if all of it looks like dates; read by its own path, FILE.jsonl, it "
+            "stays text)"
+        )
     else:
         found = "empty" if isinstance(value, str) else f"a {type(value).__name__}, not text"
     raise DatasetError(

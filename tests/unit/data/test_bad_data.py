@@ -294,6 +294,25 @@ def test_a_saved_folder_that_is_damaged(
     assert [word for word in words if word not in message] == [], message
 
 
+def test_dates_that_a_library_made_of_answers(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """A JSON file's answers that look like dates come as such from datasets, and as text from the
+    file.
+    """
+    file, folder = tmp_path / "days.jsonl", tmp_path / "days"
+    rows = [{"question": f"{n}?", "answer": f"2024-01-0{n}"} for n in (1, 2)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read(file, tokenizer) is None
+    loaded = datasets.load_dataset(
+        "json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    loaded.save_to_disk(str(folder))
+    message = str(read(folder, tokenizer))
+    for word in ("row 1: the answer in column 'answer' is a datetime, not text", "FILE.jsonl"):
+        assert word in message
+
+
 # -- by chance
 # --------------------------------------------------------------------------------------------------
 
