@@ -259,18 +259,16 @@ def _spread(
     fit is halved. None if a sequence does not fit.
     """
     batches: MicroBatches = [[] for _ in range(count)]
-    tokens, work = [0.0] * count, [0.0] * count
+    tokens, work = np.zeros(count), np.zeros(count)
     waiting = list(reversed(share))
     while waiting:
         each = waiting.pop()
-        alone = len(each.indices) == 1  # it may be longer than the budget
-        fitting = [
-            b
-            for b in range(count)
-            if tokens[b] + each.tokens <= budget or (alone and not batches[b])
-        ]
-        if fitting:
-            b = min(fitting, key=lambda b: work[b])
+        fitting = tokens + each.tokens <= budget
+        alone = len(each.indices) == 1
+        if alone:  # it may be longer than the budget
+            fitting |= tokens == 0
+        if fitting.any():
+            b = int(np.where(fitting, work, np.inf).argmin())
             batches[b] += each.indices
             tokens[b] += each.tokens
             work[b] += each.work
