@@ -66,7 +66,7 @@ $python -m pytest tests/parallel -m "$slow"
 took
 stage "real SGLang servers"
 bash tools/setup_sglang_cpu.sh
-$python -m pytest tests/engine -m "$slow" -rs
+$python -m pytest tests/engine -m "$slow" -n 2 --dist loadfile --no-loadscope-reorder -rs
 took
 stage "the report in a browser"
 $python -m pytest tests/browser -m "$slow" -rs

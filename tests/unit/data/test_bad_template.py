@@ -19,6 +19,7 @@ from megatron_efr.data.model_folder import CHAT_TEMPLATE, write_model_folder
 from megatron_efr.data.prompts import load_tokenizer, render_all
 from megatron_efr.errors import UserError
 
+pytestmark = pytest.mark.alike
 INPUTS = 200
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not "

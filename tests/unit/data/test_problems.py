@@ -13,6 +13,7 @@ from megatron_efr.config import DatasetConfig
 from megatron_efr.data.datasets import load_problems
 from megatron_efr.data.readers import DatasetError, read_rows
 
+pytestmark = pytest.mark.alike
 HERE = Path(__file__).parents[2] / "data"
 
 

@@ -17,6 +17,7 @@ from megatron_efr.rollout.local.products import PACKED_WIDTH, Form, Product
 from megatron_efr.weights.architecture import Architecture
 from tests.families import make_family_folder
 
+pytestmark = pytest.mark.alike
 CPU = torch.device("cpu")
 FORMS = [(64, torch.float32), (PACKED_WIDTH, torch.float32), (64, torch.bfloat16)]
 # columns and rows of weights of SmolLM2-135M, Qwen2.5-0.5B and Qwen2.5-1.5B, and odd ones
