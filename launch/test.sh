@@ -59,7 +59,7 @@ stage "unit tests"
 $python -m pytest tests/unit tests/gpu -m "$slow" -n 2 --dist loadfile --no-loadscope-reorder
 took
 stage "whole runs: killed, resumed, real input"
-$python -m pytest tests/loop -m "$slow" -n 2 --dist loadfile --no-loadscope-reorder
+$python -m pytest tests/loop -m "$slow" -n 2 --dist loadfile # its two long files first, which have most tests
 took
 stage "several processes over gloo"
 $python -m pytest tests/parallel -m "$slow"
