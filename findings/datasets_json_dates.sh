@@ -2,8 +2,8 @@
 # datasets 5.2.0, pyarrow 26.0.1: answers that are text in a JSON file come back as datetimes, if all of them look like
 # dates. One that does not, and all are text.
 #
-# So a set of questions such as "On which day does it arrive?" loses its answers' text, and which type a column has depends
-# on the last row. Numbers in quotes, and times of day, stay text.
+# So a set of questions such as "On which day does it arrive?" loses its answers' text, and one row decides of which type
+# the whole column is. Numbers in quotes, and times of day, stay text.
 #
 # Output seen:
 #     2024-01-05 2023-12-31 | timestamp[s] | datetime datetime
