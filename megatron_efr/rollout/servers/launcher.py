@@ -219,7 +219,7 @@ class Launcher:
                     f"{self.folder}"
                 )
             time.sleep(0.5)
-            waiting = [server for server in waiting if not server.is_ready(self.key)]
+            waiting = [server for server in waiting if not server.made_ready(self.key)]
         return [server.url for server in self.servers]
 
     def watch(self, limits: TimeoutsConfig, restarts: int) -> Watch:

@@ -67,9 +67,9 @@ class ServerProcess:
             )
         self._starts += 1
 
-    def is_ready(self, key: str) -> bool:
-        """True if it takes requests; from then on its garbage collector passes by what its start
-        has left.
+    def made_ready(self, key: str) -> bool:
+        """True if it takes requests. It is told then to have its garbage collector pass by what its
+        start has left.
 
         SGLang does that itself, but before it listens if it skips its warm-up (0.5.23), and in
         vain. Each flush of its caches then takes 0.4 s on a CPU: there it collects garbage.

@@ -171,7 +171,7 @@ class Watch:
         while not self._closed.wait(EVERY_S):
             if (code := server.process.poll()) is not None:
                 return self._unless_closed(f"ended with exit code {code} before it was ready")
-            if server.is_ready(self._key):
+            if server.made_ready(self._key):
                 log.info(f"{server.name} is back at {server.url}")
                 return None
             if time.monotonic() - began > self._limits.start_s:
