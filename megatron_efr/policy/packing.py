@@ -236,7 +236,7 @@ def _parts(
     """
     whole = piece(indices)
     count = min(len(indices), math.ceil(max(whole.tokens / budget, whole.work / most)))
-    return [piece(indices[part::count]) for part in range(count)]
+    return [whole] if count == 1 else [piece(indices[part::count]) for part in range(count)]
 
 
 def _fewest(share: Sequence[_Piece], budget: int) -> int:
@@ -263,19 +263,22 @@ def _spread(
     waiting = list(reversed(share))
     while waiting:
         each = waiting.pop()
-        fitting = tokens + each.tokens <= budget
         alone = len(each.indices) == 1
-        if alone:  # it may be longer than the budget
-            fitting |= tokens == 0
-        if fitting.any():
+        # the idlest that it fits into: mostly the first looked at
+        b = int(work.argmin())
+        if tokens[b] + each.tokens > budget:
+            fitting = tokens + each.tokens <= budget
+            if alone:  # it may be longer than the budget
+                fitting |= tokens == 0
+            if not fitting.any():
+                if alone:
+                    return None
+                waiting += [piece(each.indices[half::2]) for half in (1, 0)]
+                continue
             b = int(np.where(fitting, work, np.inf).argmin())
-            batches[b] += each.indices
-            tokens[b] += each.tokens
-            work[b] += each.work
-        elif alone:
-            return None
-        else:
-            waiting += [piece(each.indices[half::2]) for half in (1, 0)]
+        batches[b] += each.indices
+        tokens[b] += each.tokens
+        work[b] += each.work
     return batches
 
 
