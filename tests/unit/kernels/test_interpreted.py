@@ -33,7 +33,7 @@ def test_suite() -> None:
     run("pytest", "tests/kernel_suite.py", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning")
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_tensor_parallel_over_gloo(ranks: int) -> None:
     run(
         "torch.distributed.run",

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = [pytest.mark.alike, pytest.mark.heavy]
+# a minute and a half of compiling what changes with the kernels' sources alone
+pytestmark = [pytest.mark.alike, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[3]
 MOST_REGISTERS = 128  # 2048 / 128 = 16 warps of 32 threads still fit a multiprocessor
 
