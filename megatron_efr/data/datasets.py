@@ -101,30 +101,38 @@ def _text(row: Row, column: str, kind: str) -> str:
     value: Any = row.columns[column]
     if isinstance(value, str) and value.strip():
         return value
-    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
-        if isinstance(value, int):
-            return str(value)
-        if (exact := Decimal(repr(value)) if isinstance(value, float) else value).is_finite():
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float | Decimal):
+        exact = Decimal(repr(value)) if isinstance(value, float) else value
+        if exact.is_finite():
             return f"{exact:f}"
-        found = f"{value}, which is no number that an answer can equal"
-    elif isinstance(value, bool):
-        found = (
-            f"the boolean {str(value).lower()}, not text (write the word as text if it is the "
-            f"{kind})"
-        )
-    elif value is None:
-        found = "null"
-    elif isinstance(value, date | time):
-        found = (
-            f"a {type(value).__name__}, not text (the library datasets makes dates of a JSON "
-            "file's text if all of it looks like dates; read by its own path, FILE.jsonl, it "
-            "stays text)"
-        )
-    else:
-        found = "empty" if isinstance(value, str) else f"a {type(value).__name__}, not text"
     raise DatasetError(
-        f"{row.where}: the {kind} in column {column!r} is {found}; the row has {_columns(row)}"
+        f"{row.where}: the {kind} in column {column!r} is {_refused(value, kind)}; the row has "
+        f"{_columns(row)}"
     )
+
+
+def _refused(value: Any, kind: str) -> str:
+    """The words for a value that no text can be made of, and for how it may have come about."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            word = str(value).lower()
+            return f"the boolean {word}, not text (write the word as text if it is the {kind})"
+        case float() | Decimal():
+            return f"{value}, which is no number that an answer can equal"
+        case date() | time():
+            return (
+                f"a {type(value).__name__}, not text (the library datasets makes dates of a JSON "
+                "file's text if all of it looks like dates; read by its own path, FILE.jsonl, it "
+                "stays text)"
+            )
+        case str():
+            return "empty"
+        case _:
+            return f"a {type(value).__name__}, not text"
 
 
 def _columns(row: Row) -> str:
