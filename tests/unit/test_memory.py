@@ -140,7 +140,7 @@ def kept_by_autograd(policy: Policy, batches: list[PackedBatch]) -> int:
 
 
 def beside_layers(architecture: Architecture, dtype: str) -> int:
-    """What a token leaves beside the layers: the final norm's, the angles', the head's."""
+    """Bytes that a token leaves beside the layers: the final norm's, the angles', the head's."""
     width, hidden = BYTES[dtype], architecture.hidden
     final_norm, angles, head = width * hidden + 4, 2 * width * architecture.head_dim, 4 * hidden
     return final_norm + angles + head

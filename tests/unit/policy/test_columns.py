@@ -4,6 +4,7 @@ columns.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -104,6 +105,17 @@ def test_samples_come_back_exactly_from_flat_tensors() -> None:
             assert other.routed_experts.dtype == np.uint16
             assert np.array_equal(one.routed_experts, other.routed_experts)
     assert unflatten(flatten([])) == []
+
+
+def test_a_prompts_id_is_a_checksum_of_its_tokens_alone() -> None:
+    """In any width, whatever the response: ranks that deal alike must find the same."""
+    narrow, wide = (
+        Sample(np.array([1, 2, 258, *response], dtype), 3)
+        for response, dtype in (((7, 8), np.int32), ((9,), np.int64))
+    )
+    written = bytes([1, 0, 0, 0, 2, 0, 0, 0, 2, 1, 0, 0])
+    assert narrow.size.prompt_id == wide.size.prompt_id == zlib.crc32(written)
+    assert Sample(np.array([1, 2, 259, 7], np.int32), 3).size.prompt_id != narrow.size.prompt_id
 
 
 def group() -> Group:
