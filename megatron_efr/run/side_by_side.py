@@ -133,9 +133,11 @@ class Programs:
         with self._lock:
             self.ending = True
             self.killed = number == signal.SIGKILL
-            for process in self._running.values():
-                process.send_signal(number)  # does nothing if it has ended
-            return {name for name, process in self._running.items() if process.poll() is None}
+            # found first: one may end of the signal before it could be named
+            runs = {name for name, process in self._running.items() if process.poll() is None}
+            for name in runs:
+                self._running[name].send_signal(number)  # does nothing if it has ended since
+            return runs
 
     def run(self, name: str, command: list[str]) -> int | None:
         """One command, with its name before each line of output: its exit code, None if it was not

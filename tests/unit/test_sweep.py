@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,6 +157,24 @@ def test_a_sweep_that_is_asked_to_end_lets_its_programs_save_and_begins_no_other
         f"sweep: {number.name}: one, two asked to end, and waited for 60 s; a second signal kills\n"
     )
     assert err == said + "interrupted\n" * (number == signal.SIGINT)
+
+
+def test_a_program_that_ends_at_once_when_asked_is_still_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sent(process: subprocess.Popen[str], number: int) -> None:
+        os.kill(process.pid, number)
+        process.wait()  # has ended before the next line of `end` runs
+
+    monkeypatch.setattr(subprocess.Popen, "send_signal", sent)
+    programs = side_by_side.Programs(tmp_path)
+    sleeps = [sys.executable, "-S", "-c", "import time; print('works', flush=True); time.sleep(60)"]
+    with ThreadPoolExecutor(1) as pool:
+        code = pool.submit(programs.run, "one", sleeps)
+        while not (log := tmp_path / "one.txt").exists() or not log.read_text():
+            time.sleep(0.01)
+        assert programs.end(signal.SIGTERM) == {"one"}
+        assert code.result() == -signal.SIGTERM
 
 
 def test_a_second_signal_ends_a_sweep_at_once(tmp_path: Path) -> None:
