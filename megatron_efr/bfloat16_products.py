@@ -4,11 +4,16 @@ terms, and float32 sums.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+
+# CBLAS's names of layouts
+_ROW_MAJOR, _AS_IT_IS, _TRANSPOSED = 101, 111, 112
 
 _lock = threading.Lock()
 _inside = 0  # threads and levels
@@ -46,3 +51,60 @@ def float32_sums(held: torch.dtype) -> Iterator[None]:
             _inside -= 1
             if not _inside:
                 precision.fp32_precision = _outside
+
+
+def summed_in_float32() -> bool:
+    """True if `product_into` can be had: on a processor with AMX, from torch's own MKL."""
+    return _mkl_product() is not None
+
+
+def product_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float = 0.0) -> None:
+    """out = a @ b + beta * out, of bfloat16 a [m, k] and b [k, n], into float32 [m, n]: exact
+    terms, float32 sums, and no operand copied.
+
+    Each may be a transposed view. torch itself has no such product on a CPU: it would turn both
+    operands to float32 first. ValueError for others than these.
+    """
+    product = _mkl_product()
+    m, n, k = len(a), b.shape[1], len(b)
+    taken = {a.dtype, b.dtype} == {torch.bfloat16} and out.dtype == torch.float32
+    if not taken or a.shape[1] != k or out.shape != (m, n) or (m > 1 and out.stride(1) != 1):
+        raise ValueError(f"{a.dtype} {[*a.shape]} @ {[*b.shape]} into {out.dtype} {[*out.shape]}")
+    (a_turned, a_step), (b_turned, b_step) = _layout(a), _layout(b)
+    assert product is not None
+    product(
+        _ROW_MAJOR, a_turned, b_turned, m, n, k, 1.0, a.data_ptr(), a_step,
+        b.data_ptr(), b_step, beta, out.data_ptr(), max(out.stride(0), n),
+    )  # fmt: skip
+
+
+def _layout(x: torch.Tensor) -> tuple[int, int]:
+    """A matrix's place in memory in CBLAS's words: (its layout, elements from one row, or column,
+    to the next).
+    """
+    rows, columns = x.shape
+    if x.stride(1) == 1 and x.stride(0) >= columns:
+        return _AS_IT_IS, x.stride(0)
+    if x.stride(0) == 1 and x.stride(1) >= rows:
+        return _TRANSPOSED, x.stride(1)
+    raise ValueError(f"a matrix whose rows and columns both have gaps: strides {x.stride()}")
+
+
+@functools.cache
+def _mkl_product() -> Callable[..., None] | None:
+    """cblas_gemm_bf16bf16f32 of the MKL that torch is linked with, if there is one.
+
+    Source: Intel oneMKL, BLAS-like extensions.
+    """
+    # without AMX it takes longer than what it would replace
+    if not (multiplied() and torch.cpu._is_amx_tile_supported()):
+        return None
+    product = getattr(ctypes.CDLL(torch._C.__file__), "cblas_gemm_bf16bf16f32", None)
+    if product is None:
+        return None
+    number, real, address = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+    product.argtypes = [
+        *[number] * 6, real, address, number, address, number, real, address, number
+    ]  # fmt: skip
+    product.restype = None
+    return product

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 _KEYS = 4  # read at once; room for keys is a multiple of it
 _COLUMNS = 2048  # of logits whose gradient is made before it is written over them
+_TOKENS = 256  # whose probabilities are summed before a draw looks among them
 
 # it makes a loop's operation of what follows: pyright sees the function alone
 _operation: Any = intrinsic
@@ -175,14 +176,8 @@ def rms_norm_gradient(
     """
     out = torch.empty_like(rows)
     room = torch.empty(rows.shape[1]) if d_weight is None else d_weight
-    _rms_norm_gradient(
-        _array(rows),
-        _array(weight),
-        _array(inverse),
-        _array(given.contiguous()),
-        _array(room),
-        _array(out),
-    )
+    tensors = rows, weight, inverse, given.contiguous(), room, out
+    _rms_norm_gradient(*(_array(tensor) for tensor in tensors))
     return out
 
 
@@ -454,3 +449,50 @@ def _write_logits_gradient_of(values, out, columns, scale, targets, rows):
 
 # as written: the scaled logit is rounded as it was for the peak, and differs from it exactly
 _write_logits_gradient = _loop(_write_logits_gradient_of, {"nsz"})
+
+
+# -- draws
+# --------------------------------------------------------------------------------------------------
+
+
+def draw(
+    logits: torch.Tensor, uniform: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and log-probs [n] of `sampling.draw`, from scale * logits [n, vocab], contiguous."""
+    tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
+    given = _array(logits), _array(uniform), np.float32(scale)
+    _draw(*given, _array(tokens), _array(logprobs))
+    return tokens, logprobs
+
+
+@_loop
+def _draw(logits, uniform, scale, tokens, logprobs):
+    vocab, last = logits.shape[1], (logits.shape[1] - 1) // _TOKENS
+    peaks, sums = np.empty(_TOKENS, np.float32), np.empty(last + 1)
+    for i in range(logits.shape[0]):
+        row, peaks[:] = logits[i], -np.inf
+        for first in range(0, vocab, _TOKENS):
+            for j in range(min(_TOKENS, vocab - first)):
+                peaks[j] = row[first + j] if row[first + j] > peaks[j] else peaks[j]
+        peak, total = peaks.max(), 0.0
+        # probabilities, not normalised yet, of blocks of tokens
+        for b in range(last + 1):
+            part = np.float32(0)
+            for j in range(b * _TOKENS, min(b * _TOKENS + _TOKENS, vocab)):
+                part += _exp((row[j] - peak) * scale)
+            sums[b] = part
+            total += sums[b]
+        # the block in which the uniform's share of the total ends, then the token in it
+        share, before, b = uniform[i] * total, 0.0, 0
+        while b < last and before + sums[b] <= share:
+            before += sums[b]
+            b += 1
+        token = b * _TOKENS
+        for j in range(b * _TOKENS, min(b * _TOKENS + _TOKENS, vocab)):
+            weight = _exp((row[j] - peak) * scale)
+            before += weight
+            # sums rounded otherwise may not lead beyond the last that has any
+            token = j if weight > 0 else token
+            if before > share:
+                break
+        tokens[i], logprobs[i] = token, (row[token] - peak) * scale - np.log(total)

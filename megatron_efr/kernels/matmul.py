@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_efr.bfloat16_products import float32_sums
+from megatron_efr.bfloat16_products import float32_sums, product_into, summed_in_float32
 
 # rows of the weight turned to fp32 at a time if 16-bit operands have no fp32 product
 _UPCAST_ROWS = 2048
@@ -34,6 +34,9 @@ def accumulate_weight_gradient(
         total.addmm_(d_logits.t(), hidden)
     elif has_fp32_products(d_logits):
         torch.ops.aten.addmm.dtype_out(total, d_logits.t(), hidden, torch.float32, out=total)
+    elif d_logits.is_cpu and d_logits.dtype == torch.bfloat16 and summed_in_float32():
+        # logits gain nothing by it, of more than 400 rows
+        product_into(total, d_logits.t(), hidden.contiguous(), beta=1.0)
     else:
         _upcast_accumulate(total, d_logits, hidden)
 

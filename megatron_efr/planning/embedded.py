@@ -18,14 +18,15 @@ def form_of(architecture: Architecture, dtype: str) -> Form:
 
 
 def weight_bytes(architecture: Architecture, dtype: str) -> int:
-    """The embedding as it is, the layers in the form of their products, and the head in float32,
-    unless that is the embedding itself.
+    """The embedding as it is, and the layers and the head in the form of their products; a head
+    that is the embedding itself takes nothing.
     """
     a, form = architecture, form_of(architecture, dtype)
+    of_head = Form(a.hidden, form.device, form.dtype, head=True)
     embedding = a.vocab * a.hidden
     layers = parameter_count(a) - embedding * (1 if a.tied else 2)
-    shared = a.tied and form.packed is None and dtype == "float32"
-    head = 0 if shared else embedding * BYTES["float32"]
+    shared = a.tied and of_head.packed is None and of_head.dtype == form.dtype
+    head = 0 if shared else embedding * of_head.held.itemsize
     return layers * form.held.itemsize + embedding * BYTES[dtype] + head
 
 

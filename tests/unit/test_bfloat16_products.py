@@ -9,7 +9,16 @@ import threading
 import pytest
 import torch
 
-from megatron_efr.bfloat16_products import float32_sums, multiplied
+from megatron_efr.bfloat16_products import (
+    float32_sums,
+    multiplied,
+    product_into,
+    summed_in_float32,
+)
+
+sums = pytest.mark.skipif(
+    not summed_in_float32(), reason="no AMX, or a torch without MKL, which has that product"
+)
 
 
 def setting() -> str:
@@ -65,3 +74,43 @@ def test_the_setting_lasts_while_any_thread_is_inside_and_is_put_back() -> None:
     with pytest.raises(ZeroDivisionError), float32_sums(torch.bfloat16):
         raise ZeroDivisionError
     assert setting() == before
+
+
+@sums
+@pytest.mark.parametrize("a_turned", [False, True])
+@pytest.mark.parametrize("b_turned", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "columns", "inner"),
+    [(64, 2000, 576), (2000, 576, 65), (1, 7, 3), (8, 1, 1), (3, 5, 0)],
+)
+def test_a_product_into_float32_is_off_by_its_sums_alone_however_its_operands_lie(
+    rows: int, columns: int, inner: int, a_turned: bool, b_turned: bool
+) -> None:
+    # each a part of a longer one, with gaps
+    a = drawn(inner, rows + 3)[:, :rows].t() if a_turned else drawn(rows, inner + 3)[:, :inner]
+    b = drawn(columns, inner + 5)[:, :inner].t() if b_turned else drawn(inner, columns)
+    exact, terms = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    whole = torch.full((rows, columns + 9), 7.0)
+    out = whole[:, 4 : 4 + columns]
+    product_into(out, a, b)
+    assert ((out - exact).abs() <= 1e-6 * terms).all()
+    product_into(out, a, b, beta=1.0)
+    assert ((out - 2 * exact).abs() <= 2e-6 * terms).all()
+    out.fill_(7.0)
+    assert whole.eq(7).all(), "nothing beside it is written"
+
+
+@sums
+def test_a_product_of_what_mkl_would_misread_is_refused() -> None:
+    a, b, out = drawn(4, 6), drawn(6, 5), torch.zeros(4, 5)
+    for wrong in (
+        (out, a, drawn(5, 6)),
+        (out.bfloat16(), a, b),
+        (out, a.float(), b),
+        (out[:3], a, b),
+        (torch.zeros(5, 4).t(), a, b),
+        (out, a[:1].expand(4, 6), b),
+        (out, drawn(4, 12)[:, ::2], b),
+    ):
+        with pytest.raises(ValueError, match=r"@|gaps"):
+            product_into(*wrong)

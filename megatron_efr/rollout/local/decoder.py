@@ -147,14 +147,14 @@ class Decoder:
         self._layers = [self._layer(f"model.layers.{n}.") for n in range(a.layers)]
         self._norm = self._tensor("model.norm.weight")
         # logits are fp32, as the policy's are: bf16 ones move log-probs by several 1e-2
-        wide = Form(a.hidden, device, torch.float32)
-        self._head = Product(wide, [a.vocab], a.hidden)
+        self._head = Product(Form(a.hidden, device, dtype, head=True), [a.vocab], a.hidden)
         self._products.append(self._head)
         if not a.tied:
             self._targets["lm_head.weight"] = partial(self._head.fill, 0)
         assert self._targets.keys() == self._shapes.keys(), (
             "the mapping and the decoder disagree about the model"
         )
+        self._room = torch.empty(0, a.vocab, device=device)  # a step's logits
         self._inverse_frequencies = inverse_frequencies(a.rotary, a.head_dim).to(device)
 
     @property
@@ -225,7 +225,7 @@ class Decoder:
             with torch.no_grad():
                 self._targets[name](tensor)
         if self.architecture.tied:
-            self._head.take(self._embedding.float())  # itself if it is fp32
+            self._head.take(self._embedding)
 
     def read(
         self, sequences: Sequence[NDArray[np.int64]]
@@ -284,7 +284,8 @@ class Decoder:
             x = self._rest(layer, x, torch.cat(attended))
         # what follows the last tokens, and nothing else, through the head
         last = x[torch.from_numpy(starts + lengths - 1).to(self.device)]
-        logits = self._logits(F.pad(last, (0, 0, 0, round_up(n, self.rows) - n)))[:n]
+        last = F.pad(last, (0, 0, 0, round_up(n, self.rows) - n))
+        logits = self._logits(last, self._room.new_empty(len(last), a.vocab))[:n]
         return [kv for cache in caches for kv in cache.unbind(2)], logits
 
     def _causal(self, qkv: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
@@ -309,13 +310,17 @@ class Decoder:
         positions, int64 [n].
 
         `keys` has, for every CHUNK rows, the number of cache entries that the longest of them uses,
-        this token included. Returns the logits after those tokens, float32 [n, vocab].
+        this token included. Returns the logits after those tokens, float32 [n, vocab], which the
+        next step may overwrite.
         """
         attend = self._attention(positions, cache, keys)
         x = F.embedding(tokens, self._embedding)
         for layer, cached in zip(self._layers, cache.layers, strict=True):
             x = self._rest(layer, x, attend(self._qkv(layer, x), cached))
-        return self._logits(x)
+        # memory that is given back after each step would be cleared for each
+        if len(x) > len(self._room):
+            self._room = self._room.new_empty(len(x), self.architecture.vocab)
+        return self._logits(x, self._room[: len(x)])
 
     def _attention(
         self, positions: torch.Tensor, cache: Cache, keys: Sequence[int]
@@ -406,9 +411,9 @@ class Decoder:
             return loops.rms_norm(x, weight, eps)
         return F.rms_norm(x, weight.shape, weight, eps)
 
-    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+    def _logits(self, x: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
         with float32_sums(self.dtype):
-            return self._head(self._rms(x, self._norm).float())
+            return self._head.into(room, self._rms(x, self._norm))
 
     def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [n, 1, head dim] for `positions` [n]."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from megatron_efr.bfloat16_products import multiplied
+from megatron_efr.bfloat16_products import multiplied, product_into, summed_in_float32
 
 MKL_ROWS = 32  # MKL rounds differently for fewer
 PACKED_ROWS = 8  # no vector of a column is left half empty
@@ -27,14 +27,22 @@ class Form:
     bfloat16 is packed as such if the processor multiplies it (AVX-512). If not, it is packed
     as float32 and results are rounded: torch's own bfloat16 products took six times as
     long as these (AVX2).
+
+    The `head` has float32 results. Its weights are float32 too, unless the processor sums products
+    of bfloat16 in float32 (AMX): then they are the model's own, half the memory to read.
     """
 
-    def __init__(self, hidden: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(
+        self, hidden: int, device: torch.device, dtype: torch.dtype, head: bool = False
+    ) -> None:
+        cpu = device.type == "cpu"
+        self.summed = head and cpu and dtype == torch.bfloat16 and summed_in_float32()
+        self.device, self.dtype = device, torch.float32 if head and not self.summed else dtype
         self.packed: torch.dtype | None = None
         vectors = torch.backends.cpu.get_cpu_capability()
-        if device.type != "cpu" or not vectors.startswith("AVX"):
+        if self.summed or not cpu or not vectors.startswith("AVX"):
             return
+        dtype = self.dtype
         if dtype == torch.bfloat16:
             self.packed = torch.bfloat16 if multiplied() else torch.float32
         elif vectors == "AVX2" and hidden >= PACKED_WIDTH:
@@ -81,10 +89,23 @@ class Product:
     @torch.no_grad()
     def take(self, weight: torch.Tensor) -> None:
         """Use a whole weight: itself, or what packing makes of it."""
-        packed = self._form.packed
+        weight, packed = weight.to(self._form.dtype), self._form.packed
         self._weight = (
             torch.ops.mkldnn._reorder_linear_weight(weight.to(packed)) if packed else weight
         )
+
+    def into(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The head's product of x [n, inputs]: float32 [n, outputs], in `out` where its form writes
+        to memory that is given.
+        """
+        assert self._weight is not None
+        form, x = self._form, x.to(self._form.dtype)
+        if form.packed:
+            return self(x)
+        if not form.summed:
+            return torch.mm(x, self._weight.t(), out=out)
+        product_into(out, x, self._weight.t())
+        return out
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The product, plus `bias` [sum of `outputs`], in x's dtype."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from megatron_efr.compiled import loops_for
 from megatron_efr.rollout.driver import TokenPenalty
 
 _MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
@@ -83,6 +84,9 @@ def draw(
     if temperature == 0:
         tokens = logits.argmax(-1)
     else:
+        loops = loops_for(logits) if top_p == 1 and logits.shape[-1] > _LARGE else None
+        if loops:
+            return loops.draw(logits.contiguous(), uniform, 1 / temperature)
         if temperature != 1:
             logits = logits / temperature
         if top_p == 1 and logits.shape[-1] > _LARGE:

@@ -198,9 +198,14 @@ def test_no_rows() -> None:
     assert float(out.loss.detach()) == float(out.figures["ratio_max"]) == 0.0
 
 
+@pytest.mark.parametrize("processor", ["this", "one without AMX"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_fallback_product_is_fp32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fallback_product_is_fp32(
+    dtype: torch.dtype, processor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(matmul, "_UPCAST_ROWS", 7)
+    if processor != "this":
+        monkeypatch.setattr(matmul, "summed_in_float32", lambda: False)
     x, w, *_ = inputs(dtype)
     x, w = x.detach(), w.detach()
     assert not matmul.has_fp32_products(w), "there is none on CPU"

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_efr.bfloat16_products import float32_sums, summed_in_float32
 from megatron_efr.planning.embedded import weight_bytes
+from megatron_efr.rollout.local import products
 from megatron_efr.rollout.local.products import PACKED_WIDTH, Form, Product
 from megatron_efr.weights.architecture import Architecture
 from tests.families import make_family_folder
@@ -68,6 +70,55 @@ def test_what_a_broken_publication_filled_in_is_not_used(hidden: int, dtype: tor
         for part in parts:
             product.fill(part, values)
     assert product(torch.ones(8, 16, dtype=dtype)).eq(16).all()
+
+
+@pytest.mark.parametrize("processor", ["this", "one without AMX", "one without AVX-512 either"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_heads_results_are_float32_and_rounded_by_their_sums_alone(
+    dtype: torch.dtype, processor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if processor != "this":
+        monkeypatch.setattr(products, "summed_in_float32", lambda: False)
+    if processor == "one without AVX-512 either":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1001, 300, generator=generator).to(dtype)
+    x = torch.randn(16, 300, generator=generator).to(dtype)
+    exact, terms = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    for filled in (False, True):  # a head of its own, and an embedding
+        head = Product(Form(300, CPU, dtype, head=True), [1001], 300)
+        head.clear()
+        if filled:
+            head.fill(0, weight)
+        else:
+            head.take(weight)
+        found = head.into(torch.empty(16, 1001), x)
+        assert found.dtype == torch.float32
+        assert ((found - exact).abs() <= 1e-6 * terms).all()
+
+
+@pytest.mark.skipif(not summed_in_float32(), reason="a processor without AMX widens the head")
+def test_a_bfloat16_head_that_is_the_embedding_takes_no_memory_of_its_own() -> None:
+    embedding = torch.randn(64, 16).bfloat16()
+    head = Product(Form(16, CPU, torch.bfloat16, head=True), [64], 16)
+    head.take(embedding)
+    embedding.zero_()  # nobody does; what the head reads is this very memory
+    assert head.into(torch.ones(8, 64), torch.ones(8, 16).bfloat16()).eq(0).all()
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(576, 49152), (896, 20000), (64, 61), (300, 1001)])
+def test_a_row_of_a_bfloat16_models_logits_does_not_depend_on_how_many_share_the_head(
+    columns: int, rows: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = Product(Form(columns, CPU, torch.bfloat16, head=True), [rows], columns)
+    head.take(torch.randn(rows, columns, generator=generator).bfloat16())
+    x = torch.randn(128, columns, generator=generator).bfloat16()
+    with float32_sums(torch.bfloat16):
+        whole = head.into(torch.empty(128, rows), x).clone()
+        for count in (8, 16, 24, 64, 96):
+            part = head.into(torch.empty(count, rows), x[8 : 8 + count])
+            assert torch.equal(part, whole[8 : 8 + count])
 
 
 @pytest.mark.parametrize(("columns", "rows"), REAL)

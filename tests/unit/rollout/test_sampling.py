@@ -153,6 +153,7 @@ def test_sampling_that_has_no_meaning_is_refused_by_name(sampling: Sampling, nam
         check_sampling(sampling, 32)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("vocab", [4097, 8192, 49152])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_a_large_vocabularys_draws_are_those_of_sums_over_the_whole(
@@ -175,6 +176,7 @@ def test_a_large_vocabularys_draws_are_those_of_sums_over_the_whole(
     assert ((logprobs - found).abs() <= 1e-6 + 2**-23 * found.abs()).all()
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_large_vocabularys_draws_follow_the_exact_distribution() -> None:
     logits = torch.full((5000,), -30.0)
     likely = torch.tensor([0, 255, 256, 300, 2047, 4999])  # the ends of blocks, and of all
@@ -188,6 +190,7 @@ def test_a_large_vocabularys_draws_follow_the_exact_distribution() -> None:
     assert stats.chisquare(counts, expected / expected.sum() * len(n)).pvalue > 1e-3
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_row_of_a_large_vocabulary_that_is_not_finite_has_no_log_prob() -> None:
     logits = torch.zeros(3, 5000)
     logits[0, 7], logits[1, 4999] = torch.nan, torch.inf
