@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -37,14 +37,18 @@ class FailedError(UserError):
         self.names = names
 
 
+Command = tuple[str, list[str]]
+"""A program's name, and its words."""
+
+
 def side_by_side(
-    commands: Sequence[tuple[str, list[str]]],
+    commands: Sequence[Command],
     logs: Path,
     jobs: int,
-    ended: Callable[[str], None] = lambda name: None,
+    ended: Callable[[str], Iterable[Command]] = lambda name: (),
 ) -> None:
-    """Run named commands, `jobs` at a time, and call `ended` with the name of each that has ended
-    well.
+    """Run named commands, `jobs` at a time; `ended` gets the name of each that has ended well, and
+    says what may begin thereafter, behind all that already wait.
 
     FailedError names those that failed, once all have ended.
 
@@ -53,18 +57,22 @@ def side_by_side(
     signal kills them.
     """
     programs = Programs(logs)
+    queue: list[tuple[str, Future[int | None]]] = []
 
     def run(name: str, command: list[str]) -> int | None:
         code = programs.run(name, command)
         if code == 0:
-            ended(name)
+            put(ended(name))
         return code
+
+    def put(commands: Iterable[Command]) -> None:
+        queue.extend((name, pool.submit(run, name, command)) for name, command in commands)
 
     # `jobs` threads, each waits for a program; a signal reaches all programs
     with ThreadPoolExecutor(jobs) as pool, Interruption(signal.SIGINT) as interruption:
-        started = [pool.submit(run, name, command) for name, command in commands]
+        put(commands)
         try:
-            _follow(started, [name for name, _ in commands], programs, interruption)
+            _follow(queue, programs, interruption)
         except BaseException:  # such as a terminal that is gone: the pool waits for what runs
             programs.end(signal.SIGINT)
             raise
@@ -73,9 +81,7 @@ def side_by_side(
         raise SystemExit(128 + interruption.insisted)
     killed = {-signal.SIGKILL} if programs.killed else set[int]()
     fine = {0, None, *killed, *(_AS_ASKED if interruption.received else ())}
-    failed = [
-        name for (name, _), each in zip(commands, started, strict=True) if each.result() not in fine
-    ]
+    failed = [name for name, each in queue if each.result() not in fine]
     # failures are named even if a signal came
     if failed and interruption.received:
         raise UserError(str(FailedError(failed, logs)))
@@ -88,25 +94,24 @@ def side_by_side(
 
 
 def _follow(
-    started: Sequence[Future[int | None]],
-    names: Sequence[str],
-    programs: Programs,
-    interruption: Interruption,
+    queue: Sequence[tuple[str, Future[int | None]]], programs: Programs, interruption: Interruption
 ) -> None:
-    """Wait for all, and pass on what comes in the meantime; raises what one of them raised.
+    """Wait for all of a queue that may still grow, and pass on what comes in the meantime; raises
+    what one of them raised.
 
-    Programs are named in the order of `names`, whichever thread began its own first.
+    Programs are named in the queue's order, whichever thread began its own first.
     """
     limit = float("inf")
-    left = set(started)
-    while left:
-        done, left = wait(left, _POLL_S, FIRST_EXCEPTION)
-        for each in done:
-            each.result()
+    # one that ends has put into the queue what follows it
+    while left := [each for _, each in queue if not each.done()]:
+        wait(left, _POLL_S, FIRST_EXCEPTION)
+        for _, each in queue:
+            if each.done():
+                each.result()
         if interruption.received and not programs.ending:
             limit = time.monotonic() + END_WITHIN_S
             asked = programs.end(signal.SIGTERM)
-            named = ", ".join(name for name in names if name in asked) or "none"
+            named = ", ".join(name for name, _ in queue if name in asked) or "none"
             said = f"sweep: {interruption.received.name}: {named} asked to"
             print(
                 f"{said} end, and waited for {END_WITHIN_S:g} s; a second signal kills",

@@ -200,6 +200,52 @@ def test_programs_that_do_not_end_in_time_are_killed_and_go_on_from_their_last_c
     )
 
 
+WAITS = """
+import sys, time
+from pathlib import Path
+until = time.monotonic() + 30
+while not Path(sys.argv[1]).exists():
+    time.sleep(0.02)
+    if time.monotonic() > until: sys.exit("nothing made it")
+"""
+
+
+def test_what_follows_a_program_fills_the_job_that_another_leaves_idle(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    python = [sys.executable, "-S", "-c"]
+    commands = [("long", [*python, WAITS, str(made)]), ("short", [*python, "pass"])]
+    follows = {"short": [("after short", [*python, f"open({str(made)!r}, 'w')"])]}
+    ended: list[str] = []
+
+    def begin(name: str) -> list[side_by_side.Command]:
+        ended.append(name)
+        return follows.get(name, [])
+
+    side_by_side.side_by_side(commands, tmp_path / "logs", 2, begin)
+    assert sorted(ended) == ["after short", "long", "short"]
+    assert ended[0] == "short"
+
+
+def test_what_follows_a_program_waits_behind_all_others_and_fails_by_its_own_name(
+    tmp_path: Path,
+) -> None:
+    python = [sys.executable, "-S", "-c"]
+    commands = [(name, [*python, "pass"]) for name in ("one", "two")]
+    ended: list[str] = []
+
+    def begin(name: str) -> list[side_by_side.Command]:
+        ended.append(name)
+        return (
+            []
+            if " " in name
+            else [(f"{name} after", [*python, f"raise SystemExit({name == 'two':d})"])]
+        )
+
+    with pytest.raises(side_by_side.FailedError, match=r"^two after failed"):
+        side_by_side.side_by_side(commands, tmp_path, 1, begin)
+    assert ended == ["one", "two", "one after"]
+
+
 def test_bytes_that_are_no_text_end_no_sweep(tmp_path: Path) -> None:
     told = ["-S", "-c", "import os; os.write(1, b'a \\xff\\n')"]
     side_by_side.side_by_side([("one", [sys.executable, *told])], tmp_path, 1)
