@@ -18,11 +18,11 @@ from megatron_efr.config.sweep import Sweep, SweepConfig, is_sweep, load_alphas,
 from megatron_efr.durable import write_atomic
 from megatron_efr.report.family import Evaluated, write_family
 from megatron_efr.run.checks import check_members
-from megatron_efr.run.family import Family, Task, chosen
+from megatron_efr.run.family import Family, Task, Work, chosen
 from megatron_efr.run.folder import RunFolder
 from megatron_efr.run.interruption import EXIT_REQUEUE
 from megatron_efr.run.owner import OwnedError, owned
-from megatron_efr.run.side_by_side import Command, FailedError, side_by_side
+from megatron_efr.run.side_by_side import FailedError, side_by_side
 
 
 def sweep(made: Sweep, given: Namespace, seconds: dict[str, float]) -> None:
@@ -54,36 +54,17 @@ def sweep(made: Sweep, given: Namespace, seconds: dict[str, float]) -> None:
 def make(
     family: Family, tasks: Sequence[Task], jobs: int, seconds: dict[str, float]
 ) -> FailedError | None:
-    """Train, then evaluate, `jobs` programs at once; `seconds` gets the time until all are trained,
+    """Train and evaluate, `jobs` programs at once; `seconds` gets the time until all are trained,
     and the time after. The failed ones are returned.
-
-    Evaluations wait behind all trainings, and run as soon as there is no training for a job.
     """
-    began = time.monotonic()
-    trainings = family.begin([task.training for task in tasks if task.training is not None])
-    trained = {program.name for program in trainings}
-    following = {task.name: task.evaluation for task in tasks if task.name in trained}
-    evaluations = family.begin([task.evaluation for task in tasks if task.name not in trained])
-    programs = {program.name: program for program in (*trainings, *evaluations)}
-
-    def ended(name: str) -> list[Command]:
-        family.finish(programs[name])
-        if name not in following:
-            return []
-        # a model is trained: what evaluates it may begin
-        seconds["rl"] = time.monotonic() - began
-        begun = family.begin([following[name]])
-        programs.update((program.name, program) for program in begun)
-        return [(program.name, program.command) for program in begun]
-
-    seconds["rl"] = 0.0
-    failed = None
-    commands = [(name, program.command) for name, program in programs.items()]
+    began, failed = time.monotonic(), None
+    work = Work(family, tasks)
     try:
-        side_by_side(commands, family.logs, jobs, ended)
+        side_by_side(work.first, family.logs, jobs, work.following)
     except FailedError as error:
         failed = error
-    seconds["evaluate"] = time.monotonic() - began - seconds["rl"]
+    trained = began if work.trained is None else work.trained
+    seconds |= {"rl": trained - began, "evaluate": time.monotonic() - trained}
     seconds["total"] = sum(seconds.values())
     return failed
 

@@ -1,4 +1,6 @@
-"""The head's matrix products, with fp32 results from 16-bit operands wherever they run."""
+"""Matrix products with fp32 results from 16-bit operands, wherever they run: of the head, and of
+weights' gradients.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ import torch
 
 from megatron_efr.bfloat16_products import float32_sums, product_into, summed_in_float32
 
-# rows of the weight turned to fp32 at a time if 16-bit operands have no fp32 product
-_UPCAST_ROWS = 2048
+# rows of the weight at a time on a CPU, where operands are copied, or turned to fp32
+_PART_ROWS = 2048
 
 
 def logits_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -24,21 +26,20 @@ def logits_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -
     return _upcast_logits_into(out, hidden, weight)
 
 
-def accumulate_weight_gradient(
-    total: torch.Tensor, d_logits: torch.Tensor, hidden: torch.Tensor
-) -> None:
-    """total fp32 [V, H] += d_logits [rows, V].T @ hidden [rows, H], both of the weight's dtype,
-    summed in fp32.
+def accumulate_weight_gradient(total: torch.Tensor, d_out: torch.Tensor, x: torch.Tensor) -> None:
+    """total fp32 [V, H] += d_out [rows, V].T @ x [rows, H], both of the weight's dtype, summed in
+    fp32.
     """
-    if d_logits.dtype == torch.float32:
-        total.addmm_(d_logits.t(), hidden)
-    elif has_fp32_products(d_logits):
-        torch.ops.aten.addmm.dtype_out(total, d_logits.t(), hidden, torch.float32, out=total)
-    elif d_logits.is_cpu and d_logits.dtype == torch.bfloat16 and summed_in_float32():
-        # logits gain nothing by it, of more than 400 rows
-        product_into(total, d_logits.t(), hidden.contiguous(), beta=1.0)
+    if d_out.dtype == torch.float32:
+        total.addmm_(d_out.t(), x)
+    elif has_fp32_products(d_out):
+        torch.ops.aten.addmm.dtype_out(total, d_out.t(), x, torch.float32, out=total)
+    elif d_out.is_cpu and d_out.dtype == torch.bfloat16 and summed_in_float32():
+        # by parts, as MKL copies what is transposed; logits of 400 rows or more gain nothing by it
+        for part in _parts(len(total)):
+            product_into(total[part], d_out.t()[part], x.contiguous(), beta=1.0)
     else:
-        _upcast_accumulate(total, d_logits, hidden)
+        _upcast_accumulate(total, d_out, x)
 
 
 def has_fp32_products(operand: torch.Tensor) -> bool:
@@ -59,12 +60,12 @@ def _upcast_logits_into(
     return out
 
 
-def _upcast_accumulate(total: torch.Tensor, d_logits: torch.Tensor, hidden: torch.Tensor) -> None:
-    wide = hidden.float()
-    with float32_sums(d_logits.dtype):
+def _upcast_accumulate(total: torch.Tensor, d_out: torch.Tensor, x: torch.Tensor) -> None:
+    wide = x.float()
+    with float32_sums(d_out.dtype):
         for part in _parts(len(total)):
-            total[part].addmm_(d_logits[:, part].t().float(), wide)
+            total[part].addmm_(d_out[:, part].t().float(), wide)
 
 
 def _parts(rows: int) -> Iterator[slice]:
-    return (slice(start, start + _UPCAST_ROWS) for start in range(0, rows, _UPCAST_ROWS))
+    return (slice(start, start + _PART_ROWS) for start in range(0, rows, _PART_ROWS))

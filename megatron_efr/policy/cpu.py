@@ -19,12 +19,13 @@ import torch.distributed as dist
 from megatron.core import utils as megatron_utils
 from megatron.core.optimizer import clip_grads, grad_scaler, optimizer
 from megatron.core.pipeline_parallel import schedules
-from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel import layers, mappings
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_efr.bfloat16_products import multiplied
+from megatron_efr.kernels.matmul import accumulate_weight_gradient
 
 _WITH_LITERAL_DEVICE = (schedules, optimizer, clip_grads, grad_scaler, megatron_utils)
 # torch's products, and how many of their results have the operands' dtype
@@ -81,6 +82,9 @@ def prepare() -> None:
     # up to 0.16 imported with Transformer Engine, asked for without it
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+    # Apex's, which add a weight's gradient to the float32 sum of them as they compute it
+    _patch("weights' gradients", layers, "_grad_accum_fusion_available", True)
+    layers.fused_weight_gradient_mlp_cuda = _WeightGradients  # type: ignore[attr-defined]
     # experts under tensor parallelism: each rank routes as many tokens as it likes, and gloo wants
     # as many from all
     _patch(
@@ -217,6 +221,22 @@ def _uneven_reduce_scatter(even: Any) -> Any:
         return whole.split(sizes)[group.rank()].clone()
 
     return scatter
+
+
+class _WeightGradients:
+    """Apex's products of `fused_weight_gradient_mlp_cuda`, by the dtype of the sum."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(
+        x: torch.Tensor, d_out: torch.Tensor, main_grad: torch.Tensor
+    ) -> None:
+        accumulate_weight_gradient(main_grad, d_out, x)
+
+    @staticmethod
+    def wgrad_gemm_accum_fp16(
+        x: torch.Tensor, d_out: torch.Tensor, main_grad: torch.Tensor
+    ) -> None:
+        main_grad.addmm_(d_out.t(), x)
 
 
 class _TorchOnCpu(types.ModuleType):

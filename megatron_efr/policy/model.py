@@ -26,6 +26,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
+from megatron_efr.bfloat16_products import summed_in_float32
 from megatron_efr.config import LoraConfig, ModelConfig, ParallelConfig
 from megatron_efr.policy import cpu
 from megatron_efr.policy.layers import local_layers
@@ -124,7 +125,8 @@ def transformer_config(
         "perform_initialization": False,  # every weight is loaded, or drawn by name from the seed
         "use_cpu_initialization": on_cpu,
         "persist_layer_norm": not on_cpu,
-        "gradient_accumulation_fusion": False,
+        # of float32 gradients it would spare a sum alone
+        "gradient_accumulation_fusion": on_cpu and bf16 and summed_in_float32(),
         "masked_softmax_fusion": False,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,

@@ -5,6 +5,7 @@ finished.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_efr.config.sweep import Member, of_members
 from megatron_efr.durable import write_atomic
 from megatron_efr.run.folder import RunFolder, RunFolderError
 from megatron_efr.run.main_rank import date_prompts
+from megatron_efr.run.side_by_side import Command
 
 
 class Program(NamedTuple):
@@ -178,6 +180,35 @@ class Family:
 
     def _config_path(self, name: str) -> Path:
         return self.folder.path / "configs" / f"{name}.yaml"
+
+
+class Work:
+    """Programs of these tasks that are left to run. Evaluations wait behind all trainings, and run
+    as soon as there is no training for a job: `first` and `following` are for `side_by_side`.
+    """
+
+    def __init__(self, family: Family, tasks: Sequence[Task]) -> None:
+        self._family = family
+        trainings = family.begin([task.training for task in tasks if task.training is not None])
+        names = {program.name for program in trainings}
+        # what evaluates a model that is still to be trained, and the others
+        self._evaluations = {task.name: task.evaluation for task in tasks if task.name in names}
+        ready = family.begin([task.evaluation for task in tasks if task.name not in names])
+        self._programs = dict[str, Program]()
+        self.first = self._begun([*trainings, *ready])
+        self.trained: float | None = None  # when the last training ended, in time.monotonic's words
+
+    def following(self, ended: str) -> list[Command]:
+        """Remember that a program has finished; the evaluation that may begin by that, if any."""
+        self._family.finish(self._programs[ended])
+        if ended not in self._evaluations:
+            return []
+        self.trained = time.monotonic()
+        return self._begun(self._family.begin([self._evaluations[ended]]))
+
+    def _begun(self, programs: Sequence[Program]) -> list[Command]:
+        self._programs |= {program.name: program for program in programs}
+        return [(program.name, program.command) for program in programs]
 
 
 def _finished(program: Program) -> str:

@@ -203,7 +203,7 @@ def test_no_rows() -> None:
 def test_the_fallback_product_is_fp32(
     dtype: torch.dtype, processor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matmul, "_UPCAST_ROWS", 7)
+    monkeypatch.setattr(matmul, "_PART_ROWS", 7)
     if processor != "this":
         monkeypatch.setattr(matmul, "summed_in_float32", lambda: False)
     x, w, *_ = inputs(dtype)

@@ -338,6 +338,36 @@ def test_bf16_stays_close_to_fp32(ranks: Ranks, tmp_path: Path) -> None:
     assert difference.max() > 1e-4, "bf16 that equals fp32 would be fp32"
 
 
+def test_bf16s_gradients_of_weights_are_summed_in_fp32_as_they_are_computed(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_model_folder(tmp_path / "bf16", tied=True, dtype=torch.bfloat16)
+    sequences = ragged_sequences(8)
+
+    def gradients(dtype: str, fused: bool = False) -> dict[str, torch.Tensor]:
+        # where the processor has no such product, operands are widened first
+        monkeypatch.setattr("megatron_efr.policy.model.summed_in_float32", lambda: fused)
+        policy = build(path, ranks, dtype=dtype)
+        assert policy.config.gradient_accumulation_fusion == fused
+        batches = policy.pack_update(sequences, list(range(8)), 100, "token")
+        assert len(batches) > 3
+        policy.update(batches, supervised_loss)
+        return {name: gradient.clone() for name, gradient in policy.named_gradients()}
+
+    exact, apart, fused = gradients("float32"), gradients("bfloat16"), gradients("bfloat16", True)
+    assert fused.keys() == apart.keys() == exact.keys()
+    for name, gradient in fused.items():
+        assert (gradient - apart[name]).norm() <= 5e-3 * gradient.norm(), name
+    # without the rounding of each micro-batch's own
+    layers = [name for name in fused if name.endswith("proj.weight")]
+    error, rounded = (
+        sum(float((found[name] - exact[name]).norm()) for name in layers)
+        for found in (fused, apart)
+    )
+    assert error < rounded
+    assert any(not torch.equal(fused[name], apart[name]) for name in layers)
+
+
 RECOMPUTE = {
     "recompute_granularity": "full",
     "recompute_method": "uniform",
