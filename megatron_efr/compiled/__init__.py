@@ -25,6 +25,17 @@ def loops_for(*tensors: torch.Tensor) -> ModuleType | None:
 def _loops() -> ModuleType | None:
     """Numba is imported here and nowhere before: a process that computes on a GPU needs none."""
     try:
+        _take_wide_vectors()
         return importlib.import_module("megatron_efr.compiled.loops")
     except ImportError:
         return None
+
+
+def _take_wide_vectors() -> None:
+    """Have Numba compile for vectors of 512 bits on a processor with AMX, unless its user chose: on
+    all that have them LLVM takes half, since the first slowed down by them.
+    """
+    config = importlib.import_module("numba.core.config")
+    features = importlib.import_module("numba.core.codegen").get_host_cpu_features()
+    if config.CPU_FEATURES is None and "+amx-tile" in features:
+        config.CPU_FEATURES = f"{features},-prefer-256-bit"

@@ -5,14 +5,17 @@ float64. (Norms, SwiGLU and rotary embedding: policy/test_recomputed.py.)
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numba import njit
+from numba.core import codegen
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_efr import compiled
@@ -197,3 +200,34 @@ def test_a_softmax_of_nan_stays_nan() -> None:
     softmax = Softmax(nan, nan, nan, None)
     found = torch_rows.write_gradient(logits, softmax, torch.ones(1), None, torch.bfloat16)
     assert found.isnan().all()
+
+
+_FEATURES = """
+import torch
+from megatron_efr.compiled import loops_for
+torch.set_num_threads(1)
+assert loops_for(torch.ones(1)) is not None
+import numba
+print(numba.core.config.CPU_FEATURES)
+"""
+
+
+@pytest.mark.parametrize("chosen", [None, "+avx2,+fma"])
+def test_loops_are_compiled_for_wide_vectors_on_a_processor_with_amx_unless_the_user_chose(
+    chosen: str | None, tmp_path: Path
+) -> None:
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    if chosen:
+        environment["NUMBA_CPU_FEATURES"] = chosen
+    done = subprocess.run(
+        [sys.executable, "-c", _FEATURES], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    features = done.stdout.strip()
+    if chosen:
+        assert features == chosen
+    elif torch.cpu._is_amx_tile_supported():
+        assert features.endswith(",-prefer-256-bit")
+        assert features.startswith(codegen.get_host_cpu_features())
+    else:
+        assert features == "None"
