@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ def _take_wide_vectors() -> None:
     """Have Numba compile for vectors of 512 bits on a processor with AMX, unless its user chose: on
     all that have them LLVM takes half, since the first slowed down by them.
     """
-    config = importlib.import_module("numba.core.config")
+    config: Any = importlib.import_module("numba.core.config")
     features = importlib.import_module("numba.core.codegen").get_host_cpu_features()
     if config.CPU_FEATURES is None and "+amx-tile" in features:
         config.CPU_FEATURES = f"{features},-prefer-256-bit"
