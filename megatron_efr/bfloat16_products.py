@@ -59,35 +59,48 @@ def summed_in_float32() -> bool:
 
 
 def product_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float = 0.0) -> None:
-    """out = a @ b + beta * out, of bfloat16 a [m, k] and b [k, n], into float32 [m, n]: exact
-    terms, float32 sums, and no operand copied.
+    """out = a @ b + beta * out, of bfloat16 a [m, k] and b [k, n], into float32 [m, n], whose rows
+    are contiguous: exact terms, float32 sums.
 
-    Each may be a transposed view. torch itself has no such product on a CPU: it would turn both
-    operands to float32 first. ValueError for others than these.
+    Operands may be transposed views. torch itself has no such product on a CPU: it would turn both
+    operands to float32 first. ValueError for matrices that MKL would misread, RuntimeError where
+    there is no such product.
     """
-    product = _mkl_product()
-    m, n, k = len(a), b.shape[1], len(b)
-    taken = {a.dtype, b.dtype} == {torch.bfloat16} and out.dtype == torch.float32
-    if not taken or a.shape[1] != k or out.shape != (m, n) or (m > 1 and out.stride(1) != 1):
-        raise ValueError(f"{a.dtype} {[*a.shape]} @ {[*b.shape]} into {out.dtype} {[*out.shape]}")
-    (a_turned, a_step), (b_turned, b_step) = _layout(a), _layout(b)
-    assert product is not None
-    product(
-        _ROW_MAJOR, a_turned, b_turned, m, n, k, 1.0, a.data_ptr(), a_step,
-        b.data_ptr(), b_step, beta, out.data_ptr(), max(out.stride(0), n),
-    )  # fmt: skip
+    if (product := _mkl_product()) is None:
+        raise RuntimeError("this processor, or this torch, has no product of bfloat16 into float32")
+    (m, k), n = a.shape, b.shape[1]
+    types = (out.dtype, a.dtype, b.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+    given = f"{a.dtype} {[*a.shape]} @ {b.dtype} {[*b.shape]} into {out.dtype} {[*out.shape]}"
+    if not (types and out.is_cpu and a.is_cpu and b.is_cpu and b.shape == (k, n)):
+        raise ValueError(given)
+    layouts = [_layout(matrix) for matrix in (a, b, out)]
+    steps = [step for _, step in layouts]
+    if out.shape != (m, n) or layouts[2][0] != _AS_IT_IS or max(m, n, k, *steps) >= 2**31:
+        raise ValueError(f"{given}, whose strides are {out.stride()}")
+    if out.numel():
+        product(
+            _ROW_MAJOR, layouts[0][0], layouts[1][0], m, n, k, 1.0, a.data_ptr(), steps[0],
+            b.data_ptr(), steps[1], beta, out.data_ptr(), steps[2],
+        )  # fmt: skip
 
 
 def _layout(x: torch.Tensor) -> tuple[int, int]:
     """A matrix's place in memory in CBLAS's words: (its layout, elements from one row, or column,
-    to the next).
+    to the next). ValueError if it has gaps in both directions, or rows upon one another.
     """
     rows, columns = x.shape
-    if x.stride(1) == 1 and x.stride(0) >= columns:
-        return _AS_IT_IS, x.stride(0)
-    if x.stride(0) == 1 and x.stride(1) >= rows:
-        return _TRANSPOSED, x.stride(1)
-    raise ValueError(f"a matrix whose rows and columns both have gaps: strides {x.stride()}")
+    if not x.numel():
+        return _AS_IT_IS, max(columns, 1)
+    down, across = x.stride()
+    # the stride of a dimension of one element means nothing
+    for layout, lines, width, step, within in (
+        (_AS_IT_IS, rows, columns, down, across),
+        (_TRANSPOSED, columns, rows, across, down),
+    ):
+        step = step if lines > 1 else width
+        if (width == 1 or within == 1) and step >= width:
+            return layout, step
+    raise ValueError(f"a matrix with gaps, or rows upon one another: strides {x.stride()}")
 
 
 @functools.cache

@@ -54,8 +54,8 @@ def sweep(made: Sweep, given: Namespace, seconds: dict[str, float]) -> None:
 def make(
     family: Family, tasks: Sequence[Task], jobs: int, seconds: dict[str, float]
 ) -> FailedError | None:
-    """Train and evaluate, `jobs` programs at once; `seconds` gets the time until all are trained,
-    and the time after. The failed ones are returned.
+    """Train and evaluate, `jobs` programs at once; `seconds` gets the time until the last training
+    ended, and the time after. The failed ones are returned.
     """
     began, failed = time.monotonic(), None
     work = Work(family, tasks)

@@ -33,8 +33,8 @@ def _loops() -> ModuleType | None:
 
 
 def _take_wide_vectors() -> None:
-    """Have Numba compile for vectors of 512 bits on a processor with AMX, unless its user chose: on
-    all that have them LLVM takes half, since the first slowed down by them.
+    """Have Numba compile for vectors of 512 bits on a processor with AMX, unless its user chose
+    features: LLVM prefers 256, because the first that had 512 slowed down when they were used.
     """
     config: Any = importlib.import_module("numba.core.config")
     features = importlib.import_module("numba.core.codegen").get_host_cpu_features()

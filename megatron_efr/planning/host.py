@@ -38,8 +38,8 @@ from megatron_efr.weights.architecture import Architecture
 
 GIB = 2**30
 PROBED = 512  # response tokens of the measured sequences at most
-# bytes for each logit while tokens are drawn: fp32 logits and log-probs, fp64 probabilities and
-# their sums
+# bytes for each logit while tokens are drawn, at most (with top-p, or of a small vocabulary): fp32
+# logits and log-probs, fp64 probabilities and their sums
 DRAWING = 28
 
 

@@ -85,6 +85,8 @@ def prepare() -> None:
     # Apex's, which add a weight's gradient to the float32 sum of them as they compute it
     _patch("weights' gradients", layers, "_grad_accum_fusion_available", True)
     layers.fused_weight_gradient_mlp_cuda = _WeightGradients  # type: ignore[attr-defined]
+    # with it Transformer Engine, if it is installed, would stand in for the gradient on "cuda"
+    _patch("weights' gradients", layers, "HAVE_TE", False)
     # experts under tensor parallelism: each rank routes as many tokens as it likes, and gloo wants
     # as many from all
     _patch(

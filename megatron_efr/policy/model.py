@@ -125,7 +125,7 @@ def transformer_config(
         "perform_initialization": False,  # every weight is loaded, or drawn by name from the seed
         "use_cpu_initialization": on_cpu,
         "persist_layer_norm": not on_cpu,
-        # of float32 gradients it would spare a sum alone
+        # in a float32 model it would save one addition, and no rounding
         "gradient_accumulation_fusion": on_cpu and bf16 and summed_in_float32(),
         "masked_softmax_fusion": False,
         "bias_activation_fusion": False,

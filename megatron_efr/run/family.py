@@ -196,15 +196,19 @@ class Work:
         ready = family.begin([task.evaluation for task in tasks if task.name not in names])
         self._programs = dict[str, Program]()
         self.first = self._begun([*trainings, *ready])
-        self.trained: float | None = None  # when the last training ended, in time.monotonic's words
+        self.trained: float | None = None  # when the last training ended, by time.monotonic
 
-    def following(self, ended: str) -> list[Command]:
-        """Remember that a program has finished; the evaluation that may begin by that, if any."""
-        self._family.finish(self._programs[ended])
-        if ended not in self._evaluations:
+    def following(self, name: str, well: bool) -> list[Command]:
+        """The evaluation that may begin as this program has ended, if any; that it ended `well` is
+        remembered.
+        """
+        evaluation = self._evaluations.get(name)
+        if evaluation is not None:
+            self.trained = time.monotonic()
+        if not well:
             return []
-        self.trained = time.monotonic()
-        return self._begun(self._family.begin([self._evaluations[ended]]))
+        self._family.finish(self._programs[name])
+        return self._begun(self._family.begin([evaluation])) if evaluation is not None else []
 
     def _begun(self, programs: Sequence[Program]) -> list[Command]:
         self._programs |= {program.name: program for program in programs}

@@ -45,10 +45,10 @@ def side_by_side(
     commands: Sequence[Command],
     logs: Path,
     jobs: int,
-    ended: Callable[[str], Iterable[Command]] = lambda name: (),
+    ended: Callable[[str, bool], Iterable[Command]] = lambda name, well: (),
 ) -> None:
-    """Run named commands, `jobs` at a time; `ended` gets the name of each that has ended well, and
-    says what may begin thereafter, behind all that already wait.
+    """Run named commands, `jobs` at a time; `ended` gets the name of each that has ended, and if it
+    did well, and says what may begin thereafter, behind all that already wait.
 
     FailedError names those that failed, once all have ended.
 
@@ -61,8 +61,8 @@ def side_by_side(
 
     def run(name: str, command: list[str]) -> int | None:
         code = programs.run(name, command)
-        if code == 0:
-            put(ended(name))
+        if code is not None:
+            put(ended(name, code == 0))
         return code
 
     def put(commands: Iterable[Command]) -> None:

@@ -111,6 +111,32 @@ def test_a_product_of_what_mkl_would_misread_is_refused() -> None:
         (torch.zeros(5, 4).t(), a, b),
         (out, a[:1].expand(4, 6), b),
         (out, drawn(4, 12)[:, ::2], b),
+        (torch.zeros(4, 10)[:, ::2], a, b),
+        (torch.zeros(1, 10)[:, ::2], a[:1], b),
+        (torch.zeros(5).expand(4, 5), a, b),
     ):
         with pytest.raises(ValueError, match=r"@|gaps"):
             product_into(*wrong)
+
+
+@sums
+def test_strides_of_dimensions_of_one_element_or_none_mean_nothing() -> None:
+    row, column = drawn(1, 5), drawn(5, 1)
+    for a in (row, row.as_strided((1, 5), (0, 1)), row.as_strided((1, 5), (99, 1))):
+        for b in (column, column.as_strided((5, 1), (1, 0)), column.as_strided((5, 1), (1, 77))):
+            out = torch.zeros(9)
+            product_into(out.as_strided((1, 1), (3, 4)), a, b)
+            assert out[0] == pytest.approx(float(row.float() @ column.float()), rel=1e-6)
+            assert out[1:].eq(0).all()
+    column_out = torch.zeros(4, 3)
+    product_into(column_out[:, 1:2], drawn(4, 5), column)
+    exact = drawn(4, 5).double() @ column.double()
+    assert ((column_out[:, 1:2] - exact).abs() <= 1e-5).all()
+    assert column_out[:, 0::2].eq(0).all()
+    # nothing is summed: what was there goes, or stays
+    out = torch.full((4, 6), 7.0)
+    product_into(out, drawn(4, 1).as_strided((4, 0), (0, 1)), drawn(1, 6)[:0], beta=1.0)
+    assert out.eq(7).all()
+    product_into(out, drawn(4, 1).as_strided((4, 0), (0, 1)), drawn(1, 6)[:0])
+    assert out.eq(0).all()
+    product_into(torch.empty(0, 6), drawn(0, 5), drawn(5, 6))

@@ -217,7 +217,8 @@ def test_what_follows_a_program_fills_the_job_that_another_leaves_idle(tmp_path:
     follows = {"short": [("after short", [*python, f"open({str(made)!r}, 'w')"])]}
     ended: list[str] = []
 
-    def begin(name: str) -> list[side_by_side.Command]:
+    def begin(name: str, well: bool) -> list[side_by_side.Command]:
+        assert well
         ended.append(name)
         return follows.get(name, [])
 
@@ -233,17 +234,15 @@ def test_what_follows_a_program_waits_behind_all_others_and_fails_by_its_own_nam
     commands = [(name, [*python, "pass"]) for name in ("one", "two")]
     ended: list[str] = []
 
-    def begin(name: str) -> list[side_by_side.Command]:
+    def begin(name: str, well: bool) -> list[side_by_side.Command]:
+        assert well == (name != "two after")
         ended.append(name)
-        return (
-            []
-            if " " in name
-            else [(f"{name} after", [*python, f"raise SystemExit({name == 'two':d})"])]
-        )
+        exits = [*python, f"raise SystemExit({name == 'two':d})"]
+        return [] if " " in name else [(f"{name} after", exits)]
 
     with pytest.raises(side_by_side.FailedError, match=r"^two after failed"):
         side_by_side.side_by_side(commands, tmp_path, 1, begin)
-    assert ended == ["one", "two", "one after"]
+    assert ended == ["one", "two", "one after", "two after"]
 
 
 def test_bytes_that_are_no_text_end_no_sweep(tmp_path: Path) -> None:

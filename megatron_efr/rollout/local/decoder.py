@@ -54,6 +54,7 @@ class Cache:
         a = architecture
         shape = (2, 0, a.kv_heads, 0, a.head_dim)
         self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(a.layers)]
+        self._room = torch.empty(0, a.vocab, device=device)
 
     @property
     def rows(self) -> int:
@@ -78,6 +79,14 @@ class Cache:
             grown[:, :held, :, :filled] = old
             self.layers[number] = grown
             del old
+
+    def room(self, rows: int) -> torch.Tensor:
+        """Memory for a step's logits, float32 [rows, vocab], as the last step left it: the system
+        would clear it each time that it is given back and asked for.
+        """
+        if rows > len(self._room):
+            self._room = self._room.new_empty(rows, self._room.shape[1])
+        return self._room[:rows]
 
     def entries(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The places of keys and values of `positions` [n] in `rows` [n] in one layer, seen as
@@ -147,14 +156,14 @@ class Decoder:
         self._layers = [self._layer(f"model.layers.{n}.") for n in range(a.layers)]
         self._norm = self._tensor("model.norm.weight")
         # logits are fp32, as the policy's are: bf16 ones move log-probs by several 1e-2
-        self._head = Product(Form(a.hidden, device, dtype, head=True), [a.vocab], a.hidden)
+        self._head_form = Form(a.hidden, device, dtype, head=True)
+        self._head = Product(self._head_form, [a.vocab], a.hidden)
         self._products.append(self._head)
         if not a.tied:
             self._targets["lm_head.weight"] = partial(self._head.fill, 0)
         assert self._targets.keys() == self._shapes.keys(), (
             "the mapping and the decoder disagree about the model"
         )
-        self._room = torch.empty(0, a.vocab, device=device)  # a step's logits
         self._inverse_frequencies = inverse_frequencies(a.rotary, a.head_dim).to(device)
 
     @property
@@ -284,8 +293,7 @@ class Decoder:
             x = self._rest(layer, x, torch.cat(attended))
         # what follows the last tokens, and nothing else, through the head
         last = x[torch.from_numpy(starts + lengths - 1).to(self.device)]
-        last = F.pad(last, (0, 0, 0, round_up(n, self.rows) - n))
-        logits = self._logits(last, self._room.new_empty(len(last), a.vocab))[:n]
+        logits = self._logits(F.pad(last, (0, 0, 0, round_up(n, self.rows) - n)))[:n]
         return [kv for cache in caches for kv in cache.unbind(2)], logits
 
     def _causal(self, qkv: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
@@ -317,10 +325,7 @@ class Decoder:
         x = F.embedding(tokens, self._embedding)
         for layer, cached in zip(self._layers, cache.layers, strict=True):
             x = self._rest(layer, x, attend(self._qkv(layer, x), cached))
-        # memory that is given back after each step would be cleared for each
-        if len(x) > len(self._room):
-            self._room = self._room.new_empty(len(x), self.architecture.vocab)
-        return self._logits(x, self._room[: len(x)])
+        return self._logits(x, cache.room(len(x)) if self._head_form.writes else None)
 
     def _attention(
         self, positions: torch.Tensor, cache: Cache, keys: Sequence[int]
@@ -411,9 +416,10 @@ class Decoder:
             return loops.rms_norm(x, weight, eps)
         return F.rms_norm(x, weight.shape, weight, eps)
 
-    def _logits(self, x: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
-        with float32_sums(self.dtype):
-            return self._head.into(room, self._rms(x, self._norm))
+    def _logits(self, x: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
+        widened = torch.float32 if self._head_form.summed else self.dtype
+        with float32_sums(widened):
+            return self._head.head(self._rms(x, self._norm), room)
 
     def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [n, 1, head dim] for `positions` [n]."""

@@ -50,13 +50,18 @@ class Form:
 
     @property
     def held(self) -> torch.dtype:
-        """The dtype of layers' weights, and of keys and values: attention works in it too."""
+        """The dtype of weights, and, of layers, of keys and values: attention works in it too."""
         return self.packed or self.dtype
 
     @property
     def rows(self) -> int:
-        """The multiple in which rows are multiplied."""
+        """The multiple in which rows are multiplied; a head takes those of its layers."""
         return PACKED_ROWS if self.packed else MKL_ROWS
+
+    @property
+    def writes(self) -> bool:
+        """True if a head's product goes to memory that is given."""
+        return self.packed is None
 
 
 class Product:
@@ -94,17 +99,19 @@ class Product:
             torch.ops.mkldnn._reorder_linear_weight(weight.to(packed)) if packed else weight
         )
 
-    def into(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The head's product of x [n, inputs]: float32 [n, outputs], in `out` where its form writes
-        to memory that is given.
+    def head(self, x: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
+        """The product of a head: float32 [n, outputs] of x [n, inputs], in `room` if its form
+        writes there.
         """
         assert self._weight is not None
         form, x = self._form, x.to(self._form.dtype)
-        if form.packed:
+        if not form.writes:
             return self(x)
-        if not form.summed:
-            return torch.mm(x, self._weight.t(), out=out)
-        product_into(out, x, self._weight.t())
+        out = x.new_empty(len(x), len(self._weight), dtype=torch.float32) if room is None else room
+        if form.summed:
+            product_into(out, x, self._weight.t())
+        else:
+            torch.mm(x, self._weight.t(), out=out)
         return out
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -73,7 +73,8 @@ def draw(
     log-probs [n].
 
     The token is the first whose cumulative probability, summed in float64 in the order of token
-    ids, exceeds the uniform times the total; of large vocabularies that is looked for in two steps.
+    ids, exceeds the uniform times the total; of large vocabularies that is looked for in two steps,
+    blocks of tokens first, whose probabilities, and sums if a loop makes them, are float32.
     Log-probs are of the distribution after temperature and before top-p, as SGLang reports them.
     Temperature 0 takes the most probable token (the lowest id of equals), with its log-prob at
     temperature 1.

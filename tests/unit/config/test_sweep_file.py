@@ -8,6 +8,7 @@ import csv
 import json
 import math
 import shlex
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -345,6 +346,23 @@ def test_what_fails_is_named_and_the_others_are_evaluated_and_reported(
     assert [row["model"] for row in rows] == ["base", "efr_seed-1", "grpo_seed-2"]
     models = read_summary(programs.folder / "summary.json")["models"]
     assert [model["runs"] for model in models] == [["base"], ["efr_seed-1"], ["grpo_seed-2"]]
+
+
+def test_the_time_of_a_training_that_fails_is_the_trainings(
+    write: Write, programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs.fails = {"grpo_seed-2"}
+
+    def run(_: object, name: str, command: list[str]) -> int:
+        time.sleep(0.3 * (name == "grpo_seed-2"))
+        return programs.run(name, command)
+
+    monkeypatch.setattr(side_by_side.Programs, "run", run)
+    with pytest.raises(UserError, match="grpo_seed-2 failed"):
+        sweep.main([str(write(**FAMILY))])
+    seconds = read_summary(programs.folder / "summary.json")["seconds"]
+    assert seconds["rl"] >= 0.3
+    assert seconds["total"] == pytest.approx(seconds["rl"] + seconds["evaluate"])
 
 
 def test_some_members_alone_are_made_with_what_they_begin_with(

@@ -4,6 +4,7 @@ multiply it, and otherwise gradients of attention over short sequences.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -92,6 +93,24 @@ def test_gradients_of_attention_over_short_sequences_are_those_of_float32_rounde
     found = backward(back, q, k, v, out, sums, 0.0, True)
     wide = backward(*(x.float() for x in (back, q, k, v, out)), sums, 0.0, True)
     assert all(torch.equal(mine, exact.bfloat16()) for mine, exact in zip(found, wide, strict=True))
+
+
+_WITH_TRANSFORMER_ENGINE = """
+from megatron.core.tensor_parallel import layers
+layers.HAVE_TE = True
+from megatron_efr.policy import cpu
+cpu.prepare()
+print(layers.HAVE_TE, layers.fused_weight_gradient_mlp_cuda.__name__)
+"""
+
+
+def test_transformer_engine_stands_in_for_no_gradient_on_a_device_that_there_is_not() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", _WITH_TRANSFORMER_ENGINE],
+        capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["False", "_WeightGradients"]
 
 
 def test_float32_products_are_torchs_own() -> None:

@@ -86,15 +86,19 @@ def test_a_heads_results_are_float32_and_rounded_by_their_sums_alone(
     x = torch.randn(16, 300, generator=generator).to(dtype)
     exact, terms = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
     for filled in (False, True):  # a head of its own, and an embedding
-        head = Product(Form(300, CPU, dtype, head=True), [1001], 300)
+        form = Form(300, CPU, dtype, head=True)
+        head = Product(form, [1001], 300)
         head.clear()
         if filled:
             head.fill(0, weight)
         else:
             head.take(weight)
-        found = head.into(torch.empty(16, 1001), x)
-        assert found.dtype == torch.float32
-        assert ((found - exact).abs() <= 1e-6 * terms).all()
+        for room in (None, torch.empty(16, 1001)):
+            found = head.head(x, room)
+            assert found.dtype == torch.float32
+            assert ((found - exact).abs() <= 1e-6 * terms).all()
+            if room is not None and form.writes:
+                assert found.data_ptr() == room.data_ptr()
 
 
 @pytest.mark.skipif(not summed_in_float32(), reason="a processor without AMX widens the head")
@@ -103,7 +107,7 @@ def test_a_bfloat16_head_that_is_the_embedding_takes_no_memory_of_its_own() -> N
     head = Product(Form(16, CPU, torch.bfloat16, head=True), [64], 16)
     head.take(embedding)
     embedding.zero_()  # nobody does; what the head reads is this very memory
-    assert head.into(torch.ones(8, 64), torch.ones(8, 16).bfloat16()).eq(0).all()
+    assert head.head(torch.ones(8, 16).bfloat16()).eq(0).all()
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(576, 49152), (896, 20000), (64, 61), (300, 1001)])
@@ -115,9 +119,9 @@ def test_a_row_of_a_bfloat16_models_logits_does_not_depend_on_how_many_share_the
     head.take(torch.randn(rows, columns, generator=generator).bfloat16())
     x = torch.randn(128, columns, generator=generator).bfloat16()
     with float32_sums(torch.bfloat16):
-        whole = head.into(torch.empty(128, rows), x).clone()
+        whole = head.head(x, torch.empty(128, rows)).clone()
         for count in (8, 16, 24, 64, 96):
-            part = head.into(torch.empty(count, rows), x[8 : 8 + count])
+            part = head.head(x[8 : 8 + count], torch.empty(count, rows))
             assert torch.equal(part, whole[8 : 8 + count])
 
 
