@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_efr.bfloat16_products import float32_sums, summed_in_float32
+from megatron_efr.bfloat16_products import summed_in_float32
 from megatron_efr.planning.embedded import weight_bytes
 from megatron_efr.rollout.local import products
 from megatron_efr.rollout.local.products import PACKED_WIDTH, Form, Product
@@ -110,6 +110,9 @@ def test_a_bfloat16_head_that_is_the_embedding_takes_no_memory_of_its_own() -> N
     assert head.head(torch.ones(8, 16).bfloat16()).eq(0).all()
 
 
+@pytest.mark.skipif(
+    not summed_in_float32(), reason="promised of float32 models alone, and found to hold with AMX"
+)
 @pytest.mark.parametrize(("columns", "rows"), [(576, 49152), (896, 20000), (64, 61), (300, 1001)])
 def test_a_row_of_a_bfloat16_models_logits_does_not_depend_on_how_many_share_the_head(
     columns: int, rows: int
@@ -118,11 +121,9 @@ def test_a_row_of_a_bfloat16_models_logits_does_not_depend_on_how_many_share_the
     head = Product(Form(columns, CPU, torch.bfloat16, head=True), [rows], columns)
     head.take(torch.randn(rows, columns, generator=generator).bfloat16())
     x = torch.randn(128, columns, generator=generator).bfloat16()
-    with float32_sums(torch.bfloat16):
-        whole = head.head(x, torch.empty(128, rows)).clone()
-        for count in (8, 16, 24, 64, 96):
-            part = head.head(x[8 : 8 + count], torch.empty(count, rows))
-            assert torch.equal(part, whole[8 : 8 + count])
+    whole = head.head(x)
+    for count in (8, 16, 24, 64, 96):
+        assert torch.equal(head.head(x[8 : 8 + count]), whole[8 : 8 + count])
 
 
 @pytest.mark.parametrize(("columns", "rows"), REAL)
