@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a family of models that think less, on the CPU: 7 to 9 minutes on 2 cores after installation.
+# From nothing to a family of models that think less, on the CPU: 5 to 9 minutes on 2 cores after installation.
 #
 #   bash launch/quickstart.sh             one seed; results in runs/quickstart
 #   bash launch/quickstart.sh --seeds 3   three seeds, one after the other; figures of all in runs/quickstart
