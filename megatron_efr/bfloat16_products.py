@@ -109,7 +109,7 @@ def _mkl_product() -> Callable[..., None] | None:
 
     Source: Intel oneMKL, BLAS-like extensions.
     """
-    # without AMX it takes longer than what it would replace
+    # on other processors it has not been timed
     if not (multiplied() and torch.cpu._is_amx_tile_supported()):
         return None
     product = getattr(ctypes.CDLL(torch._C.__file__), "cblas_gemm_bf16bf16f32", None)

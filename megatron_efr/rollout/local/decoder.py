@@ -325,7 +325,7 @@ class Decoder:
         x = F.embedding(tokens, self._embedding)
         for layer, cached in zip(self._layers, cache.layers, strict=True):
             x = self._rest(layer, x, attend(self._qkv(layer, x), cached))
-        return self._logits(x, cache.room(len(x)) if self._head_form.writes else None)
+        return self._logits(x, cache.room(len(x)))
 
     def _attention(
         self, positions: torch.Tensor, cache: Cache, keys: Sequence[int]

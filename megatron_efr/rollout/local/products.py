@@ -58,11 +58,6 @@ class Form:
         """The multiple in which rows are multiplied; a head takes those of its layers."""
         return PACKED_ROWS if self.packed else MKL_ROWS
 
-    @property
-    def writes(self) -> bool:
-        """True if a head's product goes to memory that is given."""
-        return self.packed is None
-
 
 class Product:
     """x [..., inputs] @ weight.T, of a weight [sum of `outputs`, inputs] that is filled by parts,
@@ -100,12 +95,12 @@ class Product:
         )
 
     def head(self, x: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
-        """The product of a head: float32 [n, outputs] of x [n, inputs], in `room` if its form
-        writes there.
+        """The product of a head: float32 [n, outputs] of x [n, inputs], in `room` unless its weight
+        is packed.
         """
         assert self._weight is not None
         form, x = self._form, x.to(self._form.dtype)
-        if not form.writes:
+        if form.packed:
             return self(x)
         out = x.new_empty(len(x), len(self._weight), dtype=torch.float32) if room is None else room
         if form.summed:
