@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 _KEYS = 4  # read at once; room for keys is a multiple of it
+_VECTOR = 16  # weights are made so many at a time: a rest would be made one by one
 _COLUMNS = 2048  # of logits whose gradient is made before it is written over them
 _TOKENS = 256  # whose probabilities are summed before a draw looks among them
 
@@ -309,8 +310,8 @@ def _attention(width: int, queries: int, itemsize: int) -> Callable[..., Any]:
     def attend(positions, cos, sin, qkv, cache, out):
         groups, last = cache.shape[2], qkv.shape[0] - 1
         query = np.empty((queries, width), np.float32)
-        sums = np.empty((queries, width), np.float32)
-        weights = np.zeros((queries, cache.shape[3] + _KEYS), np.float32)
+        sums, peaks = np.empty((queries, width), np.float32), np.empty(queries, np.float32)
+        weights = np.empty((queries, cache.shape[3] + _VECTOR), np.float32)
         # of each row, the heads that share their keys
         for i in range(qkv.shape[0]):
             length = positions[i] + 1
@@ -326,9 +327,9 @@ def _attention(width: int, queries: int, itemsize: int) -> Callable[..., Any]:
                     value = _wide(qkv[i, at + groups, d])
                     values[length - 1, d] = _rounded(value, values[0, d])
                 # attention, each pass with what the next reads on its way from memory
-                _score(query, keys, length, queries, width, weights, values, lines)
+                _score(query, keys, length, queries, width, weights, peaks, values, lines)
                 for h in range(queries):
-                    _softmax(weights[h], length)
+                    _softmax(weights[h], length, peaks[h])
                 _weigh(weights, values, length, queries, width, sums, after, lines)
                 for h in range(queries):
                     for d in range(width):
@@ -338,39 +339,41 @@ def _attention(width: int, queries: int, itemsize: int) -> Callable[..., Any]:
 
 
 @_part
-def _score(query, keys, length, queries, width, weights, after, lines):
-    """Products of queries and keys, four at a time; those behind the last are never read."""
+def _score(query, keys, length, queries, width, weights, peaks, after, lines):
+    """Products of queries and keys, -inf behind the last key, and each query's largest."""
+    none = np.float32(-np.inf)
+    peaks[:] = none
     for j in range(0, length, _KEYS):
         for line in range(_KEYS * lines):
             _prefetch(after[j], line)
+        left = length - j
         for h in range(queries):
-            s0, s1 = np.float32(0), np.float32(0)
-            s2, s3 = np.float32(0), np.float32(0)
+            s0 = s1 = s2 = s3 = np.float32(0)
             for d in range(width):
                 x = query[h, d]
                 s0 += x * _wide(keys[j, d])
                 s1 += x * _wide(keys[j + 1, d])
                 s2 += x * _wide(keys[j + 2, d])
                 s3 += x * _wide(keys[j + 3, d])
+            s1, s2 = s1 if left > 1 else none, s2 if left > 2 else none
+            s3 = s3 if left > 3 else none
             weights[h, j], weights[h, j + 1] = s0, s1
             weights[h, j + 2], weights[h, j + 3] = s2, s3
+            # here, where it is free: a loop for it would go number by number
+            peaks[h] = max(peaks[h], max(max(s0, s1), max(s2, s3)))
 
 
 @_part
-def _softmax(weights, length):
-    """In place; exactly 0 for what is behind the last."""
-    peak = weights[0]
-    for j in range(length):
-        peak = max(peak, weights[j])
-    total = np.float32(0)
-    for j in range(length):
+def _softmax(weights, length, peak):
+    """In place, of `_score`'s products; exactly 0 for what is behind the last."""
+    end, total = -(-length // _VECTOR) * _VECTOR, np.float32(0)
+    weights[length:end] = -np.inf
+    for j in range(end):
         weight = _exp(weights[j] - peak)
         weights[j] = weight
         total += weight
-    for j in range(length):
+    for j in range(end):
         weights[j] /= total
-    for j in range(length, length + _KEYS - 1):
-        weights[j] = 0
 
 
 @_part
@@ -460,8 +463,7 @@ def draw(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and log-probs [n] of `sampling.draw`, from scale * logits [n, vocab], contiguous."""
     tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
-    given = _array(logits), _array(uniform), np.float32(scale)
-    _draw(*given, _array(tokens), _array(logprobs))
+    _draw(_array(logits), _array(uniform), np.float32(scale), _array(tokens), _array(logprobs))
     return tokens, logprobs
 
 

@@ -130,6 +130,17 @@ def test_attention_keeps_a_cache_of_another_dtype() -> None:
     torch.testing.assert_close(found.float(), right, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 15, 17, 30])
+def test_keys_behind_the_last_do_not_count_however_large(length: int) -> None:
+    """Least of all as the largest product, which all weights are relative to: they would be 0."""
+    cos, sin = angles(torch.float32, 1, 16)
+    qkv, cache = drawn(torch.float32, 1, 4, 16), drawn(torch.float32, 2, 1, 1, 32, 16)
+    larger = cache.clone()
+    larger[..., length:, :] = 1e6 * qkv[0, 0]
+    attend = loops.attention(torch.tensor([length - 1]), cos, sin, 2)
+    assert torch.equal(attend(qkv, larger), attend(qkv, cache))
+
+
 def test_a_row_of_attention_is_that_of_the_row_alone() -> None:
     cos, sin = angles(torch.float32, 8, 32)
     qkv, cache = drawn(torch.float32, 8, 10, 32), drawn(torch.float32, 2, 8, 2, 64, 32)
