@@ -7,7 +7,7 @@
 #                                         results in runs/quickstart-sglang, and compared with those of runs/quickstart
 #
 # 1. write an arithmetic task and a tiny model with random weights    2. teach it wordy chains of thought (efr sft)
-# 3. train one model per alpha (efr train, two at a time)             4. evaluate all on held-out problems, and report
+# 3. train one model per alpha, side by side (efr sweep)               4. evaluate all on held-out problems, and report
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -25,9 +25,12 @@ bash launch/setup.sh
 [ "$engine" = local ] || bash tools/setup_sglang_cpu.sh
 cores=$(env -u OMP_NUM_THREADS nproc) # nproc would answer with OMP_NUM_THREADS where that is set
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-jobs=$((cores < 2 ? 1 : 2))
+ranks=$((cores < 2 ? 1 : 2))
+# three trainings at once keep two cores busy to the end, but three servers of SGLang take too much memory
+jobs=$ranks
+[ "$engine" != local ] || [ "$cores" -lt 2 ] || jobs=3
 efr=.venv/bin/efr
-torchrun() { .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node="$jobs" "$@"; }
+torchrun() { .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node="$ranks" "$@"; }
 note="A model of 0.15 million parameters on a toy task (sums of one-digit numbers), trained on CPU in minutes: it shows \
 the method at work, and says nothing about the size of the effect on a real reasoning model."
 
