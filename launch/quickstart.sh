@@ -26,7 +26,7 @@ bash launch/setup.sh
 cores=$(env -u OMP_NUM_THREADS nproc) # nproc would answer with OMP_NUM_THREADS where that is set
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 ranks=$((cores < 2 ? 1 : 2))
-# three trainings at once keep two cores busy to the end, but three servers of SGLang take too much memory
+# three trainings keep two cores busy to the end; with a server of SGLang for each there are two at a time
 jobs=$ranks
 [ "$engine" != local ] || [ "$cores" -lt 2 ] || jobs=3
 efr=.venv/bin/efr
