@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 _KEYS = 4  # read at once; room for keys is a multiple of it
-_VECTOR = 16  # weights are made so many at a time: a rest would be made one by one
+_VECTOR = 16  # weights are made in multiples of it, so that a loop over them has less of a rest
 _COLUMNS = 2048  # of logits whose gradient is made before it is written over them
 _TOKENS = 256  # whose probabilities are summed before a draw looks among them
 
